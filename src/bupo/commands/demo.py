@@ -1,0 +1,174 @@
+"""`bupo demo`: the whole method on this machine in minutes, with the embedded model and its arithmetic."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+import bupo
+from bupo.commands.parsing import parse
+from bupo.commands.train import make_trainer, train
+from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.errors import UserError
+from bupo.evaluation.accuracy import Accuracy, paired_gain, sampled_accuracy
+from bupo.models import EMBEDDED, load_model, load_tokenizer
+from bupo.report.figures import training_figure
+from bupo.rewards.math_reward import math_reward
+from bupo.training.callbacks import METRICS_FILE, progress, read_metrics
+from bupo.training.config import BuPOConfig
+
+PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
+MAX_NEW_TOKENS = 32
+
+
+@dataclass
+class DemoArguments:
+    """Options of the demo.
+
+    Parameters:
+        output_dir (`str`): the run's folder.
+        internal_layer, internal_steps (`int`): phase 1.
+        steps (`int`): rollout batches in all.
+        problems (`int`): held-out problems.
+        seed (`int`): of sampling and training.
+    """
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
+    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
+    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
+    steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
+    problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
+    seed: int = field(default=0, metadata={"help": "Of sampling and training."})
+
+
+def demo_config(options: DemoArguments) -> BuPOConfig:
+    """The run as a configuration: 16 prompts of 8 samples a rollout batch, 4 optimizer updates each."""
+    return BuPOConfig(
+        options.output_dir,
+        internal_layer=options.internal_layer,
+        internal_steps=options.internal_steps,
+        per_device_train_batch_size=PROMPTS * SAMPLES // UPDATES,
+        steps_per_generation=UPDATES,
+        num_generations=SAMPLES,
+        max_steps=options.steps * UPDATES,
+        max_completion_length=MAX_NEW_TOKENS,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        seed=options.seed,
+    )
+
+
+def run(arguments: list[str]) -> None:
+    """Measure, train, measure again, and show."""
+    (options,) = parse((DemoArguments,), arguments, "bupo demo")
+    for name in ("steps", "problems"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
+    started = time.perf_counter()
+    console = Console()
+    set_seed(options.seed)
+    model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
+    held_out = load_problems(ARITHMETIC, "test", size=options.problems)
+    config = demo_config(options)
+    train_set = load_problems(ARITHMETIC, "train", size=max(options.steps, 1) * PROMPTS, seed=options.seed)
+    trainer = make_trainer(model, [math_reward], config, train_set, None, tokenizer, console)
+    console.print(
+        f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, {trainer.num_layers} layers; "
+        f"phase 1 optimises layer {options.internal_layer} for {options.internal_steps} of {options.steps} rollout batches"
+    )
+    before = _measure(model, tokenizer, held_out, console, "accuracy before")
+    train(trainer)
+    after = _measure(trainer.model, tokenizer, held_out, console, "accuracy after")
+
+    folder = Path(options.output_dir)
+    rows = read_metrics(folder / METRICS_FILE)
+    summary = _summary(options, before, after, rows, time.perf_counter() - started)
+    (folder / "config.yaml").write_text(_yaml(config))
+    training_figure(rows, folder / "training.png", "BuPO on multi-step arithmetic: the embedded model")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(_table(summary))
+    console.print(f"run folder: {folder}  (training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors)")
+
+
+def _measure(model, tokenizer, problems, console, what: str) -> Accuracy:
+    with progress(console) as bar:
+        task = bar.add_task(what, total=len(problems))
+        return sampled_accuracy(
+            model, tokenizer, problems, max_new_tokens=MAX_NEW_TOKENS, on_batch=lambda n: bar.advance(task, n)
+        )
+
+
+def _yaml(config: BuPOConfig) -> str:
+    """What differs from the defaults, as a file that `bupo train --config` takes."""
+    import yaml
+
+    defaults = BuPOConfig("", internal_layer=1).to_dict()
+    values = {key: value for key, value in config.to_dict().items() if value != defaults.get(key)}
+    values.pop("generation_batch_size", None)  # follows from steps_per_generation
+    values.pop("logging_dir", None)
+    model = {"model_name_or_path": EMBEDDED, "dataset_name": ARITHMETIC}
+    return yaml.safe_dump(model | values, sort_keys=False)
+
+
+def _summary(options: DemoArguments, before: Accuracy, after: Accuracy, rows: list[dict], seconds: float) -> dict:
+    steps = [row for row in rows if "rollout_batch" in row]
+    gain, gain_interval = paired_gain(before, after)
+    rollout = sum(row["rollout_time"] for row in steps)
+    return {
+        "accuracy_before": before.value,
+        "accuracy_before_interval": before.interval,
+        "accuracy_after": after.value,
+        "accuracy_after_interval": after.interval,
+        "gain": gain,
+        "gain_interval": gain_interval,
+        "problems": len(before.correct),
+        "verdicts_before": before.verdicts,
+        "verdicts_after": after.verdicts,
+        "internal_layer": options.internal_layer,
+        "phase_1_rollout_batches": min(options.internal_steps, options.steps),
+        "phase_2_rollout_batches": max(0, options.steps - options.internal_steps),
+        "entropy_first": steps[0]["entropy"],
+        "entropy_last": steps[-1]["entropy"],
+        "length_before": before.mean_length,
+        "length_after": after.mean_length,
+        "rollout_seconds": rollout,
+        "update_seconds": sum(row["step_time"] * UPDATES for row in steps) - rollout,
+        "seconds": seconds,
+        "seed": options.seed,
+        "versions": {"bupo": bupo.__version__, "torch": torch.__version__},
+    }
+
+
+def _table(summary: dict) -> Table:
+    def percent(value: float, interval: tuple[float, float]) -> str:
+        return f"{100 * value:.1f} %  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    first, second = summary["phase_1_rollout_batches"], summary["phase_2_rollout_batches"]
+    table = Table(title=f"held-out accuracy at temperature 1, {summary['problems']} problems", title_style="bold")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row(
+        "accuracy [95 % interval]",
+        percent(summary["accuracy_before"], summary["accuracy_before_interval"]),
+        percent(summary["accuracy_after"], summary["accuracy_after_interval"]),
+    )
+    points = [100 * x for x in (summary["gain"], *summary["gain_interval"])]
+    table.add_row("gain, by problem", "", f"{points[0]:+.1f} points  [{points[1]:+.1f}, {points[2]:+.1f}]")
+    table.add_row("entropy, nats per token", f"{summary['entropy_first']:.3f}", f"{summary['entropy_last']:.3f}")
+    table.add_row("answer length, tokens", f"{summary['length_before']:.1f}", f"{summary['length_after']:.1f}")
+    phases = f"1 to {first}, layer {summary['internal_layer']}" if first else "none"
+    table.add_row("phase 1, rollout batches", "", phases)
+    table.add_row("phase 2, rollout batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none")
+    table.add_row("time in rollouts, in updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s")
+    table.add_row("time in all", "", f"{summary['seconds']:.0f} s")
+    return table

@@ -1,0 +1,50 @@
+"""`bupo COMMAND …`: finds the command, runs it, and turns a user's error into one line and exit status 2."""
+
+import importlib
+import sys
+
+import bupo
+from bupo.errors import UserError
+
+COMMANDS = {
+    "demo": "train the embedded model by BuPO on this machine and show what it gained",
+    "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
+}
+
+
+def usage() -> str:
+    rows = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: bupo COMMAND [options]", "", bupo.__doc__, "", *rows, "", "bupo COMMAND --help lists a command's options"]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"bupo {bupo.__version__}")
+        return 0
+    name, *options = argv
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}: choose {', '.join(COMMANDS)}")
+    try:
+        importlib.import_module(f"bupo.commands.{name}").run(options)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nbupo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"bupo: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

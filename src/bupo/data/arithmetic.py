@@ -1,0 +1,59 @@
+"""Procedural multi-step arithmetic: the task of the embedded model.
+
+A problem is three two-digit numbers joined by `+` and `-` (`57+23-41`); its answer is one integer. It can be answered
+directly (`\\boxed{39}`) or with worked steps (`57+23=80;80-41=39;\\boxed{39}`): the same question, two ways to reason.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass
+
+TEST_SHARE = 8  # one problem in eight belongs to the test split, whatever the seed
+
+
+@dataclass(frozen=True)
+class ArithmeticProblem:
+    """One expression with its value and both ways to answer it."""
+
+    question: str
+    answer: str
+    worked: str
+    direct: str
+
+
+def _split_of(question: str) -> str:
+    """The split a question belongs to: a property of its text, so no seed can leak a test problem into training."""
+    return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
+
+
+def _draw(rng: random.Random) -> ArithmeticProblem:
+    first, *rest = [rng.randint(10, 99) for _ in range(3)]
+    question, total, steps = str(first), first, []
+    for number in rest:
+        sign = rng.choice("+-")
+        result = total + number if sign == "+" else total - number
+        question += f"{sign}{number}"
+        steps.append(f"{total}{sign}{number}={result};")
+        total = result
+    boxed = f"\\boxed{{{total}}}"
+    return ArithmeticProblem(question, str(total), "".join(steps) + boxed, boxed)
+
+
+def arithmetic_problem(split: str, seed: int, index: int) -> ArithmeticProblem:
+    """Problem number `index` of a seeded stream; it depends on (split, seed, index) only.
+
+    Args:
+        split (`str`): `"train"` or `"test"`. The two hold no question in common.
+        seed (`int`): seed of the stream.
+        index (`int`): position in the stream.
+
+    Raises:
+        ValueError: for another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    rng = random.Random(f"{split}-{seed}-{index}")
+    while True:
+        problem = _draw(rng)
+        if _split_of(problem.question) == split:
+            return problem

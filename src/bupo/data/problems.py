@@ -1,0 +1,172 @@
+"""Problems to train and test on: from the hub, from a file, from reasoning_gym, or the embedded task.
+
+Whatever the source, the result is a dataset with two columns: `prompt` (messages) and `answer` (text).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from bupo.data.arithmetic import arithmetic_problem
+from bupo.errors import UserError
+
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")
+ARITHMETIC = "arithmetic"
+REASONING_GYM = "reasoning_gym:"
+FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
+
+
+def load_problems(
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    system_prompt: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load problems as a dataset of `prompt` (list of messages) and `answer` (`str`).
+
+    Args:
+        name (`str`):
+            A local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's task;
+            or a dataset's id on the Hugging Face hub.
+        split (`str`, *optional*, defaults to `"train"`): split of a hub dataset or a procedural task. A file is one split.
+        config (`str`, *optional*): the hub dataset's configuration; for `reasoning_gym`, its options as JSON.
+        prompt_column, answer_column (`str`, *optional*):
+            Where they are found; by default the first of `prompt`, `problem`, `question`, and of `answer`, `final_answer`,
+            `reward_model.ground_truth`, `ground_truth`, `solution`. A dot reaches into a nested column.
+        system_prompt (`str`, *optional*): put before problems that have no system message.
+        size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
+        seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
+
+    Raises:
+        UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"the number of problems must be positive, got {size}")
+    if name == ARITHMETIC:
+        rows = _arithmetic(_known_split(name, split), size, seed)
+    elif name.startswith(REASONING_GYM):
+        rows = _reasoning_gym(name, _known_split(name, split), size, seed, config)
+    else:
+        rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split)
+        if size is not None:
+            rows = rows.select(range(min(size, len(rows))))
+    if len(rows) == 0:
+        raise UserError(f"{name} holds no problems")
+    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
+    return Dataset.from_dict(
+        {
+            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
+            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
+        }
+    )
+
+
+def _known_split(name: str, split: str) -> str:
+    if split not in _PROCEDURAL_SIZES:
+        raise UserError(f"{name} has the splits train and test, not {split!r}")
+    return split
+
+
+def _arithmetic(split: str, size: int | None, seed: int) -> Dataset:
+    problems = [arithmetic_problem(split, seed, i) for i in range(size or _PROCEDURAL_SIZES[split])]
+    return Dataset.from_dict({"prompt": [p.question for p in problems], "answer": [p.answer for p in problems]})
+
+
+def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: str | None) -> Dataset:
+    import reasoning_gym
+
+    try:
+        options = json.loads(config) if config else {}
+        # a task draws problem i from seed + i: the splits lie far apart
+        start = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
+        task = reasoning_gym.create_dataset(
+            name.removeprefix(REASONING_GYM), size=size or _PROCEDURAL_SIZES[split], seed=start, **options
+        )
+        entries = list(task)
+    except Exception as error:  # a task's own assertions, unknown options, malformed JSON
+        raise UserError(f"{name} cannot be made{f' with {config}' if config else ''}: {_line(error)}") from error
+    return Dataset.from_dict(
+        {"prompt": [entry["question"] for entry in entries], "answer": [entry["answer"] for entry in entries]}
+    )
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in FILE_KINDS or Path(name).exists()
+
+
+def _from_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give a .parquet, .jsonl or .json file, a hub id or {REASONING_GYM}NAME")
+    if path.suffix not in FILE_KINDS:
+        raise UserError(f"{path} is no {', '.join(FILE_KINDS)} file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    try:
+        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {_line(error.__cause__ or error)}") from error
+
+
+def _from_hub(name: str, config: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:
+        raise UserError(
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {_line(error)}; give a hub id you can reach, a local "
+            f".parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """An error's first line, named."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+
+
+def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> list:
+    for path in (wanted,) if wanted else usual:
+        top, *rest = path.split(".")
+        if top not in rows.column_names:
+            continue
+        values = list(rows[top])
+        for key in rest:
+            if not all(isinstance(value, Mapping) and key in value for value in values):
+                break
+            values = [value[key] for value in values]
+        else:
+            return values
+    raise UserError(
+        f"{name} has no {what} column {wanted or ' or '.join(usual)}; its columns are {', '.join(rows.column_names)}: "
+        f"name one with {what}_column"
+    )
+
+
+def _messages(prompt, system_prompt: str | None, name: str, row: int) -> list[dict]:
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        messages = prompt
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed or not messages or not messages[-1]["content"].strip():
+        raise UserError(f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}")
+    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _answer(answer, name: str, row: int) -> str:
+    if answer is None or not str(answer).strip():
+        raise UserError(f"{name}, row {row}: the answer is empty")
+    return str(answer)

@@ -1,0 +1,77 @@
+"""Models and tokenizers by name, with errors that a user can act on."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bupo.errors import UserError
+
+EMBEDDED = "embedded"
+
+
+def model_path(name: str) -> str:
+    """The folder of the embedded model for `embedded`; any other name as it is.
+
+    Raises:
+        UserError: if the name is a local path that holds no model.
+    """
+    if name == EMBEDDED:
+        return str(files("bupo") / "embedded" / "model")
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name} is a file: give the folder that holds config.json, or a hub id")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{name} holds no model: it has no config.json")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise UserError(f"{name} does not exist: give the folder of a model, a hub id or '{EMBEDDED}'")
+    return name
+
+
+def load_model(name: str, **kwargs) -> PreTrainedModel:
+    """A causal LM by name: `embedded`, a folder, or a hub id.
+
+    Args:
+        name (`str`): which.
+        kwargs: of `from_pretrained`; `dtype` defaults to the config's.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal LM.
+    """
+    path = model_path(name)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=kwargs.get("revision"), trust_remote_code=kwargs.get("trust_remote_code", False)
+        )
+    except Exception as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from error
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+        raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except Exception as error:
+        raise UserError(f"model {name!r} cannot be loaded as a causal language model: {_line(error)}") from error
+
+
+def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model {name!r} has no tokenizer that can be loaded: {_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no details'}"

@@ -1,0 +1,162 @@
+"""math-verify in child processes that can be killed.
+
+math-verify stops itself with signals, which work in a main thread only, and an expression can hang where no signal is
+looked at. So each answer is graded in a child process, and a child that misses the deadline is killed and replaced.
+"""
+
+import json
+import os
+import queue
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+
+from bupo.errors import UserError
+
+
+class Verdict(StrEnum):
+    """What became of an answer. Only `correct` earns a reward; the others are counted apart."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+    TIMEOUT = "timeout"
+
+
+_INTEGER = re.compile(r"-?\d{1,300}")
+_BOXED_INTEGER = re.compile(r"\\boxed\{(-?\d{1,300})\}")
+_START_SECONDS = 120  # importing sympy on a busy machine
+
+
+def _integer_verdict(answer: str, gold: str) -> Verdict | None:
+    """The verdict where both are plain integers, which needs no algebra; None otherwise."""
+    if answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()):
+        return None
+    boxed = _BOXED_INTEGER.search(answer)
+    if boxed is None:
+        return None
+    return Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
+
+
+class _Child:
+    """One worker process and its pipe."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bupo.rewards.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        if self._reply(_START_SECONDS) != "ready":
+            self.kill()
+            raise RuntimeError("the grading process did not start: is math-verify installed?")
+
+    def grade(self, answer: str, gold: str, deadline: float) -> str | None:
+        """The child's verdict, or None if it missed the deadline or died."""
+        request = json.dumps({"answer": answer, "gold": gold}) + "\n"
+        try:
+            self.process.stdin.write(request.encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self._reply(deadline)
+
+    def _reply(self, seconds: float) -> str | None:
+        line, end = b"", time.monotonic() + seconds
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
+            chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
+            if not chunk:
+                return None
+            line += chunk
+        return json.loads(line)["verdict"]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class MathGrader:
+    """Grades answers against gold answers by math-verify, in child processes with a deadline for each answer.
+
+    Args:
+        deadline (`float`, *optional*, defaults to `5.0`): seconds an answer may take.
+        processes (`int`, *optional*): number of children, by default the number of cores, at most 8.
+
+    The children start with the first answer that needs one and end with [`close`], or with this process.
+    """
+
+    def __init__(self, deadline: float = 5.0, processes: int | None = None):
+        self.deadline = deadline
+        self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()  # None: not started yet
+        self.processes = processes or min(8, os.cpu_count() or 1)
+        for _ in range(self.processes):
+            self._free.put(None)
+
+    def grade(self, answers: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """The verdict of each answer.
+
+        Raises:
+            UserError: if a gold answer holds no expression, or the lengths differ.
+        """
+        if len(answers) != len(golds):
+            raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
+        verdicts: list[Verdict | None] = [
+            _integer_verdict(answer, gold) for answer, gold in zip(answers, golds, strict=True)
+        ]
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index, verdict in enumerate(verdicts):
+            if verdict is None:
+                waiting.put(index)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while not errors:
+                    index = waiting.get_nowait()
+                    verdicts[index] = self._grade_one(answers[index], golds[index])
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(min(self.processes, waiting.qsize()))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()  # ends: every wait inside has a deadline
+        if errors:
+            raise errors[0]
+        return verdicts  # type: ignore[return-value]
+
+    def _grade_one(self, answer: str, gold: str) -> Verdict:
+        child = self._free.get()
+        verdict = None
+        try:
+            child = child or _Child()
+            verdict = child.grade(answer, gold, self.deadline)
+        finally:
+            if verdict is None and child is not None:
+                child.kill()
+                child = None
+            self._free.put(child)
+        if verdict == "bad_gold":
+            raise UserError(f"the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read")
+        return Verdict(verdict or "timeout")
+
+    def close(self) -> None:
+        """End the children."""
+        for _ in range(self.processes):
+            child = self._free.get()
+            if child is not None:
+                child.kill()
+            self._free.put(None)

@@ -1,0 +1,39 @@
+"""The reward of mathematical problems, as TRL calls it."""
+
+import atexit
+import functools
+
+from bupo.errors import UserError
+from bupo.rewards.grader import MathGrader, Verdict
+
+
+@functools.cache
+def _grader() -> MathGrader:
+    grader = MathGrader()
+    atexit.register(grader.close)
+    return grader
+
+
+def answer_text(completion: str | list[dict]) -> str:
+    """The text of a completion, plain or conversational."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float]:
+    """1.0 where the completion's final answer equals the gold one by math-verify, else 0.0.
+
+    Args:
+        completions (`list`): texts, or lists of messages.
+        answer (`list[str]`): the dataset's `answer` column.
+        log_metric (`Callable`, *optional*): TRL's; receives the shares of unparsable and timed-out answers.
+
+    Raises:
+        UserError: if the dataset has no column `answer`, or a gold answer holds no expression.
+    """
+    if answer is None:
+        raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
+    verdicts = _grader().grade([answer_text(c) for c in completions], [str(a) for a in answer])
+    if log_metric is not None:
+        for verdict in (Verdict.UNPARSABLE, Verdict.TIMEOUT):
+            log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))
+    return [float(verdict == Verdict.CORRECT) for verdict in verdicts]

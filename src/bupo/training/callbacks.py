@@ -1,0 +1,114 @@
+"""What a run tells: one JSON line a log for programs, one line a step for people."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl` in the run's folder as it comes. A resumed run keeps the rows before it."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / METRICS_FILE
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        rows = read_metrics(self.path) if state.global_step and self.path.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(kept))
+        part.replace(self.path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`; a last line that was cut off is dropped."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress(console: Console) -> Progress:
+    """A progress bar with counts, the time taken and an estimate of the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class ConsoleLines(TrainerCallback):
+    """One line a log and a progress bar below them, on the main process.
+
+    A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
+    model policy (and of the layer policy) in nats and the share of clipped ratios.
+
+    Args:
+        console (`rich.console.Console`): where to.
+        internal_layer (`int`, *optional*): the layer of phase 1, for the lines.
+    """
+
+    def __init__(self, console: Console, internal_layer: int | None):
+        self.console, self.layer = console, internal_layer
+        self.bar = self.task = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = progress(self.console)
+            self.task = self.bar.add_task("updates", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Stop the bar; a run that failed must not leave it spinning."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar and logs and "phase" in logs:
+            self.console.print(self._line(logs), highlight=False)
+        elif self.bar and logs and "eval_reward" in logs:
+            self.console.print(f"      [cyan]evaluation[/]  reward {logs['eval_reward']:.3f}", highlight=False)
+
+    def _line(self, logs: dict) -> str:
+        """At most 80 columns."""
+        where = f"[magenta]1 layer {self.layer:<3}[/]" if logs["phase"] < 1.5 else "[green]2 whole    [/]"
+        entropy = f"entropy {logs['entropy']:.3f}"
+        if "internal/entropy" in logs:
+            entropy += f" ({logs['internal/entropy']:.3f})"
+        clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
+        parts = [
+            f"{logs['rollout_batch']:>4.0f}  {where}",
+            f"reward {logs['reward']:.3f}" if "reward" in logs else "",
+            f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
+            f"{entropy:23}",
+            f"clip {clipped:.3f}" if clipped is not None else "",
+        ]
+        return "  ".join(part for part in parts if part)

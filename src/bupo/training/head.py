@@ -1,0 +1,101 @@
+"""The policy head: per-token log-probs and entropies from the model's own forward, for the policy in force.
+
+TRL scores with `model(input_ids, attention_mask, labels, fused_lm_head=True)`, through whatever wraps the model (DDP,
+FSDP, PEFT). This head answers that call in TRL's stead, for the language model policy and for a layer's.
+"""
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput
+
+from bupo.policy import Lens
+from bupo.residual import ResidualStream, Site
+from bupo.scoring import score_tokens
+
+
+@dataclass
+class PolicyScores(ModelOutput):
+    """What TRL reads from a scoring call. Zero where the label is `-100`.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
+        entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
+        aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
+    """
+
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class PolicyHead:
+    """Gives a causal LM the scoring call. Add it before the model is wrapped.
+
+    Args:
+        stream ([`~bupo.residual.ResidualStream`]): the model.
+        temperature (`float`): of every policy.
+        lens (`str`): of the layer policies.
+        fp32 (`bool`): whether the projection runs in fp32 outside autocast (TRL's `cast_lm_head_to_fp32`).
+    """
+
+    def __init__(self, stream: ResidualStream, temperature: float, lens: Lens, fp32: bool = False):
+        self.stream, self.temperature, self.lens, self.fp32 = stream, temperature, lens, fp32
+        self.layer: int | None = None  # None: the language model policy
+        model, head = stream.model, self
+        plain = model.forward
+
+        @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
+        def forward(model, *args, fused_lm_head=False, labels=None, **kwargs):
+            if fused_lm_head:
+                return head._score(model, labels, *args, **kwargs)
+            return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    @contextmanager
+    def scoring(self, layer: int | None) -> Iterator[None]:
+        """Inside, scoring calls speak for this layer's policy."""
+        before, self.layer = self.layer, layer
+        try:
+            yield
+        finally:
+            self.layer = before
+
+    def _score(self, model, labels, *args, **kwargs) -> PolicyScores:
+        if getattr(self.stream.config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        if self.layer is None:
+            out = model.base_model(*args, use_cache=False, **kwargs)
+            hidden = out.last_hidden_state
+        else:
+            # what the norm reads, not what the block returns: a hook inside a checkpointed block sees no gradient
+            site = Site("norm_input", self.layer)
+            with self.stream.record([site]) as states, self.stream.first_layers(self.layer):
+                out = model.base_model(*args, use_cache=False, **kwargs)
+            hidden = states[site] if self.lens == "raw" else out.last_hidden_state
+
+        head = self.stream.head()
+        for name in ("weight", "bias"):
+            if isinstance(head[name], DTensor):  # FSDP2 shards the head
+                head[name] = head[name].full_tensor()
+        hidden = hidden[:, :-1].to(head["weight"].device)
+        labels = labels[:, 1:].to(head["weight"].device)
+        precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
+        with precise:
+            scores = score_tokens(
+                hidden.float() if self.fp32 else hidden, targets=labels, temperature=self.temperature, **head
+            )
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            config = self.stream.config
+            aux_loss = load_balancing_loss_func(
+                out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+            )
+        return PolicyScores(scores.log_probs, scores.entropy, aux_loss)

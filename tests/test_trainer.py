@@ -1,0 +1,380 @@
+"""The two phases: what moves, what does not, whose log-probs meet, and that nothing of TRL's is lost."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
+from bupo.models import load_tokenizer
+from tests.tiny import tiny_model
+
+TOKENIZER = load_tokenizer("embedded")
+PROBLEMS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(2, 10) for b in range(2, 10)]})
+
+
+def token_reward(completion_ids, **kwargs):
+    """Some answers are better than others, also for a random model."""
+    return [sum(i % 7 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def model_of(family="qwen3", **changes):
+    return tiny_model(family, vocab_size=262, pad_token_id=0, bos_token_id=None, eos_token_id=1, **changes)
+
+
+def config(folder, **changes):
+    return BuPOConfig(
+        **{
+            "output_dir": str(folder),
+            "internal_layer": 2,
+            "internal_steps": 2,
+            "per_device_train_batch_size": 4,
+            "steps_per_generation": 4,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "max_steps": 8,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            **changes,
+        }
+    )
+
+
+def trainer_of(model, args, **kwargs):
+    return BuPOTrainer(
+        model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, **kwargs
+    )
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(before, model):
+    return {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+def assert_only_below(names, all_names, layer):
+    """Everything up to the layer moved, embedding and head too; nothing above, nor the final norm."""
+    for name in all_names:
+        number = int(name.split(".layers.")[1].split(".")[0]) + 1 if ".layers." in name else None
+        above = number is not None and number > layer
+        final_norm = number is None and "norm" in name
+        assert (name in names) != (above or final_norm), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [None, True, False])  # off, reentrant, not reentrant
+def test_phase_one_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, checkpointing):
+    model = model_of(tie_word_embeddings=tied)
+    before = snapshot(model)
+    args = config(tmp_path, gradient_checkpointing=checkpointing is not None)
+    if checkpointing is not None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": checkpointing}
+    trainer_of(model, args).train()
+    assert_only_below(changed(before, model), before, 2)
+
+
+def test_phase_two_moves_everything(tmp_path):
+    model = model_of()
+    before = snapshot(model)
+    trainer_of(model, config(tmp_path, max_steps=12)).train()
+    assert changed(before, model) == set(before)
+
+
+def test_only_adapters_up_to_l_move_with_lora(tmp_path):
+    trainer = trainer_of(
+        model_of(), config(tmp_path), peft_config=LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(before, trainer.model)
+    assert moved and all("lora" in name for name in moved)
+    assert {name.split(".layers.")[1].split(".")[0] for name in moved} == {"0", "1"}
+    # lora_B starts at zero, so the first update moves it alone; by the last, both halves of every pair have moved
+    assert moved == {n for n in before if "lora" in n and n.split(".layers.")[1].split(".")[0] in "01"}
+
+
+class RatioWatch(TrainerCallback):
+    """Largest |log ratio| on any token of each update, and whose log-probs the old ones are."""
+
+    def __init__(self):
+        self.rows = []
+
+    def attach(self, trainer):
+        real, watch = trainer._get_per_token_logps_and_entropies, self
+
+        def compute_loss(model, inputs, inner=trainer._compute_loss):
+            watch.mask, watch.old = inputs["completion_mask"], inputs["old_per_token_logps"]
+            watch.row = {"batch": trainer.rollout_batch, "phase": trainer.phase, "update": trainer.state.global_step}
+            return inner(model, inputs)
+
+        def scored(model, *args, **kwargs):
+            logps, entropies, aux = real(model, *args, **kwargs)
+            if torch.is_grad_enabled():
+                watch.row["log_ratio"] = ((logps - watch.old) * watch.mask).abs().max().item()
+                watch.rows.append(watch.row)
+            return logps, entropies, aux
+
+        trainer._compute_loss, trainer._get_per_token_logps_and_entropies = compute_loss, scored
+        return self
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_first_update_of_each_batch_has_ratio_one(tmp_path, iterations):
+    trainer = trainer_of(model_of(), config(tmp_path, max_steps=16 * iterations, num_iterations=iterations))
+    watch = RatioWatch().attach(trainer)
+    trainer.train()
+    updates = 4 * iterations
+    assert [row["batch"] for row in watch.rows] == [1 + i // updates for i in range(16 * iterations)]
+    assert [row["phase"] for row in watch.rows] == [1] * 2 * updates + [2] * 2 * updates
+    for i, row in enumerate(watch.rows):
+        if i % updates == 0:  # also the third batch, where the phase changes
+            assert row["log_ratio"] < 1e-5, row
+        else:
+            assert row["log_ratio"] > 1e-4, row
+
+
+def test_old_log_probs_are_the_layer_policys(tmp_path):
+    """The inputs of the first update hold what InternalPolicies says, and pi_theta's entropy beside it."""
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, max_steps=1, temperature=0.8))
+    copies = copy.deepcopy(model.state_dict())
+    seen = {}
+
+    def compute_loss(model, inputs, inner=trainer._compute_loss):
+        seen.update(inputs)
+        return inner(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    fresh = model_of()
+    fresh.load_state_dict(copies)
+    policies = InternalPolicies(fresh, temperature=0.8)
+    ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], 1)
+    mask = torch.cat([seen["prompt_mask"], seen["completion_mask"]], 1)
+    answer = seen["completion_mask"].bool()
+    start = seen["prompt_ids"].size(1) - 1
+    with torch.no_grad():
+        layer = policies.layer(2).log_probs(ids, mask)[:, start:][answer]
+        entropy = policies.language_model.entropy(ids, mask)[:, start:-1][answer]
+    torch.testing.assert_close(seen["old_per_token_logps"][answer], layer, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen["language_model_entropies"][answer], entropy, atol=1e-5, rtol=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["entropy"] == pytest.approx(entropy.mean().item(), abs=1e-5)
+    assert logged["internal/entropy"] != pytest.approx(logged["entropy"], abs=1e-3)
+
+
+def test_updates_of_phase_one_never_run_layers_above_l(tmp_path):
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, max_steps=4))
+    calls = []
+
+    def note(name):
+        return lambda module, inputs: calls.append(name) if torch.is_grad_enabled() else None
+
+    for number, block in enumerate(model.model.layers, 1):
+        block.register_forward_pre_hook(note(number))
+    model.lm_head.register_forward_pre_hook(note("head"))
+    trainer.train()
+    assert set(calls) == {1, 2}
+
+
+def test_what_is_logged(tmp_path):
+    trainer = trainer_of(
+        model_of(),
+        config(
+            tmp_path, max_steps=12, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=4, logging_steps=None
+        ),
+        eval_dataset=PROBLEMS.select(range(4)),
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "phase" in row]
+    assert [row["phase"] for row in logs] == [1, 1, 2]  # one log a rollout batch
+    assert [row["rollout_batch"] for row in logs] == [1, 2, 3]
+    for row in logs:
+        assert {"reward", "completions/mean_length", "clip_ratio/region_mean", "entropy", "step_time"} <= set(row)
+        assert ("internal/entropy" in row) == (row["phase"] == 1)
+        assert 0 < row["entropy"] < 5.57  # log 262
+    evaluations = [row for row in trainer.state.log_history if "eval_entropy" in row]
+    assert len(evaluations) == 3 and not any("eval_internal/entropy" in row for row in evaluations)
+
+
+def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, per_device_eval_batch_size=4), eval_dataset=PROBLEMS.select(range(4)))
+    layers = []
+    model.model.layers[3].register_forward_pre_hook(lambda m, a: layers.append(4))
+    real = trainer._compute_loss
+    seen = []
+    trainer._compute_loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
+    assert trainer.phase == 1
+    trainer.evaluate()
+    assert seen and all(seen)
+
+
+def test_without_a_first_phase_it_is_trls_grpo(tmp_path):
+    """internal_steps=0 gives GRPOTrainer's run: same samples, same parameters."""
+    common = {"max_steps": 4, "learning_rate": 1e-3}
+    mine, theirs = model_of(), model_of()
+    trainer_of(mine, config(tmp_path / "a", internal_steps=0, internal_layer=None, **common)).train()
+    options = {
+        key: value
+        for key, value in config(tmp_path / "b", **common).__dict__.items()
+        if key in ("output_dir", "per_device_train_batch_size", "steps_per_generation", "num_generations", "weight_decay")
+        or key in ("max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type", "report_to", "save_strategy")
+    }
+    GRPOTrainer(
+        theirs, token_reward, GRPOConfig(**options, bf16=False), train_dataset=PROBLEMS, processing_class=TOKENIZER
+    ).train()
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
+)
+def test_every_loss_type_works_in_phase_one(tmp_path, loss_type):
+    model = model_of()
+    before = snapshot(model)
+    level = "sequence" if loss_type == "luspo" else "token"
+    epsilon = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    args = config(tmp_path, loss_type=loss_type, importance_sampling_level=level, max_steps=4, **epsilon)
+    trainer_of(model, args).train()
+    assert_only_below(changed(before, model), before, 2)
+
+
+def test_kl_to_the_reference_compares_layer_policies(tmp_path):
+    """At the first update the model is its reference: a layer policy against pi_theta would give a large KL."""
+    model = model_of()
+    model.save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    trainer = trainer_of(model, config(tmp_path, beta=0.1, max_steps=12))
+    trainer.train()
+    kls = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert abs(kls[0]) < 1e-6 and kls[1] > 1e-6 and len(kls) == 12
+
+
+def test_kl_to_the_reference_with_lora(tmp_path):
+    lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    trainer = trainer_of(model_of(), config(tmp_path, beta=0.1, max_steps=2), peft_config=lora)
+    trainer.train()
+    kls = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert abs(kls[0]) < 1e-6 < kls[1]
+
+
+def test_aligned_updates_and_accumulation(tmp_path):
+    """One optimizer update a rollout batch: TRL keeps no old log-probs, and the entropy is still pi_theta's."""
+    model = model_of()
+    before = snapshot(model)
+    args = config(tmp_path, gradient_accumulation_steps=4, steps_per_generation=None, max_steps=2)
+    trainer = trainer_of(model, args)
+    trainer.train()
+    assert_only_below(changed(before, model), before, 2)
+    assert [row["rollout_batch"] for row in trainer.state.log_history if "phase" in row] == [1, 2]
+    assert all("internal/entropy" in row for row in trainer.state.log_history if "phase" in row)
+
+
+def test_mixture_of_experts_with_its_auxiliary_loss(tmp_path):
+    model = model_of("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
+    before = snapshot(model)
+    trainer = trainer_of(model, config(tmp_path, max_steps=4))
+    trainer.train()
+    names = changed(before, model)
+    assert not any(f".layers.{n}." in name for name in names for n in (2, 3)) and "model.norm.weight" not in names
+    assert any("experts" in name for name in names)
+    assert all(row["aux_loss"] > 0 for row in trainer.state.log_history if "phase" in row)
+
+
+def test_final_norm_lens_moves_the_norm_too(tmp_path):
+    model = model_of()
+    before = snapshot(model)
+    trainer_of(model, config(tmp_path, internal_lens="final_norm", max_steps=4)).train()
+    names = changed(before, model)
+    assert "model.norm.weight" in names and not any(f".layers.{n}." in name for name in names for n in (2, 3))
+
+
+@pytest.mark.parametrize("stop", [4, 6, 10])  # at a rollout batch's end, inside phase 1, inside phase 2
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
+    common = {"max_steps": 14, "save_strategy": "steps", "save_steps": stop, "learning_rate": 1e-3}
+    whole = model_of()
+    trainer = trainer_of(whole, config(tmp_path, **common))
+    trainer.train()
+    resumed = model_of(seed=5)
+    second = trainer_of(resumed, config(tmp_path, **common))
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+    rows = [row for row in second.state.log_history if "phase" in row]
+    assert [row["rollout_batch"] for row in rows] == [1 + i // 4 for i in range(14)]
+
+
+def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
+    args = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    trainer_of(model_of(), config(tmp_path, **args)).train()
+    (tmp_path / "checkpoint-5" / "rollouts_0.pt").unlink()
+    trainer = trainer_of(model_of(), config(tmp_path, **args))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert [row["phase"] for row in trainer.state.log_history if "phase" in row] == [1] * 8 + [2] * 2
+    assert json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())["global_step"] == 10
+
+
+def test_a_run_that_cannot_learn_says_so(tmp_path, caplog):
+    trainer = BuPOTrainer(
+        model_of(), lambda completions, **k: [1.0] * len(completions), config(tmp_path, max_steps=1),
+        train_dataset=PROBLEMS, processing_class=TOKENIZER,
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert "rollout batch 1 teaches nothing: all answers to each prompt have one reward (mean 1)" in caplog.text
+
+
+def test_a_reward_that_fails_is_named(tmp_path):
+    def broken(completions, **kwargs):
+        raise ZeroDivisionError("no tokens")
+
+    def short(completions, **kwargs):
+        return [0.0]
+
+    for reward, message in ((broken, "reward function broken failed in rollout batch 1: ZeroDivisionError: no tokens"),
+                            (short, "'short' returned 1 rewards, but 16 were expected")):
+        trainer = BuPOTrainer(
+            model_of(), reward, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER
+        )
+        with pytest.raises(UserError, match=message):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"internal_layer": 5}, "layer 5 does not exist: .* has layers 1 to 4"),
+        ({"internal_layer": 0}, "internal_layer must be a layer from 1 up, got 0"),
+        ({"internal_layer": -1}, "internal_layer must be a layer from 1 up, got -1"),
+        ({"internal_layer": "abc"}, "internal_layer must be a layer from 1 up, got 'abc'"),
+        ({"internal_layer": None}, "internal_layer is not set"),
+        ({"internal_steps": -1}, "internal_steps must be .* 0 or more: -1"),
+        ({"internal_lens": "logit"}, "unknown lens mode 'logit': choose raw or final_norm"),
+    ],
+)
+def test_bad_configurations_are_refused_before_anything_is_written(tmp_path, changes, message):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        trainer_of(model_of(), config(folder, **changes))
+    assert not folder.exists()
+
+
+def test_a_cpu_trains_in_fp32_without_flags(tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert BuPOConfig(str(tmp_path), internal_layer=1).bf16 is False
+    assert BuPOConfig(str(tmp_path), internal_layer=1, bf16=True, use_cpu=True).bf16 is True
