@@ -22,7 +22,9 @@ def hooked_states(model, ids):
         )
     )
     for block in blocks:
-        handles.append(block.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)))
+        handles.append(
+            block.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
+        )
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     for handle in handles:
@@ -95,9 +97,7 @@ def test_final_norm_lens_and_temperature():
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model, lens="final_norm", temperature=0.7)
     wanted = (head_of(model, model.model.norm(states[2])) / 0.7).log_softmax(-1)
-    torch.testing.assert_close(
-        policies.layer(2).logits(ids).double().log_softmax(-1), wanted, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(policies.layer(2).logits(ids).double().log_softmax(-1), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         policies.layer(2).entropy(ids).double(), -(wanted.exp() * wanted).sum(-1), atol=1e-5, rtol=1e-5
     )
@@ -111,7 +111,10 @@ def test_kl_against_torch():
     policies = InternalPolicies(model)
     p, q = policies.layer(1), policies.language_model
     wanted = torch.nn.functional.kl_div(
-        q.logits(ids).double().log_softmax(-1), p.logits(ids).double().log_softmax(-1), log_target=True, reduction="none"
+        q.logits(ids).double().log_softmax(-1),
+        p.logits(ids).double().log_softmax(-1),
+        log_target=True,
+        reduction="none",
     ).sum(-1)
     torch.testing.assert_close(p.kl(q, ids).double(), wanted, atol=1e-5, rtol=1e-4)
     assert p.kl(p, ids).abs().max() < 1e-6

@@ -46,8 +46,14 @@ def test_bloom_adds_inside_its_modules_and_is_refused():
 def test_post_norm_blocks_are_refused():
     """OPT's 350m variant normalises after the addition: no stream runs through it."""
     config = AutoConfig.for_model(
-        "opt", vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=32, do_layer_norm_before=False,
+        "opt",
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
     )
     with pytest.raises(UserError, match="pass family="):
         ResidualStream(AutoModelForCausalLM.from_config(config))
@@ -84,7 +90,7 @@ def test_a_user_can_name_the_parts_of_an_unknown_family(monkeypatch):
     monkeypatch.delitem(RULES, "cohere2")
     policies = InternalPolicies(tiny_model("cohere2"), family=Family(logit_scale="logit_scale"))
     assert policies.identity.worst < 1e-5
-    with pytest.raises(UserError, match="no module 'attend'.*pass family="):
+    with pytest.raises(UserError, match=r"no module 'attend'.*pass family="):
         InternalPolicies(tiny_model("llama"), family=Family(attn="attend"))
     with pytest.raises(UserError, match="has no 'blocks' in its decoder"):
         InternalPolicies(tiny_model("llama"), family=Family(layers="blocks"))
@@ -105,7 +111,7 @@ def test_nan_weights_are_refused():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="layer 3 .* by nan"):
+    with pytest.raises(UserError, match=r"layer 3 .* by nan"):
         InternalPolicies(model)
 
 

@@ -50,9 +50,7 @@ def config(folder, **changes):
 
 
 def trainer_of(model, args, **kwargs):
-    return BuPOTrainer(
-        model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, **kwargs
-    )
+    return BuPOTrainer(model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, **kwargs)
 
 
 def snapshot(model):
@@ -193,7 +191,12 @@ def test_what_is_logged(tmp_path):
     trainer = trainer_of(
         model_of(),
         config(
-            tmp_path, max_steps=12, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=4, logging_steps=None
+            tmp_path,
+            max_steps=12,
+            eval_strategy="steps",
+            eval_steps=4,
+            per_device_eval_batch_size=4,
+            logging_steps=None,
         ),
         eval_dataset=PROBLEMS.select(range(4)),
     )
@@ -230,8 +233,10 @@ def test_without_a_first_phase_it_is_trls_grpo(tmp_path):
     options = {
         key: value
         for key, value in config(tmp_path / "b", **common).__dict__.items()
-        if key in ("output_dir", "per_device_train_batch_size", "steps_per_generation", "num_generations", "weight_decay")
-        or key in ("max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type", "report_to", "save_strategy")
+        if key
+        in ("output_dir", "per_device_train_batch_size", "steps_per_generation", "num_generations", "weight_decay")
+        or key
+        in ("max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type", "report_to", "save_strategy")
     }
     GRPOTrainer(
         theirs, token_reward, GRPOConfig(**options, bf16=False), train_dataset=PROBLEMS, processing_class=TOKENIZER
@@ -240,9 +245,7 @@ def test_without_a_first_phase_it_is_trls_grpo(tmp_path):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
-)
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
 def test_every_loss_type_works_in_phase_one(tmp_path, loss_type):
     model = model_of()
     before = snapshot(model)
@@ -330,8 +333,11 @@ def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
 
 def test_a_run_that_cannot_learn_says_so(tmp_path, caplog):
     trainer = BuPOTrainer(
-        model_of(), lambda completions, **k: [1.0] * len(completions), config(tmp_path, max_steps=1),
-        train_dataset=PROBLEMS, processing_class=TOKENIZER,
+        model_of(),
+        lambda completions, **k: [1.0] * len(completions),
+        config(tmp_path, max_steps=1),
+        train_dataset=PROBLEMS,
+        processing_class=TOKENIZER,
     )
     with caplog.at_level("WARNING"):
         trainer.train()
@@ -345,11 +351,11 @@ def test_a_reward_that_fails_is_named(tmp_path):
     def short(completions, **kwargs):
         return [0.0]
 
-    for reward, message in ((broken, "reward function broken failed in rollout batch 1: ZeroDivisionError: no tokens"),
-                            (short, "'short' returned 1 rewards, but 16 were expected")):
-        trainer = BuPOTrainer(
-            model_of(), reward, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER
-        )
+    for reward, message in (
+        (broken, "reward function broken failed in rollout batch 1: ZeroDivisionError: no tokens"),
+        (short, "'short' returned 1 rewards, but 16 were expected"),
+    ):
+        trainer = BuPOTrainer(model_of(), reward, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER)
         with pytest.raises(UserError, match=message):
             trainer.train()
 
@@ -377,4 +383,4 @@ def test_a_cpu_trains_in_fp32_without_flags(tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
     assert BuPOConfig(str(tmp_path), internal_layer=1).bf16 is False
-    assert BuPOConfig(str(tmp_path), internal_layer=1, bf16=True, use_cpu=True).bf16 is True
+    assert BuPOConfig(str(tmp_path), internal_layer=1, bf16=True).bf16 is True

@@ -18,7 +18,15 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 # model type and what its config adds to SIZES
 FAMILY_CONFIGS = {

@@ -83,7 +83,9 @@ class InternalPolicy:
     def _scores(self, states: torch.Tensor, targets: torch.Tensor):
         head = self.stream.head()
         return score_tokens(
-            states.to(head["weight"].device), targets=targets.to(head["weight"].device), **head,
+            states.to(head["weight"].device),
+            targets=targets.to(head["weight"].device),
+            **head,
             temperature=self.temperature,
         )
 
@@ -96,7 +98,9 @@ class InternalPolicy:
             UserError: if `other` belongs to another model.
         """
         if other.stream is not self.stream:
-            raise UserError(f"{other} belongs to another model: both policies of a KL must come from one InternalPolicies")
+            raise UserError(
+                f"{other} belongs to another model: both policies of a KL must come from one InternalPolicies"
+            )
         deepest = max(self.site.layer, other.site.layer)
         found = self.stream.run([self.site, other.site], input_ids, attention_mask, up_to=deepest)
         mine, others = self._lensed(found[self.site]), other._lensed(found[other.site])
@@ -110,9 +114,7 @@ class InternalPolicy:
         )
 
     @torch.no_grad()
-    def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Tokens sampled from this policy, after the prompt: `(batch, time + new)`.
 
         transformers' own `generate`, with its arguments (`max_new_tokens`, `do_sample`, `top_p`, `logits_processor`, …).
@@ -175,9 +177,7 @@ class InternalPolicies:
         UserError: if the model's residual stream is not what the family's rules say.
     """
 
-    def __init__(
-        self, model: nn.Module, family: Family | None = None, lens: Lens = "raw", temperature: float = 1.0
-    ):
+    def __init__(self, model: nn.Module, family: Family | None = None, lens: Lens = "raw", temperature: float = 1.0):
         if not temperature > 0:
             raise UserError(f"temperature must be positive, got {temperature}")
         self.lens, self.temperature = check_lens(lens), temperature

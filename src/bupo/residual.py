@@ -11,7 +11,7 @@ Layers count from 1 as in the paper; layer 0 is the embedding. `ResidualStream.b
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -93,7 +93,8 @@ class Identity(NamedTuple):
         return max(*self.layers, self.head)
 
 
-def _child(root: nn.Module, path: str) -> nn.Module | None:
+def _child(root: Any, path: str) -> Any:
+    """The module at a path, or None."""
     for name in path.split("."):
         root = getattr(root, name, None)
         if not isinstance(root, nn.Module):
@@ -111,7 +112,7 @@ def _argument(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: Any) -> PreTrainedModel:
     """The transformers causal LM inside a PEFT, DDP or FSDP wrapper.
 
     Raises:
@@ -131,11 +132,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def _guess_family(model: PreTrainedModel) -> Family:
     """Names of an unknown family's parts; `middle` is found by a trace."""
     decoder = model.get_decoder()
-    found = {}
+    found: dict[str, str] = {}
     for part, names in _USUAL_NAMES.items():
         root = decoder if part in ("layers", "norm") else _child(decoder, found["layers"])[0]
-        found[part] = next((name for name in names if _child(root, name) is not None), None)
-        if found[part] is None:
+        present = [name for name in names if _child(root, name) is not None]
+        if present:
+            found[part] = present[0]
+        else:
             raise UserError(
                 f"unknown model family {model.config.model_type!r}: none of {', '.join(names)} in "
                 f"{type(root).__name__}; pass family=bupo.Family(...) with the names of its parts"
@@ -188,7 +191,7 @@ class ResidualStream:
         """The final norm."""
         return _child(self.decoder, self.family.norm)
 
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int | None) -> nn.Module:
         """The block of a layer, counted from 1.
 
         Raises:
@@ -334,9 +337,11 @@ class ResidualStream:
         errors = []
         for layer in layers:
             out = states[Site("layer", layer)].double()
-            parts = [states[site].to(out) for site in (Site("layer", layer - 1), Site("attn", layer), Site("ffn", layer))]
+            parts = [
+                states[site].to(out) for site in (Site("layer", layer - 1), Site("attn", layer), Site("ffn", layer))
+            ]
             shapes_agree = all(part.shape == out.shape for part in parts)
-            errors.append(_relative(sum(parts), out) if shapes_agree else torch.inf)
+            errors.append(_relative(torch.stack(parts).sum(0), out) if shapes_agree else torch.inf)
             if not errors[-1] <= tolerance:
                 raise UserError(
                     f"{self._name} ({self.config.model_type}): layer {layer} does not add its writes to the residual "
@@ -379,9 +384,7 @@ class ResidualStream:
             ):
                 after = list(outputs)[list(outputs).index(module) :]
                 errors = [
-                    _multiple_error(write, outputs[n].double())
-                    for n in after
-                    if n and outputs[n].shape == write.shape
+                    _multiple_error(write, outputs[n].double()) for n in after if n and outputs[n].shape == write.shape
                 ]
                 error = min(errors, default=torch.inf)
                 if not error <= max(TOLERANCE.get(self.decoder.dtype, 3e-2), 1e-4):

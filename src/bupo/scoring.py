@@ -125,16 +125,16 @@ class _ScoreTokens(torch.autograd.Function):
                 at, column = _hits(targets[rows], columns)
                 grad[at, column] += grad_log_probs[rows][at]
             grad = ctx.rule.chain(grad, x)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] += grad @ weight[columns].to(kind)
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight[columns] += grad.t() @ hidden[rows].to(kind)
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias[columns] += grad.sum(0)
         return (
-            grad_hidden.to(hidden.dtype) if wants_hidden else None,
-            grad_weight.to(weight.dtype) if wants_weight else None,
-            grad_bias.to(bias.dtype) if wants_bias else None,
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
         )

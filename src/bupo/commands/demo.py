@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import bupo
 from bupo.commands.parsing import parse
@@ -75,6 +76,7 @@ def run(arguments: list[str]) -> None:
             raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
     started = time.perf_counter()
     console = Console()
+    disable_progress_bar()  # of loading and saving, which take no time here
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
@@ -168,7 +170,11 @@ def _table(summary: dict) -> Table:
     table.add_row("answer length, tokens", f"{summary['length_before']:.1f}", f"{summary['length_after']:.1f}")
     phases = f"1 to {first}, layer {summary['internal_layer']}" if first else "none"
     table.add_row("phase 1, rollout batches", "", phases)
-    table.add_row("phase 2, rollout batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none")
-    table.add_row("time in rollouts, in updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s")
+    table.add_row(
+        "phase 2, rollout batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none"
+    )
+    table.add_row(
+        "time in rollouts, in updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s"
+    )
     table.add_row("time in all", "", f"{summary['seconds']:.0f} s")
     return table

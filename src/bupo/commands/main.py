@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 
 import bupo
 from bupo.errors import UserError
@@ -15,7 +16,15 @@ COMMANDS = {
 def usage() -> str:
     rows = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
-        ["usage: bupo COMMAND [options]", "", bupo.__doc__, "", *rows, "", "bupo COMMAND --help lists a command's options"]
+        [
+            "usage: bupo COMMAND [options]",
+            "",
+            bupo.__doc__,
+            "",
+            *rows,
+            "",
+            "bupo COMMAND --help lists a command's options",
+        ]
     )
 
 
@@ -31,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     name, *options = argv
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}: choose {', '.join(COMMANDS)}")
+    # transformers warns its own callers of names it will rename
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         importlib.import_module(f"bupo.commands.{name}").run(options)
     except UserError as error:

@@ -186,7 +186,9 @@ def _checkpoint(config: BuPOConfig) -> str | None:
         return None
     if str(wanted).lower() != "true":
         if not (Path(wanted) / TRAINER_STATE_NAME).exists():
-            raise UserError(f"resume_from_checkpoint: {wanted} holds no complete checkpoint ({TRAINER_STATE_NAME} is missing)")
+            raise UserError(
+                f"resume_from_checkpoint: {wanted} holds no complete checkpoint ({TRAINER_STATE_NAME} is missing)"
+            )
         return str(wanted)
     found = [p.parent for p in Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     if not found:

@@ -156,10 +156,13 @@ def _messages(prompt, system_prompt: str | None, name: str, row: int) -> list[di
     else:
         messages = prompt
     well_formed = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     )
     if not well_formed or not messages or not messages[-1]["content"].strip():
-        raise UserError(f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}")
+        raise UserError(
+            f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}"
+        )
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})

@@ -4,6 +4,7 @@ math-verify stops itself with signals, which work in a main thread only, and an 
 looked at. So each answer is graded in a child process, and a child that misses the deadline is killed and replaced.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -54,6 +55,8 @@ class _Child:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.replies = self.process.stdin, self.process.stdout
         if self._reply(_START_SECONDS) != "ready":
             self.kill()
             raise RuntimeError("the grading process did not start: is math-verify installed?")
@@ -62,8 +65,8 @@ class _Child:
         """The child's verdict, or None if it missed the deadline or died."""
         request = json.dumps({"answer": answer, "gold": gold}) + "\n"
         try:
-            self.process.stdin.write(request.encode())
-            self.process.stdin.flush()
+            self.requests.write(request.encode())
+            self.requests.flush()
         except BrokenPipeError:
             return None
         return self._reply(deadline)
@@ -71,8 +74,8 @@ class _Child:
     def _reply(self, seconds: float) -> str | None:
         line, end = b"", time.monotonic() + seconds
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
+            ready, _, _ = select.select([self.replies], [], [], max(0.0, end - time.monotonic()))
+            chunk = os.read(self.replies.fileno(), 65536) if ready else b""
             if not chunk:
                 return None
             line += chunk
@@ -81,8 +84,9 @@ class _Child:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.replies.close()
+        with contextlib.suppress(BrokenPipeError):  # a request that the child never read
+            self.requests.close()
 
 
 class MathGrader:

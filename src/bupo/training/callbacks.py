@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,7 +78,8 @@ class ConsoleLines(TrainerCallback):
 
     def __init__(self, console: Console, internal_layer: int | None):
         self.console, self.layer = console, internal_layer
-        self.bar = self.task = None
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -79,7 +88,7 @@ class ConsoleLines(TrainerCallback):
             self.bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
+        if self.bar and self.task is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):

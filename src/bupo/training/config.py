@@ -6,15 +6,15 @@ import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError
-from bupo.policy import check_lens
+from bupo.policy import Lens, check_lens
 
 
 @dataclass
 class BuPOConfig(GRPOConfig):
     """Configuration of [`BuPOTrainer`](trainer.py): all of [`~trl.GRPOConfig`], and the first phase.
 
-    It differs from GRPOConfig's defaults in two entries: one log a rollout batch, and without an accelerator no `bf16`
-    and no pinned memory, so that a CPU trains in fp32 and quietly.
+    It differs from GRPOConfig's defaults in two entries: one log a rollout batch, and without an accelerator
+    `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher, without flags.
 
     Parameters:
         internal_layer (`int`, *optional*):
@@ -39,7 +39,7 @@ class BuPOConfig(GRPOConfig):
         default=20,
         metadata={"help": "Length of the first phase (s_inter) in rollout batches. 0 is GRPO."},
     )
-    internal_lens: str = field(
+    internal_lens: Lens = field(
         default="raw",
         metadata={
             "help": "What stands between the layer's states and the unembedding: nothing (`raw`) or the model's final "
@@ -54,11 +54,14 @@ class BuPOConfig(GRPOConfig):
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
+            self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
-            self.bf16 = False if self.bf16 is None else self.bf16
+            self.bf16 = bool(self.bf16)  # type: ignore[has-type]
         check_lens(self.internal_lens)
         if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
-            raise UserError(f"internal_steps must be a whole number of rollout batches, 0 or more: {self.internal_steps!r}")
+            raise UserError(
+                f"internal_steps must be a whole number of rollout batches, 0 or more: {self.internal_steps!r}"
+            )
         if self.internal_steps > 0:
             self._check_internal_phase()
         once_a_rollout = self.logging_steps is None
@@ -66,7 +69,9 @@ class BuPOConfig(GRPOConfig):
             self.logging_steps = 1
         super().__post_init__()
         if once_a_rollout:
-            self.logging_steps = max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+            self.logging_steps = max(
+                1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+            )
 
     def _check_internal_phase(self) -> None:
         layer = self.internal_layer
@@ -78,5 +83,5 @@ class BuPOConfig(GRPOConfig):
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
             raise UserError(f"internal_layer must be a layer from 1 up, got {layer!r}")
         # layers above l have no gradient in the first phase, which DDP must be told to expect
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True

@@ -15,6 +15,7 @@ import json
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -64,9 +65,9 @@ class BuPOTrainer(GRPOTrainer):
         UserError: if the layer does not exist, or the model's residual stream is not what its family's rules say.
     """
 
-    _tag_names = ["trl", "grpo", "bupo"]
+    _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     _name = "BuPO"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
         "id": "2512.19673",
     }
@@ -97,8 +98,9 @@ class BuPOTrainer(GRPOTrainer):
             for m in (self.model, self.ref_model)
             if m is not None
         ]
-        # None outside a rollout of phase 1; there it collects pi_theta's entropies
-        self._collected_entropies: list[torch.Tensor] | None = None
+        # during a rollout of phase 1, the entropies of the first scoring pass
+        self._collecting = False
+        self._collected_entropies: torch.Tensor | None = None
 
     @staticmethod
     def _open(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream:
@@ -146,25 +148,25 @@ class BuPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         started = time.perf_counter()
-        self._collected_entropies = [] if self._aligning else None
+        self._collecting = self._aligning
         try:
             output = super()._generate_and_score_completions(inputs)  # everything in here is pi_theta's
             if self._aligning:
                 self._score_with_layer_policy(output)
         finally:
-            self._collected_entropies = None
+            self._collecting, self._collected_entropies = False, None
         if self.model.training:
             self._metrics["train"]["rollout_time"].append(time.perf_counter() - started)
             self._warn_if_nothing_to_learn()
         return output
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
-        collect = self._collected_entropies is not None and not self._collected_entropies and model is self.model
+        collect = self._collecting and self._collected_entropies is None
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             model, *args, compute_entropy=compute_entropy or collect, **kwargs
         )
         if collect:
-            self._collected_entropies.append(entropies)
+            self._collected_entropies = entropies
         return logps, entropies, aux_loss
 
     @torch.no_grad()
@@ -176,9 +178,11 @@ class BuPOTrainer(GRPOTrainer):
         scored = (ids, mask, output["completion_ids"].size(1))
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if "old_per_token_logps" in output:  # then TRL's first pass over the rollout was pi_theta's
-                entropies = self._collected_entropies[0]
+                entropies = self._collected_entropies
             else:
-                entropies = self._get_per_token_logps_and_entropies(self.model, *scored, compute_entropy=True, **size)[1]
+                entropies = self._get_per_token_logps_and_entropies(self.model, *scored, compute_entropy=True, **size)[
+                    1
+                ]
             output["language_model_entropies"] = entropies
             with self._layer_policy():
                 if "old_per_token_logps" in output:

@@ -1,0 +1,48 @@
+"""One rank of the two-process run of test_distributed.py: train through both phases, write what this rank ends with."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.test_trainer import config, model_of, snapshot, trainer_of
+
+folder = Path(sys.argv[1])
+checkpointing = sys.argv[2] == "checkpointing"
+model = model_of()
+start = snapshot(model)
+args = config(
+    folder / "run",
+    gradient_checkpointing=checkpointing,
+    max_steps=16,
+    learning_rate=1e-3,
+    per_device_train_batch_size=2,
+    logging_steps=None,
+)
+trainer = trainer_of(model, args)
+after_first = {}
+
+
+def on_batch(batch=trainer._generate_and_score_completions):
+    def generate(inputs):
+        if trainer.rollout_batch == 3 and not after_first:
+            after_first.update(snapshot(model))
+        return batch(inputs)
+
+    return generate
+
+
+trainer._generate_and_score_completions = on_batch()
+trainer.train()
+rank = trainer.accelerator.process_index
+result = {
+    "world": trainer.accelerator.num_processes,
+    "kind": str(trainer.accelerator.distributed_type),
+    "phases": [row["phase"] for row in trainer.state.log_history if "phase" in row],
+    "moved_in_phase_1": [n for n in start if not torch.equal(start[n], after_first[n])],
+    "parameters": {n: p.double().sum().item() for n, p in model.named_parameters()},
+    "moved": [n for n, p in model.named_parameters() if not torch.equal(start[n], p)],
+}
+(folder / f"rank{rank}.json").write_text(json.dumps(result))
+torch.save(model.state_dict(), folder / f"rank{rank}.pt")

@@ -1,0 +1,135 @@
+"""Problems from every source, and one clear line where there are none."""
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bupo import UserError, load_problems
+from bupo.data.arithmetic import arithmetic_problem
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_arithmetic_is_right_and_depends_on_its_arguments_only():
+    for index in range(300):
+        problem = arithmetic_problem("train", 3, index)
+        value = eval(problem.question)  # the expression of digits, + and - just made
+        assert problem.answer == str(value) and problem.direct == f"\\boxed{{{value}}}"
+        *steps, last = problem.worked.split(";")
+        assert last == problem.direct and len(steps) == 2
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+        assert problem == arithmetic_problem("train", 3, index)
+    with pytest.raises(ValueError, match="'train' or 'test', got 'dev'"):
+        arithmetic_problem("dev", 0, 0)
+
+
+def test_train_and_test_share_no_question():
+    train = {arithmetic_problem("train", seed, i).question for seed in range(3) for i in range(2000)}
+    test = {arithmetic_problem("test", seed, i).question for seed in range(3) for i in range(2000)}
+    assert not train & test and min(len(train), len(test)) > 5900
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "reasoning_gym:chain_sum"])
+def test_procedural_tasks(name):
+    train, again = load_problems(name, size=20, seed=1), load_problems(name, size=20, seed=1)
+    assert train.to_list() == again.to_list() and len(train) == 20
+    assert train[0]["prompt"][-1]["role"] == "user" and math.isfinite(float(train[0]["answer"]))
+    test = load_problems(name, "test", size=20, seed=1)
+    assert not {p["prompt"][0]["content"] for p in train} & {p["prompt"][0]["content"] for p in test}
+
+
+def test_reasoning_gym_options():
+    problems = load_problems("reasoning_gym:chain_sum", size=5, config='{"min_terms": 2, "max_terms": 2}')
+    assert all(p["prompt"][0]["content"].count("=") == 1 for p in problems)
+    for config in ('{"min_terms": "x"}', '{"nope": 1}', "{"):
+        with pytest.raises(UserError, match="reasoning_gym:chain_sum cannot be made with"):
+            load_problems("reasoning_gym:chain_sum", size=5, config=config)
+    with pytest.raises(UserError, match="reasoning_gym:nope cannot be made: ValueError: Dataset 'nope'"):
+        load_problems("reasoning_gym:nope", size=5)
+    with pytest.raises(UserError, match="splits train and test, not 'dev'"):
+        load_problems("arithmetic", "dev")
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+def test_files(tmp_path, suffix):
+    rows = [{"problem": f"{i}+1", "solution": i + 1} for i in range(4)]
+    path = write(tmp_path / f"p{suffix}", rows)
+    problems = load_problems(path, system_prompt="Box it.", size=3)
+    assert len(problems) == 3
+    assert problems[1]["prompt"] == [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1+1"}]
+    assert problems[1]["answer"] == "2"
+    named = load_problems(path, prompt_column="solution" if suffix == "x" else "problem", answer_column="solution")
+    assert len(named) == 4
+
+
+def test_nested_columns_and_messages(tmp_path):
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    path = write(tmp_path / "p.parquet", [{"prompt": prompt, "reward_model": {"ground_truth": "5", "style": "rule"}}])
+    assert load_problems(path, system_prompt="other")[0] == {"prompt": prompt, "answer": "5"}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
+@pytest.mark.parametrize(
+    ("file", "rows"),
+    [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)],
+)
+def test_the_papers_problem_sets(file, rows):
+    problems = load_problems(str(SHARED / f"{file}.parquet"))
+    assert len(problems) == rows
+    assert [m["role"] for m in problems[0]["prompt"]][-1] == "user" and problems[0]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("{not json", "cannot be read as jsonl"),
+        ("[]", "holds no problems|cannot be read"),
+        ('{"text": "a"}', "has no prompt column prompt or problem or question; its columns are text: name one with"),
+        ('{"prompt": "a"}', "has no answer column answer or final_answer"),
+        ('{"prompt": "a", "answer": null}', "row 0: the answer is empty"),
+        ('{"prompt": "", "answer": "1"}', "row 0: the prompt is no text and no list of messages, or is empty"),
+        ('{"prompt": 5, "answer": "1"}', "row 0: the prompt is no text and no list of messages"),
+        ('{"prompt": [{"role": "user"}], "answer": "1"}', "row 0: the prompt is no text"),
+    ],
+)
+def test_malformed_files(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_problems(str(path))
+
+
+def test_what_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"absent\.parquet is no file"):
+        load_problems(str(tmp_path / "absent.parquet"))
+    with pytest.raises(UserError, match="is no file"):
+        load_problems(str(tmp_path))
+    (tmp_path / "p.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"is no \.parquet, \.jsonl, \.json file"):
+        load_problems(str(tmp_path / "p.csv"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 rubbish")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        load_problems(str(tmp_path / "broken.parquet"))
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(UserError, match="has no answer column gold; its columns are"):
+        load_problems(path, answer_column="gold")
+    with pytest.raises(UserError, match="must be positive, got 0"):
+        load_problems(path, size=0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"dataset 'nobody/nothing' .* cannot be loaded.*give a hub id"):
+        load_problems("nobody/nothing")

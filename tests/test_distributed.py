@@ -1,0 +1,36 @@
+"""Two gloo processes train through both phases and end with the same parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_trainer import assert_only_below
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("checkpointing", ["checkpointing", "plain"])
+def test_two_processes(tmp_path, checkpointing):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.distributed_run", str(tmp_path), checkpointing],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for rank in ranks:
+        assert rank["world"] == 2 and "MULTI_CPU" in rank["kind"]
+        assert_only_below(set(rank["moved_in_phase_1"]), rank["parameters"], 2)
+        assert set(rank["moved"]) == set(rank["parameters"])
+    assert ranks[0]["phases"] == [1, 1, 2, 2]

@@ -1,0 +1,40 @@
+"""The real SmolLM2-135M: parity of every layer policy, and text from inside."""
+
+import pytest
+import torch
+
+from bupo import InternalPolicies
+from tests.real_models import smollm2
+from tests.test_policy import hooked_states
+
+pytestmark = pytest.mark.real_model
+
+
+@torch.no_grad()
+def test_every_layer_policy_is_that_of_the_hooked_states():
+    model, tokenizer = smollm2()
+    text = "Add 57 and 23. Then subtract 41. The sum is 80, and 80 - 41 = 39, so the answer is \\boxed{39}."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    policies = InternalPolicies(model)
+    assert policies.num_layers == 30 and policies.identity.worst < 1e-5
+    states, logits = hooked_states(model, ids)
+    for layer in range(1, 31):
+        wanted = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        torch.testing.assert_close(policies.layer(layer).log_probs(ids), wanted, atol=1e-5, rtol=1e-5)
+    theta = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policies.language_model.log_probs(ids), theta, atol=5e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_generate_from_the_whole_model_is_the_models_own():
+    model, tokenizer = smollm2()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 3?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    got = InternalPolicies(model).language_model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(got, wanted)
+    assert InternalPolicies(model).layer(15).generate(**prompt, max_new_tokens=4).size(1) > prompt["input_ids"].size(1)

@@ -1,0 +1,133 @@
+"""Grading in killable processes: verdicts, deadlines, hostile input, the reward's contract."""
+
+import os
+import signal
+import time
+
+import pytest
+from math_verify import parse, verify
+
+from bupo import MathGrader, UserError, math_reward
+from bupo.rewards import grader as grader_module
+
+
+@pytest.fixture(scope="module")
+def grader():
+    grader = MathGrader(deadline=5.0, processes=2)
+    yield grader
+    grader.close()
+
+
+CASES = [
+    ("so \\boxed{39}", "39", "correct"),
+    ("\\boxed{39}", "40", "wrong"),
+    ("\\boxed{-7}", "-7", "correct"),
+    ("\\boxed{007}", "7", "correct"),
+    ("\\boxed{\\frac{1}{2}}", "0.5", "correct"),
+    ("The answer is $\\frac{2}{4}$.", "\\frac{1}{2}", "correct"),
+    ("\\boxed{x^2+2x+1}", "(x+1)^2", "correct"),
+    ("\\boxed{(1, 2)}", "(1,2)", "correct"),
+    ("\\boxed{\\{1,2\\}}", "\\{2,1\\}", "correct"),
+    ("\\boxed{50\\%}", "0.5", "correct"),
+    ("\\boxed{\\sqrt{2}}", "1.5", "wrong"),
+    ("I do not know", "39", "unparsable"),
+    ("", "39", "unparsable"),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "verdict"), CASES)
+def test_verdicts(grader, answer, gold, verdict):
+    assert grader.grade([answer], [gold]) == [verdict]
+
+
+def test_the_same_as_math_verify_called_directly(grader):
+    answers, golds = [a for a, _, _ in CASES] * 3, [g for _, g, _ in CASES] * 3
+    direct = []
+    for answer, gold in zip(answers, golds, strict=True):
+        given = parse(answer)
+        direct.append(
+            "unparsable" if not given else "correct" if verify(parse(f"\\boxed{{{gold}}}"), given) else "wrong"
+        )
+    assert grader.grade(answers, golds) == direct  # and in the order given
+
+
+def test_a_hanging_answer_costs_its_deadline_only():
+    grader = MathGrader(deadline=1.0, processes=2)
+    grader.grade(["\\boxed{x+1}"] * 2, ["1+x"] * 2)  # both children are up
+    hostile = "\\boxed{" + "9^{9^{9^{9}}}" + "}"
+    started = time.monotonic()
+    verdicts = grader.grade([hostile, "\\boxed{\\frac{1}{2}}", "\\boxed{0.25}"], ["\\frac{7}{3}", "0.5", "0.5"])
+    assert verdicts[0] in ("timeout", "unparsable", "wrong")
+    assert verdicts[1:] == ["correct", "wrong"]
+    assert time.monotonic() - started < 30
+    grader.close()
+
+
+def test_a_stopped_child_is_killed_and_replaced():
+    """A child that hangs for good (here: stopped by a signal) is a time-out, and the next answer is graded."""
+    grader = MathGrader(deadline=1.0, processes=1)
+    grader.grade(["\\boxed{x}"], ["x"])
+    child = grader._free.get()
+    grader._free.put(child)
+    os.kill(child.process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert grader.grade(["\\boxed{\\frac{1}{2}}"], ["0.5"]) == ["timeout"]
+    assert time.monotonic() - started < 5
+    assert child.process.poll() is not None
+    assert grader.grade(["\\boxed{\\frac{1}{2}}"], ["0.5"]) == ["correct"]
+    grader.close()
+
+
+def test_a_child_that_dies_is_replaced():
+    grader = MathGrader(deadline=5.0, processes=1)
+    grader.grade(["\\boxed{x}"], ["x"])
+    child = grader._free.get()
+    grader._free.put(child)
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.process.wait()
+    assert grader.grade(["\\boxed{\\frac{1}{2}}"] * 2, ["0.5"] * 2) == ["timeout", "correct"]
+    grader.close()
+    assert grader._free.get() is None
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{" * 100_000,
+        "\\boxed{" * 5000,
+        "1+" * 50_000 + "1",
+        "\\boxed{" + "9" * 200_000 + "}",
+        "\x00\ud800 \\boxed{1",
+        "(" * 9999,
+    ],
+    ids=["braces", "boxes", "sum", "digits", "surrogate", "parentheses"],
+)
+def test_hostile_input_neither_hangs_nor_kills(hostile):
+    grader = MathGrader(deadline=2.0, processes=1)
+    started = time.monotonic()
+    verdict, after = grader.grade([hostile, "\\boxed{\\frac{1}{2}}"], ["\\frac{1}{3}", "0.5"])
+    assert verdict != "correct" and after == "correct"
+    assert time.monotonic() - started < 30
+    grader.close()
+
+
+def test_integers_need_no_child(monkeypatch):
+    monkeypatch.setattr(grader_module, "_Child", lambda: pytest.fail("a child was started"))
+    assert MathGrader().grade(["\\boxed{39}", "a=1;\\boxed{-4}"], ["39", "4"]) == ["correct", "wrong"]
+
+
+def test_bad_calls(grader):
+    with pytest.raises(UserError, match="gold answer '' holds no mathematical expression"):
+        grader.grade(["\\boxed{1}"], [""])
+    with pytest.raises(UserError, match="2 answers were given with 1 gold"):
+        grader.grade(["a", "b"], ["c"])
+    with pytest.raises(UserError, match="no column 'answer'"):
+        math_reward(["a"])
+
+
+def test_reward_reads_both_forms_and_logs():
+    logged = {}
+    completions = ["\\boxed{1}", [{"role": "assistant", "content": "\\boxed{\\frac{1}{2}}"}], "none"]
+    rewards = math_reward(completions, answer=["1", "0.5", "2"], log_metric=logged.__setitem__)
+    assert rewards == [1.0, 1.0, 0.0]
+    assert logged == {"grading/unparsable": pytest.approx(1 / 3), "grading/timeout": 0.0}
