@@ -147,7 +147,7 @@ def test_demo(tmp_path):
     assert {"accuracy_before", "accuracy_after", "problems", "seconds"} <= set(summary)
     assert summary["problems"] == 64 and 0.1 < summary["accuracy_before"] < 0.5
     assert (tmp_path / "run" / "training.png").stat().st_size > 10_000
-    assert "phase 1, rollout batches" in done.stdout
+    assert "phase 1, in batches" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 8
     # the run's own config trains again

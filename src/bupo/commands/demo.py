@@ -40,7 +40,7 @@ class DemoArguments:
     """
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
-    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
+    internal_layer: int = field(default=6, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
     internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
     steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
     problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
@@ -160,21 +160,17 @@ def _table(summary: dict) -> Table:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_row(
-        "accuracy [95 % interval]",
+        "accuracy  [95 % interval]",
         percent(summary["accuracy_before"], summary["accuracy_before_interval"]),
         percent(summary["accuracy_after"], summary["accuracy_after_interval"]),
     )
     points = [100 * x for x in (summary["gain"], *summary["gain_interval"])]
-    table.add_row("gain, by problem", "", f"{points[0]:+.1f} points  [{points[1]:+.1f}, {points[2]:+.1f}]")
+    table.add_row("gain in points", "", f"{points[0]:+.1f}  [{points[1]:+.1f}, {points[2]:+.1f}]")
     table.add_row("entropy, nats per token", f"{summary['entropy_first']:.3f}", f"{summary['entropy_last']:.3f}")
     table.add_row("answer length, tokens", f"{summary['length_before']:.1f}", f"{summary['length_after']:.1f}")
     phases = f"1 to {first}, layer {summary['internal_layer']}" if first else "none"
-    table.add_row("phase 1, rollout batches", "", phases)
-    table.add_row(
-        "phase 2, rollout batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none"
-    )
-    table.add_row(
-        "time in rollouts, in updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s"
-    )
+    table.add_row("phase 1, in batches", "", phases)
+    table.add_row("phase 2, in batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none")
+    table.add_row("rollouts, updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s")
     table.add_row("time in all", "", f"{summary['seconds']:.0f} s")
     return table

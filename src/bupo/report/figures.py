@@ -26,7 +26,7 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     reward, entropy, length = axes
     reward.plot(batches, [row["reward"] for row in rows], color=BLUE)
-    reward.set_ylim(0, max(1.0, *(row["reward"] for row in rows)))
+    reward.set_ylim(0, 1.1 * max(1.0, *(row["reward"] for row in rows)))
     reward.set_title("reward")
     entropy.plot(batches, [row["entropy"] for row in rows], color=BLUE, label="language model policy")
     if layered:

@@ -1,0 +1,31 @@
+"""The README's Python runs as printed, and its configuration parses."""
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from trl import ModelConfig
+
+from bupo.commands.parsing import parse
+from bupo.commands.train import ProblemArguments
+from bupo.training.config import BuPOConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
+    assert names["trainer"].state.global_step == 2
+
+
+def test_yaml_block(tmp_path):
+    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "1e-6"]
+    problems, config, model = parse((ProblemArguments, BuPOConfig, ModelConfig), arguments, "bupo train")
+    assert config.generation_batch_size == 8 * 128 and config.logging_steps == 4
+    assert problems.dataset_name == "problems.parquet" and model.model_name_or_path == "Qwen/Qwen3-4B"
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["internal_layer"] == config.internal_layer == 6
