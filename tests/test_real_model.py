@@ -1,10 +1,17 @@
 """The real SmolLM2-135M: parity of every layer policy, and text from inside."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
 from bupo import InternalPolicies
-from tests.real_models import smollm2
+from bupo.analysis.measure import measure
+from bupo.commands.main import main
+from bupo.residual import ResidualStream
+from tests.real_models import MODELS, real_model
+from tests.test_measure import naive
 from tests.test_policy import hooked_states
 
 pytestmark = pytest.mark.real_model
@@ -12,7 +19,7 @@ pytestmark = pytest.mark.real_model
 
 @torch.no_grad()
 def test_every_layer_policy_is_that_of_the_hooked_states():
-    model, tokenizer = smollm2()
+    model, tokenizer = real_model("smollm2-135m")
     text = "Add 57 and 23. Then subtract 41. The sum is 80, and 80 - 41 = 39, so the answer is \\boxed{39}."
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     policies = InternalPolicies(model)
@@ -27,7 +34,7 @@ def test_every_layer_policy_is_that_of_the_hooked_states():
 
 @torch.no_grad()
 def test_generate_from_the_whole_model_is_the_models_own():
-    model, tokenizer = smollm2()
+    model, tokenizer = real_model("smollm2-135m")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 2 + 3?"}],
         add_generation_prompt=True,
@@ -38,3 +45,24 @@ def test_generate_from_the_whole_model_is_the_models_own():
     got = InternalPolicies(model).language_model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(got, wanted)
     assert InternalPolicies(model).layer(15).generate(**prompt, max_new_tokens=4).size(1) > prompt["input_ids"].size(1)
+
+
+def test_measures_are_the_naive_ones():
+    model, tokenizer = real_model("smollm2-135m")
+    prompt, answer = (
+        tokenizer(text)["input_ids"] for text in ("What is 57 + 23 - 41?", "57 + 23 = 80, and 80 - 41 = 39.")
+    )
+    found = next(measure(ResidualStream(model), [(prompt, answer)]))
+    values, _, log_probs, _ = naive(model, prompt, answer)
+    for name, wanted in values.items():
+        np.testing.assert_allclose(found.values[name], wanted, rtol=1e-3, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(found.log_probs, log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_analyze_from_a_cold_start(tmp_path, name):
+    model = str(MODELS / f"{name}.gguf")
+    options = ["--dataset", "arithmetic", "--answers", "2", "--max_new_tokens", "12", "--output", str(tmp_path)]
+    assert main(["analyze", "--model", model, *options]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())["models"][0]
+    assert summary["meta"]["identity_error"] < 1e-5 and (tmp_path / "report.html").stat().st_size < 8 << 20

@@ -1,5 +1,6 @@
 """Models and tokenizers by name, with errors that a user can act on."""
 
+import importlib.util
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,8 +20,8 @@ def model_path(name: str) -> str:
     if name == EMBEDDED:
         return str(files("bupo") / "embedded" / "model")
     path = Path(name)
-    if path.is_file():
-        raise UserError(f"{name} is a file: give the folder that holds config.json, or a hub id")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{name} holds no model: it has no config.json")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -30,7 +31,7 @@ def model_path(name: str) -> str:
 
 
 def load_model(name: str, **kwargs) -> PreTrainedModel:
-    """A causal LM by name: `embedded`, a folder, or a hub id.
+    """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
 
     Args:
         name (`str`): which.
@@ -39,10 +40,10 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     Raises:
         UserError: if there is no such model, or it is no causal LM.
     """
-    path = model_path(name)
+    path, kwargs = _gguf(model_path(name), kwargs)
     try:
         config = AutoConfig.from_pretrained(
-            path, revision=kwargs.get("revision"), trust_remote_code=kwargs.get("trust_remote_code", False)
+            path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
     except Exception as error:
         raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from error
@@ -62,7 +63,8 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
         UserError: if there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), padding_side="left", **kwargs)
+        path, kwargs = _gguf(model_path(name), kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
     except UserError:
         raise
     except Exception as error:
@@ -70,6 +72,15 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _gguf(path: str, kwargs: dict) -> tuple[str, dict]:
+    """transformers takes a `.gguf` file as its folder and its name."""
+    if not path.endswith(".gguf"):
+        return path, kwargs
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path} needs the package gguf: pip install gguf")
+    return str(Path(path).parent), {**kwargs, "gguf_file": Path(path).name}
 
 
 def _line(error: Exception) -> str:

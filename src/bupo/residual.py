@@ -257,18 +257,28 @@ class ResidualStream:
             setattr(owner, name, layers)
 
     @contextmanager
-    def record(self, sites: Iterable[Site]) -> Iterator[dict[Site, torch.Tensor]]:
+    def record(
+        self, sites: Iterable[Site], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+    ) -> Iterator[dict[Site, torch.Tensor]]:
         """Inside, a run of the decoder fills the yielded dict: `(batch, time, D)` for each site, with its graph.
 
-        Nothing is copied: what the model goes on to change in place changes here too (no family of the table does).
+        `select` may keep a part of each, at once. Nothing is copied: what the model goes on to change in place changes
+        here too (no family of the table does).
         """
         states: dict[Site, torch.Tensor] = {}
         with ExitStack() as hooks:
             for site in dict.fromkeys(sites):
-                self._watch(site, states, hooks)
+                self._watch(site, states, select, hooks)
             yield states
 
-    def run(self, sites: Iterable[Site], input_ids, attention_mask=None, up_to: int | None = None):
+    def run(
+        self,
+        sites: Iterable[Site],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        up_to: int | None = None,
+        select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
+    ) -> dict[Site, torch.Tensor]:
         """One pass of the decoder over `(batch, time)` ids, through layers 1..up_to: the states of the sites.
 
         Padding may stand on either side: positions count real tokens only.
@@ -277,11 +287,11 @@ class ResidualStream:
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self.record(sites) as states, self.first_layers(up_to or self.num_layers):
+        with self.record(sites, select) as states, self.first_layers(up_to or self.num_layers):
             self.decoder(**kwargs)
         return states
 
-    def _watch(self, site: Site, states: dict, hooks: ExitStack) -> None:
+    def _watch(self, site: Site, states: dict, select: Callable, hooks: ExitStack) -> None:
         kind, layer = site
         family = self.family
         scale = getattr(self.config, family.write_scale) if family.write_scale else 1.0
@@ -297,7 +307,7 @@ class ResidualStream:
             hooks.callback(handle.remove)
 
         def keep(value: torch.Tensor) -> None:
-            states[site] = value
+            states[site] = select(value)
 
         if kind == "layer" and layer == 0:
             input(self.block(1), keep)
@@ -314,10 +324,10 @@ class ResidualStream:
             output(self._part(layer, path), lambda write: keep(write if scale == 1.0 else write * scale))
         elif kind == "attn":
             input(self.block(layer), keep)
-            input(self._part(layer, family.middle), lambda middle: keep(middle - states[site]))
+            input(self._part(layer, family.middle), lambda middle: states.update({site: select(middle) - states[site]}))
         else:
             input(self._part(layer, family.middle), keep)
-            output(self.block(layer), lambda out: keep(out - states[site]))
+            output(self.block(layer), lambda out: states.update({site: select(out) - states[site]}))
 
     # -- proof -------------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class DemoArguments:
     """
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
-    internal_layer: int = field(default=6, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
+    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
     internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
     steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
     problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BLUE, ORANGE, GREY = "#2563eb", "#d97706", "#6b7280"
+BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#059669", "#dc2626", "#6b7280"
+STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, "undecided": GREY}
 
 
 def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
@@ -58,3 +60,100 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str | Path) -> None:
+    """The paper's figures of an analysis, as PNG and PDF, one row of panels a model.
+
+    Args:
+        table (`pd.DataFrame`): `layers.parquet`.
+        summary (`list[dict]`): the models of `summary.json`.
+        folder (`str`): where `entropy_flow` (fig. 2), `entropy_change` (fig. 3), `residual_cosine` (fig. 12) and
+            `kl_similarity` go.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, panels, draw in (
+        ("entropy_flow", 1, _entropy_flow),
+        ("entropy_change", 2, _entropy_change),
+        ("residual_cosine", 1, _residual_cosine),
+        ("kl_similarity", 2, _kl_similarity),
+    ):
+        figure, axes = plt.subplots(
+            len(summary), panels, figsize=(5.5 * panels + 1, 3.3 * len(summary)), layout="constrained", squeeze=False
+        )
+        for row, model in zip(axes, summary, strict=True):
+            label = model["meta"]["label"]
+            rows = table[table["model"] == label].set_index("measure")
+            draw(row, rows, model)
+            for axis in row:
+                axis.set_xlabel("layer")
+                axis.spines[["top", "right"]].set_visible(False)
+            row[0].set_title(f"{label}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
+        for kind in ("png", "pdf"):
+            figure.savefig(folder / f"{name}.{kind}", dpi=150)
+        plt.close(figure)
+
+
+def _line(axis, rows: pd.DataFrame, measure: str, colour: str, label: str, **style) -> None:
+    """A measure over layers with its interval."""
+    part = rows.loc[measure].dropna(subset=["mean"])
+    axis.plot(part["layer"], part["mean"], color=colour, label=label, marker=".", ms=4, lw=1.2, **style)
+    axis.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.18, lw=0)
+
+
+def _entropy_flow(axes, rows: pd.DataFrame, model: dict) -> None:
+    for measure, colour, label, style in (
+        ("entropy_layer", BLUE, "layer output $H^l$", "-"),
+        ("entropy_attn", ORANGE, "ATTN write $A^l$", "-"),
+        ("entropy_ffn", GREEN, "FFN write $F^l$", "-"),
+        ("entropy_attn_input", ORANGE, "what ATTN reads", ":"),
+        ("entropy_ffn_input", GREEN, "what FFN reads", ":"),
+    ):
+        _line(axes[0], rows, measure, colour, label, ls=style)
+    axes[0].set_ylabel("entropy (nats)")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def _entropy_change(axes, rows: pd.DataFrame, model: dict) -> None:
+    for axis, kind in zip(axes, ("attn", "ffn"), strict=True):
+        part = rows.loc[f"d_entropy_{kind}"]
+        colours = [STAGE_COLOURS[s] for s in model["stages"]] if kind == "ffn" else ORANGE
+        axis.bar(part["layer"], part["mean"], color=colours, width=0.8)
+        below, above = part["mean"] - part["low"], part["high"] - part["mean"]
+        axis.errorbar(part["layer"], part["mean"], [below, above], fmt="none", ecolor="black", elinewidth=0.7)
+        axis.axhline(0, color="black", lw=0.6)
+        axis.set_ylabel(f"$\\Delta H_{{{kind.upper()}}}$ (nats)")
+    boundary = model["boundary_layer"]
+    if boundary:
+        axes[1].axvline(boundary + 0.5, color=GREY, ls="--", lw=0.8)
+    note = f"boundary layer {boundary}" if boundary else "no boundary layer"
+    axes[1].set_title(note, loc="right", fontsize=8, color=GREY)
+    for stage in dict.fromkeys(model["stages"]):
+        axes[1].bar([0], [0], color=STAGE_COLOURS[stage], label=stage)
+    axes[1].legend(frameon=False, fontsize=7)
+    axes[1].set_xlim(axes[0].get_xlim())
+
+
+def _residual_cosine(axes, rows: pd.DataFrame, model: dict) -> None:
+    _line(axes[0], rows, "cosine_attn", ORANGE, "$\\cos(A^l, H^{l-1})$")
+    _line(axes[0], rows, "cosine_ffn", GREEN, "$\\cos(F^l, H^{l-1} + A^l)$")
+    axes[0].axhline(0, color="black", lw=0.6)
+    axes[0].set_ylabel("cosine")
+    axes[0].legend(frameon=False, fontsize=7)
+
+
+def _kl_similarity(axes, rows: pd.DataFrame, model: dict) -> None:
+    _line(axes[0], rows, "kl_next", BLUE, "to the next layer's policy")
+    _line(axes[0], rows, "kl_language_model", ORANGE, "to the language model policy")
+    axes[0].set_ylabel("KL of the layer policy (nats)")
+    axes[0].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=7)
+    size = len(model["similarity"])
+    image = axes[1].imshow(
+        model["similarity"], origin="lower", vmin=-1, vmax=1, cmap="RdBu_r", extent=(0.5, size + 0.5, 0.5, size + 0.5)
+    )
+    axes[1].set_ylabel("layer")
+    axes[1].set_title("$\\cos(H^l, H^m)$", fontsize=9)
+    axes[1].figure.colorbar(image, ax=axes[1], shrink=0.85)

@@ -1,0 +1,165 @@
+"""Speed and memory of the analysis, as ratios in one run.
+
+    python -m benchmarks.analysis --model SmolLM2.gguf --json out.json
+
+Work: answers of 128 to 512 tokens; per layer five projections (what ATTN and FFN read, what they write, the layer's
+output), and all statistics of `bupo analyze` on them. Three rates are compared, each projection counted once:
+
+- `bupo`: `bupo.analysis.measure`, in tokens a second;
+- `baseline`: the paper's published way: hooks that keep every activation, then for each module's input and output, and for
+  each layer's, one head product, softmax, log_softmax and a sum, over all positions, each projected again;
+- `floor`: one plain matrix product of the best row-block size in this process: the arithmetic that cannot be saved.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from bupo.analysis.measure import measure
+from bupo.models import load_model
+from bupo.residual import ResidualStream, Site
+
+
+def answers(stream, lengths, seed=0):
+    """Random prompts of 16 tokens and answers of the given lengths: the arithmetic does not depend on the text."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = stream.head()["weight"].size(0)
+    draw = lambda n: torch.randint(5, min(vocabulary, 40_000), (n,), generator=generator).tolist()  # noqa: E731
+    return [(draw(16), draw(n)) for n in lengths]
+
+
+class PeakMemory:
+    """Largest resident set of this process inside the block, above that at its start, in bytes (sampled each 5 ms)."""
+
+    def __enter__(self):
+        gc.collect()
+        self.process, self.running = psutil.Process(), True
+        self.start = self.top = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while self.running:
+            self.top = max(self.top, self.process.memory_info().rss)
+            time.sleep(0.005)
+
+    def __exit__(self, *error):
+        self.running = False
+        self.thread.join()
+        self.bytes = max(0, self.top - self.start)
+
+
+@torch.no_grad()
+def run_baseline(stream, rollouts):
+    """The published way; returns the mean of each entropy by layer over answer tokens, and the seconds."""
+    kinds = ("attn_input", "attn", "ffn_input", "ffn", "layer_input", "layer")
+    layers = range(1, stream.num_layers + 1)
+    head = stream.model.get_output_embeddings()
+    sums = {kind: torch.zeros(stream.num_layers, dtype=torch.float64) for kind in kinds}
+    tokens, started = 0, time.perf_counter()
+    for prompt, answer in rollouts:
+        sites = [Site(kind, n) for n in layers for kind in kinds if kind != "layer_input"] + [Site("layer", 0)]
+        states = stream.run(sites, torch.tensor([[*prompt, *answer]]))
+        for n in layers:
+            for kind in kinds:
+                state = states[Site("layer", n - 1) if kind == "layer_input" else Site(kind, n)]
+                logits = head(state[0])
+                entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+                sums[kind][n - 1] += entropy[len(prompt) - 1 : -1].double().sum()
+        tokens += len(answer)
+    return {kind: (total / tokens) for kind, total in sums.items()}, time.perf_counter() - started
+
+
+def run_bupo(stream, rollouts):
+    """bupo's way; the same means, and the seconds."""
+    started = time.perf_counter()
+    found = list(measure(stream, rollouts))
+    seconds = time.perf_counter() - started
+    tokens = sum(answer.tokens for answer in found)
+    return {
+        kind: sum(torch.from_numpy(answer.values[f"entropy_{kind}"]).sum(1) for answer in found) / tokens
+        for kind in ("attn_input", "attn", "ffn_input", "ffn", "layer")
+    }, seconds
+
+
+@torch.no_grad()
+def floor_rate(stream, rows: int, seconds: float = 4.0) -> float:
+    """Tokens a second of plain products of `rows` states with the whole unembedding, one for each projection."""
+    weight = stream.head()["weight"]
+    hidden, out = torch.randn(rows, weight.size(1)), torch.empty(rows, weight.size(0))
+    torch.mm(hidden, weight.t(), out=out)
+    products, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(hidden, weight.t(), out=out)
+        products += 1
+    return rows * products / (time.perf_counter() - started) / (5 * stream.num_layers + 2)
+
+
+def best_rows(stream) -> int:
+    """The row-block size whose plain product is fastest in this process."""
+    fitting = [rows for rows in (128, 256, 512, 1024, 2048) if rows * stream.head()["weight"].size(0) * 4 <= 1 << 29]
+    return max(fitting, key=lambda rows: floor_rate(stream, rows, 2.0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder, .gguf file or hub id")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--no_baseline", action="store_true", help="memory and floor only (large vocabularies)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 256, 384], help="of the answers, in pairs")
+    args = parser.parse_args()
+    stream = ResidualStream(load_model(args.model, dtype=torch.float32).eval())
+    rollouts = answers(stream, args.lengths)
+    run_bupo(stream, answers(stream, [16]))  # warm
+    rows = best_rows(stream)
+    tokens = sum(args.lengths)
+    mine_seconds = baseline_seconds = difference = 0.0
+    floors, peak = [floor_rate(stream, rows)], 0
+    for pair in zip(rollouts[::2], rollouts[1::2], strict=True):  # the machine drifts: the three take turns
+        with PeakMemory() as memory:
+            mine, seconds = run_bupo(stream, pair)
+        mine_seconds, peak = mine_seconds + seconds, max(peak, memory.bytes)
+        floors.append(floor_rate(stream, rows))
+        if not args.no_baseline:
+            theirs, seconds = run_baseline(stream, pair)
+            baseline_seconds += seconds
+            difference = max(difference, *((mine[kind] - theirs[kind]).abs().max().item() for kind in mine))
+            floors.append(floor_rate(stream, rows))
+    floor = sum(floors) / len(floors)
+    result = {
+        "model": args.model.rpartition("/")[2],
+        "layers": stream.num_layers,
+        "vocabulary": stream.head()["weight"].size(0),
+        "answers": args.lengths,
+        "tokens": tokens,
+        "projections": 5 * stream.num_layers + 2,
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": tokens / mine_seconds,
+        "floor_tokens_per_second": floor,
+        "floor_rows": rows,
+        "of_floor": tokens / mine_seconds / floor,
+        "peak_bytes_above_model": peak,
+    }
+    if not args.no_baseline:
+        result["baseline_tokens_per_second"] = tokens / baseline_seconds
+        result["over_baseline"] = baseline_seconds / mine_seconds
+        result["largest_difference_nats"] = difference
+        small, large = answers(stream, [128] * 2), answers(stream, [128] * 8)
+        short = run_bupo(stream, small)[1]
+        result["time_of_4x_the_tokens"] = run_bupo(stream, large)[1] / short
+    result["max_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

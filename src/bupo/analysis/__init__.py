@@ -1,0 +1,1 @@
+"""What every layer and module decides: rollouts in, tables out."""

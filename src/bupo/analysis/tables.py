@@ -1,0 +1,204 @@
+"""From measured answers to tidy tables: means, deviations and intervals that know that an answer's tokens are correlated.
+
+Answers are the unit of resampling: a bootstrap draws whole answers, and each resample's mean is the mean over the tokens of
+the answers drawn.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bupo.analysis.measure import MEASURES, AnswerMeasures
+
+RESAMPLES = 2000
+TOLERANCE = 0.05  # nats: an entropy change within it is integration
+SETTLED = 0.99  # level of the intervals that `--until settled` looks at
+SETTLED_ANSWERS = 8  # fewer answers settle nothing
+
+
+@dataclass
+class AnswerSums:
+    """What of an answer goes into the tables: sums over its T tokens.
+
+    Attributes:
+        index, tokens (`int`): which answer, and T.
+        total, squares (`np.ndarray` of shape `(len(MEASURES), L)`): sums of the values and of their squares.
+        similarity (`np.ndarray` of shape `(L, L)`): sum of cos(H^l, H^m).
+        log_prob, entropy (`float`): sums under pi_theta.
+    """
+
+    index: int
+    tokens: int
+    total: np.ndarray
+    squares: np.ndarray
+    similarity: np.ndarray
+    log_prob: float
+    entropy: float
+
+    @classmethod
+    def of(cls, answer: AnswerMeasures) -> "AnswerSums":
+        values = np.stack([answer.values[name] for name in MEASURES])
+        return cls(
+            answer.index,
+            answer.tokens,
+            values.sum(-1),
+            np.square(values).sum(-1),
+            answer.similarity,
+            float(answer.log_probs.sum()),
+            float(answer.entropy.sum()),
+        )
+
+    def line(self) -> str:
+        """One JSON line, at nine digits."""
+
+        def rounded(array: np.ndarray) -> list:
+            return [[float(f"{x:.9g}") for x in row] for row in array]
+
+        arrays = {name: rounded(getattr(self, name)) for name in ("total", "squares", "similarity")}
+        rest = {"log_prob": self.log_prob, "entropy": self.entropy}
+        return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
+
+    @classmethod
+    def read(cls, line: str) -> "AnswerSums":
+        row: dict[str, Any] = json.loads(line)
+        return cls(**{**row, **{name: np.array(row[name], dtype=float) for name in ("total", "squares", "similarity")}})
+
+
+def read_sums(path: Path) -> list[AnswerSums]:
+    """Finished answers of a file; half a last line is cut off it."""
+    if not path.exists():
+        return []
+    lines, sums = path.read_text().splitlines(keepends=True), []
+    for line in lines:
+        try:
+            sums.append(AnswerSums.read(line))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break
+    if len(sums) < len(lines):
+        path.write_text("".join(lines[: len(sums)]))
+    return sums
+
+
+class Resampled:
+    """Bootstrap means of every measure and layer.
+
+    Attributes:
+        mean, deviation (`np.ndarray` of shape `(len(MEASURES), L)`): over all tokens.
+        draws (`np.ndarray` of shape `(RESAMPLES, len(MEASURES), L)`): means of the resamples; empty for one answer.
+    """
+
+    def __init__(self, answers: Sequence[AnswerSums], seed: int = 0):
+        self.answers, self.tokens = len(answers), sum(a.tokens for a in answers)
+        total = np.stack([a.total for a in answers])
+        self.mean = total.sum(0) / self.tokens
+        variance = np.stack([a.squares for a in answers]).sum(0) / self.tokens - self.mean**2
+        self.deviation = np.sqrt(np.maximum(variance, 0) * self.tokens / max(1, self.tokens - 1))
+        n = len(answers)
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES if n > 1 else 0)
+        counts = drawn @ np.array([a.tokens for a in answers])
+        self.draws = (drawn @ total.reshape(n, -1)).reshape(len(drawn), *self.mean.shape) / counts[:, None, None]
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Percentile interval of each mean; NaN where one answer leaves nothing to resample."""
+        if not len(self.draws):
+            return np.full_like(self.mean, np.nan), np.full_like(self.mean, np.nan)
+        low, high = np.percentile(self.draws, [50 * (1 - level), 50 * (1 + level)], axis=0)
+        return low, high
+
+
+def layer_table(answers: Sequence[AnswerSums], model: str) -> pd.DataFrame:
+    """Tidy: one row a measure and layer, with mean, standard deviation over tokens, count and 95 % interval."""
+    resampled = Resampled(answers)
+    low, high = resampled.interval()
+    rows = [
+        {
+            "model": model,
+            "measure": name,
+            "layer": layer + 1,
+            "mean": resampled.mean[m, layer],
+            "std": resampled.deviation[m, layer],
+            "low": low[m, layer],
+            "high": high[m, layer],
+            "tokens": resampled.tokens,
+            "answers": resampled.answers,
+        }
+        for m, name in enumerate(MEASURES)
+        for layer in range(resampled.mean.shape[1])
+    ]
+    return pd.DataFrame(rows)
+
+
+def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
+    """How the model reasons, read from `dH_FFN`: the stage of each layer and the boundary layer.
+
+    A layer explores where the whole 95 % interval of its mean `dH_FFN` lies above the tolerance, converges where it lies
+    below minus the tolerance, and integrates otherwise. The boundary layer is the last that explores: the last whose
+    `dH_FFN` is positive beyond doubt.
+
+    Returns:
+        `dict`: `stages` (by layer), `boundary_layer` (`int` or `None`), `boundary_shares` (by layer, the share of resamples in
+        which it is the last above the tolerance; 0 stands for none), `tolerance` (nats), `explanation`.
+    """
+    resampled, row = Resampled(answers), MEASURES.index("d_entropy_ffn")
+    low, high = (bound[row] for bound in resampled.interval())
+    mean = resampled.mean[row]
+    if np.isnan(low).any():
+        names = ["undecided"] * len(mean)
+        return {
+            "stages": names,
+            "boundary_layer": None,
+            "boundary_shares": {},
+            "tolerance": tolerance,
+            "explanation": "one answer leaves nothing to resample: measure more answers",
+        }
+    names = [
+        "exploration" if a > tolerance else "convergence" if b < -tolerance else "integration"
+        for a, b in zip(low, high, strict=True)
+    ]
+    layers = np.arange(1, len(mean) + 1)
+    last = np.where(resampled.draws[:, row] > tolerance, layers, 0).max(1)
+    shares = {int(layer): float(np.mean(last == layer)) for layer in np.unique(last)}
+    sure = layers[low > tolerance]
+    boundary = int(sure[-1]) if len(sure) else None
+    if boundary:
+        explanation = (
+            f"layer {boundary} is the last whose dH_FFN is positive beyond doubt: {mean[boundary - 1]:+.3f} nats "
+            f"[{low[boundary - 1]:+.3f}, {high[boundary - 1]:+.3f}]; it is the last above {tolerance:g} in "
+            f"{100 * shares.get(boundary, 0):.0f} % of resamples"
+        )
+    else:
+        top = int(mean.argmax())
+        explanation = (
+            "no layer's dH_FFN is positive beyond doubt: the FFNs only converge; the largest is "
+            f"{mean[top]:+.3f} nats [{low[top]:+.3f}, {high[top]:+.3f}] in layer {top + 1}"
+        )
+    return {
+        "stages": names,
+        "boundary_layer": boundary,
+        "boundary_shares": shares,
+        "tolerance": tolerance,
+        "explanation": explanation,
+    }
+
+
+def settled(answers: Sequence[AnswerSums]) -> bool:
+    """Whether the sign of `dH_FFN` is settled in every layer: at least 8 answers, no 99 % interval that holds zero."""
+    if len(answers) < SETTLED_ANSWERS:
+        return False
+    low, high = (bound[MEASURES.index("d_entropy_ffn")] for bound in Resampled(answers).interval(SETTLED))
+    return bool(((low > 0) | (high < 0)).all())
+
+
+def similarity(answers: Sequence[AnswerSums]) -> np.ndarray:
+    """`(L, L)`: mean cosine of H^l and H^m."""
+    return np.stack([a.similarity for a in answers]).sum(0) / sum(a.tokens for a in answers)
+
+
+def perplexity(answers: Sequence[AnswerSums]) -> float:
+    """Of the answers under pi_theta: exp of the mean negative log-probability of a token."""
+    return float(np.exp(-sum(a.log_prob for a in answers) / sum(a.tokens for a in answers)))

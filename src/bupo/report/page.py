@@ -1,0 +1,76 @@
+"""One self-contained HTML page of an analysis. It reads tables only, and opens without a network."""
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+MEASURE_NAMES = {
+    "entropy_layer": "entropy of the layer policy (nats)",
+    "entropy_attn": "entropy of the ATTN policy (nats)",
+    "entropy_ffn": "entropy of the FFN policy (nats)",
+    "entropy_attn_input": "entropy of what ATTN reads (nats)",
+    "entropy_ffn_input": "entropy of what FFN reads (nats)",
+    "d_entropy_layer": "entropy change of the layer, dH_Layer (nats)",
+    "d_entropy_attn": "entropy change of ATTN, dH_ATTN (nats)",
+    "d_entropy_ffn": "entropy change of the FFN, dH_FFN (nats)",
+    "kl_next": "KL to the next layer's policy (nats)",
+    "kl_language_model": "KL to the language model policy (nats)",
+    "top1_agreement": "top-1 agreement with the language model policy",
+    "log_prob": "log-probability of the generated token (nats)",
+    "cosine_attn": "cosine of the ATTN write with the stream",
+    "cosine_ffn": "cosine of the FFN write with the stream",
+}
+
+
+def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, list[dict]], path: str | Path) -> None:
+    """Write the page.
+
+    Args:
+        table (`pd.DataFrame`): `layers.parquet`.
+        summary (`list[dict]`): the models of `summary.json`.
+        views (`dict[str, list[dict]]`): token x layer views by model's label.
+        path (`str`): the HTML file.
+    """
+    layers: dict[str, dict] = {}
+    for (model, measure), rows in table.groupby(["model", "measure"], sort=False):
+        layers.setdefault(str(model), {})[str(measure)] = {
+            column: [_number(x) for x in rows[column]] for column in ("mean", "low", "high", "std")
+        }
+    data = {
+        "models": [
+            {**model, "similarity": [[round(x, 3) for x in row] for row in model["similarity"]]} for model in summary
+        ],
+        "layers": layers,
+        "views": views,
+        "names": MEASURE_NAMES,
+        "csv": table.to_csv(index=False, float_format="%.6g"),
+    }
+    template = jinja2.Template((files("bupo.report") / "page.html.jinja").read_text())
+    page = template.render(models=summary, data=_script(data), plotly=get_plotlyjs(), names=MEASURE_NAMES)
+    part = Path(path).with_suffix(".part")
+    part.write_text(page)
+    part.replace(path)
+
+
+def _number(x: float) -> float | None:
+    return None if math.isnan(x) else float(f"{x:.5g}")
+
+
+def _script(data: dict) -> str:
+    """JSON that may stand inside a script element: a model may well have written `</script>`."""
+
+    def clean(value):
+        if isinstance(value, float):
+            return None if math.isnan(value) else value
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    text = json.dumps(clean(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

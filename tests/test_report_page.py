@@ -1,0 +1,149 @@
+"""The report in a headless Chromium: no error, no request, every control works, light and dark, wide and narrow."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bupo.commands.main import main
+
+pytestmark = pytest.mark.browser
+SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # a folder that keeps them, to be looked at
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysis")
+    hostile = folder / "hostile.jsonl"
+    rows = [
+        {"prompt": f"<b>{i}</b>+11-12 </script><script>alert(1)</script>", "completion": f"<i>&\\boxed{{{i}}}</i>"}
+        for i in range(10)
+    ]
+    hostile.write_text("\n".join(json.dumps(row) for row in rows))
+    assert (
+        main(
+            ["analyze", "--model", "embedded", "embedded", "--rollouts", str(hostile), "--output", str(folder / "out")]
+        )
+        == 0
+    )
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+        ]
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, folder):
+    """Opens the page at a size; afterwards there must have been no error and no request."""
+    errors, requests = [], []
+
+    def open_page(width=1280, height=900, dark=False):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        page.on(
+            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        page.wait_for_selector("#curve .main-svg")
+        return page
+
+    yield open_page
+    assert errors == []
+    assert [url for url in requests if not url.startswith(("file:", "blob:", "data:"))] == []
+
+
+def shoot(page, name):
+    if SCREENSHOTS:
+        page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), full_page=True)
+
+
+def test_size(folder):
+    assert (folder / "report.html").stat().st_size < 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "dark"), [("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)]
+)
+def test_opens_without_errors(opened, name, width, dark):
+    page = opened(width, dark=dark)
+    assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+    page.locator("#cells td").first.click()
+    page.wait_for_timeout(400)
+    shoot(page, name)
+
+
+def test_what_the_model_wrote_is_text(opened):
+    page = opened()
+    assert "</script><script>alert(1)" in page.locator("#prompt").inner_text()
+    assert page.locator("#cells i").count() == 0
+
+
+def test_every_control(opened, tmp_path):
+    page = opened()
+    for key in page.locator("#measure option").evaluate_all("options => options.map(o => o.value)"):
+        page.select_option("#measure", key)
+        title = page.locator("#curve .ytitle").text_content()
+        assert title == page.evaluate(f"data.names['{key}']")
+    labels = page.evaluate("data.models.map(m => m.meta.label)")
+    assert labels == ["1-embedded", "2-embedded"]
+    for control in ("#flowmodel", "#simmodel", "#viewmodel"):
+        page.select_option(control, labels[1])
+    answers = page.locator("#answer option").count()
+    assert answers == 6
+    page.select_option("#answer", str(answers - 1))
+    assert "<b>5</b>" in page.locator("#prompt").inner_text()
+    for shade in ("entropy", "chosen", "top"):
+        page.select_option("#shade", shade)
+        text = page.locator('#cells td[data-layer="3"][data-token="2"]').inner_text()
+        view = page.evaluate(f"data.views['2-embedded'][{answers - 1}]")
+        wanted = view["top"][3][2][0][0] if shade == "top" else f"{view[shade][3][2]:.2f}"
+        assert text.strip() == wanted.strip()
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "layers.csv")
+    rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
+    assert len(rows) == 2 * 14 * 8 and {row["model"] for row in rows} == set(labels)
+
+
+def test_cells_by_keyboard(opened):
+    page = opened()
+    page.locator("#shade").focus()
+    page.keyboard.press("Tab")  # the prompt
+    page.keyboard.press("Tab")  # the one cell that can be reached
+    page.keyboard.press("Enter")
+    assert "layer 8, token 1" in page.locator("#cell").inner_text()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert "layer 7, token 2" in page.locator("#cell").inner_text()
+    assert page.locator("#cell .bar").count() == 5
+    assert page.evaluate("document.activeElement.tagName") == "TD"
+
+
+def test_hover_shows_value_and_interval(opened):
+    page = opened()
+    page.locator("#curve").scroll_into_view_if_needed()
+    box = page.locator("#curve .nsewdrag").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 3)
+    page.wait_for_function("document.querySelector('#curve .hoverlayer').textContent.includes('sd')", timeout=5000)
+    assert "[" in page.locator("#curve .hoverlayer").text_content()
