@@ -143,7 +143,8 @@ def test_hover_shows_value_and_interval(opened):
     page = opened()
     page.locator("#curve").scroll_into_view_if_needed()
     box = page.locator("#curve .nsewdrag").bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 3)
+    for step in range(15):  # the page listens to a moving mouse, a few times a second
+        page.mouse.move(box["x"] + box["width"] / 2 + 4 * step, box["y"] + box["height"] / 2 + step)
+        page.wait_for_timeout(60)
     page.wait_for_function("document.querySelector('#curve .hoverlayer').textContent.includes('sd')", timeout=5000)
     assert "[" in page.locator("#curve .hoverlayer").text_content()

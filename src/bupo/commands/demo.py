@@ -1,6 +1,7 @@
 """`bupo demo`: the whole method on this machine in minutes, with the embedded model and its arithmetic."""
 
 import json
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,7 @@ def _summary(options: DemoArguments, before: Accuracy, after: Accuracy, rows: li
         "rollout_seconds": rollout,
         "update_seconds": sum(row["step_time"] * UPDATES for row in steps) - rollout,
         "seconds": seconds,
+        "max_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seed": options.seed,
         "versions": {"bupo": bupo.__version__, "torch": torch.__version__},
     }

@@ -117,7 +117,7 @@ class ConsoleLines(TrainerCallback):
             f"{logs['rollout_batch']:>4.0f}  {where}",
             f"reward {logs['reward']:.3f}" if "reward" in logs else "",
             f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
-            f"{entropy:23}",
+            f"{entropy:21}",
             f"clip {clipped:.3f}" if clipped is not None else "",
         ]
         return "  ".join(part for part in parts if part)
