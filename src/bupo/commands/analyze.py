@@ -288,7 +288,7 @@ def _table(report: dict) -> Table:
     meta, rows = report["meta"], report["table"].set_index(["measure", "layer"])
     title = f"{meta['label']}: {meta['answers']} answers, {meta['tokens']:,} tokens, lens {meta['lens']}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "H layer", "dH attn", "dH ffn   [95 %]", "KL", "top-1", "stage"):
+    for name in ("layer", "H layer", "dH attn", "dH ffn  [95 %]", "KL", "top-1", "stage"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     colours = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
     for layer, stage in enumerate(report["stages"]["stages"], 1):
@@ -301,9 +301,9 @@ def _table(report: dict) -> Table:
         table.add_row(
             f"{mark}{layer}",
             f"{mean('entropy_layer'):.3f}",
-            f"{mean('d_entropy_attn'):+.3f}",
-            f"{ffn['mean']:+.3f}  [{ffn['low']:+.3f}, {ffn['high']:+.3f}]",
-            f"{mean('kl_language_model'):.3f}",
+            f"{mean('d_entropy_attn'):+.2f}",
+            f"{ffn['mean']:+.2f} [{ffn['low']:+.2f}, {ffn['high']:+.2f}]",
+            f"{mean('kl_language_model'):.2f}",
             f"{100 * mean('top1_agreement'):.0f} %",
             f"[{colours[stage]}]{stage}[/]",
         )
