@@ -88,6 +88,7 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
             draw(row, rows, model)
             for axis in row:
                 axis.set_xlabel("layer")
+                axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.spines[["top", "right"]].set_visible(False)
             row[0].set_title(f"{label}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
         for kind in ("png", "pdf"):
