@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bupo.errors import UserError
+from bupo.errors import UserError, first_line
 
 EMBEDDED = "embedded"
 
@@ -46,14 +46,14 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
             path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
     except Exception as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
     try:
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except Exception as error:
-        raise UserError(f"model {name!r} cannot be loaded as a causal language model: {_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be loaded as a causal language model: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
@@ -68,7 +68,7 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model {name!r} has no tokenizer that can be loaded: {_line(error)}") from error
+        raise UserError(f"model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -81,8 +81,3 @@ def _gguf(path: str, kwargs: dict) -> tuple[str, dict]:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path} needs the package gguf: pip install gguf")
     return str(Path(path).parent), {**kwargs, "gguf_file": Path(path).name}
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no details'}"

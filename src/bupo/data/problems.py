@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from bupo.data.arithmetic import arithmetic_problem
-from bupo.errors import UserError
+from bupo.errors import UserError, first_line
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -94,7 +94,7 @@ def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: s
         )
         entries = list(task)
     except Exception as error:  # a task's own assertions, unknown options, malformed JSON
-        raise UserError(f"{name} cannot be made{f' with {config}' if config else ''}: {_line(error)}") from error
+        raise UserError(f"{name} cannot be made{f' with {config}' if config else ''}: {first_line(error)}") from error
     return Dataset.from_dict(
         {"prompt": [entry["question"] for entry in entries], "answer": [entry["answer"] for entry in entries]}
     )
@@ -114,7 +114,9 @@ def _from_file(path: Path) -> Dataset:
     try:
         return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {_line(error.__cause__ or error)}") from error
+        raise UserError(
+            f"{path} cannot be read as {path.suffix[1:]}: {first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Dataset:
@@ -122,14 +124,9 @@ def _from_hub(name: str, config: str | None, split: str) -> Dataset:
         return load_dataset(name, config, split=split)
     except Exception as error:
         raise UserError(
-            f"dataset {name!r} (split {split!r}) cannot be loaded: {_line(error)}; give a hub id you can reach, a local "
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {first_line(error)}; give a hub id you can reach, a local "
             f".parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    """An error's first line, named."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
 
 
 def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> list:
