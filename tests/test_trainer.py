@@ -364,9 +364,9 @@ def test_a_reward_that_fails_is_named(tmp_path):
     ("changes", "message"),
     [
         ({"internal_layer": 5}, "layer 5 does not exist: .* has layers 1 to 4"),
-        ({"internal_layer": 0}, "internal_layer must be a layer from 1 up, got 0"),
-        ({"internal_layer": -1}, "internal_layer must be a layer from 1 up, got -1"),
-        ({"internal_layer": "abc"}, "internal_layer must be a layer from 1 up, got 'abc'"),
+        ({"internal_layer": 0}, "internal_layer must be a layer from 1 up, or auto, got 0"),
+        ({"internal_layer": -1}, "internal_layer must be a layer from 1 up, or auto, got -1"),
+        ({"internal_layer": "abc"}, "internal_layer must be a layer from 1 up, or auto, got 'abc'"),
         ({"internal_layer": None}, "internal_layer is not set"),
         ({"internal_steps": -1}, "internal_steps must be .* 0 or more: -1"),
         ({"internal_lens": "logit"}, "unknown lens mode 'logit': choose raw or final_norm"),

@@ -175,7 +175,7 @@ class ResidualStream:
                     "family=bupo.Family(...) with the names of its parts"
                 )
         self.num_layers = len(self._layers)
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             if known is None:
                 self.family = replace(self.family, middle=self._find_middle())
             self.identity = self._verify()
@@ -442,7 +442,7 @@ def _multiple_error(write: torch.Tensor, output: torch.Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no dropout."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -11,13 +11,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bupo.analysis.measure import MEASURES, AnswerMeasures, measure
 from bupo.analysis.rollouts import Rollout
 from bupo.analysis.tables import AnswerSums, read_sums, settled
 from bupo.policy import InternalPolicies, Lens
-from bupo.residual import Site
+from bupo.residual import ResidualStream, Site
 
 ANSWERS_FILE = "answers.jsonl"
 TOKENS_FILE = "tokens.parquet"
@@ -173,7 +173,7 @@ def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, 
     ]
 
 
-def model_meta(name: str, model: PreTrainedModel, policies: InternalPolicies, lens: Lens, temperature: float) -> dict:
+def model_meta(name: str, stream: ResidualStream, lens: Lens, temperature: float) -> dict:
     """What must stand beside every number."""
     import accelerate
     import transformers
@@ -183,15 +183,15 @@ def model_meta(name: str, model: PreTrainedModel, policies: InternalPolicies, le
     return {
         "schema_version": 1,
         "model": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "model_type": policies.stream.config.model_type,
-        "layers": policies.num_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "revision": getattr(stream.model.config, "_commit_hash", None),
+        "model_type": stream.config.model_type,
+        "layers": stream.num_layers,
+        "dtype": str(stream.model.dtype).removeprefix("torch."),
         "lens": lens,
         "temperature": temperature,
-        "identity_error": policies.identity.worst,
-        "identity_error_layers": max(policies.identity.layers),
-        "identity_error_head": policies.identity.head,
+        "identity_error": stream.identity.worst,
+        "identity_error_layers": max(stream.identity.layers),
+        "identity_error_head": stream.identity.head,
         "versions": {m.__name__: m.__version__ for m in (bupo, torch, transformers, accelerate)},
     }
 

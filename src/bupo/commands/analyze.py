@@ -167,7 +167,7 @@ def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, con
     problems = None if options.rollouts else _problems(options)  # a bad dataset is refused before a model is loaded
     tokenizer, model = load_tokenizer(name, **loading), _model(name, options, loading)
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)
-    meta = model_meta(name, policies.stream.model, policies, options.lens, options.temperature)
+    meta = model_meta(name, policies.stream, options.lens, options.temperature)
     meta |= {
         "adapter": options.adapter,
         "seed": options.seed,

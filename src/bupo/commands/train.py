@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> None:
 
 def make_trainer(model, rewards, config, train_set, eval_set, tokenizer, console, **kwargs) -> BuPOTrainer:
     """A trainer that writes `metrics.jsonl` and prints a line a step. A value it refuses is a [`UserError`]."""
-    lines = ConsoleLines(console, config.internal_layer)
+    lines = ConsoleLines(console)
     try:
         trainer = BuPOTrainer(
             model=model,

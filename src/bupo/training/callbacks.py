@@ -73,11 +73,10 @@ class ConsoleLines(TrainerCallback):
 
     Args:
         console (`rich.console.Console`): where to.
-        internal_layer (`int`, *optional*): the layer of phase 1, for the lines.
     """
 
-    def __init__(self, console: Console, internal_layer: int | None):
-        self.console, self.layer = console, internal_layer
+    def __init__(self, console: Console):
+        self.console = console
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
@@ -108,7 +107,9 @@ class ConsoleLines(TrainerCallback):
 
     def _line(self, logs: dict) -> str:
         """At most 80 columns."""
-        where = f"[magenta]1 layer {self.layer:<3}[/]" if logs["phase"] < 1.5 else "[green]2 whole    [/]"
+        where = (
+            f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]" if logs["phase"] < 1.5 else "[green]2 whole    [/]"
+        )
         entropy = f"entropy {logs['entropy']:.3f}"
         if "internal/entropy" in logs:
             entropy += f" ({logs['internal/entropy']:.3f})"

@@ -1,43 +1,81 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError
 from bupo.policy import Lens, check_lens
+from bupo.training.schedule import Stage, read_schedule
+
+Module = Literal["layer", "attn", "ffn"]
+Estimator = Literal["grpo", "rloo", "reinforce++", "ppo"]
+AUTO = "auto"
 
 
 @dataclass
 class BuPOConfig(GRPOConfig):
-    """Configuration of [`BuPOTrainer`](trainer.py): all of [`~trl.GRPOConfig`], and the first phase.
+    """Configuration of [`BuPOTrainer`](trainer.py): all of [`~trl.GRPOConfig`], the first phase, and the baselines.
 
     It differs from GRPOConfig's defaults in two entries: one log a rollout batch, and without an accelerator
     `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher, without flags.
 
     Parameters:
-        internal_layer (`int`, *optional*):
-            Layer l whose policy `softmax(H^l E_u^T)` the first phase optimises, counted from 1. Required unless
+        internal_layer (`int` or `"auto"`, *optional*):
+            Layer l whose policy `softmax(H^l E_u^T)` the first phase optimises, counted from 1. `auto` measures the
+            boundary layer on the first rollout batch, and stops before training where there is none. Required unless
             `internal_steps` is 0.
         internal_steps (`int`, *optional*, defaults to `20`):
             Length of the first phase (s_inter of the paper), in rollout batches, whatever the number of optimizer
-            updates a batch is used for. 0 is GRPO.
+            updates a batch is used for. 0 is no first phase.
+        internal_schedule (`list[list[int]]`, *optional*):
+            A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
+        internal_module (`str`, *optional*, defaults to `"layer"`):
+            The internal policy: the layer's, or that of its attention's or FFN's write (`attn`, `ffn`; eq. 6).
         internal_lens (`str`, *optional*, defaults to `"raw"`):
             What stands between the layer's states and the unembedding: nothing (`raw`, the paper's) or the model's
             final norm (`final_norm`, the logit lens).
+        internal_guard (`bool`, *optional*, defaults to `True`):
+            End a stage of the first phase early when it harms the model, and go on from its best weights
+            ([`~bupo.training.guard.Guard`]).
+        probe_every (`int`, *optional*):
+            Rollout batches between two probes. By default as often as 3 % of a batch's arithmetic allows while
+            there is a layer to look at; 0 is never.
+        probe_answers (`int`, *optional*, defaults to `8`):
+            Answers of the probe set, taken from the first rollout batch.
+        advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
+            `grpo` (TRL's), `rloo`, `reinforce++` or `ppo`.
+        critic_learning_rate, value_clip, gae_gamma, gae_lambda (`float`, *optional*, defaults to `1e-5`, `0.5`, `1.0`, `1.0`):
+            PPO's critic and its advantages.
+        frozen_up_to_layer (`int`, *optional*):
+            Freeze layers 1 to this (a baseline of table 11).
+        slow_above_layer (`int`, *optional*), slow_factor (`float`, *optional*, defaults to `0.1`):
+            Train the layers above this, and the final norm, at `slow_factor` times the learning rate (table 11).
         logging_steps (`float`, *optional*):
             Optimizer updates between two logs. By default those of one rollout batch, so that every log holds a reward
             and one phase.
     """
 
-    internal_layer: int | None = field(
+    internal_layer: int | str | None = field(
         default=None,
-        metadata={"help": "Layer whose policy the first phase optimises, counted from 1."},
+        metadata={"help": "Layer whose policy the first phase optimises, counted from 1, or `auto`."},
     )
     internal_steps: int = field(
         default=20,
-        metadata={"help": "Length of the first phase (s_inter) in rollout batches. 0 is GRPO."},
+        metadata={"help": "Length of the first phase (s_inter) in rollout batches. 0 is no first phase."},
+    )
+    internal_schedule: list | str | None = field(
+        default=None,
+        metadata={"help": "Stages of the first phase, such as [[6, 20], [12, 10]]: layer, rollout batches."},
+    )
+    internal_module: Module = field(
+        default="layer",
+        metadata={
+            "help": "The internal policy: the layer's, its attention's or its FFN's.",
+            "choices": get_args(Module),
+        },
     )
     internal_lens: Lens = field(
         default="raw",
@@ -47,6 +85,28 @@ class BuPOConfig(GRPOConfig):
             "choices": ["raw", "final_norm"],
         },
     )
+    internal_guard: bool = field(
+        default=True,
+        metadata={"help": "End the first phase early when it harms the model, and go on from its best weights."},
+    )
+    probe_every: int | None = field(
+        default=None,
+        metadata={"help": "Rollout batches between two probes; by default as 3 % of the arithmetic allows. 0: never."},
+    )
+    probe_answers: int = field(default=8, metadata={"help": "Answers of the probe set."})
+    advantage_estimator: Estimator = field(
+        default="grpo",
+        metadata={"help": "grpo, rloo, reinforce++ or ppo.", "choices": get_args(Estimator)},
+    )
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's of PPO's critic, constant."})
+    value_clip: float = field(default=0.5, metadata={"help": "Largest change of a value that its loss rewards."})
+    gae_gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    gae_lambda: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
+    frozen_up_to_layer: int | None = field(default=None, metadata={"help": "Freeze layers 1 to this."})
+    slow_above_layer: int | None = field(
+        default=None, metadata={"help": "Train the layers above this at slow_factor times the learning rate."}
+    )
+    slow_factor: float = field(default=0.1, metadata={"help": "For slow_above_layer."})
     logging_steps: float | None = field(
         default=None,
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
@@ -57,13 +117,8 @@ class BuPOConfig(GRPOConfig):
             self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
             self.bf16 = bool(self.bf16)  # type: ignore[has-type]
-        check_lens(self.internal_lens)
-        if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
-            raise UserError(
-                f"internal_steps must be a whole number of rollout batches, 0 or more: {self.internal_steps!r}"
-            )
-        if self.internal_steps > 0:
-            self._check_internal_phase()
+        self._check_internal_phase()
+        self._check_method()
         once_a_rollout = self.logging_steps is None
         if once_a_rollout:
             self.logging_steps = 1
@@ -73,15 +128,70 @@ class BuPOConfig(GRPOConfig):
                 1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
             )
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The first phase. Layer 0 stands for the layer that `auto` will choose."""
+        if self.internal_schedule is not None:
+            return read_schedule(self.internal_schedule)
+        if self.internal_steps == 0:
+            return ()
+        return (Stage(0 if self.internal_layer == AUTO else int(self.internal_layer), self.internal_steps),)  # type: ignore[arg-type]
+
     def _check_internal_phase(self) -> None:
-        layer = self.internal_layer
-        if layer is None:
+        check_lens(self.internal_lens)
+        if isinstance(self.internal_layer, str) and self.internal_layer.isdigit():  # from a command line
+            self.internal_layer = int(self.internal_layer)
+        _choice("internal_module", self.internal_module, get_args(Module))
+        _whole("internal_steps", self.internal_steps, 0, "a whole number of rollout batches, 0 or more")
+        for name in ("internal_layer", "frozen_up_to_layer", "slow_above_layer"):
+            value = getattr(self, name)
+            if value is not None and not (name == "internal_layer" and value == AUTO):
+                _whole(name, value, 1, "a layer from 1 up" + (", or auto" if name == "internal_layer" else ""))
+        if self.internal_schedule is not None:
+            if self.internal_layer is not None:
+                raise UserError(
+                    "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
+                )
+            self.internal_schedule = [[stage.layer, stage.batches] for stage in read_schedule(self.internal_schedule)]
+        elif self.internal_steps > 0 and self.internal_layer is None:
             raise UserError(
                 "internal_layer is not set: choose the layer whose policy the first phase optimises (1 to the model's "
-                "number of layers), or set internal_steps to 0 for GRPO"
+                "number of layers, or auto), or set internal_steps to 0 for no first phase"
             )
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
-            raise UserError(f"internal_layer must be a layer from 1 up, got {layer!r}")
         # layers above l have no gradient in the first phase, which DDP must be told to expect
-        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+        if self.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
+
+    def _check_method(self) -> None:
+        _choice("advantage_estimator", self.advantage_estimator, get_args(Estimator))
+        if self.probe_every is not None:
+            _whole("probe_every", self.probe_every, 0, "a whole number of rollout batches, 0 or more")
+        _whole("probe_answers", self.probe_answers, 1, "1 or more")
+        for name, low, high in (("gae_gamma", 0, 1), ("gae_lambda", 0, 1), ("slow_factor", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} must lie from {low} to {high}, got {getattr(self, name)}")
+        for name in ("critic_learning_rate", "value_clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.advantage_estimator == "grpo":
+            return
+        if self.scale_rewards not in ("group", True):
+            raise UserError(
+                f"scale_rewards={self.scale_rewards!r} is grpo's: advantage_estimator {self.advantage_estimator} does not "
+                "use it"
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise UserError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} is grpo's: advantage_estimator "
+                f"{self.advantage_estimator} sums weighted rewards"
+            )
+
+
+def _choice(name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise UserError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+
+
+def _whole(name: str, value, least: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} must be {what}, got {value!r}")

@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -47,7 +48,7 @@ class PolicyHead:
 
     def __init__(self, stream: ResidualStream, temperature: float, lens: Lens, fp32: bool = False):
         self.stream, self.temperature, self.lens, self.fp32 = stream, temperature, lens, fp32
-        self.layer: int | None = None  # None: the language model policy
+        self.site: Site | None = None  # None: the language model policy
         model, head = stream.model, self
         plain = model.forward
 
@@ -60,26 +61,29 @@ class PolicyHead:
         model.forward = types.MethodType(forward, model)
 
     @contextmanager
-    def scoring(self, layer: int | None) -> Iterator[None]:
-        """Inside, scoring calls speak for this layer's policy."""
-        before, self.layer = self.layer, layer
+    def scoring(self, kind: str, layer: int) -> Iterator[None]:
+        """Inside, scoring calls speak for this internal policy: a layer's, or its attention's or FFN's."""
+        before, self.site = self.site, Site(kind, layer)
         try:
             yield
         finally:
-            self.layer = before
+            self.site = before
 
     def _score(self, model, labels, *args, **kwargs) -> PolicyScores:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        if self.layer is None:
+        if self.site is None:
             out = model.base_model(*args, use_cache=False, **kwargs)
             hidden = out.last_hidden_state
         else:
-            # what the norm reads, not what the block returns: a hook inside a checkpointed block sees no gradient
-            site = Site("norm_input", self.layer)
-            with self.stream.record([site]) as states, self.stream.first_layers(self.layer):
+            kind, layer = self.site
+            # what the norm reads is what the last layer returns
+            site = Site("norm_input", layer) if kind == "layer" else self.site
+            with self.stream.record([site]) as states, self.stream.first_layers(layer), self._not_checkpointed(layer):
                 out = model.base_model(*args, use_cache=False, **kwargs)
-            hidden = states[site] if self.lens == "raw" else out.last_hidden_state
+            hidden = states[site]
+            if self.lens == "final_norm":
+                hidden = out.last_hidden_state if kind == "layer" else self.stream.norm(hidden)
 
         head = self.stream.head()
         for name in ("weight", "bias"):
@@ -99,3 +103,17 @@ class PolicyHead:
                 out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
             )
         return PolicyScores(scores.log_probs, scores.entropy, aux_loss)
+
+    @contextmanager
+    def _not_checkpointed(self, layer: int) -> Iterator[None]:
+        """Inside, this block keeps its activations: a hook in a checkpointed block sees no gradient."""
+        block: Any = self.stream.block(layer)
+        before = getattr(block, "gradient_checkpointing", False)
+        if not before:
+            yield
+            return
+        block.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            block.gradient_checkpointing = before

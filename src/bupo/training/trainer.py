@@ -1,6 +1,6 @@
 """BuPOTrainer: GRPO whose first rollout batches optimise an internal layer policy (arXiv 2512.19673, eq. 10).
 
-What is TRL's stays TRL's: sampling, rewards, advantages, the loss and its variants, vLLM, PEFT, checkpoints. In the first
+What is TRL's stays TRL's: sampling, rewards, the loss and its variants, vLLM, PEFT, checkpoints. In the first
 phase (internal policy alignment, IPA, eq. 9) three things differ:
 
 1. the ratio of the clipped objective is the layer policy's, `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)`, and so is the
@@ -8,17 +8,19 @@ phase (internal policy alignment, IPA, eq. 9) three things differ:
 2. rollouts still come from the language model policy, and so does the correction for vLLM's numerics;
 3. the logged `entropy` is still the language model policy's; the layer policy's stands beside it.
 
-A phase covers whole rollout batches, so old and new log-probs always come from the same policy.
+A phase covers whole rollout batches, so old and new log-probs always come from the same policy. The advantages are
+those of the chosen estimator, in both phases. Probes and the guard stand between rollout batches.
 """
 
 import json
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,13 +30,22 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.errors import UserError
-from bupo.residual import Family, ResidualStream
+from bupo.residual import Family, ResidualStream, evaluating
+from bupo.training import advantages
+from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
+from bupo.training.boundary import boundary_layer
 from bupo.training.config import BuPOConfig
+from bupo.training.critic import CRITIC_FILE, CriticLearner
 from bupo.training.head import PolicyHead
+from bupo.training.layers import above, freeze_up_to, slow_down
+from bupo.training.probes import repetition
+from bupo.training.schedule import Stage, place_of
+from bupo.training.watch import Watch
 
 logger = get_logger(__name__)
 
 INTERNAL, LANGUAGE_MODEL = 1, 2  # the two phases, as logged
+BOUNDARY_FILE = "boundary.json"
 
 
 class BuPOTrainer(GRPOTrainer):
@@ -51,8 +62,9 @@ class BuPOTrainer(GRPOTrainer):
     ```
 
     Logged besides what [`~trl.GRPOTrainer`] logs: `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds),
-    and in phase 1 `internal/entropy`, the layer policy's entropy in nats. `entropy` is the language model policy's in both
-    phases (in phase 1 at the time of the rollout); clip ratios are those of the policy being optimised.
+    `completions/repetition`, in phase 1 `internal/layer` and `internal/entropy` (the internal policy's, in nats), with
+    PPO `critic/...`, and for a probe `probe/...`. `entropy` is the language model policy's in both phases (in phase 1 at the
+    time of the rollout); clip ratios are those of the policy being optimised.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): as for [`~trl.GRPOTrainer`]; a text model.
@@ -98,21 +110,51 @@ class BuPOTrainer(GRPOTrainer):
             for m in (self.model, self.ref_model)
             if m is not None
         ]
+        self.stream = self._heads[0].stream
+        self.schedule: tuple[Stage, ...] = args.stages
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._critic: Any = None
+        if args.advantage_estimator == "ppo":
+            if sharded:
+                raise UserError(
+                    "advantage_estimator ppo trains its critic under DDP or one process: not FSDP, not DeepSpeed"
+                )
+            self._critic = CriticLearner(self.stream.decoder, self.accelerator, args)
+        if args.frozen_up_to_layer:
+            freeze_up_to(self.stream, args.frozen_up_to_layer)
+        if any(stage.layer == 0 for stage in self.schedule) and sharded:
+            raise UserError(
+                "internal_layer auto measures a whole model: with FSDP or DeepSpeed, run bupo analyze first"
+            )
+        self._watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
         # during a rollout of phase 1, the entropies of the first scoring pass
         self._collecting = False
         self._collected_entropies: torch.Tensor | None = None
+        self._rewards = torch.empty(0)  # of the last rollout batch, by answer and function, of all processes
 
     @staticmethod
     def _open(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream:
         stream = ResidualStream(model, family)
-        if args.internal_steps > 0:
-            stream.block(args.internal_layer)
+        layers = [stage.layer for stage in args.stages if stage.layer]
+        if isinstance(args.internal_layer, int):
+            layers.append(args.internal_layer)
+        for layer in (*layers, args.frozen_up_to_layer, args.slow_above_layer):
+            if layer is not None:
+                stream.block(layer)
         return stream
 
     @property
     def num_layers(self) -> int:
         """L of the model."""
-        return self._heads[0].stream.num_layers
+        return self.stream.num_layers
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """TRL's, with slower groups for the layers above `slow_above_layer`."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.args.slow_above_layer:
+            slow_down(optimizer, above(self.stream, self.args.slow_above_layer), self.args.slow_factor)
+        return optimizer
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -127,9 +169,15 @@ class BuPOTrainer(GRPOTrainer):
         return self._step // self._micro_steps_per_rollout + 1
 
     @property
+    def stage(self) -> Stage | None:
+        """The stage of the first phase that the rollout batch belongs to; None in the second."""
+        place = place_of(self.schedule, self.rollout_batch)
+        return None if place is None else self.schedule[place]
+
+    @property
     def phase(self) -> int:
-        """1 while an internal layer policy is optimised, 2 afterwards (eq. 10)."""
-        return INTERNAL if self.rollout_batch <= self.args.internal_steps else LANGUAGE_MODEL
+        """1 while an internal policy is optimised, 2 afterwards (eq. 10)."""
+        return INTERNAL if self.stage else LANGUAGE_MODEL
 
     @property
     def _aligning(self) -> bool:
@@ -137,28 +185,119 @@ class BuPOTrainer(GRPOTrainer):
         return self.phase == INTERNAL and self.model.training
 
     @contextmanager
-    def _layer_policy(self):
-        """Inside, scoring calls speak for the layer policy, of the reference model too."""
+    def _internal_policy(self):
+        """Inside, scoring calls speak for the internal policy, of the reference model too."""
+        assert self.stage, "there is an internal policy in phase 1 only"
         with ExitStack() as stack:
             for head in self._heads:
-                stack.enter_context(head.scoring(self.args.internal_layer))
+                stack.enter_context(head.scoring(self.args.internal_module, self.stage.layer))
             yield
 
     # -- rollouts ----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
         started = time.perf_counter()
+        metrics = self._metrics["train"]
+        self.schedule = self._watch.before_rollouts(self.schedule, self.rollout_batch, self.optimizer, metrics)
         self._collecting = self._aligning
         try:
             output = super()._generate_and_score_completions(inputs)  # everything in here is pi_theta's
+            answers = self._answers(output)
+            if self.stage and self.stage.layer == 0:
+                self._choose_layer(answers)
+            self._set_advantages(output)
             if self._aligning:
-                self._score_with_layer_policy(output)
+                self._score_with_internal_policy(output)
         finally:
             self._collecting, self._collected_entropies = False, None
-        if self.model.training:
-            self._metrics["train"]["rollout_time"].append(time.perf_counter() - started)
-            self._warn_if_nothing_to_learn()
+        metrics["completions/repetition"].append(self._mean(repetition([answer for _, answer in answers])))
+        self._watch.after_rollouts(self.schedule, self.rollout_batch, answers, self._rewards_by_answer(), metrics)
+        metrics["rollout_time"].append(time.perf_counter() - started)
+        self._warn_if_nothing_to_learn()
         return output
+
+    def _answers(self, output: dict) -> list[tuple[list[int], list[int]]]:
+        """Token ids of this process' prompts and answers, one of each prompt first."""
+        pairs = [
+            (ids[mask.bool()].tolist(), answer[kept.bool()].tolist())
+            for ids, mask, answer, kept in zip(
+                output["prompt_ids"],
+                output["prompt_mask"],
+                output["completion_ids"],
+                output["completion_mask"],
+                strict=True,
+            )
+        ]
+        group = self.num_generations
+        pairs = [pair for first in range(group) for pair in pairs[first::group]]
+        return [(prompt, answer) for prompt, answer in pairs if answer]  # masked, if truncated answers are
+
+    def _choose_layer(self, answers: list[tuple[list[int], list[int]]]) -> None:
+        """`internal_layer: auto`, on the first rollout batch."""
+        with evaluating(self.stream.model):
+            found = boundary_layer(
+                self.stream,
+                answers,
+                self.args.internal_lens,
+                self.args.temperature,
+                tokens=BOUNDARY_TOKENS // self.accelerator.num_processes,
+                gather=gather_object,
+            )
+        self.schedule = tuple(Stage(stage.layer or found["boundary_layer"], stage.batches) for stage in self.schedule)
+        self.accelerator.print(f"internal_layer auto: {found['explanation']}")
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / BOUNDARY_FILE).write_text(json.dumps(found, indent=1) + "\n")
+
+    def _rewards_by_answer(self) -> torch.Tensor:
+        """Weighted sum of the reward functions, of all processes' answers; NaN where none gave one."""
+        rewards = (self._rewards * self.reward_weights.to(self._rewards)).nansum(1)
+        return rewards.masked_fill(self._rewards.isnan().all(1), torch.nan)
+
+    def _set_advantages(self, output: dict) -> None:
+        """Put the estimator's advantages where TRL has put GRPO's."""
+        estimator = self.args.advantage_estimator
+        if estimator == "grpo":
+            return
+        rewards, size = self._rewards_by_answer(), output["completion_ids"].size(0)
+        mine = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        mask = self._mask(output)
+
+        def total(sums: torch.Tensor) -> torch.Tensor:
+            return self.accelerator.reduce(sums, "sum")
+
+        if estimator == "rloo":
+            output["advantages"] = advantages.leave_one_out(rewards, self.num_generations)[mine]
+        elif estimator == "reinforce++":
+            on_all = rewards[mine].nan_to_num(nan=0.0)[:, None] * mask
+            output["advantages"] = advantages.whitened(on_all, mask, total)
+        else:
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            values = self._critic.values(ids, attention, mask.size(1), self.args.per_device_train_batch_size) * mask
+            estimates, returns = advantages.generalized(
+                advantages.last_token(rewards[mine], mask), values, mask, self.args.gae_gamma, self.args.gae_lambda
+            )
+            output["advantages"] = advantages.whitened(estimates, mask, total)
+            output["values"], output["returns"] = values, returns
+        self._log_advantages(output["advantages"], mask)
+
+    def _log_advantages(self, found: torch.Tensor, mask: torch.Tensor) -> None:
+        """TRL's table of completions shows an answer's advantage: by token, its mean."""
+        by_answer = found if found.dim() == 1 else (found * mask).sum(1) / mask.sum(1).clamp(min=1)
+        everyone = self.accelerator.gather(by_answer).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(everyone), len(logged))):
+            logged.pop()
+        logged.extend(everyone)
+
+    @staticmethod
+    def _mask(inputs: dict) -> torch.Tensor:
+        """`(B, T)`: the tokens that the policy chose."""
+        return inputs["completion_mask"] * inputs.get("tool_mask", 1)
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         collect = self._collecting and self._collected_entropies is None
@@ -170,8 +309,8 @@ class BuPOTrainer(GRPOTrainer):
         return logps, entropies, aux_loss
 
     @torch.no_grad()
-    def _score_with_layer_policy(self, output: dict) -> None:
-        """Put the layer policy's log-probs where the loss looks for old and reference ones, and keep pi_theta's entropy."""
+    def _score_with_internal_policy(self, output: dict) -> None:
+        """Put the internal policy's log-probs where the loss looks for old and reference ones, and keep pi_theta's entropy."""
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # (B, P + C)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         size = {"batch_size": self.args.per_device_train_batch_size}
@@ -184,7 +323,7 @@ class BuPOTrainer(GRPOTrainer):
                     1
                 ]
             output["language_model_entropies"] = entropies
-            with self._layer_policy():
+            with self._internal_policy():
                 if "old_per_token_logps" in output:
                     output["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
                         self.model, *scored, **size
@@ -201,7 +340,8 @@ class BuPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         try:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            return self._rewards
         except UserError:
             raise
         except Exception as error:
@@ -214,8 +354,11 @@ class BuPOTrainer(GRPOTrainer):
         """Say aloud what would otherwise be a flat curve."""
         last = {name: values[-1] for name, values in self._metrics["train"].items() if values}
         reasons = []
-        if last.get("frac_reward_zero_std") == 1.0:
+        grouped = self.args.advantage_estimator in ("grpo", "rloo")
+        if grouped and last["frac_reward_zero_std"] == 1.0:
             reasons.append(f"all answers to each prompt have one reward (mean {last['reward']:.3g})")
+        elif not grouped and last["reward_std"] == 0.0:
+            reasons.append(f"all answers have one reward ({last['reward']:.3g})")
         if last.get("completions/clipped_ratio") == 1.0:
             reasons.append(f"every answer was cut at max_completion_length={self.max_completion_length}")
         if reasons:
@@ -223,25 +366,57 @@ class BuPOTrainer(GRPOTrainer):
 
     # -- updates -----------------------------------------------------------------------------------------------------
 
+    def train(self, *args, **kwargs):
+        """As TRL's; the probes also see the last weights."""
+        result = super().train(*args, **kwargs)
+        self._watch.after_training(self.schedule, self.rollout_batch)
+        return result
+
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
         if mode == "train":
             metrics["phase"].append(self.phase)
             metrics["rollout_batch"].append(self.rollout_batch)
+            if self._critic:
+                self._learn_values(inputs)
         if not self._aligning:
             return super()._compute_loss(model, inputs)
-        with self._layer_policy():
+        with self._internal_policy():
             loss = super()._compute_loss(model, inputs)
+            metrics["internal/layer"].append(self.stage.layer)  # type: ignore[union-attr]
         metrics["internal/entropy"].append(metrics["entropy"].pop())
         metrics["entropy"].append(self._masked_mean(inputs["language_model_entropies"], inputs))
         return loss
 
+    def _learn_values(self, inputs: dict) -> None:
+        """The critic's part of a micro-batch."""
+        mask = self._mask(inputs)
+        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * window
+        sums = self._critic.learn(inputs, mask, tokens)
+        sums["returns"], sums["squares"] = (inputs["returns"] * mask).sum(), (inputs["returns"].square() * mask).sum()
+        names = list(sums)
+        total = dict(
+            zip(names, self.accelerator.reduce(torch.stack([sums[n].float() for n in names]), "sum"), strict=True)
+        )
+        count = total["tokens"].clamp(min=1.0)
+        metrics = self._metrics["train"]
+        metrics["critic/value_loss"].append((total["loss"] / count).item())
+        metrics["critic/clip_ratio"].append((total["clipped"] / count).item())
+        variance = total["squares"] / count - (total["returns"] / count) ** 2
+        if variance > 0:
+            metrics["critic/explained_variance"].append((1 - total["error"] / count / variance).item())
+
     def _masked_mean(self, per_token: torch.Tensor, inputs: dict) -> float:
         """Mean over the answers' tokens of all processes."""
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        mask = self._mask(inputs)
         total, count = self.accelerator.reduce(torch.stack([(per_token * mask).sum(), mask.sum().float()]), "sum")
         return (total / count.clamp(min=1.0)).item()
+
+    def _mean(self, value: float) -> float:
+        """Mean over processes."""
+        return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).mean().item()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     # TRL's hold neither the place inside a rollout batch nor the batch itself; without them a resumed run would count
@@ -255,9 +430,16 @@ class BuPOTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         inside = self._step % self._micro_steps_per_rollout != 0
         torch.save(
-            {"step": self._step, "buffered_inputs": self._buffered_inputs if inside else None},
+            {
+                "step": self._step,
+                "buffered_inputs": self._buffered_inputs if inside else None,
+                "schedule": [(stage.layer, stage.batches) for stage in self.schedule],
+                "watch": self._watch.state(),
+            },
             self._rollout_file(folder),
         )
+        if self._critic:
+            self._critic.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -267,6 +449,10 @@ class BuPOTrainer(GRPOTrainer):
         if file.exists():
             saved = torch.load(file, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = saved["step"], saved["buffered_inputs"]
+            self.schedule = tuple(Stage(*pair) for pair in saved["schedule"])
+            self._watch.load(saved["watch"], self.rollout_batch)
         else:  # another trainer's checkpoint, or another number of processes: the rollout batch is sampled anew
             state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
             self._step = state["global_step"] * self.args.gradient_accumulation_steps
+        if self._critic and (Path(checkpoint) / CRITIC_FILE).exists():
+            self._critic.load(Path(checkpoint))

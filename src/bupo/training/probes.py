@@ -1,0 +1,209 @@
+"""Training dynamics (figs. 4, 5 and 7): a fixed set of answers, from the first rollout batch, measured again and again.
+
+The series are those of `bupo analyze --rollouts RUN/probes.jsonl --model RUN/checkpoint-N`, computed here for the layers
+of the first phase and those above them only.
+"""
+
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from bupo.policy import Lens
+from bupo.residual import ResidualStream, Site
+
+PROBES_FILE, DYNAMICS_FILE = "probes.jsonl", "dynamics.parquet"
+ANSWER_TOKENS = 256  # of a probe; longer answers are cut
+SHARE = 0.03  # of a rollout batch's arithmetic, for the default of probe_every
+LOGITS = 1 << 24  # numbers in one (rows, vocabulary) tensor
+STATES = 1 << 26  # numbers in the states of one forward pass
+COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
+
+Answers = Sequence[tuple[list[int], list[int]]]  # token ids of prompts and answers
+
+
+@torch.no_grad()
+def probe(
+    stream: ResidualStream, answers: Answers, layers: Sequence[int], lens: Lens = "raw", temperature: float = 1.0
+) -> list[dict]:
+    """Measure layers against those above them.
+
+    Args:
+        stream ([`~bupo.residual.ResidualStream`]): the model, in evaluation mode.
+        answers (`list[tuple[list[int], list[int]]]`): token ids of prompts and answers.
+        layers (`list[int]`): the layers l, from 1.
+        lens (`str`), temperature (`float`): of the policies.
+
+    Returns:
+        `list[dict]`: rows of `measure`, `layer`, `later_layer` and `value`, means over the answers' tokens, in nats: of
+        pi_theta `entropy` and `perplexity`; of each l `entropy_layer`, `d_entropy_layer` (eq. 11) and `kl_language_model`;
+        of each l and later m `kl` (KL(pi_Layer^l || pi_Layer^m)) and `cosine` (of H^l and H^m).
+    """
+    sums: dict[tuple, float] = defaultdict(float)
+    tokens = 0
+    for states, targets in _states(stream, answers, layers):
+        tokens += len(targets)
+        for layer in layers:
+            for later in range(layer + 1, stream.num_layers + 1):
+                pair = (states[Site("layer", layer)], states[Site("layer", later)])
+                sums["cosine", layer, later] += torch.cosine_similarity(*pair, dim=-1).double().sum().item()
+        rows = max(1, LOGITS // stream.head()["weight"].size(0))
+        for start in range(0, len(targets), rows):
+            piece = {site: values[start : start + rows] for site, values in states.items()}
+            _policies(stream, piece, targets[start : start + rows], layers, lens, temperature, sums)
+    found = [
+        {"measure": measure, "layer": layer, "later_layer": later, "value": total / tokens}
+        for (measure, layer, later), total in sums.items()
+    ]
+    for row in found:
+        if row["measure"] == "perplexity":
+            row["value"] = math.exp(min(row["value"], 700.0))
+    return found
+
+
+def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
+    """Add what needs logits, for some rows."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return stream.norm(x.to(stream.norm_device(x)))
+
+    def log_probs(layer: int) -> torch.Tensor:
+        x = states[Site("layer", layer)]
+        return stream.logits(norm(x) if lens == "final_norm" else x, temperature).log_softmax(-1)
+
+    def entropy(log_p: torch.Tensor) -> torch.Tensor:
+        return -torch.linalg.vecdot(_probabilities(log_p), log_p)
+
+    def add(name: str, layer: int | None, later: int | None, values: torch.Tensor) -> None:
+        sums[name, layer, later] += values.double().sum().item()
+
+    theta = stream.logits(norm(states[Site("layer", stream.num_layers)]), temperature).log_softmax(-1)
+    add("entropy", None, None, entropy(theta))
+    add("perplexity", None, None, -theta.gather(1, targets.to(theta.device)[:, None])[:, 0])
+    lower: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # probabilities and entropy of the layers met so far
+    below = entropy(log_probs(min(layers) - 1)) if layers else None
+    for later in range(min(layers, default=stream.num_layers + 1), stream.num_layers + 1):
+        log_q = log_probs(later)
+        for layer, (p, h) in lower.items():
+            add("kl", layer, later, -h - torch.linalg.vecdot(p, log_q))
+        if later in layers or later + 1 in layers:
+            p = _probabilities(log_q)
+            h = -torch.linalg.vecdot(p, log_q)
+            if later in layers:
+                add("entropy_layer", later, None, h)
+                add("d_entropy_layer", later, None, h - below)
+                add("kl_language_model", later, None, -h - torch.linalg.vecdot(p, theta))
+                lower[later] = (p, h)
+            below = h
+
+
+def _probabilities(log_p: torch.Tensor) -> torch.Tensor:
+    """What is below e^-80 is taken as that: denormal numbers are many times as slow on a CPU."""
+    return log_p.clamp(min=-80).exp()
+
+
+def _states(
+    stream: ResidualStream, answers: Answers, layers: Sequence[int]
+) -> Iterator[tuple[dict[Site, torch.Tensor], torch.Tensor]]:
+    """States `(rows, D)` and next tokens `(rows,)` at the answers' positions, some answers at a time."""
+    first = min(layers, default=stream.num_layers + 1)
+    numbers = sorted({stream.num_layers, *range(first, stream.num_layers + 1), *(layer - 1 for layer in layers)})
+    sites = [Site("layer", number) for number in numbers]
+    embedding = stream.model.get_input_embeddings().weight
+    longest = max(len(prompt) + len(answer) for prompt, answer in answers)
+    size = max(1, STATES // (longest * len(sites) * embedding.size(1)))
+    for start in range(0, len(answers), size):
+        some = answers[start : start + size]
+        time = max(len(prompt) + len(answer) for prompt, answer in some)
+        ids = torch.zeros(len(some), time, dtype=torch.long)
+        mask, here = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(some):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor([*prompt, *answer])
+            mask[row, :end] = 1
+            here[row, len(prompt) - 1 : end - 1] = True
+        targets = ids[:, 1:][here[:, :-1]]
+        select = functools.partial(_rows, here=here)
+        yield stream.run(sites, ids.to(embedding.device), mask.to(embedding.device), select=select), targets
+
+
+def _rows(states: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    return states[here.to(states.device)]
+
+
+def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[int], batch_tokens: int) -> int:
+    """Rollout batches between probes that keep them within `SHARE` of the run's arithmetic.
+
+    A forward pass is two operations a parameter and token, a rollout batch some four forward passes (sampling, scoring,
+    update), a projection 2 D a vocabulary entry and about 500 more for its exponentials.
+
+    Args:
+        batch_tokens (`int`): prompt and answer tokens of a rollout batch, a process.
+    """
+    entries, width = stream.head()["weight"].shape
+    forward = 2 * sum(p.numel() for p in stream.model.parameters())
+    sites = stream.num_layers - min(layers) + 3
+    rows = sum(len(answer) for _, answer in answers)
+    cost = sum(len(p) + len(a) for p, a in answers) * forward + rows * sites * entries * (2 * width + 500)
+    return max(1, math.ceil(cost / (SHARE * 4 * batch_tokens * forward)))
+
+
+def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Mean share of an answer's n-grams that it has said before; answers shorter than n + 1 tokens have none."""
+    shares = []
+    for ids in answers:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
+
+
+class Dynamics:
+    """The series of a run on disk: `probes.jsonl` once, `dynamics.parquet` after each probe, in one piece.
+
+    Columns of `dynamics.parquet`: `rollout_batch` (how many are done), `measure`, `layer`, `later_layer` (both empty where
+    they do not apply) and `value`. The file's metadata hold the run's.
+    """
+
+    def __init__(self, folder: str | Path, meta: dict):
+        self.folder, self.meta = Path(folder), meta
+        self.rows: list[dict] = []
+
+    def write_answers(self, answers: Answers, decode) -> None:
+        """Keep the probe set, in the format that `bupo analyze --rollouts` reads."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps({"prompt_ids": p, "completion_ids": a, "prompt": decode(p), "completion": decode(a)}) + "\n"
+            for p, a in answers
+        ]
+        part = self.folder / (PROBES_FILE + ".part")
+        part.write_text("".join(lines))
+        part.replace(self.folder / PROBES_FILE)
+
+    def read(self, done: int) -> Answers:
+        """The probe set of a run that goes on, and its series as far as `done` rollout batches. Empty if there is none."""
+        if not (self.folder / PROBES_FILE).exists():
+            return []
+        rows = [json.loads(line) for line in (self.folder / PROBES_FILE).read_text().splitlines()]
+        if (self.folder / DYNAMICS_FILE).exists():
+            table = pd.read_parquet(self.folder / DYNAMICS_FILE)
+            self.rows = table[table["rollout_batch"] <= done].to_dict("records")
+        return [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+
+    def add(self, rollout_batch: int, rows: Sequence[dict]) -> None:
+        """Append the rows of one probe and write the file."""
+        self.rows += [{"rollout_batch": rollout_batch, **row} for row in rows]
+        table = pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
+        arrow = pa.Table.from_pandas(table, preserve_index=False)
+        arrow = arrow.replace_schema_metadata(
+            {**(arrow.schema.metadata or {}), b"meta": json.dumps(self.meta).encode()}
+        )
+        part = self.folder / (DYNAMICS_FILE + ".part")
+        pq.write_table(arrow, part)
+        part.replace(self.folder / DYNAMICS_FILE)

@@ -1,0 +1,190 @@
+"""What stands between rollout batches: the probes, and the guard that reads them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from time import perf_counter
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+
+from bupo.analysis.run import model_meta
+from bupo.residual import ResidualStream, evaluating
+from bupo.training.config import BuPOConfig
+from bupo.training.guard import Guard, restore, snapshot
+from bupo.training.layers import moved_by
+from bupo.training.probes import ANSWER_TOKENS, Answers, Dynamics, default_cadence, probe
+from bupo.training.schedule import Stage, cut_short, place_of
+
+logger = get_logger(__name__)
+
+Schedule = tuple[Stage, ...]
+Metrics = dict[str, list[float]]
+
+
+class Watch:
+    """Probes and guard of a run. All processes decide alike: on gathered rewards and the main process' probes.
+
+    Args:
+        stream ([`~bupo.residual.ResidualStream`]): the model.
+        accelerator (`Accelerator`): the trainer's.
+        args ([`~bupo.BuPOConfig`]): of the run.
+        decode (`Callable`): token ids into text, for `probes.jsonl`.
+        sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then there are neither probes nor guard.
+    """
+
+    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args: BuPOConfig, decode, sharded: bool):
+        self.stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
+        self.every = 0 if sharded else args.probe_every  # None: once the probe set is known
+        self.guarding = args.internal_guard and bool(args.stages)
+        if sharded and (self.guarding or args.probe_every):
+            self.guarding = False
+            logger.warning("FSDP and DeepSpeed shard the parameters: this run has neither probes nor internal_guard")
+        name = stream.config.name_or_path or type(stream.model).__name__
+        meta = model_meta(name, stream, args.internal_lens, args.temperature)
+        self.dynamics = Dynamics(args.output_dir, meta | {"seed": args.seed})
+        self.answers: Answers = []
+        self.guard, self.guarded = Guard(), 0  # of the stage in this place of the schedule
+        self.kept: list[torch.Tensor] = []
+
+    # -- around a rollout batch --------------------------------------------------------------------------------------
+
+    def before_rollouts(
+        self, schedule: Schedule, rollout_batch: int, optimizer: torch.optim.Optimizer, metrics: Metrics
+    ) -> Schedule:
+        """Probe the weights that are about to sample, and end the stage if it has turned. Returns the schedule."""
+        if rollout_batch > 1:
+            self._probe(schedule, rollout_batch, metrics)
+        place = place_of(schedule, rollout_batch)
+        if not (self.guarding and self.guard.rewards and self.kept):
+            return schedule
+        why = self.guard.turned()
+        if why:
+            schedule = self._go_back(schedule, rollout_batch, optimizer, why)
+            metrics["internal/ended_by_guard"].append(1.0)
+        if why or place != self.guarded:
+            self.guard, self.kept = Guard(), []
+        return schedule
+
+    def after_rollouts(
+        self, schedule: Schedule, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics
+    ) -> None:
+        """Note what a rollout batch says of the weights that sampled it.
+
+        Args:
+            answers (`list`): of this process, one of each prompt first.
+            rewards (`torch.Tensor` of shape `(answers,)`): of all processes, groups of a prompt one after another.
+        """
+        if rollout_batch == 1 and self.every != 0:
+            self._choose_answers(schedule, answers)
+            self._probe(schedule, rollout_batch, metrics)
+        if self.every and (rollout_batch - 1) % self.every == 0 and self.accelerator.is_main_process:
+            rows = [("response_length", metrics["completions/mean_length"][-1])]
+            rows += [("repetition", metrics["completions/repetition"][-1]), ("reward", metrics["reward"][-1])]
+            self.dynamics.add(rollout_batch - 1, [_row(measure, value) for measure, value in rows])
+        place = place_of(schedule, rollout_batch)
+        if not self.guarding or place is None:
+            return
+        self.guarded = place
+        by_prompt = rewards.view(-1, self.args.num_generations).nanmean(1)
+        by_prompt = by_prompt[~by_prompt.isnan()]
+        error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
+        reward = by_prompt.mean().item() if len(by_prompt) else 0.0
+        if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
+            self.kept = snapshot(self._moved(schedule, place))
+
+    def after_training(self, schedule: Schedule, rollout_batch: int) -> None:
+        """Probe the last weights."""
+        self._probe(schedule, rollout_batch, {})
+
+    # -- probes ------------------------------------------------------------------------------------------------------
+
+    def _choose_answers(self, schedule: Schedule, answers: Answers) -> None:
+        """The probe set: answers to different prompts, cut to a length, the same on every process."""
+        share = math.ceil(self.args.probe_answers / self.accelerator.num_processes)
+        mine = [(prompt, answer[:ANSWER_TOKENS]) for prompt, answer in answers[:share]]
+        self.answers = gather_object(mine)[: self.args.probe_answers]
+        layers = self._layers(schedule)
+        if self.every is None:
+            tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
+            self.every = default_cadence(self.stream, self.answers, layers, tokens) if layers else 0
+            self.every = broadcast_object_list([self.every])[0]
+        if self.every and self.accelerator.is_main_process:
+            self.dynamics.write_answers(self.answers, self.decode)
+
+    def _layers(self, schedule: Schedule) -> list[int]:
+        """The layers of the first phase, or, without one, the layer that is named all the same."""
+        layers = sorted({stage.layer for stage in schedule})
+        named = self.args.internal_layer
+        return layers or ([named] if isinstance(named, int) else [])
+
+    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics) -> None:
+        if not self.every or not self.answers or (rollout_batch - 1) % self.every:
+            return
+        started = perf_counter()
+        layers = self._layers(schedule)
+        with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
+            rows = probe(self.stream, self.answers, layers, self.args.internal_lens, self.args.temperature)
+        rows = broadcast_object_list([rows])[0]
+        if self.accelerator.is_main_process:
+            self.dynamics.add(rollout_batch - 1, rows)
+        place = place_of(schedule, rollout_batch)
+        layer = schedule[place].layer if place is not None else (layers[-1] if layers else None)
+        values = _means(rows, layer)
+        if place is not None and self.guarding:
+            self.guard.see_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
+        if metrics:
+            for name, value in values.items():
+                metrics[f"probe/{name}"].append(value)
+            metrics["probe/time"].append(perf_counter() - started)
+
+    # -- guard -------------------------------------------------------------------------------------------------------
+
+    def _moved(self, schedule: Schedule, place: int) -> list[torch.nn.Parameter]:
+        return moved_by(self.stream, schedule[place].layer, self.args.internal_lens == "final_norm")
+
+    def _go_back(self, schedule: Schedule, rollout_batch: int, optimizer, why: str) -> Schedule:
+        """Put the best weights back, and end the stage if it has not ended by itself."""
+        stage, best = schedule[self.guarded], self.guard.best + 1
+        planned, done = stage.batches, len(self.guard.rewards)
+        restore(self._moved(schedule, self.guarded), self.kept, getattr(optimizer, "optimizer", optimizer))
+        if place_of(schedule, rollout_batch) == self.guarded:
+            schedule = cut_short(schedule, rollout_batch)
+        self.accelerator.print(
+            f"guard: {why}; layer {stage.layer} is left after {done} of {planned} rollout batches, and the run goes on "
+            f"from the weights that sampled the {best}{_suffix(best)}"
+        )
+        return schedule
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """What a checkpoint must hold besides the files in the run's folder."""
+        return {"every": self.every, "guard": asdict(self.guard), "guarded": self.guarded, "kept": self.kept}
+
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """Go on from a checkpoint's state."""
+        self.every, self.guarded = state["every"], state["guarded"]
+        guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
+        self.guard, self.kept = Guard(**guard), [values.cpu() for values in state["kept"]]
+        if self.every:
+            self.answers = self.dynamics.read(rollout_batch - 1)
+
+
+def _row(measure: str, value: float) -> dict:
+    return {"measure": measure, "layer": None, "later_layer": None, "value": value}
+
+
+def _means(rows: Sequence[dict], layer: int | None) -> dict[str, float]:
+    """Of the language model policy and of one layer; over the later layers, their mean."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["layer"] in (None, layer):
+            found.setdefault(row["measure"], []).append(row["value"])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _suffix(number: int) -> str:
+    return "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
