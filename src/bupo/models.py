@@ -51,9 +51,14 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except Exception as error:
         raise UserError(f"model {name!r} cannot be loaded as a causal language model: {first_line(error)}") from error
+    if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
+        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+            model.__dict__.pop(mark, None)
+        del model.config.quantization_config
+    return model
 
 
 def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:

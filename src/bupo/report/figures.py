@@ -62,6 +62,36 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
     plt.close(figure)
 
 
+def guard_figure(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
+    """Reward over rollout batches of runs named `KIND-SEED`: one panel a kind, one line a seed, the end of phase 1 dotted.
+
+    Args:
+        runs (`dict[str, list[dict]]`): rows of each run's `metrics.jsonl`.
+        path (`str`): the PNG or PDF to write.
+    """
+    titles = {
+        "right": "phase 1 of the right length",
+        "long": "four times too long",
+        "guarded": "four times too long, with the guard",
+    }
+    figure, axes = plt.subplots(1, len(titles), figsize=(12, 3.4), layout="constrained", sharey=True)
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        names = [name for name in runs if name.rpartition("-")[0] == kind]
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN), strict=False):
+            rows = [row for row in runs[name] if "rollout_batch" in row]
+            axis.plot([row["rollout_batch"] for row in rows], [row["reward"] for row in rows], color=colour, lw=1.2)
+            end = sum(row["phase"] < 1.5 for row in rows) + 0.5
+            axis.axvline(end, color=colour, lw=1.0, ls=":")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("rollout batch")
+        axis.set_ylim(0, 1.05)
+        axis.margins(x=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("reward")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str | Path) -> None:
     """The paper's figures of an analysis, as PNG and PDF, one row of panels a model.
 

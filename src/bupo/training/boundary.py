@@ -11,7 +11,7 @@ from bupo.policy import Lens
 from bupo.residual import ResidualStream
 
 TOKENS = 4096  # answer tokens that are measured, of all processes
-SURE = 0.9  # share of resamples that must agree on the boundary layer
+SURE = 0.75  # share of resamples that must agree on the boundary layer
 
 
 def boundary_layer(

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 WINDOW = 5  # rollout batches
 FALL = 3.0  # standard errors
 CAPPED = 0.25  # share of answers
-PERPLEXITY, KL = 4.0, 2.0  # factors
+PERPLEXITY, KL = 4.0, 1.5  # factors
 
 
 @dataclass

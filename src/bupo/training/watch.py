@@ -97,7 +97,7 @@ class Watch:
 
     def after_training(self, schedule: Schedule, rollout_batch: int) -> None:
         """Probe the last weights."""
-        self._probe(schedule, rollout_batch, {})
+        self._probe(schedule, rollout_batch, None)
 
     # -- probes ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Watch:
         named = self.args.internal_layer
         return layers or ([named] if isinstance(named, int) else [])
 
-    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics) -> None:
+    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics | None) -> None:
         if not self.every or not self.answers or (rollout_batch - 1) % self.every:
             return
         started = perf_counter()
@@ -135,7 +135,7 @@ class Watch:
         values = _means(rows, layer)
         if place is not None and self.guarding:
             self.guard.see_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
-        if metrics:
+        if metrics is not None:
             for name, value in values.items():
                 metrics[f"probe/{name}"].append(value)
             metrics["probe/time"].append(perf_counter() - started)

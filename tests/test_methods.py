@@ -1,0 +1,333 @@
+"""Ablations and baselines on tiny models: what moves, by how much, and in which order."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from bupo import BuPOTrainer, InternalPolicies, UserError
+from bupo.training.schedule import Stage, cut_short, place_of, read_schedule
+from tests.test_trainer import (
+    PROBLEMS,
+    TOKENIZER,
+    RatioWatch,
+    assert_only_below,
+    changed,
+    config,
+    model_of,
+    snapshot,
+    token_reward,
+    trainer_of,
+)
+
+ESTIMATORS = ["rloo", "reinforce++", "ppo"]
+
+
+def logged(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+# -- estimators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator):
+    model = model_of()
+    before = snapshot(model)
+    trainer = trainer_of(model, config(tmp_path, advantage_estimator=estimator, max_steps=8))
+    watch = RatioWatch().attach(trainer)
+    trainer.train()
+    assert_only_below(changed(before, model), before, 2)
+    assert all(row["log_ratio"] < 1e-5 for row in watch.rows[::4])
+    trainer = trainer_of(model, config(tmp_path, advantage_estimator=estimator, max_steps=12))
+    trainer.train()
+    assert changed(before, model) == set(before)
+    assert logged(trainer, "phase") == [1] * 8 + [2] * 4
+
+
+def test_the_critic_learns_the_reward(tmp_path):
+    """A reward that the prompt decides: the critic's error falls, and explained variance comes near 1."""
+
+    def reward(prompts, **kwargs):
+        return [float(prompt[0] in "2468") for prompt in prompts]
+
+    args = config(
+        tmp_path,
+        advantage_estimator="ppo",
+        critic_learning_rate=3e-3,
+        value_clip=10.0,
+        max_steps=160,
+        learning_rate=1e-4,
+        num_generations=2,
+        internal_steps=1,
+    )
+    trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+    trainer.train()
+    losses, explained = logged(trainer, "critic/value_loss"), logged(trainer, "critic/explained_variance")
+    assert sum(losses[-8:]) < 0.3 * sum(losses[:8])
+    assert sum(explained[-8:]) / 8 > 0.5
+
+
+def test_the_critic_is_a_model_of_its_own(tmp_path):
+    """It starts from the policy's weights, moves in phase 1 in all its layers, and the policy is not moved by it."""
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
+    critic = trainer._critic.critic
+    for a, b in zip(critic.decoder.parameters(), model.model.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b
+    start = copy.deepcopy(critic.state_dict())
+    before = snapshot(model)
+    trainer.train()
+    still = {name for name, value in critic.state_dict().items() if torch.equal(value, start[name])}
+    assert not {name for name in still if "layers" in name}
+    assert_only_below(changed(before, model), before, 2)
+
+
+@pytest.mark.parametrize("estimator", ["ppo"])
+def test_a_resumed_run_with_a_critic_is_the_uninterrupted_one(tmp_path, estimator):
+    common = {
+        "advantage_estimator": estimator,
+        "max_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-2,
+    }
+    whole, resumed = model_of(), model_of(seed=5)
+    trainer_of(whole, config(tmp_path, **common)).train()
+    trainer_of(resumed, config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_table_of_completions_shows_the_estimators_advantages(tmp_path):
+    trainer = trainer_of(model_of(), config(tmp_path, max_steps=1, advantage_estimator="rloo"))
+    trainer.train()
+    shown, rewards = list(trainer._logs["advantages"]), trainer._rewards[:, 0]
+    others = (rewards.view(-1, 4).sum(1, keepdim=True) - rewards.view(-1, 4)) / 3
+    torch.testing.assert_close(torch.tensor(shown), rewards - others.view(-1), atol=1e-6, rtol=1e-5)
+
+
+# -- layer-aware baselines (table 11) --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_frozen_layers_are_bit_identical_and_the_rest_moves(tmp_path, tied, checkpointing):
+    model = model_of(tie_word_embeddings=tied)
+    before = snapshot(model)
+    args = config(
+        tmp_path,
+        internal_steps=0,
+        internal_layer=None,
+        frozen_up_to_layer=2,
+        gradient_checkpointing=checkpointing is not None,
+    )
+    if checkpointing is not None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": checkpointing}
+    trainer_of(model, args).train()
+    frozen = {name for name in before if any(f".layers.{n}." in name for n in (0, 1))}
+    if not tied:
+        frozen.add("model.embed_tokens.weight")
+    assert changed(before, model) == set(before) - frozen
+
+
+def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
+    """Plain SGD from the same weights on the same rollouts: the steps differ by exactly the factor."""
+    steps = {}
+    for factor in (1.0, 0.1):
+        model = model_of()
+        before = snapshot(model)
+        args = config(
+            tmp_path,
+            internal_steps=0,
+            internal_layer=None,
+            slow_above_layer=2,
+            slow_factor=factor,
+            optim="sgd",
+            learning_rate=1.0,
+            weight_decay=0.0,
+            max_steps=1,
+            max_grad_norm=0.0,
+        )
+        trainer_of(model, args).train()
+        steps[factor] = {name: (p.detach() - before[name]).double() for name, p in model.named_parameters()}
+    for name, full in steps[1.0].items():
+        slow = any(f".layers.{n}." in name for n in (2, 3)) or name == "model.norm.weight"
+        expected = full * (0.1 if slow else 1.0)
+        assert full.abs().max() > 0
+        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        torch.testing.assert_close(steps[0.1][name], expected, atol=2 * scale, rtol=1e-5, msg=name)
+
+
+def test_learning_rates_of_the_groups(tmp_path):
+    args = config(tmp_path, slow_above_layer=2, internal_steps=0, internal_layer=None)
+    trainer = trainer_of(model_of(), args)
+    optimizer = trainer.create_optimizer()
+    by_name = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {by_name[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(by_name.values())
+    for name, rate in rates.items():
+        slow = any(f".layers.{n}." in name for n in (2, 3)) or name == "model.norm.weight"
+        assert rate == args.learning_rate * (0.1 if slow else 1), name
+
+
+# -- modular policies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lens", ["raw", "final_norm"])
+@pytest.mark.parametrize("module", ["attn", "ffn"])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_a_modular_policy_moves_what_it_is_made_of(tmp_path, module, lens, checkpointing):
+    model = model_of(tie_word_embeddings=False)
+    before = snapshot(model)
+    args = config(
+        tmp_path,
+        internal_module=module,
+        internal_lens=lens,
+        max_steps=8,
+        gradient_checkpointing=checkpointing is not None,
+    )
+    if checkpointing is not None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": checkpointing}
+    trainer_of(model, args).train()
+    moved = changed(before, model)
+    still = {name for name in before if any(f".layers.{n}." in name for n in (2, 3))}
+    if lens == "raw":
+        still.add("model.norm.weight")
+    if module == "attn":  # layer 2's FFN comes after its attention
+        still |= {name for name in before if ".layers.1.mlp" in name or ".layers.1.post_attention_layernorm" in name}
+    assert moved == set(before) - still
+
+
+@pytest.mark.parametrize("module", ["attn", "ffn"])
+def test_old_log_probs_are_the_modules(tmp_path, module):
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, max_steps=1, internal_module=module, temperature=0.8))
+    fresh = model_of()
+    seen = {}
+
+    def compute_loss(model, inputs, inner=trainer._compute_loss):
+        seen.update(inputs)
+        return inner(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    policies = InternalPolicies(fresh, temperature=0.8)
+    ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], 1)
+    mask = torch.cat([seen["prompt_mask"], seen["completion_mask"]], 1)
+    answer, start = seen["completion_mask"].bool(), seen["prompt_ids"].size(1) - 1
+    with torch.no_grad():
+        expected = getattr(policies, module)(2).log_probs(ids, mask)[:, start:][answer]
+    torch.testing.assert_close(seen["old_per_token_logps"][answer], expected, atol=1e-5, rtol=1e-5)
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_stages_by_rollout_batch():
+    stages = read_schedule("[[6, 2], [12, 3]]")
+    assert stages == (Stage(6, 2), Stage(12, 3)) == read_schedule([[6, 2], [12, 3]])
+    assert [place_of(stages, batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
+    assert cut_short(stages, 2) == (Stage(6, 1), Stage(12, 3))
+    assert cut_short(stages, 4) == (Stage(6, 2), Stage(12, 1))
+    assert cut_short(stages, 6) == stages
+    assert place_of((), 1) is None
+
+
+@pytest.mark.parametrize(
+    "bad", ["[6, 20]", "six", "[]", [[6]], [[6, 0]], [[0, 3]], [[6, 2.5]], [[True, 2]], [["6", 2]], 7]
+)
+def test_bad_schedules_are_refused(tmp_path, bad):
+    with pytest.raises(UserError, match=r"internal_schedule must be a list of \[layer, rollout batches\]"):
+        config(tmp_path, internal_layer=None, internal_schedule=bad)
+
+
+def test_a_schedule_of_two_stages(tmp_path):
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, internal_layer=None, internal_schedule=[[1, 1], [3, 1]], max_steps=12))
+    watch, before, seen = RatioWatch().attach(trainer), snapshot(model), {}
+
+    def compute_loss(model, inputs, inner=trainer._compute_loss):
+        seen.setdefault(trainer.rollout_batch, snapshot(model))
+        return inner(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    assert [row["phase"] for row in watch.rows] == [1] * 8 + [2] * 4
+    assert logged(trainer, "internal/layer") == [1] * 4 + [3] * 4
+    assert all(row["log_ratio"] < 1e-5 for row in watch.rows[::4])
+    moved = [{n for n in before if not torch.equal(a[n], b[n])} for a, b in ((before, seen[2]), (seen[2], seen[3]))]
+    assert_only_below(moved[0], before, 1)
+    assert_only_below(moved[1], before, 3)
+
+
+def test_one_stage_is_the_papers(tmp_path):
+    one, two = model_of(), model_of()
+    trainer_of(one, config(tmp_path / "a", max_steps=12, learning_rate=1e-3)).train()
+    scheduled = config(
+        tmp_path / "b", max_steps=12, learning_rate=1e-3, internal_layer=None, internal_schedule="[[2, 2]]"
+    )
+    trainer_of(two, scheduled).train()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"internal_schedule": [[2, 1]]}, "both internal_schedule and internal_layer are set"),
+        ({"internal_layer": None, "internal_schedule": [[9, 1]]}, "layer 9 does not exist: .* has layers 1 to 4"),
+        ({"internal_layer": "automatic"}, "internal_layer must be a layer from 1 up, or auto, got 'automatic'"),
+        ({"internal_module": "mlp"}, "internal_module must be layer, attn or ffn, got 'mlp'"),
+        ({"advantage_estimator": "gae"}, "advantage_estimator must be grpo, rloo, reinforce.. or ppo, got 'gae'"),
+        ({"frozen_up_to_layer": 7}, "layer 7 does not exist"),
+        ({"slow_above_layer": 0}, "slow_above_layer must be a layer from 1 up, got 0"),
+        ({"slow_above_layer": 2, "slow_factor": 2}, "slow_factor must lie from 0 to 1, got 2"),
+        ({"gae_lambda": 1.5}, "gae_lambda must lie from 0 to 1, got 1.5"),
+        ({"value_clip": 0}, "value_clip must be positive, got 0"),
+        ({"critic_learning_rate": -1e-5}, "critic_learning_rate must be positive, got -1e-05"),
+        ({"probe_every": -1}, "probe_every must be .* 0 or more, got -1"),
+        ({"probe_answers": 0}, "probe_answers must be 1 or more, got 0"),
+        ({"advantage_estimator": "rloo", "scale_rewards": "batch"}, "scale_rewards='batch' is grpo's"),
+        (
+            {"advantage_estimator": "ppo", "multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation='normalize_then_sum' is grpo's",
+        ),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, changes, message):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        trainer_of(model_of(), config(folder, **changes))
+    assert not folder.exists()
+
+
+def test_lora_with_ppo_and_a_modular_policy(tmp_path):
+    lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    trainer = trainer_of(
+        model_of(), config(tmp_path, advantage_estimator="ppo", internal_module="ffn", max_steps=8), peft_config=lora
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(before, trainer.model)
+    assert moved and all("lora" in n and n.split(".layers.")[1].split(".")[0] in "01" for n in moved)
+
+
+def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
+    """One reward a prompt teaches GRPO nothing, but REINFORCE++ and PPO compare prompts."""
+
+    def by_prompt(prompts, **kwargs):
+        return [float(prompt[0] in "2468") for prompt in prompts]
+
+    for estimator, silent in (("grpo", False), ("reinforce++", True), ("ppo", True)):
+        caplog.clear()
+        args = config(tmp_path / estimator, max_steps=4, advantage_estimator=estimator)
+        trainer = BuPOTrainer(model_of(), by_prompt, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+        trainer.train()
+        assert ("all answers to each prompt have one reward" in caplog.text) != silent
+    assert token_reward([[1]])
