@@ -37,7 +37,11 @@ def sums_of(means, tokens=10, spread=0.0, seed=0):
     for index in range(40):
         total = np.zeros((len(MEASURES), len(means)))
         total[row] = tokens * (np.array(means) + spread * rng.standard_normal(len(means)))
-        answers.append(AnswerSums(index, tokens, total, total**2 / tokens, np.eye(len(means)) * tokens, -2.0, 1.0))
+        answers.append(
+            AnswerSums(
+                index, tokens, total, total**2 / tokens, np.eye(len(means)) * tokens, np.eye(len(means)), -2.0, 1.0
+            )
+        )
     return answers
 
 

@@ -59,22 +59,27 @@ def naive(model, prompt, answer, lens="raw", temperature=1.0):
         found["log_prob"].append(log_p(own).gather(-1, target)[:, 0])
         found["cosine_attn"].append(cosine(h[Site("attn", n)], h[below]))
         found["cosine_ffn"].append(cosine(h[Site("ffn", n)], h[below] + h[Site("attn", n)]))
+    pairs = torch.stack(
+        [torch.stack([kl(log_p(Site("layer", a)), log_p(Site("layer", b))).sum() for b in layers]) for a in layers]
+    )
     similarity = torch.stack(
         [torch.stack([cosine(h[Site("layer", a)], h[Site("layer", b)]).sum() for b in layers]) for a in layers]
     )
     return (
         {name: torch.stack(values).double().numpy() for name, values in found.items()},
         similarity.double().numpy(),
+        pairs.double().numpy(),
         theta.gather(-1, target)[:, 0].numpy(),
         -(theta.exp() * theta).sum(-1).numpy(),
     )
 
 
 def compare(found, wanted, **tolerance):
-    values, similarity, log_probs, entropy = wanted
+    values, similarity, kl, log_probs, entropy = wanted
     for name in MEASURES:
         np.testing.assert_allclose(found.values[name], values[name], err_msg=name, **tolerance)
     np.testing.assert_allclose(found.similarity, similarity, **tolerance)
+    np.testing.assert_allclose(found.kl, kl, **tolerance)
     np.testing.assert_allclose(found.log_probs, log_probs, **tolerance)
     np.testing.assert_allclose(found.entropy, entropy, **tolerance)
 
@@ -113,7 +118,9 @@ def test_blocks_and_order_change_nothing(monkeypatch):
     split = list(measure(stream, ROLLOUTS))  # answers over several blocks, blocks over several answers
     for whole, *others in zip(together, backwards, split, strict=True):
         for other in others:
-            compare(other, (whole.values, whole.similarity, whole.log_probs, whole.entropy), rtol=1e-5, atol=1e-5)
+            compare(
+                other, (whole.values, whole.similarity, whole.kl, whole.log_probs, whole.entropy), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_sixteen_bits_stay_near():

@@ -28,7 +28,7 @@ from bupo.residual import ResidualStream, Site
 ROWS = 1024  # positions that share a product with a tile of the vocabulary
 TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
 LARGEST_TOTAL = 1e30  # of a tile's exponentials: beyond it their products with logits leave fp32
-STATES_BYTES = 400 << 20  # of a block's states, in fp32
+BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a tile
 
 # Per layer 1..L and token. Entropies and KLs in nats.
 ENTROPIES = ("attn_input", "attn", "ffn_input", "ffn", "layer")
@@ -54,6 +54,7 @@ class AnswerMeasures:
         index (`int`): the rollout's place in what was given.
         values (`dict[str, np.ndarray]`): `(L, T)` for each of `MEASURES`, fp64; `kl_next` is NaN in the last layer.
         similarity (`np.ndarray` of shape `(L, L)`): cos(H^l, H^m), summed over the tokens.
+        kl (`np.ndarray` of shape `(L, L)`): KL(pi_Layer^l || pi_Layer^m), summed over the tokens.
         log_probs (`np.ndarray` of shape `(T,)`): of the tokens under pi_theta.
         entropy (`np.ndarray` of shape `(T,)`): of pi_theta.
     """
@@ -61,6 +62,7 @@ class AnswerMeasures:
     index: int
     values: dict[str, np.ndarray]
     similarity: np.ndarray
+    kl: np.ndarray
     log_probs: np.ndarray
     entropy: np.ndarray
 
@@ -123,10 +125,14 @@ class _Pending:
         def joined(name: str) -> np.ndarray:
             return torch.cat([piece[name] for piece in self.pieces], dim=-1).double().cpu().numpy()
 
+        def summed(name: str) -> np.ndarray:
+            return torch.stack([piece[name].double() for piece in self.pieces]).sum(0).cpu().numpy()
+
         return AnswerMeasures(
             index=self.index,
             values={name: joined(name) for name in MEASURES},
-            similarity=sum(piece["similarity"] for piece in self.pieces).double().cpu().numpy(),  # type: ignore[union-attr]
+            similarity=summed("similarity"),
+            kl=summed("kl"),
             log_probs=joined("log_prob_theta"),
             entropy=joined("entropy_theta"),
         )
@@ -143,8 +149,9 @@ class _Block:
         self.device = head["weight"].device
         self.kind = torch.promote_types(head["weight"].dtype, torch.float32)
         width = head["weight"].size(1)
-        bytes_a_row = (len(self.sites) + 1) * width * (8 if self.kind == torch.float64 else 4)
-        self.capacity = max(64, min(ROWS, STATES_BYTES // bytes_a_row))
+        numbers_a_row = (len(self.sites) + 1) * width + 2 * (stream.num_layers + 2) * _tile(self.device)
+        bytes_a_row = numbers_a_row * (8 if self.kind == torch.float64 else 4)
+        self.capacity = max(64, min(ROWS, BLOCK_BYTES // bytes_a_row))
         self.states = torch.empty(len(self.sites), self.capacity, width, dtype=self.kind, device=self.device)
         self.targets = torch.empty(self.capacity, dtype=torch.long, device=self.device)
         self.pieces: list[tuple[_Pending, int]] = []
@@ -173,12 +180,13 @@ class _Block:
             return
         states = {site: self.states[i, : self.used] for i, site in enumerate(self.sites)}
         found = _geometry(states, self.stream.num_layers) | self._policies(states, self.targets[: self.used])
-        similarity = found.pop("similarity_unit")
+        similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs")
         start = 0
         for answer, rows in self.pieces:
             here = slice(start, start + rows)
             piece = {name: values[..., here].clone() for name, values in found.items()}
             piece["similarity"] = torch.einsum("lrd,mrd->lm", similarity[:, here], similarity[:, here])
+            piece["kl"] = kl[..., here].double().sum(-1)
             answer.pieces.append(piece)
             start += rows
         self.pieces, self.used = [], 0
@@ -211,14 +219,17 @@ class _Block:
         for kind, values in zip(ENTROPIES[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
             entropy[kind] = values
         below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
+        to_theta, pairs = fold.kl()
+        pairs = pairs.flip(0, 1)[1:, 1:]  # layers 1..L
         log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
         return {
             **{f"entropy_{kind}": value for kind, value in entropy.items()},
             "d_entropy_layer": entropy["layer"] - below,
             "d_entropy_attn": entropy["attn"] - entropy["attn_input"],
             "d_entropy_ffn": entropy["ffn"] - entropy["ffn_input"],
-            "kl_next": torch.cat([fold.kl_next().flip(0)[1:], torch.full_like(log_prob[:1], torch.nan)]),
-            "kl_language_model": fold.kl_first().flip(0)[1:],
+            "kl_next": torch.cat([pairs.diagonal(1).T, torch.full_like(log_prob[:1], torch.nan)]),
+            "kl_language_model": to_theta.flip(0)[1:],
+            "kl_pairs": pairs,
             "top1_agreement": (best[ascending] == best[0]).to(self.kind).flip(0)[1:],
             "log_prob": log_prob[ascending].flip(0)[1:],
             "log_prob_theta": log_prob[0],
@@ -256,9 +267,8 @@ class _Product:
 class _Fold:
     """Policies folded tile by tile: log-normalisers and entropies, `(policies, rows)`.
 
-    The first `spoken` policies also keep the logit of the chosen token and the most likely token. The first is pi_theta, the
-    rest of them are the layers' from the last down, and each of these keeps its divergence from pi_theta and from the
-    policy before it.
+    The first `spoken` policies also keep the logit of the chosen token, the most likely token, and their divergences from
+    each other. The first is pi_theta, the rest of them are the layers' from the last down.
     """
 
     def __init__(self, states: list[torch.Tensor], spoken: int):
@@ -270,22 +280,25 @@ class _Fold:
         self.chosen_logit = zeros(spoken, rows)
         self.best_logit = zeros(spoken, rows).fill_(-math.inf)
         self.best_token = torch.zeros(spoken, rows, dtype=torch.long, device=states[0].device)
-        # E_p[log q] of each layer's p, with q = pi_theta and q = the policy before it
-        self.first_mean, self.next_mean = zeros(spoken - 1, rows), zeros(spoken - 2, rows)
-        self.tile = TILE if states[0].device.type == "cpu" else 16 * TILE  # an accelerator wants fewer, larger products
-        self.buffers = [zeros(rows, self.tile) for _ in range(4)]
+        self.mean = zeros(spoken - 1, spoken, rows)  # E_p[log q] of each layer's p, with q every spoken policy
+        self.tile = _tile(states[0].device)
+        self.buffers = [zeros(rows, self.tile) for _ in range(2)]
+        self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
 
     def take(self, product: "_Product", targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
         reference = self.z.clone()  # keeps the exponentials in range, once there is a z
         total, moment = torch.empty_like(self.z), torch.empty_like(self.z)
-        first_dot, next_dot = torch.empty_like(self.first_mean), torch.empty_like(self.next_mean)
         best, token = torch.empty_like(self.best_logit), torch.empty_like(self.best_token)
         hit = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
         place = targets[hit] - columns.start
-        first, above, x, exps = (buffer[:, : columns.stop - columns.start] for buffer in self.buffers)
+        width = columns.stop - columns.start
+        logits, weights = self.spoken_logits[..., :width], self.spoken_exps[..., :width]
         for i, states in enumerate(self.states):
-            out = x if i else first
+            if i < self.spoken:
+                out, exps = logits[:, i], weights[:, i]
+            else:
+                out, exps = (buffer[:, :width] for buffer in self.buffers)
             product.into(out, states)
             if i < self.spoken:
                 self.chosen_logit[i, hit] = out[hit, place]
@@ -300,17 +313,13 @@ class _Fold:
                 reference[i] += higher
                 total[i] = _exponentials(out, exps)
             moment[i] = torch.linalg.vecdot(exps, out)
-            if 0 < i < self.spoken:
-                first_dot[i - 1] = torch.linalg.vecdot(exps, first)
-                if i > 1:
-                    next_dot[i - 2] = torch.linalg.vecdot(exps, above)
-                above, x = x, above
-        self._merge(reference, total, moment, first_dot, next_dot)
+        dot = torch.bmm(weights[:, 1:], logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
+        self._merge(reference, total, moment, dot)
         better = best > self.best_logit
         self.best_logit = torch.where(better, best, self.best_logit)
         self.best_token = torch.where(better, token + columns.start, self.best_token)
 
-    def _merge(self, reference, total, moment, first_dot, next_dot) -> None:
+    def _merge(self, reference, total, moment, dot) -> None:
         """Join the tile's group of entries with those before it: see the module's head."""
         total = total.clamp(min=torch.finfo(total.dtype).tiny)
         log_total = total.log()
@@ -320,22 +329,22 @@ class _Fold:
         rest = 1 - share
         mixing = -torch.xlogy(share, share) - torch.xlogy(rest, rest)
         self.entropy = rest * self.entropy + share * tile_entropy + mixing
-        layers, lower = slice(1, self.spoken), slice(2, self.spoken)
-        for p, q, mean, dot in (
-            (layers, slice(0, 1), self.first_mean, first_dot),
-            (lower, slice(1, self.spoken - 1), self.next_mean, next_dot),
-        ):
-            # E_p[y - z_q]: z_q has moved since the mean was taken, and the dot is relative to q's reference
-            before = torch.where(torch.isfinite(old_z[q]), mean + (old_z[q] - self.z[q]), 0.0)
-            mean.copy_(rest[p] * before + share[p] * (dot / total[p] + (reference[q] - self.z[q])))
+        p, q = slice(1, self.spoken), slice(self.spoken)
+        # E_p[y - z_q]: z_q has moved since the mean was taken, and the dot is relative to q's reference
+        before = torch.where(torch.isfinite(old_z[q]), self.mean + (old_z[q] - self.z[q]), 0.0)
+        here = dot / total[p, None] + (reference[q] - self.z[q])
+        self.mean = rest[p, None] * before + share[p, None] * here
 
-    def kl_first(self) -> torch.Tensor:
-        """KL of each layer's policy to pi_theta, the last layer first; rounding may leave a tiny negative, which is zero."""
-        return (-self.entropy[1 : self.spoken] - self.first_mean).clamp(min=0.0)
+    def kl(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL of each layer's policy, the last layer first: to pi_theta `(layers, rows)`, and to each layer's `(layers, layers,
+        rows)`. Rounding may leave a tiny negative, which is zero."""
+        found = (-self.entropy[1 : self.spoken, None] - self.mean).clamp(min=0.0)
+        return found[:, 0], found[:, 1:]
 
-    def kl_next(self) -> torch.Tensor:
-        """KL of each layer's policy but the last's to the policy of the layer above it."""
-        return (-self.entropy[2 : self.spoken] - self.next_mean).clamp(min=0.0)
+
+def _tile(device: torch.device) -> int:
+    """An accelerator wants fewer, larger products."""
+    return TILE if device.type == "cpu" else 4 * TILE
 
 
 def _exponentials(x: torch.Tensor, exps: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ the answers drawn.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bupo.analysis.measure import MEASURES, AnswerMeasures
 
 RESAMPLES = 2000
 TOLERANCE = 0.05  # nats: an entropy change within it is integration
+ARRAYS = ("total", "squares", "similarity", "kl")  # of an answer's sums
 SETTLED = 0.99  # level of the intervals that `--until settled` looks at
 SETTLED_ANSWERS = 8  # fewer answers settle nothing
 
@@ -29,6 +30,7 @@ class AnswerSums:
         index, tokens (`int`): which answer, and T.
         total, squares (`np.ndarray` of shape `(len(MEASURES), L)`): sums of the values and of their squares.
         similarity (`np.ndarray` of shape `(L, L)`): sum of cos(H^l, H^m).
+        kl (`np.ndarray` of shape `(L, L)`): sum of KL(pi_Layer^l || pi_Layer^m).
         log_prob, entropy (`float`): sums under pi_theta.
     """
 
@@ -37,6 +39,7 @@ class AnswerSums:
     total: np.ndarray
     squares: np.ndarray
     similarity: np.ndarray
+    kl: np.ndarray
     log_prob: float
     entropy: float
 
@@ -49,9 +52,16 @@ class AnswerSums:
             values.sum(-1),
             np.square(values).sum(-1),
             answer.similarity,
+            answer.kl,
             float(answer.log_probs.sum()),
             float(answer.entropy.sum()),
         )
+
+    @classmethod
+    def joined(cls, answers: Sequence["AnswerSums"]) -> "AnswerSums":
+        """The sums of several answers, such as those to one prompt, which resampling must not part."""
+        names = [field.name for field in fields(cls) if field.name != "index"]
+        return cls(answers[0].index, **{name: sum(getattr(answer, name) for answer in answers) for name in names})
 
     def line(self) -> str:
         """One JSON line, at nine digits."""
@@ -59,14 +69,14 @@ class AnswerSums:
         def rounded(array: np.ndarray) -> list:
             return [[float(f"{x:.9g}") for x in row] for row in array]
 
-        arrays = {name: rounded(getattr(self, name)) for name in ("total", "squares", "similarity")}
+        arrays = {name: rounded(getattr(self, name)) for name in ARRAYS}
         rest = {"log_prob": self.log_prob, "entropy": self.entropy}
         return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
 
     @classmethod
     def read(cls, line: str) -> "AnswerSums":
         row: dict[str, Any] = json.loads(line)
-        return cls(**{**row, **{name: np.array(row[name], dtype=float) for name in ("total", "squares", "similarity")}})
+        return cls(**{**row, **{name: np.array(row[name], dtype=float) for name in ARRAYS}})
 
 
 def read_sums(path: Path) -> list[AnswerSums]:
@@ -197,6 +207,11 @@ def settled(answers: Sequence[AnswerSums]) -> bool:
 def similarity(answers: Sequence[AnswerSums]) -> np.ndarray:
     """`(L, L)`: mean cosine of H^l and H^m."""
     return np.stack([a.similarity for a in answers]).sum(0) / sum(a.tokens for a in answers)
+
+
+def divergence(answers: Sequence[AnswerSums]) -> np.ndarray:
+    """`(L, L)`: mean KL(pi_Layer^l || pi_Layer^m) in nats."""
+    return np.stack([a.kl for a in answers]).sum(0) / sum(a.tokens for a in answers)
 
 
 def perplexity(answers: Sequence[AnswerSums]) -> float:

@@ -23,7 +23,7 @@ from bupo.analysis.run import (
     token_views,
     write_json,
 )
-from bupo.analysis.tables import layer_table, perplexity, similarity, stages
+from bupo.analysis.tables import divergence, layer_table, perplexity, similarity, stages
 from bupo.commands.parsing import parse
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
@@ -254,7 +254,8 @@ def _report(label: str, meta: dict, policies, tokenizer, rollouts: list[Rollout]
         "meta": meta,
         "table": layer_table(answers, label),
         "stages": stages(answers),
-        "similarity": similarity(answers).round(5).tolist(),
+        "similarity": similarity(answers).round(6).tolist(),
+        "kl": divergence(answers).round(6).tolist(),
         "perplexity": perplexity(answers),
         "entropy_language_model": sum(a.entropy for a in answers) / tokens,
         "views": token_views(policies, tokenizer, rollouts),
@@ -274,6 +275,7 @@ def _write(reports: list[dict], folder: Path) -> None:
             "perplexity": report["perplexity"],
             "entropy_language_model": report["entropy_language_model"],
             "similarity": report["similarity"],
+            "kl": report["kl"],
         }
         for report in reports
     ]

@@ -8,6 +8,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import SymLogNorm
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#059669", "#dc2626", "#6b7280"
 STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, "undecided": GREY}
@@ -107,7 +108,7 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
         ("entropy_flow", 1, _entropy_flow),
         ("entropy_change", 2, _entropy_change),
         ("residual_cosine", 1, _residual_cosine),
-        ("kl_similarity", 2, _kl_similarity),
+        ("kl_similarity", 3, _kl_similarity),
     ):
         figure, axes = plt.subplots(
             len(summary), panels, figsize=(5.5 * panels + 1, 3.3 * len(summary)), layout="constrained", squeeze=False
@@ -182,9 +183,12 @@ def _kl_similarity(axes, rows: pd.DataFrame, model: dict) -> None:
     axes[0].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=7)
     size = len(model["similarity"])
-    image = axes[1].imshow(
-        model["similarity"], origin="lower", vmin=-1, vmax=1, cmap="RdBu_r", extent=(0.5, size + 0.5, 0.5, size + 0.5)
-    )
+    square = {"origin": "lower", "extent": (0.5, size + 0.5, 0.5, size + 0.5)}
+    image = axes[1].imshow(model["similarity"], vmin=-1, vmax=1, cmap="RdBu_r", **square)
     axes[1].set_ylabel("layer")
     axes[1].set_title("$\\cos(H^l, H^m)$", fontsize=9)
     axes[1].figure.colorbar(image, ax=axes[1], shrink=0.85)
+    image = axes[2].imshow(model["kl"], norm=SymLogNorm(linthresh=0.1, vmin=0), cmap="viridis", **square)
+    axes[2].set_ylabel("from layer")
+    axes[2].set_title("KL to the policy of layer (nats)", fontsize=9)
+    axes[2].figure.colorbar(image, ax=axes[2], shrink=0.85)

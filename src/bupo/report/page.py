@@ -44,7 +44,8 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
         }
     data = {
         "models": [
-            {**model, "similarity": [[round(x, 3) for x in row] for row in model["similarity"]]} for model in summary
+            {**model, **{name: [[round(x, 3) for x in row] for row in model[name]] for name in ("similarity", "kl")}}
+            for model in summary
         ],
         "layers": layers,
         "views": views,

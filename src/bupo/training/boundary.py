@@ -1,5 +1,6 @@
 """`internal_layer: auto`: the boundary layer, measured on a run's first rollout batch."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from bupo.policy import Lens
 from bupo.residual import ResidualStream
 
 TOKENS = 4096  # answer tokens that are measured, of all processes
-SURE = 0.75  # share of resamples that must agree on the boundary layer
+SURE = 0.9  # share of resamples that must name the boundary layer or a neighbour
 
 
 def boundary_layer(
@@ -24,6 +25,10 @@ def boundary_layer(
 ) -> dict:
     """The last layer whose `dH_FFN` is positive beyond doubt, which is the layer to optimise (paper, section 5).
 
+    Whole prompts are resampled: answers to one prompt say much the same. The answer is ambiguous where the resamples
+    name layers farther apart than neighbours, between which the paper itself does not choose (27 and 26 for
+    OctoThinker-3B, 31 and 30 for 8B).
+
     Args:
         stream ([`~bupo.residual.ResidualStream`]): the model, in evaluation mode.
         answers (`list[tuple[list[int], list[int]]]`): prompts and answers of this process, as token ids.
@@ -35,29 +40,32 @@ def boundary_layer(
         `dict`: what [`~bupo.analysis.tables.stages`] says, with `layers`: mean and 95 % interval of `dH_FFN` by layer.
 
     Raises:
-        UserError: where no layer's is positive, or the resamples do not agree on one: with the row and the choices.
+        UserError: where no layer's is positive, or the resamples do not agree: with the row and the choices.
     """
-    sums, spent = [], 0
-    for answer in measure(stream, answers, lens, temperature):
-        sums.append(AnswerSums.of(answer))
+    measured, spent = [], 0
+    for (prompt, _), answer in zip(answers, measure(stream, answers, lens, temperature), strict=False):
+        measured.append((tuple(prompt), AnswerSums.of(answer)))
         spent += answer.tokens
         if spent >= tokens:
             break
-    sums = gather(sums)
-    found = stages(sums)
-    resampled, row = Resampled(sums), MEASURES.index("d_entropy_ffn")
+    by_prompt = defaultdict(list)
+    for prompt, sums in gather(measured):
+        by_prompt[prompt].append(sums)
+    prompts = [AnswerSums.joined(sums) for sums in by_prompt.values()]
+    found = stages(prompts)
+    resampled, row = Resampled(prompts), MEASURES.index("d_entropy_ffn")
     low, high = (bound[row] for bound in resampled.interval())
     found["layers"] = np.stack([resampled.mean[row], low, high], 1).round(4).tolist()
-    layer = found["boundary_layer"]
+    layer, shares = found["boundary_layer"], found["boundary_shares"]
     if layer is None:
         why = found["explanation"]
-    elif found["boundary_shares"].get(layer, 0) < SURE:
-        rivals = ", ".join(f"{n or 'none'} in {100 * share:.0f} %" for n, share in found["boundary_shares"].items())
+    elif sum(share for other, share in shares.items() if other and abs(other - layer) <= 1) < SURE:
+        rivals = ", ".join(f"{other or 'none'} in {100 * share:.0f} %" for other, share in shares.items())
         why = f"the boundary layer is ambiguous: of the resamples, layer {rivals}"
     else:
         return found
     means = ", ".join(f"{number}: {mean:+.2f}" for number, (mean, _, _) in enumerate(found["layers"], 1))
     raise UserError(
-        f"internal_layer auto: {why} ({len(sums)} answers of the first rollout batch); dH_FFN in nats by layer: {means}; "
-        f"choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
+        f"internal_layer auto: {why} ({len(prompts)} prompts of the first rollout batch); dH_FFN in nats by layer: "
+        f"{means}; choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
     )
