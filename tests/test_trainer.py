@@ -368,7 +368,7 @@ def test_a_reward_that_fails_is_named(tmp_path):
         ({"internal_layer": -1}, "internal_layer must be a layer from 1 up, or auto, got -1"),
         ({"internal_layer": "abc"}, "internal_layer must be a layer from 1 up, or auto, got 'abc'"),
         ({"internal_layer": None}, "internal_layer is not set"),
-        ({"internal_steps": -1}, "internal_steps must be .* 0 or more: -1"),
+        ({"internal_steps": -1}, "internal_steps must be .* 0 or more, got -1"),
         ({"internal_lens": "logit"}, "unknown lens mode 'logit': choose raw or final_norm"),
     ],
 )
@@ -384,3 +384,61 @@ def test_a_cpu_trains_in_fp32_without_flags(tmp_path):
         pytest.skip("this machine has an accelerator")
     assert BuPOConfig(str(tmp_path), internal_layer=1).bf16 is False
     assert BuPOConfig(str(tmp_path), internal_layer=1, bf16=True).bf16 is True
+
+
+def test_a_ratio_beyond_fp32_has_a_finite_gradient(tmp_path):
+    """exp of a large log ratio is infinite, and 0 times infinity is no number: it is clamped at e^20."""
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, max_steps=2))
+
+    def compute_loss(model, inputs, inner=trainer._compute_loss):
+        far = inputs["old_per_token_logps"] - 200 * (torch.arange(inputs["completion_ids"].size(1)) % 2)
+        return inner(model, {**inputs, "old_per_token_logps": far})
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run(tmp_path, caplog):
+    model, bad = model_of(), {2}
+    trainer = trainer_of(model, config(tmp_path, max_steps=8))
+    seen = {}
+
+    def compute_loss(model, inputs, inner=trainer._compute_loss):
+        seen[trainer.state.global_step] = snapshot(model)
+        loss = inner(model, inputs)
+        return loss * float("nan") if trainer.state.global_step in bad else loss
+
+    trainer._compute_loss = compute_loss
+    trainer.train()
+    assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert any(not torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    message = "an update of rollout batch 1 (the policy of layer 2, learning rate 0.01) is skipped: its gradient is not"
+    assert message in caplog.text
+    trainer = trainer_of(model_of(), config(tmp_path, max_steps=8, learning_rate=1e-3))
+    bad |= {3, 4, 5}
+    trainer._compute_loss = lambda m, i, inner=trainer._compute_loss: inner(m, i) * float("nan")
+    with pytest.raises(UserError, match="not finite in 3 updates in a row, the last in rollout batch 1"):
+        trainer.train()
+
+
+def test_weights_that_have_diverged_are_named(tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"residual|differ"):  # refused on load
+        trainer_of(model, config(tmp_path))
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, max_steps=8))
+
+    def compute_loss(m, inputs, inner=trainer._compute_loss):
+        loss = inner(m, inputs)
+        if trainer.state.global_step == 3:
+            model.model.norm.weight.data.fill_(float("nan"))
+        return loss
+
+    trainer._compute_loss = compute_loss
+    with pytest.raises(UserError, match=r"probabilities are not finite in rollout batch 2 .*lower learning_rate"):
+        trainer.train()

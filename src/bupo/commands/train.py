@@ -15,6 +15,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.commands.parsing import parse
 from bupo.data.problems import load_problems
+from bupo.data.templates import chat_template
 from bupo.errors import UserError
 from bupo.models import load_model, load_tokenizer
 from bupo.rewards.grader import MathGrader
@@ -38,6 +39,7 @@ class ProblemArguments:
         eval_dataset_name (`str`, *optional*): where evaluation problems are, if elsewhere.
         prompt_column, answer_column (`str`, *optional*): columns; a dot reaches into a nested one.
         system_prompt (`str`, *optional*): put before problems that have no system message.
+        chat_template (`str`, *optional*): `qwen-math`, `octothinker` or a `.jinja` file, instead of the tokenizer's own.
         reward_funcs (`list[str]`): `math` (math-verify), or functions by dotted import path.
     """
 
@@ -58,6 +60,9 @@ class ProblemArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the problems."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answers."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message for problems without one."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "qwen-math, octothinker or a .jinja file, instead of the tokenizer's own."}
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math"],
         metadata={"help": "`math` (math-verify in killable processes), or functions by dotted import path."},
@@ -70,6 +75,7 @@ def run(arguments: list[str]) -> None:
     rewards = [_reward(name) for name in problems.reward_funcs]
     if model_config.model_name_or_path is None:
         raise UserError("model_name_or_path is not set: give the folder of a model, a hub id or 'embedded'")
+    template = problems.chat_template and chat_template(problems.chat_template)
     checkpoint = _checkpoint(config)
     train_set = _load(problems, problems.dataset_name, problems.dataset_train_split, problems.dataset_size, config.seed)
     eval_set = None
@@ -80,6 +86,8 @@ def run(arguments: list[str]) -> None:
         _check_golds(train_set)
     options = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(model_config.model_name_or_path, **options)
+    if template:
+        tokenizer.chat_template = template
     if tokenizer.chat_template is None:
         train_set, eval_set = _as_text(train_set), eval_set and _as_text(eval_set)
     model = load_model(

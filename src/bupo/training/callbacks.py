@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+from accelerate.logging import get_logger
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +17,12 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from bupo.errors import UserError
+
+logger = get_logger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
+SKIPPED_IN_A_ROW = 3  # updates
 
 
 class MetricsFile(TrainerCallback):
@@ -38,6 +45,32 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class FiniteUpdates(TrainerCallback):
+    """Skips an update whose gradient is not finite, and stops a run after several in a row.
+
+    Attributes:
+        where (`str`): what is being trained on, for the message.
+        skipped (`int`): in a row.
+    """
+
+    def __init__(self) -> None:
+        self.where, self.skipped = "", 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped == SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the gradient is not finite in {self.skipped} updates in a row, the last in {self.where}: lower "
+                "learning_rate or max_grad_norm, or look at what the reward function returns"
+            )
+        logger.warning(f"an update of {self.where} is skipped: its gradient is not finite")
+        model.zero_grad()
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -34,6 +34,7 @@ from bupo.residual import Family, ResidualStream, evaluating
 from bupo.training import advantages
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
+from bupo.training.callbacks import FiniteUpdates
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import CRITIC_FILE, CriticLearner
 from bupo.training.head import PolicyHead
@@ -45,6 +46,7 @@ from bupo.training.watch import Watch
 logger = get_logger(__name__)
 
 INTERNAL, LANGUAGE_MODEL = 1, 2  # the two phases, as logged
+LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
 BOUNDARY_FILE = "boundary.json"
 
 
@@ -127,6 +129,9 @@ class BuPOTrainer(GRPOTrainer):
                 "internal_layer auto measures a whole model: with FSDP or DeepSpeed, run bupo analyze first"
             )
         self._watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
+        self._finite = FiniteUpdates()
+        self.add_callback(self._finite)
+        self._old_log_probs: torch.Tensor | None = None  # while a loss is computed
         # during a rollout of phase 1, the entropies of the first scoring pass
         self._collecting = False
         self._collected_entropies: torch.Tensor | None = None
@@ -203,7 +208,7 @@ class BuPOTrainer(GRPOTrainer):
         self.schedule = self._watch.before_rollouts(self.schedule, self.rollout_batch, self.optimizer, metrics)
         self._collecting = self._aligning
         try:
-            output = super()._generate_and_score_completions(inputs)  # everything in here is pi_theta's
+            output = self._rollouts(inputs)  # everything in here is pi_theta's
             answers = self._answers(output)
             if self.stage and self.stage.layer == 0:
                 self._choose_layer(answers)
@@ -217,6 +222,17 @@ class BuPOTrainer(GRPOTrainer):
         metrics["rollout_time"].append(time.perf_counter() - started)
         self._warn_if_nothing_to_learn()
         return output
+
+    def _rollouts(self, inputs):
+        try:
+            return super()._generate_and_score_completions(inputs)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise UserError(
+                f"the model's probabilities are not finite in {self._where()}: its weights have diverged; lower "
+                "learning_rate, or go on from an earlier checkpoint"
+            ) from error
 
     def _answers(self, output: dict) -> list[tuple[list[int], list[int]]]:
         """Token ids of this process' prompts and answers, one of each prompt first."""
@@ -306,6 +322,11 @@ class BuPOTrainer(GRPOTrainer):
         )
         if collect:
             self._collected_entropies = entropies
+        old = self._old_log_probs
+        if old is not None:
+            change = logps - old
+            limited = old + change.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+            logps = torch.where(change.abs() > LARGEST_LOG_RATIO, limited, logps)
         return logps, entropies, aux_loss
 
     @torch.no_grad()
@@ -380,11 +401,16 @@ class BuPOTrainer(GRPOTrainer):
             metrics["rollout_batch"].append(self.rollout_batch)
             if self._critic:
                 self._learn_values(inputs)
-        if not self._aligning:
-            return super()._compute_loss(model, inputs)
-        with self._internal_policy():
-            loss = super()._compute_loss(model, inputs)
-            metrics["internal/layer"].append(self.stage.layer)  # type: ignore[union-attr]
+            self._finite.where = self._where()
+        self._old_log_probs = inputs.get("old_per_token_logps") if mode == "train" else None
+        try:
+            if not self._aligning:
+                return super()._compute_loss(model, inputs)
+            with self._internal_policy():
+                loss = super()._compute_loss(model, inputs)
+        finally:
+            self._old_log_probs = None
+        metrics["internal/layer"].append(self.stage.layer)  # type: ignore[union-attr]
         metrics["internal/entropy"].append(metrics["entropy"].pop())
         metrics["entropy"].append(self._masked_mean(inputs["language_model_entropies"], inputs))
         return loss
@@ -407,6 +433,11 @@ class BuPOTrainer(GRPOTrainer):
         variance = total["squares"] / count - (total["returns"] / count) ** 2
         if variance > 0:
             metrics["critic/explained_variance"].append((1 - total["error"] / count / variance).item())
+
+    def _where(self) -> str:
+        """For messages."""
+        policy = f"the policy of layer {self.stage.layer}" if self.stage else "the whole policy"
+        return f"rollout batch {self.rollout_batch} ({policy}, learning rate {self._get_learning_rate():.3g})"
 
     def _masked_mean(self, per_token: torch.Tensor, inputs: dict) -> float:
         """Mean over the answers' tokens of all processes."""

@@ -1,0 +1,127 @@
+"""Every recipe is parsed and run: on a tiny model of the family with as many layers, for a rollout batch of each kind."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig
+
+from bupo.commands.main import main
+from bupo.commands.parsing import parse
+from bupo.commands.train import ProblemArguments
+from bupo.data.templates import TEMPLATES, chat_template
+from bupo.errors import UserError
+from bupo.models import EMBEDDED, load_tokenizer
+from bupo.training.callbacks import read_metrics
+from bupo.training.config import BuPOConfig
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/*.yaml"))
+LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b": 32, "cpu": 30}
+METHODS = {"bupo", "grpo", "rloo", "reinforce++", "ppo"}
+OF_A_METHOD = {
+    "internal_layer", "internal_steps", "internal_lens", "advantage_estimator", "critic_learning_rate", "value_clip",
+    "gae_gamma", "gae_lambda", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output_dir",
+}  # fmt: skip
+
+
+def read(recipe):
+    return yaml.safe_load((ROOT / recipe).read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_recipe_runs(tmp_path, recipe):
+    """All of its options as they are, but for sizes, and the model where it is on the hub."""
+    options = read(recipe)
+    problems, config, model = parse(
+        (ProblemArguments, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train"
+    )
+    assert model.model_name_or_path == options["model_name_or_path"] and problems.reward_funcs == ["math"]
+    first = config.stages[0].batches if config.stages else 0
+    assert first < config.max_steps  # the whole policy has its turn
+    small = {
+        "max_steps": 2 if first else 1,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "dataset_size": 8,
+        "save_strategy": "no",
+        "use_vllm": False,
+        "bf16": False,
+        "output_dir": str(tmp_path / "run"),
+    }
+    if config.internal_schedule:
+        small |= {"internal_schedule": f"[[{config.stages[0].layer}, 1]]", "max_steps": 2}
+    elif first:
+        small["internal_steps"] = 1
+    if config.internal_layer == "auto":  # two prompts do not show a boundary; tests/test_dynamics.py shows it
+        small["internal_layer"] = 5
+    if options["model_name_or_path"] != EMBEDDED:
+        family = "qwen3" if "qwen3" in str(recipe) else "llama"
+        stand_in = tiny_model(
+            family, vocab_size=262, num_hidden_layers=LAYERS[recipe.parts[0]], bos_token_id=None, eos_token_id=1
+        )
+        stand_in.save_pretrained(tmp_path / "model")
+        load_tokenizer(EMBEDDED).save_pretrained(tmp_path / "model")
+        small["model_name_or_path"] = str(tmp_path / "model")
+        if not options["dataset_name"].startswith("reasoning_gym"):
+            small |= {"dataset_name": "arithmetic", "prompt_column": "prompt", "answer_column": "answer"}
+    flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "--config", str(ROOT / recipe), *flags]) == 0
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "phase" in row]
+    assert [row["phase"] for row in rows] == ([1, 2] if first else [2])
+
+
+@pytest.mark.parametrize("model", [name for name in LAYERS if name != "cpu"])
+def test_a_models_recipes_differ_in_the_method_only(model):
+    recipes = {path.stem: read(path) for path in RECIPES if path.parts[0] == model}
+    assert METHODS | {"final-norm"} <= set(recipes)
+    for name, options in recipes.items():
+        assert options["output_dir"] == f"runs/{model}-{name}"
+        common = {key: value for key, value in options.items() if key not in OF_A_METHOD}
+        assert common == {key: value for key, value in recipes["bupo"].items() if key not in OF_A_METHOD}
+
+
+def test_the_papers_hyperparameters():
+    """Its table of settings, and the layers and lengths of the first phase."""
+    for model, layer, steps, length in (
+        ("qwen3-4b", 6, 30, 7168),
+        ("qwen3-8b", 6, 20, 7168),
+        ("octothinker-3b", 27, 20, 3072),
+        ("octothinker-8b", 31, 20, 3072),
+    ):
+        o = read(Path(model) / "bupo.yaml")
+        assert (o["internal_layer"], o["internal_steps"], o["max_completion_length"]) == (layer, steps, length)
+        assert (o["learning_rate"], o["lr_scheduler_type"], o["temperature"], o["top_p"]) == (1e-6, "constant", 1, 1)
+        assert (o["epsilon"], o["delta"], o["beta"], o["max_grad_norm"]) == (0.2, 10, 0, 1)
+        answers = 8 * o["per_device_train_batch_size"]
+        assert answers * o["gradient_accumulation_steps"] == 32 * 8
+        assert answers * o["steps_per_generation"] == 128 * 8 and o["num_generations"] == 8
+        assert o["max_steps"] == 300 * 4 and o["dataset_size"] == 5000
+        assert read(Path(model) / "ppo.yaml")["critic_learning_rate"] == 1e-5
+
+
+def test_templates():
+    tokenizer = load_tokenizer(EMBEDDED)
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    tokenizer.chat_template = chat_template("qwen-math")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\nPlease reason step by step")
+    assert text.endswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer.chat_template = chat_template("octothinker")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("A conversation between User and Assistant.") and "\\boxed{}" in text
+    assert text.endswith("\nUser: What is 2 + 3?\nAssistant:")
+    assert set(TEMPLATES) == {"qwen-math", "octothinker"}
+    with pytest.raises(
+        UserError, match=r"chat_template must be qwen-math, octothinker or a \.jinja file, got 'chatml'"
+    ):
+        chat_template("chatml")
+
+
+def test_a_template_from_a_file(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
+    assert chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}!"
