@@ -9,7 +9,7 @@ import torch
 from tests.test_trainer import config, model_of, snapshot, trainer_of
 
 folder = Path(sys.argv[1])
-checkpointing = sys.argv[2] == "checkpointing"
+checkpointing, estimator = sys.argv[2] == "checkpointing", sys.argv[3]
 model = model_of()
 start = snapshot(model)
 args = config(
@@ -19,6 +19,8 @@ args = config(
     learning_rate=1e-3,
     per_device_train_batch_size=2,
     logging_steps=None,
+    advantage_estimator=estimator,
+    probe_every=1,
 )
 trainer = trainer_of(model, args)
 after_first = {}
@@ -45,4 +47,5 @@ result = {
     "moved": [n for n, p in model.named_parameters() if not torch.equal(start[n], p)],
 }
 (folder / f"rank{rank}.json").write_text(json.dumps(result))
-torch.save(model.state_dict(), folder / f"rank{rank}.pt")
+critic = trainer._critic.accelerator.unwrap_model(trainer._critic.critic).state_dict() if trainer._critic else {}
+torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,11 +15,14 @@ from tests.test_trainer import assert_only_below
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("checkpointing", ["checkpointing", "plain"])
-def test_two_processes(tmp_path, checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "estimator"),
+    [("checkpointing", "grpo"), ("plain", "reinforce++"), ("plain", "ppo"), ("checkpointing", "ppo")],
+)
+def test_two_processes(tmp_path, checkpointing, estimator):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, "-m", "tests.distributed_run", str(tmp_path), checkpointing],
+        [*launch, "-m", "tests.distributed_run", str(tmp_path), checkpointing, estimator],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -34,3 +38,8 @@ def test_two_processes(tmp_path, checkpointing):
         assert_only_below(set(rank["moved_in_phase_1"]), rank["parameters"], 2)
         assert set(rank["moved"]) == set(rank["parameters"])
     assert ranks[0]["phases"] == [1, 1, 2, 2]
+    assert any(name.startswith("critic") for name in first) == (estimator == "ppo")
+    table = pd.read_parquet(tmp_path / "run" / "dynamics.parquet")  # the main process' probes of all
+    assert sorted(table["rollout_batch"].unique()) == [0, 1, 2, 3, 4]
+    probes = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").read_text().splitlines()]
+    assert len({tuple(row["prompt_ids"]) for row in probes}) > 1

@@ -47,13 +47,23 @@ def test_generate_from_the_whole_model_is_the_models_own():
     assert InternalPolicies(model).layer(15).generate(**prompt, max_new_tokens=4).size(1) > prompt["input_ids"].size(1)
 
 
+def test_automatic_layer_stops_where_there_is_no_boundary(tmp_path, capsys):
+    """A Llama architecture whose FFNs only converge: the run ends before it trains, with the row and the choices."""
+    options = ["--internal_layer", "auto", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "--config", "recipes/cpu/smollm2-bupo.yaml", *options]) == 2
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("bupo: error")]
+    assert "no layer's dH_FFN is positive beyond doubt" in line and ", 30: -" in line
+    assert "choose internal_layer yourself (1 to 30)" in line
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 def test_measures_are_the_naive_ones():
     model, tokenizer = real_model("smollm2-135m")
     prompt, answer = (
         tokenizer(text)["input_ids"] for text in ("What is 57 + 23 - 41?", "57 + 23 = 80, and 80 - 41 = 39.")
     )
     found = next(measure(ResidualStream(model), [(prompt, answer)]))
-    values, _, log_probs, _ = naive(model, prompt, answer)
+    values, _, _, log_probs, _ = naive(model, prompt, answer)
     for name, wanted in values.items():
         np.testing.assert_allclose(found.values[name], wanted, rtol=1e-3, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(found.log_probs, log_probs, rtol=1e-4, atol=1e-4)

@@ -321,6 +321,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
     assert [row["rollout_batch"] for row in rows] == [1 + i // 4 for i in range(14)]
 
 
+def test_a_run_resumed_in_a_later_epoch_sees_the_same_problems(tmp_path):
+    """Two rollout batches an epoch; the run stops inside the third."""
+    few = PROBLEMS.select(range(8))
+    seen = {"whole": [], "resumed": []}
+
+    def run(name, **kwargs):
+        def reward(prompts, completion_ids, **rest):
+            seen[name].append(sorted(set(prompts)))
+            return token_reward(completion_ids)
+
+        args = config(tmp_path, max_steps=24, save_strategy="steps", save_steps=10, learning_rate=1e-3)
+        trainer = BuPOTrainer(model_of(), reward, args, train_dataset=few, processing_class=TOKENIZER)
+        trainer.train(**kwargs)
+        return trainer.model
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert seen["whole"][0] != seen["whole"][2] != seen["whole"][4]  # each epoch has an order of its own
+    assert seen["resumed"] == seen["whole"][3:]
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_checkpoint_is_marked_whole_last(tmp_path):
+    """What bupo adds is there before `trainer_state.json`, by which a resume tells whole checkpoints."""
+    args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, advantage_estimator="ppo")
+    trainer_of(model_of(), args).train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert times["trainer_state.json"] >= max(times["rollouts_0.pt"], times["critic.pt"])
+
+
 def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
     args = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
     trainer_of(model_of(), config(tmp_path, **args)).train()

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
@@ -18,10 +19,12 @@ from bupo.data.problems import load_problems
 from bupo.data.templates import chat_template
 from bupo.errors import UserError
 from bupo.models import load_model, load_tokenizer
+from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import MathGrader
 from bupo.rewards.math_reward import math_reward
-from bupo.training.callbacks import ConsoleLines, MetricsFile
+from bupo.training.callbacks import METRICS_FILE, ConsoleLines, MetricsFile, read_metrics
 from bupo.training.config import BuPOConfig
+from bupo.training.probes import DYNAMICS_FILE
 from bupo.training.trainer import BuPOTrainer
 
 GOLDS_TRIED = 32  # answers that must be readable before a run starts
@@ -121,7 +124,7 @@ def make_trainer(model, rewards, config, train_set, eval_set, tokenizer, console
         )
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(str(error)) from error
     for theirs in (PrinterCallback, ProgressCallback):  # the console lines are in their stead
         trainer.remove_callback(theirs)
@@ -137,7 +140,18 @@ def train(trainer: BuPOTrainer, checkpoint: str | None = None) -> None:
             if isinstance(callback, ConsoleLines):
                 callback.close()
     trainer.save_model(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        draw(Path(trainer.args.output_dir))
     trainer.end()
+
+
+def draw(folder: Path) -> None:
+    """The figures of a run, from its tables: `training.png`, and `dynamics.png` if it was probed."""
+    rows = read_metrics(folder / METRICS_FILE)
+    training_figure(rows, folder / "training.png", folder.name)
+    if (folder / DYNAMICS_FILE).exists():
+        table = pd.read_parquet(folder / DYNAMICS_FILE)
+        dynamics_figure(table, rows, folder / "dynamics.png", folder.name)
 
 
 def _load(problems: ProblemArguments, name: str | None, split: str, size: int | None, seed: int) -> Dataset:

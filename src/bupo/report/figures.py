@@ -63,6 +63,56 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
     plt.close(figure)
 
 
+def dynamics_figure(table: pd.DataFrame, rows: Sequence[dict], path: str | Path, title: str) -> None:
+    """A run's `dynamics.parquet` as the paper's figs. 4, 5 and 7: one line a later layer where a panel compares layers.
+
+    Args:
+        table (`pd.DataFrame`): `dynamics.parquet`.
+        rows (`list[dict]`): of the run's `metrics.jsonl`, for the end of phase 1.
+        path (`str`): the PNG or PDF to write.
+        title (`str`): above the panels.
+    """
+    series = table.astype({"layer": "Int64", "later_layer": "Int64"})
+    layers = sorted(series["layer"].dropna().unique())
+    layer = layers[-1] if layers else None
+    series = series[series["layer"].isna() | (series["layer"] == layer)]
+    panels = [
+        ("cosine", f"cosine of $H^{{{layer}}}$ with later layers"),
+        ("d_entropy_layer", f"$\\Delta H_{{Layer}}$ of layer {layer} (nats)"),
+        ("perplexity", "perplexity of the probes"),
+        ("kl", f"KL of layer {layer}'s policy to later (nats)"),
+        ("entropy", "entropy of $\\pi_\\theta$ on the probes (nats)"),
+        ("response_length", "response length (tokens)"),
+    ]
+    panels = [(measure, name) for measure, name in panels if (series["measure"] == measure).any()]
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(12, 6), layout="constrained", squeeze=False)
+    first_phase = sum(row["phase"] < 1.5 for row in rows if "rollout_batch" in row)
+    for axis, (measure, name) in zip(axes.flat, panels, strict=False):
+        part = series[series["measure"] == measure]
+        later = sorted(part["later_layer"].dropna().unique())
+        for number in later:
+            line = part[part["later_layer"] == number]
+            colour = plt.cm.viridis((number - later[0]) / max(1, later[-1] - later[0]))
+            label = f"layer {number}" if number in (later[0], later[-1]) else None
+            axis.plot(line["rollout_batch"], line["value"], color=colour, lw=1.1, label=label)
+        if later:
+            axis.legend(frameon=False, fontsize=7)
+        else:
+            axis.plot(part["rollout_batch"], part["value"], color=BLUE, lw=1.3)
+        axis.set_title(name, fontsize=9)
+        axis.margins(x=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("rollout batches done", fontsize=8)
+        if first_phase:
+            axis.axvspan(0, first_phase, color=ORANGE, alpha=0.10, lw=0)
+            axis.axvline(first_phase, color=GREY, lw=0.8, ls="--")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def guard_figure(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """Reward over rollout batches of runs named `KIND-SEED`: one panel a kind, one line a seed, the end of phase 1 dotted.
 

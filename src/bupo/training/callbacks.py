@@ -1,20 +1,23 @@
 """What a run tells: one JSON line a log for programs, one line a step for people."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
@@ -98,11 +101,35 @@ def progress(console: Console) -> Progress:
     )
 
 
+WATCHED = {  # in the live view: what the logs call it, and what people do
+    "reward": "reward",
+    "entropy": "entropy",
+    "internal/entropy": "  of the layer policy",
+    "completions/mean_length": "response length",
+    "completions/clipped_ratio": "  cut at the cap",
+    "probe/perplexity": "perplexity of probes",
+    "probe/kl": "KL to later layers",
+    "critic/explained_variance": "critic explains",
+}
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # of a curve, in rollout batches
+
+
+def curve(values: Sequence[float]) -> str:
+    """The last values as bars between their smallest and their largest."""
+    last = [value for value in values[-WIDTH:] if math.isfinite(value)]
+    if not last:
+        return ""
+    low, high = min(last), max(last)
+    span = high - low or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in last)
+
+
 class ConsoleLines(TrainerCallback):
-    """One line a log and a progress bar below them, on the main process.
+    """One line a log, and below them, on a terminal, a live view: progress and the curves of the run so far.
 
     A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
-    model policy (and of the layer policy) in nats and the share of clipped ratios.
+    model policy (and of the layer policy) in nats and the share of clipped ratios. Main process only.
 
     Args:
         console (`rich.console.Console`): where to.
@@ -110,39 +137,57 @@ class ConsoleLines(TrainerCallback):
 
     def __init__(self, console: Console):
         self.console = console
-        self.bar: Progress | None = None
-        self.task: TaskID | None = None
+        self.live: Live | None = None
+        self.bar = progress(console)
+        self.history: dict[str, list[float]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = progress(self.console)
             self.task = self.bar.add_task("updates", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+            self.live = Live(get_renderable=self.view, console=self.console, transient=True, refresh_per_second=2)
+            self.live.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar and self.task is not None:
+        if self.live:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self) -> None:
-        """Stop the bar; a run that failed must not leave it spinning."""
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        """Stop the view; a run that failed must not leave it behind."""
+        if self.live:
+            self.live.stop()
+            self.live = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar and logs and "phase" in logs:
+        if not self.live or not logs:
+            return
+        if "phase" in logs:
+            for name in WATCHED:
+                if name in logs:
+                    self.history.setdefault(name, []).append(logs[name])
             self.console.print(self._line(logs), highlight=False)
-        elif self.bar and logs and "eval_reward" in logs:
+        elif "eval_reward" in logs:
             self.console.print(f"      [cyan]evaluation[/]  reward {logs['eval_reward']:.3f}", highlight=False)
+
+    def view(self) -> Group:
+        """The progress bar and the curves, each with its last value and its range."""
+        table = Table.grid(padding=(0, 1))
+        for name, title in WATCHED.items():
+            values = self.history.get(name)
+            if values:
+                low, high = min(values[-WIDTH:]), max(values[-WIDTH:])
+                table.add_row(
+                    title, f"[cyan]{curve(values)}[/]", f"{values[-1]:.3g}", f"[dim]{low:.3g} to {high:.3g}[/]"
+                )
+        return Group(table, self.bar.get_renderable())
 
     def _line(self, logs: dict) -> str:
         """At most 80 columns."""
-        where = (
-            f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]" if logs["phase"] < 1.5 else "[green]2 whole    [/]"
-        )
+        where = "[green]2 whole    [/]"
+        if logs["phase"] < 1.5:
+            where = f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]"
         entropy = f"entropy {logs['entropy']:.3f}"
         if "internal/entropy" in logs:
             entropy += f" ({logs['internal/entropy']:.3f})"

@@ -13,6 +13,16 @@ from bupo.training.schedule import Stage, read_schedule
 Module = Literal["layer", "attn", "ffn"]
 Estimator = Literal["grpo", "rloo", "reinforce++", "ppo"]
 AUTO = "auto"
+LOSSES = (
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "luspo",
+)  # which TRL checks at the first update only
 
 
 @dataclass
@@ -164,6 +174,8 @@ class BuPOConfig(GRPOConfig):
 
     def _check_method(self) -> None:
         _choice("advantage_estimator", self.advantage_estimator, get_args(Estimator))
+        _choice("loss_type", self.loss_type, LOSSES)
+        _choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         if self.probe_every is not None:
             _whole("probe_every", self.probe_every, 0, "a whole number of rollout batches, 0 or more")
         _whole("probe_answers", self.probe_answers, 1, "1 or more")

@@ -161,6 +161,13 @@ class BuPOTrainer(GRPOTrainer):
             slow_down(optimizer, above(self.stream, self.args.slow_above_layer), self.args.slow_factor)
         return optimizer
 
+    def _get_train_sampler(self, dataset=None):
+        """TRL's, whose order depends on the epoch and not on the epochs before: a resumed run must see the same one."""
+        sampler = super()._get_train_sampler(dataset)
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
+        return sampler
+
     # -- the schedule ------------------------------------------------------------------------------------------------
 
     @property
@@ -457,8 +464,9 @@ class BuPOTrainer(GRPOTrainer):
         return Path(checkpoint) / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        # before the trainer's own files, whose last marks the checkpoint as whole
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         inside = self._step % self._micro_steps_per_rollout != 0
         torch.save(
             {
@@ -471,6 +479,7 @@ class BuPOTrainer(GRPOTrainer):
         )
         if self._critic:
             self._critic.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
