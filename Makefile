@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
 
-.PHONY: demo test test-models test-browser analyze-smollm2 analyze-gemma3 benchmark lint format clean
+.PHONY: demo test test-models test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output_dir runs/demo
@@ -31,6 +31,10 @@ benchmark: $(MODELS)
 	$(BIN)/python -m benchmarks.analysis --model models/smollm2-135m.gguf --json runs/benchmark-smollm2.json
 	$(BIN)/python -m benchmarks.analysis --model models/gemma-3-270m.gguf --no_baseline --lengths 64 128 \
 		--json runs/benchmark-gemma3.json
+
+benchmark-training: $(INSTALLED)  # every method and the guard on the embedded model, half an hour on two cores
+	$(BIN)/python -m benchmarks.training methods
+	$(BIN)/python -m benchmarks.training guard
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

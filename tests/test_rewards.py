@@ -35,6 +35,47 @@ CASES = [
 ]
 
 
+# equal to the gold number, but the question again: found when a model learned to repeat it for full reward
+UNEVALUATED = [
+    ("State the final answer to the arithmetic problem is 4 + 7 =", "11"),
+    ("\\boxed{4 + 7}", "11"),
+    ("\\boxed{5 - 9}", "-4"),
+    ("\\boxed{-(4 + 7)}", "-11"),
+    ("4 + 7 - 3 =", "8"),
+    ("\\boxed{2 \\cdot 3}", "6"),
+    ("\\boxed{2 \\times 3}", "6"),
+    ("\\boxed{\\frac{8}{2}}", "4"),
+    ("\\boxed{8/2}", "4"),
+    ("the answer is 8 / 2 =", "4"),
+]
+WORKED_OUT = [
+    ("the answer is 4 + 7 = 11", "11"),
+    ("\\boxed{4+7=11}", "11"),
+    ("\\boxed{x = 11}", "11"),
+    ("\\boxed{3 \\times 10^5}", "300000"),
+    ("\\boxed{50\\%}", "50\\%"),
+    ("\\boxed{2^{10}}", "1024"),
+    ("\\boxed{\\sqrt{4}}", "2"),
+    ("\\boxed{1\\frac{1}{2}}", "1.5"),
+    ("\\boxed{1/2}", "0.5"),
+    ("\\boxed{2+\\sqrt{3}}", "2+\\sqrt{3}"),
+    ("\\boxed{2 + 3i}", "2+3i"),
+    ("\\boxed{(3,4)}", "(3,4)"),
+    ("\\boxed{3\\sqrt{2}}", "3\\sqrt{2}"),
+    ("\\boxed{-\\frac{3}{4}}", "-0.75"),
+]
+
+
+def test_a_sum_that_is_left_to_do_is_no_answer(grader):
+    answers, golds = zip(*UNEVALUATED, strict=True)
+    assert grader.grade(answers, golds) == ["unevaluated"] * len(answers)
+    assert math_reward(list(answers), answer=list(golds)) == [0.0] * len(answers)
+    for answer, gold in UNEVALUATED:  # which math-verify takes for correct
+        assert verify(parse(f"\\boxed{{{gold}}}"), parse(answer))
+    answers, golds = zip(*WORKED_OUT, strict=True)
+    assert grader.grade(answers, golds) == ["correct"] * len(answers)
+
+
 @pytest.mark.parametrize(("answer", "gold", "verdict"), CASES)
 def test_verdicts(grader, answer, gold, verdict):
     assert grader.grade([answer], [gold]) == [verdict]
@@ -130,4 +171,4 @@ def test_reward_reads_both_forms_and_logs():
     completions = ["\\boxed{1}", [{"role": "assistant", "content": "\\boxed{\\frac{1}{2}}"}], "none"]
     rewards = math_reward(completions, answer=["1", "0.5", "2"], log_metric=logged.__setitem__)
     assert rewards == [1.0, 1.0, 0.0]
-    assert logged == {"grading/unparsable": pytest.approx(1 / 3), "grading/timeout": 0.0}
+    assert logged == {"grading/unevaluated": 0.0, "grading/unparsable": pytest.approx(1 / 3), "grading/timeout": 0.0}

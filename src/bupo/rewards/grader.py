@@ -21,10 +21,14 @@ from bupo.errors import UserError
 
 
 class Verdict(StrEnum):
-    """What became of an answer. Only `correct` earns a reward; the others are counted apart."""
+    """What became of an answer. Only `correct` earns a reward; the others are counted apart.
+
+    `unevaluated` is equal to a gold number, but a sum, product or quotient: the question again, not its answer.
+    """
 
     CORRECT = "correct"
     WRONG = "wrong"
+    UNEVALUATED = "unevaluated"
     UNPARSABLE = "unparsable"
     TIMEOUT = "timeout"
 

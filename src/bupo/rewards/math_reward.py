@@ -20,12 +20,12 @@ def answer_text(completion: str | list[dict]) -> str:
 
 
 def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float]:
-    """1.0 where the completion's final answer equals the gold one by math-verify, else 0.0.
+    """1.0 where the completion's final answer equals the gold one by math-verify and is worked out, else 0.0.
 
     Args:
         completions (`list`): texts, or lists of messages.
         answer (`list[str]`): the dataset's `answer` column.
-        log_metric (`Callable`, *optional*): TRL's; receives the shares of unparsable and timed-out answers.
+        log_metric (`Callable`, *optional*): TRL's; receives the shares of unevaluated, unparsable and timed-out answers.
 
     Raises:
         UserError: if the dataset has no column `answer`, or a gold answer holds no expression.
@@ -34,6 +34,6 @@ def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[flo
         raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
     verdicts = _grader().grade([answer_text(c) for c in completions], [str(a) for a in answer])
     if log_metric is not None:
-        for verdict in (Verdict.UNPARSABLE, Verdict.TIMEOUT):
+        for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT):
             log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))
     return [float(verdict == Verdict.CORRECT) for verdict in verdicts]

@@ -6,14 +6,16 @@ math-verify's own alarms are off. A memory limit turns `9**9**9` into an error i
 
 import json
 import logging
+import re
 import resource
 import sys
 
 MEMORY = 2 << 30  # bytes
+_QUOTIENT = re.compile(r"-?(\\d?frac\{-?\d+\}\{-?\d+\}|\d+ */ *\d+)")
 
 
 def grade(answer: str, gold: str) -> str:
-    """`correct`, `wrong`, or `unparsable` where the answer holds no expression; `bad_gold` where the gold does not."""
+    """The verdict by name; `unparsable` where the answer holds no expression, `bad_gold` where the gold holds none."""
     from math_verify import parse, verify
 
     wanted = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}", parsing_timeout=None)
@@ -22,7 +24,37 @@ def grade(answer: str, gold: str) -> str:
     given = parse(answer, parsing_timeout=None)
     if not given:
         return "unparsable"
-    return "correct" if verify(wanted, given, timeout_seconds=None) else "wrong"
+    if not verify(wanted, given, timeout_seconds=None):
+        return "wrong"
+    return "unevaluated" if left_to_do(wanted, given) else "correct"
+
+
+def left_to_do(wanted: list, given: list) -> bool:
+    """Whether the gold answer is a number and the answer a sum, product or quotient that equals it.
+
+    `4 + 7` is no answer to "what is 4 + 7?", but math-verify calls it equal to 11, and a policy soon learns to repeat the
+    question. `1/2`, `3 \\times 10^5`, `50\\%`, `2^{10}` and `\\sqrt{4}` are answers.
+    """
+    import sympy
+
+    number, expression = wanted[0], given[0]
+    if not isinstance(number, sympy.Number):
+        return False
+    if isinstance(expression, sympy.Equality):
+        expression = expression.rhs
+    if isinstance(expression, sympy.Integer):
+        return bool(_QUOTIENT.fullmatch(str(given[-1]).strip()))
+    if not isinstance(expression, sympy.Basic):
+        return False
+
+    def operand(part: sympy.Basic) -> bool:
+        if isinstance(part, sympy.Number):
+            return part not in (-1, sympy.Rational(1, 100))
+        divisor = isinstance(part, sympy.Pow) and part.base.is_Integer and part.exp == -1
+        return divisor and isinstance(number, sympy.Integer)
+
+    sums_and_products = (p for p in sympy.preorder_traversal(expression) if isinstance(p, sympy.Add | sympy.Mul))
+    return any(sum(map(operand, part.args)) > 1 for part in sums_and_products)
 
 
 def main() -> None:

@@ -92,10 +92,16 @@ def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put a snapshot back, and forget the optimizer's moments of these parameters: they lead where it went wrong."""
+    """Put a snapshot back, and stop the optimizer's momentum of these parameters, which leads where it went wrong.
+
+    Second moments stay: without them Adam's first steps would be as long as the learning rate, whatever the gradient.
+    """
     for parameter, values in zip(parameters, kept, strict=True):
         _local(parameter).copy_(values)
-        optimizer.state.pop(parameter, None)
+        for name in ("exp_avg", "momentum_buffer"):
+            momentum = optimizer.state.get(parameter, {}).get(name)
+            if momentum is not None:
+                momentum.zero_()
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
