@@ -9,7 +9,7 @@ import torch
 from tests.test_trainer import config, model_of, snapshot, trainer_of
 
 folder = Path(sys.argv[1])
-checkpointing, estimator = sys.argv[2] == "checkpointing", sys.argv[3]
+checkpointing, (estimator, _, backbone) = sys.argv[2] == "checkpointing", sys.argv[3].partition("-")
 model = model_of()
 start = snapshot(model)
 args = config(
@@ -20,6 +20,7 @@ args = config(
     per_device_train_batch_size=2,
     logging_steps=None,
     advantage_estimator=estimator,
+    critic_backbone=backbone or "copy",
     probe_every=1,
 )
 trainer = trainer_of(model, args)
@@ -47,5 +48,9 @@ result = {
     "moved": [n for n, p in model.named_parameters() if not torch.equal(start[n], p)],
 }
 (folder / f"rank{rank}.json").write_text(json.dumps(result))
-critic = trainer._critic.accelerator.unwrap_model(trainer._critic.critic).state_dict() if trainer._critic else {}
+critic = {}
+if backbone == "copy":
+    critic = trainer.accelerator.unwrap_model(trainer._critic.critic).state_dict()
+elif backbone == "shared":
+    critic = {name: linear.weight.detach() for name, linear in trainer._critic.linears.items()}
 torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

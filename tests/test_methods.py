@@ -31,22 +31,27 @@ def logged(trainer, key):
 # -- estimators ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backbone", ["copy", "shared"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator):
+def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, backbone):
+    if backbone == "shared" and estimator != "ppo":
+        pytest.skip("it has no critic")
+    method = {"advantage_estimator": estimator, "critic_backbone": backbone, "value_coef": 1.0}
     model = model_of()
     before = snapshot(model)
-    trainer = trainer_of(model, config(tmp_path, advantage_estimator=estimator, max_steps=8))
+    trainer = trainer_of(model, config(tmp_path, max_steps=8, **method))
     watch = RatioWatch().attach(trainer)
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
     assert all(row["log_ratio"] < 1e-5 for row in watch.rows[::4])
-    trainer = trainer_of(model, config(tmp_path, advantage_estimator=estimator, max_steps=12))
+    trainer = trainer_of(model, config(tmp_path, max_steps=12, **method))
     trainer.train()
     assert changed(before, model) == set(before)
     assert logged(trainer, "phase") == [1] * 8 + [2] * 4
 
 
-def test_the_critic_learns_the_reward(tmp_path):
+@pytest.mark.parametrize("backbone", ["copy", "shared"])
+def test_the_critic_learns_the_reward(tmp_path, backbone):
     """A reward that the prompt decides: the critic's error falls, and explained variance comes near 1."""
 
     def reward(prompts, **kwargs):
@@ -55,10 +60,12 @@ def test_the_critic_learns_the_reward(tmp_path):
     args = config(
         tmp_path,
         advantage_estimator="ppo",
-        critic_learning_rate=3e-3,
+        critic_backbone=backbone,
+        critic_learning_rate=3e-3 if backbone == "copy" else 1e-2,
         value_clip=10.0,
+        value_coef=1.0,
         max_steps=160,
-        learning_rate=1e-4,
+        learning_rate=1e-4 if backbone == "copy" else 1e-3,
         num_generations=2,
         internal_steps=1,
     )
@@ -84,19 +91,52 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
     assert_only_below(changed(before, model), before, 2)
 
 
-@pytest.mark.parametrize("estimator", ["ppo"])
-def test_a_resumed_run_with_a_critic_is_the_uninterrupted_one(tmp_path, estimator):
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpointing):
+    """With equal rewards there are no advantages: all that moves comes from the values, and stays below layer l in phase 1."""
+    args = config(
+        tmp_path,
+        advantage_estimator="ppo",
+        critic_backbone="shared",
+        gae_lambda=0.0,
+        gae_gamma=0.0,
+        value_coef=1.0,
+        max_steps=4,
+        gradient_checkpointing=checkpointing is not None,
+    )
+    if checkpointing is not None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": checkpointing}
+    model = model_of()
+    before = snapshot(model)
+    trainer = trainer_of(model, args)
+    seen = []
+
+    def values(output, inner=trainer._values):
+        found = inner(output)
+        seen.append(found.clone())
+        return found
+
+    trainer._values = values
+    trainer.train()
+    assert_only_below(changed(before, model), before, 2)
+    assert not seen[0].any() and set(trainer._critic.linears) == {"layer 2"}
+    assert trainer._critic.linears["layer 2"].weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("backbone", ["copy", "shared"])
+def test_a_resumed_run_with_a_critic_is_the_uninterrupted_one(tmp_path, backbone):
     common = {
-        "advantage_estimator": estimator,
-        "max_steps": 10,
+        "advantage_estimator": "ppo",
+        "critic_backbone": backbone,
+        "max_steps": 14,
         "save_strategy": "steps",
-        "save_steps": 6,
+        "save_steps": 10,
         "learning_rate": 1e-3,
         "critic_learning_rate": 1e-2,
     }
     whole, resumed = model_of(), model_of(seed=5)
     trainer_of(whole, config(tmp_path, **common)).train()
-    trainer_of(resumed, config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    trainer_of(resumed, config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -290,6 +330,7 @@ def test_one_stage_is_the_papers(tmp_path):
         ({"slow_above_layer": 2, "slow_factor": 2}, "slow_factor must lie from 0 to 1, got 2"),
         ({"gae_lambda": 1.5}, "gae_lambda must lie from 0 to 1, got 1.5"),
         ({"value_clip": 0}, "value_clip must be positive, got 0"),
+        ({"critic_backbone": "own"}, "critic_backbone must be copy or shared, got 'own'"),
         ({"critic_learning_rate": -1e-5}, "critic_learning_rate must be positive, got -1e-05"),
         ({"probe_every": -1}, "probe_every must be .* 0 or more, got -1"),
         ({"loss_type": "ppo"}, "loss_type must be grpo, .* or luspo, got 'ppo'"),

@@ -46,7 +46,7 @@ UNEVALUATED = [
     ("\\boxed{2 \\times 3}", "6"),
     ("\\boxed{\\frac{8}{2}}", "4"),
     ("\\boxed{8/2}", "4"),
-    ("the answer is 8 / 2 =", "4"),
+    ("the answer is 8 / 2", "4"),
 ]
 WORKED_OUT = [
     ("the answer is 4 + 7 = 11", "11"),

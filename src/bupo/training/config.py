@@ -12,6 +12,7 @@ from bupo.training.schedule import Stage, read_schedule
 
 Module = Literal["layer", "attn", "ffn"]
 Estimator = Literal["grpo", "rloo", "reinforce++", "ppo"]
+Backbone = Literal["copy", "shared"]
 AUTO = "auto"
 LOSSES = (
     "grpo",
@@ -57,6 +58,10 @@ class BuPOConfig(GRPOConfig):
             Answers of the probe set, taken from the first rollout batch.
         advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
             `grpo` (TRL's), `rloo`, `reinforce++` or `ppo`.
+        critic_backbone (`str`, *optional*, defaults to `"copy"`):
+            PPO's value head stands on a copy of the model (`copy`), or on the policy's own states (`shared`).
+        value_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the value loss in the policy's, with a shared backbone.
         critic_learning_rate, value_clip, gae_gamma, gae_lambda (`float`, *optional*, defaults to `1e-5`, `0.5`, `1.0`, `1.0`):
             PPO's critic and its advantages.
         frozen_up_to_layer (`int`, *optional*):
@@ -109,6 +114,14 @@ class BuPOConfig(GRPOConfig):
         metadata={"help": "grpo, rloo, reinforce++ or ppo.", "choices": get_args(Estimator)},
     )
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's of PPO's critic, constant."})
+    critic_backbone: Backbone = field(
+        default="copy",
+        metadata={
+            "help": "PPO's value head: on a copy of the model, or on the policy's own.",
+            "choices": get_args(Backbone),
+        },
+    )
+    value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss with a shared backbone."})
     value_clip: float = field(default=0.5, metadata={"help": "Largest change of a value that its loss rewards."})
     gae_gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
     gae_lambda: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
@@ -174,6 +187,7 @@ class BuPOConfig(GRPOConfig):
 
     def _check_method(self) -> None:
         _choice("advantage_estimator", self.advantage_estimator, get_args(Estimator))
+        _choice("critic_backbone", self.critic_backbone, get_args(Backbone))
         _choice("loss_type", self.loss_type, LOSSES)
         _choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         if self.probe_every is not None:
@@ -182,7 +196,7 @@ class BuPOConfig(GRPOConfig):
         for name, low, high in (("gae_gamma", 0, 1), ("gae_lambda", 0, 1), ("slow_factor", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name} must lie from {low} to {high}, got {getattr(self, name)}")
-        for name in ("critic_learning_rate", "value_clip"):
+        for name in ("critic_learning_rate", "value_clip", "value_coef"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
         if self.advantage_estimator == "grpo":

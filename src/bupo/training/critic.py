@@ -1,16 +1,19 @@
-"""PPO's critic: a copy of the model with a value head, learned beside the policy (arXiv 1707.06347).
+"""PPO's critic: a value head on a copy of the model, or on the policy's own states (arXiv 1707.06347).
 
-Values are of the language model policy's rollouts in both phases, so one critic serves them all.
+Values are of the language model policy's rollouts in both phases.
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
+
+from bupo.training.head import PolicyHead
 
 CRITIC_FILE = "critic.pt"
 
@@ -49,8 +52,34 @@ def value_loss(
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-class CriticLearner:
-    """The critic, its AdamW and its updates: one for each update of the policy.
+def token_sums(
+    values: torch.Tensor, inputs: dict, mask: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The value loss summed over a micro-batch's tokens, and sums for the logs.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): with their graph.
+        inputs (`dict`): of the trainer's loss, with `values` and `returns` of the rollout, `(B, T)`.
+        mask (`torch.Tensor` of shape `(B, T)`): real tokens.
+
+    Returns:
+        `tuple`: the loss, and a `dict` of `loss`, `clipped`, `error` (squared), `returns`, `squares` and `tokens`.
+    """
+    returns = inputs["returns"]
+    per_token, clipped = value_loss(values, inputs["values"], returns, clip)
+    sums = {
+        "loss": per_token.detach(),
+        "clipped": clipped.float(),
+        "error": (values.detach() - returns).square(),
+        "returns": returns,
+        "squares": returns.square(),
+        "tokens": torch.ones_like(returns),
+    }
+    return (per_token * mask).sum(), {name: (value * mask).sum() for name, value in sums.items()}
+
+
+class CopiedCritic:
+    """The critic as a model of its own, its AdamW and its updates: one for each update of the policy.
 
     Args:
         decoder (`PreTrainedModel`): what the critic starts from.
@@ -83,12 +112,8 @@ class CriticLearner:
         """One micro-batch's gradient, and the update where an accumulation window ends.
 
         Args:
-            inputs (`dict`): of the trainer's loss, with `values` and `returns` of the rollout, `(B, T)`.
-            mask (`torch.Tensor` of shape `(B, T)`): real tokens.
+            inputs (`dict`), mask (`torch.Tensor` of shape `(B, T)`): as for `token_sums`, whose sums are returned.
             tokens (`torch.Tensor`): real tokens of the window, a process.
-
-        Returns:
-            `dict`: sums over this micro-batch's tokens: `loss`, `clipped`, `error` (squared), and `tokens`.
         """
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -96,21 +121,14 @@ class CriticLearner:
         self.critic.train()
         with nullcontext() if last else self.accelerator.no_sync(self.critic):
             values = self.critic(ids, attention, inputs["completion_ids"].size(1))
-            per_token, clipped = value_loss(values, inputs["values"], inputs["returns"], self.args.value_clip)
-            self.accelerator.backward((per_token * mask).sum() / tokens)
+            loss, sums = token_sums(values, inputs, mask, self.args.value_clip)
+            self.accelerator.backward(loss / tokens)
         if last:
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        error = (values.detach() - inputs["returns"]).square()
-        sums = {
-            "loss": per_token.detach(),
-            "clipped": clipped.float(),
-            "error": error,
-            "tokens": torch.ones_like(error),
-        }
-        return {name: (value * mask).sum() for name, value in sums.items()}
+        return sums
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer, from the main process."""
@@ -123,3 +141,84 @@ class CriticLearner:
         saved = torch.load(folder / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
         self.accelerator.unwrap_model(self.critic).load_state_dict(saved["critic"])
         self.optimizer.load_state_dict(saved["optimizer"])
+
+
+class SharedCritic:
+    """A value head on the states that the policy in force gives its unembedding; the value loss trains the layers below.
+
+    In phase 1 these are the internal policy's states, so nothing above layer l is moved by values either. Each policy has a
+    head of its own, which starts at zero. States are divided by their root mean square: raw ones may be of any size.
+
+    Args:
+        head ([`~bupo.training.head.PolicyHead`]): of the model.
+        accelerator (`Accelerator`): the trainer's.
+        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (of the value head), `value_coef`, `value_clip`.
+    """
+
+    def __init__(self, head: PolicyHead, accelerator: Accelerator, args):
+        self.head, self.accelerator, self.args = head, accelerator, args
+        self.linears: dict[str, nn.Linear] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def _linear(self) -> nn.Linear:
+        """The value head of the policy in force."""
+        name = "language_model" if self.head.site is None else f"{self.head.site.kind} {self.head.site.layer}"
+        if name not in self.linears:
+            weight = self.head.stream.head()["weight"]
+            linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.linears[name] = linear
+            self.optimizers[name] = torch.optim.AdamW(
+                linear.parameters(), lr=self.args.critic_learning_rate, weight_decay=self.args.weight_decay
+            )
+        return self.linears[name]
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[torch.Tensor]]:
+        """Inside, every scoring call leaves its values `(B, time - 1)`, with their graph, in the yielded list."""
+        values: list[torch.Tensor] = []
+
+        def keep(states: torch.Tensor) -> None:
+            states = states.float()
+            unit = states * states.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            with torch.autocast(states.device.type, enabled=False):
+                values.append(self._linear()(unit).squeeze(-1))
+
+        self.head.on_states = keep
+        try:
+            yield values
+        finally:
+            self.head.on_states = None
+
+    def loss(self, values: list[torch.Tensor], inputs: dict, mask: torch.Tensor, tokens: torch.Tensor):
+        """What is added to the policy's loss, and the sums of `token_sums`."""
+        predicted = torch.cat(values)[:, -mask.size(1) :]
+        loss, sums = token_sums(predicted, inputs, mask, self.args.value_clip)
+        return self.args.value_coef * loss / tokens, sums
+
+    def step(self) -> None:
+        """Update the value heads that have a gradient, with the mean of all processes'."""
+        for name, linear in self.linears.items():
+            if linear.weight.grad is None:
+                continue
+            for parameter in linear.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if torch.isfinite(linear.weight.grad).all():
+                self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizers, from the main process."""
+        if self.accelerator.is_main_process:
+            saved = {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.linears.items()}
+            torch.save(saved, folder / CRITIC_FILE)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, on every process."""
+        saved = torch.load(folder / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
+        for name, (weights, optimizer) in saved.items():
+            kind, _, layer = name.partition(" ")
+            with self.head.scoring(kind, int(layer)) if layer else nullcontext():
+                self._linear().load_state_dict(weights)
+            self.optimizers[name].load_state_dict(optimizer)

@@ -6,7 +6,7 @@ FSDP, PEFT). This head answers that call in TRL's stead, for the language model 
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ class PolicyHead:
     def __init__(self, stream: ResidualStream, temperature: float, lens: Lens, fp32: bool = False):
         self.stream, self.temperature, self.lens, self.fp32 = stream, temperature, lens, fp32
         self.site: Site | None = None  # None: the language model policy
+        self.on_states: Callable[[torch.Tensor], None] | None = None  # sees what meets the unembedding, (B, T - 1, D)
         model, head = stream.model, self
         plain = model.forward
 
@@ -91,6 +92,8 @@ class PolicyHead:
                 head[name] = head[name].full_tensor()
         hidden = hidden[:, :-1].to(head["weight"].device)
         labels = labels[:, 1:].to(head["weight"].device)
+        if self.on_states:
+            self.on_states(hidden)
         precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
             scores = score_tokens(

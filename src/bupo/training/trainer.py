@@ -36,7 +36,7 @@ from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
 from bupo.training.callbacks import FiniteUpdates
 from bupo.training.config import BuPOConfig
-from bupo.training.critic import CRITIC_FILE, CriticLearner
+from bupo.training.critic import CRITIC_FILE, CopiedCritic, SharedCritic
 from bupo.training.head import PolicyHead
 from bupo.training.layers import above, freeze_up_to, slow_down
 from bupo.training.probes import repetition
@@ -117,11 +117,14 @@ class BuPOTrainer(GRPOTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._critic: Any = None
         if args.advantage_estimator == "ppo":
-            if sharded:
+            if args.critic_backbone == "shared":
+                self._critic = SharedCritic(self._heads[0], self.accelerator, args)
+            elif sharded:
                 raise UserError(
-                    "advantage_estimator ppo trains its critic under DDP or one process: not FSDP, not DeepSpeed"
+                    "critic_backbone copy trains a second model under DDP or one process, not FSDP or DeepSpeed: choose shared"
                 )
-            self._critic = CriticLearner(self.stream.decoder, self.accelerator, args)
+            else:
+                self._critic = CopiedCritic(self.stream.decoder, self.accelerator, args)
         if args.frozen_up_to_layer:
             freeze_up_to(self.stream, args.frozen_up_to_layer)
         if any(stage.layer == 0 for stage in self.schedule) and sharded:
@@ -298,15 +301,29 @@ class BuPOTrainer(GRPOTrainer):
             on_all = rewards[mine].nan_to_num(nan=0.0)[:, None] * mask
             output["advantages"] = advantages.whitened(on_all, mask, total)
         else:
-            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-            values = self._critic.values(ids, attention, mask.size(1), self.args.per_device_train_batch_size) * mask
+            values = self._values(output) * mask
             estimates, returns = advantages.generalized(
                 advantages.last_token(rewards[mine], mask), values, mask, self.args.gae_gamma, self.args.gae_lambda
             )
             output["advantages"] = advantages.whitened(estimates, mask, total)
             output["values"], output["returns"] = values, returns
         self._log_advantages(output["advantages"], mask)
+
+    @torch.no_grad()
+    def _values(self, output: dict) -> torch.Tensor:
+        """`(B, T)`: the critic's, of a rollout batch."""
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        answer, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+        if isinstance(self._critic, CopiedCritic):
+            return self._critic.values(ids, attention, answer, size)
+        with ExitStack() as stack:
+            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+            if self._aligning:
+                stack.enter_context(self._internal_policy())
+            values = stack.enter_context(self._critic.collecting())
+            super()._get_per_token_logps_and_entropies(self.model, ids, attention, answer, batch_size=size)
+        return torch.cat(values)[:, -answer:]
 
     def _log_advantages(self, found: torch.Tensor, mask: torch.Tensor) -> None:
         """TRL's table of completions shows an answer's advantage: by token, its mean."""
@@ -406,39 +423,52 @@ class BuPOTrainer(GRPOTrainer):
         if mode == "train":
             metrics["phase"].append(self.phase)
             metrics["rollout_batch"].append(self.rollout_batch)
-            if self._critic:
-                self._learn_values(inputs)
             self._finite.where = self._where()
+            if isinstance(self._critic, CopiedCritic):
+                self._log_values(self._critic.learn(inputs, self._mask(inputs), self._window_tokens(inputs)))
+        shared = self._critic if mode == "train" and isinstance(self._critic, SharedCritic) else None
         self._old_log_probs = inputs.get("old_per_token_logps") if mode == "train" else None
         try:
-            if not self._aligning:
-                return super()._compute_loss(model, inputs)
-            with self._internal_policy():
+            with ExitStack() as stack:
+                if self._aligning:
+                    stack.enter_context(self._internal_policy())
+                values = stack.enter_context(shared.collecting()) if shared else []
                 loss = super()._compute_loss(model, inputs)
         finally:
             self._old_log_probs = None
+        if shared:
+            term, sums = shared.loss(values, inputs, self._mask(inputs), self._window_tokens(inputs))
+            self._log_values(sums)
+            loss = loss + term
+        if not self._aligning:
+            return loss
         metrics["internal/layer"].append(self.stage.layer)  # type: ignore[union-attr]
         metrics["internal/entropy"].append(metrics["entropy"].pop())
         metrics["entropy"].append(self._masked_mean(inputs["language_model_entropies"], inputs))
         return loss
 
-    def _learn_values(self, inputs: dict) -> None:
-        """The critic's part of a micro-batch."""
-        mask = self._mask(inputs)
-        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * window
-        sums = self._critic.learn(inputs, mask, tokens)
-        sums["returns"], sums["squares"] = (inputs["returns"] * mask).sum(), (inputs["returns"].square() * mask).sum()
+    def training_step(self, *args, **kwargs):
+        """As TRL's; a shared critic's value heads step with the policy."""
+        loss = super().training_step(*args, **kwargs)
+        if isinstance(self._critic, SharedCritic) and self.accelerator.sync_gradients:
+            self._critic.step()
+        return loss
+
+    def _window_tokens(self, inputs: dict) -> torch.Tensor:
+        """Answer tokens of an update, a process."""
+        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
+        return inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes * share
+
+    def _log_values(self, sums: dict[str, torch.Tensor]) -> None:
+        """The critic's part of a micro-batch, over all processes."""
         names = list(sums)
-        total = dict(
-            zip(names, self.accelerator.reduce(torch.stack([sums[n].float() for n in names]), "sum"), strict=True)
-        )
-        count = total["tokens"].clamp(min=1.0)
-        metrics = self._metrics["train"]
+        values = self.accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
+        total = dict(zip(names, values, strict=True))
+        count, metrics = total["tokens"].clamp(min=1.0), self._metrics["train"]
         metrics["critic/value_loss"].append((total["loss"] / count).item())
         metrics["critic/clip_ratio"].append((total["clipped"] / count).item())
         variance = total["squares"] / count - (total["returns"] / count) ** 2
-        if variance > 0:
+        if variance > 1e-6:  # else all returns are alike
             metrics["critic/explained_variance"].append((1 - total["error"] / count / variance).item())
 
     def _where(self) -> str:
