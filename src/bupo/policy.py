@@ -121,11 +121,11 @@ class InternalPolicy:
         By default it samples at the policy's temperature from the whole vocabulary.
         """
         defaults = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": self.temperature}
-        with self._speaking():
+        with self.speaking():
             return self.stream.model.generate(input_ids, attention_mask=attention_mask, **{**defaults, **kwargs})
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def speaking(self) -> Iterator[None]:
         """Inside, the model's forward gives this policy's logits (without the temperature, which `generate` applies)."""
         stream, policy = self.stream, self
 

@@ -150,14 +150,25 @@ def _problems(options: AnalyzeArguments) -> Dataset:
     )
 
 
-def _model(name: str, options: AnalyzeArguments, loading: dict) -> Any:
-    """The model on its device, with its adapter. A CPU computes in fp32 unless told otherwise."""
-    dtype = options.dtype
+def load_on_device(name: str, dtype: str, device_map: str | None, loading: dict) -> Any:
+    """A model on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
+
+    Raises:
+        UserError: if the dtype is none of auto, float32, bfloat16 and float16, or there is no such model.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if dtype == "auto" and not torch.accelerator.is_available():
         dtype = "float32"
-    model = load_model(name, dtype=dtype, device_map=options.device_map, **loading).eval()
-    if options.device_map is None and torch.accelerator.is_available():
+    model = load_model(name, dtype=dtype, device_map=device_map, **loading).eval()
+    if device_map is None and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
+    return model
+
+
+def _model(name: str, options: AnalyzeArguments, loading: dict) -> Any:
+    """The model with its adapter."""
+    model = load_on_device(name, options.dtype, options.device_map, loading)
     return _adapted(model, options.adapter) if options.adapter else model
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "analyze": "measure what every layer and module of a model decides",
     "sample": "sample text from an internal policy: bupo sample --layer 6 --prompt '57+23-41'",
     "demo": "train the embedded model by BuPO on this machine and show what it gained",
+    "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
     "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
 }
 

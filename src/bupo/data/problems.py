@@ -29,6 +29,7 @@ def load_problems(
     answer_column: str | None = None,
     system_prompt: str | None = None,
     size: int | None = None,
+    revision: str | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Load problems as a dataset of `prompt` (list of messages) and `answer` (`str`).
@@ -44,6 +45,7 @@ def load_problems(
             `reward_model.ground_truth`, `ground_truth`, `solution`. A dot reaches into a nested column.
         system_prompt (`str`, *optional*): put before problems that have no system message.
         size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
+        revision (`str`, *optional*): of a hub dataset.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
 
     Raises:
@@ -56,7 +58,7 @@ def load_problems(
     elif name.startswith(REASONING_GYM):
         rows = _reasoning_gym(name, _known_split(name, split), size, seed, config)
     else:
-        rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split)
+        rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split, revision)
         if size is not None:
             rows = rows.select(range(min(size, len(rows))))
     if len(rows) == 0:
@@ -119,9 +121,9 @@ def _from_file(path: Path) -> Dataset:
         ) from error
 
 
-def _from_hub(name: str, config: str | None, split: str) -> Dataset:
+def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, revision=revision)
     except Exception as error:
         raise UserError(
             f"dataset {name!r} (split {split!r}) cannot be loaded: {first_line(error)}; give a hub id you can reach, a local "

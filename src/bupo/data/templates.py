@@ -6,6 +6,8 @@ text, for base models. Qwen3 without thinking is its own template with `chat_tem
 
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from bupo.errors import UserError
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -40,3 +42,16 @@ def chat_template(name: str) -> str:
     if name.endswith(".jinja") and Path(name).is_file():
         return Path(name).read_text()
     raise UserError(f"chat_template must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}")
+
+
+def chosen_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict]:
+    """The paper's template for a model: its name, and arguments for `apply_chat_template`.
+
+    Qwen3 answers without thinking; a model without a chat template has a plain conversation (`octothinker`); all others have
+    their own.
+    """
+    if tokenizer.chat_template is None:
+        return "octothinker", {"chat_template": TEMPLATES["octothinker"]}
+    if "enable_thinking" in tokenizer.chat_template:
+        return "its own, no thinking", {"enable_thinking": False}
+    return "its own", {}

@@ -1,5 +1,6 @@
 """Figures. They read a run's tables only, never a model."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
         if batches[-1] > max(first_phase):
             reward.text(max(first_phase) + 1, top * 0.97, "phase 2", color=GREY, fontsize=8, va="top")
     figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def pass_figure(curves: dict[str, dict[str, float]], path: str | Path) -> None:
+    """pass@K over K by benchmark (fig. 6 and 15).
+
+    Args:
+        curves (`dict[str, dict[str, float]]`): by label, pass@K by K.
+        path (`str`): the PNG or PDF to write.
+    """
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for (label, curve), colour in zip(curves.items(), itertools.cycle((BLUE, ORANGE, GREEN, RED, GREY)), strict=False):
+        ks = [int(k) for k in curve]
+        axis.plot(ks, [100 * share for share in curve.values()], color=colour, marker=".", label=label)
+    axis.set_xscale("log", base=2)
+    ticks = sorted({int(k) for curve in curves.values() for k in curve})
+    axis.set_xticks(ticks, [str(k) for k in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("K")
+    axis.set_ylabel("pass@K (%)")
+    axis.set_ylim(0, 102)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

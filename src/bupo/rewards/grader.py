@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 from bupo.errors import UserError
 
@@ -38,14 +39,21 @@ _BOXED_INTEGER = re.compile(r"\\boxed\{(-?\d{1,300})\}")
 _START_SECONDS = 120  # importing sympy on a busy machine
 
 
-def _integer_verdict(answer: str, gold: str) -> Verdict | None:
-    """The verdict where both are plain integers, which needs no algebra; None otherwise."""
+class Grade(NamedTuple):
+    """A verdict, and what the answer comes to as text (None where it holds no expression), for majority votes."""
+
+    verdict: Verdict
+    value: str | None
+
+
+def _integer_grade(answer: str, gold: str) -> Grade | None:
+    """The grade where both are plain integers, which needs no algebra; None otherwise."""
     if answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()):
         return None
     boxed = _BOXED_INTEGER.search(answer)
     if boxed is None:
         return None
-    return Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
+    return Grade(Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG, str(int(boxed[1])))
 
 
 class _Child:
@@ -61,12 +69,12 @@ class _Child:
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
-        if self._reply(_START_SECONDS) != "ready":
+        if self._reply(_START_SECONDS) is None:
             self.kill()
             raise RuntimeError("the grading process did not start: is math-verify installed?")
 
-    def grade(self, answer: str, gold: str, deadline: float) -> str | None:
-        """The child's verdict, or None if it missed the deadline or died."""
+    def grade(self, answer: str, gold: str, deadline: float) -> dict | None:
+        """The child's reply, or None if it missed the deadline or died."""
         request = json.dumps({"answer": answer, "gold": gold}) + "\n"
         try:
             self.requests.write(request.encode())
@@ -75,7 +83,7 @@ class _Child:
             return None
         return self._reply(deadline)
 
-    def _reply(self, seconds: float) -> str | None:
+    def _reply(self, seconds: float) -> dict | None:
         line, end = b"", time.monotonic() + seconds
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self.replies], [], [], max(0.0, end - time.monotonic()))
@@ -83,7 +91,7 @@ class _Child:
             if not chunk:
                 return None
             line += chunk
-        return json.loads(line)["verdict"]
+        return json.loads(line)
 
     def kill(self) -> None:
         self.process.kill()
@@ -111,19 +119,21 @@ class MathGrader:
             self._free.put(None)
 
     def grade(self, answers: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """The verdict of each answer.
+        """The verdict of each answer: of `examine`."""
+        return [grade.verdict for grade in self.examine(answers, golds)]
+
+    def examine(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+        """The grade of each answer.
 
         Raises:
             UserError: if a gold answer holds no expression, or the lengths differ.
         """
         if len(answers) != len(golds):
             raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
-        verdicts: list[Verdict | None] = [
-            _integer_verdict(answer, gold) for answer, gold in zip(answers, golds, strict=True)
-        ]
+        grades: list[Grade | None] = [_integer_grade(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index, verdict in enumerate(verdicts):
-            if verdict is None:
+        for index, grade in enumerate(grades):
+            if grade is None:
                 waiting.put(index)
         errors: list[BaseException] = []
 
@@ -131,7 +141,7 @@ class MathGrader:
             try:
                 while not errors:
                     index = waiting.get_nowait()
-                    verdicts[index] = self._grade_one(answers[index], golds[index])
+                    grades[index] = self._grade_one(answers[index], golds[index])
             except queue.Empty:
                 pass
             except BaseException as error:
@@ -144,22 +154,24 @@ class MathGrader:
             thread.join()  # ends: every wait inside has a deadline
         if errors:
             raise errors[0]
-        return verdicts  # type: ignore[return-value]
+        return grades  # type: ignore[return-value]
 
-    def _grade_one(self, answer: str, gold: str) -> Verdict:
+    def _grade_one(self, answer: str, gold: str) -> Grade:
         child = self._free.get()
-        verdict = None
+        reply = None
         try:
             child = child or _Child()
-            verdict = child.grade(answer, gold, self.deadline)
+            reply = child.grade(answer, gold, self.deadline)
         finally:
-            if verdict is None and child is not None:
+            if reply is None and child is not None:
                 child.kill()
                 child = None
             self._free.put(child)
-        if verdict == "bad_gold":
+        if reply is None:
+            return Grade(Verdict.TIMEOUT, None)
+        if reply["verdict"] == "bad_gold":
             raise UserError(f"the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read")
-        return Verdict(verdict or "timeout")
+        return Grade(Verdict(reply["verdict"]), reply["value"])
 
     def close(self) -> None:
         """End the children."""

@@ -1,7 +1,7 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"answer": ..., "gold": ...}` is answered by one line `{"verdict": ...}`. The parent keeps the deadline, so
-math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
+One line `{"answer": ..., "gold": ...}` is answered by one line `{"verdict": ..., "value": ...}`. The parent keeps the
+deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
 """
 
 import json
@@ -14,19 +14,23 @@ MEMORY = 2 << 30  # bytes
 _QUOTIENT = re.compile(r"-?(\\d?frac\{-?\d+\}\{-?\d+\}|\d+ */ *\d+)")
 
 
-def grade(answer: str, gold: str) -> str:
-    """The verdict by name; `unparsable` where the answer holds no expression, `bad_gold` where the gold holds none."""
+def grade(answer: str, gold: str) -> tuple[str, str | None]:
+    """The verdict by name, and what the answer comes to as text, at most 200 characters.
+
+    `unparsable` where the answer holds no expression, `bad_gold` where the gold answer holds none.
+    """
     from math_verify import parse, verify
 
     wanted = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}", parsing_timeout=None)
-    if not wanted:
-        return "bad_gold"
+    if not wanted or not any(character.isalnum() for character in str(wanted[-1])):
+        return "bad_gold", None
     given = parse(answer, parsing_timeout=None)
     if not given:
-        return "unparsable"
+        return "unparsable", None
+    value = str(given[0])[:200]
     if not verify(wanted, given, timeout_seconds=None):
-        return "wrong"
-    return "unevaluated" if left_to_do(wanted, given) else "correct"
+        return "wrong", value
+    return ("unevaluated" if left_to_do(wanted, given) else "correct"), value
 
 
 def left_to_do(wanted: list, given: list) -> bool:
@@ -69,10 +73,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            verdict = grade(request["answer"], request["gold"])
+            verdict, value = grade(request["answer"], request["gold"])
         except (Exception, RecursionError, MemoryError):
-            verdict = "unparsable"
-        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+            verdict, value = "unparsable", None
+        print(json.dumps({"verdict": verdict, "value": value}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""What sampled and graded answers say: avg@k, pass@k, majority@k, with intervals over problems, and two runs compared.
+
+Arrays are `correct_PN`: whether answer n to problem p is correct; every problem has the same number of answers.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Mean over problems of the share of correct answers, with a 95 % interval over problems.
+
+    The interval is Student's over the problems' shares; where these do not vary (all right or all wrong) or there is one
+    answer a problem, it is Wilson's score interval of as many trials as problems.
+
+    Raises:
+        ValueError: if there is no answer.
+    """
+    correct_PN = np.asarray(correct_PN, dtype=float)
+    if not correct_PN.size:
+        raise ValueError("there are no answers")
+    shares = correct_PN.mean(1)
+    mean, n = float(shares.mean()), len(shares)
+    if correct_PN.shape[1] == 1 or n == 1 or np.ptp(shares) == 0:
+        return mean, wilson(mean, n)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * shares.std(ddof=1) / math.sqrt(n))
+    return mean, (max(0.0, mean - half), min(1.0, mean + half))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % score interval of a share of n independent trials."""
+    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate that one of k answers is correct, from n answers of which some are (arXiv 2107.03374, eq. 1).
+
+    `1 - C(n - c, k) / C(n, k)` as a product of n - c + 1 .. n, which neither overflows nor cancels.
+
+    Raises:
+        ValueError: if k exceeds n.
+    """
+    if not 1 <= k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@{k} needs {k} or more answers, and 0 to n correct ones: n={n}, correct={correct}")
+    if n - correct < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
+
+
+def pass_curve(correct_PN: np.ndarray) -> dict[int, float]:
+    """pass@K for K = 1, 2, 4 … and n, means over problems."""
+    correct_PN = np.asarray(correct_PN, dtype=bool)
+    n = correct_PN.shape[1]
+    ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+    return {k: float(np.mean([pass_at_k(n, int(c), k) for c in correct_PN.sum(1)])) for k in ks}
+
+
+def majority_at_k(answers: Sequence[Sequence[str | None]], correct_PN: np.ndarray) -> float:
+    """Share of problems whose most frequent answer is correct. Of several that are most frequent, each counts its share.
+
+    Args:
+        answers (`list[list[str | None]]`): what each answer comes to, as text; None where there is no answer. An answer
+            without one has no vote, and a problem without a vote is wrong.
+        correct_PN (`np.ndarray`): by problem and answer.
+    """
+    shares = []
+    for texts, correct in zip(answers, np.asarray(correct_PN, dtype=bool), strict=True):
+        votes = Counter(text for text in texts if text is not None)
+        if not votes:
+            shares.append(0.0)
+            continue
+        most = max(votes.values())
+        leaders = [text for text, count in votes.items() if count == most]
+        right = [any(c for t, c in zip(texts, correct, strict=True) if t == leader) for leader in leaders]
+        shares.append(sum(right) / len(leaders))
+    return float(np.mean(shares))
+
+
+def paired_difference(first_PN: np.ndarray, second_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """avg@k of the second run less that of the first, on the same problems, with a 95 % interval (Student's, by problem).
+
+    Raises:
+        ValueError: if the problems differ in number.
+    """
+    first, second = (np.asarray(x, dtype=float).mean(1) for x in (first_PN, second_PN))
+    if len(first) != len(second):
+        raise ValueError(f"a paired difference needs the same problems: {len(first)} and {len(second)}")
+    gains = second - first
+    mean, n = float(gains.mean()), len(gains)
+    if n == 1:
+        return mean, (-1.0, 1.0)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * gains.std(ddof=1) / math.sqrt(n))
+    return mean, (mean - half, mean + half)

@@ -1,0 +1,174 @@
+"""Sampled answers whose every token depends on the run's seed, the problem and the sample's number only.
+
+An engine takes requests and yields answers as they finish: `engine(requests) -> Iterator[tuple[Request, Answer]]`. Here is
+transformers'; `bupo.evaluation.vllm` holds vLLM's, offline and as a server.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from bupo.policy import InternalPolicy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    Attributes:
+        problem, sample (`int`): which, both from 0.
+        prompt_ids (`tuple[int, ...]`): the prompt.
+        seed (`int`): of this answer alone.
+    """
+
+    problem: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sampled.
+
+    Attributes:
+        text (`str`): without special tokens.
+        tokens (`int`): its length, the end token included.
+        truncated (`bool`): whether it reached the limit without an end.
+    """
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+Engine = Callable[[Sequence[Request]], Iterator[tuple[Request, Answer]]]
+
+
+def seed_of(run: int, problem: int, sample: int) -> int:
+    """A seed of 31 bits for one answer: more samples never change earlier ones."""
+    return int.from_bytes(hashlib.sha256(f"{run}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns `generate`'s most likely token into one that is sampled with each row's own random numbers.
+
+    Token t of a row is the one where the policy's cumulative probability passes the row's t-th uniform number, whatever else is
+    in the batch.
+
+    Args:
+        seeds (`list[int]`): by row.
+        start (`int`): length of the padded prompt.
+        limit (`int`): longest answer.
+        temperature, top_p (`float`): of the sampling.
+    """
+
+    def __init__(self, seeds: Sequence[int], start: int, limit: int, temperature: float, top_p: float):
+        self.start, self.temperature, self.top_p = start, temperature, top_p
+        generator = torch.Generator()
+        self.uniform = torch.stack([torch.rand(limit, generator=generator.manual_seed(seed)) for seed in seeds])
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        probabilities = (scores.float() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered, places = probabilities.sort(-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= self.top_p  # the first token is always inside
+            probabilities = probabilities.masked_fill(outside.gather(-1, places.argsort(-1)), 0.0)
+        summed = probabilities.double().cumsum(-1)
+        point = self.uniform[:, input_ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
+        chosen = torch.searchsorted(summed, point, right=True).clamp(max=scores.size(-1) - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)  # type: ignore[return-value]
+
+
+class TransformersEngine:
+    """Answers by transformers' `generate`: prompts of like length together, each prefilled once for all its samples.
+
+    Args:
+        model, tokenizer: the policy; the tokenizer has a padding token.
+        max_new_tokens (`int`): longest answer.
+        temperature, top_p (`float`, *optional*, default to `1.0`): of the sampling. A temperature of 0 takes the most likely
+            token.
+        policy ([`~bupo.policy.InternalPolicy`], *optional*): samples from this one instead of the language model policy.
+        batch_size (`int`, *optional*, defaults to `64`): answers sampled at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        policy: InternalPolicy | None = None,
+        batch_size: int = 64,
+    ):
+        self.model, self.tokenizer, self.policy = model.eval(), tokenizer, policy
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.batch_size = batch_size
+        ends = model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None} | {tokenizer.eos_token_id}
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+        """Answers batch by batch, the shortest prompts first."""
+        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.problem, r.sample))
+        for start in range(0, len(ordered), self.batch_size):
+            batch = ordered[start : start + self.batch_size]
+            yield from zip(batch, self._answers(batch), strict=True)
+
+    @torch.no_grad()
+    def _answers(self, batch: Sequence[Request]) -> list[Answer]:
+        prompts = [(ids, len(list(rows))) for ids, rows in groupby(batch, key=lambda r: r.prompt_ids)]
+        inputs = self.tokenizer.pad(
+            {"input_ids": [list(ids) for ids, _ in prompts]}, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        counts = torch.tensor([count for _, count in prompts], device=self.model.device)
+        ids = inputs["input_ids"].repeat_interleave(counts, 0)
+        mask = inputs["attention_mask"].repeat_interleave(counts, 0)
+        with self.policy.speaking() if self.policy else nullcontext():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=self._prefilled(inputs, counts),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=self._processors(batch, ids.size(1)),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return [self._answer(row) for row in out[:, ids.size(1) :].tolist()]
+
+    def _prefilled(self, inputs, counts: torch.Tensor) -> DynamicCache | None:
+        """The prompts' keys and values but for their last tokens, once each, then a row a sample."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if ids.size(1) < 2 or len(ids) == int(counts.sum()):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(counts))
+        return cache
+
+    def _processors(self, batch: Sequence[Request], start: int) -> LogitsProcessorList:
+        if self.temperature == 0:
+            return LogitsProcessorList()
+        seeds = [request.seed for request in batch]
+        return LogitsProcessorList([SeededSampling(seeds, start, self.max_new_tokens, self.temperature, self.top_p)])
+
+    def _answer(self, ids: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+        kept = ids if end is None else ids[: end + 1]
+        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is None)
