@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,7 @@ from bupo.analysis.rollouts import prompt_ids
 from bupo.commands.main import main
 from bupo.data.problems import load_problems
 from bupo.data.templates import chosen_template
+from bupo.evaluation import vllm
 from bupo.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from bupo.evaluation.metrics import avg_at_k
 from bupo.evaluation.run import correct_by_problem, sample_missing
@@ -312,3 +316,89 @@ def test_a_bad_file_is_refused_before_anything_is_sampled(tmp_path, capsys, rows
     assert main(["eval", "--benchmarks", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "run")]) == 2
     assert pd.Series([capsys.readouterr().err]).str.contains(message).all()
     assert not (tmp_path / "run").exists()
+
+
+# -- a server --------------------------------------------------------------------------------------------------------
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server whose text is a function of the request; every third answer fails once."""
+
+    seen: ClassVar[list[dict]] = []
+    failed: ClassVar[set[int]] = set()
+    broken = False
+
+    def log_message(self, *args):
+        pass
+
+    def _reply(self, value, code=200):
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def do_GET(self):
+        self._reply({"data": [{"id": "served"}]} if self.path == "/v1/models" else {}, 200)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.broken:
+            return self._reply({"error": "the prompt is too long"}, 400)
+        if body["seed"] % 3 == 0 and body["seed"] not in self.failed:
+            self.failed.add(body["seed"])
+            return self._reply({}, 503)
+        self.seen.append(body)
+        text = f"\\boxed{{{body['seed'] % 50}}}"
+        finish = "length" if body["seed"] % 2 else "stop"
+        usage = {"completion_tokens": len(text)}
+        return self._reply({"choices": [{"text": text, "finish_reason": finish}], "usage": usage})
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(vllm, "PAUSE", 0.01)
+    FakeServer.seen, FakeServer.failed, FakeServer.broken = [], set(), False
+    running = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def test_answers_of_a_server(server):
+    engine = vllm.ServerEngine(server + "/v1", 20, 0.5, 0.9, parallel=4)
+    found = answers(engine, requests(3))
+    assert engine.model == "served" and len(found) == 36 and FakeServer.failed
+    for request in requests(3):
+        answer = found[request.problem, request.sample]
+        assert answer.text == f"\\boxed{{{request.seed % 50}}}" and answer.truncated == bool(request.seed % 2)
+    sent = {row["seed"]: row for row in FakeServer.seen}
+    for request in requests(3):
+        row = sent[request.seed]
+        assert tuple(row["prompt"]) == request.prompt_ids
+        assert (row["max_tokens"], row["temperature"], row["top_p"], row["n"]) == (20, 0.5, 0.9, 1)
+
+
+def test_a_server_evaluates(server, tmp_path, capsys):
+    assert main(evaluation(tmp_path, "--engine", "server", "--server", server)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["meta"]["served"] == "served" and summary["meta"]["engine"] == "server"
+    FakeServer.broken = True
+    assert main(evaluation(tmp_path, "--engine", "server", "--server", server)) == 0  # all answers are kept
+    capsys.readouterr()
+    assert main(evaluation(tmp_path / "new", "--engine", "server", "--server", server)) == 2
+    assert 'answered 400 to /v1/completions: {"error": "the prompt is too long"}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "server", "--server", "http://127.0.0.1:9"], "cannot be reached"),
+        (["--engine", "server", "--server", "nowhere"], "cannot be reached or is no"),
+        (["--engine", "server"], "engine server and its address go together"),
+        (["--server", "http://127.0.0.1:9"], "engine server and its address go together"),
+        (["--engine", "vllm", "--layer", "3"], "engine vllm samples whole models"),
+        (["--engine", "vllm"], "--engine vllm needs vLLM"),
+    ],
+)
+def test_an_engine_that_is_not_there_is_one_line(tmp_path, capsys, options, message):
+    assert main(evaluation(tmp_path, *options)) == 2
+    assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from datasets import Dataset
@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import bupo
 from bupo.analysis.run import model_meta, write_json
 from bupo.commands.analyze import load_on_device
 from bupo.commands.parsing import parse
@@ -26,7 +27,8 @@ from bupo.evaluation.run import (
     sample_missing,
     summarize,
 )
-from bupo.evaluation.sampling import TransformersEngine
+from bupo.evaluation.sampling import Engine, TransformersEngine
+from bupo.evaluation.vllm import ServerEngine, VllmEngine
 from bupo.models import EMBEDDED, load_tokenizer
 from bupo.policy import InternalPolicies, Lens
 from bupo.report.figures import pass_figure
@@ -44,6 +46,7 @@ class EvalArguments:
         model (`str`): hub id, folder, `.gguf` file, or `embedded`.
         benchmarks (`str`): names with commas between them: `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, …
         k (`int`): answers a problem.
+        engine (`str`): `transformers`, `vllm` (in this process) or `server` (with `server`, its address).
         layer (`int`, *optional*): evaluate this layer's policy.
         compare (`str`, *optional*): the folder of another evaluation of the same problems.
     """
@@ -61,6 +64,14 @@ class EvalArguments:
         default="raw",
         metadata={"help": "Of --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
     )
+    engine: Literal["transformers", "vllm", "server"] = field(
+        default="transformers",
+        metadata={
+            "help": "What samples: transformers, vllm in this process, or an OpenAI-compatible server.",
+            "choices": ["transformers", "vllm", "server"],
+        },
+    )
+    server: str | None = field(default=None, metadata={"help": "Address of the server, such as http://localhost:8000."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the most likely token."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens that make up this share."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer."})
@@ -99,18 +110,9 @@ def run(arguments: list[str]) -> None:
         tokenizer.chat_template = template
     named, kwargs = chosen_template(tokenizer)
     named = options.chat_template or named
-    model = load_on_device(options.model, options.dtype, options.device_map, loading)
-    policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
-    engine = TransformersEngine(
-        policies.stream.model,
-        tokenizer,
-        options.max_new_tokens,
-        options.temperature,
-        options.top_p,
-        policy=policies.layer(options.layer) if options.layer else None,
-        batch_size=options.batch_size,
-    )
-    meta = model_meta(options.model, policies.stream, options.lens, options.temperature) | {
+    engine, meta = _engine(options, tokenizer, loading)
+    meta |= {
+        "engine": options.engine,
         "layer": options.layer,
         "template": named,
         "top_p": options.top_p,
@@ -132,7 +134,32 @@ def run(arguments: list[str]) -> None:
     )
 
 
+def _engine(options: EvalArguments, tokenizer, loading: dict) -> tuple[Engine, dict]:
+    """What samples, and what of the model must stand beside the numbers."""
+    sampling = (options.max_new_tokens, options.temperature, options.top_p)
+    engine: Engine
+    if options.engine == "transformers":
+        model = load_on_device(options.model, options.dtype, options.device_map, loading)
+        policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
+        policy = policies.layer(options.layer) if options.layer else None
+        engine = TransformersEngine(
+            policies.stream.model, tokenizer, *sampling, policy=policy, batch_size=options.batch_size
+        )
+        return engine, model_meta(options.model, policies.stream, options.lens, options.temperature)
+    meta: dict[str, Any] = {"model": options.model, "revision": options.revision}
+    meta |= {"temperature": options.temperature, "versions": {"bupo": bupo.__version__}}
+    if options.engine == "server":
+        engine = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
+        return engine, meta | {"served": engine.model}
+    engine = VllmEngine(options.model, *sampling, dtype=options.dtype, **loading)
+    return engine, meta | {"dtype": options.dtype}
+
+
 def _check(options: EvalArguments) -> None:
+    if options.engine != "transformers" and options.layer:
+        raise UserError(f"engine {options.engine} samples whole models: an internal policy needs transformers")
+    if (options.engine == "server") != bool(options.server):
+        raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
     for name in ("k", "max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
