@@ -1,0 +1,107 @@
+"""Answers with the verdict that a mathematician would give: (answer, gold answer, verdict)."""
+
+C, W, U, N = "correct", "wrong", "unevaluated", "unparsable"
+
+B = "\\boxed{%s}"
+
+
+def boxed(*rows):
+    return [(B % answer, gold, verdict) for answer, gold, verdict in rows]
+
+
+NUMBERS = boxed(
+    ("39", "39", C), ("39", "40", W), ("-7", "-7", C), ("7", "-7", W), ("007", "7", C), ("+7", "7", C), ("7.0", "7", C), ("7.", "7", C),
+    ("1,000", "1000", C), ("1{,}000", "1000", C), ("1000000", "1,000,000", C), ("10,000", "1000", W), ("0", "0", C), ("-0", "0", C),
+    ("3.14", "3.14", C), ("3.14", "3.15", W), (".5", "0.5", C), ("0.50", "0.5", C), ("1e3", "1000", C), ("3 \\times 10^5", "300000", C),
+    ("3\\cdot10^{5}", "300000", C), ("2^{10}", "1024", C), ("2^{10}", "1000", W), ("\\sqrt{4}", "2", C), ("5!", "120", C),
+    ("\\binom{5}{2}", "10", C), ("|{-3}|", "3", C), ("12345678901234567890", "12345678901234567890", C),
+    ("12345678901234567891", "12345678901234567890", W), ("1.2 \\times 10^{-3}", "0.0012", C),
+)  # fmt: skip
+
+FRACTIONS = boxed(
+    ("\\frac{1}{2}", "\\frac{1}{2}", C), ("\\frac{1}{2}", "0.5", C), ("0.5", "\\frac{1}{2}", C), ("1/2", "0.5", C), ("\\dfrac{1}{2}", "1/2", C),
+    ("\\tfrac12", "\\frac{1}{2}", C), ("\\frac12", "0.5", C), ("\\frac{2}{4}", "\\frac{1}{2}", C), ("\\frac{1}{3}", "\\frac{1}{2}", W),
+    ("-\\frac{3}{4}", "-0.75", C), ("\\frac{-3}{4}", "-\\frac{3}{4}", C), ("\\frac{3}{-4}", "-\\frac{3}{4}", C), ("1\\frac{1}{2}", "\\frac{3}{2}", C),
+    ("1 \\frac{1}{2}", "1.5", C), ("\\frac{3}{2}", "1\\frac{1}{2}", C), ("\\frac{22}{7}", "\\pi", W), ("0.333", "\\frac{1}{3}", W),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}", C), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt{2}}{2}", C), ("\\frac{1+\\sqrt{5}}{2}", "\\frac{\\sqrt{5}+1}{2}", C),
+    ("\\frac{1-\\sqrt{5}}{2}", "\\frac{1+\\sqrt{5}}{2}", W), ("\\frac{a}{b}", "a/b", C), ("\\frac{b}{a}", "\\frac{a}{b}", W), ("\\frac{x+1}{x}", "1+\\frac{1}{x}", C),
+)  # fmt: skip
+
+ROOTS_AND_CONSTANTS = boxed(
+    ("\\sqrt{2}", "\\sqrt{2}", C), ("\\sqrt{2}", "1.5", W), ("\\sqrt 2", "\\sqrt{2}", C), ("2^{1/2}", "\\sqrt{2}", C), ("\\sqrt{8}", "2\\sqrt{2}", C),
+    ("3\\sqrt{2}", "\\sqrt{18}", C), ("\\sqrt[3]{8}", "2", C), ("\\sqrt[3]{2}", "2^{1/3}", C), ("2\\sqrt{3}", "3\\sqrt{2}", W), ("\\pi", "\\pi", C),
+    ("2\\pi", "2 \\pi", C), ("\\frac{\\pi}{2}", "\\pi/2", C), ("3.14", "\\pi", W), ("e^2", "e^{2}", C), ("\\ln 2", "\\ln(2)", C), ("\\log_2 8", "3", C),
+    ("\\frac{\\pi^2}{6}", "\\frac{\\pi^{2}}{6}", C), ("2+\\sqrt{3}", "\\sqrt{3}+2", C), ("2+\\sqrt{3}", "2-\\sqrt{3}", W), ("(2+\\sqrt{3})", "2+\\sqrt{3}", C),
+    ("\\sin 30^\\circ", "\\frac{1}{2}", C), ("\\infty", "\\infty", C), ("-\\infty", "\\infty", W), ("i", "i", C), ("2+3i", "3i+2", C), ("2-3i", "2+3i", W),
+)  # fmt: skip
+
+EXPRESSIONS = boxed(
+    ("x^2+2x+1", "(x+1)^2", C), ("x^2+2x+2", "(x+1)^2", W), ("(x+1)(x-1)", "x^2-1", C), ("2x", "x+x", C), ("x(x+1)", "x^2+x", C), ("3a-b", "-b+3a", C),
+    ("a-b", "b-a", W), ("x = 5", "5", C), ("5", "x = 5", C), ("x=5", "x=6", W), ("y = 2x + 3", "y=3+2x", C), ("2x + 3", "y = 2x + 3", C),
+    ("n(n+1)/2", "\\frac{n(n+1)}{2}", C), ("\\frac{n^2+n}{2}", "\\frac{n(n+1)}{2}", C), ("\\sin^2 x + \\cos^2 x", "1", C), ("e^{x+y}", "e^x e^y", C),
+    ("f(x) = x^2", "x^2", C), ("k", "k", C), ("k", "m", W), ("2^{n+1}", "2\\cdot 2^n", C), ("x > 3", "x > 3", C), ("3 < x", "x > 3", C), ("x < 3", "x > 3", W),
+    ("x \\ge 3", "x \\geq 3", C),
+)  # fmt: skip
+
+SETS_AND_TUPLES = boxed(
+    ("(1, 2)", "(1,2)", C), ("(2, 1)", "(1,2)", W), ("(1,2,3)", "(1, 2, 3)", C), ("(1,2)", "(1,2,3)", W), ("\\left(3, \\frac{\\pi}{2}\\right)", "(3, \\pi/2)", C),
+    ("\\{1,2\\}", "\\{2,1\\}", C), ("\\{1,2\\}", "\\{1,3\\}", W), ("\\{1, 2, 3\\}", "1,2,3", C), ("1, 2", "2, 1", C), ("1,2,3", "3,2,1", C), ("1, 2", "1, 3", W),
+    ("[0,1]", "[0, 1]", C), ("(0,1)", "[0,1]", W), ("[0,1)", "[0, 1)", C), ("(-\\infty, 3)", "(-\\infty,3)", C), ("(-\\infty,3]", "(-\\infty,3)", W),
+    ("(0,1)\\cup(2,3)", "(0,1) \\cup (2,3)", C), ("(2,3)\\cup(0,1)", "(0,1)\\cup(2,3)", C), ("\\emptyset", "\\emptyset", C), ("x \\in [0,1]", "[0,1]", C),
+    ("\\{0.5, 1\\}", "\\{1, \\frac{1}{2}\\}", C),
+)  # fmt: skip
+
+MATRICES = boxed(
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", C),
+    ("\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", C),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 5 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", W),
+    ("\\begin{pmatrix} 1 & 3 \\\\ 2 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", W),
+    ("\\begin{pmatrix} 0.5 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}\\frac{1}{2}\\\\2\\end{pmatrix}", C),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1&2\\end{pmatrix}", W),
+)  # fmt: skip
+
+UNITS_AND_TEXT = boxed(
+    ("50\\%", "0.5", C), ("50\\%", "50\\%", C), ("50\\%", "50", C), ("5\\text{ cm}", "5", C), ("5 \\text{ cm}^2", "5", C), ("5\\,\\mathrm{m}", "5", C), ("\\$18.90", "18.90", C),
+    ("90^\\circ", "90", C), ("90^{\\circ}", "90^\\circ", C), ("\\text{east}", "\\text{east}", C), ("\\text{east}", "\\text{west}", W), ("\\text{(B)}", "B", C),
+    ("\\text{B}", "\\text{A}", W), ("\\textbf{5}", "5", C), ("\\mathbf{5}", "5", C), ("5 \\text{ apples}", "5", C), ("\\text{yes}", "\\text{yes}", C), ("10\\text{ minutes}", "10", C),
+    ("12\\text{ and }13", "12,13", C), ("\\!5", "5", C), ("5\\;", "5", C), ("\\left(5\\right)", "5", C),
+)  # fmt: skip
+
+TEXT_AROUND = [
+    ("so \\boxed{39}", "39", C),
+    ("The answer is $\\boxed{39}$.", "39", C),
+    ("First \\boxed{3}, no: \\boxed{4}", "4", C),
+    ("First \\boxed{4}, no: \\boxed{3}", "4", W),
+    ("\\boxed{\\boxed{5}}", "5", C),
+    ("\\fbox{5}", "5", C),
+    ("\\boxed 5", "5", C),
+    ("\\boxed{ 5 }", "5", C),
+    ("\\boxed{5}.", "5", C),
+    ("**\\boxed{5}**", "5", C),
+    ("$$\\boxed{5}$$", "5", C),
+    ("\\[\\boxed{\\frac{1}{2}}\\]", "\\frac{1}{2}", C),
+    ("We get 3, then 4.\n\n\\boxed{12}\n", "12", C),
+    ("The answer is $\\frac{2}{4}$.", "\\frac{1}{2}", C),
+    ("The final answer is 42", "42", C),
+    ("The final answer is 41", "42", W),
+    ("答案是 \\boxed{5}", "5", C),
+    ("\\boxed{−5}", "-5", C),  # a minus sign of Unicode
+    ("\\boxed{５}", "5", C),  # a full-width digit
+    ("\\boxed{½}", "0.5", C),
+    ("\\boxed{2×3×7=42}", "42", C),
+    ("\\boxed{π}", "\\pi", C),
+    ("\\boxed{√2}", "\\sqrt{2}", C),
+    ("x" * 5000 + " \\boxed{5}", "5", C),
+    ("I do not know", "39", N),
+    ("", "39", N),
+    ("\\boxed{}", "39", N),
+    ("\\boxed", "39", N),
+]
+
+LEFT_TO_DO = boxed(
+    ("4 + 7", "11", U), ("5 - 9", "-4", U), ("2 \\cdot 3", "6", U), ("2 \\times 3", "6", U), ("\\frac{8}{2}", "4", U), ("8/2", "4", U), ("4 + 8", "11", W), ("-(4+7)", "-11", U),
+)  # fmt: skip
+
+CASES = [
+    *NUMBERS, *FRACTIONS, *ROOTS_AND_CONSTANTS, *EXPRESSIONS, *SETS_AND_TUPLES, *MATRICES, *UNITS_AND_TEXT, *TEXT_AROUND, *LEFT_TO_DO,
+]  # fmt: skip
