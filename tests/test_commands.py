@@ -167,10 +167,10 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"internal_layer": 0}, "internal_layer must be a layer from 1 up, got 0"),
-        ({"internal_layer": -2}, "internal_layer must be a layer from 1 up, got -2"),
+        ({"internal_layer": 0}, "internal_layer must be a layer from 1 up, or auto, got 0"),
+        ({"internal_layer": -2}, "internal_layer must be a layer from 1 up, or auto, got -2"),
         ({"internal_layer": 9}, "layer 9 does not exist"),
-        ({"internal_layer": "abc"}, "invalid int value: 'abc'"),
+        ({"internal_layer": "abc"}, "or auto, got 'abc'"),
         ({"internal_layer": None}, "internal_layer is not set"),
         ({"internal_steps": -1}, "internal_steps must be a whole number"),
         ({"internal_lens": "x"}, "invalid choice: 'x' (choose from 'raw', 'final_norm')"),
@@ -202,8 +202,8 @@ def test_bad_config_files(tmp_path, fails):
         ("internal_layer: 2\nlearning_rat: 1\n", "unknown option 'learning_rat': did you mean 'learning_rate'?"),
         ("a: [", "no valid YAML"),
         ("- 1\n", "must contain a YAML mapping"),
-        ("internal_layer: abc\n", "invalid int value: 'abc'"),
-        ("internal_layer: 2.5\n", "internal_layer must be a layer from 1 up, got 2.5"),
+        ("internal_layer: abc\n", "or auto, got 'abc'"),
+        ("internal_layer: 2.5\n", "internal_layer must be a layer from 1 up, or auto, got 2.5"),
     ):
         (tmp_path / "c.yaml").write_text(content)
         assert message in fails("train", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out"))

@@ -14,11 +14,11 @@ from bupo.commands.main import main
 from bupo.residual import ResidualStream
 from bupo.training import boundary
 from bupo.training import probes as probes_module
-from bupo.training.guard import CAPPED, KL, PERPLEXITY, WINDOW, Guard
+from bupo.training.guard import CAPPED, KL, PERPLEXITY, Guard
 from bupo.training.probes import default_cadence, probe, repetition
 from tests.test_commands import flags
 from tests.test_measure import ROLLOUTS
-from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot, token_reward, trainer_of
+from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot, trainer_of
 from tests.tiny import tiny_model
 
 # -- probes ----------------------------------------------------------------------------------------------------------
@@ -108,6 +108,31 @@ def test_a_resumed_run_goes_on_with_its_series(tmp_path):
     pd.testing.assert_frame_equal(whole, resumed, atol=1e-5, rtol=1e-5)
 
 
+def test_a_run_resumed_at_a_batchs_end_has_no_row_twice(tmp_path):
+    common = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-3, "probe_every": 1}
+    trainer_of(model_of(), config(tmp_path, **common)).train()
+    whole = pd.read_parquet(tmp_path / "dynamics.parquet")
+    moved = config(tmp_path / "moved", **common)  # into another folder: the probe set is in the checkpoint
+    trainer_of(model_of(), moved).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer_of(model_of(), config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    keys = ["rollout_batch", "measure", "layer", "later_layer"]
+    resumed, elsewhere = (pd.read_parquet(folder / "dynamics.parquet") for folder in (tmp_path, tmp_path / "moved"))
+    for table in (whole, resumed, elsewhere):
+        assert not table.duplicated(keys).any()
+    ordered = [table.sort_values(keys).reset_index(drop=True) for table in (whole, resumed)]
+    pd.testing.assert_frame_equal(*ordered, atol=1e-5, rtol=1e-5)
+    assert set(elsewhere["rollout_batch"]) == {1, 2, 3} and (tmp_path / "moved" / "probes.jsonl").exists()
+
+
+def test_the_last_weights_are_probed_whatever_the_cadence(tmp_path):
+    trainer_of(model_of(), config(tmp_path / "a", max_steps=16, probe_every=3)).train()
+    assert set(pd.read_parquet(tmp_path / "a" / "dynamics.parquet")["rollout_batch"]) == {0, 3, 4}
+    trainer_of(model_of(), config(tmp_path / "b", max_steps=14, probe_every=1)).train()  # ends inside a batch
+    table = pd.read_parquet(tmp_path / "b" / "dynamics.parquet")
+    assert set(table["rollout_batch"]) == {0, 1, 2, 3}
+    assert not table.duplicated(["rollout_batch", "measure", "layer", "later_layer"]).any()
+
+
 def test_probes_leave_training_as_it_was(tmp_path):
     """Same parameters to the bit with probes in every batch and without any: no random number, no gradient, no mode."""
     with_probes, without = model_of(), model_of()
@@ -193,7 +218,7 @@ class RewardByBatch:
     def __call__(self, completions, **kwargs):
         mean = self.means[min(self.calls, len(self.means) - 1)]
         self.calls += 1
-        return [mean + 0.01 * (i % 4) for i in range(len(completions))]
+        return [mean + 0.01 * (i % 4) + 0.1 * (i // 4 % 2) for i in range(len(completions))]
 
 
 FALLING = [0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
@@ -255,6 +280,16 @@ def test_the_guard_ends_a_stage_and_the_next_one_begins(tmp_path):
     layers = [row.get("internal/layer") for row in rows if row["step"] % 4 == 0]
     ends = layers.index(3)
     assert layers[:ends] == [1] * ends and layers[ends : ends + 3] == [3, 3, None] and ends <= 10
+
+
+def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
+    """Layers 3 and 1 diverge from those above them by different amounts: a change of layer is no rise of a KL."""
+    options = {"internal_layer": None, "internal_schedule": [[3, 7], [1, 3]], "max_steps": 48, "learning_rate": 1e-7}
+    reward = RewardByBatch([0.9, *[0.89] * 20])
+    args = config(tmp_path, probe_every=1, **options)
+    trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+    trainer.train()
+    assert trainer.schedule == args.stages and "guard:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------
@@ -342,4 +377,3 @@ def test_auto_on_the_embedded_model(tmp_path, capsys):
     )
     assert main(["train", *arguments, "--max_steps", "1", "--dataset_size", "16"]) == 0
     assert "internal_layer auto: layer 5 is the last whose dH_FFN is positive beyond doubt" in capsys.readouterr().out
-    assert token_reward([[1]]) and WINDOW

@@ -17,7 +17,6 @@ from tests.test_trainer import (
     config,
     model_of,
     snapshot,
-    token_reward,
     trainer_of,
 )
 
@@ -325,7 +324,10 @@ def test_one_stage_is_the_papers(tmp_path):
         ({"internal_layer": "automatic"}, "internal_layer must be a layer from 1 up, or auto, got 'automatic'"),
         ({"internal_module": "mlp"}, "internal_module must be layer, attn or ffn, got 'mlp'"),
         ({"advantage_estimator": "gae"}, "advantage_estimator must be grpo, rloo, reinforce.. or ppo, got 'gae'"),
-        ({"frozen_up_to_layer": 7}, "layer 7 does not exist"),
+        ({"frozen_up_to_layer": 7, "internal_steps": 0, "internal_layer": None}, "layer 7 does not exist"),
+        ({"internal_layer": "auto", "internal_steps": 0}, "internal_steps is 0: leave one out"),
+        ({"frozen_up_to_layer": 2}, "frozen_up_to_layer=2 leaves the first phase on layer 2 no layer to train"),
+        ({"gradient_accumulation_steps": 8}, "does not divide the 4 micro-batches of a rollout batch .*mix two phases"),
         ({"slow_above_layer": 0}, "slow_above_layer must be a layer from 1 up, got 0"),
         ({"slow_above_layer": 2, "slow_factor": 2}, "slow_factor must lie from 0 to 1, got 2"),
         ({"gae_lambda": 1.5}, "gae_lambda must lie from 0 to 1, got 1.5"),
@@ -373,4 +375,3 @@ def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
         trainer = BuPOTrainer(model_of(), by_prompt, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
         trainer.train()
         assert ("all answers to each prompt have one reward" in caplog.text) != silent
-    assert token_reward([[1]])

@@ -22,7 +22,7 @@ LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b"
 METHODS = {"bupo", "grpo", "rloo", "reinforce++", "ppo"}
 OF_A_METHOD = {
     "internal_layer", "internal_steps", "internal_lens", "advantage_estimator", "critic_learning_rate", "value_clip",
-    "gae_gamma", "gae_lambda", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output_dir",
+    "gae_gamma", "gae_lambda", "critic_backbone", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output_dir",
 }  # fmt: skip
 
 

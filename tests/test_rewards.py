@@ -9,6 +9,7 @@ from math_verify import parse, verify
 
 from bupo import MathGrader, UserError, math_reward
 from bupo.rewards import grader as grader_module
+from tests import grading_cases
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,18 @@ def test_a_sum_that_is_left_to_do_is_no_answer(grader):
 @pytest.mark.parametrize(("answer", "gold", "verdict"), CASES)
 def test_verdicts(grader, answer, gold, verdict):
     assert grader.grade([answer], [gold]) == [verdict]
+
+
+def test_verdicts_are_a_mathematicians(grader):
+    """A table of hand-written answers; where the verdict is another, the table says so."""
+    assert len(grading_cases.CASES) >= 150
+    verdicts = grader.grade([a for a, _, _ in grading_cases.CASES], [g for _, g, _ in grading_cases.CASES])
+    wrong = {
+        (answer, gold): str(verdict)
+        for (answer, gold, wanted), verdict in zip(grading_cases.CASES, verdicts, strict=True)
+        if verdict != wanted
+    }
+    assert wrong == grading_cases.DIFFERENT
 
 
 def test_the_same_as_math_verify_called_directly(grader):
@@ -158,8 +171,10 @@ def test_integers_need_no_child(monkeypatch):
 
 
 def test_bad_calls(grader):
-    with pytest.raises(UserError, match="gold answer '' holds no mathematical expression"):
-        grader.grade(["\\boxed{1}"], [""])
+    assert grader.grade(["\\boxed{1}"], [""]) == ["no_gold"]
+    assert math_reward(["\\boxed{1}", "\\boxed{2}"], answer=["", "2"]) == [None, 1.0]
+    with pytest.raises(UserError, match="mine, row 1: the gold answer '' holds no mathematical expression"):
+        grader_module.check_golds(["1", ""], "mine")
     with pytest.raises(UserError, match="2 answers were given with 1 gold"):
         grader.grade(["a", "b"], ["c"])
     with pytest.raises(UserError, match="no column 'answer'"):
@@ -171,4 +186,5 @@ def test_reward_reads_both_forms_and_logs():
     completions = ["\\boxed{1}", [{"role": "assistant", "content": "\\boxed{\\frac{1}{2}}"}], "none"]
     rewards = math_reward(completions, answer=["1", "0.5", "2"], log_metric=logged.__setitem__)
     assert rewards == [1.0, 1.0, 0.0]
-    assert logged == {"grading/unevaluated": 0.0, "grading/unparsable": pytest.approx(1 / 3), "grading/timeout": 0.0}
+    shares = {name.removeprefix("grading/"): share for name, share in logged.items()}
+    assert shares == {"unevaluated": 0.0, "unparsable": pytest.approx(1 / 3), "timeout": 0.0, "no_gold": 0.0}

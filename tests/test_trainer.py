@@ -7,11 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
 from bupo.models import load_tokenizer
+from bupo.training.callbacks import ConsoleLines
 from tests.tiny import tiny_model
 
 TOKENIZER = load_tokenizer("embedded")
@@ -474,3 +476,59 @@ def test_weights_that_have_diverged_are_named(tmp_path):
     trainer._compute_loss = compute_loss
     with pytest.raises(UserError, match=r"probabilities are not finite in rollout batch 2 .*lower learning_rate"):
         trainer.train()
+
+
+def test_a_checkpoint_of_another_first_phase_is_refused(tmp_path):
+    common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 4}
+    trainer_of(model_of(), config(tmp_path, **common)).train()
+    for changes in (
+        {"internal_steps": 1},
+        {"internal_layer": 3},
+        {"internal_layer": None, "internal_schedule": [[2, 1]]},
+    ):
+        with pytest.raises(UserError, match=r"was made with the first phase \[\[2, 2\]\], the options say \[\["):
+            trainer_of(model_of(), config(tmp_path, **common, **changes)).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
+    """The same rollout batch as twice as many micro-batches: at a batch's end the run goes on, inside one it says why not."""
+    common = {"max_steps": 16, "save_strategy": "steps"}
+    trainer_of(model_of(), config(tmp_path, save_steps=4, **common)).train()
+    pieces = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 8}
+    trainer = trainer_of(model_of(), config(tmp_path, save_steps=4, **common, **pieces))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert [row["rollout_batch"] for row in trainer.state.log_history if "phase" in row][-4:] == [4] * 4
+    assert [row["phase"] for row in trainer.state.log_history if "phase" in row][-4:] == [2] * 4
+    trainer_of(model_of(), config(tmp_path / "b", save_steps=6, **common)).train()
+    with pytest.raises(UserError, match="lies inside a rollout batch: go on with the same number of processes"):
+        trainer_of(model_of(), config(tmp_path / "b", save_steps=6, **common, **pieces)).train(
+            resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-6")
+        )
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce++", "ppo"])
+def test_answers_that_are_all_cut_and_masked_are_passed_over(tmp_path, estimator):
+    """Nothing to learn from, nothing to probe, and no crash; the next batch with answers is probed."""
+    args = config(
+        tmp_path, max_steps=12, mask_truncated_completions=True, max_completion_length=1, advantage_estimator=estimator
+    )
+    model = model_of()
+    before = snapshot(model)
+    trainer = trainer_of(model, args)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and before
+
+
+def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
+    trainer = BuPOTrainer(
+        model_of(),
+        lambda completions, **k: [None] * len(completions),
+        config(tmp_path, max_steps=4, logging_steps=None),
+        train_dataset=PROBLEMS,
+        processing_class=TOKENIZER,
+    )
+    lines = ConsoleLines(Console())
+    trainer.add_callback(lines)
+    trainer.train()
+    lines.close()
+    assert "1 layer 2" in capsys.readouterr().out

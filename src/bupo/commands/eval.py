@@ -21,7 +21,6 @@ from bupo.evaluation.benchmarks import load_benchmark
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.run import (
     GRADED_FILE,
-    check_golds,
     correct_by_problem,
     graded,
     sample_missing,
@@ -32,6 +31,7 @@ from bupo.evaluation.vllm import ServerEngine, VllmEngine
 from bupo.models import EMBEDDED, load_tokenizer
 from bupo.policy import InternalPolicies, Lens
 from bupo.report.figures import pass_figure
+from bupo.rewards.grader import check_golds
 from bupo.training.callbacks import progress
 
 SUMMARY_FILE = "summary.json"
@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> None:
     if len(benchmarks) < len(names):
         raise UserError(f"benchmarks {options.benchmarks!r} has one label twice: write LABEL=FILE for one of them")
     for label, problems in benchmarks.items():
-        check_golds(problems, label)
+        check_golds(problems["answer"], label)
     loading = {"revision": options.revision} if options.revision else {}
     tokenizer = load_tokenizer(options.model, **loading)
     if template:

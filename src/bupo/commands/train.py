@@ -20,14 +20,14 @@ from bupo.data.templates import chat_template
 from bupo.errors import UserError
 from bupo.models import load_model, load_tokenizer
 from bupo.report.figures import dynamics_figure, training_figure
-from bupo.rewards.grader import MathGrader
+from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.callbacks import METRICS_FILE, ConsoleLines, MetricsFile, read_metrics
 from bupo.training.config import BuPOConfig
 from bupo.training.probes import DYNAMICS_FILE
 from bupo.training.trainer import BuPOTrainer
 
-GOLDS_TRIED = 32  # answers that must be readable before a run starts
+GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
 
 
 @dataclass
@@ -86,22 +86,31 @@ def run(arguments: list[str]) -> None:
         name = problems.eval_dataset_name or problems.dataset_name
         eval_set = _load(problems, name, problems.dataset_test_split, problems.eval_size, config.seed)
     if math_reward in rewards:
-        _check_golds(train_set)
+        try:
+            check_golds(train_set[: min(GOLDS_TRIED, len(train_set))]["answer"], str(problems.dataset_name))
+        except UserError as error:
+            raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
     options = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
+    name = model_config.model_name_or_path
+    if config.beta != 0 and name.endswith(".gguf"):
+        raise UserError(
+            f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
+        )
     tokenizer = load_tokenizer(model_config.model_name_or_path, **options)
     if template:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
         train_set, eval_set = _as_text(train_set), eval_set and _as_text(eval_set)
-    model = load_model(
-        model_config.model_name_or_path,
-        dtype=model_config.dtype or "float32",  # TRL's default: the weights train in fp32
-        attn_implementation=model_config.attn_implementation,
-        quantization_config=get_quantization_config(model_config),
+    loading = {
+        "dtype": model_config.dtype or "float32",  # TRL's default: the weights train in fp32
+        "attn_implementation": model_config.attn_implementation,
+        "quantization_config": get_quantization_config(model_config),
         **options,
         **(config.model_init_kwargs or {}),
-    )
-    config.model_init_kwargs = None
+    }
+    model = load_model(name, **loading)
+    # with a KL penalty TRL loads the reference by name, and must load the same revision
+    config.model_init_kwargs = {"revision": model_config.model_revision} if config.beta != 0 else None
     trainer = make_trainer(
         model, rewards, config, train_set, eval_set, tokenizer, Console(), peft_config=get_peft_config(model_config)
     )
@@ -182,18 +191,6 @@ def _reward(name: str):
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"reward function {name!r} cannot be imported: {error}") from error
-
-
-def _check_golds(problems: Dataset) -> None:
-    """Refuse gold answers that math-verify cannot read, before a run gives zero rewards for hours."""
-    golds = problems[: min(GOLDS_TRIED, len(problems))]["answer"]
-    grader = MathGrader()
-    try:
-        grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
-    except UserError as error:
-        raise UserError(f"{error}: pass reward_funcs with a function of your own for such answers") from error
-    finally:
-        grader.close()
 
 
 def _as_text(problems: Dataset) -> Dataset:

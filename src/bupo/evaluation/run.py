@@ -82,19 +82,6 @@ def _read_samples(path: Path) -> dict[tuple[int, int], Answer]:
     return found
 
 
-def check_golds(problems: Dataset, label: str) -> None:
-    """Refuse gold answers that math-verify cannot read, before anything is sampled."""
-    grader = MathGrader()
-    try:
-        for row, gold in enumerate(problems["answer"]):
-            try:
-                grader.examine([f"\\boxed{{{gold}}}"], [gold])
-            except UserError as error:
-                raise UserError(f"{label}, row {row}: {error}") from error
-    finally:
-        grader.close()
-
-
 def graded(problems: Dataset, answers: list[list[Answer]], deadline: float) -> pd.DataFrame:
     """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated."""
     rows = [

@@ -58,7 +58,7 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
         top = reward.get_ylim()[1]
         reward.text(min(batches), top * 0.97, "phase 1", color=ORANGE, fontsize=8, va="top")
         if batches[-1] > max(first_phase):
-            reward.text(max(first_phase) + 1, top * 0.97, "phase 2", color=GREY, fontsize=8, va="top")
+            reward.text(max(first_phase) + 1, top * 0.90, "phase 2", color=GREY, fontsize=8, va="top")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)

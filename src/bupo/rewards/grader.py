@@ -24,13 +24,15 @@ from bupo.errors import UserError
 class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
-    `unevaluated` is equal to a gold number, but a sum, product or quotient: the question again, not its answer.
+    `unevaluated` is equal to a gold number, but a sum, product or quotient: the question again, not its answer. `no_gold`:
+    the gold answer holds no expression that math-verify can read.
     """
 
     CORRECT = "correct"
     WRONG = "wrong"
     UNEVALUATED = "unevaluated"
     UNPARSABLE = "unparsable"
+    NO_GOLD = "no_gold"
     TIMEOUT = "timeout"
 
 
@@ -126,7 +128,7 @@ class MathGrader:
         """The grade of each answer.
 
         Raises:
-            UserError: if a gold answer holds no expression, or the lengths differ.
+            UserError: if the lengths differ.
         """
         if len(answers) != len(golds):
             raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
@@ -169,8 +171,6 @@ class MathGrader:
             self._free.put(child)
         if reply is None:
             return Grade(Verdict.TIMEOUT, None)
-        if reply["verdict"] == "bad_gold":
-            raise UserError(f"the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read")
         return Grade(Verdict(reply["verdict"]), reply["value"])
 
     def close(self) -> None:
@@ -180,3 +180,21 @@ class MathGrader:
             if child is not None:
                 child.kill()
             self._free.put(None)
+
+
+def check_golds(golds: Sequence[str], where: str) -> None:
+    """Refuse gold answers that cannot be graded against, before a run gives no reward for hours.
+
+    Raises:
+        UserError: with the first such row.
+    """
+    grader = MathGrader()
+    try:
+        grades = grader.examine([f"\\boxed{{{gold}}}" for gold in golds], golds)
+    finally:
+        grader.close()
+    for row, (gold, grade) in enumerate(zip(golds, grades, strict=True)):
+        if grade.verdict == Verdict.NO_GOLD:
+            raise UserError(
+                f"{where}, row {row}: the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read"
+            )

@@ -19,7 +19,7 @@ def answer_text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float]:
+def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float | None]:
     """1.0 where the completion's final answer equals the gold one by math-verify and is worked out, else 0.0.
 
     Args:
@@ -27,13 +27,15 @@ def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[flo
         answer (`list[str]`): the dataset's `answer` column.
         log_metric (`Callable`, *optional*): TRL's; receives the shares of unevaluated, unparsable and timed-out answers.
 
+    A gold answer that holds no expression gives None, which TRL leaves out of the batch.
+
     Raises:
-        UserError: if the dataset has no column `answer`, or a gold answer holds no expression.
+        UserError: if the dataset has no column `answer`.
     """
     if answer is None:
         raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
     verdicts = _grader().grade([answer_text(c) for c in completions], [str(a) for a in answer])
     if log_metric is not None:
-        for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT):
+        for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT, Verdict.NO_GOLD):
             log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))
-    return [float(verdict == Verdict.CORRECT) for verdict in verdicts]
+    return [None if verdict == Verdict.NO_GOLD else float(verdict == Verdict.CORRECT) for verdict in verdicts]

@@ -11,19 +11,21 @@ import resource
 import sys
 
 MEMORY = 2 << 30  # bytes
+_SPELLINGS = {"\\fbox{": "\\boxed{", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"}
 _QUOTIENT = re.compile(r"-?(\\d?frac\{-?\d+\}\{-?\d+\}|\d+ */ *\d+)")
 
 
 def grade(answer: str, gold: str) -> tuple[str, str | None]:
     """The verdict by name, and what the answer comes to as text, at most 200 characters.
 
-    `unparsable` where the answer holds no expression, `bad_gold` where the gold answer holds none.
+    `unparsable` where the answer holds no expression, `no_gold` where the gold answer holds none.
     """
     from math_verify import parse, verify
 
+    answer = _plain(answer)
     wanted = parse(gold if "\\boxed" in gold else f"\\boxed{{{gold}}}", parsing_timeout=None)
     if not wanted or not any(character.isalnum() for character in str(wanted[-1])):
-        return "bad_gold", None
+        return "no_gold", None
     given = parse(answer, parsing_timeout=None)
     if not given:
         return "unparsable", None
@@ -31,6 +33,13 @@ def grade(answer: str, gold: str) -> tuple[str, str | None]:
     if not verify(wanted, given, timeout_seconds=None):
         return "wrong", value
     return ("unevaluated" if left_to_do(wanted, given) else "correct"), value
+
+
+def _plain(answer: str) -> str:
+    """Characters and commands that math-verify does not know, written as those that it does."""
+    for strange, known in _SPELLINGS.items():
+        answer = answer.replace(strange, known)
+    return answer
 
 
 def left_to_do(wanted: list, given: list) -> bool:
@@ -54,8 +63,8 @@ def left_to_do(wanted: list, given: list) -> bool:
     def operand(part: sympy.Basic) -> bool:
         if isinstance(part, sympy.Number):
             return part not in (-1, sympy.Rational(1, 100))
-        divisor = isinstance(part, sympy.Pow) and part.base.is_Integer and part.exp == -1
-        return divisor and isinstance(number, sympy.Integer)
+        power = isinstance(part, sympy.Pow) and part.base.is_Integer and part.exp.is_Integer and part.base != 10
+        return power and isinstance(number, sympy.Integer)
 
     sums_and_products = (p for p in sympy.preorder_traversal(expression) if isinstance(p, sympy.Add | sympy.Mul))
     return any(sum(map(operand, part.args)) > 1 for part in sums_and_products)

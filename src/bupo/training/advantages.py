@@ -68,6 +68,6 @@ def whitened(
     """
     mask = mask_BT.to(values_BT.dtype)
     count, total = reduce(torch.stack([mask.sum(), (values_BT * mask).sum()]))
-    centred = (values_BT - total / count) * mask
+    centred = (values_BT - total / count.clamp(min=1)) * mask
     variance = reduce(centred.square().sum()[None])[0] / (count - 1).clamp(min=1)
     return centred / (variance + EPSILON).sqrt()

@@ -51,6 +51,8 @@ def boundary_layer(
     by_prompt = defaultdict(list)
     for prompt, sums in gather(measured):
         by_prompt[prompt].append(sums)
+    if not by_prompt:
+        raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
     prompts = [AnswerSums.joined(sums) for sums in by_prompt.values()]
     found = stages(prompts)
     resampled, row = Resampled(prompts), MEASURES.index("d_entropy_ffn")

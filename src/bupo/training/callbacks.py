@@ -163,6 +163,7 @@ class ConsoleLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.live or not logs:
             return
+        logs = {name: value for name, value in logs.items() if value is not None}  # of nothing but NaN
         if "phase" in logs:
             for name in WATCHED:
                 if name in logs:
@@ -188,7 +189,7 @@ class ConsoleLines(TrainerCallback):
         where = "[green]2 whole    [/]"
         if logs["phase"] < 1.5:
             where = f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]"
-        entropy = f"entropy {logs['entropy']:.3f}"
+        entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
         if "internal/entropy" in logs:
             entropy += f" ({logs['internal/entropy']:.3f})"
         clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))

@@ -106,7 +106,7 @@ class BuPOConfig(GRPOConfig):
     )
     probe_every: int | None = field(
         default=None,
-        metadata={"help": "Rollout batches between two probes; by default as 3 % of the arithmetic allows. 0: never."},
+        metadata={"help": "Rollout batches between two probes; by default as 3 %% of the arithmetic allows. 0: never."},
     )
     probe_answers: int = field(default=8, metadata={"help": "Answers of the probe set."})
     advantage_estimator: Estimator = field(
@@ -146,6 +146,12 @@ class BuPOConfig(GRPOConfig):
         if once_a_rollout:
             self.logging_steps = 1
         super().__post_init__()
+        micro_steps = self.steps_per_generation * self.num_iterations
+        if self.stages and micro_steps % self.gradient_accumulation_steps:
+            raise UserError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide the {micro_steps} "
+                "micro-batches of a rollout batch (steps_per_generation x num_iterations): an update would mix two phases"
+            )
         if once_a_rollout:
             self.logging_steps = max(
                 1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
@@ -162,7 +168,9 @@ class BuPOConfig(GRPOConfig):
 
     def _check_internal_phase(self) -> None:
         check_lens(self.internal_lens)
-        if isinstance(self.internal_layer, str) and self.internal_layer.isdigit():  # from a command line
+        if (
+            isinstance(self.internal_layer, str) and self.internal_layer.removeprefix("-").isdigit()
+        ):  # from a command line
             self.internal_layer = int(self.internal_layer)
         _choice("internal_module", self.internal_module, get_args(Module))
         _whole("internal_steps", self.internal_steps, 0, "a whole number of rollout batches, 0 or more")
@@ -180,6 +188,15 @@ class BuPOConfig(GRPOConfig):
             raise UserError(
                 "internal_layer is not set: choose the layer whose policy the first phase optimises (1 to the model's "
                 "number of layers, or auto), or set internal_steps to 0 for no first phase"
+            )
+        if self.internal_steps == 0 and self.internal_layer == AUTO and self.internal_schedule is None:
+            raise UserError(
+                "internal_layer auto chooses the layer of a first phase, and internal_steps is 0: leave one out"
+            )
+        lowest = min((stage.layer for stage in self.stages if stage.layer), default=None)
+        if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
+            raise UserError(
+                f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
             )
         # layers above l have no gradient in the first phase, which DDP must be told to expect
         if self.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
@@ -199,6 +216,8 @@ class BuPOConfig(GRPOConfig):
         for name in ("critic_learning_rate", "value_clip", "value_coef"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.advantage_estimator == "ppo" and self.fp16:
+            raise UserError("advantage_estimator ppo has no loss scaling for its critic: use bf16 or neither, not fp16")
         if self.advantage_estimator == "grpo":
             return
         if self.scale_rewards not in ("group", True):

@@ -36,7 +36,8 @@ class Critic(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
         """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
         hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
 
 
 def value_loss(
@@ -126,7 +127,8 @@ class CopiedCritic:
         if last:
             if self.args.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-            self.optimizer.step()
+            if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
+                self.optimizer.step()
             self.optimizer.zero_grad()
         return sums
 

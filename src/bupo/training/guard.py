@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 WINDOW = 5  # rollout batches
 FALL = 3.0  # standard errors
@@ -86,8 +85,8 @@ class Guard:
 
 
 def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-    """Copies on the CPU, of this process' shards where the parameters are sharded."""
-    return [_local(parameter).detach().to("cpu", copy=True) for parameter in parameters]
+    """Copies on the CPU."""
+    return [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
 
 @torch.no_grad()
@@ -97,12 +96,8 @@ def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimi
     Second moments stay: without them Adam's first steps would be as long as the learning rate, whatever the gradient.
     """
     for parameter, values in zip(parameters, kept, strict=True):
-        _local(parameter).copy_(values)
+        parameter.copy_(values)
         for name in ("exp_avg", "momentum_buffer"):
             momentum = optimizer.state.get(parameter, {}).get(name)
             if momentum is not None:
                 momentum.zero_()
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

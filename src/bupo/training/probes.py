@@ -152,7 +152,7 @@ def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[i
     sites = stream.num_layers - min(layers) + 3
     rows = sum(len(answer) for _, answer in answers)
     cost = sum(len(p) + len(a) for p, a in answers) * forward + rows * sites * entries * (2 * width + 500)
-    return max(1, math.ceil(cost / (SHARE * 4 * batch_tokens * forward)))
+    return max(1, math.ceil(cost / (SHARE * 4 * max(1, batch_tokens) * forward)))
 
 
 def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
@@ -161,7 +161,7 @@ def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
     for ids in answers:
         grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return sum(shares) / len(shares)
+    return sum(shares) / max(1, len(shares))
 
 
 class Dynamics:
@@ -186,18 +186,16 @@ class Dynamics:
         part.write_text("".join(lines))
         part.replace(self.folder / PROBES_FILE)
 
-    def read(self, done: int) -> Answers:
-        """The probe set of a run that goes on, and its series as far as `done` rollout batches. Empty if there is none."""
-        if not (self.folder / PROBES_FILE).exists():
-            return []
-        rows = [json.loads(line) for line in (self.folder / PROBES_FILE).read_text().splitlines()]
+    def read(self, done: int) -> None:
+        """The series of a run that goes on, as far as `done` rollout batches."""
         if (self.folder / DYNAMICS_FILE).exists():
             table = pd.read_parquet(self.folder / DYNAMICS_FILE)
             self.rows = table[table["rollout_batch"] <= done].to_dict("records")
-        return [(row["prompt_ids"], row["completion_ids"]) for row in rows]
 
     def add(self, rollout_batch: int, rows: Sequence[dict]) -> None:
-        """Append the rows of one probe and write the file."""
+        """Add the rows of one probe, in the stead of earlier ones of the same, and write the file."""
+        measures = {row["measure"] for row in rows}
+        self.rows = [r for r in self.rows if (r["rollout_batch"], r["measure"] in measures) != (rollout_batch, True)]
         self.rows += [{"rollout_batch": rollout_batch, **row} for row in rows]
         table = pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
         arrow = pa.Table.from_pandas(table, preserve_index=False)

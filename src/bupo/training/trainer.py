@@ -47,7 +47,7 @@ logger = get_logger(__name__)
 
 INTERNAL, LANGUAGE_MODEL = 1, 2  # the two phases, as logged
 LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
-BOUNDARY_FILE = "boundary.json"
+BOUNDARY_FILE, WATCH_FILE = "boundary.json", "watch.pt"
 
 
 class BuPOTrainer(GRPOTrainer):
@@ -414,7 +414,8 @@ class BuPOTrainer(GRPOTrainer):
     def train(self, *args, **kwargs):
         """As TRL's; the probes also see the last weights."""
         result = super().train(*args, **kwargs)
-        self._watch.after_training(self.schedule, self.rollout_batch)
+        if self._step % self._micro_steps_per_rollout == 0:
+            self._watch.after_training(self.schedule, self.rollout_batch)
         return result
 
     def _compute_loss(self, model, inputs):
@@ -490,6 +491,16 @@ class BuPOTrainer(GRPOTrainer):
     # TRL's hold neither the place inside a rollout batch nor the batch itself; without them a resumed run would count
     # rollout batches, and so the phases, from the start again.
 
+    @property
+    def _layout(self) -> dict:
+        """How a rollout batch is cut up: what its buffered pieces depend on."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "micro_steps": self._micro_steps_per_rollout,
+        }
+
     def _rollout_file(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"rollouts_{self.accelerator.process_index}.pt"
 
@@ -502,11 +513,14 @@ class BuPOTrainer(GRPOTrainer):
             {
                 "step": self._step,
                 "buffered_inputs": self._buffered_inputs if inside else None,
+                "layout": self._layout,
+                "planned": [(stage.layer, stage.batches) for stage in self.args.stages],
                 "schedule": [(stage.layer, stage.batches) for stage in self.schedule],
-                "watch": self._watch.state(),
             },
             self._rollout_file(folder),
         )
+        if self.accelerator.is_main_process:
+            torch.save(self._watch.state(), folder / WATCH_FILE)
         if self._critic:
             self._critic.save(folder)
         super()._save_checkpoint(model, trial)
@@ -515,14 +529,37 @@ class BuPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = self._rollout_file(checkpoint)
-        if file.exists():
-            saved = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = saved["step"], saved["buffered_inputs"]
-            self.schedule = tuple(Stage(*pair) for pair in saved["schedule"])
-            self._watch.load(saved["watch"], self.rollout_batch)
-        else:  # another trainer's checkpoint, or another number of processes: the rollout batch is sampled anew
-            state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
+        folder = Path(checkpoint)
+        if not (folder / "rollouts_0.pt").exists():  # another trainer's
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text())
             self._step = state["global_step"] * self.args.gradient_accumulation_steps
-        if self._critic and (Path(checkpoint) / CRITIC_FILE).exists():
-            self._critic.load(Path(checkpoint))
+            return
+        saved = torch.load(folder / "rollouts_0.pt", map_location="cpu", weights_only=True)
+        planned = tuple(Stage(*pair) for pair in saved["planned"])
+        if planned != self.args.stages:
+            raise UserError(
+                f"{folder} was made with the first phase {_shown(planned)}, the options say {_shown(self.args.stages)}: go on "
+                "with the same"
+            )
+        self.schedule = tuple(Stage(*pair) for pair in saved["schedule"])
+        if saved["layout"] == self._layout:
+            own = torch.load(self._rollout_file(folder), map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = own["step"], own["buffered_inputs"]
+        else:  # the same rollout batches in other pieces, or on another number of processes
+            done, inside = divmod(saved["step"], saved["layout"]["micro_steps"])
+            if inside:
+                raise UserError(
+                    f"{folder} lies inside a rollout batch: go on with the same number of processes and the same batch "
+                    f"options ({saved['layout']}), or from a checkpoint at a rollout batch's end"
+                )
+            self._step = done * self._micro_steps_per_rollout
+        self._watch.load(torch.load(folder / WATCH_FILE, map_location="cpu", weights_only=True), self.rollout_batch)
+        if self._critic:
+            if not (folder / CRITIC_FILE).exists():
+                raise UserError(f"{folder} holds no critic ({CRITIC_FILE} is missing): it was not made by ppo")
+            self._critic.load(folder)
+
+
+def _shown(stages: tuple[Stage, ...]) -> str:
+    """For messages."""
+    return str([["auto" if not stage.layer else stage.layer, stage.batches] for stage in stages])

@@ -55,18 +55,27 @@ class Watch:
         self, schedule: Schedule, rollout_batch: int, optimizer: torch.optim.Optimizer, metrics: Metrics
     ) -> Schedule:
         """Probe the weights that are about to sample, and end the stage if it has turned. Returns the schedule."""
-        if rollout_batch > 1:
-            self._probe(schedule, rollout_batch, metrics)
-        place = place_of(schedule, rollout_batch)
+        rows = self._probe(schedule, rollout_batch, metrics) if rollout_batch > 1 and self._due(rollout_batch) else []
         if not (self.guarding and self.guard.rewards and self.kept):
             return schedule
+        self._show_guard(schedule, rows)
         why = self.guard.turned()
         if why:
             schedule = self._go_back(schedule, rollout_batch, optimizer, why)
             metrics["internal/ended_by_guard"].append(1.0)
-        if why or place != self.guarded:
+        place = place_of(schedule, rollout_batch)
+        if why or place != self.guarded:  # the next stage has a record of its own
             self.guard, self.kept = Guard(), []
+            self.guarded = self.guarded if place is None else place
+            if place is not None and not why:  # else the weights are no longer those that were probed
+                self._show_guard(schedule, rows)
         return schedule
+
+    def _show_guard(self, schedule: Schedule, rows: Sequence[dict]) -> None:
+        """Give the guard what a probe says of the layer that it watches."""
+        if rows and self.guarding and schedule:
+            values = _means(rows, schedule[self.guarded].layer)
+            self.guard.see_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
 
     def after_rollouts(
         self, schedule: Schedule, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics
@@ -77,10 +86,11 @@ class Watch:
             answers (`list`): of this process, one of each prompt first.
             rewards (`torch.Tensor` of shape `(answers,)`): of all processes, groups of a prompt one after another.
         """
-        if rollout_batch == 1 and self.every != 0:
+        if not self.answers and self.every != 0:  # of the first rollout batch, if it has any
             self._choose_answers(schedule, answers)
-            self._probe(schedule, rollout_batch, metrics)
-        if self.every and (rollout_batch - 1) % self.every == 0 and self.accelerator.is_main_process:
+            if self._due(rollout_batch):
+                self._show_guard(schedule, self._probe(schedule, rollout_batch, metrics))
+        if self._due(rollout_batch) and self.accelerator.is_main_process:
             rows = [("response_length", metrics["completions/mean_length"][-1])]
             rows += [("repetition", metrics["completions/repetition"][-1]), ("reward", metrics["reward"][-1])]
             self.dynamics.add(rollout_batch - 1, [_row(measure, value) for measure, value in rows])
@@ -96,8 +106,9 @@ class Watch:
             self.kept = snapshot(self._moved(schedule, place))
 
     def after_training(self, schedule: Schedule, rollout_batch: int) -> None:
-        """Probe the last weights."""
-        self._probe(schedule, rollout_batch, None)
+        """Probe the last weights, whatever the cadence."""
+        if self.every and self.answers:
+            self._probe(schedule, rollout_batch, None)
 
     # -- probes ------------------------------------------------------------------------------------------------------
 
@@ -106,6 +117,8 @@ class Watch:
         share = math.ceil(self.args.probe_answers / self.accelerator.num_processes)
         mine = [(prompt, answer[:ANSWER_TOKENS]) for prompt, answer in answers[:share]]
         self.answers = gather_object(mine)[: self.args.probe_answers]
+        if not self.answers:
+            return
         layers = self._layers(schedule)
         if self.every is None:
             tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
@@ -120,9 +133,11 @@ class Watch:
         named = self.args.internal_layer
         return layers or ([named] if isinstance(named, int) else [])
 
-    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics | None) -> None:
-        if not self.every or not self.answers or (rollout_batch - 1) % self.every:
-            return
+    def _due(self, rollout_batch: int) -> bool:
+        return bool(self.every and self.answers and (rollout_batch - 1) % self.every == 0)
+
+    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics | None) -> list[dict]:
+        """Measure, write, log."""
         started = perf_counter()
         layers = self._layers(schedule)
         with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
@@ -132,13 +147,11 @@ class Watch:
             self.dynamics.add(rollout_batch - 1, rows)
         place = place_of(schedule, rollout_batch)
         layer = schedule[place].layer if place is not None else (layers[-1] if layers else None)
-        values = _means(rows, layer)
-        if place is not None and self.guarding:
-            self.guard.see_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
         if metrics is not None:
-            for name, value in values.items():
+            for name, value in _means(rows, layer).items():
                 metrics[f"probe/{name}"].append(value)
             metrics["probe/time"].append(perf_counter() - started)
+        return rows
 
     # -- guard -------------------------------------------------------------------------------------------------------
 
@@ -161,16 +174,25 @@ class Watch:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """What a checkpoint must hold besides the files in the run's folder."""
-        return {"every": self.every, "guard": asdict(self.guard), "guarded": self.guarded, "kept": self.kept}
+        """What a checkpoint must hold."""
+        return {
+            "every": self.every,
+            "answers": [(list(prompt), list(answer)) for prompt, answer in self.answers],
+            "guard": asdict(self.guard),
+            "guarded": self.guarded,
+            "kept": self.kept,
+        }
 
     def load(self, state: dict, rollout_batch: int) -> None:
-        """Go on from a checkpoint's state."""
-        self.every, self.guarded = state["every"], state["guarded"]
+        """Go on from a checkpoint's state. The options decide how often is probed, if they say."""
+        self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
+        self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
         self.guard, self.kept = Guard(**guard), [values.cpu() for values in state["kept"]]
-        if self.every:
-            self.answers = self.dynamics.read(rollout_batch - 1)
+        self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
+        if self.answers and self.accelerator.is_main_process:
+            self.dynamics.read(rollout_batch - 1)
+            self.dynamics.write_answers(self.answers, self.decode)
 
 
 def _row(measure: str, value: float) -> dict:
