@@ -38,7 +38,7 @@ def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     stream = ResidualStream(tiny_model(family))
     layers = [1, 3]
     rows = probe(stream, ROLLOUTS, layers, lens, temperature)
-    found = list(measure(ResidualStream(tiny_model(family).double()), ROLLOUTS, lens, temperature))
+    found = list(measure(ResidualStream(tiny_model(family).double()), ROLLOUTS, lens, temperature, pairs=True))
     tokens = sum(answer.tokens for answer in found)
 
     def mean(of):
@@ -70,7 +70,22 @@ def test_a_runs_series_are_the_analysis_of_its_checkpoints(tmp_path):
     for batch in (1, 4):
         out = tmp_path / f"analysis-{batch}"
         model = str(run / f"checkpoint-{2 * batch}")
-        assert main(["analyze", "--model", model, "--rollouts", str(run / "probes.jsonl"), "--output", str(out)]) == 0
+        assert (
+            main(
+                [
+                    "analyze",
+                    "--model",
+                    model,
+                    "--rollouts",
+                    str(run / "probes.jsonl"),
+                    "--output",
+                    str(out),
+                    "--kl_pairs",
+                    "true",
+                ]
+            )
+            == 0
+        )
         (summary,) = json.loads((out / "summary.json").read_text())["models"]
         layers = pd.read_parquet(out / "layers.parquet").set_index(["measure", "layer"])["mean"]
         rows = table[table["rollout_batch"] == batch]

@@ -54,7 +54,7 @@ class AnswerMeasures:
         index (`int`): the rollout's place in what was given.
         values (`dict[str, np.ndarray]`): `(L, T)` for each of `MEASURES`, fp64; `kl_next` is NaN in the last layer.
         similarity (`np.ndarray` of shape `(L, L)`): cos(H^l, H^m), summed over the tokens.
-        kl (`np.ndarray` of shape `(L, L)`): KL(pi_Layer^l || pi_Layer^m), summed over the tokens.
+        kl (`np.ndarray` of shape `(L, L)`, *optional*): KL(pi_Layer^l || pi_Layer^m), summed over the tokens; if asked for.
         log_probs (`np.ndarray` of shape `(T,)`): of the tokens under pi_theta.
         entropy (`np.ndarray` of shape `(T,)`): of pi_theta.
     """
@@ -62,7 +62,7 @@ class AnswerMeasures:
     index: int
     values: dict[str, np.ndarray]
     similarity: np.ndarray
-    kl: np.ndarray
+    kl: np.ndarray | None
     log_probs: np.ndarray
     entropy: np.ndarray
 
@@ -77,6 +77,7 @@ def measure(
     rollouts: Iterable[tuple[Sequence[int], Sequence[int]]],
     lens: Lens = "raw",
     temperature: float = 1.0,
+    pairs: bool = False,
 ) -> Iterator[AnswerMeasures]:
     """Measure the answers of rollouts, in order.
 
@@ -86,11 +87,12 @@ def measure(
         lens (`str`, *optional*, defaults to `"raw"`): what stands before the unembedding. What a module reads is taken as it
             reads it in both lens modes.
         temperature (`float`, *optional*, defaults to `1.0`): divides all logits.
+        pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's, for a sixth more time.
 
     Yields:
         [`AnswerMeasures`]: as soon as an answer's last token is measured.
     """
-    block = _Block(stream, lens, temperature)
+    block = _Block(stream, lens, temperature, pairs)
     waiting: list[_Pending] = []
     for index, (prompt, answer) in enumerate(rollouts):
         if not prompt or not answer:
@@ -132,7 +134,7 @@ class _Pending:
             index=self.index,
             values={name: joined(name) for name in MEASURES},
             similarity=summed("similarity"),
-            kl=summed("kl"),
+            kl=summed("kl") if "kl" in self.pieces[0] else None,
             log_probs=joined("log_prob_theta"),
             entropy=joined("entropy_theta"),
         )
@@ -141,15 +143,17 @@ class _Pending:
 class _Block:
     """The states of up to `capacity` answer positions at all sites, and their measures."""
 
-    def __init__(self, stream: ResidualStream, lens: Lens, temperature: float):
-        self.stream, self.lens, self.temperature = stream, lens, temperature
+    def __init__(self, stream: ResidualStream, lens: Lens, temperature: float, pairs: bool):
+        self.stream, self.lens, self.temperature, self.pairs = stream, lens, temperature, pairs
         layers = range(1, stream.num_layers + 1)
         self.sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ENTROPIES]
         head = stream.head()
         self.device = head["weight"].device
         self.kind = torch.promote_types(head["weight"].dtype, torch.float32)
         width = head["weight"].size(1)
-        numbers_a_row = (len(self.sites) + 1) * width + 2 * (stream.num_layers + 2) * _tile(self.device)
+        numbers_a_row = (len(self.sites) + 1) * width
+        if pairs:
+            numbers_a_row += 2 * (stream.num_layers + 2) * _tile(self.device)
         bytes_a_row = numbers_a_row * (8 if self.kind == torch.float64 else 4)
         self.capacity = max(64, min(ROWS, BLOCK_BYTES // bytes_a_row))
         self.states = torch.empty(len(self.sites), self.capacity, width, dtype=self.kind, device=self.device)
@@ -180,13 +184,14 @@ class _Block:
             return
         states = {site: self.states[i, : self.used] for i, site in enumerate(self.sites)}
         found = _geometry(states, self.stream.num_layers) | self._policies(states, self.targets[: self.used])
-        similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs")
+        similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs", None)
         start = 0
         for answer, rows in self.pieces:
             here = slice(start, start + rows)
             piece = {name: values[..., here].clone() for name, values in found.items()}
             piece["similarity"] = torch.einsum("lrd,mrd->lm", similarity[:, here], similarity[:, here])
-            piece["kl"] = kl[..., here].double().sum(-1)
+            if kl is not None:
+                piece["kl"] = kl[..., here].double().sum(-1)
             answer.pieces.append(piece)
             start += rows
         self.pieces, self.used = [], 0
@@ -206,7 +211,7 @@ class _Block:
                     x.copy_(normed(x))
         layers = [states[Site("layer", layer)] for layer in range(num_layers, -1, -1)]
         others = [Site(kind, layer) for kind in ENTROPIES[:-1] for layer in range(1, num_layers + 1)]
-        fold = _Fold([theta, *layers, *(states[site] for site in others)], spoken=num_layers + 2)
+        fold = _Fold([theta, *layers, *(states[site] for site in others)], spoken=num_layers + 2, pairs=self.pairs)
         product = _Product(head, self.temperature, self.kind)
         entries, tile = head["weight"].size(0), fold.tile
         for start in range(0, entries, tile):
@@ -219,17 +224,16 @@ class _Block:
         for kind, values in zip(ENTROPIES[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
             entropy[kind] = values
         below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
-        to_theta, pairs = fold.kl()
-        pairs = pairs.flip(0, 1)[1:, 1:]  # layers 1..L
+        to_theta, to_next, pairs = fold.kl()
         log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
         return {
             **{f"entropy_{kind}": value for kind, value in entropy.items()},
             "d_entropy_layer": entropy["layer"] - below,
             "d_entropy_attn": entropy["attn"] - entropy["attn_input"],
             "d_entropy_ffn": entropy["ffn"] - entropy["ffn_input"],
-            "kl_next": torch.cat([pairs.diagonal(1).T, torch.full_like(log_prob[:1], torch.nan)]),
+            "kl_next": torch.cat([to_next.flip(0)[1:-1], torch.full_like(log_prob[:1], torch.nan)]),
             "kl_language_model": to_theta.flip(0)[1:],
-            "kl_pairs": pairs,
+            **({} if pairs is None else {"kl_pairs": pairs.flip(0, 1)[1:, 1:]}),
             "top1_agreement": (best[ascending] == best[0]).to(self.kind).flip(0)[1:],
             "log_prob": log_prob[ascending].flip(0)[1:],
             "log_prob_theta": log_prob[0],
@@ -267,12 +271,13 @@ class _Product:
 class _Fold:
     """Policies folded tile by tile: log-normalisers and entropies, `(policies, rows)`.
 
-    The first `spoken` policies also keep the logit of the chosen token, the most likely token, and their divergences from
-    each other. The first is pi_theta, the rest of them are the layers' from the last down.
+    The first `spoken` policies also keep the logit of the chosen token and the most likely token. The first is pi_theta, the
+    rest of them are the layers' from the last down; each of these keeps its divergence from pi_theta and from the policy
+    before it, or, with `pairs`, from every spoken one.
     """
 
-    def __init__(self, states: list[torch.Tensor], spoken: int):
-        rows = states[0].size(0)
+    def __init__(self, states: list[torch.Tensor], spoken: int, pairs: bool):
+        rows, device = states[0].size(0), states[0].device
         self.states, self.spoken = states, spoken
         zeros = states[0].new_zeros
         self.z = zeros(len(states), rows).fill_(-math.inf)  # log of the summed exponentials so far
@@ -280,10 +285,15 @@ class _Fold:
         self.chosen_logit = zeros(spoken, rows)
         self.best_logit = zeros(spoken, rows).fill_(-math.inf)
         self.best_token = torch.zeros(spoken, rows, dtype=torch.long, device=states[0].device)
-        self.mean = zeros(spoken - 1, spoken, rows)  # E_p[log q] of each layer's p, with q every spoken policy
+        # E_p[log q] of each layer's p, with q the policies in these places
+        self.pairs, layers = pairs, torch.arange(1, spoken, device=device)
+        every = torch.arange(spoken, device=device).expand(spoken - 1, -1)
+        self.others = every if pairs else torch.stack([torch.zeros_like(layers), layers - 1], 1)
+        self.mean = zeros(*self.others.shape, rows)
         self.tile = _tile(states[0].device)
-        self.buffers = [zeros(rows, self.tile) for _ in range(2)]
-        self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
+        self.buffers = [zeros(rows, self.tile) for _ in range(4)]
+        if pairs:
+            self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
 
     def take(self, product: "_Product", targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
@@ -293,12 +303,13 @@ class _Fold:
         hit = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
         place = targets[hit] - columns.start
         width = columns.stop - columns.start
-        logits, weights = self.spoken_logits[..., :width], self.spoken_exps[..., :width]
+        first, above, x, exps = (buffer[:, :width] for buffer in self.buffers)
+        dot = torch.empty_like(self.mean)
         for i, states in enumerate(self.states):
-            if i < self.spoken:
-                out, exps = logits[:, i], weights[:, i]
+            if self.pairs and i < self.spoken:
+                out, exps = self.spoken_logits[:, i, :width], self.spoken_exps[:, i, :width]
             else:
-                out, exps = (buffer[:, :width] for buffer in self.buffers)
+                out, exps = x if i else first, self.buffers[3][:, :width]
             product.into(out, states)
             if i < self.spoken:
                 self.chosen_logit[i, hit] = out[hit, place]
@@ -313,7 +324,13 @@ class _Fold:
                 reference[i] += higher
                 total[i] = _exponentials(out, exps)
             moment[i] = torch.linalg.vecdot(exps, out)
-        dot = torch.bmm(weights[:, 1:], logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
+            if not self.pairs and 0 < i < self.spoken:
+                dot[i - 1, 0] = torch.linalg.vecdot(exps, first)
+                dot[i - 1, 1] = torch.linalg.vecdot(exps, above if i > 1 else first)
+                above, x = x, above
+        if self.pairs:
+            weights, logits = self.spoken_exps[:, 1:, :width], self.spoken_logits[..., :width]
+            dot = torch.bmm(weights, logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
         self._merge(reference, total, moment, dot)
         better = best > self.best_logit
         self.best_logit = torch.where(better, best, self.best_logit)
@@ -329,17 +346,19 @@ class _Fold:
         rest = 1 - share
         mixing = -torch.xlogy(share, share) - torch.xlogy(rest, rest)
         self.entropy = rest * self.entropy + share * tile_entropy + mixing
-        p, q = slice(1, self.spoken), slice(self.spoken)
+        p, q = slice(1, self.spoken), self.others
         # E_p[y - z_q]: z_q has moved since the mean was taken, and the dot is relative to q's reference
         before = torch.where(torch.isfinite(old_z[q]), self.mean + (old_z[q] - self.z[q]), 0.0)
         here = dot / total[p, None] + (reference[q] - self.z[q])
         self.mean = rest[p, None] * before + share[p, None] * here
 
-    def kl(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL of each layer's policy, the last layer first: to pi_theta `(layers, rows)`, and to each layer's `(layers, layers,
-        rows)`. Rounding may leave a tiny negative, which is zero."""
+    def kl(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """KL of each layer's policy, the last layer first: to pi_theta and to the policy before it, `(layers, rows)`; and, with
+        `pairs`, to each layer's, `(layers, layers, rows)`. Rounding may leave a tiny negative, which is zero."""
         found = (-self.entropy[1 : self.spoken, None] - self.mean).clamp(min=0.0)
-        return found[:, 0], found[:, 1:]
+        if not self.pairs:
+            return found[:, 0], found[:, 1], None
+        return found[:, 0], found.diagonal().T, found[:, 1:]
 
 
 def _tile(device: torch.device) -> int:

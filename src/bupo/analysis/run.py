@@ -47,6 +47,7 @@ def analyze_rollouts(
     until_settled: bool = False,
     max_tokens: int | None = None,
     per_token: bool = False,
+    pairs: bool = False,
     on_answer: Callable[[AnswerSums], None] = lambda answer: None,
 ) -> Analysis:
     """Measure rollouts into a folder. Answers that its `answers.jsonl` holds are not measured again.
@@ -57,6 +58,7 @@ def analyze_rollouts(
         folder (`str`): where finished answers are kept.
         until_settled (`bool`, *optional*): stop as soon as the sign of `dH_FFN` is settled in every layer.
         max_tokens (`int`, *optional*): start no further answer after so many tokens.
+        pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's.
         per_token (`bool`, *optional*): also write every token's values, `tokens.parquet`; then nothing is resumed.
         on_answer (`Callable`, *optional*): called with each answer as it is finished.
     """
@@ -81,7 +83,7 @@ def analyze_rollouts(
     try:
         if not enough():
             with path.open("a") as file:
-                for found in measure(policies.stream, rest, policies.lens, policies.temperature):
+                for found in measure(policies.stream, rest, policies.lens, policies.temperature, pairs):
                     found.index += first
                     answers.append(AnswerSums.of(found))
                     file.write(answers[-1].line() + "\n")

@@ -30,7 +30,7 @@ class AnswerSums:
         index, tokens (`int`): which answer, and T.
         total, squares (`np.ndarray` of shape `(len(MEASURES), L)`): sums of the values and of their squares.
         similarity (`np.ndarray` of shape `(L, L)`): sum of cos(H^l, H^m).
-        kl (`np.ndarray` of shape `(L, L)`): sum of KL(pi_Layer^l || pi_Layer^m).
+        kl (`np.ndarray` of shape `(L, L)`, *optional*): sum of KL(pi_Layer^l || pi_Layer^m).
         log_prob, entropy (`float`): sums under pi_theta.
     """
 
@@ -39,7 +39,7 @@ class AnswerSums:
     total: np.ndarray
     squares: np.ndarray
     similarity: np.ndarray
-    kl: np.ndarray
+    kl: np.ndarray | None
     log_prob: float
     entropy: float
 
@@ -61,7 +61,8 @@ class AnswerSums:
     def joined(cls, answers: Sequence["AnswerSums"]) -> "AnswerSums":
         """The sums of several answers, such as those to one prompt, which resampling must not part."""
         names = [field.name for field in fields(cls) if field.name != "index"]
-        return cls(answers[0].index, **{name: sum(getattr(answer, name) for answer in answers) for name in names})
+        sums = {name: sum(getattr(a, name) for a in answers) for name in names if getattr(answers[0], name) is not None}
+        return cls(answers[0].index, **{"kl": None, **sums})
 
     def line(self) -> str:
         """One JSON line, at nine digits."""
@@ -69,14 +70,15 @@ class AnswerSums:
         def rounded(array: np.ndarray) -> list:
             return [[float(f"{x:.9g}") for x in row] for row in array]
 
-        arrays = {name: rounded(getattr(self, name)) for name in ARRAYS}
+        arrays = {name: rounded(getattr(self, name)) for name in ARRAYS if getattr(self, name) is not None}
         rest = {"log_prob": self.log_prob, "entropy": self.entropy}
         return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
 
     @classmethod
     def read(cls, line: str) -> "AnswerSums":
         row: dict[str, Any] = json.loads(line)
-        return cls(**{**row, **{name: np.array(row[name], dtype=float) for name in ARRAYS}})
+        arrays = {name: np.array(row[name], dtype=float) for name in ARRAYS if name in row}
+        return cls(**{"kl": None, **row, **arrays})
 
 
 def read_sums(path: Path) -> list[AnswerSums]:
@@ -209,9 +211,10 @@ def similarity(answers: Sequence[AnswerSums]) -> np.ndarray:
     return np.stack([a.similarity for a in answers]).sum(0) / sum(a.tokens for a in answers)
 
 
-def divergence(answers: Sequence[AnswerSums]) -> np.ndarray:
-    """`(L, L)`: mean KL(pi_Layer^l || pi_Layer^m) in nats."""
-    return np.stack([a.kl for a in answers]).sum(0) / sum(a.tokens for a in answers)
+def divergence(answers: Sequence[AnswerSums]) -> np.ndarray | None:
+    """`(L, L)`: mean KL(pi_Layer^l || pi_Layer^m) in nats, if it was measured."""
+    sums = [a.kl for a in answers if a.kl is not None]
+    return np.stack(sums).sum(0) / sum(a.tokens for a in answers) if len(sums) == len(answers) else None
 
 
 def perplexity(answers: Sequence[AnswerSums]) -> float:

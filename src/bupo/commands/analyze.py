@@ -84,6 +84,9 @@ class AnalyzeArguments:
     device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
     revision: str | None = field(default=None, metadata={"help": "Revision of hub models."})
     batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
+    kl_pairs: bool = field(
+        default=False, metadata={"help": "Also the KL of every layer's policy to every other's (a sixth more time)."}
+    )
     per_token: bool = field(default=False, metadata={"help": "Also write every token's values (tokens.parquet)."})
     seed: int = field(default=0, metadata={"help": "Of sampling."})
 
@@ -183,6 +186,7 @@ def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, con
         "adapter": options.adapter,
         "seed": options.seed,
         "dataset": options.rollouts or options.dataset or ARITHMETIC,
+        "kl_pairs": options.kl_pairs,
     }
     here = folder / label
     _keep_or_clear(here, meta | _sampling(options))
@@ -217,6 +221,7 @@ def _measured(policies, rollouts: list[Rollout], here: Path, options: AnalyzeArg
         until_settled=options.until == "settled",
         max_tokens=options.max_tokens,
         per_token=options.per_token,
+        pairs=options.kl_pairs,
         on_answer=lambda answer: bar.advance(task, answer.tokens),
     )
 
@@ -266,7 +271,7 @@ def _report(label: str, meta: dict, policies, tokenizer, rollouts: list[Rollout]
         "table": layer_table(answers, label),
         "stages": stages(answers),
         "similarity": similarity(answers).round(6).tolist(),
-        "kl": divergence(answers).round(6).tolist(),
+        "kl": None if divergence(answers) is None else divergence(answers).round(6).tolist(),  # type: ignore[union-attr]
         "perplexity": perplexity(answers),
         "entropy_language_model": sum(a.entropy for a in answers) / tokens,
         "views": token_views(policies, tokenizer, rollouts),

@@ -192,7 +192,7 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
             label = model["meta"]["label"]
             rows = table[table["model"] == label].set_index("measure")
             draw(row, rows, model)
-            for axis in row:
+            for axis in (axis for axis in row if axis.figure):
                 axis.set_xlabel("layer")
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.spines[["top", "right"]].set_visible(False)
@@ -263,6 +263,9 @@ def _kl_similarity(axes, rows: pd.DataFrame, model: dict) -> None:
     axes[1].set_ylabel("layer")
     axes[1].set_title("$\\cos(H^l, H^m)$", fontsize=9)
     axes[1].figure.colorbar(image, ax=axes[1], shrink=0.85)
+    if not model["kl"]:
+        axes[2].remove()
+        return
     image = axes[2].imshow(model["kl"], norm=SymLogNorm(linthresh=0.1, vmin=0), cmap="viridis", **square)
     axes[2].set_ylabel("from layer")
     axes[2].set_title("KL to the policy of layer (nats)", fontsize=9)

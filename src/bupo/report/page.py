@@ -44,7 +44,13 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
         }
     data = {
         "models": [
-            {**model, **{name: [[round(x, 3) for x in row] for row in model[name]] for name in ("similarity", "kl")}}
+            {
+                **model,
+                **{
+                    name: model[name] and [[round(x, 3) for x in row] for row in model[name]]
+                    for name in ("similarity", "kl")
+                },
+            }
             for model in summary
         ],
         "layers": layers,
