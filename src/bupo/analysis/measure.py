@@ -87,7 +87,7 @@ def measure(
         lens (`str`, *optional*, defaults to `"raw"`): what stands before the unembedding. What a module reads is taken as it
             reads it in both lens modes.
         temperature (`float`, *optional*, defaults to `1.0`): divides all logits.
-        pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's, for a sixth more time.
+        pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's, for a few per cent more time.
 
     Yields:
         [`AnswerMeasures`]: as soon as an answer's last token is measured.

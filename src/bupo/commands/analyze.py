@@ -85,7 +85,8 @@ class AnalyzeArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of hub models."})
     batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
     kl_pairs: bool = field(
-        default=False, metadata={"help": "Also the KL of every layer's policy to every other's (a sixth more time)."}
+        default=False,
+        metadata={"help": "Also the KL of every layer's policy to every other's (a few per cent more time)."},
     )
     per_token: bool = field(default=False, metadata={"help": "Also write every token's values (tokens.parquet)."})
     seed: int = field(default=0, metadata={"help": "Of sampling."})
