@@ -76,7 +76,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, tor
 
 class Site(NamedTuple):
     """A place of the stream. Kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (what
-    the modules read), `norm_input` (what the final norm reads: the states of the last layer that runs)."""
+    the modules read)."""
 
     kind: str
     layer: int
@@ -315,8 +315,6 @@ class ResidualStream:
             output(self.block(layer), keep)
         elif kind in ("attn_input", "ffn_input"):
             input(self._part(layer, family.attn if kind == "attn_input" else family.ffn), keep)
-        elif kind == "norm_input":
-            input(self.norm, keep)
         elif kind not in ("attn", "ffn"):
             raise ValueError(f"unknown kind of site: {kind!r}")
         elif family.middle is None:

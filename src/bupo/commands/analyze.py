@@ -259,6 +259,7 @@ def _keep_or_clear(here: Path, meta: dict) -> None:
 
 def _report(label: str, meta: dict, policies, tokenizer, rollouts: list[Rollout], analysis: Analysis) -> dict:
     answers = analysis.answers
+    kl = divergence(answers)
     tokens = sum(a.tokens for a in answers)
     meta = meta | {
         "label": label,
@@ -272,7 +273,7 @@ def _report(label: str, meta: dict, policies, tokenizer, rollouts: list[Rollout]
         "table": layer_table(answers, label),
         "stages": stages(answers),
         "similarity": similarity(answers).round(6).tolist(),
-        "kl": None if divergence(answers) is None else divergence(answers).round(6).tolist(),  # type: ignore[union-attr]
+        "kl": None if kl is None else kl.round(6).tolist(),
         "perplexity": perplexity(answers),
         "entropy_language_model": sum(a.entropy for a in answers) / tokens,
         "views": token_views(policies, tokenizer, rollouts),

@@ -19,7 +19,6 @@ from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
 from bupo.evaluation.accuracy import Accuracy, paired_gain, sampled_accuracy
 from bupo.models import EMBEDDED, load_model, load_tokenizer
-from bupo.report.figures import training_figure
 from bupo.rewards.math_reward import math_reward
 from bupo.training.callbacks import METRICS_FILE, progress, read_metrics
 from bupo.training.config import BuPOConfig
@@ -89,14 +88,13 @@ def run(arguments: list[str]) -> None:
         f"phase 1 optimises layer {options.internal_layer} for {options.internal_steps} of {options.steps} rollout batches"
     )
     before = _measure(model, tokenizer, held_out, console, "accuracy before")
-    train(trainer)
+    train(trainer, title="BuPO on multi-step arithmetic: the embedded model")
     after = _measure(trainer.model, tokenizer, held_out, console, "accuracy after")
 
     folder = Path(options.output_dir)
     rows = read_metrics(folder / METRICS_FILE)
     summary = _summary(options, before, after, rows, time.perf_counter() - started)
     (folder / "config.yaml").write_text(_yaml(config))
-    training_figure(rows, folder / "training.png", "BuPO on multi-step arithmetic: the embedded model")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
     console.print(f"run folder: {folder}  (training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors)")

@@ -1,5 +1,6 @@
 """`bupo eval`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +183,7 @@ def _evaluate(
         for messages in problems["prompt"]
     ]
     here = folder / label
-    settings = {key: value for key, value in meta.items() if key != "versions"} | {"prompts": [len(p) for p in prompts]}
+    settings = {key: value for key, value in meta.items() if key != "versions"} | {"prompts_sha256": _digest(prompts)}
     with progress(console) as bar:
         task = bar.add_task(f"{label}: answers", total=len(prompts) * options.k)
         try:
@@ -198,6 +199,10 @@ def _evaluate(
     table.to_parquet(part)
     part.replace(here / GRADED_FILE)
     return table
+
+
+def _digest(prompts: list[tuple[int, ...]]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def _compare(summary: dict, folder: Path, other: Path) -> None:

@@ -140,8 +140,8 @@ def make_trainer(model, rewards, config, train_set, eval_set, tokenizer, console
     return trainer
 
 
-def train(trainer: BuPOTrainer, checkpoint: str | None = None) -> None:
-    """Train and save the model, its tokenizer and its card into the run's folder."""
+def train(trainer: BuPOTrainer, checkpoint: str | None = None, title: str | None = None) -> None:
+    """Train and save the model, its tokenizer, its card and its figures (by default titled by name) into the run's folder."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -150,17 +150,18 @@ def train(trainer: BuPOTrainer, checkpoint: str | None = None) -> None:
                 callback.close()
     trainer.save_model(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        draw(Path(trainer.args.output_dir))
+        folder = Path(trainer.args.output_dir)
+        draw(folder, title or folder.name)
     trainer.end()
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path, title: str) -> None:
     """The figures of a run, from its tables: `training.png`, and `dynamics.png` if it was probed."""
     rows = read_metrics(folder / METRICS_FILE)
-    training_figure(rows, folder / "training.png", folder.name)
+    training_figure(rows, folder / "training.png", title)
     if (folder / DYNAMICS_FILE).exists():
         table = pd.read_parquet(folder / DYNAMICS_FILE)
-        dynamics_figure(table, rows, folder / "dynamics.png", folder.name)
+        dynamics_figure(table, rows, folder / "dynamics.png", title)
 
 
 def _load(problems: ProblemArguments, name: str | None, split: str, size: int | None, seed: int) -> Dataset:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bupo.evaluation.metrics import wilson
 from bupo.rewards.grader import MathGrader, Verdict
 
 Z95 = 1.959964  # two-sided 95 % of the normal distribution
@@ -35,10 +36,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval over problems (Wilson's score interval)."""
-        n, p = len(self.correct), self.value
-        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return wilson(self.value, len(self.correct))
 
 
 def paired_gain(before: Accuracy, after: Accuracy) -> tuple[float, tuple[float, float]]:

@@ -43,16 +43,7 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
             column: [_number(x) for x in rows[column]] for column in ("mean", "low", "high", "std")
         }
     data = {
-        "models": [
-            {
-                **model,
-                **{
-                    name: model[name] and [[round(x, 3) for x in row] for row in model[name]]
-                    for name in ("similarity", "kl")
-                },
-            }
-            for model in summary
-        ],
+        "models": [model | {name: _rounded(model[name]) for name in ("similarity", "kl")} for model in summary],
         "layers": layers,
         "views": views,
         "names": MEASURE_NAMES,
@@ -63,6 +54,10 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
     part = Path(path).with_suffix(".part")
     part.write_text(page)
     part.replace(path)
+
+
+def _rounded(matrix: list[list[float]] | None) -> list[list[float]] | None:
+    return matrix and [[round(x, 3) for x in row] for row in matrix]
 
 
 def _number(x: float) -> float | None:

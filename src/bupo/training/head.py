@@ -77,14 +77,10 @@ class PolicyHead:
             out = model.base_model(*args, use_cache=False, **kwargs)
             hidden = out.last_hidden_state
         else:
-            kind, layer = self.site
-            # what the norm reads is what the last layer returns
-            site = Site("norm_input", layer) if kind == "layer" else self.site
-            with self.stream.record([site]) as states, self.stream.first_layers(layer), self._not_checkpointed(layer):
+            layer, stream = self.site.layer, self.stream
+            with stream.record([self.site]) as states, stream.first_layers(layer), self._not_checkpointed(layer):
                 out = model.base_model(*args, use_cache=False, **kwargs)
-            hidden = states[site]
-            if self.lens == "final_norm":
-                hidden = out.last_hidden_state if kind == "layer" else self.stream.norm(hidden)
+            hidden = states[self.site] if self.lens == "raw" else stream.norm(states[self.site])
 
         head = self.stream.head()
         for name in ("weight", "bias"):

@@ -188,7 +188,7 @@ class Watch:
         self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
-        self.guard, self.kept = Guard(**guard), [values.cpu() for values in state["kept"]]
+        self.guard, self.kept = Guard(**guard), state["kept"]
         self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
         if self.answers and self.accelerator.is_main_process:
             self.dynamics.read(rollout_batch - 1)
