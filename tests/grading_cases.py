@@ -15,7 +15,10 @@ NUMBERS = boxed(
     ("3.14", "3.14", C), ("3.14", "3.15", W), (".5", "0.5", C), ("0.50", "0.5", C), ("1e3", "1000", C), ("3 \\times 10^5", "300000", C),
     ("3\\cdot10^{5}", "300000", C), ("2^{10}", "1024", C), ("2^{10}", "1000", W), ("\\sqrt{4}", "2", C), ("5!", "120", C),
     ("\\binom{5}{2}", "10", C), ("|{-3}|", "3", C), ("12345678901234567890", "12345678901234567890", C),
-    ("12345678901234567891", "12345678901234567890", W), ("1.2 \\times 10^{-3}", "0.0012", C),
+    ("12345678901234567891", "12345678901234567890", W), ("1.2 \\times 10^{-3}", "0.0012", C), ("1.5E-3", "0.0015", C), ("1e3", "100", W),
+    ("10\\,000", "10000", C), ("10\\,000", "1000", W), ("0.\\overline{3}", "\\frac{1}{3}", C), ("0.1\\overline{6}", "\\frac{1}{6}", C),
+    ("-0.\\overline{3}", "-\\frac{1}{3}", C), ("0.\\overline{3}", "0.3", W), ("2021_{3}", "2021_3", C), ("2021", "2021_3", C), ("2021_4", "2021_3", W),
+    ("8.", "7", W), ("+", "+", C), ("-", "+", W), ("\\sqrt[3]{-8}", "-2", C), ("33\\frac{1}{3}\\%", "\\frac{1}{3}", C), ("5 \\pmod 7", "5", C),
 )  # fmt: skip
 
 FRACTIONS = boxed(
@@ -33,6 +36,9 @@ ROOTS_AND_CONSTANTS = boxed(
     ("2\\pi", "2 \\pi", C), ("\\frac{\\pi}{2}", "\\pi/2", C), ("3.14", "\\pi", W), ("e^2", "e^{2}", C), ("\\ln 2", "\\ln(2)", C), ("\\log_2 8", "3", C),
     ("\\frac{\\pi^2}{6}", "\\frac{\\pi^{2}}{6}", C), ("2+\\sqrt{3}", "\\sqrt{3}+2", C), ("2+\\sqrt{3}", "2-\\sqrt{3}", W), ("(2+\\sqrt{3})", "2+\\sqrt{3}", C),
     ("\\sin 30^\\circ", "\\frac{1}{2}", C), ("\\infty", "\\infty", C), ("-\\infty", "\\infty", W), ("i", "i", C), ("2+3i", "3i+2", C), ("2-3i", "2+3i", W),
+    ("\\sin 31^\\circ", "\\frac{1}{2}", W), ("\\sin\\left(150^{\\circ}\\right)", "0.5", C), ("\\cos^2 45^\\circ", "0.5", C),
+    ("\\cos 36^\\circ", "\\frac{1+\\sqrt{5}}{4}", C), ("\\frac{1+\\sqrt{5}}{4}", "\\cos 36^\\circ", C), ("\\sin \\frac{5\\pi}{6}", "0.5", C),
+    ("3√2", "\\sqrt{18}", C), ("√(x+1)", "\\sqrt{x+1}", C), ("√3", "\\sqrt{2}", W), ("45^\\circ", "\\frac{\\pi}{4}", C),
 )  # fmt: skip
 
 EXPRESSIONS = boxed(
@@ -40,7 +46,11 @@ EXPRESSIONS = boxed(
     ("a-b", "b-a", W), ("x = 5", "5", C), ("5", "x = 5", C), ("x=5", "x=6", W), ("y = 2x + 3", "y=3+2x", C), ("2x + 3", "y = 2x + 3", C),
     ("n(n+1)/2", "\\frac{n(n+1)}{2}", C), ("\\frac{n^2+n}{2}", "\\frac{n(n+1)}{2}", C), ("\\sin^2 x + \\cos^2 x", "1", C), ("e^{x+y}", "e^x e^y", C),
     ("f(x) = x^2", "x^2", C), ("k", "k", C), ("k", "m", W), ("2^{n+1}", "2\\cdot 2^n", C), ("x > 3", "x > 3", C), ("3 < x", "x > 3", C), ("x < 3", "x > 3", W),
-    ("x \\ge 3", "x \\geq 3", C),
+    ("x \\ge 3", "x \\geq 3", C), ("2t", "2t", C), ("t \\cdot 2", "2t", C), ("2", "2t", W), ("2t", "2", W), ("n = m", "n=m", C), ("n = s", "n = m", W),
+    ("ad - bc", "ad - bc", C), ("-bc + ad", "ad - bc", C), ("ad - c", "ad - bc", W), ("f(x) = x + c", "f(x) = x+c", C), ("f(x) = x + d", "f(x) = x + c", W),
+    ("f(x, y) = c", "f(x,y) = c", C), ("\\max\\{A,B\\}", "\\max\\{A, B\\}", C), ("\\max\\{A,C\\}", "\\max\\{A, B\\}", W),
+    ("\\mathbb{Z}/2\\mathbb{Z}", "\\mathbb{Z}/2\\mathbb{Z}", C), ("\\mathbb{Z}/3\\mathbb{Z}", "\\mathbb{Z}/2\\mathbb{Z}", W), ("2^{\\aleph_0}", "2^{\\aleph_0}", C),
+    ("2^{\\aleph_1}", "2^{\\aleph_0}", W),
 )  # fmt: skip
 
 SETS_AND_TUPLES = boxed(
@@ -48,7 +58,8 @@ SETS_AND_TUPLES = boxed(
     ("\\{1,2\\}", "\\{2,1\\}", C), ("\\{1,2\\}", "\\{1,3\\}", W), ("\\{1, 2, 3\\}", "1,2,3", C), ("1, 2", "2, 1", C), ("1,2,3", "3,2,1", C), ("1, 2", "1, 3", W),
     ("[0,1]", "[0, 1]", C), ("(0,1)", "[0,1]", W), ("[0,1)", "[0, 1)", C), ("(-\\infty, 3)", "(-\\infty,3)", C), ("(-\\infty,3]", "(-\\infty,3)", W),
     ("(0,1)\\cup(2,3)", "(0,1) \\cup (2,3)", C), ("(2,3)\\cup(0,1)", "(0,1)\\cup(2,3)", C), ("\\emptyset", "\\emptyset", C), ("x \\in [0,1]", "[0,1]", C),
-    ("\\{0.5, 1\\}", "\\{1, \\frac{1}{2}\\}", C),
+    ("\\{0.5, 1\\}", "\\{1, \\frac{1}{2}\\}", C), ("(1, 2).", "(1,2)", C), ("(-\\infty, 0].", "(-\\infty,0]", C), ("\\left(-\\infty, 0\\right]", "(-\\infty,0]", C),
+    ("\\{0\\}", "\\{\\mathbf{0}\\}", C), ("\\{1\\}", "\\{\\mathbf{0}\\}", W), ("\\pm 2", "2, -2", C), ("x = 1, y = 2", "(1,2)", C), ("x \\ge 0", "[0,\\infty)", C),
 )  # fmt: skip
 
 MATRICES = boxed(
@@ -65,6 +76,10 @@ UNITS_AND_TEXT = boxed(
     ("90^\\circ", "90", C), ("90^{\\circ}", "90^\\circ", C), ("\\text{east}", "\\text{east}", C), ("\\text{east}", "\\text{west}", W), ("\\text{(B)}", "B", C),
     ("\\text{B}", "\\text{A}", W), ("\\textbf{5}", "5", C), ("\\mathbf{5}", "5", C), ("5 \\text{ apples}", "5", C), ("\\text{yes}", "\\text{yes}", C), ("10\\text{ minutes}", "10", C),
     ("12\\text{ and }13", "12,13", C), ("\\!5", "5", C), ("5\\;", "5", C), ("\\left(5\\right)", "5", C),
+    ("Yes", "Yes", C), ("\\text{Yes}", "Yes", C), ("\\textbf{Yes}", "Yes", C), ("YES", "Yes", C), ("yes.", "Yes", C), ("\\text{Yes.}", "Yes", C), ("No", "Yes", W),
+    ("NO", "\\text{No}", C), ("TRUE", "True", C), ("\\mathrm{False}", "False", C), ("False", "True", W), ("Evelyn", "\\text{Evelyn}", C), ("Ellen", "\\text{Evelyn}", W),
+    ("C", "\\text{(C)}", C), ("(C)", "\\text{(C)}", C), ("\\text{C}", "\\text{(C)}", C), ("D", "\\text{(C)}", W), ("5", "5 \\text{ m}", C), ("5m", "5", C),
+    ("10\\text{ a.m.}", "10\\text{ a.m.}", C), ("\\text{no solution}", "\\emptyset", C),
 )  # fmt: skip
 
 TEXT_AROUND = [
@@ -72,6 +87,11 @@ TEXT_AROUND = [
     ("The answer is $\\boxed{39}$.", "39", C),
     ("First \\boxed{3}, no: \\boxed{4}", "4", C),
     ("First \\boxed{4}, no: \\boxed{3}", "4", W),
+    ("So $\\boxed{3}$. Wait, I forgot one: $\\boxed{4}$.", "4", C),
+    ("$x = \\boxed{3}$ or $x = \\boxed{4}$", "3,4", C),
+    ("$x = \\boxed{3}$ or $x = \\boxed{4}$", "4", W),
+    ("\\boxed{3}, \\boxed{4}", "\\{3, 4\\}", C),
+    ("\\boxed{\\left\\{ x = 1 \\right.}", "x = 1", C),
     ("\\boxed{\\boxed{5}}", "5", C),
     ("\\fbox{5}", "5", C),
     ("\\boxed 5", "5", C),
@@ -106,12 +126,14 @@ CASES = [
     *NUMBERS, *FRACTIONS, *ROOTS_AND_CONSTANTS, *EXPRESSIONS, *SETS_AND_TUPLES, *MATRICES, *UNITS_AND_TEXT, *TEXT_AROUND, *LEFT_TO_DO,
 ]  # fmt: skip
 
-# where math-verify's verdict is another than a mathematician's: "7." and "1e3" are read as text, degrees are no angle to sympy, of two
-# boxed answers it takes both, and a root sign needs braces
+# where the verdict is another than a mathematician's: to math-verify a degree is no part of pi, a root of a negative number is complex, a
+# condition is no set, and a letter after a number is a unit
 DIFFERENT = {
-    ("\\boxed{7.}", "7"): W,
-    ("\\boxed{1e3}", "1000"): W,
-    ("\\boxed{\\sin 30^\\circ}", "\\frac{1}{2}"): W,
-    ("First \\boxed{3}, no: \\boxed{4}", "4"): W,
-    ("\\boxed{√2}", "\\sqrt{2}"): W,
+    ("\\boxed{45^\\circ}", "\\frac{\\pi}{4}"): W,
+    ("\\boxed{\\sqrt[3]{-8}}", "-2"): W,
+    ("\\boxed{33\\frac{1}{3}\\%}", "\\frac{1}{3}"): W,
+    ("\\boxed{5 \\pmod 7}", "5"): W,
+    ("\\boxed{x \\ge 0}", "[0,\\infty)"): W,
+    ("\\boxed{\\text{no solution}}", "\\emptyset"): W,
+    ("\\boxed{2t}", "2"): C,
 }

@@ -3,13 +3,17 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from math_verify import parse, verify
 
+from benchmarks.grading import golds_in, hostile, ordinary
 from bupo import MathGrader, UserError, math_reward
 from bupo.rewards import grader as grader_module
 from tests import grading_cases
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +109,49 @@ def test_the_same_as_math_verify_called_directly(grader):
     assert grader.grade(answers, golds) == direct  # and in the order given
 
 
-def test_a_hanging_answer_costs_its_deadline_only():
+@pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
+def test_every_gold_answer_of_the_papers_sets_equals_itself(grader):
+    golds = sorted(set(golds_in(SHARED)))
+    verdicts = grader.grade([f"So it is $\\boxed{{{gold}}}$." for gold in golds], golds)
+    assert len(golds) > 1500
+    assert [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict != "correct"] == []
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
+def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
+    """In this process, with its own alarms. The worker rewrites some spellings, which changes none of these verdicts."""
+    answers, golds = ordinary(golds_in(SHARED), 500)
+    direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold in zip(answers, golds, strict=True)]
+    verdicts = grader.grade(answers, golds)
+    assert [verdict in ("correct", "unevaluated") for verdict in verdicts] == direct
+    assert 150 < sum(direct) < 350
+
+
+def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypatch):
+    """Each comes back in time, none is taken for right, and the ordinary answers among them keep their verdicts."""
+    seconds = []
+
+    def timed(*args):
+        started = time.monotonic()
+        reply = grade_in_child(*args)
+        seconds.append(time.monotonic() - started)
+        return reply
+
+    grade_in_child = grader_module._Child.grade
+    monkeypatch.setattr(grader_module._Child, "grade", timed)
+    attacks = list(hostile(tmp_path / "touched").values())
+    rows = [row for attack in attacks for row in ((attack, "\\frac{1}{3}"), ("\\boxed{\\frac{1}{2}}", "0.5"))]
     grader = MathGrader(deadline=1.0, processes=2)
-    grader.grade(["\\boxed{x+1}"] * 2, ["1+x"] * 2)  # both children are up
-    hostile = "\\boxed{" + "9^{9^{9^{9}}}" + "}"
-    started = time.monotonic()
-    verdicts = grader.grade([hostile, "\\boxed{\\frac{1}{2}}", "\\boxed{0.25}"], ["\\frac{7}{3}", "0.5", "0.5"])
-    assert verdicts[0] in ("timeout", "unparsable", "wrong")
-    assert verdicts[1:] == ["correct", "wrong"]
-    assert time.monotonic() - started < 30
+    verdicts = grader.grade(*zip(*rows, strict=True))
+    assert verdicts[1::2] == ["correct"] * len(attacks)
+    assert set(verdicts[::2]) == {"timeout", "wrong", "unparsable"}
+    assert len(seconds) == len(rows) and max(seconds) < 1.5
+    assert not (tmp_path / "touched").exists()
     grader.close()
 
 
-def test_a_stopped_child_is_killed_and_replaced():
+@pytest.mark.parametrize("text", ["", " so it is" * 100_000], ids=["short", "more than the pipe holds"])
+def test_a_stopped_child_is_killed_and_replaced(text):
     """A child that hangs for good (here: stopped by a signal) is a time-out, and the next answer is graded."""
     grader = MathGrader(deadline=1.0, processes=1)
     grader.grade(["\\boxed{x}"], ["x"])
@@ -125,7 +159,7 @@ def test_a_stopped_child_is_killed_and_replaced():
     grader._free.put(child)
     os.kill(child.process.pid, signal.SIGSTOP)
     started = time.monotonic()
-    assert grader.grade(["\\boxed{\\frac{1}{2}}"], ["0.5"]) == ["timeout"]
+    assert grader.grade(["\\boxed{\\frac{1}{2}}" + text], ["0.5"]) == ["timeout"]
     assert time.monotonic() - started < 5
     assert child.process.poll() is not None
     assert grader.grade(["\\boxed{\\frac{1}{2}}"], ["0.5"]) == ["correct"]
@@ -142,27 +176,6 @@ def test_a_child_that_dies_is_replaced():
     assert grader.grade(["\\boxed{\\frac{1}{2}}"] * 2, ["0.5"] * 2) == ["timeout", "correct"]
     grader.close()
     assert grader._free.get() is None
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "{" * 100_000,
-        "\\boxed{" * 5000,
-        "1+" * 50_000 + "1",
-        "\\boxed{" + "9" * 200_000 + "}",
-        "\x00\ud800 \\boxed{1",
-        "(" * 9999,
-    ],
-    ids=["braces", "boxes", "sum", "digits", "surrogate", "parentheses"],
-)
-def test_hostile_input_neither_hangs_nor_kills(hostile):
-    grader = MathGrader(deadline=2.0, processes=1)
-    started = time.monotonic()
-    verdict, after = grader.grade([hostile, "\\boxed{\\frac{1}{2}}"], ["\\frac{1}{3}", "0.5"])
-    assert verdict != "correct" and after == "correct"
-    assert time.monotonic() - started < 30
-    grader.close()
 
 
 def test_integers_need_no_child(monkeypatch):

@@ -4,7 +4,6 @@ math-verify stops itself with signals, which work in a main thread only, and an 
 looked at. So each answer is graded in a child process, and a child that misses the deadline is killed and replaced.
 """
 
-import contextlib
 import json
 import os
 import queue
@@ -16,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from bupo.errors import UserError
 
@@ -71,25 +70,28 @@ class _Child:
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
-        if self._reply(_START_SECONDS) is None:
+        os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
+        if self._reply(time.monotonic() + _START_SECONDS) is None:
             self.kill()
             raise RuntimeError("the grading process did not start: is math-verify installed?")
 
     def grade(self, answer: str, gold: str, deadline: float) -> dict | None:
         """The child's reply, or None if it missed the deadline or died."""
-        request = json.dumps({"answer": answer, "gold": gold}) + "\n"
+        request = memoryview(json.dumps({"answer": answer, "gold": gold}).encode() + b"\n")
+        end = time.monotonic() + deadline
         try:
-            self.requests.write(request.encode())
-            self.requests.flush()
+            while request:
+                if not _ready(self.requests, select.POLLOUT, end):
+                    return None
+                request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
             return None
-        return self._reply(deadline)
+        return self._reply(end)
 
-    def _reply(self, seconds: float) -> dict | None:
-        line, end = b"", time.monotonic() + seconds
+    def _reply(self, end: float) -> dict | None:
+        line = b""
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self.replies], [], [], max(0.0, end - time.monotonic()))
-            chunk = os.read(self.replies.fileno(), 65536) if ready else b""
+            chunk = os.read(self.replies.fileno(), 65536) if _ready(self.replies, select.POLLIN, end) else b""
             if not chunk:
                 return None
             line += chunk
@@ -99,8 +101,14 @@ class _Child:
         self.process.kill()
         self.process.wait()
         self.replies.close()
-        with contextlib.suppress(BrokenPipeError):  # a request that the child never read
-            self.requests.close()
+        self.requests.close()
+
+
+def _ready(pipe: IO[bytes], event: int, end: float) -> bool:
+    """Wait until a pipe can be read or written, at most until `end`."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    return bool(poll.poll(1000 * max(0.0, end - time.monotonic())))
 
 
 class MathGrader:
