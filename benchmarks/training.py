@@ -12,17 +12,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.evaluation.accuracy import Accuracy, paired_gain, sampled_accuracy
+from bupo.evaluation.metrics import avg_at_k, paired_difference
+from bupo.evaluation.run import correct_of, graded, prompts_of, sample
 from bupo.models import EMBEDDED, load_model, load_tokenizer
 from bupo.report.figures import guard_figure
+from bupo.sampling import TransformersEngine
 from bupo.training.callbacks import METRICS_FILE, read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "cpu"
-PROBLEMS, MAX_NEW_TOKENS = 512, 32
+PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 512, 8, 32
 WORKERS = 2
 
 
@@ -47,10 +50,11 @@ def trained(recipe: Path, folder: Path, *flags: str) -> Path:
     return folder
 
 
-def accuracy(model: str | Path) -> Accuracy:
-    """One sampled answer to each of the held-out problems."""
-    problems = load_problems(ARITHMETIC, "test", size=PROBLEMS)
-    return sampled_accuracy(load_model(str(model)), load_tokenizer(str(model)), problems, max_new_tokens=MAX_NEW_TOKENS)
+def accuracy(model: str | Path) -> np.ndarray:
+    """`correct_PN` of the sampled answers to the held-out problems."""
+    problems, tokenizer = load_problems(ARITHMETIC, "test", size=PROBLEMS), load_tokenizer(str(model))
+    engine = TransformersEngine(load_model(str(model)), tokenizer, MAX_NEW_TOKENS, batch_size=128)
+    return correct_of(graded(problems, sample(engine, prompts_of(problems, tokenizer), SAMPLES)))
 
 
 def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, dict]:
@@ -63,12 +67,13 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, 
     before, rows = accuracy(EMBEDDED), {}
     for name in runs:
         after = accuracy(folder / name)
-        gain, interval = paired_gain(before, after)
+        gain, interval = paired_difference(before, after)
+        reached, reached_interval = avg_at_k(after)
         steps = [row for row in read_metrics(folder / name / METRICS_FILE) if "rollout_batch" in row]
         rows[name] = {
-            "before": before.value,
-            "after": after.value,
-            "after_interval": after.interval,
+            "before": before.mean(),
+            "after": reached,
+            "after_interval": reached_interval,
             "gain": gain,
             "gain_interval": interval,
             "phase_1": sum(row["phase"] < 1.5 for row in steps),
@@ -76,7 +81,7 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, 
         }
         low, high = interval
         print(
-            f"{name:24} {100 * before.value:5.1f} % -> {100 * after.value:5.1f} %  {100 * gain:+.1f} [{100 * low:+.1f}, "
+            f"{name:24} {100 * before.mean():5.1f} % -> {100 * reached:5.1f} %  {100 * gain:+.1f} [{100 * low:+.1f}, "
             f"{100 * high:+.1f}]  phase 1: {rows[name]['phase_1']:2} batches  probes {100 * rows[name]['probe_share']:.1f} %",
             flush=True,
         )

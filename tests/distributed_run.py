@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 
+from bupo.evaluation.benchmarks import load_benchmarks
+from bupo.evaluation.run import prompts_of, sample
+from bupo.sampling import TransformersEngine
+from bupo.training.evaluations import Evaluations
 from tests.test_trainer import config, model_of, snapshot, trainer_of
 
 folder = Path(sys.argv[1])
@@ -22,6 +26,10 @@ args = config(
     advantage_estimator=estimator,
     critic_backbone=backbone or "copy",
     probe_every=1,
+    eval_benchmarks=["arithmetic"],
+    eval_every=2,
+    eval_k=3,
+    eval_problems=5,
 )
 trainer = trainer_of(model, args)
 after_first = {}
@@ -39,10 +47,19 @@ def on_batch(batch=trainer._generate_and_score_completions):
 trainer._generate_and_score_completions = on_batch()
 trainer.train()
 rank = trainer.accelerator.process_index
+problems = load_benchmarks(["arithmetic"], 5, seed=args.seed)["arithmetic"]
+engine = TransformersEngine(model, trainer.processing_class, args.max_completion_length, batch_size=4)
+prompts = prompts_of(problems, trainer.processing_class)
+alone = sample(engine, prompts, 3, args.seed)
+(callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, Evaluations)]
+shared = sample(callback._shared(engine), prompts, 3, args.seed)
+evaluations = [row for row in trainer.state.log_history if "eval_rollout_batches" in row]
 result = {
     "world": trainer.accelerator.num_processes,
     "kind": str(trainer.accelerator.distributed_type),
     "phases": [row["phase"] for row in trainer.state.log_history if "phase" in row],
+    "evaluated": [row["eval_rollout_batches"] for row in evaluations],
+    "shared_as_alone": shared == alone and len({answer.text for answers in alone for answer in answers}) > 5,
     "moved_in_phase_1": [n for n in start if not torch.equal(start[n], after_first[n])],
     "parameters": {n: p.double().sum().item() for n, p in model.named_parameters()},
     "moved": [n for n, p in model.named_parameters() if not torch.equal(start[n], p)],

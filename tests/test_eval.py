@@ -8,26 +8,29 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from math_verify import parse, verify
 from scipy import stats
 
-from bupo.analysis.rollouts import prompt_ids
 from bupo.commands.main import main
+from bupo.data import problems as problems_module
 from bupo.data.problems import load_problems
-from bupo.data.templates import chosen_template
+from bupo.data.templates import choose_template, prompt_ids, template_options
+from bupo.errors import UserError
 from bupo.evaluation import vllm
 from bupo.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from bupo.evaluation.metrics import avg_at_k
-from bupo.evaluation.run import correct_by_problem, sample_missing
-from bupo.evaluation.sampling import Answer, Request, SeededSampling, TransformersEngine, seed_of
+from bupo.evaluation.run import Samples, correct_of, finished, sample
 from bupo.models import load_model, load_tokenizer
 from bupo.policy import InternalPolicies
+from bupo.sampling import Answer, Request, SeededSampling, TransformersEngine, seed_of
 from tests.test_data import write
 
 TOKENIZER = load_tokenizer("embedded")
@@ -138,24 +141,37 @@ class Counting:
 
 
 def test_nothing_is_sampled_twice(tmp_path):
-    prompts, settings = [(1, 2), (3,), (4,)], {"model": "m"}
-    whole = sample_missing(Counting(), prompts, 4, 0, tmp_path / "whole", settings)
+    prompts, names, settings = [(1, 2), (3,), (4,)], ["a", "b", "c"], {"model": "m"}
+
+    def kept():
+        return Samples(tmp_path)
+
+    whole = sample(Counting(), prompts, 4)
     first = Counting(stop=5)
+    samples = kept()
+    samples.made_with(settings, names)
     with pytest.raises(KeyboardInterrupt):
-        sample_missing(first, prompts, 4, 0, tmp_path / "run", settings)
-    with (tmp_path / "run" / "samples.jsonl").open("a") as file:
+        sample(first, prompts, 4, 0, samples)
+    with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"problem": 1, "sample": 3, "te')  # killed while it wrote
     second = Counting()
-    assert sample_missing(second, prompts, 4, 0, tmp_path / "run", settings) == whole
+    assert sample(second, prompts, 4, 0, kept()) == whole
     assert len(second.asked) == 7 and not set(first.asked) & set(second.asked)
     more = Counting()
-    found = sample_missing(more, prompts, 6, 0, tmp_path / "run", settings)
-    assert [row[:4] for row in found] == whole and len(more.asked) == 6
-    fewer = sample_missing(Counting(stop=0), prompts, 2, 0, tmp_path / "run", settings)
-    assert fewer == [row[:2] for row in whole]
-    anew = Counting()
-    sample_missing(anew, prompts, 2, 1, tmp_path / "run", settings)  # another seed
-    assert len(anew.asked) == 6
+    assert [row[:4] for row in sample(more, prompts, 6, 0, kept())] == whole and len(more.asked) == 6
+    assert sample(Counting(stop=0), prompts, 2, 0, kept()) == [row[:2] for row in whole]
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=r"holds answers made with another model \('m', now 'n'\): choose another output"
+    ):
+        kept().made_with({"model": "n"}, names)
+    with pytest.raises(UserError, match="holds answers to other problems"):
+        kept().made_with(settings, ["a", "x", "c"])
+    kept().made_with(settings, ["a"])  # fewer problems, and more: their answers are kept
+    kept().made_with(settings, [*names, "d"])
+    with pytest.raises(UserError, match="other problems"):
+        kept().made_with(settings, [*names, "e"])
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
 def evaluation(folder, *extra):
@@ -168,6 +184,19 @@ def rows(folder):
     return sorted((json.loads(line) for line in lines), key=lambda row: (row["problem"], row["sample"]))
 
 
+def killed_in(command, samples, answers):
+    """Run a command, kill it when a file holds so many answers, and return what the file holds then."""
+    command = [sys.executable, "-m", "bupo.commands.main", *command]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    started = time.monotonic()
+    while not (samples.exists() and samples.read_bytes().count(b"\n") >= answers):
+        assert running.poll() is None and time.monotonic() - started < 120
+        time.sleep(0.002)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    return samples.read_bytes()
+
+
 def test_twice_the_same_and_once_killed(tmp_path):
     assert main(evaluation(tmp_path / "a")) == 0
     assert main(evaluation(tmp_path / "b")) == 0
@@ -176,22 +205,48 @@ def test_twice_the_same_and_once_killed(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (tmp_path / "a" / "pass_at_k.png").stat().st_size > 1000
 
-    command = [sys.executable, "-m", "bupo.commands.main", *evaluation(tmp_path / "c")]
     samples = tmp_path / "c" / "arithmetic" / "samples.jsonl"
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    started = time.monotonic()
-    while not (samples.exists() and samples.read_bytes().count(b"\n") >= 16):
-        assert running.poll() is None and time.monotonic() - started < 120
-        time.sleep(0.002)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    before = samples.read_bytes()
+    before = killed_in(evaluation(tmp_path / "c"), samples, 16)
     assert 16 <= before.count(b"\n") < 192 and not (tmp_path / "c" / "summary.json").exists()
     assert main(evaluation(tmp_path / "c")) == 0
     whole = before[: before.rfind(b"\n") + 1]
     assert samples.read_bytes().startswith(whole)
     assert rows(tmp_path / "c") == rows(tmp_path / "a")
     assert (tmp_path / "c" / "table.md").read_bytes() == (tmp_path / "a" / "table.md").read_bytes()
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+FILES = ("math500", "amc2023", "aime_2024", "aime_2025", "deepmath-5k")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
+def test_problem_files_twice_the_same_and_once_killed(tmp_path):
+    """A slice of each; `docs/evaluation.md` tells of all of them."""
+    names = ",".join([*(str(SHARED / f"{name}.parquet") for name in FILES), "arithmetic"])
+
+    def command(folder):
+        return ["eval", "--benchmarks", names, "--size", "8", "--k", "2", "--max_new_tokens", "16", "--batch_size", "4",
+                "--output", str(folder)]  # fmt: skip
+
+    def everything(folder):
+        return {
+            name: sorted((folder / name / "samples.jsonl").read_text().splitlines()) for name in (*FILES, "arithmetic")
+        }
+
+    assert main(command(tmp_path / "a")) == 0 and main(command(tmp_path / "b")) == 0
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    killed_in(command(tmp_path / "c"), tmp_path / "c" / "aime_2024" / "samples.jsonl", 4)
+    assert not (tmp_path / "c" / "deepmath-5k").exists()
+    assert main(command(tmp_path / "c")) == 0
+    assert everything(tmp_path / "c") == everything(tmp_path / "a")
+    for name in ("summary.json", "table.md", "table.csv", "report.html"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    scores = [
+        found["avg@k"] for found in json.loads((tmp_path / "a" / "summary.json").read_text())["benchmarks"].values()
+    ]
+    assert f"| average |  | {100 * np.mean(scores):.1f} [" in (tmp_path / "a" / "table.md").read_text()
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert all(name in page for name in FILES)
 
 
 # -- grades and numbers ----------------------------------------------------------------------------------------------
@@ -207,11 +262,11 @@ def test_grades_are_those_of_math_verify_called_directly(tmp_path):
     assert (table["verdict"].isin(["correct", "unevaluated"])).tolist() == direct
     summary = json.loads((tmp_path / "summary.json").read_text())
     found = summary["benchmarks"]["arithmetic"]
-    correct = correct_by_problem(tmp_path / "arithmetic")
+    correct = correct_of(finished(tmp_path / "arithmetic"))
     assert found["avg@k"] == pytest.approx(np.mean(direct)) == pytest.approx(avg_at_k(correct)[0])
     assert correct.shape == (48, 4) and sum(found["verdicts"].values()) == 192
     assert found["pass@k"]["4"] == pytest.approx(correct.any(1).mean())
-    assert summary["meta"]["template"] == "its own" and summary["meta"]["versions"]["bupo"]
+    assert summary["meta"]["template"] == "the model's own" and summary["meta"]["versions"]["bupo"]
 
 
 def test_two_runs_compared(tmp_path, capsys):
@@ -219,12 +274,107 @@ def test_two_runs_compared(tmp_path, capsys):
     assert main(evaluation(tmp_path / "layer", "--layer", "6", "--compare", str(tmp_path / "whole"))) == 0
     summary = json.loads((tmp_path / "layer" / "summary.json").read_text())
     found = summary["benchmarks"]["arithmetic"]
-    first, second = (correct_by_problem(tmp_path / name / "arithmetic").mean(1) for name in ("whole", "layer"))
+    first, second = (correct_of(finished(tmp_path / name / "arithmetic")).mean(1) for name in ("whole", "layer"))
     assert found["difference"] == pytest.approx((second - first).mean())
     low, high = stats.ttest_rel(second, first).confidence_interval(0.95)
     assert found["difference_interval"] == pytest.approx([low, high])
     assert "difference [95 %]" in (tmp_path / "layer" / "table.md").read_text()
     assert "layer 6" in capsys.readouterr().out
+
+
+def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):
+    run = evaluation(tmp_path)
+    assert main(run) == 0
+    first = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("summary.json", "table.md", "report.html"):
+        (tmp_path / name).unlink()
+    assert main([*run, "--engine", "kept", "--model", "nowhere"]) == 0
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert again["benchmarks"] == first["benchmarks"] and again["meta"]["model"] == "embedded"
+    assert (tmp_path / "report.html").exists()
+    capsys.readouterr()
+    for more, message in (
+        (["--k", "6"], "arithmetic holds 4 answers to problem 0, and k is 6: lower k or size"),
+        (["--size", "60"], "arithmetic holds 0 answers to problem 48, and k is 4"),
+        (["--system_prompt", "Think."], "arithmetic holds answers to other problems: problem 0 is not the one given"),
+    ):
+        assert main([*run, "--engine", "kept", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert len(rows(tmp_path)) == 192
+
+
+def test_answers_of_other_settings_are_neither_mixed_nor_lost(tmp_path, capsys):
+    assert main(evaluation(tmp_path, "--size", "4")) == 0
+    before = (tmp_path / "arithmetic" / "samples.jsonl").read_bytes()
+    capsys.readouterr()
+    for option, value, message in (
+        ("--temperature", "0.6", "another temperature (1.0, now 0.6)"),
+        ("--layer", "6", "another layer (None, now 6)"),
+        ("--seed", "1", "another seed (0, now 1)"),
+        ("--chat_template", "octothinker", "another template"),
+    ):
+        assert main(evaluation(tmp_path, "--size", "4", option, value)) == 2
+        assert message in capsys.readouterr().err
+        assert (tmp_path / "arithmetic" / "samples.jsonl").read_bytes() == before
+    assert main(evaluation(tmp_path, "--size", "6")) == 0  # more problems go on
+    assert (tmp_path / "arithmetic" / "samples.jsonl").read_bytes().startswith(before)
+
+
+def test_a_model_that_was_trained_under_the_same_name_is_another(tmp_path, capsys):
+    model = load_model("embedded")
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    run = evaluation(tmp_path / "run", "--size", "2", "--model", str(tmp_path / "model"))
+    assert main(run) == 0 and main(run) == 0
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight += 1e-4
+    model.save_pretrained(tmp_path / "model")
+    assert main(run) == 2
+    assert "made with another weights" in capsys.readouterr().err
+
+
+SUMS = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], max_gen_toks: 32, do_sample: false}
+filter_list:
+  - name: boxed
+    filter: [{function: regex, regex_pattern: 'boxed.(-?[0-9]+)'}, {function: take_first}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.mark.parametrize("layer", [None, "8"])
+def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
+    """A task of the harness on the same problems, against our own greedy answers and grades."""
+    problems = load_problems("arithmetic", "test", size=48)
+    write(
+        tmp_path / "sums.jsonl",
+        [{"question": row["prompt"][-1]["content"], "answer": row["answer"]} for row in problems],
+    )
+    task = tmp_path / "sums.yaml"
+    task.write_text(SUMS.replace("FILE", str(tmp_path / "sums.jsonl")))
+    policy = ["--layer", layer, "--lens", "final_norm"] if layer else []
+    command = evaluation(tmp_path / "run", "--k", "1", "--temperature", "0", *policy)
+    command[command.index("arithmetic")] = f"arithmetic,harness:{task}"
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    found = summary["harness"]["sums"]
+    assert found["score"] == pytest.approx(summary["benchmarks"]["arithmetic"]["avg@k"]) and found["score"] > 0
+    assert found["problems"] == 48 and found["metric"] == "exact_match,boxed"
+    error = np.sqrt(found["score"] * (1 - found["score"]) / 47)
+    assert found["interval"][1] - found["score"] == pytest.approx(1.96 * error, rel=1e-3)
+    assert "sums" in (tmp_path / "run" / "harness.md").read_text() and "exact_match" in capsys.readouterr().out
+    for finished_one in (tmp_path / "run" / "sums").glob("responses*"):
+        finished_one.unlink()
+    assert main(command) == 0  # its result is kept
+    assert not list((tmp_path / "run" / "sums").glob("responses*"))
 
 
 def test_a_local_file_under_a_benchmarks_name(tmp_path):
@@ -255,20 +405,57 @@ def test_the_answer_of_gsm8k_stands_behind_a_mark(tmp_path):
     file = tmp_path / "gsm8k.jsonl"
     write(file, [{"question": "How many?", "answer": "2 and 3 make 5.\n#### 5"}])
     assert load_benchmark(f"gsm8k={file}")[1]["answer"] == ["5"]
+
+
+def test_benchmarks_are_pinned():
     assert {"math500", "amc23", "aime24", "aime25", "olympiadbench", "minerva", "gsm8k"} == set(BENCHMARKS)
+    for benchmark in BENCHMARKS.values():
+        assert len(benchmark.revision) == 40 and int(benchmark.revision, 16)
+
+
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "org/mine@abc", "org/mine"])
+def test_the_hub_is_asked_for_the_revision(monkeypatch, name):
+    asked = []
+
+    def hub(path, config, split, revision):
+        asked.append((path, config, split, revision))
+        return Dataset.from_dict({"problem": ["1+1"], "question": ["1+1"], "answer": ["#### 2"]})
+
+    monkeypatch.setattr(problems_module, "load_dataset", hub)
+    label, problems = load_benchmark(name)
+    known = BENCHMARKS.get(name)
+    wanted = (known.hub, known.config, "test", known.revision) if known else None
+    assert asked == [wanted or ("org/mine", None, "test", "abc" if "@" in name else None)]
+    assert label == (name if known else "mine") and len(problems) == 1
+
+
+def test_several_values_are_one_answer(tmp_path):
+    write(tmp_path / "olympiad.jsonl", [{"question": "roots?", "final_answer": ["1", "-2"]}])
+    assert load_benchmark(str(tmp_path / "olympiad.jsonl"))[1]["answer"] == ["1, -2"]
 
 
 def test_the_template_is_chosen_by_the_model():
-    tokenizer = load_tokenizer("embedded")
-    assert chosen_template(tokenizer) == ("its own", {})
-    tokenizer.chat_template = "{% if enable_thinking %}think{% endif %}{{ messages[0].content }}"
-    assert chosen_template(tokenizer) == ("its own, no thinking", {"enable_thinking": False})
-    tokenizer.chat_template = None
-    name, kwargs = chosen_template(tokenizer)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "2?"}], tokenize=False, add_generation_prompt=True, **kwargs
+    def chosen(template, name="m", wanted=None):
+        tokenizer = load_tokenizer("embedded")
+        tokenizer.chat_template, tokenizer.name_or_path = template, name
+        shown = choose_template(tokenizer, wanted)
+        return shown, tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": "2+3"}]))
+
+    thinks = (
+        "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %}9{% else %}0{% endif %}"
     )
-    assert name == "octothinker" and text.endswith("User: 2?\nAssistant:")
+    assert chosen("{{ messages[0].content }}=") == ("the model's own", "2+3=")
+    assert chosen(thinks) == ("the model's own, no thinking", "2+30")
+    shown, text = chosen(None)
+    assert shown.startswith("none (plain text") and text == "2+3\n"
+    shown, text = chosen(None, "OctoThinker/OctoThinker-3B-Hybrid-Base")
+    assert shown == "octothinker" and text.endswith("User: 2+3\nAssistant:")
+    shown, text = chosen("{{ messages[0].content }}", wanted="qwen-math")
+    assert shown == "qwen-math" and "step by step" in text
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = thinks
+    assert template_options(tokenizer) == {"enable_thinking": False}
+    assert tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": "2"}], enable_thinking=True)) == "29"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +463,14 @@ def test_the_template_is_chosen_by_the_model():
     [
         (["--benchmarks", "math5000"], "unknown benchmark 'math5000': choose math500, amc23"),
         (["--benchmarks", "math500"], "dataset 'HuggingFaceH4/MATH-500' .* cannot be loaded"),
-        (["--benchmarks", "arithmetic,arithmetic"], "has one label twice"),
+        (["--benchmarks", "arithmetic,arithmetic"], "have one label twice: write LABEL=FILE"),
+        (["--layer", "0"], "layer 0 does not exist"),
+        (["--engine", "kept"], "holds no answers to grade: settings.json is missing"),
+        (["--benchmarks", "humaneval"], "humaneval runs code that the model writes, on this machine: allow it with"),
+        (["--benchmarks", "harness:nosuchtask"], "lm-eval-harness cannot run 'nosuchtask'"),
+        (["--benchmarks", "harness:/nowhere.yaml"], "/nowhere.yaml is no file of a task"),
+        (["--benchmarks", "arc-c"], "lm-eval-harness cannot run 'arc_challenge'"),
+        (["--benchmarks", "arc-c", "--engine", "vllm"], "lm-eval-harness runs with engine transformers here"),
         (["--benchmarks", "x=/nowhere.parquet"], "/nowhere.parquet is no file"),
         (["--k", "0"], "k must be 1 or more, got 0"),
         (["--temperature", "0"], "temperature 0 gives 16 answers that are the same: set k to 1"),

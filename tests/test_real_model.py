@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from math_verify import parse, verify
 
 from bupo import InternalPolicies
 from bupo.analysis.measure import measure
 from bupo.commands.main import main
+from bupo.evaluation.run import finished
 from bupo.residual import ResidualStream
 from tests.real_models import MODELS, real_model
+from tests.test_eval import FILES, SHARED, killed_in
 from tests.test_measure import naive
 from tests.test_policy import hooked_states
 
@@ -76,3 +79,29 @@ def test_analyze_from_a_cold_start(tmp_path, name):
     assert main(["analyze", "--model", model, *options]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())["models"][0]
     assert summary["meta"]["identity_error"] < 1e-5 and (tmp_path / "report.html").stat().st_size < 8 << 20
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
+def test_evaluation_of_the_problem_files(tmp_path):
+    """A slice of each file, whole and killed in between, the same; grades are math-verify's, called directly in this process."""
+    files = ",".join(str(SHARED / f"{name}.parquet") for name in FILES)
+
+    def command(folder):
+        return ["eval", "--model", str(MODELS / "smollm2-135m.gguf"), "--benchmarks", files, "--size", "2", "--k", "2",
+                "--max_new_tokens", "24", "--batch_size", "4", "--output", str(folder)]  # fmt: skip
+
+    def samples(folder):
+        return {name: sorted((folder / name / "samples.jsonl").read_text().splitlines()) for name in FILES}
+
+    assert main(command(tmp_path / "a")) == 0
+    killed_in(command(tmp_path / "c"), tmp_path / "c" / "amc2023" / "samples.jsonl", 1)
+    assert main(command(tmp_path / "c")) == 0
+    assert samples(tmp_path / "a") == samples(tmp_path / "c")
+    for name in ("summary.json", "table.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    for name in FILES:
+        table = finished(tmp_path / "a" / name)
+        direct = [
+            verify(parse(f"\\boxed{{{gold}}}"), parse(text)) for gold, text in zip(table.gold, table.text, strict=True)
+        ]
+        assert table["verdict"].isin(["correct", "unevaluated"]).tolist() == direct

@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from bupo.commands.main import main
 
 pytestmark = pytest.mark.browser
-SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # a folder that keeps them, to be looked at
 
 
 @pytest.fixture(scope="module")
@@ -31,47 +29,10 @@ def folder(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        flags = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-        ]
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def opened(browser, folder):
-    """Opens the page at a size; afterwards there must have been no error and no request."""
-    errors, requests = [], []
-
-    def open_page(width=1280, height=900, dark=False):
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
-        page.on(
-            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
-        )
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((folder / "report.html").as_uri())
-        page.wait_for_selector("#curve .main-svg")
-        return page
-
-    yield open_page
-    assert errors == []
-    assert [url for url in requests if not url.startswith(("file:", "blob:", "data:"))] == []
-
-
-def shoot(page, name):
-    if SCREENSHOTS:
-        page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), full_page=True)
+def opened(open_file, folder):
+    """Opens the page at a size."""
+    return partial(open_file, folder / "report.html", "#curve .main-svg")
 
 
 def test_size(folder):
@@ -81,7 +42,7 @@ def test_size(folder):
 @pytest.mark.parametrize(
     ("name", "width", "dark"), [("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)]
 )
-def test_opens_without_errors(opened, name, width, dark):
+def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out

@@ -1,7 +1,7 @@
 """Sampled answers whose every token depends on the run's seed, the problem and the sample's number only.
 
 An engine takes requests and yields answers as they finish: `engine(requests) -> Iterator[tuple[Request, Answer]]`. Here is
-transformers'; `bupo.evaluation.vllm` holds vLLM's, offline and as a server.
+transformers', which the analysis samples with too; `bupo.evaluation.vllm` holds vLLM's, offline and as a server.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.policy import InternalPolicy
+from bupo.residual import evaluating
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class TransformersEngine:
         policy: InternalPolicy | None = None,
         batch_size: int = 64,
     ):
-        self.model, self.tokenizer, self.policy = model.eval(), tokenizer, policy
+        self.model, self.tokenizer, self.policy = model, tokenizer, policy
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.batch_size = batch_size
         ends = model.generation_config.eos_token_id
@@ -115,13 +116,19 @@ class TransformersEngine:
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         """Answers batch by batch, the shortest prompts first."""
+        for request, ids in self.token_ids(requests):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            yield request, Answer(text, len(ids), not ids or ids[-1] not in self.ends)
+
+    def token_ids(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
+        """Answers as token ids, the end token included."""
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.problem, r.sample))
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
-            yield from zip(batch, self._answers(batch), strict=True)
+            yield from zip(batch, self._generated(batch), strict=True)
 
     @torch.no_grad()
-    def _answers(self, batch: Sequence[Request]) -> list[Answer]:
+    def _generated(self, batch: Sequence[Request]) -> list[list[int]]:
         prompts = [(ids, len(list(rows))) for ids, rows in groupby(batch, key=lambda r: r.prompt_ids)]
         inputs = self.tokenizer.pad(
             {"input_ids": [list(ids) for ids, _ in prompts]}, padding_side="left", return_tensors="pt"
@@ -129,7 +136,7 @@ class TransformersEngine:
         counts = torch.tensor([count for _, count in prompts], device=self.model.device)
         ids = inputs["input_ids"].repeat_interleave(counts, 0)
         mask = inputs["attention_mask"].repeat_interleave(counts, 0)
-        with self.policy.speaking() if self.policy else nullcontext():
+        with evaluating(self.model), self.policy.speaking() if self.policy else nullcontext():
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -142,7 +149,7 @@ class TransformersEngine:
                 logits_processor=self._processors(batch, ids.size(1)),
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        return [self._answer(row) for row in out[:, ids.size(1) :].tolist()]
+        return [self._ended(row) for row in out[:, ids.size(1) :].tolist()]
 
     def _prefilled(self, inputs, counts: torch.Tensor) -> DynamicCache | None:
         """The prompts' keys and values but for their last tokens, once each, then a row a sample."""
@@ -168,7 +175,6 @@ class TransformersEngine:
         seeds = [request.seed for request in batch]
         return LogitsProcessorList([SeededSampling(seeds, start, self.max_new_tokens, self.temperature, self.top_p)])
 
-    def _answer(self, ids: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        kept = ids if end is None else ids[: end + 1]
-        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is None)
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        return ids[: end + 1]

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
+from bupo.files import whole_rows
+from bupo.sampling import Request, TransformersEngine, seed_of
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,6 @@ class Rollout:
     completion_ids: list[int]
     prompt: str
     completion: str
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt: messages through the chat template (or joined where there is none), text as it is."""
-    if isinstance(prompt, list) and tokenizer.chat_template is None:
-        prompt = "\n\n".join(message["content"] for message in prompt) + "\n"
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
 
 
 def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> list[Rollout]:
@@ -101,7 +94,6 @@ def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Rollout:
     return Rollout(ids, answer, tokenizer.decode(ids), completion)
 
 
-@torch.no_grad()
 def sample_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,7 +108,7 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Sample one answer to each problem, written to a `.jsonl` as batches finish. A file that is there is gone on with.
 
-    Each batch has a seed of its own, made of `seed` and its place, so an interrupted sampling ends like a whole one.
+    An answer depends on `seed` and the problem's place only, so an interrupted sampling ends like a whole one.
 
     Args:
         model, tokenizer: the language model policy.
@@ -129,46 +121,19 @@ def sample_rollouts(
         on_done (`Callable`, *optional*): called with the number of answers just finished.
     """
     path = Path(path)
-    done = _finished_rows(path)[: len(problems)]
+    done = whole_rows(path, lambda line: Rollout(**json.loads(line)))[: len(problems)]
     on_done(len(done))
-    prompts = [prompt_ids(tokenizer, problem["prompt"]) for problem in problems]
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos]) - {None} | {tokenizer.eos_token_id}
-    with torch.random.fork_rng(), path.open("a") as file:
-        for start in range(len(done), len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            torch.manual_seed(seed * 1_000_003 + start)
-            inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
-            out = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            for prompt, ids in zip(batch, out[:, inputs["input_ids"].size(1) :].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-                rollout = Rollout(prompt, ids[: end + 1], tokenizer.decode(prompt), tokenizer.decode(ids[: end + 1]))
+    prompts = [tuple(prompt_ids(tokenizer, problem["prompt"])) for problem in problems]
+    requests = [Request(i, 0, prompt, seed_of(seed, i, 0)) for i, prompt in enumerate(prompts)]
+    engine = TransformersEngine(model, tokenizer, max_new_tokens, temperature, batch_size=batch_size)
+    with path.open("a") as file:
+        for start in range(len(done), len(requests), batch_size):
+            batch = dict(engine.token_ids(requests[start : start + batch_size]))
+            for request in requests[start : start + batch_size]:  # in the file, problems keep their order
+                prompt, answer = list(request.prompt_ids), batch[request]
+                rollout = Rollout(prompt, answer, tokenizer.decode(prompt), tokenizer.decode(answer))
                 done.append(rollout)
                 file.write(json.dumps(asdict(rollout)) + "\n")
             file.flush()
             on_done(len(batch))
     return done
-
-
-def _finished_rows(path: Path) -> list[Rollout]:
-    """The whole rows of a file that sampling wrote; half a last line is cut off."""
-    rows: list[Rollout] = []
-    if not path.exists():
-        return rows
-    lines = path.read_text().splitlines(keepends=True)
-    for line in lines:
-        try:
-            rows.append(Rollout(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
-    if len(rows) < len(lines):
-        path.write_text("".join(lines[: len(rows)]))
-    return rows

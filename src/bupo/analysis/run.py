@@ -1,6 +1,5 @@
 """Analyse one model on rollouts: measure, keep every finished answer, stop when told or when settled."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,10 +195,3 @@ def model_meta(name: str, stream: ResidualStream, lens: Lens, temperature: float
         "identity_error_head": stream.identity.head,
         "versions": {m.__name__: m.__version__ for m in (bupo, torch, transformers, accelerate)},
     }
-
-
-def write_json(path: Path, value: dict | list) -> None:
-    """Into place in one piece."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=True) + "\n")
-    part.replace(path)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bupo.analysis.measure import MEASURES, AnswerMeasures
+from bupo.files import whole_rows
 
 RESAMPLES = 2000
 TOLERANCE = 0.05  # nats: an entropy change within it is integration
@@ -83,17 +84,7 @@ class AnswerSums:
 
 def read_sums(path: Path) -> list[AnswerSums]:
     """Finished answers of a file; half a last line is cut off it."""
-    if not path.exists():
-        return []
-    lines, sums = path.read_text().splitlines(keepends=True), []
-    for line in lines:
-        try:
-            sums.append(AnswerSums.read(line))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    if len(sums) < len(lines):
-        path.write_text("".join(lines[: len(sums)]))
-    return sums
+    return whole_rows(path, AnswerSums.read)
 
 
 class Resampled:

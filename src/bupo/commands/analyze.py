@@ -1,6 +1,5 @@
 """`bupo analyze`: what every layer and module of a model decides, as tables, figures and a page."""
 
-import errno
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -21,12 +20,14 @@ from bupo.analysis.run import (
     analyze_rollouts,
     model_meta,
     token_views,
-    write_json,
 )
 from bupo.analysis.tables import divergence, layer_table, perplexity, similarity, stages
+from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse
 from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.data.templates import choose_template
 from bupo.errors import UserError
+from bupo.files import in_one_piece, write_json
 from bupo.models import EMBEDDED, load_model, load_tokenizer
 from bupo.policy import InternalPolicies, Lens
 from bupo.report.figures import analysis_figures
@@ -99,22 +100,10 @@ def run(arguments: list[str]) -> None:
     console, folder = Console(), Path(options.output)
     labels = _labels(options.model)
     reports = []
-    try:
+    with keeping(folder):
         for name, label in zip(options.model, labels, strict=True):
             reports.append(_analyze(name, label, options, folder, console))
         _write(reports, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror}; finished answers are kept in {folder}, and the "
-            "same command goes on from them"
-        ) from error
-    except KeyboardInterrupt:
-        kept = sum(1 for _ in folder.glob(f"*/{ANSWERS_FILE}"))
-        raise UserError(
-            f"interrupted: finished answers of {kept} model(s) are kept in {folder}; the same command goes on from them"
-        ) from None
     for report in reports:
         console.print(_table(report))
         console.print(f"{report['meta']['model']}: {report['stages']['explanation']}", highlight=False)
@@ -181,12 +170,14 @@ def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, con
     loading = {"revision": options.revision} if options.revision else {}
     problems = None if options.rollouts else _problems(options)  # a bad dataset is refused before a model is loaded
     tokenizer, model = load_tokenizer(name, **loading), _model(name, options, loading)
+    template = choose_template(tokenizer)
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)
     meta = model_meta(name, policies.stream, options.lens, options.temperature)
     meta |= {
         "adapter": options.adapter,
         "seed": options.seed,
         "dataset": options.rollouts or options.dataset or ARITHMETIC,
+        "template": template,
         "kl_pairs": options.kl_pairs,
     }
     here = folder / label
@@ -283,9 +274,8 @@ def _report(label: str, meta: dict, policies, tokenizer, rollouts: list[Rollout]
 def _write(reports: list[dict], folder: Path) -> None:
     """Tables, figures and the page of all models."""
     table = pd.concat([report["table"] for report in reports], ignore_index=True)
-    part = folder / "layers.part"
-    table.to_parquet(part)
-    part.replace(folder / "layers.parquet")
+    with in_one_piece(folder / "layers.parquet") as part:
+        table.to_parquet(part)
     summary = [
         {
             "meta": report["meta"],

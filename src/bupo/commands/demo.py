@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,11 @@ from bupo.commands.parsing import parse
 from bupo.commands.train import make_trainer, train
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
-from bupo.evaluation.accuracy import Accuracy, paired_gain, sampled_accuracy
+from bupo.evaluation.metrics import paired_difference
+from bupo.evaluation.run import correct_of, graded, prompts_of, sample, summarize
 from bupo.models import EMBEDDED, load_model, load_tokenizer
 from bupo.rewards.math_reward import math_reward
+from bupo.sampling import TransformersEngine
 from bupo.training.callbacks import METRICS_FILE, progress, read_metrics
 from bupo.training.config import BuPOConfig
 
@@ -100,12 +103,13 @@ def run(arguments: list[str]) -> None:
     console.print(f"run folder: {folder}  (training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors)")
 
 
-def _measure(model, tokenizer, problems, console, what: str) -> Accuracy:
+def _measure(model, tokenizer, problems, console, what: str) -> pd.DataFrame:
+    """One graded answer to each problem."""
+    engine = TransformersEngine(model, tokenizer, MAX_NEW_TOKENS, batch_size=PROMPTS * SAMPLES)
     with progress(console) as bar:
         task = bar.add_task(what, total=len(problems))
-        return sampled_accuracy(
-            model, tokenizer, problems, max_new_tokens=MAX_NEW_TOKENS, on_batch=lambda n: bar.advance(task, n)
-        )
+        answers = sample(engine, prompts_of(problems, tokenizer), 1, on_answer=lambda n: bar.advance(task, n))
+    return graded(problems, answers)
 
 
 def _yaml(config: BuPOConfig) -> str:
@@ -120,27 +124,30 @@ def _yaml(config: BuPOConfig) -> str:
     return yaml.safe_dump(model | values, sort_keys=False)
 
 
-def _summary(options: DemoArguments, before: Accuracy, after: Accuracy, rows: list[dict], seconds: float) -> dict:
+def _summary(
+    options: DemoArguments, before: pd.DataFrame, after: pd.DataFrame, rows: list[dict], seconds: float
+) -> dict:
     steps = [row for row in rows if "rollout_batch" in row]
-    gain, gain_interval = paired_gain(before, after)
+    gain, gain_interval = paired_difference(correct_of(before), correct_of(after))
+    first, last = summarize(before), summarize(after)
     rollout = sum(row["rollout_time"] for row in steps)
     return {
-        "accuracy_before": before.value,
-        "accuracy_before_interval": before.interval,
-        "accuracy_after": after.value,
-        "accuracy_after_interval": after.interval,
+        "accuracy_before": first["avg@k"],
+        "accuracy_before_interval": first["avg@k_interval"],
+        "accuracy_after": last["avg@k"],
+        "accuracy_after_interval": last["avg@k_interval"],
         "gain": gain,
         "gain_interval": gain_interval,
-        "problems": len(before.correct),
-        "verdicts_before": before.verdicts,
-        "verdicts_after": after.verdicts,
+        "problems": first["problems"],
+        "verdicts_before": first["verdicts"],
+        "verdicts_after": last["verdicts"],
         "internal_layer": options.internal_layer,
         "phase_1_rollout_batches": min(options.internal_steps, options.steps),
         "phase_2_rollout_batches": max(0, options.steps - options.internal_steps),
         "entropy_first": steps[0]["entropy"],
         "entropy_last": steps[-1]["entropy"],
-        "length_before": before.mean_length,
-        "length_after": after.mean_length,
+        "length_before": first["mean_tokens"],
+        "length_after": last["mean_tokens"],
         "rollout_seconds": rollout,
         "update_seconds": sum(row["step_time"] * UPDATES for row in steps) - rollout,
         "seconds": seconds,

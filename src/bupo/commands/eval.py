@@ -4,39 +4,51 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 from datasets import Dataset
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 import bupo
-from bupo.analysis.run import model_meta, write_json
+from bupo.analysis.run import model_meta
 from bupo.commands.analyze import load_on_device
+from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse
-from bupo.data.templates import chat_template, chosen_template
+from bupo.data.templates import chat_template, choose_template
 from bupo.errors import UserError
-from bupo.evaluation.benchmarks import load_benchmark
+from bupo.evaluation.benchmarks import load_benchmarks
+from bupo.evaluation.harness import HARNESS, check_tasks, is_harness, run_task
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.run import (
+    DEADLINE,
     GRADED_FILE,
-    correct_by_problem,
+    SETTINGS_FILE,
+    Samples,
+    correct_of,
+    finished,
     graded,
-    sample_missing,
+    prompts_of,
+    sample,
     summarize,
 )
-from bupo.evaluation.sampling import Engine, TransformersEngine
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
-from bupo.models import EMBEDDED, load_tokenizer
+from bupo.files import in_one_piece, write_json
+from bupo.models import EMBEDDED, fingerprint, load_tokenizer
 from bupo.policy import InternalPolicies, Lens
-from bupo.report.figures import pass_figure
-from bupo.rewards.grader import check_golds
+from bupo.report.samples import write_samples_page
+from bupo.report.scores import score_tables, write_scores
+from bupo.sampling import Answer, Engine, TransformersEngine
 from bupo.training.callbacks import progress
 
 SUMMARY_FILE = "summary.json"
-VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")  # on the terminal only where there are any
+# what an answer depends on besides its problem: answers of other settings are never mixed
+SETTINGS = (
+    *("model", "revision", "weights", "served", "engine", "dtype", "layer", "lens", "template"),
+    *("temperature", "top_p", "max_new_tokens", "seed"),
+)
+EngineName = Literal["transformers", "vllm", "server", "kept"]
 
 
 @dataclass
@@ -45,9 +57,11 @@ class EvalArguments:
 
     Parameters:
         model (`str`): hub id, folder, `.gguf` file, or `embedded`.
-        benchmarks (`str`): names with commas between them: `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, …
+        benchmarks (`str`): names with commas between them: `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and
+            of lm-eval-harness `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`.
         k (`int`): answers a problem.
-        engine (`str`): `transformers`, `vllm` (in this process) or `server` (with `server`, its address).
+        engine (`str`): `transformers`, `vllm` (in this process), `server` (with `server`, its address), or `kept`: only the
+            answers that `output` holds.
         layer (`int`, *optional*): evaluate this layer's policy.
         compare (`str`, *optional*): the folder of another evaluation of the same problems.
     """
@@ -55,7 +69,10 @@ class EvalArguments:
     model: str = field(default=EMBEDDED, metadata={"help": "Hub id, folder, .gguf file, or embedded."})
     benchmarks: str = field(
         default="arithmetic",
-        metadata={"help": "With commas: math500, amc23, aime24, aime25, LABEL=FILE, reasoning_gym:NAME, arithmetic …"},
+        metadata={
+            "help": "With commas: math500, amc23, aime24, aime25, olympiadbench, minerva, gsm8k, LABEL=FILE, "
+            f"reasoning_gym:NAME, arithmetic; by lm-eval-harness {', '.join(HARNESS)}, harness:TASK."
+        },
     )
     k: int = field(default=16, metadata={"help": "Answers sampled to each problem."})
     size: int | None = field(default=None, metadata={"help": "The first so many problems of each benchmark."})
@@ -65,11 +82,12 @@ class EvalArguments:
         default="raw",
         metadata={"help": "Of --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
     )
-    engine: Literal["transformers", "vllm", "server"] = field(
+    engine: EngineName = field(
         default="transformers",
         metadata={
-            "help": "What samples: transformers, vllm in this process, or an OpenAI-compatible server.",
-            "choices": ["transformers", "vllm", "server"],
+            "help": "What samples: transformers, vllm in this process, an OpenAI-compatible server; or kept: nothing, the "
+            "answers that the output folder holds are graded.",
+            "choices": list(get_args(EngineName)),
         },
     )
     server: str | None = field(default=None, metadata={"help": "Address of the server, such as http://localhost:8000."})
@@ -84,10 +102,13 @@ class EvalArguments:
         default=None, metadata={"help": "Folder of another evaluation, for paired differences."}
     )
     batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
-    deadline: float = field(default=5.0, metadata={"help": "Seconds that grading an answer may take."})
+    deadline: float = field(default=DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
     dtype: str = field(default="auto", metadata={"help": "auto (fp32 on a CPU), float32, bfloat16 or float16."})
     device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
     revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
+    run_code: bool = field(
+        default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
+    )
     seed: int = field(default=0, metadata={"help": "Of sampling."})
 
 
@@ -96,68 +117,43 @@ def run(arguments: list[str]) -> None:
     (options,) = parse((EvalArguments,), arguments, "bupo eval")
     _check(options)
     names = [name.strip() for name in options.benchmarks.split(",") if name.strip()]
-    template = options.chat_template and chat_template(options.chat_template)
-    benchmarks = dict(
-        load_benchmark(name, size=options.size, system_prompt=options.system_prompt, seed=options.seed)
-        for name in names
-    )
-    if len(benchmarks) < len(names):
-        raise UserError(f"benchmarks {options.benchmarks!r} has one label twice: write LABEL=FILE for one of them")
-    for label, problems in benchmarks.items():
-        check_golds(problems["answer"], label)
-    loading = {"revision": options.revision} if options.revision else {}
-    tokenizer = load_tokenizer(options.model, **loading)
-    if template:
-        tokenizer.chat_template = template
-    named, kwargs = chosen_template(tokenizer)
-    named = options.chat_template or named
-    engine, meta = _engine(options, tokenizer, loading)
-    meta |= {
-        "engine": options.engine,
-        "layer": options.layer,
-        "template": named,
-        "top_p": options.top_p,
-        "max_new_tokens": options.max_new_tokens,
-        "seed": options.seed,
-    }
+    sampled = [name for name in names if not is_harness(name)]
+    benchmarks = load_benchmarks(sampled, options.size, options.system_prompt, options.seed)
+    tasks = [name for name in names if is_harness(name)]
+    check_tasks(tasks, options.run_code)
+    if options.compare and not (Path(options.compare) / SUMMARY_FILE).is_file():
+        raise UserError(f"{options.compare} holds no finished evaluation ({SUMMARY_FILE} is missing)")
     console, folder = Console(), Path(options.output)
-    console.print(f"{options.model}: template {named}", highlight=False)
-    summary: dict[str, Any] = {"schema_version": 1, "meta": meta, "benchmarks": {}}
-    for label, problems in benchmarks.items():
-        table = _evaluate(engine, tokenizer, kwargs, label, problems, options, meta, folder, console)
-        summary["benchmarks"][label] = summarize(table)
-    if options.compare:
-        _compare(summary, folder, Path(options.compare))
-    _write(summary, folder)
-    console.print(_table(summary, options.model))
-    console.print(
-        f"run folder: {folder}  (summary.json, table.md, table.csv, pass_at_k.png, */samples.jsonl)", highlight=False
-    )
-
-
-def _engine(options: EvalArguments, tokenizer, loading: dict) -> tuple[Engine, dict]:
-    """What samples, and what of the model must stand beside the numbers."""
-    sampling = (options.max_new_tokens, options.temperature, options.top_p)
-    engine: Engine
-    if options.engine == "transformers":
-        model = load_on_device(options.model, options.dtype, options.device_map, loading)
-        policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
-        policy = policies.layer(options.layer) if options.layer else None
-        engine = TransformersEngine(
-            policies.stream.model, tokenizer, *sampling, policy=policy, batch_size=options.batch_size
-        )
-        return engine, model_meta(options.model, policies.stream, options.lens, options.temperature)
-    meta: dict[str, Any] = {"model": options.model, "revision": options.revision}
-    meta |= {"temperature": options.temperature, "versions": {"bupo": bupo.__version__}}
-    if options.engine == "server":
-        engine = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
-        return engine, meta | {"served": engine.model}
-    engine = VllmEngine(options.model, *sampling, dtype=options.dtype, **loading)
-    return engine, meta | {"dtype": options.dtype}
+    summary: dict[str, Any] = {"schema_version": 2, "meta": {}, "benchmarks": {}, "harness": {}}
+    tables, prompts = {}, {}
+    with keeping(folder):
+        if options.engine == "kept":
+            summary["meta"] = _kept_meta(folder, list(benchmarks))
+            source: Any = None
+        else:
+            source = _Source(options)
+            summary["meta"] = source.meta
+            console.print(f"{options.model}: template {source.meta['template']}", highlight=False)
+        for label, problems in benchmarks.items():
+            tables[label], prompts[label] = _evaluate(source, label, problems, options, console)
+            summary["benchmarks"][label] = summarize(tables[label])
+        for name in tasks:
+            label, found = run_task(name, source.engine, options.size, folder, source.settings)
+            summary["harness"][label] = found
+        if options.compare:
+            _compare(summary, tables, Path(options.compare))
+        write_json(folder / SUMMARY_FILE, summary)
+        write_scores(summary, folder)
+        if tables:
+            write_samples_page(tables, summary, prompts, folder / "report.html")
+    for table in score_tables(summary):
+        console.print(table)
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    console.print(f"run folder: {folder}  ({files})", highlight=False)
 
 
 def _check(options: EvalArguments) -> None:
-    if options.engine != "transformers" and options.layer:
+    if options.engine != "transformers" and options.layer is not None:
         raise UserError(f"engine {options.engine} samples whole models: an internal policy needs transformers")
     if (options.engine == "server") != bool(options.server):
         raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
@@ -172,100 +168,136 @@ def _check(options: EvalArguments) -> None:
         raise UserError(f"top_p must lie above 0 and up to 1, got {options.top_p}")
     if not options.deadline > 0:
         raise UserError(f"deadline must be positive, got {options.deadline}")
+    if any(map(is_harness, options.benchmarks.split(","))) and options.engine != "transformers":
+        raise UserError(f"lm-eval-harness runs with engine transformers here, not {options.engine}")
+    if options.chat_template:
+        chat_template(options.chat_template)  # a bad one is refused before anything is loaded
+
+
+class _Source:
+    """The model: what samples, and what must stand beside the numbers.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): with the template that was chosen.
+        engine (`Engine`): samples.
+        meta (`dict`): model, template, sampling, versions.
+        context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
+    """
+
+    def __init__(self, options: EvalArguments):
+        loading = {"revision": options.revision} if options.revision else {}
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(options.model, **loading)
+        template = choose_template(self.tokenizer, options.chat_template)
+        self.engine, meta = _engine(options, self.tokenizer, loading)
+        config = self.engine.model.config if isinstance(self.engine, TransformersEngine) else None
+        self.context: int = getattr(config, "max_position_embeddings", 0)
+        own = {"engine": options.engine, "layer": options.layer, "template": template, "top_p": options.top_p}
+        self.meta = meta | own | {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
+
+    @property
+    def settings(self) -> dict:
+        """What an answer depends on."""
+        return {name: self.meta[name] for name in SETTINGS if name in self.meta}
+
+
+def _engine(options: EvalArguments, tokenizer, loading: dict) -> tuple[Engine, dict]:
+    sampling = (options.max_new_tokens, options.temperature, options.top_p)
+    engine: Engine
+    if options.engine == "transformers":
+        model = load_on_device(options.model, options.dtype, options.device_map, loading)
+        policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
+        policy = None if options.layer is None else policies.layer(options.layer)
+        engine = TransformersEngine(model, tokenizer, *sampling, policy=policy, batch_size=options.batch_size)
+        meta = model_meta(options.model, policies.stream, options.lens, options.temperature)
+        return engine, meta | {"weights": fingerprint(model)}
+    meta = {"model": options.model, "revision": options.revision}
+    meta |= {"temperature": options.temperature, "versions": {"bupo": bupo.__version__}}
+    if options.engine == "server":
+        engine = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
+        return engine, meta | {"served": engine.model}
+    engine = VllmEngine(options.model, *sampling, dtype=options.dtype, **loading)
+    return engine, meta | {"dtype": options.dtype}
+
+
+def _kept_meta(folder: Path, labels: list[str]) -> dict:
+    """What the answers that a folder holds were made with."""
+    found = []
+    for label in labels:
+        path = folder / label / SETTINGS_FILE
+        if not path.is_file():
+            raise UserError(f"{folder / label} holds no answers to grade: {SETTINGS_FILE} is missing")
+        settings = json.loads(path.read_text())
+        found.append({name: settings[name] for name in SETTINGS if name in settings})
+    if any(settings != found[0] for settings in found):
+        raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
+    return found[0] | {"versions": {"bupo": bupo.__version__}}
 
 
 def _evaluate(
-    engine, tokenizer, kwargs: dict, label: str, problems: Dataset, options, meta: dict, folder: Path, console
-):
-    """One benchmark: its graded table, written into its folder."""
-    prompts = [
-        tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **kwargs))
-        for messages in problems["prompt"]
-    ]
-    here = folder / label
-    settings = {key: value for key, value in meta.items() if key != "versions"} | {"prompts_sha256": _digest(prompts)}
-    with progress(console) as bar:
-        task = bar.add_task(f"{label}: answers", total=len(prompts) * options.k)
-        try:
-            answers = sample_missing(
-                engine, prompts, options.k, options.seed, here, settings, on_answer=lambda done: bar.advance(task, done)
+    source: _Source | None, label: str, problems: Dataset, options: EvalArguments, console: Console
+) -> tuple[pd.DataFrame, str]:
+    """One benchmark: its graded table, written into its folder, and its first prompt as the model reads it."""
+    here = Path(options.output) / label
+    samples = Samples(here)
+    asked = [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12] for messages in problems["prompt"]]
+    if source is None:
+        answers, prompt = _kept(samples, asked, options.k)
+    else:
+        prompts = prompts_of(problems, source.tokenizer)
+        prompt = source.tokenizer.decode(prompts[0])
+        samples.made_with(source.settings | {"prompt": prompt}, asked)
+        longest = max(map(len, prompts)) + options.max_new_tokens
+        if source.context and longest > source.context:
+            console.print(
+                f"{label}: prompts and answers may reach {longest} tokens, beyond the model's context of {source.context}",
+                highlight=False,
             )
-        except KeyboardInterrupt:
-            raise UserError(
-                f"interrupted: finished answers are kept in {here}; the same command goes on from them"
-            ) from None
+        with progress(console) as bar:
+            task = bar.add_task(f"{label}: answers", total=len(prompts) * options.k)
+            answers = sample(
+                source.engine, prompts, options.k, options.seed, samples, lambda done: bar.advance(task, done)
+            )
     table = graded(problems, answers, options.deadline)
-    part = here / "graded.part"
-    table.to_parquet(part)
-    part.replace(here / GRADED_FILE)
-    return table
+    with in_one_piece(here / GRADED_FILE) as part:
+        table.to_parquet(part)
+    return table, prompt
 
 
-def _digest(prompts: list[tuple[int, ...]]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-
-
-def _compare(summary: dict, folder: Path, other: Path) -> None:
-    """Paired differences to another run, of the benchmarks that both hold."""
-    before = other / SUMMARY_FILE
-    if not before.is_file():
-        raise UserError(f"{other} holds no finished evaluation ({SUMMARY_FILE} is missing)")
-    theirs = json.loads(before.read_text())["benchmarks"]
-    for label, row in summary["benchmarks"].items():
-        if label in theirs and theirs[label]["problems"] == row["problems"]:
-            difference, interval = paired_difference(
-                correct_by_problem(other / label), correct_by_problem(folder / label)
+def _kept(samples: Samples, asked: list[str], k: int) -> tuple[list[list[Answer]], str]:
+    """The answers that a folder holds, and the prompt that it notes."""
+    settings = json.loads((samples.folder / SETTINGS_FILE).read_text())
+    for problem, digest in enumerate(asked):
+        held = sum((problem, n) in samples.found for n in range(k))
+        if settings["problems"][problem : problem + 1] not in ([], [digest]):
+            raise UserError(f"{samples.folder} holds answers to other problems: problem {problem} is not the one given")
+        if held < k:
+            raise UserError(
+                f"{samples.folder} holds {held} answers to problem {problem}, and k is {k}: lower k or size, or sample the "
+                "rest with another engine"
             )
-            row["difference"], row["difference_interval"] = difference, interval
+    return [[samples.found[p, n] for n in range(k)] for p in range(len(asked))], settings["prompt"]
+
+
+def _compare(summary: dict, tables: dict[str, pd.DataFrame], other: Path) -> None:
+    """Paired differences to another run, of the benchmarks that both hold.
+
+    Raises:
+        UserError: if they have none in common.
+    """
+    theirs = json.loads((other / SUMMARY_FILE).read_text())["benchmarks"]
+    common = [label for label in tables if label in theirs]
+    if not common:
+        raise UserError(f"{other} holds none of {', '.join(tables)}: its benchmarks are {', '.join(theirs)}")
+    for label in common:
+        before = finished(other / label)
+        if _questions(before) != _questions(tables[label]):
+            raise UserError(
+                f"{other / label} holds other problems than {label}: a paired difference needs the same ones"
+            )
+        row = summary["benchmarks"][label]
+        row["difference"], row["difference_interval"] = paired_difference(correct_of(before), correct_of(tables[label]))
     summary["compared_with"] = str(other)
 
 
-def _rows(summary: dict) -> list[dict]:
-    """One row a benchmark, for people."""
-
-    def percent(value: float, interval: tuple[float, float]) -> str:
-        return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-    rows = []
-    for label, found in summary["benchmarks"].items():
-        k, verdicts = found["k"], found["verdicts"]
-        row = {
-            "benchmark": label,
-            "n": str(found["problems"]),
-            f"avg@{k} [95 %]": percent(found["avg@k"], found["avg@k_interval"]),
-            f"pass@{k}": f"{100 * found['pass@k'][str(k)]:.1f}",
-            f"majority@{k}": f"{100 * found['majority@k']:.1f}",
-            "tokens": f"{found['mean_tokens']:.0f}",
-            "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
-            "no answer": str(verdicts["unparsable"]),
-            "not worked out": str(verdicts["unevaluated"]),
-            "timed out": str(verdicts["timeout"]),
-        }
-        if "difference" in found:
-            row["difference [95 %]"] = percent(found["difference"], found["difference_interval"])
-        rows.append(row)
-    return rows
-
-
-def _table(summary: dict, model: str) -> Table:
-    layer = f", layer {summary['meta']['layer']}" if summary["meta"]["layer"] else ""
-    table = Table(title=f"{model}{layer}, in percent", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows = _rows(summary)
-    shown = [name for name in rows[0] if name not in VERDICT_COLUMNS or any(row[name] != "0" for row in rows)]
-    for name in shown:
-        table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row.get(name, "") for name in shown))
-    return table
-
-
-def _write(summary: dict, folder: Path) -> None:
-    """`summary.json`, the table as CSV and Markdown, and the figure."""
-    write_json(folder / SUMMARY_FILE, summary)
-    rows = _rows(summary)
-    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row.get(name, "") for name in head) + " |" for row in rows]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    pass_figure({label: found["pass@k"] for label, found in summary["benchmarks"].items()}, folder / "pass_at_k.png")
+def _questions(table: pd.DataFrame) -> list[str]:
+    return table.groupby("problem", sort=True)["question"].first().tolist()

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bupo.analysis.rollouts import prompt_ids
 from bupo.analysis.run import top_tokens
 from bupo.commands.parsing import parse
+from bupo.data.templates import choose_template, prompt_ids
 from bupo.errors import UserError
 from bupo.models import EMBEDDED, load_model, load_tokenizer
 from bupo.policy import InternalPolicies, InternalPolicy, Lens
@@ -58,6 +58,7 @@ def run(arguments: list[str]) -> None:
     if options.temperature < 0:
         raise UserError(f"temperature must be 0 or more, got {options.temperature}")
     tokenizer = load_tokenizer(options.model)
+    choose_template(tokenizer)
     model = load_model(options.model, dtype="auto" if torch.accelerator.is_available() else "float32").eval()
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model

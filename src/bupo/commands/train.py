@@ -16,8 +16,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.commands.parsing import parse
 from bupo.data.problems import load_problems
-from bupo.data.templates import chat_template
+from bupo.data.templates import chat_template, choose_template, plain_text, template_options
 from bupo.errors import UserError
+from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.models import load_model, load_tokenizer
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import check_golds
@@ -75,10 +76,12 @@ class ProblemArguments:
 def run(arguments: list[str]) -> None:
     """Parse, check what is cheap to check, then load and train."""
     problems, config, model_config = parse((ProblemArguments, BuPOConfig, ModelConfig), arguments, "bupo train")
+    console = Console()
     rewards = [_reward(name) for name in problems.reward_funcs]
     if model_config.model_name_or_path is None:
         raise UserError("model_name_or_path is not set: give the folder of a model, a hub id or 'embedded'")
-    template = problems.chat_template and chat_template(problems.chat_template)
+    if problems.chat_template:
+        chat_template(problems.chat_template)  # a bad one is refused before anything is loaded
     checkpoint = _checkpoint(config)
     train_set = _load(problems, problems.dataset_name, problems.dataset_train_split, problems.dataset_size, config.seed)
     eval_set = None
@@ -90,6 +93,9 @@ def run(arguments: list[str]) -> None:
             check_golds(train_set[: min(GOLDS_TRIED, len(train_set))]["answer"], str(problems.dataset_name))
         except UserError as error:
             raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
+    benchmarks = load_benchmarks(
+        config.eval_benchmarks or [], config.eval_problems, problems.system_prompt, config.seed
+    )
     options = {"revision": model_config.model_revision, "trust_remote_code": config.trust_remote_code}
     name = model_config.model_name_or_path
     if config.beta != 0 and name.endswith(".gguf"):
@@ -97,8 +103,10 @@ def run(arguments: list[str]) -> None:
             f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
         )
     tokenizer = load_tokenizer(model_config.model_name_or_path, **options)
-    if template:
-        tokenizer.chat_template = template
+    template = choose_template(tokenizer, problems.chat_template)
+    if config.process_index == 0:
+        console.print(f"chat template: {template}", highlight=False)
+    config.chat_template_kwargs = template_options(tokenizer) | (config.chat_template_kwargs or {})
     if tokenizer.chat_template is None:
         train_set, eval_set = _as_text(train_set), eval_set and _as_text(eval_set)
     loading = {
@@ -112,7 +120,15 @@ def run(arguments: list[str]) -> None:
     # with a KL penalty TRL loads the reference by name, and must load the same revision
     config.model_init_kwargs = {"revision": model_config.model_revision} if config.beta != 0 else None
     trainer = make_trainer(
-        model, rewards, config, train_set, eval_set, tokenizer, Console(), peft_config=get_peft_config(model_config)
+        model,
+        rewards,
+        config,
+        train_set,
+        eval_set,
+        tokenizer,
+        console,
+        benchmarks=benchmarks,
+        peft_config=get_peft_config(model_config),
     )
     train(trainer, checkpoint)
 
@@ -196,7 +212,7 @@ def _reward(name: str):
 
 def _as_text(problems: Dataset) -> Dataset:
     """Prompts as plain text, for a model without a chat template."""
-    return problems.map(lambda row: {"prompt": "\n\n".join(m["content"] for m in row["prompt"]) + "\n"})
+    return problems.map(lambda row: {"prompt": plain_text(row["prompt"])})
 
 
 def _checkpoint(config: BuPOConfig) -> str | None:

@@ -169,6 +169,8 @@ def _messages(prompt, system_prompt: str | None, name: str, row: int) -> list[di
 
 
 def _answer(answer, name: str, row: int) -> str:
+    if isinstance(answer, list):  # of several values, such as OlympiadBench's
+        answer = ", ".join(map(str, answer))
     if answer is None or not str(answer).strip():
         raise UserError(f"{name}, row {row}: the answer is empty")
     return str(answer)

@@ -1,9 +1,10 @@
-"""Chat templates by name, for models that have none or were trained in the paper's form.
+"""Chat templates: the paper's by name, and the one choice for a model that every command makes.
 
 `qwen-math` is ChatML with a system line that asks for reasoning and a boxed answer; `octothinker` is a conversation in plain
-text, for base models. Qwen3 without thinking is its own template with `chat_template_kwargs: {enable_thinking: false}`.
+text, for base models. Qwen3 without thinking is its own template with `enable_thinking=False`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -44,14 +45,45 @@ def chat_template(name: str) -> str:
     raise UserError(f"chat_template must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}")
 
 
-def chosen_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict]:
-    """The paper's template for a model: its name, and arguments for `apply_chat_template`.
+def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
+    """Give a tokenizer the template that is wanted, or else the paper's for its model. Returns the choice, for people.
 
-    Qwen3 answers without thinking; a model without a chat template has a plain conversation (`octothinker`); all others have
-    their own.
+    OctoThinker's models get `octothinker`. All others keep their own: Qwen3 answers without thinking, and a model without
+    a template reads plain text.
+
+    Raises:
+        UserError: if there is no template of the wanted name.
     """
+    octothinker = "octothinker" in str(tokenizer.name_or_path).lower()
+    if wanted or octothinker:
+        tokenizer.chat_template = chat_template(wanted or "octothinker")
+        return wanted or "octothinker"
     if tokenizer.chat_template is None:
-        return "octothinker", {"chat_template": TEMPLATES["octothinker"]}
-    if "enable_thinking" in tokenizer.chat_template:
-        return "its own, no thinking", {"enable_thinking": False}
-    return "its own", {}
+        return "none (plain text; --chat_template octothinker makes it a conversation)"
+    return "the model's own, no thinking" if template_options(tokenizer) else "the model's own"
+
+
+def template_options(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Arguments for `apply_chat_template`: a model that may think before it answers does not, as in the paper."""
+    return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict], **options) -> list[int]:
+    """Token ids of a prompt: messages through the chat template (or joined where there is none), text as it is.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with its template.
+        prompt (`str` or `list[dict]`): text or messages.
+        options: for the template, instead of `template_options`.
+    """
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
+        prompt = plain_text(prompt)
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    options = template_options(tokenizer) | options
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **options))
+
+
+def plain_text(messages: Sequence[dict]) -> str:
+    """Messages for a model without a chat template."""
+    return "\n\n".join(message["content"] for message in messages) + "\n"

@@ -2,48 +2,53 @@
 embedded task are benchmarks too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
 
 from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
 from bupo.errors import UserError
+from bupo.rewards.grader import check_golds
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark on the hub. Columns are found by their usual names where they are not given."""
+    """A benchmark on the hub, at one revision, so that its numbers mean the same next year."""
 
     hub: str
-    split: str = "test"
-    config: str | None = None
+    revision: str | None
     prompt_column: str | None = None
     answer_column: str | None = None
+    config: str | None = None
     answer_after: str | None = None  # what the gold answer stands behind, in a worked solution
 
 
 BENCHMARKS = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500", prompt_column="problem", answer_column="answer"),
-    "amc23": Benchmark("math-ai/amc23"),
-    "aime24": Benchmark("math-ai/aime24"),
-    "aime25": Benchmark("math-ai/aime25"),
-    "olympiadbench": Benchmark("math-ai/olympiadbench"),
-    "minerva": Benchmark("math-ai/minervamath"),
-    "gsm8k": Benchmark("openai/gsm8k", config="main", answer_after="####"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "problem", "answer"),
+    "amc23": Benchmark("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", "question", "answer"),
+    "aime24": Benchmark("math-ai/aime24", "83a7f387baaa524a8bda0022eac0541582297103", "problem", "solution"),
+    "aime25": Benchmark("math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "problem", "answer"),
+    "olympiadbench": Benchmark(
+        "math-ai/olympiadbench", "4faaf1e6ec17d11a4218a9bf4c049ecaf954dd84", "question", "final_answer"
+    ),
+    "minerva": Benchmark("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96", "question", "answer"),
+    "gsm8k": Benchmark(
+        "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "question", "answer", "main", answer_after="####"
+    ),
 }
 
 
 def load_benchmark(
-    name: str, *, size: int | None = None, system_prompt: str | None = None, revision: str | None = None, seed: int = 0
+    name: str, *, size: int | None = None, system_prompt: str | None = None, seed: int = 0
 ) -> tuple[str, Dataset]:
     """A benchmark's label and problems.
 
     Args:
         name (`str`): of `BENCHMARKS`, such as `math500`; `LABEL=FILE` or a `.parquet` or `.jsonl` file of the same columns;
-            `reasoning_gym:NAME`; `arithmetic`; or a hub id.
+            `reasoning_gym:NAME`; `arithmetic`; or a hub id, if need be with `@REVISION`.
         size (`int`, *optional*): the first so many problems.
         system_prompt (`str`, *optional*): put before problems that have no system message.
-        revision (`str`, *optional*): of the hub dataset.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks.
 
     Raises:
@@ -51,34 +56,59 @@ def load_benchmark(
     """
     label, _, where = name.partition("=")
     known = BENCHMARKS.get(label)
-    source = where or (known.hub if known else label)
+    source, _, revision = (where or label).partition("@")
     elsewhere = "/" in source or source == ARITHMETIC or source.startswith(REASONING_GYM)
     if not (known or elsewhere or source.endswith(tuple(FILE_KINDS))):
         raise UserError(
-            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
-            "local file"
+            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, a "
+            "local file, or harness:TASK"
         )
+    mark = known.answer_after if known else None
     if where or known is None:
-        known = Benchmark(
-            source, config=known.config if known else None, answer_after=known.answer_after if known else None
-        )
+        known = Benchmark(source, revision or None)
     problems = load_problems(
-        source,
-        known.split,
-        config=known.config if not where else None,
+        known.hub,
+        "test",
+        config=known.config,
         prompt_column=known.prompt_column,
         answer_column=known.answer_column,
         system_prompt=system_prompt,
         size=size,
-        revision=revision,
+        revision=known.revision,
         seed=seed,
     )
-    mark = known.answer_after
     if mark:
         problems = problems.map(lambda row: {"answer": row["answer"].rpartition(mark)[2].strip()})
-    return (label if where or label in BENCHMARKS else _short(label)), problems
+    return (label if where or label in BENCHMARKS else _short(source)), problems
+
+
+def load_benchmarks(
+    names: Sequence[str], size: int | None = None, system_prompt: str | None = None, seed: int = 0
+) -> dict[str, Dataset]:
+    """Problems by label. Gold answers that cannot be graded against are refused before anything is sampled.
+
+    Args:
+        names, size, system_prompt, seed: of `load_benchmark`.
+
+    Raises:
+        UserError: if a benchmark cannot be loaded, or two have one label.
+    """
+    loaded = [load_benchmark(name, size=size, system_prompt=system_prompt, seed=seed) for name in names]
+    benchmarks = dict(loaded)
+    if len(benchmarks) < len(names):
+        raise UserError(f"benchmarks {', '.join(names)} have one label twice: write LABEL=FILE for one of them")
+    for label, problems in benchmarks.items():
+        check_golds(problems["answer"], label)
+    return benchmarks
 
 
 def _short(source: str) -> str:
     """A label of a file or hub id."""
-    return source.rstrip("/").split("/")[-1].removesuffix(".parquet").removesuffix(".jsonl").removesuffix(".json")
+    return (
+        source.removeprefix(REASONING_GYM)
+        .rstrip("/")
+        .split("/")[-1]
+        .removesuffix(".parquet")
+        .removesuffix(".jsonl")
+        .removesuffix(".json")
+    )

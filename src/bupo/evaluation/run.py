@@ -8,81 +8,123 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from bupo.analysis.run import write_json
+from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
-from bupo.evaluation.sampling import Answer, Engine, Request, seed_of
+from bupo.files import whole_rows, write_json
 from bupo.rewards.grader import MathGrader, Verdict
+from bupo.sampling import Answer, Engine, Request, seed_of
 
 SAMPLES_FILE, SETTINGS_FILE, GRADED_FILE = "samples.jsonl", "settings.json", "graded.parquet"
+DEADLINE = 5.0  # seconds, of grading an answer
+
+Key = tuple[int, int]  # problem, sample
 
 
-def sample_missing(
+class Samples:
+    """The finished answers of a benchmark in a folder, written as they come.
+
+    Args:
+        folder (`Path`): where `samples.jsonl` is, or will be.
+
+    Attributes:
+        found (`dict[tuple[int, int], Answer]`): by problem and sample.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / SAMPLES_FILE
+        self.found: dict[Key, Answer] = dict(whole_rows(self.path, _read_sample))
+
+    def made_with(self, settings: dict, problems: list[str]) -> None:
+        """Refuse to mix answers that depend on different things; note what these depend on.
+
+        Args:
+            settings (`dict`): the same for every answer.
+            problems (`list[str]`): what tells the problems apart, in their order. A run may know more of them than another.
+
+        Raises:
+            UserError: if there are answers, and they were made with other settings or to other problems.
+        """
+        known = check_settings(self.folder, settings, "answers", bool(self.found)).get("problems", [])
+        if any(a != b for a, b in zip(known, problems, strict=False)):
+            raise UserError(
+                f"{self.folder} holds answers to other problems: choose another output, or remove that folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SETTINGS_FILE, settings | {"problems": max(known, problems, key=len)})
+
+    def add(self, request: Request, answer: Answer) -> None:
+        """Keep an answer that has just finished."""
+        self.found[request.problem, request.sample] = answer
+        with self.path.open("a") as file:
+            file.write(json.dumps({"problem": request.problem, "sample": request.sample, **asdict(answer)}) + "\n")
+
+
+def check_settings(folder: Path, settings: dict, what: str, held: bool) -> dict:
+    """The settings that a folder's answers were made with, which must be these. Nothing where it holds none.
+
+    Raises:
+        UserError: with the first that differs.
+    """
+    path = folder / SETTINGS_FILE
+    if not held or not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{folder} holds {what} made with another {name} ({before.get(name)!r:.60}, now {value!r:.60}): choose "
+                "another output, or remove that folder"
+            )
+    return before
+
+
+def _read_sample(line: str) -> tuple[Key, Answer]:
+    row = json.loads(line)
+    return (row.pop("problem"), row.pop("sample")), Answer(**row)
+
+
+def prompts_of(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
+    """Token ids of each problem's prompt. Options are the chat template's."""
+    return [tuple(prompt_ids(tokenizer, messages, **options)) for messages in problems["prompt"]]
+
+
+def sample(
     engine: Engine,
     prompts: Sequence[tuple[int, ...]],
     k: int,
-    seed: int,
-    folder: Path,
-    settings: dict,
+    seed: int = 0,
+    kept: Samples | None = None,
     on_answer: Callable[[int], None] = lambda done: None,
 ) -> list[list[Answer]]:
-    """k answers to each prompt, of which those that `samples.jsonl` holds are not sampled again.
+    """k answers to each prompt.
 
     Args:
         engine (`Engine`): samples.
         prompts (`list[tuple[int, ...]]`): token ids by problem.
         k (`int`): answers a problem.
-        seed (`int`): of the run.
-        folder (`Path`): where the answers are kept.
-        settings (`dict`): what the answers depend on besides; a folder made with others begins anew.
+        seed (`int`, *optional*, defaults to `0`): of the run.
+        kept ([`Samples`], *optional*): finished answers, which are not sampled again; new ones are added as they come.
         on_answer (`Callable`, *optional*): called with the number of answers just finished.
 
     Returns:
         `list[list[Answer]]`: by problem and sample.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SAMPLES_FILE
-    mine = json.loads(json.dumps(settings | {"seed": seed}))
-    kept = folder / SETTINGS_FILE
-    if not kept.exists() or json.loads(kept.read_text()) != mine:
-        path.unlink(missing_ok=True)
-        write_json(kept, mine)
-    found = _read_samples(path)
-    wanted = [(problem, sample) for problem in range(len(prompts)) for sample in range(k)]
-    on_answer(sum(key in found for key in wanted))
-    missing = [
-        Request(problem, sample, prompts[problem], seed_of(seed, problem, sample))
-        for problem, sample in wanted
-        if (problem, sample) not in found
-    ]
-    with path.open("a") as file:
-        for request, answer in engine(missing):
-            found[request.problem, request.sample] = answer
-            file.write(json.dumps({"problem": request.problem, "sample": request.sample, **asdict(answer)}) + "\n")
-            file.flush()
-            on_answer(1)
-    return [[found[problem, sample] for sample in range(k)] for problem in range(len(prompts))]
+    found = {} if kept is None else kept.found
+    wanted = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
+    missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
+    on_answer(len(wanted) - len(missing))
+    for request, answer in engine(missing):
+        found[request.problem, request.sample] = answer
+        if kept is not None:
+            kept.add(request, answer)
+        on_answer(1)
+    return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
 
 
-def _read_samples(path: Path) -> dict[tuple[int, int], Answer]:
-    """The whole rows of a file; half a last line is cut off."""
-    found: dict[tuple[int, int], Answer] = {}
-    if not path.exists():
-        return found
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            key = (row.pop("problem"), row.pop("sample"))
-            found[key] = Answer(**row)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            path.write_text("".join(lines[:number]))
-            break
-    return found
-
-
-def graded(problems: Dataset, answers: list[list[Answer]], deadline: float) -> pd.DataFrame:
+def graded(problems: Dataset, answers: list[list[Answer]], deadline: float = DEADLINE) -> pd.DataFrame:
     """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated."""
     rows = [
         {
@@ -96,6 +138,8 @@ def graded(problems: Dataset, answers: list[list[Answer]], deadline: float) -> p
         for n, a in enumerate(samples)
     ]
     table = pd.DataFrame(rows)
+    for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
+        table[column] = [text.encode(errors="replace").decode() for text in table[column]]
     grader = MathGrader(deadline=deadline)
     try:
         grades = grader.examine(list(table["text"]), list(table["gold"]))
@@ -107,8 +151,8 @@ def graded(problems: Dataset, answers: list[list[Answer]], deadline: float) -> p
 
 def summarize(table: pd.DataFrame) -> dict:
     """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict."""
-    problems, k = table["problem"].nunique(), table["sample"].nunique()
-    correct = (table["verdict"] == Verdict.CORRECT).to_numpy().reshape(problems, k)
+    correct = correct_of(table)
+    problems, k = correct.shape
     values = table["value"].to_numpy().reshape(problems, k)
     mean, interval = avg_at_k(correct)
     return {
@@ -124,10 +168,19 @@ def summarize(table: pd.DataFrame) -> dict:
     }
 
 
-def correct_by_problem(folder: Path) -> np.ndarray:
-    """`correct_PN` of a finished benchmark's folder."""
+def correct_of(table: pd.DataFrame) -> np.ndarray:
+    """`correct_PN` of a graded table."""
+    correct = (table["verdict"] == Verdict.CORRECT).to_numpy()
+    return correct.reshape(table["problem"].nunique(), -1)
+
+
+def finished(folder: Path) -> pd.DataFrame:
+    """The graded table of a finished benchmark's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
     path = folder / GRADED_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
-    table = pd.read_parquet(path)
-    return (table["verdict"] == Verdict.CORRECT).to_numpy().reshape(table["problem"].nunique(), -1)
+    return pd.read_parquet(path)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from bupo.errors import UserError, first_line
-from bupo.evaluation.sampling import Answer, Request
+from bupo.sampling import Answer, Request
 
 CHUNK = 256  # requests given to vLLM at once, after which answers are kept
 TRIES, PAUSE = 4, 1.0  # of a request that a server fails, seconds before the second

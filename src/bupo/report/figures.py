@@ -16,19 +16,23 @@ STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, 
 
 
 def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
-    """Reward, entropy and response length over rollout batches, with the phases marked.
+    """Reward, entropy, response length and, where there are any, evaluations over rollout batches, with the phases marked.
 
     Args:
         rows (`list[dict]`): of a run's `metrics.jsonl`.
         path (`str`): the PNG or PDF to write.
-        title (`str`): above the three panels.
+        title (`str`): above the panels.
     """
+    evaluations = [row for row in rows if "eval/rollout_batches" in row]
     rows = [row for row in rows if "rollout_batch" in row]
     batches = [row["rollout_batch"] for row in rows]
     first_phase = [row["rollout_batch"] for row in rows if row["phase"] < 1.5]
     layered = [row for row in rows if "internal/entropy" in row]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    reward, entropy, length = axes
+    panels = 4 if evaluations else 3
+    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3.4), layout="constrained")
+    reward, entropy, length = axes[:3]
+    if evaluations:
+        _evaluations(axes[3], evaluations)
     reward.plot(batches, [row["reward"] for row in rows], color=BLUE)
     reward.set_ylim(0, 1.1 * max(1.0, *(row["reward"] for row in rows)))
     reward.set_title("reward")
@@ -62,6 +66,20 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _evaluations(axis, rows: Sequence[dict]) -> None:
+    """avg@k of each benchmark with its interval, over the rollout batches that were done."""
+    done = [row["eval/rollout_batches"] for row in rows]
+    shares = [name for name in rows[0] if "/avg@" in name]
+    for name, colour in zip(shares, itertools.cycle((BLUE, ORANGE, GREEN, RED, GREY)), strict=False):
+        label = name.split("/")[1]
+        axis.plot(done, [100 * row[name] for row in rows], color=colour, marker=".", label=label)
+        low, high = ([100 * row[f"eval/{label}/{end}"] for row in rows] for end in ("low", "high"))
+        axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(0, 102)
+    axis.set_title(f"{shares[0].split('/')[-1]} (%)" if shares else "evaluation")
 
 
 def pass_figure(curves: dict[str, dict[str, float]], path: str | Path) -> None:

@@ -1,14 +1,13 @@
 """One self-contained HTML page of an analysis. It reads tables only, and opens without a network."""
 
-import json
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs
+
+from bupo.report.html import script_json, write_html
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
@@ -49,11 +48,14 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
         "names": MEASURE_NAMES,
         "csv": table.to_csv(index=False, float_format="%.6g"),
     }
-    template = jinja2.Template((files("bupo.report") / "page.html.jinja").read_text())
-    page = template.render(models=summary, data=_script(data), plotly=get_plotlyjs(), names=MEASURE_NAMES)
-    part = Path(path).with_suffix(".part")
-    part.write_text(page)
-    part.replace(path)
+    write_html(
+        path,
+        "page.html.jinja",
+        models=summary,
+        data=script_json(data),
+        plotly=get_plotlyjs(),
+        names=MEASURE_NAMES,
+    )
 
 
 def _rounded(matrix: list[list[float]] | None) -> list[list[float]] | None:
@@ -62,17 +64,3 @@ def _rounded(matrix: list[list[float]] | None) -> list[list[float]] | None:
 
 def _number(x: float) -> float | None:
     return None if math.isnan(x) else float(f"{x:.5g}")
-
-
-def _script(data: dict) -> str:
-    """JSON that may stand inside a script element: a model may well have written `</script>`."""
-
-    def clean(value):
-        if isinstance(value, float):
-            return None if math.isnan(value) else value
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
-
-    text = json.dumps(clean(data), ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
+from bupo.files import in_one_piece
 
 logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_IN_A_ROW = 3  # updates
+_EVALUATION = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # of benchmarks, not of TRL's eval_dataset
 
 
 class MetricsFile(TrainerCallback):
@@ -40,14 +43,15 @@ class MetricsFile(TrainerCallback):
         rows = read_metrics(self.path) if state.global_step and self.path.exists() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(self.path)
+        with in_one_piece(self.path) as part:
+            part.write_text("".join(kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
+            # the name that trackers show: transformers turns `eval_` into `eval/` for them
+            named = {_EVALUATION.sub("eval/", name): value for name, value in logs.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 
 
 class FiniteUpdates(TrainerCallback):
@@ -171,6 +175,15 @@ class ConsoleLines(TrainerCallback):
             self.console.print(self._line(logs), highlight=False)
         elif "eval_reward" in logs:
             self.console.print(f"      [cyan]evaluation[/]  reward {logs['eval_reward']:.3f}", highlight=False)
+        elif "eval_rollout_batches" in logs:
+            for name, value in logs.items():
+                label, _, metric = name.removeprefix("eval_").rpartition("/")
+                if metric.startswith("avg@"):
+                    low, high = logs[f"eval_{label}/low"], logs[f"eval_{label}/high"]
+                    self.console.print(
+                        f"      [cyan]evaluation[/]  {label} {metric} {100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+                        highlight=False,
+                    )
 
     def view(self) -> Group:
         """The progress bar and the curves, each with its last value and its range."""

@@ -56,6 +56,13 @@ class BuPOConfig(GRPOConfig):
             there is a layer to look at; 0 is never.
         probe_answers (`int`, *optional*, defaults to `8`):
             Answers of the probe set, taken from the first rollout batch.
+        eval_benchmarks (`list[str]`, *optional*):
+            Benchmarks to evaluate on while the run goes, as `bupo eval --benchmarks` names them
+            ([`~bupo.training.evaluations.Evaluations`]).
+        eval_every (`int`, *optional*, defaults to `10`):
+            Rollout batches between two of these evaluations; there is one before training and one after it too.
+        eval_k (`int`, *optional*, defaults to `4`), eval_problems (`int`, *optional*):
+            Answers a problem, and the first so many problems of each benchmark.
         advantage_estimator (`str`, *optional*, defaults to `"grpo"`):
             `grpo` (TRL's), `rloo`, `reinforce++` or `ppo`.
         critic_backbone (`str`, *optional*, defaults to `"copy"`):
@@ -109,6 +116,13 @@ class BuPOConfig(GRPOConfig):
         metadata={"help": "Rollout batches between two probes; by default as 3 %% of the arithmetic allows. 0: never."},
     )
     probe_answers: int = field(default=8, metadata={"help": "Answers of the probe set."})
+    eval_benchmarks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Evaluate on these while the run goes: names as of bupo eval --benchmarks."},
+    )
+    eval_every: int = field(default=10, metadata={"help": "Rollout batches between two of these evaluations."})
+    eval_k: int = field(default=4, metadata={"help": "Answers a problem in them."})
+    eval_problems: int | None = field(default=None, metadata={"help": "The first so many problems of each."})
     advantage_estimator: Estimator = field(
         default="grpo",
         metadata={"help": "grpo, rloo, reinforce++ or ppo.", "choices": get_args(Estimator)},
@@ -209,7 +223,8 @@ class BuPOConfig(GRPOConfig):
         _choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         if self.probe_every is not None:
             _whole("probe_every", self.probe_every, 0, "a whole number of rollout batches, 0 or more")
-        _whole("probe_answers", self.probe_answers, 1, "1 or more")
+        for name in ("probe_answers", "eval_every", "eval_k"):
+            _whole(name, getattr(self, name), 1, "1 or more")
         for name, low, high in (("gae_gamma", 0, 1), ("gae_lambda", 0, 1), ("slow_factor", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name} must lie from {low} to {high}, got {getattr(self, name)}")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from bupo.files import in_one_piece
 from bupo.policy import Lens
 from bupo.residual import ResidualStream, Site
 
@@ -182,9 +183,8 @@ class Dynamics:
             json.dumps({"prompt_ids": p, "completion_ids": a, "prompt": decode(p), "completion": decode(a)}) + "\n"
             for p, a in answers
         ]
-        part = self.folder / (PROBES_FILE + ".part")
-        part.write_text("".join(lines))
-        part.replace(self.folder / PROBES_FILE)
+        with in_one_piece(self.folder / PROBES_FILE) as part:
+            part.write_text("".join(lines))
 
     def read(self, done: int) -> None:
         """The series of a run that goes on, as far as `done` rollout batches."""
@@ -202,6 +202,5 @@ class Dynamics:
         arrow = arrow.replace_schema_metadata(
             {**(arrow.schema.metadata or {}), b"meta": json.dumps(self.meta).encode()}
         )
-        part = self.folder / (DYNAMICS_FILE + ".part")
-        pq.write_table(arrow, part)
-        part.replace(self.folder / DYNAMICS_FILE)
+        with in_one_piece(self.folder / DYNAMICS_FILE) as part:
+            pq.write_table(arrow, part)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,6 +31,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.errors import UserError
+from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.residual import Family, ResidualStream, evaluating
 from bupo.training import advantages
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
@@ -37,6 +39,7 @@ from bupo.training.boundary import boundary_layer
 from bupo.training.callbacks import FiniteUpdates
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import CRITIC_FILE, CopiedCritic, SharedCritic
+from bupo.training.evaluations import Evaluations
 from bupo.training.head import PolicyHead
 from bupo.training.layers import above, freeze_up_to, slow_down
 from bupo.training.probes import repetition
@@ -73,6 +76,7 @@ class BuPOTrainer(GRPOTrainer):
         reward_funcs: as for [`~trl.GRPOTrainer`].
         args ([`BuPOConfig`]): configuration of the run.
         family ([`~bupo.residual.Family`], *optional*): where the residual writes are, for an unknown model family.
+        benchmarks (`dict[str, Dataset]`, *optional*): the problems of `eval_benchmarks` by label; by default loaded by name.
         kwargs: all other arguments of [`~trl.GRPOTrainer`].
 
     Raises:
@@ -93,6 +97,7 @@ class BuPOTrainer(GRPOTrainer):
         args: BuPOConfig | None = None,
         *positional,
         family: Family | None = None,
+        benchmarks: dict[str, Dataset] | None = None,
         **kwargs,
     ):
         if args is None:
@@ -134,6 +139,16 @@ class BuPOTrainer(GRPOTrainer):
         self._watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
         self._finite = FiniteUpdates()
         self.add_callback(self._finite)
+        if args.eval_benchmarks:
+            if sharded:
+                raise UserError(
+                    "eval_benchmarks needs whole parameters: with FSDP or DeepSpeed, run bupo eval on checkpoints"
+                )
+            self.add_callback(
+                Evaluations(
+                    self, benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
+                )
+            )
         self._old_log_probs: torch.Tensor | None = None  # while a loss is computed
         # during a rollout of phase 1, the entropies of the first scoring pass
         self._collecting = False

@@ -1,0 +1,37 @@
+"""What the HTML pages share: templates, and data that may stand inside a page."""
+
+import json
+import math
+from pathlib import Path
+
+import jinja2
+
+from bupo.files import in_one_piece
+
+_TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("bupo", "report"), autoescape=True)
+
+
+def write_html(path: str | Path, template: str, **names) -> None:
+    """Render a template of this folder into one file.
+
+    Args:
+        path (`str`): the HTML file.
+        template (`str`): file name of the template. What it is given is escaped unless it says `safe`.
+        names: what the template reads.
+    """
+    with in_one_piece(Path(path)) as part:
+        part.write_text(_TEMPLATES.get_template(template).render(**names), encoding="utf-8", errors="replace")
+
+
+def script_json(data: dict) -> str:
+    """JSON that may stand inside a script element: a model may well have written `</script>`. NaN becomes null."""
+
+    def clean(value):
+        if isinstance(value, float):
+            return None if math.isnan(value) else value
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    text = json.dumps(clean(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -1,0 +1,107 @@
+"""The numbers of an evaluation for people: rows, a table for the terminal, files for a paper. They read `summary.json` only."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bupo.report.figures import pass_figure
+
+VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")  # on the terminal only where there are any
+
+
+def percent(value: float, interval: tuple[float, float]) -> str:
+    """A share and its interval, in percent."""
+    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def score_rows(summary: dict) -> list[dict[str, str]]:
+    """One row a benchmark of sampled answers."""
+    rows = []
+    for label, found in summary["benchmarks"].items():
+        k, verdicts = found["k"], found["verdicts"]
+        row = {
+            "benchmark": label,
+            "n": str(found["problems"]),
+            f"avg@{k} [95 %]": percent(found["avg@k"], found["avg@k_interval"]),
+        }
+        if k > 1:  # of one answer all three are the same
+            row[f"pass@{k}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
+            row[f"maj@{k}"] = f"{100 * found['majority@k']:.1f}"
+        row |= {
+            "tokens": f"{found['mean_tokens']:.0f}",
+            "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
+            "no answer": str(verdicts["unparsable"]),
+            "not worked out": str(verdicts["unevaluated"]),
+            "timed out": str(verdicts["timeout"]),
+        }
+        if "difference" in found:
+            row["difference [95 %]"] = percent(found["difference"], found["difference_interval"])
+        rows.append(row)
+    return rows
+
+
+def average_row(summary: dict) -> list[dict[str, str]]:
+    """The mean of several benchmarks' avg@k, each with the same weight as in the paper's table 1. No row for one.
+
+    Its interval takes the benchmarks' to be independent: the root of the summed squares of their half widths.
+    """
+    found = list(summary["benchmarks"].values())
+    if len(found) < 2:
+        return []
+    mean = sum(row["avg@k"] for row in found) / len(found)
+    half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
+    name = f"avg@{found[0]['k']} [95 %]"
+    return [{"benchmark": "average", name: percent(mean, (max(0.0, mean - half), min(1.0, mean + half)))}]
+
+
+def harness_rows(summary: dict) -> list[dict[str, str]]:
+    """One row a benchmark of the harness."""
+    return [
+        {
+            "benchmark": label,
+            "n": str(found["problems"]),
+            "score [95 %]": percent(found["score"], found["interval"]),
+            "metric": found["metric"],
+            "task": found["task"],
+        }
+        for label, found in summary["harness"].items()
+    ]
+
+
+def score_tables(summary: dict) -> list[Table]:
+    """For the terminal."""
+    layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
+    tables = []
+    for rows in filter(None, (score_rows(summary) + average_row(summary), harness_rows(summary))):
+        table = Table(title=f"{summary['meta']['model']}{layer}, in percent", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        shown = [n for n in names if n not in VERDICT_COLUMNS or any(row.get(n, "0") != "0" for row in rows)]
+        for name in shown:
+            left = name in ("benchmark", "metric", "task")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row.get(name, "") for name in shown))
+        tables.append(table)
+    return tables
+
+
+def write_scores(summary: dict, folder: Path) -> None:
+    """`table.md`, `table.csv`, the same of the harness' benchmarks, and `pass_at_k.png`."""
+    for name, rows in (("table", score_rows(summary) + average_row(summary)), ("harness", harness_rows(summary))):
+        if rows:
+            table = pd.DataFrame(rows).fillna("")
+            table.to_csv(folder / f"{name}.csv", index=False)
+            (folder / f"{name}.md").write_text(_markdown(table))
+    if summary["benchmarks"]:
+        pass_figure(
+            {label: found["pass@k"] for label, found in summary["benchmarks"].items()}, folder / "pass_at_k.png"
+        )
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.itertuples(index=False)]
+    return "\n".join(lines) + "\n"

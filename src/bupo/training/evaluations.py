@@ -1,0 +1,78 @@
+"""avg@k on benchmarks while a run goes: before the first rollout batch, on a schedule, and after the last."""
+
+from collections.abc import Iterator, Sequence
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from bupo.evaluation.run import graded, prompts_of, sample, summarize
+from bupo.sampling import Answer, Request, TransformersEngine
+
+
+class Evaluations(TrainerCallback):
+    """Evaluates the language model policy between rollout batches, with the sampling of the rollouts.
+
+    The random numbers are the same every time, so that two evaluations differ by the weights only; training does not see them.
+    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `pass@k`,
+    `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how many were done.
+
+    Args:
+        trainer ([`BuPOTrainer`]): its model, tokenizer and configuration.
+        benchmarks (`dict[str, Dataset]`): problems by label.
+    """
+
+    def __init__(self, trainer, benchmarks: dict[str, Dataset]):
+        self.trainer, self.benchmarks = trainer, benchmarks
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._evaluate(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
+        micro_steps = self.trainer._micro_steps_per_rollout
+        done, inside = divmod(self.trainer._step, micro_steps)
+        last = state.global_step >= state.max_steps
+        if last or (inside == 0 and done % args.eval_every == 0):
+            self._evaluate(done)
+
+    def _evaluate(self, rollout_batches: int) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        engine = TransformersEngine(
+            model,
+            trainer.processing_class,
+            args.max_completion_length,
+            args.temperature,
+            args.top_p,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        logs: dict[str, float] = {"eval_rollout_batches": rollout_batches}
+        for label, problems in self.benchmarks.items():
+            prompts = prompts_of(problems, trainer.processing_class, **(args.chat_template_kwargs or {}))
+            answers = sample(self._shared(engine), prompts, args.eval_k, args.seed)
+            if trainer.is_world_process_zero():
+                found = summarize(graded(problems, answers))
+                k, (low, high) = args.eval_k, found["avg@k_interval"]
+                logs |= {
+                    f"eval_{label}/avg@{k}": found["avg@k"],
+                    f"eval_{label}/low": low,
+                    f"eval_{label}/high": high,
+                    f"eval_{label}/pass@{k}": found["pass@k"][str(k)],
+                    f"eval_{label}/tokens": found["mean_tokens"],
+                    f"eval_{label}/truncated": found["truncated"] / (len(problems) * k),
+                }
+        due = trainer.control.should_log  # which a log takes for its own
+        Trainer.log(trainer, logs)  # not GRPOTrainer's, which would empty the training metrics into this row
+        trainer.control.should_log = due
+
+    def _shared(self, engine: TransformersEngine):
+        """The engine on all processes, each with its share of the requests."""
+        accelerator = self.trainer.accelerator
+
+        def share(requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+            mine = list(engine(requests[accelerator.process_index :: accelerator.num_processes]))
+            yield from gather_object(mine)
+
+        return share
