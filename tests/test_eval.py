@@ -17,7 +17,9 @@ import pytest
 import torch
 from datasets import Dataset
 from math_verify import parse, verify
+from peft import LoraConfig, get_peft_model
 from scipy import stats
+from transformers import GenerationConfig
 
 from bupo.commands.main import main
 from bupo.data import problems as problems_module
@@ -103,6 +105,26 @@ def test_without_temperature_it_is_the_models_own_generate(model):
         assert found[problem, 0].text == TOKENIZER.decode(own, skip_special_tokens=True)
 
 
+def test_the_models_own_generation_settings_do_not_matter(model):
+    """A repetition penalty, beams, no cache or a length of its own would change what is sampled."""
+    wanted = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
+    for setting in (
+        {"use_cache": False},
+        {"repetition_penalty": 1.5},
+        {"num_beams": 2},
+        {"top_k": 2, "temperature": 0.1, "do_sample": True},
+        {"max_new_tokens": 4},
+        {"cache_implementation": "static"},
+    ):
+        own = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **setting)
+        before, model.generation_config = model.generation_config, own
+        try:
+            assert answers(TransformersEngine(model, TOKENIZER, 32), requests(3)) == wanted, setting
+            assert model.generation_config is own
+        finally:
+            model.generation_config = before
+
+
 def test_an_internal_policy_speaks(model):
     policies = InternalPolicies(model)
     found = answers(TransformersEngine(model, TOKENIZER, 12, temperature=0.0, policy=policies.layer(6)), requests(1))
@@ -167,6 +189,22 @@ def test_nothing_is_sampled_twice(tmp_path):
         kept().made_with({"model": "n"}, names)
     with pytest.raises(UserError, match="holds answers to other problems"):
         kept().made_with(settings, ["a", "x", "c"])
+    for broken, message in (
+        (
+            before + b'{"problem": 0, "sample": 9, "text": "", "tokens": 1, "truncated": false, "more": 1}\n',
+            "line 19 cannot",
+        ),
+        (b"[1]\n" + before, "line 1 cannot be read"),
+    ):
+        (tmp_path / "samples.jsonl").write_bytes(broken)
+        with pytest.raises(UserError, match=message):
+            kept()
+        assert (tmp_path / "samples.jsonl").read_bytes() == broken  # nothing is cut off that is whole
+    (tmp_path / "samples.jsonl").write_bytes(before)
+    (tmp_path / "settings.json").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"not what they were made with \(settings.json is missing\)"):
+        kept().made_with(settings, names)
+    (tmp_path / "elsewhere").rename(tmp_path / "settings.json")
     kept().made_with(settings, ["a"])  # fewer problems, and more: their answers are kept
     kept().made_with(settings, [*names, "d"])
     with pytest.raises(UserError, match="other problems"):
@@ -175,7 +213,7 @@ def test_nothing_is_sampled_twice(tmp_path):
 
 
 def evaluation(folder, *extra):
-    return ["eval", "--benchmarks", "arithmetic", "--size", "48", "--k", "4", "--max_new_tokens", "32", "--batch_size", "8",
+    return ["eval", "--model", "embedded", "--benchmarks", "arithmetic", "--size", "48", "--k", "4", "--max_new_tokens", "32", "--batch_size", "8",
             "--output", str(folder), *extra]  # fmt: skip
 
 
@@ -333,6 +371,26 @@ def test_a_model_that_was_trained_under_the_same_name_is_another(tmp_path, capsy
     assert "made with another weights" in capsys.readouterr().err
 
 
+def test_an_adapter(tmp_path, capsys):
+    """That of a model which LoRA has changed; its answers are those of the merged model."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(load_model("embedded"), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    TOKENIZER.save_pretrained(tmp_path / "merged")
+    for name, options in (
+        ("a", ["--adapter", str(tmp_path / "adapter")]),
+        ("b", ["--model", str(tmp_path / "merged")]),
+    ):
+        assert main(evaluation(tmp_path / name, "--size", "6", *options)) == 0
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert main(evaluation(tmp_path / "c", "--size", "6")) == 0
+    assert rows(tmp_path / "c") != rows(tmp_path / "a")
+    capsys.readouterr()
+    assert main(evaluation(tmp_path / "d", "--adapter", str(tmp_path / "nowhere"))) == 2
+    assert "cannot be put on the model" in capsys.readouterr().err
+
+
 SUMS = """
 task: sums
 dataset_path: json
@@ -371,10 +429,60 @@ def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     error = np.sqrt(found["score"] * (1 - found["score"]) / 47)
     assert found["interval"][1] - found["score"] == pytest.approx(1.96 * error, rel=1e-3)
     assert "sums" in (tmp_path / "run" / "harness.md").read_text() and "exact_match" in capsys.readouterr().out
-    for finished_one in (tmp_path / "run" / "sums").glob("responses*"):
-        finished_one.unlink()
-    assert main(command) == 0  # its result is kept
-    assert not list((tmp_path / "run" / "sums").glob("responses*"))
+    here = tmp_path / "run" / "harness" / "sums"
+    for responses in here.glob("responses*"):
+        responses.unlink()
+    assert main(command) == 0 and not list(here.glob("responses*"))  # its result is kept
+    capsys.readouterr()
+    alone = evaluation(tmp_path / "run", "--k", "1", "--temperature", "0", *policy)
+    alone[alone.index("arithmetic")] = f"harness:{task}"
+    for more, message in ((["--layer", "2"], "responses made with another layer"), (["--size", "9"], "another size")):
+        assert main([*alone, *more]) == 2
+        assert message in capsys.readouterr().err
+    task.write_text(task.read_text() + "\nrepeats: 1\n")
+    assert main(alone) == 2
+    assert "made with another task_sha256" in capsys.readouterr().err
+
+
+def test_a_group_of_the_harness(tmp_path, capsys):
+    """Its number is the mean over its tasks' questions; a tag or a group without a number is refused."""
+    rows = [
+        {"question": row["prompt"][-1]["content"], "answer": row["answer"]}
+        for row in load_problems("arithmetic", "test", size=8)
+    ]
+    write(tmp_path / "sums.jsonl", rows)
+    for name in ("one", "two"):
+        text = SUMS.replace("FILE", str(tmp_path / "sums.jsonl")).replace(
+            "task: sums", f"task: {name}\ntag: [both_tag]"
+        )
+        (tmp_path / f"{name}.yaml").write_text(text)
+    group = tmp_path / "group.yaml"
+    group.write_text("group: both\ntask: [one, two]\n")
+    command = ["eval", "--benchmarks", f"harness:{group}", "--size", "4", "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "lm-eval-harness gives no number for 'both' as a whole: name one of its tasks" in capsys.readouterr().err
+    metric = "{metric: exact_match, aggregation: mean, weight_by_size: true, filter_list: boxed}"
+    group.write_text(f"group: both\ntask: [one, two]\naggregate_metric_list: [{metric}]\n")
+    assert main([*command[:-1], str(tmp_path / "again")]) == 0
+    found = json.loads((tmp_path / "again" / "summary.json").read_text())["harness"]["group"]
+    assert found["problems"] == 8 and found["metric"] == "exact_match,boxed" and found["shots"]["one"] == 0
+
+
+def test_the_harness_has_the_limit_and_the_code_needs_leave(tmp_path, capsys):
+    write(tmp_path / "sums.jsonl", [{"question": "57+23-41", "answer": "39"}])
+    text = SUMS.replace("FILE", str(tmp_path / "sums.jsonl")).replace(", max_gen_toks: 32", "")
+    (tmp_path / "sums.yaml").write_text(text)
+    for limit, score in (("2", 0.0), ("40", None)):
+        command = ["eval", "--benchmarks", f"harness:{tmp_path / 'sums.yaml'}", "--max_new_tokens", limit]
+        assert main([*command, "--output", str(tmp_path / limit)]) == 0
+        found = json.loads((tmp_path / limit / "summary.json").read_text())["harness"]["sums"]
+        assert score is None or found["score"] == score
+    (tmp_path / "unsafe.yaml").write_text(text.replace("task: sums", "task: unsafe\nunsafe_code: true"))
+    capsys.readouterr()
+    command = ["eval", "--benchmarks", f"harness:{tmp_path / 'unsafe.yaml'}", "--max_new_tokens", "4", "--output"]
+    assert main([*command, str(tmp_path / "u")]) == 2
+    assert "runs code that the model writes, on this machine: allow it with --run_code true" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "u"), "--run_code", "true"]) == 0
 
 
 def test_a_local_file_under_a_benchmarks_name(tmp_path):
@@ -450,6 +558,13 @@ def test_the_template_is_chosen_by_the_model():
     assert shown.startswith("none (plain text") and text == "2+3\n"
     shown, text = chosen(None, "OctoThinker/OctoThinker-3B-Hybrid-Base")
     assert shown == "octothinker" and text.endswith("User: 2+3\nAssistant:")
+    tokenizer = load_tokenizer("embedded")
+    choose_template(tokenizer, "octothinker")
+    talk = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "1"), ("assistant", "2"), ("user", "3"))]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert text.endswith(f"\\boxed{{}}.\n\nS\nUser: 1\nAssistant: 2{tokenizer.eos_token}\nUser: 3\nAssistant:")
+    shown, text = chosen("{{ messages[0].content }}!", "OctoThinker/OctoThinker-3B-Hybrid-Base")  # trained with another
+    assert shown == "the model's own" and text == "2+3!"
     shown, text = chosen("{{ messages[0].content }}", wanted="qwen-math")
     assert shown == "qwen-math" and "step by step" in text
     tokenizer = load_tokenizer("embedded")
@@ -464,12 +579,15 @@ def test_the_template_is_chosen_by_the_model():
         (["--benchmarks", "math5000"], "unknown benchmark 'math5000': choose math500, amc23"),
         (["--benchmarks", "math500"], "dataset 'HuggingFaceH4/MATH-500' .* cannot be loaded"),
         (["--benchmarks", "arithmetic,arithmetic"], "have one label twice: write LABEL=FILE"),
+        (["--benchmarks", "arithmetic,harness:arithmetic"], "names none, or two of one label"),
+        (["--benchmarks", ","], "names none, or two of one label"),
+        (["--output", __file__], "cannot be written: .*; finished answers are kept"),
         (["--layer", "0"], "layer 0 does not exist"),
         (["--engine", "kept"], "holds no answers to grade: settings.json is missing"),
         (["--benchmarks", "humaneval"], "humaneval runs code that the model writes, on this machine: allow it with"),
-        (["--benchmarks", "harness:nosuchtask"], "lm-eval-harness cannot run 'nosuchtask'"),
-        (["--benchmarks", "harness:/nowhere.yaml"], "/nowhere.yaml is no file of a task"),
-        (["--benchmarks", "arc-c"], "lm-eval-harness cannot run 'arc_challenge'"),
+        (["--benchmarks", "harness:nosuchtask"], "lm-eval-harness cannot load 'nosuchtask'"),
+        (["--benchmarks", "harness:/nowhere.yaml"], "/nowhere.yaml is no file that names a task or a group"),
+        (["--benchmarks", "arc-c"], "lm-eval-harness cannot load 'arc_challenge'"),
         (["--benchmarks", "arc-c", "--engine", "vllm"], "lm-eval-harness runs with engine transformers here"),
         (["--benchmarks", "x=/nowhere.parquet"], "/nowhere.parquet is no file"),
         (["--k", "0"], "k must be 1 or more, got 0"),
@@ -569,6 +687,24 @@ def test_answers_of_a_server(server):
         row = sent[request.seed]
         assert tuple(row["prompt"]) == request.prompt_ids
         assert (row["max_tokens"], row["temperature"], row["top_p"], row["n"]) == (20, 0.5, 0.9, 1)
+        assert (row["top_k"], row["min_p"], row["repetition_penalty"]) == (-1, 0, 1)  # else the server's model chooses
+
+
+def test_answers_under_way_are_given_before_an_error_is_raised(server):
+    engine = vllm.ServerEngine(server, 20, 1.0, 1.0, parallel=4)
+    found, refused = [], {"n": 0}
+
+    def answer(request, own=engine._answer):
+        refused["n"] += request.problem == 5
+        if request.problem == 5:
+            raise UserError("no")
+        return own(request)
+
+    engine._answer = answer
+    with pytest.raises(UserError, match="no"):
+        for request, _ in engine(requests(3)):
+            found.append(request.problem)
+    assert 15 <= len(found) <= 15 + 3 + 4 and 1 <= refused["n"] <= 3 and len(FakeServer.seen) <= 22
 
 
 def test_a_server_evaluates(server, tmp_path, capsys):
@@ -588,6 +724,11 @@ def test_a_server_evaluates(server, tmp_path, capsys):
         (["--engine", "server", "--server", "http://127.0.0.1:9"], "cannot be reached"),
         (["--engine", "server", "--server", "nowhere"], "cannot be reached or is no"),
         (["--engine", "server"], "engine server and its address go together"),
+        (["--engine", "server", "--server", "http://127.0.0.1:80a0"], "cannot be reached or is no"),
+        (
+            ["--engine", "server", "--server", "http://127.0.0.1:9", "--model", ""],
+            "model is not set: name the model that",
+        ),
         (["--server", "http://127.0.0.1:9"], "engine server and its address go together"),
         (["--engine", "vllm", "--layer", "3"], "engine vllm samples whole models"),
         (["--engine", "vllm"], "--engine vllm needs vLLM"),

@@ -1,10 +1,13 @@
 """Files that a run which is killed leaves whole."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+
+from bupo.errors import UserError
 
 Row = TypeVar("Row")
 
@@ -29,14 +32,20 @@ def whole_rows(path: Path, read: Callable[[str], Row]) -> list[Row]:
     Args:
         path (`Path`): the file.
         read (`Callable`): a line into a row.
+
+    Raises:
+        UserError: if a whole line is no row. The file is left alone.
     """
     if not path.exists():
         return []
-    lines, rows = path.read_text().splitlines(keepends=True), []
-    for line in lines:
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    rows = []
+    for number, line in enumerate(content[:end].decode(errors="replace").split("\n")[:-1], 1):
         try:
             rows.append(read(line))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            path.write_text("".join(lines[: len(rows)]))
-            break
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} cannot be read ({error}): repair the file or remove it") from error
+    if end < len(content):
+        os.truncate(path, end)
     return rows

@@ -6,15 +6,22 @@ transformers', which the analysis samples with too; `bupo.evaluation.vllm` holds
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bupo.policy import InternalPolicy
-from bupo.residual import evaluating
+from bupo.residual import causal_lm, evaluating
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,12 @@ class SeededSampling(LogitsProcessor):
             ordered, places = probabilities.sort(-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= self.top_p  # the first token is always inside
             probabilities = probabilities.masked_fill(outside.gather(-1, places.argsort(-1)), 0.0)
+        if probabilities.device.type == "mps":  # which has no float64
+            probabilities = probabilities.cpu()
         summed = probabilities.double().cumsum(-1)
         point = self.uniform[:, input_ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
         chosen = torch.searchsorted(summed, point, right=True).clamp(max=scores.size(-1) - 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)  # type: ignore[return-value]
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.to(scores.device), 0.0)  # type: ignore[return-value]
 
 
 class TransformersEngine:
@@ -108,11 +117,11 @@ class TransformersEngine:
         policy: InternalPolicy | None = None,
         batch_size: int = 64,
     ):
-        self.model, self.tokenizer, self.policy = model, tokenizer, policy
+        self.model, self.tokenizer, self.policy = causal_lm(model), tokenizer, policy
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.batch_size = batch_size
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None} | {tokenizer.eos_token_id}
+        ends = self.model.generation_config.eos_token_id
+        self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         """Answers batch by batch, the shortest prompts first."""
@@ -136,20 +145,34 @@ class TransformersEngine:
         counts = torch.tensor([count for _, count in prompts], device=self.model.device)
         ids = inputs["input_ids"].repeat_interleave(counts, 0)
         mask = inputs["attention_mask"].repeat_interleave(counts, 0)
-        with evaluating(self.model), self.policy.speaking() if self.policy else nullcontext():
+        with evaluating(self.model), self.speaking():
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=self._prefilled(inputs, counts),
                 max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 logits_processor=self._processors(batch, ids.size(1)),
-                pad_token_id=self.tokenizer.pad_token_id,
             )
         return [self._ended(row) for row in out[:, ids.size(1) :].tolist()]
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Inside, the model's `generate` speaks for the policy and for nothing else.
+
+        A model's own generation settings (a repetition penalty, beams, no cache …) would change what is sampled.
+        """
+        before = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.ends) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=False,
+            use_cache=True,
+        )
+        try:
+            with self.policy.speaking() if self.policy else nullcontext():
+                yield
+        finally:
+            self.model.generation_config = before
 
     def _prefilled(self, inputs, counts: torch.Tensor) -> DynamicCache | None:
         """The prompts' keys and values but for their last tokens, once each, then a row a sample."""

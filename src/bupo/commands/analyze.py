@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +27,9 @@ from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.data.templates import choose_template
-from bupo.errors import UserError
+from bupo.errors import UserError, first_line
 from bupo.files import in_one_piece, write_json
-from bupo.models import EMBEDDED, load_model, load_tokenizer
+from bupo.models import EMBEDDED, fingerprint, load_model, load_tokenizer
 from bupo.policy import InternalPolicies, Lens
 from bupo.report.figures import analysis_figures
 from bupo.report.page import write_page
@@ -65,6 +66,9 @@ class AnalyzeArguments:
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answers."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "qwen-math, octothinker or a .jinja file; by default chosen by the model."}
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "System message for prompts without one."})
     rollouts: str | None = field(
         default=None, metadata={"help": "File of finished rollouts (.jsonl): messages, or prompt and completion."}
@@ -143,11 +147,11 @@ def _problems(options: AnalyzeArguments) -> Dataset:
     )
 
 
-def load_on_device(name: str, dtype: str, device_map: str | None, loading: dict) -> Any:
-    """A model on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
+def load_on_device(name: str, dtype: str, device_map: str | None, adapter: str | None, loading: dict) -> Any:
+    """A model with its adapter on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
 
     Raises:
-        UserError: if the dtype is none of auto, float32, bfloat16 and float16, or there is no such model.
+        UserError: if the dtype is none of auto, float32, bfloat16 and float16, or there is no such model or adapter.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -156,21 +160,24 @@ def load_on_device(name: str, dtype: str, device_map: str | None, loading: dict)
     model = load_model(name, dtype=dtype, device_map=device_map, **loading).eval()
     if device_map is None and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return model
-
-
-def _model(name: str, options: AnalyzeArguments, loading: dict) -> Any:
-    """The model with its adapter."""
-    model = load_on_device(name, options.dtype, options.device_map, loading)
-    return _adapted(model, options.adapter) if options.adapter else model
+    if adapter is None:
+        return model
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"adapter {adapter!r} cannot be put on the model: {first_line(error)}") from error
 
 
 def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, console: Console) -> dict:
     """One model: rollouts, measures, and what the tables and the page need."""
     loading = {"revision": options.revision} if options.revision else {}
     problems = None if options.rollouts else _problems(options)  # a bad dataset is refused before a model is loaded
-    tokenizer, model = load_tokenizer(name, **loading), _model(name, options, loading)
-    template = choose_template(tokenizer)
+    tokenizer, model = (
+        load_tokenizer(name, **loading),
+        load_on_device(name, options.dtype, options.device_map, options.adapter, loading),
+    )
+    template = choose_template(tokenizer, options.chat_template)
+    console.print(f"{label}: template {template}", highlight=False)
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)
     meta = model_meta(name, policies.stream, options.lens, options.temperature)
     meta |= {
@@ -178,6 +185,7 @@ def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, con
         "seed": options.seed,
         "dataset": options.rollouts or options.dataset or ARITHMETIC,
         "template": template,
+        "weights": fingerprint(policies.stream.model),
         "kl_pairs": options.kl_pairs,
     }
     here = folder / label
@@ -218,23 +226,11 @@ def _measured(policies, rollouts: list[Rollout], here: Path, options: AnalyzeArg
     )
 
 
-def _adapted(model, adapter: str):
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"adapter {adapter!r} cannot be put on the model: {str(error).splitlines()[0]}") from error
-
-
 def _sampling(options: AnalyzeArguments) -> dict:
     """What the answers depend on besides the model. Not their number: more answers never change earlier ones."""
     if options.rollouts and Path(options.rollouts).is_file():
         return {"rollouts_sha256": hashlib.sha256(Path(options.rollouts).read_bytes()).hexdigest()}
-    return {
-        name: getattr(options, name)
-        for name in ("max_new_tokens", "batch_size", "split", "dataset_config", "system_prompt")
-    }
+    return {name: getattr(options, name) for name in ("max_new_tokens", "split", "dataset_config", "system_prompt")}
 
 
 def _keep_or_clear(here: Path, meta: dict) -> None:

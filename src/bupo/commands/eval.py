@@ -19,7 +19,7 @@ from bupo.commands.parsing import parse
 from bupo.data.templates import chat_template, choose_template
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.evaluation.harness import HARNESS, check_tasks, is_harness, run_task
+from bupo.evaluation.harness import HARNESS, check_task, is_harness, label_of, run_task
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.run import (
     DEADLINE,
@@ -56,7 +56,7 @@ class EvalArguments:
     """Options of `bupo eval`.
 
     Parameters:
-        model (`str`): hub id, folder, `.gguf` file, or `embedded`.
+        model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
         benchmarks (`str`): names with commas between them: `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and
             of lm-eval-harness `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`.
         k (`int`): answers a problem.
@@ -66,7 +66,10 @@ class EvalArguments:
         compare (`str`, *optional*): the folder of another evaluation of the same problems.
     """
 
-    model: str = field(default=EMBEDDED, metadata={"help": "Hub id, folder, .gguf file, or embedded."})
+    model: str = field(
+        default="",
+        metadata={"help": "Hub id, folder, .gguf file, or embedded (the default). With server: what it serves."},
+    )
     benchmarks: str = field(
         default="arithmetic",
         metadata={
@@ -75,7 +78,9 @@ class EvalArguments:
         },
     )
     k: int = field(default=16, metadata={"help": "Answers sampled to each problem."})
-    size: int | None = field(default=None, metadata={"help": "The first so many problems of each benchmark."})
+    size: int | None = field(
+        default=None, metadata={"help": "The first so many problems of each benchmark (of each task, in the harness)."}
+    )
     output: str = field(default="runs/eval", metadata={"help": "Folder of the run."})
     layer: int | None = field(default=None, metadata={"help": "Evaluate the policy of this layer's output."})
     lens: Lens = field(
@@ -106,6 +111,7 @@ class EvalArguments:
     dtype: str = field(default="auto", metadata={"help": "auto (fp32 on a CPU), float32, bfloat16 or float16."})
     device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
     revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a PEFT adapter on the model."})
     run_code: bool = field(
         default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
     )
@@ -116,47 +122,59 @@ def run(arguments: list[str]) -> None:
     """Load, sample, grade, sum up, benchmark by benchmark."""
     (options,) = parse((EvalArguments,), arguments, "bupo eval")
     _check(options)
+    options.model = options.model or EMBEDDED
     names = [name.strip() for name in options.benchmarks.split(",") if name.strip()]
-    sampled = [name for name in names if not is_harness(name)]
-    benchmarks = load_benchmarks(sampled, options.size, options.system_prompt, options.seed)
-    tasks = [name for name in names if is_harness(name)]
-    check_tasks(tasks, options.run_code)
-    if options.compare and not (Path(options.compare) / SUMMARY_FILE).is_file():
-        raise UserError(f"{options.compare} holds no finished evaluation ({SUMMARY_FILE} is missing)")
+    tasks = {label_of(name): name for name in names if is_harness(name)}
+    benchmarks = load_benchmarks(
+        [name for name in names if not is_harness(name)], options.size, options.system_prompt, options.seed
+    )
+    if not names or len(tasks) + len(benchmarks) < len(names) or tasks.keys() & benchmarks.keys():
+        raise UserError(f"benchmarks {options.benchmarks!r} names none, or two of one label: write LABEL=FILE for one")
+    theirs = _finished_summary(options.compare, benchmarks)
     console, folder = Console(), Path(options.output)
     summary: dict[str, Any] = {"schema_version": 2, "meta": {}, "benchmarks": {}, "harness": {}}
     tables, prompts = {}, {}
     with keeping(folder):
-        if options.engine == "kept":
-            summary["meta"] = _kept_meta(folder, list(benchmarks))
-            source: Any = None
-        else:
-            source = _Source(options)
-            summary["meta"] = source.meta
-            console.print(f"{options.model}: template {source.meta['template']}", highlight=False)
+        source = None if options.engine == "kept" else _Source(options)
+        summary["meta"] = source.meta if source else _kept_meta(folder, list(benchmarks))
+        console.print(f"{summary['meta']['model']}: template {summary['meta']['template']}", highlight=False)
+        for name in tasks.values():
+            check_task(name, bool(source and source.tokenizer.chat_template), options.run_code)
         for label, problems in benchmarks.items():
             tables[label], prompts[label] = _evaluate(source, label, problems, options, console)
             summary["benchmarks"][label] = summarize(tables[label])
-        for name in tasks:
-            label, found = run_task(name, source.engine, options.size, folder, source.settings)
-            summary["harness"][label] = found
-        if options.compare:
-            _compare(summary, tables, Path(options.compare))
-        write_json(folder / SUMMARY_FILE, summary)
-        write_scores(summary, folder)
+            if theirs:
+                _compare(summary, label, tables[label], theirs, Path(options.compare or ""))
+            _write(summary, folder)
         if tables:
             write_samples_page(tables, summary, prompts, folder / "report.html")
+        for label, name in tasks.items():
+            engine: Any = source and source.engine
+            summary["harness"][label] = run_task(
+                name, engine, options.size, folder, summary["meta"], options.run_code, options.system_prompt
+            )
+            _write(summary, folder)
     for table in score_tables(summary):
         console.print(table)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     console.print(f"run folder: {folder}  ({files})", highlight=False)
 
 
+def _write(summary: dict, folder: Path) -> None:
+    """What is known so far."""
+    write_json(folder / SUMMARY_FILE, summary)
+    write_scores(summary, folder)
+
+
 def _check(options: EvalArguments) -> None:
     if options.engine != "transformers" and options.layer is not None:
         raise UserError(f"engine {options.engine} samples whole models: an internal policy needs transformers")
+    if options.engine != "transformers" and options.adapter:
+        raise UserError(f"engine {options.engine} takes no adapter: merge it, or evaluate with transformers")
     if (options.engine == "server") != bool(options.server):
         raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
+    if options.server and not options.model:
+        raise UserError("model is not set: name the model that the server serves, for its tokenizer and template")
     for name in ("k", "max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
@@ -168,7 +186,7 @@ def _check(options: EvalArguments) -> None:
         raise UserError(f"top_p must lie above 0 and up to 1, got {options.top_p}")
     if not options.deadline > 0:
         raise UserError(f"deadline must be positive, got {options.deadline}")
-    if any(map(is_harness, options.benchmarks.split(","))) and options.engine != "transformers":
+    if any(is_harness(name.strip()) for name in options.benchmarks.split(",")) and options.engine != "transformers":
         raise UserError(f"lm-eval-harness runs with engine transformers here, not {options.engine}")
     if options.chat_template:
         chat_template(options.chat_template)  # a bad one is refused before anything is loaded
@@ -191,8 +209,8 @@ class _Source:
         self.engine, meta = _engine(options, self.tokenizer, loading)
         config = self.engine.model.config if isinstance(self.engine, TransformersEngine) else None
         self.context: int = getattr(config, "max_position_embeddings", 0)
-        own = {"engine": options.engine, "layer": options.layer, "template": template, "top_p": options.top_p}
-        self.meta = meta | own | {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
+        chosen = ("engine", "adapter", "layer", "top_p", "max_new_tokens", "seed")
+        self.meta = meta | {name: getattr(options, name) for name in chosen} | {"template": template}
 
     @property
     def settings(self) -> dict:
@@ -204,9 +222,10 @@ def _engine(options: EvalArguments, tokenizer, loading: dict) -> tuple[Engine, d
     sampling = (options.max_new_tokens, options.temperature, options.top_p)
     engine: Engine
     if options.engine == "transformers":
-        model = load_on_device(options.model, options.dtype, options.device_map, loading)
+        model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, loading)
         policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
         policy = None if options.layer is None else policies.layer(options.layer)
+        model = policies.stream.model
         engine = TransformersEngine(model, tokenizer, *sampling, policy=policy, batch_size=options.batch_size)
         meta = model_meta(options.model, policies.stream, options.lens, options.temperature)
         return engine, meta | {"weights": fingerprint(model)}
@@ -257,7 +276,9 @@ def _evaluate(
             answers = sample(
                 source.engine, prompts, options.k, options.seed, samples, lambda done: bar.advance(task, done)
             )
-    table = graded(problems, answers, options.deadline)
+    with progress(console) as bar:
+        task = bar.add_task(f"{label}: grades", total=len(answers) * options.k)
+        table = graded(problems, answers, options.deadline, lambda done: bar.advance(task, done))
     with in_one_piece(here / GRADED_FILE) as part:
         table.to_parquet(part)
     return table, prompt
@@ -278,24 +299,32 @@ def _kept(samples: Samples, asked: list[str], k: int) -> tuple[list[list[Answer]
     return [[samples.found[p, n] for n in range(k)] for p in range(len(asked))], settings["prompt"]
 
 
-def _compare(summary: dict, tables: dict[str, pd.DataFrame], other: Path) -> None:
-    """Paired differences to another run, of the benchmarks that both hold.
+def _finished_summary(folder: str | None, benchmarks: dict[str, Dataset]) -> dict[str, dict]:
+    """The numbers of the run that is compared with, by label.
 
     Raises:
-        UserError: if they have none in common.
+        UserError: if there is none, or it has no benchmark in common with this one.
     """
-    theirs = json.loads((other / SUMMARY_FILE).read_text())["benchmarks"]
-    common = [label for label in tables if label in theirs]
-    if not common:
-        raise UserError(f"{other} holds none of {', '.join(tables)}: its benchmarks are {', '.join(theirs)}")
-    for label in common:
-        before = finished(other / label)
-        if _questions(before) != _questions(tables[label]):
-            raise UserError(
-                f"{other / label} holds other problems than {label}: a paired difference needs the same ones"
-            )
-        row = summary["benchmarks"][label]
-        row["difference"], row["difference_interval"] = paired_difference(correct_of(before), correct_of(tables[label]))
+    if folder is None:
+        return {}
+    path = Path(folder) / SUMMARY_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
+    theirs = json.loads(path.read_text())["benchmarks"]
+    if not theirs.keys() & benchmarks.keys():
+        raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
+    return theirs
+
+
+def _compare(summary: dict, label: str, table: pd.DataFrame, theirs: dict[str, dict], other: Path) -> None:
+    """The paired difference to another run, of a benchmark that both hold."""
+    if label not in theirs:
+        return
+    before, row = finished(other / label), summary["benchmarks"][label]
+    if _questions(before) != _questions(table):
+        raise UserError(f"{other / label} holds other problems than {label}: a paired difference needs the same ones")
+    row["compared_pass@k"] = theirs[label]["pass@k"]
+    row["difference"], row["difference_interval"] = paired_difference(correct_of(before), correct_of(table))
     summary["compared_with"] = str(other)
 
 

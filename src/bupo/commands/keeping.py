@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bupo.errors import UserError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextmanager

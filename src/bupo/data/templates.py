@@ -21,11 +21,11 @@ TEMPLATES = {
     ),
     "octothinker": (
         "{{ bos_token or '' }}A conversation between User and Assistant. The User asks a question; the Assistant reasons step "
-        "by step and gives the final answer within \\boxed{}.\n"
+        "by step and gives the final answer within \\boxed{}.{{ '\\n' }}"
         "{% for message in messages %}"
-        "{% if message.role == 'user' %}\nUser: {{ message.content }}"
-        "{% elif message.role == 'assistant' %}\nAssistant: {{ message.content }}{{ eos_token }}"
-        "{% else %}\n{{ message.content }}{% endif %}"
+        "{% if message.role == 'user' %}{{ '\\nUser: ' + message.content }}"
+        "{% elif message.role == 'assistant' %}{{ '\\nAssistant: ' + message.content + eos_token }}"
+        "{% else %}{{ '\\n' + message.content }}{% endif %}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"
     ),
@@ -48,13 +48,13 @@ def chat_template(name: str) -> str:
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
     """Give a tokenizer the template that is wanted, or else the paper's for its model. Returns the choice, for people.
 
-    OctoThinker's models get `octothinker`. All others keep their own: Qwen3 answers without thinking, and a model without
-    a template reads plain text.
+    OctoThinker's models, which have none, get `octothinker`. All others keep their own: Qwen3 answers without thinking, and a
+    model without a template reads plain text.
 
     Raises:
         UserError: if there is no template of the wanted name.
     """
-    octothinker = "octothinker" in str(tokenizer.name_or_path).lower()
+    octothinker = tokenizer.chat_template is None and "octothinker" in str(tokenizer.name_or_path).lower()
     if wanted or octothinker:
         tokenizer.chat_template = chat_template(wanted or "octothinker")
         return wanted or "octothinker"

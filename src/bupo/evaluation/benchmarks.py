@@ -60,8 +60,8 @@ def load_benchmark(
     elsewhere = "/" in source or source == ARITHMETIC or source.startswith(REASONING_GYM)
     if not (known or elsewhere or source.endswith(tuple(FILE_KINDS))):
         raise UserError(
-            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, a "
-            "local file, or harness:TASK"
+            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
+            "local file"
         )
     mark = known.answer_after if known else None
     if where or known is None:

@@ -19,6 +19,7 @@ from bupo.sampling import Answer, Engine, Request, seed_of
 
 SAMPLES_FILE, SETTINGS_FILE, GRADED_FILE = "samples.jsonl", "settings.json", "graded.parquet"
 DEADLINE = 5.0  # seconds, of grading an answer
+GRADED_AT_ONCE = 256
 
 Key = tuple[int, int]  # problem, sample
 
@@ -69,8 +70,13 @@ def check_settings(folder: Path, settings: dict, what: str, held: bool) -> dict:
         UserError: with the first that differs.
     """
     path = folder / SETTINGS_FILE
-    if not held or not path.exists():
+    if not held:
         return {}
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds {what}, but not what they were made with ({SETTINGS_FILE} is missing): choose another output, "
+            "or remove that folder"
+        )
     before = json.loads(path.read_text())
     for name, value in json.loads(json.dumps(settings)).items():
         if before.get(name) != value:
@@ -124,8 +130,20 @@ def sample(
     return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
 
 
-def graded(problems: Dataset, answers: list[list[Answer]], deadline: float = DEADLINE) -> pd.DataFrame:
-    """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated."""
+def graded(
+    problems: Dataset,
+    answers: list[list[Answer]],
+    deadline: float = DEADLINE,
+    on_graded: Callable[[int], None] = lambda done: None,
+) -> pd.DataFrame:
+    """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated.
+
+    Args:
+        problems (`Dataset`): with `prompt` and `answer`.
+        answers (`list[list[Answer]]`): by problem and sample.
+        deadline (`float`, *optional*, defaults to `5.0`): seconds that grading an answer may take.
+        on_graded (`Callable`, *optional*): called with the number of answers just graded.
+    """
     rows = [
         {
             "problem": p,
@@ -140,9 +158,12 @@ def graded(problems: Dataset, answers: list[list[Answer]], deadline: float = DEA
     table = pd.DataFrame(rows)
     for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
         table[column] = [text.encode(errors="replace").decode() for text in table[column]]
-    grader = MathGrader(deadline=deadline)
+    grader, grades = MathGrader(deadline=deadline), []
     try:
-        grades = grader.examine(list(table["text"]), list(table["gold"]))
+        for start in range(0, len(table), GRADED_AT_ONCE):
+            part = table[start : start + GRADED_AT_ONCE]
+            grades += grader.examine(list(part["text"]), list(part["gold"]))
+            on_graded(len(part))
     finally:
         grader.close()
     table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]

@@ -3,23 +3,35 @@
 Each request carries its own seed, so an answer does not depend on what else is asked for.
 """
 
+import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import Any
 
 from bupo.errors import UserError, first_line
+from bupo.models import model_path
 from bupo.sampling import Answer, Request
 
+# vLLM takes what a request leaves out from the model's generation_config.json
+WHOLE_VOCABULARY = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 CHUNK = 256  # requests given to vLLM at once, after which answers are kept
 TRIES, PAUSE = 4, 1.0  # of a request that a server fails, seconds before the second
 
 
 class ServerEngine:
-    """Answers from an OpenAI-compatible server, by token ids.
+    """Answers from an OpenAI-compatible server, by token ids. A key is read from `OPENAI_API_KEY`.
 
     Args:
         url (`str`): such as `http://localhost:8000`.
@@ -43,43 +55,66 @@ class ServerEngine:
         parallel: int = 64,
         timeout: float = 3600.0,
     ):
+        self.headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPENAI_API_KEY"):
+            self.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         self.url, self.parallel, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
-        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **WHOLE_VOCABULARY}
         models = self._call("/v1/models")
         if not models.get("data"):
             raise UserError(f"server {self.url} serves no model")
         self.model = models["data"][0]["id"]
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
-        """Answers as they finish."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            jobs = {pool.submit(self._answer, request): request for request in requests}
-            try:
-                for job in as_completed(jobs):
-                    yield jobs[job], job.result()
-            finally:
-                for job in jobs:
-                    job.cancel()
+        """Answers as they finish. After an error no more are asked for, those under way are still given, and it is raised."""
+        rest, failed = iter(requests), None
+        pending: dict[Future[Answer], Request] = {}
+        pool = ThreadPoolExecutor(self.parallel)
+        try:
+            while True:
+                for request in islice(rest, 0 if failed else self.parallel - len(pending)):
+                    pending[pool.submit(self._answer, request)] = request
+                if not pending:
+                    break
+                for job in wait(pending, return_when=FIRST_COMPLETED).done:
+                    request, error = pending.pop(job), job.exception()
+                    if error is None:
+                        yield request, job.result()
+                    failed = failed or error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failed is not None:
+            raise failed
 
     def _answer(self, request: Request) -> Answer:
         body = {"model": self.model, "prompt": list(request.prompt_ids), "seed": request.seed, "n": 1, **self.options}
         reply = self._call("/v1/completions", body)
-        choice = reply["choices"][0]
-        return Answer(choice["text"], reply["usage"]["completion_tokens"], choice["finish_reason"] == "length")
+        try:
+            choice = reply["choices"][0]
+            return Answer(choice["text"], reply["usage"]["completion_tokens"], choice["finish_reason"] == "length")
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"server {self.url} answered without {error}: it must give choices, with text and finish_reason, and usage"
+            ) from error
 
     def _call(self, path: str, body: dict | None = None) -> dict[str, Any]:
         """The server's JSON. Tried again where the connection breaks or the server has an error of its own."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(TRIES):
             try:
-                call = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+                call = urllib.request.Request(self.url + path, data, self.headers)
                 with urllib.request.urlopen(call, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                if error.code < 500 or attempt == TRIES - 1:
+                if (error.code < 500 and error.code != 429) or attempt == TRIES - 1:
                     raise UserError(f"server {self.url} answered {error.code} to {path}: {_said(error)}") from error
-            except (OSError, ValueError) as error:  # unreachable, broken off, no JSON, no address
-                if attempt == TRIES - 1 or body is None or isinstance(error, ValueError):
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # unreachable, broken off, no JSON, no address
+                hopeless = isinstance(error, ValueError | http.client.InvalidURL)
+                if attempt == TRIES - 1 or body is None or hopeless:
                     reason = getattr(error, "reason", error)
                     raise UserError(
                         f"server {self.url} cannot be reached or is no OpenAI-compatible one: {reason}"
@@ -115,19 +150,22 @@ class VllmEngine:
         self.vllm = vllm
         self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         try:
-            self.llm = vllm.LLM(model, **kwargs)
+            self.llm = vllm.LLM(model_path(model), **kwargs)
         except Exception as error:
             raise UserError(f"vLLM cannot load {model!r}: {first_line(error)}") from error
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
-        """Answers chunk by chunk."""
+        """Answers chunk by chunk, which is how often a killed evaluation has kept them."""
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
-                [self.vllm.SamplingParams(seed=request.seed, **self.options) for request in chunk],
-                use_tqdm=False,
-            )
+            try:
+                outputs = self.llm.generate(
+                    [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
+                    [self.vllm.SamplingParams(seed=request.seed, **self.options) for request in chunk],
+                    use_tqdm=False,
+                )
+            except ValueError as error:  # a prompt beyond the model's length
+                raise UserError(f"vLLM refuses a prompt: {first_line(error)}") from error
             for request, output in zip(chunk, outputs, strict=True):
                 said = output.outputs[0]
                 yield request, Answer(said.text, len(said.token_ids), said.finish_reason == "length")

@@ -70,31 +70,42 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> None:
 
 def _evaluations(axis, rows: Sequence[dict]) -> None:
     """avg@k of each benchmark with its interval, over the rollout batches that were done."""
-    done = [row["eval/rollout_batches"] for row in rows]
-    shares = [name for name in rows[0] if "/avg@" in name]
+    shares = list(
+        dict.fromkeys(name for row in rows for name in row if "/avg@" in name)
+    )  # a resume may have changed them
     for name, colour in zip(shares, itertools.cycle((BLUE, ORANGE, GREEN, RED, GREY)), strict=False):
-        label = name.split("/")[1]
-        axis.plot(done, [100 * row[name] for row in rows], color=colour, marker=".", label=label)
-        low, high = ([100 * row[f"eval/{label}/{end}"] for row in rows] for end in ("low", "high"))
+        label, here = name.split("/")[1], [row for row in rows if name in row]
+        done = [row["eval/rollout_batches"] for row in here]
+        axis.plot(done, [100 * row[name] for row in here], color=colour, marker=".", label=label)
+        low, high = ([100 * row[f"eval/{label}/{end}"] for row in here] for end in ("low", "high"))
         axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
     axis.legend(frameon=False, fontsize=8)
     axis.set_ylim(0, 102)
     axis.set_title(f"{shares[0].split('/')[-1]} (%)" if shares else "evaluation")
 
 
-def pass_figure(curves: dict[str, dict[str, float]], path: str | Path) -> None:
+def pass_figure(
+    curves: dict[str, dict[str, float]], path: str | Path, others: dict[str, dict[str, float]] | None = None
+) -> None:
     """pass@K over K by benchmark (fig. 6 and 15).
 
     Args:
         curves (`dict[str, dict[str, float]]`): by label, pass@K by K.
         path (`str`): the PNG or PDF to write.
+        others (`dict[str, dict[str, float]]`, *optional*): the same of another run, drawn as dashed lines.
     """
+    others = others or {}
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for (label, curve), colour in zip(curves.items(), itertools.cycle((BLUE, ORANGE, GREEN, RED, GREY)), strict=False):
         ks = [int(k) for k in curve]
         axis.plot(ks, [100 * share for share in curve.values()], color=colour, marker=".", label=label)
+        if label in others:
+            ks, shares = [int(k) for k in others[label]], [100 * share for share in others[label].values()]
+            axis.plot(ks, shares, color=colour, marker=".", ls="--", alpha=0.7)
+    if others:
+        axis.plot([], [], color=GREY, ls="--", label="compared with")
     axis.set_xscale("log", base=2)
-    ticks = sorted({int(k) for curve in curves.values() for k in curve})
+    ticks = sorted({int(k) for curve in (*curves.values(), *others.values()) for k in curve})
     axis.set_xticks(ticks, [str(k) for k in ticks])
     axis.minorticks_off()
     axis.set_xlabel("K")

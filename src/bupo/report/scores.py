@@ -9,7 +9,8 @@ from rich.table import Table
 
 from bupo.report.figures import pass_figure
 
-VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")  # on the terminal only where there are any
+VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")
+DIFFERENCE = "difference [95 %]"
 
 
 def percent(value: float, interval: tuple[float, float]) -> str:
@@ -38,7 +39,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "timed out": str(verdicts["timeout"]),
         }
         if "difference" in found:
-            row["difference [95 %]"] = percent(found["difference"], found["difference_interval"])
+            row[DIFFERENCE] = percent(found["difference"], found["difference_interval"])
         rows.append(row)
     return rows
 
@@ -63,7 +64,7 @@ def harness_rows(summary: dict) -> list[dict[str, str]]:
         {
             "benchmark": label,
             "n": str(found["problems"]),
-            "score [95 %]": percent(found["score"], found["interval"]),
+            "score [95 %]": _harness_score(found["score"], found["interval"]),
             "metric": found["metric"],
             "task": found["task"],
         }
@@ -71,21 +72,38 @@ def harness_rows(summary: dict) -> list[dict[str, str]]:
     ]
 
 
+def _harness_score(score: float, interval: tuple[float, float] | None) -> str:
+    """In percent, unless the metric is no share (a perplexity)."""
+    if not 0 <= score <= 1:
+        return f"{score:.4g} (no share)"
+    low, high = interval or (0.0, 1.0)
+    return percent(score, (max(0.0, low), min(1.0, high)))
+
+
 def score_tables(summary: dict) -> list[Table]:
-    """For the terminal."""
+    """For the terminal, each within 80 columns: the numbers, what became of answers that are neither right nor wrong, the
+    difference to another run, and the harness' numbers.
+    """
     layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
-    tables = []
-    for rows in filter(None, (score_rows(summary) + average_row(summary), harness_rows(summary))):
-        table = Table(title=f"{summary['meta']['model']}{layer}, in percent", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        shown = [n for n in names if n not in VERDICT_COLUMNS or any(row.get(n, "0") != "0" for row in rows)]
-        for name in shown:
-            left = name in ("benchmark", "metric", "task")
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row.get(name, "") for name in shown))
-        tables.append(table)
-    return tables
+    rows, title = score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
+    verdicts = [name for name in VERDICT_COLUMNS if any(row[name] != "0" for row in rows)]
+    numbers = [name for name in (rows[0] if rows else ()) if name not in (*VERDICT_COLUMNS, DIFFERENCE)]
+    parts = [
+        (title, [*rows, *average_row(summary)], numbers),
+        ("answers that are neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),
+        (f"less {summary.get('compared_with')}", [r for r in rows if DIFFERENCE in r], ["benchmark", DIFFERENCE]),
+        (f"{title}, by lm-eval-harness", harness_rows(summary), ["benchmark", "n", "score [95 %]", "metric", "task"]),
+    ]
+    return [_table(*part) for part in parts if part[1]]
+
+
+def _table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("benchmark", "metric", "task") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row.get(name, "") for name in names))
+    return table
 
 
 def write_scores(summary: dict, folder: Path) -> None:
@@ -95,10 +113,10 @@ def write_scores(summary: dict, folder: Path) -> None:
             table = pd.DataFrame(rows).fillna("")
             table.to_csv(folder / f"{name}.csv", index=False)
             (folder / f"{name}.md").write_text(_markdown(table))
-    if summary["benchmarks"]:
-        pass_figure(
-            {label: found["pass@k"] for label, found in summary["benchmarks"].items()}, folder / "pass_at_k.png"
-        )
+    found = summary["benchmarks"]
+    if found:
+        others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}
+        pass_figure({label: row["pass@k"] for label, row in found.items()}, folder / "pass_at_k.png", others)
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -39,9 +39,8 @@ class Evaluations(TrainerCallback):
 
     def _evaluate(self, rollout_batches: int) -> None:
         trainer, args = self.trainer, self.trainer.args
-        model = trainer.accelerator.unwrap_model(trainer.model)
         engine = TransformersEngine(
-            model,
+            trainer.stream.model,
             trainer.processing_class,
             args.max_completion_length,
             args.temperature,
