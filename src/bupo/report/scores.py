@@ -90,7 +90,7 @@ def score_tables(summary: dict) -> list[Table]:
     numbers = [name for name in (rows[0] if rows else ()) if name not in (*VERDICT_COLUMNS, DIFFERENCE)]
     parts = [
         (title, [*rows, *average_row(summary)], numbers),
-        ("answers that are neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),
+        ("neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),
         (f"less {summary.get('compared_with')}", [r for r in rows if DIFFERENCE in r], ["benchmark", DIFFERENCE]),
         (f"{title}, by lm-eval-harness", harness_rows(summary), ["benchmark", "n", "score [95 %]", "metric", "task"]),
     ]
