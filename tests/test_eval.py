@@ -612,6 +612,12 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, options, message):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_launcher_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(evaluation(tmp_path)) == 2
+    assert "bupo eval is one process: for several GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -167,6 +168,8 @@ def _write(summary: dict, folder: Path) -> None:
 
 
 def _check(options: EvalArguments) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files
+        raise UserError("bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM")
     if options.engine != "transformers" and options.layer is not None:
         raise UserError(f"engine {options.engine} samples whole models: an internal policy needs transformers")
     if options.engine != "transformers" and options.adapter:
