@@ -429,6 +429,7 @@ def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     error = np.sqrt(found["score"] * (1 - found["score"]) / 47)
     assert found["interval"][1] - found["score"] == pytest.approx(1.96 * error, rel=1e-3)
     assert "sums" in (tmp_path / "run" / "harness.md").read_text() and "exact_match" in capsys.readouterr().out
+    assert "exact_match,boxed" in (tmp_path / "run" / "report.html").read_text()
     here = tmp_path / "run" / "harness" / "sums"
     for responses in here.glob("responses*"):
         responses.unlink()

@@ -146,25 +146,25 @@ def run(arguments: list[str]) -> None:
             summary["benchmarks"][label] = summarize(tables[label])
             if theirs:
                 _compare(summary, label, tables[label], theirs, Path(options.compare or ""))
-            _write(summary, folder)
-        if tables:
-            write_samples_page(tables, summary, prompts, folder / "report.html")
+            _write(summary, tables, prompts, folder)
         for label, name in tasks.items():
             engine: Any = source and source.engine
             summary["harness"][label] = run_task(
                 name, engine, options.size, folder, summary["meta"], options.run_code, options.system_prompt
             )
-            _write(summary, folder)
+            _write(summary, tables, prompts, folder)
     for table in score_tables(summary):
         console.print(table)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     console.print(f"run folder: {folder}  ({files})", highlight=False)
 
 
-def _write(summary: dict, folder: Path) -> None:
+def _write(summary: dict, tables: dict[str, pd.DataFrame], prompts: dict[str, str], folder: Path) -> None:
     """What is known so far."""
     write_json(folder / SUMMARY_FILE, summary)
     write_scores(summary, folder)
+    if tables:
+        write_samples_page(tables, summary, prompts, folder / "report.html")
 
 
 def _check(options: EvalArguments) -> None:
