@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -33,7 +32,7 @@ from bupo.evaluation.run import Samples, correct_of, finished, sample
 from bupo.models import load_model, load_tokenizer
 from bupo.policy import InternalPolicies
 from bupo.sampling import Answer, Request, SeededSampling, TransformersEngine, seed_of
-from tests.test_data import write
+from tests.test_data import SHARED, write
 
 TOKENIZER = load_tokenizer("embedded")
 PROMPTS = [tuple(prompt_ids(TOKENIZER, row["prompt"])) for row in load_problems("arithmetic", "test", size=12)]
@@ -253,7 +252,6 @@ def test_twice_the_same_and_once_killed(tmp_path):
     assert (tmp_path / "c" / "table.md").read_bytes() == (tmp_path / "a" / "table.md").read_bytes()
 
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 FILES = ("math500", "amc2023", "aime_2024", "aime_2025", "deepmath-5k")
 
 

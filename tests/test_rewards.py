@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from math_verify import parse, verify
@@ -12,8 +11,7 @@ from benchmarks.grading import golds_in, hostile, ordinary
 from bupo import MathGrader, UserError, math_reward
 from bupo.rewards import grader as grader_module
 from tests import grading_cases
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+from tests.test_data import SHARED
 
 
 @pytest.fixture(scope="module")

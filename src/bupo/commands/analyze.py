@@ -172,10 +172,8 @@ def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, con
     """One model: rollouts, measures, and what the tables and the page need."""
     loading = {"revision": options.revision} if options.revision else {}
     problems = None if options.rollouts else _problems(options)  # a bad dataset is refused before a model is loaded
-    tokenizer, model = (
-        load_tokenizer(name, **loading),
-        load_on_device(name, options.dtype, options.device_map, options.adapter, loading),
-    )
+    tokenizer = load_tokenizer(name, **loading)
+    model = load_on_device(name, options.dtype, options.device_map, options.adapter, loading)
     template = choose_template(tokenizer, options.chat_template)
     console.print(f"{label}: template {template}", highlight=False)
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)

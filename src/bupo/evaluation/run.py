@@ -123,8 +123,9 @@ def sample(
     missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
     on_answer(len(wanted) - len(missing))
     for request, answer in engine(missing):
-        found[request.problem, request.sample] = answer
-        if kept is not None:
+        if kept is None:
+            found[request.problem, request.sample] = answer
+        else:
             kept.add(request, answer)
         on_answer(1)
     return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
