@@ -23,8 +23,8 @@ import psutil
 import torch
 
 from bupo.analysis.measure import measure
-from bupo.models import load_model
-from bupo.residual import ResidualStream, Site
+from bupo.model.loading import load_model
+from bupo.model.residual import ResidualStream, Site
 
 
 def answers(stream, lengths, seed=0):

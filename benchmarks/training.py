@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.metrics import avg_at_k, paired_difference
 from bupo.evaluation.run import correct_of, graded, prompts_of, sample
-from bupo.models import EMBEDDED, load_model, load_tokenizer
+from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.report.figures import guard_figure
 from bupo.sampling import TransformersEngine
 from bupo.training.callbacks import METRICS_FILE, read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bupo.models import load_model, load_tokenizer
+from bupo.model.loading import load_model, load_tokenizer
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -21,8 +21,8 @@ from bupo.analysis.rollouts import read_rollouts, sample_rollouts
 from bupo.analysis.run import analyze_rollouts
 from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, read_sums, settled, similarity, stages
 from bupo.commands.main import main
-from bupo.models import load_model, load_tokenizer, model_path
-from bupo.residual import ResidualStream
+from bupo.model.loading import load_model, load_tokenizer, model_path
+from bupo.model.residual import ResidualStream
 from tests.test_commands import fails  # noqa: F401
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ import torch
 from bupo import BuPOTrainer, UserError
 from bupo.analysis.measure import MEASURES, measure
 from bupo.commands.main import main
-from bupo.residual import ResidualStream
+from bupo.model.residual import ResidualStream
 from bupo.training import boundary
 from bupo.training import probes as probes_module
 from bupo.training.guard import CAPPED, KL, PERPLEXITY, Guard

@@ -29,8 +29,8 @@ from bupo.evaluation import vllm
 from bupo.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from bupo.evaluation.metrics import avg_at_k
 from bupo.evaluation.run import Samples, correct_of, finished, sample
-from bupo.models import load_model, load_tokenizer
-from bupo.policy import InternalPolicies
+from bupo.model.loading import load_model, load_tokenizer
+from bupo.model.policy import InternalPolicies
 from bupo.sampling import Answer, Request, SeededSampling, TransformersEngine, seed_of
 from tests.test_data import SHARED, write
 

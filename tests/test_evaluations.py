@@ -10,7 +10,7 @@ from rich.console import Console
 from bupo import BuPOConfig, UserError, load_problems, math_reward
 from bupo.commands.main import main
 from bupo.commands.train import make_trainer
-from bupo.models import load_model, load_tokenizer
+from bupo.model.loading import load_model, load_tokenizer
 from bupo.training.callbacks import read_metrics
 
 BATCHES, EVERY = 5, 2

@@ -6,7 +6,7 @@ import torch
 
 from bupo.analysis import measure as measure_module
 from bupo.analysis.measure import MEASURES, measure
-from bupo.residual import ResidualStream, Site
+from bupo.model.residual import ResidualStream, Site
 from tests.tiny import FAMILIES, tiny_model
 
 ROLLOUTS = [([5, 6, 7], [8, 9, 10, 11, 12]), ([3], [4]), ([20, 21], [22, 23, 24]), ([9] * 6, [7, 8] * 4)]

@@ -11,7 +11,7 @@ from bupo import InternalPolicies
 from bupo.analysis.measure import measure
 from bupo.commands.main import main
 from bupo.evaluation.run import finished
-from bupo.residual import ResidualStream
+from bupo.model.residual import ResidualStream
 from tests.real_models import MODELS, real_model
 from tests.test_eval import FILES, SHARED, killed_in
 from tests.test_measure import naive

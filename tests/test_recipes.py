@@ -11,7 +11,7 @@ from bupo.commands.parsing import parse
 from bupo.commands.train import ProblemArguments
 from bupo.data.templates import TEMPLATES, chat_template
 from bupo.errors import UserError
-from bupo.models import EMBEDDED, load_tokenizer
+from bupo.model.loading import EMBEDDED, load_tokenizer
 from bupo.training.callbacks import read_metrics
 from bupo.training.config import BuPOConfig
 from tests.tiny import tiny_model

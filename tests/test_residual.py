@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bupo import Family, InternalPolicies, UserError
-from bupo.residual import FAMILIES as RULES
-from bupo.residual import ResidualStream, Site
+from bupo.model.residual import FAMILIES as RULES
+from bupo.model.residual import ResidualStream, Site
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
 

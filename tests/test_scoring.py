@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bupo import scoring
-from bupo.scoring import IGNORED, score_tokens
+from bupo.model.scoring import IGNORED, score_tokens
 
 
 def naive(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
-from bupo.models import load_tokenizer
+from bupo.model.loading import load_tokenizer
 from bupo.training.callbacks import ConsoleLines
 from tests.tiny import tiny_model
 

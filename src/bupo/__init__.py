@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BuPOConfig": "bupo.training.config",
     "BuPOTrainer": "bupo.training.trainer",
-    "Family": "bupo.residual",
-    "InternalPolicies": "bupo.policy",
-    "InternalPolicy": "bupo.policy",
+    "Family": "bupo.model.residual",
+    "InternalPolicies": "bupo.model.policy",
+    "InternalPolicy": "bupo.model.policy",
     "MathGrader": "bupo.rewards.grader",
     "UserError": "bupo.errors",
     "load_problems": "bupo.data.problems",
     "math_reward": "bupo.rewards.math_reward",
-    "score_tokens": "bupo.scoring",
+    "score_tokens": "bupo.model.scoring",
 }
 __all__ = ["__version__", *_EXPORTS]
 

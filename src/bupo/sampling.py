@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bupo.policy import InternalPolicy
-from bupo.residual import causal_lm, evaluating
+from bupo.model.policy import InternalPolicy
+from bupo.model.residual import causal_lm, evaluating
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TransformersEngine:
         max_new_tokens (`int`): longest answer.
         temperature, top_p (`float`, *optional*, default to `1.0`): of the sampling. A temperature of 0 takes the most likely
             token.
-        policy ([`~bupo.policy.InternalPolicy`], *optional*): samples from this one instead of the language model policy.
+        policy ([`~bupo.model.policy.InternalPolicy`], *optional*): samples from this one instead of the language model policy.
         batch_size (`int`, *optional*, defaults to `64`): answers sampled at once.
     """
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bupo.policy import Lens
-from bupo.residual import ResidualStream, Site
+from bupo.model.policy import Lens
+from bupo.model.residual import ResidualStream, Site
 
 ROWS = 1024  # positions that share a product with a tile of the vocabulary
 TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
@@ -82,7 +82,7 @@ def measure(
     """Measure the answers of rollouts, in order.
 
     Args:
-        stream ([`~bupo.residual.ResidualStream`]): the model, in evaluation mode.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model, in evaluation mode.
         rollouts (`Iterable[tuple[Sequence[int], Sequence[int]]]`): token ids of prompt and answer, both not empty.
         lens (`str`, *optional*, defaults to `"raw"`): what stands before the unembedding. What a module reads is taken as it
             reads it in both lens modes.

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from bupo.analysis.measure import MEASURES, AnswerMeasures, measure
 from bupo.analysis.rollouts import Rollout
 from bupo.analysis.tables import AnswerSums, read_sums, settled
-from bupo.policy import InternalPolicies, Lens
-from bupo.residual import ResidualStream, Site
+from bupo.model.policy import InternalPolicies, Lens
+from bupo.model.residual import ResidualStream, Site
 
 ANSWERS_FILE = "answers.jsonl"
 TOKENS_FILE = "tokens.parquet"

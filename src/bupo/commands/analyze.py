@@ -29,11 +29,11 @@ from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.data.templates import choose_template
 from bupo.errors import UserError, first_line
 from bupo.files import in_one_piece, write_json
-from bupo.models import EMBEDDED, fingerprint, load_model, load_tokenizer
-from bupo.policy import InternalPolicies, Lens
+from bupo.model.loading import EMBEDDED, fingerprint, load_model, load_tokenizer
+from bupo.model.policy import InternalPolicies, Lens
+from bupo.progress import progress
 from bupo.report.figures import analysis_figures
 from bupo.report.page import write_page
-from bupo.training.callbacks import progress
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 

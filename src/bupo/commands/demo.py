@@ -20,10 +20,11 @@ from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.run import correct_of, graded, prompts_of, sample, summarize
-from bupo.models import EMBEDDED, load_model, load_tokenizer
+from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.progress import progress
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
-from bupo.training.callbacks import METRICS_FILE, progress, read_metrics
+from bupo.training.callbacks import METRICS_FILE, read_metrics
 from bupo.training.config import BuPOConfig
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch

@@ -36,12 +36,12 @@ from bupo.evaluation.run import (
 )
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
 from bupo.files import in_one_piece, write_json
-from bupo.models import EMBEDDED, fingerprint, load_tokenizer
-from bupo.policy import InternalPolicies, Lens
+from bupo.model.loading import EMBEDDED, fingerprint, load_tokenizer
+from bupo.model.policy import InternalPolicies, Lens
+from bupo.progress import progress
 from bupo.report.samples import write_samples_page
 from bupo.report.scores import score_tables, write_scores
 from bupo.sampling import Answer, Engine, TransformersEngine
-from bupo.training.callbacks import progress
 
 SUMMARY_FILE = "summary.json"
 # what an answer depends on besides its problem: answers of other settings are never mixed

@@ -12,8 +12,8 @@ from bupo.analysis.run import top_tokens
 from bupo.commands.parsing import parse
 from bupo.data.templates import choose_template, prompt_ids
 from bupo.errors import UserError
-from bupo.models import EMBEDDED, load_model, load_tokenizer
-from bupo.policy import InternalPolicies, InternalPolicy, Lens
+from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
 
 COLUMNS = 12  # positions a table holds
 

@@ -19,7 +19,7 @@ from bupo.data.problems import load_problems
 from bupo.data.templates import chat_template, choose_template, plain_text, template_options
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.models import load_model, load_tokenizer
+from bupo.model.loading import load_model, load_tokenizer
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward

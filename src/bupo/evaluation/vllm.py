@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from bupo.errors import UserError, first_line
-from bupo.models import model_path
+from bupo.model.loading import model_path
 from bupo.sampling import Answer, Request
 
 # vLLM takes what a request leaves out from the model's generation_config.json

@@ -8,8 +8,8 @@ import numpy as np
 from bupo.analysis.measure import MEASURES, measure
 from bupo.analysis.tables import AnswerSums, Resampled, stages
 from bupo.errors import UserError
-from bupo.policy import Lens
-from bupo.residual import ResidualStream
+from bupo.model.policy import Lens
+from bupo.model.residual import ResidualStream
 
 TOKENS = 4096  # answer tokens that are measured, of all processes
 SURE = 0.9  # share of resamples that must name the boundary layer or a neighbour
@@ -30,7 +30,7 @@ def boundary_layer(
     OctoThinker-3B, 31 and 30 for 8B).
 
     Args:
-        stream ([`~bupo.residual.ResidualStream`]): the model, in evaluation mode.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model, in evaluation mode.
         answers (`list[tuple[list[int], list[int]]]`): prompts and answers of this process, as token ids.
         lens (`str`), temperature (`float`): of the policies.
         tokens (`int`, *optional*): start no further answer after so many tokens.

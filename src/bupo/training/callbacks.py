@@ -10,19 +10,12 @@ import torch
 from accelerate.logging import get_logger
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
 from bupo.files import in_one_piece
+from bupo.progress import progress
 
 logger = get_logger(__name__)
 
@@ -89,20 +82,6 @@ def read_metrics(path: str | Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar with counts, the time taken and an estimate of the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 WATCHED = {  # in the live view: what the logs call it, and what people do

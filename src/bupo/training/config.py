@@ -7,7 +7,7 @@ import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError
-from bupo.policy import Lens, check_lens
+from bupo.model.policy import Lens, check_lens
 from bupo.training.schedule import Stage, read_schedule
 
 Module = Literal["layer", "attn", "ffn"]

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
-from bupo.policy import Lens
-from bupo.residual import ResidualStream, Site
-from bupo.scoring import score_tokens
+from bupo.model.policy import Lens
+from bupo.model.residual import ResidualStream, Site
+from bupo.model.scoring import score_tokens
 
 
 @dataclass
@@ -40,7 +40,7 @@ class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
 
     Args:
-        stream ([`~bupo.residual.ResidualStream`]): the model.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model.
         temperature (`float`): of every policy.
         lens (`str`): of the layer policies.
         fp32 (`bool`): whether the projection runs in fp32 outside autocast (TRL's `cast_lm_head_to_fp32`).

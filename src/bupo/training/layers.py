@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bupo.residual import ResidualStream
+from bupo.model.residual import ResidualStream
 
 
 def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:

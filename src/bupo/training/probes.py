@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 from bupo.files import in_one_piece
-from bupo.policy import Lens
-from bupo.residual import ResidualStream, Site
+from bupo.model.policy import Lens
+from bupo.model.residual import ResidualStream, Site
 
 PROBES_FILE, DYNAMICS_FILE = "probes.jsonl", "dynamics.parquet"
 ANSWER_TOKENS = 256  # of a probe; longer answers are cut
@@ -37,7 +37,7 @@ def probe(
     """Measure layers against those above them.
 
     Args:
-        stream ([`~bupo.residual.ResidualStream`]): the model, in evaluation mode.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model, in evaluation mode.
         answers (`list[tuple[list[int], list[int]]]`): token ids of prompts and answers.
         layers (`list[int]`): the layers l, from 1.
         lens (`str`), temperature (`float`): of the policies.

@@ -32,7 +32,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.residual import Family, ResidualStream, evaluating
+from bupo.model.residual import Family, ResidualStream, evaluating
 from bupo.training import advantages
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
@@ -75,7 +75,7 @@ class BuPOTrainer(GRPOTrainer):
         model (`str`, `PreTrainedModel` or `PeftModel`): as for [`~trl.GRPOTrainer`]; a text model.
         reward_funcs: as for [`~trl.GRPOTrainer`].
         args ([`BuPOConfig`]): configuration of the run.
-        family ([`~bupo.residual.Family`], *optional*): where the residual writes are, for an unknown model family.
+        family ([`~bupo.model.residual.Family`], *optional*): where the residual writes are, for an unknown model family.
         benchmarks (`dict[str, Dataset]`, *optional*): the problems of `eval_benchmarks` by label; by default loaded by name.
         kwargs: all other arguments of [`~trl.GRPOTrainer`].
 

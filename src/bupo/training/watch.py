@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
 from bupo.analysis.run import model_meta
-from bupo.residual import ResidualStream, evaluating
+from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.config import BuPOConfig
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
@@ -28,7 +28,7 @@ class Watch:
     """Probes and guard of a run. All processes decide alike: on gathered rewards and the main process' probes.
 
     Args:
-        stream ([`~bupo.residual.ResidualStream`]): the model.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model.
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.

@@ -21,8 +21,8 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
-from bupo.residual import Family, Identity, ResidualStream, Site
-from bupo.scoring import IGNORED, score_tokens
+from bupo.model.residual import Family, Identity, ResidualStream, Site
+from bupo.model.scoring import IGNORED, score_tokens
 
 Lens = Literal["raw", "final_norm"]
 _ROWS_PER_TILE = 256  # positions whose two distributions are held at once for a KL divergence
@@ -42,7 +42,7 @@ class InternalPolicy:
     gradients flow into the layers the policy is made of unless you disable them.
 
     Attributes:
-        site ([`~bupo.residual.Site`]): where its states come from.
+        site ([`~bupo.model.residual.Site`]): where its states come from.
         normed (`bool`): whether the final norm stands before the unembedding.
         temperature (`float`): divides the logits.
     """
@@ -169,7 +169,7 @@ class InternalPolicies:
 
     Args:
         model (`PreTrainedModel` or a PEFT, DDP or FSDP wrapper around one): the model; it is verified, not changed.
-        family ([`~bupo.residual.Family`], *optional*): where the writes are, for a family that is not known.
+        family ([`~bupo.model.residual.Family`], *optional*): where the writes are, for a family that is not known.
         lens (`str`, *optional*, defaults to `"raw"`): `raw`, the paper's, or `final_norm`.
         temperature (`float`, *optional*, defaults to `1.0`): divides every policy's logits.
 

@@ -215,7 +215,7 @@ class ResidualStream:
         return module
 
     def head(self) -> dict:
-        """The unembedding as arguments of [`bupo.scoring.score_tokens`]: weight, bias, scale, softcap."""
+        """The unembedding as arguments of [`bupo.model.scoring.score_tokens`]: weight, bias, scale, softcap."""
         linear = self.model.get_output_embeddings()
 
         def entry(name: str | None) -> float | None:

@@ -1,0 +1,1 @@
+"""A causal LM opened up: loading, families, the residual stream and its proof, scoring, policies."""
