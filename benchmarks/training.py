@@ -22,7 +22,7 @@ from bupo.evaluation.run import correct_of, graded, prompts_of, sample
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.report.figures import guard_figure
 from bupo.sampling import TransformersEngine
-from bupo.training.callbacks import METRICS_FILE, read_metrics
+from bupo.training.metrics_file import METRICS_FILE, read_metrics
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "cpu"
 PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 512, 8, 32

@@ -35,7 +35,7 @@ trainer = trainer_of(model, args)
 after_first = {}
 
 
-def on_batch(batch=trainer._generate_and_score_completions):
+def on_batch(batch=trainer.rollout):
     def generate(inputs):
         if trainer.rollout_batch == 3 and not after_first:
             after_first.update(snapshot(model))
@@ -44,7 +44,7 @@ def on_batch(batch=trainer._generate_and_score_completions):
     return generate
 
 
-trainer._generate_and_score_completions = on_batch()
+trainer.rollout = on_batch()
 trainer.train()
 rank = trainer.accelerator.process_index
 problems = load_benchmarks(["arithmetic"], 5, seed=args.seed)["arithmetic"]
@@ -67,7 +67,7 @@ result = {
 (folder / f"rank{rank}.json").write_text(json.dumps(result))
 critic = {}
 if backbone == "copy":
-    critic = trainer.accelerator.unwrap_model(trainer._critic.critic).state_dict()
+    critic = trainer.accelerator.unwrap_model(trainer.critic.critic).state_dict()
 elif backbone == "shared":
-    critic = {name: linear.weight.detach() for name, linear in trainer._critic.linears.items()}
+    critic = {name: linear.weight.detach() for name, linear in trainer.critic.linears.items()}
 torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

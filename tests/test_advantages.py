@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import RLOOConfig, RLOOTrainer
 
-from bupo.training.advantages import generalized, last_token, leave_one_out, whitened
+from bupo import BuPOTrainer
 from bupo.training.critic import value_loss
+from bupo.training.estimators import generalized, last_token, leave_one_out, whitened
+from bupo.training.rollouts import RolloutBatch
 from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward, trainer_of
 
 rewards_lists = st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=24)
@@ -114,14 +116,17 @@ def test_value_loss_by_hand():
 def rollout_of(trainer):
     """What the first rollout batch gives to the updates."""
     seen = {}
-    real = trainer._generate_and_score_completions
+    name = (
+        "rollout" if isinstance(trainer, BuPOTrainer) else "_generate_and_score_completions"
+    )  # TRL's has no public name
+    real = getattr(trainer, name)
 
     def spy(inputs):
         output = real(inputs)
         seen.setdefault("output", {k: v.clone() for k, v in output.items() if isinstance(v, torch.Tensor)})
         return output
 
-    trainer._generate_and_score_completions = spy
+    setattr(trainer, name, spy)
     trainer.train()
     return seen["output"]
 
@@ -206,19 +211,16 @@ def test_the_loss_is_a_token_mean_with_dual_clip(tmp_path, estimator):
     trainer = trainer_of(model_of(), args)
     seen = []
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         noise = torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(0))
         inputs = {**inputs, "old_per_token_logps": inputs["old_per_token_logps"] + 2 * noise}
         loss = inner(model, inputs)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            model, ids, attention, inputs["completion_ids"].size(1), batch_size=len(ids)
-        )
-        seen.append((inputs, logps.detach().double(), loss.item()))
+        with torch.no_grad():
+            logps = trainer.alignment.scores(RolloutBatch(inputs)).log_probs
+        seen.append((inputs, logps.double(), loss.item()))
         return loss
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     inputs, logps, loss = seen[0]
     ratio, mask = (logps - inputs["old_per_token_logps"].double()).exp(), inputs["completion_mask"].double()

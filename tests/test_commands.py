@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bupo.commands.main import main
-from bupo.training.callbacks import read_metrics
+from bupo.training.metrics_file import read_metrics
 from tests.test_data import write
 from tests.tiny import tiny_model
 

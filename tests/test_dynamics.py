@@ -246,14 +246,14 @@ def guarded_run(folder, model, resume=None, **changes):
     reward.calls = calls
     trainer = BuPOTrainer(model, reward, config(folder, **options), train_dataset=PROBLEMS, processing_class=TOKENIZER)
     sampled = {}
-    real = trainer._generate_and_score_completions
+    real = trainer.rollout
 
     def note(inputs):
         output = real(inputs)
         sampled[trainer.rollout_batch] = snapshot(model)
         return output
 
-    trainer._generate_and_score_completions = note
+    trainer.rollout = note
     trainer.train(resume_from_checkpoint=resume)
     return trainer, sampled
 
@@ -263,7 +263,7 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     rows = [row for row in trainer.state.log_history if "phase" in row]
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
     assert 8 <= last <= 10
-    assert trainer.schedule[0].batches == last
+    assert trainer.schedule.stages[0].batches == last
     ended = [row["rollout_batch"] for row in rows if "internal/ended_by_guard" in row]
     assert ended == [last + 1]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
@@ -284,7 +284,7 @@ def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
     second, _ = guarded_run(tmp_path, resumed, resume=str(tmp_path / f"checkpoint-{stop}"), **saving)
-    assert first.schedule == second.schedule != first.args.stages
+    assert first.schedule == second.schedule != first.args.first_phase
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -325,7 +325,7 @@ def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     args = config(tmp_path, internal_layer="auto", max_steps=12, learning_rate=1e-3)
     trainer = trainer_of(model, args)
     trainer.train()
-    assert [stage.layer for stage in trainer.schedule] == [clear]
+    assert trainer.schedule.layers == [clear]
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows] == [clear] * 8 + [None] * 4
     assert f"internal_layer auto: layer {clear} is the last" in capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_a_resumed_auto_run_keeps_its_layer(tmp_path):
     trainer_of(whole, config(tmp_path, **common)).train()
     trainer = trainer_of(resumed, config(tmp_path, **common))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert trainer.schedule[0].layer == 2
+    assert trainer.schedule.stages[0].layer == 2
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 

@@ -11,7 +11,7 @@ from bupo import BuPOConfig, UserError, load_problems, math_reward
 from bupo.commands.main import main
 from bupo.commands.train import make_trainer
 from bupo.model.loading import load_model, load_tokenizer
-from bupo.training.callbacks import read_metrics
+from bupo.training.metrics_file import read_metrics
 
 BATCHES, EVERY = 5, 2
 

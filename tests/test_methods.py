@@ -2,12 +2,13 @@
 
 import copy
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
 
-from bupo import BuPOTrainer, InternalPolicies, UserError
-from bupo.training.schedule import Stage, cut_short, place_of, read_schedule
+from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
+from bupo.training.schedule import Schedule, Stage
 from tests.test_trainer import (
     PROBLEMS,
     TOKENIZER,
@@ -79,7 +80,7 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
     """It starts from the policy's weights, moves in phase 1 in all its layers, and the policy is not moved by it."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
-    critic = trainer._critic.critic
+    critic = trainer.critic.critic
     for a, b in zip(critic.decoder.parameters(), model.model.parameters(), strict=True):
         assert torch.equal(a, b) and a is not b
     start = copy.deepcopy(critic.state_dict())
@@ -110,16 +111,16 @@ def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpoint
     trainer = trainer_of(model, args)
     seen = []
 
-    def values(output, inner=trainer._values):
-        found = inner(output)
+    def values(*args, inner=trainer.critic.values):
+        found = inner(*args)
         seen.append(found.clone())
         return found
 
-    trainer._values = values
+    trainer.critic.values = values
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
-    assert not seen[0].any() and set(trainer._critic.linears) == {"layer 2"}
-    assert trainer._critic.linears["layer 2"].weight.abs().max() > 0
+    assert not seen[0].any() and set(trainer.critic.linears) == {"layer 2"}
+    assert trainer.critic.linears["layer 2"].weight.abs().max() > 0
 
 
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
@@ -141,11 +142,14 @@ def test_a_resumed_run_with_a_critic_is_the_uninterrupted_one(tmp_path, backbone
 
 
 def test_the_table_of_completions_shows_the_estimators_advantages(tmp_path):
-    trainer = trainer_of(model_of(), config(tmp_path, max_steps=1, advantage_estimator="rloo"))
+    trainer = trainer_of(model_of(), config(tmp_path, max_steps=1, advantage_estimator="rloo", log_completions=True))
     trainer.train()
-    shown, rewards = list(trainer._logs["advantages"]), trainer._rewards[:, 0]
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    rewards = torch.tensor(table["token_reward"].to_numpy())
     others = (rewards.view(-1, 4).sum(1, keepdim=True) - rewards.view(-1, 4)) / 3
-    torch.testing.assert_close(torch.tensor(shown), rewards - others.view(-1), atol=1e-6, rtol=1e-5)
+    shown = torch.tensor(table["advantage"].to_numpy())
+    assert shown.abs().max() > 0.1
+    torch.testing.assert_close(shown, rewards - others.view(-1), atol=1e-6, rtol=1e-5)
 
 
 # -- layer-aware baselines (table 11) --------------------------------------------------------------------------------
@@ -247,11 +251,11 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
     fresh = model_of()
     seen = {}
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     policies = InternalPolicies(fresh, temperature=0.8)
     ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], 1)
@@ -266,13 +270,21 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
 
 
 def test_stages_by_rollout_batch():
-    stages = read_schedule("[[6, 2], [12, 3]]")
-    assert stages == (Stage(6, 2), Stage(12, 3)) == read_schedule([[6, 2], [12, 3]])
-    assert [place_of(stages, batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
-    assert cut_short(stages, 2) == (Stage(6, 1), Stage(12, 3))
-    assert cut_short(stages, 4) == (Stage(6, 2), Stage(12, 1))
-    assert cut_short(stages, 6) == stages
-    assert place_of((), 1) is None
+    schedule = Schedule.read("[[6, 2], [12, 3]]")
+    assert schedule == Schedule((Stage(6, 2), Stage(12, 3))) == Schedule.read([[6, 2], [12, 3]])
+    assert [schedule.place(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
+    assert schedule.stage(3) == Stage(12, 3) and schedule.stage(6) is None
+    assert schedule.cut_short(2) == Schedule((Stage(6, 1), Stage(12, 3)))
+    assert schedule.cut_short(4) == Schedule((Stage(6, 2), Stage(12, 1)))
+    assert schedule.cut_short(6) == schedule == Schedule.load(schedule.state())
+    assert Schedule().place(1) is None and Schedule().batches == 0 and schedule.batches == 5
+
+
+def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
+    auto = Schedule((Stage(None, 2), Stage(4, 1)))
+    assert auto.undecided and auto.layers == [4] and str(auto) == "[['auto', 2], [4, 1]]"
+    assert auto.decided(3) == Schedule((Stage(3, 2), Stage(4, 1))) and not auto.decided(3).undecided
+    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == Schedule((Stage(None, 7),))
 
 
 @pytest.mark.parametrize(
@@ -288,11 +300,11 @@ def test_a_schedule_of_two_stages(tmp_path):
     trainer = trainer_of(model, config(tmp_path, internal_layer=None, internal_schedule=[[1, 1], [3, 1]], max_steps=12))
     watch, before, seen = RatioWatch().attach(trainer), snapshot(model), {}
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         seen.setdefault(trainer.rollout_batch, snapshot(model))
         return inner(model, inputs)
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     assert [row["phase"] for row in watch.rows] == [1] * 8 + [2] * 4
     assert logged(trainer, "internal/layer") == [1] * 4 + [3] * 4

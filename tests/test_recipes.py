@@ -12,8 +12,8 @@ from bupo.commands.train import ProblemArguments
 from bupo.data.templates import TEMPLATES, chat_template
 from bupo.errors import UserError
 from bupo.model.loading import EMBEDDED, load_tokenizer
-from bupo.training.callbacks import read_metrics
 from bupo.training.config import BuPOConfig
+from bupo.training.metrics_file import read_metrics
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1] / "recipes"
@@ -38,7 +38,7 @@ def test_a_recipe_runs(tmp_path, recipe):
         (ProblemArguments, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train"
     )
     assert model.model_name_or_path == options["model_name_or_path"] and problems.reward_funcs == ["math"]
-    first = config.stages[0].batches if config.stages else 0
+    first = config.first_phase.batches
     assert first < config.max_steps  # the whole policy has its turn
     small = {
         "max_steps": 2 if first else 1,
@@ -54,7 +54,7 @@ def test_a_recipe_runs(tmp_path, recipe):
         "output_dir": str(tmp_path / "run"),
     }
     if config.internal_schedule:
-        small |= {"internal_schedule": f"[[{config.stages[0].layer}, 1]]", "max_steps": 2}
+        small |= {"internal_schedule": f"[[{config.first_phase.stages[0].layer}, 1]]", "max_steps": 2}
     elif first:
         small["internal_steps"] = 1
     if config.internal_layer == "auto":  # two prompts do not show a boundary; tests/test_dynamics.py shows it

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
 from bupo.model.loading import load_tokenizer
-from bupo.training.callbacks import ConsoleLines
+from bupo.training.console import ConsoleLines
 from tests.tiny import tiny_model
 
 TOKENIZER = load_tokenizer("embedded")
@@ -111,21 +111,17 @@ class RatioWatch(TrainerCallback):
         self.rows = []
 
     def attach(self, trainer):
-        real, watch = trainer._get_per_token_logps_and_entropies, self
+        def policy_loss(policy, inputs, inner=trainer.policy_loss):
+            def asked(**question):
+                scores = policy(**question)
+                old, mask = inputs["old_per_token_logps"], inputs["completion_mask"]
+                log_ratio = ((scores.log_probs[:, -old.size(1) :] - old) * mask).abs().max().item()
+                self.rows.append({"batch": trainer.rollout_batch, "phase": trainer.phase, "log_ratio": log_ratio})
+                return scores
 
-        def compute_loss(model, inputs, inner=trainer._compute_loss):
-            watch.mask, watch.old = inputs["completion_mask"], inputs["old_per_token_logps"]
-            watch.row = {"batch": trainer.rollout_batch, "phase": trainer.phase, "update": trainer.state.global_step}
-            return inner(model, inputs)
+            return inner(asked, inputs)
 
-        def scored(model, *args, **kwargs):
-            logps, entropies, aux = real(model, *args, **kwargs)
-            if torch.is_grad_enabled():
-                watch.row["log_ratio"] = ((logps - watch.old) * watch.mask).abs().max().item()
-                watch.rows.append(watch.row)
-            return logps, entropies, aux
-
-        trainer._compute_loss, trainer._get_per_token_logps_and_entropies = compute_loss, scored
+        trainer.policy_loss = policy_loss
         return self
 
 
@@ -151,11 +147,11 @@ def test_old_log_probs_are_the_layer_policys(tmp_path):
     copies = copy.deepcopy(model.state_dict())
     seen = {}
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     fresh = model_of()
     fresh.load_state_dict(copies)
@@ -219,9 +215,9 @@ def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
     trainer = trainer_of(model, config(tmp_path, per_device_eval_batch_size=4), eval_dataset=PROBLEMS.select(range(4)))
     layers = []
     model.model.layers[3].register_forward_pre_hook(lambda m, a: layers.append(4))
-    real = trainer._compute_loss
+    real = trainer.loss
     seen = []
-    trainer._compute_loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
+    trainer.loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
     assert trainer.phase == 1
     trainer.evaluate()
     assert seen and all(seen)
@@ -352,12 +348,15 @@ def test_a_checkpoint_is_marked_whole_last(tmp_path):
     trainer_of(model_of(), args).train()
     for folder in tmp_path.glob("checkpoint-*"):
         times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        assert times["trainer_state.json"] >= max(times["rollouts_0.pt"], times["critic.pt"])
+        assert times["trainer_state.json"] >= max(times["rollouts_0.pt"], times["bupo.pt"])
 
 
 def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
     args = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
     trainer_of(model_of(), config(tmp_path, **args)).train()
+    (tmp_path / "checkpoint-5" / "bupo.pt").unlink()
+    with pytest.raises(UserError, match=r"was made by bupo 0.1 \(bupo.pt is missing\)"):
+        trainer_of(model_of(), config(tmp_path, **args)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     (tmp_path / "checkpoint-5" / "rollouts_0.pt").unlink()
     trainer = trainer_of(model_of(), config(tmp_path, **args))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -425,11 +424,11 @@ def test_a_ratio_beyond_fp32_has_a_finite_gradient(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=2))
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         far = inputs["old_per_token_logps"] - 200 * (torch.arange(inputs["completion_ids"].size(1)) % 2)
         return inner(model, {**inputs, "old_per_token_logps": far})
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
@@ -440,12 +439,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
     seen = {}
 
-    def compute_loss(model, inputs, inner=trainer._compute_loss):
+    def loss_of(model, inputs, inner=trainer.loss):
         seen[trainer.state.global_step] = snapshot(model)
         loss = inner(model, inputs)
         return loss * float("nan") if trainer.state.global_step in bad else loss
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     trainer.train()
     assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
     assert any(not torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
@@ -453,7 +452,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     assert message in caplog.text
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=8, learning_rate=1e-3))
     bad |= {3, 4, 5}
-    trainer._compute_loss = lambda m, i, inner=trainer._compute_loss: inner(m, i) * float("nan")
+    trainer.loss = lambda m, i, inner=trainer.loss: inner(m, i) * float("nan")
     with pytest.raises(UserError, match="not finite in 3 updates in a row, the last in rollout batch 1"):
         trainer.train()
 
@@ -467,13 +466,13 @@ def test_weights_that_have_diverged_are_named(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
 
-    def compute_loss(m, inputs, inner=trainer._compute_loss):
+    def loss_of(m, inputs, inner=trainer.loss):
         loss = inner(m, inputs)
         if trainer.state.global_step == 3:
             model.model.norm.weight.data.fill_(float("nan"))
         return loss
 
-    trainer._compute_loss = compute_loss
+    trainer.loss = loss_of
     with pytest.raises(UserError, match=r"probabilities are not finite in rollout batch 2 .*lower learning_rate"):
         trainer.train()
 

@@ -24,8 +24,8 @@ from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.progress import progress
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
-from bupo.training.callbacks import METRICS_FILE, read_metrics
 from bupo.training.config import BuPOConfig
+from bupo.training.metrics_file import METRICS_FILE, read_metrics
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
 MAX_NEW_TOKENS = 32

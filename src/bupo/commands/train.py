@@ -23,8 +23,9 @@ from bupo.model.loading import load_model, load_tokenizer
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
-from bupo.training.callbacks import METRICS_FILE, ConsoleLines, MetricsFile, read_metrics
 from bupo.training.config import BuPOConfig
+from bupo.training.console import ConsoleLines
+from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.probes import DYNAMICS_FILE
 from bupo.training.trainer import BuPOTrainer
 

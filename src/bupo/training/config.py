@@ -1,29 +1,20 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError
 from bupo.model.policy import Lens, check_lens
-from bupo.training.schedule import Stage, read_schedule
+from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
+from bupo.training.schedule import Schedule, Stage
+from bupo.training.seam import accepted
 
 Module = Literal["layer", "attn", "ffn"]
-Estimator = Literal["grpo", "rloo", "reinforce++", "ppo"]
 Backbone = Literal["copy", "shared"]
 AUTO = "auto"
-LOSSES = (
-    "grpo",
-    "bnpo",
-    "dr_grpo",
-    "dapo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "luspo",
-)  # which TRL checks at the first update only
 
 
 @dataclass
@@ -123,9 +114,9 @@ class BuPOConfig(GRPOConfig):
     eval_every: int = field(default=10, metadata={"help": "Rollout batches between two of these evaluations."})
     eval_k: int = field(default=4, metadata={"help": "Answers a problem in them."})
     eval_problems: int | None = field(default=None, metadata={"help": "The first so many problems of each."})
-    advantage_estimator: Estimator = field(
+    advantage_estimator: str = field(
         default="grpo",
-        metadata={"help": "grpo, rloo, reinforce++ or ppo.", "choices": get_args(Estimator)},
+        metadata={"help": f"{', '.join(ESTIMATORS)}.", "choices": list(ESTIMATORS)},
     )
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's of PPO's critic, constant."})
     critic_backbone: Backbone = field(
@@ -161,7 +152,7 @@ class BuPOConfig(GRPOConfig):
             self.logging_steps = 1
         super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
-        if self.stages and micro_steps % self.gradient_accumulation_steps:
+        if self.first_phase.stages and micro_steps % self.gradient_accumulation_steps:
             raise UserError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide the {micro_steps} "
                 "micro-batches of a rollout batch (steps_per_generation x num_iterations): an update would mix two phases"
@@ -172,69 +163,79 @@ class BuPOConfig(GRPOConfig):
             )
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The first phase. Layer 0 stands for the layer that `auto` will choose."""
+    def first_phase(self) -> Schedule:
+        """The stages that the options ask for. A layer that `auto` has still to choose is None."""
         if self.internal_schedule is not None:
-            return read_schedule(self.internal_schedule)
+            return Schedule.read(self.internal_schedule)
         if self.internal_steps == 0:
-            return ()
-        return (Stage(0 if self.internal_layer == AUTO else int(self.internal_layer), self.internal_steps),)  # type: ignore[arg-type]
+            return Schedule()
+        layer = None if self.internal_layer == AUTO else cast(int, self.internal_layer)
+        return Schedule((Stage(layer, self.internal_steps),))
 
     def _check_internal_phase(self) -> None:
         check_lens(self.internal_lens)
-        if (
-            isinstance(self.internal_layer, str) and self.internal_layer.removeprefix("-").isdigit()
-        ):  # from a command line
-            self.internal_layer = int(self.internal_layer)
+        layer = self.internal_layer
+        if isinstance(layer, str) and layer.removeprefix("-").isdigit():  # from a command line
+            self.internal_layer = int(layer)
         _choice("internal_module", self.internal_module, get_args(Module))
         _whole("internal_steps", self.internal_steps, 0, "a whole number of rollout batches, 0 or more")
         for name in ("internal_layer", "frozen_up_to_layer", "slow_above_layer"):
             value = getattr(self, name)
             if value is not None and not (name == "internal_layer" and value == AUTO):
                 _whole(name, value, 1, "a layer from 1 up" + (", or auto" if name == "internal_layer" else ""))
+        if self.internal_schedule is not None and self.internal_layer is not None:
+            raise UserError(
+                "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
+            )
         if self.internal_schedule is not None:
-            if self.internal_layer is not None:
-                raise UserError(
-                    "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
-                )
-            self.internal_schedule = [[stage.layer, stage.batches] for stage in read_schedule(self.internal_schedule)]
+            stages = Schedule.read(self.internal_schedule).stages
+            self.internal_schedule = [[stage.layer, stage.batches] for stage in stages]
         elif self.internal_steps > 0 and self.internal_layer is None:
             raise UserError(
                 "internal_layer is not set: choose the layer whose policy the first phase optimises (1 to the model's "
                 "number of layers, or auto), or set internal_steps to 0 for no first phase"
             )
-        if self.internal_steps == 0 and self.internal_layer == AUTO and self.internal_schedule is None:
+        elif self.internal_steps == 0 and self.internal_layer == AUTO:
             raise UserError(
                 "internal_layer auto chooses the layer of a first phase, and internal_steps is 0: leave one out"
             )
-        lowest = min((stage.layer for stage in self.stages if stage.layer), default=None)
+        self._check_first_phase()
+
+    def _check_first_phase(self) -> None:
+        lowest = min(self.first_phase.layers, default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(
                 f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
             )
         # layers above l have no gradient in the first phase, which DDP must be told to expect
-        if self.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+        if self.first_phase.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
 
     def _check_method(self) -> None:
-        _choice("advantage_estimator", self.advantage_estimator, get_args(Estimator))
+        _choice("advantage_estimator", self.advantage_estimator, tuple(ESTIMATORS))
         _choice("critic_backbone", self.critic_backbone, get_args(Backbone))
-        _choice("loss_type", self.loss_type, LOSSES)
-        _choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        for name in ("loss_type", "importance_sampling_level"):
+            _choice(name, getattr(self, name), accepted(name))
         if self.probe_every is not None:
             _whole("probe_every", self.probe_every, 0, "a whole number of rollout batches, 0 or more")
         for name in ("probe_answers", "eval_every", "eval_k"):
             _whole(name, getattr(self, name), 1, "1 or more")
-        for name, low, high in (("gae_gamma", 0, 1), ("gae_lambda", 0, 1), ("slow_factor", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} must lie from {low} to {high}, got {getattr(self, name)}")
+        for name in ("gae_gamma", "gae_lambda", "slow_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie from 0 to 1, got {getattr(self, name)}")
         for name in ("critic_learning_rate", "value_clip", "value_coef"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.advantage_estimator == "ppo" and self.fp16:
-            raise UserError("advantage_estimator ppo has no loss scaling for its critic: use bf16 or neither, not fp16")
-        if self.advantage_estimator == "grpo":
-            return
+        if self.advantage_estimator in WITH_CRITIC and self.fp16:
+            raise UserError(
+                f"advantage_estimator {self.advantage_estimator} has no loss scaling for its critic: use bf16 or neither, "
+                "not fp16"
+            )
+        if ESTIMATORS[self.advantage_estimator] is not None:
+            self._check_own_estimator()
+
+    def _check_own_estimator(self) -> None:
+        """Refuse what only GRPO's estimator, TRL's, looks at."""
         if self.scale_rewards not in ("group", True):
             raise UserError(
                 f"scale_rewards={self.scale_rewards!r} is grpo's: advantage_estimator {self.advantage_estimator} does not "
@@ -248,7 +249,8 @@ class BuPOConfig(GRPOConfig):
 
 
 def _choice(name: str, value, choices: tuple) -> None:
-    if value not in choices:
+    """Any value, where the choices are not known."""
+    if choices and value not in choices:
         raise UserError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
 
 

@@ -1,21 +1,24 @@
 """PPO's critic: a value head on a copy of the model, or on the policy's own states (arXiv 1707.06347).
 
-Values are of the language model policy's rollouts in both phases.
+Values are of the language model policy's rollouts in both phases. Both backbones have one interface: `values` of a rollout
+batch, `loss` around the policy's, `step` where an accumulation window ends, `state` and `load`.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.training.head import PolicyHead
+from bupo.model.residual import ResidualStream, Site
+from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
 
-CRITIC_FILE = "critic.pt"
+Read = Callable[[torch.Tensor], None]  # sees the states (B, T - 1, D) of a policy that is scored
+Sums = dict[str, torch.Tensor]
 
 
 class Critic(nn.Module):
@@ -53,21 +56,19 @@ def value_loss(
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-def token_sums(
-    values: torch.Tensor, inputs: dict, mask: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def token_sums(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[torch.Tensor, Sums]:
     """The value loss summed over a micro-batch's tokens, and sums for the logs.
 
     Args:
-        values (`torch.Tensor` of shape `(B, T)`): with their graph.
-        inputs (`dict`): of the trainer's loss, with `values` and `returns` of the rollout, `(B, T)`.
-        mask (`torch.Tensor` of shape `(B, T)`): real tokens.
+        values (`torch.Tensor` of shape `(B, C)`): with their graph.
+        batch ([`~bupo.training.rollouts.RolloutBatch`]): with the values and returns of the rollout.
+        clip (`float`): of `value_loss`.
 
     Returns:
         `tuple`: the loss, and a `dict` of `loss`, `clipped`, `error` (squared), `returns`, `squares` and `tokens`.
     """
-    returns = inputs["returns"]
-    per_token, clipped = value_loss(values, inputs["values"], returns, clip)
+    returns = batch.tensors[RETURNS]
+    per_token, clipped = value_loss(values, batch.tensors[VALUES], returns, clip)
     sums = {
         "loss": per_token.detach(),
         "clipped": clipped.float(),
@@ -76,7 +77,19 @@ def token_sums(
         "squares": returns.square(),
         "tokens": torch.ones_like(returns),
     }
-    return (per_token * mask).sum(), {name: (value * mask).sum() for name, value in sums.items()}
+    return (per_token * batch.mask).sum(), {name: (value * batch.mask).sum() for name, value in sums.items()}
+
+
+def value_metrics(sums: Sums, accelerator: Accelerator) -> dict[str, float]:
+    """What is logged of `token_sums`, over all processes."""
+    totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+    sums = dict(zip(sums, totals, strict=True))
+    count = sums["tokens"].clamp(min=1.0)
+    found = {"value_loss": sums["loss"] / count, "clip_ratio": sums["clipped"] / count}
+    variance = sums["squares"] / count - (sums["returns"] / count) ** 2
+    if variance > 1e-6:  # else all returns are alike
+        found["explained_variance"] = 1 - sums["error"] / count / variance
+    return {f"critic/{name}": value.item() for name, value in found.items()}
 
 
 class CopiedCritic:
@@ -103,46 +116,52 @@ class CopiedCritic:
         self.critic, self.optimizer = accelerator.prepare(critic, optimizer)
 
     @torch.no_grad()
-    def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int, size: int) -> torch.Tensor:
-        """`(batch, answer)`: values of a rollout, `size` answers at a time."""
+    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+        """`(B, C)`: of a rollout batch, by the critic's own model."""
         self.critic.eval()
-        rows = zip(input_ids.split(size), attention_mask.split(size), strict=True)
-        return torch.cat([self.critic(ids, mask, answer) for ids, mask in rows])
+        size = self.args.per_device_train_batch_size
+        rows = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
+        return torch.cat([self.critic(ids, mask, batch.tokens) for ids, mask in rows])
 
-    def learn(self, inputs: dict, mask: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One micro-batch's gradient, and the update where an accumulation window ends.
+    def loss(
+        self,
+        batch: RolloutBatch,
+        site: Site | None,
+        share: float,
+        policy_loss: Callable[[Read | None], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's loss as it is, after one micro-batch's gradient of the critic; and what is logged of the values.
 
         Args:
-            inputs (`dict`), mask (`torch.Tensor` of shape `(B, T)`): as for `token_sums`, whose sums are returned.
-            tokens (`torch.Tensor`): real tokens of the window, a process.
+            batch ([`~bupo.training.rollouts.RolloutBatch`]): a micro-batch.
+            site ([`~bupo.model.residual.Site`], *optional*): the policy in force.
+            share (`float`): of the rollout batch, that an update takes: values are averaged over its tokens.
+            policy_loss (`Callable`): computes the policy's loss; what it is given sees the states on the way.
         """
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        last = self.accelerator.sync_gradients
         self.critic.train()
-        with nullcontext() if last else self.accelerator.no_sync(self.critic):
-            values = self.critic(ids, attention, inputs["completion_ids"].size(1))
-            loss, sums = token_sums(values, inputs, mask, self.args.value_clip)
-            self.accelerator.backward(loss / tokens)
-        if last:
-            if self.args.max_grad_norm:
-                self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-            if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
-                self.optimizer.step()
-            self.optimizer.zero_grad()
-        return sums
+        with nullcontext() if self.accelerator.sync_gradients else self.accelerator.no_sync(self.critic):
+            values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
+            loss, sums = token_sums(values, batch, self.args.value_clip)
+            self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
+        return policy_loss(None), value_metrics(sums, self.accelerator)
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimizer, from the main process."""
-        if self.accelerator.is_main_process:
-            critic = self.accelerator.unwrap_model(self.critic)
-            torch.save({"critic": critic.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / CRITIC_FILE)
+    def step(self) -> None:
+        """Update the critic, if its gradient is finite."""
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, on every process."""
-        saved = torch.load(folder / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
-        self.accelerator.unwrap_model(self.critic).load_state_dict(saved["critic"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+    def state(self) -> dict:
+        """Weights and optimizer."""
+        critic = self.accelerator.unwrap_model(self.critic)
+        return {"critic": critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """What `state` gave."""
+        self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class SharedCritic:
@@ -152,21 +171,20 @@ class SharedCritic:
     head of its own, which starts at zero. States are divided by their root mean square: raw ones may be of any size.
 
     Args:
-        head ([`~bupo.training.head.PolicyHead`]): of the model.
+        stream ([`~bupo.model.residual.ResidualStream`]): the model.
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (of the value head), `value_coef`, `value_clip`.
     """
 
-    def __init__(self, head: PolicyHead, accelerator: Accelerator, args):
-        self.head, self.accelerator, self.args = head, accelerator, args
+    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
+        self.stream, self.accelerator, self.args = stream, accelerator, args
         self.linears: dict[str, nn.Linear] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def _linear(self) -> nn.Linear:
-        """The value head of the policy in force."""
-        name = "language_model" if self.head.site is None else f"{self.head.site.kind} {self.head.site.layer}"
+    def _linear(self, name: str) -> nn.Linear:
+        """The value head of a policy."""
         if name not in self.linears:
-            weight = self.head.stream.head()["weight"]
+            weight = self.stream.head()["weight"]
             linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -176,28 +194,38 @@ class SharedCritic:
             )
         return self.linears[name]
 
-    @contextmanager
-    def collecting(self) -> Iterator[list[torch.Tensor]]:
-        """Inside, every scoring call leaves its values `(B, time - 1)`, with their graph, in the yielded list."""
-        values: list[torch.Tensor] = []
+    def _reader(self, site: Site | None) -> tuple[Read, list[torch.Tensor]]:
+        """What reads states, and the list that it fills with values `(B, T - 1)`, with their graph."""
+        linear, values = self._linear("language_model" if site is None else f"{site.kind} {site.layer}"), []
 
-        def keep(states: torch.Tensor) -> None:
+        def read(states: torch.Tensor) -> None:
             states = states.float()
             unit = states * states.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
             with torch.autocast(states.device.type, enabled=False):
-                values.append(self._linear()(unit).squeeze(-1))
+                values.append(linear(unit).squeeze(-1))
 
-        self.head.on_states = keep
-        try:
-            yield values
-        finally:
-            self.head.on_states = None
+        return read, values
 
-    def loss(self, values: list[torch.Tensor], inputs: dict, mask: torch.Tensor, tokens: torch.Tensor):
-        """What is added to the policy's loss, and the sums of `token_sums`."""
-        predicted = torch.cat(values)[:, -mask.size(1) :]
-        loss, sums = token_sums(predicted, inputs, mask, self.args.value_clip)
-        return self.args.value_coef * loss / tokens, sums
+    @torch.no_grad()
+    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+        """`(B, C)`: of a rollout batch, on the states of a scoring pass."""
+        read, values = self._reader(site)
+        scored(read)
+        return torch.cat(values)[:, -batch.tokens :]
+
+    def loss(
+        self,
+        batch: RolloutBatch,
+        site: Site | None,
+        share: float,
+        policy_loss: Callable[[Read | None], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's loss and the weighted value loss of the same states. Arguments and result as of [`CopiedCritic`]."""
+        read, values = self._reader(site)
+        policy = policy_loss(read)
+        value, sums = token_sums(torch.cat(values)[:, -batch.tokens :], batch, self.args.value_clip)
+        tokens = batch.window_tokens(share, self.accelerator.num_processes)
+        return policy + self.args.value_coef * value / tokens, value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
         """Update the value heads that have a gradient, with the mean of all processes'."""
@@ -210,17 +238,19 @@ class SharedCritic:
                 self.optimizers[name].step()
             self.optimizers[name].zero_grad()
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimizers, from the main process."""
-        if self.accelerator.is_main_process:
-            saved = {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.linears.items()}
-            torch.save(saved, folder / CRITIC_FILE)
+    def state(self) -> dict:
+        """Weights and optimizers, by policy."""
+        return {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.linears.items()}
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, on every process."""
-        saved = torch.load(folder / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
-        for name, (weights, optimizer) in saved.items():
-            kind, _, layer = name.partition(" ")
-            with self.head.scoring(kind, int(layer)) if layer else nullcontext():
-                self._linear().load_state_dict(weights)
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """What `state` gave."""
+        for name, (weights, optimizer) in state.items():
+            self._linear(name).load_state_dict(weights)
             self.optimizers[name].load_state_dict(optimizer)
+
+
+def critic_of(stream: ResidualStream, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic:
+    """The critic on the backbone that `critic_backbone` names."""
+    if args.critic_backbone == "shared":
+        return SharedCritic(stream, accelerator, args)
+    return CopiedCritic(stream.decoder, accelerator, args)

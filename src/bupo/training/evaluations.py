@@ -31,10 +31,9 @@ class Evaluations(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
-        micro_steps = self.trainer._micro_steps_per_rollout
-        done, inside = divmod(self.trainer._step, micro_steps)
+        done = self.trainer.rollout_batch - 1
         last = state.global_step >= state.max_steps
-        if last or (inside == 0 and done % args.eval_every == 0):
+        if last or (not self.trainer.inside_batch and done % args.eval_every == 0):
             self._evaluate(done)
 
     def _evaluate(self, rollout_batches: int) -> None:

@@ -6,7 +6,7 @@ FSDP, PEFT). This head answers that call in TRL's stead, for the language model 
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,15 +29,20 @@ class PolicyScores(ModelOutput):
         log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
         entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
         aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
+        states (`torch.Tensor` of shape `(batch, time - 1, D)`, *optional*): what met the unembedding, if asked for.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
+
+    The call takes two arguments besides TRL's: `policy`, the [`~bupo.model.residual.Site`] whose policy is asked (None: the
+    language model policy), and `show_states`, for what meets the unembedding.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model.
@@ -48,48 +53,27 @@ class PolicyHead:
 
     def __init__(self, stream: ResidualStream, temperature: float, lens: Lens, fp32: bool = False):
         self.stream, self.temperature, self.lens, self.fp32 = stream, temperature, lens, fp32
-        self.site: Site | None = None  # None: the language model policy
-        self.on_states: Callable[[torch.Tensor], None] | None = None  # sees what meets the unembedding, (B, T - 1, D)
         model, head = stream.model, self
         plain = model.forward
 
         @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-        def forward(model, *args, fused_lm_head=False, labels=None, **kwargs):
+        def forward(model, *args, fused_lm_head=False, policy=None, show_states=False, labels=None, **kwargs):
             if fused_lm_head:
-                return head._score(model, labels, *args, **kwargs)
+                return head._score(model, policy, show_states, labels, *args, **kwargs)
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    @contextmanager
-    def scoring(self, kind: str, layer: int) -> Iterator[None]:
-        """Inside, scoring calls speak for this internal policy: a layer's, or its attention's or FFN's."""
-        before, self.site = self.site, Site(kind, layer)
-        try:
-            yield
-        finally:
-            self.site = before
-
-    def _score(self, model, labels, *args, **kwargs) -> PolicyScores:
+    def _score(self, model, site: Site | None, show_states: bool, labels, *args, **kwargs) -> PolicyScores:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        if self.site is None:
-            out = model.base_model(*args, use_cache=False, **kwargs)
-            hidden = out.last_hidden_state
-        else:
-            layer, stream = self.site.layer, self.stream
-            with stream.record([self.site]) as states, stream.first_layers(layer), self._not_checkpointed(layer):
-                out = model.base_model(*args, use_cache=False, **kwargs)
-            hidden = states[self.site] if self.lens == "raw" else stream.norm(states[self.site])
-
+        hidden, out = self._states(model, site, *args, **kwargs)
         head = self.stream.head()
         for name in ("weight", "bias"):
             if isinstance(head[name], DTensor):  # FSDP2 shards the head
                 head[name] = head[name].full_tensor()
         hidden = hidden[:, :-1].to(head["weight"].device)
         labels = labels[:, 1:].to(head["weight"].device)
-        if self.on_states:
-            self.on_states(hidden)
         precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
             scores = score_tokens(
@@ -101,7 +85,17 @@ class PolicyHead:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
             )
-        return PolicyScores(scores.log_probs, scores.entropy, aux_loss)
+        return PolicyScores(scores.log_probs, scores.entropy, aux_loss, hidden if show_states else None)
+
+    def _states(self, model, site: Site | None, *args, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
+        """`(batch, time, D)`: what meets the unembedding, and the decoder's output."""
+        if site is None:
+            out = model.base_model(*args, use_cache=False, **kwargs)
+            return out.last_hidden_state, out
+        stream = self.stream
+        with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
+            out = model.base_model(*args, use_cache=False, **kwargs)
+        return (states[site] if self.lens == "raw" else stream.norm(states[site])), out
 
     @contextmanager
     def _not_checkpointed(self, layer: int) -> Iterator[None]:

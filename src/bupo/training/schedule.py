@@ -1,7 +1,6 @@
 """Which policy a rollout batch optimises: stages of internal layer policies, then the language model policy (eq. 10)."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bupo.errors import UserError
@@ -12,46 +11,92 @@ class Stage:
     """Some rollout batches that optimise one layer's policy.
 
     Attributes:
-        layer (`int`): l, from 1.
+        layer (`int`, *optional*): l, from 1; None where `auto` has still to choose it.
         batches (`int`): rollout batches.
     """
 
-    layer: int
+    layer: int | None
     batches: int
 
 
-def read_schedule(value) -> tuple[Stage, ...]:
-    """Stages from `[[6, 20], [12, 10]]`, a list or the same as text.
+@dataclass(frozen=True)
+class Schedule:
+    """The first phase: its stages, one after another. Without any, every rollout batch optimises the language model policy.
 
-    Raises:
-        UserError: if it is anything else.
+    Rollout batches count from 1; a stage's place is its index in `stages`.
     """
-    try:
-        pairs = json.loads(value) if isinstance(value, str) else value
-        stages = tuple(Stage(layer, batches) for layer, batches in pairs)
-        if not stages or not all(type(n) is int and n > 0 for stage in stages for n in (stage.layer, stage.batches)):
-            raise ValueError
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"internal_schedule must be a list of [layer, rollout batches] such as [[6, 20], [12, 10]], got {value!r}"
-        ) from error
-    return stages
 
+    stages: tuple[Stage, ...] = ()
 
-def place_of(stages: Sequence[Stage], rollout_batch: int) -> int | None:
-    """Index of the stage that covers a rollout batch (from 1), or None where the language model policy is optimised."""
-    last = 0
-    for index, stage in enumerate(stages):
-        last += stage.batches
-        if rollout_batch <= last:
-            return index
-    return None
+    @classmethod
+    def read(cls, value) -> "Schedule":
+        """From `[[6, 20], [12, 10]]`, a list or the same as text.
 
+        Raises:
+            UserError: if it is anything else.
+        """
+        try:
+            pairs = json.loads(value) if isinstance(value, str) else value
+            stages = tuple(Stage(layer, batches) for layer, batches in pairs)
+            numbers = [number for stage in stages for number in (stage.layer, stage.batches)]
+            if not stages or not all(type(number) is int and number > 0 for number in numbers):
+                raise ValueError
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"internal_schedule must be a list of [layer, rollout batches] such as [[6, 20], [12, 10]], got {value!r}"
+            ) from error
+        return cls(stages)
 
-def cut_short(stages: Sequence[Stage], rollout_batch: int) -> tuple[Stage, ...]:
-    """The schedule whose stage that covers this rollout batch ends before it."""
-    index = place_of(stages, rollout_batch)
-    if index is None:
-        return tuple(stages)
-    done = rollout_batch - 1 - sum(stage.batches for stage in stages[:index])
-    return (*stages[:index], replace(stages[index], batches=done), *stages[index + 1 :])
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are known, ascending, each once."""
+        return sorted({stage.layer for stage in self.stages if stage.layer is not None})
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a layer has still to be chosen."""
+        return any(stage.layer is None for stage in self.stages)
+
+    @property
+    def batches(self) -> int:
+        """Length of the first phase, in rollout batches."""
+        return sum(stage.batches for stage in self.stages)
+
+    def place(self, rollout_batch: int) -> int | None:
+        """Index of the stage that covers a rollout batch, or None where the language model policy is optimised."""
+        last = 0
+        for index, stage in enumerate(self.stages):
+            last += stage.batches
+            if rollout_batch <= last:
+                return index
+        return None
+
+    def stage(self, rollout_batch: int) -> Stage | None:
+        """The stage that covers a rollout batch, if one does."""
+        place = self.place(rollout_batch)
+        return None if place is None else self.stages[place]
+
+    def decided(self, layer: int) -> "Schedule":
+        """With this layer where one had still to be chosen."""
+        return Schedule(tuple(replace(s, layer=layer) if s.layer is None else s for s in self.stages))
+
+    def cut_short(self, rollout_batch: int) -> "Schedule":
+        """With the stage that covers this rollout batch ending before it."""
+        index = self.place(rollout_batch)
+        if index is None:
+            return self
+        before = self.stages[:index]
+        done = rollout_batch - 1 - sum(stage.batches for stage in before)
+        return Schedule((*before, replace(self.stages[index], batches=done), *self.stages[index + 1 :]))
+
+    def state(self) -> list[tuple[int | None, int]]:
+        """Plain values, for a checkpoint."""
+        return [(stage.layer, stage.batches) for stage in self.stages]
+
+    @classmethod
+    def load(cls, state: list[tuple[int | None, int]]) -> "Schedule":
+        """What `state` gave."""
+        return cls(tuple(Stage(layer, batches) for layer, batches in state))
+
+    def __str__(self) -> str:
+        return str([["auto" if stage.layer is None else stage.layer, stage.batches] for stage in self.stages])

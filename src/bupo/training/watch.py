@@ -1,8 +1,9 @@
-"""What stands between rollout batches: the probes, and the guard that reads them."""
+"""What stands between rollout batches: the schedule, the probes, and the guard, which reads them and may end a stage early."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -11,21 +12,25 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
 from bupo.analysis.run import model_meta
+from bupo.files import write_json
 from bupo.model.residual import ResidualStream, evaluating
+from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
+from bupo.training.boundary import boundary_layer
 from bupo.training.config import BuPOConfig
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
 from bupo.training.probes import ANSWER_TOKENS, Answers, Dynamics, default_cadence, probe
-from bupo.training.schedule import Stage, cut_short, place_of
+from bupo.training.schedule import Schedule
 
 logger = get_logger(__name__)
 
-Schedule = tuple[Stage, ...]
+BOUNDARY_FILE = "boundary.json"
+
 Metrics = dict[str, list[float]]
 
 
 class Watch:
-    """Probes and guard of a run. All processes decide alike: on gathered rewards and the main process' probes.
+    """Schedule, probes and guard of a run. All processes decide alike: on gathered rewards and the main process' probes.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model.
@@ -33,12 +38,16 @@ class Watch:
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.
         sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then there are neither probes nor guard.
+
+    Attributes:
+        schedule ([`~bupo.training.schedule.Schedule`]): the first phase, as far as `auto` and the guard have decided it.
     """
 
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args: BuPOConfig, decode, sharded: bool):
         self.stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
+        self.schedule: Schedule = args.first_phase
         self.every = 0 if sharded else args.probe_every  # None: once the probe set is known
-        self.guarding = args.internal_guard and bool(args.stages)
+        self.guarding = args.internal_guard and bool(self.schedule.stages)
         if sharded and (self.guarding or args.probe_every):
             self.guarding = False
             logger.warning("FSDP and DeepSpeed shard the parameters: this run has neither probes nor internal_guard")
@@ -51,35 +60,30 @@ class Watch:
 
     # -- around a rollout batch --------------------------------------------------------------------------------------
 
-    def before_rollouts(
-        self, schedule: Schedule, rollout_batch: int, optimizer: torch.optim.Optimizer, metrics: Metrics
-    ) -> Schedule:
-        """Probe the weights that are about to sample, and end the stage if it has turned. Returns the schedule."""
-        rows = self._probe(schedule, rollout_batch, metrics) if rollout_batch > 1 and self._due(rollout_batch) else []
+    def before_rollouts(self, rollout_batch: int, optimizer: torch.optim.Optimizer, metrics: Metrics) -> None:
+        """Probe the weights that are about to sample, and end the stage if it has turned."""
+        rows = self._probe(rollout_batch, metrics) if rollout_batch > 1 and self._due(rollout_batch) else []
         if not (self.guarding and self.guard.rewards and self.kept):
-            return schedule
-        self._show_guard(schedule, rows)
+            return
+        self._show_guard(rows)
         why = self.guard.turned()
         if why:
-            schedule = self._go_back(schedule, rollout_batch, optimizer, why)
+            self._go_back(rollout_batch, optimizer, why)
             metrics["internal/ended_by_guard"].append(1.0)
-        place = place_of(schedule, rollout_batch)
+        place = self.schedule.place(rollout_batch)
         if why or place != self.guarded:  # the next stage has a record of its own
             self.guard, self.kept = Guard(), []
             self.guarded = self.guarded if place is None else place
             if place is not None and not why:  # else the weights are no longer those that were probed
-                self._show_guard(schedule, rows)
-        return schedule
+                self._show_guard(rows)
 
-    def _show_guard(self, schedule: Schedule, rows: Sequence[dict]) -> None:
+    def _show_guard(self, rows: Sequence[dict]) -> None:
         """Give the guard what a probe says of the layer that it watches."""
-        if rows and self.guarding and schedule:
-            values = _means(rows, schedule[self.guarded].layer)
+        if rows and self.guarding and self.schedule.stages:
+            values = _means(rows, self.schedule.stages[self.guarded].layer)
             self.guard.see_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
 
-    def after_rollouts(
-        self, schedule: Schedule, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics
-    ) -> None:
+    def after_rollouts(self, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics) -> None:
         """Note what a rollout batch says of the weights that sampled it.
 
         Args:
@@ -87,39 +91,51 @@ class Watch:
             rewards (`torch.Tensor` of shape `(answers,)`): of all processes, groups of a prompt one after another.
         """
         if not self.answers and self.every != 0:  # of the first rollout batch, if it has any
-            self._choose_answers(schedule, answers)
+            self._choose_answers(answers)
             if self._due(rollout_batch):
-                self._show_guard(schedule, self._probe(schedule, rollout_batch, metrics))
+                self._show_guard(self._probe(rollout_batch, metrics))
         if self._due(rollout_batch) and self.accelerator.is_main_process:
             rows = [("response_length", metrics["completions/mean_length"][-1])]
             rows += [("repetition", metrics["completions/repetition"][-1]), ("reward", metrics["reward"][-1])]
             self.dynamics.add(rollout_batch - 1, [_row(measure, value) for measure, value in rows])
-        place = place_of(schedule, rollout_batch)
-        if not self.guarding or place is None:
-            return
-        self.guarded = place
-        by_prompt = rewards.view(-1, self.args.num_generations).nanmean(1)
-        by_prompt = by_prompt[~by_prompt.isnan()]
-        error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
-        reward = by_prompt.mean().item() if len(by_prompt) else 0.0
-        if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
-            self.kept = snapshot(self._moved(schedule, place))
+        place = self.schedule.place(rollout_batch)
+        if self.guarding and place is not None:
+            self.guarded = place
+            by_prompt = rewards.view(-1, self.args.num_generations).nanmean(1)
+            by_prompt = by_prompt[~by_prompt.isnan()]
+            error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
+            reward = by_prompt.mean().item() if len(by_prompt) else 0.0
+            if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
+                self.kept = snapshot(self._moved(place))
 
-    def after_training(self, schedule: Schedule, rollout_batch: int) -> None:
+    def after_training(self, rollout_batch: int) -> None:
         """Probe the last weights, whatever the cadence."""
         if self.every and self.answers:
-            self._probe(schedule, rollout_batch, None)
+            self._probe(rollout_batch, None)
+
+    def decide(self, answers: Answers) -> None:
+        """`internal_layer: auto`, on the first rollout batch's answers of this process. Also written to `boundary.json`."""
+        tokens = BOUNDARY_TOKENS // self.accelerator.num_processes
+        with evaluating(self.stream.model):
+            lens, temperature = self.args.internal_lens, self.args.temperature
+            found = boundary_layer(self.stream, answers, lens, temperature, tokens=tokens, gather=gather_object)
+        self.schedule = self.schedule.decided(found["boundary_layer"])
+        self.accelerator.print(f"internal_layer auto: {found['explanation']}")
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / BOUNDARY_FILE, found)
 
     # -- probes ------------------------------------------------------------------------------------------------------
 
-    def _choose_answers(self, schedule: Schedule, answers: Answers) -> None:
+    def _choose_answers(self, answers: Answers) -> None:
         """The probe set: answers to different prompts, cut to a length, the same on every process."""
         share = math.ceil(self.args.probe_answers / self.accelerator.num_processes)
         mine = [(prompt, answer[:ANSWER_TOKENS]) for prompt, answer in answers[:share]]
         self.answers = gather_object(mine)[: self.args.probe_answers]
         if not self.answers:
             return
-        layers = self._layers(schedule)
+        layers = self._layers()
         if self.every is None:
             tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
             self.every = default_cadence(self.stream, self.answers, layers, tokens) if layers else 0
@@ -127,26 +143,25 @@ class Watch:
         if self.every and self.accelerator.is_main_process:
             self.dynamics.write_answers(self.answers, self.decode)
 
-    def _layers(self, schedule: Schedule) -> list[int]:
+    def _layers(self) -> list[int]:
         """The layers of the first phase, or, without one, the layer that is named all the same."""
-        layers = sorted({stage.layer for stage in schedule})
         named = self.args.internal_layer
-        return layers or ([named] if isinstance(named, int) else [])
+        return self.schedule.layers or ([named] if isinstance(named, int) else [])
 
     def _due(self, rollout_batch: int) -> bool:
         return bool(self.every and self.answers and (rollout_batch - 1) % self.every == 0)
 
-    def _probe(self, schedule: Schedule, rollout_batch: int, metrics: Metrics | None) -> list[dict]:
+    def _probe(self, rollout_batch: int, metrics: Metrics | None) -> list[dict]:
         """Measure, write, log."""
         started = perf_counter()
-        layers = self._layers(schedule)
+        layers = self._layers()
         with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
             rows = probe(self.stream, self.answers, layers, self.args.internal_lens, self.args.temperature)
         rows = broadcast_object_list([rows])[0]
         if self.accelerator.is_main_process:
             self.dynamics.add(rollout_batch - 1, rows)
-        place = place_of(schedule, rollout_batch)
-        layer = schedule[place].layer if place is not None else (layers[-1] if layers else None)
+        stage = self.schedule.stage(rollout_batch)
+        layer = stage.layer if stage else (layers[-1] if layers else None)
         if metrics is not None:
             for name, value in _means(rows, layer).items():
                 metrics[f"probe/{name}"].append(value)
@@ -155,27 +170,29 @@ class Watch:
 
     # -- guard -------------------------------------------------------------------------------------------------------
 
-    def _moved(self, schedule: Schedule, place: int) -> list[torch.nn.Parameter]:
-        return moved_by(self.stream, schedule[place].layer, self.args.internal_lens == "final_norm")
+    def _moved(self, place: int) -> list[torch.nn.Parameter]:
+        layer = self.schedule.stages[place].layer
+        assert layer is not None, "the guard watches layers that are known"
+        return moved_by(self.stream, layer, self.args.internal_lens == "final_norm")
 
-    def _go_back(self, schedule: Schedule, rollout_batch: int, optimizer, why: str) -> Schedule:
+    def _go_back(self, rollout_batch: int, optimizer, why: str) -> None:
         """Put the best weights back, and end the stage if it has not ended by itself."""
-        stage, best = schedule[self.guarded], self.guard.best + 1
-        planned, done = stage.batches, len(self.guard.rewards)
-        restore(self._moved(schedule, self.guarded), self.kept, getattr(optimizer, "optimizer", optimizer))
-        if place_of(schedule, rollout_batch) == self.guarded:
-            schedule = cut_short(schedule, rollout_batch)
+        stage, best = self.schedule.stages[self.guarded], self.guard.best + 1
+        done = len(self.guard.rewards)
+        restore(self._moved(self.guarded), self.kept, getattr(optimizer, "optimizer", optimizer))
+        if self.schedule.place(rollout_batch) == self.guarded:
+            self.schedule = self.schedule.cut_short(rollout_batch)
         self.accelerator.print(
-            f"guard: {why}; layer {stage.layer} is left after {done} of {planned} rollout batches, and the run goes on "
+            f"guard: {why}; layer {stage.layer} is left after {done} of {stage.batches} rollout batches, and the run goes on "
             f"from the weights that sampled the {best}{_suffix(best)}"
         )
-        return schedule
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
         """What a checkpoint must hold."""
         return {
+            "schedule": self.schedule.state(),
             "every": self.every,
             "answers": [(list(prompt), list(answer)) for prompt, answer in self.answers],
             "guard": asdict(self.guard),
@@ -185,6 +202,7 @@ class Watch:
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """Go on from a checkpoint's state. The options decide how often is probed, if they say."""
+        self.schedule = Schedule.load(state["schedule"])
         self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}

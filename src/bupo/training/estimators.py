@@ -1,14 +1,78 @@
-"""Advantage estimators. GRPO's is TRL's own; these are the others of the paper's table 1.
+"""Advantage estimators: from rewards to advantages. GRPO's is TRL's own; here are the others of the paper's table 1.
 
-Suffixes give shapes: `_G` is one value an answer of all processes, groups of a prompt one after another; `_BT` is one value
-a token of this process' answers, padding masked.
+A method is a function from [`Rewarded`] to [`Advantages`] in the table `ESTIMATORS`. Suffixes give shapes: `_G` is one value an
+answer of all processes, groups of a prompt one after another; `_B` is one an answer of this process, `_BT` one a token, padding
+masked.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What an estimator may read of a rollout batch.
+
+    Attributes:
+        rewards_G (`torch.Tensor`): weighted sums of the reward functions; NaN where none graded the answer.
+        own (`slice`): this process' answers among them.
+        mask_BT (`torch.Tensor`): the tokens that the policy chose.
+        group (`int`): answers a prompt.
+        total (`Callable`): sums a tensor over processes.
+        values_BT (`torch.Tensor`, *optional*): a critic's, for the methods of `WITH_CRITIC`.
+        gamma, lam (`float`): of GAE.
+    """
+
+    rewards_G: torch.Tensor
+    own: slice
+    mask_BT: torch.Tensor
+    group: int
+    total: Callable[[torch.Tensor], torch.Tensor]
+    values_BT: torch.Tensor | None = None
+    gamma: float = 1.0
+    lam: float = 1.0
+
+
+class Advantages(NamedTuple):
+    """What an estimator gives: `(B,)` or `(B, T)`, and with a critic the returns `(B, T)` that it learns."""
+
+    advantages: torch.Tensor
+    returns_BT: torch.Tensor | None = None
+
+
+def rloo(given: Rewarded) -> Advantages:
+    """An answer's reward against the mean of the others to its prompt."""
+    return Advantages(leave_one_out(given.rewards_G, given.group)[given.own])
+
+
+def reinforce_plus_plus(given: Rewarded) -> Advantages:
+    """An answer's reward on each of its tokens, whitened over the batch."""
+    on_all_BT = given.rewards_G[given.own].nan_to_num(nan=0.0)[:, None] * given.mask_BT
+    return Advantages(whitened(on_all_BT, given.mask_BT, given.total))
+
+
+def ppo(given: Rewarded) -> Advantages:
+    """GAE of a critic's values and the reward on the last token, whitened over the batch."""
+    assert given.values_BT is not None, "ppo needs a critic's values"
+    rewards_BT = last_token(given.rewards_G[given.own], given.mask_BT)
+    estimates, returns = generalized(rewards_BT, given.values_BT, given.mask_BT, given.gamma, given.lam)
+    return Advantages(whitened(estimates, given.mask_BT, given.total), returns)
+
+
+# by the name that `advantage_estimator` takes; None: what TRL has computed stays
+ESTIMATORS: dict[str, Callable[[Rewarded], Advantages] | None] = {
+    "grpo": None,
+    "rloo": rloo,
+    "reinforce++": reinforce_plus_plus,
+    "ppo": ppo,
+}
+WITH_CRITIC = ("ppo",)
+BY_GROUP = ("grpo", "rloo")  # compare the answers to one prompt: equal ones teach nothing
 
 
 def leave_one_out(rewards_G: torch.Tensor, group: int) -> torch.Tensor:

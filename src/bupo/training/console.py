@@ -1,0 +1,129 @@
+"""What a run tells people: one line a log, and below them, on a terminal, a live view."""
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from transformers import TrainerCallback
+
+from bupo.progress import progress
+
+WATCHED = {  # in the live view: what the logs call it, and what people do
+    "reward": "reward",
+    "entropy": "entropy",
+    "internal/entropy": "  of the layer policy",
+    "completions/mean_length": "response length",
+    "completions/clipped_ratio": "  cut at the cap",
+    "probe/perplexity": "perplexity of probes",
+    "probe/kl": "KL to later layers",
+    "critic/explained_variance": "critic explains",
+}
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # of a curve, in rollout batches
+
+
+def curve(values: Sequence[float]) -> str:
+    """The last values as bars between their smallest and their largest."""
+    last = [value for value in values[-WIDTH:] if math.isfinite(value)]
+    if not last:
+        return ""
+    low, high = min(last), max(last)
+    span = high - low or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in last)
+
+
+class ConsoleLines(TrainerCallback):
+    """One line a log, and below them, on a terminal, a live view: progress and the curves of the run so far.
+
+    A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
+    model policy (and of the layer policy) in nats and the share of clipped ratios. Main process only.
+
+    Args:
+        console (`rich.console.Console`): where to.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self.bar = progress(console)
+        self.history: dict[str, list[float]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.task = self.bar.add_task("updates", total=state.max_steps, completed=state.global_step)
+            self.live = Live(get_renderable=self.view, console=self.console, transient=True, refresh_per_second=2)
+            self.live.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.live:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Stop the view; a run that failed must not leave it behind."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.live or not logs:
+            return
+        logs = {name: value for name, value in logs.items() if value is not None}  # of nothing but NaN
+        if "phase" in logs:
+            for name in WATCHED:
+                if name in logs:
+                    self.history.setdefault(name, []).append(logs[name])
+            lines = [_line(logs)]
+        elif "eval_reward" in logs:
+            lines = [f"      [cyan]evaluation[/]  reward {logs['eval_reward']:.3f}"]
+        else:
+            lines = _evaluation_lines(logs) if "eval_rollout_batches" in logs else []
+        for line in lines:
+            self.console.print(line, highlight=False)
+
+    def view(self) -> Group:
+        """The progress bar and the curves, each with its last value and its range."""
+        table = Table.grid(padding=(0, 1))
+        for name, title in WATCHED.items():
+            values = self.history.get(name)
+            if values:
+                low, high = min(values[-WIDTH:]), max(values[-WIDTH:])
+                table.add_row(
+                    title, f"[cyan]{curve(values)}[/]", f"{values[-1]:.3g}", f"[dim]{low:.3g} to {high:.3g}[/]"
+                )
+        return Group(table, self.bar.get_renderable())
+
+
+def _line(logs: dict) -> str:
+    """At most 80 columns."""
+    where = "[green]2 whole    [/]"
+    if logs["phase"] < 1.5:
+        where = f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]"
+    entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
+    if "internal/entropy" in logs:
+        entropy += f" ({logs['internal/entropy']:.3f})"
+    clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
+    parts = [
+        f"{logs['rollout_batch']:>4.0f}  {where}",
+        f"reward {logs['reward']:.3f}" if "reward" in logs else "",
+        f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
+        f"{entropy:21}",
+        f"clip {clipped:.3f}" if clipped is not None else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _evaluation_lines(logs: dict) -> list[str]:
+    """One line a benchmark."""
+    lines = []
+    for name, value in logs.items():
+        label, _, metric = name.removeprefix("eval_").rpartition("/")
+        if metric.startswith("avg@"):
+            low, high = logs[f"eval_{label}/low"], logs[f"eval_{label}/high"]
+            percents = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            lines.append(f"      [cyan]evaluation[/]  {label} {metric} {percents}")
+    return lines

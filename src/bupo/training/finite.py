@@ -1,0 +1,38 @@
+"""Updates that are not finite are skipped; a run of them ends."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from bupo.errors import UserError
+
+logger = get_logger(__name__)
+
+SKIPPED_IN_A_ROW = 3  # updates
+
+
+class FiniteUpdates(TrainerCallback):
+    """Skips an update whose gradient is not finite, and stops a run after several in a row.
+
+    Args:
+        where (`Callable`): tells what is being trained on, for the message.
+    """
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        self.where, self.skipped = where, 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.skipped == SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the gradient is not finite in {self.skipped} updates in a row, the last in {self.where()}: lower "
+                "learning_rate or max_grad_norm, or look at what the reward function returns"
+            )
+        logger.warning(f"an update of {self.where()} is skipped: its gradient is not finite")
+        model.zero_grad()

@@ -1,0 +1,97 @@
+"""A rollout batch, or a micro-batch of one: a typed view of the dict that TRL hands from sampling to the loss.
+
+`B` answers of this process, prompts padded on the left to `P` tokens and answers on the right to `C`. What is put into the dict
+reaches the loss, cut and shuffled with the rest by TRL.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
+OLD, REFERENCE = "old_per_token_logps", "ref_per_token_logps"  # TRL's
+
+
+class RolloutBatch:
+    """See the module's head.
+
+    Args:
+        tensors (`dict`): TRL's.
+        rewards (`torch.Tensor` of shape `(G,)`, *optional*): of the answers of all processes, groups of a prompt one after
+            another; NaN where nothing graded the answer. Known while a batch is sampled.
+        process (`int`): index of this process.
+    """
+
+    def __init__(self, tensors: dict[str, Any], rewards: torch.Tensor | None = None, process: int = 0):
+        self.tensors, self._rewards, self.process = tensors, rewards, process
+
+    def __len__(self) -> int:
+        return self.tensors["completion_ids"].size(0)
+
+    @cached_property
+    def input_ids(self) -> torch.Tensor:
+        """`(B, P + C)`: prompts and answers."""
+        return torch.cat([self.tensors["prompt_ids"], self.tensors["completion_ids"]], dim=1)
+
+    @cached_property
+    def attention_mask(self) -> torch.Tensor:
+        """`(B, P + C)`: what is no padding."""
+        return torch.cat([self.tensors["prompt_mask"], self.tensors["completion_mask"]], dim=1)
+
+    @property
+    def tokens(self) -> int:
+        """C."""
+        return self.tensors["completion_ids"].size(1)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """`(B, C)`: the tokens that the policy chose: no padding, and no tool's."""
+        return self.tensors["completion_mask"] * self.tensors.get("tool_mask", 1)
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """`(G,)`: of all processes."""
+        assert self._rewards is not None, "rewards are known while a batch is sampled"
+        return self._rewards
+
+    @property
+    def own(self) -> slice:
+        """This process' answers among those of all."""
+        return slice(self.process * len(self), (self.process + 1) * len(self))
+
+    def answers(self, group: int) -> list[tuple[list[int], list[int]]]:
+        """Token ids of this process' prompts and answers, one answer of each prompt first, then the second of each …
+
+        Answers that are masked, as truncated ones may be, are left out.
+
+        Args:
+            group (`int`): answers a prompt.
+        """
+        ids, kept = self.input_ids, self.attention_mask.bool()
+        start = ids.size(1) - self.tokens
+        pairs = [
+            (row[:start][real[:start]].tolist(), row[start:][real[start:]].tolist())
+            for row, real in zip(ids, kept, strict=True)
+        ]
+        pairs = [pair for first in range(group) for pair in pairs[first::group]]
+        return [(prompt, answer) for prompt, answer in pairs if answer]
+
+    def by_answer(self, values: torch.Tensor) -> torch.Tensor:
+        """`(B,)`: of values `(B, C)` the mean over an answer's tokens; those of shape `(B,)` as they are."""
+        return values if values.dim() == 1 else (values * self.mask).sum(1) / self.mask.sum(1).clamp(min=1)
+
+    def window_tokens(self, share: float, processes: int) -> torch.Tensor:
+        """Answer tokens of an update, a process: of a rollout batch's, which TRL counts over all processes, this share."""
+        return self.tensors["num_items_in_batch"].clamp(min=1.0) / processes * share
+
+    def mean(self, per_token: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Mean of `(B, C)` values over the answers' tokens of all processes; `total` sums a tensor over these."""
+        summed, count = total(torch.stack([(per_token * self.mask).sum(), self.mask.sum().float()]))
+        return (summed / count.clamp(min=1.0)).item()
+
+
+def weighted(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`(G,)`: the weighted sum of `(G, functions)` rewards; NaN where no function gave one."""
+    return (rewards * weights.to(rewards)).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
