@@ -1,5 +1,8 @@
 """The one error a user is meant to read: what was wrong, which value, what to do."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Bad input. Its message is one line that names the value and the remedy; the command line exits with status 2."""
@@ -9,3 +12,36 @@ def first_line(error: BaseException) -> str:
     """Another library's error as one line: its type and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no details'}"
+
+
+@contextmanager
+def others(message: str | Callable[[Exception], str], *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, calls of other libraries: what they raise becomes a [`UserError`].
+
+    An error that was raised in this package's own code is a fault of ours and goes through as it is.
+
+    Args:
+        message (`str` or `Callable`): what stands before the error's first line, or makes the whole message of the error.
+        kinds (`type[Exception]`): which errors; by default all.
+
+    Raises:
+        UserError: instead of another library's error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_ours(error) or not isinstance(error, kinds or Exception):
+            raise
+        text = f"{message}: {first_line(error)}" if isinstance(message, str) else message(error)
+        raise UserError(text) from error
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the error was raised in this package's own code: the innermost frame of its traceback is there."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module.partition(".")[0] == __name__.partition(".")[0]

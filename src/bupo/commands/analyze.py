@@ -4,12 +4,9 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
 from datasets import Dataset
-from peft import PeftModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +24,9 @@ from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.data.templates import choose_template
-from bupo.errors import UserError, first_line
+from bupo.errors import UserError
 from bupo.files import in_one_piece, write_json
-from bupo.model.loading import EMBEDDED, fingerprint, load_model, load_tokenizer
+from bupo.model.loading import EMBEDDED, fingerprint, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, Lens
 from bupo.progress import progress
 from bupo.report.figures import analysis_figures
@@ -147,33 +144,12 @@ def _problems(options: AnalyzeArguments) -> Dataset:
     )
 
 
-def load_on_device(name: str, dtype: str, device_map: str | None, adapter: str | None, loading: dict) -> Any:
-    """A model with its adapter on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
-
-    Raises:
-        UserError: if the dtype is none of auto, float32, bfloat16 and float16, or there is no such model or adapter.
-    """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    if dtype == "auto" and not torch.accelerator.is_available():
-        dtype = "float32"
-    model = load_model(name, dtype=dtype, device_map=device_map, **loading).eval()
-    if device_map is None and torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    if adapter is None:
-        return model
-    try:
-        return PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"adapter {adapter!r} cannot be put on the model: {first_line(error)}") from error
-
-
 def _analyze(name: str, label: str, options: AnalyzeArguments, folder: Path, console: Console) -> dict:
     """One model: rollouts, measures, and what the tables and the page need."""
     loading = {"revision": options.revision} if options.revision else {}
     problems = None if options.rollouts else _problems(options)  # a bad dataset is refused before a model is loaded
     tokenizer = load_tokenizer(name, **loading)
-    model = load_on_device(name, options.dtype, options.device_map, options.adapter, loading)
+    model = load_on_device(name, options.dtype, options.device_map, options.adapter, **loading)
     template = choose_template(tokenizer, options.chat_template)
     console.print(f"{label}: template {template}", highlight=False)
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 import bupo
 from bupo.analysis.run import model_meta
-from bupo.commands.analyze import load_on_device
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse
 from bupo.data.templates import chat_template, choose_template
@@ -36,7 +35,7 @@ from bupo.evaluation.run import (
 )
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
 from bupo.files import in_one_piece, write_json
-from bupo.model.loading import EMBEDDED, fingerprint, load_tokenizer
+from bupo.model.loading import EMBEDDED, fingerprint, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, Lens
 from bupo.progress import progress
 from bupo.report.samples import write_samples_page
@@ -225,7 +224,7 @@ def _engine(options: EvalArguments, tokenizer, loading: dict) -> tuple[Engine, d
     sampling = (options.max_new_tokens, options.temperature, options.top_p)
     engine: Engine
     if options.engine == "transformers":
-        model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, loading)
+        model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **loading)
         policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
         policy = None if options.layer is None else policies.layer(options.layer)
         model = policies.stream.model

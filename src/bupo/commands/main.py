@@ -2,11 +2,13 @@
 
 import importlib
 import sys
+import traceback
 import warnings
 
 import bupo
 from bupo.errors import UserError
 
+TRACEBACK = "--traceback"
 COMMANDS = {
     "analyze": "measure what every layer and module of a model decides",
     "sample": "sample text from an internal policy: bupo sample --layer 6 --prompt '57+23-41'",
@@ -26,14 +28,15 @@ def usage() -> str:
             "",
             *rows,
             "",
-            "bupo COMMAND --help lists a command's options",
+            "bupo COMMAND --help lists a command's options; --traceback shows what lies behind an error",
         ]
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    argv = [word for word in given if word != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -48,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"bupo.commands.{name}").run(options)
     except UserError as error:
+        if TRACEBACK in given:
+            traceback.print_exception(error)
         return _fail(str(error))
     except KeyboardInterrupt:
         print("\nbupo: interrupted", file=sys.stderr)

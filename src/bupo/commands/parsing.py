@@ -1,12 +1,19 @@
-"""TRL's parser, with one-line errors: flags with `_` or `-`, and a YAML file by `--config`."""
+"""TRL's parser, with one-line errors: flags with `_` or `-`, a YAML file by `--config`, and words that mean the same."""
 
+import dataclasses
 import difflib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
-from bupo.errors import UserError
+from bupo.errors import UserError, others
+from bupo.options import FORMER_WORDS, SYNONYMS
+
+CONFIG = "--config"
 
 
 class _Parser(TrlParser):
@@ -14,33 +21,119 @@ class _Parser(TrlParser):
         raise UserError(message)
 
 
-def parse(dataclasses: Sequence[type], arguments: list[str], prog: str) -> tuple:
+def parse(classes: Sequence[type], arguments: list[str], prog: str) -> tuple:
     """Instances of the dataclasses from a command line and the YAML file it may name.
 
     Raises:
-        UserError: for an unknown flag or key, a value of the wrong type or one that a configuration refuses, or a file
-            that is missing or malformed.
+        UserError: for an unknown flag or key, one that is given under two names, a value of the wrong type or one that a
+            configuration refuses, or a file that is missing or malformed.
     """
-    parser = _Parser(list(dataclasses), prog=prog, allow_abbrev=False)
+    return parse_given(classes, arguments, prog)[0]
+
+
+def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tuple[tuple, dict[str, Any]]:
+    """As `parse`, and what was given besides: the values that differ from the defaults, as they were read.
+
+    Returns:
+        `tuple[tuple, dict]`: the instances, and values by the dataclasses' own names.
+    """
+    known = {field.name for each in classes for field in dataclasses.fields(each) if field.init}
+    arguments, path = _without_config(arguments)
+    flags = _translated_flags(arguments, known)
+    parser = _Parser(list(classes), prog=prog, allow_abbrev=False)
+    defaults = vars(parser.parse_known_args([])[0])
+    with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
+        unknown = parser.set_defaults_with_config(**_listed(_read(path, known), classes)) if path else []
+        namespace = vars(parser.parse_known_args(flags)[0])
+        *parsed, rest = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
+    unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
+    if unknown:
+        raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+    return tuple(parsed), {name: value for name, value in namespace.items() if value != defaults[name]}
+
+
+def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The command line without its `--config FILE`, and the file."""
+    rest, path, words = [], None, iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != CONFIG:
+            rest.append(word)
+            continue
+        path = value if equals else next(words, "")
+        if not path:
+            raise UserError(f"{CONFIG} names no file: give the YAML file of a run")
+    return rest, path
+
+
+def _read(path: str, known: set[str]) -> dict[str, Any]:
+    """The options of a YAML file. Its `env` sets environment variables, as TRL's parser does."""
     try:
-        *parsed, unknown_keys, unknown_flags = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except UserError:
-        raise
+        with open(path) as file:
+            config = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"config file {error.filename} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"the config file is no valid YAML: {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:  # a configuration refuses a value
-        raise UserError(str(error)) from error
-    unknown = [word for word in (*unknown_keys, *unknown_flags) if word.startswith("--")] or unknown_flags
-    if unknown:
-        raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], parser))
-    return tuple(parsed)
+    if not isinstance(config, dict):
+        raise UserError(f"config file {path} must contain a YAML mapping")
+    variables = config.pop("env", {})
+    if not isinstance(variables, dict):
+        raise UserError(f"env of config file {path} must be a mapping of environment variables")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    names = _translated(map(str, config), known)
+    return dict(zip(names, config.values(), strict=True))
 
 
-def _did_you_mean(name: str, parser: TrlParser) -> str:
-    known = [action.dest for action in parser._actions]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else f"; see {parser.prog} --help")
+def _translated_flags(arguments: list[str], known: set[str]) -> list[str]:
+    """A command line in the words of the command's own dataclasses."""
+    places = [i for i, word in enumerate(arguments) if word.startswith("--") and len(word) > 2]
+    words = [arguments[i].removeprefix("--").partition("=") for i in places]
+    flags = list(arguments)
+    for i, (_, equals, value), name in zip(places, words, _translated((w[0] for w in words), known), strict=True):
+        flags[i] = f"--{name}{equals}{value}"
+    return flags
+
+
+def _translated(words: Iterable[str], known: set[str]) -> list[str]:
+    """Each word, or what the command calls it. Says so where it was a name of ours before.
+
+    Raises:
+        UserError: if an option is given under two of its names.
+    """
+    names: list[str] = []
+    said: dict[str, str] = {}
+    for word in words:
+        name = word.replace("-", "_")
+        if name not in known and SYNONYMS.get(name) in known:
+            if name in FORMER_WORDS:
+                print(f"bupo: warning: {name} is called {SYNONYMS[name]} now", file=sys.stderr)
+            name, word = SYNONYMS[name], name
+        elif name not in known:
+            name = word
+        before = said.setdefault(name, word.replace("-", "_"))
+        if before != word.replace("-", "_"):
+            raise UserError(f"{before} and {word} are both given and mean the same: leave one out")
+        names.append(name)
+    return names
+
+
+def _listed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
+    """With a list of one where an option takes a list and the file gives one word."""
+    hints = {name: hint for each in classes for name, hint in get_type_hints(each).items()}
+    return {
+        name: [value] if _is_list(hints.get(name)) and isinstance(value, str | int | float) else value
+        for name, value in config.items()
+    }
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a field takes a list, and nothing but one or None."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not list else [hint]
+    return bool(kinds) and all(get_origin(kind) is list for kind in kinds)
+
+
+def _did_you_mean(name: str, known: set[str], prog: str) -> str:
+    words = known | {word for word, ours in SYNONYMS.items() if ours in known}
+    close = difflib.get_close_matches(name.replace("-", "_"), sorted(words), n=1)
+    return f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else f"; see {prog} --help")

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from bupo.data.arithmetic import arithmetic_problem
-from bupo.errors import UserError, first_line
+from bupo.errors import UserError, first_line, others
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -87,16 +87,15 @@ def _arithmetic(split: str, size: int | None, seed: int) -> Dataset:
 def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: str | None) -> Dataset:
     import reasoning_gym
 
-    try:
+    # a task draws problem i from seed + i: the splits lie far apart
+    start = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
+    # a task's own assertions, unknown options, malformed JSON
+    with others(f"{name} cannot be made{f' with {config}' if config else ''}"):
         options = json.loads(config) if config else {}
-        # a task draws problem i from seed + i: the splits lie far apart
-        start = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
         task = reasoning_gym.create_dataset(
             name.removeprefix(REASONING_GYM), size=size or _PROCEDURAL_SIZES[split], seed=start, **options
         )
         entries = list(task)
-    except Exception as error:  # a task's own assertions, unknown options, malformed JSON
-        raise UserError(f"{name} cannot be made{f' with {config}' if config else ''}: {first_line(error)}") from error
     return Dataset.from_dict(
         {"prompt": [entry["question"] for entry in entries], "answer": [entry["answer"] for entry in entries]}
     )
@@ -113,22 +112,19 @@ def _from_file(path: Path) -> Dataset:
         raise UserError(f"{path} is no {', '.join(FILE_KINDS)} file")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
-    try:
+    with others(lambda error: f"{path} cannot be read as {path.suffix[1:]}: {first_line(error.__cause__ or error)}"):
         return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as {path.suffix[1:]}: {first_line(error.__cause__ or error)}"
-        ) from error
 
 
 def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
-    try:
-        return load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:
-        raise UserError(
+    def message(error: Exception) -> str:
+        return (
             f"dataset {name!r} (split {split!r}) cannot be loaded: {first_line(error)}; give a hub id you can reach, a local "
             f".parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
-        ) from error
+        )
+
+    with others(message):
+        return load_dataset(name, config, split=split, revision=revision)
 
 
 def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> list:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.data.templates import template_options
-from bupo.errors import UserError, first_line
+from bupo.errors import UserError, others
 from bupo.evaluation.run import SETTINGS_FILE, check_settings
 from bupo.files import write_json
 from bupo.sampling import TransformersEngine
@@ -103,10 +103,8 @@ def check_task(name: str, chat: bool, run_code: bool) -> None:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for leave once more
     task = _task(name)
     wanted = task.for_model(chat and task.template)
-    try:
+    with others(f"lm-eval-harness cannot load {wanted!r}"):  # of a hundred tasks, their data and their code
         loaded = _manager(task).load([wanted])
-    except Exception as error:  # of a hundred tasks, their data and their code
-        raise UserError(f"lm-eval-harness cannot load {wanted!r}: {first_line(error)}") from error
     if wanted not in loaded["tasks"] and wanted not in loaded["groups"]:
         raise UserError(f"{name} stands for several tasks, {', '.join(loaded['tasks'])}: name one of them, or a group")
     if not run_code and any(part.get_config("unsafe_code") for part in loaded["tasks"].values()):
@@ -158,11 +156,9 @@ def run_task(
         return json.loads(path.read_text())
     here.mkdir(parents=True, exist_ok=True)
     write_json(here / SETTINGS_FILE, settings)
-    try:
-        options = {"limit": size, "confirm_run_unsafe_code": run_code, "system_instruction": system_prompt}
+    options = {"limit": size, "confirm_run_unsafe_code": run_code, "system_instruction": system_prompt}
+    with others(f"lm-eval-harness cannot run {wanted!r}"):
         results = _simple_evaluate(engine, task, wanted, chat, here, **options)
-    except Exception as error:
-        raise UserError(f"lm-eval-harness cannot run {wanted!r}: {first_line(error)}") from error
     found = _numbers(results, wanted, task.metric)
     write_json(path, found)
     return found

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 
-from bupo.errors import UserError, first_line
+from bupo.errors import UserError, first_line, others
 from bupo.model.loading import model_path
 from bupo.sampling import Answer, Request
 
@@ -149,23 +149,20 @@ class VllmEngine:
             ) from error
         self.vllm = vllm
         self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        try:
-            self.llm = vllm.LLM(model_path(model), **kwargs)
-        except Exception as error:
-            raise UserError(f"vLLM cannot load {model!r}: {first_line(error)}") from error
+        path = model_path(model)
+        with others(f"vLLM cannot load {model!r}"):
+            self.llm = vllm.LLM(path, **kwargs)
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         """Answers chunk by chunk, which is how often a killed evaluation has kept them."""
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            try:
+            with others("vLLM refuses a prompt", ValueError):  # beyond the model's length
                 outputs = self.llm.generate(
                     [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
                     [self.vllm.SamplingParams(seed=request.seed, **self.options) for request in chunk],
                     use_tqdm=False,
                 )
-            except ValueError as error:  # a prompt beyond the model's length
-                raise UserError(f"vLLM refuses a prompt: {first_line(error)}") from error
             for request, output in zip(chunk, outputs, strict=True):
                 said = output.outputs[0]
                 yield request, Answer(said.text, len(said.token_ids), said.finish_reason == "length")

@@ -6,9 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bupo.errors import UserError, first_line
+from bupo.errors import UserError, others
 
 EMBEDDED = "embedded"
 
@@ -43,24 +44,45 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
         UserError: if there is no such model, or it is no causal LM.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
-    try:
+    with others(f"model {name!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(
             path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
-    except Exception as error:
-        raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
-    try:
+    with others(f"model {name!r} cannot be loaded as a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except Exception as error:
-        raise UserError(f"model {name!r} cannot be loaded as a causal language model: {first_line(error)}") from error
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
             model.__dict__.pop(mark, None)
         del model.config.quantization_config
     return model
+
+
+def load_on_device(
+    name: str, dtype: str = "auto", device_map: str | None = None, adapter: str | None = None, **kwargs
+) -> PreTrainedModel | PeftModel:
+    """A model with its adapter on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
+
+    Args:
+        name (`str`): of `load_model`.
+        dtype, device_map (`str`, *optional*): of `from_pretrained`.
+        adapter (`str`, *optional*): a PEFT adapter, put on the model.
+        kwargs: more of `from_pretrained`.
+
+    Raises:
+        UserError: if there is no such model or adapter.
+    """
+    if dtype == "auto" and not torch.accelerator.is_available():
+        dtype = "float32"
+    model = load_model(name, dtype=dtype, device_map=device_map, **kwargs).eval()
+    if device_map is None and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    if adapter is None:
+        return model
+    with others(f"adapter {adapter!r} cannot be put on the model", OSError, ValueError, RuntimeError):
+        return PeftModel.from_pretrained(model, adapter).eval()
 
 
 @torch.no_grad()
@@ -82,13 +104,9 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if there is none.
     """
-    try:
-        path, kwargs = _gguf(model_path(name), kwargs)
+    path, kwargs = _gguf(model_path(name), kwargs)
+    with others(f"model {name!r} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,0 +1,129 @@
+"""The options that commands share, one group each, and the words that mean the same.
+
+A command's options are a dataclass of groups and of what only it has; it redefines a field to give it another default.
+"""
+
+from dataclasses import dataclass, field
+
+from bupo.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# TRL's words for ours: each is understood for the other, wherever a command has the other only
+TRL_WORDS = {
+    "model_name_or_path": "model",
+    "model_revision": "revision",
+    "dataset_name": "dataset",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_split",
+    "output_dir": "output",
+    "max_completion_length": "max_new_tokens",
+    "per_device_eval_batch_size": "batch_size",
+}
+# what options of ours were called before: understood, with a warning
+FORMER_WORDS = {"answers": "size", "dataset_size": "size", "eval_dataset_name": "eval_dataset"}
+# in training, batches have several sizes: batch_size would say too little
+OUR_WORDS = {ours: theirs for theirs, ours in TRL_WORDS.items() if ours != "batch_size"}
+SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: str = field(default="embedded", metadata={"help": "Hub id, folder, .gguf file, or embedded."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of a hub model."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a PEFT adapter on the model."})
+    dtype: str = field(default="auto", metadata={"help": "auto (fp32 on a CPU), float32, bfloat16 or float16."})
+    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a hub model brings."})
+
+    def check_model(self) -> None:
+        """Raises [`UserError`] for a dtype that is none."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+
+@dataclass
+class DatasetOptions:
+    """Which problems."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, local .parquet/.jsonl/.json file, reasoning_gym:NAME, or arithmetic."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Hub configuration, or options of a reasoning_gym task as JSON."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    size: int | None = field(default=None, metadata={"help": "Use (or make) the first so many problems."})
+
+    def check_dataset(self) -> None:
+        """Raises [`UserError`] for a size below 1."""
+        check_positive(self, "size")
+
+
+@dataclass
+class ColumnOptions:
+    """Where a problem and its answer stand in a row. A dot reaches into a nested column."""
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the problems."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answers."})
+
+
+@dataclass
+class PromptOptions:
+    """How a problem becomes a prompt. `bupo.data.templates` refuses a template that there is not."""
+
+    system_prompt: str | None = field(default=None, metadata={"help": "System message for problems without one."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "qwen-math, octothinker or a .jinja file; by default chosen by the model."}
+    )
+
+
+@dataclass
+class SamplingOptions:
+    """How answers are sampled."""
+
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the most likely token."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens that make up this share."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer."})
+
+    def check_sampling(self) -> None:
+        """Raises [`UserError`] for a number out of its range."""
+        check_positive(self, "max_new_tokens")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie above 0 and up to 1, got {self.top_p}")
+
+
+@dataclass
+class BatchedSamplingOptions(SamplingOptions):
+    """How many answers are sampled."""
+
+    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
+
+    def check_sampling(self) -> None:
+        """Raises [`UserError`] for a number out of its range."""
+        check_positive(self, "batch_size")
+        super().check_sampling()
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept."""
+
+    output: str = field(default="runs/run", metadata={"help": "Folder of the run."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what the folder holds of other settings, and start anew."}
+    )
+
+
+def check_positive(options: object, *names: str) -> None:
+    """Raises [`UserError`] for a number of these that is set and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")

@@ -1,0 +1,122 @@
+"""Where a run's numbers come from: what was asked for, by which versions, from which source."""
+
+import importlib.metadata
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import bupo
+from bupo.files import in_one_piece, write_json
+
+CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+SECRET = re.compile(r"(?:^|[_-])(?:token|key)$")  # of an option's name
+SECRET_IN_TEXT = re.compile(r"""((?:token|key)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")  # of JSON in an option
+ONCE = ("overwrite",)  # asked for this time only: the same run started again deletes nothing
+
+
+def note_run(folder: str | Path, command: str, given: dict[str, Any]) -> None:
+    """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
+
+    Secrets (names that end in `token` or `key`) are left out. What `run.json` noted of earlier runs in the folder is kept.
+
+    Args:
+        folder (`Path`): of the run.
+        command (`str`): such as `analyze`.
+        given (`dict`): the options that differ from the defaults.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    line = command_line(sys.orig_argv)
+    values = {name: _plain(value) for name, value in given.items() if name not in ONCE and not SECRET.search(name)}
+    head = f"# bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again\n# started by: {line}\n"
+    with in_one_piece(folder / CONFIG_FILE) as part:
+        part.write_text(head + (yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n"))
+    run = {
+        "schema_version": 1,
+        "command": command,
+        "command_line": line,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git": git_state(),
+        "earlier": _earlier(folder / RUN_FILE),
+    }
+    write_json(folder / RUN_FILE, run)
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package, of what computes its numbers, and of Python."""
+    found: dict[str, str | None] = {"bupo": bupo.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"python": platform.python_version()}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Revision of the working folder's git repository, and whether a tracked file differs from it. None outside of one."""
+    revision = _git("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return {"revision": revision, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command_line(words: list[str]) -> str:
+    """A command line that may be shown: secrets are replaced by stars."""
+    shown, hidden = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        secret = flag.startswith("--") and bool(SECRET.search(flag))
+        if hidden and not word.startswith("--"):
+            word = "***"
+        elif secret and equals:
+            word = f"{flag}=***"
+        hidden = secret and not equals
+        shown.append(shlex.quote(_hidden(word)))
+    return " ".join(shown).replace("\n", " ")
+
+
+def _hidden(text: str) -> str:
+    """A mapping in JSON without its secrets; any other text, such as a prompt, as it is."""
+    return SECRET_IN_TEXT.sub(r'\1"***"', text) if "{" in text[:1] or "={" in text else text
+
+
+def _plain(value: Any) -> Any:
+    """As YAML knows it."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items() if not SECRET.search(str(name))}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    return _hidden(str(value))
+
+
+def _earlier(path: Path) -> list[dict]:
+    """The runs that a folder has seen before this one, the last first."""
+    try:
+        last = json.loads(path.read_text())
+        return [{name: value for name, value in last.items() if name != "earlier"}, *last.get("earlier", [])]
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or what is no longer readable
+        return []
