@@ -304,7 +304,7 @@ def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
     args = config(tmp_path, probe_every=1, **options)
     trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     trainer.train()
-    assert trainer.schedule == args.stages and "guard:" not in capsys.readouterr().out
+    assert trainer.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import yaml
 from trl import ModelConfig
 
 from bupo.commands.parsing import parse
-from bupo.commands.train import ProblemArguments
 from bupo.training.config import BuPOConfig
+from bupo.training.run import TrainOptions
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -25,7 +25,7 @@ def test_python_block(tmp_path, monkeypatch):
 def test_yaml_block(tmp_path):
     (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
     arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "1e-6"]
-    problems, config, model = parse((ProblemArguments, BuPOConfig, ModelConfig), arguments, "bupo train")
+    problems, config, model = parse((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
     assert config.generation_batch_size == 8 * 128 and config.logging_steps == 4
-    assert problems.dataset_name == "problems.parquet" and model.model_name_or_path == "Qwen/Qwen3-4B"
+    assert problems.dataset == "problems.parquet" and model.model_name_or_path == "Qwen/Qwen3-4B"
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["internal_layer"] == config.internal_layer == 6

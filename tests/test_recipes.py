@@ -8,12 +8,12 @@ from trl import ModelConfig
 
 from bupo.commands.main import main
 from bupo.commands.parsing import parse
-from bupo.commands.train import ProblemArguments
 from bupo.data.templates import TEMPLATES, chat_template
 from bupo.errors import UserError
 from bupo.model.loading import EMBEDDED, load_tokenizer
 from bupo.training.config import BuPOConfig
 from bupo.training.metrics_file import read_metrics
+from bupo.training.run import TrainOptions
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1] / "recipes"
@@ -22,7 +22,7 @@ LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b"
 METHODS = {"bupo", "grpo", "rloo", "reinforce++", "ppo"}
 OF_A_METHOD = {
     "internal_layer", "internal_steps", "internal_lens", "advantage_estimator", "critic_learning_rate", "value_clip",
-    "gae_gamma", "gae_lambda", "critic_backbone", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output_dir",
+    "gae_gamma", "gae_lambda", "critic_backbone", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output",
 }  # fmt: skip
 
 
@@ -35,9 +35,9 @@ def test_a_recipe_runs(tmp_path, recipe):
     """All of its options as they are, but for sizes, and the model where it is on the hub."""
     options = read(recipe)
     problems, config, model = parse(
-        (ProblemArguments, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train"
+        (TrainOptions, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train"
     )
-    assert model.model_name_or_path == options["model_name_or_path"] and problems.reward_funcs == ["math"]
+    assert model.model_name_or_path == options["model"] and problems.reward_funcs == ["math"]
     first = config.first_phase.batches
     assert first < config.max_steps  # the whole policy has its turn
     small = {
@@ -47,7 +47,7 @@ def test_a_recipe_runs(tmp_path, recipe):
         "steps_per_generation": 1,
         "num_generations": 4,
         "max_completion_length": 12,
-        "dataset_size": 8,
+        "size": 8,
         "save_strategy": "no",
         "use_vllm": False,
         "bf16": False,
@@ -59,7 +59,7 @@ def test_a_recipe_runs(tmp_path, recipe):
         small["internal_steps"] = 1
     if config.internal_layer == "auto":  # two prompts do not show a boundary; tests/test_dynamics.py shows it
         small["internal_layer"] = 5
-    if options["model_name_or_path"] != EMBEDDED:
+    if options["model"] != EMBEDDED:
         family = "qwen3" if "qwen3" in str(recipe) else "llama"
         stand_in = tiny_model(
             family, vocab_size=262, num_hidden_layers=LAYERS[recipe.parts[0]], bos_token_id=None, eos_token_id=1
@@ -67,8 +67,8 @@ def test_a_recipe_runs(tmp_path, recipe):
         stand_in.save_pretrained(tmp_path / "model")
         load_tokenizer(EMBEDDED).save_pretrained(tmp_path / "model")
         small["model_name_or_path"] = str(tmp_path / "model")
-        if not options["dataset_name"].startswith("reasoning_gym"):
-            small |= {"dataset_name": "arithmetic", "prompt_column": "prompt", "answer_column": "answer"}
+        if not options["dataset"].startswith("reasoning_gym"):
+            small |= {"dataset": "arithmetic", "prompt_column": "prompt", "answer_column": "answer"}
     flags = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     assert main(["train", "--config", str(ROOT / recipe), *flags]) == 0
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "phase" in row]
@@ -80,7 +80,7 @@ def test_a_models_recipes_differ_in_the_method_only(model):
     recipes = {path.stem: read(path) for path in RECIPES if path.parts[0] == model}
     assert METHODS | {"final-norm"} <= set(recipes)
     for name, options in recipes.items():
-        assert options["output_dir"] == f"runs/{model}-{name}"
+        assert options["output"] == f"runs/{model}-{name}"
         common = {key: value for key, value in options.items() if key not in OF_A_METHOD}
         assert common == {key: value for key, value in recipes["bupo"].items() if key not in OF_A_METHOD}
 
@@ -94,13 +94,13 @@ def test_the_papers_hyperparameters():
         ("octothinker-8b", 31, 20, 3072),
     ):
         o = read(Path(model) / "bupo.yaml")
-        assert (o["internal_layer"], o["internal_steps"], o["max_completion_length"]) == (layer, steps, length)
+        assert (o["internal_layer"], o["internal_steps"], o["max_new_tokens"]) == (layer, steps, length)
         assert (o["learning_rate"], o["lr_scheduler_type"], o["temperature"], o["top_p"]) == (1e-6, "constant", 1, 1)
         assert (o["epsilon"], o["delta"], o["beta"], o["max_grad_norm"]) == (0.2, 10, 0, 1)
         answers = 8 * o["per_device_train_batch_size"]
         assert answers * o["gradient_accumulation_steps"] == 32 * 8
         assert answers * o["steps_per_generation"] == 128 * 8 and o["num_generations"] == 8
-        assert o["max_steps"] == 300 * 4 and o["dataset_size"] == 5000
+        assert o["max_steps"] == 300 * 4 and o["size"] == 5000
         assert read(Path(model) / "ppo.yaml")["critic_learning_rate"] == 1e-5
 
 

@@ -1,10 +1,10 @@
 """`bupo demo`: the whole method on this machine in minutes, with the embedded model and its arithmetic."""
 
-import json
 import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,18 +14,21 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 import bupo
-from bupo.commands.parsing import parse
-from bupo.commands.train import make_trainer, train
+from bupo.commands.parsing import parse_given
+from bupo.commands.train import NotedRun
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.run import correct_of, graded, prompts_of, sample, summarize
+from bupo.files import write_json
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.progress import progress
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
-from bupo.training.metrics_file import METRICS_FILE, read_metrics
+from bupo.training.console import ConsoleLines
+from bupo.training.run import train
+from bupo.training.setup import check_arguments
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
 MAX_NEW_TOKENS = 32
@@ -36,14 +39,14 @@ class DemoArguments:
     """Options of the demo.
 
     Parameters:
-        output_dir (`str`): the run's folder.
+        output (`str`): the run's folder.
         internal_layer, internal_steps (`int`): phase 1.
         steps (`int`): rollout batches in all.
         problems (`int`): held-out problems.
         seed (`int`): of sampling and training.
     """
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
+    output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
     internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
     internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
     steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
@@ -55,7 +58,7 @@ class DemoArguments:
 def demo_config(options: DemoArguments) -> BuPOConfig:
     """The run as a configuration: 16 prompts of 8 samples a rollout batch, 4 optimizer updates each."""
     return BuPOConfig(
-        options.output_dir,
+        options.output,
         internal_layer=options.internal_layer,
         internal_steps=options.internal_steps,
         per_device_train_batch_size=PROMPTS * SAMPLES // UPDATES,
@@ -74,34 +77,42 @@ def demo_config(options: DemoArguments) -> BuPOConfig:
 
 def run(arguments: list[str]) -> None:
     """Measure, train, measure again, and show."""
-    (options,) = parse((DemoArguments,), arguments, "bupo demo")
+    (options,), given = parse_given((DemoArguments,), arguments, "bupo demo")
     for name in ("steps", "problems"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
-    started = time.perf_counter()
-    console = Console()
+    started, console = time.perf_counter(), Console()
     disable_progress_bar()  # of loading and saving, which take no time here
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
-    held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     config = demo_config(options)
-    train_set = load_problems(ARITHMETIC, "train", size=max(options.steps, 1) * PROMPTS, seed=options.seed)
-    trainer = make_trainer(model, [math_reward], config, train_set, None, tokenizer, console)
+    check_arguments(model, config, None)
+    held_out = load_problems(ARITHMETIC, "test", size=options.problems)
+    train_set = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
     console.print(
-        f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, {trainer.num_layers} layers; "
-        f"phase 1 optimises layer {options.internal_layer} for {options.internal_steps} of {options.steps} rollout batches"
+        f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{model.config.num_hidden_layers} layers; phase 1 optimises layer {options.internal_layer} for "
+        f"{options.internal_steps} of {options.steps} rollout batches"
     )
     before = _measure(model, tokenizer, held_out, console, "accuracy before")
-    train(trainer, title="BuPO on multi-step arithmetic: the embedded model")
-    after = _measure(trainer.model, tokenizer, held_out, console, "accuracy after")
-
-    folder = Path(options.output_dir)
-    rows = read_metrics(folder / METRICS_FILE)
-    summary = _summary(options, before, after, rows, time.perf_counter() - started)
-    (folder / "config.yaml").write_text(_yaml(config))
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    lines = ConsoleLines(console)
+    with lines.closing():
+        done = train(
+            model,
+            config,
+            tokenizer=tokenizer,
+            problems=train_set,
+            reward_funcs=[math_reward],
+            callbacks=[NotedRun("demo", given), lines],
+            title="BuPO on multi-step arithmetic: the embedded model",
+        )
+    after = _measure(done.model, tokenizer, held_out, console, "accuracy after")
+    summary = _summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
+    write_json(Path(options.output) / "summary.json", summary)
     console.print(_table(summary))
-    console.print(f"run folder: {folder}  (training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors)")
+    console.print(
+        f"run folder: {options.output}  (training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors)"
+    )
 
 
 def _measure(model, tokenizer, problems, console, what: str) -> pd.DataFrame:
@@ -113,22 +124,9 @@ def _measure(model, tokenizer, problems, console, what: str) -> pd.DataFrame:
     return graded(problems, answers)
 
 
-def _yaml(config: BuPOConfig) -> str:
-    """What differs from the defaults, as a file that `bupo train --config` takes."""
-    import yaml
-
-    defaults = BuPOConfig("", internal_layer=1).to_dict()
-    values = {key: value for key, value in config.to_dict().items() if value != defaults.get(key)}
-    values.pop("generation_batch_size", None)  # follows from steps_per_generation
-    values.pop("logging_dir", None)
-    model = {"model_name_or_path": EMBEDDED, "dataset_name": ARITHMETIC}
-    return yaml.safe_dump(model | values, sort_keys=False)
-
-
 def _summary(
-    options: DemoArguments, before: pd.DataFrame, after: pd.DataFrame, rows: list[dict], seconds: float
+    options: DemoArguments, before: pd.DataFrame, after: pd.DataFrame, steps: list[dict[Any, Any]], seconds: float
 ) -> dict:
-    steps = [row for row in rows if "rollout_batch" in row]
     gain, gain_interval = paired_difference(correct_of(before), correct_of(after))
     first, last = summarize(before), summarize(after)
     rollout = sum(row["rollout_time"] for row in steps)

@@ -1,7 +1,8 @@
 """What a run tells people: one line a log, and below them, on a terminal, a live view."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -68,6 +69,14 @@ class ConsoleLines(TrainerCallback):
         if self.live:
             self.live.stop()
             self.live = None
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Inside, a run; afterwards, however it ended, the view is gone."""
+        try:
+            yield
+        finally:
+            self.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.live or not logs:
