@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo import scoring
+from bupo.model import scoring
 from bupo.model.scoring import IGNORED, score_tokens
 
 
