@@ -24,6 +24,7 @@ import torch
 
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
+from bupo.model.unembedding import Unembedding
 
 ROWS = 1024  # positions that share a product with a tile of the vocabulary
 TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
@@ -147,10 +148,9 @@ class _Block:
         self.stream, self.lens, self.temperature, self.pairs = stream, lens, temperature, pairs
         layers = range(1, stream.num_layers + 1)
         self.sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ENTROPIES]
-        head = stream.head()
-        self.device = head["weight"].device
-        self.kind = torch.promote_types(head["weight"].dtype, torch.float32)
-        width = head["weight"].size(1)
+        weight = stream.head().weight
+        self.device, self.kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        width = weight.size(1)
         numbers_a_row = (len(self.sites) + 1) * width
         if pairs:
             numbers_a_row += 2 * (stream.num_layers + 2) * _tile(self.device)
@@ -199,10 +199,10 @@ class _Block:
     def _policies(self, states: dict[Site, torch.Tensor], targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """Everything that needs logits, `(L, rows)` each. Norms the states in place where the lens asks for it."""
         stream, num_layers = self.stream, self.stream.num_layers
-        head = stream.head()
+        head = stream.head(self.temperature)
 
         def normed(x: torch.Tensor) -> torch.Tensor:
-            return stream.norm(x.to(stream.norm_device(x), head["weight"].dtype)).to(self.device, self.kind)
+            return stream.norm(x.to(stream.norm_device(x), head.weight.dtype)).to(self.device, self.kind)
 
         theta = normed(states[Site("layer", num_layers)])
         if self.lens == "final_norm":
@@ -212,12 +212,10 @@ class _Block:
         layers = [states[Site("layer", layer)] for layer in range(num_layers, -1, -1)]
         others = [Site(kind, layer) for kind in ENTROPIES[:-1] for layer in range(1, num_layers + 1)]
         fold = _Fold([theta, *layers, *(states[site] for site in others)], spoken=num_layers + 2, pairs=self.pairs)
-        product = _Product(head, self.temperature, self.kind)
-        entries, tile = head["weight"].size(0), fold.tile
-        for start in range(0, entries, tile):
-            columns = slice(start, min(start + tile, entries))
-            product.load(columns)
-            fold.take(product, targets, columns)
+        entries = head.weight.size(0)
+        for start in range(0, entries, fold.tile):
+            columns = slice(start, min(start + fold.tile, entries))
+            fold.take(head.tile(columns, head.state_dtype), targets, columns)
 
         ascending = slice(1, num_layers + 2)  # of what was folded: layers L..0
         entropy = {"layer": fold.entropy[ascending].flip(0)[1:]}
@@ -239,33 +237,6 @@ class _Block:
             "log_prob_theta": log_prob[0],
             "entropy_theta": fold.entropy[0],
         }
-
-
-class _Product:
-    """`softcap(scale (h W^T + b)) / T` of one tile of the vocabulary at a time."""
-
-    def __init__(self, head: dict, temperature: float, kind: torch.dtype):
-        self.head, self.temperature, self.kind = head, temperature, kind
-        self.half = head["weight"].is_cuda and head["weight"].dtype in (torch.bfloat16, torch.float16)
-
-    def load(self, columns: slice) -> None:
-        """Choose the tile; its weights are converted once for all sites."""
-        weight = self.head["weight"][columns]
-        self.weight = (weight if self.half else weight.to(self.kind)).t()
-        self.bias = None if self.head["bias"] is None else self.head["bias"][columns].to(self.kind)
-
-    def into(self, out: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Write the logits of `(rows, D)` states into `(rows, tile)`."""
-        if self.half:
-            out.copy_(torch.mm(hidden.to(self.weight.dtype), self.weight, out_dtype=torch.float32))
-        else:
-            torch.mm(hidden, self.weight, out=out)
-        if self.bias is not None:
-            out += self.bias
-        if self.head["softcap"] is not None:
-            out.mul_(self.head["scale"] / self.head["softcap"]).tanh_().mul_(self.head["softcap"] / self.temperature)
-        elif self.head["scale"] != self.temperature:
-            out *= self.head["scale"] / self.temperature
 
 
 class _Fold:
@@ -295,7 +266,7 @@ class _Fold:
         if pairs:
             self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
 
-    def take(self, product: "_Product", targets: torch.Tensor, columns: slice) -> None:
+    def take(self, head: Unembedding, targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
         reference = self.z.clone()  # keeps the exponentials in range, once there is a z
         total, moment = torch.empty_like(self.z), torch.empty_like(self.z)
@@ -310,7 +281,7 @@ class _Fold:
                 out, exps = self.spoken_logits[:, i, :width], self.spoken_exps[:, i, :width]
             else:
                 out, exps = x if i else first, self.buffers[3][:, :width]
-            product.into(out, states)
+            head.logits(states.to(head.weight.dtype), out)
             if i < self.spoken:
                 self.chosen_logit[i, hit] = out[hit, place]
                 best[i], token[i] = _row_best(out)

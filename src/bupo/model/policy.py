@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
 from bupo.model.residual import Family, Identity, ResidualStream, Site
-from bupo.model.scoring import IGNORED, score_tokens
+from bupo.model.scoring import IGNORED, TokenScores, score_states
 
 Lens = Literal["raw", "final_norm"]
 _ROWS_PER_TILE = 256  # positions whose two distributions are held at once for a KL divergence
@@ -80,14 +80,10 @@ class InternalPolicy:
         targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
         return self._scores(self.states(input_ids, attention_mask), targets).entropy
 
-    def _scores(self, states: torch.Tensor, targets: torch.Tensor):
-        head = self.stream.head()
-        return score_tokens(
-            states.to(head["weight"].device),
-            targets=targets.to(head["weight"].device),
-            **head,
-            temperature=self.temperature,
-        )
+    def _scores(self, states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        head = self.stream.head(self.temperature)
+        device = head.weight.device
+        return score_states(states.to(device), head, targets.to(device))
 
     def kl(
         self, other: "InternalPolicy", input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

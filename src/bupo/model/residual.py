@@ -16,6 +16,7 @@ from bupo.errors import UserError
 from bupo.model.families import FAMILIES, Family, guess_family, module_at
 from bupo.model.hooks import Put, on_input, on_output
 from bupo.model.proof import Identity, check_head, check_layer, find_middle, name_of, probe_tokens
+from bupo.model.unembedding import Unembedding
 
 
 class Site(NamedTuple):
@@ -107,32 +108,19 @@ class ResidualStream:
             )
         return module
 
-    def head(self) -> dict:
-        """The unembedding as arguments of [`bupo.model.scoring.score_tokens`]: weight, bias, scale, softcap."""
-        linear = self.model.get_output_embeddings()
+    def head(self, temperature: float = 1.0) -> Unembedding:
+        """The unembedding, with the family's scale and softcap, over a temperature."""
+        linear, family = self.model.get_output_embeddings(), self.family
 
         def entry(name: str | None) -> float | None:
             return None if name is None else getattr(self.config, name, None)
 
-        scale = entry(self.family.logit_scale) or 1.0
-        return {
-            "weight": linear.weight,
-            "bias": getattr(linear, "bias", None),
-            "scale": scale / (entry(self.family.logit_divisor) or 1.0),
-            "softcap": entry(self.family.softcap),
-        }
+        scale = (entry(family.logit_scale) or 1.0) / (entry(family.logit_divisor) or 1.0)
+        return Unembedding(linear.weight, getattr(linear, "bias", None), scale, entry(family.softcap), temperature)
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """States `(..., D)`, already normed if they should be, through the unembedding: fp32 logits `(..., V)`."""
-        head = self.head()
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        x = nn.functional.linear(hidden.to(precise), head["weight"].to(precise))
-        if head["bias"] is not None:
-            x = x + head["bias"]
-        x = x * head["scale"]
-        if head["softcap"] is not None:
-            x = head["softcap"] * torch.tanh(x / head["softcap"])
-        return x / temperature
+        return self.head(temperature).logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 
     # -- running and recording ---------------------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ class SharedCritic:
         """The value head of the policy in force."""
         name = "language_model" if self.head.site is None else f"{self.head.site.kind} {self.head.site.layer}"
         if name not in self.linears:
-            weight = self.head.stream.head()["weight"]
+            weight = self.head.stream.head().weight
             linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)

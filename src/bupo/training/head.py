@@ -8,7 +8,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
-from bupo.model.scoring import score_tokens
+from bupo.model.scoring import score_states
 
 
 @dataclass
@@ -82,19 +82,15 @@ class PolicyHead:
                 out = model.base_model(*args, use_cache=False, **kwargs)
             hidden = states[self.site] if self.lens == "raw" else stream.norm(states[self.site])
 
-        head = self.stream.head()
-        for name in ("weight", "bias"):
-            if isinstance(head[name], DTensor):  # FSDP2 shards the head
-                head[name] = head[name].full_tensor()
-        hidden = hidden[:, :-1].to(head["weight"].device)
-        labels = labels[:, 1:].to(head["weight"].device)
+        head = self.stream.head(self.temperature)
+        head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
+        hidden = hidden[:, :-1].to(head.weight.device)
+        labels = labels[:, 1:].to(head.weight.device)
         if self.on_states:
             self.on_states(hidden)
         precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
-            scores = score_tokens(
-                hidden.float() if self.fp32 else hidden, targets=labels, temperature=self.temperature, **head
-            )
+            scores = score_states(hidden.float() if self.fp32 else hidden, head, labels)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = self.stream.config
@@ -116,3 +112,8 @@ class PolicyHead:
             yield
         finally:
             block.gradient_checkpointing = before
+
+
+def _whole(tensor: Any) -> Any:
+    """FSDP2 shards the head."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

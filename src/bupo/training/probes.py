@@ -55,7 +55,7 @@ def probe(
             for later in range(layer + 1, stream.num_layers + 1):
                 pair = (states[Site("layer", layer)], states[Site("layer", later)])
                 sums["cosine", layer, later] += torch.cosine_similarity(*pair, dim=-1).double().sum().item()
-        rows = max(1, LOGITS // stream.head()["weight"].size(0))
+        rows = max(1, LOGITS // stream.head().weight.size(0))
         for start in range(0, len(targets), rows):
             piece = {site: values[start : start + rows] for site, values in states.items()}
             _policies(stream, piece, targets[start : start + rows], layers, lens, temperature, sums)
@@ -148,7 +148,7 @@ def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[i
     Args:
         batch_tokens (`int`): prompt and answer tokens of a rollout batch, a process.
     """
-    entries, width = stream.head()["weight"].shape
+    entries, width = stream.head().weight.shape
     forward = 2 * sum(p.numel() for p in stream.model.parameters())
     sites = stream.num_layers - min(layers) + 3
     rows = sum(len(answer) for _, answer in answers)
