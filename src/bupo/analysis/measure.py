@@ -202,10 +202,10 @@ class _Block:
         head = stream.head(self.temperature)
 
         def normed(x: torch.Tensor) -> torch.Tensor:
-            return stream.norm(x.to(stream.norm_device(x), head.weight.dtype)).to(self.device, self.kind)
+            return stream.lensed(x.to(head.weight.dtype), "final_norm").to(self.device, self.kind)
 
         theta = normed(states[Site("layer", num_layers)])
-        if self.lens == "final_norm":
+        if self.lens != "raw":
             for site, x in states.items():
                 if site.kind in ("layer", "attn", "ffn"):
                     x.copy_(normed(x))

@@ -6,7 +6,7 @@ Layers count from 1 as in the paper; layer 0 is the embedding. [`ResidualStream.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,15 @@ from bupo.model.families import FAMILIES, Family, guess_family, module_at
 from bupo.model.hooks import Put, on_input, on_output
 from bupo.model.proof import Identity, check_head, check_layer, find_middle, name_of, probe_tokens
 from bupo.model.unembedding import Unembedding
+
+Lens = Literal["raw", "final_norm"]
+
+
+def check_lens(lens: str) -> Lens:
+    """The lens mode, if it is one."""
+    if lens not in get_args(Lens):
+        raise UserError(f"unknown lens mode {lens!r}: choose {' or '.join(get_args(Lens))}")
+    return lens  # type: ignore[return-value]
 
 
 class Site(NamedTuple):
@@ -108,6 +117,13 @@ class ResidualStream:
             )
         return module
 
+    def lensed(self, states: torch.Tensor, lens: Lens) -> torch.Tensor:
+        """States `(..., D)` as they meet the unembedding: as they are (`raw`), or through the final norm (`final_norm`)."""
+        if lens == "raw":
+            return states
+        # a device_map may hold the norm and the last block on two devices
+        return self.norm(states.to(next((p.device for p in self.norm.parameters()), states.device)))
+
     def head(self, temperature: float = 1.0) -> Unembedding:
         """The unembedding, with the family's scale and softcap, over a temperature."""
         linear, family = self.model.get_output_embeddings(), self.family
@@ -119,7 +135,7 @@ class ResidualStream:
         return Unembedding(linear.weight, getattr(linear, "bias", None), scale, entry(family.softcap), temperature)
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """States `(..., D)`, already normed if they should be, through the unembedding: fp32 logits `(..., V)`."""
+        """States `(..., D)`, lensed already if they should be, through the unembedding: fp32 logits `(..., V)`."""
         return self.head(temperature).logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 
     # -- running and recording ---------------------------------------------------------------------------------------
@@ -226,13 +242,8 @@ class ResidualStream:
         for layer in layers:
             parts = [states[site] for site in (Site("layer", layer - 1), Site("attn", layer), Site("ffn", layer))]
             errors.append(check_layer(self.model, layer, parts, states[Site("layer", layer)]))
-        top = states[Site("layer", self.num_layers)]
-        mine = self.logits(self.norm(top.to(self.norm_device(top))))
+        mine = self.logits(self.lensed(states[Site("layer", self.num_layers)], "final_norm"))
         return Identity(tuple(errors), check_head(self.model, mine, logits))
-
-    def norm_device(self, default: torch.Tensor) -> torch.device:
-        """The device of the final norm, which may differ from the last block's under a `device_map`."""
-        return next((p.device for p in self.norm.parameters()), default.device)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class PolicyHead:
             layer, stream = self.site.layer, self.stream
             with stream.record([self.site]) as states, stream.first_layers(layer), self._not_checkpointed(layer):
                 out = model.base_model(*args, use_cache=False, **kwargs)
-            hidden = states[self.site] if self.lens == "raw" else stream.norm(states[self.site])
+            hidden = stream.lensed(states[self.site], self.lens)
 
         head = self.stream.head(self.temperature)
         head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))

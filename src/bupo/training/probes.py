@@ -72,12 +72,9 @@ def probe(
 def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
     """Add what needs logits, for some rows."""
 
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        return stream.norm(x.to(stream.norm_device(x)))
-
-    def log_probs(layer: int) -> torch.Tensor:
-        x = states[Site("layer", layer)]
-        return stream.logits(norm(x) if lens == "final_norm" else x, temperature).log_softmax(-1)
+    def log_probs(layer: int, lens: Lens = lens) -> torch.Tensor:
+        x = stream.lensed(states[Site("layer", layer)], lens)
+        return stream.logits(x, temperature).log_softmax(-1)
 
     def entropy(log_p: torch.Tensor) -> torch.Tensor:
         return -torch.linalg.vecdot(_probabilities(log_p), log_p)
@@ -85,7 +82,7 @@ def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
     def add(name: str, layer: int | None, later: int | None, values: torch.Tensor) -> None:
         sums[name, layer, later] += values.double().sum().item()
 
-    theta = stream.logits(norm(states[Site("layer", stream.num_layers)]), temperature).log_softmax(-1)
+    theta = log_probs(stream.num_layers, "final_norm")
     add("entropy", None, None, entropy(theta))
     add("perplexity", None, None, -theta.gather(1, targets.to(theta.device)[:, None])[:, 0])
     lower: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # probabilities and entropy of the layers met so far
