@@ -30,7 +30,7 @@ from bupo.model.residual import ResidualStream, Site
 def answers(stream, lengths, seed=0):
     """Random prompts of 16 tokens and answers of the given lengths: the arithmetic does not depend on the text."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = stream.head()["weight"].size(0)
+    vocabulary = stream.head().weight.size(0)
     draw = lambda n: torch.randint(5, min(vocabulary, 40_000), (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(16), draw(n)) for n in lengths]
 
@@ -92,7 +92,7 @@ def run_bupo(stream, rollouts):
 @torch.no_grad()
 def floor_rate(stream, rows: int, seconds: float = 4.0) -> float:
     """Tokens a second of plain products of `rows` states with the whole unembedding, one for each projection."""
-    weight = stream.head()["weight"]
+    weight = stream.head().weight
     hidden, out = torch.randn(rows, weight.size(1)), torch.empty(rows, weight.size(0))
     torch.mm(hidden, weight.t(), out=out)
     products, started = 0, time.perf_counter()
@@ -104,7 +104,7 @@ def floor_rate(stream, rows: int, seconds: float = 4.0) -> float:
 
 def best_rows(stream) -> int:
     """The row-block size whose plain product is fastest in this process."""
-    fitting = [rows for rows in (128, 256, 512, 1024, 2048) if rows * stream.head()["weight"].size(0) * 4 <= 1 << 29]
+    fitting = [rows for rows in (128, 256, 512, 1024, 2048) if rows * stream.head().weight.size(0) * 4 <= 1 << 29]
     return max(fitting, key=lambda rows: floor_rate(stream, rows, 2.0))
 
 
@@ -137,7 +137,7 @@ def main():
     result = {
         "model": args.model.rpartition("/")[2],
         "layers": stream.num_layers,
-        "vocabulary": stream.head()["weight"].size(0),
+        "vocabulary": stream.head().weight.size(0),
         "answers": args.lengths,
         "tokens": tokens,
         "projections": 5 * stream.num_layers + 2,

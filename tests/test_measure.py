@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bupo.analysis import fold as fold_module
 from bupo.analysis import measure as measure_module
 from bupo.analysis.measure import MEASURES, measure
 from bupo.model.residual import ResidualStream, Site
@@ -88,7 +89,7 @@ def compare(found, wanted, **tolerance):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_naive_fp64(family, pairs, monkeypatch):
-    monkeypatch.setattr(measure_module, "TILE", 13)  # many merges, and a last tile that is short
+    monkeypatch.setattr(fold_module, "TILE", 13)  # many merges, and a last tile that is short
     model = tiny_model(family, dtype=torch.float64)
     for rollout, found in zip(ROLLOUTS, measure(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
         assert (found.kl is not None) == pairs
@@ -99,7 +100,7 @@ def test_agrees_with_naive_fp64(family, pairs, monkeypatch):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("size", [1, 40])  # of the head: ordinary logits, and those of hundreds
 def test_fp32_and_large_logits(monkeypatch, tile, size, pairs):
-    monkeypatch.setattr(measure_module, "TILE", tile)
+    monkeypatch.setattr(fold_module, "TILE", tile)
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight *= size

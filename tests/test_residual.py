@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bupo import Family, InternalPolicies, UserError
-from bupo.model.residual import FAMILIES as RULES
+from bupo.model.families import FAMILIES as RULES
 from bupo.model.residual import ResidualStream, Site
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

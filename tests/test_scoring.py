@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo import scoring
+from bupo.model import scoring
 from bupo.model.scoring import IGNORED, score_tokens
+from bupo.model.unembedding import Unembedding
 
 
 def naive(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0):
@@ -139,8 +140,8 @@ def test_gradcheck_in_fp64():
 
 def test_unscored_positions_are_not_computed(monkeypatch):
     seen = []
-    real = scoring._product
-    monkeypatch.setattr(scoring, "_product", lambda h, w: seen.append(h.size(0)) or real(h, w))
+    real = Unembedding.logits
+    monkeypatch.setattr(Unembedding, "logits", lambda head, h: seen.append(h.size(0)) or real(head, h))
     targets = torch.full((4, 25), IGNORED)
     targets[:, -3:] = 5
     hidden = torch.randn(4, 25, 8, requires_grad=True)

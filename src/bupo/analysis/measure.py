@@ -5,29 +5,19 @@ write, and the layer's output; besides them the embedding and the final policy. 
 are taken then, tile by tile of the vocabulary, so memory does not grow with tokens, layers or vocabulary:
 
 - a block of at most `ROWS` answer positions holds its states, `(sites, rows, D)`;
-- for each tile of the vocabulary, each site's product with the tile is folded into a few numbers a row.
-
-A fold is a merge of two disjoint groups of vocabulary entries, each with its log of summed exponentials `z` and the entropy
-`H` of its own normalised distribution:
-
-    z = log(e^za + e^zb),   w = e^(zb - z),   H = (1 - w) Ha + w Hb + h(w)         h: entropy of (1 - w, w)
-
-which needs no running maximum: the `z` so far is the reference that keeps a tile's exponentials in range.
+- for each tile of the vocabulary, each site's product with the tile is folded into a few numbers a row (`analysis/fold.py`).
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from bupo.model.policy import Lens
-from bupo.model.residual import ResidualStream, Site
+from bupo.analysis.fold import Fold, tile_size
+from bupo.model.residual import Lens, ResidualStream, Site
 
 ROWS = 1024  # positions that share a product with a tile of the vocabulary
-TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
-LARGEST_TOTAL = 1e30  # of a tile's exponentials: beyond it their products with logits leave fp32
 BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a tile
 
 # Per layer 1..L and token. Entropies and KLs in nats.
@@ -147,13 +137,12 @@ class _Block:
         self.stream, self.lens, self.temperature, self.pairs = stream, lens, temperature, pairs
         layers = range(1, stream.num_layers + 1)
         self.sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ENTROPIES]
-        head = stream.head()
-        self.device = head["weight"].device
-        self.kind = torch.promote_types(head["weight"].dtype, torch.float32)
-        width = head["weight"].size(1)
+        weight = stream.head().weight
+        self.device, self.kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        width = weight.size(1)
         numbers_a_row = (len(self.sites) + 1) * width
         if pairs:
-            numbers_a_row += 2 * (stream.num_layers + 2) * _tile(self.device)
+            numbers_a_row += 2 * (stream.num_layers + 2) * tile_size(self.device)
         bytes_a_row = numbers_a_row * (8 if self.kind == torch.float64 else 4)
         self.capacity = max(64, min(ROWS, BLOCK_BYTES // bytes_a_row))
         self.states = torch.empty(len(self.sites), self.capacity, width, dtype=self.kind, device=self.device)
@@ -183,7 +172,8 @@ class _Block:
         if not self.used:
             return
         states = {site: self.states[i, : self.used] for i, site in enumerate(self.sites)}
-        found = _geometry(states, self.stream.num_layers) | self._policies(states, self.targets[: self.used])
+        found = _geometry(states, self.stream.num_layers)  # before a lens changes the states
+        found |= _series(self._policies(states, self.targets[: self.used]), self.stream.num_layers)
         similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs", None)
         start = 0
         for answer, rows in self.pieces:
@@ -196,194 +186,50 @@ class _Block:
             start += rows
         self.pieces, self.used = [], 0
 
-    def _policies(self, states: dict[Site, torch.Tensor], targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Everything that needs logits, `(L, rows)` each. Norms the states in place where the lens asks for it."""
-        stream, num_layers = self.stream, self.stream.num_layers
-        head = stream.head()
+    def _policies(self, states: dict[Site, torch.Tensor], targets: torch.Tensor) -> Fold:
+        """Every policy, folded: pi_theta, the layers L..0, then what modules read and write, each from layer 1 on.
+
+        Norms the states in place where the lens asks for it.
+        """
+        num_layers, head = self.stream.num_layers, self.stream.head(self.temperature)
 
         def normed(x: torch.Tensor) -> torch.Tensor:
-            return stream.norm(x.to(stream.norm_device(x), head["weight"].dtype)).to(self.device, self.kind)
+            return self.stream.lensed(x.to(head.weight.dtype), "final_norm").to(self.device, self.kind)
 
         theta = normed(states[Site("layer", num_layers)])
-        if self.lens == "final_norm":
+        if self.lens != "raw":
             for site, x in states.items():
                 if site.kind in ("layer", "attn", "ffn"):
                     x.copy_(normed(x))
         layers = [states[Site("layer", layer)] for layer in range(num_layers, -1, -1)]
-        others = [Site(kind, layer) for kind in ENTROPIES[:-1] for layer in range(1, num_layers + 1)]
-        fold = _Fold([theta, *layers, *(states[site] for site in others)], spoken=num_layers + 2, pairs=self.pairs)
-        product = _Product(head, self.temperature, self.kind)
-        entries, tile = head["weight"].size(0), fold.tile
-        for start in range(0, entries, tile):
-            columns = slice(start, min(start + tile, entries))
-            product.load(columns)
-            fold.take(product, targets, columns)
-
-        ascending = slice(1, num_layers + 2)  # of what was folded: layers L..0
-        entropy = {"layer": fold.entropy[ascending].flip(0)[1:]}
-        for kind, values in zip(ENTROPIES[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
-            entropy[kind] = values
-        below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
-        to_theta, to_next, pairs = fold.kl()
-        log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
-        return {
-            **{f"entropy_{kind}": value for kind, value in entropy.items()},
-            "d_entropy_layer": entropy["layer"] - below,
-            "d_entropy_attn": entropy["attn"] - entropy["attn_input"],
-            "d_entropy_ffn": entropy["ffn"] - entropy["ffn_input"],
-            "kl_next": torch.cat([to_next.flip(0)[1:-1], torch.full_like(log_prob[:1], torch.nan)]),
-            "kl_language_model": to_theta.flip(0)[1:],
-            **({} if pairs is None else {"kl_pairs": pairs.flip(0, 1)[1:, 1:]}),
-            "top1_agreement": (best[ascending] == best[0]).to(self.kind).flip(0)[1:],
-            "log_prob": log_prob[ascending].flip(0)[1:],
-            "log_prob_theta": log_prob[0],
-            "entropy_theta": fold.entropy[0],
-        }
+        others = [states[Site(kind, layer)] for kind in ENTROPIES[:-1] for layer in range(1, num_layers + 1)]
+        fold = Fold([theta, *layers, *others], spoken=num_layers + 2, pairs=self.pairs)
+        fold.take_all(head, targets)
+        return fold
 
 
-class _Product:
-    """`softcap(scale (h W^T + b)) / T` of one tile of the vocabulary at a time."""
-
-    def __init__(self, head: dict, temperature: float, kind: torch.dtype):
-        self.head, self.temperature, self.kind = head, temperature, kind
-        self.half = head["weight"].is_cuda and head["weight"].dtype in (torch.bfloat16, torch.float16)
-
-    def load(self, columns: slice) -> None:
-        """Choose the tile; its weights are converted once for all sites."""
-        weight = self.head["weight"][columns]
-        self.weight = (weight if self.half else weight.to(self.kind)).t()
-        self.bias = None if self.head["bias"] is None else self.head["bias"][columns].to(self.kind)
-
-    def into(self, out: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Write the logits of `(rows, D)` states into `(rows, tile)`."""
-        if self.half:
-            out.copy_(torch.mm(hidden.to(self.weight.dtype), self.weight, out_dtype=torch.float32))
-        else:
-            torch.mm(hidden, self.weight, out=out)
-        if self.bias is not None:
-            out += self.bias
-        if self.head["softcap"] is not None:
-            out.mul_(self.head["scale"] / self.head["softcap"]).tanh_().mul_(self.head["softcap"] / self.temperature)
-        elif self.head["scale"] != self.temperature:
-            out *= self.head["scale"] / self.temperature
-
-
-class _Fold:
-    """Policies folded tile by tile: log-normalisers and entropies, `(policies, rows)`.
-
-    The first `spoken` policies also keep the logit of the chosen token and the most likely token. The first is pi_theta, the
-    rest of them are the layers' from the last down; each of these keeps its divergence from pi_theta and from the policy
-    before it, or, with `pairs`, from every spoken one.
-    """
-
-    def __init__(self, states: list[torch.Tensor], spoken: int, pairs: bool):
-        rows, device = states[0].size(0), states[0].device
-        self.states, self.spoken = states, spoken
-        zeros = states[0].new_zeros
-        self.z = zeros(len(states), rows).fill_(-math.inf)  # log of the summed exponentials so far
-        self.entropy = zeros(len(states), rows)
-        self.chosen_logit = zeros(spoken, rows)
-        self.best_logit = zeros(spoken, rows).fill_(-math.inf)
-        self.best_token = torch.zeros(spoken, rows, dtype=torch.long, device=states[0].device)
-        # E_p[log q] of each layer's p, with q the policies in these places
-        self.pairs, layers = pairs, torch.arange(1, spoken, device=device)
-        every = torch.arange(spoken, device=device).expand(spoken - 1, -1)
-        self.others = every if pairs else torch.stack([torch.zeros_like(layers), layers - 1], 1)
-        self.mean = zeros(*self.others.shape, rows)
-        self.tile = _tile(states[0].device)
-        self.buffers = [zeros(rows, self.tile) for _ in range(4)]
-        if pairs:
-            self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
-
-    def take(self, product: "_Product", targets: torch.Tensor, columns: slice) -> None:
-        """Project every policy's states on a tile of the vocabulary and fold it in."""
-        reference = self.z.clone()  # keeps the exponentials in range, once there is a z
-        total, moment = torch.empty_like(self.z), torch.empty_like(self.z)
-        best, token = torch.empty_like(self.best_logit), torch.empty_like(self.best_token)
-        hit = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
-        place = targets[hit] - columns.start
-        width = columns.stop - columns.start
-        first, above, x, exps = (buffer[:, :width] for buffer in self.buffers)
-        dot = torch.empty_like(self.mean)
-        for i, states in enumerate(self.states):
-            if self.pairs and i < self.spoken:
-                out, exps = self.spoken_logits[:, i, :width], self.spoken_exps[:, i, :width]
-            else:
-                out, exps = x if i else first, self.buffers[3][:, :width]
-            product.into(out, states)
-            if i < self.spoken:
-                self.chosen_logit[i, hit] = out[hit, place]
-                best[i], token[i] = _row_best(out)
-            if columns.start == 0:
-                reference[i] = out.amax(1)
-            out -= reference[i][:, None]
-            total[i] = _exponentials(out, exps)
-            if not total[i].max() < LARGEST_TOTAL:  # a tile far above the reference
-                higher = out.amax(1)
-                out -= higher[:, None]
-                reference[i] += higher
-                total[i] = _exponentials(out, exps)
-            moment[i] = torch.linalg.vecdot(exps, out)
-            if not self.pairs and 0 < i < self.spoken:
-                dot[i - 1, 0] = torch.linalg.vecdot(exps, first)
-                dot[i - 1, 1] = torch.linalg.vecdot(exps, above if i > 1 else first)
-                above, x = x, above
-        if self.pairs:
-            weights, logits = self.spoken_exps[:, 1:, :width], self.spoken_logits[..., :width]
-            dot = torch.bmm(weights, logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
-        self._merge(reference, total, moment, dot)
-        better = best > self.best_logit
-        self.best_logit = torch.where(better, best, self.best_logit)
-        self.best_token = torch.where(better, token + columns.start, self.best_token)
-
-    def _merge(self, reference, total, moment, dot) -> None:
-        """Join the tile's group of entries with those before it: see the module's head."""
-        total = total.clamp(min=torch.finfo(total.dtype).tiny)
-        log_total = total.log()
-        tile_z, tile_entropy = reference + log_total, log_total - moment / total
-        old_z, self.z = self.z, torch.logaddexp(self.z, tile_z)
-        share = (tile_z - self.z).exp().clamp(max=1.0)
-        rest = 1 - share
-        mixing = -torch.xlogy(share, share) - torch.xlogy(rest, rest)
-        self.entropy = rest * self.entropy + share * tile_entropy + mixing
-        p, q = slice(1, self.spoken), self.others
-        # E_p[y - z_q]: z_q has moved since the mean was taken, and the dot is relative to q's reference
-        before = torch.where(torch.isfinite(old_z[q]), self.mean + (old_z[q] - self.z[q]), 0.0)
-        here = dot / total[p, None] + (reference[q] - self.z[q])
-        self.mean = rest[p, None] * before + share[p, None] * here
-
-    def kl(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """KL of each layer's policy, the last layer first: to pi_theta and to the policy before it, `(layers, rows)`; and, with
-        `pairs`, to each layer's, `(layers, layers, rows)`. Rounding may leave a tiny negative, which is zero."""
-        found = (-self.entropy[1 : self.spoken, None] - self.mean).clamp(min=0.0)
-        if not self.pairs:
-            return found[:, 0], found[:, 1], None
-        return found[:, 0], found.diagonal().T, found[:, 1:]
-
-
-def _tile(device: torch.device) -> int:
-    """An accelerator wants fewer, larger products."""
-    return TILE if device.type == "cpu" else 4 * TILE
-
-
-def _exponentials(x: torch.Tensor, exps: torch.Tensor) -> torch.Tensor:
-    """Write `exp(x)` and return its sum by row. What is below `e^-80` is taken as that: nothing in any sum, and no denormal
-    numbers, which a CPU computes many times as slowly."""
-    torch.clamp(x, min=-80, out=exps)
-    return exps.exp_().sum(1)
-
-
-def _row_best(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest entry of each row of `(rows, n)` and its first place.
-
-    A maximum with places is some fifty times as slow as one without, so the place is looked for in 64 entries only.
-    """
-    if x.size(1) % 64:
-        return x.max(1)  # type: ignore[return-value]
-    groups = x.view(x.size(0), -1, 64)
-    best, group = groups.amax(2).max(1)
-    inside = groups[torch.arange(x.size(0), device=x.device), group].argmax(1)
-    return best, group * 64 + inside
+def _series(fold: Fold, num_layers: int) -> dict[str, torch.Tensor]:
+    """What the policies of a block say, `(L, rows)` each. They were folded in the order of `_Block._policies`."""
+    ascending = slice(1, num_layers + 2)  # of what was folded: layers L..0
+    entropy = {"layer": fold.entropy[ascending].flip(0)[1:]}
+    for kind, values in zip(ENTROPIES[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
+        entropy[kind] = values
+    below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
+    to_theta, to_next, pairs = fold.kl()
+    log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
+    return {
+        **{f"entropy_{kind}": value for kind, value in entropy.items()},
+        "d_entropy_layer": entropy["layer"] - below,
+        "d_entropy_attn": entropy["attn"] - entropy["attn_input"],
+        "d_entropy_ffn": entropy["ffn"] - entropy["ffn_input"],
+        "kl_next": torch.cat([to_next.flip(0)[1:-1], torch.full_like(log_prob[:1], torch.nan)]),
+        "kl_language_model": to_theta.flip(0)[1:],
+        **({} if pairs is None else {"kl_pairs": pairs.flip(0, 1)[1:, 1:]}),
+        "top1_agreement": (best[ascending] == best[0]).to(fold.z.dtype).flip(0)[1:],
+        "log_prob": log_prob[ascending].flip(0)[1:],
+        "log_prob_theta": log_prob[0],
+        "entropy_theta": fold.entropy[0],
+    }
 
 
 def _geometry(states: dict[Site, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:

@@ -149,7 +149,7 @@ def top_tokens(
     view: dict = {"tokens": [_shown(tokenizer, t) for t in answer], "entropy": [], "chosen": [], "top": []}
     for layer in layers:
         rows: dict[str, list] = {"entropy": [], "chosen": [], "top": []}
-        x = policies.layer(layer)._lensed(states[Site("layer", layer)])
+        x = stream.lensed(states[Site("layer", layer)], policies.lens)
         for piece, target in zip(x.split(32), targets.split(32), strict=True):
             log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
             rows["entropy"] += [round(h, 3) for h in (-(log_p.exp() * log_p).sum(-1)).tolist()]

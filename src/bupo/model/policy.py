@@ -14,25 +14,16 @@ import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
-from bupo.model.residual import Family, Identity, ResidualStream, Site
-from bupo.model.scoring import IGNORED, score_tokens
+from bupo.model.residual import Family, Identity, Lens, ResidualStream, Site, check_lens
+from bupo.model.scoring import IGNORED, TokenScores, score_states
 
-Lens = Literal["raw", "final_norm"]
 _ROWS_PER_TILE = 256  # positions whose two distributions are held at once for a KL divergence
-
-
-def check_lens(lens: str) -> Lens:
-    """The lens mode, if it is one."""
-    if lens not in get_args(Lens):
-        raise UserError(f"unknown lens mode {lens!r}: choose {' or '.join(get_args(Lens))}")
-    return lens  # type: ignore[return-value]
 
 
 class InternalPolicy:
@@ -43,26 +34,20 @@ class InternalPolicy:
 
     Attributes:
         site ([`~bupo.model.residual.Site`]): where its states come from.
-        normed (`bool`): whether the final norm stands before the unembedding.
+        lens (`str`): what stands before the unembedding: nothing (`raw`) or the final norm (`final_norm`).
         temperature (`float`): divides the logits.
     """
 
-    def __init__(self, stream: ResidualStream, site: Site, normed: bool, temperature: float):
-        self.stream, self.site, self.normed, self.temperature = stream, site, normed, temperature
+    def __init__(self, stream: ResidualStream, site: Site, lens: Lens, temperature: float):
+        self.stream, self.site, self.lens, self.temperature = stream, site, lens, temperature
 
     def __repr__(self) -> str:
-        lens = "final_norm" if self.normed else "raw"
-        return f"InternalPolicy({self.site.kind} {self.site.layer}, {lens}, temperature={self.temperature:g})"
+        return f"InternalPolicy({self.site.kind} {self.site.layer}, {self.lens}, temperature={self.temperature:g})"
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, D)`: what meets the unembedding, normed in the lens mode `final_norm`."""
         states = self.stream.run([self.site], input_ids, attention_mask, up_to=self.site.layer)[self.site]
-        return self._lensed(states)
-
-    def _lensed(self, states: torch.Tensor) -> torch.Tensor:
-        if not self.normed:
-            return states
-        return self.stream.norm(states.to(self.stream.norm_device(states)))
+        return self.stream.lensed(states, self.lens)
 
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, V)` in fp32, over the temperature. The one measure that holds a whole vocabulary a token."""
@@ -80,14 +65,10 @@ class InternalPolicy:
         targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
         return self._scores(self.states(input_ids, attention_mask), targets).entropy
 
-    def _scores(self, states: torch.Tensor, targets: torch.Tensor):
-        head = self.stream.head()
-        return score_tokens(
-            states.to(head["weight"].device),
-            targets=targets.to(head["weight"].device),
-            **head,
-            temperature=self.temperature,
-        )
+    def _scores(self, states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        head = self.stream.head(self.temperature)
+        device = head.weight.device
+        return score_states(states.to(device), head, targets.to(device))
 
     def kl(
         self, other: "InternalPolicy", input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -103,7 +84,7 @@ class InternalPolicy:
             )
         deepest = max(self.site.layer, other.site.layer)
         found = self.stream.run([self.site, other.site], input_ids, attention_mask, up_to=deepest)
-        mine, others = self._lensed(found[self.site]), other._lensed(found[other.site])
+        mine, others = (self.stream.lensed(found[policy.site], policy.lens) for policy in (self, other))
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [
             _kl(self.stream.logits(p, self.temperature), self.stream.logits(q, other.temperature))
@@ -136,7 +117,7 @@ class InternalPolicy:
             states = found[policy.site]
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return CausalLMOutputWithPast(
-                logits=stream.logits(policy._lensed(states[:, keep])), past_key_values=out.past_key_values
+                logits=stream.logits(stream.lensed(states[:, keep], policy.lens)), past_key_values=out.past_key_values
             )
 
         before = stream.model.__dict__.get("forward")
@@ -207,8 +188,8 @@ class InternalPolicies:
     @property
     def language_model(self) -> InternalPolicy:
         """pi_theta: the last layer's states through the final norm, whatever the lens mode."""
-        return InternalPolicy(self.stream, Site("layer", self.num_layers), True, self.temperature)
+        return InternalPolicy(self.stream, Site("layer", self.num_layers), "final_norm", self.temperature)
 
     def _policy(self, kind: str, layer: int) -> InternalPolicy:
         self.stream.block(layer)  # refuses a layer that does not exist
-        return InternalPolicy(self.stream, Site(kind, layer), self.lens == "final_norm", self.temperature)
+        return InternalPolicy(self.stream, Site(kind, layer), self.lens, self.temperature)

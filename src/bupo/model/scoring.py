@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from bupo.model.unembedding import Unembedding
+
 ROWS_PER_TILE = 1024
 VOCABULARY_PER_TILE = 8192
 IGNORED = -100  # label of a position that is not scored, as in transformers
@@ -24,43 +26,6 @@ class TokenScores(NamedTuple):
 
     log_probs: torch.Tensor
     entropy: torch.Tensor  # nats
-
-
-class _LogitRule(NamedTuple):
-    """How a product `h @ w` becomes a logit: `softcap(scale * (h @ w + b)) / temperature`."""
-
-    scale: float
-    softcap: float | None
-    temperature: float
-    dtype: torch.dtype  # of the factors; the product is fp32
-
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """(N, D), (V, D), (V) -> (N, V) in fp32 (fp64 for fp64 factors)."""
-        x = _product(hidden.to(self.dtype), weight.to(self.dtype))
-        if bias is not None:
-            x += bias
-        if self.scale != 1.0:
-            x *= self.scale
-        if self.softcap is not None:
-            x = x.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.temperature != 1.0:
-            x /= self.temperature
-        return x
-
-    def chain(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The gradient of the product from the gradient of the logits, in place."""
-        if self.softcap is not None:
-            grad *= 1 - (logits * (self.temperature / self.softcap)).square()
-        return grad.mul_(self.scale / self.temperature)
-
-
-def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`hidden @ weight.T` with fp32 accumulation and an fp32 result, whatever the factors' type."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ weight.t()
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.float().t()
 
 
 def _tiles(rows: int, vocabulary: int):
@@ -76,15 +41,18 @@ def _hits(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Te
 
 
 class _ScoreTokens(torch.autograd.Function):
+    """Of states `(N, D)`: what `score_states` gives, `(N,)` each. `rule` is an unembedding's scale, softcap and temperature."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rule):
-        n, kind = hidden.size(0), torch.float64 if rule.dtype == torch.float64 else torch.float32
+    def forward(ctx, hidden, weight, bias, targets, rule, dtype):
+        head = Unembedding(weight, bias, *rule)
+        n, kind = hidden.size(0), torch.float64 if dtype == torch.float64 else torch.float32
         top = hidden.new_full((n,), -torch.inf, dtype=kind)
         total = hidden.new_zeros(n, dtype=kind)  # s
         moment = hidden.new_zeros(n, dtype=kind)  # u
         chosen = hidden.new_zeros(n, dtype=kind)  # x_y
         for rows, columns in _tiles(n, weight.size(0)):
-            x = rule.logits(hidden[rows], weight[columns], None if bias is None else bias[columns])
+            x = head.tile(columns).logits(hidden[rows].to(dtype))
             at, column = _hits(targets[rows], columns)
             chosen[rows][at] = x[at, column]
             new = torch.maximum(top[rows], x.amax(1))
@@ -97,47 +65,72 @@ class _ScoreTokens(torch.autograd.Function):
         log_total = total.log()
         entropy = log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, entropy)
-        ctx.rule = rule
+        ctx.rule, ctx.dtype = rule, dtype
         ctx.set_materialize_grads(False)
         return chosen - top - log_total, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_probs, grad_entropy):
+    def backward(ctx, *upstream):
         hidden, weight, bias, targets, top, log_total, entropy = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        kind = top.dtype
-        grad_hidden = torch.zeros_like(hidden, dtype=kind) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=kind) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=kind) if wants_bias else None
+        head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
+        inputs = (hidden, weight, bias)
+        grads = [
+            torch.zeros_like(x, dtype=kind) if wanted else None
+            for x, wanted in zip(inputs, ctx.needs_input_grad[:3], strict=True)
+        ]
+        of_hidden, of_weight, of_bias = grads
         for rows, columns in _tiles(hidden.size(0), weight.size(0)):
-            x = ctx.rule.logits(hidden[rows], weight[columns], None if bias is None else bias[columns])
+            tile = head.tile(columns)
+            x = tile.logits(hidden[rows].to(ctx.dtype))
             log_p = x - top[rows, None] - log_total[rows, None]
-            # d log p(y) / dx_j = [j = y] - p_j          dH / dx_j = -p_j (log p_j + H)
-            grad = log_p.exp()
-            slope = torch.zeros_like(log_p)
-            if grad_log_probs is not None:
-                slope -= grad_log_probs[rows, None]
-            if grad_entropy is not None:
-                slope -= grad_entropy[rows, None] * (log_p + entropy[rows, None])
-            grad *= slope
-            if grad_log_probs is not None:
-                at, column = _hits(targets[rows], columns)
-                grad[at, column] += grad_log_probs[rows][at]
-            grad = ctx.rule.chain(grad, x)
-            if grad_hidden is not None:
-                grad_hidden[rows] += grad @ weight[columns].to(kind)
-            if grad_weight is not None:
-                grad_weight[columns] += grad.t() @ hidden[rows].to(kind)
-            if grad_bias is not None:
-                grad_bias[columns] += grad.sum(0)
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
+            grad = _logit_grad(log_p, entropy[rows], _hits(targets[rows], columns), of_log_probs, of_entropy)
+            grad = tile.product_grad(grad, x)
+            if of_hidden is not None:
+                of_hidden[rows] += tile.state_grad(grad)
+            if of_weight is not None:
+                of_weight[columns] += grad.t() @ hidden[rows].to(kind)
+            if of_bias is not None:
+                of_bias[columns] += grad.sum(0)
+        back = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
+        return (*back, None, None, None)
+
+
+def _logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Tensor:
+    """The gradient of a tile's logits, `(rows, columns)`; `hits` is where the chosen tokens stand in it.
+
+    d log p(y) / dx_j = [j = y] - p_j          dH / dx_j = -p_j (log p_j + H)
+    """
+    grad = log_p.exp()
+    slope = torch.zeros_like(log_p)
+    if grad_log_probs is not None:
+        slope -= grad_log_probs[:, None]
+    if grad_entropy is not None:
+        slope -= grad_entropy[:, None] * (log_p + entropy[:, None])
+    grad *= slope
+    if grad_log_probs is not None:
+        grad[hits] += grad_log_probs[hits[0]]
+    return grad
+
+
+def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor) -> TokenScores:
+    """[`score_tokens`] of states `(..., D)` through an unembedding."""
+    if head.temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {head.temperature}")
+    scored = targets != IGNORED
+    wanted = targets[scored]
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < head.weight.size(0):
+        raise ValueError(f"targets must be token ids below {head.weight.size(0)} or {IGNORED}")
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    rule = (head.scale, head.softcap, head.temperature)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        log_probs, entropy = _ScoreTokens.apply(hidden[scored], head.weight, head.bias, wanted, rule, dtype)
+    # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
+    empty = log_probs.new_zeros(targets.shape)
+    return TokenScores(empty.masked_scatter(scored, log_probs), empty.masked_scatter(scored, entropy))
 
 
 def score_tokens(
@@ -171,17 +164,4 @@ def score_tokens(
     Raises:
         ValueError: if a target is outside the vocabulary, or the temperature is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    scored = targets != IGNORED
-    wanted = targets[scored]
-    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < weight.size(0):
-        raise ValueError(f"targets must be token ids below {weight.size(0)} or {IGNORED}")
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    rule = _LogitRule(scale, softcap, temperature, torch.get_autocast_dtype(device) if autocast else hidden.dtype)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        log_probs, entropy = _ScoreTokens.apply(hidden[scored], weight, bias, wanted, rule)
-    # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
-    empty = log_probs.new_zeros(targets.shape)
-    return TokenScores(empty.masked_scatter(scored, log_probs), empty.masked_scatter(scored, entropy))
+    return score_states(hidden, Unembedding(weight, bias, scale, softcap, temperature), targets)

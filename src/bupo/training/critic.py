@@ -184,7 +184,7 @@ class SharedCritic:
     def _linear(self, name: str) -> nn.Linear:
         """The value head of a policy."""
         if name not in self.linears:
-            weight = self.stream.head()["weight"]
+            weight = self.stream.head().weight
             linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -8,7 +8,7 @@ import functools
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
-from bupo.model.scoring import score_tokens
+from bupo.model.scoring import score_states
 
 
 @dataclass
@@ -68,17 +68,13 @@ class PolicyHead:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         hidden, out = self._states(model, site, *args, **kwargs)
-        head = self.stream.head()
-        for name in ("weight", "bias"):
-            if isinstance(head[name], DTensor):  # FSDP2 shards the head
-                head[name] = head[name].full_tensor()
-        hidden = hidden[:, :-1].to(head["weight"].device)
-        labels = labels[:, 1:].to(head["weight"].device)
+        head = self.stream.head(self.temperature)
+        head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
+        hidden = hidden[:, :-1].to(head.weight.device)
+        labels = labels[:, 1:].to(head.weight.device)
         precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
-            scores = score_tokens(
-                hidden.float() if self.fp32 else hidden, targets=labels, temperature=self.temperature, **head
-            )
+            scores = score_states(hidden.float() if self.fp32 else hidden, head, labels)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = self.stream.config
@@ -95,7 +91,7 @@ class PolicyHead:
         stream = self.stream
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
             out = model.base_model(*args, use_cache=False, **kwargs)
-        return (states[site] if self.lens == "raw" else stream.norm(states[site])), out
+        return stream.lensed(states[site], self.lens), out
 
     @contextmanager
     def _not_checkpointed(self, layer: int) -> Iterator[None]:
@@ -110,3 +106,8 @@ class PolicyHead:
             yield
         finally:
             block.gradient_checkpointing = before
+
+
+def _whole(tensor: Any) -> Any:
+    """FSDP2 shards the head."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

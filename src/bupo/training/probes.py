@@ -55,7 +55,7 @@ def probe(
             for later in range(layer + 1, stream.num_layers + 1):
                 pair = (states[Site("layer", layer)], states[Site("layer", later)])
                 sums["cosine", layer, later] += torch.cosine_similarity(*pair, dim=-1).double().sum().item()
-        rows = max(1, LOGITS // stream.head()["weight"].size(0))
+        rows = max(1, LOGITS // stream.head().weight.size(0))
         for start in range(0, len(targets), rows):
             piece = {site: values[start : start + rows] for site, values in states.items()}
             _policies(stream, piece, targets[start : start + rows], layers, lens, temperature, sums)
@@ -72,12 +72,9 @@ def probe(
 def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
     """Add what needs logits, for some rows."""
 
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        return stream.norm(x.to(stream.norm_device(x)))
-
-    def log_probs(layer: int) -> torch.Tensor:
-        x = states[Site("layer", layer)]
-        return stream.logits(norm(x) if lens == "final_norm" else x, temperature).log_softmax(-1)
+    def log_probs(layer: int, lens: Lens = lens) -> torch.Tensor:
+        x = stream.lensed(states[Site("layer", layer)], lens)
+        return stream.logits(x, temperature).log_softmax(-1)
 
     def entropy(log_p: torch.Tensor) -> torch.Tensor:
         return -torch.linalg.vecdot(_probabilities(log_p), log_p)
@@ -85,7 +82,7 @@ def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
     def add(name: str, layer: int | None, later: int | None, values: torch.Tensor) -> None:
         sums[name, layer, later] += values.double().sum().item()
 
-    theta = stream.logits(norm(states[Site("layer", stream.num_layers)]), temperature).log_softmax(-1)
+    theta = log_probs(stream.num_layers, "final_norm")
     add("entropy", None, None, entropy(theta))
     add("perplexity", None, None, -theta.gather(1, targets.to(theta.device)[:, None])[:, 0])
     lower: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # probabilities and entropy of the layers met so far
@@ -148,7 +145,7 @@ def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[i
     Args:
         batch_tokens (`int`): prompt and answer tokens of a rollout batch, a process.
     """
-    entries, width = stream.head()["weight"].shape
+    entries, width = stream.head().weight.shape
     forward = 2 * sum(p.numel() for p in stream.model.parameters())
     sites = stream.num_layers - min(layers) + 3
     rows = sum(len(answer) for _, answer in answers)
