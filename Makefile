@@ -6,8 +6,11 @@ INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
+NEWEST_VENV ?= .venv-newest
+NEWEST := $(NEWEST_VENV)/.installed
+TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-models test-vllm test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
+.PHONY: demo test test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output_dir runs/demo
@@ -20,6 +23,11 @@ test-models: $(MODELS)  # the slow checks on real pretrained models
 
 test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers
 	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
+
+test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the newest that the package index has
+	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade trl transformers "$(TORCH)"
+	$(NEWEST_VENV)/bin/pip list --disable-pip-version-check | grep -E "^(trl|transformers|accelerate|torch) "
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest tests/test_contract.py
 
 test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
 	$(BIN)/python -m pytest -m browser
@@ -66,6 +74,13 @@ $(MODELS): $(INSTALLED)
 	$(BIN)/python tools/real_models.py models
 	touch $@
 
+# an environment of its own, whose TRL and transformers lie beyond what pyproject.toml allows
+$(NEWEST): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
 # an environment of its own: vLLM pins another transformers. Its torchvision does not load beside this torch
 $(VLLM):
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -75,4 +90,4 @@ $(VLLM):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

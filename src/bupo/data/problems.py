@@ -35,14 +35,12 @@ def load_problems(
     """Load problems as a dataset of `prompt` (list of messages) and `answer` (`str`).
 
     Args:
-        name (`str`):
-            A local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's task;
-            or a dataset's id on the Hugging Face hub.
-        split (`str`, *optional*, defaults to `"train"`): split of a hub dataset or a procedural task. A file is one split.
+        name (`str`): a local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's
+            task; or a dataset's id on the Hugging Face hub.
+        split (`str`, *optional*, defaults to `"train"`): of a hub dataset or a procedural task. A file is one split.
         config (`str`, *optional*): the hub dataset's configuration; for `reasoning_gym`, its options as JSON.
-        prompt_column, answer_column (`str`, *optional*):
-            Where they are found; by default the first of `prompt`, `problem`, `question`, and of `answer`, `final_answer`,
-            `reward_model.ground_truth`, `ground_truth`, `solution`. A dot reaches into a nested column.
+        prompt_column, answer_column (`str`, *optional*): by default the first of `PROMPT_COLUMNS` and of `ANSWER_COLUMNS`. A
+            dot reaches into a nested column.
         system_prompt (`str`, *optional*): put before problems that have no system message.
         size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
         revision (`str`, *optional*): of a hub dataset.
@@ -51,6 +49,19 @@ def load_problems(
     Raises:
         UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
     """
+    rows = _rows(name, split, config, size, revision, seed)
+    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
+    return Dataset.from_dict(
+        {
+            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
+            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
+        }
+    )
+
+
+def _rows(name: str, split: str, config: str | None, size: int | None, revision: str | None, seed: int) -> Dataset:
+    """The rows of a source as they are, at least one."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
     if name == ARITHMETIC:
@@ -63,14 +74,7 @@ def load_problems(
             rows = rows.select(range(min(size, len(rows))))
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
-    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
-    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
-    return Dataset.from_dict(
-        {
-            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
-            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
-        }
-    )
+    return rows
 
 
 def _known_split(name: str, split: str) -> str:

@@ -25,9 +25,8 @@ def boundary_layer(
 ) -> dict:
     """The last layer whose `dH_FFN` is positive beyond doubt, which is the layer to optimise (paper, section 5).
 
-    Whole prompts are resampled: answers to one prompt say much the same. The answer is ambiguous where the resamples
-    name layers farther apart than neighbours, between which the paper itself does not choose (27 and 26 for
-    OctoThinker-3B, 31 and 30 for 8B).
+    Whole prompts are resampled: answers to one prompt say much the same. The layer is ambiguous where resamples name others than
+    its neighbours, between which the paper itself does not choose (27 and 26 for OctoThinker-3B, 31 and 30 for 8B).
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model, in evaluation mode.
@@ -42,6 +41,24 @@ def boundary_layer(
     Raises:
         UserError: where no layer's is positive, or the resamples do not agree: with the row and the choices.
     """
+    prompts = _by_prompt(stream, answers, lens, temperature, tokens, gather)
+    if not prompts:
+        raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
+    found = stages(prompts)
+    resampled, row = Resampled(prompts), MEASURES.index("d_entropy_ffn")
+    low, high = (bound[row] for bound in resampled.interval())
+    found["layers"] = np.stack([resampled.mean[row], low, high], 1).round(4).tolist()
+    if (why := _doubt(found)) is None:
+        return found
+    means = ", ".join(f"{number}: {mean:+.2f}" for number, (mean, _, _) in enumerate(found["layers"], 1))
+    raise UserError(
+        f"internal_layer auto: {why} ({len(prompts)} prompts of the first rollout batch); dH_FFN in nats by layer: "
+        f"{means}; choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
+    )
+
+
+def _by_prompt(stream, answers, lens, temperature, tokens, gather) -> list[AnswerSums]:
+    """The sums of all processes' answers, those to one prompt joined."""
     measured, spent = [], 0
     for (prompt, _), answer in zip(answers, measure(stream, answers, lens, temperature), strict=False):
         measured.append((tuple(prompt), AnswerSums.of(answer)))
@@ -51,23 +68,15 @@ def boundary_layer(
     by_prompt = defaultdict(list)
     for prompt, sums in gather(measured):
         by_prompt[prompt].append(sums)
-    if not by_prompt:
-        raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
-    prompts = [AnswerSums.joined(sums) for sums in by_prompt.values()]
-    found = stages(prompts)
-    resampled, row = Resampled(prompts), MEASURES.index("d_entropy_ffn")
-    low, high = (bound[row] for bound in resampled.interval())
-    found["layers"] = np.stack([resampled.mean[row], low, high], 1).round(4).tolist()
+    return [AnswerSums.joined(sums) for sums in by_prompt.values()]
+
+
+def _doubt(found: dict) -> str | None:
+    """Why a boundary layer is none to train on."""
     layer, shares = found["boundary_layer"], found["boundary_shares"]
     if layer is None:
-        why = found["explanation"]
-    elif sum(share for other, share in shares.items() if other and abs(other - layer) <= 1) < SURE:
-        rivals = ", ".join(f"{other or 'none'} in {100 * share:.0f} %" for other, share in shares.items())
-        why = f"the boundary layer is ambiguous: of the resamples, layer {rivals}"
-    else:
-        return found
-    means = ", ".join(f"{number}: {mean:+.2f}" for number, (mean, _, _) in enumerate(found["layers"], 1))
-    raise UserError(
-        f"internal_layer auto: {why} ({len(prompts)} prompts of the first rollout batch); dH_FFN in nats by layer: "
-        f"{means}; choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
-    )
+        return found["explanation"]
+    if sum(share for other, share in shares.items() if other and abs(other - layer) <= 1) >= SURE:
+        return None
+    rivals = ", ".join(f"{other or 'none'} in {100 * share:.0f} %" for other, share in shares.items())
+    return f"the boundary layer is ambiguous: of the resamples, layer {rivals}"

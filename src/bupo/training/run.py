@@ -117,8 +117,7 @@ def train(
         model (`str` or `PreTrainedModel`): `embedded`, a folder, a `.gguf` file, a hub id, or a loaded one and its `tokenizer`.
         config ([`BuPOConfig`]): of the run.
         options ([`TrainOptions`], *optional*): problems, template and rewards.
-        problems (`Dataset`, *optional*): with the columns `prompt` and `answer`, instead of `options.dataset`.
-        reward_funcs (`list[Callable]`, *optional*): as TRL calls them, instead of `options.reward_funcs`.
+        problems (`Dataset`), reward_funcs (`list[Callable]`, *optional*): instead of those that `options` names.
         loading (`ModelConfig`, *optional*): TRL's: dtype, revision, attention, quantization and PEFT.
         callbacks (`list[TrainerCallback]`, *optional*): transformers'.
         title (`str`, *optional*): above the figures; by default the folder's name.
@@ -129,36 +128,41 @@ def train(
     """
     options, loading = options or TrainOptions(), loading or ModelConfig()
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
-    if options.chat_template:
-        chat_template(options.chat_template)  # a bad one is refused before anything is loaded
     checkpoint = checkpoint_to_resume(config)
-    train_set, eval_set = _problem_sets(options, config, problems, rewards)
-    names = config.eval_benchmarks or []
-    benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
+    sets = _problem_sets(options, config, problems, rewards)
     if isinstance(model, str):
         model, tokenizer = _loaded(model, config, loading)
+    trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, callbacks, say)
+    return _trained(trainer, checkpoint, title)
+
+
+def _trainer(
+    model, tokenizer, config: BuPOConfig, options: TrainOptions, sets, rewards, loading: ModelConfig, callbacks, say
+) -> BuPOTrainer:
+    """The trainer of a run. What TRL refuses is a [`UserError`]."""
     if tokenizer is None:
         raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
     say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
     config.chat_template_kwargs = template_options(tokenizer) | (config.chat_template_kwargs or {})
     if tokenizer.chat_template is None:
-        train_set, eval_set = _as_text(train_set), eval_set and _as_text(eval_set)
-    with others(str, ValueError, TypeError, ImportError, RuntimeError):  # what TRL refuses
+        sets = [problems and _as_text(problems) for problems in sets]
+    names = config.eval_benchmarks or []
+    with others(str, ValueError, TypeError, ImportError, RuntimeError):
         trainer = BuPOTrainer(
             model=model,
             reward_funcs=rewards,
             args=config,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
+            train_dataset=sets[0],
+            eval_dataset=sets[1],
             processing_class=tokenizer,
             callbacks=[MetricsFile(config.output_dir), *callbacks],
-            benchmarks=benchmarks,
+            benchmarks=load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed),
             peft_config=get_peft_config(loading),
         )
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
-    say(f"training {config.output_dir}: the first rollout batch is being sampled")
-    return _trained(trainer, checkpoint, title)
+    say(f"run {config.output_dir}: the first rollout batch is being sampled")
+    return trainer
 
 
 def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None) -> TrainingRun:
@@ -184,6 +188,8 @@ def _problem_sets(
     options: TrainOptions, config: BuPOConfig, problems: Dataset | None, rewards: Sequence[Reward]
 ) -> tuple[Dataset, Dataset | None]:
     """The problems to train on, and those to evaluate on if that is asked for."""
+    if options.chat_template:
+        chat_template(options.chat_template)  # a bad one is refused before anything is loaded
 
     def load(name: str | None, split: str, size: int | None) -> Dataset:
         if name is None:

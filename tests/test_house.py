@@ -1,0 +1,86 @@
+"""The shape of the house: sizes of files and functions, and which way its imports point."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "bupo"
+FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
+TEXTS = sorted(path.relative_to(SOURCE) for kind in ("py", "js", "css", "jinja") for path in SOURCE.rglob(f"*.{kind}"))
+LARGEST_FILE, LARGEST_FUNCTION, LARGEST_TRAINER = 400, 40, 200
+
+# from the top floor down: a room imports from its own floor's rooms below it in this list only, or from lower floors
+FLOORS = [
+    ("commands",),
+    ("training",),
+    ("analysis", "evaluation"),
+    ("report", "sampling"),
+    ("model", "data", "rewards", "store", "progress", "provenance", "options"),
+    ("files", "errors"),
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path):
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=str)
+def test_a_file_can_be_read_at_a_sitting(path):
+    limit = LARGEST_TRAINER if path.parts[-2:] == ("training", "trainer.py") else LARGEST_FILE
+    assert len((SOURCE / path).read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_function_fits_a_screen(path):
+    tree = ast.parse((SOURCE / path).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {
+        f"{f.name} ({f.end_lineno - f.lineno + 1} lines)"
+        for f in functions
+        if f.end_lineno - f.lineno >= LARGEST_FUNCTION
+    }
+    assert not long
+
+
+def imports(path):
+    """Rooms that a file imports from, wherever in the file; not for types alone."""
+    tree = ast.parse((SOURCE / path).read_text())
+    types_only = {
+        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if node in types_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bupo."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "bupo":
+            yield from (alias.name for alias in node.names if alias.name in FLOOR)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bupo."))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if len(path.parts) > 1 or path.stem in FLOOR], ids=str)
+def test_imports_point_down(path):
+    mine = FLOOR[room_of(path)]
+    up = {room for room in imports(path) if FLOOR[room] < mine}
+    assert not up, f"{path} imports from above: {', '.join(sorted(up))}"
+
+
+def test_rooms_form_no_circle():
+    arrows = {}
+    for path in FILES:
+        arrows.setdefault(room_of(path), set()).update(room for room in imports(path) if room != room_of(path))
+    done = set()
+
+    def visit(room, trail):
+        assert room not in trail, " -> ".join([*trail, room])
+        if room not in done:
+            for other in arrows.get(room, ()):
+                visit(other, [*trail, room])
+            done.add(room)
+
+    for room in arrows:
+        visit(room, [])
