@@ -25,8 +25,8 @@ def boundary_layer(
 ) -> dict:
     """The last layer whose `dH_FFN` is positive beyond doubt, which is the layer to optimise (paper, section 5).
 
-    Whole prompts are resampled: answers to one prompt say much the same. The layer is ambiguous where resamples name others than
-    its neighbours, between which the paper itself does not choose (27 and 26 for OctoThinker-3B, 31 and 30 for 8B).
+    Whole prompts are resampled: answers to one prompt say much the same. The layer is ambiguous where resamples name others
+    than its neighbours, between which the paper itself does not choose (27 and 26 for OctoThinker-3B, 31 and 30 for 8B).
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model, in evaluation mode.
