@@ -48,6 +48,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxlint
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
