@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _phases(axes: Sequence[Axes], rows: Sequence[dict]) -> None:
         axes[0].text(max(first_phase) + 1, top * 0.90, "phase 2", color=GREY, fontsize=8, va="top")
 
 
-def guard_figure(runs: dict[str, Sequence[dict]], path: str | Path) -> Figure:
+def guard_figure(runs: Mapping[str, Sequence[dict]], path: str | Path) -> Figure:
     """Reward over rollout batches of runs named `KIND-SEED`: one panel a kind, one line a seed, the end of phase 1 dotted.
 
     Args:
