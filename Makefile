@@ -56,6 +56,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxlint
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -163,7 +163,8 @@ def main() -> None:
     )
     print(f"integers, graded without a process: {1 - len(algebra) / len(answers):.0%}")
     speed("all", answers, wanted, options.processes)
-    speed("without the integers", *map(list, zip(*algebra, strict=True)), options.processes)
+    answers, wanted = (list(column) for column in zip(*algebra, strict=True))
+    speed("without the integers", answers, wanted, options.processes)
 
     grader = warm(1)
     print("one at a time, without the integers:", percentiles([timed(grader, *pair)[1] for pair in algebra[:1000]]))

@@ -23,6 +23,8 @@ from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity,
 from bupo.commands.main import main
 from bupo.model.loading import load_model, load_tokenizer, model_path
 from bupo.model.residual import ResidualStream
+from bupo.report.figures.style import BLUE, GREEN, ORANGE
+from tests.figures import drawn
 from tests.test_commands import fails  # noqa: F401
 from tests.tiny import tiny_model
 
@@ -189,8 +191,14 @@ def test_analyze_end_to_end(tmp_path, capsys):
         "identity_error",
         "schema_version",
     } <= set(meta)
-    for name in ("entropy_flow", "entropy_change", "residual_cosine", "kl_similarity"):
-        assert (out / "figures" / f"{name}.png").stat().st_size > 5000
+    for name, panels, line in (
+        ("entropy_flow", 1, BLUE),
+        ("entropy_change", 2, ORANGE),
+        ("residual_cosine", 1, GREEN),
+        ("kl_similarity", 3, BLUE),
+    ):
+        size, colours = drawn(out / "figures" / f"{name}.png")
+        assert size == ((5.5 * panels + 1) * 150, 495) and colours[line] > 100
         assert (out / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     page = (out / "report.html").read_text()
     assert len(page) < 8 << 20 and 'id="data"' in page

@@ -12,7 +12,9 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from bupo.commands.main import main
+from bupo.report.figures.style import BLUE, ORANGE
 from bupo.training.metrics_file import read_metrics
+from tests.figures import drawn
 from tests.test_data import write
 from tests.tiny import tiny_model
 
@@ -146,7 +148,8 @@ def test_demo(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"accuracy_before", "accuracy_after", "problems", "seconds"} <= set(summary)
     assert summary["problems"] == 64 and 0.1 < summary["accuracy_before"] < 0.5
-    assert (tmp_path / "run" / "training.png").stat().st_size > 10_000
+    size, colours = drawn(tmp_path / "run" / "training.png")
+    assert size == (1800, 510) and colours[BLUE] > 100 and colours[ORANGE] > 50
     assert "phase 1, in batches" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 8

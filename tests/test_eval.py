@@ -31,7 +31,9 @@ from bupo.evaluation.metrics import avg_at_k
 from bupo.evaluation.run import Samples, correct_of, finished, sample
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.model.policy import InternalPolicies
+from bupo.report.figures.style import BLUE
 from bupo.sampling import Answer, Request, SeededSampling, TransformersEngine, seed_of
+from tests.figures import drawn
 from tests.test_data import SHARED, write
 
 TOKENIZER = load_tokenizer("embedded")
@@ -240,7 +242,8 @@ def test_twice_the_same_and_once_killed(tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "a")) == 192
     for name in ("summary.json", "table.md", "table.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert (tmp_path / "a" / "pass_at_k.png").stat().st_size > 1000
+    size, colours = drawn(tmp_path / "a" / "pass_at_k.png")
+    assert size == (825, 540) and colours[BLUE] > 100
 
     samples = tmp_path / "c" / "arithmetic" / "samples.jsonl"
     before = killed_in(evaluation(tmp_path / "c"), samples, 16)

@@ -95,12 +95,12 @@ def test_the_page_is_written_in_one_piece(tmp_path):
 @pytest.mark.parametrize("limit", [1, 2, 7, 34, 1000])
 def test_shortened_keeps_as_much_as_it_may(text, limit):
     kept = shortened(text, limit)
-    if len(text) <= limit:
-        assert kept == text
+    if isinstance(kept, str):
+        assert kept == text and len(text) <= limit
     else:
         assert len(kept["head"]) + len(kept["tail"]) == limit
         assert text.startswith(kept["head"]) and text.endswith(kept["tail"])
-        assert kept["left_out"] == len(text) - limit
+        assert kept["left_out"] == len(text) - limit > 0
 
 
 @pytest.mark.parametrize("letter", ["a", "数", "<", "\n"])  # of 1, 3, 6 and 2 bytes in the page
@@ -141,8 +141,8 @@ def test_what_a_script_element_may_not_hold_is_escaped():
 
 def test_numbers_and_meta_are_in_the_page(tmp_path):
     table = answers(9, 4)
-    summary = {"meta": META | {"layer": 6}, "benchmarks": {"one": summarize(table)}, "compared_with": "runs/before"}
-    summary["benchmarks"]["one"] |= {"difference": 0.031, "difference_interval": (0.004, 0.058)}
+    numbers = summarize(table) | {"difference": 0.031, "difference_interval": (0.004, 0.058)}
+    summary = {"meta": META | {"layer": 6}, "benchmarks": {"one": numbers}, "compared_with": "runs/before"}
     write_samples_page({"one": table}, summary, {"one": "a"}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "org/model &lt;i&gt;7B&lt;/i&gt;, layer 6" in page and "of layer 6, raw lens" in page

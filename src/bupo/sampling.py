@@ -81,7 +81,7 @@ class SeededSampling(LogitsProcessor):
         generator = torch.Generator()
         self.uniform = torch.stack([torch.rand(limit, generator=generator.manual_seed(seed)) for seed in seeds])
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probabilities = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, places = probabilities.sort(-1, descending=True)
@@ -92,7 +92,7 @@ class SeededSampling(LogitsProcessor):
         summed = probabilities.double().cumsum(-1)
         point = self.uniform[:, input_ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
         chosen = torch.searchsorted(summed, point, right=True).clamp(max=scores.size(-1) - 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.to(scores.device), 0.0)  # type: ignore[return-value]
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.to(scores.device), 0.0)
 
 
 class TransformersEngine:

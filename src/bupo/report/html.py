@@ -1,14 +1,30 @@
-"""What the HTML pages share: templates, and data that may stand inside a page."""
+"""What the HTML pages share: templates, styles and scripts, and data that may stand inside a page."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from bupo.files import in_one_piece
 
+STATIC = Path(__file__).parent / "static"
+
+
+def inlined(text: str) -> Markup:
+    """A script or style as it may stand in its element: in a string, `</script>` would end it and `<!--` hide its end."""
+    text = re.sub("<(?=/(script|style))", r"<\\", text, flags=re.IGNORECASE)
+    return Markup(text.replace("<!--", r"\x3c!--"))
+
+
+def _static(name: str) -> Markup:
+    return inlined((STATIC / name).read_text(encoding="utf-8"))
+
+
 _TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("bupo", "report"), autoescape=True)
+_TEMPLATES.globals["static"] = _static
 
 
 def write_html(path: str | Path, template: str, **names) -> None:

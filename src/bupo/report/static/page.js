@@ -1,0 +1,122 @@
+const colours = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d"];
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const modelOf = label => data.models.find(m => m.meta.label === label);
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+
+function layout(title, more) {
+  return Object.assign({
+    paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), font: { color: css("--ink"), size: 12 },
+    margin: { l: 56, r: 14, t: 30, b: 44 }, hovermode: "x unified", hoverlabel: { bgcolor: css("--panel") },
+    xaxis: { title: { text: "layer" }, gridcolor: css("--line"), zeroline: false },
+    yaxis: { title: { text: title }, gridcolor: css("--line"), zerolinecolor: css("--soft") },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+  }, more || {});
+}
+function band(values, name, colour, dash) {
+  const keep = values.mean.map((v, i) => i).filter(i => values.mean[i] !== null);
+  const x = keep.map(i => i + 1), pick = k => keep.map(i => values[k][i]);
+  const traces = [];
+  if (values.low.some(v => v !== null)) traces.push({ x: x.concat(x.toReversed()), y: pick("high").concat(pick("low").toReversed()),
+    fill: "toself", fillcolor: colour + "2e", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false, type: "scatter" });
+  traces.push({ x, y: pick("mean"), name, mode: "lines+markers", line: { color: colour, width: 1.8, dash: dash || "solid" },
+    marker: { size: 5 }, customdata: keep.map(i => [values.low[i], values.high[i], values.std[i]]),
+    hovertemplate: "%{y:.4f}  [%{customdata[0]:.4f}, %{customdata[1]:.4f}]  sd %{customdata[2]:.3f}<extra>" + name.replace(/[<>&]/g, "") + "</extra>" });
+  return traces;
+}
+function drawCurve() {
+  const key = $("measure").value;
+  const traces = data.models.flatMap((m, i) => band(data.layers[m.meta.label][key], m.meta.label, colours[i % colours.length]));
+  Plotly.react("curve", traces, layout(data.names[key]), config);
+}
+function drawFlow() {
+  const rows = data.layers[$("flowmodel").value];
+  const parts = [["entropy_layer", "layer output", 0], ["entropy_attn", "ATTN write", 1], ["entropy_ffn", "FFN write", 2],
+    ["entropy_attn_input", "what ATTN reads", 1, "dot"], ["entropy_ffn_input", "what FFN reads", 2, "dot"]];
+  Plotly.react("flow", parts.flatMap(([k, name, c, dash]) => band(rows[k], name, colours[c], dash)), layout("entropy (nats)"), config);
+}
+function drawSimilarity() {
+  const kind = $("pairs").value, z = modelOf($("simmodel").value)[kind], axis = z.map((_, i) => i + 1);
+  const look = kind === "kl"
+    ? { z: z.map(row => row.map(x => Math.log10(1 + x))), customdata: z, colorscale: "Viridis",
+        colorbar: { tickvals: [0, 1, 2, 3, 4].map(e => Math.log10(1 + 10 ** e)), ticktext: ["1", "10", "100", "1000", "10000"] },
+        hovertemplate: "from layer %{y} to %{x}: %{customdata:.3f} nats<extra></extra>" }
+    : { z, zmin: -1, zmax: 1, colorscale: [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b2182b"]],
+        hovertemplate: "layers %{x} and %{y}: %{z:.3f}<extra></extra>" };
+  Plotly.react("similarity", [{ type: "heatmap", x: axis, y: axis, ...look }], layout("layer", { hovermode: "closest" }), config);
+}
+function fillAnswers() {
+  const views = data.views[$("viewmodel").value];
+  $("answer").replaceChildren(...views.map((v, i) => new Option((i + 1) + ": " + v.tokens.slice(0, 12).join(""), i)));
+  drawCells();
+}
+function drawCells() {
+  const view = data.views[$("viewmodel").value][$("answer").value], kind = $("shade").value;
+  $("prompt").textContent = view.prompt;
+  drawCells.scale = view.entropy.reduce((a, row) => row.reduce((b, x) => Math.max(b, x), a), 1e-6);
+  const head = document.createElement("tr");
+  head.append(document.createElement("th"));
+  view.tokens.forEach(t => { const th = document.createElement("th"); th.scope = "col"; th.textContent = t; head.append(th); });
+  const thead = document.createElement("thead"); thead.append(head);
+  const body = document.createElement("tbody");
+  for (let layer = view.entropy.length - 1; layer >= 0; layer--) {
+    const tr = document.createElement("tr"), th = document.createElement("th");
+    th.scope = "row"; th.textContent = layer + 1; tr.append(th);
+    view.tokens.forEach((_, token) => {
+      const td = document.createElement("td"), [share, text] = cellOf(view, layer, token, kind);
+      td.textContent = text; td.dataset.layer = layer; td.dataset.token = token; td.tabIndex = -1;
+      td.style.background = `color-mix(in srgb, ${kind === "entropy" ? "#f59e0b" : "#60a5fa"} ${Math.round(100 * share)}%, #eef1f5)`;
+      tr.append(td);
+    });
+    body.append(tr);
+  }
+  $("cells").replaceChildren(thead, body);
+  body.querySelector("td").tabIndex = 0;
+  $("cell").textContent = "No cell chosen.";
+}
+function cellOf(view, layer, token, kind) {
+  if (kind === "entropy") return [view.entropy[layer][token] / drawCells.scale, view.entropy[layer][token].toFixed(2)];
+  if (kind === "chosen") return [view.chosen[layer][token], view.chosen[layer][token].toFixed(2)];
+  const [text, p] = view.top[layer][token][0];
+  return [p, text];
+}
+function choose(td, focus) {
+  $("cells").querySelectorAll("[aria-selected]").forEach(c => { c.removeAttribute("aria-selected"); c.tabIndex = -1; });
+  td.setAttribute("aria-selected", "true"); td.tabIndex = 0;
+  if (focus) td.focus();
+  const view = data.views[$("viewmodel").value][$("answer").value], layer = +td.dataset.layer, token = +td.dataset.token;
+  const title = document.createElement("p");
+  title.textContent = `layer ${layer + 1}, token ${token + 1} (${JSON.stringify(view.tokens[token])}): entropy ` +
+    `${view.entropy[layer][token].toFixed(3)} nats, probability of the generated token ${view.chosen[layer][token].toFixed(4)}`;
+  const bars = view.top[layer][token].map(([text, p]) => {
+    const row = document.createElement("div"), code = document.createElement("code"), box = document.createElement("span"),
+      bar = document.createElement("b"), value = document.createElement("span");
+    row.className = "bar"; code.textContent = text; bar.style.width = 100 * p + "%"; value.textContent = p.toFixed(4);
+    box.append(bar); row.append(code, box, value);
+    return row;
+  });
+  $("cell").replaceChildren(title, ...bars);
+}
+$("cells").addEventListener("click", e => { const td = e.target.closest("td"); if (td) choose(td, true); });
+$("cells").addEventListener("keydown", e => {
+  const td = e.target.closest("td"); if (!td) return;
+  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] }[e.key];
+  if (!step && e.key !== "Enter" && e.key !== " ") return;
+  e.preventDefault();
+  const [up, right] = step || [0, 0];
+  const next = $("cells").querySelector(`td[data-layer="${+td.dataset.layer + up}"][data-token="${+td.dataset.token + right}"]`);
+  if (next) choose(next, true);
+});
+function drawAll() { drawCurve(); drawFlow(); drawSimilarity(); }
+$("measure").addEventListener("change", drawCurve);
+$("flowmodel").addEventListener("change", drawFlow);
+$("simmodel").addEventListener("change", drawSimilarity);
+$("viewmodel").addEventListener("change", fillAnswers);
+$("answer").addEventListener("change", drawCells);
+$("shade").addEventListener("change", drawCells);
+$("download").addEventListener("click", () => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([data.csv], { type: "text/csv" })); link.download = "layers.csv"; link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+});
+followTheme(drawAll);
+fillAnswers();
