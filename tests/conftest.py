@@ -1,10 +1,11 @@
-"""A headless Chromium for the pages, and what must hold of every page: no error, no request."""
+"""No test asks the network. A headless Chromium for the pages, and what must hold of every page: no error, no request."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the first test file imports huggingface_hub, which reads it once
 SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # a folder that keeps them, to be looked at
 
 

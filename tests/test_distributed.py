@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("checkpointing", "estimator"),
-    [("checkpointing", "grpo"), ("plain", "reinforce++"), ("plain", "ppo-copy"), ("checkpointing", "ppo-shared")],
+    [
+        ("checkpointing", "ppo-shared"),
+        pytest.param("checkpointing", "grpo", marks=pytest.mark.slow),
+        pytest.param("plain", "reinforce++", marks=pytest.mark.slow),
+        pytest.param("plain", "ppo-copy", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes(tmp_path, checkpointing, estimator):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

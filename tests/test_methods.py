@@ -22,6 +22,7 @@ from tests.test_trainer import (
 )
 
 ESTIMATORS = ["rloo", "reinforce++", "ppo"]
+OFF, REENTRANT = (pytest.param(value, marks=pytest.mark.slow) for value in (None, True))  # where False shows the same
 
 
 def logged(trainer, key):
@@ -50,7 +51,7 @@ def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, back
     assert logged(trainer, "phase") == [1] * 8 + [2] * 4
 
 
-@pytest.mark.parametrize("backbone", ["copy", "shared"])
+@pytest.mark.parametrize("backbone", [pytest.param("copy", marks=pytest.mark.slow), "shared"])
 def test_the_critic_learns_the_reward(tmp_path, backbone):
     """A reward that the prompt decides: the critic's error falls, and explained variance comes near 1."""
 
@@ -91,7 +92,7 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
     assert_only_below(changed(before, model), before, 2)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpointing):
     """With equal rewards there are no advantages: all that moves comes from the values, and stays below layer l in phase 1."""
     args = config(
@@ -156,7 +157,7 @@ def test_the_table_of_completions_shows_the_estimators_advantages(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("checkpointing", [OFF, REENTRANT, False])
 def test_frozen_layers_are_bit_identical_and_the_rest_moves(tmp_path, tied, checkpointing):
     model = model_of(tie_word_embeddings=tied)
     before = snapshot(model)
@@ -221,7 +222,7 @@ def test_learning_rates_of_the_groups(tmp_path):
 
 @pytest.mark.parametrize("lens", ["raw", "final_norm"])
 @pytest.mark.parametrize("module", ["attn", "ffn"])
-@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("checkpointing", [OFF, REENTRANT, False])
 def test_a_modular_policy_moves_what_it_is_made_of(tmp_path, module, lens, checkpointing):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)

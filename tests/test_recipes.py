@@ -18,6 +18,7 @@ from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/*.yaml"))
+ALWAYS_RUN = ("qwen3-4b/bupo", "octothinker-3b/ppo", "cpu/embedded-bupo", "cpu/embedded-ppo-shared", "cpu/smollm2-bupo")
 LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b": 32, "cpu": 30}
 METHODS = {"bupo", "grpo", "rloo", "reinforce++", "ppo"}
 OF_A_METHOD = {
@@ -30,16 +31,29 @@ def read(recipe):
     return yaml.safe_load((ROOT / recipe).read_text())
 
 
+def parsed(recipe):
+    return parse((TrainOptions, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_recipe_is_read(recipe):
+    problems, config, model = parsed(recipe)
+    assert model.model_name_or_path == read(recipe)["model"] and problems.reward_funcs == ["math"]
+    assert config.first_phase.batches < config.max_steps  # the whole policy has its turn
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=str(path), marks=[] if str(path.with_suffix("")) in ALWAYS_RUN else [pytest.mark.slow])
+        for path in RECIPES
+    ],
+)
 def test_a_recipe_runs(tmp_path, recipe):
     """All of its options as they are, but for sizes, and the model where it is on the hub."""
     options = read(recipe)
-    problems, config, model = parse(
-        (TrainOptions, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train"
-    )
-    assert model.model_name_or_path == options["model"] and problems.reward_funcs == ["math"]
+    _, config, _ = parsed(recipe)
     first = config.first_phase.batches
-    assert first < config.max_steps  # the whole policy has its turn
     small = {
         "max_steps": 2 if first else 1,
         "per_device_train_batch_size": 8,

@@ -125,7 +125,11 @@ def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
     assert 150 < sum(direct) < 350
 
 
-def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypatch):
+FEW = ["1 MB in a box", "100,000 parentheses", "tower", "code", "code without a box", "a line of the protocol"]
+
+
+@pytest.mark.parametrize("kinds", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypatch, kinds):
     """Each comes back in time, none is taken for right, and the ordinary answers among them keep their verdicts."""
     seconds = []
 
@@ -137,7 +141,8 @@ def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypa
 
     grade_in_child = grader_module._Child.grade
     monkeypatch.setattr(grader_module._Child, "grade", timed)
-    attacks = list(hostile(tmp_path / "touched").values())
+    answers = hostile(tmp_path / "touched")
+    attacks = [answers[kind] for kind in kinds or answers]
     rows = [row for attack in attacks for row in ((attack, "\\frac{1}{3}"), ("\\boxed{\\frac{1}{2}}", "0.5"))]
     grader = MathGrader(deadline=1.0, processes=2)
     verdicts = grader.grade(*zip(*rows, strict=True))
