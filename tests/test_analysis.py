@@ -140,7 +140,7 @@ def test_rollouts_that_are_none(tmp_path, row, message):
 
 def test_sampling_goes_on_where_it_stopped(tmp_path):
     model, problems = load_model("embedded"), load_problems("arithmetic", "test", size=12)
-    options = {"max_new_tokens": 20, "batch_size": 4}
+    options: dict = {"max_new_tokens": 20, "batch_size": 4}
     whole = sample_rollouts(model, TOKENIZER, problems, tmp_path / "a.jsonl", **options)
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_text("".join(lines[:8]) + lines[8][:20])  # killed while it wrote

@@ -44,7 +44,7 @@ def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     def mean(of):
         return sum(of(answer) for answer in found) / tokens
 
-    near = {"rel": 1e-5, "abs": 1e-5}
+    near: dict = {"rel": 1e-5, "abs": 1e-5}
     assert value(rows, "entropy") == pytest.approx(mean(lambda a: a.entropy.sum()), **near)
     assert value(rows, "perplexity") == pytest.approx(math.exp(-mean(lambda a: a.log_probs.sum())), **near)
     for layer in layers:

@@ -84,3 +84,12 @@ def test_rooms_form_no_circle():
 
     for room in arrows:
         visit(room, [])
+
+
+def test_prompts_and_answers_are_joined_in_one_place():
+    joining = [
+        str(path)
+        for path in FILES
+        if '["completion_ids"]' in (SOURCE / path).read_text() and "torch.cat" in (SOURCE / path).read_text()
+    ]
+    assert joining == ["training/rollouts.py"]

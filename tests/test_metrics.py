@@ -76,7 +76,13 @@ def test_intervals_cover():
 
 
 def test_majority_by_hand():
-    answers = [["4", "4", "5"], ["4", "5", "6"], [None, None, "7"], [None, None, None], ["1", "1", "2"]]
+    answers: list[list[str | None]] = [
+        ["4", "4", "5"],
+        ["4", "5", "6"],
+        [None, None, "7"],
+        [None, None, None],
+        ["1", "1", "2"],
+    ]
     correct = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]])
     # right; a third (three share the lead, one is right); right; no vote; wrong
     assert majority_at_k(answers, correct) == pytest.approx((1 + 1 / 3 + 1 + 0 + 0) / 5)

@@ -88,7 +88,7 @@ def test_relative_error_in_fp32_at_ordinary_logits():
     targets, upstream = torch.randint(20_000, (300,), generator=generator), torch.randn(2, 300, generator=generator)
     single = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     double = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    got, wanted = score_tokens(*single, targets), naive(*double, targets)
+    got, wanted = score_tokens(single[0], single[1], targets), naive(double[0], double[1], targets)
     for mine, theirs in zip(got, wanted, strict=True):
         assert relative_error(mine, theirs) < 1e-6
     ((got.log_probs * upstream[0]).sum() + (got.entropy * upstream[1]).sum()).backward()
@@ -117,7 +117,7 @@ def test_sixteen_bit_inputs_lose_nothing_further(dtype):
     targets = torch.randint(500, (50,), generator=generator)
     got = score_tokens(hidden, weight, targets)
     double = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
-    wanted = naive(*double, targets)
+    wanted = naive(double[0], double[1], targets)
     torch.testing.assert_close(got.log_probs.double(), wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy.double(), wanted[1], rtol=1e-5, atol=1e-5)
     (got.log_probs.sum() + got.entropy.sum()).backward()

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -11,8 +12,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
-from bupo.model.loading import load_tokenizer
+from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError, load_problems
+from bupo.model.loading import load_model, load_tokenizer
 from bupo.training.console import ConsoleLines
 from tests.tiny import tiny_model
 
@@ -507,27 +508,59 @@ def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce++", "ppo"])
 def test_answers_that_are_all_cut_and_masked_are_passed_over(tmp_path, estimator):
-    """Nothing to learn from, nothing to probe, and no crash; the next batch with answers is probed."""
+    """Nothing to learn from: no weight moves, nothing is probed, and nothing breaks."""
     args = config(
-        tmp_path, max_steps=12, mask_truncated_completions=True, max_completion_length=1, advantage_estimator=estimator
+        tmp_path,
+        max_steps=8,
+        mask_truncated_completions=True,
+        max_completion_length=1,
+        generation_kwargs={"suppress_tokens": [TOKENIZER.eos_token_id]},  # else an answer may end at once
+        advantage_estimator=estimator,
+        weight_decay=0.0,
     )
     model = model_of()
     before = snapshot(model)
-    trainer = trainer_of(model, args)
+    trainer_of(model, args).train()
+    assert not changed(before, model) and not (tmp_path / "dynamics.parquet").exists()
+
+
+def test_the_first_rollout_batch_with_answers_is_the_one_that_is_probed(tmp_path):
+    """Every answer of the first batch is cut and masked; the second has room for answers."""
+    args = config(
+        tmp_path, internal_layer=5, max_steps=8, mask_truncated_completions=True, max_completion_length=2, probe_every=1
+    )
+    problems = load_problems("arithmetic", size=32)
+    trainer = BuPOTrainer(
+        load_model("embedded"), token_reward, args, train_dataset=problems, processing_class=load_tokenizer("embedded")
+    )
+
+    class Room(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer.generation_config.max_new_tokens = 28
+
+    trainer.add_callback(Room())
     trainer.train()
-    assert all(torch.isfinite(p).all() for p in model.parameters()) and before
+    probed = pd.read_parquet(tmp_path / "dynamics.parquet")
+    assert set(probed["rollout_batch"]) == {1, 2}  # before the second batch, and at the end
+    answers = [json.loads(line)["completion_ids"] for line in (tmp_path / "probes.jsonl").read_text().splitlines()]
+    assert answers and all(len(ids) > 2 for ids in answers)
 
 
 def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
+    model = model_of()
+    before = snapshot(model)
     trainer = BuPOTrainer(
-        model_of(),
+        model,
         lambda completions, **k: [None] * len(completions),
-        config(tmp_path, max_steps=4, logging_steps=None),
+        config(tmp_path, max_steps=4, logging_steps=None, weight_decay=0.0),
         train_dataset=PROBLEMS,
         processing_class=TOKENIZER,
     )
     lines = ConsoleLines(Console())
     trainer.add_callback(lines)
-    trainer.train()
-    lines.close()
+    with lines.closing():
+        trainer.train()
+    assert not changed(before, model)
+    assert [row["reward"] for row in trainer.state.log_history if "phase" in row] == [None]
     assert "1 layer 2" in capsys.readouterr().out

@@ -29,7 +29,7 @@ GPT2 = {
 }
 
 # model type and what its config adds to SIZES
-FAMILY_CONFIGS = {
+FAMILY_CONFIGS: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},

@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "BuPOConfig": "bupo.training.config",
@@ -11,10 +11,13 @@ _EXPORTS = {
     "InternalPolicies": "bupo.model.policy",
     "InternalPolicy": "bupo.model.policy",
     "MathGrader": "bupo.rewards.grader",
+    "TrainOptions": "bupo.training.run",
+    "TrainingRun": "bupo.training.run",
     "UserError": "bupo.errors",
     "load_problems": "bupo.data.problems",
     "math_reward": "bupo.rewards.math_reward",
     "score_tokens": "bupo.model.scoring",
+    "train": "bupo.training.run",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,0 +1,114 @@
+"""`bupo.train` from Python, and what a run of `bupo train` leaves: it starts again from its own folder."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+import bupo
+from bupo.commands.main import main
+from bupo.model.loading import load_model, load_tokenizer
+from tests.test_commands import fails  # noqa: F401
+
+OPTIONS = {
+    "internal_layer": 5, "internal_steps": 1, "max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 2,
+    "num_generations": 4, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none",
+}  # fmt: skip
+
+
+def words(folder, **changes):
+    """A command line in the short words."""
+    options = {
+        "model": "embedded",
+        "dataset": "arithmetic",
+        "size": 64,
+        "max_new_tokens": 20,
+        "output": folder,
+        **OPTIONS,
+    }
+    return [
+        word for key, value in (options | changes).items() if value is not None for word in (f"--{key}", str(value))
+    ]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["train", *words(folder), "--hub_token", "hf_secret"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = bupo.BuPOConfig(str(tmp_path_factory.mktemp("runs") / "python"), max_completion_length=20, **OPTIONS)
+    return bupo.train("embedded", config, bupo.TrainOptions(dataset="arithmetic", size=64))
+
+
+def test_the_result_is_typed_and_holds_the_run(trained):
+    assert isinstance(trained, bupo.TrainingRun) and isinstance(trained.model, PreTrainedModel)
+    assert list(trained.updates["phase"]) == [1, 2] and trained.updates["reward"].notna().all()
+    assert trained.schedule.layers == [5] and trained.tokenizer.chat_template
+    assert isinstance(trained.dynamics, pd.DataFrame) and "kl" in set(trained.dynamics["measure"])
+    assert trained.metrics[-1]["train_loss"] is not None
+
+
+def test_python_and_the_command_line_train_the_same(trained, commanded):
+    ours, theirs = weights(trained.folder), weights(commanded)
+    start = load_model("embedded").state_dict()
+    assert ours.keys() == theirs.keys() and any(not torch.equal(start[name], ours[name]) for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
+    def short(completions, **kwargs):
+        return [1 / len(c[-1]["content"] or " ") for c in completions]
+
+    config = bupo.BuPOConfig(str(tmp_path / "run"), max_completion_length=12, **OPTIONS | {"max_steps": 2})
+    model, said = load_model("embedded"), []
+    problems = bupo.load_problems("arithmetic", size=16)
+    tokenizer = load_tokenizer("embedded")
+    done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], say=said.append)
+    assert done.model is model and "rewards/short/mean" in done.updates
+    assert said[0] == "chat template: the model's own" and "first rollout batch is being sampled" in said[1]
+    with pytest.raises(bupo.UserError, match="tokenizer is not set"):
+        bupo.train(model, config, problems=problems, reward_funcs=[short])
+
+
+def test_a_run_starts_again_from_its_folder(commanded, tmp_path):
+    given = yaml.safe_load((commanded / "config.yaml").read_text())
+    assert given["model_name_or_path"] == "embedded" and given["internal_layer"] in (5, "5") and given["max_steps"] == 4
+    assert main(["train", "--config", str(commanded / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    first, again = weights(commanded), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    run = json.loads((commanded / "run.json").read_text())
+    assert run["command"] == "train" and {"bupo", "torch", "trl", "transformers", "python"} <= set(run["versions"])
+    assert "hf_secret" not in (commanded / "config.yaml").read_text() + (commanded / "run.json").read_text()
+
+
+def test_former_words_are_understood_with_a_warning(commanded, tmp_path, capsys):
+    former = words(tmp_path / "run", size=None, output=None, dataset=None)
+    former += ["--dataset_size", "64", "--output_dir", str(tmp_path / "run"), "--dataset_name", "arithmetic"]
+    assert main(["train", *former]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bupo: warning")]
+    assert warnings == ["bupo: warning: dataset_size is called size now"]  # the others are TRL's words
+    first, again = weights(commanded), weights(tmp_path / "run")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_reward_as_one_word_in_a_file(tmp_path, fails, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one_reward.py").write_text("def same(completions, **kwargs):\n    return [0.5] * len(completions)\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"reward_funcs": "one_reward.same", **OPTIONS, "max_steps": 2}))
+    common = ["--model", "embedded", "--dataset", "arithmetic", "--size", "16", "--max_new_tokens", "8"]
+    assert main(["train", "--config", "run.yaml", *common, "--output", "run"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rewards/same/mean"] == 0.5
+    assert "output_dir and output are both given" in fails("train", *common, "--output_dir", "a", "--output", "b")
