@@ -25,7 +25,7 @@ from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.callbacks import METRICS_FILE, ConsoleLines, MetricsFile, read_metrics
 from bupo.training.config import BuPOConfig
-from bupo.training.probes import DYNAMICS_FILE
+from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.trainer import BuPOTrainer
 
 GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward

@@ -13,9 +13,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from bupo.analysis.run import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.config import BuPOConfig
+from bupo.training.dynamics import Dynamics
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
-from bupo.training.probes import ANSWER_TOKENS, Answers, Dynamics, default_cadence, probe
+from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
 from bupo.training.schedule import Stage, cut_short, place_of
 
 logger = get_logger(__name__)
