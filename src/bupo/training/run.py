@@ -31,8 +31,8 @@ from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
+from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
-from bupo.training.probes import DYNAMICS_FILE
 from bupo.training.schedule import Schedule
 from bupo.training.trainer import BuPOTrainer
 
