@@ -10,13 +10,16 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
+.PHONY: demo test coverage test-slow test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output_dir runs/demo
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)
+
+coverage: FLAGS = --cov=bupo --cov-report=term
+coverage: test  # what the fast tests run of each file
 
 test-slow: $(INSTALLED)  # the rest: more cases, processes that are killed, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
