@@ -293,6 +293,7 @@ def start_analysis(out, *more):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
     out = tmp_path / "out"
     process = start_analysis(out)
@@ -313,6 +314,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert all(np.array_equal(a.total, b, equal_nan=True) for a, b in zip(kept, again, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.geteuid() != 0, reason="needs root to mount a small disk")
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"

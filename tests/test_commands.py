@@ -97,6 +97,7 @@ def test_train_from_a_file_with_flags_over_it(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_train_on_reasoning_gym_with_lora(tmp_path):
     done = bupo(
         "train",
@@ -131,6 +132,7 @@ def test_train_a_base_model_with_a_reward_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_resume_continues_the_metrics(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     assert bupo("train", *flags(tmp_path / "out", **options)).returncode == 0

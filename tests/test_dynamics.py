@@ -278,7 +278,8 @@ def test_without_the_guard_phase_one_goes_on(tmp_path):
     assert {row["phase"] for row in trainer.state.log_history if "phase" in row} == {1}
 
 
-@pytest.mark.parametrize("stop", [30, 34])  # inside a rollout batch, before the guard acts
+# inside a rollout batch, before the guard acts
+@pytest.mark.parametrize("stop", [30, pytest.param(34, marks=pytest.mark.slow)])
 def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
     whole, resumed = model_of(), model_of(seed=5)
     saving = {"save_strategy": "steps", "save_steps": stop}
@@ -319,7 +320,7 @@ def built(scales):
     return model
 
 
-@pytest.mark.parametrize("clear", [1, 2, 3])
+@pytest.mark.parametrize("clear", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     model = built([1e-3] * clear + [40.0] * (4 - clear))
     args = config(tmp_path, internal_layer="auto", max_steps=12, learning_rate=1e-3)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -258,6 +259,7 @@ def test_twice_the_same_and_once_killed(tmp_path):
 FILES = ("math500", "amc2023", "aime_2024", "aime_2025", "deepmath-5k")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
 def test_problem_files_twice_the_same_and_once_killed(tmp_path):
     """A slice of each; `docs/evaluation.md` tells of all of them."""
@@ -409,7 +411,16 @@ metric_list:
 """
 
 
-@pytest.mark.parametrize("layer", [None, "8"])
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """The harness knows the tasks of a test's files only: to list its own 12,000 takes it ten seconds, twice a run."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("own_tasks")
+@pytest.mark.parametrize("layer", [None, pytest.param("8", marks=pytest.mark.slow)])
 def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     """A task of the harness on the same problems, against our own greedy answers and grades."""
     problems = load_problems("arithmetic", "test", size=48)
@@ -446,6 +457,7 @@ def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     assert "made with another task_sha256" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("own_tasks")
 def test_a_group_of_the_harness(tmp_path, capsys):
     """Its number is the mean over its tasks' questions; a tag or a group without a number is refused."""
     rows = [
@@ -470,6 +482,7 @@ def test_a_group_of_the_harness(tmp_path, capsys):
     assert found["problems"] == 8 and found["metric"] == "exact_match,boxed" and found["shots"]["one"] == 0
 
 
+@pytest.mark.usefixtures("own_tasks")
 def test_the_harness_has_the_limit_and_the_code_needs_leave(tmp_path, capsys):
     write(tmp_path / "sums.jsonl", [{"question": "57+23-41", "answer": "39"}])
     text = SUMS.replace("FILE", str(tmp_path / "sums.jsonl")).replace(", max_gen_toks: 32", "")
@@ -587,9 +600,13 @@ def test_the_template_is_chosen_by_the_model():
         (["--layer", "0"], "layer 0 does not exist"),
         (["--engine", "kept"], "holds no answers to grade: settings.json is missing"),
         (["--benchmarks", "humaneval"], "humaneval runs code that the model writes, on this machine: allow it with"),
-        (["--benchmarks", "harness:nosuchtask"], "lm-eval-harness cannot load 'nosuchtask'"),
+        pytest.param(
+            ["--benchmarks", "harness:nosuchtask"],
+            "lm-eval-harness cannot load 'nosuchtask'",
+            marks=pytest.mark.slow,  # it looks through all that it has
+        ),
         (["--benchmarks", "harness:/nowhere.yaml"], "/nowhere.yaml is no file that names a task or a group"),
-        (["--benchmarks", "arc-c"], "lm-eval-harness cannot load 'arc_challenge'"),
+        pytest.param(["--benchmarks", "arc-c"], "lm-eval-harness cannot load 'arc_challenge'", marks=pytest.mark.slow),
         (["--benchmarks", "arc-c", "--engine", "vllm"], "lm-eval-harness runs with engine transformers here"),
         (["--benchmarks", "x=/nowhere.parquet"], "/nowhere.parquet is no file"),
         (["--k", "0"], "k must be 1 or more, got 0"),

@@ -1,6 +1,7 @@
 """Evaluation while a run goes: on schedule, the same numbers as `bupo eval`, and training does not see it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -50,34 +51,44 @@ def evaluations(folder):
     return [row for row in read_metrics(folder / "metrics.jsonl") if "eval/rollout_batches" in row]
 
 
-def test_on_schedule_and_unseen_by_training(tmp_path):
-    logged = Logged()
-    watched, alone = trained(config(tmp_path / "a"), logged), trained(config(tmp_path / "b", eval_benchmarks=None))
-    for (name, a), b in zip(watched.model.named_parameters(), alone.model.parameters(), strict=True):
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run that evaluates and keeps checkpoints: its folder, what it ended with, and what trackers were given."""
+    folder, logged = tmp_path_factory.mktemp("watched"), Logged()
+    return folder, trained(config(folder, **SAVING), logged), logged
+
+
+def test_on_schedule_and_unseen_by_training(tmp_path, watched):
+    folder, run, logged = watched
+    alone = trained(config(tmp_path, eval_benchmarks=None))
+    for (name, a), b in zip(run.model.named_parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    rows = evaluations(tmp_path / "a")
+    rows = evaluations(folder)
     assert [row["eval/rollout_batches"] for row in rows] == [0, 2, 4, 5]  # before, every second, and the last
     assert [row["step"] for row in rows] == [0, 4, 8, 10]
-    assert not evaluations(tmp_path / "b")
+    assert not evaluations(tmp_path)
     for row in rows:
         low, share, high = (row[f"eval/arithmetic/{name}"] for name in ("low", "avg@2", "high"))
         assert 0 <= low < share < high <= 1 and share <= row["eval/arithmetic/pass@2"]
         assert 0 < row["eval/arithmetic/tokens"] <= 24
-    metrics = [row for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if "rollout_batch" in row]
-    without = [row for row in read_metrics(tmp_path / "b" / "metrics.jsonl") if "rollout_batch" in row]
+    metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "rollout_batch" in row]
+    without = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "rollout_batch" in row]
     for a, b in zip(metrics, without, strict=True):  # the rows of training are whole
         assert a.keys() == b.keys() and a["reward"] == b["reward"] and a["entropy"] == b["entropy"]
     assert "eval_arithmetic/avg@2" in logged.names  # trackers make it eval/arithmetic/avg@2
 
 
-def test_the_same_as_bupo_eval(tmp_path):
-    trained(config(tmp_path / "run", max_steps=4))
-    for model, row in (("embedded", 0), (str(tmp_path / "run"), -1)):
+def test_the_same_as_bupo_eval(tmp_path, watched):
+    folder, *_ = watched
+    for model, row in (("embedded", 0), (str(folder), -1)):
         command = ["eval", "--model", model, "--benchmarks", "arithmetic", "--size", "24", "--k", "2"]
         command += ["--max_new_tokens", "24", "--seed", "42", "--output", str(tmp_path / f"eval{row}")]
         assert main(command) == 0
         found = json.loads((tmp_path / f"eval{row}" / "summary.json").read_text())["benchmarks"]["arithmetic"]
-        logged = evaluations(tmp_path / "run")[row]
+        logged = evaluations(folder)[row]
         assert logged["eval/arithmetic/avg@2"] == found["avg@k"]
         np.testing.assert_allclose(
             [logged["eval/arithmetic/low"], logged["eval/arithmetic/high"]], found["avg@k_interval"]
@@ -85,13 +96,12 @@ def test_the_same_as_bupo_eval(tmp_path):
         assert logged["eval/arithmetic/tokens"] == found["mean_tokens"]
 
 
-def test_a_resumed_run_evaluates_once(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 4}
-    trained(config(tmp_path / "a", **options))
-    before = read_metrics(tmp_path / "a" / "metrics.jsonl")
-    checkpoint = str(tmp_path / "a" / "checkpoint-4")
-    trained(config(tmp_path / "a", **options, resume_from_checkpoint=checkpoint))
-    rows = read_metrics(tmp_path / "a" / "metrics.jsonl")
+def test_a_resumed_run_evaluates_once(tmp_path, watched):
+    folder, *_ = watched
+    before, again = read_metrics(folder / "metrics.jsonl"), tmp_path / "run"
+    shutil.copytree(folder, again)
+    trained(config(again, **SAVING, resume_from_checkpoint=str(again / "checkpoint-4")))
+    rows = read_metrics(again / "metrics.jsonl")
     assert [row["eval/rollout_batches"] for row in rows if "eval/rollout_batches" in row] == [0, 2, 4, 5]
     assert [row["step"] for row in rows] == [row["step"] for row in before]
     for a, b in zip(before, rows, strict=True):
