@@ -3,6 +3,7 @@
 Whatever the source, the result is a dataset with two columns: `prompt` (messages) and `answer` (text).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,11 @@ def load_problems(
             "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
         }
     )
+
+
+def prompt_digests(problems: Dataset) -> list[str]:
+    """What tells problems apart: a digest of each one's messages."""
+    return [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12] for messages in problems["prompt"]]
 
 
 def _known_split(name: str, split: str) -> str:
