@@ -337,7 +337,12 @@ def test_sample(capsys, fails):  # noqa: F811
     assert main(["sample", "--prompt", "57+23-41", "--temperature", "0", "--top", "2"]) == 0
     assert main(["sample", "--ffn", "3", "--prompt", "1+1", "--lens", "final_norm", "--max_new_tokens", "2"]) == 0
     assert main(["sample", "--attn", "3", "--prompt", "1+1", "--raw_prompt", "true", "--max_new_tokens", "2"]) == 0
+    more = ["--chat_template", "octothinker", "--system_prompt", "Think.", "--dtype", "bfloat16", "--top_p", "0.5"]
+    assert main(["sample", "--prompt", "1+1", "--max_new_tokens", "2", *more]) == 0
     capsys.readouterr()
+    assert "chat_template must be" in fails("sample", "--prompt", "a", "--chat_template", "nope")
+    assert "raw_prompt takes the prompt as it is" in fails("sample", "--prompt", "a", "--raw_prompt", *more)
+    assert "adapter '/no/adapter' cannot be put" in fails("sample", "--prompt", "a", "--adapter", "/no/adapter")
     assert "layer and ffn are both given" in fails("sample", "--prompt", "a", "--layer", "1", "--ffn", "2")
     assert "layer 9 does not exist" in fails("sample", "--prompt", "a", "--layer", "9")
     assert "prompt is not set" in fails("sample")

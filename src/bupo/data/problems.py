@@ -52,6 +52,19 @@ def load_problems(
     Raises:
         UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
     """
+    rows = _rows(name, split, config, size, revision, seed)
+    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
+    return Dataset.from_dict(
+        {
+            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
+            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
+        }
+    )
+
+
+def _rows(name: str, split: str, config: str | None, size: int | None, revision: str | None, seed: int) -> Dataset:
+    """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
     if name == ARITHMETIC:
@@ -64,14 +77,7 @@ def load_problems(
             rows = rows.select(range(min(size, len(rows))))
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
-    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
-    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
-    return Dataset.from_dict(
-        {
-            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
-            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
-        }
-    )
+    return rows
 
 
 def prompt_digests(problems: Dataset) -> list[str]:

@@ -39,6 +39,7 @@ from bupo.progress import task
 from bupo.provenance import note_run
 from bupo.report.samples import write_samples_page
 from bupo.report.scores import write_scores
+from bupo.rewards.grader import check_golds
 from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 
@@ -145,6 +146,8 @@ class _Work:
 def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tuple[dict[str, Dataset], dict[str, str]]:
     """Problems by label, and the harness' benchmarks by label. What cannot be loaded or graded is refused here."""
     if given is not None:
+        for label, problems in given.items():
+            check_golds(problems["answer"], label)
         return dict(given), {}
     tasks = {label_of(name): name for name in options.names if is_harness(name)}
     problems = load_benchmarks(
