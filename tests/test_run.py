@@ -14,7 +14,7 @@ from bupo.commands.main import main
 from bupo.model.loading import load_model, load_tokenizer
 from tests.test_commands import fails  # noqa: F401
 
-OPTIONS = {
+OPTIONS: dict = {
     "internal_layer": 5, "internal_steps": 1, "max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 2,
     "num_generations": 4, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none",
 }  # fmt: skip

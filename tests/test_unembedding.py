@@ -45,7 +45,7 @@ def heads(draw):
 def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
     hidden, head, targets, size = problem
     wanted = naive(hidden, head)
-    near = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 logits near 100
+    near: dict = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 logits near 100
     whole = head.logits(hidden)
     assert whole.dtype == torch.promote_types(hidden.dtype, torch.float32)
     torch.testing.assert_close(whole.double(), wanted, **near)

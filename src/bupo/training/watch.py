@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
-from bupo.analysis.run import model_meta
 from bupo.files import write_json
+from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
