@@ -155,14 +155,18 @@ def train(
     return _trained(trainer, checkpoint, title)
 
 
-def _given(model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> dict[str, Any]:
-    """The options that differ from their defaults, as `bupo train --config` takes them."""
+def _noted(
+    model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]
+) -> NotedRun:
+    """The options that differ from their defaults, as `bupo train --config` takes them, and what no file can hold."""
     plain = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
     derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
     differ = {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
-    named = {"model_name_or_path": model} if isinstance(model, str) else {}
     trained = {name: value for name, value in differ.items() if name not in derived}
-    return changed(loading) | named | trained | changed(options)
+    named = {"model_name_or_path": model} if isinstance(model, str) else {}
+    objects = objects | {"model": None if named else model}
+    given = changed(loading) | named | trained | changed(options)
+    return NotedRun("train", given, sorted(name for name, value in objects.items() if value is not None))
 
 
 def _trainer(
