@@ -139,13 +139,7 @@ def train(
         UserError: for a value that is refused, before anything is written, or a run that cannot go on.
     """
     options, loading = options or TrainOptions(), loading or ModelConfig()
-    objects = {
-        "model": not isinstance(model, str),
-        "problems": problems is not None,
-        "reward_funcs": bool(reward_funcs),
-    }
-    given = [name for name, was in objects.items() if was]
-    note = note or NotedRun("train", _given(model, config, options, loading), given)
+    note = note or _noted(model, config, options, loading, {"problems": problems, "reward_funcs": reward_funcs})
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
     checkpoint = checkpoint_to_resume(config)
     sets = _problem_sets(options, config, problems, rewards)
