@@ -13,7 +13,7 @@ TORCH := $$(grep '^torch==' constraints.txt)
 .PHONY: demo test coverage test-slow test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
-	$(BIN)/bupo demo --output_dir runs/demo
+	$(BIN)/bupo demo --output runs/demo
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)
@@ -39,11 +39,11 @@ test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be a
 	$(BIN)/python -m pytest -m browser
 
 analyze-smollm2: $(MODELS)
-	$(BIN)/bupo analyze --model models/smollm2-135m.gguf --dataset arithmetic --answers 16 --max_new_tokens 96 \
+	$(BIN)/bupo analyze --model models/smollm2-135m.gguf --dataset arithmetic --size 16 --max_new_tokens 96 \
 		--output runs/analysis-smollm2
 
 analyze-gemma3: $(MODELS)
-	$(BIN)/bupo analyze --model models/gemma-3-270m.gguf --dataset arithmetic --answers 8 --max_new_tokens 48 \
+	$(BIN)/bupo analyze --model models/gemma-3-270m.gguf --dataset arithmetic --size 8 --max_new_tokens 48 \
 		--output runs/analysis-gemma3
 
 benchmark: $(MODELS)

@@ -1,0 +1,150 @@
+"""The whole method in minutes: the embedded model and its arithmetic, held-out accuracy before and after."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.progress import Progress
+from transformers import TrainerCallback, set_seed
+
+import bupo
+from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.errors import UserError
+from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
+from bupo.evaluation.metrics import paired_difference
+from bupo.files import write_json
+from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.rewards.math_reward import math_reward
+from bupo.sampling import TransformersEngine
+from bupo.training.config import BuPOConfig
+from bupo.training.run import NotedRun, train
+from bupo.training.setup import check_arguments
+
+PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
+MAX_NEW_TOKENS = 32
+
+
+@dataclass
+class DemoOptions:
+    """Options of the demo.
+
+    Parameters:
+        output (`str`): the run's folder.
+        internal_layer, internal_steps (`int`): phase 1.
+        steps (`int`): rollout batches in all.
+        problems (`int`): held-out problems.
+        seed (`int`): of sampling and training.
+    """
+
+    output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
+    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
+    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
+    steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
+    problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
+    seed: int = field(default=0, metadata={"help": "Of sampling and training."})
+
+
+def demo_config(options: DemoOptions) -> BuPOConfig:
+    """The run as a configuration: 16 prompts of 8 samples a rollout batch, 4 optimizer updates each."""
+    return BuPOConfig(
+        options.output,
+        internal_layer=options.internal_layer,
+        internal_steps=options.internal_steps,
+        per_device_train_batch_size=PROMPTS * SAMPLES // UPDATES,
+        steps_per_generation=UPDATES,
+        num_generations=SAMPLES,
+        max_steps=options.steps * UPDATES,
+        max_completion_length=MAX_NEW_TOKENS,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        seed=options.seed,
+    )
+
+
+def demonstrate(
+    options: DemoOptions,
+    given: dict[str, Any],
+    bar: Callable[[], Progress],
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, train, measure again; the numbers are also written to `summary.json`.
+
+    Args:
+        options ([`DemoOptions`]): of the demo.
+        given (`dict`): what `config.yaml` holds.
+        bar (`Callable`): makes a progress bar for sampling.
+        callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
+    """
+    for name in ("steps", "problems"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
+    started, config = time.perf_counter(), demo_config(options)
+    set_seed(options.seed)
+    model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
+    check_arguments(model, config, None)
+    held_out = load_problems(ARITHMETIC, "test", size=options.problems)
+    problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
+    say(
+        f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{model.config.num_hidden_layers} layers; phase 1 optimises layer {options.internal_layer} for "
+        f"{options.internal_steps} of {options.steps} rollout batches"
+    )
+    before = _measured(model, tokenizer, held_out, bar(), "accuracy before")
+    title, note = "BuPO on multi-step arithmetic: the embedded model", NotedRun("demo", given)
+    own = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
+    done = train(model, config, **own, callbacks=callbacks, note=note, title=title)
+    after = _measured(done.model, tokenizer, held_out, bar(), "accuracy after")
+    summary = _summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
+    write_json(Path(options.output) / "summary.json", summary)
+    return summary
+
+
+def _measured(model, tokenizer, problems, bar: Progress, what: str) -> pd.DataFrame:
+    """One graded answer to each problem."""
+    engine = TransformersEngine(model, tokenizer, MAX_NEW_TOKENS, batch_size=PROMPTS * SAMPLES)
+    with bar:
+        one = bar.add_task(what, total=len(problems))
+        answers = sample(engine, prompts_of(problems, tokenizer), 1, on_answer=lambda n: bar.advance(one, n))
+    return graded(problems, answers)
+
+
+def _summary(
+    options: DemoOptions, before: pd.DataFrame, after: pd.DataFrame, steps: list[dict[Any, Any]], seconds: float
+) -> dict:
+    gain, gain_interval = paired_difference(correct_of(before), correct_of(after))
+    first, last = summarize(before), summarize(after)
+    rollout = sum(row["rollout_time"] for row in steps)
+    return {
+        "accuracy_before": first["avg@k"],
+        "accuracy_before_interval": first["avg@k_interval"],
+        "accuracy_after": last["avg@k"],
+        "accuracy_after_interval": last["avg@k_interval"],
+        "gain": gain,
+        "gain_interval": gain_interval,
+        "problems": first["problems"],
+        "verdicts_before": first["verdicts"],
+        "verdicts_after": last["verdicts"],
+        "internal_layer": options.internal_layer,
+        "phase_1_rollout_batches": min(options.internal_steps, options.steps),
+        "phase_2_rollout_batches": max(0, options.steps - options.internal_steps),
+        "entropy_first": steps[0]["entropy"],
+        "entropy_last": steps[-1]["entropy"],
+        "length_before": first["mean_tokens"],
+        "length_after": last["mean_tokens"],
+        "rollout_seconds": rollout,
+        "update_seconds": sum(row["step_time"] * UPDATES for row in steps) - rollout,
+        "seconds": seconds,
+        "max_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seed": options.seed,
+        "versions": {"bupo": bupo.__version__, "torch": torch.__version__},
+    }
