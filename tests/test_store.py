@@ -13,6 +13,7 @@ from datasets import Dataset
 
 import bupo
 from bupo import AnalyzeOptions, EvalOptions, UserError
+from bupo.analysis.rollouts import read_rollouts
 from bupo.commands.main import main
 from bupo.store import Store, inside
 from tests.test_commands import fails  # noqa: F401
@@ -411,12 +412,12 @@ def test_problems_and_rollouts_of_ones_own(tmp_path):
     assert found.benchmarks["sums"]["problems"] == 3 and (tmp_path / "e" / "sums" / "graded.parquet").exists()
     report = bupo.analyze("embedded", analysis(tmp_path / "a"), problems=problems)
     assert report.meta["answers"] == 3
-    tokenizer = bupo.load_tokenizer("embedded")
-    path = report.folder / "embedded" / "rollouts.jsonl"
-    from bupo.analysis.rollouts import read_rollouts
-
+    path, tokenizer = report.folder / "embedded" / "rollouts.jsonl", bupo.load_tokenizer("embedded")
     again = bupo.analyze("embedded", analysis(tmp_path / "b"), rollouts=read_rollouts(path, tokenizer))
     pd.testing.assert_series_equal(again.table["mean"], report.table["mean"])
+    assert report.meta["dataset"] == "problems" and again.meta["dataset"] == "rollouts"
+    with pytest.raises(UserError, match="problems and rollouts are both given"):
+        bupo.analyze("embedded", analysis(tmp_path / "c", rollouts=str(path)), problems=problems)
     with pytest.raises(UserError, match="rollouts is empty"):
         bupo.analyze("embedded", analysis(tmp_path / "c"), rollouts=[])
 
