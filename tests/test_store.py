@@ -398,9 +398,11 @@ def test_a_loaded_model_is_the_same_as_its_name(analysed, evaluated, tmp_path, c
     pd.testing.assert_series_equal(report.table["mean"], analysed.table["mean"])
     assert report.boundary_layer == analysed.boundary_layer and report.meta["weights"] == analysed.meta["weights"]
     assert found.benchmarks == evaluated.benchmarks
-    for pipeline in (bupo.analyze, bupo.evaluate):
+    for pipeline, adapted in ((bupo.analyze, AnalyzeOptions(adapter="a")), (bupo.evaluate, EvalOptions(adapter="a"))):
         with pytest.raises(UserError, match="a loaded model needs its tokenizer"):
             pipeline(model)
+        with pytest.raises(UserError, match="put it on the loaded model yourself"):
+            pipeline(model, adapted, tokenizer=tokenizer)
     assert "model came from Python" in (tmp_path / "a" / "config.yaml").read_text()
 
 

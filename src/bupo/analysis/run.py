@@ -97,6 +97,8 @@ def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions) -> _Gi
         raise UserError("problems and rollouts are both given: give prompts to answer, or finished answers")
     if model is not None and tokenizer is None:
         raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+    if model is not None and options.adapter:
+        raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
     source = "problems" if problems is not None else "rollouts" if rollouts is not None else options.rollouts
     if source is None:
         problems, source = _load_problems(options), options.dataset or ARITHMETIC
