@@ -148,6 +148,12 @@ def copied(folder, to, file, lines, part=""):
     return whole
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"r.jsonl cannot be read: UnicodeDecodeError"):
+        read_rollouts(tmp_path / "r.jsonl", TOKENIZER)
+
+
 def test_sampling_goes_on_where_it_stopped(tmp_path):
     options = AnalyzeOptions(size=12, batch_size=4, max_new_tokens=20, output=str(tmp_path / "a"))
     bupo.analyze("embedded", options)

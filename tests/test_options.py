@@ -127,6 +127,23 @@ def test_one_word_of_a_list(tmp_path):
     assert config.internal_schedule == [[2, 3]] and config.eval_benchmarks == ["math500"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("size: 2.5", "size must be one int, got 2.5"),
+        ("size: true", "size must be one int, got True"),
+        ("temperature: [1]", "temperature must be one float, got [1]"),
+        ("dataset_config: {a: 1}", "dataset_config must be one str, got {'a': 1}"),
+        ("size: many", "argument --size: invalid int value: 'many'"),
+    ],
+)
+def test_values_of_another_type(tmp_path, content, message):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError) as raised:
+        parse((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+    assert message in str(raised.value)
+
+
 def test_what_was_given_is_as_it_was_read(tmp_path):
     """A configuration changes itself; the file of a run must hold what was asked for."""
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-4\nlr_scheduler_type: constant\nseed: 42\n")

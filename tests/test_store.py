@@ -13,6 +13,7 @@ from datasets import Dataset
 
 import bupo
 from bupo import AnalyzeOptions, EvalOptions, UserError
+from bupo.analysis.rollouts import read_rollouts
 from bupo.commands.main import main
 from bupo.store import Store, inside
 from tests.test_commands import fails  # noqa: F401
@@ -397,9 +398,11 @@ def test_a_loaded_model_is_the_same_as_its_name(analysed, evaluated, tmp_path, c
     pd.testing.assert_series_equal(report.table["mean"], analysed.table["mean"])
     assert report.boundary_layer == analysed.boundary_layer and report.meta["weights"] == analysed.meta["weights"]
     assert found.benchmarks == evaluated.benchmarks
-    for pipeline in (bupo.analyze, bupo.evaluate):
+    for pipeline, adapted in ((bupo.analyze, AnalyzeOptions(adapter="a")), (bupo.evaluate, EvalOptions(adapter="a"))):
         with pytest.raises(UserError, match="a loaded model needs its tokenizer"):
             pipeline(model)
+        with pytest.raises(UserError, match="put it on the loaded model yourself"):
+            pipeline(model, adapted, tokenizer=tokenizer)
     assert "model came from Python" in (tmp_path / "a" / "config.yaml").read_text()
 
 
@@ -411,12 +414,12 @@ def test_problems_and_rollouts_of_ones_own(tmp_path):
     assert found.benchmarks["sums"]["problems"] == 3 and (tmp_path / "e" / "sums" / "graded.parquet").exists()
     report = bupo.analyze("embedded", analysis(tmp_path / "a"), problems=problems)
     assert report.meta["answers"] == 3
-    tokenizer = bupo.load_tokenizer("embedded")
-    path = report.folder / "embedded" / "rollouts.jsonl"
-    from bupo.analysis.rollouts import read_rollouts
-
+    path, tokenizer = report.folder / "embedded" / "rollouts.jsonl", bupo.load_tokenizer("embedded")
     again = bupo.analyze("embedded", analysis(tmp_path / "b"), rollouts=read_rollouts(path, tokenizer))
     pd.testing.assert_series_equal(again.table["mean"], report.table["mean"])
+    assert report.meta["dataset"] == "problems" and again.meta["dataset"] == "rollouts"
+    with pytest.raises(UserError, match="problems and rollouts are both given"):
+        bupo.analyze("embedded", analysis(tmp_path / "c", rollouts=str(path)), problems=problems)
     with pytest.raises(UserError, match="rollouts is empty"):
         bupo.analyze("embedded", analysis(tmp_path / "c"), rollouts=[])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.templates import prompt_ids
-from bupo.errors import UserError
+from bupo.errors import UserError, others
 from bupo.sampling import Request, TransformersEngine, seed_of
 from bupo.store import Store
 
@@ -49,29 +49,31 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, context:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file of rollouts")
-    rollouts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            rollout = _from_row(json.loads(line), tokenizer)
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f"{path}, line {number} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt "
-                "and completion, or prompt_ids and completion_ids"
-            ) from error
-        if not rollout.prompt_ids or not rollout.completion_ids:
-            missing = "answer" if rollout.prompt_ids else "prompt"
-            raise UserError(f"{path}, line {number} has an empty {missing}: remove it or fill it in")
-        length = len(rollout.prompt_ids) + len(rollout.completion_ids)
-        if context and length > context:
-            raise UserError(
-                f"{path}, line {number} has {length} tokens, more than the model's context of {context}: shorten or remove it"
-            )
-        rollouts.append(rollout)
-    if not rollouts:
+    with others(f"{path} cannot be read", OSError, UnicodeDecodeError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise UserError(f"{path} holds no rollouts")
-    return rollouts
+    return [_rollout(where, line, tokenizer, context) for where, line in numbered]
+
+
+def _rollout(where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Rollout:
+    try:
+        rollout = _from_row(json.loads(line), tokenizer)
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{where} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt and completion, or "
+            "prompt_ids and completion_ids"
+        ) from error
+    if not rollout.prompt_ids or not rollout.completion_ids:
+        missing = "answer" if rollout.prompt_ids else "prompt"
+        raise UserError(f"{where} has an empty {missing}: remove it or fill it in")
+    length = len(rollout.prompt_ids) + len(rollout.completion_ids)
+    if context and length > context:
+        raise UserError(
+            f"{where} has {length} tokens, more than the model's context of {context}: shorten or remove it"
+        )
+    return rollout
 
 
 def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Rollout:

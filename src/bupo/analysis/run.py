@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.analysis.answers import ANSWERS_FILE, measured
+from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
 from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
@@ -63,19 +63,49 @@ def analyze(
     options.check()
     check_template(options.chat_template)
     labels = _labels(names, options.output)
-    given = {"model": isinstance(model, nn.Module), "problems": problems is not None, "rollouts": rollouts is not None}
-    if problems is rollouts is options.rollouts is None:
-        problems = _load_problems(options)  # bad ones are refused before a model is loaded
+    given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options)
     reports: list[ModelReport] = []
     for name, label in zip(names, labels, strict=True):
-        subject = _subject(name, label, options, model if isinstance(model, nn.Module) else None, tokenizer)
-        work = _work(subject, options, problems, rollouts)
-        if not reports:
-            note_run(options.output, "analyze", changed(options), [name for name in given if given[name]])
-        reports.append(_reported(work, options, bar))
+        reports.append(_reported(name, label, given, options, bar, first=not reports))
     report = AnalysisReport(tuple(reports), Path(options.output))
     write_report(report)
     return report
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is analysed besides names: as of `analyze`, with the problems loaded where they are answered.
+
+    Attributes:
+        source (`str`): where problems or rollouts are from.
+        objects (`list[str]`): names of what came from Python.
+    """
+
+    model: nn.Module | None
+    tokenizer: PreTrainedTokenizerBase | None
+    problems: Dataset | None
+    rollouts: Sequence[Rollout] | None
+    source: str
+    objects: list[str]
+
+
+def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions) -> _Given:
+    """Refuses what contradicts itself, and bad problems, before a model is loaded."""
+    values = {"model": model, "problems": problems, "rollouts": rollouts}
+    objects = [name for name, value in values.items() if value is not None]
+    if sum(value is not None for value in (problems, rollouts, options.rollouts)) > 1:
+        raise UserError("problems and rollouts are both given: give prompts to answer, or finished answers")
+    if model is not None and tokenizer is None:
+        raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+    if model is not None and options.adapter:
+        raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
+    source = "problems" if problems is not None else "rollouts" if rollouts is not None else options.rollouts
+    if source is None:
+        problems, source = _load_problems(options), options.dataset or ARITHMETIC
+    for name, value in (("problems", problems), ("rollouts", rollouts)):
+        if value is not None and not len(value):
+            raise UserError(f"{name} is empty: give some, or leave it out")
+    return _Given(model, tokenizer, problems, rollouts, source, objects)
 
 
 @dataclass(frozen=True)
@@ -89,19 +119,12 @@ class _Subject:
     folder: Path
 
 
-def _subject(
-    name: str,
-    label: str,
-    options: AnalyzeOptions,
-    model: nn.Module | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> _Subject:
-    if tokenizer is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # it is given a template
-    elif model is not None:
-        raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+def _subject(name: str, label: str, given: _Given, options: AnalyzeOptions) -> _Subject:
+    if given.tokenizer is not None:
+        tokenizer = copy.deepcopy(given.tokenizer)  # it is given a template
     else:
         tokenizer = load_tokenizer(name, **options.loading())
+    model = given.model
     if model is None:
         model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.loading())
     template = choose_template(tokenizer, options.chat_template)
@@ -116,57 +139,35 @@ def _subject(
     return _Subject(label, policies, tokenizer, meta, inside(options.output, label))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is to be done with a model: prompts to answer into a store, or rollouts that are given.
-
-    Attributes:
-        subject (`_Subject`): the model.
-        source (`str`): where prompts or rollouts are from.
-        prompts (`list[tuple[int, ...]]`): token ids; none where rollouts are given.
-        answers ([`~bupo.store.Store`], *optional*): of the sampled answers.
-        rollouts (`list[Rollout]`): that are given.
-    """
-
-    subject: _Subject
-    source: str
-    prompts: Prompts
-    answers: Store[int, Rollout] | None
-    rollouts: list[Rollout]
-
-
-def _work(
-    subject: _Subject, options: AnalyzeOptions, problems: Dataset | None, given: Sequence[Rollout] | None
-) -> _Work:
-    """Opens the stores: one that holds other work is refused here, before anything changes."""
-    if problems is None:
-        rollouts = list(given) if given is not None else _read(options, subject)
-        if not rollouts:
-            raise UserError("rollouts is empty: give finished answers, or leave it out to have them sampled")
-        _measures(subject, options, rollouts, given=True)
-        return _Work(subject, options.rollouts or "rollouts", [], None, rollouts)
-    if not len(problems):
-        raise UserError("problems is empty: give a dataset of prompts, or leave it out")
-    prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in problems]
-    answers = _answers(subject, options, problems, prompts)
-    _measures(subject, options, [], given=False)
-    return _Work(subject, options.dataset or ARITHMETIC, prompts, answers, [])
+def _reported(
+    name: str, label: str, given: _Given, options: AnalyzeOptions, bar: Progress | None, first: bool
+) -> ModelReport:
+    """One model: rollouts, measures, and what the tables and the page need. Other work in the folder is refused first."""
+    subject = _subject(name, label, given, options)
+    answers, prompts, rollouts = None, Prompts(), []
+    if given.problems is None:
+        rollouts = list(given.rollouts) if given.rollouts is not None else _read(options, subject)
+    else:
+        prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in given.problems]
+        answers = _answers(subject, options, given.problems, prompts)
+    _measures(subject, options, rollouts, sampled=answers is not None)
+    if first:
+        note_run(options.output, "analyze", changed(options), given.objects)
+    with evaluating(subject.policies.stream.model):
+        if answers is not None:
+            rollouts = _sampled(subject, options, answers, prompts, bar)
+        found = _measured(subject, options, rollouts, answers is not None, bar)
+        views = token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
+    return model_report(label, subject.meta | {"dataset": given.source}, found, views, subject.folder)
 
 
-def _reported(work: _Work, options: AnalyzeOptions, bar: Progress | None) -> ModelReport:
-    """One model: rollouts, measures, and what the tables and the page need."""
-    with evaluating(work.subject.policies.stream.model):
-        return _in_evaluation(work, options, bar)
-
-
-def _in_evaluation(work: _Work, options: AnalyzeOptions, bar: Progress | None) -> ModelReport:
-    subject, rollouts = work.subject, work.rollouts
-    if work.answers is not None:
-        rollouts = _sampled(subject, options, work.answers, work.prompts, bar)
-    store = _measures(subject, options, rollouts, given=work.answers is None)
+def _measured(
+    subject: _Subject, options: AnalyzeOptions, rollouts: list[Rollout], sampled: bool, bar: Progress | None
+) -> Measured:
+    store = _measures(subject, options, rollouts, sampled)
     store.begin()
     total = min(options.max_tokens, sum(len(r.completion_ids) for r in rollouts))
-    found = measured(
+    return measured(
         subject.policies,
         rollouts,
         store,
@@ -176,8 +177,6 @@ def _in_evaluation(work: _Work, options: AnalyzeOptions, bar: Progress | None) -
         pairs=options.kl_pairs,
         on_tokens=task(bar, f"{subject.label}: tokens", total),
     )
-    views = token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
-    return model_report(subject.label, subject.meta | {"dataset": work.source}, found, views, subject.folder)
 
 
 def _read(options: AnalyzeOptions, subject: _Subject) -> list[Rollout]:
@@ -219,12 +218,12 @@ def _sampled(subject: _Subject, options: AnalyzeOptions, store: Store, prompts: 
 
 
 def _measures(
-    subject: _Subject, options: AnalyzeOptions, rollouts: Sequence[Rollout], given: bool
+    subject: _Subject, options: AnalyzeOptions, rollouts: Sequence[Rollout], sampled: bool
 ) -> Store[int, AnswerSums]:
     """Where the measures are kept: a folder for each lens, with or without the KL of all pairs, of sampled or given answers."""
     names = ("dtype", "weights", "lens", "temperature", "kl_pairs")
     return Store(
-        subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * given),
+        subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * (not sampled)),
         ANSWERS_FILE,
         "measures",
         lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
@@ -233,6 +232,7 @@ def _measures(
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        beside=TOKENS_FILE,
         overwrite=options.overwrite,
     )
 

@@ -5,7 +5,9 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from datetime import date
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -14,6 +16,13 @@ from bupo.errors import UserError, others
 from bupo.options import FORMER_WORDS, SYNONYMS
 
 CONFIG = "--config"
+# what a YAML file may give where an option is one value
+SCALARS = {
+    int: (int, str),
+    float: (int, float, str),
+    bool: (bool, int, str),
+    str: (str, int, float, bool, date),
+}
 
 
 class _Parser(TrlParser):
@@ -43,7 +52,7 @@ def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tup
     parser = _Parser(list(classes), prog=prog, allow_abbrev=False)
     defaults = vars(parser.parse_known_args([])[0])
     with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
-        unknown = parser.set_defaults_with_config(**_listed(_read(path, known), classes)) if path else []
+        unknown = parser.set_defaults_with_config(**_typed(_read(path, known), classes)) if path else []
         namespace = vars(parser.parse_known_args(flags)[0])
         *parsed, rest = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
     unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
@@ -118,19 +127,33 @@ def _translated(words: Iterable[str], known: set[str]) -> list[str]:
     return names
 
 
-def _listed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
-    """With a list of one where an option takes a list and the file gives one word."""
+def _typed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
+    """With a list of one where an option takes a list and the file gives one word.
+
+    Raises:
+        UserError: for a value that is no number or text where an option is one; text is read as on a command line.
+    """
     hints = {name: hint for each in classes for name, hint in get_type_hints(each).items()}
-    return {
-        name: [value] if _is_list(hints.get(name)) and isinstance(value, str | int | float) else value
-        for name, value in config.items()
-    }
+    found = {}
+    for name, value in config.items():
+        kinds = _kinds(hints.get(name))
+        if kinds and all(get_origin(kind) is list for kind in kinds) and isinstance(value, str | int | float):
+            value = [value]
+        allowed = SCALARS.get(kinds[0]) if len(kinds) == 1 else None
+        whole = not (isinstance(value, bool) and kinds[0] in (int, float)) if allowed else True
+        if allowed and value is not None and not (isinstance(value, allowed) and whole):
+            raise UserError(f"{name} must be one {kinds[0].__name__}, got {value!r}")
+        found[name] = value
+    return found
 
 
-def _is_list(hint: Any) -> bool:
-    """Whether a field takes a list, and nothing but one or None."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not list else [hint]
-    return bool(kinds) and all(get_origin(kind) is list for kind in kinds)
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a field takes, besides None."""
+    if hint is None:
+        return []
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for kind in get_args(hint) if kind is not type(None)]
+    return [hint]
 
 
 def _did_you_mean(name: str, known: set[str], prog: str) -> str:

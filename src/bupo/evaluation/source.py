@@ -42,6 +42,8 @@ class Source:
 
     def __init__(self, model: str | nn.Module, options: EvalOptions, tokenizer: PreTrainedTokenizerBase | None = None):
         name = model if isinstance(model, str) else name_of(model)
+        if options.adapter and not isinstance(model, str):
+            raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
         if tokenizer is not None:
             tokenizer = copy.deepcopy(tokenizer)  # it is given a template
         elif isinstance(model, str):
