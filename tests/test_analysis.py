@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bupo import InternalPolicies, UserError, load_problems
+import bupo
+from bupo import AnalyzeOptions, UserError
 from bupo.analysis.measure import MEASURES, measure
-from bupo.analysis.rollouts import read_rollouts, sample_rollouts
-from bupo.analysis.run import analyze_rollouts
-from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, read_sums, settled, similarity, stages
+from bupo.analysis.rollouts import read_rollouts
+from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, settled, similarity, stages
 from bupo.commands.main import main
 from bupo.model.loading import load_model, load_tokenizer, model_path
 from bupo.model.residual import ResidualStream
@@ -138,44 +140,46 @@ def test_rollouts_that_are_none(tmp_path, row, message):
         read_rollouts(write_rollouts(tmp_path / "r.jsonl", [row]), TOKENIZER, context=512)
 
 
+def copied(folder, to, file, lines, part=""):
+    """A label's folder as a run leaves it that is killed after so many lines of a file."""
+    shutil.copytree(folder, to)
+    whole = (to / file).read_text().splitlines(keepends=True)
+    (to / file).write_text("".join(whole[:lines]) + part)
+    return whole
+
+
 def test_sampling_goes_on_where_it_stopped(tmp_path):
-    model, problems = load_model("embedded"), load_problems("arithmetic", "test", size=12)
-    options: dict = {"max_new_tokens": 20, "batch_size": 4}
-    whole = sample_rollouts(model, TOKENIZER, problems, tmp_path / "a.jsonl", **options)
-    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b.jsonl").write_text("".join(lines[:8]) + lines[8][:20])  # killed while it wrote
-    assert sample_rollouts(model, TOKENIZER, problems, tmp_path / "b.jsonl", **options) == whole
-    assert (tmp_path / "b.jsonl").read_text() == "".join(lines)
-    for rollout in whole:
+    options = AnalyzeOptions(size=12, batch_size=4, max_new_tokens=20, output=str(tmp_path / "a"))
+    bupo.analyze("embedded", options)
+    lines = copied(tmp_path / "a" / "embedded", tmp_path / "b" / "embedded", "rollouts.jsonl", 8, '{"problem": 8, "pro')
+    shutil.rmtree(tmp_path / "b" / "embedded" / "raw")
+    bupo.analyze("embedded", replace(options, output=str(tmp_path / "b")))
+    assert (tmp_path / "b" / "embedded" / "rollouts.jsonl").read_text() == "".join(lines)
+    for rollout in read_rollouts(tmp_path / "a" / "embedded" / "rollouts.jsonl", TOKENIZER):
         assert rollout.completion_ids.count(TOKENIZER.eos_token_id) <= 1 and 0 not in rollout.completion_ids
 
 
 def test_measuring_goes_on_where_it_stopped(tmp_path):
-    model = load_model("embedded", dtype=torch.float32).eval()
-    rollouts = sample_rollouts(
-        model, TOKENIZER, load_problems("arithmetic", "test", size=6), tmp_path / "r.jsonl", max_new_tokens=20
-    )
-    policies = InternalPolicies(model)
-    whole = analyze_rollouts(policies, rollouts, tmp_path / "a")
-    analyze_rollouts(policies, rollouts[:3], tmp_path / "b")
-    with (tmp_path / "b" / "answers.jsonl").open("a") as file:
-        file.write('{"index": 3, "tok')
-    again = analyze_rollouts(policies, rollouts, tmp_path / "b")
-    assert [a.index for a in again.answers] == list(range(6))
-    for a, b in zip(whole.answers, again.answers, strict=True):
-        np.testing.assert_allclose(a.total, b.total, rtol=1e-5, atol=1e-4)
-    assert len(read_sums(tmp_path / "b" / "answers.jsonl")) == 6
-    assert len(analyze_rollouts(policies, rollouts, tmp_path / "c", max_tokens=1).answers) == 1
+    options = AnalyzeOptions(size=6, max_new_tokens=20, output=str(tmp_path / "a"))
+    whole = bupo.analyze("embedded", options)
+    a, b = tmp_path / "a" / "embedded", tmp_path / "b" / "embedded"
+    lines = copied(a, b, "raw/answers.jsonl", 3, '{"index": 3, "tok')
+    again = bupo.analyze("embedded", replace(options, output=str(tmp_path / "b")))
+    found = (b / "raw" / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert found[:3] == lines[:3] and [json.loads(line)["index"] for line in found] == list(range(6))
+    np.testing.assert_allclose(again.table["mean"], whole.table["mean"], rtol=1e-5, atol=1e-4)
+    short = bupo.analyze("embedded", replace(options, output=str(tmp_path / "c"), max_tokens=1))
+    assert short.meta["answers"] == 1 and short.stages == ["undecided"] * 8
 
 
 def test_analyze_end_to_end(tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["analyze", "--answers", "12", "--output", str(out), "--per_token", "true"]) == 0
+    assert main(["analyze", "--size", "12", "--output", str(out), "--per_token", "true"]) == 0
     printed = capsys.readouterr().out
     assert "dH ffn" in printed and "positive beyond doubt" in printed
     table = pd.read_parquet(out / "layers.parquet")
     assert len(table) == 14 * 8 and set(table["measure"]) == set(MEASURES)
-    tokens = pd.read_parquet(out / "embedded" / "tokens.parquet")
+    tokens = pd.read_parquet(out / "embedded" / "raw" / "tokens.parquet")
     per_layer = tokens.groupby("layer")["d_entropy_ffn"].mean()
     wanted = table[table["measure"] == "d_entropy_ffn"].set_index("layer")["mean"]
     np.testing.assert_allclose(per_layer, wanted, rtol=1e-6)
@@ -205,9 +209,9 @@ def test_analyze_end_to_end(tmp_path, capsys):
 
 
 def test_analyze_stops_when_settled(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bupo.analysis.run.settled", lambda answers: len(answers) >= 9)
+    monkeypatch.setattr("bupo.analysis.answers.settled", lambda answers: len(answers) >= 9)
     out = tmp_path / "out"
-    assert main(["analyze", "--answers", "20", "--until", "settled", "--output", str(out)]) == 0
+    assert main(["analyze", "--size", "20", "--until", "settled", "--output", str(out)]) == 0
     meta = json.loads((out / "summary.json").read_text())["models"][0]["meta"]
     assert meta["answers"] == 9 and meta["stopped_when_settled"] and meta["tokens"] > 0
 
@@ -227,7 +231,7 @@ def test_analyze_an_adapter_and_two_models(tmp_path):
 
 
 def test_bf16_and_final_norm_run(tmp_path):
-    options = ["--answers", "4", "--dtype", "bfloat16", "--lens", "final_norm", "--output", str(tmp_path)]
+    options = ["--size", "4", "--dtype", "bfloat16", "--lens", "final_norm", "--output", str(tmp_path)]
     assert main(["analyze", *options]) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["models"][0]["meta"]["dtype"] == "bfloat16"
 
@@ -235,14 +239,14 @@ def test_bf16_and_final_norm_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--answers", "0"], "answers must be 1 or more, got 0"),
+        (["--size", "0"], "size must be 1 or more, got 0"),
         (["--temperature", "0"], "temperature must be positive, got 0"),
         (["--dataset", "arithmetic", "--rollouts", "r"], "both dataset and rollouts are given"),
         (["--rollouts", "absent.jsonl"], "absent.jsonl is no file of rollouts"),
         (["--dtype", "int8"], "dtype must be auto, float32"),
         (["--lens", "x"], "invalid choice: 'x'"),
         (["--model", "/no/such/model"], "/no/such/model does not exist"),
-        (["--adapter", "/no/adapter", "--answers", "2"], "adapter '/no/adapter' cannot be put on the model"),
+        (["--adapter", "/no/adapter", "--size", "2"], "adapter '/no/adapter' cannot be put on the model"),
     ],
 )
 def test_bad_options(tmp_path, fails, options, message):  # noqa: F811
@@ -272,6 +276,10 @@ def test_one_token_answers_are_answers(tmp_path):
     assert json.loads((out / "summary.json").read_text())["models"][0]["boundary_layer"] is None
 
 
+def read_sums(path):
+    return [AnswerSums.read(line) for line in path.read_text().split("\n")[:-1]]
+
+
 def start_analysis(out, *more):
     return subprocess.Popen(
         [
@@ -279,7 +287,7 @@ def start_analysis(out, *more):
             "-m",
             "bupo.commands.main",
             "analyze",
-            "--answers",
+            "--size",
             "400",
             "--batch_size",
             "100",
@@ -297,7 +305,7 @@ def start_analysis(out, *more):
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
     out = tmp_path / "out"
     process = start_analysis(out)
-    answers = out / "embedded" / "answers.jsonl"
+    answers = out / "embedded" / "raw" / "answers.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (answers.exists() and answers.read_text().count("\n") > 5):
         time.sleep(0.02)
@@ -339,7 +347,12 @@ def test_sample(capsys, fails):  # noqa: F811
     assert main(["sample", "--prompt", "57+23-41", "--temperature", "0", "--top", "2"]) == 0
     assert main(["sample", "--ffn", "3", "--prompt", "1+1", "--lens", "final_norm", "--max_new_tokens", "2"]) == 0
     assert main(["sample", "--attn", "3", "--prompt", "1+1", "--raw_prompt", "true", "--max_new_tokens", "2"]) == 0
+    more = ["--chat_template", "octothinker", "--system_prompt", "Think.", "--dtype", "bfloat16", "--top_p", "0.5"]
+    assert main(["sample", "--prompt", "1+1", "--max_new_tokens", "2", *more]) == 0
     capsys.readouterr()
+    assert "chat_template must be" in fails("sample", "--prompt", "a", "--chat_template", "nope")
+    assert "raw_prompt takes the prompt as it is" in fails("sample", "--prompt", "a", "--raw_prompt", *more)
+    assert "adapter '/no/adapter' cannot be put" in fails("sample", "--prompt", "a", "--adapter", "/no/adapter")
     assert "layer and ffn are both given" in fails("sample", "--prompt", "a", "--layer", "1", "--ffn", "2")
     assert "layer 9 does not exist" in fails("sample", "--prompt", "a", "--layer", "9")
     assert "prompt is not set" in fails("sample")

@@ -17,7 +17,7 @@ BATCHES, EVERY = 5, 2
 
 
 def config(folder, **options):
-    given = {"eval_benchmarks": ["arithmetic"], "eval_every": EVERY, "eval_k": 2, "eval_problems": 24}
+    given: dict = {"eval_benchmarks": ["arithmetic"], "eval_every": EVERY, "eval_k": 2, "eval_problems": 24}
     given |= {"max_steps": 2 * BATCHES, "save_strategy": "no"}
     return BuPOConfig(
         str(folder),

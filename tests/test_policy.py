@@ -192,6 +192,6 @@ def test_a_layer_that_does_not_exist_is_named(layer):
 def test_bad_lens_and_temperature():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="unknown lens mode 'logit': choose raw or final_norm"):
-        InternalPolicies(model, lens="logit")
+        InternalPolicies(model, lens="logit")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="temperature must be positive, got 0"):
         InternalPolicies(model, temperature=0)

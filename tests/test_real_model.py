@@ -75,7 +75,7 @@ def test_measures_are_the_naive_ones():
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
 def test_analyze_from_a_cold_start(tmp_path, name):
     model = str(MODELS / f"{name}.gguf")
-    options = ["--dataset", "arithmetic", "--answers", "2", "--max_new_tokens", "12", "--output", str(tmp_path)]
+    options = ["--dataset", "arithmetic", "--size", "2", "--max_new_tokens", "12", "--output", str(tmp_path)]
     assert main(["analyze", "--model", model, *options]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())["models"][0]
     assert summary["meta"]["identity_error"] < 1e-5 and (tmp_path / "report.html").stat().st_size < 8 << 20

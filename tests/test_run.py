@@ -14,7 +14,7 @@ from bupo.commands.main import main
 from bupo.model.loading import load_model, load_tokenizer
 from tests.test_commands import fails  # noqa: F401
 
-OPTIONS = {
+OPTIONS: dict = {
     "internal_layer": 5, "internal_steps": 1, "max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 2,
     "num_generations": 4, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none",
 }  # fmt: skip
@@ -67,6 +67,12 @@ def test_python_and_the_command_line_train_the_same(trained, commanded):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_from_python_starts_again_on_the_command_line(trained, tmp_path):
+    assert main(["train", "--config", str(trained.folder / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    first, again = weights(trained.folder), weights(tmp_path / "again")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     def short(completions, **kwargs):
         return [1 / len(c[-1]["content"] or " ") for c in completions]
@@ -77,6 +83,7 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     tokenizer = load_tokenizer("embedded")
     done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], say=said.append)
     assert done.model is model and "rewards/short/mean" in done.updates
+    assert (tmp_path / "run" / "config.yaml").read_text().startswith("# model, problems, reward_funcs came from Python")
     assert said[0] == "chat template: the model's own" and "first rollout batch is being sampled" in said[1]
     with pytest.raises(bupo.UserError, match="tokenizer is not set"):
         bupo.train(model, config, problems=problems, reward_funcs=[short])

@@ -1,12 +1,36 @@
 """Language models as stacks of policies: measure them, train them from the bottom up."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from bupo.analysis.options import AnalyzeOptions as AnalyzeOptions
+    from bupo.analysis.run import analyze as analyze
+    from bupo.data.problems import load_problems as load_problems
+    from bupo.errors import UserError as UserError
+    from bupo.evaluation.options import EvalOptions as EvalOptions
+    from bupo.evaluation.run import evaluate as evaluate
+    from bupo.model.loading import load_model as load_model
+    from bupo.model.loading import load_tokenizer as load_tokenizer
+    from bupo.model.policy import InternalPolicies as InternalPolicies
+    from bupo.model.policy import InternalPolicy as InternalPolicy
+    from bupo.model.residual import Family as Family
+    from bupo.model.scoring import score_tokens as score_tokens
+    from bupo.rewards.grader import MathGrader as MathGrader
+    from bupo.rewards.math_reward import math_reward as math_reward
+    from bupo.training.config import BuPOConfig as BuPOConfig
+    from bupo.training.run import TrainingRun as TrainingRun
+    from bupo.training.run import TrainOptions as TrainOptions
+    from bupo.training.run import train as train
+    from bupo.training.trainer import BuPOTrainer as BuPOTrainer
 
 __version__ = "0.2.0"
 
 _EXPORTS = {
+    "AnalyzeOptions": "bupo.analysis.options",
     "BuPOConfig": "bupo.training.config",
     "BuPOTrainer": "bupo.training.trainer",
+    "EvalOptions": "bupo.evaluation.options",
     "Family": "bupo.model.residual",
     "InternalPolicies": "bupo.model.policy",
     "InternalPolicy": "bupo.model.policy",
@@ -14,7 +38,11 @@ _EXPORTS = {
     "TrainOptions": "bupo.training.run",
     "TrainingRun": "bupo.training.run",
     "UserError": "bupo.errors",
+    "analyze": "bupo.analysis.run",
+    "evaluate": "bupo.evaluation.run",
+    "load_model": "bupo.model.loading",
     "load_problems": "bupo.data.problems",
+    "load_tokenizer": "bupo.model.loading",
     "math_reward": "bupo.rewards.math_reward",
     "score_tokens": "bupo.model.scoring",
     "train": "bupo.training.run",

@@ -3,7 +3,8 @@
 A command's options are a dataclass of groups and of what only it has; it redefines a field to give it another default.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from bupo.errors import UserError
 
@@ -37,6 +38,11 @@ class ModelOptions:
     dtype: str = field(default="auto", metadata={"help": "auto (fp32 on a CPU), float32, bfloat16 or float16."})
     device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a hub model brings."})
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the model and its tokenizer."""
+        given = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return {name: value for name, value in given.items() if value}
 
     def check_model(self) -> None:
         """Raises [`UserError`] for a dtype that is none."""
@@ -127,3 +133,13 @@ def check_positive(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not value >= 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """The options of a dataclass that differ from their defaults, by name."""
+    found = {}
+    for option in fields(options):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if getattr(options, option.name) != default:
+            found[option.name] = getattr(options, option.name)
+    return found

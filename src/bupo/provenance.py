@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -24,7 +25,7 @@ SECRET_IN_TEXT = re.compile(r"""((?:token|key)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s
 ONCE = ("overwrite",)  # asked for this time only: the same run started again deletes nothing
 
 
-def note_run(folder: str | Path, command: str, given: dict[str, Any]) -> None:
+def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: Sequence[str] = ()) -> None:
     """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
 
     Secrets (names that end in `token` or `key`) are left out. What `run.json` noted of earlier runs in the folder is kept.
@@ -33,14 +34,20 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any]) -> None:
         folder (`Path`): of the run.
         command (`str`): such as `analyze`.
         given (`dict`): the options that differ from the defaults.
+        objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     line = command_line(sys.orig_argv)
     values = {name: _plain(value) for name, value in given.items() if name not in ONCE and not SECRET.search(name)}
-    head = f"# bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again\n# started by: {line}\n"
+    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again"
+    if objects:
+        head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
     with in_one_piece(folder / CONFIG_FILE) as part:
-        part.write_text(head + (yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n"))
+        part.write_text(
+            f"# {head}\n# started by: {line}\n"
+            + (yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n")
+        )
     run = {
         "schema_version": 1,
         "command": command,

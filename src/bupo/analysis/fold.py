@@ -86,7 +86,8 @@ class Fold:
         """Where a policy's logits and their exponentials stand. The logits of pi_theta and of the policy before stay."""
         if self.pairs and policy < self.spoken:
             return self.spoken_logits[:, policy, :width], self.spoken_exps[:, policy, :width]
-        return self.buffers[1 + policy % 2 if policy else 0][:, :width], self.buffers[3][:, :width]
+        place = 1 + policy % 2 if 0 < policy < self.spoken else 0  # few buffers stay in the cache
+        return self.buffers[place][:, :width], self.buffers[3][:, :width]
 
     def _merge(self, reference, total, moment, dot) -> None:
         """Join the tile's group of entries with those before it: see the module's head."""

@@ -3,18 +3,18 @@
 Prompt and answer are told apart by length, never by searching for a marker.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
-from bupo.files import whole_rows
 from bupo.sampling import Request, TransformersEngine, seed_of
+from bupo.store import Store
 
 
 @dataclass(frozen=True)
@@ -94,46 +94,49 @@ def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Rollout:
     return Rollout(ids, answer, tokenizer.decode(ids), completion)
 
 
-def sample_rollouts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Dataset | Sequence[dict],
-    path: str | Path,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    batch_size: int = 8,
+def sampled_rollouts(
+    engine: TransformersEngine,
+    prompts: Sequence[tuple[int, ...]],
+    store: Store[int, Rollout],
     seed: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
-    """Sample one answer to each problem, written to a `.jsonl` as batches finish. A file that is there is gone on with.
+    """One answer to each prompt. What the store holds is not sampled again; batches are kept as they finish.
 
-    An answer depends on `seed` and the problem's place only, so an interrupted sampling ends like a whole one.
+    An answer depends on `seed` and the prompt's place only, so an interrupted sampling ends like a whole one.
 
     Args:
-        model, tokenizer: the language model policy.
-        problems (`Dataset`): with `prompt` (messages).
-        path (`str`): the file.
-        max_new_tokens (`int`): longest answer.
-        temperature (`float`, *optional*, defaults to `1.0`): of the sampling, from the whole vocabulary.
-        batch_size (`int`, *optional*, defaults to `8`): prompts answered at once.
+        engine ([`~bupo.sampling.TransformersEngine`]): samples.
+        prompts (`list[tuple[int, ...]]`): token ids.
+        store ([`~bupo.store.Store`]): of the answers, by their prompt's place.
         seed (`int`, *optional*, defaults to `0`): of the sampling.
         on_done (`Callable`, *optional*): called with the number of answers just finished.
     """
-    path = Path(path)
-    done = whole_rows(path, lambda line: Rollout(**json.loads(line)))[: len(problems)]
-    on_done(len(done))
-    prompts = [tuple(prompt_ids(tokenizer, problem["prompt"])) for problem in problems]
-    requests = [Request(i, 0, prompt, seed_of(seed, i, 0)) for i, prompt in enumerate(prompts)]
-    engine = TransformersEngine(model, tokenizer, max_new_tokens, temperature, batch_size=batch_size)
-    with path.open("a") as file:
-        for start in range(len(done), len(requests), batch_size):
-            batch = dict(engine.token_ids(requests[start : start + batch_size]))
-            for request in requests[start : start + batch_size]:  # in the file, problems keep their order
-                prompt, answer = list(request.prompt_ids), batch[request]
-                rollout = Rollout(prompt, answer, tokenizer.decode(prompt), tokenizer.decode(answer))
-                done.append(rollout)
-                file.write(json.dumps(asdict(rollout)) + "\n")
-            file.flush()
-            on_done(len(batch))
-    return done
+    requests = [Request(i, 0, ids, seed_of(seed, i, 0)) for i, ids in enumerate(prompts) if i not in store.rows]
+    on_done(len(prompts) - len(requests))
+    for start in range(0, len(requests), engine.batch_size):
+        batch = requests[start : start + engine.batch_size]
+        answers = dict(engine.token_ids(batch))
+        for request in batch:  # in the file, problems keep their order
+            prompt, answer = list(request.prompt_ids), answers[request]
+            texts = engine.tokenizer.decode(prompt), engine.tokenizer.decode(answer)
+            store.add(request.problem, Rollout(prompt, answer, *texts))
+        on_done(len(batch))
+    return [store.rows[i] for i in range(len(prompts))]
+
+
+def rollout_line(problem: int, rollout: Rollout) -> str:
+    """As JSON, which `read_rollouts` takes too."""
+    return json.dumps({"problem": problem, **asdict(rollout)})
+
+
+def read_rollout(line: str) -> tuple[int, Rollout]:
+    """A line back into its problem's place and the rollout."""
+    row = json.loads(line)
+    return row.pop("problem"), Rollout(**row)
+
+
+def digest(rollout: Rollout) -> str:
+    """Tells rollouts apart."""
+    ids = json.dumps([rollout.prompt_ids, rollout.completion_ids])
+    return hashlib.sha256(ids.encode()).hexdigest()[:12]

@@ -1,197 +1,258 @@
-"""Analyse one model on rollouts: measure, keep every finished answer, stop when told or when settled."""
+"""`bupo.analyze`: what every layer and module of a model decides, as tables, figures and a page."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from datasets import Dataset
+from rich.progress import Progress
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.analysis.measure import MEASURES, AnswerMeasures, measure
-from bupo.analysis.rollouts import Rollout
-from bupo.analysis.tables import AnswerSums, read_sums, settled
-from bupo.model.policy import InternalPolicies, Lens
-from bupo.model.residual import ResidualStream, Site
+from bupo.analysis.answers import ANSWERS_FILE, measured
+from bupo.analysis.options import AnalyzeOptions
+from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
+from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
+from bupo.analysis.tables import AnswerSums
+from bupo.analysis.views import token_views
+from bupo.data.problems import ARITHMETIC, load_problems, prompt_digests
+from bupo.data.templates import check_template, choose_template, prompt_ids
+from bupo.errors import UserError
+from bupo.model.loading import fingerprint, load_on_device, load_tokenizer
+from bupo.model.meta import model_meta, name_of
+from bupo.model.policy import InternalPolicies
+from bupo.model.residual import evaluating
+from bupo.options import changed
+from bupo.progress import task
+from bupo.provenance import note_run
+from bupo.sampling import TransformersEngine
+from bupo.store import Store, inside
 
-ANSWERS_FILE = "answers.jsonl"
-TOKENS_FILE = "tokens.parquet"
-VIEW_ANSWERS, VIEW_TOKENS, VIEW_TOP = 6, 96, 5  # of the token x layer view
+ROLLOUTS_FILE = "rollouts.jsonl"
 
-
-@dataclass
-class Analysis:
-    """One model's finished analysis.
-
-    Attributes:
-        answers (`list[AnswerSums]`): by answer.
-        stopped_early (`bool`): whether the sign of `dH_FFN` was settled before the rollouts ended.
-        seconds (`float`): of measuring, this time.
-    """
-
-    answers: list[AnswerSums]
-    stopped_early: bool
-    seconds: float
+Prompts = list[tuple[int, ...]]
 
 
-def analyze_rollouts(
-    policies: InternalPolicies,
-    rollouts: list[Rollout],
-    folder: str | Path,
+def analyze(
+    model: str | Sequence[str] | nn.Module,
+    options: AnalyzeOptions | None = None,
     *,
-    until_settled: bool = False,
-    max_tokens: int | None = None,
-    per_token: bool = False,
-    pairs: bool = False,
-    on_answer: Callable[[AnswerSums], None] = lambda answer: None,
-) -> Analysis:
-    """Measure rollouts into a folder. Answers that its `answers.jsonl` holds are not measured again.
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    problems: Dataset | None = None,
+    rollouts: Sequence[Rollout] | None = None,
+    bar: Progress | None = None,
+) -> AnalysisReport:
+    """Sample a model's answers, measure every internal policy on them, and write the run's folder.
 
     Args:
-        policies ([`~bupo.InternalPolicies`]): the model, its lens and temperature.
-        rollouts (`list[Rollout]`): the answers.
-        folder (`str`): where finished answers are kept.
-        until_settled (`bool`, *optional*): stop as soon as the sign of `dH_FFN` is settled in every layer.
-        max_tokens (`int`, *optional*): start no further answer after so many tokens.
-        pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's.
-        per_token (`bool`, *optional*): also write every token's values, `tokens.parquet`; then nothing is resumed.
-        on_answer (`Callable`, *optional*): called with each answer as it is finished.
+        model (`str`, `list[str]` or `PreTrainedModel`): names as of [`load_model`], or a loaded model with its tokenizer.
+        options ([`AnalyzeOptions`], *optional*): everything else. Its `model` gives way to the argument.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+        problems (`Dataset`, *optional*): with `prompt` (messages), instead of the options' dataset.
+        rollouts (`list[Rollout]`, *optional*): finished answers, instead of sampled ones.
+        bar (`rich.progress.Progress`, *optional*): shows how far it is.
+
+    Raises:
+        UserError: for bad options, a model or problems that cannot be read, or a folder with work of other settings.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ANSWERS_FILE
-    if per_token:
-        path.unlink(missing_ok=True)
-    answers = read_sums(path)[: len(rollouts)]
-    for answer in answers:
-        on_answer(answer)
-    started = time.perf_counter()
-    writer = _TokenWriter(folder / TOKENS_FILE) if per_token else None
-
-    def enough() -> bool:
-        spent = sum(a.tokens for a in answers)
-        return (max_tokens is not None and spent >= max_tokens) or (until_settled and settled(answers))
-
-    rest = ((r.prompt_ids, r.completion_ids) for r in rollouts[len(answers) :])
-    first = len(answers)
-    early = until_settled and settled(answers)
-    try:
-        if not enough():
-            with path.open("a") as file:
-                for found in measure(policies.stream, rest, policies.lens, policies.temperature, pairs):
-                    found.index += first
-                    answers.append(AnswerSums.of(found))
-                    file.write(answers[-1].line() + "\n")
-                    file.flush()
-                    if writer:
-                        writer.add(found)
-                    on_answer(answers[-1])
-                    if enough():
-                        early = until_settled and settled(answers) and len(answers) < len(rollouts)
-                        break
-    finally:
-        if writer:
-            writer.close()
-    return Analysis(answers, early, time.perf_counter() - started)
+    names = [model] if isinstance(model, str) else [name_of(model)] if isinstance(model, nn.Module) else list(model)
+    options = replace(options or AnalyzeOptions(), model=names)
+    options.check()
+    check_template(options.chat_template)
+    labels = _labels(names, options.output)
+    given = {"model": isinstance(model, nn.Module), "problems": problems is not None, "rollouts": rollouts is not None}
+    if problems is rollouts is options.rollouts is None:
+        problems = _load_problems(options)  # bad ones are refused before a model is loaded
+    reports: list[ModelReport] = []
+    for name, label in zip(names, labels, strict=True):
+        subject = _subject(name, label, options, model if isinstance(model, nn.Module) else None, tokenizer)
+        work = _work(subject, options, problems, rollouts)
+        if not reports:
+            note_run(options.output, "analyze", changed(options), [name for name in given if given[name]])
+        reports.append(_reported(work, options, bar))
+    report = AnalysisReport(tuple(reports), Path(options.output))
+    write_report(report)
+    return report
 
 
-class _TokenWriter:
-    """Every token's values, answer by answer, so that memory does not grow. Moved into place when whole."""
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is analysed, opened up, and its folder."""
 
-    def __init__(self, path: Path):
-        self.path, self.part = path, path.with_suffix(".part")
-        self.writer: pq.ParquetWriter | None = None
-
-    def add(self, answer: AnswerMeasures) -> None:
-        layers, tokens = answer.values[MEASURES[0]].shape
-        columns = {
-            "answer": np.full(layers * tokens, answer.index),
-            "token": np.tile(np.arange(tokens), layers),
-            "layer": np.repeat(np.arange(1, layers + 1), tokens),
-            **{name: answer.values[name].ravel() for name in MEASURES},
-        }
-        table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.part, table.schema)
-        self.writer.write_table(table)
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-            self.part.replace(self.path)
+    label: str
+    policies: InternalPolicies
+    tokenizer: PreTrainedTokenizerBase
+    meta: dict[str, Any]
+    folder: Path
 
 
-@torch.no_grad()
-def top_tokens(
-    policies: InternalPolicies,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    answer: list[int],
-    top: int = VIEW_TOP,
-) -> dict:
-    """What every layer's policy would say at each answer position.
-
-    Returns:
-        `dict`: `tokens` (the answer's, as text, T), and by layer 1..L and token: `entropy` (nats), `chosen` (probability of
-        the token that was generated), `top` (pairs of text and probability, most likely first).
-    """
-    stream = policies.stream
-    layers = range(1, stream.num_layers + 1)
-    first = len(prompt) - 1
-    device = stream.model.get_input_embeddings().weight.device
-    ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
-    states = stream.run([Site("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
-    targets = torch.tensor(answer)[:, None]
-    view: dict = {"tokens": [_shown(tokenizer, t) for t in answer], "entropy": [], "chosen": [], "top": []}
-    for layer in layers:
-        rows: dict[str, list] = {"entropy": [], "chosen": [], "top": []}
-        x = stream.lensed(states[Site("layer", layer)], policies.lens)
-        for piece, target in zip(x.split(32), targets.split(32), strict=True):
-            log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
-            rows["entropy"] += [round(h, 3) for h in (-(log_p.exp() * log_p).sum(-1)).tolist()]
-            rows["chosen"] += [round(p, 4) for p in log_p.gather(1, target)[:, 0].exp().tolist()]
-            best = log_p.topk(min(top, log_p.size(1)))
-            for values, tokens in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):
-                rows["top"].append([[_shown(tokenizer, t), round(p, 4)] for t, p in zip(tokens, values, strict=True)])
-        for name, values in rows.items():
-            view[name].append(values)
-    return view
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥") or f"⟨{token}⟩"
-
-
-def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]) -> list[dict]:
-    """The token x layer views of the first few answers, with their prompts."""
-    return [
-        {"prompt": r.prompt, **top_tokens(policies, tokenizer, r.prompt_ids, r.completion_ids[:VIEW_TOKENS])}
-        for r in rollouts[:VIEW_ANSWERS]
-    ]
-
-
-def model_meta(name: str, stream: ResidualStream, lens: Lens, temperature: float) -> dict:
-    """What must stand beside every number."""
-    import accelerate
-    import transformers
-
-    import bupo
-
-    return {
-        "schema_version": 1,
-        "model": name,
-        "revision": getattr(stream.model.config, "_commit_hash", None),
-        "model_type": stream.config.model_type,
-        "layers": stream.num_layers,
-        "dtype": str(stream.model.dtype).removeprefix("torch."),
-        "lens": lens,
-        "temperature": temperature,
-        "identity_error": stream.identity.worst,
-        "identity_error_layers": max(stream.identity.layers),
-        "identity_error_head": stream.identity.head,
-        "versions": {m.__name__: m.__version__ for m in (bupo, torch, transformers, accelerate)},
+def _subject(
+    name: str,
+    label: str,
+    options: AnalyzeOptions,
+    model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> _Subject:
+    if tokenizer is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # it is given a template
+    elif model is not None:
+        raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+    else:
+        tokenizer = load_tokenizer(name, **options.loading())
+    if model is None:
+        model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.loading())
+    template = choose_template(tokenizer, options.chat_template)
+    policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)
+    meta = model_meta(name, policies.stream, options.lens, options.temperature, options.revision) | {
+        "adapter": options.adapter,
+        "seed": options.seed,
+        "template": template,
+        "weights": fingerprint(policies.stream.model),
+        "kl_pairs": options.kl_pairs,
     }
+    return _Subject(label, policies, tokenizer, meta, inside(options.output, label))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done with a model: prompts to answer into a store, or rollouts that are given.
+
+    Attributes:
+        subject (`_Subject`): the model.
+        source (`str`): where prompts or rollouts are from.
+        prompts (`list[tuple[int, ...]]`): token ids; none where rollouts are given.
+        answers ([`~bupo.store.Store`], *optional*): of the sampled answers.
+        rollouts (`list[Rollout]`): that are given.
+    """
+
+    subject: _Subject
+    source: str
+    prompts: Prompts
+    answers: Store[int, Rollout] | None
+    rollouts: list[Rollout]
+
+
+def _work(
+    subject: _Subject, options: AnalyzeOptions, problems: Dataset | None, given: Sequence[Rollout] | None
+) -> _Work:
+    """Opens the stores: one that holds other work is refused here, before anything changes."""
+    if problems is None:
+        rollouts = list(given) if given is not None else _read(options, subject)
+        if not rollouts:
+            raise UserError("rollouts is empty: give finished answers, or leave it out to have them sampled")
+        _measures(subject, options, rollouts, given=True)
+        return _Work(subject, options.rollouts or "rollouts", [], None, rollouts)
+    if not len(problems):
+        raise UserError("problems is empty: give a dataset of prompts, or leave it out")
+    prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in problems]
+    answers = _answers(subject, options, problems, prompts)
+    _measures(subject, options, [], given=False)
+    return _Work(subject, options.dataset or ARITHMETIC, prompts, answers, [])
+
+
+def _reported(work: _Work, options: AnalyzeOptions, bar: Progress | None) -> ModelReport:
+    """One model: rollouts, measures, and what the tables and the page need."""
+    with evaluating(work.subject.policies.stream.model):
+        return _in_evaluation(work, options, bar)
+
+
+def _in_evaluation(work: _Work, options: AnalyzeOptions, bar: Progress | None) -> ModelReport:
+    subject, rollouts = work.subject, work.rollouts
+    if work.answers is not None:
+        rollouts = _sampled(subject, options, work.answers, work.prompts, bar)
+    store = _measures(subject, options, rollouts, given=work.answers is None)
+    store.begin()
+    total = min(options.max_tokens, sum(len(r.completion_ids) for r in rollouts))
+    found = measured(
+        subject.policies,
+        rollouts,
+        store,
+        until_settled=options.until == "settled",
+        max_tokens=options.max_tokens,
+        per_token=options.per_token,
+        pairs=options.kl_pairs,
+        on_tokens=task(bar, f"{subject.label}: tokens", total),
+    )
+    views = token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
+    return model_report(subject.label, subject.meta | {"dataset": work.source}, found, views, subject.folder)
+
+
+def _read(options: AnalyzeOptions, subject: _Subject) -> list[Rollout]:
+    context = getattr(subject.policies.stream.config, "max_position_embeddings", None)
+    return read_rollouts(str(options.rollouts), subject.tokenizer, context)
+
+
+def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:
+    """Where the sampled answers are kept. They do not depend on the lens, nor on what is measured."""
+    sampling = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
+    settings = {name: subject.meta[name] for name in ("dtype", "weights", "template")}
+    settings |= {name: getattr(options, name) for name in sampling}
+    settings |= {"engine": "transformers", "prompt": subject.tokenizer.decode(prompts[0])}
+    return Store(
+        subject.folder,
+        ROLLOUTS_FILE,
+        "answers",
+        read_rollout,
+        rollout_line,
+        settings,
+        prompt_digests(problems),
+        noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        overwrite=options.overwrite,
+    )
+
+
+def _sampled(subject: _Subject, options: AnalyzeOptions, store: Store, prompts: Prompts, bar) -> list[Rollout]:
+    store.begin()
+    engine = TransformersEngine(
+        subject.policies.stream.model,
+        subject.tokenizer,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_p,
+        batch_size=options.batch_size,
+    )
+    done = task(bar, f"{subject.label}: answers", len(prompts))
+    return sampled_rollouts(engine, prompts, store, options.seed, done)
+
+
+def _measures(
+    subject: _Subject, options: AnalyzeOptions, rollouts: Sequence[Rollout], given: bool
+) -> Store[int, AnswerSums]:
+    """Where the measures are kept: a folder for each lens, with or without the KL of all pairs, of sampled or given answers."""
+    names = ("dtype", "weights", "lens", "temperature", "kl_pairs")
+    return Store(
+        subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * given),
+        ANSWERS_FILE,
+        "measures",
+        lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
+        lambda index, sums: sums.line(),
+        {name: subject.meta[name] for name in names},
+        [digest(rollout) for rollout in rollouts],
+        "answers",
+        noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        overwrite=options.overwrite,
+    )
+
+
+def _load_problems(options: AnalyzeOptions) -> Dataset:
+    return load_problems(
+        options.dataset or ARITHMETIC,
+        options.split,
+        config=options.dataset_config,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        system_prompt=options.system_prompt,
+        size=options.size,
+        seed=options.seed,
+    )
+
+
+def _labels(names: list[str], output: str) -> list[str]:
+    """Short names of the models, each its own."""
+    labels = [Path(name).stem if name.endswith(".gguf") else Path(name).name for name in names]
+    for label in labels:
+        inside(output, label)
+    return [label if labels.count(label) == 1 else f"{i + 1}-{label}" for i, label in enumerate(labels)]

@@ -7,14 +7,12 @@ the answers drawn.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bupo.analysis.measure import MEASURES, AnswerMeasures
-from bupo.files import whole_rows
 
 RESAMPLES = 2000
 TOLERANCE = 0.05  # nats: an entropy change within it is integration
@@ -82,11 +80,6 @@ class AnswerSums:
         return cls(**{"kl": None, **row, **arrays})
 
 
-def read_sums(path: Path) -> list[AnswerSums]:
-    """Finished answers of a file; half a last line is cut off it."""
-    return whole_rows(path, AnswerSums.read)
-
-
 class Resampled:
     """Bootstrap means of every measure and layer.
 
@@ -151,35 +144,19 @@ def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
     low, high = (bound[row] for bound in resampled.interval())
     mean = resampled.mean[row]
     if np.isnan(low).any():
-        names = ["undecided"] * len(mean)
-        return {
-            "stages": names,
-            "boundary_layer": None,
-            "boundary_shares": {},
-            "tolerance": tolerance,
-            "explanation": "one answer leaves nothing to resample: measure more answers",
-        }
-    names = [
-        "exploration" if a > tolerance else "convergence" if b < -tolerance else "integration"
-        for a, b in zip(low, high, strict=True)
-    ]
-    layers = np.arange(1, len(mean) + 1)
-    last = np.where(resampled.draws[:, row] > tolerance, layers, 0).max(1)
-    shares = {int(layer): float(np.mean(last == layer)) for layer in np.unique(last)}
-    sure = layers[low > tolerance]
-    boundary = int(sure[-1]) if len(sure) else None
-    if boundary:
-        explanation = (
-            f"layer {boundary} is the last whose dH_FFN is positive beyond doubt: {mean[boundary - 1]:+.3f} nats "
-            f"[{low[boundary - 1]:+.3f}, {high[boundary - 1]:+.3f}]; it is the last above {tolerance:g} in "
-            f"{100 * shares.get(boundary, 0):.0f} % of resamples"
-        )
+        names, boundary, shares = ["undecided"] * len(mean), None, dict[int, float]()
+        explanation = "one answer leaves nothing to resample: measure more answers"
     else:
-        top = int(mean.argmax())
-        explanation = (
-            "no layer's dH_FFN is positive beyond doubt: the FFNs only converge; the largest is "
-            f"{mean[top]:+.3f} nats [{low[top]:+.3f}, {high[top]:+.3f}] in layer {top + 1}"
-        )
+        names = [
+            "exploration" if a > tolerance else "convergence" if b < -tolerance else "integration"
+            for a, b in zip(low, high, strict=True)
+        ]
+        layers = np.arange(1, len(mean) + 1)
+        last = np.where(resampled.draws[:, row] > tolerance, layers, 0).max(1)
+        shares = {int(layer): float(np.mean(last == layer)) for layer in np.unique(last)}
+        sure = layers[low > tolerance]
+        boundary = int(sure[-1]) if len(sure) else None
+        explanation = _explained(boundary, shares, mean, low, high, tolerance)
     return {
         "stages": names,
         "boundary_layer": boundary,
@@ -187,6 +164,20 @@ def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
         "tolerance": tolerance,
         "explanation": explanation,
     }
+
+
+def _explained(boundary: int | None, shares: dict[int, float], mean, low, high, tolerance: float) -> str:
+    """The boundary in words, from dH_FFN by layer: means and the bounds of their intervals."""
+    layer = boundary or int(mean.argmax()) + 1
+    number = f"{mean[layer - 1]:+.3f} nats [{low[layer - 1]:+.3f}, {high[layer - 1]:+.3f}]"
+    if boundary:
+        return (
+            f"layer {layer} is the last whose dH_FFN is positive beyond doubt: {number}; it is the last above "
+            f"{tolerance:g} in {100 * shares.get(layer, 0):.0f} % of resamples"
+        )
+    return (
+        f"no layer's dH_FFN is positive beyond doubt: the FFNs only converge; the largest is {number} in layer {layer}"
+    )
 
 
 def settled(answers: Sequence[AnswerSums]) -> bool:

@@ -15,7 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 
 import bupo
 from bupo.commands.parsing import parse_given
-from bupo.commands.train import NotedRun
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
 from bupo.evaluation.metrics import paired_difference
@@ -27,7 +26,7 @@ from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
 from bupo.training.console import ConsoleLines
-from bupo.training.run import train
+from bupo.training.run import NotedRun, train
 from bupo.training.setup import check_arguments
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
@@ -103,7 +102,8 @@ def run(arguments: list[str]) -> None:
             tokenizer=tokenizer,
             problems=train_set,
             reward_funcs=[math_reward],
-            callbacks=[NotedRun("demo", given), lines],
+            callbacks=[lines],
+            note=NotedRun("demo", given),
             title="BuPO on multi-step arithmetic: the embedded model",
         )
     after = _measure(done.model, tokenizer, held_out, console, "accuracy after")

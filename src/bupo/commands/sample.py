@@ -7,29 +7,30 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
-from bupo.analysis.run import top_tokens
+from bupo.analysis.views import top_tokens
 from bupo.commands.parsing import parse
-from bupo.data.templates import choose_template, prompt_ids
+from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.model.loading import load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
+from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_positive
 
 COLUMNS = 12  # positions a table holds
+KINDS = ("layer", "attn", "ffn")
 
 
 @dataclass
-class SampleArguments:
+class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
     """Options of `bupo sample`. At most one of layer, attn and ffn; by default the whole model speaks.
 
     Parameters:
-        model (`str`): hub id, folder, `.gguf` file, or `embedded`.
         prompt (`str`): what the user says; it goes through the chat template where there is one.
         layer, attn, ffn (`int`, *optional*): whose policy is sampled, counted from 1.
     """
 
     prompt: str | None = field(default=None, metadata={"help": "What the user says."})
-    model: str = field(default=EMBEDDED, metadata={"help": "Hub id, folder, .gguf file, or embedded."})
     layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
     attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
     ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
@@ -39,49 +40,67 @@ class SampleArguments:
         default="raw",
         metadata={"help": "raw (the paper's) or final_norm (the logit lens).", "choices": ["raw", "final_norm"]},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the policy; 0 takes the most likely token."})
     raw_prompt: bool = field(default=False, metadata={"help": "Give the prompt without the chat template."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
+        chosen = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
+        if not self.prompt:
+            raise UserError("prompt is not set: give --prompt 'some text'")
+        if self.raw_prompt and (self.system_prompt or self.chat_template):
+            raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
+        check_positive(self, "top")
+        self.check_model()
+        self.check_sampling()
+        check_template(self.chat_template)
 
 
 def run(arguments: list[str]) -> None:
     """Sample and show."""
-    (options,) = parse((SampleArguments,), arguments, "bupo sample")
-    chosen = {kind: getattr(options, kind) for kind in ("layer", "attn", "ffn") if getattr(options, kind) is not None}
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
-    if not options.prompt:
-        raise UserError("prompt is not set: give --prompt 'some text'")
-    for name in ("max_new_tokens", "top"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
-    if options.temperature < 0:
-        raise UserError(f"temperature must be 0 or more, got {options.temperature}")
-    tokenizer = load_tokenizer(options.model)
-    choose_template(tokenizer)
-    model = load_model(options.model, dtype="auto" if torch.accelerator.is_available() else "float32").eval()
+    (options,) = parse((SampleOptions,), arguments, "bupo sample")
+    options.check()
+    tokenizer = load_tokenizer(options.model, **options.loading())
+    choose_template(tokenizer, options.chat_template)
+    model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model
-    for kind, layer in chosen.items():
-        policy = getattr(policies, kind)(layer)
-    prompt = prompt_ids(
-        tokenizer, options.prompt if options.raw_prompt else [{"role": "user", "content": options.prompt}]
-    )
-    torch.manual_seed(options.seed)
-    out = policy.generate(
-        torch.tensor([prompt], device=model.device),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-        max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature > 0,
-        **({} if options.temperature > 0 else {"temperature": 1.0}),
-        pad_token_id=tokenizer.pad_token_id,
-    )[0, len(prompt) :].tolist()
+    for kind in KINDS:
+        if getattr(options, kind) is not None:
+            policy = getattr(policies, kind)(getattr(options, kind))
+    prompt = _prompt(tokenizer, options)
+    answer = _answer(policy, tokenizer, prompt, options)
     console = Console()
     console.print(f"[bold]{policy}[/]", highlight=False)
-    console.print(Text(tokenizer.decode(out)))
-    view = top_tokens(policies, tokenizer, prompt, out, options.top)
-    for start in range(0, len(out), COLUMNS):
+    console.print(Text(tokenizer.decode(answer)))
+    view = top_tokens(policies, tokenizer, prompt, answer, options.top)
+    for start in range(0, len(answer), COLUMNS):
         console.print(_table(view, slice(start, start + COLUMNS)))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> list[int]:
+    if options.raw_prompt:
+        return prompt_ids(tokenizer, str(options.prompt))
+    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+    return prompt_ids(tokenizer, [*system, {"role": "user", "content": options.prompt}])
+
+
+def _answer(
+    policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
+) -> list[int]:
+    torch.manual_seed(options.seed)
+    sampling = {"top_p": options.top_p} if options.temperature > 0 else {"do_sample": False, "temperature": 1.0}
+    ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
+    out = policy.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 def _table(view: dict, columns: slice) -> Table:

@@ -1,26 +1,13 @@
 """`bupo train`: a model, problems and a reward into a trained model, by BuPO or the methods it is compared with."""
 
 from rich.console import Console
-from transformers import TrainerCallback
 from trl import ModelConfig
 
 from bupo.commands.parsing import parse_given
 from bupo.errors import UserError
-from bupo.provenance import note_run
 from bupo.training.config import BuPOConfig
 from bupo.training.console import ConsoleLines
-from bupo.training.run import TrainOptions, train
-
-
-class NotedRun(TrainerCallback):
-    """Writes what was asked for into the run's folder, once training begins: what is refused leaves nothing."""
-
-    def __init__(self, command: str, given: dict):
-        self.command, self.given = command, given
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            note_run(args.output_dir, self.command, self.given)
+from bupo.training.run import NotedRun, TrainOptions, train
 
 
 def run(arguments: list[str]) -> None:
@@ -36,7 +23,8 @@ def run(arguments: list[str]) -> None:
             config,
             options,
             loading=model,
-            callbacks=[NotedRun("train", given), lines],
+            callbacks=[lines],
+            note=NotedRun("train", given),
             say=lambda line: console.print(line, highlight=False),
         )
     files = ", ".join(sorted(path.name for path in done.folder.iterdir() if path.is_file()))

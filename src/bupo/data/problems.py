@@ -3,6 +3,7 @@
 Whatever the source, the result is a dataset with two columns: `prompt` (messages) and `answer` (text).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def load_problems(
 
 
 def _rows(name: str, split: str, config: str | None, size: int | None, revision: str | None, seed: int) -> Dataset:
-    """The rows of a source as they are, at least one."""
+    """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
     if name == ARITHMETIC:
@@ -75,6 +76,11 @@ def _rows(name: str, split: str, config: str | None, size: int | None, revision:
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
     return rows
+
+
+def prompt_digests(problems: Dataset) -> list[str]:
+    """What tells problems apart: a digest of each one's messages."""
+    return [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12] for messages in problems["prompt"]]
 
 
 def _known_split(name: str, split: str) -> str:

@@ -45,6 +45,12 @@ def chat_template(name: str) -> str:
     raise UserError(f"chat_template must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}")
 
 
+def check_template(name: str | None) -> None:
+    """Raises [`UserError`] where a template is wanted and there is none of the name, before anything is loaded."""
+    if name:
+        chat_template(name)
+
+
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
     """Give a tokenizer the template that is wanted, or else the paper's for its model. Returns the choice, for people.
 

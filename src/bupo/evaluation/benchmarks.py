@@ -40,7 +40,13 @@ BENCHMARKS = {
 
 
 def load_benchmark(
-    name: str, *, size: int | None = None, system_prompt: str | None = None, seed: int = 0
+    name: str,
+    *,
+    size: int | None = None,
+    system_prompt: str | None = None,
+    seed: int = 0,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
 ) -> tuple[str, Dataset]:
     """A benchmark's label and problems.
 
@@ -50,22 +56,12 @@ def load_benchmark(
         size (`int`, *optional*): the first so many problems.
         system_prompt (`str`, *optional*): put before problems that have no system message.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks.
+        prompt_column, answer_column (`str`, *optional*): of a file or a hub id that is given, not of a name.
 
     Raises:
         UserError: if there is no such benchmark, or it cannot be loaded.
     """
-    label, _, where = name.partition("=")
-    known = BENCHMARKS.get(label)
-    source, _, revision = (where or label).partition("@")
-    elsewhere = "/" in source or source == ARITHMETIC or source.startswith(REASONING_GYM)
-    if not (known or elsewhere or source.endswith(tuple(FILE_KINDS))):
-        raise UserError(
-            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
-            "local file"
-        )
-    mark = known.answer_after if known else None
-    if where or known is None:
-        known = Benchmark(source, revision or None)
+    label, known = _named(name, prompt_column, answer_column)
     problems = load_problems(
         known.hub,
         "test",
@@ -77,23 +73,53 @@ def load_benchmark(
         revision=known.revision,
         seed=seed,
     )
-    if mark:
+    if known.answer_after:
+        mark = known.answer_after
         problems = problems.map(lambda row: {"answer": row["answer"].rpartition(mark)[2].strip()})
-    return (label if where or label in BENCHMARKS else _short(source)), problems
+    return label, problems
+
+
+def _named(name: str, prompt_column: str | None, answer_column: str | None) -> tuple[str, Benchmark]:
+    """A benchmark's label, and where its problems are."""
+    label, _, where = name.partition("=")
+    known = BENCHMARKS.get(label)
+    source, _, revision = (where or label).partition("@")
+    procedural = source == ARITHMETIC or source.startswith(REASONING_GYM)
+    if not (known or procedural or "/" in source or source.endswith(tuple(FILE_KINDS))):
+        raise UserError(
+            f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
+            "local file"
+        )
+    if known and not where:
+        return label, known
+    columns = (None, None) if procedural else (prompt_column, answer_column)
+    own = Benchmark(source, revision or None, *columns, answer_after=known.answer_after if known else None)
+    return (label if where else _short(source)), own
+
+
+def split_names(names: str | Sequence[str]) -> list[str]:
+    """Benchmarks' names, given as several words or with commas between them."""
+    words = [names] if isinstance(names, str) else names
+    return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 def load_benchmarks(
-    names: Sequence[str], size: int | None = None, system_prompt: str | None = None, seed: int = 0
+    names: Sequence[str],
+    size: int | None = None,
+    system_prompt: str | None = None,
+    seed: int = 0,
+    **columns: str | None,
 ) -> dict[str, Dataset]:
     """Problems by label. Gold answers that cannot be graded against are refused before anything is sampled.
 
     Args:
-        names, size, system_prompt, seed: of `load_benchmark`.
+        names, size, system_prompt, seed, columns: of `load_benchmark`; a name may be several, with commas between them.
 
     Raises:
         UserError: if a benchmark cannot be loaded, or two have one label.
     """
-    loaded = [load_benchmark(name, size=size, system_prompt=system_prompt, seed=seed) for name in names]
+    names = split_names(names)
+    loaded = [load_benchmark(name, size=size, system_prompt=system_prompt, seed=seed, **columns) for name in names]
     benchmarks = dict(loaded)
     if len(benchmarks) < len(names):
         raise UserError(f"benchmarks {', '.join(names)} have one label twice: write LABEL=FILE for one of them")

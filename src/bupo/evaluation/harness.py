@@ -9,78 +9,22 @@ import importlib.util
 import json
 import logging
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bupo.data.templates import template_options
 from bupo.errors import UserError, others
-from bupo.evaluation.run import SETTINGS_FILE, check_settings
-from bupo.files import write_json
+from bupo.evaluation.options import EvalOptions
+from bupo.evaluation.tasks import Task, label_of, task_named
 from bupo.sampling import TransformersEngine
+from bupo.store import Store, inside
 
-PREFIX = "harness:"
-RESULTS_FILE, RESPONSES_FILE = "harness.json", "responses"
-# what its answers depend on
-SETTINGS = ("model", "revision", "weights", "adapter", "dtype", "layer", "lens", "template", "max_new_tokens")
+RESULTS_FILE, RESPONSES_FILE = "harness.jsonl", "responses"
+# what its responses depend on, of what sampled answers do
+SETTINGS = ("weights", "dtype", "layer", "lens", "template", "max_new_tokens")
 Z95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of the harness, and which of its metrics is the benchmark's number. None: the first one.
-
-    Attributes:
-        name, chat_name (`str`): for a model without and with a chat template.
-        metric (`str`, *optional*): as the harness writes it, `metric,filter`.
-        template (`bool`): whether questions go through the chat template of a model that has one.
-    """
-
-    name: str
-    metric: str | None = None
-    chat_name: str | None = None
-    template: bool = True
-
-    def for_model(self, chat: bool) -> str:
-        """The task's name for a model with or without a chat template; that in the file of one's own task."""
-        return _name_in(self.file) if self.file else (self.chat_name if chat else None) or self.name
-
-    @property
-    def file(self) -> Path | None:
-        return Path(self.name) if self.name.endswith(".yaml") else None
-
-
-HARNESS = {
-    "mmlu-pro": Task("mmlu_pro", "exact_match,custom-extract"),
-    "gpqa-diamond": Task("gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"),
-    "arc-c": Task("arc_challenge", "acc_norm,none", template=False),  # compares the answers' likelihoods
-    "bbh": Task("bbh", "exact_match,get-answer"),
-    "humaneval": Task("humaneval", "pass@1,create_test", "humaneval_instruct"),
-}
-
-
-def is_harness(name: str) -> bool:
-    """Whether a benchmark's name is the harness'."""
-    return name in HARNESS or name.startswith(PREFIX)
-
-
-def label_of(name: str) -> str:
-    """The name without what says that it is the harness', or that it is a file."""
-    name = name.removeprefix(PREFIX)
-    return Path(name).stem if name.endswith(".yaml") else name
-
-
-def _task(name: str) -> Task:
-    return HARNESS.get(name) or Task(name.removeprefix(PREFIX))
-
-
-def _name_in(path: Path) -> str:
-    """The task's or group's name in its file, which may hold tags that plain YAML does not know."""
-    name = re.search(r"^(?:task|group): *[\"']?([\w-]+)", path.read_text(), re.MULTILINE) if path.is_file() else None
-    if name is None:
-        raise UserError(f"{path} is no file that names a task or a group")
-    return name[1]
 
 
 def check_task(name: str, chat: bool, run_code: bool) -> None:
@@ -101,7 +45,7 @@ def check_task(name: str, chat: bool, run_code: bool) -> None:
         raise _needs_leave(name)
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for leave once more
-    task = _task(name)
+    task = task_named(name)
     wanted = task.for_model(chat and task.template)
     with others(f"lm-eval-harness cannot load {wanted!r}"):  # of a hundred tasks, their data and their code
         loaded = _manager(task).load([wanted])
@@ -121,50 +65,86 @@ def _manager(task: Task) -> Any:
     return TaskManager(include_path=task.file and task.file.parent)
 
 
-def run_task(
-    name: str,
-    engine: TransformersEngine,
-    size: int | None,
-    folder: Path,
-    meta: dict,
-    run_code: bool = False,
-    system_prompt: str | None = None,
-) -> dict[str, Any]:
-    """A benchmark's numbers. A finished one is read from its folder, a broken-off one goes on.
+@dataclass(frozen=True)
+class HarnessRun:
+    """A benchmark of the harness in a folder.
+
+    Attributes:
+        task ([`Task`]), wanted (`str`): the task, and its name for the model.
+        chat (`bool`): whether questions go through the chat template.
+        store ([`~bupo.store.Store`]): its numbers, by the task's name, beside the responses of a broken-off run.
+    """
+
+    task: Task
+    wanted: str
+    chat: bool
+    store: Store[str, dict[str, Any]]
+
+
+def harness_run(
+    name: str, folder: Path, settings: Mapping[str, Any], options: EvalOptions, chat: bool, noted: Mapping[str, Any]
+) -> HarnessRun:
+    """A benchmark that `run_task` will run. Responses that its folder holds of other settings are refused here.
 
     Args:
         name (`str`): as for `check_task`.
-        engine ([`~bupo.sampling.TransformersEngine`]): its model, tokenizer, policy and longest answer.
-        size (`int`, *optional*): the first so many questions of each task; a group such as bbh has several tasks.
         folder (`Path`): of the evaluation.
-        meta (`dict`): the evaluation's, of which the answers depend on some.
-        run_code (`bool`, *optional*): whether a task may run what the model writes.
-        system_prompt (`str`, *optional*): the system message, for a model with a chat template.
+        settings (`dict`): of the evaluation, of which the responses depend on some.
+        options ([`EvalOptions`]): size, system prompt, and whether to overwrite.
+        chat (`bool`): whether the model has a chat template.
+        noted (`dict`): of [`~bupo.store.Store`].
+
+    Raises:
+        UserError: if the folder holds responses of other settings.
+    """
+    task = task_named(name)
+    chat = chat and task.template
+    wanted = task.for_model(chat)
+    depends = {key: settings[key] for key in SETTINGS if key in settings} | {"size": options.size, "task": wanted}
+    depends["system_prompt"] = options.system_prompt
+    if task.file:
+        depends["task_sha256"] = hashlib.sha256(task.file.read_bytes()).hexdigest()
+    store: Store[str, dict[str, Any]] = Store(
+        inside(folder / "harness", label_of(name)),
+        RESULTS_FILE,
+        "responses",
+        lambda line: (json.loads(line)["task"], json.loads(line)),
+        lambda key, row: json.dumps(row),
+        depends,
+        noted=noted,
+        beside=f"{RESPONSES_FILE}*",
+        overwrite=options.overwrite,
+    )
+    return HarnessRun(task, wanted, chat, store)
+
+
+def run_task(run: HarnessRun, engine: TransformersEngine, options: EvalOptions) -> dict[str, Any]:
+    """A benchmark's numbers. Those that the folder holds are given back, a broken-off run goes on.
+
+    Args:
+        run ([`HarnessRun`]): of `harness_run`.
+        engine ([`~bupo.sampling.TransformersEngine`]): its model, tokenizer, policy and longest answer.
+        options ([`EvalOptions`]): size, system prompt, and whether a task may run what the model writes.
 
     Raises:
         UserError: if the harness cannot run it.
     """
-    task, here = _task(name), folder / "harness" / label_of(name)
-    chat = engine.tokenizer.chat_template is not None and task.template
-    wanted, path = task.for_model(chat), here / RESULTS_FILE
-    settings = {key: meta[key] for key in SETTINGS if key in meta} | {"size": size, "task": wanted}
-    settings["system_prompt"] = system_prompt
-    if task.file:
-        settings["task_sha256"] = hashlib.sha256(task.file.read_bytes()).hexdigest()
-    check_settings(here, settings, "responses", path.exists() or any(here.glob(f"{RESPONSES_FILE}*")))
-    if path.exists():
-        return json.loads(path.read_text())
-    here.mkdir(parents=True, exist_ok=True)
-    write_json(here / SETTINGS_FILE, settings)
-    options = {"limit": size, "confirm_run_unsafe_code": run_code, "system_instruction": system_prompt}
-    with others(f"lm-eval-harness cannot run {wanted!r}"):
-        results = _simple_evaluate(engine, task, wanted, chat, here, **options)
-    found = _numbers(results, wanted, task.metric)
-    write_json(path, found)
-    return found
+    run.store.begin()
+    if run.wanted in run.store.rows:
+        return run.store.rows[run.wanted]
+    with others(f"lm-eval-harness cannot run {run.wanted!r}"):
+        results = _simple_evaluate(
+            engine,
+            run,
+            limit=options.size,
+            confirm_run_unsafe_code=options.run_code,
+            system_instruction=options.system_prompt,
+        )
+    run.store.add(run.wanted, _numbers(results, run.wanted, run.task.metric))
+    return run.store.rows[run.wanted]
 
 
-def _simple_evaluate(engine: TransformersEngine, task: Task, wanted: str, chat: bool, here: Path, **options) -> dict:
+def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -182,10 +162,10 @@ def _simple_evaluate(engine: TransformersEngine, task: Task, wanted: str, chat: 
                 batch_size=engine.batch_size,
                 chat_template_args=template_options(engine.tokenizer),
             ),
-            tasks=[wanted],
-            task_manager=_manager(task),
-            apply_chat_template=chat,
-            use_cache=str(here / RESPONSES_FILE),
+            tasks=[run.wanted],
+            task_manager=_manager(run.task),
+            apply_chat_template=run.chat,
+            use_cache=str(run.store.folder / RESPONSES_FILE),
             log_samples=False,
             **options,
         )

@@ -1,208 +1,286 @@
-"""One benchmark: sample what is missing, keep every answer as it finishes, grade, and sum up."""
+"""`bupo.evaluate`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from datasets import Dataset
+from rich.progress import Progress
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.templates import prompt_ids
+from bupo.data.templates import check_template
 from bupo.errors import UserError
-from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
-from bupo.files import whole_rows, write_json
-from bupo.rewards.grader import MathGrader, Verdict
-from bupo.sampling import Answer, Engine, Request, seed_of
+from bupo.evaluation.answers import (
+    GRADED_FILE,
+    Key,
+    correct_of,
+    finished,
+    graded,
+    prompts_of,
+    sample,
+    samples,
+    summarize,
+)
+from bupo.evaluation.benchmarks import load_benchmarks
+from bupo.evaluation.harness import HarnessRun, check_task, harness_run, run_task
+from bupo.evaluation.metrics import paired_difference
+from bupo.evaluation.options import EvalOptions
+from bupo.evaluation.source import Source, kept_meta, kept_settings
+from bupo.evaluation.tasks import is_harness, label_of
+from bupo.files import in_one_piece, write_json
+from bupo.model.loading import EMBEDDED
+from bupo.options import changed
+from bupo.progress import task
+from bupo.provenance import note_run
+from bupo.report.samples import write_samples_page
+from bupo.report.scores import write_scores
+from bupo.rewards.grader import check_golds
+from bupo.sampling import Answer, TransformersEngine
+from bupo.store import Store, inside
 
-SAMPLES_FILE, SETTINGS_FILE, GRADED_FILE = "samples.jsonl", "settings.json", "graded.parquet"
-DEADLINE = 5.0  # seconds, of grading an answer
-GRADED_AT_ONCE = 256
+SUMMARY_FILE = "summary.json"
 
-Key = tuple[int, int]  # problem, sample
+logger = logging.getLogger(__name__)
 
 
-class Samples:
-    """The finished answers of a benchmark in a folder, written as they come.
-
-    Args:
-        folder (`Path`): where `samples.jsonl` is, or will be.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
 
     Attributes:
-        found (`dict[tuple[int, int], Answer]`): by problem and sample.
+        benchmarks (`dict[str, dict]`): numbers by benchmark: `avg@k` and its interval, `pass@k`, `majority@k` …
+        harness (`dict[str, dict]`): numbers of lm-eval-harness' benchmarks.
+        tables (`dict[str, pd.DataFrame]`): graded answers by benchmark: question, gold, text, verdict …
+        prompts (`dict[str, str]`): by benchmark, the first prompt as the model reads it.
+        meta (`dict`): model, weights, template, sampling, versions.
+        folder (`Path`): of the run.
+        compared_with (`str`, *optional*): the folder of the other evaluation.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / SAMPLES_FILE
-        self.found: dict[Key, Answer] = dict(whole_rows(self.path, _read_sample))
+    meta: dict[str, Any]
+    folder: Path
+    compared_with: str | None = None
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
 
-    def made_with(self, settings: dict, problems: list[str]) -> None:
-        """Refuse to mix answers that depend on different things; note what these depend on.
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        found = {"schema_version": 2, "meta": self.meta, "benchmarks": self.benchmarks, "harness": self.harness}
+        return found | ({"compared_with": self.compared_with} if self.compared_with else {})
 
-        Args:
-            settings (`dict`): the same for every answer.
-            problems (`list[str]`): what tells the problems apart, in their order. A run may know more of them than another.
-
-        Raises:
-            UserError: if there are answers, and they were made with other settings or to other problems.
-        """
-        known = check_settings(self.folder, settings, "answers", bool(self.found)).get("problems", [])
-        if any(a != b for a, b in zip(known, problems, strict=False)):
-            raise UserError(
-                f"{self.folder} holds answers to other problems: choose another output, or remove that folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SETTINGS_FILE, settings | {"problems": max(known, problems, key=len)})
-
-    def add(self, request: Request, answer: Answer) -> None:
-        """Keep an answer that has just finished."""
-        self.found[request.problem, request.sample] = answer
-        with self.path.open("a") as file:
-            file.write(json.dumps({"problem": request.problem, "sample": request.sample, **asdict(answer)}) + "\n")
+    def write(self) -> None:
+        """What is known so far, into the folder."""
+        summary = self.summary()
+        write_json(self.folder / SUMMARY_FILE, summary)
+        write_scores(summary, self.folder)
+        if self.tables:
+            write_samples_page(self.tables, summary, self.prompts, self.folder / "report.html")
 
 
-def check_settings(folder: Path, settings: dict, what: str, held: bool) -> dict:
-    """The settings that a folder's answers were made with, which must be these. Nothing where it holds none.
+def evaluate(
+    model: str | nn.Module,
+    options: EvalOptions | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    benchmarks: Mapping[str, Dataset] | None = None,
+    bar: Progress | None = None,
+) -> Evaluation:
+    """Sample, grade and sum up, benchmark by benchmark, and write the run's folder.
+
+    Args:
+        model (`str` or `PreTrainedModel`): a name as of [`load_model`], or a loaded model with its tokenizer.
+        options ([`EvalOptions`], *optional*): everything else. Its `model` gives way to the argument.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+        benchmarks (`dict[str, Dataset]`, *optional*): problems by label, with `prompt` (messages) and `answer`, instead of
+            those that the options name.
+        bar (`rich.progress.Progress`, *optional*): shows how far it is.
 
     Raises:
-        UserError: with the first that differs.
+        UserError: for bad options, a model or problems that cannot be read, or a folder with work of other settings.
     """
-    path = folder / SETTINGS_FILE
-    if not held:
-        return {}
-    if not path.exists():
-        raise UserError(
-            f"{folder} holds {what}, but not what they were made with ({SETTINGS_FILE} is missing): choose another output, "
-            "or remove that folder"
+    options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
+    options.check()
+    check_template(options.chat_template)
+    problems, tasks = _benchmarks(options, benchmarks)
+    theirs = _finished_summary(options.compare, problems)
+    source = None
+    if options.engine != "kept":
+        source = Source(model if isinstance(model, nn.Module) else model or EMBEDDED, options, tokenizer)
+    works = [_work(label, rows, source, options) for label, rows in problems.items()]
+    runs = {label: _harness(name, source, options) for label, name in tasks.items()}
+    meta = source.meta if source else kept_meta(Path(options.output), list(problems))
+    objects = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
+    note_run(options.output, "eval", changed(options), objects)
+    found = Evaluation(meta, Path(options.output), options.compare)
+    for work in works:
+        _evaluated(work, found, source, theirs, options, bar)
+    _harnessed(runs, found, source, options)
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A benchmark that will be answered.
+
+    Attributes:
+        label (`str`), problems (`Dataset`): the benchmark.
+        prompts (`list[tuple[int, ...]]`): token ids; none where answers are only graded.
+        prompt (`str`): the first, as the model reads it.
+        store ([`~bupo.store.Store`]): of the answers.
+    """
+
+    label: str
+    problems: Dataset
+    prompts: list[tuple[int, ...]]
+    prompt: str
+    store: Store[Key, Answer]
+
+
+def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """Problems by label, and the harness' benchmarks by label. What cannot be loaded or graded is refused here."""
+    if given is not None:
+        for label, problems in given.items():
+            check_golds(problems["answer"], label)
+        return dict(given), {}
+    tasks = {label_of(name): name for name in options.names if is_harness(name)}
+    problems = load_benchmarks(
+        [name for name in options.names if not is_harness(name)],
+        options.size,
+        options.system_prompt,
+        options.seed,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+    )
+    if not options.names or len(tasks) + len(problems) < len(options.names) or tasks.keys() & problems.keys():
+        named = ",".join(options.benchmarks)
+        raise UserError(f"benchmarks {named!r} names none, or two of one label: write LABEL=FILE for one")
+    for label in (*problems, *tasks):
+        inside(options.output, label)
+    return problems, tasks
+
+
+def _work(label: str, problems: Dataset, source: Source | None, options: EvalOptions) -> _Work:
+    """A benchmark and its store, which refuses answers of other settings."""
+    here = inside(options.output, label)
+    if source is None:
+        settings = kept_settings(here)
+        known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
+        work = _Work(label, problems, [], settings["prompt"], samples(here, settings, problems.select(range(known))))
+        work.store.begin()
+        _kept(work, options.k)
+        return work
+    prompts = prompts_of(problems, source.tokenizer)
+    prompt = source.tokenizer.decode(prompts[0])
+    longest = max(map(len, prompts)) + options.max_new_tokens
+    if source.context and longest > source.context:
+        logger.warning(
+            "%s: prompts and answers may reach %s tokens, beyond the model's context of %s",
+            label,
+            longest,
+            source.context,
         )
-    before = json.loads(path.read_text())
-    for name, value in json.loads(json.dumps(settings)).items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{folder} holds {what} made with another {name} ({before.get(name)!r:.60}, now {value!r:.60}): choose "
-                "another output, or remove that folder"
-            )
-    return before
+    settings = source.settings | {"prompt": prompt}
+    return _Work(label, problems, prompts, prompt, samples(here, settings, problems, source.noted, options.overwrite))
 
 
-def _read_sample(line: str) -> tuple[Key, Answer]:
-    row = json.loads(line)
-    return (row.pop("problem"), row.pop("sample")), Answer(**row)
+def _harness(name: str, source: Source | None, options: EvalOptions) -> HarnessRun:
+    """A benchmark of the harness and its store, once its data is there."""
+    assert source is not None  # the options refuse other engines
+    chat = source.tokenizer.chat_template is not None
+    check_task(name, chat, options.run_code)
+    return harness_run(name, Path(options.output), source.settings, options, chat, source.noted)
 
 
-def prompts_of(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
-    """Token ids of each problem's prompt. Options are the chat template's."""
-    return [tuple(prompt_ids(tokenizer, messages, **options)) for messages in problems["prompt"]]
+def _evaluated(
+    work: _Work,
+    found: Evaluation,
+    source: Source | None,
+    theirs: dict[str, dict],
+    options: EvalOptions,
+    bar: Progress | None,
+) -> None:
+    """One benchmark, into what was found and into the folder."""
+    table = _answered(work, source, options, bar)
+    numbers = summarize(table)
+    if work.label in theirs:
+        numbers |= _compared(work.label, table, theirs, options)
+    found.tables[work.label], found.prompts[work.label], found.benchmarks[work.label] = table, work.prompt, numbers
+    found.write()
 
 
-def sample(
-    engine: Engine,
-    prompts: Sequence[tuple[int, ...]],
-    k: int,
-    seed: int = 0,
-    kept: Samples | None = None,
-    on_answer: Callable[[int], None] = lambda done: None,
-) -> list[list[Answer]]:
-    """k answers to each prompt.
-
-    Args:
-        engine (`Engine`): samples.
-        prompts (`list[tuple[int, ...]]`): token ids by problem.
-        k (`int`): answers a problem.
-        seed (`int`, *optional*, defaults to `0`): of the run.
-        kept ([`Samples`], *optional*): finished answers, which are not sampled again; new ones are added as they come.
-        on_answer (`Callable`, *optional*): called with the number of answers just finished.
-
-    Returns:
-        `list[list[Answer]]`: by problem and sample.
-    """
-    found = {} if kept is None else kept.found
-    wanted = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
-    missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
-    on_answer(len(wanted) - len(missing))
-    for request, answer in engine(missing):
-        if kept is None:
-            found[request.problem, request.sample] = answer
-        else:
-            kept.add(request, answer)
-        on_answer(1)
-    return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
+def _harnessed(runs: dict[str, HarnessRun], found: Evaluation, source: Source | None, options: EvalOptions) -> None:
+    """The harness' benchmarks, into what was found and into the folder."""
+    for label, run in runs.items():
+        assert source is not None and isinstance(source.engine, TransformersEngine)  # the options refuse others
+        found.harness[label] = run_task(run, source.engine, options)
+        found.write()
 
 
-def graded(
-    problems: Dataset,
-    answers: list[list[Answer]],
-    deadline: float = DEADLINE,
-    on_graded: Callable[[int], None] = lambda done: None,
-) -> pd.DataFrame:
-    """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated.
-
-    Args:
-        problems (`Dataset`): with `prompt` and `answer`.
-        answers (`list[list[Answer]]`): by problem and sample.
-        deadline (`float`, *optional*, defaults to `5.0`): seconds that grading an answer may take.
-        on_graded (`Callable`, *optional*): called with the number of answers just graded.
-    """
-    rows = [
-        {
-            "problem": p,
-            "sample": n,
-            "question": problems[p]["prompt"][-1]["content"],
-            "gold": problems[p]["answer"],
-            **asdict(a),
-        }
-        for p, samples in enumerate(answers)
-        for n, a in enumerate(samples)
-    ]
-    table = pd.DataFrame(rows)
-    for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
-        table[column] = [text.encode(errors="replace").decode() for text in table[column]]
-    grader, grades = MathGrader(deadline=deadline), []
-    try:
-        for start in range(0, len(table), GRADED_AT_ONCE):
-            part = table[start : start + GRADED_AT_ONCE]
-            grades += grader.examine(list(part["text"]), list(part["gold"]))
-            on_graded(len(part))
-    finally:
-        grader.close()
-    table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]
+def _answered(work: _Work, source: Source | None, options: EvalOptions, bar: Progress | None) -> pd.DataFrame:
+    """The benchmark's graded table, written into its folder."""
+    total = len(work.problems) * options.k
+    if source is None:
+        answers = _kept(work, options.k)
+    else:
+        work.store.begin()
+        done = task(bar, f"{work.label}: answers", total)
+        answers = sample(source.engine, work.prompts, options.k, options.seed, work.store, done)
+    table = graded(work.problems, answers, options.deadline, task(bar, f"{work.label}: grades", total))
+    with in_one_piece(work.store.folder / GRADED_FILE) as part:
+        table.to_parquet(part)
     return table
 
 
-def summarize(table: pd.DataFrame) -> dict:
-    """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict."""
-    correct = correct_of(table)
-    problems, k = correct.shape
-    values = table["value"].to_numpy().reshape(problems, k)
-    mean, interval = avg_at_k(correct)
+def _kept(work: _Work, k: int) -> list[list[Answer]]:
+    """The answers that a folder holds."""
+    rows, problems = work.store.rows, range(len(work.problems))
+    for problem in problems:
+        held = sum((problem, n) in rows for n in range(k))
+        if held < k:
+            raise UserError(
+                f"{work.store.folder} holds {held} answers to problem {problem}, and k is {k}: lower k or size, or sample "
+                "the rest with another engine"
+            )
+    return [[rows[p, n] for n in range(k)] for p in problems]
+
+
+def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
+    """The numbers of the run that is compared with, by label.
+
+    Raises:
+        UserError: if there is none, or it has no benchmark in common with this one.
+    """
+    if folder is None:
+        return {}
+    path = Path(folder) / SUMMARY_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
+    theirs = json.loads(path.read_text())["benchmarks"]
+    if not theirs.keys() & benchmarks.keys():
+        raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
+    return theirs
+
+
+def _compared(label: str, table: pd.DataFrame, theirs: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
+    """The paired difference to another run, of a benchmark that both hold."""
+    other = Path(options.compare or "") / label
+    before = finished(other)
+    if _questions(before) != _questions(table):
+        raise UserError(f"{other} holds other problems than {label}: a paired difference needs the same ones")
+    difference, interval = paired_difference(correct_of(before), correct_of(table))
     return {
-        "problems": problems,
-        "k": k,
-        "avg@k": mean,
-        "avg@k_interval": interval,
-        "pass@k": {str(size): share for size, share in pass_curve(correct).items()},
-        "majority@k": majority_at_k([[None if pd.isna(v) else v for v in row] for row in values], correct),
-        "mean_tokens": float(table["tokens"].mean()),
-        "truncated": int(table["truncated"].sum()),
-        "verdicts": {str(verdict): int((table["verdict"] == verdict).sum()) for verdict in Verdict},
+        "compared_pass@k": theirs[label]["pass@k"],
+        "difference": difference,
+        "difference_interval": interval,
     }
 
 
-def correct_of(table: pd.DataFrame) -> np.ndarray:
-    """`correct_PN` of a graded table."""
-    correct = (table["verdict"] == Verdict.CORRECT).to_numpy()
-    return correct.reshape(table["problem"].nunique(), -1)
-
-
-def finished(folder: Path) -> pd.DataFrame:
-    """The graded table of a finished benchmark's folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = folder / GRADED_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
-    return pd.read_parquet(path)
+def _questions(table: pd.DataFrame) -> list[str]:
+    return table.groupby("problem", sort=True)["question"].first().tolist()

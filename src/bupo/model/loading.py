@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.errors import UserError, others
@@ -62,7 +61,7 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
 
 def load_on_device(
     name: str, dtype: str = "auto", device_map: str | None = None, adapter: str | None = None, **kwargs
-) -> PreTrainedModel | PeftModel:
+) -> PreTrainedModel:
     """A model with its adapter on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
 
     Args:
@@ -81,6 +80,8 @@ def load_on_device(
         model.to(torch.accelerator.current_accelerator())
     if adapter is None:
         return model
+    from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
+
     with others(f"adapter {adapter!r} cannot be put on the model", OSError, ValueError, RuntimeError):
         return PeftModel.from_pretrained(model, adapter).eval()
 

@@ -26,13 +26,14 @@ from bupo.data.templates import chat_template, choose_template, plain_text, temp
 from bupo.errors import UserError, others
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.model.loading import load_model, load_tokenizer
-from bupo.options import ColumnOptions, DatasetOptions, PromptOptions
+from bupo.options import ColumnOptions, DatasetOptions, PromptOptions, changed
+from bupo.provenance import note_run
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
+from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
-from bupo.training.probes import DYNAMICS_FILE
 from bupo.training.schedule import Schedule
 from bupo.training.trainer import BuPOTrainer
 
@@ -98,6 +99,17 @@ class TrainingRun:
 Reward = Callable[..., list[float | None]]
 
 
+class NotedRun(TrainerCallback):
+    """Writes what was asked for into the run's folder once training begins: what is refused leaves nothing."""
+
+    def __init__(self, command: str, given: dict[str, Any], objects: Sequence[str] = ()):
+        self.noted = (command, given, objects)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            note_run(args.output_dir, *self.noted)
+
+
 def train(
     model: str | PreTrainedModel,
     config: BuPOConfig,
@@ -108,32 +120,47 @@ def train(
     reward_funcs: Sequence[Reward] | None = None,
     loading: ModelConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    note: NotedRun | None = None,
     title: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainingRun:
     """Train a model by BuPO, or by the methods that it is compared with, into the folder `config.output_dir`.
 
     Args:
-        model (`str` or `PreTrainedModel`): `embedded`, a folder, a `.gguf` file, a hub id, or a loaded one and its `tokenizer`.
-        config ([`BuPOConfig`]): of the run.
-        options ([`TrainOptions`], *optional*): problems, template and rewards.
+        model (`str` or `PreTrainedModel`): as of [`load_model`], or a loaded one with its `tokenizer`.
+        config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*): of the run; problems, template and rewards.
         problems (`Dataset`), reward_funcs (`list[Callable]`, *optional*): instead of those that `options` names.
         loading (`ModelConfig`, *optional*): TRL's: dtype, revision, attention, quantization and PEFT.
         callbacks (`list[TrainerCallback]`, *optional*): transformers'.
-        title (`str`, *optional*): above the figures; by default the folder's name.
-        say (`Callable`, *optional*): called with a line on what is being done.
+        note ([`NotedRun`], *optional*): what `config.yaml` holds; by default all that differs from the defaults.
+        title (`str`), say (`Callable`, *optional*): above the figures; called with a line on what is being done.
 
     Raises:
         UserError: for a value that is refused, before anything is written, or a run that cannot go on.
     """
     options, loading = options or TrainOptions(), loading or ModelConfig()
+    note = note or _noted(model, config, options, loading, {"problems": problems, "reward_funcs": reward_funcs})
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
     checkpoint = checkpoint_to_resume(config)
     sets = _problem_sets(options, config, problems, rewards)
     if isinstance(model, str):
         model, tokenizer = _loaded(model, config, loading)
-    trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, callbacks, say)
+    trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
     return _trained(trainer, checkpoint, title)
+
+
+def _noted(
+    model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]
+) -> NotedRun:
+    """The options that differ from their defaults, as `bupo train --config` takes them, and what no file can hold."""
+    plain = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
+    derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
+    differ = {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
+    trained = {name: value for name, value in differ.items() if name not in derived}
+    named = {"model_name_or_path": model} if isinstance(model, str) else {}
+    objects = objects | {"model": None if named else model}
+    given = changed(loading) | named | trained | changed(options)
+    return NotedRun("train", given, sorted(name for name, value in objects.items() if value is not None))
 
 
 def _trainer(

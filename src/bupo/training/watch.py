@@ -11,15 +11,16 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
-from bupo.analysis.run import model_meta
 from bupo.files import write_json
+from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
 from bupo.training.config import BuPOConfig
+from bupo.training.dynamics import Dynamics
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
-from bupo.training.probes import ANSWER_TOKENS, Answers, Dynamics, default_cadence, probe
+from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
 from bupo.training.schedule import Schedule
 
 logger = get_logger(__name__)

@@ -1,0 +1,59 @@
+"""What every layer would have said at each position of an answer."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bupo.analysis.rollouts import Rollout
+from bupo.model.policy import InternalPolicies
+from bupo.model.residual import Site
+
+VIEW_ANSWERS, VIEW_TOKENS, VIEW_TOP = 6, 96, 5  # of the token x layer view
+
+
+@torch.no_grad()
+def top_tokens(
+    policies: InternalPolicies,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    answer: list[int],
+    top: int = VIEW_TOP,
+) -> dict:
+    """What every layer's policy would say at each answer position.
+
+    Returns:
+        `dict`: `tokens` (the answer's, as text, T), and by layer 1..L and token: `entropy` (nats), `chosen` (probability of
+        the token that was generated), `top` (pairs of text and probability, most likely first).
+    """
+    stream = policies.stream
+    layers = range(1, stream.num_layers + 1)
+    first = len(prompt) - 1
+    device = stream.model.get_input_embeddings().weight.device
+    ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
+    states = stream.run([Site("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
+    targets = torch.tensor(answer)[:, None]
+    view: dict = {"tokens": [_shown(tokenizer, t) for t in answer], "entropy": [], "chosen": [], "top": []}
+    for layer in layers:
+        rows: dict[str, list] = {"entropy": [], "chosen": [], "top": []}
+        x = stream.lensed(states[Site("layer", layer)], policies.lens)
+        for piece, target in zip(x.split(32), targets.split(32), strict=True):
+            log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
+            rows["entropy"] += [round(h, 3) for h in (-(log_p.exp() * log_p).sum(-1)).tolist()]
+            rows["chosen"] += [round(p, 4) for p in log_p.gather(1, target)[:, 0].exp().tolist()]
+            best = log_p.topk(min(top, log_p.size(1)))
+            for values, tokens in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):
+                rows["top"].append([[_shown(tokenizer, t), round(p, 4)] for t, p in zip(tokens, values, strict=True)])
+        for name, values in rows.items():
+            view[name].append(values)
+    return view
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥") or f"⟨{token}⟩"
+
+
+def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]) -> list[dict]:
+    """The token x layer views of the first few answers, with their prompts."""
+    return [
+        {"prompt": r.prompt, **top_tokens(policies, tokenizer, r.prompt_ids, r.completion_ids[:VIEW_TOKENS])}
+        for r in rollouts[:VIEW_ANSWERS]
+    ]

@@ -1,0 +1,170 @@
+"""One benchmark's answers: sample what is missing, keep each as it finishes, grade, and sum up."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from bupo.data.problems import prompt_digests
+from bupo.data.templates import prompt_ids
+from bupo.errors import UserError
+from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
+from bupo.rewards.grader import MathGrader, Verdict
+from bupo.sampling import Answer, Engine, Request, seed_of
+from bupo.store import Store
+
+SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
+DEADLINE = 5.0  # seconds, of grading an answer
+GRADED_AT_ONCE = 256
+
+Key = tuple[int, int]  # problem, sample
+
+
+def samples(
+    folder: Path,
+    settings: Mapping[str, Any],
+    problems: Dataset,
+    noted: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Store[Key, Answer]:
+    """The store of a benchmark's answers, by problem and sample.
+
+    Args:
+        folder (`Path`): of the benchmark.
+        settings (`dict`): what every answer depends on.
+        problems (`Dataset`): with `prompt` (messages).
+        noted, overwrite: of [`~bupo.store.Store`].
+    """
+    digests = prompt_digests(problems)
+    return Store(folder, SAMPLES_FILE, "answers", _read, _write, settings, digests, noted=noted, overwrite=overwrite)
+
+
+def _read(line: str) -> tuple[Key, Answer]:
+    row = json.loads(line)
+    return (row.pop("problem"), row.pop("sample")), Answer(**row)
+
+
+def _write(key: Key, answer: Answer) -> str:
+    return json.dumps({"problem": key[0], "sample": key[1], **asdict(answer)})
+
+
+def prompts_of(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
+    """Token ids of each problem's prompt. Options are the chat template's."""
+    return [tuple(prompt_ids(tokenizer, messages, **options)) for messages in problems["prompt"]]
+
+
+def sample(
+    engine: Engine,
+    prompts: Sequence[tuple[int, ...]],
+    k: int,
+    seed: int = 0,
+    kept: Store[Key, Answer] | None = None,
+    on_answer: Callable[[int], None] = lambda done: None,
+) -> list[list[Answer]]:
+    """k answers to each prompt.
+
+    Args:
+        engine (`Engine`): samples.
+        prompts (`list[tuple[int, ...]]`): token ids by problem.
+        k (`int`): answers a problem.
+        seed (`int`, *optional*, defaults to `0`): of the run.
+        kept ([`~bupo.store.Store`], *optional*): finished answers, not sampled again; new ones are added as they come.
+        on_answer (`Callable`, *optional*): called with the number of answers just finished.
+
+    Returns:
+        `list[list[Answer]]`: by problem and sample.
+    """
+    found = {} if kept is None else kept.rows
+    wanted = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
+    missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
+    on_answer(len(wanted) - len(missing))
+    for request, answer in engine(missing):
+        if kept is None:
+            found[request.problem, request.sample] = answer
+        else:
+            kept.add((request.problem, request.sample), answer)
+        on_answer(1)
+    return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
+
+
+def graded(
+    problems: Dataset,
+    answers: list[list[Answer]],
+    deadline: float = DEADLINE,
+    on_graded: Callable[[int], None] = lambda done: None,
+) -> pd.DataFrame:
+    """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated.
+
+    Args:
+        problems (`Dataset`): with `prompt` and `answer`.
+        answers (`list[list[Answer]]`): by problem and sample.
+        deadline (`float`, *optional*, defaults to `5.0`): seconds that grading an answer may take.
+        on_graded (`Callable`, *optional*): called with the number of answers just graded.
+    """
+    rows = [
+        {
+            "problem": p,
+            "sample": n,
+            "question": problems[p]["prompt"][-1]["content"],
+            "gold": problems[p]["answer"],
+            **asdict(a),
+        }
+        for p, samples in enumerate(answers)
+        for n, a in enumerate(samples)
+    ]
+    table = pd.DataFrame(rows)
+    for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
+        table[column] = [text.encode(errors="replace").decode() for text in table[column]]
+    grader, grades = MathGrader(deadline=deadline), []
+    try:
+        for start in range(0, len(table), GRADED_AT_ONCE):
+            part = table[start : start + GRADED_AT_ONCE]
+            grades += grader.examine(list(part["text"]), list(part["gold"]))
+            on_graded(len(part))
+    finally:
+        grader.close()
+    table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]
+    return table
+
+
+def summarize(table: pd.DataFrame) -> dict:
+    """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict."""
+    correct = correct_of(table)
+    problems, k = correct.shape
+    values = table["value"].to_numpy().reshape(problems, k)
+    mean, interval = avg_at_k(correct)
+    return {
+        "problems": problems,
+        "k": k,
+        "avg@k": mean,
+        "avg@k_interval": interval,
+        "pass@k": {str(size): share for size, share in pass_curve(correct).items()},
+        "majority@k": majority_at_k([[None if pd.isna(v) else v for v in row] for row in values], correct),
+        "mean_tokens": float(table["tokens"].mean()),
+        "truncated": int(table["truncated"].sum()),
+        "verdicts": {str(verdict): int((table["verdict"] == verdict).sum()) for verdict in Verdict},
+    }
+
+
+def correct_of(table: pd.DataFrame) -> np.ndarray:
+    """`correct_PN` of a graded table."""
+    correct = (table["verdict"] == Verdict.CORRECT).to_numpy()
+    return correct.reshape(table["problem"].nunique(), -1)
+
+
+def finished(folder: Path) -> pd.DataFrame:
+    """The graded table of a finished benchmark's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = folder / GRADED_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
+    return pd.read_parquet(path)

@@ -1,0 +1,109 @@
+"""The options of an evaluation."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from bupo.errors import UserError
+from bupo.evaluation.answers import DEADLINE
+from bupo.evaluation.benchmarks import BENCHMARKS, split_names
+from bupo.evaluation.tasks import HARNESS, is_harness
+from bupo.model.policy import Lens
+from bupo.options import (
+    BatchedSamplingOptions,
+    ColumnOptions,
+    ModelOptions,
+    PromptOptions,
+    RunOptions,
+    check_positive,
+)
+
+EngineName = Literal["transformers", "vllm", "server", "kept"]
+
+
+@dataclass
+class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
+    """Options of `bupo.evaluate` and `bupo eval`; those that other commands have too are told of in `bupo.options`.
+
+    Parameters:
+        model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
+        benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and of lm-eval-harness
+            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`.
+        size (`int`, *optional*): the first so many problems of each benchmark (of each task, in the harness).
+        prompt_column, answer_column (`str`, *optional*): of files and hub ids among the benchmarks.
+        k (`int`): answers a problem.
+        engine (`str`): `transformers`, `vllm` (in this process), `server` (with `server`, its address), or `kept`: only the
+            answers that `output` holds.
+        layer (`int`, *optional*): evaluate this layer's policy.
+        compare (`str`, *optional*): the folder of another evaluation of the same problems.
+    """
+
+    model: str = field(
+        default="",
+        metadata={"help": "Hub id, folder, .gguf file, or embedded (the default). With server: what it serves."},
+    )
+    benchmarks: list[str] = field(
+        default_factory=lambda: ["arithmetic"],
+        metadata={
+            "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic; by "
+            f"lm-eval-harness {', '.join(HARNESS)}, harness:TASK."
+        },
+    )
+    size: int | None = field(
+        default=None, metadata={"help": "The first so many problems of each benchmark (of each task, in the harness)."}
+    )
+    k: int = field(default=16, metadata={"help": "Answers sampled to each problem."})
+    layer: int | None = field(default=None, metadata={"help": "Evaluate the policy of this layer's output."})
+    lens: Lens = field(
+        default="raw",
+        metadata={"help": "Of --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
+    )
+    engine: EngineName = field(
+        default="transformers",
+        metadata={
+            "help": "What samples: transformers, vllm in this process, an OpenAI-compatible server; or kept: nothing, the "
+            "answers that the output folder holds are graded.",
+            "choices": list(get_args(EngineName)),
+        },
+    )
+    server: str | None = field(default=None, metadata={"help": "Address of the server, such as http://localhost:8000."})
+    compare: str | None = field(
+        default=None, metadata={"help": "Folder of another evaluation, for paired differences."}
+    )
+    deadline: float = field(default=DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
+    run_code: bool = field(
+        default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
+    )
+    output: str = field(default="runs/eval", metadata={"help": "Folder of the run."})
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks, one by one."""
+        return split_names(self.benchmarks)
+
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
+        self.check_model()
+        self.check_sampling()
+        check_positive(self, "k", "size")
+        self._check_engine()
+        if self.temperature == 0 and self.k > 1:
+            raise UserError(f"temperature 0 gives {self.k} answers that are the same: set k to 1")
+        if not self.deadline > 0:
+            raise UserError(f"deadline must be positive, got {self.deadline}")
+
+    def _check_engine(self) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files
+            raise UserError(
+                "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
+            )
+        if self.engine != "transformers" and self.layer is not None:
+            raise UserError(f"engine {self.engine} samples whole models: an internal policy needs transformers")
+        if self.engine != "transformers" and self.adapter:
+            raise UserError(f"engine {self.engine} takes no adapter: merge it, or evaluate with transformers")
+        if (self.engine == "server") != bool(self.server):
+            raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
+        if self.server and not self.model:
+            raise UserError("model is not set: name the model that the server serves, for its tokenizer and template")
+        if any(is_harness(name) for name in self.names) and self.engine != "transformers":
+            raise UserError(f"lm-eval-harness runs with engine transformers here, not {self.engine}")

@@ -1,0 +1,127 @@
+"""Where an evaluation's answers come from: a model and its engine, or the answers that a folder holds."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import bupo
+from bupo.data.templates import choose_template
+from bupo.errors import UserError
+from bupo.evaluation.options import EvalOptions
+from bupo.evaluation.vllm import ServerEngine, VllmEngine
+from bupo.model.loading import fingerprint, load_on_device, load_tokenizer
+from bupo.model.meta import model_meta, name_of
+from bupo.model.policy import InternalPolicies
+from bupo.sampling import Engine, TransformersEngine
+from bupo.store import SETTINGS_FILE, read_settings
+
+NOTED = ("model", "revision", "adapter")  # for people, where the weights tell models apart
+SAMPLING = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
+# of the settings in a benchmark's folder, what stands in the summary of answers that are graded again
+SUMMARY = ("weights", "served", "engine", "dtype", "layer", "lens", "template", *SAMPLING, *NOTED)
+
+
+class Source:
+    """The model: what samples, what its answers depend on, and what must stand beside the numbers.
+
+    Args:
+        model (`str` or `PreTrainedModel`): a name, or a loaded model.
+        options ([`EvalOptions`]): how it is loaded and sampled.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): with the template that was chosen.
+        engine (`Engine`): samples.
+        settings, noted (`dict`): what an answer depends on, and what is noted beside it.
+        meta (`dict`): model, template, sampling, versions.
+        context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
+    """
+
+    def __init__(self, model: str | nn.Module, options: EvalOptions, tokenizer: PreTrainedTokenizerBase | None = None):
+        name = model if isinstance(model, str) else name_of(model)
+        if tokenizer is not None:
+            tokenizer = copy.deepcopy(tokenizer)  # it is given a template
+        elif isinstance(model, str):
+            tokenizer = load_tokenizer(name, **options.loading())
+        else:
+            raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+        self.tokenizer = tokenizer
+        chosen = {"engine": options.engine, "template": choose_template(tokenizer, options.chat_template)}
+        chosen |= {name: getattr(options, name) for name in SAMPLING}
+        self.engine: Engine
+        self.context = 0
+        if options.engine == "transformers":
+            known = self._open(name, model, options)
+        else:
+            if not isinstance(model, str):
+                raise UserError(f"engine {options.engine} takes a model by its name, not a loaded one")
+            known = self._connect(name, options)
+        layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
+        self.settings: dict[str, Any] = known | chosen | layer
+        self.noted = {name: self.meta.get(name) for name in NOTED if name not in known}
+        self.meta |= chosen | {"layer": options.layer}
+
+    def _open(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
+        """By transformers: the weights are seen. Returns what answers depend on."""
+        opened = (
+            model
+            if isinstance(model, nn.Module)
+            else load_on_device(model, options.dtype, options.device_map, options.adapter, **options.loading())
+        )
+        policies = InternalPolicies(opened, lens=options.lens, temperature=options.temperature or 1.0)
+        stream = policies.stream
+        self.engine = TransformersEngine(
+            stream.model,
+            self.tokenizer,
+            options.max_new_tokens,
+            options.temperature,
+            options.top_p,
+            policy=None if options.layer is None else policies.layer(options.layer),
+            batch_size=options.batch_size,
+        )
+        self.context = getattr(stream.model.config, "max_position_embeddings", 0)
+        self.meta = model_meta(name, stream, options.lens, options.temperature, options.revision)
+        self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
+        return {name: self.meta[name] for name in ("dtype", "weights")}
+
+    def _connect(self, name: str, options: EvalOptions) -> dict[str, Any]:
+        """By vLLM or a server, where only names are seen. Returns what answers depend on."""
+        sampling = (options.max_new_tokens, options.temperature, options.top_p)
+        known: dict[str, Any] = {"model": name, "revision": options.revision}
+        if options.engine == "server":
+            server = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
+            self.engine, known["served"] = server, server.model
+        else:
+            self.engine = VllmEngine(name, *sampling, dtype=options.dtype, **options.loading())
+            known["dtype"] = options.dtype
+        self.meta = known | {"adapter": None, "versions": {"bupo": bupo.__version__}}
+        return known
+
+
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a benchmark's answers, which will only be graded.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if not (folder / SETTINGS_FILE).is_file():
+        raise UserError(f"{folder} holds no answers to grade: {SETTINGS_FILE} is missing")
+    return read_settings(folder, "answers")
+
+
+def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
+    """What the answers that a folder holds were made with.
+
+    Raises:
+        UserError: if it is not noted, or differs between the benchmarks.
+    """
+    found = []
+    for label in labels:
+        settings = kept_settings(folder / label)
+        found.append({name: settings[name] for name in SUMMARY if name in settings})
+    if any(settings != found[0] for settings in found):
+        raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
+    return (found[0] if found else {}) | {"versions": {"bupo": bupo.__version__}}

@@ -1,0 +1,56 @@
+"""The series of a run on disk: the probe set, and what was measured on it after some rollout batches."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bupo.files import in_one_piece
+from bupo.training.probes import Answers
+
+PROBES_FILE, DYNAMICS_FILE = "probes.jsonl", "dynamics.parquet"
+COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
+
+
+class Dynamics:
+    """The series of a run on disk: `probes.jsonl` once, `dynamics.parquet` after each probe, in one piece.
+
+    Columns of `dynamics.parquet`: `rollout_batch` (how many are done), `measure`, `layer`, `later_layer` (both empty where
+    they do not apply) and `value`. The file's metadata hold the run's.
+    """
+
+    def __init__(self, folder: str | Path, meta: dict):
+        self.folder, self.meta = Path(folder), meta
+        self.rows: list[dict] = []
+
+    def write_answers(self, answers: Answers, decode) -> None:
+        """Keep the probe set, in the format that `bupo analyze --rollouts` reads."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps({"prompt_ids": p, "completion_ids": a, "prompt": decode(p), "completion": decode(a)}) + "\n"
+            for p, a in answers
+        ]
+        with in_one_piece(self.folder / PROBES_FILE) as part:
+            part.write_text("".join(lines))
+
+    def read(self, done: int) -> None:
+        """The series of a run that goes on, as far as `done` rollout batches."""
+        if (self.folder / DYNAMICS_FILE).exists():
+            table = pd.read_parquet(self.folder / DYNAMICS_FILE)
+            self.rows = table[table["rollout_batch"] <= done].to_dict("records")
+
+    def add(self, rollout_batch: int, rows: Sequence[dict]) -> None:
+        """Add the rows of one probe, in the stead of earlier ones of the same, and write the file."""
+        measures = {row["measure"] for row in rows}
+        self.rows = [r for r in self.rows if (r["rollout_batch"], r["measure"] in measures) != (rollout_batch, True)]
+        self.rows += [{"rollout_batch": rollout_batch, **row} for row in rows]
+        table = pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
+        arrow = pa.Table.from_pandas(table, preserve_index=False)
+        arrow = arrow.replace_schema_metadata(
+            {**(arrow.schema.metadata or {}), b"meta": json.dumps(self.meta).encode()}
+        )
+        with in_one_piece(self.folder / DYNAMICS_FILE) as part:
+            pq.write_table(arrow, part)
