@@ -53,7 +53,10 @@ def test_there_are_three_walks():
     assert [name for name, _ in WALKS] == ["Add a model family", "Add an estimator", "Add a benchmark"]
 
 
-@pytest.mark.parametrize(("name", "text"), WALKS, ids=[name for name, _ in WALKS])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [pytest.param(*walk, id=walk[0], marks=[pytest.mark.slow] if "estimator" in walk[0] else []) for walk in WALKS],
+)
 def test_a_walk(copy, name, text):
     (diff,), (check,) = blocks("diff", text), blocks("check", text)
     before = run(check, copy)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,7 +47,8 @@ def test_procedural_tasks(name):
 
 def test_reasoning_gym_options():
     problems = load_problems("reasoning_gym:chain_sum", size=5, config='{"min_terms": 2, "max_terms": 2}')
-    assert all(p["prompt"][0]["content"].count("=") == 1 for p in problems)
+    expressions = [re.search(r"[\d+*/ -]+(?= =)", p["prompt"][0]["content"]) for p in problems]
+    assert [len(re.findall(r"\d+", found[0])) for found in expressions if found] == [2] * 5
     for config in ('{"min_terms": "x"}', '{"nope": 1}', "{"):
         with pytest.raises(UserError, match="reasoning_gym:chain_sum cannot be made with"):
             load_problems("reasoning_gym:chain_sum", size=5, config=config)
@@ -66,14 +68,14 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
 def test_files(tmp_path, suffix):
-    rows = [{"problem": f"{i}+1", "solution": i + 1} for i in range(4)]
+    rows = [{"problem": f"{i}+1", "solution": i + 1, "hint": f"{i}+2", "other": i + 2} for i in range(4)]
     path = write(tmp_path / f"p{suffix}", rows)
     problems = load_problems(path, system_prompt="Box it.", size=3)
     assert len(problems) == 3
     assert problems[1]["prompt"] == [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1+1"}]
     assert problems[1]["answer"] == "2"
-    named = load_problems(path, prompt_column="solution" if suffix == "x" else "problem", answer_column="solution")
-    assert len(named) == 4
+    named = load_problems(path, prompt_column="hint", answer_column="other")
+    assert len(named) == 4 and named[3] == {"prompt": [{"role": "user", "content": "3+2"}], "answer": "5"}
 
 
 def test_nested_columns_and_messages(tmp_path):

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -258,6 +259,7 @@ def main() -> int:
     parser.add_argument("--demo", action="store_true", help="also the whole demo")
     parser.add_argument("--folder", type=Path, help="keep what the runs write in here, an empty folder")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the trees are removed then too
     differing = count = 0
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
