@@ -398,7 +398,8 @@ def test_a_loaded_model_is_the_same_as_its_name(analysed, evaluated, tmp_path, c
     pd.testing.assert_series_equal(report.table["mean"], analysed.table["mean"])
     assert report.boundary_layer == analysed.boundary_layer and report.meta["weights"] == analysed.meta["weights"]
     assert found.benchmarks == evaluated.benchmarks
-    for pipeline, adapted in ((bupo.analyze, AnalyzeOptions(adapter="a")), (bupo.evaluate, EvalOptions(adapter="a"))):
+    pipelines: tuple = ((bupo.analyze, AnalyzeOptions(adapter="a")), (bupo.evaluate, EvalOptions(adapter="a")))
+    for pipeline, adapted in pipelines:
         with pytest.raises(UserError, match="a loaded model needs its tokenizer"):
             pipeline(model)
         with pytest.raises(UserError, match="put it on the loaded model yourself"):
