@@ -22,7 +22,7 @@ CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 SECRET = re.compile(r"(?:^|[_-])(?:token|key)$")  # of an option's name
 SECRET_IN_TEXT = re.compile(r"""((?:token|key)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")  # of JSON in an option
-ONCE = ("overwrite",)  # asked for this time only: the same run started again deletes nothing
+ONCE = ("overwrite", "resume_from_checkpoint")  # asked for this time only: the same run started again deletes nothing
 
 
 def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: Sequence[str] = ()) -> None:

@@ -4,7 +4,6 @@ In the first phase the old and the reference log-probs of a rollout batch are th
 update; the entropy that is logged, and whatever samples, stay the language model policy's.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,13 +12,11 @@ from torch import nn
 
 from bupo.model.residual import ResidualStream, Site
 from bupo.training.config import BuPOConfig
-from bupo.training.head import PolicyHead, PolicyScores
+from bupo.training.head import PolicyHead, PolicyScores, Read
 from bupo.training.rollouts import ENTROPIES, OLD, REFERENCE, RolloutBatch
 from bupo.training.seam import Scores, TRLTrainer
 
 LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
-
-Read = Callable[[torch.Tensor], None]  # sees what meets the unembedding, (B, T - 1, D)
 
 
 def limited(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -46,9 +43,7 @@ class Speaker:
     read: Read | None = None
 
     def __call__(self, **inputs) -> PolicyScores:
-        scores = self.model(**inputs, policy=self.site, show_states=self.read is not None)
-        if self.read:
-            self.read(scores.states)
+        scores = self.model(**inputs, policy=self.site, read=self.read)
         if self.old is not None:
             scores.log_probs = limited(scores.log_probs[:, -self.old.size(1) :], self.old)
         return scores

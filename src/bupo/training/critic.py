@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bupo.model.residual import ResidualStream, Site
+from bupo.training.head import Read
 from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
 
-Read = Callable[[torch.Tensor], None]  # sees the states (B, T - 1, D) of a policy that is scored
 Sums = dict[str, torch.Tensor]
 
 

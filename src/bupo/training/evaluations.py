@@ -6,7 +6,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from bupo.evaluation.run import graded, prompts_of, sample, summarize
+from bupo.evaluation.answers import graded, prompts_of, sample, summarize
 from bupo.sampling import Answer, Request, TransformersEngine
 
 

@@ -6,7 +6,7 @@ FSDP, PEFT). This head answers that call in TRL's stead, for the language model 
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,8 @@ from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
 from bupo.model.scoring import score_states
 
+Read = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
+
 
 @dataclass
 class PolicyScores(ModelOutput):
@@ -29,20 +31,18 @@ class PolicyScores(ModelOutput):
         log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
         entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
         aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
-        states (`torch.Tensor` of shape `(batch, time - 1, D)`, *optional*): what met the unembedding, if asked for.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
-    states: torch.Tensor | None = None
 
 
 class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
 
     The call takes two arguments besides TRL's: `policy`, the [`~bupo.model.residual.Site`] whose policy is asked (None: the
-    language model policy), and `show_states`, for what meets the unembedding.
+    language model policy), and `read`, which is shown what meets the unembedding.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model.
@@ -57,14 +57,14 @@ class PolicyHead:
         plain = model.forward
 
         @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-        def forward(model, *args, fused_lm_head=False, policy=None, show_states=False, labels=None, **kwargs):
+        def forward(model, *args, fused_lm_head=False, policy=None, read=None, labels=None, **kwargs):
             if fused_lm_head:
-                return head._score(model, policy, show_states, labels, *args, **kwargs)
+                return head._score(model, policy, read, labels, *args, **kwargs)
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    def _score(self, model, site: Site | None, show_states: bool, labels, *args, **kwargs) -> PolicyScores:
+    def _score(self, model, site: Site | None, read: Read | None, labels, *args, **kwargs) -> PolicyScores:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         hidden, out = self._states(model, site, *args, **kwargs)
@@ -72,6 +72,8 @@ class PolicyHead:
         head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
         hidden = hidden[:, :-1].to(head.weight.device)
         labels = labels[:, 1:].to(head.weight.device)
+        if read:
+            read(hidden)
         precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
             scores = score_states(hidden.float() if self.fp32 else hidden, head, labels)
@@ -81,7 +83,7 @@ class PolicyHead:
             aux_loss = load_balancing_loss_func(
                 out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
             )
-        return PolicyScores(scores.log_probs, scores.entropy, aux_loss, hidden if show_states else None)
+        return PolicyScores(scores.log_probs, scores.entropy, aux_loss)
 
     def _states(self, model, site: Site | None, *args, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
         """`(batch, time, D)`: what meets the unembedding, and the decoder's output."""

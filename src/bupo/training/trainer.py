@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.model.residual import Family, Site
 from bupo.training import checkpoint, messages
-from bupo.training.alignment import Alignment, Read, Speaker
+from bupo.training.alignment import Alignment, Speaker
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC, Rewarded
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
+from bupo.training.head import Read
 from bupo.training.layers import above, freeze_up_to, slow_down
 from bupo.training.probes import repetition
 from bupo.training.rollouts import ENTROPIES, OLD, RETURNS, VALUES, RolloutBatch, weighted
@@ -77,11 +78,6 @@ class BuPOTrainer(TRLTrainer):
         if args.eval_benchmarks:
             problems = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
             self.add_callback(Evaluations(self, problems))
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.stream.num_layers
 
     @property
     def schedule(self) -> Schedule:
