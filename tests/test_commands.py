@@ -155,9 +155,11 @@ def test_demo(tmp_path):
     assert "phase 1, in batches" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 8
-    # the run's own config trains again
-    again = bupo("train", "--config", "run/config.yaml", "--output_dir", "again", "--max_steps", 4, cwd=tmp_path)
+    # the run's own config starts it again
+    again = bupo("demo", "--config", "run/config.yaml", "--output", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    repeated = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert repeated["accuracy_after"] == summary["accuracy_after"] and repeated["problems"] == 64
 
 
 def test_help_and_version(capsys):
@@ -181,12 +183,12 @@ def test_help_and_version(capsys):
         ({"internal_lens": "x"}, "invalid choice: 'x' (choose from 'raw', 'final_norm')"),
         ({"internal_layr": 3}, "unknown option 'internal_layr': did you mean 'internal_layer'?"),
         ({"num_generations": 3}, "must be divisible by num_generations (3)"),
-        ({"dataset_name": None}, "dataset_name is not set"),
+        ({"dataset_name": None}, "dataset is not set"),
         ({"dataset_name": "reasoning_gym:nope"}, "reasoning_gym:nope cannot be made"),
         ({"dataset_name": "nobody/nothing"}, "dataset 'nobody/nothing'"),
         ({"dataset_size": 0}, "must be positive, got 0"),
         ({"answer_column": "gold", "dataset_name": "arithmetic"}, "no answer column gold"),
-        ({"model_name_or_path": None}, "model_name_or_path is not set"),
+        ({"model_name_or_path": None}, "model is not set"),
         ({"model_name_or_path": "nobody/nothing"}, "model 'nobody/nothing' has no tokenizer|cannot be loaded"),
         ({"model_name_or_path": "/no/such/folder"}, "/no/such/folder does not exist"),
         ({"reward_funcs": "nope"}, "unknown reward function 'nope'"),

@@ -118,6 +118,7 @@ def test_a_resumed_run_goes_on_with_its_series(tmp_path):
     common = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-3, "probe_every": 1}
     trainer_of(model_of(), config(tmp_path, **common)).train()
     whole = pd.read_parquet(tmp_path / "dynamics.parquet")
+    whole[whole["rollout_batch"] <= 1].to_parquet(tmp_path / "dynamics.parquet")  # as a kill after step 6 leaves it
     trainer_of(model_of(), config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     resumed = pd.read_parquet(tmp_path / "dynamics.parquet")
     pd.testing.assert_frame_equal(whole, resumed, atol=1e-5, rtol=1e-5)
@@ -129,6 +130,9 @@ def test_a_run_resumed_at_a_batchs_end_has_no_row_twice(tmp_path):
     whole = pd.read_parquet(tmp_path / "dynamics.parquet")
     moved = config(tmp_path / "moved", **common)  # into another folder: the probe set is in the checkpoint
     trainer_of(model_of(), moved).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    whole[whole["rollout_batch"] <= 1].to_parquet(
+        tmp_path / "dynamics.parquet"
+    )  # as a kill in the second batch leaves it
     trainer_of(model_of(), config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     keys = ["rollout_batch", "measure", "layer", "later_layer"]
     resumed, elsewhere = (pd.read_parquet(folder / "dynamics.parquet") for folder in (tmp_path, tmp_path / "moved"))

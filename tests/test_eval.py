@@ -334,14 +334,16 @@ def test_a_group_of_the_harness(tmp_path, capsys):
 
 @pytest.mark.usefixtures("own_tasks")
 def test_the_harness_has_the_limit_and_the_code_needs_leave(tmp_path, capsys):
-    write(tmp_path / "sums.jsonl", [{"question": "57+23-41", "answer": "39"}])
+    sums = load_problems("arithmetic", "test", size=16)
+    rows = [{"question": row["prompt"][-1]["content"], "answer": row["answer"]} for row in sums]
+    write(tmp_path / "sums.jsonl", rows)
     text = SUMS.replace("FILE", str(tmp_path / "sums.jsonl")).replace(", max_gen_toks: 32", "")
     (tmp_path / "sums.yaml").write_text(text)
-    for limit, score in (("2", 0.0), ("40", None)):
+    for limit in ("2", "40"):
         command = ["eval", "--benchmarks", f"harness:{tmp_path / 'sums.yaml'}", "--max_new_tokens", limit]
         assert main([*command, "--output", str(tmp_path / limit)]) == 0
         found = json.loads((tmp_path / limit / "summary.json").read_text())["harness"]["sums"]
-        assert score is None or found["score"] == score
+        assert (found["score"] > 0) == (limit == "40"), found  # two tokens hold no answer
     (tmp_path / "unsafe.yaml").write_text(text.replace("task: sums", "task: unsafe\nunsafe_code: true"))
     capsys.readouterr()
     command = ["eval", "--benchmarks", f"harness:{tmp_path / 'unsafe.yaml'}", "--max_new_tokens", "4", "--output"]

@@ -300,7 +300,8 @@ def test_mixture_of_experts_with_its_auxiliary_loss(tmp_path):
     names = changed(before, model)
     assert not any(f".layers.{n}." in name for name in names for n in (2, 3)) and "model.norm.weight" not in names
     assert any("experts" in name for name in names)
-    assert all(row["aux_loss"] > 0 for row in trainer.state.log_history if "phase" in row)
+    losses = [row["aux_loss"] for row in trainer.state.log_history if "phase" in row]
+    assert len(losses) == 4 and min(losses) > 0
 
 
 def test_final_norm_lens_moves_the_norm_too(tmp_path):
@@ -353,7 +354,9 @@ def test_a_checkpoint_is_marked_whole_last(tmp_path):
     """What bupo adds is there before `trainer_state.json`, by which a resume tells whole checkpoints."""
     args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, advantage_estimator="ppo")
     trainer_of(model_of(), args).train()
-    for folder in tmp_path.glob("checkpoint-*"):
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4"]
+    for folder in folders:
         times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         assert times["trainer_state.json"] >= max(times["rollouts_0.pt"], times["bupo.pt"])
 
@@ -438,7 +441,8 @@ def test_a_ratio_beyond_fp32_has_a_finite_gradient(tmp_path):
     trainer.loss = loss_of
     trainer.train()
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(norms) == 2 and min(norms) > 0
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run(tmp_path, caplog):
