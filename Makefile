@@ -13,7 +13,7 @@ TORCH := $$(grep '^torch==' constraints.txt)
 .PHONY: demo test coverage test-slow test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
-	$(BIN)/bupo demo --output runs/demo
+	$(BIN)/bupo demo --output runs/demo --overwrite true
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)

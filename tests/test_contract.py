@@ -4,6 +4,7 @@ Each check fails with the name that has changed. `make test-newest` runs this fi
 """
 
 import ast
+import importlib
 import inspect
 import textwrap
 from pathlib import Path
@@ -14,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig
 from bupo.training import seam
-from bupo.training.seam import METRICS, PRIVATE, ROLLOUT_KEYS, accepted
+from bupo.training.seam import METRICS, PRIVATE, ROLLOUT_KEYS, STATE, UNDOCUMENTED, accepted
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
 SOURCE = Path(seam.__file__).parents[1]
@@ -162,6 +163,19 @@ def test_metrics_are_logged_under_the_names_that_are_read(run):
     logged = {name for row in trainer.state.log_history for name in row}
     missing = [name for name in METRICS if name not in logged]
     assert not missing, f"GRPOTrainer logs no {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", UNDOCUMENTED)
+def test_an_undocumented_function_has_the_parameters_that_are_relied_on(path):
+    module, _, name = path.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    parameters = ", ".join(inspect.signature(function).parameters)
+    assert f"({parameters})" == UNDOCUMENTED[path], f"{path} takes ({parameters})"
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_public_attribute_is_there(run, name):
+    assert hasattr(run[0], name), f"GRPOTrainer has no {name}"
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

@@ -347,6 +347,8 @@ def test_one_stage_is_the_papers(tmp_path):
         ({"gae_lambda": 1.5}, "gae_lambda must lie from 0 to 1, got 1.5"),
         ({"value_clip": 0}, "value_clip must be positive, got 0"),
         ({"critic_backbone": "own"}, "critic_backbone must be copy or shared, got 'own'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be 0 or more, got nan"),
+        ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a mapping, as JSON on the command line, got 'fast'"),
         ({"critic_learning_rate": -1e-5}, "critic_learning_rate must be positive, got -1e-05"),
         ({"probe_every": -1}, "probe_every must be .* 0 or more, got -1"),
         ({"loss_type": "ppo"}, "loss_type must be .*grpo, .* got 'ppo'"),

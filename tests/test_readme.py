@@ -9,7 +9,7 @@ from trl import ModelConfig
 
 from bupo.commands.parsing import parse
 from bupo.training.config import BuPOConfig
-from bupo.training.run import TrainOptions
+from bupo.training.inputs import TrainOptions
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -12,8 +12,8 @@ from bupo.data.templates import TEMPLATES, chat_template
 from bupo.errors import UserError
 from bupo.model.loading import EMBEDDED, load_tokenizer
 from bupo.training.config import BuPOConfig
+from bupo.training.inputs import TrainOptions
 from bupo.training.metrics_file import read_metrics
-from bupo.training.run import TrainOptions
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1] / "recipes"

@@ -1,6 +1,8 @@
 """`bupo.train` from Python, and what a run of `bupo train` leaves: it starts again from its own folder."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -86,7 +88,7 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("# model, problems, reward_funcs came from Python")
     assert said[0] == "chat template: the model's own" and "first rollout batch is being sampled" in said[1]
     with pytest.raises(bupo.UserError, match="tokenizer is not set"):
-        bupo.train(model, config, problems=problems, reward_funcs=[short])
+        bupo.train(model, bupo.BuPOConfig(str(tmp_path / "b"), **OPTIONS), problems=problems, reward_funcs=[short])
 
 
 def test_a_run_starts_again_from_its_folder(commanded, tmp_path):
@@ -98,6 +100,58 @@ def test_a_run_starts_again_from_its_folder(commanded, tmp_path):
     run = json.loads((commanded / "run.json").read_text())
     assert run["command"] == "train" and {"bupo", "torch", "trl", "transformers", "python"} <= set(run["versions"])
     assert "hf_secret" not in (commanded / "config.yaml").read_text() + (commanded / "run.json").read_text()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_asked(commanded, tmp_path, fails):  # noqa: F811
+    before = contents(commanded)
+    complaint = fails("train", *words(commanded, seed=7))
+    assert "holds a run (metrics.jsonl): choose another output, go on with --resume_from_checkpoint true" in complaint
+    assert contents(commanded) == before
+    run = shutil.copytree(commanded, tmp_path / "run")
+    (run / "checkpoint-9").mkdir()
+    (run / "mine.txt").write_text("kept")
+    assert "/no/model does not exist" in fails("train", *words(run, model="/no/model"), "--overwrite", "true")
+    assert (run / "checkpoint-9").exists()  # what is refused deletes nothing
+    assert main(["train", *words(run, seed=7, max_steps=2), "--overwrite", "true"]) == 0
+    assert not (run / "checkpoint-9").exists() and (run / "mine.txt").read_text() == "kept"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout_batch"] for row in rows if "rollout_batch" in row] == [1]
+    assert "overwrite" not in yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_the_callers_objects_stay_as_they_are(tmp_path):
+    config = bupo.BuPOConfig(
+        str(tmp_path / "run"),
+        max_completion_length=8,
+        model_init_kwargs={"dtype": "float32"},
+        **OPTIONS | {"max_steps": 2},
+    )
+    tokenizer = load_tokenizer("embedded")
+    template = tokenizer.chat_template
+    options = bupo.TrainOptions(dataset="arithmetic", size=16, chat_template="qwen-math")
+    bupo.train("embedded", config, options)
+    bupo.train(load_model("embedded"), config, replace(options, overwrite=True), tokenizer=tokenizer)
+    assert config.model_init_kwargs == {"dtype": "float32"} and config.chat_template_kwargs is None
+    assert tokenizer.chat_template == template
+
+
+def test_problems_of_ones_own_are_checked(tmp_path):
+    config = bupo.BuPOConfig(
+        str(tmp_path / "run"), eval_strategy="steps", eval_steps=1, max_completion_length=8, per_device_eval_batch_size=4,
+        **OPTIONS | {"max_steps": 1},
+    )  # fmt: skip
+    problems = bupo.load_problems("arithmetic", size=16)
+    with pytest.raises(bupo.UserError, match="the problems have no column answer: their columns are prompt"):
+        bupo.train("embedded", config, problems=problems.remove_columns("answer"), eval_problems=problems)
+    with pytest.raises(bupo.UserError, match="dataset is not set"):
+        bupo.train("embedded", config, problems=problems)
+    assert not (tmp_path / "run").exists()
+    done = bupo.train("embedded", config, problems=problems, eval_problems=problems.select(range(4)))
+    assert any("eval_reward" in row for row in done.metrics)
 
 
 def test_former_words_are_understood_with_a_warning(commanded, tmp_path, capsys):

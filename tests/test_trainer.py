@@ -468,6 +468,19 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
         trainer.train()
 
 
+def test_the_last_update_of_a_batch_is_named_as_its_own(tmp_path, caplog):
+    """Updates 8 and 9 lie on either side of the phases' border."""
+    trainer = trainer_of(model_of(), config(tmp_path, max_steps=10))
+
+    def loss_of(model, inputs, inner=trainer.loss):
+        return inner(model, inputs) * (float("nan") if trainer.state.global_step in (7, 8) else 1)
+
+    trainer.loss = loss_of
+    trainer.train()
+    named = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert "rollout batch 2 (the policy of layer 2," in named[0] and "rollout batch 3 (the whole policy," in named[1]
+
+
 def test_weights_that_have_diverged_are_named(tmp_path):
     model = model_of()
     with torch.no_grad():

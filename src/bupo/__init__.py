@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.rewards.grader import MathGrader as MathGrader
     from bupo.rewards.math_reward import math_reward as math_reward
     from bupo.training.config import BuPOConfig as BuPOConfig
+    from bupo.training.inputs import TrainOptions as TrainOptions
     from bupo.training.run import TrainingRun as TrainingRun
-    from bupo.training.run import TrainOptions as TrainOptions
     from bupo.training.run import train as train
     from bupo.training.trainer import BuPOTrainer as BuPOTrainer
 
@@ -35,7 +35,7 @@ _EXPORTS = {
     "InternalPolicies": "bupo.model.policy",
     "InternalPolicy": "bupo.model.policy",
     "MathGrader": "bupo.rewards.grader",
-    "TrainOptions": "bupo.training.run",
+    "TrainOptions": "bupo.training.inputs",
     "TrainingRun": "bupo.training.run",
     "UserError": "bupo.errors",
     "analyze": "bupo.analysis.run",

@@ -7,7 +7,8 @@ from bupo.commands.parsing import parse_given
 from bupo.errors import UserError
 from bupo.training.config import BuPOConfig
 from bupo.training.console import ConsoleLines
-from bupo.training.run import NotedRun, TrainOptions, train
+from bupo.training.inputs import TrainOptions
+from bupo.training.run import NotedRun, train
 
 
 def run(arguments: list[str]) -> None:

@@ -24,6 +24,8 @@ def model_path(name: str) -> str:
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{name} holds an adapter: give its base model, and --adapter {name}")
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"{name} holds no model: it has no config.json")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -223,6 +223,12 @@ class BuPOConfig(GRPOConfig):
         for name in ("gae_gamma", "gae_lambda", "slow_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie from 0 to 1, got {getattr(self, name)}")
+        if isinstance(self.model_init_kwargs, str):  # TRL reads JSON text that is a mapping
+            raise UserError(
+                f"model_init_kwargs must be a mapping, as JSON on the command line, got {self.model_init_kwargs!r}"
+            )
+        if not 0 <= self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate must be 0 or more, got {self.learning_rate}")
         for name in ("critic_learning_rate", "value_clip", "value_coef"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")

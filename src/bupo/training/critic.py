@@ -143,10 +143,17 @@ class CopiedCritic:
             values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
             loss, sums = token_sums(values, batch, self.args.value_clip)
             self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
+        if (
+            self.accelerator.sync_gradients
+        ):  # before the policy's activations are made: the gradient is as large as the model
+            self._update()
         return policy_loss(None), value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
-        """Update the critic, if its gradient is finite."""
+        """Nothing is left to do: `loss` has updated the critic."""
+
+    def _update(self) -> None:
+        """One step, if the gradient is finite."""
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
         if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):

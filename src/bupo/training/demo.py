@@ -22,6 +22,8 @@ from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
+from bupo.training.folder import refuse_held
+from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 from bupo.training.setup import check_arguments
 
@@ -48,6 +50,7 @@ class DemoOptions:
     problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
     learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
     seed: int = field(default=0, metadata={"help": "Of sampling and training."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the folder holds, and start anew."})
 
 
 def demo_config(options: DemoOptions) -> BuPOConfig:
@@ -92,6 +95,8 @@ def demonstrate(
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
     check_arguments(model, config, None)
+    chosen = TrainOptions(overwrite=options.overwrite)
+    refuse_held(config, options.overwrite)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
     say(
@@ -102,7 +107,7 @@ def demonstrate(
     before = _measured(model, tokenizer, held_out, bar(), "accuracy before")
     title, note = "BuPO on multi-step arithmetic: the embedded model", NotedRun("demo", given)
     own = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
-    done = train(model, config, **own, callbacks=callbacks, note=note, title=title)
+    done = train(model, config, chosen, **own, callbacks=callbacks, note=note, title=title)
     after = _measured(done.model, tokenizer, held_out, bar(), "accuracy after")
     summary = _summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
     write_json(Path(options.output) / "summary.json", summary)

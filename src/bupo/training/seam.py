@@ -61,6 +61,27 @@ PRIVATE = {
     "_paper": Private("", "overridden: the paper of the model card"),
 }
 
+# public in name, but in no library's documented interface: where they are, and their parameters
+UNDOCUMENTED = {
+    "trl.models.utils.disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs)",
+    "trl.trainer.utils.use_adapter": "(model, adapter_name)",
+    "trl.trainer.utils.get_config_model_id": "(config)",
+    "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
+        "(gate_logits, num_experts, top_k, attention_mask)"
+    ),
+}
+# attributes of a GRPOTrainer that are read
+STATE = (
+    *("num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps"),
+    *(
+        "reward_weights",
+        "reward_func_names",
+        "ref_model",
+        "processing_class",
+        "is_fsdp_enabled",
+        "is_deepspeed_enabled",
+    ),
+)
 # what TRL's scoring and sampling leave in the dict that the loss reads, at the least
 ROLLOUT_KEYS = (
     *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"),
@@ -205,6 +226,11 @@ class TRLTrainer(GRPOTrainer):
     def rollout_batch(self) -> int:
         """The rollout batch that is being trained on, from 1."""
         return self._step // self.passes_a_batch + 1
+
+    @property
+    def last_batch(self) -> int:
+        """The rollout batch of the last forward and backward pass, from 1."""
+        return max(0, self._step - 1) // self.passes_a_batch + 1
 
     @property
     def inside_batch(self) -> bool:

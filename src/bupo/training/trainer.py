@@ -74,7 +74,7 @@ class BuPOTrainer(TRLTrainer):
         if args.frozen_up_to_layer:
             freeze_up_to(self.stream, args.frozen_up_to_layer)
         self.watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
-        self.add_callback(FiniteUpdates(self.where))
+        self.add_callback(FiniteUpdates(lambda: self.where(self.last_batch)))
         if args.eval_benchmarks:
             problems = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
             self.add_callback(Evaluations(self, problems))
@@ -99,15 +99,16 @@ class BuPOTrainer(TRLTrainer):
         """The internal policy that is optimised, if one is. Evaluation always speaks for the language model policy."""
         return self.alignment.site(self.stage.layer) if self.stage and self.model.training else None
 
-    def where(self) -> str:
-        """The rollout batch, its policy and the learning rate, for messages."""
-        policy = f"the policy of layer {self.stage.layer}" if self.stage else "the whole policy"
-        return f"rollout batch {self.rollout_batch} ({policy}, learning rate {self.learning_rate:.3g})"
+    def where(self, batch: int) -> str:
+        """A rollout batch, its policy and the learning rate, for messages."""
+        stage = self.schedule.stage(batch)
+        policy = f"the policy of layer {stage.layer or 'auto'}" if stage else "the whole policy"
+        return f"rollout batch {batch} ({policy}, learning rate {self.learning_rate:.3g})"
 
     def rollout(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
-        with messages.sampling(self.where()):
+        with messages.sampling(self.where(self.rollout_batch)):
             sampled = self.sampled(inputs)  # everything in here is pi_theta's
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)

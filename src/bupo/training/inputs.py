@@ -1,0 +1,137 @@
+"""What a run is given: its problems and its rewards, checked before a model is loaded."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from datasets import Dataset
+
+from bupo.data.problems import load_problems
+from bupo.data.templates import chat_template, plain_text
+from bupo.errors import UserError
+from bupo.evaluation.benchmarks import load_benchmarks
+from bupo.options import ColumnOptions, DatasetOptions, PromptOptions
+from bupo.rewards.grader import check_golds
+from bupo.rewards.math_reward import math_reward
+from bupo.training.config import BuPOConfig
+
+GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
+
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass
+class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
+    """The problems to train on and the reward.
+
+    Parameters:
+        dataset (`str`): a hub id, a local `.parquet`, `.jsonl` or `.json` file, `reasoning_gym:NAME`, `arithmetic`.
+        dataset_config (`str`, *optional*): the hub dataset's configuration, or a reasoning_gym task's options as JSON.
+        split, size: of the problems to train on.
+        eval_dataset (`str`, *optional*), eval_split (`str`, *optional*, defaults to `"test"`), eval_size (`int`, *optional*):
+            problems for TRL's `eval_strategy`, by default of the same dataset.
+        prompt_column, answer_column (`str`, *optional*): columns; a dot reaches into a nested one.
+        system_prompt (`str`, *optional*): put before problems that have no system message.
+        chat_template (`str`, *optional*): `qwen-math`, `octothinker` or a `.jinja` file, instead of the tokenizer's own.
+        reward_funcs (`list[str]`): `math` (math-verify), or functions by dotted import path.
+    """
+
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Where evaluation problems are, if not in the dataset."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the run that the folder holds, checkpoints included, and start anew."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math"],
+        metadata={"help": "`math` (math-verify in killable processes), or functions by dotted import path."},
+    )
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Problems to train on, those of TRL's evaluation, and benchmarks by label."""
+
+    train: Dataset
+    evaluation: Dataset | None
+    benchmarks: dict[str, Dataset]
+
+    def as_text(self) -> "Problems":
+        """With prompts as plain text, for a model without a chat template."""
+
+        def text(problems: Dataset | None):
+            return problems and problems.map(lambda row: {"prompt": plain_text(row["prompt"])})
+
+        return replace(self, train=text(self.train), evaluation=text(self.evaluation))
+
+
+def problems_of(
+    options: TrainOptions,
+    config: BuPOConfig,
+    problems: Dataset | None,
+    eval_problems: Dataset | None,
+    rewards: Sequence[Reward],
+) -> Problems:
+    """The problems of a run, and what is cheap to refuse before a model is loaded."""
+    if options.chat_template:
+        chat_template(options.chat_template)
+    train_set = (
+        _problems(options, options.dataset, options.split, options.size, config) if problems is None else problems
+    )
+    if config.eval_strategy != "no" and eval_problems is None:
+        name = options.eval_dataset or options.dataset
+        eval_problems = _problems(options, name, options.eval_split, options.eval_size, config)
+    needed = ("prompt", "answer") if math_reward in rewards else ("prompt",)
+    for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
+        missing = [column for column in needed if column not in rows.column_names]
+        if missing:
+            raise UserError(
+                f"the problems have no column {missing[0]}: their columns are {', '.join(rows.column_names)}"
+            )
+    if math_reward in rewards:
+        golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
+        try:
+            check_golds(golds, options.dataset or "the problems")
+        except UserError as error:
+            raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
+    names = config.eval_benchmarks or []
+    benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
+    return Problems(train_set, eval_problems, benchmarks)
+
+
+def _problems(options: TrainOptions, name: str | None, split: str, size: int | None, config: BuPOConfig) -> Dataset:
+    if name is None:
+        raise UserError("dataset is not set: give a hub id, a local file, reasoning_gym:NAME or arithmetic")
+    return load_problems(
+        name,
+        split,
+        config=options.dataset_config,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        system_prompt=options.system_prompt,
+        size=size,
+        seed=config.seed,
+    )
+
+
+def reward_of(name: str) -> Reward:
+    """A reward function by name: `math`, or a dotted path that is imported from the working directory too.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name == "math":
+        return math_reward
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserError(f"unknown reward function {name!r}: give 'math' or a dotted import path such as my_rewards.f")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward function {name!r} cannot be imported: {error}") from error
