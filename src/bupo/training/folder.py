@@ -24,8 +24,8 @@ def refuse_held(config: BuPOConfig, allowed: bool) -> None:
     held = _held(Path(config.output_dir))
     if held and not allowed:
         raise UserError(
-            f"{config.output_dir} holds a run ({held[0].name}): choose another output, go on with "
-            "--resume_from_checkpoint true, or --overwrite true"
+            f"{config.output_dir} holds a run ({held[0].name}): choose another output, or --overwrite true; a stopped run "
+            "goes on with --resume_from_checkpoint true"
         )
 
 
