@@ -17,7 +17,7 @@ FLOORS = [
     ("analysis", "evaluation"),
     ("report", "sampling"),
     ("model", "data", "rewards", "store", "progress", "provenance", "options"),
-    ("files", "errors"),
+    ("files", "errors", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -60,6 +60,8 @@ def imports(path):
             yield from (alias.name for alias in node.names if alias.name in FLOOR)
         elif isinstance(node, ast.Import):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bupo."))
+            if any(alias.name == "bupo" for alias in node.names):
+                yield FLOORS[0][0]  # the face of the whole house
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if len(path.parts) > 1 or path.stem in FLOOR], ids=str)

@@ -109,7 +109,10 @@ def contents(folder):
 def test_a_folder_that_holds_a_run_is_refused_unless_asked(commanded, tmp_path, fails):  # noqa: F811
     before = contents(commanded)
     complaint = fails("train", *words(commanded, seed=7))
-    assert "holds a run (metrics.jsonl): choose another output, or --overwrite true; a stopped run goes on with" in complaint
+    assert (
+        "holds a run (metrics.jsonl): choose another output, or --overwrite true; a stopped run goes on with"
+        in complaint
+    )
     assert contents(commanded) == before
     run = shutil.copytree(commanded, tmp_path / "run")
     (run / "checkpoint-9").mkdir()

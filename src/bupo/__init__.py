@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from bupo.version import VERSION
+
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.analysis.options import AnalyzeOptions as AnalyzeOptions
     from bupo.analysis.run import analyze as analyze
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.training.run import train as train
     from bupo.training.trainer import BuPOTrainer as BuPOTrainer
 
-__version__ = "0.2.0"
+__version__ = VERSION
 
 _EXPORTS = {
     "AnalyzeOptions": "bupo.analysis.options",

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-import bupo
 from bupo.files import in_one_piece, write_json
+from bupo.version import VERSION
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -62,7 +62,7 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
 
 def versions() -> dict[str, str | None]:
     """Of this package, of what computes its numbers, and of Python."""
-    found: dict[str, str | None] = {"bupo": bupo.__version__}
+    found: dict[str, str | None] = {"bupo": VERSION}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

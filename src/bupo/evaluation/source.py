@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import bupo
 from bupo.data.templates import choose_template
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
@@ -17,6 +16,7 @@ from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.sampling import Engine, TransformersEngine
 from bupo.store import SETTINGS_FILE, read_settings
+from bupo.version import VERSION
 
 NOTED = ("model", "revision", "adapter")  # for people, where the weights tell models apart
 SAMPLING = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
@@ -99,7 +99,7 @@ class Source:
         else:
             self.engine = VllmEngine(name, *sampling, dtype=options.dtype, **options.loading())
             known["dtype"] = options.dtype
-        self.meta = known | {"adapter": None, "versions": {"bupo": bupo.__version__}}
+        self.meta = known | {"adapter": None, "versions": {"bupo": VERSION}}
         return known
 
 
@@ -126,4 +126,4 @@ def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
         found.append({name: settings[name] for name in SUMMARY if name in settings})
     if any(settings != found[0] for settings in found):
         raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
-    return (found[0] if found else {}) | {"versions": {"bupo": bupo.__version__}}
+    return (found[0] if found else {}) | {"versions": {"bupo": VERSION}}

@@ -9,9 +9,9 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-import bupo
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, causal_lm
+from bupo.version import VERSION
 
 
 def model_meta(
@@ -37,7 +37,7 @@ def model_meta(
         "identity_error": stream.identity.worst,
         "identity_error_layers": max(stream.identity.layers),
         "identity_error_head": stream.identity.head,
-        "versions": {m.__name__: m.__version__ for m in (bupo, torch, transformers, accelerate)},
+        "versions": {"bupo": VERSION} | {m.__name__: m.__version__ for m in (torch, transformers, accelerate)},
     }
 
 

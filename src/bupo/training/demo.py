@@ -12,7 +12,6 @@ import torch
 from rich.progress import Progress
 from transformers import TrainerCallback, set_seed
 
-import bupo
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.errors import UserError
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
@@ -26,6 +25,7 @@ from bupo.training.folder import refuse_held
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 from bupo.training.setup import check_arguments
+from bupo.version import VERSION
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
 MAX_NEW_TOKENS = 32
@@ -151,5 +151,5 @@ def _summary(
         "seconds": seconds,
         "max_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seed": options.seed,
-        "versions": {"bupo": bupo.__version__, "torch": torch.__version__},
+        "versions": {"bupo": VERSION, "torch": torch.__version__},
     }
