@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 import yaml
 from trl import ModelConfig
 
+from bupo.analysis.options import AnalyzeOptions
 from bupo.commands.main import main
 from bupo.commands.parsing import parse, parse_given
+from bupo.commands.sample import SampleOptions
 from bupo.errors import UserError, others
+from bupo.evaluation.options import EvalOptions
 from bupo.options import (
     BatchedSamplingOptions,
     ColumnOptions,
@@ -21,8 +24,9 @@ from bupo.options import (
     PromptOptions,
     RunOptions,
 )
-from bupo.provenance import command_line, note_run
+from bupo.provenance import SECRET, command_line, note_run
 from bupo.training.config import BuPOConfig
+from bupo.training.run import TrainOptions
 from tests.test_commands import fails  # noqa: F401
 
 
@@ -190,7 +194,7 @@ def test_a_run_notes_itself(tmp_path):
     note_run(tmp_path / "run", "analyze", given)
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert text.startswith(f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again\n# started by: ")
-    wanted = {"model": "m", "tuple": [1, 2.5], "path": "a/b", "nested": {"x": None}, "json": '{"token": "***", "b": 1}'}
+    wanted = {"model": "m", "tuple": [1, 2.5], "path": "a/b", "nested": {"x": None}, "json": '{"b": 1}'}
     assert yaml.safe_load(text) == wanted
     first = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(first["versions"]) == {
@@ -207,6 +211,34 @@ def test_a_command_line_without_secrets():
     line = ["bupo", "train", "--hub_token", "s3cret", "--api-key=s3cret", "--x", '{"hf_token": "s3cret"}', "--y", "a b"]
     assert "s3cret" not in command_line(line) and command_line(line).endswith("--y 'a b'")
     assert command_line(["--system_prompt", "the key: think"]) == "--system_prompt 'the key: think'"
+    assert command_line(["--per_token", "true", "--per-token=true"]) == "--per_token true --per-token=true"
+    for word in ("--server=http://me:s3cret@host/v1", '{"password": "s3cret"}', '{"a": {"api_secret": "s3cret"}}'):
+        assert "s3cret" not in command_line(["--x", word])
+
+
+def test_what_is_a_secret():
+    classes = (AnalyzeOptions, EvalOptions, SampleOptions, TrainOptions, BuPOConfig, ModelConfig)
+    names = {option.name for each in classes for option in fields(each)}
+    assert {name for name in names if SECRET.search(name)} == {"hub_token"}
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "aws_secret", "db-password", "key", "token"):
+        assert SECRET.search(name)
+    assert not any(SECRET.search(name) for name in ("eos_token", "per-token", "max_tokens", "keys", "monkey"))
+
+
+@pytest.mark.parametrize(
+    ("value", "noted"),
+    [
+        ("http://me:s3cret@host:8000/v1", "http://host:8000/v1"),
+        ('{"password": "s3cret", "n": {"api_secret": "s3cret", "m": [1]}}', '{"n": {"m": [1]}}'),
+        ('{"max_tokens": 3,  "b": 1}', '{"max_tokens": 3,  "b": 1}'),
+        ("{'token': 's3cret'", "{'token': \"***\""),
+        ("ask me@home: the key: think", "ask me@home: the key: think"),
+    ],
+)
+def test_a_secret_is_left_out_not_starred(tmp_path, value, noted):
+    """Stars would be sent as the secret by the run that the file starts."""
+    note_run(tmp_path, "eval", {"x": value})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"x": noted}
 
 
 def test_the_git_revision(tmp_path):
