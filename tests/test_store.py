@@ -425,6 +425,42 @@ def test_problems_and_rollouts_of_ones_own(tmp_path):
         bupo.analyze("embedded", analysis(tmp_path / "c"), rollouts=[])
 
 
+def test_problems_of_ones_own_that_are_none(tmp_path):
+    asked, empty = Dataset.from_dict({"question": ["1+2-1"]}), Dataset.from_dict({"prompt": [], "answer": []})
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2-1"}]]})
+    out = tmp_path / "out"
+    for given, message in (
+        ({"problems": asked}, "problems has no column prompt, but question: rename one, or add it"),
+        ({"problems": empty}, "problems is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bupo.analyze("embedded", analysis(out), **given)
+    with pytest.raises(UserError, match="model is empty: give the folder of a model"):
+        bupo.analyze([], analysis(out))
+    for benchmarks, message in (
+        ({}, "benchmarks is empty"),
+        ({"mine": asked}, "mine has no column prompt, but question"),
+        ({"mine": prompts}, "mine has no column answer, but prompt"),
+        ({"mine": empty}, "mine is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bupo.evaluate("embedded", evaluation(out), benchmarks=benchmarks)
+    assert not out.exists()
+
+
+def test_a_missing_second_model_leaves_nothing(tmp_path, fails):  # noqa: F811
+    weights_gone = tmp_path / "encoder"
+    weights_gone.mkdir()
+    (weights_gone / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    bupo.load_tokenizer("embedded").save_pretrained(weights_gone)
+    for name, message in (
+        (str(tmp_path / "nope"), "does not exist"),
+        (str(weights_gone), "is no causal language model"),
+    ):
+        assert message in fails("analyze", "--model", "embedded", name, "--output", str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
 def test_several_models_are_one_report(tmp_path):
     model, tokenizer = bupo.load_model("embedded"), bupo.load_tokenizer("embedded")
     model.save_pretrained(tmp_path / "other")
