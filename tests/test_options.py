@@ -1,6 +1,7 @@
 """Words that mean the same, what was given, what a run notes of itself, and whose fault an error is."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -84,7 +85,8 @@ def test_our_words_are_trls():
     assert (config.output_dir, config.max_completion_length) == ("o", 9)
     wanted = {"model_name_or_path": "m", "model_revision": "r", "output_dir": "o"}
     assert given == wanted | {"max_completion_length": 9, "internal_steps": 0}
-    with pytest.raises(UserError, match="unknown option 'batch_size'"):  # training has several
+    theirs = "unknown option 'batch_size': did you mean 'per_device_train_batch_size'"  # training has several
+    with pytest.raises(UserError, match=theirs):
         parse(TRAIN, ["--internal_steps", "0", "--batch_size", "4"], "bupo train")
 
 
@@ -118,6 +120,12 @@ def test_unknown_words(fails):  # noqa: F811
         with pytest.raises(UserError) as raised:
             parse((Short,), [f"--{word}", "1"], "bupo x")
         assert str(raised.value) == message
+    for command, word, message in (
+        ("eval", "dataset", "unknown option 'dataset': did you mean 'benchmarks'?"),
+        ("eval", "dataset-name", "did you mean 'benchmarks'?"),
+        ("analyze", "answerss", "unknown option 'answerss'; see bupo analyze --help"),  # no former word
+    ):
+        assert message in fails(command, f"--{word}", "4")
     assert "--config names no file" in fails("analyze", "--config")
     assert "expected one argument" in fails("analyze", "--lens")
 
@@ -161,10 +169,37 @@ def test_what_was_given_is_as_it_was_read(tmp_path):
     ]
     _, given = parse_given(TRAIN, line, "bupo train")
     wanted = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "internal_layer": "3"}
-    assert given == wanted | {"gradient_checkpointing_kwargs": '{"a": 1}'}  # the seed is 42 anyhow
+    wanted["seed"] = 42  # it is 42 anyhow, but of another version it may not be
+    assert given == wanted | {"gradient_checkpointing_kwargs": '{"a": 1}'}
     note_run(tmp_path / "run", "train", given)
     _, again = parse_given(TRAIN, ["--config", str(tmp_path / "run" / "config.yaml")], "bupo train")
     assert again == given
+
+
+def test_what_was_given_may_be_a_default(tmp_path):
+    _, given = parse_given((Short,), ["--batch_size", "64", "--overwrite", "--split=train"], "bupo x")
+    assert given == {"batch_size": 64, "overwrite": True, "split": "train"}
+    line = ["--per_device_train_batch_size", "8", "--model", "m", "--per_device_eval_batch_size", "2"]
+    _, given = parse_given(TRAIN, [*line, "--internal_steps", "0"], "bupo train")
+    assert given["per_device_train_batch_size"] == 8
+    note_run(tmp_path, "train", given)
+    noted = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    wanted = {"model": "m", "per_device_eval_batch_size": 2, "per_device_train_batch_size": 8, "internal_steps": 0}
+    assert wanted.items() <= noted.items()  # in bupo's own words, where training has them
+    assert parse_given(TRAIN, ["--config", str(tmp_path / "config.yaml")], "bupo train")[1] == given
+
+
+def test_the_environment_of_a_file_is_noted(tmp_path, monkeypatch):
+    for name in ("BUPO_TEST_X", "BUPO_TEST_API_KEY"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "c.yaml").write_text("env: {BUPO_TEST_X: 1, BUPO_TEST_API_KEY: s3cret}\nsize: 3\n")
+    _, given = parse_given((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+    assert os.environ["BUPO_TEST_X"] == "1" and os.environ["BUPO_TEST_API_KEY"] == "s3cret"
+    note_run(tmp_path / "run", "x", given)
+    noted = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert noted == {"size": 3, "env": {"BUPO_TEST_X": "1"}}
+    (options,), again = parse_given((Short,), ["--config", str(tmp_path / "run" / "config.yaml")], "bupo x")
+    assert options.size == 3 and again == noted
 
 
 @pytest.mark.parametrize(
@@ -193,7 +228,8 @@ def test_a_run_notes_itself(tmp_path):
     given |= {"path": Path("a/b"), "nested": {"token": "s3cret", "x": None}, "json": '{"token": "s3cret", "b": 1}'}
     note_run(tmp_path / "run", "analyze", given)
     text = (tmp_path / "run" / "config.yaml").read_text()
-    assert text.startswith(f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again\n# started by: ")
+    again = f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again, in {os.getcwd()}\n"
+    assert text.startswith(f"{again}# started by: ")
     wanted = {"model": "m", "tuple": [1, 2.5], "path": "a/b", "nested": {"x": None}, "json": '{"b": 1}'}
     assert yaml.safe_load(text) == wanted
     first = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -201,6 +237,7 @@ def test_a_run_notes_itself(tmp_path):
         *("bupo", "torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "python")
     }
     assert all(first["versions"].values()) and first["command"] == "analyze" and first["earlier"] == []
+    assert first["folder"] == os.getcwd()
     note_run(tmp_path / "run", "analyze", {})
     second = json.loads((tmp_path / "run" / "run.json").read_text())
     assert second["earlier"] == [{name: value for name, value in first.items() if name != "earlier"}]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -17,6 +18,7 @@ import yaml
 
 import bupo
 from bupo.files import in_one_piece, write_json
+from bupo.options import OUR_WORDS
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
@@ -26,6 +28,7 @@ SECRET_IN_TEXT = re.compile(  # of JSON in an option
     r"""((?:token|key|secret|password)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""", re.IGNORECASE
 )
 USER_IN_ADDRESS = re.compile(r"(://)[^/\s@]+@")  # user:password@
+SHORT = {theirs: ours for ours, theirs in OUR_WORDS.items()}
 ONCE = ("overwrite", "resume_from_checkpoint")  # asked for this time only: the same run started again deletes nothing
 
 
@@ -38,14 +41,15 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
     Args:
         folder (`Path`): of the run.
         command (`str`): such as `analyze`.
-        given (`dict`): the options that differ from the defaults.
+        given (`dict`): the options that were given, and the environment variables of a file, `env`.
         objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     line = command_line(sys.orig_argv)
-    values = {name: _plain(value) for name, value in given.items() if name not in ONCE and not SECRET.search(name)}
-    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again"
+    values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
+    here = os.getcwd()  # paths may be relative to it
+    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
     if objects:
         head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
     with in_one_piece(folder / CONFIG_FILE) as part:
@@ -57,6 +61,7 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
         "schema_version": 1,
         "command": command,
         "command_line": line,
+        "folder": here,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git": git_state(),
