@@ -237,6 +237,21 @@ def test_overwrite_starts_anew(tmp_path):
     assert "overwrite" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
 
 
+def test_a_folder_of_an_earlier_version_is_refused_and_overwritten_whole(tmp_path):
+    """Its measures were beside the answers."""
+    here = tmp_path / "embedded"
+    here.mkdir()
+    for name in ("rollouts.jsonl", "answers.jsonl", "tokens.parquet"):
+        (here / name).write_text("{}\n")
+    (here / "settings.json").write_text(json.dumps({"model": "embedded", "dtype": "float32"}))
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"is not noted \(an earlier version made them\): .*--overwrite true"):
+        bupo.analyze("embedded", analysis(tmp_path))
+    assert listing(tmp_path) == before
+    bupo.analyze("embedded", analysis(tmp_path, overwrite=True))
+    assert sorted(path.name for path in here.iterdir()) == ["raw", "rollouts.jsonl", "settings.json"]
+
+
 def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
     own = tmp_path / "embedded" / "rollouts.jsonl"
     own.parent.mkdir()

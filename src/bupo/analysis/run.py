@@ -207,6 +207,7 @@ def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prom
         settings,
         prompt_digests(problems),
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        beside=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
         overwrite=options.overwrite,
     )
 
@@ -240,7 +241,7 @@ def _measures(
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
-        beside=TOKENS_FILE,
+        beside=[TOKENS_FILE],
         overwrite=options.overwrite,
     )
 

@@ -45,6 +45,7 @@ from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 
 SUMMARY_FILE = "summary.json"
+KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
     if source is None:
         settings = kept_settings(here)
         known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
-        work = _Work(label, problems, [], settings["prompt"], samples(here, settings, problems.select(range(known))))
+        store = samples(here, settings, problems.select(range(known)), remedy=KEPT_REMEDY)
+        work = _Work(label, problems, [], settings["prompt"], store)
         work.store.begin()
         _kept(work, options.k)
         return work
@@ -191,7 +193,8 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
             source.context,
         )
     settings = source.settings | {"prompt": prompt}
-    return _Work(label, problems, prompts, prompt, samples(here, settings, problems, source.noted, options.overwrite))
+    store = samples(here, settings, problems, noted=source.noted, overwrite=options.overwrite)
+    return _Work(label, problems, prompts, prompt, store)
 
 
 def _harness(name: str, source: Source | None, options: EvalOptions) -> HarnessRun:
