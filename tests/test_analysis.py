@@ -307,7 +307,16 @@ def start_analysis(out, *more):
     )
 
 
+@pytest.fixture
+def heard():
+    """A process that is started hears Ctrl-C: those of a shell's background job, of which this may be one, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
     out = tmp_path / "out"
     process = start_analysis(out)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -205,6 +204,8 @@ def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):
         (["--k", "6"], "arithmetic holds 4 answers to problem 0, and k is 6: lower k or size"),
         (["--size", "60"], "arithmetic holds 0 answers to problem 48, and k is 4"),
         (["--system_prompt", "Think."], "arithmetic holds answers of other problems (number 0"),
+        (["--seed", "1"], "): give the benchmark, seed and system_prompt that they were sampled with"),
+        (["--seed", "1", "--overwrite", "true"], "): give the benchmark, seed"),  # it would delete what is to be graded
     ):
         assert main([*run, "--engine", "kept", *more]) == 2
         assert message in capsys.readouterr().err
@@ -263,15 +264,21 @@ metric_list:
 
 @pytest.fixture
 def own_tasks(monkeypatch):
-    """The harness knows the tasks of a test's files only: to list its own 12,000 takes it ten seconds, twice a run."""
+    """The harness knows the tasks of a test's files only: to list its own 12,000 takes it ten seconds. Lists made so far."""
     from lm_eval import tasks
 
-    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    made, manager = [], tasks.TaskManager
+
+    def without_defaults(**options):
+        made.append(manager(include_defaults=False, **options))
+        return made[-1]
+
+    monkeypatch.setattr(tasks, "TaskManager", without_defaults)
+    return made
 
 
-@pytest.mark.usefixtures("own_tasks")
 @pytest.mark.parametrize("layer", [None, pytest.param("8", marks=pytest.mark.slow)])
-def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
+def test_the_harness_measures_the_same_policy(own_tasks, tmp_path, capsys, layer):
     """A task of the harness on the same problems, against our own greedy answers and grades."""
     problems = load_problems("arithmetic", "test", size=48)
     write(
@@ -283,7 +290,7 @@ def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     policy = ["--layer", layer, "--lens", "final_norm"] if layer else []
     command = evaluation(tmp_path / "run", "--k", "1", "--temperature", "0", *policy)
     command[command.index("arithmetic")] = f"arithmetic,harness:{task}"
-    assert main(command) == 0
+    assert main(command) == 0 and len(own_tasks) == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     found = summary["harness"]["sums"]
     assert found["score"] == pytest.approx(summary["benchmarks"]["arithmetic"]["avg@k"]) and found["score"] > 0
@@ -305,6 +312,8 @@ def test_the_harness_measures_the_same_policy(tmp_path, capsys, layer):
     task.write_text(task.read_text() + "\nrepeats: 1\n")
     assert main(alone) == 2
     assert "made with another task_sha256" in capsys.readouterr().err
+    (here / "harness.json").write_text("{}")  # numbers of an earlier version
+    assert main([*alone, "--overwrite", "true"]) == 0 and not (here / "harness.json").exists()
 
 
 @pytest.mark.usefixtures("own_tasks")
@@ -448,7 +457,7 @@ def test_the_template_is_chosen_by_the_model():
         (["--benchmarks", "arithmetic,arithmetic"], "have one label twice: write LABEL=FILE"),
         (["--benchmarks", "arithmetic,harness:arithmetic"], "names none, or two of one label"),
         (["--benchmarks", ","], "names none, or two of one label"),
-        (["--output", __file__], "cannot be written: .*; finished answers are kept"),
+        (["--output", __file__], "cannot be written: (?:File exists|Not a directory); choose another output$"),
         (["--layer", "0"], "layer 0 does not exist"),
         (["--engine", "kept"], "holds no answers to grade: settings.json is missing"),
         (["--benchmarks", "humaneval"], "humaneval runs code that the model writes, on this machine: allow it with"),

@@ -1,18 +1,22 @@
 """Words that mean the same, what was given, what a run notes of itself, and whose fault an error is."""
 
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 import yaml
 from trl import ModelConfig
 
+from bupo.analysis.options import AnalyzeOptions
 from bupo.commands.main import main
 from bupo.commands.parsing import parse, parse_given
+from bupo.commands.sample import SampleOptions
 from bupo.errors import UserError, others
+from bupo.evaluation.options import EvalOptions
 from bupo.options import (
     BatchedSamplingOptions,
     ColumnOptions,
@@ -21,8 +25,9 @@ from bupo.options import (
     PromptOptions,
     RunOptions,
 )
-from bupo.provenance import command_line, note_run
+from bupo.provenance import SECRET, command_line, note_run
 from bupo.training.config import BuPOConfig
+from bupo.training.run import TrainOptions
 from tests.test_commands import fails  # noqa: F401
 
 
@@ -80,7 +85,8 @@ def test_our_words_are_trls():
     assert (config.output_dir, config.max_completion_length) == ("o", 9)
     wanted = {"model_name_or_path": "m", "model_revision": "r", "output_dir": "o"}
     assert given == wanted | {"max_completion_length": 9, "internal_steps": 0}
-    with pytest.raises(UserError, match="unknown option 'batch_size'"):  # training has several
+    theirs = "unknown option 'batch_size': did you mean 'per_device_train_batch_size'"  # training has several
+    with pytest.raises(UserError, match=theirs):
         parse(TRAIN, ["--internal_steps", "0", "--batch_size", "4"], "bupo train")
 
 
@@ -114,6 +120,12 @@ def test_unknown_words(fails):  # noqa: F811
         with pytest.raises(UserError) as raised:
             parse((Short,), [f"--{word}", "1"], "bupo x")
         assert str(raised.value) == message
+    for command, word, message in (
+        ("eval", "dataset", "unknown option 'dataset': did you mean 'benchmarks'?"),
+        ("eval", "dataset-name", "did you mean 'benchmarks'?"),
+        ("analyze", "answerss", "unknown option 'answerss'; see bupo analyze --help"),  # no former word
+    ):
+        assert message in fails(command, f"--{word}", "4")
     assert "--config names no file" in fails("analyze", "--config")
     assert "expected one argument" in fails("analyze", "--lens")
 
@@ -157,10 +169,37 @@ def test_what_was_given_is_as_it_was_read(tmp_path):
     ]
     _, given = parse_given(TRAIN, line, "bupo train")
     wanted = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "internal_layer": "3"}
-    assert given == wanted | {"gradient_checkpointing_kwargs": '{"a": 1}'}  # the seed is 42 anyhow
+    wanted["seed"] = 42  # it is 42 anyhow, but of another version it may not be
+    assert given == wanted | {"gradient_checkpointing_kwargs": '{"a": 1}'}
     note_run(tmp_path / "run", "train", given)
     _, again = parse_given(TRAIN, ["--config", str(tmp_path / "run" / "config.yaml")], "bupo train")
     assert again == given
+
+
+def test_what_was_given_may_be_a_default(tmp_path):
+    _, given = parse_given((Short,), ["--batch_size", "64", "--overwrite", "--split=train"], "bupo x")
+    assert given == {"batch_size": 64, "overwrite": True, "split": "train"}
+    line = ["--per_device_train_batch_size", "8", "--model", "m", "--per_device_eval_batch_size", "2"]
+    _, given = parse_given(TRAIN, [*line, "--internal_steps", "0"], "bupo train")
+    assert given["per_device_train_batch_size"] == 8
+    note_run(tmp_path, "train", given)
+    noted = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    wanted = {"model": "m", "per_device_eval_batch_size": 2, "per_device_train_batch_size": 8, "internal_steps": 0}
+    assert wanted.items() <= noted.items()  # in bupo's own words, where training has them
+    assert parse_given(TRAIN, ["--config", str(tmp_path / "config.yaml")], "bupo train")[1] == given
+
+
+def test_the_environment_of_a_file_is_noted(tmp_path, monkeypatch):
+    for name in ("BUPO_TEST_X", "BUPO_TEST_API_KEY"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "c.yaml").write_text("env: {BUPO_TEST_X: 1, BUPO_TEST_API_KEY: s3cret}\nsize: 3\n")
+    _, given = parse_given((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+    assert os.environ["BUPO_TEST_X"] == "1" and os.environ["BUPO_TEST_API_KEY"] == "s3cret"
+    note_run(tmp_path / "run", "x", given)
+    noted = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert noted == {"size": 3, "env": {"BUPO_TEST_X": "1"}}
+    (options,), again = parse_given((Short,), ["--config", str(tmp_path / "run" / "config.yaml")], "bupo x")
+    assert options.size == 3 and again == noted
 
 
 @pytest.mark.parametrize(
@@ -189,14 +228,16 @@ def test_a_run_notes_itself(tmp_path):
     given |= {"path": Path("a/b"), "nested": {"token": "s3cret", "x": None}, "json": '{"token": "s3cret", "b": 1}'}
     note_run(tmp_path / "run", "analyze", given)
     text = (tmp_path / "run" / "config.yaml").read_text()
-    assert text.startswith(f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again\n# started by: ")
-    wanted = {"model": "m", "tuple": [1, 2.5], "path": "a/b", "nested": {"x": None}, "json": '{"token": "***", "b": 1}'}
+    again = f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again, in {os.getcwd()}\n"
+    assert text.startswith(f"{again}# started by: ")
+    wanted = {"model": "m", "tuple": [1, 2.5], "path": "a/b", "nested": {"x": None}, "json": '{"b": 1}'}
     assert yaml.safe_load(text) == wanted
     first = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(first["versions"]) == {
         *("bupo", "torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "python")
     }
     assert all(first["versions"].values()) and first["command"] == "analyze" and first["earlier"] == []
+    assert first["folder"] == os.getcwd()
     note_run(tmp_path / "run", "analyze", {})
     second = json.loads((tmp_path / "run" / "run.json").read_text())
     assert second["earlier"] == [{name: value for name, value in first.items() if name != "earlier"}]
@@ -207,6 +248,34 @@ def test_a_command_line_without_secrets():
     line = ["bupo", "train", "--hub_token", "s3cret", "--api-key=s3cret", "--x", '{"hf_token": "s3cret"}', "--y", "a b"]
     assert "s3cret" not in command_line(line) and command_line(line).endswith("--y 'a b'")
     assert command_line(["--system_prompt", "the key: think"]) == "--system_prompt 'the key: think'"
+    assert command_line(["--per_token", "true", "--per-token=true"]) == "--per_token true --per-token=true"
+    for word in ("--server=http://me:s3cret@host/v1", '{"password": "s3cret"}', '{"a": {"api_secret": "s3cret"}}'):
+        assert "s3cret" not in command_line(["--x", word])
+
+
+def test_what_is_a_secret():
+    classes = (AnalyzeOptions, EvalOptions, SampleOptions, TrainOptions, BuPOConfig, ModelConfig)
+    names = {option.name for each in classes for option in fields(each)}
+    assert {name for name in names if SECRET.search(name)} == {"hub_token"}
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "aws_secret", "db-password", "key", "token"):
+        assert SECRET.search(name)
+    assert not any(SECRET.search(name) for name in ("eos_token", "per-token", "max_tokens", "keys", "monkey"))
+
+
+@pytest.mark.parametrize(
+    ("value", "noted"),
+    [
+        ("http://me:s3cret@host:8000/v1", "http://host:8000/v1"),
+        ('{"password": "s3cret", "n": {"api_secret": "s3cret", "m": [1]}}', '{"n": {"m": [1]}}'),
+        ('{"max_tokens": 3,  "b": 1}', '{"max_tokens": 3,  "b": 1}'),
+        ("{'token': 's3cret'", "{'token': \"***\""),
+        ("ask me@home: the key: think", "ask me@home: the key: think"),
+    ],
+)
+def test_a_secret_is_left_out_not_starred(tmp_path, value, noted):
+    """Stars would be sent as the secret by the run that the file starts."""
+    note_run(tmp_path, "eval", {"x": value})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"x": noted}
 
 
 def test_the_git_revision(tmp_path):

@@ -93,7 +93,7 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
 
 def test_a_run_starts_again_from_its_folder(commanded, tmp_path):
     given = yaml.safe_load((commanded / "config.yaml").read_text())
-    assert given["model_name_or_path"] == "embedded" and given["internal_layer"] in (5, "5") and given["max_steps"] == 4
+    assert given["model"] == "embedded" and given["internal_layer"] in (5, "5") and given["max_steps"] == 4
     assert main(["train", "--config", str(commanded / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
     first, again = weights(commanded), weights(tmp_path / "again")
     assert all(torch.equal(first[name], again[name]) for name in first)

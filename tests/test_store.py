@@ -237,6 +237,21 @@ def test_overwrite_starts_anew(tmp_path):
     assert "overwrite" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
 
 
+def test_a_folder_of_an_earlier_version_is_refused_and_overwritten_whole(tmp_path):
+    """Its measures were beside the answers."""
+    here = tmp_path / "embedded"
+    here.mkdir()
+    for name in ("rollouts.jsonl", "answers.jsonl", "tokens.parquet"):
+        (here / name).write_text("{}\n")
+    (here / "settings.json").write_text(json.dumps({"model": "embedded", "dtype": "float32"}))
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"is not noted \(an earlier version made them\): .*--overwrite true"):
+        bupo.analyze("embedded", analysis(tmp_path))
+    assert listing(tmp_path) == before
+    bupo.analyze("embedded", analysis(tmp_path, overwrite=True))
+    assert sorted(path.name for path in here.iterdir()) == ["raw", "rollouts.jsonl", "settings.json"]
+
+
 def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
     own = tmp_path / "embedded" / "rollouts.jsonl"
     own.parent.mkdir()
@@ -423,6 +438,42 @@ def test_problems_and_rollouts_of_ones_own(tmp_path):
         bupo.analyze("embedded", analysis(tmp_path / "c", rollouts=str(path)), problems=problems)
     with pytest.raises(UserError, match="rollouts is empty"):
         bupo.analyze("embedded", analysis(tmp_path / "c"), rollouts=[])
+
+
+def test_problems_of_ones_own_that_are_none(tmp_path):
+    asked, empty = Dataset.from_dict({"question": ["1+2-1"]}), Dataset.from_dict({"prompt": [], "answer": []})
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2-1"}]]})
+    out = tmp_path / "out"
+    for given, message in (
+        ({"problems": asked}, "problems has no column prompt, but question: rename one, or add it"),
+        ({"problems": empty}, "problems is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bupo.analyze("embedded", analysis(out), **given)
+    with pytest.raises(UserError, match="model is empty: give the folder of a model"):
+        bupo.analyze([], analysis(out))
+    for benchmarks, message in (
+        ({}, "benchmarks is empty"),
+        ({"mine": asked}, "mine has no column prompt, but question"),
+        ({"mine": prompts}, "mine has no column answer, but prompt"),
+        ({"mine": empty}, "mine is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bupo.evaluate("embedded", evaluation(out), benchmarks=benchmarks)
+    assert not out.exists()
+
+
+def test_a_missing_second_model_leaves_nothing(tmp_path, fails):  # noqa: F811
+    weights_gone = tmp_path / "encoder"
+    weights_gone.mkdir()
+    (weights_gone / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    bupo.load_tokenizer("embedded").save_pretrained(weights_gone)
+    for name, message in (
+        (str(tmp_path / "nope"), "does not exist"),
+        (str(weights_gone), "is no causal language model"),
+    ):
+        assert message in fails("analyze", "--model", "embedded", name, "--output", str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
 
 
 def test_several_models_are_one_report(tmp_path):

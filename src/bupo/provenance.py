@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -16,31 +17,39 @@ from typing import Any
 import yaml
 
 from bupo.files import in_one_piece, write_json
+from bupo.options import OUR_WORDS
 from bupo.version import VERSION
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
-SECRET = re.compile(r"(?:^|[_-])(?:token|key)$")  # of an option's name
-SECRET_IN_TEXT = re.compile(r"""((?:token|key)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""")  # of JSON in an option
+# of the name of an option, or of an environment variable; per_token and eos_token are none
+SECRET = re.compile(r"(?:^|[_-])(?:(?<!(?:per|eos|bos|pad)[_-])token|key|secret|password)$", re.IGNORECASE)
+SECRET_IN_TEXT = re.compile(  # of JSON in an option
+    r"""((?:token|key|secret|password)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""", re.IGNORECASE
+)
+USER_IN_ADDRESS = re.compile(r"(://)[^/\s@]+@")  # user:password@
+SHORT = {theirs: ours for ours, theirs in OUR_WORDS.items()}
 ONCE = ("overwrite", "resume_from_checkpoint")  # asked for this time only: the same run started again deletes nothing
 
 
 def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: Sequence[str] = ()) -> None:
     """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
 
-    Secrets (names that end in `token` or `key`) are left out. What `run.json` noted of earlier runs in the folder is kept.
+    Secrets (names that end in `token`, `key`, `secret` or `password`, and the user of an address) are left out. What
+    `run.json` noted of earlier runs in the folder is kept.
 
     Args:
         folder (`Path`): of the run.
         command (`str`): such as `analyze`.
-        given (`dict`): the options that differ from the defaults.
+        given (`dict`): the options that were given, and the environment variables of a file, `env`.
         objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     line = command_line(sys.orig_argv)
-    values = {name: _plain(value) for name, value in given.items() if name not in ONCE and not SECRET.search(name)}
-    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again"
+    values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
+    here = os.getcwd()  # paths may be relative to it
+    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
     if objects:
         head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
     with in_one_piece(folder / CONFIG_FILE) as part:
@@ -52,6 +61,7 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
         "schema_version": 1,
         "command": command,
         "command_line": line,
+        "folder": here,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git": git_state(),
@@ -103,8 +113,20 @@ def command_line(words: list[str]) -> str:
 
 
 def _hidden(text: str) -> str:
-    """A mapping in JSON without its secrets; any other text, such as a prompt, as it is."""
+    """Without the secrets of a mapping in JSON and of an address; any other text, such as a prompt, as it is."""
+    text = USER_IN_ADDRESS.sub(r"\1***@", text)
     return SECRET_IN_TEXT.sub(r'\1"***"', text) if "{" in text[:1] or "={" in text else text
+
+
+def _without_secrets(text: str) -> str:
+    """As `_hidden`, for a run that is started again: a secret is left out, for stars would be sent as one."""
+    text = USER_IN_ADDRESS.sub(r"\1", text)
+    if not text.startswith("{") or not SECRET_IN_TEXT.search(text):
+        return text
+    try:
+        return json.dumps(_plain(json.loads(text)))
+    except ValueError:  # no JSON: whoever reads it will say so
+        return _hidden(text)
 
 
 def _plain(value: Any) -> Any:
@@ -117,7 +139,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, bool | int | float) or value is None:
         return value
-    return _hidden(str(value))
+    return _without_secrets(str(value))
 
 
 def _earlier(path: Path) -> list[dict]:

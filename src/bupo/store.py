@@ -30,8 +30,9 @@ class Store(Generic[Key, Row]):
         places (`list[str]`, *optional*): what tells the problems apart, in their order. A run may know more than another.
         of (`str`, *optional*, defaults to `"problems"`): what the places are, for people.
         noted (`dict`, *optional*): what stands beside the settings for people, and is not compared.
-        beside (`str`, *optional*): pattern of further files in the folder that depend on the same settings.
+        beside (`list[str]`, *optional*): patterns of further files in the folder that depend on the same settings.
         overwrite (`bool`, *optional*, defaults to `False`): `begin` deletes rows of other settings.
+        remedy (`str`, *optional*): what to do about rows of other settings, for people.
 
     Attributes:
         rows (`dict`): finished rows by key; empty before `begin`.
@@ -51,8 +52,9 @@ class Store(Generic[Key, Row]):
         places: Sequence[str] = (),
         of: str = "problems",
         noted: Mapping[str, Any] | None = None,
-        beside: str | None = None,
+        beside: Sequence[str] = (),
         overwrite: bool = False,
+        remedy: str = REMEDY,
     ):
         self.folder, self.path, self.what, self.beside = folder, folder / name, what, beside
         self.read, self.write = read, write
@@ -63,7 +65,7 @@ class Store(Generic[Key, Row]):
         difference = self._difference()
         self.anew = bool(difference) and overwrite
         if difference and not overwrite:
-            raise UserError(f"{folder} holds {what} {difference}: {REMEDY}")
+            raise UserError(f"{folder} holds {what} {difference}: {remedy}")
 
     def begin(self) -> None:
         """Note the settings and read the finished rows; where it was asked for, delete those of other settings first."""
@@ -86,7 +88,7 @@ class Store(Generic[Key, Row]):
 
     def _held(self) -> list[Path]:
         """Files that hold finished work."""
-        others = sorted(self.folder.glob(self.beside)) if self.beside else []
+        others = [path for pattern in self.beside for path in sorted(self.folder.glob(pattern))]
         return [path for path in (self.path, *others) if path.is_file() and path.stat().st_size]
 
     def _before(self, overwrite: bool) -> dict[str, Any]:

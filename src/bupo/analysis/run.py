@@ -18,10 +18,10 @@ from bupo.analysis.report import AnalysisReport, ModelReport, model_report, writ
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
 from bupo.analysis.tables import AnswerSums
 from bupo.analysis.views import token_views
-from bupo.data.problems import ARITHMETIC, load_problems, prompt_digests
+from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
 from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import fingerprint, load_on_device, load_tokenizer
+from bupo.model.loading import fingerprint, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import evaluating
@@ -43,6 +43,7 @@ def analyze(
     tokenizer: PreTrainedTokenizerBase | None = None,
     problems: Dataset | None = None,
     rollouts: Sequence[Rollout] | None = None,
+    noted: dict[str, Any] | None = None,
     bar: Progress | None = None,
 ) -> AnalysisReport:
     """Sample a model's answers, measure every internal policy on them, and write the run's folder.
@@ -53,6 +54,7 @@ def analyze(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
         problems (`Dataset`, *optional*): with `prompt` (messages), instead of the options' dataset.
         rollouts (`list[Rollout]`, *optional*): finished answers, instead of sampled ones.
+        noted (`dict`, *optional*): what `config.yaml` holds; by default the options that differ from the defaults.
         bar (`rich.progress.Progress`, *optional*): shows how far it is.
 
     Raises:
@@ -63,7 +65,10 @@ def analyze(
     options.check()
     check_template(options.chat_template)
     labels = _labels(names, options.output)
-    given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options)
+    given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
+    for name in names[1:]:  # what is missing is found before the first, which is loaded first anyway, is measured
+        load_tokenizer(name, **options.loading())
+        load_config(name, **options.loading())
     reports: list[ModelReport] = []
     for name, label in zip(names, labels, strict=True):
         reports.append(_reported(name, label, given, options, bar, first=not reports))
@@ -79,6 +84,7 @@ class _Given:
     Attributes:
         source (`str`): where problems or rollouts are from.
         objects (`list[str]`): names of what came from Python.
+        noted (`dict`): what `config.yaml` holds.
     """
 
     model: nn.Module | None
@@ -87,9 +93,10 @@ class _Given:
     rollouts: Sequence[Rollout] | None
     source: str
     objects: list[str]
+    noted: dict[str, Any]
 
 
-def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions) -> _Given:
+def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions, noted: dict[str, Any] | None) -> _Given:
     """Refuses what contradicts itself, and bad problems, before a model is loaded."""
     values = {"model": model, "problems": problems, "rollouts": rollouts}
     objects = [name for name, value in values.items() if value is not None]
@@ -102,10 +109,11 @@ def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions) -> _Gi
     source = "problems" if problems is not None else "rollouts" if rollouts is not None else options.rollouts
     if source is None:
         problems, source = _load_problems(options), options.dataset or ARITHMETIC
-    for name, value in (("problems", problems), ("rollouts", rollouts)):
-        if value is not None and not len(value):
-            raise UserError(f"{name} is empty: give some, or leave it out")
-    return _Given(model, tokenizer, problems, rollouts, source, objects)
+    if rollouts is not None and not len(rollouts):
+        raise UserError("rollouts is empty: give some, or leave it out")
+    if problems is not None:
+        check_columns(problems, "problems", ("prompt",))
+    return _Given(model, tokenizer, problems, rollouts, source, objects, changed(options) if noted is None else noted)
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ def _reported(
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
     if first:
-        note_run(options.output, "analyze", changed(options), given.objects)
+        note_run(options.output, "analyze", given.noted, given.objects)
     with evaluating(subject.policies.stream.model):
         if answers is not None:
             rollouts = _sampled(subject, options, answers, prompts, bar)
@@ -199,6 +207,7 @@ def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prom
         settings,
         prompt_digests(problems),
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        beside=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
         overwrite=options.overwrite,
     )
 
@@ -232,7 +241,7 @@ def _measures(
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
-        beside=TOKENS_FILE,
+        beside=[TOKENS_FILE],
         overwrite=options.overwrite,
     )
 
@@ -252,6 +261,8 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
 
 def _labels(names: list[str], output: str) -> list[str]:
     """Short names of the models, each its own."""
+    if not names:
+        raise UserError("model is empty: give the folder of a model, a hub id or 'embedded'")
     labels = [Path(name).stem if name.endswith(".gguf") else Path(name).name for name in names]
     for label in labels:
         inside(output, label)

@@ -11,7 +11,7 @@ from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.report import ModelReport
 from bupo.analysis.run import analyze
 from bupo.commands.keeping import keeping
-from bupo.commands.parsing import parse
+from bupo.commands.parsing import parse_given
 from bupo.progress import progress
 
 COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
@@ -19,10 +19,10 @@ COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "
 
 def run(arguments: list[str]) -> None:
     """Analyse each model and print its layers."""
-    (options,) = parse((AnalyzeOptions,), arguments, "bupo analyze")
+    (options,), given = parse_given((AnalyzeOptions,), arguments, "bupo analyze")
     console = Console()
     with keeping(Path(options.output)), progress(console) as bar:
-        report = analyze(options.model, options, bar=bar)
+        report = analyze(options.model, options, noted=given, bar=bar)
     for model in report.models:
         console.print(_table(model))
         console.print(f"{model.meta['model']}: template {model.meta['template']}", highlight=False, markup=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bupo.commands.keeping import keeping
-from bupo.commands.parsing import parse
+from bupo.commands.parsing import parse_given
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.run import evaluate
 from bupo.progress import progress
@@ -14,10 +14,10 @@ from bupo.report.scores import score_tables
 
 def run(arguments: list[str]) -> None:
     """Evaluate and print the numbers."""
-    (options,) = parse((EvalOptions,), arguments, "bupo eval")
+    (options,), given = parse_given((EvalOptions,), arguments, "bupo eval")
     console = Console()
     with keeping(Path(options.output)), progress(console) as bar:
-        found = evaluate(options.model, options, bar=bar)
+        found = evaluate(options.model, options, noted=given, bar=bar)
     console.print(f"{found.meta['model']}: template {found.meta['template']}", highlight=False, markup=False)
     for table in score_tables(found.summary()):
         console.print(table)

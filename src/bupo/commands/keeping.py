@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bupo.errors import UserError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EEXIST)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # no folder, or none to write into
 
 
 @contextmanager
@@ -20,11 +21,13 @@ def keeping(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _FULL + _CLOSED:
             raise
+        what = f"{error.filename or folder} cannot be written: {error.strerror}"
+        if error.errno in _CLOSED:
+            raise UserError(f"{what}; choose another output") from error
         raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror}; finished answers are kept in {folder}, and the "
-            "same command goes on from them"
+            f"{what}; finished answers are kept in {folder}, and the same command goes on from them"
         ) from error
     except KeyboardInterrupt:
         raise UserError(

@@ -13,7 +13,7 @@ import yaml
 from trl import TrlParser
 
 from bupo.errors import UserError, others
-from bupo.options import FORMER_WORDS, SYNONYMS
+from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
 
 CONFIG = "--config"
 # what a YAML file may give where an option is one value
@@ -41,24 +41,27 @@ def parse(classes: Sequence[type], arguments: list[str], prog: str) -> tuple:
 
 
 def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tuple[tuple, dict[str, Any]]:
-    """As `parse`, and what was given besides: the values that differ from the defaults, as they were read.
+    """As `parse`, and besides what the flags and the file named, as it was read, be it a default: defaults may change.
 
     Returns:
-        `tuple[tuple, dict]`: the instances, and values by the dataclasses' own names.
+        `tuple[tuple, dict]`: the instances, and values by the dataclasses' own names; `env`, if the file sets variables.
     """
     known = {field.name for each in classes for field in dataclasses.fields(each) if field.init}
     arguments, path = _without_config(arguments)
     flags = _translated_flags(arguments, known)
+    config, variables = _read(path, known) if path else ({}, {})
     parser = _Parser(list(classes), prog=prog, allow_abbrev=False)
     defaults = vars(parser.parse_known_args([])[0])
     with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
-        unknown = parser.set_defaults_with_config(**_typed(_read(path, known), classes)) if path else []
+        unknown = parser.set_defaults_with_config(**_typed(config, classes)) if config else []
         namespace = vars(parser.parse_known_args(flags)[0])
         *parsed, rest = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
     unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
     if unknown:
         raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
-    return tuple(parsed), {name: value for name, value in namespace.items() if value != defaults[name]}
+    named = config.keys() | {flag.removeprefix("--").partition("=")[0] for flag in flags}
+    given = {name: value for name, value in namespace.items() if name in named or value != defaults[name]}
+    return tuple(parsed), given | ({"env": variables} if variables else {})
 
 
 def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -75,8 +78,8 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def _read(path: str, known: set[str]) -> dict[str, Any]:
-    """The options of a YAML file. Its `env` sets environment variables, as TRL's parser does."""
+def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options of a YAML file, and its `env`, which sets environment variables, as TRL's parser does."""
     try:
         with open(path) as file:
             config = yaml.safe_load(file)
@@ -89,9 +92,10 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
         raise UserError(f"env of config file {path} must be a mapping of environment variables")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    variables = {str(name): str(value) for name, value in variables.items()}
+    os.environ.update(variables)
     names = _translated(map(str, config), known)
-    return dict(zip(names, config.values(), strict=True))
+    return dict(zip(names, config.values(), strict=True)), variables
 
 
 def _translated_flags(arguments: list[str], known: set[str]) -> list[str]:
@@ -157,6 +161,7 @@ def _kinds(hint: Any) -> list[Any]:
 
 
 def _did_you_mean(name: str, known: set[str], prog: str) -> str:
-    words = known | {word for word, ours in SYNONYMS.items() if ours in known}
-    close = difflib.get_close_matches(name.replace("-", "_"), sorted(words), n=1)
+    name = name.replace("-", "_")
+    words = known | {word for word, ours in SYNONYMS.items() if ours in known and word not in FORMER_WORDS}
+    close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else difflib.get_close_matches(name, sorted(words), n=1)
     return f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else f"; see {prog} --help")

@@ -5,7 +5,7 @@ Whatever the source, the result is a dataset with two columns: `prompt` (message
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -76,6 +76,17 @@ def _rows(name: str, split: str, config: str | None, size: int | None, revision:
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
     return rows
+
+
+def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:
+    """Raises [`UserError`] for problems that came from Python and lack a column, or are none."""
+    for column in columns:
+        if column not in problems.column_names:
+            raise UserError(
+                f"{name} has no column {column}, but {', '.join(problems.column_names) or 'none at all'}: rename one, or add it"
+            )
+    if not len(problems):
+        raise UserError(f"{name} is empty: give some, or leave it out")
 
 
 def prompt_digests(problems: Dataset) -> list[str]:

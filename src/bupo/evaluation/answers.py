@@ -30,8 +30,7 @@ def samples(
     folder: Path,
     settings: Mapping[str, Any],
     problems: Dataset,
-    noted: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    **options,
 ) -> Store[Key, Answer]:
     """The store of a benchmark's answers, by problem and sample.
 
@@ -39,10 +38,10 @@ def samples(
         folder (`Path`): of the benchmark.
         settings (`dict`): what every answer depends on.
         problems (`Dataset`): with `prompt` (messages).
-        noted, overwrite: of [`~bupo.store.Store`].
+        options: of [`~bupo.store.Store`].
     """
     digests = prompt_digests(problems)
-    return Store(folder, SAMPLES_FILE, "answers", _read, _write, settings, digests, noted=noted, overwrite=overwrite)
+    return Store(folder, SAMPLES_FILE, "answers", _read, _write, settings, digests, **options)
 
 
 def _read(line: str) -> tuple[Key, Answer]:

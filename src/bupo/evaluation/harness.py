@@ -4,6 +4,7 @@ The harness asks once a question, with its own prompts and shots, and takes the 
 beside each number.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -60,9 +61,18 @@ def _needs_leave(name: str) -> UserError:
 
 
 def _manager(task: Task) -> Any:
+    """The harness' list of tasks, with those beside one's own file."""
+    folder = task.file.parent if task.file else None
+    files = sorted(folder.glob("*.yaml")) if folder else []
+    return _listed(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.cache  # to list its 12,000 takes ten seconds
+def _listed(folder: Path | None, files: tuple[tuple[Path, int], ...]) -> Any:
+    """The list as of these files and the times that they were written."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=task.file and task.file.parent)
+    return TaskManager(include_path=folder)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ def harness_run(
         lambda key, row: json.dumps(row),
         depends,
         noted=noted,
-        beside=f"{RESPONSES_FILE}*",
+        beside=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
         overwrite=options.overwrite,
     )
     return HarnessRun(task, wanted, chat, store)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bupo.data.problems import check_columns
 from bupo.data.templates import check_template
 from bupo.errors import UserError
 from bupo.evaluation.answers import (
@@ -44,6 +45,7 @@ from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 
 SUMMARY_FILE = "summary.json"
+KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ def evaluate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     benchmarks: Mapping[str, Dataset] | None = None,
+    noted: dict[str, Any] | None = None,
     bar: Progress | None = None,
 ) -> Evaluation:
     """Sample, grade and sum up, benchmark by benchmark, and write the run's folder.
@@ -100,6 +103,7 @@ def evaluate(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
         benchmarks (`dict[str, Dataset]`, *optional*): problems by label, with `prompt` (messages) and `answer`, instead of
             those that the options name.
+        noted (`dict`, *optional*): what `config.yaml` holds; by default the options that differ from the defaults.
         bar (`rich.progress.Progress`, *optional*): shows how far it is.
 
     Raises:
@@ -110,14 +114,12 @@ def evaluate(
     check_template(options.chat_template)
     problems, tasks = _benchmarks(options, benchmarks)
     theirs = _finished_summary(options.compare, problems)
-    source = None
-    if options.engine != "kept":
-        source = Source(model if isinstance(model, nn.Module) else model or EMBEDDED, options, tokenizer)
+    source = None if options.engine == "kept" else Source(EMBEDDED if model == "" else model, options, tokenizer)
     works = [_work(label, rows, source, options) for label, rows in problems.items()]
     runs = {label: _harness(name, source, options) for label, name in tasks.items()}
     meta = source.meta if source else kept_meta(Path(options.output), list(problems))
     objects = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
-    note_run(options.output, "eval", changed(options), objects)
+    note_run(options.output, "eval", changed(options) if noted is None else noted, objects)
     found = Evaluation(meta, Path(options.output), options.compare)
     for work in works:
         _evaluated(work, found, source, theirs, options, bar)
@@ -146,7 +148,10 @@ class _Work:
 def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tuple[dict[str, Dataset], dict[str, str]]:
     """Problems by label, and the harness' benchmarks by label. What cannot be loaded or graded is refused here."""
     if given is not None:
+        if not given:
+            raise UserError("benchmarks is empty: give problems by label, or leave it out")
         for label, problems in given.items():
+            check_columns(problems, label, ("prompt", "answer"))
             check_golds(problems["answer"], label)
         return dict(given), {}
     tasks = {label_of(name): name for name in options.names if is_harness(name)}
@@ -172,7 +177,8 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
     if source is None:
         settings = kept_settings(here)
         known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
-        work = _Work(label, problems, [], settings["prompt"], samples(here, settings, problems.select(range(known))))
+        store = samples(here, settings, problems.select(range(known)), remedy=KEPT_REMEDY)
+        work = _Work(label, problems, [], settings["prompt"], store)
         work.store.begin()
         _kept(work, options.k)
         return work
@@ -187,7 +193,8 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
             source.context,
         )
     settings = source.settings | {"prompt": prompt}
-    return _Work(label, problems, prompts, prompt, samples(here, settings, problems, source.noted, options.overwrite))
+    store = samples(here, settings, problems, noted=source.noted, overwrite=options.overwrite)
+    return _Work(label, problems, prompts, prompt, store)
 
 
 def _harness(name: str, source: Source | None, options: EvalOptions) -> HarnessRun:

@@ -6,7 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bupo.errors import UserError, others
 
@@ -34,12 +41,8 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_model(name: str, **kwargs) -> PreTrainedModel:
-    """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
-
-    Args:
-        name (`str`): which.
-        kwargs: of `from_pretrained`; `dtype` defaults to the config's.
+def load_config(name: str, **kwargs) -> PretrainedConfig:
+    """The configuration of a causal LM by name. Arguments are those of `load_model`.
 
     Raises:
         UserError: if there is no such model, or it is no causal LM.
@@ -52,6 +55,21 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     architectures = getattr(config, "architectures", None) or []
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
+    return config
+
+
+def load_model(name: str, **kwargs) -> PreTrainedModel:
+    """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
+
+    Args:
+        name (`str`): which.
+        kwargs: of `from_pretrained`; `dtype` defaults to the config's.
+
+    Raises:
+        UserError: if there is no such model, or it is no causal LM.
+    """
+    path, kwargs = _gguf(model_path(name), kwargs)
+    load_config(name, **kwargs)
     with others(f"model {name!r} cannot be loaded as a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
