@@ -148,7 +148,7 @@ def test_problems_of_ones_own_are_checked(tmp_path):
         **OPTIONS | {"max_steps": 1},
     )  # fmt: skip
     problems = bupo.load_problems("arithmetic", size=16)
-    with pytest.raises(bupo.UserError, match="the problems have no column answer: their columns are prompt"):
+    with pytest.raises(bupo.UserError, match="problems has no column answer, but prompt: rename one, or add it"):
         bupo.train("embedded", config, problems=problems.remove_columns("answer"), eval_problems=problems)
     with pytest.raises(bupo.UserError, match="dataset is not set"):
         bupo.train("embedded", config, problems=problems)

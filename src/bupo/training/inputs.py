@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
 
-from bupo.data.problems import load_problems
+from bupo.data.problems import check_columns, load_problems
 from bupo.data.templates import chat_template, plain_text
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
@@ -87,11 +87,7 @@ def problems_of(
         eval_problems = _problems(options, name, options.eval_split, options.eval_size, config)
     needed = ("prompt", "answer") if math_reward in rewards else ("prompt",)
     for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
-        missing = [column for column in needed if column not in rows.column_names]
-        if missing:
-            raise UserError(
-                f"the problems have no column {missing[0]}: their columns are {', '.join(rows.column_names)}"
-            )
+        check_columns(rows, "problems", needed)
     if math_reward in rewards:
         golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
         try:
