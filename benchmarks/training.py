@@ -17,8 +17,8 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.evaluation.answers import correct_of, graded, prompts_of, sample
 from bupo.evaluation.metrics import avg_at_k, paired_difference
-from bupo.evaluation.run import correct_of, graded, prompts_of, sample
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.report.figures import guard_figure
 from bupo.sampling import TransformersEngine

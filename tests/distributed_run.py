@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from bupo.evaluation.answers import prompts_of, sample
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.evaluation.run import prompts_of, sample
 from bupo.sampling import TransformersEngine
 from bupo.training.evaluations import Evaluations
 from tests.test_trainer import config, model_of, snapshot, trainer_of

@@ -10,7 +10,7 @@ from math_verify import parse, verify
 from bupo import InternalPolicies
 from bupo.analysis.measure import measure
 from bupo.commands.main import main
-from bupo.evaluation.run import finished
+from bupo.evaluation.answers import finished
 from bupo.model.residual import ResidualStream
 from tests.real_models import MODELS, real_model
 from tests.test_eval import FILES, SHARED, killed_in

@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 
-from bupo.evaluation.run import summarize
+from bupo.evaluation.answers import summarize
 from bupo.report.html import script_json
 from bupo.report.samples import BUDGET, SHORTEST, VERDICT_NAMES, shortened, write_samples_page
 from bupo.report.scores import VERDICT_COLUMNS, score_rows

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bupo.commands.main import main
+from bupo.evaluation.answers import correct_of, finished, prompts_of
 from bupo.evaluation.benchmarks import load_benchmark
-from bupo.evaluation.run import correct_of, finished, prompts_of
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.sampling import Request, TransformersEngine, seed_of
 from tests.real_models import real_model

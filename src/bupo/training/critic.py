@@ -143,10 +143,8 @@ class CopiedCritic:
             values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
             loss, sums = token_sums(values, batch, self.args.value_clip)
             self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
-        if (
-            self.accelerator.sync_gradients
-        ):  # before the policy's activations are made: the gradient is as large as the model
-            self._update()
+        if self.accelerator.sync_gradients:
+            self._update()  # before the policy's activations are made: the gradient is as large as the model
         return policy_loss(None), value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
