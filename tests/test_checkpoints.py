@@ -9,9 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from bupo import BuPOConfig, TrainOptions, UserError
+from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
 from bupo.training.metrics_file import read_metrics
 from bupo.training.run import train
@@ -20,14 +22,14 @@ from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
 ROWS = Dataset.from_dict({"prompt": PROBLEMS["prompt"], "answer": ["1"] * len(PROBLEMS)})
-OPTIONS = {
+OPTIONS: dict = {
     **{"internal_layer": 2, "internal_steps": 2, "per_device_train_batch_size": 4, "steps_per_generation": 2},
     **{"num_generations": 4, "max_completion_length": 5, "max_steps": 6, "learning_rate": 1e-3, "probe_every": 0},
     **{"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "report_to": "none", "seed": 0},
 }
 
 
-def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward, **changes):
+def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward, callbacks=(), **changes):
     """A run of three rollout batches of two updates; what it says."""
     said: list[str] = []
     config = BuPOConfig(str(folder), **{**OPTIONS, **changes})
@@ -38,6 +40,7 @@ def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward,
         tokenizer=TOKENIZER,
         problems=problems,
         reward_funcs=[reward],
+        callbacks=callbacks,
         say=said.append,
     )
     return said
@@ -292,8 +295,50 @@ def test_a_broken_line_of_metrics_drops_itself_only(tmp_path, caplog):
     ]
 
 
+class Stopped(TrainerCallback):
+    """As a signal that a cluster sends: save at the end of the update, and stop."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            control.should_save = control.should_training_stop = True
+
+
+def test_a_run_that_is_stopped_inside_a_rollout_batch_goes_on(finished, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, callbacks=[Stopped()])
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    assert not (folder / "finished.json").exists()
+    run(folder, resume_from_checkpoint=True)
+    assert same(finished, folder) and (folder / "finished.json").exists()
+    rows = [
+        [row.get("loss"), row.get("reward"), row.get("train_loss")] for row in read_metrics(folder / "metrics.jsonl")
+    ]
+    assert rows == [
+        [row.get("loss"), row.get("reward"), row.get("train_loss")] for row in read_metrics(finished / "metrics.jsonl")
+    ]
+
+
 def test_updates_skipped_in_a_row_are_counted_on():
     counted, again = FiniteUpdates(lambda: ""), FiniteUpdates(lambda: "")
     counted.skipped = 2
     again.load(counted.state(), 1)
     assert again.skipped == 2
+
+
+def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
+    """Also without TensorBoard: what its writer is asked for. Readers drop earlier events from `purge_step` on."""
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        trackers, "_writer", lambda: lambda log_dir, purge_step: asked.append((log_dir, purge_step)) or "writer"
+    )
+    callback = TensorBoardCallback.__new__(TensorBoardCallback)
+    callback.tb_writer = callback.logging_dir = None
+    trackers.continue_events([callback], tmp_path, 8)
+    assert callback.tb_writer is None and not asked  # no events yet: transformers names a folder
+    (tmp_path / "runs" / "Nov24_host").mkdir(parents=True)
+    (tmp_path / "runs" / "Nov24_host" / "events.out.1").touch()
+    trackers.continue_events([callback], tmp_path, 8)
+    assert callback.tb_writer == "writer" and asked == [(str(tmp_path / "runs" / "Nov24_host"), 9)]
+    callback.tb_writer, callback.logging_dir = None, "/logs"
+    trackers.continue_events([callback], tmp_path, 0)
+    assert asked[-1] == ("/logs", 0)

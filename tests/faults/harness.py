@@ -92,7 +92,8 @@ def differences(whole: Path, other: Path) -> list[str]:
     if names[0] != names[1]:
         found.append(f"files: {sorted(names[0] ^ names[1])}")
     rows = [[timeless(row) for row in read_metrics(folder / "metrics.jsonl")] for folder in (whole, other)]
-    found += [f"metrics.jsonl: {unequal(*rows)}"] if unequal(*rows) else []
+    what = unequal(rows[0], rows[1], "rows")
+    found += [f"metrics.jsonl: {what}"] if what else []
     for name in sorted(names[0] & names[1]):
         paths = (whole / name, other / name)
         if name.endswith((".safetensors", ".png", "probes.jsonl", "boundary.json", "finished.json", "config.json")):

@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict] = {
         **{"reward_funcs": "tests.faults.rewards.falling", "internal_steps": 20, "steps_per_generation": 2},
         **{"max_steps": 24, "save_steps": 3, "save_total_limit": 20, "size": 16},
     },
-    "auto": {"internal_layer": "auto", "per_device_train_batch_size": 24, "size": 72, "max_new_tokens": 24},
+    "auto": {"internal_layer": "auto", "per_device_train_batch_size": 16, "size": 48, "max_new_tokens": 28, "seed": 1},
     "iterations": {"num_iterations": 2, "max_steps": 24},
     "evaluation": {
         **{"eval_benchmarks": "arithmetic", "eval_problems": 8, "eval_k": 1, "eval_every": 2},

@@ -33,12 +33,15 @@ from bupo.training.folder import (
     draw,
     finished,
     mark_finished,
+    wants_to_resume,
 )
 from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
+from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
+from bupo.training.whole import updates_of
 
 
 @dataclass(frozen=True)
@@ -111,27 +114,25 @@ def train(
     """
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
-    own = {"problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
-    note = note or _noted(model, config, options, loading, own)
+    own = {"model": model, "problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
+    note = note or _noted(config, options, loading, own)
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
-    if (schedule := finished(config)) is not None:
-        return _finished(model, config, schedule, say)
+    if finished(config) is not None:
+        return _finished(model, config, say)
     checkpoint = begin(config, options.overwrite, say)
     sets = problems_of(options, config, problems, eval_problems, rewards)
-    if isinstance(model, str):
-        model, tokenizer = _loaded(model, config, loading)
+    model, tokenizer = _loaded(model, config, loading) if isinstance(model, str) else (model, tokenizer)
     trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
     return _trained(trainer, checkpoint, title, say)
 
 
-def _noted(
-    model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]
-) -> NotedRun:
+def _noted(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]) -> NotedRun:
     """The options that differ from their defaults, as `bupo train --config` takes them, and what no file can hold."""
     plain = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
     derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
     differ = {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
     trained = {name: value for name, value in differ.items() if name not in derived}
+    model = objects["model"]
     named = {"model_name_or_path": model} if isinstance(model, str) else {}
     objects = objects | {"model": None if named else model}
     given = changed(loading) | named | trained | changed(options)
@@ -173,6 +174,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         checkpoint = chosen(trainer, checkpoint)
         if trainer.is_world_process_zero():
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
+            if wants_to_resume(trainer.args):
+                continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
@@ -186,7 +189,7 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
 
 
-def _finished(model: str | PreTrainedModel, config: BuPOConfig, schedule: Schedule, say) -> TrainingRun:
+def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> TrainingRun:
     """A run that is resumed and has nothing left to do, as its folder holds it."""
     say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
     folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
@@ -196,7 +199,7 @@ def _finished(model: str | PreTrainedModel, config: BuPOConfig, schedule: Schedu
         trained = PeftModel.from_pretrained(base, str(folder))
     else:
         trained = load_model(str(folder), **trusted)
-    return TrainingRun(folder, trained, tokenizer, schedule, read_metrics(folder / METRICS_FILE))
+    return TrainingRun(folder, trained, tokenizer, finished(config) or Schedule(), read_metrics(folder / METRICS_FILE))
 
 
 def _loaded(name: str, config: BuPOConfig, loading: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

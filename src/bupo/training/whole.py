@@ -64,7 +64,7 @@ def damage(folder: Path) -> str | None:
         if found:
             return found
     try:
-        int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
+        updates_of(folder)
     except FileNotFoundError:
         return f"{TRAINER_STATE_NAME} is missing"
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,6 +84,13 @@ def _altered(path: Path, name: str, entry: dict) -> str | None:
     if entry["sha256"] and _sum(path) != entry["sha256"]:
         return f"{name} is not what was written"
     return None
+
+
+def updates_of(checkpoint: str | Path | None) -> int:
+    """Updates that a checkpoint was made after; 0 without one."""
+    return (
+        0 if checkpoint is None else int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
