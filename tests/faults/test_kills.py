@@ -14,7 +14,7 @@ from tests.faults.harness import COMMON, KILLED, SHORT, differences, words
 
 pytestmark = pytest.mark.faults
 
-# eight settings, and what differs in each from `COMMON`: six rollout batches of three updates, three of them phase 1, an epoch of
+# settings, and what differs in each from `COMMON`: six rollout batches of three updates, three of them phase 1, an epoch of
 # four, and a checkpoint after every fourth update
 SETTINGS: dict[str, dict] = {
     "peft": {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear", "log_completions": "true"},
@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict] = {
     },
     "auto": {"internal_layer": "auto", "per_device_train_batch_size": 16, "size": 48, "max_new_tokens": 28, "seed": 1},
     "iterations": {"num_iterations": 2, "max_steps": 24},
+    "reference": {"beta": 0.1, "sync_ref_model": "true", "ref_model_sync_steps": 5, "gradient_accumulation_steps": 1},
     "evaluation": {
         **{"eval_benchmarks": "arithmetic", "eval_problems": 8, "eval_k": 1, "eval_every": 2},
         **{"eval_strategy": "steps", "eval_steps": 5, "eval_size": 4, "per_device_eval_batch_size": 8},

@@ -90,7 +90,9 @@ def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
         states = {name: part.state() for name, part in parts.items()}
         logged = {"metrics": metrics, "numbers": trainer.numbers, "completions": trainer.completions}
-        torch.save({**place, **logged, "parts": states}, folder / STATE_FILE)
+        reference = _moving_reference(trainer)
+        moved = {"reference": reference.state_dict()} if reference is not None else {}
+        torch.save({**place, **logged, **moved, "parts": states}, folder / STATE_FILE)
 
 
 def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
@@ -120,6 +122,9 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     else:
         saved = state
         trainer.restore_place(_same_batch(trainer, folder, state), None)
+    reference = _moving_reference(trainer)
+    if reference is not None and "reference" in state:
+        reference.load_state_dict(state["reference"])
     trainer.resume_numbers(saved.get("numbers", {}))  # an earlier version has none
     trainer.completions = state.get("completions")
     for name, values in state["metrics"].items():
@@ -129,6 +134,14 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
             part.load(state["parts"][name], trainer.rollout_batch)
         elif name == "critic":
             raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
+
+
+def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:
+    """The reference model, if it follows the policy and this process holds it whole."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.ref_model is None or not trainer.args.sync_ref_model or sharded:
+        return None
+    return trainer.accelerator.unwrap_model(trainer.ref_model)
 
 
 def _same_batch(trainer: TRLTrainer, folder: Path, state: dict) -> int:
