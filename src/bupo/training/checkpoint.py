@@ -117,7 +117,8 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         own = pieces_file(folder, trainer.accelerator.process_index)
         if not own.exists():
             raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
-        saved = torch.load(own, map_location=trainer.accelerator.device, weights_only=True)
+        device = trainer.accelerator.device
+        saved = torch.load(own, map_location="cpu" if device.type == "cpu" else device, weights_only=True)  # not cpu:0
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
         saved = state
