@@ -318,6 +318,7 @@ class Stopped(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_inside_a_rollout_batch_goes_on(finished, tmp_path):
     folder = tmp_path / "run"
     run(folder, callbacks=[Stopped()])
