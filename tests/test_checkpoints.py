@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -15,9 +16,11 @@ from transformers.integrations import TensorBoardCallback
 from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
+from bupo.training.folder import mark_finished
 from bupo.training.metrics_file import read_metrics
 from bupo.training.run import train
 from bupo.training.saving import STAGING, recover
+from bupo.training.schedule import Schedule, Stage
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -358,3 +361,17 @@ def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
     callback.tb_writer, callback.logging_dir = None, "/logs"
     trackers.continue_events([callback], tmp_path, 0)
     assert asked[-1] == ("/logs", 0)
+
+
+def test_a_finished_run_with_an_adapter_is_finished_too(tmp_path):
+    config = BuPOConfig(str(tmp_path), **OPTIONS, resume_from_checkpoint=True)
+    adapted = get_peft_model(model_of(), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data.fill_(0.5)
+    adapted.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
+    mark_finished(config, 6, Schedule((Stage(2, 1),)))
+    done = train(model_of(), config, tokenizer=TOKENIZER, problems=ROWS, reward_funcs=[token_reward])
+    assert done.schedule == Schedule((Stage(2, 1),)) and done.metrics == [{"step": 6}]
+    expected = dict(adapted.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in done.model.named_parameters())

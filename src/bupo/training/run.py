@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from transformers import (
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -193,7 +194,7 @@ def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> Training
     """A run that is resumed and has nothing left to do, as its folder holds it."""
     say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
     folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(str(folder), **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", **trusted)  # beside an adapter too
     if (folder / ADAPTER_FILE).exists():
         base = load_model(model, **trusted) if isinstance(model, str) else model
         trained = PeftModel.from_pretrained(base, str(folder))
