@@ -16,7 +16,7 @@ FLOORS = [
     ("training",),
     ("analysis", "evaluation"),
     ("report", "sampling"),
-    ("model", "data", "rewards", "store", "progress", "provenance", "options"),
+    ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges"),
     ("files", "errors", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -15,7 +15,8 @@ from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
-from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_positive
+from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_values
+from bupo.ranges import COUNT
 
 COLUMNS = 12  # positions a table holds
 KINDS = ("layer", "attn", "ffn")
@@ -45,6 +46,7 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
+        check_values(self, attn=COUNT, ffn=COUNT, top=COUNT)
         chosen = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
@@ -52,9 +54,6 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
             raise UserError("prompt is not set: give --prompt 'some text'")
         if self.raw_prompt and (self.system_prompt or self.chat_template):
             raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
-        check_positive(self, "top")
-        self.check_model()
-        self.check_sampling()
         check_template(self.chat_template)
 
 

@@ -13,11 +13,12 @@ from rich.progress import Progress
 from transformers import TrainerCallback, set_seed
 
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.errors import UserError
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
 from bupo.files import write_json
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.options import check_values
+from bupo.ranges import COUNT, FROM_0
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
@@ -88,9 +89,7 @@ def demonstrate(
         bar (`Callable`): makes a progress bar for sampling.
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
-    for name in ("steps", "problems"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
+    check_values(options, internal_layer=COUNT, internal_steps=FROM_0, steps=COUNT, problems=COUNT)
     started, config = time.perf_counter(), demo_config(options)
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
