@@ -16,6 +16,7 @@ from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
 from bupo.files import write_json
+from bupo.lock import sole_writer
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.options import check_values
 from bupo.ranges import COUNT, FROM_0
@@ -90,6 +91,11 @@ def demonstrate(
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
     check_values(options, internal_layer=COUNT, internal_steps=FROM_0, steps=COUNT, problems=COUNT)
+    with sole_writer(options.output):
+        return _demonstrated(options, given, bar, callbacks, say)
+
+
+def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
     started, config = time.perf_counter(), demo_config(options)
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
