@@ -34,10 +34,12 @@ def check_folder(option: str, folder: str | Path) -> None:
         UserError: if not, with the option that names it.
     """
     remedy = "choose another output"
-    place = Path(folder).expanduser().absolute() if str(folder) else Path.cwd()
+    if not str(folder):
+        raise UserError(f"{option} is empty: give the folder of the run")
+    place = Path(folder).expanduser().absolute()
     try:
         place.stat()
-    except FileNotFoundError:
+    except FileNotFoundError:  # to be made
         for part in place.parts:
             if len(os.fsencode(part)) > LONGEST_NAME:
                 raise UserError(f"{option} {part:.40}… is too long a name for a folder: {remedy}") from None

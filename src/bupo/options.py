@@ -27,7 +27,9 @@ TRL_WORDS = {
 FORMER_WORDS = {"answers": "size", "dataset_size": "size", "eval_dataset_name": "eval_dataset"}
 # in training, batches have several sizes: batch_size would say too little
 OUR_WORDS = {ours: theirs for theirs, ours in TRL_WORDS.items() if ours != "batch_size"}
-SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS
+# transformers' before its version 5
+OLD_WORDS = {"overwrite_output_dir": "overwrite"}
+SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS | OLD_WORDS
 # a word of other commands, and the nearest that a command without it has
 ELSEWHERE = {"dataset": "benchmarks", "dataset_name": "benchmarks", "batch_size": "per_device_train_batch_size"}
 

@@ -1,14 +1,14 @@
 """What an option may be: its type, its words and its numbers, refused in the same line for every command and from Python.
 
 Ranges are written as intervals: `[0, 1)` holds 0 and not 1, `(0, inf]` also infinity, and `whole` comes before those of whole
-numbers (none of them beyond `LARGEST`). No range holds NaN.
+numbers. No whole number lies beyond `LARGEST`, and no range holds NaN.
 """
 
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
-from math import inf, isnan
+from math import inf
 from numbers import Integral, Real
 from os import PathLike
 from types import UnionType
@@ -41,11 +41,14 @@ class Range(NamedTuple):
 
     def holds(self, value: Any) -> bool:
         """Whether a number lies inside."""
-        if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool) or isnan(value):
+        if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):
             return False
+        if isinstance(value, Integral) and abs(int(value)) > LARGEST:
+            return False
+        value = float(value)  # of NaN, every comparison is false
         above = value > self.low or (self.closed[0] and value == self.low)
         below = value < self.high or (self.closed[1] and value == self.high)
-        return above and below and not (self.whole and abs(value) > LARGEST)
+        return above and below
 
     def says(self, value: Any) -> str:
         """What is allowed, for a value that is not: `be 1 or more`."""
@@ -58,10 +61,10 @@ class Range(NamedTuple):
             return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
         if self.high != inf:
             first = f"from {low} " if self.closed[0] else f"above {low} and "
-            last = f"to {high}" if self.closed[1] else f"below {high}"
+            last = f"to {high}" if self.closed[1] else f"{'to ' * self.closed[0]}below {high}"
             return f"{f'be {kind},' if kind else 'lie'} {first}{'up ' * (not self.closed[0] and self.closed[1])}{last}"
         bound = f"{low} or more" if self.closed[0] else "positive" if self.low == 0 else f"above {low}"
-        too_large = number and value > 0 and not isnan(value)
+        too_large = number and bool(value > 0)  # type: ignore[operator]
         most = f" and at most {LARGEST}" if self.whole else " and finite"
         return f"be {kind + ', ' if kind else ''}{bound}{most if too_large and not kind else ''}"
 
@@ -122,9 +125,9 @@ def _check_kind(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
     elif kinds == [str]:
         _check_text(name, value)
     elif len(kinds) == 1 and get_origin(kinds[0]) is list:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple | str):
             raise UserError(f"{name} must be a list, got {shown(value)}")
-        for item in value:
+        for item in [value] if isinstance(value, str) else value:  # one word is a list of one
             _check_item(name, item, get_args(kinds[0])[0])
 
 

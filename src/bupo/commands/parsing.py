@@ -70,13 +70,13 @@ def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tup
     defaults = vars(parser.parse_known_args([])[0])
     with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
         unknown = parser.set_defaults_with_config(**_typed(config, classes)) if config else []
-        namespace = vars(parser.parse_known_args(flags)[0])
-        *parsed, rest = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
-    unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
-    if unknown:
-        raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+        namespace, rest = parser.parse_known_args(flags)
+        unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
+        if unknown:
+            raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+        *parsed, _ = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
     named = config.keys() | {flag.removeprefix("--").partition("=")[0] for flag in flags}
-    given = {name: value for name, value in namespace.items() if name in named or value != defaults[name]}
+    given = {name: value for name, value in vars(namespace).items() if name in named or value != defaults[name]}
     return tuple(parsed), given | ({"env": variables} if variables else {})
 
 

@@ -13,7 +13,7 @@ from bupo.analysis.views import top_tokens
 from bupo.commands.parsing import parse
 from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import load_on_device, load_tokenizer
+from bupo.model.loading import check_layers, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
 from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_values
 from bupo.ranges import COUNT
@@ -61,6 +61,7 @@ def run(arguments: list[str]) -> None:
     """Sample and show."""
     (options,) = parse((SampleOptions,), arguments, "bupo sample")
     options.check()
+    check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
     tokenizer = load_tokenizer(options.model, **options.loading())
     choose_template(tokenizer, options.chat_template)
     model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())

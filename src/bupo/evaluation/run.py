@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.problems import check_columns
-from bupo.data.templates import check_template
+from bupo.data.templates import check_context, check_template
 from bupo.errors import UserError
 from bupo.evaluation.answers import (
     GRADED_FILE,
@@ -191,6 +191,7 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
         return work
     prompts = prompts_of(problems, source.tokenizer)
     prompt = source.tokenizer.decode(prompts[0])
+    check_context(prompts, source.context, label)
     longest = max(map(len, prompts)) + options.max_new_tokens
     if source.context and longest > source.context:
         logger.warning(
@@ -276,7 +277,10 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     path = Path(folder) / SUMMARY_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
-    theirs = json.loads(path.read_text())["benchmarks"]
+    try:
+        theirs = dict(json.loads(path.read_text())["benchmarks"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
     return theirs

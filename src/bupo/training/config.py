@@ -172,12 +172,12 @@ class BuPOConfig(GRPOConfig):
         layer = self.internal_layer
         if isinstance(layer, str) and layer.removeprefix("-").isdecimal():
             self.internal_layer = int(layer)
-        scale = self.scale_rewards
+        scale = self.scale_rewards  # type: ignore[has-type]
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(scale).lower(), scale)
         for name in ("temperature", "repetition_penalty"):  # transformers refuses 2 for 2.0, once it samples
             if type(getattr(self, name)) is int:
                 setattr(self, name, float(getattr(self, name)))
-        if self.top_k == -1 and not self.use_vllm:
+        if self.top_k == -1 and not self.use_vllm:  # type: ignore[has-type]
             self.top_k = 0  # off: -1 is vLLM's word for it
 
     @property
@@ -227,7 +227,7 @@ class BuPOConfig(GRPOConfig):
                 check_word(name, getattr(self, name), words)
         if self.sync_ref_model and self.beta == 0:
             raise UserError(
-                "sync_ref_model keeps a reference model, which beta 0 has none of: set beta above 0, or leave it out"
+                "sync_ref_model true needs a reference model, and beta is 0: set beta above 0, or leave it out"
             )
         if self.advantage_estimator in WITH_CRITIC and self.fp16:
             raise UserError(

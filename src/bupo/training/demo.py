@@ -17,7 +17,7 @@ from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summ
 from bupo.evaluation.metrics import paired_difference
 from bupo.files import write_json
 from bupo.lock import sole_writer
-from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.model.loading import EMBEDDED, check_layers, load_model, load_tokenizer
 from bupo.options import check_values
 from bupo.ranges import COUNT, FROM_0
 from bupo.rewards.math_reward import math_reward
@@ -26,7 +26,6 @@ from bupo.training.config import BuPOConfig
 from bupo.training.folder import refuse_held
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
-from bupo.training.setup import check_arguments
 from bupo.version import VERSION
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
@@ -98,8 +97,8 @@ def demonstrate(
 def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
     started, config = time.perf_counter(), demo_config(options)
     set_seed(options.seed)
+    check_layers(EMBEDDED, {"internal_layer": options.internal_layer})
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
-    check_arguments(model, config, None)
     chosen = TrainOptions(overwrite=options.overwrite)
     refuse_held(config, options.overwrite)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)

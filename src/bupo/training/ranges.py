@@ -4,8 +4,13 @@ What TRL and transformers train with is allowed, and nothing that they refuse la
 that they take for "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are allowed too.
 """
 
+import importlib.util
 import json
+from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
+
+from transformers.debug_utils import DebugOption
 
 from bupo.errors import UserError
 from bupo.ranges import (
@@ -127,6 +132,14 @@ WORDS = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 FILES_TOO = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings that a JSON file may hold
+# options that ask for a package which is not always there
+PACKAGES = {
+    "deepspeed": "deepspeed",
+    "use_vllm": "vllm",
+    "use_liger_kernel": "liger_kernel",
+    "load_in_8bit": "bitsandbytes",
+    "load_in_4bit": "bitsandbytes",
+}
 
 # of TRL's ModelConfig
 MODEL_RANGES = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE}
@@ -148,6 +161,17 @@ def check_training(config: Any) -> None:
     if config.max_steps < 1 and not config.num_train_epochs > 0:
         raise UserError(f"num_train_epochs must be positive, got {config.num_train_epochs}, or give max_steps")
     _check_padding(config.pad_to_multiple_of)
+    for word in config.debug.split() if isinstance(config.debug, str) else ():
+        check_word("debug", word, [option.value for option in DebugOption])
+    if config.deepspeed:
+        check_packages(config)
+
+
+def check_packages(options: Any) -> None:
+    """Raises [`UserError`] for an option that needs a package which is not there."""
+    for option, package in PACKAGES.items():
+        if getattr(options, option, None) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{option} needs the package {package}, which is not installed: pip install {package}")
 
 
 def _check_steps(name: str, value: Any, strategy: Any) -> None:
@@ -160,13 +184,17 @@ def _check_steps(name: str, value: Any, strategy: Any) -> None:
 
 def _check_mapping(name: str, value: Any) -> None:
     """A mapping, or its JSON text: transformers takes any other text of these for a file's name."""
-    if not isinstance(value, str) or (name in FILES_TOO and not value.startswith("{")):
+    if value is None or isinstance(value, dict) or (name == "accelerator_config" and is_dataclass(value)):
+        return
+    if isinstance(value, str) and name in FILES_TOO and not value.startswith("{"):
+        if name == "accelerator_config" and not Path(value).is_file():  # the others are read where they are used only
+            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {shown(value)}")
         return
     try:
-        wrong = not isinstance(json.loads(value), dict)
-    except ValueError:
+        wrong = not isinstance(json.loads(value), dict) or not value.startswith("{")
+    except (ValueError, TypeError):
         wrong = True
-    if wrong or not value.startswith("{"):
+    if wrong:
         raise UserError(f"{name} must be a mapping, as JSON on the command line, got {shown(value)}")
 
 

@@ -3,13 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
 
+from bupo.data.templates import check_context, prompt_ids
 from bupo.errors import UserError
+from bupo.model.loading import check_layers, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
+
+LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
 
 
 def check_arguments(model: Any, args: Any, family: Family | None) -> None:
@@ -25,6 +32,54 @@ def check_arguments(model: Any, args: Any, family: Family | None) -> None:
         raise UserError(f"args must be a BuPOConfig, got {type(args).__name__}")
     if not isinstance(model, str):
         open_stream(model, args, family)
+
+
+def sources(config: BuPOConfig, loading: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the model, its configuration and its tokenizer."""
+    return {"revision": loading.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def check_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, config: BuPOConfig, loading: ModelConfig
+) -> PreTrainedTokenizerBase:
+    """Refuse what a model's name and its configuration tell, before its weights and any problems are loaded.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the model's; of a loaded one, that which was given.
+
+    Raises:
+        UserError: if there is no such model or tokenizer, or a layer does not exist.
+    """
+    if not isinstance(model, str):
+        if tokenizer is None:
+            raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
+        return tokenizer
+    if config.beta != 0 and model.endswith(".gguf"):
+        raise UserError(
+            f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
+        )
+    named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
+    named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
+    named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
+    check_layers(model, named, **sources(config, loading))
+    return load_tokenizer(model, **sources(config, loading))
+
+
+def check_prompts(
+    problems: Dataset, tokenizer: PreTrainedTokenizerBase, model: Any, config: BuPOConfig, loading: ModelConfig
+) -> None:
+    """Refuse a template that cannot be filled, and prompts that leave no room for an answer in the model's context.
+
+    Raises:
+        UserError: with the first such row among the longest.
+    """
+    read = load_config(model, **sources(config, loading)) if isinstance(model, str) else model.config
+    context = getattr(read.get_text_config(), "max_position_embeddings", None)
+    lengths = [len(str(prompt)) for prompt in problems["prompt"]]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-LONGEST_TRIED:]
+    for row in sorted({0, *longest}):
+        ids = prompt_ids(tokenizer, problems[row]["prompt"], **(config.chat_template_kwargs or {}))
+        check_context([ids], context, "the dataset", row)
 
 
 def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream:
