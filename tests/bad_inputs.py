@@ -70,7 +70,6 @@ FILES: dict[str, str | bytes] = {
     "nan.jsonl": '{"problem": "1+1", "answer": NaN}\n' * 2,
     "inf.jsonl": '{"problem": "1+1", "answer": Infinity}\n' * 2,
     "null.jsonl": problems(64, answer=None),
-    "signs.jsonl": problems(64, answer="?!"),
     "mapping.jsonl": problems(64, answer={"value": 1}),
     "numbers.jsonl": problems(64, problem=7),
     "no-prompt.jsonl": problems(64, problem=""),
@@ -149,7 +148,7 @@ FILES: dict[str, str | bytes] = {
     "binary.yaml": b"\xff\xfe\x00\x01",
     "date.yaml": "internal_layer: 2024-99-99\n",
     "digits.yaml": f"seed: {'9' * 5000}\n",
-    "deep.yaml": "internal_schedule: " + "[" * 1000 + "]" * 1000 + "\n",
+    "deep.yaml": "internal_schedule: " + "[" * 500 + "]" * 500 + "\n",
     "laughs.yaml": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(8))
     + "seed: *a8\n",
@@ -415,7 +414,6 @@ TRAINING_FILES = [
     bad("train", "--dataset good.jsonl --answer_column answer.deep", "no answer column answer.deep"),
     bad("train", "--dataset words.jsonl", "row 0: the answer is empty"),
     bad("train", "--dataset null.jsonl", "row 0: the answer is empty"),
-    bad("train", "--dataset signs.jsonl", "row 0: the gold answer '?!'"),
     bad("train", "--dataset mapping.jsonl", "row 0: the answer is no text"),
     bad("train", "--dataset numbers.jsonl", "row 0: the prompt is no text"),
     bad("train", "--dataset no-prompt.jsonl", "row 0: the prompt is no text", "or is empty"),

@@ -1,5 +1,6 @@
 """Every bad input gets one line that names the option or file, its value and what is allowed; status 2; nothing left on disk."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 from transformers import AutoConfig, AutoModel
 
+from bupo.commands import parsing
 from bupo.commands.main import main
 from tests.bad_inputs import FILES, ROWS
 
@@ -42,9 +44,10 @@ def make_files(folder):
 def seen(folder):
     """What a folder holds: names, kinds and sizes."""
     return {
-        path.relative_to(folder): path.stat().st_size if path.is_file() else None
-        for path in folder.rglob("*")
-        if "__pycache__" not in path.parts
+        os.path.join(place, name): os.path.getsize(os.path.join(place, name)) if name in files else None
+        for place, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+        if "__pycache__" not in (name, os.path.basename(place))
     }
 
 
@@ -54,6 +57,25 @@ def folder(tmp_path_factory):
     here.mkdir()
     make_files(here)
     return here
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_parser():
+    """A command's parser is made once: to make one takes longer than all else that a row does."""
+    made = {}
+
+    def parser(classes, **options):
+        key = (*classes, options["prog"])
+        if key not in made:
+            built = Parser(classes, **options)
+            made[key] = built, [(action, action.default) for action in built._actions]
+        for action, default in made[key][1]:  # a YAML file sets them
+            action.default = default
+        return made[key][0]
+
+    Parser, parsing._Parser = parsing._Parser, parser
+    yield
+    parsing._Parser = Parser
 
 
 @pytest.fixture

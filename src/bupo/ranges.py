@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from math import inf
 from numbers import Integral, Real
 from os import PathLike
@@ -20,6 +21,7 @@ ANY, WHOLE = "(-inf, inf)", "whole (-inf, inf)"
 COUNT, FROM_0 = "whole [1, inf)", "whole [0, inf)"
 SHARE, NOT_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
 LARGEST = 2**32 - 1  # seeds reach as far; nobody counts further
+LONGEST = 200  # characters of a value in a message
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 120
 
@@ -71,7 +73,8 @@ class Range(NamedTuple):
 
 def shown(value: Any) -> str:
     """A value for a message, however large it is."""
-    return _SHOWN.repr(value)
+    text = _SHOWN.repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def check_number(name: str, value: Any, interval: str, what: str | None = None) -> None:
@@ -99,7 +102,7 @@ def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[
     Raises:
         UserError: for the first value that is refused.
     """
-    hints = get_type_hints(type(options))
+    hints = hints_of(type(options))
     for option in fields(options):
         name, hint = option.name, hints[option.name]
         if not option.init:
@@ -151,6 +154,12 @@ def _words(kind: Any) -> tuple:
     if get_origin(kind) is Literal:
         return get_args(kind)
     return tuple(member.value for member in kind) if isinstance(kind, type) and issubclass(kind, Enum) else ()
+
+
+@cache
+def hints_of(options: type) -> dict[str, Any]:
+    """The types of a dataclass' fields, which take time to look up."""
+    return get_type_hints(options)
 
 
 def kinds_of(hint: Any) -> list[Any]:

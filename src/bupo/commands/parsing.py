@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import yaml
 from trl import TrlParser
 
 from bupo.errors import UserError, others
 from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
-from bupo.ranges import kinds_of, shown
+from bupo.ranges import hints_of, kinds_of, shown
 
 CONFIG = "--config"
 # what a YAML file may give where an option is one value
@@ -158,7 +158,7 @@ def _typed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
     Raises:
         UserError: for a value that is no number or text where an option is one; text is read as on a command line.
     """
-    hints = {name: hint for each in classes for name, hint in get_type_hints(each).items()}
+    hints = {name: hint for each in classes for name, hint in hints_of(each).items()}
     found = {}
     for name, value in config.items():
         kinds = kinds_of(hints.get(name))

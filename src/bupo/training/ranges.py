@@ -8,7 +8,7 @@ import importlib.util
 import json
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from transformers.debug_utils import DebugOption
 
@@ -24,6 +24,7 @@ from bupo.ranges import (
     check_number,
     check_options,
     check_word,
+    hints_of,
     kinds_of,
     shown,
 )
@@ -147,7 +148,7 @@ MODEL_RANGES = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE}
 
 def check_training(config: Any) -> None:
     """Raises [`UserError`] for the first option of a run that has another type, or lies out of its range."""
-    hints = get_type_hints(type(config))
+    hints = hints_of(type(config))
     check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*NONE_TOO})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
