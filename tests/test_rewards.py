@@ -47,9 +47,6 @@ UNEVALUATED = [
     ("4 + 7 - 3 =", "8"),
     ("\\boxed{2 \\cdot 3}", "6"),
     ("\\boxed{2 \\times 3}", "6"),
-    ("\\boxed{\\frac{8}{2}}", "4"),
-    ("\\boxed{8/2}", "4"),
-    ("the answer is 8 / 2", "4"),
 ]
 WORKED_OUT = [
     ("the answer is 4 + 7 = 11", "11"),
@@ -61,6 +58,10 @@ WORKED_OUT = [
     ("\\boxed{\\sqrt{4}}", "2"),
     ("\\boxed{1\\frac{1}{2}}", "1.5"),
     ("\\boxed{1/2}", "0.5"),
+    ("\\boxed{\\frac{8}{2}}", "4"),
+    ("\\boxed{8/2}", "4"),
+    ("the answer is 8 / 2", "4"),
+    ("\\boxed{42.0}", "42"),
     ("\\boxed{2+\\sqrt{3}}", "2+\\sqrt{3}"),
     ("\\boxed{2 + 3i}", "2+3i"),
     ("\\boxed{(3,4)}", "(3,4)"),
@@ -77,6 +78,7 @@ def test_a_sum_that_is_left_to_do_is_no_answer(grader):
         assert verify(parse(f"\\boxed{{{gold}}}"), parse(answer))
     answers, golds = zip(*WORKED_OUT, strict=True)
     assert grader.grade(answers, golds) == ["correct"] * len(answers)
+    assert math_reward(list(answers), answer=list(golds)) == [1.0] * len(answers)
 
 
 @pytest.mark.parametrize(("answer", "gold", "verdict"), CASES)
