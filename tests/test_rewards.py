@@ -124,6 +124,7 @@ def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
     direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold in zip(answers, golds, strict=True)]
     verdicts = grader.grade(answers, golds)
     assert [verdict in ("correct", "unevaluated") for verdict in verdicts] == direct
+    assert [grade.verdict == "correct" for grade in grader.examine(answers, golds)] == direct
     assert 150 < sum(direct) < 350
 
 

@@ -19,7 +19,7 @@ def percent(value: float, interval: tuple[float, float]) -> str:
 
 
 def score_rows(summary: dict) -> list[dict[str, str]]:
-    """One row a benchmark of sampled answers."""
+    """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's."""
     rows = []
     for label, found in summary["benchmarks"].items():
         k, verdicts = found["k"], found["verdicts"]
@@ -28,6 +28,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "n": str(found["problems"]),
             f"avg@{k} [95 %]": percent(found["avg@k"], found["avg@k_interval"]),
         }
+        row["strict"] = f"{100 * found['strict_avg@k']:.1f}"
         if k > 1:  # of one answer all three are the same
             row[f"pass@{k}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
             row[f"maj@{k}"] = f"{100 * found['majority@k']:.1f}"
@@ -35,7 +36,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "tokens": f"{found['mean_tokens']:.0f}",
             "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
             "no answer": str(verdicts["unparsable"]),
-            "not worked out": str(verdicts["unevaluated"]),
+            "not worked out": str(found["strict_verdicts"]["unevaluated"]),
             "timed out": str(verdicts["timeout"]),
         }
         if "difference" in found:
@@ -55,7 +56,9 @@ def average_row(summary: dict) -> list[dict[str, str]]:
     mean = sum(row["avg@k"] for row in found) / len(found)
     half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
     name = f"avg@{found[0]['k']} [95 %]"
-    return [{"benchmark": "average", name: percent(mean, (max(0.0, mean - half), min(1.0, mean + half)))}]
+    strict = sum(row["strict_avg@k"] for row in found) / len(found)
+    interval = (max(0.0, mean - half), min(1.0, mean + half))
+    return [{"benchmark": "average", name: percent(mean, interval), "strict": f"{100 * strict:.1f}"}]
 
 
 def harness_rows(summary: dict) -> list[dict[str, str]]:
