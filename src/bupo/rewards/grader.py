@@ -87,7 +87,8 @@ def _command() -> list[str]:
     here = os.path.realpath(os.getcwd())
     safe = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
     found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _LIBRARIES]
-    places = dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin)
+    packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
+    places = dict.fromkeys(str(Path(place).parent) for place in packages)
     return [sys.executable, "-I", str(Path(worker.__file__).resolve()), *places]
 
 
@@ -101,22 +102,22 @@ class _Child:
     """One worker process and its pipe."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            _command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(),
-            cwd="/",
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        try:
+            self.process = subprocess.Popen(_command(), env=_environment(), cwd="/", **pipes)
+        except OSError as error:  # no memory, or too many processes
+            raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
         ready = self._reply(time.monotonic() + _START_SECONDS)
         if ready is None or "error" in ready:
+            try:
+                silent = f"it ended with status {self.process.wait(0.5)}"
+            except subprocess.TimeoutExpired:
+                silent = f"no word in {_START_SECONDS} s"
             self.kill()
-            reason = (ready or {}).get("error", f"it ended or was silent for {_START_SECONDS} s, {self.process.returncode}")
-            raise UserError(f"the grading process cannot start: {reason}")
+            raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
 
     def grade(self, answer: str, gold: str, deadline: float) -> dict | None:
         """The child's reply, or None if it missed the deadline or died."""

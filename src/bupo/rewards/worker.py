@@ -55,12 +55,16 @@ def grade(answer: str, gold: str) -> dict[str, str | None]:
     wanted, given = _parsed(gold), _parsed(answer)
     verdict = _verdict(wanted, given, _equal(wanted, given))
     value = _shown(given[0]) if given else None
-    equal = verdict == "correct"
-    plain_gold, plain_answer = _respelled(gold, answer)
-    if (plain_gold, plain_answer) != (gold, answer):  # most are the same, and nothing is parsed or compared twice
-        wanted, given = _parsed(plain_gold), _parsed(plain_answer)
-        equal = _equal(wanted, given)
-    return {"verdict": verdict, "value": value, "strict": _strict(wanted, given, equal)}
+    try:
+        equal = verdict == "correct"
+        plain_gold, plain_answer = _respelled(gold, answer)
+        if (plain_gold, plain_answer) != (gold, answer):  # most are the same, and nothing is parsed or compared twice
+            wanted, given = _parsed(plain_gold), _parsed(plain_answer)
+            equal = _equal(wanted, given)
+        strict = _strict(wanted, given, equal)
+    except (Exception, RecursionError, MemoryError):
+        strict = "unparsable"
+    return {"verdict": verdict, "value": value, "strict": strict}
 
 
 def _parsed(text: str) -> list:
