@@ -197,7 +197,12 @@ def test_both_grades_stand_side_by_side(tmp_path, capsys):
     """A policy that repeats its question is right for math-verify and for the record; the strict numbers tell of it."""
     problems = load_problems("arithmetic", "test", size=4)
     questions = [row["prompt"][-1]["content"].rstrip("=? ") for row in problems]
-    texts = [f"\\boxed{{{questions[0]}}}", f"\\boxed{{{problems[1]['answer']}}}", "\\fbox{%s}" % problems[2]["answer"], ""]
+    texts = [
+        f"\\boxed{{{questions[0]}}}",
+        f"\\boxed{{{problems[1]['answer']}}}",
+        f"\\fbox{{{problems[2]['answer']}}}",
+        "",
+    ]
     table = graded(problems, [[Answer(text, 3, False)] for text in texts])
     assert table["verdict"].tolist() == ["correct", "correct", "unparsable", "unparsable"]
     assert table["strict"].tolist() == ["unevaluated", "correct", "correct", "unparsable"]
@@ -226,7 +231,10 @@ def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, ca
     table.drop(columns="strict").to_parquet(graded_file)
     compared = evaluation(tmp_path / "new", "--size", "3", "--k", "1", "--compare", str(tmp_path / "old"))
     assert main(compared) == 2 and not (tmp_path / "new").exists()
-    assert "old was graded by an earlier version: run its bupo eval once more with --engine kept" in capsys.readouterr().err
+    assert (
+        "old was graded by an earlier version: run its bupo eval once more with --engine kept"
+        in capsys.readouterr().err
+    )
     with pytest.raises(UserError, match="graded by an earlier version"):
         finished(tmp_path / "old" / "arithmetic")
     assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "kept")) == 0

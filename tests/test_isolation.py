@@ -56,7 +56,9 @@ def test_libraries_that_are_on_an_absolute_path_only_are_found(tmp_path, monkeyp
     places = dict.fromkeys(grader_module._command()[3:])
     assert places and all(os.path.isabs(place) for place in places)
     bare = tmp_path / "bare.py"  # an interpreter without site packages: only what it is told of is there
-    bare.write_text(f"import sys\nassert not any('site-packages' in p for p in sys.path)\nexec(open({worker.__file__!r}).read())\n")
+    bare.write_text(
+        f"import sys\nassert not any('site-packages' in p for p in sys.path)\nexec(open({worker.__file__!r}).read())\n"
+    )
     monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, "-I", "-S", str(bare), *places])
     assert alone.grade(*HALF) == ["correct"]
 
@@ -96,7 +98,7 @@ def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone
     with pytest.raises(UserError, match=f"the grading process cannot start: {said}"):
         alone.grade(*HALF)
     monkeypatch.setattr(grader_module, "_command", lambda: [str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="cannot start: .*No such file"):
+    with pytest.raises(UserError, match=r"cannot start: .*No such file"):
         alone.grade(*HALF)
     monkeypatch.undo()
     assert alone.grade(*HALF) == ["correct"]
@@ -168,7 +170,9 @@ def _gone(pid):
 def test_children_end_with_a_parent_that_is_killed(busy):
     """Idle ones read the end of their input; one that is lost in an answer is ended by the kernel's limit of CPU seconds."""
     hang = "\\boxed{" + "(" * 100_000 + "1" + ")" * 100_000 + "}"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     pid = int(parent.stdout.readline())
     if busy == "busy":
         parent.stdin.write(hang)

@@ -250,7 +250,12 @@ def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):
 
 def test_completions_without_text(grader):
     parts = [{"type": "text", "text": "\\boxed"}, {"type": "image"}, {"type": "text", "text": "{1}"}]
-    completions = [[{"role": "assistant", "content": None}], [], [{"role": "assistant", "content": parts}], [{"role": "assistant", "tool_calls": []}]]
+    completions = [
+        [{"role": "assistant", "content": None}],
+        [],
+        [{"role": "assistant", "content": parts}],
+        [{"role": "assistant", "tool_calls": []}],
+    ]
     assert math_reward(completions, answer=["1"] * 4) == [0.0, 0.0, 1.0, 0.0]
     assert math_reward(["\\boxed{1}", "\\boxed{1}"], answer=[None, 1]) == [None, 1.0]
 

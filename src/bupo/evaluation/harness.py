@@ -186,7 +186,7 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> 
 
 @contextmanager
 def _kept_as_json(folder: Path) -> Iterator[None]:
-    """Inside, the harness keeps responses as JSON: it would pickle them, and whoever copies a folder would run what it holds."""
+    """Inside, the harness keeps responses as JSON: unpickled, those of a folder that was copied could run anything."""
     import sqlitedict
 
     def read(kept: bytes | str) -> Any:

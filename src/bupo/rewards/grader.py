@@ -102,9 +102,11 @@ class _Child:
     """One worker process and its pipe."""
 
     def __init__(self):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:
-            self.process = subprocess.Popen(_command(), env=_environment(), cwd="/", **pipes)
+            self.process = subprocess.Popen(
+                _command(), stdin=pipe, stdout=pipe, stderr=nowhere, env=_environment(), cwd="/"
+            )
         except OSError as error:  # no memory, or too many processes
             raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout

@@ -15,7 +15,7 @@ def _grader() -> MathGrader:
 
 
 def answer_text(completion: str | list[dict]) -> str:
-    """The text of a completion, plain or conversational: of its last message, which may hold none (a call of a tool) or parts."""
+    """The text of a completion, plain or conversational: of its last message, which may hold parts, or none (a tool's call)."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None

@@ -1,8 +1,7 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"answer": ..., "gold": ..., "deadline": ...}` is answered by one line `{"verdict": ..., "value": ..., "strict": ...}`.
-The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a
-swapping machine.
+One line `{"answer": ..., "gold": ..., "deadline": ...}` is answered by one of `verdict`, `value` and `strict`. The parent keeps
+the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
 
 The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed
 ones is imported. Hence it imports nothing of bupo, and is told where math-verify is where that is no installed package.

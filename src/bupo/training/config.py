@@ -1,13 +1,14 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError
 from bupo.model.policy import Lens, check_lens
+from bupo.provenance import without_secrets
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import accepted
@@ -139,6 +140,15 @@ class BuPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
     )
+
+    def __copy__(self) -> "BuPOConfig":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` of a checkpoint holds: no token."""
+        return without_secrets(self.__dict__)
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
