@@ -7,6 +7,7 @@ import warnings
 
 import bupo
 from bupo.errors import UserError
+from bupo.text import shown
 
 TRACEBACK = "--traceback"
 COMMANDS = {
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module(f"bupo.commands.{name}").run(options)
     except UserError as error:
         if TRACEBACK in given:
-            traceback.print_exception(error)
+            print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return _fail(str(error))
     except KeyboardInterrupt:
         print("\nbupo: interrupted", file=sys.stderr)
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"bupo: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"bupo: error: {shown(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
