@@ -18,16 +18,18 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import UserError, others
+from bupo.errors import Stopped, UserError, others
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.signals import Heard
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
 from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.schedule import Schedule
+from bupo.training.stopping import Stop
 from bupo.training.trainer import BuPOTrainer
 
 
@@ -97,7 +99,7 @@ def train(
         title (`str`), say (`Callable`, *optional*): above the figures; called with a line on what is being done.
 
     Raises:
-        UserError: for a value that is refused, before anything is written, or a run that cannot go on.
+        UserError, Stopped: for a value that is refused, before anything is written; by a signal, a checkpoint being kept.
     """
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
@@ -110,7 +112,7 @@ def train(
     if isinstance(model, str):
         model, tokenizer = _loaded(model, config, loading)
     trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
-    return _trained(trainer, checkpoint, title)
+    return _trained(trainer, checkpoint, title, say)
 
 
 def _noted(
@@ -155,17 +157,25 @@ def _trainer(
     return trainer
 
 
-def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None) -> TrainingRun:
+def _trained(
+    trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say: Callable[[str], None]
+) -> TrainingRun:
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
-    if checkpoint is None and trainer.is_world_process_zero():
-        clear(Path(trainer.args.output_dir))  # what `overwrite` has asked for
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(trainer.args.output_dir)
     folder = Path(trainer.args.output_dir)
-    rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
-    if trainer.is_world_process_zero():
-        draw(folder, rows, title or folder.name)
-    trainer.end()
+    if checkpoint is None and trainer.is_world_process_zero():
+        clear(folder)  # what `overwrite` has asked for
+    with Heard(say) as heard:
+        trainer.add_callback(Stop(trainer, heard))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except Stopped:
+            trainer.end()  # of an error the other processes know nothing: they would be waited for
+            raise
+        trainer.save_model(trainer.args.output_dir)
+        rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+        if trainer.is_world_process_zero():
+            draw(folder, rows, title or folder.name)
+        trainer.end()
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
 
 
