@@ -17,7 +17,7 @@ FLOORS = [
     ("analysis", "evaluation"),
     ("report", "sampling"),
     ("model", "data", "rewards", "store", "progress", "provenance", "options"),
-    ("files", "signals", "errors", "version"),
+    ("files", "lock", "signals", "errors", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -21,6 +21,7 @@ from bupo.analysis.views import token_views
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
 from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
+from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
@@ -70,10 +71,11 @@ def analyze(
         load_tokenizer(name, **options.loading())
         load_config(name, **options.loading())
     reports: list[ModelReport] = []
-    for name, label in zip(names, labels, strict=True):
-        reports.append(_reported(name, label, given, options, bar, first=not reports))
-    report = AnalysisReport(tuple(reports), Path(options.output))
-    write_report(report)
+    with sole_writer(options.output):
+        for name, label in zip(names, labels, strict=True):
+            reports.append(_reported(name, label, given, options, bar, first=not reports))
+        report = AnalysisReport(tuple(reports), Path(options.output))
+        write_report(report)
     return report
 
 

@@ -34,6 +34,7 @@ from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.source import Source, kept_meta, kept_settings
 from bupo.evaluation.tasks import is_harness, label_of
 from bupo.files import in_one_piece, write_json
+from bupo.lock import sole_writer
 from bupo.model.loading import EMBEDDED
 from bupo.options import changed
 from bupo.progress import task
@@ -112,6 +113,12 @@ def evaluate(
     options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
     options.check()
     check_template(options.chat_template)
+    with sole_writer(options.output):
+        return _evaluation(model, options, tokenizer, benchmarks, noted, bar)
+
+
+def _evaluation(model, options: EvalOptions, tokenizer, benchmarks, noted: dict | None, bar) -> Evaluation:
+    """As of `evaluate`, in a folder of its own."""
     problems, tasks = _benchmarks(options, benchmarks)
     theirs = _finished_summary(options.compare, problems)
     source = None if options.engine == "kept" else Source(EMBEDDED if model == "" else model, options, tokenizer)

@@ -17,6 +17,7 @@ from bupo.errors import UserError
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
 from bupo.files import write_json
+from bupo.lock import sole_writer
 from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
@@ -91,6 +92,11 @@ def demonstrate(
     for name in ("steps", "problems"):
         if getattr(options, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
+    with sole_writer(options.output):
+        return _demonstrated(options, given, bar, callbacks, say)
+
+
+def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
     started, config = time.perf_counter(), demo_config(options)
     set_seed(options.seed)
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)

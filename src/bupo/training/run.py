@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
 from bupo.errors import Stopped, UserError, others
+from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
@@ -95,8 +96,7 @@ def train(
         config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*): of the run; problems, template and rewards.
         problems, eval_problems (`Dataset`), reward_funcs (`list`, *optional*): instead of those that `options` names.
         loading (`ModelConfig`, *optional*): TRL's: dtype, revision, attention, quantization and PEFT.
-        callbacks (`list[TrainerCallback]`), note ([`NotedRun`], *optional*): transformers'; what `config.yaml` holds.
-        title (`str`), say (`Callable`, *optional*): above the figures; called with a line on what is being done.
+        callbacks, note, title, say (*optional*): transformers'; of `config.yaml`; above the figures; told what is being done.
 
     Raises:
         UserError, Stopped: for a value that is refused, before anything is written; by a signal, a checkpoint being kept.
@@ -106,13 +106,14 @@ def train(
     own = {"problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
     note = note or _noted(model, config, options, loading, own)
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
-    checkpoint = checkpoint_to_resume(config)
-    refuse_held(config, options.overwrite or checkpoint is not None)
-    sets = problems_of(options, config, problems, eval_problems, rewards)
-    if isinstance(model, str):
-        model, tokenizer = _loaded(model, config, loading)
-    trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
-    return _trained(trainer, checkpoint, title, say)
+    with sole_writer(config.output_dir):
+        checkpoint = checkpoint_to_resume(config)
+        refuse_held(config, options.overwrite or checkpoint is not None)
+        sets = problems_of(options, config, problems, eval_problems, rewards)
+        if isinstance(model, str):
+            model, tokenizer = _loaded(model, config, loading)
+        trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
+        return _trained(trainer, checkpoint, title, say)
 
 
 def _noted(
