@@ -91,6 +91,16 @@ class Heard:
             end(number)
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, what this thread starts does not hear these signals: a terminal sends Ctrl-C to all of a command's processes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _noted(number: int, frame: FrameType | None) -> None:
     """The handler of [`Heard`], which listens elsewhere."""
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import IO, NamedTuple
 
 from bupo.errors import UserError
+from bupo.signals import unheard
 
 
 class Verdict(StrEnum):
@@ -60,6 +61,7 @@ def _integer_grade(answer: str, gold: str) -> Grade | None:
 class _Child:
     """One worker process and its pipe."""
 
+    @unheard()  # the run that it grades for decides what is finished
     def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bupo.rewards.worker"],

@@ -22,7 +22,7 @@ from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
-from bupo.training.folder import refuse_held
+from bupo.training.folder import checkpoint_to_resume, refuse_held
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 from bupo.training.setup import check_arguments
@@ -42,6 +42,7 @@ class DemoOptions:
         steps (`int`): rollout batches in all.
         problems (`int`): held-out problems.
         seed (`int`): of sampling and training.
+        resume_from_checkpoint (`str`, *optional*): `true` goes on with a stopped run.
     """
 
     output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
@@ -52,6 +53,9 @@ class DemoOptions:
     learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
     seed: int = field(default=0, metadata={"help": "Of sampling and training."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that the folder holds, and start anew."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: go on with the run that a signal has stopped."}
+    )
 
 
 def demo_config(options: DemoOptions) -> BuPOConfig:
@@ -71,6 +75,7 @@ def demo_config(options: DemoOptions) -> BuPOConfig:
         save_strategy="no",
         report_to="none",
         seed=options.seed,
+        resume_from_checkpoint=options.resume_from_checkpoint,
     )
 
 
@@ -102,7 +107,8 @@ def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, s
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
     check_arguments(model, config, None)
     chosen = TrainOptions(overwrite=options.overwrite)
-    refuse_held(config, options.overwrite)  # before a minute is spent on measuring
+    resumed = checkpoint_to_resume(config) is not None
+    refuse_held(config, options.overwrite or resumed)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
     say(

@@ -30,7 +30,7 @@ from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
 from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.schedule import Schedule
-from bupo.training.stopping import Stop
+from bupo.training.stopping import Stop, close
 from bupo.training.trainer import BuPOTrainer
 
 
@@ -170,13 +170,13 @@ def _trained(
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except Stopped:
-            trainer.end()  # of an error the other processes know nothing: they would be waited for
+            close(trainer)  # as all processes do; of an error the others know nothing
             raise
         trainer.save_model(trainer.args.output_dir)
         rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
         if trainer.is_world_process_zero():
             draw(folder, rows, title or folder.name)
-        trainer.end()
+        close(trainer)
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
 
 

@@ -1,8 +1,10 @@
 """What is refused before a run writes anything, and the streams that it opens."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
 
 from bupo.errors import UserError
@@ -10,6 +12,8 @@ from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
+
+logger = get_logger(__name__)
 
 
 def check_arguments(model: Any, args: Any, family: Family | None) -> None:
@@ -51,6 +55,11 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
         raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
+        kind = trainer.accelerator.distributed_type.value
+        logger.warning(
+            f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
+        )
     sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if sharded and args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
         raise UserError(

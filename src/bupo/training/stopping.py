@@ -1,14 +1,30 @@
-"""A run that a signal ends: after a whole update, with a checkpoint that it goes on from as if it had not been stopped."""
+"""How a run ends: its process group closed, and after a signal with a checkpoint that it goes on from."""
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import distributed
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.errors import Stopped
 from bupo.signals import Heard
+
+_closed: list[Any] = []
+
+
+def close(trainer: Trainer) -> None:
+    """Finish the trackers and leave the process group, once nothing needs the other processes any more.
+
+    The group itself is kept for as long as this process lives. It would else be destroyed with its last user, DDP's reducer,
+    whose destructor joins gloo's threads while it holds the interpreter's lock; a thread of gloo's that is still letting go of
+    its last collective waits for that lock, and the process hangs for ever.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        _closed.append(distributed.group.WORLD)
+    trainer.end()
 
 
 class Stop(TrainerCallback):
