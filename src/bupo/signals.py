@@ -44,6 +44,9 @@ def at_once() -> Iterator[None]:
 class Heard:
     """Inside, signals are noted, and the second Ctrl-C ends the process, whatever its main thread waits for.
 
+    Args:
+        say (`Callable`, *optional*): is given a line after the first Ctrl-C.
+
     Attributes:
         first (`int`): the first signal that came; 0 if none has.
     """
@@ -86,7 +89,8 @@ class Heard:
     def _note(self, number: int) -> None:
         if not self.first:
             self.first, self._came = number, time.monotonic()
-            self.say(f"{signal.Signals(number).name}: this update is finished and saved; Ctrl-C ends the run at once")
+            if number == signal.SIGINT:  # a person waits
+                self.say("this update is finished and saved; Ctrl-C again ends the run at once")
         elif number == signal.SIGINT and time.monotonic() - self._came > ONE_PRESS:
             end(number)
 

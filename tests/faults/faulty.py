@@ -11,6 +11,7 @@ import time
 import accelerate.state
 import torch
 
+import bupo.training.run
 from bupo.commands.main import main
 from bupo.training.trainer import BuPOTrainer
 
@@ -50,6 +51,8 @@ def with_faults():
         return plain(self, inputs)
 
     BuPOTrainer.rollout = rollout
+    if os.environ.get("BUPO_FAULT") == "loading":
+        bupo.training.run.load_model = lambda *args, **kwargs: (print("loading", flush=True), time.sleep(60))
 
 
 def with_fsdp2_on_cpus():

@@ -22,14 +22,15 @@ def start(argv, ranks, log, env):
         port = free.getsockname()[1]
     started = []
     for rank in range(ranks):
+        out = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         if pid := os.fork():
             started.append(pid)
+            os.close(out)
             continue
         os.environ.update(env)
         if ranks > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        out = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
             os.dup2(file, number)
         sys.exit(run(argv))

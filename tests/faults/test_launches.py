@@ -195,7 +195,7 @@ def test_launches_end(server, tmp_path, kind):
         assert said.count("FSDP was asked for, but") == asked
 
 
-def test_a_group_is_left_without_waiting_for_its_own_threads():
+def test_a_group_is_left_without_waiting_for_its_own_threads(tmp_path):
     """100 of 100 times; where the group goes with DDP's reducer, some 3 of 100 hang."""
     times, port = (40, 29700) if SHORT else (100, 29800)
     command = [sys.executable, "-m", "tests.faults.groups"]
@@ -215,7 +215,7 @@ def test_a_group_is_left_without_waiting_for_its_own_threads():
 FAULTS = {
     "reward": (
         0,
-        "bupo: error: reward function tests.faults.faulty.reward failed in rollout batch 2: ValueError: no reward today",
+        "bupo: error: reward function reward failed in rollout batch 2: ValueError: no reward today",
     ),
     "raise": (1, "bupo: error: process 1 has failed"),
     "memory": (1, "bupo: error: process 1 has failed"),
@@ -246,3 +246,146 @@ def test_a_launch_says_once_why_it_failed(tmp_path, fault):
 def test_a_bad_option_is_one_line_in_a_launch(tmp_path):
     status, said = launched("torchrun", train(tmp_path / "run", loss_type="none"), tmp_path)
     assert status and said.count("bupo: error") == 1 and not (tmp_path / "run").exists()
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+def uninterrupted(server, folder, ranks, **env):
+    run = server.start(train(folder), folder.with_name("log"), ranks=ranks, **env)
+    assert run.wait() == [0] * ranks, run.said()
+    return weights(folder)
+
+
+def resumed(server, folder, ranks, **env):
+    run = server.start(train(folder, resume_from_checkpoint="true"), folder.with_name("log"), ranks=ranks, **env)
+    assert run.wait() == [0] * ranks, run.said()
+    return weights(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_ends_the_update_and_the_run_goes_on(server, tmp_path, number):
+    """Also without checkpoints and inside a rollout batch: the resumed run's weights are the uninterrupted one's."""
+    run = server.start(train(folder := tmp_path / "run"), tmp_path / "log", BUPO_FAULT="slow")
+    until(logged(folder, 2))  # the third update opens the second rollout batch, which takes 4 seconds
+    run.send(number)
+    time.sleep(0.3)
+    run.send(number)  # a launcher's second
+    assert run.wait() == [128 + number]
+    said = run.said()
+    line = f"bupo: stopped by {number.name} after update 3 of {UPDATES}, kept in {folder}/checkpoint-3: the same command with"
+    assert said.count(f"{line} --resume_from_checkpoint true goes on") == 1 and "Traceback" not in said
+    assert said.count("Ctrl-C again") == (number == signal.SIGINT)
+    assert not (folder / "model.safetensors").exists() and not (folder / "training.png").exists()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not [row for row in (folder / "metrics.jsonl").read_text().splitlines() if "train_runtime" in row]
+    assert resumed(server, folder, 1) == uninterrupted(server, tmp_path / "whole", 1)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_processes_stop_after_the_same_update(server, tmp_path, kind):
+    """Wherever the signal arrives."""
+    env = FSDP2 if kind == "fsdp2" else {}
+    run = server.start(train(folder := tmp_path / "run"), tmp_path / "log", ranks=2, BUPO_FAULT="slow", **env)
+    until(logged(folder, 2))
+    run.send(signal.SIGUSR1, rank=1)
+    assert run.wait() == [128 + signal.SIGUSR1] * 2
+    said = run.said()
+    assert said.count("bupo: stopped by SIGUSR1 after update 3") == 1 and "Traceback" not in said
+    assert said.count("bupo: ") == 1
+    assert resumed(server, folder, 2, **env) == uninterrupted(server, tmp_path / "whole", 2, **env)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_second_ctrl_c_ends_at_once(server, tmp_path, ranks):
+    """Though the other process still waits for this one."""
+    run = server.start(train(folder := tmp_path / "run"), tmp_path / "log", ranks=ranks, BUPO_FAULT="slow")
+    until(logged(folder, 2))
+    for _ in range(2):
+        for rank in range(ranks):
+            run.send(signal.SIGINT, rank)
+        time.sleep(1.2)
+    sent = time.monotonic()
+    assert run.wait() == [128 + signal.SIGINT] * ranks
+    assert time.monotonic() - sent < 1.5  # and not the slow batch's 4 seconds
+    assert "Traceback" not in run.said() and not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_before_training_a_signal_ends_at_once(server, tmp_path, number):
+    run = server.start(train(tmp_path / "run"), tmp_path / "log", BUPO_FAULT="loading")
+    until(lambda: "loading" in run.said())
+    run.send(number)
+    assert run.wait(20) == [128 + number]
+    assert run.said().splitlines()[-1] == f"bupo: stopped by {number.name}" and "Traceback" not in run.said()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_is_stopped_and_goes_on(server, tmp_path):
+    command = [
+        "demo",
+        "--output",
+        str(folder := tmp_path / "run"),
+        "--steps",
+        "3",
+        "--internal_steps",
+        "1",
+        "--problems",
+        "16",
+    ]
+    run = server.start(command, tmp_path / "log")
+    until(logged(folder, 1))
+    run.send(signal.SIGTERM)
+    assert run.wait() == [128 + signal.SIGTERM] and "--resume_from_checkpoint true goes on" in run.said()
+    assert not (folder / "summary.json").exists()
+    run = server.start([*command, "--resume_from_checkpoint", "true"], tmp_path / "log")
+    assert run.wait() == [0], run.said()
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "analyze"])
+def test_sigterm_keeps_finished_answers(server, tmp_path, command):
+    options = {
+        "model": "embedded",
+        "size": 400,
+        "max_new_tokens": 16,
+        "batch_size": 8,
+        "output": str(folder := tmp_path / "run"),
+    }
+    options |= {"benchmarks": "arithmetic", "k": 4} if command == "eval" else {}
+    options |= {"dataset": "arithmetic"} if command == "analyze" else {}
+    run = server.start(
+        [command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))], tmp_path / "log"
+    )
+    until(lambda: any(path.stat().st_size for path in folder.rglob("*.jsonl")))
+    run.send(signal.SIGTERM)
+    assert run.wait(60) == [128 + signal.SIGTERM]
+    assert run.said().count(f"bupo: interrupted: finished answers are kept in {folder}") == 1
+    assert "Traceback" not in run.said()
+
+
+def test_graders_do_not_survive_a_killed_parent(tmp_path):
+    """Not even one that is busy with an expression without an end."""
+    code = (
+        "from bupo.rewards.grader import MathGrader\n"
+        "grader = MathGrader(deadline=4.0, processes=1)\n"
+        "print(grader.grade(['\\\\boxed{x+1}'], ['x+1']), flush=True)\n"
+        "grader.grade(['\\\\boxed{9^{9^{9^{9}}}}'], ['x+1'])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | ENV, stdout=subprocess.PIPE, text=True)
+    assert "correct" in parent.stdout.readline().lower()
+    (child,) = (int(place.parent.name) for place in Path("/proc").glob("[0-9]*/stat") if parent_of(place) == parent.pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(child, number)  # which reach it where a terminal or a cluster sends them to all
+    time.sleep(0.3)
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    until(lambda: not Path(f"/proc/{child}").exists(), seconds=20)
+
+
+def parent_of(stat):
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
