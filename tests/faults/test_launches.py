@@ -58,7 +58,7 @@ def train(folder, **changes):
     return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-def until(true, process=None, seconds=DEADLINE):
+def until(true, seconds=DEADLINE):
     began = time.monotonic()
     while not true():
         assert time.monotonic() - began < seconds, "nothing happened"
@@ -374,18 +374,20 @@ def test_graders_do_not_survive_a_killed_parent(tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | ENV, stdout=subprocess.PIPE, text=True)
     assert "correct" in parent.stdout.readline().lower()
-    (child,) = (int(place.parent.name) for place in Path("/proc").glob("[0-9]*/stat") if parent_of(place) == parent.pid)
+    everyone = [int(place.name) for place in Path("/proc").glob("[0-9]*")]
+    (child,) = (pid for pid in everyone if (state_of(pid) or "  ")[1] == str(parent.pid))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(child, number)  # which reach it where a terminal or a cluster sends them to all
     time.sleep(0.3)
-    assert Path(f"/proc/{child}").exists()
+    assert state_of(child)[0] != "Z"
     parent.kill()
     parent.wait()
-    until(lambda: not Path(f"/proc/{child}").exists(), seconds=20)
+    until(lambda: (state_of(child) or ["Z"])[0] == "Z", seconds=30)
 
 
-def parent_of(stat):
+def state_of(pid):
+    """A process' state and its parent, as /proc has them; None of no process."""
     try:
-        return int(stat.read_text().rpartition(")")[2].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
         return None

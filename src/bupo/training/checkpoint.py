@@ -82,7 +82,11 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         )
     if state["layout"] == layout(trainer):
         own = pieces_file(folder, trainer.accelerator.process_index)
-        saved = torch.load(own, map_location=trainer.accelerator.device, weights_only=True)
+        device = trainer.accelerator.device
+        place = (
+            "cpu" if device.type == "cpu" else device
+        )  # of several processes on CPUs it is cpu:0, which torch cannot read to
+        saved = torch.load(own, map_location=place, weights_only=True)
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
         trainer.restore_place(_same_batch(trainer, folder, state), None)
