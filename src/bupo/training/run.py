@@ -18,19 +18,18 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import Stopped, UserError, others
+from bupo.errors import UserError, others
 from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
-from bupo.signals import Heard
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
 from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.schedule import Schedule
-from bupo.training.stopping import Stop, close
+from bupo.training.stopping import ending
 from bupo.training.trainer import BuPOTrainer
 
 
@@ -165,18 +164,12 @@ def _trained(
     folder = Path(trainer.args.output_dir)
     if checkpoint is None and trainer.is_world_process_zero():
         clear(folder)  # what `overwrite` has asked for
-    with Heard(say) as heard:
-        trainer.add_callback(Stop(trainer, heard))
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except Stopped:
-            close(trainer)  # as all processes do; of an error the others know nothing
-            raise
+    with ending(trainer, say):
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(trainer.args.output_dir)
         rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
         if trainer.is_world_process_zero():
             draw(folder, rows, title or folder.name)
-        close(trainer)
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
 
 

@@ -1,6 +1,8 @@
 """How a run ends: its process group closed, and after a signal with a checkpoint that it goes on from."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,27 @@ from bupo.signals import Heard
 _closed: list[Any] = []
 
 
+@contextmanager
+def ending(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a run. Signals end it after a whole update; at its end, which all processes reach, it leaves their group.
+
+    Of an error the other processes may know nothing: then the group is not left, since they might be waited for.
+
+    Raises:
+        Stopped: after a signal.
+    """
+    with Heard(say) as heard:
+        trainer.add_callback(Stop(trainer, heard))
+        try:
+            yield
+        except Stopped:
+            close(trainer)
+            raise
+        close(trainer)
+
+
 def close(trainer: Trainer) -> None:
-    """Finish the trackers and leave the process group, once nothing needs the other processes any more.
+    """Finish the trackers and leave the process group.
 
     The group itself is kept for as long as this process lives. It would else be destroyed with its last user, DDP's reducer,
     whose destructor joins gloo's threads while it holds the interpreter's lock; a thread of gloo's that is still letting go of
