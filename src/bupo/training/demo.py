@@ -22,7 +22,7 @@ from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
-from bupo.training.folder import checkpoint_to_resume, refuse_held
+from bupo.training.folder import begin
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 from bupo.training.setup import check_arguments
@@ -107,8 +107,7 @@ def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, s
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
     check_arguments(model, config, None)
     chosen = TrainOptions(overwrite=options.overwrite)
-    resumed = checkpoint_to_resume(config) is not None
-    refuse_held(config, options.overwrite or resumed)  # before a minute is spent on measuring
+    begin(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
     say(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,14 +25,25 @@ from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
-from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
+from bupo.training.folder import (
+    begin,
+    clear,
+    draw,
+    finished,
+    mark_finished,
+    wants_to_resume,
+)
 from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
 from bupo.training.stopping import ending
+from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
+from bupo.training.whole import updates_of
 
 
 @dataclass(frozen=True)
@@ -102,27 +115,26 @@ def train(
     """
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
-    own = {"problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
-    note = note or _noted(model, config, options, loading, own)
+    own = {"model": model, "problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
+    note = note or _noted(config, options, loading, own)
     rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
     with sole_writer(config.output_dir):
-        checkpoint = checkpoint_to_resume(config)
-        refuse_held(config, options.overwrite or checkpoint is not None)
+        if finished(config) is not None:
+            return _finished(model, config, say)
+        checkpoint = begin(config, options.overwrite, say)
         sets = problems_of(options, config, problems, eval_problems, rewards)
-        if isinstance(model, str):
-            model, tokenizer = _loaded(model, config, loading)
+        model, tokenizer = _loaded(model, config, loading) if isinstance(model, str) else (model, tokenizer)
         trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
         return _trained(trainer, checkpoint, title, say)
 
 
-def _noted(
-    model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]
-) -> NotedRun:
+def _noted(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]) -> NotedRun:
     """The options that differ from their defaults, as `bupo train --config` takes them, and what no file can hold."""
     plain = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
     derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
     differ = {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
     trained = {name: value for name, value in differ.items() if name not in derived}
+    model = objects["model"]
     named = {"model_name_or_path": model} if isinstance(model, str) else {}
     objects = objects | {"model": None if named else model}
     given = changed(loading) | named | trained | changed(options)
@@ -157,20 +169,38 @@ def _trainer(
     return trainer
 
 
-def _trained(
-    trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say: Callable[[str], None]
-) -> TrainingRun:
+def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say) -> TrainingRun:
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
     folder = Path(trainer.args.output_dir)
-    if checkpoint is None and trainer.is_world_process_zero():
-        clear(folder)  # what `overwrite` has asked for
-    with ending(trainer, say):
+    with writing(folder), ending(trainer, say):
+        checkpoint = chosen(trainer, checkpoint)
+        if trainer.is_world_process_zero():
+            clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
+            if wants_to_resume(trainer.args):
+                continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(trainer.args.output_dir)
+        if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
+            say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
+        trainer.save_whole(folder)
         rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
         if trainer.is_world_process_zero():
             draw(folder, rows, title or folder.name)
+            if trainer.state.global_step >= trainer.state.max_steps:  # else it was stopped, and goes on
+                mark_finished(trainer.args, trainer.state.global_step, trainer.schedule)
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
+
+
+def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> TrainingRun:
+    """A run that is resumed and has nothing left to do, as its folder holds it."""
+    say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
+    folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(str(folder), **trusted)
+    if (folder / ADAPTER_FILE).exists():
+        base = load_model(model, **trusted) if isinstance(model, str) else model
+        trained = PeftModel.from_pretrained(base, str(folder))
+    else:
+        trained = load_model(str(folder), **trusted)
+    return TrainingRun(folder, trained, tokenizer, finished(config) or Schedule(), read_metrics(folder / METRICS_FILE))
 
 
 def _loaded(name: str, config: BuPOConfig, loading: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
