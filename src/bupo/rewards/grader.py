@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 
 from bupo.errors import UserError
 from bupo.rewards import worker
+from bupo.signals import unheard
 
 
 class Verdict(StrEnum):
@@ -101,6 +102,7 @@ def _environment() -> dict[str, str]:
 class _Child:
     """One worker process and its pipe."""
 
+    @unheard()  # the run that it grades for decides what is finished
     def __init__(self):
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:

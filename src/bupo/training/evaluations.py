@@ -28,16 +28,17 @@ class Evaluations(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._evaluate(0)
+            self.evaluate(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
         done = self.trainer.rollout_batch - 1
         last = state.global_step >= state.max_steps
         if last or (not self.trainer.inside_batch and done % args.eval_every == 0):
-            self._evaluate(done)
+            self.evaluate(done)
 
-    def _evaluate(self, rollout_batches: int) -> None:
+    def evaluate(self, rollout_batches: int) -> None:
+        """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
         engine = TransformersEngine(
             trainer.stream.model,
