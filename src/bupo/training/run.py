@@ -22,6 +22,7 @@ from bupo.errors import UserError, others
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training import messages
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
@@ -159,7 +160,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None) ->
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
     if checkpoint is None and trainer.is_world_process_zero():
         clear(Path(trainer.args.output_dir))  # what `overwrite` has asked for
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with messages.in_one_line():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(trainer.args.output_dir)
     folder = Path(trainer.args.output_dir)
     rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
