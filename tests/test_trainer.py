@@ -559,7 +559,7 @@ def test_the_first_rollout_batch_with_answers_is_the_one_that_is_probed(tmp_path
     assert answers and all(len(ids) > 2 for ids in answers)
 
 
-def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
+def test_a_run_that_graded_nothing_does_not_pass_for_a_trained_one(tmp_path, capsys):
     model = model_of()
     before = snapshot(model)
     trainer = BuPOTrainer(
@@ -571,7 +571,7 @@ def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
     )
     lines = ConsoleLines(Console())
     trainer.add_callback(lines)
-    with lines.closing():
+    with lines.closing(), pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
         trainer.train()
     assert not changed(before, model)
     assert [row["reward"] for row in trainer.state.log_history if "phase" in row] == [None]
