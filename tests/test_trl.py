@@ -1,5 +1,6 @@
 """BuPOTrainer in GRPOTrainer's place: what TRL accepts and trains with, in both phases, against GRPOTrainer itself."""
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
@@ -81,7 +83,11 @@ def assert_same(mine, theirs, exact=False):
     assert mine.keys() == theirs.keys()
     for name, parameter in mine.items():
         torch.testing.assert_close(
-            parameter, theirs[name], atol=0 if exact else 5e-5, rtol=0 if exact else 1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            parameter,
+            theirs[name],
+            atol=0 if exact else 5e-5,
+            rtol=0 if exact else 1e-3,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -124,7 +130,7 @@ class Sampler:
 def off_policy(folder, shift, monkeypatch, **changes):
     """Runs phase 1 with a sampler and a threshold. Returns each update's advantages, mask, inputs and log-probs."""
     model, seen = small(), []
-    args = BuPOConfig(**options(folder, off_policy_mask_threshold=0.5, **FIRST, **changes))
+    args = BuPOConfig(**options(folder, **{"off_policy_mask_threshold": 0.5, **FIRST, **changes}))
     trainer = BuPOTrainer(
         model, token_reward, args, train_dataset=FEW, processing_class=TOKENIZER, rollout_func=Sampler(model, shift)
     )
@@ -139,10 +145,18 @@ def off_policy(folder, shift, monkeypatch, **changes):
     return seen
 
 
-@pytest.mark.parametrize("aligned", [False, True])  # True: one update a rollout batch, for which TRL keeps no old log-probs
+@pytest.mark.parametrize(
+    "aligned", [False, True]
+)  # True: one update a rollout batch, for which TRL keeps no old log-probs
 def test_answers_on_policy_are_not_masked_in_phase_one(tmp_path, monkeypatch, aligned):
-    pieces = {"gradient_accumulation_steps": 2} if aligned else {}
-    seen = off_policy(tmp_path, lambda row, place: 0.0, monkeypatch, max_steps=2, **pieces)
+    changes = {
+        "max_steps": 2,
+        "learning_rate": 1e-7,
+        "off_policy_mask_threshold": 1e-3,
+    }  # updates hardly move the layer
+    if aligned:
+        changes["gradient_accumulation_steps"] = 2
+    seen = off_policy(tmp_path, lambda row, place: 0.0, monkeypatch, **changes)
     negative = sum((update["advantages"] < 0).sum() for update in seen)
     assert negative > 0 and all((update["kept"] == 1).all() for update in seen)
 
@@ -253,7 +267,12 @@ WHOLE = {
     "lfm2": TWO | {"layer_types": ["conv", "full_attention"]},
     "gemma3n_text": TWO
     | PER_LAYER
-    | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [48, 48]},
+    | {
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": [48, 48],
+    },
     "gemma4_text": TWO | PER_LAYER | {"global_head_dim": 8, "final_logit_softcapping": 3.0},
     "mamba": TWO | {"state_size": 4},
     "falcon_h1": TWO
@@ -388,8 +407,6 @@ def test_what_stands_in_args_place_is_refused_with_the_way(tmp_path):
 
 def test_a_pad_token_that_is_the_eos_token_changes_nothing(tmp_path):
     """TRL masks by lengths and by the first eos, so the padding's own id is never looked at."""
-    import copy
-
     runs = []
     for token in (TOKENIZER.pad_token, TOKENIZER.eos_token):
         tokenizer, model = copy.deepcopy(TOKENIZER), small()
@@ -524,6 +541,88 @@ def test_an_argument_of_trl_in_both_phases(tmp_path, name):
         assert moved and all(".layers.0." in n for n in moved)
     else:
         assert_first_phase(before, first)
+
+
+# -- tools ---------------------------------------------------------------------------------------------------------------
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+
+    Returns:
+        The sum.
+    """
+    return a + b
+
+
+class Adder:
+    """An environment that owns its reward."""
+
+    def reset(self, **kwargs) -> str | None:
+        self.calls = 0
+
+    def add(self, a: int, b: int) -> int:
+        """Adds two numbers.
+
+        Args:
+            a: The first.
+            b: The second.
+
+        Returns:
+            The sum.
+        """
+        self.calls += 1
+        return a + b
+
+    def get_reward(self) -> float:
+        return float(self.calls)
+
+
+def calling_tokenizer():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tools", "environment_factory"])
+def test_tools_in_both_phases(tmp_path, monkeypatch, kind):
+    """Every second answer calls a tool, by a script in sampling's place; what the tool says is in no loss."""
+    tokenizer = calling_tokenizer()
+    talk = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in FEW["prompt"]]})
+
+    def turn(trainer, prompt_ids, *args, **kwargs):
+        found = []
+        for ids in prompt_ids:
+            asks = "tool_response" not in tokenizer.decode(ids) and trainer.turns % 2 == 0
+            word = CALL if asks else "abcdefgh"[: 1 + trainer.turns % 7]
+            found.append([*tokenizer(word)["input_ids"], tokenizer.eos_token_id])
+            trainer.turns += 1
+        return found, None
+
+    monkeypatch.setattr(GRPOTrainer, "turns", 0, raising=False)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", turn)
+    given = {"tools": [add]} if kind == "tools" else {"environment_factory": Adder}
+    given |= {
+        "processing_class": tokenizer,
+        "problems": talk,
+        "options_": {"max_completion_length": 400, "max_steps": 2},
+    }
+    mine, theirs, first = (small(max_position_embeddings=4096) for _ in range(3))
+    grpo(theirs, tmp_path / "b", **given)
+    bupo(mine, tmp_path / "a", **given)
+    assert_same(mine, theirs)
+    before = snapshot(first)
+    run = bupo(first, tmp_path / "c", phases=FIRST, **given)
+    assert_first_phase(before, first)
+    assert run.state.log_history[0]["tools/call_frequency"] == 0.5
+    assert run.state.log_history[0]["tools/failure_frequency"] == 0.0
 
 
 # -- the doc -------------------------------------------------------------------------------------------------------------

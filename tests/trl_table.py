@@ -196,7 +196,11 @@ OPTIONS: dict[str, Row] = {
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), HUB),
     **dict.fromkeys(("hub_always_push", "hub_revision"), HUB),
     "load_best_model_at_end": trains(
-        load_best_model_at_end=True, metric_for_best_model="eval_reward", save_strategy="steps", save_steps=2, **EVALUATION
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        save_strategy="steps",
+        save_steps=2,
+        **EVALUATION,
     ),
     "metric_for_best_model": trains(metric_for_best_model="eval_reward", **EVALUATION),
     "greater_is_better": trains(metric_for_best_model="eval_reward", greater_is_better=True, **EVALUATION),
