@@ -26,6 +26,7 @@ from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training import messages
 from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
@@ -188,7 +189,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with messages.in_one_line():
+            trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
         trainer.save_whole(folder)
