@@ -67,14 +67,7 @@ def analyze(
     check_template(options.chat_template)
     labels = _labels(names, options.output)
     given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
-    for name in (
-        names if given.model is None else ()
-    ):  # what is missing is found before the first is loaded and measured
-        tokenizer = load_tokenizer(name, **options.loading())
-        choose_template(tokenizer, options.chat_template)
-        config = load_config(name, **options.loading())
-        if options.rollouts and name == names[0]:
-            _read(options, tokenizer, config)
+    _look_ahead(names, given, options)
     reports: list[ModelReport] = []
     with sole_writer(options.output):
         for name, label in zip(names, labels, strict=True):
@@ -82,6 +75,16 @@ def analyze(
         report = AnalysisReport(tuple(reports), Path(options.output))
         write_report(report)
     return report
+
+
+def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> None:
+    """What is missing or refused is found before the first model is loaded and measured."""
+    for name in names if given.model is None else ():
+        tokenizer = load_tokenizer(name, **options.loading())
+        choose_template(tokenizer, options.chat_template)
+        config = load_config(name, **options.loading())
+        if options.rollouts and name == names[0]:
+            _read(options, tokenizer, config)
 
 
 @dataclass(frozen=True)
