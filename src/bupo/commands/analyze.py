@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> None:
         console.print(_table(model))
         console.print(f"{model.meta['model']}: template {model.meta['template']}", highlight=False, markup=False)
         console.print(f"{model.meta['model']}: {model.explanation}", highlight=False, markup=False)
+        console.print(f"{model.meta['model']}: {model.verdict}", highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
     console.print(f"run folder: {report.folder}  ({files})", highlight=False, markup=False)
 

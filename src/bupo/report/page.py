@@ -11,6 +11,7 @@ from bupo.report.html import script_json, write_html
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
+    "entropy_layer_input": "entropy of the policy before the layer (nats)",
     "entropy_attn": "entropy of the ATTN policy (nats)",
     "entropy_ffn": "entropy of the FFN policy (nats)",
     "entropy_attn_input": "entropy of what ATTN reads (nats)",
