@@ -61,7 +61,7 @@ class ModelReport:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds of it."""
-        names = (
+        names = [
             "meta",
             "stages",
             "boundary_layer",
@@ -69,11 +69,9 @@ class ModelReport:
             "paper_boundary_layer",
             "tolerance",
             "explanation",
-        )
-        names += ("ranges", "fit", "pattern", "verdict")
-        return {
-            name: getattr(self, name) for name in (*names, "perplexity", "entropy_language_model", "similarity", "kl")
-        }
+        ]
+        names += ["ranges", "fit", "pattern", "verdict", "perplexity", "entropy_language_model", "similarity", "kl"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
