@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
+from bupo.analysis.measure import MEASURES
 from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
@@ -256,7 +257,7 @@ def _measures(
         "measures",
         lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
         lambda index, sums: sums.line(),
-        {name: subject.meta[name] for name in names},
+        {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
