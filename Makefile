@@ -10,7 +10,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo test coverage test-slow test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
+.PHONY: demo test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -23,6 +23,9 @@ coverage: test  # what the fast tests run of each file
 
 test-slow: $(INSTALLED)  # the rest: more cases, processes that are killed, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-faults: $(INSTALLED)  # runs that are killed, hung and fed rubbish; BUPO_FAULTS=short is the form of CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(FLAGS)
 
 test-models: $(MODELS)  # the slow checks on real pretrained models
 	$(BIN)/python -m pytest -m real_model

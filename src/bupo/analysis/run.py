@@ -10,17 +10,19 @@ from typing import Any
 from datasets import Dataset
 from rich.progress import Progress
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
+from bupo.analysis.measure import MEASURES
 from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
 from bupo.analysis.tables import AnswerSums
 from bupo.analysis.views import token_views
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.templates import check_template, choose_template, prompt_ids
+from bupo.data.templates import check_context, check_template, choose_template, prompt_ids
 from bupo.errors import UserError
+from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
@@ -66,15 +68,24 @@ def analyze(
     check_template(options.chat_template)
     labels = _labels(names, options.output)
     given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
-    for name in names[1:]:  # what is missing is found before the first, which is loaded first anyway, is measured
-        load_tokenizer(name, **options.loading())
-        load_config(name, **options.loading())
+    _look_ahead(names, given, options)
     reports: list[ModelReport] = []
-    for name, label in zip(names, labels, strict=True):
-        reports.append(_reported(name, label, given, options, bar, first=not reports))
-    report = AnalysisReport(tuple(reports), Path(options.output))
-    write_report(report)
+    with sole_writer(options.output):
+        for name, label in zip(names, labels, strict=True):
+            reports.append(_reported(name, label, given, options, bar, first=not reports))
+        report = AnalysisReport(tuple(reports), Path(options.output))
+        write_report(report)
     return report
+
+
+def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> None:
+    """What is missing or refused is found before the first model is loaded and measured."""
+    for name in names if given.model is None else ():
+        tokenizer = load_tokenizer(name, **options.loading())
+        choose_template(tokenizer, options.chat_template)
+        config = load_config(name, **options.loading())
+        if options.rollouts and name == names[0]:
+            _read(options, tokenizer, config)
 
 
 @dataclass(frozen=True)
@@ -154,9 +165,14 @@ def _reported(
     subject = _subject(name, label, given, options)
     answers, prompts, rollouts = None, Prompts(), []
     if given.problems is None:
-        rollouts = list(given.rollouts) if given.rollouts is not None else _read(options, subject)
+        rollouts = (
+            list(given.rollouts)
+            if given.rollouts is not None
+            else _read(options, subject.tokenizer, subject.policies.stream.config)
+        )
     else:
         prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in given.problems]
+        check_context(prompts, _context(subject.policies.stream.config), given.source)
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
     if first:
@@ -187,9 +203,13 @@ def _measured(
     )
 
 
-def _read(options: AnalyzeOptions, subject: _Subject) -> list[Rollout]:
-    context = getattr(subject.policies.stream.config, "max_position_embeddings", None)
-    return read_rollouts(str(options.rollouts), subject.tokenizer, context)
+def _read(options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Rollout]:
+    config = config.get_text_config()
+    return read_rollouts(str(options.rollouts), tokenizer, _context(config), getattr(config, "vocab_size", None))
+
+
+def _context(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:
@@ -237,7 +257,7 @@ def _measures(
         "measures",
         lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
         lambda index, sums: sums.line(),
-        {name: subject.meta[name] for name in names},
+        {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},

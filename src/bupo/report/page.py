@@ -8,9 +8,11 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from bupo.report.html import script_json, write_html
+from bupo.text import csv_cell
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
+    "entropy_layer_input": "entropy of the policy before the layer (nats)",
     "entropy_attn": "entropy of the ATTN policy (nats)",
     "entropy_ffn": "entropy of the FFN policy (nats)",
     "entropy_attn_input": "entropy of what ATTN reads (nats)",
@@ -46,7 +48,7 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
         "layers": layers,
         "views": views,
         "names": MEASURE_NAMES,
-        "csv": table.to_csv(index=False, float_format="%.6g"),
+        "csv": table.assign(model=table["model"].map(csv_cell)).to_csv(index=False, float_format="%.6g"),
     }
     write_html(
         path,

@@ -1,0 +1,101 @@
+"""One writer a folder: a lock that ends with its process, however that ends."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from bupo.errors import UserError
+
+LOCK_FILE = ".bupo.lock"
+_UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
+
+# folders that this process writes into, and which of its threads does: a run may be part of another, as the demo's is
+_held: dict[Path, tuple[int, int]] = {}
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Inside, no other run writes into the folder. It is made if need be, and taken away again if nothing was put there.
+
+    The lock is the operating system's (POSIX, also over NFS) and not the file's presence: what a killed run leaves locks
+    nothing. Of several processes of one run the main one holds it.
+
+    Raises:
+        UserError: if another run writes there, or nothing can be written there.
+    """
+    path, me = Path(folder).resolve(), (os.getpid(), threading.get_ident())
+    if int(os.environ.get("RANK", "0")) > 0 or _held.get(path) == me:
+        yield
+        return
+    if _held.get(path, (0, 0))[0] == me[0]:  # the system's lock is the process'
+        raise UserError(f"{folder} is being written by another thread of this process: choose another output")
+    made = [place for place in (path, *path.parents) if not os.path.exists(place)]  # innermost first
+    with ExitStack() as afterwards:
+        afterwards.callback(_take_away, made)
+        file = _locked(Path(folder), path)
+        afterwards.callback(_release, path, file)
+        _held[path] = me
+        yield
+
+
+def _release(path: Path, file: IO[str]) -> None:
+    del _held[path]
+    with suppress(OSError):
+        (path / LOCK_FILE).unlink()  # while it is locked: whoever opens it next makes another
+    file.close()  # ends the lock
+
+
+def _take_away(made: list[Path]) -> None:
+    """Those folders that are empty."""
+    with suppress(OSError):
+        for place in made:
+            place.rmdir()
+
+
+def _locked(named: Path, path: Path) -> IO[str]:
+    """The locked file, with who holds it for people."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            file = (path / LOCK_FILE).open("a+")
+        except OSError as error:
+            raise UserError(f"{named} cannot be written: {error.strerror}; choose another output") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _UNKNOWN:
+                warnings.warn(f"{named} has no locks: two runs into it at once would mix", stacklevel=2)
+            elif error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(_who(named, file)) from error
+            else:
+                raise UserError(f"{named} cannot be locked: {error.strerror}; choose another output") from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (path / LOCK_FILE).stat()):
+                break
+        file.close()  # its last holder took it away meanwhile
+    file.truncate(0)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "started": started}) + "\n")
+    file.flush()
+    return file
+
+
+def _who(named: Path, file: IO[str]) -> str:
+    """Who writes there, as far as the file says."""
+    with file:
+        file.seek(0)
+        try:
+            holder = json.loads(file.read())
+            who = f"process {holder['process']} on {holder['host']} since {holder['started']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+    return f"{named} is being written by {who}: wait for it to end, or choose another output"

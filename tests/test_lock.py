@@ -1,0 +1,112 @@
+"""One writer a folder, by real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bupo.commands.main import main
+from bupo.errors import UserError
+from bupo.lock import LOCK_FILE, sole_writer
+
+HOLD = "import sys, time; from bupo.lock import sole_writer\nwith sole_writer(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes into `run`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_writer_is_refused_and_told_who(tmp_path, holder):
+    message = rf"run is being written by process {holder.pid} on .+ since 20.+: wait"
+    with pytest.raises(UserError, match=message), sole_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / LOCK_FILE).exists()  # the holder's
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "analyze", "eval"])
+def test_every_command_that_writes_is_refused(tmp_path, holder, command, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--model", "embedded", "--dataset", "arithmetic", "--size", "8"] if command in ("train", "analyze") else []
+    more += ["--internal_layer", "5"] if command == "train" else []
+    assert main([command, "--output", "run", *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run is being written by process {holder.pid}" in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+def test_what_a_killed_run_leaves_locks_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
+    refused = []
+
+    def other():
+        try:
+            with sole_writer(tmp_path):
+                pass
+        except UserError as error:
+            refused.append(str(error))
+
+    with sole_writer(tmp_path):
+        with sole_writer(f"{tmp_path}/../{tmp_path.name}"):
+            pass
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert (tmp_path / LOCK_FILE).exists()
+    assert len(refused) == 1 and "another thread" in refused[0]
+    other()
+    assert len(refused) == 1
+
+
+def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for where in ("a/b/c", "mine"):
+        with pytest.raises(KeyError), sole_writer(tmp_path / where):
+            raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with sole_writer(tmp_path / "a/b/c"):
+        (tmp_path / "a" / "kept").touch()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["kept"]
+
+
+def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
+def test_where_nothing_can_be_written(tmp_path, where):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written: .+; choose another output"), sole_writer(tmp_path / where):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_who_comes_while_another_leaves(tmp_path):
+    """Never two at once, though the file goes and comes: counted in a file that only a holder may change."""
+    count = "import sys; from bupo.errors import UserError; from bupo.lock import sole_writer; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with sole_writer(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
+    (tmp_path / "n").write_text("0")
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(subprocess.run, [sys.executable, "-c", count, tmp_path], timeout=60) for _ in range(3)]
+        assert [run.result().returncode for run in runs] == [0, 0, 0]
+    assert (tmp_path / "n").read_text() == "180"
+    assert os.listdir(tmp_path) == ["n"]
