@@ -103,8 +103,9 @@ MOMENTS = {  # updates and files are counted from each start on; checkpoints com
     "at the phase switch": [after_update(9)],
     "in the first rollout batch of phase 2": [after_update(10)],
     "in the last save": [{"call": "bupo.training.saving.write_manifest", "number": 5, "when": "before"}],
-    "before the last checkpoint is in its place": [{"call": "os.rename", "number": 5, "when": "before"}],
-    "while an older checkpoint is deleted": [{"call": "bupo.training.saving.rotate", "number": 4, "when": "before"}],
+    # each of the last two saves moves the new one in and an older one out
+    "while an older checkpoint is deleted": [{"call": "os.rename", "number": 5, "when": "after"}],
+    "before the last checkpoint is in its place": [{"call": "os.rename", "number": 6, "when": "before"}],
     "between the last checkpoint and the model": [
         {"call": "bupo.training.seam.move_files", "number": 1, "when": "before"}
     ],
