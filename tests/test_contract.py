@@ -234,7 +234,8 @@ def defined_names(path):
 
 
 def is_private(name):
-    return len(name) > 1 and name.startswith("_") and not name.startswith("__")
+    documented = ("_exit",)  # of Python's os
+    return len(name) > 1 and name.startswith("_") and not name.startswith("__") and name not in documented
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
