@@ -46,6 +46,16 @@ def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward,
     return said
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Figures take as long as these runs: `make test-faults` compares them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "bupo.training.run.draw", lambda folder, rows, title: (folder / "training.png").write_text(str(rows))
+        )
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -176,6 +186,7 @@ def test_what_was_left_undone_is_done(finished, folder):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
     common = {"max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     run(tmp_path / "long", **common)
@@ -225,7 +236,11 @@ def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+    "error",
+    [
+        RuntimeError("PytorchStreamWriter failed"),
+        pytest.param(OSError(errno.ENOSPC, "No space left on device"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_leaves_the_former_checkpoints(tmp_path, monkeypatch, error):
     real, calls = torch.save, []

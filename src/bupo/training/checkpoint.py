@@ -117,9 +117,8 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         own = pieces_file(folder, trainer.accelerator.process_index)
         if not own.exists():
             raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
-        # of several processes on CPUs the device is cpu:0, which torch cannot load to
-        device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
-        saved = torch.load(own, map_location=device, weights_only=True)
+        device = trainer.accelerator.device
+        saved = torch.load(own, map_location="cpu" if device.type == "cpu" else device, weights_only=True)  # not cpu:0
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
         saved = state
