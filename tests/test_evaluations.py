@@ -93,6 +93,7 @@ def test_the_same_as_bupo_eval(tmp_path, watched):
         np.testing.assert_allclose(
             [logged["eval/arithmetic/low"], logged["eval/arithmetic/high"]], found["avg@k_interval"]
         )
+        assert logged["eval/arithmetic/strict"] == found["strict_avg@k"]
         assert logged["eval/arithmetic/tokens"] == found["mean_tokens"]
 
 

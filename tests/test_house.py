@@ -16,8 +16,8 @@ FLOORS = [
     ("training",),
     ("analysis", "evaluation"),
     ("report", "sampling"),
-    ("model", "data", "rewards", "store", "progress", "provenance", "options"),
-    ("files", "lock", "signals", "errors", "version"),
+    ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges"),
+    ("files", "lock", "signals", "errors", "text", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

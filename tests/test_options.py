@@ -24,6 +24,7 @@ from bupo.options import (
     ModelOptions,
     PromptOptions,
     RunOptions,
+    check_values,
 )
 from bupo.provenance import SECRET, command_line, note_run
 from bupo.training.config import BuPOConfig
@@ -217,9 +218,7 @@ def test_the_environment_of_a_file_is_noted(tmp_path, monkeypatch):
 def test_values_out_of_range(change, message):
     options = Short(**change)
     with pytest.raises(UserError) as raised:
-        options.check_model()
-        options.check_dataset()
-        options.check_sampling()
+        check_values(options)
     assert str(raised.value) == message
 
 

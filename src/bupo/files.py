@@ -10,6 +10,7 @@ from typing import TypeVar
 from bupo.errors import UserError
 
 Row = TypeVar("Row")
+LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 @contextmanager
@@ -24,6 +25,32 @@ def write_json(path: Path, value: dict | list) -> None:
     """Into place in one piece."""
     with in_one_piece(path) as part:
         part.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def check_folder(option: str, folder: str | Path) -> None:
+    """Look whether a folder is there and can be written into, or can be made. Nothing is made.
+
+    Raises:
+        UserError: if not, with the option that names it.
+    """
+    remedy = "choose another output"
+    if not str(folder):
+        raise UserError(f"{option} is empty: give the folder of the run")
+    place = Path(folder).expanduser().absolute()
+    try:
+        place.stat()
+    except FileNotFoundError:  # to be made
+        for part in place.parts:
+            if len(os.fsencode(part)) > LONGEST_NAME:
+                raise UserError(f"{option} {part:.40}… is too long a name for a folder: {remedy}") from None
+    except (OSError, ValueError) as error:  # a parent is a file, a name is too long or none, no permission
+        raise UserError(f"{option} {str(folder)!r:.200} cannot be a folder: {error}; {remedy}") from error
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{option} {folder} is a file: {remedy}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder} cannot be written: {place} takes no files of yours; {remedy}")
 
 
 def whole_rows(path: Path, read: Callable[[str], Row]) -> list[Row]:

@@ -7,6 +7,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from bupo.errors import UserError
+from bupo.files import check_folder
+from bupo.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_options, check_word
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -25,9 +27,25 @@ TRL_WORDS = {
 FORMER_WORDS = {"answers": "size", "dataset_size": "size", "eval_dataset_name": "eval_dataset"}
 # in training, batches have several sizes: batch_size would say too little
 OUR_WORDS = {ours: theirs for theirs, ours in TRL_WORDS.items() if ours != "batch_size"}
-SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS
+# transformers' before its version 5
+OLD_WORDS = {"overwrite_output_dir": "overwrite"}
+SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS | OLD_WORDS
 # a word of other commands, and the nearest that a command without it has
 ELSEWHERE = {"dataset": "benchmarks", "dataset_name": "benchmarks", "batch_size": "per_device_train_batch_size"}
+
+MAY_BE_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
+# of the numbers that commands share
+RANGES = {
+    "size": COUNT,
+    "temperature": NOT_NEGATIVE,
+    "top_p": "(0, 1]",
+    "max_new_tokens": COUNT,
+    "batch_size": COUNT,
+    "seed": "whole [0, 4294967295]",  # numpy's
+    "layer": COUNT,
+    "deadline": POSITIVE,
+    "learning_rate": NOT_NEGATIVE,
+}
 
 
 @dataclass
@@ -46,11 +64,6 @@ class ModelOptions:
         given = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return {name: value for name, value in given.items() if value}
 
-    def check_model(self) -> None:
-        """Raises [`UserError`] for a dtype that is none."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
-
 
 @dataclass
 class DatasetOptions:
@@ -65,10 +78,6 @@ class DatasetOptions:
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     size: int | None = field(default=None, metadata={"help": "Use (or make) the first so many problems."})
-
-    def check_dataset(self) -> None:
-        """Raises [`UserError`] for a size below 1."""
-        check_positive(self, "size")
 
 
 @dataclass
@@ -97,25 +106,12 @@ class SamplingOptions:
     top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens that make up this share."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer."})
 
-    def check_sampling(self) -> None:
-        """Raises [`UserError`] for a number out of its range."""
-        check_positive(self, "max_new_tokens")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie above 0 and up to 1, got {self.top_p}")
-
 
 @dataclass
 class BatchedSamplingOptions(SamplingOptions):
     """How many answers are sampled."""
 
     batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
-
-    def check_sampling(self) -> None:
-        """Raises [`UserError`] for a number out of its range."""
-        check_positive(self, "batch_size")
-        super().check_sampling()
 
 
 @dataclass
@@ -129,12 +125,24 @@ class RunOptions:
     )
 
 
-def check_positive(options: object, *names: str) -> None:
-    """Raises [`UserError`] for a number of these that is set and below 1."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+def check_values(options: Any, **ranges: str) -> None:
+    """Look at every option of a command, before anything is loaded or written.
+
+    Args:
+        options: a dataclass of options.
+        ranges (`str`): of the numbers that only this command has, or has otherwise.
+
+    Raises:
+        UserError: for the first value that is refused, or a folder that cannot be written into.
+    """
+    check_options(options, RANGES | ranges)
+    for option in fields(options):
+        if getattr(options, option.name) == "" and option.default != "" and option.name not in MAY_BE_EMPTY:
+            raise UserError(f"{option.name} is empty: give one, or leave it out")
+    if hasattr(options, "dtype"):
+        check_word("dtype", options.dtype, DTYPES)
+    if hasattr(options, "output"):
+        check_folder("output", options.output)
 
 
 def changed(options: Any) -> dict[str, Any]:

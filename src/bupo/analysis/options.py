@@ -11,8 +11,9 @@ from bupo.options import (
     ModelOptions,
     PromptOptions,
     RunOptions,
-    check_positive,
+    check_values,
 )
+from bupo.ranges import COUNT, POSITIVE
 
 
 @dataclass
@@ -59,12 +60,9 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        self.check_model()
-        self.check_dataset()
-        check_positive(self, "max_tokens")
-        if not self.temperature > 0:  # every policy's logits are divided by it
-            raise UserError(f"temperature must be positive, got {self.temperature}")
-        self.check_sampling()
+        check_values(
+            self, max_tokens=COUNT, temperature=POSITIVE
+        )  # every policy's logits are divided by the temperature
         if self.dataset and self.rollouts:
             raise UserError(
                 "both dataset and rollouts are given: prompts are answered, or finished answers are read, not both"

@@ -32,7 +32,9 @@ class Rollout:
     completion: str
 
 
-def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int | None = None) -> list[Rollout]:
+def read_rollouts(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int | None = None, vocabulary: int | None = None
+) -> list[Rollout]:
     """Finished rollouts from a `.jsonl` file.
 
     A row holds `prompt_ids` and `completion_ids`, or `prompt` (text or messages) and `completion` (text or messages), or
@@ -41,7 +43,7 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, context:
     Args:
         path (`str`): the file.
         tokenizer (`PreTrainedTokenizerBase`): of the model that will read them.
-        context (`int`, *optional*): the model's longest sequence.
+        context, vocabulary (`int`, *optional*): the model's longest sequence, and how many tokens it knows.
 
     Raises:
         UserError: if the file is missing or malformed, or a row has no prompt, no answer, or is too long.
@@ -54,13 +56,15 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, context:
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no rollouts")
-    return [_rollout(where, line, tokenizer, context) for where, line in numbered]
+    return [_rollout(where, line, tokenizer, context, vocabulary or len(tokenizer)) for where, line in numbered]
 
 
-def _rollout(where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Rollout:
+def _rollout(
+    where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int
+) -> Rollout:
     try:
-        rollout = _from_row(json.loads(line), tokenizer)
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        rollout = _from_row(json.loads(line), tokenizer, vocabulary)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt and completion, or "
             "prompt_ids and completion_ids"
@@ -76,9 +80,12 @@ def _rollout(where: str, line: str, tokenizer: PreTrainedTokenizerBase, context:
     return rollout
 
 
-def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rollout:
     if "prompt_ids" in row:
-        prompt, answer = list(map(int, row["prompt_ids"])), list(map(int, row["completion_ids"]))
+        prompt, answer = list(row["prompt_ids"]), list(row["completion_ids"])
+        for token in (*prompt, *answer):
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise ValueError(f"token {token!r:.40} is none of the model's, 0 to {vocabulary - 1}")
         return Rollout(prompt, answer, row.get("prompt") or tokenizer.decode(prompt), tokenizer.decode(answer))
     if "messages" in row:
         *prompt, last = row["messages"]

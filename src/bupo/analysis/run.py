@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from rich.progress import Progress
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
 from bupo.analysis.options import AnalyzeOptions
@@ -19,7 +19,7 @@ from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts,
 from bupo.analysis.tables import AnswerSums
 from bupo.analysis.views import token_views
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.templates import check_template, choose_template, prompt_ids
+from bupo.data.templates import check_context, check_template, choose_template, prompt_ids
 from bupo.errors import UserError
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_config, load_on_device, load_tokenizer
@@ -67,9 +67,14 @@ def analyze(
     check_template(options.chat_template)
     labels = _labels(names, options.output)
     given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
-    for name in names[1:]:  # what is missing is found before the first, which is loaded first anyway, is measured
-        load_tokenizer(name, **options.loading())
-        load_config(name, **options.loading())
+    for name in (
+        names if given.model is None else ()
+    ):  # what is missing is found before the first is loaded and measured
+        tokenizer = load_tokenizer(name, **options.loading())
+        choose_template(tokenizer, options.chat_template)
+        config = load_config(name, **options.loading())
+        if options.rollouts and name == names[0]:
+            _read(options, tokenizer, config)
     reports: list[ModelReport] = []
     with sole_writer(options.output):
         for name, label in zip(names, labels, strict=True):
@@ -156,9 +161,14 @@ def _reported(
     subject = _subject(name, label, given, options)
     answers, prompts, rollouts = None, Prompts(), []
     if given.problems is None:
-        rollouts = list(given.rollouts) if given.rollouts is not None else _read(options, subject)
+        rollouts = (
+            list(given.rollouts)
+            if given.rollouts is not None
+            else _read(options, subject.tokenizer, subject.policies.stream.config)
+        )
     else:
         prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in given.problems]
+        check_context(prompts, _context(subject.policies.stream.config), given.source)
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
     if first:
@@ -189,9 +199,13 @@ def _measured(
     )
 
 
-def _read(options: AnalyzeOptions, subject: _Subject) -> list[Rollout]:
-    context = getattr(subject.policies.stream.config, "max_position_embeddings", None)
-    return read_rollouts(str(options.rollouts), subject.tokenizer, context)
+def _read(options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Rollout]:
+    config = config.get_text_config()
+    return read_rollouts(str(options.rollouts), tokenizer, _context(config), getattr(config, "vocab_size", None))
+
+
+def _context(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from bupo.commands import launch
 from bupo.errors import Stopped, UserError
 from bupo.signals import at_once
+from bupo.text import shown
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130  # exit statuses; after a signal 128 and its number
 GONE = "another process of this launch has ended without a word: it was killed, or has left by sys.exit"
@@ -56,8 +57,8 @@ def _failed(error: BaseException, status: int, line: str, with_traceback: bool =
     lost = several and launch.peer_gone(error)
     if not several or launch.first_to_fail(lost):
         if with_traceback and not lost:
-            traceback.print_exception(error)
-        print("bupo: " + (" ".join(line.split()) if not lost else f"error: {GONE}"), file=sys.stderr)
+            print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        print("bupo: " + (shown(" ".join(line.split())) if not lost else f"error: {GONE}"), file=sys.stderr)
     if several and launch.in_group():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,6 +6,7 @@ import warnings
 
 import bupo
 from bupo.commands.ending import ended
+from bupo.text import shown
 
 TRACEBACK = "--traceback"
 COMMANDS = {
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *options = argv
     if name not in COMMANDS:
-        print(f"bupo: error: unknown command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     # transformers warns its own callers of names it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

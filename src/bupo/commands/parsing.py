@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import yaml
 from trl import TrlParser
 
 from bupo.errors import UserError, others
 from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
+from bupo.ranges import hints_of, kinds_of, shown
 
 CONFIG = "--config"
 # what a YAML file may give where an option is one value
@@ -28,6 +28,22 @@ SCALARS = {
 class _Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but for a key that is given twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        """Raises [`UserError`] for the second of two keys."""
+        merged = [
+            key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
+        ]  # may be given again: that is its use
+        for place, key in enumerate(merged):
+            if isinstance(key, yaml.ScalarNode) and any(key.value == other.value for other in merged[:place]):
+                raise UserError(
+                    f"{key.value} is given twice in {self.name} (line {key.start_mark.line + 1}): leave one out"
+                )
+        return super().construct_mapping(node, deep)
 
 
 def parse(classes: Sequence[type], arguments: list[str], prog: str) -> tuple:
@@ -54,13 +70,13 @@ def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tup
     defaults = vars(parser.parse_known_args([])[0])
     with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
         unknown = parser.set_defaults_with_config(**_typed(config, classes)) if config else []
-        namespace = vars(parser.parse_known_args(flags)[0])
-        *parsed, rest = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
-    unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
-    if unknown:
-        raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+        namespace, rest = parser.parse_known_args(flags)
+        unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
+        if unknown:
+            raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+        *parsed, _ = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
     named = config.keys() | {flag.removeprefix("--").partition("=")[0] for flag in flags}
-    given = {name: value for name, value in namespace.items() if name in named or value != defaults[name]}
+    given = {name: value for name, value in vars(namespace).items() if name in named or value != defaults[name]}
     return tuple(parsed), given | ({"env": variables} if variables else {})
 
 
@@ -72,6 +88,8 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
         if flag != CONFIG:
             rest.append(word)
             continue
+        if path is not None:
+            raise UserError(f"{CONFIG} is given twice: a run has one file, and flags beside it")
         path = value if equals else next(words, "")
         if not path:
             raise UserError(f"{CONFIG} names no file: give the YAML file of a run")
@@ -81,19 +99,22 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
 def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The options of a YAML file, and its `env`, which sets environment variables, as TRL's parser does."""
     try:
-        with open(path) as file:
-            config = yaml.safe_load(file)
+        with open(path, encoding="utf-8") as file:
+            config = yaml.load(file, _Loader)
     except OSError as error:
         raise UserError(f"config file {error.filename} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the config file is no valid YAML: {error}") from error
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none, numbers beyond Python's limit
+        raise UserError(f"the config file {path} is no valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"config file {path} must contain a YAML mapping")
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
-        raise UserError(f"env of config file {path} must be a mapping of environment variables")
+        raise UserError(f"env of config file {path} must be a mapping of environment variables, got {shown(variables)}")
     variables = {str(name): str(value) for name, value in variables.items()}
-    os.environ.update(variables)
+    with others(f"env of config file {path} sets what no environment can hold", ValueError, OSError):
+        os.environ.update(variables)
     names = _translated(map(str, config), known)
     return dict(zip(names, config.values(), strict=True)), variables
 
@@ -132,32 +153,24 @@ def _translated(words: Iterable[str], known: set[str]) -> list[str]:
 
 
 def _typed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
-    """With a list of one where an option takes a list and the file gives one word.
+    """In the types of the options: text where one is text, and a list of one where it takes a list and the file gives a word.
 
     Raises:
         UserError: for a value that is no number or text where an option is one; text is read as on a command line.
     """
-    hints = {name: hint for each in classes for name, hint in get_type_hints(each).items()}
+    hints = {name: hint for each in classes for name, hint in hints_of(each).items()}
     found = {}
     for name, value in config.items():
-        kinds = _kinds(hints.get(name))
-        if kinds and all(get_origin(kind) is list for kind in kinds) and isinstance(value, str | int | float):
+        kinds = kinds_of(hints.get(name))
+        lists = kinds != [None] and all(get_origin(kind) is list for kind in kinds)
+        if lists and isinstance(value, str | int | float):
             value = [value]
         allowed = SCALARS.get(kinds[0]) if len(kinds) == 1 else None
         whole = not (isinstance(value, bool) and kinds[0] in (int, float)) if allowed else True
         if allowed and value is not None and not (isinstance(value, allowed) and whole):
-            raise UserError(f"{name} must be one {kinds[0].__name__}, got {value!r}")
-        found[name] = value
+            raise UserError(f"{name} must be one {kinds[0].__name__}, got {shown(value)}")
+        found[name] = str(value) if kinds == [str] and isinstance(value, int | float | date) else value
     return found
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The types that a field takes, besides None."""
-    if hint is None:
-        return []
-    if get_origin(hint) in (Union, UnionType):
-        return [kind for kind in get_args(hint) if kind is not type(None)]
-    return [hint]
 
 
 def _did_you_mean(name: str, known: set[str], prog: str) -> str:

@@ -13,9 +13,11 @@ from bupo.analysis.views import top_tokens
 from bupo.commands.parsing import parse
 from bupo.data.templates import check_template, choose_template, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import load_on_device, load_tokenizer
+from bupo.model.loading import check_layers, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
-from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_positive
+from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_values
+from bupo.ranges import COUNT
+from bupo.text import printable
 
 COLUMNS = 12  # positions a table holds
 KINDS = ("layer", "attn", "ffn")
@@ -45,6 +47,7 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
+        check_values(self, attn=COUNT, ffn=COUNT, top=COUNT)
         chosen = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
@@ -52,9 +55,6 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
             raise UserError("prompt is not set: give --prompt 'some text'")
         if self.raw_prompt and (self.system_prompt or self.chat_template):
             raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
-        check_positive(self, "top")
-        self.check_model()
-        self.check_sampling()
         check_template(self.chat_template)
 
 
@@ -62,6 +62,7 @@ def run(arguments: list[str]) -> None:
     """Sample and show."""
     (options,) = parse((SampleOptions,), arguments, "bupo sample")
     options.check()
+    check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
     tokenizer = load_tokenizer(options.model, **options.loading())
     choose_template(tokenizer, options.chat_template)
     model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> None:
     answer = _answer(policy, tokenizer, prompt, options)
     console = Console()
     console.print(f"[bold]{policy}[/]", highlight=False)
-    console.print(Text(tokenizer.decode(answer)))
+    console.print(Text(printable(tokenizer.decode(answer))))
     view = top_tokens(policies, tokenizer, prompt, answer, options.top)
     for start in range(0, len(answer), COLUMNS):
         console.print(_table(view, slice(start, start + COLUMNS)))
@@ -108,10 +109,10 @@ def _table(view: dict, columns: slice) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for token in view["tokens"][columns]:
-        table.add_column(Text(token), no_wrap=True)
+        table.add_column(Text(printable(token)), no_wrap=True)
     for layer in range(len(view["top"]), 0, -1):
         cells = [
-            Text("\n".join(text for text, _ in cell), style="bold" if cell[0][0] == token else "dim")
+            Text("\n".join(printable(text) for text, _ in cell), style="bold" if cell[0][0] == token else "dim")
             for cell, token in zip(view["top"][layer - 1][columns], view["tokens"][columns], strict=True)
         ]
         table.add_row(str(layer), *cells)

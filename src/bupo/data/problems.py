@@ -5,10 +5,14 @@ Whatever the source, the result is a dataset with two columns: `prompt` (message
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from pyarrow.parquet import read_schema
 
 from bupo.data.arithmetic import arithmetic_problem
 from bupo.errors import UserError, first_line, others
@@ -19,6 +23,7 @@ ARITHMETIC = "arithmetic"
 REASONING_GYM = "reasoning_gym:"
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
+_MOST_MADE = 10_000_000  # problems of a procedural task, all of them in memory
 
 
 def load_problems(
@@ -65,6 +70,8 @@ def _rows(name: str, split: str, config: str | None, size: int | None, revision:
     """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
+    if (name == ARITHMETIC or name.startswith(REASONING_GYM)) and (size or 0) > _MOST_MADE:
+        raise UserError(f"size must be at most {_MOST_MADE} for {name}, whose problems are made, got {size}")
     if name == ARITHMETIC:
         rows = _arithmetic(_known_split(name, split), size, seed)
     elif name.startswith(REASONING_GYM):
@@ -123,7 +130,8 @@ def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: s
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in FILE_KINDS or Path(name).exists()
+    with others(f"dataset {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+        return Path(name).suffix in FILE_KINDS or Path(name).exists()
 
 
 def _from_file(path: Path) -> Dataset:
@@ -133,8 +141,37 @@ def _from_file(path: Path) -> Dataset:
         raise UserError(f"{path} is no {', '.join(FILE_KINDS)} file")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: it is not yours to read")
+    with others(f"{path} cannot be read", OSError):
+        _check_rows(path)
     with others(lambda error: f"{path} cannot be read as {path.suffix[1:]}: {first_line(error.__cause__ or error)}"):
         return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+
+
+def _check_rows(path: Path) -> None:
+    """Refuse what is no table, with its line: `datasets` would log a traceback of its own."""
+    if path.suffix == ".parquet":
+        with others(f"{path} cannot be read as parquet"):
+            read_schema(path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} cannot be read as {path.suffix[1:]}: it is not UTF-8 ({error.reason} at {error.start})"
+        ) from error
+    if path.suffix == ".json":
+        with suppress(ValueError):  # one value, or else lines
+            value = json.loads(text)
+            if isinstance(value, dict) or (isinstance(value, list) and all(isinstance(row, dict) for row in value)):
+                return
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                raise ValueError("a row is a mapping")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} cannot be read as {path.suffix[1:]}: {error}") from error
 
 
 def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
@@ -190,4 +227,8 @@ def _answer(answer, name: str, row: int) -> str:
         answer = ", ".join(map(str, answer))
     if answer is None or not str(answer).strip():
         raise UserError(f"{name}, row {row}: the answer is empty")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise UserError(f"{name}, row {row}: the answer is {answer}, which is no value")
+    if isinstance(answer, Mapping | bytes):
+        raise UserError(f"{name}, row {row}: the answer is no text and no number: {answer!r:.80}")
     return str(answer)

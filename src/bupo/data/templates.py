@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from bupo.errors import UserError
+from bupo.errors import UserError, others
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -40,8 +40,9 @@ def chat_template(name: str) -> str:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    if name.endswith(".jinja") and Path(name).is_file():
-        return Path(name).read_text()
+    with others(f"chat_template {name!r:.200} cannot be read", OSError, ValueError):
+        if name.endswith(".jinja") and Path(name).is_file():
+            return Path(name).read_text(encoding="utf-8")
     raise UserError(f"chat_template must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}")
 
 
@@ -58,11 +59,12 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = Non
     model without a template reads plain text.
 
     Raises:
-        UserError: if there is no template of the wanted name.
+        UserError: if there is no template of the wanted name, or it cannot be filled.
     """
     octothinker = tokenizer.chat_template is None and "octothinker" in str(tokenizer.name_or_path).lower()
     if wanted or octothinker:
         tokenizer.chat_template = chat_template(wanted or "octothinker")
+        prompt_ids(tokenizer, [{"role": "user", "content": "1+1"}])  # a broken one is refused before a model is loaded
         return wanted or "octothinker"
     if tokenizer.chat_template is None:
         return "none (plain text; --chat_template octothinker makes it a conversation)"
@@ -85,9 +87,33 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict],
     if not isinstance(prompt, str) and tokenizer.chat_template is None:
         prompt = plain_text(prompt)
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        with others("a prompt cannot be tokenized"):
+            return list(tokenizer(prompt)["input_ids"])
     options = template_options(tokenizer) | options
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **options))
+    with others("the chat template cannot be filled with a prompt"):
+        ids = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **options))
+    if not ids:
+        raise UserError("the chat template makes an empty prompt of a problem: choose another chat_template")
+    return ids
+
+
+def check_context(prompts: Sequence[Sequence[int]], context: int | None, name: str, first: int = 0) -> None:
+    """Refuse prompts that leave no room for an answer.
+
+    Args:
+        prompts (`list[list[int]]`): token ids.
+        context (`int`, *optional*): the model's longest sequence, where it is known.
+        name (`str`), first (`int`, *optional*, defaults to `0`): the problems, and the row of the first of these.
+
+    Raises:
+        UserError: with the first such row.
+    """
+    for row, ids in enumerate(prompts, first):
+        if context and len(ids) >= context:
+            raise UserError(
+                f"{name}, row {row}: the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's "
+                f"context of {context}: leave it out"
+            )
 
 
 def plain_text(messages: Sequence[dict]) -> str:

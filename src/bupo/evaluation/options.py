@@ -1,7 +1,7 @@
 """The options of an evaluation."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from bupo.errors import UserError
@@ -15,8 +15,9 @@ from bupo.options import (
     ModelOptions,
     PromptOptions,
     RunOptions,
-    check_positive,
+    check_values,
 )
+from bupo.ranges import COUNT
 
 EngineName = Literal["transformers", "vllm", "server", "kept"]
 
@@ -83,14 +84,11 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        self.check_model()
-        self.check_sampling()
-        check_positive(self, "k", "size")
+        named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
+        check_values(replace(self, benchmarks=named), k=COUNT)
         self._check_engine()
         if self.temperature == 0 and self.k > 1:
             raise UserError(f"temperature 0 gives {self.k} answers that are the same: set k to 1")
-        if not self.deadline > 0:
-            raise UserError(f"deadline must be positive, got {self.deadline}")
 
     def _check_engine(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files

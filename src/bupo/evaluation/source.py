@@ -11,7 +11,7 @@ from bupo.data.templates import choose_template
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
-from bupo.model.loading import fingerprint, load_on_device, load_tokenizer
+from bupo.model.loading import check_layers, fingerprint, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.sampling import Engine, TransformersEngine
@@ -44,6 +44,8 @@ class Source:
         name = model if isinstance(model, str) else name_of(model)
         if options.adapter and not isinstance(model, str):
             raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
+        if isinstance(model, str) and options.engine == "transformers":
+            check_layers(name, {"layer": options.layer}, **options.loading())
         if tokenizer is not None:
             tokenizer = copy.deepcopy(tokenizer)  # it is given a template
         elif isinstance(model, str):
@@ -111,7 +113,13 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     """
     if not (folder / SETTINGS_FILE).is_file():
         raise UserError(f"{folder} holds no answers to grade: {SETTINGS_FILE} is missing")
-    return read_settings(folder, "answers")
+    settings = read_settings(folder, "answers")
+    for name in ("problems", "prompt"):
+        if name not in settings:
+            raise UserError(
+                f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
+            )
+    return settings
 
 
 def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:

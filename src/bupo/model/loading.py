@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def model_path(name: str) -> str:
     """
     if name == EMBEDDED:
         return str(files("bupo") / "embedded" / "model")
+    if not name:
+        raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED}'")
+    with others(f"model {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+        return _path(name)
+
+
+def _path(name: str) -> str:
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
@@ -55,6 +63,25 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
     architectures = getattr(config, "architectures", None) or []
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
+    return config
+
+
+def check_layers(name: str, layers: Mapping[str, int | None], **kwargs) -> PretrainedConfig:
+    """The configuration of a causal LM that has these layers, which it says before its weights are loaded.
+
+    Args:
+        name (`str`): of `load_model`.
+        layers (`dict[str, int]`): by the options that name them; None is no layer.
+        kwargs: of `load_model`.
+
+    Raises:
+        UserError: for the first layer that there is not, or no such model.
+    """
+    config = load_config(name, **kwargs)
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    for option, layer in layers.items():
+        if layer is not None and count is not None and layer > count:
+            raise UserError(f"{option}: layer {layer} does not exist: {name} has layers 1 to {count}")
     return config
 
 
@@ -102,7 +129,7 @@ def load_on_device(
         return model
     from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
 
-    with others(f"adapter {adapter!r} cannot be put on the model", OSError, ValueError, RuntimeError):
+    with others(f"adapter {adapter!r} cannot be put on the model"):
         return PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -128,6 +155,8 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     path, kwargs = _gguf(model_path(name), kwargs)
     with others(f"model {name!r} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
+    if not tokenizer("1")["input_ids"]:  # transformers makes an empty one where the files are missing
+        raise UserError(f"model {name!r} has no tokenizer that can be loaded: its files are missing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

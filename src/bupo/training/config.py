@@ -1,14 +1,17 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from trl import GRPOConfig
 
-from bupo.errors import UserError
-from bupo.model.policy import Lens, check_lens
+from bupo.errors import UserError, first_line, others
+from bupo.model.policy import Lens
+from bupo.provenance import without_secrets
+from bupo.ranges import COUNT, check_number, check_word
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
+from bupo.training.ranges import check_training
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import accepted
 
@@ -140,7 +143,18 @@ class BuPOConfig(GRPOConfig):
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
     )
 
+    def __copy__(self) -> "BuPOConfig":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` of a checkpoint holds: no token."""
+        return without_secrets(self.__dict__)
+
     def __post_init__(self):
+        self._read_texts()
+        check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
@@ -150,7 +164,8 @@ class BuPOConfig(GRPOConfig):
         once_a_rollout = self.logging_steps is None
         if once_a_rollout:
             self.logging_steps = 1
-        super().__post_init__()
+        with others(_refused):
+            super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
         if self.first_phase.stages and micro_steps % self.gradient_accumulation_steps:
             raise UserError(
@@ -161,6 +176,19 @@ class BuPOConfig(GRPOConfig):
             self.logging_steps = max(
                 1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
             )
+
+    def _read_texts(self) -> None:
+        """Values as a command line and a YAML file give them, in the types that are looked for later."""
+        layer = self.internal_layer
+        if isinstance(layer, str) and layer.removeprefix("-").isdecimal():
+            self.internal_layer = int(layer)
+        scale = self.scale_rewards  # type: ignore[has-type]
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(scale).lower(), scale)
+        for name in ("temperature", "repetition_penalty"):  # transformers refuses 2 for 2.0, once it samples
+            if type(getattr(self, name)) is int:
+                setattr(self, name, float(getattr(self, name)))
+        if self.top_k == -1 and not self.use_vllm:  # type: ignore[has-type]
+            self.top_k = 0  # off: -1 is vLLM's word for it
 
     @property
     def first_phase(self) -> Schedule:
@@ -173,16 +201,8 @@ class BuPOConfig(GRPOConfig):
         return Schedule((Stage(layer, self.internal_steps),))
 
     def _check_internal_phase(self) -> None:
-        check_lens(self.internal_lens)
-        layer = self.internal_layer
-        if isinstance(layer, str) and layer.removeprefix("-").isdigit():  # from a command line
-            self.internal_layer = int(layer)
-        _choice("internal_module", self.internal_module, get_args(Module))
-        _whole("internal_steps", self.internal_steps, 0, "a whole number of rollout batches, 0 or more")
-        for name in ("internal_layer", "frozen_up_to_layer", "slow_above_layer"):
-            value = getattr(self, name)
-            if value is not None and not (name == "internal_layer" and value == AUTO):
-                _whole(name, value, 1, "a layer from 1 up" + (", or auto" if name == "internal_layer" else ""))
+        if self.internal_layer not in (None, AUTO):
+            check_number("internal_layer", self.internal_layer, COUNT, "a layer from 1 up, or auto")
         if self.internal_schedule is not None and self.internal_layer is not None:
             raise UserError(
                 "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
@@ -212,26 +232,13 @@ class BuPOConfig(GRPOConfig):
             self.ddp_find_unused_parameters = True
 
     def _check_method(self) -> None:
-        _choice("advantage_estimator", self.advantage_estimator, tuple(ESTIMATORS))
-        _choice("critic_backbone", self.critic_backbone, get_args(Backbone))
         for name in ("loss_type", "importance_sampling_level"):
-            _choice(name, getattr(self, name), accepted(name))
-        if self.probe_every is not None:
-            _whole("probe_every", self.probe_every, 0, "a whole number of rollout batches, 0 or more")
-        for name in ("probe_answers", "eval_every", "eval_k"):
-            _whole(name, getattr(self, name), 1, "1 or more")
-        for name in ("gae_gamma", "gae_lambda", "slow_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie from 0 to 1, got {getattr(self, name)}")
-        if isinstance(self.model_init_kwargs, str):  # TRL reads JSON text that is a mapping
+            if words := accepted(name):  # any, where they are not known
+                check_word(name, getattr(self, name), words)
+        if self.sync_ref_model and self.beta == 0:
             raise UserError(
-                f"model_init_kwargs must be a mapping, as JSON on the command line, got {self.model_init_kwargs!r}"
+                "sync_ref_model true needs a reference model, and beta is 0: set beta above 0, or leave it out"
             )
-        if not 0 <= self.learning_rate < float("inf"):
-            raise UserError(f"learning_rate must be 0 or more, got {self.learning_rate}")
-        for name in ("critic_learning_rate", "value_clip", "value_coef"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
         if self.advantage_estimator in WITH_CRITIC and self.fp16:
             raise UserError(
                 f"advantage_estimator {self.advantage_estimator} has no loss scaling for its critic: use bf16 or neither, "
@@ -254,12 +261,8 @@ class BuPOConfig(GRPOConfig):
             )
 
 
-def _choice(name: str, value, choices: tuple) -> None:
-    """Any value, where the choices are not known."""
-    if choices and value not in choices:
-        raise UserError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
-
-
-def _whole(name: str, value, least: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} must be {what}, got {value!r}")
+def _refused(error: Exception) -> str:
+    """TRL's words for what it refuses, and what other libraries say under it."""
+    return (
+        str(error) if isinstance(error, ValueError) and str(error) else f"the run cannot be set up: {first_line(error)}"
+    )

@@ -13,19 +13,19 @@ from rich.progress import Progress
 from transformers import TrainerCallback, set_seed
 
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.errors import UserError
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
 from bupo.files import write_json
 from bupo.lock import sole_writer
-from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.model.loading import EMBEDDED, check_layers, load_model, load_tokenizer
+from bupo.options import check_values
+from bupo.ranges import COUNT, FROM_0
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
 from bupo.training.folder import begin
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
-from bupo.training.setup import check_arguments
 from bupo.version import VERSION
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
@@ -94,9 +94,7 @@ def demonstrate(
         bar (`Callable`): makes a progress bar for sampling.
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
-    for name in ("steps", "problems"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name} must be 1 or more, got {getattr(options, name)}")
+    check_values(options, internal_layer=COUNT, internal_steps=FROM_0, steps=COUNT, problems=COUNT)
     with sole_writer(options.output):
         return _demonstrated(options, given, bar, callbacks, say)
 
@@ -104,8 +102,8 @@ def demonstrate(
 def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
     started, config = time.perf_counter(), demo_config(options)
     set_seed(options.seed)
+    check_layers(EMBEDDED, {"internal_layer": options.internal_layer})
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
-    check_arguments(model, config, None)
     chosen = TrainOptions(overwrite=options.overwrite)
     begin(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)

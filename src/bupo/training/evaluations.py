@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from bupo.evaluation.answers import graded, prompts_of, sample, summarize
+from bupo.model.residual import causal_lm
 from bupo.sampling import Answer, Request, TransformersEngine
 
 
@@ -14,8 +15,9 @@ class Evaluations(TrainerCallback):
     """Evaluates the language model policy between rollout batches, with the sampling of the rollouts.
 
     The random numbers are the same every time, so that two evaluations differ by the weights only; training does not see them.
-    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `pass@k`,
-    `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how many were done.
+    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `strict`
+    (avg@k by the strict verdicts), `pass@k`, `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how
+    many were done.
 
     Args:
         trainer ([`BuPOTrainer`]): its model, tokenizer and configuration.
@@ -40,7 +42,7 @@ class Evaluations(TrainerCallback):
         """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
         engine = TransformersEngine(
-            trainer.stream.model,
+            causal_lm(trainer.model),
             trainer.processing_class,
             args.max_completion_length,
             args.temperature,
@@ -58,6 +60,7 @@ class Evaluations(TrainerCallback):
                     f"eval_{label}/avg@{k}": found["avg@k"],
                     f"eval_{label}/low": low,
                     f"eval_{label}/high": high,
+                    f"eval_{label}/strict": found["strict_avg@k"],
                     f"eval_{label}/pass@{k}": found["pass@k"][str(k)],
                     f"eval_{label}/tokens": found["mean_tokens"],
                     f"eval_{label}/truncated": found["truncated"] / (len(problems) * k),

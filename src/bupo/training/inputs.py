@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset
 
 from bupo.data.problems import check_columns, load_problems
-from bupo.data.templates import chat_template, plain_text
-from bupo.errors import UserError
+from bupo.data.templates import check_template, plain_text
+from bupo.errors import UserError, first_line
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.options import ColumnOptions, DatasetOptions, PromptOptions
+from bupo.options import ColumnOptions, DatasetOptions, PromptOptions, check_values
+from bupo.ranges import COUNT
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
@@ -51,6 +52,16 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
         metadata={"help": "`math` (math-verify in killable processes), or functions by dotted import path."},
     )
 
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, before anything is loaded."""
+        check_values(self, eval_size=COUNT)
+        check_template(self.chat_template)
+
+    @property
+    def rewards(self) -> list[str]:
+        """The names of the reward functions, one by one."""
+        return [self.reward_funcs] if isinstance(self.reward_funcs, str) else list(self.reward_funcs)
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -77,8 +88,6 @@ def problems_of(
     rewards: Sequence[Reward],
 ) -> Problems:
     """The problems of a run, and what is cheap to refuse before a model is loaded."""
-    if options.chat_template:
-        chat_template(options.chat_template)
     train_set = (
         _problems(options, options.dataset, options.split, options.size, config) if problems is None else problems
     )
@@ -88,6 +97,7 @@ def problems_of(
     needed = ("prompt", "answer") if math_reward in rewards else ("prompt",)
     for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
         check_columns(rows, "problems", needed)
+    _check_enough(train_set, config)
     if math_reward in rewards:
         golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
         try:
@@ -97,6 +107,27 @@ def problems_of(
     names = config.eval_benchmarks or []
     benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
     return Problems(train_set, eval_problems, benchmarks)
+
+
+def _check_enough(problems: Dataset, config: BuPOConfig) -> None:
+    """Raises [`UserError`] for fewer problems than a rollout batch of all processes takes: TRL leaves out what fills none."""
+    needed = config.generation_batch_size // config.num_generations
+    if len(problems) < needed:
+        raise UserError(
+            f"the dataset holds {len(problems)} problems, and a rollout batch takes {needed} (per_device_train_batch_size "
+            f"{config.per_device_train_batch_size} x {config.world_size} processes x steps_per_generation "
+            f"{config.steps_per_generation} / num_generations {config.num_generations}): give {needed} or more, or a smaller "
+            "batch"
+        )
+
+
+def check_rewards(rewards: Sequence[Reward], config: BuPOConfig) -> None:
+    """Raises [`UserError`] for no reward, or weights that are not one for each."""
+    weights = config.reward_weights
+    if not rewards:
+        raise UserError("reward_funcs is empty: give 'math' or a dotted import path such as my_rewards.f")
+    if weights is not None and len(weights) != len(rewards):
+        raise UserError(f"reward_weights holds {len(weights)} weights for {len(rewards)} reward_funcs: give one each")
 
 
 def _problems(options: TrainOptions, name: str | None, split: str, size: int | None, config: BuPOConfig) -> Dataset:
@@ -128,6 +159,10 @@ def reward_of(name: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward function {name!r} cannot be imported: {error}") from error
+        reward = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # whatever a module of the user's raises while it is imported
+        what = str(error) if isinstance(error, ImportError | AttributeError) else first_line(error)
+        raise UserError(f"reward function {name!r} cannot be imported: {what}") from error
+    if not callable(reward):
+        raise UserError(f"reward function {name!r} is a {type(reward).__name__}: name a function in a module")
+    return reward

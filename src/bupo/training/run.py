@@ -20,11 +20,13 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import UserError, others
+from bupo.errors import others
+from bupo.files import check_folder
 from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training import messages
 from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
@@ -36,14 +38,18 @@ from bupo.training.folder import (
     mark_finished,
     wants_to_resume,
 )
-from bupo.training.inputs import Problems, Reward, TrainOptions, problems_of, reward_of
+from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from bupo.training.rehearsal import rehearse
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
+from bupo.training.setup import check_model, check_prompts, sources
 from bupo.training.stopping import ending
 from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import updates_of
+
+OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
 @dataclass(frozen=True)
@@ -108,50 +114,55 @@ def train(
         config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*): of the run; problems, template and rewards.
         problems, eval_problems (`Dataset`), reward_funcs (`list`, *optional*): instead of those that `options` names.
         loading (`ModelConfig`, *optional*): TRL's: dtype, revision, attention, quantization and PEFT.
-        callbacks, note, title, say (*optional*): transformers'; of `config.yaml`; above the figures; told what is being done.
+        callbacks, note, title, say (*optional*): transformers'; of `config.yaml`; above the figures; told what is done.
 
     Raises:
         UserError, Stopped: for a value that is refused, before anything is written; by a signal, a checkpoint being kept.
     """
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
-    own = {"model": model, "problems": problems, "eval_problems": eval_problems, "reward_funcs": reward_funcs}
-    note = note or _noted(config, options, loading, own)
-    rewards = list(reward_funcs or [reward_of(name) for name in options.reward_funcs])
+    note = note or _noted(model, config, options, loading, (problems, eval_problems, reward_funcs))
+    rewards = _checked(config, options, loading, reward_funcs)
     with sole_writer(config.output_dir):
         if finished(config) is not None:
             return _finished(model, config, say)
         checkpoint = begin(config, options.overwrite, say)
+        tokenizer = check_model(model, tokenizer, config, loading)
+        say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
         sets = problems_of(options, config, problems, eval_problems, rewards)
-        model, tokenizer = _loaded(model, config, loading) if isinstance(model, str) else (model, tokenizer)
-        trainer = _trainer(model, tokenizer, config, options, sets, rewards, loading, [note, *callbacks], say)
+        loaded = _loaded(model, tokenizer, sets, config, loading)
+        trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
         return _trained(trainer, checkpoint, title, say)
 
 
-def _noted(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: dict[str, Any]) -> NotedRun:
+def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given) -> list[Reward]:
+    """The reward functions, once no option is refused that can be refused without a model and without problems."""
+    options.check()
+    check_folder("output", config.output_dir)
+    rehearse(config, loading)
+    rewards = list(given or [reward_of(name) for name in options.rewards])
+    check_rewards(rewards, config)
+    return rewards
+
+
+def _noted(model: Any, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, objects: tuple) -> NotedRun:
     """The options that differ from their defaults, as `bupo train --config` takes them, and what no file can hold."""
     plain = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
     derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
     differ = {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
     trained = {name: value for name, value in differ.items() if name not in derived}
-    model = objects["model"]
     named = {"model_name_or_path": model} if isinstance(model, str) else {}
-    objects = objects | {"model": None if named else model}
+    from_python = zip(OBJECTS, (*objects, None if named else model), strict=True)
     given = changed(loading) | named | trained | changed(options)
-    return NotedRun("train", given, sorted(name for name, value in objects.items() if value is not None))
+    return NotedRun("train", given, sorted(name for name, value in from_python if value is not None))
 
 
-def _trainer(
-    model, tokenizer, config: BuPOConfig, options: TrainOptions, sets: Problems, rewards, loading, callbacks, say
-) -> BuPOTrainer:
+def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, loading, callbacks, say) -> BuPOTrainer:
     """The trainer of a run. What TRL refuses is a [`UserError`]."""
-    if tokenizer is None:
-        raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
-    say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
     config.chat_template_kwargs = template_options(tokenizer) | (config.chat_template_kwargs or {})
     if tokenizer.chat_template is None:
         sets = sets.as_text()
-    with others(str, ValueError, TypeError, ImportError, RuntimeError):
+    with others(str, ValueError, TypeError, ImportError, RuntimeError, OSError):
         trainer = BuPOTrainer(
             model=model,
             reward_funcs=rewards,
@@ -178,7 +189,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with messages.in_one_line():
+            trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
         trainer.save_whole(folder)
@@ -203,21 +215,18 @@ def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> Training
     return TrainingRun(folder, trained, tokenizer, finished(config) or Schedule(), read_metrics(folder / METRICS_FILE))
 
 
-def _loaded(name: str, config: BuPOConfig, loading: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by name and its tokenizer. With a KL penalty, TRL is told to load its reference at the same revision."""
-    options = {"revision": loading.model_revision, "trust_remote_code": config.trust_remote_code}
-    if config.beta != 0 and name.endswith(".gguf"):
-        raise UserError(
-            f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
-        )
-    tokenizer = load_tokenizer(name, **options)
+def _loaded(model, tokenizer, sets: Problems, config: BuPOConfig, loading: ModelConfig) -> PreTrainedModel:
+    """A model by name, once its prompts are looked at. With a KL penalty, TRL loads its reference at the same revision."""
+    check_prompts(sets.train, tokenizer, model, config, loading)
+    if not isinstance(model, str):
+        return model
     arguments = {
         "dtype": loading.dtype or "float32",  # TRL's default: the weights train in fp32
         "attn_implementation": loading.attn_implementation,
         "quantization_config": get_quantization_config(loading),
-        **options,
+        **sources(config, loading),
         **(config.model_init_kwargs or {}),
     }
-    model = load_model(name, **arguments)
+    loaded = load_model(model, **arguments)
     config.model_init_kwargs = {"revision": loading.model_revision} if config.beta != 0 else None
-    return model, tokenizer
+    return loaded

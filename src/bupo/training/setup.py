@@ -1,23 +1,31 @@
 """What is refused before a run writes anything, and the streams that it opens."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
+from trl import ModelConfig
 
+from bupo.data.templates import check_context, prompt_ids
 from bupo.errors import UserError
+from bupo.model.loading import check_layers, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
 
+LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
+
 logger = get_logger(__name__)
 
 
-def check_arguments(model: Any, args: Any, family: Family | None) -> None:
-    """Refuse a run without a configuration, or with a layer that a loaded model does not have.
+def check_arguments(model: Any, args: Any, family: Family | None, processing_class: Any = None) -> None:
+    """Refuse a run without a configuration, of a model with images, or with a layer that a loaded model does not have.
 
     Raises:
         UserError: with what is wrong.
@@ -26,20 +34,103 @@ def check_arguments(model: Any, args: Any, family: Family | None) -> None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         raise UserError(f"args is not set: pass BuPOConfig({Path(name).name + '-BuPO'!r}, internal_layer=...)")
     if not isinstance(args, BuPOConfig):
-        raise UserError(f"args must be a BuPOConfig, got {type(args).__name__}")
+        raise UserError(
+            f"args must be a BuPOConfig, got {type(args).__name__}: BuPOConfig takes all options of GRPOConfig, and "
+            "internal_layer=..., or internal_steps=0 for GRPO"
+        )
+    if _reads_images(model, args, processing_class):
+        name = model if isinstance(model, str) else type(model).__name__
+        raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
     if not isinstance(model, str):
         open_stream(model, args, family)
 
 
-def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream:
+def sources(config: BuPOConfig, loading: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the model, its configuration and its tokenizer."""
+    return {"revision": loading.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def check_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, config: BuPOConfig, loading: ModelConfig
+) -> PreTrainedTokenizerBase:
+    """Refuse what a model's name and its configuration tell, before its weights and any problems are loaded.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the model's; of a loaded one, that which was given.
+
+    Raises:
+        UserError: if there is no such model or tokenizer, or a layer does not exist.
+    """
+    if not isinstance(model, str):
+        if tokenizer is None:
+            raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
+        return tokenizer
+    if config.beta != 0 and model.endswith(".gguf"):
+        raise UserError(
+            f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
+        )
+    named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
+    named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
+    named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
+    check_layers(model, named, **sources(config, loading))
+    return load_tokenizer(model, **sources(config, loading))
+
+
+def check_prompts(
+    problems: Dataset, tokenizer: PreTrainedTokenizerBase, model: Any, config: BuPOConfig, loading: ModelConfig
+) -> None:
+    """Refuse a template that cannot be filled, and prompts that leave no room for an answer in the model's context.
+
+    Raises:
+        UserError: with the first such row among the longest.
+    """
+    read = load_config(model, **sources(config, loading)) if isinstance(model, str) else model.config
+    context = getattr(read.get_text_config(), "max_position_embeddings", None)
+    lengths = [len(str(prompt)) for prompt in problems["prompt"]]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-LONGEST_TRIED:]
+    for row in sorted({0, *longest}):
+        ids = prompt_ids(tokenizer, problems[row]["prompt"], **(config.chat_template_kwargs or {}))
+        check_context([ids], context, "the dataset", row)
+
+
+def positions_of(model: nn.Module) -> float:
+    """Largest number of tokens that the model names as its own; infinite where it names none."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _reads_images(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
+    """Whether TRL would take this for a model with images: by its processor, and where it would load that, by the model."""
+    if processing_class is not None:
+        return isinstance(processing_class, ProcessorMixin)
+    if isinstance(model, str):
+        options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        names = ("revision", "trust_remote_code")
+        config = AutoConfig.from_pretrained(model, **{name: options[name] for name in names if name in options})
+    else:
+        config = model.config
+    return any(hasattr(config, part) for part in ("vision_config", "audio_config"))
+
+
+def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream | None:
     """The model's residual stream, proven, with every layer that the options name.
+
+    None for a model whose stream is not understood, if nothing needs it: what TRL trains as a whole trains here too.
 
     Raises:
         UserError: if the stream is not what its family's rules say, or a layer does not exist.
     """
-    stream = ResidualStream(model, family)
     named = [args.internal_layer] if isinstance(args.internal_layer, int) else []
-    for layer in (*args.first_phase.layers, *named, args.frozen_up_to_layer, args.slow_above_layer):
+    layers = (*args.first_phase.layers, *named, args.frozen_up_to_layer, args.slow_above_layer)
+    with_critic = args.advantage_estimator in WITH_CRITIC
+    try:
+        stream = ResidualStream(model, family)
+    except UserError as error:
+        if any(layers) or args.first_phase.stages or with_critic or args.probe_every or family:
+            raise
+        logger.info(f"trained as a whole, its log-probs by TRL's own head: {error}")
+        return None
+    for layer in layers:
         if layer is not None:
             stream.block(layer)
     return stream
@@ -52,7 +143,7 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         UserError: with what to do instead.
     """
     if trainer.reads_images:
-        raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models")
+        raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
         raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
