@@ -139,3 +139,20 @@ def test_what_is_started_unheard_goes_on(within):
     assert (process.poll() is None) == (within is unheard)
     process.kill()
     process.communicate()
+
+
+def test_with_nothing_left_to_finish_sigterm_ends():
+    code = "from bupo.signals import Heard\nimport time\nwith Heard(lost=lambda: True):\n    print('ready', flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_a_handler_that_others_set_inside_stays_theirs():
+    theirs = []
+    with at_once():
+        signal.signal(signal.SIGTERM, lambda number, frame: theirs.append(number))
+        with Heard() as heard:
+            send(signal.SIGTERM)
+            assert heard.first == 0 and theirs == [signal.SIGTERM]
