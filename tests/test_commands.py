@@ -194,8 +194,10 @@ def test_help_and_version(capsys):
         ({"reward_funcs": "nope"}, "unknown reward function 'nope'"),
         ({"reward_funcs": "no_module.f"}, "'no_module.f' cannot be imported: No module named 'no_module'"),
         ({"reward_funcs": "json.nope"}, "'json.nope' cannot be imported"),
-        ({"resume_from_checkpoint": "true"}, "holds no complete checkpoint to resume from"),
-        ({"resume_from_checkpoint": "/no/checkpoint"}, "/no/checkpoint holds no complete checkpoint"),
+        (
+            {"resume_from_checkpoint": "/no/checkpoint"},
+            "/no/checkpoint cannot be gone on with: there is no such folder",
+        ),
     ],
 )
 def test_bad_options_of_train(tmp_path, fails, changes, message):

@@ -15,7 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig
 from bupo.training import seam
-from bupo.training.seam import METRICS, PRIVATE, ROLLOUT_KEYS, STATE, UNDOCUMENTED, accepted
+from bupo.training.contract import METRICS, PRIVATE, ROLLOUT_KEYS, STATE, UNDOCUMENTED
+from bupo.training.seam import accepted
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
 SOURCE = Path(seam.__file__).parents[1]

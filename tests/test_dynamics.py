@@ -140,7 +140,7 @@ def test_a_run_resumed_at_a_batchs_end_has_no_row_twice(tmp_path):
         assert not table.duplicated(keys).any()
     ordered = [table.sort_values(keys).reset_index(drop=True) for table in (whole, resumed)]
     pd.testing.assert_frame_equal(*ordered, atol=1e-5, rtol=1e-5)
-    assert set(elsewhere["rollout_batch"]) == {1, 2, 3} and (tmp_path / "moved" / "probes.jsonl").exists()
+    assert set(elsewhere["rollout_batch"]) == {0, 1, 2, 3} and (tmp_path / "moved" / "probes.jsonl").exists()
 
 
 def test_the_last_weights_are_probed_whatever_the_cadence(tmp_path):

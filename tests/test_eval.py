@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from bupo.data import problems as problems_module
 from bupo.data.problems import load_problems
 from bupo.data.templates import choose_template, prompt_ids, template_options
 from bupo.errors import UserError
-from bupo.evaluation.answers import correct_of, finished, sample, samples
+from bupo.evaluation.answers import correct_of, finished, graded, sample, samples, summarize
 from bupo.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from bupo.evaluation.metrics import avg_at_k
 from bupo.model.loading import load_model, load_tokenizer
@@ -166,12 +167,15 @@ def test_grades_are_those_of_math_verify_called_directly(tmp_path):
         bool(verify(parse(f"\\boxed{{{gold}}}"), parse(text)))
         for gold, text in zip(table.gold, table.text, strict=True)
     ]
-    assert (table["verdict"].isin(["correct", "unevaluated"])).tolist() == direct
+    assert (table["verdict"] == "correct").tolist() == direct
+    assert "unevaluated" not in set(table["verdict"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     found = summary["benchmarks"]["arithmetic"]
     correct = correct_of(finished(tmp_path / "arithmetic"))
     assert found["avg@k"] == pytest.approx(np.mean(direct)) == pytest.approx(avg_at_k(correct)[0])
-    assert correct.shape == (48, 4) and sum(found["verdicts"].values()) == 192
+    assert correct.shape == (48, 4) and sum(found["verdicts"].values()) == sum(found["strict_verdicts"].values()) == 192
+    assert found["strict_avg@k"] == pytest.approx((table["strict"] == "correct").mean())
+    assert found["graded_by"] == f"math-verify {version('math-verify')}"
     assert found["pass@k"]["4"] == pytest.approx(correct.any(1).mean())
     assert summary["meta"]["template"] == "the model's own" and summary["meta"]["versions"]["bupo"]
 
@@ -187,6 +191,55 @@ def test_two_runs_compared(tmp_path, capsys):
     assert found["difference_interval"] == pytest.approx([low, high])
     assert "difference [95 %]" in (tmp_path / "layer" / "table.md").read_text()
     assert "layer 6" in capsys.readouterr().out
+
+
+def test_both_grades_stand_side_by_side(tmp_path, capsys):
+    """A policy that repeats its question is right for math-verify and for the record; the strict numbers tell of it."""
+    problems = load_problems("arithmetic", "test", size=4)
+    questions = [row["prompt"][-1]["content"].rstrip("=? ") for row in problems]
+    texts = [
+        f"\\boxed{{{questions[0]}}}",
+        f"\\boxed{{{problems[1]['answer']}}}",
+        f"\\fbox{{{problems[2]['answer']}}}",
+        "",
+    ]
+    table = graded(problems, [[Answer(text, 3, False)] for text in texts])
+    assert table["verdict"].tolist() == ["correct", "correct", "unparsable", "unparsable"]
+    assert table["strict"].tolist() == ["unevaluated", "correct", "correct", "unparsable"]
+    assert table["value"][1] == problems[1]["answer"] and table["value"][2:].isna().all()
+    table = graded(problems, [[Answer(text, 3, False)] for text in texts[:1] * 3 + texts[-1:]])
+    found = summarize(table)
+    assert (found["avg@k"], found["strict_avg@k"]) == (0.25, 0.0)  # the question's sum is the first one's answer only
+    assert found["verdicts"]["wrong"] == found["strict_verdicts"]["wrong"] == 2
+    assert found["strict_verdicts"]["unevaluated"] == 1 and found["verdicts"]["unevaluated"] == 0
+    assert main(evaluation(tmp_path, "--size", "4", "--k", "2")) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["arithmetic"]
+    share = f"{100 * summary['strict_avg@k']:.1f}"
+    out = capsys.readouterr().out
+    assert "strict" in out and max(map(len, out.splitlines())) <= 80
+    (row,) = pd.read_csv(tmp_path / "table.csv", dtype=str).to_dict("records")
+    assert row["strict"] == share and f"| {share} |" in (tmp_path / "table.md").read_text()
+    assert f"<td>{share}</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, capsys):
+    """As another evaluation to compare with. Graded once more, it is of one kind with this one."""
+    assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1")) == 0
+    summary, graded_file = tmp_path / "old" / "summary.json", tmp_path / "old" / "arithmetic" / "graded.parquet"
+    summary.write_text(summary.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    table = pd.read_parquet(graded_file)
+    table.drop(columns="strict").to_parquet(graded_file)
+    compared = evaluation(tmp_path / "new", "--size", "3", "--k", "1", "--compare", str(tmp_path / "old"))
+    assert main(compared) == 2 and not (tmp_path / "new").exists()
+    assert (
+        "old was graded by an earlier version: run its bupo eval once more with --engine kept"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="graded by an earlier version"):
+        finished(tmp_path / "old" / "arithmetic")
+    assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "kept")) == 0
+    assert pd.read_parquet(graded_file).equals(table)
+    assert main(compared) == 0
 
 
 def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):

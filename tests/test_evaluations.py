@@ -93,6 +93,7 @@ def test_the_same_as_bupo_eval(tmp_path, watched):
         np.testing.assert_allclose(
             [logged["eval/arithmetic/low"], logged["eval/arithmetic/high"]], found["avg@k_interval"]
         )
+        assert logged["eval/arithmetic/strict"] == found["strict_avg@k"]
         assert logged["eval/arithmetic/tokens"] == found["mean_tokens"]
 
 
@@ -102,6 +103,9 @@ def test_a_resumed_run_evaluates_once(tmp_path, watched):
     shutil.copytree(folder, again)
     known = [json.dumps(row) + "\n" for row in before if row["step"] <= 4]  # as a run leaves it that was killed then
     (again / "metrics.jsonl").write_text("".join(known))
+    for later in again.glob("checkpoint-*"):
+        if later.name != "checkpoint-4":
+            shutil.rmtree(later)
     trained(config(again, **SAVING, resume_from_checkpoint=str(again / "checkpoint-4")))
     rows = read_metrics(again / "metrics.jsonl")
     assert [row["eval/rollout_batches"] for row in rows if "eval/rollout_batches" in row] == [0, 2, 4, 5]

@@ -1,6 +1,7 @@
 """Grading in killable processes: verdicts, deadlines, hostile input, the reward's contract."""
 
 import os
+import random
 import signal
 import time
 
@@ -10,6 +11,7 @@ from math_verify import parse, verify
 from benchmarks.grading import golds_in, hostile, ordinary
 from bupo import MathGrader, UserError, math_reward
 from bupo.rewards import grader as grader_module
+from bupo.rewards import worker
 from tests import grading_cases
 from tests.test_data import SHARED
 
@@ -47,9 +49,6 @@ UNEVALUATED = [
     ("4 + 7 - 3 =", "8"),
     ("\\boxed{2 \\cdot 3}", "6"),
     ("\\boxed{2 \\times 3}", "6"),
-    ("\\boxed{\\frac{8}{2}}", "4"),
-    ("\\boxed{8/2}", "4"),
-    ("the answer is 8 / 2", "4"),
 ]
 WORKED_OUT = [
     ("the answer is 4 + 7 = 11", "11"),
@@ -61,6 +60,10 @@ WORKED_OUT = [
     ("\\boxed{\\sqrt{4}}", "2"),
     ("\\boxed{1\\frac{1}{2}}", "1.5"),
     ("\\boxed{1/2}", "0.5"),
+    ("\\boxed{\\frac{8}{2}}", "4"),
+    ("\\boxed{8/2}", "4"),
+    ("the answer is 8 / 2", "4"),
+    ("\\boxed{42.0}", "42"),
     ("\\boxed{2+\\sqrt{3}}", "2+\\sqrt{3}"),
     ("\\boxed{2 + 3i}", "2+3i"),
     ("\\boxed{(3,4)}", "(3,4)"),
@@ -77,6 +80,7 @@ def test_a_sum_that_is_left_to_do_is_no_answer(grader):
         assert verify(parse(f"\\boxed{{{gold}}}"), parse(answer))
     answers, golds = zip(*WORKED_OUT, strict=True)
     assert grader.grade(answers, golds) == ["correct"] * len(answers)
+    assert math_reward(list(answers), answer=list(golds)) == [1.0] * len(answers)
 
 
 @pytest.mark.parametrize(("answer", "gold", "verdict"), CASES)
@@ -84,14 +88,19 @@ def test_verdicts(grader, answer, gold, verdict):
     assert grader.grade([answer], [gold]) == [verdict]
 
 
-def test_verdicts_are_a_mathematicians(grader):
+@pytest.fixture(scope="module")
+def case_grades(grader):
+    answers, golds, _ = zip(*grading_cases.CASES, strict=True)
+    return grader.examine(answers, golds)
+
+
+def test_verdicts_are_a_mathematicians(case_grades):
     """A table of hand-written answers; where the verdict is another, the table says so."""
     assert len(grading_cases.CASES) >= 150
-    verdicts = grader.grade([a for a, _, _ in grading_cases.CASES], [g for _, g, _ in grading_cases.CASES])
     wrong = {
-        (answer, gold): str(verdict)
-        for (answer, gold, wanted), verdict in zip(grading_cases.CASES, verdicts, strict=True)
-        if verdict != wanted
+        (answer, gold): str(grade.strict)
+        for (answer, gold, wanted), grade in zip(grading_cases.CASES, case_grades, strict=True)
+        if grade.strict != wanted
     }
     assert wrong == grading_cases.DIFFERENT
 
@@ -122,6 +131,7 @@ def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
     direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold in zip(answers, golds, strict=True)]
     verdicts = grader.grade(answers, golds)
     assert [verdict in ("correct", "unevaluated") for verdict in verdicts] == direct
+    assert [grade.verdict == "correct" for grade in grader.examine(answers, golds)] == direct
     assert 150 < sum(direct) < 350
 
 
@@ -184,6 +194,70 @@ def test_a_child_that_dies_is_replaced():
 def test_integers_need_no_child(monkeypatch):
     monkeypatch.setattr(grader_module, "_Child", lambda: pytest.fail("a child was started"))
     assert MathGrader().grade(["\\boxed{39}", "a=1;\\boxed{-4}"], ["39", "4"]) == ["correct", "wrong"]
+
+
+SOUP = [
+    "The final answer is ", "the final answer is 7. I hope it is correct. ", "Final Answer: ", "answer: 12 ", "The answer is $5$ ", "$", "$$", "\\[", "\\]",
+    "\\(", "\\)", " [", "] ", "\n", "}", "{", "x_{2} ", "%", " percent", "\\%", "= 4", " and $7$", ", $8$", "\\frac{1}{2}", "$\\frac{3}{4}$", "-", "5", "1,000",
+    "**", ".", " is 9", "I hope", "no, ", "Wait, ", "\\text{cm}", "\\fbox{6}", "x = ", "\\cdot 2", "²", "\\left(", "so it is", "  ",
+]  # fmt: skip
+
+
+def test_integers_that_need_no_child_get_the_same_grade_from_one():
+    """Boxes among fragments that may lead math-verify elsewhere: where no child is asked, it would have said the same."""
+    draw, alone = random.Random(0), 0
+    for _ in range(1200):
+        number = draw.choice(["3", "-3", "0", "-0", "007", "42", "12345678901234567890", "9" * 40])
+        gold = draw.choice([number, number, "7", "5", " 3 ", "-3", "300", "1"])
+        before, after = ("".join(draw.choices(SOUP, k=draw.randint(0, 5))) for _ in range(2))
+        answer = f"{before}\\boxed{{{number}}}{after}"
+        grade = grader_module._integer_grade(answer, gold)
+        if grade is not None:
+            alone += 1
+            assert grade._asdict() == worker.grade(answer, gold), (answer, gold)
+    assert alone > 400
+    for answer, gold in (  # where it looks elsewhere
+        ("\\boxed{3}. So the final answer is 7", "7"),
+        ("The final answer is $7$. I hope it is correct. \\boxed{3}", "7"),
+        ("$\\boxed{100}$%", "1"),
+        ("\\boxed{３}", "3"),
+    ):
+        assert grader_module._integer_grade(answer, gold) is None
+        assert worker.grade(answer, gold)["verdict"] == ("wrong" if "３" in answer else "correct")
+
+
+def test_a_grade_is_not_made_twice_where_nothing_is_respelled(monkeypatch):
+    parsed = []
+    parse_one = worker._parsed
+    monkeypatch.setattr(worker, "_parsed", lambda text: parsed.append(text) or parse_one(text))
+    assert worker.grade("so $\\frac{2}{4}$", "\\frac{1}{2}")["strict"] == "correct"
+    assert parsed == ["\\boxed{\\frac{1}{2}}", "so $\\frac{2}{4}$"]
+    worker.grade("\\boxed{½}", "0.5")
+    assert len(parsed) == 6
+
+
+def test_the_record_is_math_verifys_on_every_case(case_grades):
+    """In this process, with its own alarms: on the text as it stands, whatever our own verdict is."""
+    direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold, _ in grading_cases.CASES]
+    assert [grade.verdict == "correct" for grade in case_grades] == direct
+    assert not any(grade.verdict == "unevaluated" for grade in case_grades)
+
+
+def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):
+    monkeypatch.setattr(worker, "left_to_do", lambda wanted, given: 1 / 0)
+    assert worker.grade("\\boxed{1/2}", "0.5") == {"verdict": "correct", "value": "1/2", "strict": "unparsable"}
+
+
+def test_completions_without_text(grader):
+    parts = [{"type": "text", "text": "\\boxed"}, {"type": "image"}, {"type": "text", "text": "{1}"}]
+    completions = [
+        [{"role": "assistant", "content": None}],
+        [],
+        [{"role": "assistant", "content": parts}],
+        [{"role": "assistant", "tool_calls": []}],
+    ]
+    assert math_reward(completions, answer=["1"] * 4) == [0.0, 0.0, 1.0, 0.0]
+    assert math_reward(["\\boxed{1}", "\\boxed{1}"], answer=[None, 1]) == [None, 1.0]
 
 
 def test_bad_calls(grader):

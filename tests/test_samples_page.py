@@ -37,7 +37,7 @@ def answers(problems, k, text=lambda problem, sample: f"We find \\boxed{{{proble
     for problem in range(problems):
         for sample in range(k):
             correct = problem % 3 == 1 or (problem % 3 == 2 and sample % 2 == 0)
-            verdict = "correct" if correct else random.choice([name for name in VERDICT_NAMES if name != "correct"])
+            verdict = "correct" if correct else random.choice(["wrong", "unparsable", "no_gold", "timeout"])
             rows.append(
                 {
                     "problem": problem,
@@ -49,6 +49,7 @@ def answers(problems, k, text=lambda problem, sample: f"We find \\boxed{{{proble
                     "value": None if verdict in ("unparsable", "timeout") else str(problem if correct else sample + 99),
                     "tokens": 10 + sample,
                     "truncated": sample % 4 == 3,
+                    "strict": "unevaluated" if correct and sample % 3 == 1 else verdict,
                 }
             )
     return pd.DataFrame(rows)
@@ -80,7 +81,7 @@ def test_the_table_comes_back(tmp_path):
             if p["benchmark"] == label
             for answer in p["answers"]
         ]
-        columns = ["problem", "question", "gold", "sample", "verdict", "value", "tokens", "truncated", "text"]
+        columns = ["problem", "question", "gold", "sample", "verdict", "value", "tokens", "truncated", "text", "strict"]
         found = pd.DataFrame(rows, columns=columns)[list(table.columns)]
         assert found["value"].isna().tolist() == table["value"].isna().tolist()
         assert found.fillna("").equals(table.fillna(""))
@@ -115,7 +116,7 @@ def test_many_long_answers_fit(tmp_path, letter):
     assert 0.8 * BUDGET < path.stat().st_size < BUDGET + (1 << 17)
     data = data_of(path)
     for problem in data["problems"]:
-        for sample, *_, kept in problem["answers"]:
+        for sample, *_, kept, _ in problem["answers"]:
             length = lengths[problem["problem"], sample]
             if sample:
                 assert len(kept["head"]) + kept["left_out"] + len(kept["tail"]) == length
@@ -129,7 +130,7 @@ def test_many_long_answers_fit(tmp_path, letter):
 def test_more_answers_than_the_budget_holds_keep_a_little(tmp_path, monkeypatch):
     monkeypatch.setattr("bupo.report.samples.BUDGET", 1000)
     data = data_of(write(tmp_path / "report.html", {"one": answers(3, 4, lambda problem, sample: "x" * 500)}))
-    kept = data["problems"][0]["answers"][0][-1]
+    kept = data["problems"][0]["answers"][0][-2]
     assert len(kept["head"]) + len(kept["tail"]) == SHORTEST and kept["left_out"] == 500 - SHORTEST
 
 
@@ -402,6 +403,7 @@ def test_numbers_of_the_open_problem(opened, tables):
         head = article.locator(".head").inner_text()
         assert VERDICT_NAMES[row.verdict] in head and f"sample {row.sample}" in head and f"{row.tokens} tokens" in head
         assert ("cut at the limit" in head) == row.truncated
+        assert ("strict: not worked out" in head) == (row.strict != row.verdict)
         assert (f"= {row.value}" in head) == pd.notna(row.value)
     assert "4 × 2" in page.locator(".chips").inner_text()
 

@@ -350,21 +350,11 @@ def test_a_run_resumed_in_a_later_epoch_sees_the_same_problems(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_a_checkpoint_is_marked_whole_last(tmp_path):
-    """What bupo adds is there before `trainer_state.json`, by which a resume tells whole checkpoints."""
-    args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, advantage_estimator="ppo")
-    trainer_of(model_of(), args).train()
-    folders = sorted(tmp_path.glob("checkpoint-*"))
-    assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4"]
-    for folder in folders:
-        times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        assert times["trainer_state.json"] >= max(times["rollouts_0.pt"], times["bupo.pt"])
-
-
 def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
     args = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
     trainer_of(model_of(), config(tmp_path, **args)).train()
-    (tmp_path / "checkpoint-5" / "bupo.pt").unlink()
+    for name in ("manifest.json", "options.json", "bupo.pt"):
+        (tmp_path / "checkpoint-5" / name).unlink()
     with pytest.raises(UserError, match=r"was made by bupo 0.1 \(bupo.pt is missing\)"):
         trainer_of(model_of(), config(tmp_path, **args)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     (tmp_path / "checkpoint-5" / "rollouts_0.pt").unlink()

@@ -1,11 +1,23 @@
 """The one error a user is meant to read: what was wrong, which value, what to do."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """Bad input. Its message is one line that names the value and the remedy; the command line exits with status 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended what was under way. Its message is one line; the command line exits with status 128 + `signal`.
+
+    Like a plain Ctrl-C it is no `Exception`: `except Exception` lets it through.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = number
 
 
 def first_line(error: BaseException) -> str:

@@ -129,6 +129,12 @@ def _without_secrets(text: str) -> str:
         return _hidden(text)
 
 
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A mapping, and those inside it, without what is secret by its name."""
+    kept = {name: value for name, value in values.items() if not SECRET.search(str(name))}
+    return {name: without_secrets(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
 def _plain(value: Any) -> Any:
     """As YAML knows it."""
     if isinstance(value, Enum):

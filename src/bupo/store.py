@@ -145,9 +145,16 @@ def inside(output: str | Path, label: str) -> Path:
     """The folder of a label, inside the run's.
 
     Raises:
-        UserError: if it would be another folder, or none.
+        UserError: if it would be another folder, or none, or could not be shown to people as it is.
     """
-    if label in ("", ".", "..") or "/" in label or "\\" in label or "\0" in label or len(label) > LONGEST_LABEL:
+    if (
+        not label.isprintable()
+        or label in ("", ".", "..")
+        or "/" in label
+        or "\\" in label
+        or "\0" in label
+        or len(label) > LONGEST_LABEL
+    ):
         raise UserError(
             f"label {label!r:.80} names no folder inside {output}: give the model by its name, a benchmark as LABEL=FILE"
         )

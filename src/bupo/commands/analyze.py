@@ -13,6 +13,7 @@ from bupo.analysis.run import analyze
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
+from bupo.text import printable
 
 COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
 
@@ -25,10 +26,12 @@ def run(arguments: list[str]) -> None:
         report = analyze(options.model, options, noted=given, bar=bar)
     for model in report.models:
         console.print(_table(model))
-        console.print(f"{model.meta['model']}: template {model.meta['template']}", highlight=False, markup=False)
-        console.print(f"{model.meta['model']}: {model.explanation}", highlight=False, markup=False)
+        console.print(
+            printable(f"{model.meta['model']}: template {model.meta['template']}"), highlight=False, markup=False
+        )
+        console.print(printable(f"{model.meta['model']}: {model.explanation}"), highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
-    console.print(f"run folder: {report.folder}  ({files})", highlight=False, markup=False)
+    console.print(printable(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
 
 
 def _table(model: ModelReport) -> Table:

@@ -8,6 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
+from bupo.text import printable
 from bupo.training.console import ConsoleLines
 from bupo.training.demo import DemoOptions, demonstrate
 
@@ -17,12 +18,12 @@ def run(arguments: list[str]) -> None:
     (options,), given = parse_given((DemoOptions,), arguments, "bupo demo")
     console = Console()
     disable_progress_bar()  # of loading and saving, which take no time here
-    lines, say = ConsoleLines(console), partial(console.print, highlight=False)
+    lines, say = ConsoleLines(console), partial(console.print, highlight=False)  # in rich's markup
     with lines.closing():
         summary = demonstrate(options, given, partial(progress, console), [lines], say)
     console.print(_table(summary))
     files = "training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors"
-    console.print(f"run folder: {options.output}  ({files})", highlight=False)
+    console.print(printable(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
 
 
 def _table(summary: dict) -> Table:

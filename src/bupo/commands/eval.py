@@ -10,6 +10,7 @@ from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.run import evaluate
 from bupo.progress import progress
 from bupo.report.scores import score_tables
+from bupo.text import printable
 
 
 def run(arguments: list[str]) -> None:
@@ -18,8 +19,8 @@ def run(arguments: list[str]) -> None:
     console = Console()
     with keeping(Path(options.output)), progress(console) as bar:
         found = evaluate(options.model, options, noted=given, bar=bar)
-    console.print(f"{found.meta['model']}: template {found.meta['template']}", highlight=False, markup=False)
+    console.print(printable(f"{found.meta['model']}: template {found.meta['template']}"), highlight=False, markup=False)
     for table in score_tables(found.summary()):
         console.print(table)
     files = ", ".join(sorted(path.name for path in found.folder.iterdir() if path.is_file()))
-    console.print(f"run folder: {found.folder}  ({files})", highlight=False, markup=False)
+    console.print(printable(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)

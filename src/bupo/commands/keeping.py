@@ -1,11 +1,12 @@
 """What a command says when it is stopped, or the disk is full."""
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bupo.errors import UserError
+from bupo.errors import Stopped, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # no folder, or none to write into
@@ -16,7 +17,8 @@ def keeping(folder: Path) -> Iterator[None]:
     """Inside, answers are kept in the folder as they finish.
 
     Raises:
-        UserError: if the user interrupts, or a file cannot be written.
+        UserError: if a file cannot be written.
+        Stopped: after a signal.
     """
     try:
         yield
@@ -29,7 +31,8 @@ def keeping(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{what}; finished answers are kept in {folder}, and the same command goes on from them"
         ) from error
-    except KeyboardInterrupt:
-        raise UserError(
-            f"interrupted: finished answers are kept in {folder}; the same command goes on from them"
+    except KeyboardInterrupt as error:
+        by = error.signal if isinstance(error, Stopped) else signal.SIGINT
+        raise Stopped(
+            f"interrupted: finished answers are kept in {folder}; the same command goes on from them", by
         ) from None

@@ -1,12 +1,12 @@
-"""`bupo COMMAND …`: finds the command, runs it, and turns a user's error into one line and exit status 2."""
+"""`bupo COMMAND …`: finds the command and runs it."""
 
 import importlib
 import sys
-import traceback
 import warnings
 
 import bupo
-from bupo.errors import UserError
+from bupo.commands.ending import ended
+from bupo.text import shown
 
 TRACEBACK = "--traceback"
 COMMANDS = {
@@ -45,24 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *options = argv
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}: choose {', '.join(COMMANDS)}")
+        print(f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     # transformers warns its own callers of names it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        importlib.import_module(f"bupo.commands.{name}").run(options)
-    except UserError as error:
-        if TRACEBACK in given:
-            traceback.print_exception(error)
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\nbupo: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _fail(message: str) -> int:
-    print(f"bupo: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return ended(lambda: importlib.import_module(f"bupo.commands.{name}").run(options), TRACEBACK in given)
 
 
 if __name__ == "__main__":

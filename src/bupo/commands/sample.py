@@ -17,6 +17,7 @@ from bupo.model.loading import check_layers, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
 from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_values
 from bupo.ranges import COUNT
+from bupo.text import printable
 
 COLUMNS = 12  # positions a table holds
 KINDS = ("layer", "attn", "ffn")
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> None:
     answer = _answer(policy, tokenizer, prompt, options)
     console = Console()
     console.print(f"[bold]{policy}[/]", highlight=False)
-    console.print(Text(tokenizer.decode(answer)))
+    console.print(Text(printable(tokenizer.decode(answer))))
     view = top_tokens(policies, tokenizer, prompt, answer, options.top)
     for start in range(0, len(answer), COLUMNS):
         console.print(_table(view, slice(start, start + COLUMNS)))
@@ -108,10 +109,10 @@ def _table(view: dict, columns: slice) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for token in view["tokens"][columns]:
-        table.add_column(Text(token), no_wrap=True)
+        table.add_column(Text(printable(token)), no_wrap=True)
     for layer in range(len(view["top"]), 0, -1):
         cells = [
-            Text("\n".join(text for text, _ in cell), style="bold" if cell[0][0] == token else "dim")
+            Text("\n".join(printable(text) for text, _ in cell), style="bold" if cell[0][0] == token else "dim")
             for cell, token in zip(view["top"][layer - 1][columns], view["tokens"][columns], strict=True)
         ]
         table.add_row(str(layer), *cells)

@@ -5,6 +5,7 @@ from trl import ModelConfig
 
 from bupo.commands.parsing import parse_given
 from bupo.errors import UserError
+from bupo.text import printable
 from bupo.training.config import BuPOConfig
 from bupo.training.console import ConsoleLines
 from bupo.training.inputs import TrainOptions
@@ -26,7 +27,7 @@ def run(arguments: list[str]) -> None:
             loading=model,
             callbacks=[lines],
             note=NotedRun("train", given),
-            say=lambda line: console.print(line, highlight=False),
+            say=lambda line: console.print(printable(line), highlight=False, markup=False),
         )
     files = ", ".join(sorted(path.name for path in done.folder.iterdir() if path.is_file()))
-    console.print(f"run folder: {done.folder}  ({files})", highlight=False)
+    console.print(printable(f"run folder: {done.folder}  ({files})"), highlight=False, markup=False)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bupo.sampling import Answer, Engine, Request, seed_of
 from bupo.store import Store
 
 SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
+GRADE_AGAIN = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
 DEADLINE = 5.0  # seconds, of grading an answer
 GRADED_AT_ONCE = 256
 
@@ -98,7 +100,7 @@ def graded(
     deadline: float = DEADLINE,
     on_graded: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """One row an answer: problem, sample, question, gold, text, verdict, value, tokens, truncated.
+    """One row an answer: problem, sample, question, gold, text, tokens, truncated, and of its grade verdict, value, strict.
 
     Args:
         problems (`Dataset`): with `prompt` and `answer`.
@@ -129,31 +131,44 @@ def graded(
     finally:
         grader.close()
     table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]
+    table["strict"] = [str(g.strict) for g in grades]
     return table
 
 
 def summarize(table: pd.DataFrame) -> dict:
-    """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict."""
+    """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict.
+
+    All by math-verify's own verdict; `strict_avg@k`, its interval and `strict_verdicts` by the strict one.
+    """
     correct = correct_of(table)
     problems, k = correct.shape
     values = table["value"].to_numpy().reshape(problems, k)
     mean, interval = avg_at_k(correct)
+    strict_mean, strict_interval = avg_at_k(correct_of(table, "strict"))
     return {
         "problems": problems,
         "k": k,
         "avg@k": mean,
         "avg@k_interval": interval,
+        "strict_avg@k": strict_mean,
+        "strict_avg@k_interval": strict_interval,
         "pass@k": {str(size): share for size, share in pass_curve(correct).items()},
         "majority@k": majority_at_k([[None if pd.isna(v) else v for v in row] for row in values], correct),
         "mean_tokens": float(table["tokens"].mean()),
         "truncated": int(table["truncated"].sum()),
-        "verdicts": {str(verdict): int((table["verdict"] == verdict).sum()) for verdict in Verdict},
+        "verdicts": _counted(table["verdict"]),
+        "strict_verdicts": _counted(table["strict"]),
+        "graded_by": f"math-verify {version('math-verify')}",
     }
 
 
-def correct_of(table: pd.DataFrame) -> np.ndarray:
-    """`correct_PN` of a graded table."""
-    correct = (table["verdict"] == Verdict.CORRECT).to_numpy()
+def _counted(verdicts: pd.Series) -> dict[str, int]:
+    return {str(verdict): int((verdicts == verdict).sum()) for verdict in Verdict}
+
+
+def correct_of(table: pd.DataFrame, by: str = "verdict") -> np.ndarray:
+    """`correct_PN` of a graded table, by `verdict` or by `strict`."""
+    correct = (table[by] == Verdict.CORRECT).to_numpy()
     return correct.reshape(table["problem"].nunique(), -1)
 
 
@@ -161,9 +176,12 @@ def finished(folder: Path) -> pd.DataFrame:
     """The graded table of a finished benchmark's folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or an earlier version graded it, whose verdicts were of another kind.
     """
     path = folder / GRADED_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
-    return pd.read_parquet(path)
+    table = pd.read_parquet(path)
+    if "strict" not in table:
+        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
+    return table

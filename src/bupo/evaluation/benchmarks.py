@@ -10,6 +10,7 @@ from datasets import Dataset
 from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
 from bupo.errors import UserError
 from bupo.rewards.grader import check_golds
+from bupo.store import inside
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def load_benchmarks(
     if len(benchmarks) < len(names):
         raise UserError(f"benchmarks {', '.join(names)} have one label twice: write LABEL=FILE for one of them")
     for label, problems in benchmarks.items():
+        inside("the run", label)
         check_golds(problems["answer"], label)
     return benchmarks
 

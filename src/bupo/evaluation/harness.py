@@ -10,7 +10,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from bupo.errors import UserError, others
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.tasks import Task, label_of, task_named
 from bupo.sampling import TransformersEngine
-from bupo.store import Store, inside
+from bupo.store import REMEDY, Store, inside
 
 RESULTS_FILE, RESPONSES_FILE = "harness.jsonl", "responses"
 # what its responses depend on, of what sampled answers do
 SETTINGS = ("weights", "dtype", "layer", "lens", "template", "max_new_tokens")
+SECRET = re.compile(r"(?i)token|key|secret|password|credential")  # in an environment variable's name
 Z95 = 1.959964
 
 
@@ -163,7 +166,7 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> 
 
     # it warns of a model that it has not loaded itself
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.getMessage())
-    with engine.speaking():
+    with engine.speaking(), _kept_as_json(run.store.folder), _without_secrets(options["confirm_run_unsafe_code"]):
         return simple_evaluate(
             model=Model(
                 pretrained=engine.model,
@@ -179,6 +182,38 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> 
             log_samples=False,
             **options,
         )
+
+
+@contextmanager
+def _kept_as_json(folder: Path) -> Iterator[None]:
+    """Inside, the harness keeps responses as JSON: unpickled, those of a folder that was copied could run anything."""
+    import sqlitedict
+
+    def read(kept: bytes | str) -> Any:
+        try:
+            found = json.loads(kept)
+        except ValueError as error:
+            raise UserError(f"{folder} holds responses that an earlier version pickled: {REMEDY}") from error
+        return tuple(found) if isinstance(found, list) else found  # a log-likelihood, and whether it is the greatest
+
+    pickling = sqlitedict.SqliteDict
+    sqlitedict.SqliteDict = functools.partial(pickling, encode=json.dumps, decode=read)
+    try:
+        yield
+    finally:
+        sqlitedict.SqliteDict = pickling
+
+
+@contextmanager
+def _without_secrets(run_code: bool) -> Iterator[None]:
+    """Inside, where a task runs what the model writes, the environment that it inherits holds no token, key or password."""
+    hidden = {name: value for name, value in os.environ.items() if run_code and SECRET.search(name)}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _numbers(results: dict, task: str, metric: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bupo.data.problems import check_columns
 from bupo.data.templates import check_context, check_template
 from bupo.errors import UserError
 from bupo.evaluation.answers import (
+    GRADE_AGAIN,
     GRADED_FILE,
     Key,
     correct_of,
@@ -45,7 +46,7 @@ from bupo.rewards.grader import check_golds
 from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, SCHEMA = "summary.json", 3  # by math-verify's own verdicts since 3
 KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Evaluation:
     Attributes:
         benchmarks (`dict[str, dict]`): numbers by benchmark: `avg@k` and its interval, `pass@k`, `majority@k` …
         harness (`dict[str, dict]`): numbers of lm-eval-harness' benchmarks.
-        tables (`dict[str, pd.DataFrame]`): graded answers by benchmark: question, gold, text, verdict …
+        tables (`dict[str, pd.DataFrame]`): graded answers by benchmark: question, gold, text, verdict, strict …
         prompts (`dict[str, str]`): by benchmark, the first prompt as the model reads it.
         meta (`dict`): model, weights, template, sampling, versions.
         folder (`Path`): of the run.
@@ -75,7 +76,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
-        found = {"schema_version": 2, "meta": self.meta, "benchmarks": self.benchmarks, "harness": self.harness}
+        found = {"schema_version": SCHEMA, "meta": self.meta, "benchmarks": self.benchmarks, "harness": self.harness}
         return found | ({"compared_with": self.compared_with} if self.compared_with else {})
 
     def write(self) -> None:
@@ -278,9 +279,12 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     if not path.is_file():
         raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
     try:
-        theirs = dict(json.loads(path.read_text())["benchmarks"])
+        summary = dict(json.loads(path.read_text()))
+        theirs = dict(summary["benchmarks"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
+    if summary.get("schema_version", 0) < SCHEMA:
+        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
     return theirs

@@ -8,6 +8,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from bupo.report.html import script_json, write_html
+from bupo.text import csv_cell
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
@@ -46,7 +47,7 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
         "layers": layers,
         "views": views,
         "names": MEASURE_NAMES,
-        "csv": table.to_csv(index=False, float_format="%.6g"),
+        "csv": table.assign(model=table["model"].map(csv_cell)).to_csv(index=False, float_format="%.6g"),
     }
     write_html(
         path,

@@ -34,7 +34,7 @@ def write_samples_page(
 
     Args:
         tables (`dict[str, pd.DataFrame]`): `graded.parquet` by benchmark's label: problem, sample, question, gold, text,
-            verdict, value, tokens, truncated.
+            verdict, value, strict, tokens, truncated.
         summary (`dict`): the content of `summary.json`.
         prompts (`dict[str, str]`): by label, the first problem's prompt as the model reads it.
         path (`str`): the HTML file.
@@ -121,6 +121,7 @@ def _problems(label: str, table: pd.DataFrame, limit: int) -> Iterator[dict]:
                     int(row.tokens),
                     bool(row.truncated),
                     shortened(row.text, limit),
+                    row.strict,
                 ]
                 for row in rows.itertuples()
             ],

@@ -1,15 +1,19 @@
 """The numbers of an evaluation for people: rows, a table for the terminal, files for a paper. They read `summary.json` only."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from bupo.report.figures import pass_figure
+from bupo.text import csv_cell, markdown_cell, printable
 
 VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")
+TEXTS = ("benchmark", "metric", "task")  # columns that are no numbers of ours
 DIFFERENCE = "difference [95 %]"
 
 
@@ -19,7 +23,7 @@ def percent(value: float, interval: tuple[float, float]) -> str:
 
 
 def score_rows(summary: dict) -> list[dict[str, str]]:
-    """One row a benchmark of sampled answers."""
+    """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's."""
     rows = []
     for label, found in summary["benchmarks"].items():
         k, verdicts = found["k"], found["verdicts"]
@@ -28,6 +32,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "n": str(found["problems"]),
             f"avg@{k} [95 %]": percent(found["avg@k"], found["avg@k_interval"]),
         }
+        row["strict"] = f"{100 * found['strict_avg@k']:.1f}"
         if k > 1:  # of one answer all three are the same
             row[f"pass@{k}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
             row[f"maj@{k}"] = f"{100 * found['majority@k']:.1f}"
@@ -35,7 +40,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "tokens": f"{found['mean_tokens']:.0f}",
             "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
             "no answer": str(verdicts["unparsable"]),
-            "not worked out": str(verdicts["unevaluated"]),
+            "not worked out": str(found["strict_verdicts"]["unevaluated"]),
             "timed out": str(verdicts["timeout"]),
         }
         if "difference" in found:
@@ -55,7 +60,9 @@ def average_row(summary: dict) -> list[dict[str, str]]:
     mean = sum(row["avg@k"] for row in found) / len(found)
     half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
     name = f"avg@{found[0]['k']} [95 %]"
-    return [{"benchmark": "average", name: percent(mean, (max(0.0, mean - half), min(1.0, mean + half)))}]
+    strict = sum(row["strict_avg@k"] for row in found) / len(found)
+    interval = (max(0.0, mean - half), min(1.0, mean + half))
+    return [{"benchmark": "average", name: percent(mean, interval), "strict": f"{100 * strict:.1f}"}]
 
 
 def harness_rows(summary: dict) -> list[dict[str, str]]:
@@ -98,11 +105,11 @@ def score_tables(summary: dict) -> list[Table]:
 
 
 def _table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="left" if name in ("benchmark", "metric", "task") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row.get(name, "") for name in names))
+        table.add_row(*(Text(printable(row.get(name, ""))) for name in names))
     return table
 
 
@@ -111,12 +118,17 @@ def write_scores(summary: dict, folder: Path) -> None:
     for name, rows in (("table", score_rows(summary) + average_row(summary)), ("harness", harness_rows(summary))):
         if rows:
             table = pd.DataFrame(rows).fillna("")
-            table.to_csv(folder / f"{name}.csv", index=False)
-            (folder / f"{name}.md").write_text(_markdown(table))
+            _written(table, csv_cell).to_csv(folder / f"{name}.csv", index=False)
+            (folder / f"{name}.md").write_text(_markdown(_written(table, markdown_cell)))
     found = summary["benchmarks"]
     if found:
         others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}
         pass_figure({label: row["pass@k"] for label, row in found.items()}, folder / "pass_at_k.png", others)
+
+
+def _written(table: pd.DataFrame, cell: Callable[[str], str]) -> pd.DataFrame:
+    """The table with the names of others as they may stand in a file."""
+    return table.assign(**{name: table[name].map(cell) for name in TEXTS if name in table})
 
 
 def _markdown(table: pd.DataFrame) -> str:

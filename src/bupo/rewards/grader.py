@@ -4,6 +4,7 @@ math-verify stops itself with signals, which work in a main thread only, and an 
 looked at. So each answer is graded in a child process, and a child that misses the deadline is killed and replaced.
 """
 
+import importlib.machinery
 import json
 import os
 import queue
@@ -15,16 +16,19 @@ import threading
 import time
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from bupo.errors import UserError
+from bupo.rewards import worker
+from bupo.signals import unheard
 
 
 class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
-    `unevaluated` is equal to a gold number, but a sum, product or quotient: the question again, not its answer. `no_gold`:
-    the gold answer holds no expression that math-verify can read.
+    `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
+    `no_gold`: the gold answer holds no expression that math-verify can read.
     """
 
     CORRECT = "correct"
@@ -35,49 +39,93 @@ class Verdict(StrEnum):
     TIMEOUT = "timeout"
 
 
-_INTEGER = re.compile(r"-?\d{1,300}")
-_BOXED_INTEGER = re.compile(r"\\boxed\{(-?\d{1,300})\}")
-_START_SECONDS = 120  # importing sympy on a busy machine
-
-
 class Grade(NamedTuple):
-    """A verdict, and what the answer comes to as text (None where it holds no expression), for majority votes."""
+    """What math-verify and we make of an answer.
+
+    Attributes:
+        verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
+        value (`str`, *optional*): what math-verify takes the answer for, as text, for majority votes.
+        strict ([`Verdict`]): the reward's, after spellings that math-verify misreads have been rewritten.
+    """
 
     verdict: Verdict
     value: str | None
+    strict: Verdict
+
+
+_INTEGER = re.compile(r"-?[0-9]{1,300}")
+_BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
+_CLOSING = re.compile(r"[\s$*.!)\]\\]*")
+_NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
+_START_SECONDS = 120  # importing sympy on a busy machine
+_LIBRARIES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")  # what the worker imports
 
 
 def _integer_grade(answer: str, gold: str) -> Grade | None:
-    """The grade where both are plain integers, which needs no algebra; None otherwise."""
+    """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
+    elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
+    """
     if answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()):
         return None
     boxed = _BOXED_INTEGER.search(answer)
-    if boxed is None:
+    if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
         return None
-    return Grade(Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG, str(int(boxed[1])))
+    verdict = Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
+    return Grade(verdict, str(int(boxed[1])), verdict)
+
+
+def _is_final(answer: str, boxed: re.Match) -> bool:
+    """Whether nothing but the end of a formula or sentence follows the box."""
+    return "fbox" not in answer and "hope" not in answer.lower() and bool(_CLOSING.fullmatch(answer, boxed.end()))
+
+
+def _command() -> list[str]:
+    """The worker: this Python without the working folder, `PYTHON*` variables and the user's own start-up files.
+
+    A library that is found on this process' absolute path only (a folder of `PYTHONPATH`, say) is looked for there, too, but
+    never in the working folder.
+    """
+    here = os.path.realpath(os.getcwd())
+    safe = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
+    found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _LIBRARIES]
+    packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
+    places = dict.fromkeys(str(Path(place).parent) for place in packages)
+    return [sys.executable, "-I", str(Path(worker.__file__).resolve()), *places]
+
+
+def _environment() -> dict[str, str]:
+    """What Python needs to start, and no more: no token, no setting."""
+    kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
 
 
 class _Child:
     """One worker process and its pipe."""
 
+    @unheard()  # the run that it grades for decides what is finished
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bupo.rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        try:
+            self.process = subprocess.Popen(
+                _command(), stdin=pipe, stdout=pipe, stderr=nowhere, env=_environment(), cwd="/"
+            )
+        except OSError as error:  # no memory, or too many processes
+            raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
-        if self._reply(time.monotonic() + _START_SECONDS) is None:
+        ready = self._reply(time.monotonic() + _START_SECONDS)
+        if ready is None or "error" in ready:
+            try:
+                silent = f"it ended with status {self.process.wait(0.5)}"
+            except subprocess.TimeoutExpired:
+                silent = f"no word in {_START_SECONDS} s"
             self.kill()
-            raise RuntimeError("the grading process did not start: is math-verify installed?")
+            raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
 
     def grade(self, answer: str, gold: str, deadline: float) -> dict | None:
         """The child's reply, or None if it missed the deadline or died."""
-        request = memoryview(json.dumps({"answer": answer, "gold": gold}).encode() + b"\n")
+        request = memoryview(json.dumps({"answer": answer, "gold": gold, "deadline": deadline}).encode() + b"\n")
         end = time.monotonic() + deadline
         try:
             while request:
@@ -95,7 +143,11 @@ class _Child:
             if not chunk:
                 return None
             line += chunk
-        return json.loads(line)
+        try:
+            reply = json.loads(line)
+        except ValueError:  # it was made to write something else
+            return None
+        return reply if isinstance(reply, dict) else None
 
     def kill(self) -> None:
         self.process.kill()
@@ -108,7 +160,7 @@ def _ready(pipe: IO[bytes], event: int, end: float) -> bool:
     """Wait until a pipe can be read or written, at most until `end`."""
     poll = select.poll()
     poll.register(pipe, event)
-    return bool(poll.poll(1000 * max(0.0, end - time.monotonic())))
+    return bool(poll.poll(min(1000 * max(0.0, end - time.monotonic()), 2**31 - 1)))
 
 
 class MathGrader:
@@ -129,8 +181,8 @@ class MathGrader:
             self._free.put(None)
 
     def grade(self, answers: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """The verdict of each answer: of `examine`."""
-        return [grade.verdict for grade in self.examine(answers, golds)]
+        """The strict verdict of each answer."""
+        return [grade.strict for grade in self.examine(answers, golds)]
 
     def examine(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
         """The grade of each answer.
@@ -178,8 +230,8 @@ class MathGrader:
                 child = None
             self._free.put(child)
         if reply is None:
-            return Grade(Verdict.TIMEOUT, None)
-        return Grade(Verdict(reply["verdict"]), reply["value"])
+            return Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
+        return Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]))
 
     def close(self) -> None:
         """End the children."""
@@ -202,7 +254,7 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     finally:
         grader.close()
     for row, (gold, grade) in enumerate(zip(golds, grades, strict=True)):
-        if grade.verdict == Verdict.NO_GOLD:
+        if grade.strict == Verdict.NO_GOLD:
             raise UserError(
                 f"{where}, row {row}: the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read"
             )

@@ -15,12 +15,17 @@ def _grader() -> MathGrader:
 
 
 def answer_text(completion: str | list[dict]) -> str:
-    """The text of a completion, plain or conversational."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The text of a completion, plain or conversational: of its last message, which may hold parts, or none (a tool's call)."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float | None]:
-    """1.0 where the completion's final answer equals the gold one by math-verify and is worked out, else 0.0.
+    """1.0 where the completion's final answer equals the gold one and is worked out (the strict verdict), else 0.0.
 
     Args:
         completions (`list`): texts, or lists of messages.
@@ -34,7 +39,7 @@ def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[flo
     """
     if answer is None:
         raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
-    verdicts = _grader().grade([answer_text(c) for c in completions], [str(a) for a in answer])
+    verdicts = _grader().grade([answer_text(c) for c in completions], ["" if a is None else str(a) for a in answer])
     if log_metric is not None:
         for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT, Verdict.NO_GOLD):
             log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))

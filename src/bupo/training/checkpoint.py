@@ -2,7 +2,8 @@
 them a resumed run would count rollout batches, and so the phases, from the start again.
 
 `bupo.pt` is what all processes share: the schedule, the place, the next log's metrics, probes, guard and critic.
-`rollouts_N.pt` is process N's rollout batch, where the checkpoint lies inside one.
+`rollouts_N.pt` is process N's: its loss since the last log, and its rollout batch, where the checkpoint lies inside one.
+`options.json` is what decides the run, and `manifest.json`, written last, tells whether all is there.
 """
 
 import json
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError
+from bupo.training.resuming import compare, write_options
+from bupo.training.saving import recover
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
+from bupo.training.whole import damage, newest_whole
 
 STATE_FILE = "bupo.pt"
 
@@ -43,6 +48,30 @@ def layout(trainer: TRLTrainer) -> dict[str, int]:
     }
 
 
+def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
+    """The checkpoint that a run goes on from, if it goes on from one; `True` is its newest whole one, if it has one.
+
+    Raises:
+        UserError: if it is damaged, is not the same on all processes, or was made with options that decide the run and differ.
+    """
+    folder, say = Path(trainer.args.output_dir), trainer.accelerator.print
+    if trainer.args.should_save:
+        recover(folder)
+    trainer.accelerator.wait_for_everyone()
+    trainer.resumed_at = 0
+    found = newest_whole(folder, say) if wanted is True else Path(str(wanted)) if wanted else None
+    everyones = set(gather_object([found.name if found else None]))
+    if len(everyones) > 1:
+        raise UserError(f"resume_from_checkpoint: processes find different checkpoints, {everyones}: share output_dir")
+    if found is None:
+        return None
+    wrong = damage(found)
+    if wrong:
+        raise UserError(f"resume_from_checkpoint: {found} cannot be gone on with: {wrong}")
+    compare(trainer, found, say)
+    return str(found)
+
+
 def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
     """Write a checkpoint's part.
 
@@ -53,13 +82,17 @@ def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         parts (`dict[str, Part]`): the rest, by name.
     """
     accelerator = trainer.accelerator
-    pieces = trainer.pieces if trainer.inside_batch else None
-    torch.save({"pieces": pieces}, pieces_file(folder, accelerator.process_index))
-    if accelerator.is_main_process:
+    own = {"pieces": trainer.pieces if trainer.inside_batch else None, "numbers": trainer.numbers}
+    torch.save(own, pieces_file(folder, accelerator.process_index))
+    if trainer.args.should_save:
+        write_options(trainer, folder)
         place = {"passes": trainer.passes_done, "layout": layout(trainer), "planned": planned.state()}
         metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
         states = {name: part.state() for name, part in parts.items()}
-        torch.save({**place, "metrics": metrics, "parts": states}, folder / STATE_FILE)
+        logged = {"metrics": metrics, "numbers": trainer.numbers, "completions": trainer.completions}
+        reference = _moving_reference(trainer)
+        moved = {"reference": reference.state_dict()} if reference is not None else {}
+        torch.save({**place, **logged, **moved, "parts": states}, folder / STATE_FILE)
 
 
 def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
@@ -82,16 +115,35 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         )
     if state["layout"] == layout(trainer):
         own = pieces_file(folder, trainer.accelerator.process_index)
-        saved = torch.load(own, map_location=trainer.accelerator.device, weights_only=True)
+        if not own.exists():
+            raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
+        # of several processes on CPUs the device is cpu:0, which torch cannot load to
+        device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
+        saved = torch.load(own, map_location=device, weights_only=True)
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
+        saved = state
         trainer.restore_place(_same_batch(trainer, folder, state), None)
+    reference = _moving_reference(trainer)
+    if reference is not None and "reference" in state:
+        reference.load_state_dict(state["reference"])
+    trainer.resume_numbers(saved.get("numbers", {}))  # an earlier version has none
+    trainer.completions = state.get("completions")
     for name, values in state["metrics"].items():
         trainer.train_metrics[name].extend(values)
     for name, part in parts.items():
-        if name not in state["parts"]:
+        if name in state["parts"]:
+            part.load(state["parts"][name], trainer.rollout_batch)
+        elif name == "critic":
             raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
-        part.load(state["parts"][name], trainer.rollout_batch)
+
+
+def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:
+    """The reference model, if it follows the policy and this process holds it whole."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.ref_model is None or not trainer.args.sync_ref_model or sharded:
+        return None
+    return trainer.accelerator.unwrap_model(trainer.ref_model)
 
 
 def _same_batch(trainer: TRLTrainer, folder: Path, state: dict) -> int:

@@ -1,13 +1,14 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from trl import GRPOConfig
 
 from bupo.errors import UserError, first_line, others
 from bupo.model.policy import Lens
+from bupo.provenance import without_secrets
 from bupo.ranges import COUNT, check_number, check_word
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
 from bupo.training.ranges import check_training
@@ -141,6 +142,15 @@ class BuPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
     )
+
+    def __copy__(self) -> "BuPOConfig":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` of a checkpoint holds: no token."""
+        return without_secrets(self.__dict__)
 
     def __post_init__(self):
         self._read_texts()

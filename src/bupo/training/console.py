@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -134,5 +135,5 @@ def _evaluation_lines(logs: dict) -> list[str]:
         if metric.startswith("avg@"):
             low, high = logs[f"eval_{label}/low"], logs[f"eval_{label}/high"]
             percents = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            lines.append(f"      [cyan]evaluation[/]  {label} {metric} {percents}")
+            lines.append(f"      [cyan]evaluation[/]  {escape(label)} {metric} {percents}")
     return lines

@@ -167,6 +167,7 @@ class CopiedCritic:
         """What `state` gave."""
         self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
+        _use_rate(self.optimizer, self.args)
 
 
 class SharedCritic:
@@ -252,6 +253,13 @@ class SharedCritic:
         for name, (weights, optimizer) in state.items():
             self._linear(name).load_state_dict(weights)
             self.optimizers[name].load_state_dict(optimizer)
+            _use_rate(self.optimizers[name], self.args)
+
+
+def _use_rate(optimizer, args) -> None:
+    """The options' learning rate in the stead of a loaded one."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.critic_learning_rate
 
 
 def critic_of(stream: ResidualStream, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic:

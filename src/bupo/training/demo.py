@@ -23,7 +23,7 @@ from bupo.ranges import COUNT, FROM_0
 from bupo.rewards.math_reward import math_reward
 from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
-from bupo.training.folder import refuse_held
+from bupo.training.folder import begin
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 from bupo.version import VERSION
@@ -42,6 +42,7 @@ class DemoOptions:
         steps (`int`): rollout batches in all.
         problems (`int`): held-out problems.
         seed (`int`): of sampling and training.
+        resume_from_checkpoint (`str`, *optional*): `true` goes on with a stopped run.
     """
 
     output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
@@ -52,6 +53,9 @@ class DemoOptions:
     learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
     seed: int = field(default=0, metadata={"help": "Of sampling and training."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run that the folder holds, and start anew."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: go on with the run that a signal has stopped."}
+    )
 
 
 def demo_config(options: DemoOptions) -> BuPOConfig:
@@ -71,6 +75,7 @@ def demo_config(options: DemoOptions) -> BuPOConfig:
         save_strategy="no",
         report_to="none",
         seed=options.seed,
+        resume_from_checkpoint=options.resume_from_checkpoint,
     )
 
 
@@ -100,7 +105,7 @@ def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, s
     check_layers(EMBEDDED, {"internal_layer": options.internal_layer})
     model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
     chosen = TrainOptions(overwrite=options.overwrite)
-    refuse_held(config, options.overwrite)  # before a minute is spent on measuring
+    begin(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
     say(

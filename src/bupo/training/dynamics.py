@@ -36,17 +36,28 @@ class Dynamics:
         with in_one_piece(self.folder / PROBES_FILE) as part:
             part.write_text("".join(lines))
 
-    def read(self, done: int) -> None:
-        """The series of a run that goes on, as far as `done` rollout batches."""
-        if (self.folder / DYNAMICS_FILE).exists():
+    def state(self) -> str:
+        """The rows, for a checkpoint."""
+        return json.dumps(self.rows, default=lambda value: None if value is pd.NA else value.item())
+
+    def load(self, state: str | None, done: int) -> None:
+        """What `state` gave; an earlier version's checkpoint has none, and the file's count as far as `done` batches."""
+        if state is not None:
+            self.rows = json.loads(state)
+        elif (self.folder / DYNAMICS_FILE).exists():
             table = pd.read_parquet(self.folder / DYNAMICS_FILE)
             self.rows = table[table["rollout_batch"] <= done].to_dict("records")
+        if self.rows:
+            self._write()
 
     def add(self, rollout_batch: int, rows: Sequence[dict]) -> None:
         """Add the rows of one probe, in the stead of earlier ones of the same, and write the file."""
         measures = {row["measure"] for row in rows}
         self.rows = [r for r in self.rows if (r["rollout_batch"], r["measure"] in measures) != (rollout_batch, True)]
         self.rows += [{"rollout_batch": rollout_batch, **row} for row in rows]
+        self._write()
+
+    def _write(self) -> None:
         table = pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
         arrow = pa.Table.from_pandas(table, preserve_index=False)
         arrow = arrow.replace_schema_metadata(

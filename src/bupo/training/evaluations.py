@@ -14,8 +14,9 @@ class Evaluations(TrainerCallback):
     """Evaluates the language model policy between rollout batches, with the sampling of the rollouts.
 
     The random numbers are the same every time, so that two evaluations differ by the weights only; training does not see them.
-    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `pass@k`,
-    `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how many were done.
+    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `strict`
+    (avg@k by the strict verdicts), `pass@k`, `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how
+    many were done.
 
     Args:
         trainer ([`BuPOTrainer`]): its model, tokenizer and configuration.
@@ -27,16 +28,17 @@ class Evaluations(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._evaluate(0)
+            self.evaluate(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
         done = self.trainer.rollout_batch - 1
         last = state.global_step >= state.max_steps
         if last or (not self.trainer.inside_batch and done % args.eval_every == 0):
-            self._evaluate(done)
+            self.evaluate(done)
 
-    def _evaluate(self, rollout_batches: int) -> None:
+    def evaluate(self, rollout_batches: int) -> None:
+        """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
         engine = TransformersEngine(
             trainer.stream.model,
@@ -57,6 +59,7 @@ class Evaluations(TrainerCallback):
                     f"eval_{label}/avg@{k}": found["avg@k"],
                     f"eval_{label}/low": low,
                     f"eval_{label}/high": high,
+                    f"eval_{label}/strict": found["strict_avg@k"],
                     f"eval_{label}/pass@{k}": found["pass@k"][str(k)],
                     f"eval_{label}/tokens": found["mean_tokens"],
                     f"eval_{label}/truncated": found["truncated"] / (len(problems) * k),

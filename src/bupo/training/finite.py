@@ -23,6 +23,14 @@ class FiniteUpdates(TrainerCallback):
     def __init__(self, where: Callable[[], str]) -> None:
         self.where, self.skipped = where, 0
 
+    def state(self) -> dict:
+        """What a checkpoint must hold."""
+        return {"skipped": self.skipped}
+
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """What `state` gave."""
+        self.skipped = state["skipped"]
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):

@@ -1,18 +1,42 @@
-"""A run's folder: whether a run may begin there, where it goes on, and its figures."""
+"""A run's folder: whether a run may begin there, where it goes on, whether it is finished, and its figures."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.errors import UserError
+from bupo.files import write_json
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE, PROBES_FILE
 from bupo.training.metrics_file import METRICS_FILE
+from bupo.training.saving import STAGING, recover
+from bupo.training.schedule import Schedule
 from bupo.training.watch import BOUNDARY_FILE
+from bupo.training.whole import checkpoints, damage, newest_whole
+
+FINISHED_FILE = "finished.json"  # written last of all
+
+
+def wants_to_resume(config: BuPOConfig) -> str | None:
+    """What `resume_from_checkpoint` asks for: a path, or `true`."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    return "true" if str(wanted).lower() == "true" else str(wanted)
+
+
+def begin(config: BuPOConfig, overwrite: bool, say: Callable[[str], None]) -> str | None:
+    """Whether a run may begin in its folder, and the checkpoint that it goes on from, if it goes on from one."""
+    with config.main_process_first(local=False):  # which removes what a kill has left
+        checkpoint = checkpoint_to_resume(config, overwrite, say)
+    folder = Path(config.output_dir).resolve()
+    own = wants_to_resume(config) is not None and Path(checkpoint or folder).resolve().is_relative_to(folder)
+    refuse_held(config, overwrite or own)
+    return checkpoint
 
 
 def refuse_held(config: BuPOConfig, allowed: bool) -> None:
@@ -29,38 +53,80 @@ def refuse_held(config: BuPOConfig, allowed: bool) -> None:
         )
 
 
-def clear(folder: Path) -> None:
-    """Delete a former run's series and checkpoints, which a new one would mix with."""
-    for path in _held(folder):
+def clear(folder: Path, checkpoint: str | None = None) -> None:
+    """Delete a former run's series and checkpoints, which a new one would mix with; of a run that goes on from one of its
+    checkpoints, the later ones that `overwrite` allows to delete."""
+    (folder / FINISHED_FILE).unlink(missing_ok=True)  # first: what is half deleted is not finished
+    for path in later(folder, checkpoint) if checkpoint else _held(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _held(folder: Path) -> list[Path]:
     """What a run has left in a folder that another would mix with: its series and its checkpoints."""
-    series = [folder / name for name in (METRICS_FILE, DYNAMICS_FILE, PROBES_FILE, BOUNDARY_FILE)]
+    series = [folder / name for name in (METRICS_FILE, DYNAMICS_FILE, PROBES_FILE, BOUNDARY_FILE, FINISHED_FILE)]
     files = [path for path in series if path.is_file() and path.stat().st_size]
-    return files + sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return files + checkpoints(folder) + [path for path in [folder / STAGING] if path.exists()]
 
 
-def checkpoint_to_resume(config: BuPOConfig) -> str | None:
-    """The checkpoint to resume from: a path, or for `true` the newest complete one of the run.
+def later(folder: Path, checkpoint: str) -> list[Path]:
+    """A run's whole checkpoints after one of its own, which a run that goes on from there would mix with its own."""
+    found, here = checkpoints(folder), Path(checkpoint).resolve()
+    places = [place for place, path in enumerate(found) if path.resolve() == here]
+    return [path for path in found[places[0] + 1 :] if damage(path) is None] if places else []
+
+
+def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str], None]) -> str | None:
+    """The checkpoint to resume from: a path, or for `true` the newest whole one of the run. None where there is none yet.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the one that is named is damaged or not the last, or none of the run's is whole.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    wanted, folder = wants_to_resume(config), Path(config.output_dir)
+    if wanted is None:
         return None
-    if str(wanted).lower() != "true":
-        if not (Path(wanted) / TRAINER_STATE_NAME).exists():
+    if config.process_index == 0:
+        recover(folder)
+    if wanted != "true":
+        wrong, after = damage(Path(wanted)), later(folder, wanted)
+        if wrong:
+            raise UserError(f"resume_from_checkpoint: {wanted} cannot be gone on with: {wrong}")
+        if after and not overwrite:
             raise UserError(
-                f"resume_from_checkpoint: {wanted} holds no complete checkpoint ({TRAINER_STATE_NAME} is missing)"
+                f"resume_from_checkpoint: {folder} holds later checkpoints than {wanted} ({after[0].name}): choose another "
+                "output, or --overwrite true, which deletes them"
             )
-        return str(wanted)
-    found = [p.parent for p in Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    if not found:
-        raise UserError(f"resume_from_checkpoint: {config.output_dir} holds no complete checkpoint to resume from")
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
+        return wanted
+    found = newest_whole(folder, say)
+    if found is None and checkpoints(folder):
+        raise UserError(
+            f"resume_from_checkpoint: no checkpoint in {folder} is whole: name one of them to go on from it all the same, "
+            "or start anew by --overwrite true and without resume_from_checkpoint"
+        )
+    if found is None and (folder / FINISHED_FILE).exists():
+        raise UserError(f"{folder} holds a finished run without checkpoints to go on from: choose another output")
+    say(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: the run starts from the beginning")
+    return None if found is None else str(found)
+
+
+def mark_finished(config: BuPOConfig, updates: int, schedule: Schedule) -> None:
+    """Note that all of a run is done and in its folder."""
+    done = {"updates": updates, "epochs": config.num_train_epochs, "schedule": schedule.state()}
+    write_json(Path(config.output_dir) / FINISHED_FILE, {"schema_version": 1, **done})
+
+
+def finished(config: BuPOConfig) -> Schedule | None:
+    """The first phase as it was, of a run that is to be resumed and has all its updates done and its files written."""
+    path = Path(config.output_dir) / FINISHED_FILE
+    if wants_to_resume(config) != "true" or not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text())
+        by_steps = 0 < config.max_steps <= done["updates"]
+        if by_steps or (config.max_steps <= 0 and config.num_train_epochs <= done["epochs"]):
+            return Schedule.load(done["schedule"])
+    except (OSError, ValueError, KeyError, TypeError):  # no longer readable: the last checkpoint tells
+        pass
+    return None
 
 
 def draw(folder: Path, rows: list[dict], title: str) -> None:

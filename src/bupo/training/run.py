@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,18 +23,30 @@ from bupo.data.templates import choose_template, template_options
 from bupo.errors import others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
-from bupo.model.loading import load_model
+from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
-from bupo.training.folder import checkpoint_to_resume, clear, draw, refuse_held
+from bupo.training.folder import (
+    begin,
+    clear,
+    draw,
+    finished,
+    mark_finished,
+    wants_to_resume,
+)
 from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
+from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
 from bupo.training.setup import check_model, check_prompts, sources
+from bupo.training.stopping import ending
+from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
+from bupo.training.whole import updates_of
 
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
@@ -102,21 +116,22 @@ def train(
         callbacks, note, title, say (*optional*): transformers'; of `config.yaml`; above the figures; told what is done.
 
     Raises:
-        UserError: for a value that is refused, before anything is written, or a run that cannot go on.
+        UserError, Stopped: for a value that is refused, before anything is written; by a signal, a checkpoint being kept.
     """
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
     note = note or _noted(model, config, options, loading, (problems, eval_problems, reward_funcs))
     rewards = _checked(config, options, loading, reward_funcs)
     with sole_writer(config.output_dir):
-        checkpoint = checkpoint_to_resume(config)
-        refuse_held(config, options.overwrite or checkpoint is not None)
+        if finished(config) is not None:
+            return _finished(model, config, say)
+        checkpoint = begin(config, options.overwrite, say)
         tokenizer = check_model(model, tokenizer, config, loading)
         say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
         sets = problems_of(options, config, problems, eval_problems, rewards)
         loaded = _loaded(model, tokenizer, sets, config, loading)
         trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
-        return _trained(trainer, checkpoint, title)
+        return _trained(trainer, checkpoint, title, say)
 
 
 def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given) -> list[Reward]:
@@ -164,18 +179,38 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
     return trainer
 
 
-def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None) -> TrainingRun:
+def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say) -> TrainingRun:
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
-    if checkpoint is None and trainer.is_world_process_zero():
-        clear(Path(trainer.args.output_dir))  # what `overwrite` has asked for
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(trainer.args.output_dir)
     folder = Path(trainer.args.output_dir)
-    rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
-    if trainer.is_world_process_zero():
-        draw(folder, rows, title or folder.name)
-    trainer.end()
+    with writing(folder), ending(trainer, say):
+        checkpoint = chosen(trainer, checkpoint)
+        if trainer.is_world_process_zero():
+            clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
+            if wants_to_resume(trainer.args):
+                continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
+            say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
+        trainer.save_whole(folder)
+        rows = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
+        if trainer.is_world_process_zero():
+            draw(folder, rows, title or folder.name)
+            if trainer.state.global_step >= trainer.state.max_steps:  # else it was stopped, and goes on
+                mark_finished(trainer.args, trainer.state.global_step, trainer.schedule)
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
+
+
+def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> TrainingRun:
+    """A run that is resumed and has nothing left to do, as its folder holds it."""
+    say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
+    folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(str(folder), **trusted)
+    if (folder / ADAPTER_FILE).exists():
+        base = load_model(model, **trusted) if isinstance(model, str) else model
+        trained = PeftModel.from_pretrained(base, str(folder))
+    else:
+        trained = load_model(str(folder), **trusted)
+    return TrainingRun(folder, trained, tokenizer, finished(config) or Schedule(), read_metrics(folder / METRICS_FILE))
 
 
 def _loaded(model, tokenizer, sets: Problems, config: BuPOConfig, loading: ModelConfig) -> PreTrainedModel:

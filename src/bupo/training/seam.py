@@ -1,13 +1,15 @@
-"""The one file that knows private names of TRL, transformers and accelerate.
+"""The one file that knows private names of TRL, transformers and accelerate; [`bupo.training.contract`] lists them.
 
-`PRIVATE` lists each with its reason and the shape that is relied on; `tests/test_contract.py` fails with the name where an
-installed version differs (`make test-newest` asks the newest ones). Everything else in the project uses public names only:
-[`TRLTrainer`] offers what it needs of the private ones as plain arguments and results.
+Everything else in the project uses public names only: [`TRLTrainer`] offers what it needs of the private ones as plain
+arguments and results.
 """
 
 import ast
 import inspect
+import json
+import shutil
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,83 +17,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-__all__ = ["PRIVATE", "TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
+from bupo.training.saving import STAGING, move_files, move_in, rotate, writing
 
-
-class Private(NamedTuple):
-    """A private name that is relied on.
-
-    Attributes:
-        signature (`str`): the parameters of a method, as Python writes them; empty for an attribute.
-        reason (`str`): what it is used or overridden for.
-    """
-
-    signature: str
-    reason: str
-
-
-PRIVATE = {
-    "_generate_and_score_completions": Private("(self, inputs)", "overridden: the first phase scores rollouts anew"),
-    "_calculate_rewards": Private(
-        "(self, inputs, prompts, completions, completion_ids_list)",
-        "overridden and heard: the rewards of all processes, which estimators and the guard need",
-    ),
-    "_get_per_token_logps_and_entropies": Private(
-        "(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, *)",
-        "called with a policy in the model's place; heard while rollouts are scored, for their entropies",
-    ),
-    "_compute_loss": Private("(self, model, inputs)", "overridden, and called with a policy in the model's place"),
-    "_get_train_sampler": Private("(self, dataset)", "overridden: the order of problems depends on the epoch alone"),
-    "_save_checkpoint": Private("(self, model, trial)", "overridden: bupo's part of a checkpoint is written first"),
-    "_load_optimizer_and_scheduler": Private("(self, checkpoint)", "overridden: a resumed run takes up bupo's part"),
-    "_get_output_dir": Private("(self, trial)", "called: where a checkpoint goes"),
-    "_get_learning_rate": Private("(self)", "called: for messages"),
-    "_step": Private("", "read and set: forward and backward passes done, which decide the rollout batch"),
-    "_buffered_inputs": Private("", "read and set: the rollout batch in its pieces, which a checkpoint keeps"),
-    "_metrics": Private("", "read and added to: what the next log holds"),
-    "_logs": Private("", "read and set: the advantages of the table of completions"),
-    "_is_vlm": Private("", "read: models with images are refused"),
-    "_tag_names": Private("", "overridden: tags of the model card"),
-    "_name": Private("", "overridden: the method's name in the model card"),
-    "_paper": Private("", "overridden: the paper of the model card"),
-}
-
-# public in name, but in no library's documented interface: where they are, and their parameters
-UNDOCUMENTED = {
-    "trl.models.utils.disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs)",
-    "trl.trainer.utils.use_adapter": "(model, adapter_name)",
-    "trl.trainer.utils.get_config_model_id": "(config)",
-    "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
-        "(gate_logits, num_experts, top_k, attention_mask)"
-    ),
-}
-# attributes of a GRPOTrainer that are read
-STATE = (
-    *("num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps"),
-    *(
-        "reward_weights",
-        "reward_func_names",
-        "ref_model",
-        "processing_class",
-        "is_fsdp_enabled",
-        "is_deepspeed_enabled",
-    ),
-)
-# what TRL's scoring and sampling leave in the dict that the loss reads, at the least
-ROLLOUT_KEYS = (
-    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"),
-    *("old_per_token_logps", "ref_per_token_logps"),  # where there are several updates, or a KL penalty
-)
-# metrics of TRL's that bupo reads, moves or draws
-METRICS = (
-    *("reward", "reward_std", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean", "step_time"),
-    *("completions/mean_length", "completions/clipped_ratio", "num_tokens"),
-)
+__all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
 
 def accepted(option: str) -> tuple[str, ...]:
@@ -143,6 +79,8 @@ class TRLTrainer(GRPOTrainer):
         "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
         "id": "2512.19673",
     }
+    staging: Path | None = None  # where a checkpoint is being written
+    resumed_at = 0  # updates that were done before this start
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -259,6 +197,38 @@ class TRLTrainer(GRPOTrainer):
     def reads_images(self) -> bool:
         return self._is_vlm
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What transformers counts towards the next log and the end of the run, which its checkpoints do not hold."""
+        return {
+            "since_log": self._tr_loss.item(),
+            "logged": self._total_loss_scalar,
+            "last_log": self._globalstep_last_logged,
+            "first_step": self._initial_global_step,
+        }
+
+    @numbers.setter
+    def numbers(self, value: dict[str, float]) -> None:
+        self._tr_loss += value["since_log"]
+        self._total_loss_scalar, self._globalstep_last_logged = value["logged"], value["last_log"]
+        self._initial_global_step = value["first_step"]
+
+    @property
+    def completions(self) -> str | None:
+        """TRL's table of completions as JSON, if it is shown."""
+        if not self.log_completions:
+            return None
+        return json.dumps({name: value for name, value in self._logs.items() if name != "images"}, default=as_list)
+
+    @completions.setter
+    def completions(self, table: str | None) -> None:
+        for name, values in json.loads(table or "{}").items():
+            if isinstance(values, dict):
+                for column, inner in values.items():
+                    self._logs[name][column].extend(inner)
+            else:
+                self._logs[name].extend(values)
+
     def show_advantages(self, by_answer: torch.Tensor) -> None:
         """Put these, `(B,)`, into TRL's table of completions, in the stead of the last ones."""
         advantages, logged = self.accelerator.gather(by_answer).tolist(), self._logs["advantages"]
@@ -287,17 +257,111 @@ class TRLTrainer(GRPOTrainer):
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
         return sampler
 
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self.staging is None else str(self.staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model, trial):
-        # before the trainer's own files, whose last marks the checkpoint as whole
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_parts(folder)
-        super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial))
+        place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with writing(place), self.beside(run) as staging:
+            staged = staging / place.name
+            staged.mkdir(parents=True, exist_ok=True)
+            self.save_parts(staged)
+            super()._save_checkpoint(model, trial)
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == place or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                move_in(staged, place)
+            self.accelerator.wait_for_everyone()
+            if self.is_local_process_zero() and staged.is_dir():  # a disk of another node's own
+                move_in(staged, place)
+        if self.args.should_save:
+            rotate(run, self.args.save_total_limit, place, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+
+    @contextmanager
+    def beside(self, run: Path) -> Iterator[Path]:
+        """Inside, checkpoints go into a folder beside; nothing is left of it."""
+        self.staging = run / STAGING
+        try:
+            yield self.staging
+        except BaseException:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise
+        finally:
+            self.staging = None
+
+    def save_whole(self, folder: Path) -> None:
+        """Save the model and its tokenizer: each file appears at once."""
+        staged = folder / STAGING / "model"
+        with writing(folder), self.beside(folder):
+            self.save_model(str(staged), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_files(staged, folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        rates = [group.get("initial_lr") for group in self.optimizer.param_groups] if self.optimizer else []
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_parts(Path(checkpoint))
+        if checkpoint is None:
+            return
+        self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
+        self.resumed_at = self.state.global_step
+        self.rate_of_options(rates)
+        self.load_parts(Path(checkpoint))
+
+    def rate_of_options(self, rates: list[float]) -> None:
+        """Put the options' learning rate and schedule in the stead of the loaded ones; the same if the options are."""
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):
+            return
+        now = [rate * of(scheduler.last_epoch) for rate, of in zip(rates, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": rates, "_last_lr": now})
+        for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
+            group["initial_lr"], group["lr"] = rate, lr
+
+    def resume_numbers(self, numbers: dict[str, float]) -> None:
+        """Set `numbers` once training begins, where transformers sets them to zero."""
+        self.add_callback(Numbers(self, numbers))
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, *args, skip_scheduler=False, **kwargs):
+        if not (skip_scheduler and self.state.global_step):
+            return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+
+    def log(self, logs, start_time=None):
+        """As TRL's. The speed at the end is that of the updates of this start."""
+        for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
+            logs[name] *= 1 - self.resumed_at / max(1, self.state.global_step)
+        super().log(logs, start_time)
+
+
+class Numbers(TrainerCallback):
+    def __init__(self, trainer: TRLTrainer, numbers: dict[str, float]):
+        self.trainer, self.numbers = trainer, numbers
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.numbers:
+            self.trainer.numbers, self.numbers = self.numbers, {}
+
+
+def as_list(values: Any) -> Any:
+    return list(values) if isinstance(values, deque) else str(values)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What is refused before a run writes anything, and the streams that it opens."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,8 @@ from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
 
 LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
+
+logger = get_logger(__name__)
 
 
 def check_arguments(model: Any, args: Any, family: Family | None) -> None:
@@ -106,6 +110,11 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
         raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
+        kind = trainer.accelerator.distributed_type.value
+        logger.warning(
+            f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
+        )
     sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if sharded and args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
         raise UserError(

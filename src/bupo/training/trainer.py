@@ -74,7 +74,8 @@ class BuPOTrainer(TRLTrainer):
         if args.frozen_up_to_layer:
             freeze_up_to(self.stream, args.frozen_up_to_layer)
         self.watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
-        self.add_callback(FiniteUpdates(lambda: self.where(self.last_batch)))
+        self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
+        self.add_callback(self.finite)
         if args.eval_benchmarks:
             problems = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
             self.add_callback(Evaluations(self, problems))
@@ -179,9 +180,9 @@ class BuPOTrainer(TRLTrainer):
             slow_down(optimizer, above(self.stream, self.args.slow_above_layer), self.args.slow_factor)
         return optimizer
 
-    def train(self, *args, **kwargs):
-        """As TRL's; the probes also see the last weights."""
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
+        result = super().train(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
         if not self.inside_batch:
             self.watch.after_training(self.rollout_batch)
         return result
@@ -194,4 +195,5 @@ class BuPOTrainer(TRLTrainer):
 
     @property
     def _parts(self) -> dict[str, checkpoint.Part]:
-        return {"watch": self.watch} | ({"critic": self.critic} if self.critic else {})
+        parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
+        return parts | ({"critic": self.critic} if self.critic else {})

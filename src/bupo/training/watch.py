@@ -1,5 +1,6 @@
 """What stands between rollout batches: the schedule, the probes, and the guard, which reads them and may end a stage early."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -58,6 +59,7 @@ class Watch:
         self.answers: Answers = []
         self.guard, self.guarded = Guard(), 0  # of the stage in this place of the schedule
         self.kept: list[torch.Tensor] = []
+        self.boundary: dict | None = None  # what `auto` found
 
     # -- around a rollout batch --------------------------------------------------------------------------------------
 
@@ -120,12 +122,15 @@ class Watch:
         with evaluating(self.stream.model):
             lens, temperature = self.args.internal_lens, self.args.temperature
             found = boundary_layer(self.stream, answers, lens, temperature, tokens=tokens, gather=gather_object)
-        self.schedule = self.schedule.decided(found["boundary_layer"])
+        self.boundary, self.schedule = found, self.schedule.decided(found["boundary_layer"])
         self.accelerator.print(f"internal_layer auto: {found['explanation']}")
-        if self.accelerator.is_main_process:
+        self._write_boundary()
+
+    def _write_boundary(self) -> None:
+        if self.boundary and self.accelerator.is_main_process:
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / BOUNDARY_FILE, found)
+            write_json(folder / BOUNDARY_FILE, self.boundary)
 
     # -- probes ------------------------------------------------------------------------------------------------------
 
@@ -199,6 +204,8 @@ class Watch:
             "guard": asdict(self.guard),
             "guarded": self.guarded,
             "kept": self.kept,
+            "series": self.dynamics.state(),
+            "boundary": json.dumps(self.boundary),
         }
 
     def load(self, state: dict, rollout_batch: int) -> None:
@@ -210,8 +217,10 @@ class Watch:
         self.guard, self.kept = Guard(**guard), state["kept"]
         self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
         if self.answers and self.accelerator.is_main_process:
-            self.dynamics.read(rollout_batch - 1)
+            self.dynamics.load(state.get("series"), rollout_batch - 1)
             self.dynamics.write_answers(self.answers, self.decode)
+        self.boundary = json.loads(state.get("boundary", "null"))
+        self._write_boundary()
 
 
 def _row(measure: str, value: float) -> dict:

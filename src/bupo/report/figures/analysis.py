@@ -10,6 +10,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from bupo.report.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, panels, save, trim
+from bupo.text import plain_label
 
 STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, "undecided": GREY}
 
@@ -50,7 +51,7 @@ def _drawn(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Cal
             axis.set_xlabel("layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
             trim(axis)
-        row[0].set_title(f"{label}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
+        row[0].set_title(f"{plain_label(label)}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
     return figure
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bupo.report.figures.style import BLUE, legend, mark_first_phase, panels, save, trim
+from bupo.text import plain_label
 
 TITLES = {
     "cosine": "cosine of $H^{{{layer}}}$ with later layers",
@@ -43,7 +44,7 @@ def dynamics_figure(table: pd.DataFrame, rows: Sequence[dict], path: str | Path,
             mark_first_phase(axis, 0, first_phase)
     for axis in axes.flat[len(measures) :]:
         axis.remove()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain_label(title), fontsize=11)
     return save(figure, path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bupo.report.figures.style import COLOURS, GREY, legend, panels, save, trim
+from bupo.text import plain_label
 
 
 def pass_figure(
@@ -22,7 +23,7 @@ def pass_figure(
     figure, axes = panels(1, 1, (5.5, 3.6))
     axis = axes[0, 0]
     for (label, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-        axis.plot(*_points(curve), color=colour, marker=".", label=label)
+        axis.plot(*_points(curve), color=colour, marker=".", label=plain_label(label))
         if label in others:
             axis.plot(*_points(others[label]), color=colour, marker=".", ls="--", alpha=0.7)
     if others:

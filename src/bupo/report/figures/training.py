@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bupo.report.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, legend, mark_first_phase, panels, save, trim
+from bupo.text import plain_label
 
 GUARD_TITLES = {
     "right": "phase 1 of the right length",
@@ -43,7 +44,7 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> Figur
         axis.margins(x=0.01)
         trim(axis)
     _phases(axes[0], rows)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain_label(title), fontsize=11)
     return save(figure, path)
 
 
@@ -80,7 +81,7 @@ def _evaluations(axis: Axes, rows: Sequence[dict]) -> None:
     for name, colour in zip(shares, itertools.cycle(COLOURS), strict=False):
         label, here = name.split("/")[1], [row for row in rows if name in row]
         done = [row["eval/rollout_batches"] for row in here]
-        axis.plot(done, [100 * row[name] for row in here], color=colour, marker=".", label=label)
+        axis.plot(done, [100 * row[name] for row in here], color=colour, marker=".", label=plain_label(label))
         low, high = ([100 * row.get(f"eval/{label}/{end}", math.nan) for row in here] for end in ("low", "high"))
         axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
     legend(axis, fontsize=8)

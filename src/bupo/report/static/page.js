@@ -12,7 +12,8 @@ function layout(title, more) {
     legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
   }, more || {});
 }
-function band(values, name, colour, dash) {
+function band(values, label, colour, dash) {
+  const name = label.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly reads some HTML: links, too
   const keep = values.mean.map((v, i) => i).filter(i => values.mean[i] !== null);
   const x = keep.map(i => i + 1), pick = k => keep.map(i => values[k][i]);
   const traces = [];
@@ -20,7 +21,7 @@ function band(values, name, colour, dash) {
     fill: "toself", fillcolor: colour + "2e", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false, type: "scatter" });
   traces.push({ x, y: pick("mean"), name, mode: "lines+markers", line: { color: colour, width: 1.8, dash: dash || "solid" },
     marker: { size: 5 }, customdata: keep.map(i => [values.low[i], values.high[i], values.std[i]]),
-    hovertemplate: "%{y:.4f}  [%{customdata[0]:.4f}, %{customdata[1]:.4f}]  sd %{customdata[2]:.3f}<extra>" + name.replace(/[<>&]/g, "") + "</extra>" });
+    hovertemplate: "%{y:.4f}  [%{customdata[0]:.4f}, %{customdata[1]:.4f}]  sd %{customdata[2]:.3f}<extra>" + name.replace(/%/g, "&#37;") + "</extra>" });
   return traces;
 }
 function drawCurve() {

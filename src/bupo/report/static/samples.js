@@ -11,8 +11,8 @@ function element(tag, className, ...content) {
   return made;
 }
 const problems = data.problems.map(problem => {
-  const answers = problem.answers.map(([sample, verdict, value, tokens, truncated, text]) =>
-    ({ sample, verdict, value, tokens, truncated, text }));
+  const answers = problem.answers.map(([sample, verdict, value, tokens, truncated, text, strict]) =>
+    ({ sample, verdict, value, tokens, truncated, text, strict }));
   const correct = answers.filter(answer => answer.verdict === "correct").length;
   const solved = correct === answers.length ? "always" : correct ? "sometimes" : "never";
   return { ...problem, answers, correct, solved };
@@ -135,11 +135,12 @@ function drawValues(problem) {
   if (sorted.length > 8) chips.push(element("span", "name", `and ${sorted.length - 8} more`));
   return element("div", "chips", ...chips);
 }
-function drawAnswer({ sample, verdict, value, tokens, truncated, text }) {
+function drawAnswer({ sample, verdict, value, tokens, truncated, text, strict }) {
   const head = element("div", "head", element("span", "badge", data.names[verdict] || verdict),
     element("span", "", "sample " + sample));
   if (value !== null) head.append(element("span", "gold", "= ", ...pieces(value)));
   head.append(element("span", "", number(tokens) + (tokens === 1 ? " token" : " tokens")));
+  if (strict !== verdict) head.append(element("span", "limit", "strict: " + (data.names[strict] || strict)));
   if (truncated) head.append(element("span", "limit", "cut at the limit"));
   return element("article", "answer " + verdict, head, foldable(text));
 }

@@ -1,0 +1,66 @@
+"""How a command ends: the one line that says why, and its exit status.
+
+In a launch of several processes the first that fails says why. The others fail next, in collectives whose other side has
+gone, and say nothing; those that wait are ended by the launcher.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from bupo.commands import launch
+from bupo.errors import Stopped, UserError
+from bupo.signals import at_once
+from bupo.text import shown
+
+FAULT, USAGE, INTERRUPTED = 1, 2, 130  # exit statuses; after a signal 128 and its number
+GONE = "another process of this launch has ended without a word: it was killed, or has left by sys.exit"
+
+
+def ended(command: Callable[[], None], with_traceback: bool = False) -> int:
+    """Run a command; say why where it fails.
+
+    Args:
+        command (`Callable`): what is to be done.
+        with_traceback (`bool`): show what lies behind a user's error.
+
+    Returns the exit status: 0; 2 after a [`~bupo.errors.UserError`]; after a signal 128 and its number. Other errors go
+    through, where this is the only process.
+    """
+    try:
+        with at_once():
+            command()
+    except UserError as error:
+        return _failed(error, USAGE, f"error: {error}", with_traceback)
+    except Stopped as error:
+        return _failed(error, 128 + error.signal, str(error))
+    except KeyboardInterrupt as error:
+        return _failed(error, INTERRUPTED, "interrupted")
+    except SystemExit as error:
+        if not launch.several() or not launch.in_group():
+            raise
+        return _failed(error, FAULT, f"error: process {launch.number()} has left by sys.exit({error.code!r})")
+    except BaseException as error:
+        if not launch.several():
+            raise
+        return _failed(error, FAULT, f"error: process {launch.number()} has failed", True)
+    return 0
+
+
+def _failed(error: BaseException, status: int, line: str, with_traceback: bool = False) -> int:
+    """Say why, once in a launch. A process that is still in a group ends here.
+
+    Else its objects would be destroyed while the others go on, and some wait for an answer of theirs.
+    """
+    several = launch.several()
+    lost = several and launch.peer_gone(error)
+    if not several or launch.first_to_fail(lost):
+        if with_traceback and not lost:
+            print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        print("bupo: " + (shown(" ".join(line.split())) if not lost else f"error: {GONE}"), file=sys.stderr)
+    if several and launch.in_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

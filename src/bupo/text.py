@@ -1,0 +1,42 @@
+"""Text that somebody else chose, be it a model, a data set or whoever named a folder, as it may stand where people read it."""
+
+import re
+import unicodedata
+
+# hf_…, sk-… and the like, and the user of an address
+_SECRET = re.compile(r"\b(?:hf|sk|api|ghp|glpat)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+(?=@)")
+
+
+def printable(text: str) -> str:
+    """For a terminal: what would move its cursor, ring its bell or turn its lines around is written as an escape."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else _escaped(c) for c in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def shown(message: str) -> str:
+    """For an error line: printable, and without what looks like an access token or a password."""
+    return _SECRET.sub("***", printable(message))
+
+
+def csv_cell(text: str) -> str:
+    """For a CSV: what a spreadsheet would take for a formula gets an apostrophe before it. Numbers stay numbers."""
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip(" ")[:1] in tuple("=+-@\t\r\n") else text
+    return text
+
+
+def markdown_cell(text: str) -> str:
+    """For a cell of a Markdown table: in one line, without a link, HTML or a further cell."""
+    return re.sub(r"([\\|\[\]<>`*!])", r"\\\1", " ".join(text.split()))
+
+
+def plain_label(text: str) -> str:
+    """For a figure, whose `$` would begin a formula."""
+    return printable(text).replace("$", r"\$")

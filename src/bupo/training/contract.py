@@ -1,0 +1,87 @@
+"""What [`bupo.training.seam`] relies on of TRL, transformers and accelerate: names, shapes, and what they leave.
+
+`PRIVATE` lists each private name with its reason; `tests/test_contract.py` fails with the name where an installed version
+differs (`make test-newest` asks the newest ones).
+"""
+
+from typing import NamedTuple
+
+
+class Private(NamedTuple):
+    """A private name that is relied on.
+
+    Attributes:
+        signature (`str`): the parameters of a method, as Python writes them; empty for an attribute.
+        reason (`str`): what it is used or overridden for.
+    """
+
+    signature: str
+    reason: str
+
+
+PRIVATE = {
+    "_generate_and_score_completions": Private("(self, inputs)", "overridden: the first phase scores rollouts anew"),
+    "_calculate_rewards": Private(
+        "(self, inputs, prompts, completions, completion_ids_list)",
+        "overridden and heard: the rewards of all processes, which estimators and the guard need",
+    ),
+    "_get_per_token_logps_and_entropies": Private(
+        "(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, *)",
+        "called with a policy in the model's place; heard while rollouts are scored, for their entropies",
+    ),
+    "_compute_loss": Private("(self, model, inputs)", "overridden, and called with a policy in the model's place"),
+    "_get_train_sampler": Private("(self, dataset)", "overridden: the order of problems depends on the epoch alone"),
+    "_save_checkpoint": Private(
+        "(self, model, trial)", "overridden: bupo's part is written too, and all moved into place"
+    ),
+    "_push_from_checkpoint": Private("(self, checkpoint_folder)", "overridden: a checkpoint is pushed from its place"),
+    "_load_optimizer_and_scheduler": Private("(self, checkpoint)", "overridden: a resumed run takes up bupo's part"),
+    "_get_output_dir": Private("(self, trial)", "overridden: a checkpoint is written beside its place"),
+    "_run_epoch": Private("(self, *)", "overridden: a finished run that is resumed trains nothing more"),
+    "_evaluate": Private("(self, *)", "overridden: `eval_on_start` is of the start, not of a resumed run"),
+    "_tr_loss": Private("", "read and set: the loss since the last log"),
+    "_total_loss_scalar": Private("", "read and set: the losses of all logs, for `train_loss`"),
+    "_globalstep_last_logged": Private("", "read and set: what the loss of the next log is the mean over"),
+    "_initial_global_step": Private("", "read and set: what `train_loss` is the mean over"),
+    "_get_learning_rate": Private("(self)", "called: for messages"),
+    "_step": Private("", "read and set: forward and backward passes done, which decide the rollout batch"),
+    "_buffered_inputs": Private("", "read and set: the rollout batch in its pieces, which a checkpoint keeps"),
+    "_metrics": Private("", "read and added to: what the next log holds"),
+    "_logs": Private("", "read and set: the table of completions, and the advantages in it"),
+    "_is_vlm": Private("", "read: models with images are refused"),
+    "_tag_names": Private("", "overridden: tags of the model card"),
+    "_name": Private("", "overridden: the method's name in the model card"),
+    "_paper": Private("", "overridden: the paper of the model card"),
+}
+
+# public in name, but in no library's documented interface: where they are, and their parameters
+UNDOCUMENTED = {
+    "trl.models.utils.disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs)",
+    "trl.trainer.utils.use_adapter": "(model, adapter_name)",
+    "trl.trainer.utils.get_config_model_id": "(config)",
+    "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
+        "(gate_logits, num_experts, top_k, attention_mask)"
+    ),
+}
+# attributes of a GRPOTrainer that are read
+STATE = (
+    *("num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps"),
+    *(
+        "reward_weights",
+        "reward_func_names",
+        "ref_model",
+        "processing_class",
+        "is_fsdp_enabled",
+        "is_deepspeed_enabled",
+    ),
+)
+# what TRL's scoring and sampling leave in the dict that the loss reads, at the least
+ROLLOUT_KEYS = (
+    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"),
+    *("old_per_token_logps", "ref_per_token_logps"),  # where there are several updates, or a KL penalty
+)
+# metrics of TRL's that bupo reads, moves or draws
+METRICS = (
+    *("reward", "reward_std", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean", "step_time"),
+    *("completions/mean_length", "completions/clipped_ratio", "num_tokens"),
+)

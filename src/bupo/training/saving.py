@@ -1,0 +1,95 @@
+"""Checkpoints and models appear at once: written beside their place, to the disk, and moved into it.
+
+`.saving/` in the run's folder holds what is being written. A kill leaves it behind; the next start removes it.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bupo.errors import UserError, first_line
+from bupo.training.whole import checkpoints, write_manifest
+
+STAGING, _FORMER, _GONE = ".saving", "former", "gone"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_TORCH = ("PytorchStreamWriter", "inline_container")  # torch.save's errors have no number
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Inside, files are written.
+
+    Raises:
+        UserError: if the disk is full or refuses them. Earlier files are whole.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        torchs = any(name in str(error) for name in _TORCH)
+        if not (getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or torchs):
+            raise
+        why = getattr(error, "strerror", None) or f"disk full? {first_line(error)}"
+        raise UserError(
+            f"{getattr(error, 'filename', None) or place} cannot be written ({why}): what was saved before is whole; make "
+            "room and go on with --resume_from_checkpoint true"
+        ) from error
+
+
+def move_in(staged: Path, place: Path) -> None:
+    """Move a written checkpoint to its place, in the stead of one that is there."""
+    write_manifest(staged)
+    for path in (*staged.rglob("*"), staged):
+        _to_disk(path)
+    if place.exists():
+        former = staged.parent / _FORMER / place.name
+        former.parent.mkdir(exist_ok=True)
+        place.rename(former)
+    staged.rename(place)
+    _to_disk(place.parent)
+    shutil.rmtree(staged.parent)
+
+
+def move_files(staged: Path, place: Path) -> None:
+    """Move a folder's files and folders into another, each in the stead of one of its name."""
+    for path in sorted(staged.iterdir()):
+        for inner in (*path.rglob("*"), path):
+            _to_disk(inner)
+        if path.is_dir():
+            shutil.rmtree(place / path.name, ignore_errors=True)
+        path.replace(place / path.name)
+    shutil.rmtree(staged.parent)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # a file system that cannot do so for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def recover(folder: Path) -> None:
+    """Remove what a kill has left half written; a checkpoint that was about to be replaced is put back."""
+    for former in (folder / STAGING / _FORMER).glob("*"):
+        if not (folder / former.name).exists():
+            former.rename(folder / former.name)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
+    """Delete the oldest checkpoints beyond `save_total_limit`, but not those to be kept. Other folders stay."""
+    found, kept = checkpoints(folder), {Path(path) for path in kept_ones if path}
+    more = len(found) - max(limit or len(found), len(kept & set(found)))
+    for path in [path for path in found if path not in kept][: max(0, more)]:
+        gone = folder / STAGING / _GONE / path.name
+        gone.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(gone)  # first, for deleting takes time: a kill must not leave a part in its place
+    shutil.rmtree(folder / STAGING, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""Which checkpoints are whole: each holds a manifest, written last, of the names, sizes and checksums of its files."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bupo.files import write_json
+
+MANIFEST_FILE = "manifest.json"
+HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+# what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
+_NEEDED = {
+    "the model's weights": (
+        "model*.safetensors",
+        "pytorch_model*",
+        "*adapter_model*",
+        "*/adapter_model*",
+        "global_step*",
+    ),
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
+
+
+def write_manifest(folder: Path) -> None:
+    """List a folder's files in `manifest.json`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
+    write_json(folder / MANIFEST_FILE, {"schema_version": 1, "files": files})
+
+
+def _entry(path: Path) -> dict[str, int | str | None]:
+    return {"bytes": path.stat().st_size, "sha256": _sum(path)}
+
+
+def _sum(path: Path) -> str | None:
+    if path.stat().st_size > HASHED:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps a run from going on with a checkpoint, in a few words; None for a whole one.
+
+    One without a manifest, by an earlier version or another trainer, is judged by the files that are needed.
+    """
+    if not folder.is_dir():
+        return "there is no such folder"
+    listed = folder / MANIFEST_FILE
+    if listed.exists():
+        try:
+            files = json.loads(listed.read_text())["files"]
+            found = next((what for name in files if (what := _altered(folder / name, name, files[name]))), None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = f"{MANIFEST_FILE} cannot be read"
+        if found:
+            return found
+    try:
+        updates_of(folder)
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME} cannot be read"
+    for what, names in _NEEDED.items():
+        if not any(next(folder.glob(name), None) for name in names):
+            return f"{what} is missing" + (" (save_only_model)" if listed.exists() else "")
+    return None
+
+
+def _altered(path: Path, name: str, entry: dict) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
+    if entry["sha256"] and _sum(path) != entry["sha256"]:
+        return f"{name} is not what was written"
+    return None
+
+
+def updates_of(checkpoint: str | Path | None) -> int:
+    """Updates that a checkpoint was made after; 0 without one."""
+    return (
+        0 if checkpoint is None else int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the last last. `checkpoint-abc` is none."""
+    numbered = [(int(found[1]), path) for path in folder.glob("*") if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if path.is_dir()]
+
+
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The last checkpoint of a run that is whole by its manifest; `say` is told of the later ones, and what is wrong."""
+    for path in reversed(checkpoints(folder)):
+        wrong = damage(path)
+        if wrong is None and not (path / MANIFEST_FILE).exists():
+            wrong = f"it has no {MANIFEST_FILE}, so it may not be whole"
+        if wrong is None:
+            return path
+        say(f"{path} is passed over: {wrong}")
+    return None
