@@ -47,11 +47,61 @@ LAST = (
 )
 NUMBERS = ["-1", "0", "1", "2", "3", "4", "8", "9", "16", "0.5", "1.5", "-0.5", "1e-5", "1e400", "-1e400", "nan"]
 NUMBERS += ["4294967295", "4294967296", "9" * 30, "0x10", "1_000", "٣"]
-WORDS = ["", " ", "x", "true", "false", "none", "None", "auto", "no", "steps", "é", "%s", "{", "[1]", "[[2, 3]]", '{"a": 1}']
-WORDS += ["embedded", "arithmetic", "math", "raw", "-", "--", "..", "/", "\\", "a" * 300, "[bold]", "\x1b[31m", "a\nb", "$HOME"]
+WORDS = [
+    "",
+    " ",
+    "x",
+    "true",
+    "false",
+    "none",
+    "None",
+    "auto",
+    "no",
+    "steps",
+    "é",
+    "%s",
+    "{",
+    "[1]",
+    "[[2, 3]]",
+    '{"a": 1}',
+]
+WORDS += [
+    "embedded",
+    "arithmetic",
+    "math",
+    "raw",
+    "-",
+    "--",
+    "..",
+    "/",
+    "\\",
+    "a" * 300,
+    "[bold]",
+    "\x1b[31m",
+    "a\nb",
+    "$HOME",
+]
 FILE_NAMES = sorted({name.partition("/")[0] for name in FILES if not name.endswith(".yaml")})
 # as a YAML file gives them
-VALUES = [None, True, False, -1, 0, 1, 2, 2.5, float("nan"), float("inf"), 10**30, [], [1], ["x", None], {}, {"a": 1}, [[2, 3]]]
+VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    2.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    [],
+    [1],
+    ["x", None],
+    {},
+    {"a": 1},
+    [[2, 3]],
+]
 VALUES += [[[]], {"a": {"a": [1]}}, "a\0b", "\ufffe"]
 TEXTS = st.sampled_from(NUMBERS) | st.sampled_from(WORDS) | st.sampled_from(FILE_NAMES) | st.text(max_size=8)
 

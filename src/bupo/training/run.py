@@ -20,7 +20,7 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import others
+from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
@@ -48,6 +48,11 @@ from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import updates_of
 
+REFUSALS = (
+    ValueError,
+    ImportError,
+    NotImplementedError,
+)  # by which libraries refuse, while a run goes, what they were given
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
@@ -188,7 +193,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
         trainer.save_whole(folder)
