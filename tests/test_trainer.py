@@ -364,33 +364,22 @@ def test_a_checkpoint_of_another_trainer_keeps_the_schedule(tmp_path):
     assert json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())["global_step"] == 10
 
 
-def test_a_run_that_cannot_learn_says_so(tmp_path, caplog):
-    trainer = BuPOTrainer(
-        model_of(),
-        lambda completions, **k: [1.0] * len(completions),
-        config(tmp_path, max_steps=1),
-        train_dataset=PROBLEMS,
-        processing_class=TOKENIZER,
-    )
-    with caplog.at_level("WARNING"):
-        trainer.train()
-    assert "rollout batch 1 teaches nothing: all answers to each prompt have one reward (mean 1)" in caplog.text
-
-
-def test_a_reward_that_fails_is_named(tmp_path):
+def test_a_reward_that_fails_keeps_its_type_and_is_named(tmp_path):
     def broken(completions, **kwargs):
         raise ZeroDivisionError("no tokens")
 
     def short(completions, **kwargs):
         return [0.0]
 
-    for reward, message in (
-        (broken, "reward function broken failed in rollout batch 1: ZeroDivisionError: no tokens"),
-        (short, "'short' returned 1 rewards, but 16 were expected"),
+    for rewards, kind, message, note in (
+        ([broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
+        ([token_reward, broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
+        ([short], ValueError, "'short' returned 1 rewards, but 16 were expected", "reward function short failed"),
     ):
-        trainer = BuPOTrainer(model_of(), reward, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER)
-        with pytest.raises(UserError, match=message):
+        trainer = BuPOTrainer(model_of(), rewards, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER)
+        with pytest.raises(kind, match=message) as raised:
             trainer.train()
+        assert note in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize(
@@ -560,7 +549,7 @@ def test_the_first_rollout_batch_with_answers_is_the_one_that_is_probed(tmp_path
     assert answers and all(len(ids) > 2 for ids in answers)
 
 
-def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
+def test_a_run_that_graded_nothing_does_not_pass_for_a_trained_one(tmp_path, capsys):
     model = model_of()
     before = snapshot(model)
     trainer = BuPOTrainer(
@@ -572,7 +561,7 @@ def test_a_reward_that_grades_nothing_is_passed_over(tmp_path, capsys):
     )
     lines = ConsoleLines(Console())
     trainer.add_callback(lines)
-    with lines.closing():
+    with lines.closing(), pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
         trainer.train()
     assert not changed(before, model)
     assert [row["reward"] for row in trainer.state.log_history if "phase" in row] == [None]

@@ -30,7 +30,7 @@ PRIVATE = {
         "called with a policy in the model's place; heard while rollouts are scored, for their entropies",
     ),
     "_compute_loss": Private("(self, model, inputs)", "overridden, and called with a policy in the model's place"),
-    "_get_train_sampler": Private("(self, dataset)", "overridden: the order of problems depends on the epoch alone"),
+    "_get_train_sampler": Private("(self, dataset)", "overridden: it can be put at the start of any epoch"),
     "_save_checkpoint": Private(
         "(self, model, trial)", "overridden: bupo's part is written too, and all moved into place"
     ),

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bupo.model.residual import ResidualStream, Site
+from bupo.training.estimators import WITH_CRITIC
 from bupo.training.head import Read
 from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
 
@@ -262,8 +263,11 @@ def _use_rate(optimizer, args) -> None:
         group["lr"] = args.critic_learning_rate
 
 
-def critic_of(stream: ResidualStream, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic:
-    """The critic on the backbone that `critic_backbone` names."""
+def critic_of(stream: ResidualStream | None, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic | None:
+    """The critic on the backbone that `critic_backbone` names, for a method that has one."""
+    if args.advantage_estimator not in WITH_CRITIC:
+        return None
+    assert stream is not None, "setup has opened the stream of a method with a critic"
     if args.critic_backbone == "shared":
         return SharedCritic(stream, accelerator, args)
     return CopiedCritic(stream.decoder, accelerator, args)

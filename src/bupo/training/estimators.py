@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
+
 EPSILON = 1e-8
 
 
@@ -72,7 +74,32 @@ ESTIMATORS: dict[str, Callable[[Rewarded], Advantages] | None] = {
     "ppo": ppo,
 }
 WITH_CRITIC = ("ppo",)
-BY_GROUP = ("grpo", "rloo")  # compare the answers to one prompt: equal ones teach nothing
+
+
+def estimate(
+    name: str,
+    batch: RolloutBatch,
+    group: int,
+    total: Callable[[torch.Tensor], torch.Tensor],
+    values_BT: torch.Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+) -> bool:
+    """Put an estimator's advantages, and what a critic learns, into a rollout batch. False where GRPO's stay.
+
+    Args:
+        name (`str`): of `ESTIMATORS`.
+        batch ([`~bupo.training.rollouts.RolloutBatch`]): with its rewards.
+        group, total, values_BT, gamma, lam: as of [`Rewarded`].
+    """
+    estimator = ESTIMATORS[name]
+    if estimator is None:
+        return False
+    given = Rewarded(batch.rewards, batch.own, batch.mask, group, total, values_BT, gamma, lam)
+    batch.tensors["advantages"], returns = estimator(given)
+    if returns is not None:
+        batch.tensors |= {VALUES: values_BT, RETURNS: returns}
+    return True
 
 
 def leave_one_out(rewards_G: torch.Tensor, group: int) -> torch.Tensor:

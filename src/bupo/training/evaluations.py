@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from bupo.evaluation.answers import graded, prompts_of, sample, summarize
+from bupo.model.residual import causal_lm
 from bupo.sampling import Answer, Request, TransformersEngine
 
 
@@ -41,7 +42,7 @@ class Evaluations(TrainerCallback):
         """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
         engine = TransformersEngine(
-            trainer.stream.model,
+            causal_lm(trainer.model),
             trainer.processing_class,
             args.max_completion_length,
             args.temperature,

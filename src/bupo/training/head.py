@@ -80,9 +80,11 @@ class PolicyHead:
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = self.stream.config
-            aux_loss = load_balancing_loss_func(
-                out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-            )
+            experts = (config.num_experts, config.num_experts_per_tok)
+            routers = out.router_logits  # of the layers that ran; the first ones may be dense
+            aux_loss = hidden.new_zeros(())
+            if routers:
+                aux_loss = load_balancing_loss_func(routers, *experts, kwargs.get("attention_mask"))
         return PolicyScores(scores.log_probs, scores.entropy, aux_loss)
 
     def _states(self, model, site: Site | None, *args, **kwargs) -> tuple[torch.Tensor, ModelOutput]:

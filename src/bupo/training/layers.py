@@ -15,8 +15,11 @@ def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
     return {parameter for module in (*blocks, stream.norm) for parameter in module.parameters()}
 
 
-def freeze_up_to(stream: ResidualStream, layer: int) -> None:
+def freeze_up_to(stream: ResidualStream | None, layer: int | None) -> None:
     """Freeze layers 1 to `layer`, and the embedding where it is not the unembedding too (paper, table 11)."""
+    if layer is None:
+        return
+    assert stream is not None, "a layer is named: setup has opened the stream"
     for number in range(1, layer + 1):
         stream.block(number).requires_grad_(False)
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
@@ -24,8 +27,14 @@ def freeze_up_to(stream: ResidualStream, layer: int) -> None:
         embedding.requires_grad_(False)
 
 
-def slow_down(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], factor: float) -> None:
-    """Give these parameters groups of their own, at `factor` times the learning rate (paper, table 11)."""
+def slow_down(
+    optimizer: torch.optim.Optimizer, stream: ResidualStream | None, layer: int | None, factor: float
+) -> None:
+    """Give parameters above a layer groups of their own, at `factor` times the learning rate (paper, table 11)."""
+    if layer is None:
+        return
+    assert stream is not None, "a layer is named: setup has opened the stream"
+    parameters = above(stream, layer)
     for group in list(optimizer.param_groups):
         slow = [p for p in group["params"] if p in parameters]
         if slow:

@@ -1,15 +1,40 @@
 """What a run says when something fails or nothing can be learned."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from accelerate.logging import get_logger
 
-from bupo.errors import UserError
+from bupo.errors import UserError, first_line
 from bupo.training.config import BuPOConfig
-from bupo.training.estimators import BY_GROUP
 
 logger = get_logger(__name__)
+
+REWARD = "reward function "  # how the note on a reward's error begins
+
+# what is said of each symptom (bupo.training.symptoms), from the options and what was measured
+SYMPTOMS = {
+    "nothing_graded": "no answer was graded, every reward was None, NaN or infinite: nothing is learned; look at what the "
+    "reward function returns",
+    "few_graded": "most answers got no finite reward ({graded:.0%} did) in {batches} rollout batches in a row: look at what "
+    "the reward function returns for the others",
+    "zero_reward": "all rewards were 0 in {batches} rollout batches in a row: nothing is learned; {zero}, and look at the "
+    "answers (log_completions)",
+    "equal_rewards": "all answers to each prompt got one reward (mean {reward:.3g}) in {batches} rollout batches in a row: "
+    "nothing is learned; a reward must depend on the answer, and problems that are solved must make way for harder ones",
+    "all_cut": "every answer was cut at max_completion_length={max_completion_length} in {batches} rollout batches in a "
+    "row{masked}: raise it, or look whether the model's answers end with its eos token",
+    "beyond_context": "prompts and max_completion_length={max_completion_length} come to {tokens:.0f} tokens, the model has "
+    "{positions:.0f} positions: shorten either",
+    "entropy_collapse": "the entropy has fallen to {entropy:.2g} nats a token: the answers are all alike; lower "
+    "learning_rate, or raise temperature, epsilon_high or entropy_coef",
+    "entropy_jump": "the entropy has risen to {entropy:.3g} nats a token: the weights are being destroyed; lower "
+    "learning_rate, and go on from an earlier checkpoint",
+    "kl_explosion": "the KL to the reference is {kl:.3g} nats a token: lower learning_rate, or raise beta",
+    "policy_jump": "updates move the policy {kl_old:.3g} nats a token from the one that sampled: lower learning_rate, "
+    "steps_per_generation or num_iterations",
+}
 
 
 @contextmanager
@@ -27,34 +52,62 @@ def sampling(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def grading(names: Sequence[str], rollout_batch: int) -> Iterator[None]:
-    """Inside, reward functions run: whatever they raise is named."""
+def grading(functions: Sequence[Callable], names: Sequence[str], rollout_batch: int) -> Iterator[None]:
+    """Inside, reward functions run: what they raise goes on as it is, with a note that names the function."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"reward function {', '.join(names)} failed in rollout batch {rollout_batch}: {type(error).__name__}: {error}"
-        ) from error
+        ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        failed = [name for name, function in zip(names, functions, strict=True) if _code(function) in ran] or names
+        error.add_note(f"{REWARD}{', '.join(failed)} failed in rollout batch {rollout_batch}")
+        raise
 
 
-def warn_if_nothing_to_learn(metrics: Mapping[str, Sequence[float]], rollout_batch: int, args: BuPOConfig) -> None:
-    """Say aloud what would otherwise be a flat curve.
+def _code(function: Callable) -> object:
+    """What runs when it is called, if Python wrote it."""
+    return getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Inside, training: an error with a note of `grading` becomes a [`UserError`]."""
+    try:
+        yield
+    except Exception as error:
+        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(REWARD)]
+        if not notes:
+            raise
+        raise UserError(f"{notes[0]}: {first_line(error)}") from error
+
+
+def repeat_last(rows: list[dict]) -> None:
+    """Put the last metrics of `log_history` into its last row too, where TRL's own defaults leave those of a short run."""
+    own = ("phase", "rollout_batch", "loss", "grad_norm", "learning_rate")
+    last: dict = next((row for row in reversed(rows) if "reward" in row), {})
+    rows[-1] = {name: value for name, value in last.items() if name not in own} | rows[-1]
+
+
+def warn(
+    symptom: str, where: str, metrics: Mapping[str, float], batches: int, rewarded: bool, args: BuPOConfig
+) -> None:
+    """Say a symptom, and what to change.
 
     Args:
-        metrics (`dict`): of the rollout batch, last values last.
-        rollout_batch (`int`): which.
-        args ([`~bupo.BuPOConfig`]): its estimator compares answers within a prompt or all with all.
+        symptom (`str`): of `SYMPTOMS`.
+        where (`str`): the rollout batch.
+        metrics (`dict`): that showed it.
+        batches (`int`): in a row that showed it.
+        rewarded (`bool`): whether any reward has ever been other than 0.
+        args ([`~bupo.BuPOConfig`]): the options.
     """
-    last = {name: values[-1] for name, values in metrics.items() if values}
-    reasons = []
-    by_group = args.advantage_estimator in BY_GROUP
-    if by_group and last["frac_reward_zero_std"] == 1.0:
-        reasons.append(f"all answers to each prompt have one reward (mean {last['reward']:.3g})")
-    elif not by_group and last["reward_std"] == 0.0:
-        reasons.append(f"all answers have one reward ({last['reward']:.3g})")
-    if last.get("completions/clipped_ratio") == 1.0:
-        reasons.append(f"every answer was cut at max_completion_length={args.max_completion_length}")
-    if reasons:
-        logger.warning(f"rollout batch {rollout_batch} teaches nothing: {' and '.join(reasons)}")
+    values = {
+        "batches": batches,
+        "max_completion_length": args.max_completion_length,
+        "zero": "answers were rewarded before, so lower learning_rate"
+        if rewarded
+        else "take easier problems, or a reward that finds the answers",
+        "masked": ", and mask_truncated_completions leaves nothing to learn" if args.mask_truncated_completions else "",
+    }
+    logger.warning(f"{where}: {SYMPTOMS[symptom].format(**metrics, **values)}")

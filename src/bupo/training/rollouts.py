@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
-OLD, REFERENCE = "old_per_token_logps", "ref_per_token_logps"  # TRL's
+OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"  # TRL's
 
 
 class RolloutBatch:

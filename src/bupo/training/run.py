@@ -26,6 +26,7 @@ from bupo.lock import sole_writer
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.training import messages
 from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
@@ -48,11 +49,8 @@ from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import updates_of
 
-REFUSALS = (
-    ValueError,
-    ImportError,
-    NotImplementedError,
-)  # by which libraries refuse, while a run goes, what they were given
+# by which libraries refuse, while a run goes, what they were given
+REFUSALS = (ValueError, ImportError, NotImplementedError)
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
@@ -193,7 +191,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
-        with others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS):
+        refusal = others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS)
+        with refusal, messages.in_one_line():
             trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")

@@ -11,7 +11,7 @@ import shutil
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,12 +60,12 @@ class Sampled(NamedTuple):
     Attributes:
         tensors (`dict`): what the loss will read.
         rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none.
-        entropies (`torch.Tensor` of shape `(B, C)`, *optional*): the sampling policy's, where TRL scored the answers.
+        scores ([`Scores`], *optional*): the sampling policy's, where TRL scored the answers.
     """
 
     tensors: dict[str, Any]
     rewards: torch.Tensor
-    entropies: torch.Tensor | None
+    scores: Scores | None
 
 
 class TRLTrainer(GRPOTrainer):
@@ -104,18 +104,19 @@ class TRLTrainer(GRPOTrainer):
 
     # -- what TRL does, as functions ---------------------------------------------------------------------------------
 
-    def sampled(self, inputs: list[dict]) -> Sampled:
-        """TRL's rollout batch, with the rewards and entropies that it comes by."""
+    def sampled(self, inputs: list[dict], scores: bool = True) -> Sampled:
+        """TRL's rollout batch, with the rewards and, if wanted, the scores that it comes by."""
         rewards: list[torch.Tensor] = []
         scored: list[tuple] = []
-        with (
-            _heard(self, "_calculate_rewards", rewards.append),
-            _heard(self, "_get_per_token_logps_and_entropies", scored.append, compute_entropy=True),
-        ):
+        with ExitStack() as hearing:
+            hearing.enter_context(_heard(self, "_calculate_rewards", rewards.append))
+            if scores:
+                name = "_get_per_token_logps_and_entropies"
+                hearing.enter_context(_heard(self, name, scored.append, compute_entropy=True))
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
-        return Sampled(tensors, rewards[-1], scored[0][1] if own else None)
+        return Sampled(tensors, rewards[-1], Scores(*scored[0][:2]) if own else None)
 
     def score(
         self, policy: Callable, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: int, size: int
@@ -251,10 +252,19 @@ class TRLTrainer(GRPOTrainer):
         return self.loss(model, inputs)
 
     def _get_train_sampler(self, dataset=None):
-        """TRL's, whose order depends on the epoch and not on the epochs before: a resumed run must see the same one."""
+        """TRL's, which can be put at the start of any epoch: a resumed run must see the order of one that was not stopped.
+
+        TRL seeds the generator once and draws a permutation an epoch.
+        """
         sampler = super()._get_train_sampler(dataset)
+
+        def set_epoch(epoch: int) -> None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
         if sampler.shuffle:
-            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(sampler.seed + epoch)
+            sampler.set_epoch = set_epoch
         return sampler
 
     def _get_output_dir(self, trial):

@@ -21,16 +21,16 @@ from bupo.training import checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
-from bupo.training.estimators import ESTIMATORS, WITH_CRITIC, Rewarded
+from bupo.training.estimators import estimate
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
-from bupo.training.layers import above, freeze_up_to, slow_down
+from bupo.training.layers import freeze_up_to, slow_down
 from bupo.training.probes import repetition
-from bupo.training.rollouts import ENTROPIES, OLD, RETURNS, VALUES, RolloutBatch, weighted
+from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import TRLTrainer
-from bupo.training.setup import check_arguments, check_run, open_stream
+from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
 from bupo.training.watch import Watch
 
 INTERNAL, LANGUAGE_MODEL = 1, 2  # the two phases, as logged
@@ -41,7 +41,9 @@ class BuPOTrainer(TRLTrainer):
 
     It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, in phase 1
     `internal/layer` and `internal/entropy` (the internal policy's, in nats), `critic/...` and `probe/...`. `entropy` is the
-    language model policy's in both phases (in phase 1 that of the rollout); clip ratios are the policy's that is optimised.
+    language model policy's in both phases (in phase 1 that of the rollout); clip ratios are the policy's that is optimised,
+    and so is `kl_old`, half the mean squared log ratio to the policy that sampled. `warning/...` is 1 while a symptom of a
+    failure holds ([`~bupo.training.symptoms.Symptoms`]).
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
@@ -63,17 +65,16 @@ class BuPOTrainer(TRLTrainer):
         benchmarks: dict[str, Dataset] | None = None,
         **kwargs,
     ):
-        check_arguments(model, args, family)
+        check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         sharded = check_run(self, args := self.args)
         self.stream = open_stream(self.model, args, family)
         reference = None if self.ref_model is None else open_stream(self.ref_model, args, family)
         self.alignment = Alignment(self, self.stream, reference, args)
-        with_critic = args.advantage_estimator in WITH_CRITIC
-        self.critic = critic_of(self.stream, self.accelerator, args) if with_critic else None
-        if args.frozen_up_to_layer:
-            freeze_up_to(self.stream, args.frozen_up_to_layer)
-        self.watch = Watch(self.stream, self.accelerator, args, self.processing_class.decode, sharded)
+        self.critic = critic_of(self.stream, self.accelerator, args)
+        freeze_up_to(self.stream, args.frozen_up_to_layer)
+        decode, positions = self.processing_class.decode, positions_of(self.model)
+        self.watch = Watch(self.stream, self.accelerator, args, decode, sharded, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
         if args.eval_benchmarks:
@@ -110,7 +111,7 @@ class BuPOTrainer(TRLTrainer):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
         with messages.sampling(self.where(self.rollout_batch)):
-            sampled = self.sampled(inputs)  # everything in here is pi_theta's
+            sampled = self.sampled(inputs, scores=self.stage is not None)  # everything in here is pi_theta's
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
         answers = batch.answers(self.num_generations)
@@ -118,29 +119,23 @@ class BuPOTrainer(TRLTrainer):
             self.watch.decide(answers)
         self._estimate(batch)
         if self.site:
-            self.alignment.align(batch, self.site, sampled.entropies)
+            self.alignment.align(batch, self.site, sampled.scores)
         metrics["completions/repetition"].append(self.mean(repetition([answer for _, answer in answers])))
         self.watch.after_rollouts(self.rollout_batch, answers, rewards, metrics)
         metrics["rollout_time"].append(time.perf_counter() - started)
-        messages.warn_if_nothing_to_learn(metrics, self.rollout_batch, self.args)
         return batch.tensors
 
     def grading(self):
-        return messages.grading(self.reward_func_names, self.rollout_batch)
+        return messages.grading(self.reward_funcs, self.reward_func_names, self.rollout_batch)
 
     def _estimate(self, batch: RolloutBatch) -> None:
         """Put the estimator's advantages where TRL has put GRPO's."""
-        estimator, mask, values = ESTIMATORS[self.args.advantage_estimator], batch.mask, None
-        if estimator is None:
-            return
+        args, values = self.args, None
         if self.critic:
-            values = self.critic.values(batch, self.site, partial(self.alignment.scores, batch, self.site)) * mask
-        gae = (self.args.gae_gamma, self.args.gae_lambda)
-        given = Rewarded(batch.rewards, batch.own, mask, self.num_generations, self.total, values, *gae)
-        batch.tensors["advantages"], returns = estimator(given)
-        if returns is not None:
-            batch.tensors |= {VALUES: values, RETURNS: returns}
-        self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
+            values = self.critic.values(batch, self.site, partial(self.alignment.scores, batch, self.site)) * batch.mask
+        gae = (args.gae_gamma, args.gae_lambda)
+        if estimate(args.advantage_estimator, batch, self.num_generations, self.total, values, *gae):
+            self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
 
     def loss(self, model, inputs):
         if not self.model.training:
@@ -149,8 +144,11 @@ class BuPOTrainer(TRLTrainer):
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
 
+        speaker = Speaker(model, site, inputs.get(OLD))
+
         def policy_loss(read: Read | None) -> torch.Tensor:
-            return self.policy_loss(Speaker(model, site, inputs.get(OLD), read), inputs)
+            speaker.read = read
+            return self.policy_loss(speaker, inputs)
 
         if self.critic:
             share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
@@ -159,10 +157,9 @@ class BuPOTrainer(TRLTrainer):
                 metrics[name].append(value)
         else:
             loss = policy_loss(None)
-        if site:
-            metrics["internal/layer"].append(site.layer)
-            metrics["internal/entropy"].append(metrics["entropy"].pop())
-            metrics["entropy"].append(batch.mean(inputs[ENTROPIES], self.total))
+        self.alignment.log(batch, speaker, metrics)
+        last = (self.passes_done + 1) % self.passes_a_batch == 0
+        self.watch.after_pass(self.rollout_batch, metrics, last)
         return loss
 
     def training_step(self, *args, **kwargs):
@@ -176,15 +173,16 @@ class BuPOTrainer(TRLTrainer):
         """TRL's, with slower groups for the layers above `slow_above_layer`."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if made and self.args.slow_above_layer:
-            slow_down(optimizer, above(self.stream, self.args.slow_above_layer), self.args.slow_factor)
+        if made:
+            slow_down(optimizer, self.stream, self.args.slow_above_layer, self.args.slow_factor)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
         result = super().train(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
-        if not self.inside_batch:
-            self.watch.after_training(self.rollout_batch)
+        if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
+            messages.repeat_last(self.state.log_history)
+        self.watch.after_training(self.rollout_batch, self.inside_batch)
         return result
 
     def save_parts(self, folder: Path) -> None:

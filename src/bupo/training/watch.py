@@ -1,4 +1,6 @@
-"""What stands between rollout batches: the schedule, the probes, and the guard, which reads them and may end a stage early."""
+"""What stands between rollout batches: the schedule, the probes, the guard, which reads them and may end a stage early, and
+the symptoms of failures that make no noise.
+"""
 
 import json
 import math
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
+from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
@@ -21,45 +24,75 @@ from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import Dynamics
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
+from bupo.training.messages import warn
 from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
 from bupo.training.schedule import Schedule
+from bupo.training.symptoms import Symptoms
 
 logger = get_logger(__name__)
 
 BOUNDARY_FILE = "boundary.json"
+# metrics of a rollout batch and of a pass that symptoms are told by
+SAMPLED = (
+    *("reward", "reward_std", "frac_reward_zero_std"),
+    *("completions/clipped_ratio", "completions/mean_length"),
+)
+UPDATED = ("entropy", "kl", "kl_old")
 
 Metrics = dict[str, list[float]]
 
 
 class Watch:
-    """Schedule, probes and guard of a run. All processes decide alike: on gathered rewards and the main process' probes.
+    """Schedule, probes, guard and symptoms of a run. All processes decide alike: on gathered rewards, means over processes and
+    the main process' probes.
 
     Args:
-        stream ([`~bupo.model.residual.ResidualStream`]): the model.
+        stream ([`~bupo.model.residual.ResidualStream`], *optional*): the model; without one there are no probes.
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.
         sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then there are neither probes nor guard.
+        positions (`float`): of the model.
 
     Attributes:
         schedule ([`~bupo.training.schedule.Schedule`]): the first phase, as far as `auto` and the guard have decided it.
     """
 
-    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args: BuPOConfig, decode, sharded: bool):
-        self.stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
+    def __init__(
+        self,
+        stream: ResidualStream | None,
+        accelerator: Accelerator,
+        args: BuPOConfig,
+        decode,
+        sharded: bool = False,
+        positions: float = math.inf,
+    ):
+        self._stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
         self.schedule: Schedule = args.first_phase
         self.every = 0 if sharded else args.probe_every  # None: once the probe set is known
         self.guarding = args.internal_guard and bool(self.schedule.stages)
         if sharded and (self.guarding or args.probe_every):
             self.guarding = False
             logger.warning("FSDP and DeepSpeed shard the parameters: this run has neither probes nor internal_guard")
-        name = stream.config.name_or_path or type(stream.model).__name__
-        meta = model_meta(name, stream, args.internal_lens, args.temperature)
-        self.dynamics = Dynamics(args.output_dir, meta | {"seed": args.seed})
+        meta: dict = {"seed": args.seed}
+        if stream is None:
+            self.every = 0
+        else:
+            name = stream.config.name_or_path or type(stream.model).__name__
+            meta = model_meta(name, stream, args.internal_lens, args.temperature) | meta
+        self.dynamics = Dynamics(args.output_dir, meta)
         self.answers: Answers = []
         self.guard, self.guarded = Guard(), 0  # of the stage in this place of the schedule
         self.kept: list[torch.Tensor] = []
         self.boundary: dict | None = None  # what `auto` found
+        self.positions, self.symptoms = positions, Symptoms()
+        self.updates: dict[str, list[float]] = {}  # of the rollout batch that is being trained on
+
+    @property
+    def stream(self) -> ResidualStream:
+        """The model's, for what looks at layers."""
+        assert self._stream is not None, "without a stream nothing looks at layers"
+        return self._stream
 
     # -- around a rollout batch --------------------------------------------------------------------------------------
 
@@ -110,11 +143,47 @@ class Watch:
             reward = by_prompt.mean().item() if len(by_prompt) else 0.0
             if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
                 self.kept = snapshot(self._moved(place))
+        self._see_rollouts(rollout_batch, answers, rewards, metrics)
 
-    def after_training(self, rollout_batch: int) -> None:
-        """Probe the last weights, whatever the cadence."""
-        if self.every and self.answers:
+    def _see_rollouts(self, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics) -> None:
+        longest = torch.tensor([max((len(prompt) for prompt, _ in answers), default=0)], device=rewards.device)
+        seen = {name: metrics[name][-1] for name in SAMPLED}
+        seen["graded"] = rewards.isfinite().float().mean().item()
+        seen["tokens"] = self.accelerator.gather(longest).max().item() + self.args.max_completion_length
+        seen["positions"] = self.positions
+        self._tell(self.symptoms.see_rollouts(seen), rollout_batch, seen, metrics)
+
+    def after_pass(self, rollout_batch: int, metrics: Metrics, last: bool) -> None:
+        """Note what a forward and backward pass says of the updates; `last`: of the rollout batch."""
+        for name in UPDATED:
+            if metrics.get(name):
+                self.updates.setdefault(name, []).append(metrics[name][-1])
+        if last:
+            seen = {name: sum(values) / len(values) for name, values in self.updates.items()}
+            self.updates = {}
+            self._tell(self.symptoms.see_updates(seen), rollout_batch, seen, metrics)
+
+    def _tell(self, news: list[str], rollout_batch: int, seen: dict[str, float], metrics: Metrics) -> None:
+        """Log the symptoms that hold, and say what is new."""
+        for name in self.symptoms.present:
+            metrics[f"warning/{name}"].append(1.0)
+        for name in news:
+            batches = self.symptoms.in_a_row[name]
+            warn(name, f"rollout batch {rollout_batch}", seen, batches, self.symptoms.rewarded, self.args)
+
+    def after_training(self, rollout_batch: int, inside: bool) -> None:
+        """Probe the last weights, whatever the cadence, but not `inside` a rollout batch.
+
+        Raises:
+            UserError: if no answer of the run has been graded: its model must not pass for a trained one.
+        """
+        if self.every and self.answers and not inside:
             self._probe(rollout_batch, None)
+        if self.symptoms.never_graded:
+            raise UserError(
+                f"no answer of {self.symptoms.batches} rollout batches was graded, every reward was None, NaN or infinite: "
+                "the model has learned nothing; look at what the reward function returns"
+            )
 
     def decide(self, answers: Answers) -> None:
         """`internal_layer: auto`, on the first rollout batch's answers of this process. Also written to `boundary.json`."""
@@ -206,6 +275,8 @@ class Watch:
             "kept": self.kept,
             "series": self.dynamics.state(),
             "boundary": json.dumps(self.boundary),
+            "symptoms": self.symptoms.state(),
+            "updates": self.updates,
         }
 
     def load(self, state: dict, rollout_batch: int) -> None:
@@ -215,6 +286,7 @@ class Watch:
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
         self.guard, self.kept = Guard(**guard), state["kept"]
+        self.symptoms, self.updates = Symptoms(**state.get("symptoms", {})), state.get("updates", {})
         self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
         if self.answers and self.accelerator.is_main_process:
             self.dynamics.load(state.get("series"), rollout_batch - 1)

@@ -1,0 +1,117 @@
+"""Failures that make no noise: a curve that is flat or falls, and nothing says why.
+
+`Symptoms` sees what each rollout batch measured and tells which symptoms are new. It decides from its arguments and its own
+state alone, so that a resumed run decides as one that was not stopped, and says nothing twice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# rollout batches in a row until a symptom counts: what chance may do to one batch takes three
+PATIENCE = {
+    "nothing_graded": 1,
+    "few_graded": 3,
+    "zero_reward": 3,
+    "equal_rewards": 3,
+    "all_cut": 3,
+    "beyond_context": 1,
+    "entropy_collapse": 3,
+    "entropy_jump": 2,  # a batch may hold a few prompts of another kind
+    "kl_explosion": 2,  # its estimate, exp(x) - x - 1, is ruled by single tokens
+    "policy_jump": 1,
+}
+FEW = 0.5  # share of answers with a finite reward: below it, most of the sampling is wasted
+COLLAPSE = 0.05  # nats an answer: 99 of 100 answers to a prompt are one and the same, so their rewards are too
+JUMP = 2.0  # nats a token above the first batch's: 7 times as many words to choose from; exploration adds tenths
+KL = 10.0  # nats a token, of the penalty: runs that learn stay below 1
+# nats a token between the policy that sampled and the one that is updated, a log ratio of 3 on all: PPO stops at 0.02 to
+# 0.05, and a layer policy, whose raw logits are steep, starts with up to 0.4
+DRIFT = 5.0
+
+
+@dataclass
+class Symptoms:
+    """The record of a run.
+
+    Attributes:
+        in_a_row (`dict[str, int]`): rollout batches in a row that show a symptom, up to the last.
+        said (`list[str]`): those that are no news any more.
+        batches (`int`): rollout batches seen.
+        graded, rewarded (`bool`): whether any answer has ever been graded, or had a reward other than 0.
+        first_entropy (`float`, *optional*): of the language model policy in the first batch, nats a token.
+        length (`float`): mean tokens of the last batch's answers.
+    """
+
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    batches: int = 0
+    graded: bool = False
+    rewarded: bool = False
+    first_entropy: float | None = None
+    length: float = 0.0
+
+    def see_rollouts(self, metrics: Mapping[str, float]) -> list[str]:
+        """Note a rollout batch as it was sampled. Returns the symptoms that are new.
+
+        Args:
+            metrics (`dict`): `graded` (share of answers with a finite reward), `reward` and `reward_std` of these,
+                `frac_reward_zero_std` (share of prompts whose answers have one reward), `completions/clipped_ratio` (share of
+                answers that were cut), `completions/mean_length` (tokens), `tokens` (of the longest prompt and the longest
+                answer allowed), and `positions` (of the model; infinite where it names none).
+        """
+        self.batches += 1
+        self.length = metrics["completions/mean_length"]
+        self.graded |= metrics["graded"] > 0
+        self.rewarded |= metrics["graded"] > 0 and metrics["reward"] != 0
+        zero = metrics["reward"] == 0 and metrics["reward_std"] == 0  # neither is so where nothing is graded
+        return self._news(
+            {
+                "nothing_graded": metrics["graded"] == 0,
+                "few_graded": 0 < metrics["graded"] < FEW,
+                "zero_reward": zero,
+                "equal_rewards": not zero and metrics["graded"] > 0 and metrics["frac_reward_zero_std"] == 1,
+                "all_cut": metrics["completions/clipped_ratio"] == 1,
+                "beyond_context": metrics["tokens"] > metrics["positions"],
+            }
+        )
+
+    def see_updates(self, metrics: Mapping[str, float]) -> list[str]:
+        """Note the updates of a rollout batch. Returns the symptoms that are new.
+
+        Args:
+            metrics (`dict`): `entropy` of the language model policy, and where there are, `kl` (of the penalty) and `kl_old`
+                (between the policy that sampled and the one that is updated); nats a token, means over the updates.
+        """
+        entropy = metrics["entropy"]
+        if self.first_entropy is None:
+            self.first_entropy = entropy
+        return self._news(
+            {
+                "entropy_collapse": entropy * self.length < COLLAPSE,
+                "entropy_jump": not entropy <= self.first_entropy + JUMP,  # NaN too
+                "kl_explosion": metrics.get("kl", 0.0) > KL,
+                "policy_jump": metrics.get("kl_old", 0.0) > DRIFT,
+            }
+        )
+
+    def _news(self, found: Mapping[str, bool]) -> list[str]:
+        """Count what a batch shows, and tell what has come to count."""
+        self.in_a_row |= {name: self.in_a_row.get(name, 0) + 1 if here else 0 for name, here in found.items()}
+        news = [name for name in self.present if name not in self.said]
+        self.said += news
+        return news
+
+    @property
+    def present(self) -> list[str]:
+        """The symptoms that hold now."""
+        return [name for name, batches in self.in_a_row.items() if batches >= PATIENCE[name]]
+
+    @property
+    def never_graded(self) -> bool:
+        """Whether there were rollout batches, and not one answer that was graded."""
+        return self.batches > 0 and not self.graded
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return asdict(self)
