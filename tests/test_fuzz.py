@@ -19,6 +19,7 @@ from bupo.analysis.options import AnalyzeOptions
 from bupo.commands.main import main
 from bupo.commands.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
+from bupo.ranges import hints_of, kinds_of, words_of
 from bupo.training.config import BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.inputs import TrainOptions
@@ -106,6 +107,9 @@ VALUES += [[[]], {"a": {"a": [1]}}, "a\0b", "\ufffe"]
 TEXTS = st.sampled_from(NUMBERS) | st.sampled_from(WORDS) | st.sampled_from(FILE_NAMES) | st.text(max_size=8)
 
 
+counted: list = []
+
+
 class Reached(BaseException):
     """Nothing was refused."""
 
@@ -114,17 +118,36 @@ def reached(*arguments, **options):
     raise Reached
 
 
+def plausible(kind):
+    """Values that a field of this type may well take."""
+    words = str(kind)
+    choices = [str(getattr(word, "value", word)) for each in kinds_of(kind) for word in words_of(each)]
+    if choices:
+        return st.sampled_from(choices)
+    if "bool" in words:
+        return st.sampled_from(["true", "false"])
+    if "int" in words:
+        return st.sampled_from(["1", "2", "4", "8"])
+    if "float" in words:
+        return st.sampled_from(["0.1", "0.5", "1", "2"])
+    return TEXTS
+
+
+HINTS = {name: hint for classes in OPTIONS.values() for each in classes for name, hint in hints_of(each).items()}
+
+
 @st.composite
 def command_lines(draw):
-    """A command, its flags, and what a YAML file gives it."""
+    """A command, its flags, and what a YAML file gives it: of values that may do, of any, or of both."""
     command = draw(st.sampled_from(["train", "train", "eval", "analyze", "sample", "demo"]))
     names = st.sampled_from(NAMES[command])
-    plain = FAULTLESS[command].split() if draw(st.integers(0, 5)) else []
-    flags = draw(st.lists(st.tuples(names, TEXTS), max_size=3))
-    file = draw(st.dictionaries(names, TEXTS | st.sampled_from(VALUES), max_size=2))
-    words = [f"--{name}={value}" if draw(st.booleans()) else [f"--{name}", value] for name, value in flags]
-    flat = [word for part in words for word in (part if isinstance(part, list) else [part])]
-    return command, [*plain, *flat], file
+    wild = draw(st.sampled_from([0, 0, 1, 2]))  # options whose value is anything
+    tame = [(name, draw(plausible(HINTS[name]))) for name in draw(st.lists(names, max_size=3))]
+    flags = [*tame, *((draw(names), draw(TEXTS)) for _ in range(wild))]
+    file = draw(st.dictionaries(names, TEXTS | st.sampled_from(VALUES), max_size=1)) if wild else {}
+    plain = FAULTLESS[command].split() if draw(st.integers(0, 9)) else []
+    words = [[f"--{name}={value}"] if draw(st.booleans()) else [f"--{name}", value] for name, value in flags]
+    return command, [*plain, *(word for part in words for word in part)], file
 
 
 def whole(before, here):
@@ -174,6 +197,31 @@ def fuzz(count):
     )
 
 
+# of what may be accepted, what costs minutes, starts processes or asks for other hardware
+COSTLY = (
+    "torch_compile",
+    "dataloader",
+    "full_determinism",
+    "fsdp",
+    "ddp",
+    "local_rank",
+    "batch",
+    "size",
+    "steps",
+    "eval",
+)
+
+
+def trained(words, here, capfd):
+    """Train what was not refused for two updates, into a folder of its own. A refusal is still one line."""
+    short = "--max_steps 2 --max_new_tokens 8 --output trained --overwrite true --save_strategy no --report_to none"
+    status = main(["train", *words, *short.split()])
+    told = capfd.readouterr().err
+    complaints = [line for line in told.splitlines() if line.startswith("bupo: error: ")]
+    assert "Traceback" not in told and status in (0, 2) and len(complaints) == (status == 2), told
+    shutil.rmtree(here / "trained", ignore_errors=True)
+
+
 @given(command_lines())
 @fuzz(60)
 def test_random_options(inside, capfd, monkeypatch, case):  # noqa: F811
@@ -184,4 +232,9 @@ def test_random_options(inside, capfd, monkeypatch, case):  # noqa: F811
 @given(command_lines())
 @fuzz(300 if SHORT else 2000)
 def test_many_random_options(inside, capfd, monkeypatch, case):  # noqa: F811
-    explored(case, inside, capfd, monkeypatch)
+    command, words, file = case
+    taken = explored(case, inside, capfd, monkeypatch)
+    if taken and command == "train" and not file and not any(name in " ".join(words[24:]) for name in COSTLY):
+        counted.append(case)
+        if len(counted) % 4 == 0:
+            trained(words, inside, capfd)

@@ -119,7 +119,7 @@ def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[
 
 def _check_kind(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
     """Words, texts and lists; what has another type is left to whoever reads it."""
-    words = [word for kind in kinds for word in _words(kind)] or list(choices or ())
+    words = [word for kind in kinds for word in words_of(kind)] or list(choices or ())
     if words:
         check_word(name, value.value if isinstance(value, Enum) else value, words)
     elif kinds == [bool]:
@@ -149,7 +149,7 @@ def _check_text(name: str, value: Any) -> None:
         raise UserError(f"{name} must be text, got {abridged(value)}, which holds a byte that is none")
 
 
-def _words(kind: Any) -> tuple:
+def words_of(kind: Any) -> tuple:
     """The values of a Literal or an Enum."""
     if get_origin(kind) is Literal:
         return get_args(kind)

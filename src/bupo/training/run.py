@@ -43,7 +43,7 @@ from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
-from bupo.training.setup import check_model, check_prompts, sources
+from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
 from bupo.training.stopping import ending
 from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
@@ -178,6 +178,8 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
         )
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
+    if notice := said_of_phases(config):
+        say(notice)
     say(f"run {config.output_dir}: the first rollout batch is being sampled")
     return trainer
 
