@@ -4,6 +4,7 @@ import os
 import shutil
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,9 @@ from bupo.training.rehearsal import rehearse
 from bupo.training.setup import said_of_phases
 from tests.bad_inputs import FILES, ROWS
 
+ANALYZE: Any = AnalyzeOptions  # for values that its types refuse
+EVAL: Any = EvalOptions
+TRAIN: Any = TrainOptions
 MODEL = Path(__file__).parents[1] / "src" / "bupo" / "embedded" / "model"
 
 
@@ -224,25 +228,25 @@ def test_what_trl_trains_with_is_not_refused(options):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: bupo.analyze("embedded", AnalyzeOptions(size="x", output="o")), "size must be a whole number"),
-        (lambda: bupo.analyze("embedded", AnalyzeOptions(temperature=nan, output="o")), "temperature must be positive"),
-        (lambda: bupo.analyze("embedded", AnalyzeOptions(lens="zzz", output="o")), "lens must be raw or final_norm"),
-        (lambda: bupo.analyze("embedded", AnalyzeOptions(output="")), "output is empty"),
-        (lambda: bupo.evaluate("embedded", EvalOptions(k=1.5, output="o")), "k must be a whole number"),
-        (lambda: bupo.evaluate("embedded", EvalOptions(benchmarks=[1], output="o")), "benchmarks must be text, got 1"),
-        (lambda: bupo.evaluate("embedded", EvalOptions(engine="zzz", output="o")), "engine must be transformers"),
-        (lambda: bupo.evaluate("embedded", EvalOptions(layer=9, output="o")), "layer 9 does not exist"),
+        (lambda: bupo.analyze("embedded", ANALYZE(size="x", output="o")), "size must be a whole number"),
+        (lambda: bupo.analyze("embedded", ANALYZE(temperature=nan, output="o")), "temperature must be positive"),
+        (lambda: bupo.analyze("embedded", ANALYZE(lens="zzz", output="o")), "lens must be raw or final_norm"),
+        (lambda: bupo.analyze("embedded", ANALYZE(output="")), "output is empty"),
+        (lambda: bupo.evaluate("embedded", EVAL(k=1.5, output="o")), "k must be a whole number"),
+        (lambda: bupo.evaluate("embedded", EVAL(benchmarks=[1], output="o")), "benchmarks must be text, got 1"),
+        (lambda: bupo.evaluate("embedded", EVAL(engine="zzz", output="o")), "engine must be transformers"),
+        (lambda: bupo.evaluate("embedded", EVAL(layer=9, output="o")), "layer 9 does not exist"),
         (
-            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=9), TrainOptions(dataset="arithmetic")),
+            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=9), TRAIN(dataset="arithmetic")),
             "internal_layer: layer 9 does not exist: embedded has layers 1 to 8",
         ),
         (
-            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=5), TrainOptions("arithmetic", size=0)),
+            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=5), TRAIN("arithmetic", size=0)),
             "size must be 1 or more, got 0",
         ),
         (
             lambda: bupo.train(
-                "embedded", BuPOConfig("o", internal_layer=5), TrainOptions("arithmetic", reward_funcs="os.path")
+                "embedded", BuPOConfig("o", internal_layer=5), TRAIN("arithmetic", reward_funcs="os.path")
             ),
             "'os.path' is a module",
         ),
