@@ -21,7 +21,8 @@ import bupo
 from bupo import AnalyzeOptions, UserError
 from bupo.analysis.measure import MEASURES, measure
 from bupo.analysis.rollouts import read_rollouts
-from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, settled, similarity, stages
+from bupo.analysis.stages import ranges_of, stages
+from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, settled, similarity
 from bupo.commands.main import main
 from bupo.model.loading import load_model, load_tokenizer, model_path
 from bupo.model.residual import ResidualStream
@@ -61,6 +62,48 @@ def test_a_model_without_a_boundary_says_why():
     found = stages(sums_of([-1.0, -0.2, -0.6], spread=0.1))
     assert found["boundary_layer"] is None and found["boundary_shares"] == {0: 1.0}
     assert "no layer's dH_FFN is positive beyond doubt" in found["explanation"] and "in layer 2" in found["explanation"]
+
+
+@pytest.mark.parametrize(
+    ("means", "ranges", "pattern"),
+    [
+        ([1] * 6 + [0] * 20 + [-1] * 10, [[1, 6], [7, 26], [27, 36]], "progressive"),  # the paper's Qwen3-4B
+        ([0.2] * 26 + [-1] * 2, [[1, 26], None, [27, 28]], "abrupt"),
+        ([0.2] * 10 + [0] * 16 + [-1] * 2, [[1, 10], [11, 26], [27, 28]], "abrupt"),
+        ([-1] * 8, [None, None, [1, 8]], "neither"),
+        ([1, -1] * 4, [[1, 1], None, [2, 8]], "neither"),
+        ([1, 0, -1, 0, -1, -1, -1, -1], [[1, 1], [2, 2], [3, 8]], "progressive"),
+    ],
+)
+def test_ranges_and_pattern(means, ranges, pattern):
+    found = stages(sums_of([float(mean) for mean in means], spread=0.05))
+    if means != [1, -1] * 4:  # there several cuts are as good
+        assert list(found["ranges"].values()) == ranges
+    assert found["pattern"] == pattern and found["verdict"].startswith(pattern)
+
+
+def test_ranges_are_the_best_of_all():
+    """Against every cut, written out once more; of several, the one whose middle changes least."""
+    rng = np.random.default_rng(0)
+    names = np.array(["exploration", "integration", "convergence"])
+    for _ in range(30):
+        size = int(rng.integers(1, 9))
+        own, mean = rng.integers(0, 3, size), rng.standard_normal(size)
+        ranges, fit = ranges_of(names[own].tolist(), mean)
+        cuts = [(a, b) for a in range(size + 1) for b in range(a, size + 1)]
+        wanted = [np.repeat([0, 1, 2], [a, b - a, size - b]) for a, b in cuts]
+        agree = [(own == stage).mean() for stage in wanted]
+        assert fit == max(agree)
+        got = np.concatenate([np.full(e[1] - e[0] + 1, i) for i, e in enumerate(ranges.values()) if e])
+        assert (own == got).mean() == fit
+        middles = [np.abs(mean[a:b]).sum() for (a, b), share in zip(cuts, agree, strict=True) if share == fit]
+        assert np.abs(mean[got == 1]).sum() == pytest.approx(min(middles))
+
+
+def test_the_papers_rule_stands_beside():
+    found = stages(sums_of([1.0, 0.02, -0.5], spread=0.001))
+    assert (found["boundary_layer"], found["paper_boundary_layer"]) == (1, 2)
+    assert "by the paper's rule, the last layer with a positive mean, it would be layer 2" in found["explanation"]
 
 
 def test_settled():
@@ -184,7 +227,7 @@ def test_analyze_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dH ffn" in printed and "positive beyond doubt" in printed
     table = pd.read_parquet(out / "layers.parquet")
-    assert len(table) == 14 * 8 and set(table["measure"]) == set(MEASURES)
+    assert len(table) == 15 * 8 and set(table["measure"]) == set(MEASURES)
     tokens = pd.read_parquet(out / "embedded" / "raw" / "tokens.parquet")
     per_layer = tokens.groupby("layer")["d_entropy_ffn"].mean()
     wanted = table[table["measure"] == "d_entropy_ffn"].set_index("layer")["mean"]

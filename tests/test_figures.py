@@ -155,7 +155,7 @@ def test_pass_draws_both_runs(tmp_path):
 
 def layers_table(layers=4):
     """`layers.parquet` and `summary.json` of one model."""
-    names = [f"entropy_{kind}" for kind in ("layer", "attn", "ffn", "attn_input", "ffn_input")]
+    names = [f"entropy_{kind}" for kind in ("layer_input", "layer", "attn", "ffn")]
     names += ["d_entropy_attn", "d_entropy_ffn", "cosine_attn", "cosine_ffn", "kl_next", "kl_language_model"]
     rows = [
         {"model": "a", "measure": name, "layer": layer, "mean": layer + i / 9, "low": layer - 0.5, "high": layer + 2.0}
@@ -172,7 +172,11 @@ def test_analysis_draws_the_table(tmp_path):
     figures = analysis_figures(table, [model], tmp_path)
     values = {str(name): rows[["layer", "mean"]].to_numpy().tolist() for name, rows in table.groupby("measure")}
     (flow,) = figures["entropy_flow"].axes
-    assert lines(flow) == [values[f"entropy_{kind}"] for kind in ("layer", "attn", "ffn", "attn_input", "ffn_input")]
+    through = [[0, values["entropy_layer_input"][0][1]]]  # one line: H^0, then each layer's three
+    for layer in range(1, 5):
+        steps = zip(("attn", "ffn", "layer"), (2 / 3, 1 / 3, 0), strict=True)
+        through += [[layer - ahead, values[f"entropy_{kind}"][layer - 1][1]] for kind, ahead in steps]
+    np.testing.assert_allclose(lines(flow)[0], through)
     assert flow.get_title(loc="left") == "a  (raw lens)"
     attn, ffn = figures["entropy_change"].axes
     for axis, name in ((attn, "d_entropy_attn"), (ffn, "d_entropy_ffn")):
@@ -198,7 +202,7 @@ def test_analysis_draws_what_there_is(tmp_path):
     table = table[~table["measure"].isin(["entropy_attn", "cosine_ffn", "d_entropy_ffn"])]
     figures = analysis_figures(table, [model, model], tmp_path)
     assert len(figures["kl_similarity"].axes) == 2  # the first panel of each model
-    assert len(lines(figures["entropy_flow"].axes[1])[0]) == 1
+    assert len(lines(figures["entropy_flow"].axes[1])[0]) == 3  # H^0, F^1 and H^1
 
 
 PROGRAM = """

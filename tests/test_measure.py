@@ -48,6 +48,7 @@ def naive(model, prompt, answer, lens="raw", temperature=1.0):
         own, below = Site("layer", n), Site("layer", n - 1)
         for kind in ("attn_input", "attn", "ffn_input", "ffn", "layer"):
             found[f"entropy_{kind}"].append(entropy(Site(kind, n)))
+        found["entropy_layer_input"].append(entropy(below))
         found["d_entropy_layer"].append(entropy(own) - entropy(below))
         found["d_entropy_attn"].append(entropy(Site("attn", n)) - entropy(Site("attn_input", n)))
         found["d_entropy_ffn"].append(entropy(Site("ffn", n)) - entropy(Site("ffn_input", n)))

@@ -19,7 +19,7 @@ def test_python_block(tmp_path, monkeypatch):
     torch.manual_seed(0)
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
-    assert list(names["run"].updates["phase"]) == [1, 2] and len(names["report"].table) == 14 * 8
+    assert list(names["run"].updates["phase"]) == [1, 2] and len(names["report"].table) == 15 * 8
     assert 0 <= names["scores"].benchmarks["arithmetic"]["avg@k"] <= 1
     for folder in ("readme", "readme-analysis", "readme-eval"):
         assert (tmp_path / "runs" / folder / "run.json").exists()

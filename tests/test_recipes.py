@@ -22,7 +22,7 @@ ALWAYS_RUN = ("qwen3-4b/bupo", "octothinker-3b/ppo", "cpu/embedded-bupo", "cpu/e
 LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b": 32, "cpu": 30}
 METHODS = {"bupo", "grpo", "rloo", "reinforce++", "ppo"}
 OF_A_METHOD = {
-    "internal_layer", "internal_steps", "internal_lens", "advantage_estimator", "critic_learning_rate", "value_clip",
+    "internal_layer", "internal_steps", "internal_guard", "internal_lens", "advantage_estimator", "critic_learning_rate", "value_clip",
     "gae_gamma", "gae_lambda", "critic_backbone", "frozen_up_to_layer", "slow_above_layer", "slow_factor", "output",
 }  # fmt: skip
 
@@ -99,23 +99,63 @@ def test_a_models_recipes_differ_in_the_method_only(model):
         assert common == {key: value for key, value in recipes["bupo"].items() if key not in OF_A_METHOD}
 
 
-def test_the_papers_hyperparameters():
-    """Its table of settings, and the layers and lengths of the first phase."""
-    for model, layer, steps, length in (
-        ("qwen3-4b", 6, 30, 7168),
-        ("qwen3-8b", 6, 20, 7168),
-        ("octothinker-3b", 27, 20, 3072),
-        ("octothinker-8b", 31, 20, 3072),
-    ):
-        o = read(Path(model) / "bupo.yaml")
-        assert (o["internal_layer"], o["internal_steps"], o["max_new_tokens"]) == (layer, steps, length)
-        assert (o["learning_rate"], o["lr_scheduler_type"], o["temperature"], o["top_p"]) == (1e-6, "constant", 1, 1)
-        assert (o["epsilon"], o["delta"], o["beta"], o["max_grad_norm"]) == (0.2, 10, 0, 1)
-        answers = 8 * o["per_device_train_batch_size"]
-        assert answers * o["gradient_accumulation_steps"] == 32 * 8
-        assert answers * o["steps_per_generation"] == 128 * 8 and o["num_generations"] == 8
-        assert o["max_steps"] == 300 * 4 and o["size"] == 5000
-        assert read(Path(model) / "ppo.yaml")["critic_learning_rate"] == 1e-5
+# What the paper's runs are made of (its table of hyperparameters and its code, where that says more), by option. Of what differs
+# by model: in the order of `LAYERS`.
+PAPER = {
+    "learning_rate": 1e-6, "lr_scheduler_type": "constant", "num_generations": 8, "max_new_tokens": (7168, 7168, 3072, 3072),
+    "temperature": 1.0, "top_p": 1.0, "max_steps": 300 * 4, "size": 5000, "dataset": "zwhe99/DeepMath-103K",
+    "epsilon": 0.2, "beta": 0.0,
+    "loss_type": "dapo", "delta": 10.0, "max_grad_norm": 1.0, "bf16": True,  # its code: token mean, dual clip, autocast
+    "critic_learning_rate": 1e-5, "gae_gamma": 1.0, "gae_lambda": 1.0,
+    "internal_layer": (6, 6, 27, 31), "internal_steps": (30, 20, 20, 20), "internal_guard": False,
+    "frozen_up_to_layer": 6, "slow_above_layer": 6, "slow_factor": 0.1,
+    "vllm_importance_sampling_correction": False,
+}  # fmt: skip
+# What it does not say, or what depends on the machine
+OURS = {
+    "model", "prompt_column", "answer_column", "system_prompt", "chat_template", "chat_template_kwargs", "advantage_estimator",
+    "internal_lens", "critic_backbone", "value_clip", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "steps_per_generation", "gradient_checkpointing", "use_vllm", "vllm_mode", "save_strategy", "save_steps", "report_to", "output",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parts[0] != "cpu"], ids=str)
+def test_a_recipe_is_the_papers(recipe):
+    """Every value that the paper or its code gives, and the batch that it comes to on eight processes."""
+    options, place = read(recipe), list(LAYERS).index(recipe.parts[0])
+    assert set(options) <= set(PAPER) | OURS
+    wanted = {name: value[place] if isinstance(value, tuple) else value for name, value in PAPER.items()}
+    if recipe.stem not in ("bupo", "final-norm"):
+        wanted["internal_steps"] = 0
+    assert {name: options[name] for name in options if name in wanted} == {n: wanted[n] for n in options if n in wanted}
+    of_a_method = {
+        "critic_learning_rate",
+        "gae_gamma",
+        "gae_lambda",
+        "internal_layer",
+        "internal_guard",
+        "internal_steps",
+    }
+    of_a_method |= {"frozen_up_to_layer", "slow_above_layer", "slow_factor"}
+    assert set(PAPER) - of_a_method <= set(options)
+    answers = 8 * options["per_device_train_batch_size"]  # of eight processes
+    assert answers * options["gradient_accumulation_steps"] == 32 * 8  # 32 prompts an update
+    assert answers * options["steps_per_generation"] == 128 * 8  # 128 a rollout batch
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("bupo", {"internal_layer", "internal_steps", "internal_guard"}),
+        ("final-norm", {"internal_layer", "internal_steps", "internal_guard", "internal_lens"}),
+        ("ppo", {"critic_learning_rate", "gae_gamma", "gae_lambda", "value_clip"}),
+        ("frozen", {"frozen_up_to_layer"}),
+        ("slow", {"slow_above_layer", "slow_factor"}),
+    ],
+)
+def test_a_methods_own_options_are_there(name, needed):
+    recipes = [path for path in RECIPES if path.stem == name]
+    assert recipes and all(needed <= set(read(path)) for path in recipes)
 
 
 def test_templates():

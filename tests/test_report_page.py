@@ -83,7 +83,7 @@ def test_every_control(opened, tmp_path):
         page.click("#download")
     download.value.save_as(tmp_path / "layers.csv")
     rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
-    assert len(rows) == 2 * 14 * 8 and {row["model"] for row in rows} == set(labels)
+    assert len(rows) == 2 * 15 * 8 and {row["model"] for row in rows} == set(labels)
 
 
 def test_cells_by_keyboard(opened):

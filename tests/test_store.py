@@ -482,7 +482,7 @@ def test_several_models_are_one_report(tmp_path):
     tokenizer.save_pretrained(tmp_path / "other")
     report = bupo.analyze(["embedded", str(tmp_path / "other")], analysis(tmp_path / "run"))
     assert [model.label for model in report.models] == ["embedded", "other"]
-    assert set(report.table["model"]) == {"embedded", "other"} and len(report.table) == 2 * 14 * 8
+    assert set(report.table["model"]) == {"embedded", "other"} and len(report.table) == 2 * 15 * 8
     assert report.models[0].boundary_layer == report.models[1].boundary_layer
     with pytest.raises(UserError, match=r"choose one of \.models"):
         report.boundary_layer  # noqa: B018

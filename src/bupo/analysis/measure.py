@@ -23,6 +23,7 @@ BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a t
 # Per layer 1..L and token. Entropies and KLs in nats.
 ENTROPIES = ("attn_input", "attn", "ffn_input", "ffn", "layer")
 MEASURES = (
+    "entropy_layer_input",  # of H^(l-1), which the layer reads: fig. 2 begins with H^0
     *(f"entropy_{kind}" for kind in ENTROPIES),
     "d_entropy_layer",  # H(H^l) - H(H^(l-1)), eq. 11
     "d_entropy_attn",  # H(A^l) - H(what the attention reads), eq. 12
@@ -218,6 +219,7 @@ def _series(fold: Fold, num_layers: int) -> dict[str, torch.Tensor]:
     to_theta, to_next, pairs = fold.kl()
     log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
     return {
+        "entropy_layer_input": below,
         **{f"entropy_{kind}": value for kind, value in entropy.items()},
         "d_entropy_layer": entropy["layer"] - below,
         "d_entropy_attn": entropy["attn"] - entropy["attn_input"],

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from bupo.analysis.answers import Measured
-from bupo.analysis.tables import divergence, layer_table, perplexity, similarity, stages
+from bupo.analysis.stages import stages
+from bupo.analysis.tables import divergence, layer_table, perplexity, similarity
 from bupo.errors import UserError
 from bupo.files import in_one_piece, write_json
 from bupo.report.figures import analysis_figures
@@ -24,8 +25,12 @@ class ModelReport:
         stages (`list[str]`): by layer: exploration, integration, convergence, or undecided.
         boundary_layer (`int`, *optional*): the last layer whose dH_FFN is positive beyond doubt, counted from 1.
         boundary_shares (`dict[int, float]`): share of resamples in which a layer is the boundary; 0 stands for none.
+        paper_boundary_layer (`int`, *optional*): by the paper's rule: the last layer whose mean dH_FFN is positive.
         tolerance (`float`): nats: an entropy change within it is integration.
         explanation (`str`): the boundary in words.
+        ranges (`dict[str, list[int] | None]`): first and last layer of exploration, integration and convergence, as three
+            contiguous ranges; `fit` is the share of layers that agree.
+        pattern (`str`): progressive, abrupt or neither; `verdict` says it in words.
         similarity (`list[list[float]]`): `(L, L)`: mean cosine of H^l and H^m.
         kl (`list[list[float]]`, *optional*): `(L, L)`: mean KL of the layers' policies in nats, with `kl_pairs`.
         perplexity, entropy_language_model (`float`): of the answers under pi_theta, and its mean entropy in nats.
@@ -39,8 +44,13 @@ class ModelReport:
     stages: list[str]
     boundary_layer: int | None
     boundary_shares: dict[int, float]
+    paper_boundary_layer: int | None
     tolerance: float
     explanation: str
+    ranges: dict[str, list[int] | None]
+    fit: float
+    pattern: str
+    verdict: str
     similarity: list[list[float]]
     kl: list[list[float]] | None
     perplexity: float
@@ -51,10 +61,17 @@ class ModelReport:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds of it."""
-        names = ("meta", "stages", "boundary_layer", "boundary_shares", "tolerance", "explanation")
-        return {
-            name: getattr(self, name) for name in (*names, "perplexity", "entropy_language_model", "similarity", "kl")
-        }
+        names = [
+            "meta",
+            "stages",
+            "boundary_layer",
+            "boundary_shares",
+            "paper_boundary_layer",
+            "tolerance",
+            "explanation",
+        ]
+        names += ["ranges", "fit", "pattern", "verdict", "perplexity", "entropy_language_model", "similarity", "kl"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
+from bupo.analysis.measure import MEASURES
 from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
@@ -67,14 +68,7 @@ def analyze(
     check_template(options.chat_template)
     labels = _labels(names, options.output)
     given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
-    for name in (
-        names if given.model is None else ()
-    ):  # what is missing is found before the first is loaded and measured
-        tokenizer = load_tokenizer(name, **options.loading())
-        choose_template(tokenizer, options.chat_template)
-        config = load_config(name, **options.loading())
-        if options.rollouts and name == names[0]:
-            _read(options, tokenizer, config)
+    _look_ahead(names, given, options)
     reports: list[ModelReport] = []
     with sole_writer(options.output):
         for name, label in zip(names, labels, strict=True):
@@ -82,6 +76,16 @@ def analyze(
         report = AnalysisReport(tuple(reports), Path(options.output))
         write_report(report)
     return report
+
+
+def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> None:
+    """What is missing or refused is found before the first model is loaded and measured."""
+    for name in names if given.model is None else ():
+        tokenizer = load_tokenizer(name, **options.loading())
+        choose_template(tokenizer, options.chat_template)
+        config = load_config(name, **options.loading())
+        if options.rollouts and name == names[0]:
+            _read(options, tokenizer, config)
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def _measures(
         "measures",
         lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
         lambda index, sums: sums.line(),
-        {name: subject.meta[name] for name in names},
+        {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [digest(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},

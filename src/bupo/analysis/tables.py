@@ -15,7 +15,6 @@ import pandas as pd
 from bupo.analysis.measure import MEASURES, AnswerMeasures
 
 RESAMPLES = 2000
-TOLERANCE = 0.05  # nats: an entropy change within it is integration
 ARRAYS = ("total", "squares", "similarity", "kl")  # of an answer's sums
 SETTLED = 0.99  # level of the intervals that `--until settled` looks at
 SETTLED_ANSWERS = 8  # fewer answers settle nothing
@@ -127,57 +126,6 @@ def layer_table(answers: Sequence[AnswerSums], model: str) -> pd.DataFrame:
         for layer in range(resampled.mean.shape[1])
     ]
     return pd.DataFrame(rows)
-
-
-def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
-    """How the model reasons, read from `dH_FFN`: the stage of each layer and the boundary layer.
-
-    A layer explores where the whole 95 % interval of its mean `dH_FFN` lies above the tolerance, converges where it lies
-    below minus the tolerance, and integrates otherwise. The boundary layer is the last that explores: the last whose
-    `dH_FFN` is positive beyond doubt.
-
-    Returns:
-        `dict`: `stages` (by layer), `boundary_layer` (`int` or `None`), `boundary_shares` (by layer, the share of resamples in
-        which it is the last above the tolerance; 0 stands for none), `tolerance` (nats), `explanation`.
-    """
-    resampled, row = Resampled(answers), MEASURES.index("d_entropy_ffn")
-    low, high = (bound[row] for bound in resampled.interval())
-    mean = resampled.mean[row]
-    if np.isnan(low).any():
-        names, boundary, shares = ["undecided"] * len(mean), None, dict[int, float]()
-        explanation = "one answer leaves nothing to resample: measure more answers"
-    else:
-        names = [
-            "exploration" if a > tolerance else "convergence" if b < -tolerance else "integration"
-            for a, b in zip(low, high, strict=True)
-        ]
-        layers = np.arange(1, len(mean) + 1)
-        last = np.where(resampled.draws[:, row] > tolerance, layers, 0).max(1)
-        shares = {int(layer): float(np.mean(last == layer)) for layer in np.unique(last)}
-        sure = layers[low > tolerance]
-        boundary = int(sure[-1]) if len(sure) else None
-        explanation = _explained(boundary, shares, mean, low, high, tolerance)
-    return {
-        "stages": names,
-        "boundary_layer": boundary,
-        "boundary_shares": shares,
-        "tolerance": tolerance,
-        "explanation": explanation,
-    }
-
-
-def _explained(boundary: int | None, shares: dict[int, float], mean, low, high, tolerance: float) -> str:
-    """The boundary in words, from dH_FFN by layer: means and the bounds of their intervals."""
-    layer = boundary or int(mean.argmax()) + 1
-    number = f"{mean[layer - 1]:+.3f} nats [{low[layer - 1]:+.3f}, {high[layer - 1]:+.3f}]"
-    if boundary:
-        return (
-            f"layer {layer} is the last whose dH_FFN is positive beyond doubt: {number}; it is the last above "
-            f"{tolerance:g} in {100 * shares.get(layer, 0):.0f} % of resamples"
-        )
-    return (
-        f"no layer's dH_FFN is positive beyond doubt: the FFNs only converge; the largest is {number} in layer {layer}"
-    )
 
 
 def settled(answers: Sequence[AnswerSums]) -> bool:

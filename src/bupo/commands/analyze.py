@@ -26,10 +26,8 @@ def run(arguments: list[str]) -> None:
         report = analyze(options.model, options, noted=given, bar=bar)
     for model in report.models:
         console.print(_table(model))
-        console.print(
-            printable(f"{model.meta['model']}: template {model.meta['template']}"), highlight=False, markup=False
-        )
-        console.print(printable(f"{model.meta['model']}: {model.explanation}"), highlight=False, markup=False)
+        for line in (f"template {model.meta['template']}", model.explanation, model.verdict):
+            console.print(printable(f"{model.meta['model']}: {line}"), highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
     console.print(printable(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
 

@@ -12,6 +12,7 @@ from bupo.text import csv_cell
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
+    "entropy_layer_input": "entropy of the policy before the layer (nats)",
     "entropy_attn": "entropy of the ATTN policy (nats)",
     "entropy_ffn": "entropy of the FFN policy (nats)",
     "entropy_attn_input": "entropy of what ATTN reads (nats)",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bupo.analysis.measure import MEASURES, measure
-from bupo.analysis.tables import AnswerSums, Resampled, stages
+from bupo.analysis.stages import stages
+from bupo.analysis.tables import AnswerSums, Resampled
 from bupo.errors import UserError
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream

@@ -114,12 +114,7 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
             f"{folder} was made with the first phase {before}, the options say {planned}: go on with the same"
         )
     if state["layout"] == layout(trainer):
-        own = pieces_file(folder, trainer.accelerator.process_index)
-        if not own.exists():
-            raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
-        # of several processes on CPUs the device is cpu:0, which torch cannot load to
-        device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
-        saved = torch.load(own, map_location=device, weights_only=True)
+        saved = _own(trainer, folder)
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
         saved = state
@@ -136,6 +131,16 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
             part.load(state["parts"][name], trainer.rollout_batch)
         elif name == "critic":
             raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
+
+
+def _own(trainer: TRLTrainer, folder: Path) -> dict:
+    """This process' file."""
+    own = pieces_file(folder, trainer.accelerator.process_index)
+    if not own.exists():
+        raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
+    # of several processes on CPUs the device is cpu:0, which torch cannot load to
+    device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
+    return torch.load(own, map_location=device, weights_only=True)
 
 
 def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:

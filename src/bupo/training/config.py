@@ -187,6 +187,8 @@ class BuPOConfig(GRPOConfig):
         for name in ("temperature", "repetition_penalty"):  # transformers refuses 2 for 2.0, once it samples
             if type(getattr(self, name)) is int:
                 setattr(self, name, float(getattr(self, name)))
+        if isinstance(self.resume_from_checkpoint, bool):  # type: ignore[has-type]  # from Python
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower()  # type: ignore[has-type]
         if self.top_k == -1 and not self.use_vllm:  # type: ignore[has-type]
             self.top_k = 0  # off: -1 is vLLM's word for it
 

@@ -128,8 +128,7 @@ def train(
     with sole_writer(config.output_dir):
         if finished(config) is not None:
             return _finished(model, config, say)
-        checkpoint = begin(config, options.overwrite, say)
-        tokenizer = check_model(model, tokenizer, config, loading)
+        checkpoint, tokenizer = begin(config, options.overwrite, say), check_model(model, tokenizer, config, loading)
         say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
         sets = problems_of(options, config, problems, eval_problems, rewards)
         loaded = _loaded(model, tokenizer, sets, config, loading)

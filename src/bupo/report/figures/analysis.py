@@ -55,22 +55,35 @@ def _drawn(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Cal
     return figure
 
 
+def _of(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+    return rows[rows["measure"] == measure].dropna(subset=["mean"])
+
+
 def _line(axis: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str, **style: Any) -> None:
     """A measure over layers with its interval."""
-    part = rows[rows["measure"] == measure].dropna(subset=["mean"])
+    part = _of(rows, measure)
     axis.plot(part["layer"], part["mean"], color=colour, label=label, marker=".", ms=4, lw=1.2, **style)
     axis.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.18, lw=0)
 
 
 def _entropy_flow(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
-    for measure, colour, label, style in (
-        ("entropy_layer", BLUE, "layer output $H^l$", "-"),
-        ("entropy_attn", ORANGE, "ATTN write $A^l$", "-"),
-        ("entropy_ffn", GREEN, "FFN write $F^l$", "-"),
-        ("entropy_attn_input", ORANGE, "what ATTN reads", ":"),
-        ("entropy_ffn_input", GREEN, "what FFN reads", ":"),
+    """One line through the model: H^0, then ATTN's write, the FFN's and the output of each layer."""
+    steps = [_of(rows, "entropy_layer_input").iloc[:1].assign(layer=0)]
+    for measure, ahead in (("entropy_attn", 2 / 3), ("entropy_ffn", 1 / 3), ("entropy_layer", 0)):
+        part = _of(rows, measure)
+        steps.append(part.assign(layer=part["layer"] - ahead))
+    line = pd.concat(steps).sort_values("layer")
+    axes[0].plot(line["layer"], line["mean"], color=GREY, lw=0.8, zorder=1)
+    for colour, label, marker, parts in (
+        (BLUE, "layer output $H^l$", "o", [steps[0], steps[3]]),
+        (ORANGE, "ATTN write $A^l$", "^", [steps[1]]),
+        (GREEN, "FFN write $F^l$", "s", [steps[2]]),
     ):
-        _line(axes[0], rows, measure, colour, label, ls=style)
+        points = pd.concat(parts)
+        bounds = [(points["mean"] - points["low"]).clip(lower=0), (points["high"] - points["mean"]).clip(lower=0)]
+        axes[0].errorbar(
+            points["layer"], points["mean"], bounds, color=colour, label=label, fmt=marker, ms=3, elinewidth=0.7
+        )
     axes[0].set_ylabel("entropy (nats)")
     axes[0].set_ylim(bottom=0)
     legend(axes[0], fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))

@@ -29,11 +29,21 @@ function drawCurve() {
   const traces = data.models.flatMap((m, i) => band(data.layers[m.meta.label][key], m.meta.label, colours[i % colours.length]));
   Plotly.react("curve", traces, layout(data.names[key]), config);
 }
-function drawFlow() {
-  const rows = data.layers[$("flowmodel").value];
-  const parts = [["entropy_layer", "layer output", 0], ["entropy_attn", "ATTN write", 1], ["entropy_ffn", "FFN write", 2],
-    ["entropy_attn_input", "what ATTN reads", 1, "dot"], ["entropy_ffn_input", "what FFN reads", 2, "dot"]];
-  Plotly.react("flow", parts.flatMap(([k, name, c, dash]) => band(rows[k], name, colours[c], dash)), layout("entropy (nats)"), config);
+function drawFlow() {  // one line through the model: H^0, then each layer's ATTN write, FFN write and output
+  const rows = data.layers[$("flowmodel").value], at = (name, i) => ["mean", "low", "high"].map(k => rows[name][k][i]);
+  const points = [{ x: 0, kind: 0, name: "H^0", values: at("entropy_layer_input", 0) }];
+  rows.entropy_layer.mean.forEach((_, i) => [["entropy_attn", "A", 1], ["entropy_ffn", "F", 2], ["entropy_layer", "H", 0]]
+    .forEach(([key, letter, kind], step) => points.push({ x: i + (step + 1) / 3, kind, name: `${letter}^${i + 1}`, values: at(key, i) })));
+  const line = { x: points.map(p => p.x), y: points.map(p => p.values[0]), mode: "lines", line: { color: css("--soft"), width: 1 },
+    hoverinfo: "skip", showlegend: false };
+  const marks = [["layer output", "circle"], ["ATTN write", "triangle-up"], ["FFN write", "square"]].map(([name, symbol], kind) => {
+    const own = points.filter(p => p.kind === kind);
+    return { x: own.map(p => p.x), y: own.map(p => p.values[0]), name, mode: "markers", marker: { color: colours[kind], size: 6, symbol },
+      error_y: { type: "data", symmetric: false, thickness: 1, width: 0, array: own.map(p => p.values[2] - p.values[0]),
+        arrayminus: own.map(p => p.values[0] - p.values[1]) }, text: own.map(p => p.name), customdata: own.map(p => p.values),
+      hovertemplate: "%{text}: %{y:.4f}  [%{customdata[1]:.4f}, %{customdata[2]:.4f}]<extra></extra>" };
+  });
+  Plotly.react("flow", [line, ...marks], layout("entropy (nats)", { hovermode: "closest" }), config);
 }
 function drawSimilarity() {
   const kind = $("pairs").value, z = modelOf($("simmodel").value)[kind], axis = z.map((_, i) => i + 1);
