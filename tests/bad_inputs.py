@@ -474,6 +474,7 @@ TRAINING_FILES = [
     bad("train", "--resume_from_checkpoint /no/checkpoint", "/no/checkpoint"),
     bad("train", "--resume_from_checkpoint ''", "resume_from_checkpoint"),
     bad("train", "--resume_from_checkpoint file", "file"),
+    bad("train", f"--resume_from_checkpoint {LONG}", "resume_from_checkpoint", "no such folder"),
 ]
 
 EVAL = [
