@@ -128,7 +128,9 @@ FILES: dict[str, str | bytes] = {
     "named-run/checkpoint-abc/trainer_state.json": "{}",
     "finished/summary.json": '{"benchmarks": {"arith',
     "numbers/summary.json": "7",
-    "strangers/summary.json": '{"benchmarks": {"math500": {}}}',
+    "strangers/summary.json": '{"schema_version": 99, "benchmarks": {"math500": {}}}',
+    "wordy/summary.json": '{"schema_version": "x", "benchmarks": {"arithmetic": {}}}',
+    "older/summary.json": '{"schema_version": 1, "benchmarks": {"arithmetic": {}}}',
     "kept-cut/arithmetic/settings.json": '{"problems": [',
     "kept-cut/arithmetic/answers.jsonl": "{}\n",
     "kept-bare/arithmetic/settings.json": "{}",
@@ -474,6 +476,7 @@ TRAINING_FILES = [
     bad("train", "--resume_from_checkpoint /no/checkpoint", "/no/checkpoint"),
     bad("train", "--resume_from_checkpoint ''", "resume_from_checkpoint"),
     bad("train", "--resume_from_checkpoint file", "file"),
+    bad("train", f"--resume_from_checkpoint {LONG}", "resume_from_checkpoint", "no such folder"),
 ]
 
 EVAL = [
@@ -518,6 +521,8 @@ EVAL = [
     bad("eval", "--compare finished", "summary.json cannot be read"),
     bad("eval", "--compare numbers", "summary.json"),
     bad("eval", "--compare strangers", "strangers holds none of arithmetic"),
+    bad("eval", "--compare wordy", "wordy/summary.json cannot be read"),
+    bad("eval", "--compare older", "older was graded by an earlier version"),
     bad("eval", "--compare ''", "compare is empty"),
     bad("eval", "--adapter no-adapter", "adapter 'no-adapter'"),
     bad("eval", "--adapter adapter", "adapter 'adapter'"),

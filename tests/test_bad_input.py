@@ -2,16 +2,37 @@
 
 import os
 import shutil
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from transformers import AutoConfig, AutoModel
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig
 
+import bupo
+from bupo.analysis.options import AnalyzeOptions
 from bupo.commands import parsing
 from bupo.commands.main import main
+from bupo.commands.sample import SampleOptions
+from bupo.errors import UserError
+from bupo.evaluation.options import EvalOptions
+from bupo.options import RANGES as SHARED
+from bupo.ranges import LARGEST, check_number, hints_of, kinds_of
+from bupo.training.config import BuPOConfig
+from bupo.training.demo import DemoOptions
+from bupo.training.inputs import TrainOptions
+from bupo.training.ranges import MODEL_RANGES, RANGES, STEPS
+from bupo.training.rehearsal import rehearse
+from bupo.training.setup import said_of_phases
 from tests.bad_inputs import FILES, ROWS
 
+ANALYZE: Any = AnalyzeOptions  # for values that its types refuse
+EVAL: Any = EvalOptions
+TRAIN: Any = TrainOptions
 MODEL = Path(__file__).parents[1] / "src" / "bupo" / "embedded" / "model"
 
 
@@ -73,9 +94,10 @@ def one_parser():
             action.default = default
         return made[key][0]
 
-    Parser, parsing._Parser = parsing._Parser, parser
-    yield
-    parsing._Parser = Parser
+    Parser = parsing._Parser
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "_Parser", parser)
+        yield
 
 
 @pytest.fixture
@@ -96,3 +118,150 @@ def test_one_line_and_nothing_left(inside, capfd, row):
     assert not [part for part in row.says if part not in complaints[0]], complaints[0]
     assert len(complaints[0]) < 1000
     assert seen(inside.parent) == before
+
+
+NUMBERS_OF = (TrainOptions, BuPOConfig, ModelConfig, EvalOptions, AnalyzeOptions, SampleOptions, DemoOptions)
+
+
+def test_every_number_has_a_range():
+    """An option that a newer TRL adds shows up here."""
+    own = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEPS}  # looked at by name
+    named = {*RANGES, *MODEL_RANGES, *SHARED, *own}
+    elsewhere = {
+        "k",
+        "attn",
+        "ffn",
+        "top",
+        "max_tokens",
+        "steps",
+        "problems",
+        "eval_size",
+    }  # in the command's own check
+    for options in NUMBERS_OF:
+        for name, hint in hints_of(options).items():
+            if any(kind in (int, float) for kind in kinds_of(hint)):
+                known = name in named | elsewhere or not options.__dataclass_fields__[name].init
+                assert known, f"{options.__name__}.{name} takes any number: give it a range"
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("[0, 1)", (0, 0.5, np.float64(0)), (1, -0.1, nan, True, "0", None)),
+        ("(0, inf)", (1e-9, 10**9), (0, inf, -inf, nan)),
+        ("[0, inf]", (0, inf), (-inf, nan)),
+        ("whole [1, inf)", (1, LARGEST, np.int64(3)), (0, 1.0, LARGEST + 1, True, nan, "1")),
+        ("(-inf, inf)", (0, -1e300), (inf, -inf, nan, 10**400)),
+        ("[-inf, inf]", (inf, -inf), (nan,)),
+    ],
+)
+def test_ranges(interval, inside, outside):
+    for value in inside:
+        check_number("x", value, interval)
+    for value in outside:
+        with pytest.raises(UserError, match=r"^x must .*, got "):
+            check_number("x", value, interval)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, 0 or more, got '1e-4'"),
+        ({"learning_rate": None}, "learning_rate must be set"),
+        ({"seed": 1.0}, "seed must be a whole number, from 0 to 4294967295, got 1.0"),
+        ({"num_generations": None}, "num_generations must be 2 or more, got None"),
+        ({"lr_scheduler_kwargs": [1]}, "lr_scheduler_kwargs must be a mapping"),
+        ({"report_to": "none", "optim": "zzz"}, "optim must be adamw_torch, "),
+        ({"internal_lens": "zzz"}, "internal_lens must be raw or final_norm, got 'zzz'"),
+        ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
+        ({"internal_layer": True}, "internal_layer must be a layer from 1 up, or auto, got True"),
+        ({"internal_layer": 2**40}, "internal_layer must be a layer from 1 up, or auto, got 1099511627776"),
+    ],
+)
+def test_a_configuration_from_python(options, says):
+    with pytest.raises(UserError) as raised:
+        BuPOConfig(**{"output_dir": "o", "internal_layer": 1, **options})
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": -1},
+        {"max_steps": 0},
+        {"max_steps": 3, "num_train_epochs": -1},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"top_k": None},
+        {"top_p": None},
+        {"min_p": None},
+        {"temperature": 2},
+        {"save_steps": 0.25},
+        {"save_steps": 0, "save_strategy": "no"},
+        {"save_total_limit": 0},
+        {"max_grad_norm": 0},
+        {"max_grad_norm": None},
+        {"max_grad_norm": float("inf")},
+        {"epsilon": float("inf")},
+        {"warmup_steps": 0.1},
+        {"scale_rewards": False},
+        {"scale_rewards": "False"},
+        {"num_generations_eval": 0},
+        {"pad_to_multiple_of": "none"},
+        {"report_to": ["none"]},
+        {"entropy_coef": -0.1},
+        {"eval_steps": 0},
+        {"label_names": None},
+        {"optim": OptimizerNames.SGD},
+        {"lr_scheduler_kwargs": '{"num_cycles": 2}', "lr_scheduler_type": "cosine"},
+        {"hub_token": None},
+        {"seed": np.int64(3)},
+        {"gradient_checkpointing": None},
+    ],
+    ids=str,
+)
+def test_what_trl_trains_with_is_not_refused(options):
+    config = BuPOConfig("o", internal_layer=1, **options)
+    rehearse(config, ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: bupo.analyze("embedded", ANALYZE(size="x", output="o")), "size must be a whole number"),
+        (lambda: bupo.analyze("embedded", ANALYZE(temperature=nan, output="o")), "temperature must be positive"),
+        (lambda: bupo.analyze("embedded", ANALYZE(lens="zzz", output="o")), "lens must be raw or final_norm"),
+        (lambda: bupo.analyze("embedded", ANALYZE(output="")), "output is empty"),
+        (lambda: bupo.evaluate("embedded", EVAL(k=1.5, output="o")), "k must be a whole number"),
+        (lambda: bupo.evaluate("embedded", EVAL(benchmarks=[1], output="o")), "benchmarks must be text, got 1"),
+        (lambda: bupo.evaluate("embedded", EVAL(engine="zzz", output="o")), "engine must be transformers"),
+        (lambda: bupo.evaluate("embedded", EVAL(layer=9, output="o")), "layer 9 does not exist"),
+        (
+            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=9), TRAIN(dataset="arithmetic")),
+            "internal_layer: layer 9 does not exist: embedded has layers 1 to 8",
+        ),
+        (
+            lambda: bupo.train("embedded", BuPOConfig("o", internal_layer=5), TRAIN("arithmetic", size=0)),
+            "size must be 1 or more, got 0",
+        ),
+        (
+            lambda: bupo.train(
+                "embedded", BuPOConfig("o", internal_layer=5), TRAIN("arithmetic", reward_funcs="os.path")
+            ),
+            "'os.path' is a module",
+        ),
+    ],
+)
+def test_calls_from_python(tmp_path, monkeypatch, call, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as raised:
+        call()
+    assert says in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_inside_its_first_phase_is_told():
+    config = BuPOConfig("o", internal_layer=1, internal_steps=3, steps_per_generation=2, max_steps=5)
+    assert "takes 3 rollout batches of 2 updates, and max_steps is 5" in said_of_phases(config)
+    for changes in ({"max_steps": 6}, {"max_steps": -1}, {"internal_steps": 2}):
+        given: dict = {"internal_steps": 3, "steps_per_generation": 2, "max_steps": 5, **changes}
+        assert said_of_phases(BuPOConfig("o", internal_layer=1, **given)) is None

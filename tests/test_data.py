@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -135,3 +136,22 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"dataset 'nobody/nothing' .* cannot be loaded.*give a hub id"):
         load_problems("nobody/nothing")
+
+
+def test_a_file_that_is_not_ours_to_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    monkeypatch.setattr("bupo.data.problems.os.access", lambda path, mode: False)  # who tests may be root
+    with pytest.raises(UserError, match="p.jsonl cannot be read: it is not yours"):
+        load_problems(path)
+
+
+def test_rows_of_files_are_as_they_stand(tmp_path):
+    """No guessing at dates, and columns that only some rows have."""
+    rows = [{"question": "1+1", "answer": "2024-01-01"}, {"question": "2+2", "answer": "4", "more": 1}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    pd.DataFrame(rows).to_parquet(tmp_path / "p.parquet")
+    for path in (write(tmp_path / "p.jsonl", rows), *(tmp_path / n for n in ("list.json", "lines.json", "p.parquet"))):
+        problems = load_problems(str(path))
+        assert problems["answer"] == ["2024-01-01", "4"]
+        assert [messages[0]["content"] for messages in problems["prompt"]] == ["1+1", "2+2"]

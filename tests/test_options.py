@@ -91,6 +91,13 @@ def test_our_words_are_trls():
         parse(TRAIN, ["--internal_steps", "0", "--batch_size", "4"], "bupo train")
 
 
+def test_transformers_old_word_for_overwrite():
+    flags = ["--overwrite_output_dir", "true", "--internal_steps", "0"]
+    assert parse((TrainOptions, BuPOConfig, ModelConfig), flags, "bupo train")[0].overwrite
+    with pytest.raises(UserError, match=r"overwrite_output_dir and overwrite are both given"):
+        parse((Short,), ["--overwrite_output_dir", "true", "--overwrite", "true"], "bupo x")
+
+
 def test_former_words_warn(capsys):
     line = ["--dataset_size", "5", "--eval-dataset-name", "e", "--dataset_test_split", "t", "--internal_steps", "0"]
     (options, *_) = parse(TRAIN, line, "bupo train")

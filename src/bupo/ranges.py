@@ -5,7 +5,7 @@ numbers. No whole number lies beyond `LARGEST`, and no range holds NaN.
 """
 
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from functools import cache
@@ -71,7 +71,7 @@ class Range(NamedTuple):
         return f"be {kind + ', ' if kind else ''}{bound}{most if too_large and not kind else ''}"
 
 
-def shown(value: Any) -> str:
+def abridged(value: Any) -> str:
     """A value for a message, however large it is."""
     text = _SHOWN.repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
@@ -81,14 +81,14 @@ def check_number(name: str, value: Any, interval: str, what: str | None = None) 
     """Raises [`UserError`] for a value that is no number of the interval. `what` says it in words of the option's own."""
     allowed = Range.read(interval)
     if not allowed.holds(value):
-        raise UserError(f"{name} must {f'be {what}' if what else allowed.says(value)}, got {shown(value)}")
+        raise UserError(f"{name} must {f'be {what}' if what else allowed.says(value)}, got {abridged(value)}")
 
 
 def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
     """Raises [`UserError`] for a value that is none of the words."""
     if value not in list(words):
         *most, last = map(str, words)
-        raise UserError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {shown(value)}")
+        raise UserError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {abridged(value)}")
 
 
 def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[str] = ()) -> None:
@@ -102,7 +102,7 @@ def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[
     Raises:
         UserError: for the first value that is refused.
     """
-    hints = hints_of(type(options))
+    hints = hints_of(type(options))  # type: ignore[arg-type]
     for option in fields(options):
         name, hint = option.name, hints[option.name]
         if not option.init:
@@ -119,17 +119,17 @@ def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[
 
 def _check_kind(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
     """Words, texts and lists; what has another type is left to whoever reads it."""
-    words = [word for kind in kinds for word in _words(kind)] or list(choices or ())
+    words = [word for kind in kinds for word in words_of(kind)] or list(choices or ())
     if words:
         check_word(name, value.value if isinstance(value, Enum) else value, words)
     elif kinds == [bool]:
         if value not in (True, False):
-            raise UserError(f"{name} must be true or false, got {shown(value)}")
+            raise UserError(f"{name} must be true or false, got {abridged(value)}")
     elif kinds == [str]:
         _check_text(name, value)
     elif len(kinds) == 1 and get_origin(kinds[0]) is list:
         if not isinstance(value, list | tuple | str):
-            raise UserError(f"{name} must be a list, got {shown(value)}")
+            raise UserError(f"{name} must be a list, got {abridged(value)}")
         for item in [value] if isinstance(value, str) else value:  # one word is a list of one
             _check_item(name, item, get_args(kinds[0])[0])
 
@@ -143,13 +143,13 @@ def _check_item(name: str, item: Any, kind: Any) -> None:
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str | PathLike):
-        raise UserError(f"{name} must be text, got {shown(value)}")
+        raise UserError(f"{name} must be text, got {abridged(value)}")
     text = str(value)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{name} must be text, got {shown(value)}, which holds a byte that is none")
+        raise UserError(f"{name} must be text, got {abridged(value)}, which holds a byte that is none")
 
 
-def _words(kind: Any) -> tuple:
+def words_of(kind: Any) -> tuple:
     """The values of a Literal or an Enum."""
     if get_origin(kind) is Literal:
         return get_args(kind)
@@ -157,7 +157,7 @@ def _words(kind: Any) -> tuple:
 
 
 @cache
-def hints_of(options: type) -> dict[str, Any]:
+def hints_of(options: Hashable) -> dict[str, Any]:
     """The types of a dataclass' fields, which take time to look up."""
     return get_type_hints(options)
 

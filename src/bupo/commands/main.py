@@ -1,11 +1,13 @@
 """`bupo COMMAND …`: finds the command and runs it."""
 
 import importlib
+import os
 import sys
 import warnings
 
 import bupo
 from bupo.commands.ending import ended
+from bupo.commands.output import lasting_output
 from bupo.text import shown
 
 TRACEBACK = "--traceback"
@@ -35,6 +37,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    lasting_output()
     given = sys.argv[1:] if argv is None else argv
     argv = [word for word in given if word != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -47,9 +50,20 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if not _here():
+        print("bupo: error: the working folder is gone: change to one that exists", file=sys.stderr)
+        return 2
     # transformers warns its own callers of names it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     return ended(lambda: importlib.import_module(f"bupo.commands.{name}").run(options), TRACEBACK in given)
+
+
+def _here() -> bool:
+    """Whether the working folder exists: torch does not even load without one."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from trl import TrlParser
 
 from bupo.errors import UserError, others
 from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
-from bupo.ranges import hints_of, kinds_of, shown
+from bupo.ranges import abridged, hints_of, kinds_of
 
 CONFIG = "--config"
 # what a YAML file may give where an option is one value
@@ -111,7 +111,9 @@ def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"config file {path} must contain a YAML mapping")
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
-        raise UserError(f"env of config file {path} must be a mapping of environment variables, got {shown(variables)}")
+        raise UserError(
+            f"env of config file {path} must be a mapping of environment variables, got {abridged(variables)}"
+        )
     variables = {str(name): str(value) for name, value in variables.items()}
     with others(f"env of config file {path} sets what no environment can hold", ValueError, OSError):
         os.environ.update(variables)
@@ -168,7 +170,7 @@ def _typed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
         allowed = SCALARS.get(kinds[0]) if len(kinds) == 1 else None
         whole = not (isinstance(value, bool) and kinds[0] in (int, float)) if allowed else True
         if allowed and value is not None and not (isinstance(value, allowed) and whole):
-            raise UserError(f"{name} must be one {kinds[0].__name__}, got {shown(value)}")
+            raise UserError(f"{name} must be one {kinds[0].__name__}, got {abridged(value)}")
         found[name] = str(value) if kinds == [str] and isinstance(value, int | float | date) else value
     return found
 

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from pyarrow.parquet import read_schema
+from datasets.table import InMemoryTable
+from pyarrow.parquet import read_table
 
 from bupo.data.arithmetic import arithmetic_problem
 from bupo.errors import UserError, first_line, others
@@ -143,35 +144,44 @@ def _from_file(path: Path) -> Dataset:
         raise UserError(f"{path} is empty")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read: it is not yours to read")
-    with others(f"{path} cannot be read", OSError):
-        _check_rows(path)
-    with others(lambda error: f"{path} cannot be read as {path.suffix[1:]}: {first_line(error.__cause__ or error)}"):
-        return load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    # not by load_dataset, which keeps a copy in the home folder and logs tracebacks of its own
+    with others(f"{path} cannot be read as {path.suffix[1:]}"):
+        if path.suffix == ".parquet":
+            return Dataset(InMemoryTable(read_table(path, partitioning=None)))
+        return Dataset.from_dict(_columns(_rows_of(path)))
 
 
-def _check_rows(path: Path) -> None:
-    """Refuse what is no table, with its line: `datasets` would log a traceback of its own."""
-    if path.suffix == ".parquet":
-        with others(f"{path} cannot be read as parquet"):
-            read_schema(path)
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} cannot be read as {path.suffix[1:]}: it is not UTF-8 ({error.reason} at {error.start})"
-        ) from error
+def _columns(rows: list[dict]) -> dict[str, list]:
+    """Rows as columns; what a row lacks is None."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _rows_of(path: Path) -> list[dict]:
+    """The rows of a JSON file: one a line, or a list of them.
+
+    Raises:
+        UserError: with the line that is none.
+    """
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        with suppress(ValueError):  # one value, or else lines
+        with suppress(ValueError):  # of lines, no one value
             value = json.loads(text)
-            if isinstance(value, dict) or (isinstance(value, list) and all(isinstance(row, dict) for row in value)):
-                return
+            rows = value if isinstance(value, list) else [value]
+            if all(isinstance(row, dict) for row in rows):
+                return rows
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                raise ValueError("a row is a mapping")
+            row = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} cannot be read as {path.suffix[1:]}: {error}") from error
+        if row is not None and not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {number} cannot be read as {path.suffix[1:]}: a row is a mapping, got {row!r:.80}"
+            )
+        rows += [row] if row is not None else []
+    return rows
 
 
 def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:

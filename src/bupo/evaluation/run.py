@@ -280,10 +280,10 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
         raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
     try:
         summary = dict(json.loads(path.read_text()))
-        theirs = dict(summary["benchmarks"])
+        theirs, version = dict(summary["benchmarks"]), int(summary.get("schema_version", 0))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
-    if summary.get("schema_version", 0) < SCHEMA:
+    if version < SCHEMA:
         raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")

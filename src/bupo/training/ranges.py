@@ -21,12 +21,12 @@ from bupo.ranges import (
     POSITIVE,
     SHARE,
     WHOLE,
+    abridged,
     check_number,
     check_options,
     check_word,
     hints_of,
     kinds_of,
-    shown,
 )
 
 PORT = "whole [0, 65535]"
@@ -148,7 +148,7 @@ MODEL_RANGES = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE}
 
 def check_training(config: Any) -> None:
     """Raises [`UserError`] for the first option of a run that has another type, or lies out of its range."""
-    hints = hints_of(type(config))
+    hints = hints_of(type(config))  # type: ignore[arg-type]
     check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*NONE_TOO})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
@@ -189,14 +189,14 @@ def _check_mapping(name: str, value: Any) -> None:
         return
     if isinstance(value, str) and name in FILES_TOO and not value.startswith("{"):
         if name == "accelerator_config" and not Path(value).is_file():  # the others are read where they are used only
-            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {shown(value)}")
+            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {abridged(value)}")
         return
     try:
         wrong = not isinstance(json.loads(value), dict) or not value.startswith("{")
     except (ValueError, TypeError):
         wrong = True
     if wrong:
-        raise UserError(f"{name} must be a mapping, as JSON on the command line, got {shown(value)}")
+        raise UserError(f"{name} must be a mapping, as JSON on the command line, got {abridged(value)}")
 
 
 def _check_padding(value: Any) -> None:
@@ -204,4 +204,4 @@ def _check_padding(value: Any) -> None:
         return
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number > 0):
-        raise UserError(f"pad_to_multiple_of must be a whole number, 1 or more, auto or none, got {shown(value)}")
+        raise UserError(f"pad_to_multiple_of must be a whole number, 1 or more, auto or none, got {abridged(value)}")

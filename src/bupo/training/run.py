@@ -21,7 +21,7 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import others
+from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
 from bupo.model.loading import load_model
@@ -44,12 +44,14 @@ from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
-from bupo.training.setup import check_model, check_prompts, sources
+from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
 from bupo.training.stopping import ending
 from bupo.training.trackers import continue_events
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import updates_of
 
+# by which libraries refuse, while a run goes, what they were given
+REFUSALS = (ValueError, ImportError, NotImplementedError)
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
@@ -176,6 +178,8 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
         )
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
+    if notice := said_of_phases(config):
+        say(notice)
     say(f"run {config.output_dir}: the first rollout batch is being sampled")
     return trainer
 
@@ -189,7 +193,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
-        with messages.in_one_line():
+        refusal = others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS)
+        with refusal, messages.in_one_line():
             trainer.train(resume_from_checkpoint=checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")

@@ -112,6 +112,18 @@ def _reads_images(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
     return any(hasattr(config, part) for part in ("vision_config", "audio_config"))
 
 
+def said_of_phases(config: BuPOConfig) -> str | None:
+    """What a run that ends inside its first phase is told: it may be meant so, or `internal_steps` counts other things."""
+    updates = config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps
+    batches = config.first_phase.batches
+    if not 0 < config.max_steps < batches * updates:
+        return None
+    return (
+        f"the first phase takes {batches} rollout batches of {updates} updates, and max_steps is {config.max_steps}: the run "
+        "ends inside it, and the whole policy is never optimised"
+    )
+
+
 def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream | None:
     """The model's residual stream, proven, with every layer that the options name.
 

@@ -53,7 +53,11 @@ def damage(folder: Path) -> str | None:
 
     One without a manifest, by an earlier version or another trainer, is judged by the files that are needed.
     """
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # too long a name, or none
+        there = False
+    if not there:
         return "there is no such folder"
     listed = folder / MANIFEST_FILE
     if listed.exists():
