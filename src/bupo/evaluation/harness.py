@@ -197,7 +197,12 @@ def _kept_as_json(folder: Path) -> Iterator[None]:
         return tuple(found) if isinstance(found, list) else found  # a log-likelihood, and whether it is the greatest
 
     pickling = sqlitedict.SqliteDict
-    sqlitedict.SqliteDict = functools.partial(pickling, encode=json.dumps, decode=read)
+
+    class Readable(pickling):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, encode=json.dumps, decode=read, **kwargs)
+
+    sqlitedict.SqliteDict = Readable
     try:
         yield
     finally:
