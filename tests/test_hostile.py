@@ -256,7 +256,9 @@ def test_a_hostile_label_of_a_benchmark_writes_nothing(label, tmp_path, capsys, 
     train = ["train", "--model", "embedded", "--dataset", "arithmetic", "--internal_layer", "3", "--output", "run"]
     assert main([*train, "--eval_benchmarks", named]) == 2
     said = [line for line in capsys.readouterr().err.split("\n") if "bupo: error" in line]
-    assert len(said) == 2 and not STEERING.search("".join(said)) and all("names no folder inside" in line for line in said)
+    assert (
+        len(said) == 2 and not STEERING.search("".join(said)) and all("names no folder inside" in line for line in said)
+    )
     assert [path.name for path in tmp_path.rglob("*")] == ["p.jsonl"]
 
 
