@@ -127,7 +127,7 @@ def test_hostile_names_do_nothing_in_a_terminal():
     for table in score_tables(summary):
         console.print(table)
     lines = ConsoleLines(console)
-    lines.live = object()
+    lines.live = object()  # type: ignore[assignment]
     logs = {"eval_rollout_batches": 1} | {f"eval_{MARKUP}/{name}": 0.5 for name in ("avg@4", "low", "high")}
     lines.on_log(None, None, None, logs)
     text = console.export_text(styles=False)

@@ -1,5 +1,6 @@
 """The options of an evaluation."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -89,8 +90,8 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
         self._check_engine()
         if self.temperature == 0 and self.k > 1:
             raise UserError(f"temperature 0 gives {self.k} answers that are the same: set k to 1")
-        if not self.deadline > 0:
-            raise UserError(f"deadline must be positive, got {self.deadline}")
+        if not 0 < self.deadline < math.inf:
+            raise UserError(f"deadline must be a positive number of seconds, got {self.deadline}")
 
     def _check_engine(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files
