@@ -1,5 +1,6 @@
 """The options of an evaluation."""
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
