@@ -381,11 +381,12 @@ def test_a_reward_that_fails_keeps_its_type_and_is_named(tmp_path):
     def short(completions, **kwargs):
         return [0.0]
 
-    for rewards, kind, message, note in (
+    cases: list[tuple] = [
         ([broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
         ([token_reward, broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
         ([short], ValueError, "'short' returned 1 rewards, but 16 were expected", "reward function short failed"),
-    ):
+    ]
+    for rewards, kind, message, note in cases:
         trainer = BuPOTrainer(model_of(), rewards, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER)
         with pytest.raises(kind, match=message) as raised:
             trainer.train()

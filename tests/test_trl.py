@@ -74,7 +74,7 @@ def bupo(model, folder, reward=token_reward, *, problems=FEW, options_=None, pha
     return trainer
 
 
-FIRST = {"internal_layer": 1, "internal_steps": 9, "internal_guard": False, "probe_every": 0}
+FIRST: dict = {"internal_layer": 1, "internal_steps": 9, "internal_guard": False, "probe_every": 0}
 
 
 def assert_same(mine, theirs, exact=False):
@@ -87,7 +87,7 @@ def assert_same(mine, theirs, exact=False):
             theirs[name],
             atol=0 if exact else 5e-5,
             rtol=0 if exact else 1e-3,
-            msg=lambda m, n=name: f"{n}: {m}",
+            msg=name,
         )
 
 
@@ -104,10 +104,14 @@ def assert_first_phase(before, model, layer=1):
 # -- what a sampler says -------------------------------------------------------------------------------------------------
 
 
+def unshifted(row, place):
+    return 0.0
+
+
 class Sampler:
     """A `rollout_func`: fixed random answers, with pi_theta's own log-probs and what is added to them, by answer and place."""
 
-    def __init__(self, model, shift=lambda row, place: 0.0):
+    def __init__(self, model, shift=unshifted):
         self.model, self.shift, self.rows = model, shift, 0
 
     def __call__(self, prompts, trainer):
@@ -156,7 +160,7 @@ def test_answers_on_policy_are_not_masked_in_phase_one(tmp_path, monkeypatch, al
     }  # updates hardly move the layer
     if aligned:
         changes["gradient_accumulation_steps"] = 2
-    seen = off_policy(tmp_path, lambda row, place: 0.0, monkeypatch, **changes)
+    seen = off_policy(tmp_path, unshifted, monkeypatch, **changes)
     negative = sum((update["advantages"] < 0).sum() for update in seen)
     assert negative > 0 and all((update["kept"] == 1).all() for update in seen)
 
@@ -193,7 +197,8 @@ def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_pa
         model, token_reward, args, train_dataset=FEW, processing_class=TOKENIZER, rollout_func=sampler
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
-    trainer.loss = lambda m, i, inner=trainer.loss: (seen.append(dict(i)), inner(m, i))[1]
+    loss = trainer.loss
+    trainer.loss = lambda m, i: (seen.append(dict(i)), loss(m, i))[1]
     trainer.train()
     inputs, mask = seen[0], seen[0]["completion_mask"].bool()
     by_hand = torch.exp(-0.25 * (torch.arange(mask.size(1)) % 2)).expand(mask.shape)
@@ -204,7 +209,7 @@ def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_pa
 
 # -- mixtures of experts -------------------------------------------------------------------------------------------------
 
-DENSE_FIRST = {
+DENSE_FIRST: dict[str, dict] = {
     "qwen3_moe": {**MOE, "num_experts": 4, "mlp_only_layers": [0]},
     "ernie4_5_moe": {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
@@ -256,7 +261,7 @@ PER_LAYER = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 # families whose residual stream bupo does not understand, and what their configs add
-WHOLE = {
+WHOLE: dict[str, dict] = {
     "phi": TWO,
     "cohere": TWO | {"logit_scale": 0.25},
     "opt": TWO | {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -414,7 +419,8 @@ def test_a_pad_token_that_is_the_eos_token_changes_nothing(tmp_path):
         bupo(model, tmp_path / "a", phases={**FIRST, "internal_steps": 1}, processing_class=tokenizer)
         runs.append(model)
     assert TOKENIZER.pad_token_id != TOKENIZER.eos_token_id
-    assert_same(*runs, exact=True)
+    first, second = runs
+    assert_same(first, second, exact=True)
 
 
 # -- every option --------------------------------------------------------------------------------------------------------
@@ -566,6 +572,7 @@ class Adder:
 
     def reset(self, **kwargs) -> str | None:
         self.calls = 0
+        return None
 
     def add(self, a: int, b: int) -> int:
         """Adds two numbers.
