@@ -143,7 +143,7 @@ OPTIONS: dict[str, Row] = {
     "average_tokens_across_devices": trains(average_tokens_across_devices=False),
     "max_grad_norm": trains(max_grad_norm=0.1),
     "label_smoothing_factor": trains(label_smoothing_factor=0.1),
-    "bf16": trains(bf16=True),
+    "bf16": trains(bf16=True, optim="sgd", learning_rate=0.1),
     "fp16": elsewhere("needs a GPU"),
     "bf16_full_eval": trains(bf16_full_eval=True),
     "fp16_full_eval": elsewhere("needs a GPU"),
