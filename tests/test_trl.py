@@ -16,6 +16,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     ProcessorMixin,
     TrainerCallback,
 )
@@ -358,7 +362,29 @@ def test_models_that_read_images_are_refused_before_the_set_up(tmp_path):
     seeing.config.vision_config = {}
     with pytest.raises(UserError, match="reads images"):
         bupo(seeing, tmp_path / "a", processing_class=None)
+    with pytest.raises(UserError, match="reads images"):  # as the sixth argument
+        args = BuPOConfig(**options(tmp_path / "a", **FIRST))
+        BuPOTrainer(model, token_reward, args, FEW, None, Processor())
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_model_with_an_image_tower_trains_on_text(tmp_path):
+    """With a tokenizer TRL trains it as a text model, and so do both phases."""
+
+    def model():
+        torch.manual_seed(0)
+        sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = CLIPVisionConfig(**sees, image_size=8, patch_size=4, projection_dim=16)
+        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TWO), image_token_index=5)
+        return LlavaForConditionalGeneration(config)
+
+    mine, theirs, first = model(), model(), model()
+    bupo(mine, tmp_path / "a", options_=PLAIN)
+    grpo(theirs, tmp_path / "b", options_=PLAIN)
+    assert_same(mine, theirs)
+    bupo(first, tmp_path / "c", phases=FIRST)
+    assert_first_phase(dict(snapshot(model())), first)
 
 
 # -- epochs, logs --------------------------------------------------------------------------------------------------------
