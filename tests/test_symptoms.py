@@ -165,6 +165,7 @@ QUICK = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_compl
 FREE = {"generation_kwargs": {"forced_eos_token_id": 1}}  # no answer is cut
 
 
+@pytest.mark.slow
 def test_a_reward_that_ignores_its_answers_is_said_once(tmp_path, caplog):
     said, rows = run(tmp_path, lambda completions, **k: [0.5] * len(completions), caplog, **QUICK, **FREE, max_steps=10)
     assert len(said) == 1 and "rollout batch 3: all answers to each prompt got one reward (mean 0.5) in 3" in said[0]
@@ -243,6 +244,7 @@ def test_few_grades_do_not_end_a_run(tmp_path, caplog):
     assert "most answers got no finite reward (25% did)" in " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_was_graded_fails_at_its_end(tmp_path, caplog):
     with pytest.raises(UserError, match="no answer of 2 rollout batches was graded"):
         run(tmp_path, lambda completions, **k: [None] * len(completions), caplog, **QUICK, **FREE, max_steps=4)

@@ -159,15 +159,11 @@ def off_policy(folder, shift, monkeypatch, **changes):
     return seen
 
 
-@pytest.mark.parametrize(
-    "aligned", [False, True]
-)  # True: one update a rollout batch, for which TRL keeps no old log-probs
+# with one update a rollout batch, for which TRL keeps no old log-probs, and with two
+@pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_answers_on_policy_are_not_masked_in_phase_one(tmp_path, monkeypatch, aligned):
-    changes = {
-        "max_steps": 2,
-        "learning_rate": 1e-7,
-        "off_policy_mask_threshold": 1e-3,
-    }  # updates hardly move the layer
+    # updates hardly move the layer
+    changes = {"max_steps": 2, "learning_rate": 1e-7, "off_policy_mask_threshold": 1e-3}
     if aligned:
         changes["gradient_accumulation_steps"] = 2
     seen = off_policy(tmp_path, unshifted, monkeypatch, **changes)
@@ -228,8 +224,11 @@ DENSE_FIRST: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("family", DENSE_FIRST)
-@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("ernie4_5_moe", 1), ("qwen3_moe", 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_moe", 1), ("ernie4_5_moe", 2))],
+)
 def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
     """At layer 1 no router runs: the loss of balance is 0. At layer 2 one does, and it is that router's, computed by hand."""
     model = model_of(family, **DENSE_FIRST[family], num_hidden_layers=3, router_aux_loss_coef=0.1)
@@ -305,7 +304,7 @@ WHOLE: dict[str, dict] = {
     "qwen3_5_text": TWO | LINEAR,
     "qwen3_next": TWO | LINEAR | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 24},
 }
-FAST_FAMILIES = ("phi", "cohere")
+FAST_FAMILIES = ("cohere",)
 
 
 def whole_model(kind, seed=0):
@@ -417,6 +416,7 @@ def test_without_a_first_phase_later_epochs_are_trls(tmp_path):
     assert_same(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_trls_to_the_bit_over_epochs(tmp_path):
     mine, theirs = whole_model("phi"), whole_model("phi")
     epochs = {"num_train_epochs": 3, "max_steps": -1}
@@ -442,6 +442,7 @@ def test_what_stands_in_args_place_is_refused_with_the_way(tmp_path):
         BuPOTrainer(small(), token_reward, args, train_dataset=FEW)
 
 
+@pytest.mark.slow
 def test_a_pad_token_that_is_the_eos_token_changes_nothing(tmp_path):
     """TRL masks by lengths and by the first eos, so the padding's own id is never looked at."""
     runs = []
@@ -457,7 +458,7 @@ def test_a_pad_token_that_is_the_eos_token_changes_nothing(tmp_path):
 
 # -- every option --------------------------------------------------------------------------------------------------------
 
-FAST_OPTIONS = ("beta", "top_entropy_quantile", "loss_type", "auto_find_batch_size")
+FAST_OPTIONS = ("top_entropy_quantile", "auto_find_batch_size")
 TRIED = [name for name, row in OPTIONS.items() if row.outcome != ELSEWHERE]
 
 
@@ -559,7 +560,7 @@ def cases():
     }
 
 
-FAST_CASES = ("async reward", "rollout_func")
+FAST_CASES = ("async reward",)
 
 
 @pytest.mark.parametrize(
