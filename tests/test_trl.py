@@ -328,6 +328,7 @@ def test_a_family_that_is_not_understood_trains_as_a_whole(tmp_path, kind):
         assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_model_has_evaluations_a_penalty_and_an_estimator(tmp_path):
     whole_model("phi").save_pretrained(tmp_path / "model")
     mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
