@@ -1,6 +1,5 @@
 """The options of an evaluation."""
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
