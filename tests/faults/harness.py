@@ -121,8 +121,8 @@ def names_in(folder: Path) -> set[str]:
     return {path for path in paths if not path.startswith("runs/") and path != "printed.txt"}
 
 
-def unequal(one: Any, other: Any, where: str = "") -> str:
-    """The first place where two nested values differ, times left out; empty where none does."""
+def unequal(one: Any, other: Any, where: str = "", within: float = 0.0) -> str:
+    """The first place where two nested values differ, times left out; empty where none does. Floats may `within` a distance."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return "" if torch.equal(one, other) else f"{where} differs"
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
@@ -140,8 +140,10 @@ def unequal(one: Any, other: Any, where: str = "") -> str:
         if isinstance(one, str) and one[:1] in "{[":
             return unequal_json(one, other, where)
         same = one == other or (one != one and other != other)  # a NaN is itself
+        if isinstance(one, float) and isinstance(other, float) and within:
+            same = same or abs(one - other) <= within
         return "" if same else f"{where}: {one!r} and {other!r}"
-    return next((what for name, a, b in pairs if (what := unequal(a, b, name))), "")
+    return next((what for name, a, b in pairs if (what := unequal(a, b, name, within))), "")
 
 
 def unequal_json(one: str, other: str, where: str) -> str:

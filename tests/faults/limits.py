@@ -23,4 +23,4 @@ def no_room_for_the_model() -> None:
 
 
 def no_room_for_the_optimizer() -> None:
-    _full_from_the_second_save(6 << 20)
+    _full_from_the_second_save(5 << 20)

@@ -153,7 +153,9 @@ def test_a_killed_evaluation_or_analysis_ends_as_the_whole_one(zygote, tmp_path,
         assert zygote.run(*argv, folder=folder, kill=kill).status == KILLED
         ended = zygote.run(*argv, folder=folder)
         assert ended.status == 0, ended.output
-        assert unequal(json.loads((folder / "run" / "summary.json").read_text()), expected) == ""
+        found = json.loads((folder / "run" / "summary.json").read_text())
+        within = {"eval": 0.0, "analyze": 1e-5}[command]  # what is measured after a kill is in other batches
+        assert unequal(found, expected, within=within) == ""
 
 
 def test_the_comparison_sees_what_differs(zygote, wholes, tmp_path):
