@@ -423,6 +423,7 @@ def test_code_that_a_model_wrote_sees_no_secret(monkeypatch):
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_tokens_reach_no_file(tmp_path):
     """Of a whole run: config, arguments, model card, metrics, checkpoints."""
     config = {
