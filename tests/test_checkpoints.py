@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -15,9 +16,11 @@ from transformers.integrations import TensorBoardCallback
 from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
+from bupo.training.folder import mark_finished
 from bupo.training.metrics_file import read_metrics
 from bupo.training.run import train
 from bupo.training.saving import STAGING, recover
+from bupo.training.schedule import Schedule, Stage
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -44,6 +47,16 @@ def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward,
         say=said.append,
     )
     return said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Figures take as long as these runs: `make test-faults` compares them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "bupo.training.run.draw", lambda folder, rows, title: (folder / "training.png").write_text(str(rows))
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +189,7 @@ def test_what_was_left_undone_is_done(finished, folder):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
     common = {"max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     run(tmp_path / "long", **common)
@@ -225,7 +239,11 @@ def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+    "error",
+    [
+        RuntimeError("PytorchStreamWriter failed"),
+        pytest.param(OSError(errno.ENOSPC, "No space left on device"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_leaves_the_former_checkpoints(tmp_path, monkeypatch, error):
     real, calls = torch.save, []
@@ -303,6 +321,7 @@ class Stopped(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_inside_a_rollout_batch_goes_on(finished, tmp_path):
     folder = tmp_path / "run"
     run(folder, callbacks=[Stopped()])
@@ -342,3 +361,17 @@ def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
     callback.tb_writer, callback.logging_dir = None, "/logs"
     trackers.continue_events([callback], tmp_path, 0)
     assert asked[-1] == ("/logs", 0)
+
+
+def test_a_finished_run_with_an_adapter_is_finished_too(tmp_path):
+    config = BuPOConfig(str(tmp_path), **OPTIONS, resume_from_checkpoint=True)
+    adapted = get_peft_model(model_of(), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data.fill_(0.5)
+    adapted.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
+    mark_finished(config, 6, Schedule((Stage(2, 1),)))
+    done = train(model_of(), config, tokenizer=TOKENIZER, problems=ROWS, reward_funcs=[token_reward])
+    assert done.schedule == Schedule((Stage(2, 1),)) and done.metrics == [{"step": 6}]
+    expected = dict(adapted.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in done.model.named_parameters())

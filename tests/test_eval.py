@@ -530,7 +530,8 @@ def test_the_template_is_chosen_by_the_model():
         (["--model", "nowhere"], "nowhere"),
         (["--chat_template", "nope"], "chat_template must be"),
         (["--dtype", "int4"], "dtype must be auto"),
-        (["--deadline", "0"], "deadline must be positive"),
+        (["--deadline", "0"], "deadline must be a positive number of seconds, got 0"),
+        (["--deadline", "inf"], "deadline must be a positive number of seconds, got inf"),
         (
             ["--compare", "/nowhere", "--k", "1", "--size", "1", "--max_new_tokens", "2"],
             "/nowhere holds no finished evaluation",

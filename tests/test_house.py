@@ -17,7 +17,7 @@ FLOORS = [
     ("analysis", "evaluation"),
     ("report", "sampling"),
     ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges"),
-    ("files", "lock", "signals", "errors", "text", "version"),
+    ("files", "lock", "signals", "launch", "errors", "text", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -30,7 +30,7 @@ def trap(tmp_path):
 
 @pytest.fixture
 def alone():
-    grader = MathGrader(processes=1)
+    grader = MathGrader(deadline=60.0, processes=1)
     yield grader
     grader.close()
 
@@ -49,6 +49,13 @@ def test_no_module_of_the_working_folder_is_imported(trap, tmp_path, monkeypatch
         monkeypatch.setattr(sys, "path", [place, *sys.path])
     assert alone.grade(*HALF) == ["correct"]
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, alone):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert alone.grade(*HALF) == ["correct"]
 
 
 def test_libraries_that_are_on_an_absolute_path_only_are_found(tmp_path, monkeypatch, alone):
@@ -74,6 +81,7 @@ def test_a_child_has_no_secret_no_files_and_little_time(monkeypatch, alone):
         names = {entry.partition("=")[0] for entry in file.read().split("\0") if entry}
     assert names <= {"OMP_NUM_THREADS", "LD_LIBRARY_PATH"}
     assert os.readlink(f"{here}/cwd") == "/"
+    assert os.getsid(child_of(alone)) == child_of(alone)  # Ctrl-C in the terminal does not reach it
     with open(f"{here}/limits") as file:
         limits = {line[:26].strip(): line[26:].split()[:2] for line in file}
     assert limits["Max file size"] == limits["Max core file size"] == limits["Max processes"] == ["0", "0"]
@@ -121,23 +129,26 @@ for line in sys.stdin:
 @pytest.mark.parametrize(
     "reply",
     [
-        "time.sleep(1.2); print(json.dumps({'verdict': 'correct', 'value': '1', 'strict': 'correct'}), flush=True)",
+        "time.sleep(1.2); print(json.dumps({'number': 1, 'verdict': 'correct', 'value': '1', 'strict': 'correct'}), flush=True)",
         "print('correct', flush=True)",
         "print('{}', flush=True); print('{}', flush=True)",
         "print('', flush=True)",
         r"sys.stdout.buffer.write(b'\xff\n'); sys.stdout.flush()",
         "print('{\"verdict\": \"corr', end='', flush=True)",
+        "print(json.dumps({'number': 2, 'verdict': 'correct', 'value': '1', 'strict': 'correct'}), flush=True)",
+        "print(json.dumps({'number': 1, 'verdict': 'right', 'value': '1', 'strict': 'correct'}), flush=True)",
         "sys.exit()",
     ],
-    ids=["late", "no JSON", "nothing said", "empty", "no text", "half a line", "dead"],
+    ids=["late", "no JSON", "nothing said", "empty", "no text", "half a line", "another's", "no verdict", "dead"],
 )
 def test_a_reply_that_is_late_or_none_is_a_time_out(tmp_path, monkeypatch, reply):
     """And is not taken for the next answer's."""
-    (tmp_path / "child.py").write_text(LATE.replace("REPLY", reply.replace("\\\\", "\\")))
+    (tmp_path / "child.py").write_text(LATE.replace("REPLY", reply))
     grader = MathGrader(deadline=1.0, processes=1)
     monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, str(tmp_path / "child.py")])
     assert grader.grade(*HALF) == ["timeout"]
     monkeypatch.undo()
+    grader.deadline = 60.0
     assert grader.grade(["\\boxed{\\frac{1}{3}}"], ["0.5"]) == ["wrong"]
     grader.close()
 

@@ -387,7 +387,8 @@ def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
 
     for estimator, silent in (("grpo", False), ("reinforce++", True), ("ppo", True)):
         caplog.clear()
-        args = config(tmp_path / estimator, max_steps=4, advantage_estimator=estimator)
+        pieces = {"per_device_train_batch_size": 16, "steps_per_generation": 1}
+        args = config(tmp_path / estimator, max_steps=3, advantage_estimator=estimator, **pieces)
         trainer = BuPOTrainer(model_of(), by_prompt, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
         trainer.train()
-        assert ("all answers to each prompt have one reward" in caplog.text) != silent
+        assert ("all answers to each prompt got one reward" in caplog.text) != silent

@@ -11,6 +11,7 @@ from bupo.commands.parsing import parse
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
 
+ROOT = Path(__file__).parents[1]
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -32,3 +33,13 @@ def test_yaml_block(tmp_path):
     assert config.generation_batch_size == 8 * 128 and config.logging_steps == 4
     assert problems.dataset == "problems.parquet" and model.model_name_or_path == "Qwen/Qwen3-4B"
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["internal_layer"] == config.internal_layer == 6
+
+
+def test_every_line_of_the_threat_list_has_its_test():
+    lines = [line for line in (ROOT / "docs" / "security.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) >= 20
+    for line in lines:
+        tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", line.rpartition(" | ")[2])
+        assert tests, line
+        for file, name in tests:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file} holds no {name}"

@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from math_verify import parse, verify
@@ -241,6 +243,34 @@ def test_the_record_is_math_verifys_on_every_case(case_grades):
     direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold, _ in grading_cases.CASES]
     assert [grade.verdict == "correct" for grade in case_grades] == direct
     assert not any(grade.verdict == "unevaluated" for grade in case_grades)
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "evaluation.md"
+
+
+def test_where_the_two_verdicts_differ_stands_in_the_docs(case_grades):
+    """Every case on which they do has a reason, and the table counts them."""
+    reasons = {answer: reason for reason, found in grading_cases.DIFFERENCES.items() for answer in found}
+    lenient, ours = Counter(), Counter()
+    for (answer, *_), grade in zip(grading_cases.CASES, case_grades, strict=True):
+        if grade.verdict == "correct" != grade.strict:
+            lenient[reasons.pop(answer)] += 1
+        elif grade.strict == "correct" != grade.verdict:
+            ours[reasons.pop(answer)] += 1
+    assert not reasons
+    for reason in grading_cases.DIFFERENCES:
+        assert (
+            f"| {reason} | {lenient[reason] or ''} | {ours[reason] or ''} |".replace("|  |", "| |") in DOCS.read_text()
+        )
+    wanted = [verdict == "correct" for _, _, verdict in grading_cases.CASES]
+    right = [[g.verdict == "correct" for g in case_grades], [g.strict == "correct" for g in case_grades]]
+    agree = [sum(a == b for a, b in zip(verdicts, wanted, strict=True)) for verdicts in right]
+    assert f"{len(wanted)} hand-written answers" in DOCS.read_text()
+    assert (
+        f"math-verify agrees with the mathematician on {agree[0]} of them, the strict verdict on {agree[1]}"
+        in DOCS.read_text()
+    )
+    assert f"; {len(wanted)} hand-written verdicts" in (DOCS.parents[1] / "README.md").read_text()
 
 
 def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ UPDATES = {"entropy": 0.35, "kl": 0.02, "kl_old": 0.02}
 NAN = float("nan")
 
 # what each symptom looks like beside what is healthy, in the rollouts or in the updates
-SICK = {
+SICK: dict[str, dict[str, float]] = {
     "nothing_graded": {"graded": 0.0, "reward": NAN, "reward_std": NAN, "frac_reward_zero_std": 0.0},
     "few_graded": {"graded": 0.4},
     "zero_reward": {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0},
@@ -39,7 +40,7 @@ SICK = {
     "policy_jump": {"kl_old": 5.1},
 }
 # the nearest that is no symptom yet
-ALMOST = {
+ALMOST: dict[str, dict[str, float]] = {
     "nothing_graded": {"graded": 0.9},
     "few_graded": {"graded": 0.5},
     "zero_reward": {"reward": 0.0, "reward_std": 0.3},  # as many -1 as 1
@@ -68,6 +69,12 @@ def batch(symptoms, changes):
 
 def test_every_symptom_has_a_patience_words_and_a_case():
     assert set(PATIENCE) == set(SYMPTOMS) == set(SICK) == set(ALMOST)
+
+
+def test_the_doc_shows_every_symptom_and_its_patience():
+    text = (Path(__file__).parents[1] / "docs" / "trl.md").read_text().split("## Warnings")[1].split("\n## ")[0]
+    shown = {row.split("`")[1]: int(row.split("|")[-2]) for row in text.splitlines() if row.startswith("| `")}
+    assert shown == PATIENCE
 
 
 @pytest.mark.parametrize("name", SICK)
@@ -158,6 +165,7 @@ QUICK = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_compl
 FREE = {"generation_kwargs": {"forced_eos_token_id": 1}}  # no answer is cut
 
 
+@pytest.mark.slow
 def test_a_reward_that_ignores_its_answers_is_said_once(tmp_path, caplog):
     said, rows = run(tmp_path, lambda completions, **k: [0.5] * len(completions), caplog, **QUICK, **FREE, max_steps=10)
     assert len(said) == 1 and "rollout batch 3: all answers to each prompt got one reward (mean 0.5) in 3" in said[0]
@@ -184,6 +192,7 @@ def test_a_reward_that_is_always_zero_is_said_once_also_by_a_resumed_run(tmp_pat
     assert trainer.watch.symptoms.in_a_row["zero_reward"] == 5
 
 
+@pytest.mark.slow
 def test_answers_that_are_all_cut_are_said_once_and_still_teach(tmp_path, caplog):
     said, rows = run(tmp_path, token_reward, caplog, **QUICK, generation_kwargs={"suppress_tokens": [1]}, max_steps=8)
     assert len(said) == 1 and "every answer was cut at max_completion_length=3 in 3 rollout batches" in said[0]
@@ -197,6 +206,15 @@ def test_prompts_longer_than_the_context_are_said_before_the_first_update(tmp_pa
     assert rows[0]["warning/beyond_context"] == 1.0
 
 
+def test_answers_beyond_the_positions_that_a_model_has_learned_end_in_one_line(tmp_path, caplog):
+    model = model_of("gpt2", n_layer=2, n_positions=10)
+    with pytest.raises(
+        UserError, match=r"no embedding for a position or a token of rollout batch 1 .*max_completion_length"
+    ):
+        run(tmp_path, token_reward, caplog, model=model, **{**QUICK, "max_completion_length": 9}, max_steps=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 9])
 def test_a_learning_rate_that_destroys_is_said(tmp_path, caplog, steps):
     """In either phase, on a model that could speak."""
@@ -217,6 +235,7 @@ def test_a_learning_rate_that_destroys_is_said(tmp_path, caplog, steps):
     assert len(said) == len(set(said))
 
 
+@pytest.mark.slow
 def test_few_grades_do_not_end_a_run(tmp_path, caplog):
     def seldom(completions, **kwargs):
         return [None if i % 4 else float(i % 3) for i in range(len(completions))]
@@ -225,6 +244,7 @@ def test_few_grades_do_not_end_a_run(tmp_path, caplog):
     assert "most answers got no finite reward (25% did)" in " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_was_graded_fails_at_its_end(tmp_path, caplog):
     with pytest.raises(UserError, match="no answer of 2 rollout batches was graded"):
         run(tmp_path, lambda completions, **k: [None] * len(completions), caplog, **QUICK, **FREE, max_steps=4)

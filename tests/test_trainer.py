@@ -10,7 +10,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError, load_problems
 from bupo.model.loading import load_model, load_tokenizer
@@ -226,26 +225,6 @@ def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
     assert seen and all(seen)
 
 
-def test_without_a_first_phase_it_is_trls_grpo(tmp_path):
-    """internal_steps=0 gives GRPOTrainer's run: same samples, same parameters."""
-    common = {"max_steps": 4, "learning_rate": 1e-3}
-    mine, theirs = model_of(), model_of()
-    trainer_of(mine, config(tmp_path / "a", internal_steps=0, internal_layer=None, **common)).train()
-    options = {
-        key: value
-        for key, value in config(tmp_path / "b", **common).__dict__.items()
-        if key
-        in ("output_dir", "per_device_train_batch_size", "steps_per_generation", "num_generations", "weight_decay")
-        or key
-        in ("max_completion_length", "max_steps", "learning_rate", "lr_scheduler_type", "report_to", "save_strategy")
-    }
-    GRPOTrainer(
-        theirs, token_reward, GRPOConfig(**options, bf16=False), train_dataset=PROBLEMS, processing_class=TOKENIZER
-    ).train()
-    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
-
-
 @pytest.mark.parametrize(
     "loss_type",
     ["dapo", "dr_grpo", "cispo", "luspo"]
@@ -371,11 +350,12 @@ def test_a_reward_that_fails_keeps_its_type_and_is_named(tmp_path):
     def short(completions, **kwargs):
         return [0.0]
 
-    for rewards, kind, message, note in (
+    cases: list[tuple] = [
         ([broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
         ([token_reward, broken], ZeroDivisionError, "no tokens", "reward function broken failed in rollout batch 1"),
         ([short], ValueError, "'short' returned 1 rewards, but 16 were expected", "reward function short failed"),
-    ):
+    ]
+    for rewards, kind, message, note in cases:
         trainer = BuPOTrainer(model_of(), rewards, config(tmp_path), train_dataset=PROBLEMS, processing_class=TOKENIZER)
         with pytest.raises(kind, match=message) as raised:
             trainer.train()

@@ -38,10 +38,10 @@ VLLM = elsewhere("needs vLLM and a GPU")
 VLLM_ONLY = "read with `use_vllm` alone"
 SEVERAL = elsewhere("needs several processes: `pytest tests/test_distributed.py`")
 HUB = elsewhere("needs the hub")
-KL = {"beta": 0.1}
-EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+KL: dict[str, Any] = {"beta": 0.1}
+EVALUATION: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
 ENTROPY = "the entropy is that of the policy in force: in phase 1 the layer's"
-ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.01}
+ADAPTIVE: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_coef": 0.01}
 COMPILED = elsewhere("compiles for minutes")
 LOG_PROBS = "the log-probs are those of the policy in force: in phase 1 the layer's"
 
@@ -143,7 +143,7 @@ OPTIONS: dict[str, Row] = {
     "average_tokens_across_devices": trains(average_tokens_across_devices=False),
     "max_grad_norm": trains(max_grad_norm=0.1),
     "label_smoothing_factor": trains(label_smoothing_factor=0.1),
-    "bf16": trains(bf16=True),
+    "bf16": trains(bf16=True, optim="sgd", learning_rate=0.1),
     "fp16": elsewhere("needs a GPU"),
     "bf16_full_eval": trains(bf16_full_eval=True),
     "fp16_full_eval": elsewhere("needs a GPU"),

@@ -22,6 +22,7 @@ ONE_PRESS = 1.0  # seconds: a launcher passes a terminal's Ctrl-C on, so that a 
 
 Handler = Callable[[int, FrameType | None], Any]
 _before: dict[int, Any] = {}  # the handlers that ours stand in for, by signal
+_installed: list[Handler] = []  # ours, the innermost last
 
 
 @contextmanager
@@ -46,13 +47,14 @@ class Heard:
 
     Args:
         say (`Callable`, *optional*): is given a line after the first Ctrl-C.
+        lost (`Callable`, *optional*): whether there is nothing left to finish. A launcher sends SIGTERM then, too.
 
     Attributes:
         first (`int`): the first signal that came; 0 if none has.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None):
-        self.say, self.first = say, 0
+    def __init__(self, say: Callable[[str], None] = lambda line: None, lost: Callable[[], bool] = lambda: False):
+        self.say, self.lost, self.first = say, lost, 0
         self._came = 0.0
         self._handled = _handled(_noted)
 
@@ -83,10 +85,12 @@ class Heard:
             for number in os.read(self._read, 64):
                 if number == 0:
                     return
-                if number in _before:
+                if signal.getsignal(number) is _noted:  # and no one else's
                     self._note(number)
 
     def _note(self, number: int) -> None:
+        if number == signal.SIGTERM and self.lost():
+            end(number)
         if not self.first:
             self.first, self._came = number, time.monotonic()
             if number == signal.SIGINT:  # a person waits
@@ -122,20 +126,21 @@ def _handled(handler: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    own = (signal.SIG_DFL, signal.default_int_handler)
-    ours = [n for n in STOPPING if n in _before or signal.getsignal(n) in own]
-    outer = {number: signal.getsignal(number) for number in ours}
-    _before.update({number: outer[number] for number in ours if number not in _before})
-    added = [number for number in ours if _before[number] is outer[number]]
+    taken = (signal.SIG_DFL, signal.default_int_handler, *_installed)
+    outer = {number: signal.getsignal(number) for number in STOPPING if signal.getsignal(number) in taken}
+    added = [number for number in outer if number not in _before]
+    _before.update({number: outer[number] for number in added})
+    _installed.append(handler)
     try:
-        for number in ours:
+        for number in outer:
             signal.signal(number, handler)
         yield
     finally:
-        for number in ours:
-            signal.signal(number, outer[number])
+        for number, former in outer.items():
+            signal.signal(number, former)
         for number in added:
             del _before[number]
+        _installed.pop()
 
 
 def _in_child() -> None:

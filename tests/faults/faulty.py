@@ -30,8 +30,10 @@ def reward(prompts, completions, **columns):
 def fault(kind, batch):
     if kind == "slow":
         time.sleep(4 if batch == 2 else 0)
+    elif kind == "alone" and os.environ["RANK"] == "0" and batch == 2:
+        time.sleep(60)
     elif int(os.environ.get("RANK", "0")) == 1 and batch == 2:
-        if kind == "raise":
+        if kind in ("raise", "alone"):
             raise LookupError("a fault of ours")
         if kind == "memory":
             raise torch.OutOfMemoryError("tried to allocate 80 GiB")

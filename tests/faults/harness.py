@@ -18,7 +18,7 @@ from bupo.training.whole import checkpoints
 ROOT = Path(__file__).parents[2]
 KILLED = -9
 SHORT = os.environ.get("BUPO_FAULTS") == "short"
-TIMES = ("runtime", "per_second", "time", "step_time")  # ends of names
+TIMES = ("runtime", "per_second", "time", "seconds")  # ends of names
 
 
 COMMON = {

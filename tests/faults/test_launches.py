@@ -237,6 +237,16 @@ def test_one_process_fails_and_the_other_ends(server, tmp_path, fault):
     assert said.count("Traceback (most recent call last)") == tracebacks
 
 
+def test_a_launcher_ends_a_process_that_has_work_left(server, tmp_path):
+    """By SIGTERM after another has failed: there is nothing left to finish."""
+    run = server.start(train(tmp_path / "run"), tmp_path / "log", ranks=2, BUPO_FAULT="alone")
+    until(lambda: "bupo: error: process 1 has failed" in run.said())
+    sent = time.monotonic()
+    run.send(signal.SIGTERM, rank=0)
+    assert run.wait() == [128 + signal.SIGTERM, 1] and time.monotonic() - sent < SECONDS
+    assert run.said().count("bupo: error") == 1
+
+
 @pytest.mark.parametrize("fault", ["reward"] if SHORT else ["reward", "kill", "raise"])
 def test_a_launch_says_once_why_it_failed(tmp_path, fault):
     status, said = launched("torchrun", train(tmp_path / "run"), tmp_path, BUPO_FAULT=fault)

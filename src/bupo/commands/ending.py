@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from bupo.commands import launch
+from bupo import launch
 from bupo.errors import Stopped, UserError
 from bupo.signals import at_once
 from bupo.text import shown

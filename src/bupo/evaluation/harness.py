@@ -196,8 +196,13 @@ def _kept_as_json(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder} holds responses that an earlier version pickled: {REMEDY}") from error
         return tuple(found) if isinstance(found, list) else found  # a log-likelihood, and whether it is the greatest
 
-    pickling = sqlitedict.SqliteDict
-    sqlitedict.SqliteDict = functools.partial(pickling, encode=json.dumps, decode=read)
+    pickling: Any = sqlitedict.SqliteDict
+
+    class Readable(pickling):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, encode=json.dumps, decode=read, **kwargs)
+
+    sqlitedict.SqliteDict = Readable
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from bupo.errors import UserError
 from bupo.rewards import worker
@@ -85,7 +85,10 @@ def _command() -> list[str]:
     A library that is found on this process' absolute path only (a folder of `PYTHONPATH`, say) is looked for there, too, but
     never in the working folder.
     """
-    here = os.path.realpath(os.getcwd())
+    try:
+        here = os.path.realpath(os.getcwd())
+    except OSError:  # it was deleted meanwhile
+        here = ""
     safe = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
     found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _LIBRARIES]
     packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
@@ -100,15 +103,15 @@ def _environment() -> dict[str, str]:
 
 
 class _Child:
-    """One worker process and its pipe."""
+    """One worker process and its pipe. Ctrl-C is not for it: the update that it grades for is finished and saved."""
 
     @unheard()  # the run that it grades for decides what is finished
     def __init__(self):
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        self.asked = 0
+        alone: dict[str, Any] = {"env": _environment(), "cwd": "/", "start_new_session": True}
         try:
-            self.process = subprocess.Popen(
-                _command(), stdin=pipe, stdout=pipe, stderr=nowhere, env=_environment(), cwd="/"
-            )
+            self.process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=nowhere, **alone)
         except OSError as error:  # no memory, or too many processes
             raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
@@ -123,9 +126,11 @@ class _Child:
             self.kill()
             raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
 
-    def grade(self, answer: str, gold: str, deadline: float) -> dict | None:
-        """The child's reply, or None if it missed the deadline or died."""
-        request = memoryview(json.dumps({"answer": answer, "gold": gold, "deadline": deadline}).encode() + b"\n")
+    def grade(self, answer: str, gold: str, deadline: float) -> Grade | None:
+        """The child's grade, or None if it missed the deadline, died, or says what is no answer to this request."""
+        self.asked += 1
+        asked = {"number": self.asked, "answer": answer, "gold": gold, "deadline": deadline}
+        request = memoryview(json.dumps(asked).encode() + b"\n")
         end = time.monotonic() + deadline
         try:
             while request:
@@ -134,7 +139,12 @@ class _Child:
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
             return None
-        return self._reply(end)
+        reply = self._reply(end) or {}
+        try:
+            grade = Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]))
+        except (KeyError, ValueError):
+            return None
+        return grade if reply.get("number") == self.asked else None
 
     def _reply(self, end: float) -> dict | None:
         line = b""
@@ -219,19 +229,16 @@ class MathGrader:
         return grades  # type: ignore[return-value]
 
     def _grade_one(self, answer: str, gold: str) -> Grade:
-        child = self._free.get()
-        reply = None
+        child, grade = self._free.get(), None
         try:
             child = child or _Child()
-            reply = child.grade(answer, gold, self.deadline)
+            grade = child.grade(answer, gold, self.deadline)
         finally:
-            if reply is None and child is not None:
+            if grade is None and child is not None:
                 child.kill()
                 child = None
             self._free.put(child)
-        if reply is None:
-            return Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
-        return Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]))
+        return grade or Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
 
     def close(self) -> None:
         """End the children."""

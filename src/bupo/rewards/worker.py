@@ -1,7 +1,8 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"answer": ..., "gold": ..., "deadline": ...}` is answered by one of `verdict`, `value` and `strict`. The parent keeps
-the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
+One line `{"number": ..., "answer": ..., "gold": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value` and
+`strict`. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error
+instead of a swapping machine.
 
 The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed
 ones is imported. Hence it imports nothing of bupo, and is told where math-verify is where that is no installed package.
@@ -213,7 +214,7 @@ def main() -> None:
             reply = grade(request["answer"], request["gold"])
         except (Exception, RecursionError, MemoryError):
             reply = {"verdict": "unparsable", "value": None, "strict": "unparsable"}
-        print(json.dumps(reply), file=replies, flush=True)
+        print(json.dumps({"number": request["number"], **reply}), file=replies, flush=True)
 
 
 def _limit_cpu(deadline: float) -> None:

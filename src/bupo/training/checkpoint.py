@@ -20,7 +20,7 @@ from bupo.training.resuming import compare, write_options
 from bupo.training.saving import recover
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
-from bupo.training.whole import damage, newest_whole
+from bupo.training.whole import damage, to_go_on_from
 
 STATE_FILE = "bupo.pt"
 
@@ -59,7 +59,7 @@ def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
         recover(folder)
     trainer.accelerator.wait_for_everyone()
     trainer.resumed_at = 0
-    found = newest_whole(folder, say) if wanted is True else Path(str(wanted)) if wanted else None
+    found = to_go_on_from(folder, say) if wanted is True else Path(str(wanted)) if wanted else None
     everyones = set(gather_object([found.name if found else None]))
     if len(everyones) > 1:
         raise UserError(f"resume_from_checkpoint: processes find different checkpoints, {everyones}: share output_dir")

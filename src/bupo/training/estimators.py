@@ -74,6 +74,7 @@ ESTIMATORS: dict[str, Callable[[Rewarded], Advantages] | None] = {
     "ppo": ppo,
 }
 WITH_CRITIC = ("ppo",)
+BY_GROUP = ("grpo", "rloo")  # compare the answers to one prompt: equal ones teach nothing
 
 
 def estimate(

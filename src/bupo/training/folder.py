@@ -16,7 +16,7 @@ from bupo.training.metrics_file import METRICS_FILE
 from bupo.training.saving import STAGING, recover
 from bupo.training.schedule import Schedule
 from bupo.training.watch import BOUNDARY_FILE
-from bupo.training.whole import checkpoints, damage, newest_whole
+from bupo.training.whole import checkpoints, damage, to_go_on_from
 
 FINISHED_FILE = "finished.json"  # written last of all
 
@@ -96,15 +96,9 @@ def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str
                 "output, or --overwrite true, which deletes them"
             )
         return wanted
-    found = newest_whole(folder, say)
-    if found is None and checkpoints(folder):
-        raise UserError(
-            f"resume_from_checkpoint: no checkpoint in {folder} is whole: name one of them to go on from it all the same, "
-            "or start anew by --overwrite true and without resume_from_checkpoint"
-        )
-    if found is None and (folder / FINISHED_FILE).exists():
+    if (folder / FINISHED_FILE).exists() and not checkpoints(folder):
         raise UserError(f"{folder} holds a finished run without checkpoints to go on from: choose another output")
-    say(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: the run starts from the beginning")
+    found = to_go_on_from(folder, say)
     return None if found is None else str(found)
 
 

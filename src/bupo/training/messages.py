@@ -39,9 +39,16 @@ SYMPTOMS = {
 
 @contextmanager
 def sampling(where: str) -> Iterator[None]:
-    """Inside, probabilities that are not finite are the user's to mend."""
+    """Inside, probabilities that are not finite and answers that the model has no positions for are the user's to mend."""
     try:
         yield
+    except IndexError as error:
+        if str(error) != "index out of range in self":  # an embedding's
+            raise
+        raise UserError(
+            f"the model has no embedding for a position or a token of {where}: shorten the prompts or max_completion_length, "
+            "and look whether the tokenizer is the model's"
+        ) from error
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from transformers import (
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -23,7 +24,7 @@ from bupo.data.templates import choose_template, template_options
 from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
-from bupo.model.loading import load_model, load_tokenizer
+from bupo.model.loading import load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
@@ -210,7 +211,7 @@ def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> Training
     """A run that is resumed and has nothing left to do, as its folder holds it."""
     say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
     folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(str(folder), **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", **trusted)  # beside an adapter too
     if (folder / ADAPTER_FILE).exists():
         base = load_model(model, **trusted) if isinstance(model, str) else model
         trained = PeftModel.from_pretrained(base, str(folder))

@@ -11,6 +11,7 @@ from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bupo import launch
 from bupo.errors import Stopped
 from bupo.signals import Heard
 
@@ -26,7 +27,7 @@ def ending(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         Stopped: after a signal.
     """
-    with Heard(say) as heard:
+    with Heard(say, launch.has_failed) as heard:
         trainer.add_callback(Stop(trainer, heard))
         try:
             yield

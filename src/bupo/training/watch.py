@@ -22,6 +22,7 @@ from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import Dynamics
+from bupo.training.estimators import BY_GROUP
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
 from bupo.training.messages import warn
@@ -148,6 +149,8 @@ class Watch:
     def _see_rollouts(self, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics) -> None:
         longest = torch.tensor([max((len(prompt) for prompt, _ in answers), default=0)], device=rewards.device)
         seen = {name: metrics[name][-1] for name in SAMPLED}
+        if self.args.advantage_estimator not in BY_GROUP:  # compares prompts too
+            seen["frac_reward_zero_std"] = float(seen["reward_std"] == 0)
         seen["graded"] = rewards.isfinite().float().mean().item()
         seen["tokens"] = self.accelerator.gather(longest).max().item() + self.args.max_completion_length
         seen["positions"] = self.positions

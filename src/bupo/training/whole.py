@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bupo.errors import UserError
 from bupo.files import write_json
 
 MANIFEST_FILE = "manifest.json"
@@ -113,3 +114,19 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
             return path
         say(f"{path} is passed over: {wrong}")
     return None
+
+
+def to_go_on_from(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Where `true` goes on: the newest whole checkpoint of a run, or None where it has none yet. `say` is told which.
+
+    Raises:
+        UserError: if there are checkpoints and none is whole: to begin anew would delete them.
+    """
+    found = newest_whole(folder, say)
+    if found is None and checkpoints(folder):
+        raise UserError(
+            f"resume_from_checkpoint: no checkpoint in {folder} is whole: name one of them to go on from it all the same, "
+            "or start anew by --overwrite true and without resume_from_checkpoint"
+        )
+    say(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: the run starts from the beginning")
+    return found
