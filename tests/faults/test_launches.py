@@ -137,7 +137,7 @@ def with_mark(mark):
     return found
 
 
-def launched(launcher, argv, tmp_path, **env):
+def launched(launcher, argv, tmp_path, meanwhile=lambda process: None, **env):
     """A launch of two processes: its status and what it said, none of its processes being left."""
     mark = f"BUPO_LAUNCH={uuid.uuid4()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -160,8 +160,10 @@ def launched(launcher, argv, tmp_path, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
+        meanwhile(process)
         said, _ = process.communicate(timeout=DEADLINE)
     finally:
         left = with_mark(mark)
@@ -304,6 +306,20 @@ def test_processes_stop_after_the_same_update(server, tmp_path, kind):
     assert said.count("bupo: stopped by SIGUSR1 after update 3") == 1 and "Traceback" not in said
     assert said.count("bupo: ") == 1
     assert resumed(server, folder, 2, **env) == uninterrupted(server, tmp_path / "whole", 2, **env)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT] if SHORT else [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+)
+def test_a_launcher_passes_signals_on(tmp_path, number):
+    def meanwhile(process):
+        until(logged(folder, 2))
+        process.send_signal(number)
+
+    folder = tmp_path / "run"
+    status, said = launched("torchrun", train(folder), tmp_path, meanwhile, BUPO_FAULT="slow")
+    assert status and said.count(f"bupo: stopped by {number.name} after update 3") == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
