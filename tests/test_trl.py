@@ -362,6 +362,9 @@ def test_models_that_read_images_are_refused_before_the_set_up(tmp_path):
     seeing.config.vision_config = {}
     with pytest.raises(UserError, match="reads images"):
         bupo(seeing, tmp_path / "a", processing_class=None)
+    LlavaConfig().save_pretrained(tmp_path / "model")  # no weights: its configuration is enough
+    with pytest.raises(UserError, match="reads images"):
+        bupo(str(tmp_path / "model"), tmp_path / "a", processing_class=None)
     with pytest.raises(UserError, match="reads images"):  # as the sixth argument
         args = BuPOConfig(**options(tmp_path / "a", **FIRST))
         BuPOTrainer(model, token_reward, args, FEW, None, Processor())
