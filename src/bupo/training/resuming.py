@@ -38,27 +38,11 @@ FREE = {
     "ds3_gather_for_generation", "use_liger_kernel", "liger_kernel_config", "average_tokens_across_devices",
 }  # fmt: skip
 FREE_KINDS = (
-    *("save_", "log_", "logging_", "eval_", "hub_", "push_to_hub", "trackio_", "dataloader_", "ddp_", "fsdp"),
-    *(
-        "torch_compile",
-        "num_generations_eval",
-        "batch_eval",
-        "bf16_full_eval",
-        "fp16_full_eval",
-        "use_vllm",
-        "vllm_mode",
-    ),
-    *(
-        "vllm_model_impl",
-        "vllm_enable_sleep",
-        "vllm_server",
-        "vllm_group_port",
-        "vllm_gpu",
-        "vllm_tensor",
-        "vllm_max_model",
-    ),
-    *("use_transformers_", "transformers_continuous", "include_num_input_tokens", "full_determinism"),
-)
+    "save_", "log_", "logging_", "eval_", "hub_", "push_to_hub", "trackio_", "dataloader_", "ddp_", "fsdp", "torch_compile",
+    "num_generations_eval", "batch_eval", "bf16_full_eval", "fp16_full_eval", "use_vllm", "vllm_mode", "vllm_model_impl",
+    "vllm_enable_sleep", "vllm_server", "vllm_group_port", "vllm_gpu", "vllm_tensor", "vllm_max_model", "use_transformers_",
+    "transformers_continuous", "include_num_input_tokens", "full_determinism",
+)  # fmt: skip
 _SHOWN = 256  # problems that are looked at, spread over all
 
 
