@@ -75,7 +75,9 @@ def test_an_error_line_shows_no_token(capsys):
     err = capsys.readouterr().err
     assert "bupo: error: " in err and "Traceback" in err and token not in err and not STEERING.search(err)
     assert shown("http://me:pass@host/x is wrong") == "http://***@host/x is wrong"
-    assert shown("task_name, hf_model and sk-learn are words") == "task_name, hf_model and sk-learn are words"
+    names = "task_name, hf_model, sk-learn and hf-internal-testing/tiny-random-LlamaForCausalLM"
+    assert shown(names) == names
+    assert shown("github_pat_" + "1aB2_" * 9) == "***"
 
 
 @pytest.mark.parametrize("text", ["@SUM(1+1)", "=1+1", "+1+1", "-1+1", "\t=1", "\r=1", " =1", "=cmd|' /C calc'!A0"])

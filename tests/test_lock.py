@@ -93,6 +93,23 @@ def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatc
     assert (tmp_path / "run" / LOCK_FILE).exists()
 
 
+def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
+    """A copy of the folder, or its upload, opens and closes the file in the same process."""
+    with sole_writer(tmp_path / "run"):
+        (tmp_path / "run" / LOCK_FILE).read_bytes()
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, tmp_path / "run"], capture_output=True, text=True, timeout=60
+        )
+        assert "is being written by process" in other.stderr and not other.stdout
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    code = "import sys, signal, resource; from bupo.lock import sole_writer\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith sole_writer(sys.argv[1]): pass"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, timeout=60)
+    assert "UserError" in done.stderr and "cannot be written: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
 def test_where_nothing_can_be_written(tmp_path, where):
     (tmp_path / "file").touch()

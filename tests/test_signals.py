@@ -1,5 +1,6 @@
 """Signals: raised at once, or noted while a run finishes an update; handlers are given back, and children have their own."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -73,6 +74,20 @@ def test_ignored_and_foreign_handlers_stay():
         send(signal.SIGINT)
         send(signal.SIGUSR1)
         assert heard.first == 0 and theirs == [signal.SIGUSR1]
+
+
+def test_a_handler_that_python_does_not_know_of_stays(tmp_path):
+    """`faulthandler.register` is how people see where a rank hangs."""
+    with (tmp_path / "stacks").open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        try:
+            with at_once(), Heard() as heard:
+                send(signal.SIGUSR1)
+                assert heard.first == 0
+            send(signal.SIGUSR1)  # would end the process, if it were given back
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+    assert (tmp_path / "stacks").read_text().count("test_a_handler_that_python") == 2
 
 
 def test_another_thread_than_the_main_one_sets_no_handlers():

@@ -15,7 +15,7 @@ from typing import IO
 
 from bupo.errors import UserError
 
-LOCK_FILE = ".bupo.lock"
+LOCK_FILE = "_bupo.lock"  # transformers pushes no name that begins so
 _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
 
 # folders that this process writes into, and which of its threads does: a run may be part of another, as the demo's is
@@ -26,7 +26,7 @@ _held: dict[Path, tuple[int, int]] = {}
 def sole_writer(folder: str | Path) -> Iterator[None]:
     """Inside, no other run writes into the folder. It is made if need be, and taken away again if nothing was put there.
 
-    The lock is the operating system's (POSIX, also over NFS) and not the file's presence: what a killed run leaves locks
+    The lock is the operating system's (`flock`, also over NFS) and not the file's presence: what a killed run leaves locks
     nothing. Of several processes of one run the main one holds it.
 
     Raises:
@@ -36,7 +36,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) > 0 or _held.get(path) == me:
         yield
         return
-    if _held.get(path, (0, 0))[0] == me[0]:  # the system's lock is the process'
+    if _held.get(path, (0, 0))[0] == me[0]:
         raise UserError(f"{folder} is being written by another thread of this process: choose another output")
     made = [place for place in (path, *path.parents) if not os.path.exists(place)]  # innermost first
     with ExitStack() as afterwards:
@@ -68,9 +68,9 @@ def _locked(named: Path, path: Path) -> IO[str]:
             path.mkdir(parents=True, exist_ok=True)
             file = (path / LOCK_FILE).open("a+")
         except OSError as error:
-            raise UserError(f"{named} cannot be written: {error.strerror}; choose another output") from error
+            raise _refused(named, error) from error
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _UNKNOWN:
                 warnings.warn(f"{named} has no locks: two runs into it at once would mix", stacklevel=2)
@@ -82,11 +82,21 @@ def _locked(named: Path, path: Path) -> IO[str]:
             if os.path.samestat(os.fstat(file.fileno()), (path / LOCK_FILE).stat()):
                 break
         file.close()  # its last holder took it away meanwhile
-    file.truncate(0)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "started": started}) + "\n")
-    file.flush()
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "started": started}
+    try:
+        file.truncate(0)
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+    except OSError as error:  # a full disk
+        with suppress(OSError):
+            (path / LOCK_FILE).unlink()
+        raise _refused(named, error) from error
     return file
+
+
+def _refused(named: Path, error: OSError) -> UserError:
+    return UserError(f"{named} cannot be written: {error.strerror}; choose another output")
 
 
 def _who(named: Path, file: IO[str]) -> str:

@@ -120,6 +120,16 @@ def end(number: int) -> None:
     os._exit(128 + number)
 
 
+def _caught(number: int) -> bool:
+    """Whether the system knows of a handler, as Python may not: `faulthandler.register` sets one. On Linux only."""
+    try:
+        with open("/proc/self/status") as status:
+            (mask,) = (line.split()[1] for line in status if line.startswith("SigCgt:"))
+    except (OSError, ValueError):
+        return False
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @contextmanager
 def _handled(handler: Handler) -> Iterator[None]:
     """Inside, a handler of ours stands where Python's own or another of ours did."""
@@ -128,6 +138,7 @@ def _handled(handler: Handler) -> Iterator[None]:
         return
     taken = (signal.SIG_DFL, signal.default_int_handler, *_installed)
     outer = {number: signal.getsignal(number) for number in STOPPING if signal.getsignal(number) in taken}
+    outer = {number: before for number, before in outer.items() if before != signal.SIG_DFL or not _caught(number)}
     added = [number for number in outer if number not in _before]
     _before.update({number: outer[number] for number in added})
     _installed.append(handler)

@@ -3,8 +3,10 @@
 import re
 import unicodedata
 
-# hf_…, sk-… and the like, and the user of an address
-_SECRET = re.compile(r"\b(?:hf|sk|api|ghp|glpat)[_-][A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+(?=@)")
+# hf_…, sk-…, github_pat_… and the like, which have no words in them; and the user of an address
+_SECRET = re.compile(
+    r"\b(?:(?:hf|api_org|ghp|gho|github_pat)_[A-Za-z0-9_]{16,}|(?:sk|glpat)-[A-Za-z0-9_-]{16,})|(?<=://)[^/\s@]+(?=@)"
+)
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,6 @@
 """One of two processes that join a group, train a step under DDP and leave it, over and over: `python -m tests.faults.groups RANK FOLDER TIMES`."""
 
 import sys
-from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator  # noqa: F401  as a run has it
@@ -15,7 +14,7 @@ def once(rank, file):
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
     model(torch.ones(2, 4)).sum().backward()
-    close(SimpleNamespace(end=distributed.destroy_process_group))  # and what the model holds goes with the frame
+    close()  # and what the model holds goes with the frame
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on(zygote, wholes, tmp
     assert ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output, ended.output
     assert "checkpoint-8" in lines[0] and "go on with --resume_from_checkpoint true" in lines[0]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
-    assert damage(tmp_path / "run" / "checkpoint-4") is None and not (tmp_path / "run" / ".saving").exists()
+    assert damage(tmp_path / "run" / "checkpoint-4") is None and not (tmp_path / "run" / "_saving").exists()
     assert zygote.run(*argv, folder=tmp_path).status == 0
     assert differences(whole / "run", tmp_path / "run") == []
 
@@ -199,10 +199,10 @@ def test_two_processes_go_on_as_they_would_have(tmp_path):
     launched("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     run = tmp_path / "killed" / "run"
-    for name in ("checkpoint-8", "checkpoint-10", ".saving"):
+    for name in ("checkpoint-8", "checkpoint-10", "_saving"):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("finished.json", "model.safetensors", "training.png"):
         (run / name).unlink()
-    (run / ".saving" / "checkpoint-8").mkdir(parents=True)
+    (run / "_saving" / "checkpoint-8").mkdir(parents=True)
     launched("killed")
     assert differences(tmp_path / "whole" / "run", run) == []

@@ -65,23 +65,16 @@ UNDOCUMENTED = {
 }
 # attributes of a GRPOTrainer that are read
 STATE = (
-    *("num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps"),
-    *(
-        "reward_weights",
-        "reward_func_names",
-        "ref_model",
-        "processing_class",
-        "is_fsdp_enabled",
-        "is_deepspeed_enabled",
-    ),
-)
+    "num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps", "reward_weights",
+    "reward_func_names", "ref_model", "processing_class", "is_fsdp_enabled", "is_deepspeed_enabled",
+)  # fmt: skip
 # what TRL's scoring and sampling leave in the dict that the loss reads, at the least
 ROLLOUT_KEYS = (
-    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"),
-    *("old_per_token_logps", "ref_per_token_logps"),  # where there are several updates, or a KL penalty
-)
+    "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+    "old_per_token_logps", "ref_per_token_logps",  # where there are several updates, or a KL penalty
+)  # fmt: skip
 # metrics of TRL's that bupo reads, moves or draws
 METRICS = (
-    *("reward", "reward_std", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean", "step_time"),
-    *("completions/mean_length", "completions/clipped_ratio", "num_tokens"),
-)
+    "reward", "reward_std", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean", "step_time", "completions/mean_length",
+    "completions/clipped_ratio", "num_tokens",
+)  # fmt: skip

@@ -29,7 +29,7 @@ def rehearse(config: BuPOConfig, loading: ModelConfig) -> None:
     with others(f"report_to {', '.join(map(str, config.report_to))} is refused"):
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()
-    if config.push_to_hub:
+    if config.push_to_hub and config.process_index == 0:  # the hub counts who asks
         with others("push_to_hub true needs the hub and a token of yours there"):
             HfApi().whoami(token=config.hub_token)
     with others("the adapter's options (lora_…) are refused"):

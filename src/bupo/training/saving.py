@@ -1,6 +1,6 @@
 """Checkpoints and models appear at once: written beside their place, to the disk, and moved into it.
 
-`.saving/` in the run's folder holds what is being written. A kill leaves it behind; the next start removes it.
+`_saving/` in the run's folder holds what is being written. A kill leaves it behind; the next start removes it.
 """
 
 import errno
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from bupo.errors import UserError, first_line
 from bupo.training.whole import checkpoints, write_manifest
 
-STAGING, _FORMER, _GONE = ".saving", "former", "gone"
+STAGING, _FORMER, _GONE = "_saving", "former", "gone"  # transformers pushes no name that begins with `_`
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _TORCH = ("PytorchStreamWriter", "inline_container")  # torch.save's errors have no number
 

@@ -1,8 +1,10 @@
 """How a run ends: its process group closed, and after a signal with a checkpoint that it goes on from."""
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ _closed: list[Any] = []
 
 @contextmanager
 def ending(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a run. Signals end it after a whole update; at its end, which all processes reach, it leaves their group.
+    """Inside, a run. Signals end it after a whole update, and its process group with it; else the group is left as this process
+    ends, for there may be another run.
 
     Of an error the other processes may know nothing: then the group is not left, since they might be waited for.
 
@@ -32,13 +35,13 @@ def ending(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         except Stopped:
-            close(trainer)
+            close()
             raise
-        close(trainer)
+        _close_at_exit()
 
 
-def close(trainer: Trainer) -> None:
-    """Finish the trackers and leave the process group.
+def close() -> None:
+    """Leave the process group, if there is one.
 
     The group itself is kept for as long as this process lives. It would else be destroyed with its last user, DDP's reducer,
     whose destructor joins gloo's threads while it holds the interpreter's lock; a thread of gloo's that is still letting go of
@@ -46,7 +49,12 @@ def close(trainer: Trainer) -> None:
     """
     if distributed.is_available() and distributed.is_initialized():
         _closed.append(distributed.group.WORLD)
-    trainer.end()
+        distributed.destroy_process_group()
+
+
+@cache
+def _close_at_exit() -> None:
+    atexit.register(close)
 
 
 class Stop(TrainerCallback):

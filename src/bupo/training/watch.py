@@ -34,10 +34,7 @@ logger = get_logger(__name__)
 
 BOUNDARY_FILE = "boundary.json"
 # metrics of a rollout batch and of a pass that symptoms are told by
-SAMPLED = (
-    *("reward", "reward_std", "frac_reward_zero_std"),
-    *("completions/clipped_ratio", "completions/mean_length"),
-)
+SAMPLED = ("reward", "reward_std", "frac_reward_zero_std", "completions/clipped_ratio", "completions/mean_length")
 UPDATED = ("entropy", "kl", "kl_old")
 
 Metrics = dict[str, list[float]]
