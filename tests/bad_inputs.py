@@ -425,7 +425,7 @@ TRAINING_FILES = [
     bad("train", "--dataset few.jsonl", "holds 3 problems, and a rollout batch takes 4"),
     bad("train", "--size 3", "holds 3 problems, and a rollout batch takes 4", "per_device_train_batch_size 8"),
     bad("train", "--steps_per_generation 64", "a rollout batch takes 128"),
-    bad("train", "--dataset long.jsonl", "the dataset, row 8: the prompt has", "context of 512"),
+    bad("train", "--model learned --dataset long.jsonl", "the dataset, row 8: the prompt has", "context of 512"),
     bad("train", "--split zzz", "splits train and test, not 'zzz'"),
     bad("train", "--dataset reasoning_gym:nope", "reasoning_gym:nope cannot be made"),
     bad("train", "--dataset reasoning_gym:chain_sum --dataset_config zzz", "with zzz"),
@@ -561,7 +561,7 @@ ANALYZE = [
         )
     ),
     bad("analyze", "--output analysis-cut", "settings.json cannot be read"),
-    bad("analyze", "--dataset long.jsonl --size 9", "long.jsonl, row 8: the prompt has"),
+    bad("analyze", "--model learned --dataset long.jsonl --size 9", "long.jsonl, row 8: the prompt has"),
     bad("analyze", "--chat_template syntax.jinja", "template"),
     bad("analyze", "--output file", "output file is a file"),
 ]

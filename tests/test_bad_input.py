@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
@@ -58,8 +58,17 @@ def make_files(folder):
         "num_attention_heads": 4,
     }
     AutoModel.from_config(AutoConfig.for_model("bert", **sizes)).save_pretrained(folder / "encoder")
-    shutil.copy(MODEL / "tokenizer.json", folder / "encoder")
-    shutil.copy(MODEL / "tokenizer_config.json", folder / "encoder")
+    learned = {
+        "vocab_size": 262,
+        "n_positions": 512,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+    }  # positions, not rotary ones
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **learned)).save_pretrained(folder / "learned")
+    for name in ("encoder", "learned"):
+        shutil.copy(MODEL / "tokenizer.json", folder / name)
+        shutil.copy(MODEL / "tokenizer_config.json", folder / name)
 
 
 def seen(folder):

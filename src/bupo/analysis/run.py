@@ -23,7 +23,7 @@ from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_
 from bupo.data.templates import check_context, check_template, choose_template, prompt_ids
 from bupo.errors import UserError
 from bupo.lock import sole_writer
-from bupo.model.loading import fingerprint, load_config, load_on_device, load_tokenizer
+from bupo.model.loading import fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import evaluating
@@ -172,7 +172,7 @@ def _reported(
         )
     else:
         prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in given.problems]
-        check_context(prompts, _context(subject.policies.stream.config), given.source)
+        check_context(prompts, learned_positions(subject.policies.stream.config), given.source)
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
     if first:

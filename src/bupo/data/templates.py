@@ -102,7 +102,7 @@ def check_context(prompts: Sequence[Sequence[int]], context: int | None, name: s
 
     Args:
         prompts (`list[list[int]]`): token ids.
-        context (`int`, *optional*): the model's longest sequence, where it is known.
+        context (`int`, *optional*): the longest sequence that the model can read, where there is a limit.
         name (`str`), first (`int`, *optional*, defaults to `0`): the problems, and the row of the first of these.
 
     Raises:

@@ -192,7 +192,7 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
         return work
     prompts = prompts_of(problems, source.tokenizer)
     prompt = source.tokenizer.decode(prompts[0])
-    check_context(prompts, source.context, label)
+    check_context(prompts, source.positions, label)
     longest = max(map(len, prompts)) + options.max_new_tokens
     if source.context and longest > source.context:
         logger.warning(

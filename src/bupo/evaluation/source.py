@@ -11,7 +11,7 @@ from bupo.data.templates import choose_template
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
-from bupo.model.loading import check_layers, fingerprint, load_on_device, load_tokenizer
+from bupo.model.loading import check_layers, fingerprint, learned_positions, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.sampling import Engine, TransformersEngine
@@ -38,6 +38,7 @@ class Source:
         settings, noted (`dict`): what an answer depends on, and what is noted beside it.
         meta (`dict`): model, template, sampling, versions.
         context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
+        positions (`int`, *optional*): the longest that it can read, where that is known.
     """
 
     def __init__(self, model: str | nn.Module, options: EvalOptions, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -56,7 +57,7 @@ class Source:
         chosen = {"engine": options.engine, "template": choose_template(tokenizer, options.chat_template)}
         chosen |= {name: getattr(options, name) for name in SAMPLING}
         self.engine: Engine
-        self.context = 0
+        self.context, self.positions = 0, None
         if options.engine == "transformers":
             known = self._open(name, model, options)
         else:
@@ -87,6 +88,7 @@ class Source:
             batch_size=options.batch_size,
         )
         self.context = getattr(stream.model.config, "max_position_embeddings", 0)
+        self.positions = learned_positions(stream.model.config)
         self.meta = model_meta(name, stream, options.lens, options.temperature, options.revision)
         self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
         return {name: self.meta[name] for name in ("dtype", "weights")}

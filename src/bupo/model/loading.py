@@ -85,6 +85,14 @@ def check_layers(name: str, layers: Mapping[str, int | None], **kwargs) -> Pretr
     return config
 
 
+def learned_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has learned positions for, beyond which it fails. None where positions are computed (rotary, ALiBi):
+    there a longer text is only unlike those that the model was made for."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    return None if rotary else getattr(text, "max_position_embeddings", None)
+
+
 def load_model(name: str, **kwargs) -> PreTrainedModel:
     """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
 

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from bupo.data.templates import check_context, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import check_layers, load_config, load_tokenizer
+from bupo.model.loading import check_layers, learned_positions, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
@@ -79,13 +79,13 @@ def check_model(
 def check_prompts(
     problems: Dataset, tokenizer: PreTrainedTokenizerBase, model: Any, config: BuPOConfig, loading: ModelConfig
 ) -> None:
-    """Refuse a template that cannot be filled, and prompts that leave no room for an answer in the model's context.
+    """Refuse a template that cannot be filled, and prompts that are longer than the model can read.
 
     Raises:
         UserError: with the first such row among the longest.
     """
     read = load_config(model, **sources(config, loading)) if isinstance(model, str) else model.config
-    context = getattr(read.get_text_config(), "max_position_embeddings", None)
+    context = learned_positions(read)
     lengths = [len(str(prompt)) for prompt in problems["prompt"]]
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-LONGEST_TRIED:]
     for row in sorted({0, *longest}):
