@@ -62,7 +62,7 @@ def make_files(folder):
         "vocab_size": 262,
         "n_positions": 512,
         "n_embd": 32,
-        "n_layer": 2,
+        "n_layer": 6,
         "n_head": 4,
     }  # positions, not rotary ones
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **learned)).save_pretrained(folder / "learned")
