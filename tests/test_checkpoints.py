@@ -19,7 +19,7 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.folder import mark_finished
 from bupo.training.metrics_file import read_metrics
 from bupo.training.run import train
-from bupo.training.saving import STAGING, recover
+from bupo.training.saving import STAGING, recover, rotate
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
@@ -269,6 +269,14 @@ def test_what_a_kill_leaves_is_removed_and_what_it_moved_is_put_back(folder):
     recover(folder)
     assert damage(folder / "checkpoint-6") is None and not (folder / STAGING).exists()
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, [2, 4, 6]), (0, [2, 4, 6]), (-1, [2, 4, 6]), (2, [4, 6]), (1, [6])])
+def test_a_limit_that_is_not_positive_is_none(tmp_path, limit, left):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, limit, tmp_path / "checkpoint-6")
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):

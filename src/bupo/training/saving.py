@@ -85,9 +85,10 @@ def recover(folder: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, but not those to be kept. Other folders stay."""
+    """Delete the oldest checkpoints beyond `save_total_limit`, if there is one, but not those to be kept. Other folders stay."""
     found, kept = checkpoints(folder), {Path(path) for path in kept_ones if path}
-    more = len(found) - max(limit or len(found), len(kept & set(found)))
+    most = limit if limit and limit > 0 else len(found)
+    more = len(found) - max(most, len(kept & set(found)))
     for path in [path for path in found if path not in kept][: max(0, more)]:
         gone = folder / STAGING / _GONE / path.name
         gone.parent.mkdir(parents=True, exist_ok=True)
