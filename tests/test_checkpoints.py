@@ -18,9 +18,11 @@ from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
 from bupo.training.folder import mark_finished
 from bupo.training.metrics_file import read_metrics
+from bupo.training.resuming import compare, of_model, write_options
 from bupo.training.run import train
 from bupo.training.saving import STAGING, recover, rotate
 from bupo.training.schedule import Schedule, Stage
+from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -202,6 +204,13 @@ def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
     assert rates[6:] == pytest.approx([1e-3 * (12 - step) / 12 for step in range(6, 12)])
 
 
+def namesake():
+    def token_reward(completion_ids, **kwargs):
+        return [0.0] * len(completion_ids)
+
+    return token_reward
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -215,6 +224,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
         ({"problems": ROWS.select(range(32))}, "problems is 32 problems, checksum .*, but 64 problems, checksum "),
         ({"problems": ROWS.map(lambda row: {"prompt": row["prompt"] + "="})}, "problems is 64 problems"),
         ({"reward": lambda completion_ids, **k: token_reward(completion_ids)}, "reward_funcs is .*lambda"),
+        ({"reward": namesake()}, r"namesake.<locals>.token_reward.*, but .*tests.test_trainer.token_reward"),
         ({"model": model_of(num_hidden_layers=3)}, "model is qwen3, 3 layers of 32, 262 tokens"),
         ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
     ],
@@ -224,6 +234,58 @@ def test_what_would_change_the_run_is_refused(folder, changes, message):
     with pytest.raises(UserError, match=message):
         run(folder, **changes, resume_from_checkpoint=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def trainer_on(folder, model, peft=None, **changes):
+    args = BuPOConfig(str(folder), **{**OPTIONS, **changes})
+    return BuPOTrainer(model, token_reward, args, train_dataset=ROWS, processing_class=TOKENIZER, peft_config=peft)
+
+
+def other_model():
+    """Of the same shape, with one weight that differs."""
+    model = model_of()
+    model.model.layers[3].mlp.up_proj.weight.data.add_(1e-3)
+    return model
+
+
+def test_weights_that_no_checkpoint_holds_are_told_apart(tmp_path):
+    def lora():
+        return LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+
+    torch.manual_seed(1)
+    write_options(trainer_on(tmp_path, model_of(), lora()), tmp_path)
+    torch.manual_seed(2)  # the adapter's are in the checkpoint
+    compare(trainer_on(tmp_path, model_of(), lora()), tmp_path, print)
+    with pytest.raises(UserError, match="the base model's weights is "):
+        compare(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.ref_model = model_of()
+    trainer.given_model = of_model(trainer)
+    write_options(trainer, tmp_path)
+    trainer.ref_model = other_model()
+    trainer.given_model = of_model(trainer)
+    with pytest.raises(UserError, match="the reference model's weights is "):
+        compare(trainer, tmp_path, print)
+    trainer.args.sync_ref_model = True  # then they are in the checkpoint
+    assert "the reference model's weights" not in of_model(trainer)
+
+
+def test_the_models_dtype_is_that_of_the_one_given(tmp_path):
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.model.bfloat16()  # as a wrapped one may say
+    write_options(trainer, tmp_path)
+    compare(trainer_on(tmp_path, model_of()), tmp_path, print)
+
+
+def test_options_that_are_kept_hold_no_secret(tmp_path):
+    kwargs = {"token": "hf_secret", "revision": "main"}
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.args.model_init_kwargs = kwargs
+    write_options(trainer, tmp_path)
+    kept = (tmp_path / "options.json").read_text()
+    assert "hf_secret" not in kept and json.loads(kept)["model_init_kwargs"] == {"revision": "main"}
+    kwargs["token"] = "hf_newer"
+    compare(trainer, tmp_path, print)
 
 
 def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
@@ -280,8 +342,6 @@ def test_a_limit_that_is_not_positive_is_none(tmp_path, limit, left):
 
 
 def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
-    from bupo.training.trainer import BuPOTrainer
-
     pushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
         Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, damage(Path(path)) is None))

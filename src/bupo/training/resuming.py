@@ -14,6 +14,7 @@ and the cut of a rollout batch into micro-batches are compared by [`~bupo.traini
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import write_json
+from bupo.model.loading import fingerprint
+from bupo.provenance import without_secrets
 from bupo.training.seam import TRLTrainer
 
 OPTIONS_FILE = "options.json"
@@ -52,19 +55,40 @@ def _decides(name: str) -> bool:
 
 def deciding(trainer: TRLTrainer) -> dict[str, Any]:
     """What decides the numbers of a run, by name, as JSON knows it."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
     found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
-    config = model.config
-    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    found |= trainer.given_model
     found["problems"] = _content(trainer.train_dataset)
     found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
-    found["reward_funcs"] = list(trainer.reward_func_names)
+    found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
     found["answers a rollout batch"] = args.generation_batch_size
-    for adapter, peft in getattr(model, "peft_config", {}).items():
+    return json.loads(json.dumps(without_secrets(found), default=_as_text))
+
+
+def of_model(trainer: TRLTrainer) -> dict[str, Any]:
+    """What decides a run of its model, as it is before it is trained, sharded or cast.
+
+    Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
+    stays. Under FSDP and DeepSpeed, processes do not hold them alike.
+    """
+    model, config = trainer.model, trainer.model.config
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    found: dict[str, Any] = {}
+    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    adapters = getattr(model, "peft_config", {})
+    for adapter, peft in adapters.items():
         own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
         found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
-    return json.loads(json.dumps(found, default=_as_text))
+    if adapters and whole:
+        found["the base model's weights"] = fingerprint(model, without=adapters)
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model and whole:
+        found["the reference model's weights"] = fingerprint(trainer.ref_model)
+    return found
+
+
+def _reward(function: Any, name: str) -> str:
+    return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else name
 
 
 def _as_text(value: Any) -> Any:

@@ -85,7 +85,7 @@ def recover(folder: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, if there is one, but not those to be kept. Other folders stay."""
+    """Delete the oldest checkpoints beyond `save_total_limit`, if any, but not those to be kept. Other folders stay."""
     found, kept = checkpoints(folder), {Path(path) for path in kept_ones if path}
     most = limit if limit and limit > 0 else len(found)
     more = len(found) - max(most, len(kept & set(found)))
