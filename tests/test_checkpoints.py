@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
-from bupo.training.folder import mark_finished
+from bupo.training.folder import clear, mark_finished
 from bupo.training.metrics_file import read_metrics
 from bupo.training.resuming import compare, of_model, write_options
 from bupo.training.run import train
@@ -163,6 +163,30 @@ def test_going_on_from_an_earlier_checkpoint_does_not_mix_two_runs(finished, fol
         [row["step"] for row in read_metrics(path / "metrics.jsonl")] for path in (finished, tmp_path / "elsewhere")
     ]
     assert steps[0] == steps[1]
+
+
+def test_going_on_from_another_runs_checkpoint_leaves_nothing_of_the_former(finished, folder, tmp_path):
+    foreign = Path(shutil.copytree(finished / "checkpoint-4", tmp_path / "other" / "checkpoint-4"))
+    with pytest.raises(UserError, match="holds a run"):
+        run(folder, resume_from_checkpoint=str(foreign))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "former": 1}')
+    run(folder, resume_from_checkpoint=str(foreign), overwrite=True)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"] and damage(foreign) is None
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 6]
+    assert "former" not in (folder / "metrics.jsonl").read_text() and same(finished, folder)
+
+
+def test_what_is_deleted_is_never_what_the_run_goes_on_from(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4", "old/checkpoint-6"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    clear(tmp_path / "run", str(tmp_path / "run" / "old" / "checkpoint-6"))
+    assert len(checkpoints(tmp_path / "run")) == 2
+    (tmp_path / "elsewhere" / "checkpoint-6").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-6").symlink_to(tmp_path / "elsewhere" / "checkpoint-6")
+    clear(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"))
+    assert len(checkpoints(tmp_path / "run")) == 3 and (tmp_path / "run" / "old" / "checkpoint-6").is_dir()
+    clear(tmp_path / "run", str(tmp_path / "elsewhere" / "checkpoint-6"))
+    assert not checkpoints(tmp_path / "run") and (tmp_path / "elsewhere" / "checkpoint-6").is_dir()
 
 
 def test_a_finished_run_is_finished(finished, tmp_path):

@@ -33,8 +33,8 @@ def begin(config: BuPOConfig, overwrite: bool, say: Callable[[str], None]) -> st
     """Whether a run may begin in its folder, and the checkpoint that it goes on from, if it goes on from one."""
     with config.main_process_first(local=False):  # which removes what a kill has left
         checkpoint = checkpoint_to_resume(config, overwrite, say)
-    folder = Path(config.output_dir).resolve()
-    own = wants_to_resume(config) is not None and Path(checkpoint or folder).resolve().is_relative_to(folder)
+    folder = Path(config.output_dir)
+    own = wants_to_resume(config) is not None and _own(folder, Path(checkpoint or folder))
     refuse_held(config, overwrite or own)
     return checkpoint
 
@@ -54,11 +54,16 @@ def refuse_held(config: BuPOConfig, allowed: bool) -> None:
 
 
 def clear(folder: Path, checkpoint: str | None = None) -> None:
-    """Delete a former run's series and checkpoints, which a new one would mix with; of a run that goes on from one of its
-    checkpoints, the later ones that `overwrite` allows to delete."""
+    """Delete a former run's series and checkpoints, which a new one would mix with, also one that goes on from another run's
+    checkpoint; of a run that goes on from one of its own, the later ones that `overwrite` allows to delete."""
     (folder / FINISHED_FILE).unlink(missing_ok=True)  # first: what is half deleted is not finished
-    for path in later(folder, checkpoint) if checkpoint else _held(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in later(folder, checkpoint) if checkpoint and _own(folder, Path(checkpoint)) else _held(folder):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _own(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint lies in a run's folder, if only as a link."""
+    return any(of(checkpoint).is_relative_to(of(folder)) for of in (Path.absolute, Path.resolve))
 
 
 def _held(folder: Path) -> list[Path]:
