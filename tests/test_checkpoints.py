@@ -3,25 +3,28 @@
 import errno
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from trl import ModelConfig
 
 from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training import trackers
 from bupo.training.finite import FiniteUpdates
-from bupo.training.folder import clear, mark_finished
+from bupo.training.folder import clear
 from bupo.training.metrics_file import read_metrics
 from bupo.training.resuming import compare, of_model, write_options
 from bupo.training.run import train
-from bupo.training.saving import STAGING, recover, rotate
-from bupo.training.schedule import Schedule, Stage
+from bupo.training.saving import STAGING, move_in_own, recover, rotate
+from bupo.training.setup import check_run
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
@@ -189,17 +192,26 @@ def test_what_is_deleted_is_never_what_the_run_goes_on_from(tmp_path):
     assert not checkpoints(tmp_path / "run") and (tmp_path / "elsewhere" / "checkpoint-6").is_dir()
 
 
+FINISHED_OTHERWISE: list[tuple[dict, str]] = [
+    ({"seed": 1}, "seed is 1, but 0 in .*run: a run goes on with the same"),
+    ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
+]
+
+
 def test_a_finished_run_is_finished(finished, tmp_path):
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     said = run(copy, resume_from_checkpoint=True)
-    assert said == [f"the run is finished: {copy} holds all of it, nothing more is trained"]
+    assert said[1:] == [f"the run is finished: {copy} holds all of it, nothing more is trained"]
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     for path in checkpoints(copy):
         shutil.rmtree(path)
     assert run(copy, resume_from_checkpoint=True) == said  # also without checkpoints
     with pytest.raises(UserError, match="holds a finished run without checkpoints to go on from"):
         run(copy, resume_from_checkpoint=True, max_steps=8)
+    for changes, message in FINISHED_OTHERWISE:
+        with pytest.raises(UserError, match=message):
+            run(copy, resume_from_checkpoint=True, **changes)
 
 
 def test_what_was_left_undone_is_done(finished, folder):
@@ -365,6 +377,35 @@ def test_a_limit_that_is_not_positive_is_none(tmp_path, limit, left):
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
+def test_another_node_leaves_what_the_main_process_has_moved(tmp_path, monkeypatch):
+    """On a shared disk a node may see the written folder for a while after it was moved."""
+    staged, place = tmp_path / STAGING / "checkpoint-2", tmp_path / "checkpoint-2"
+    staged.mkdir(parents=True)
+    (staged / "rng_state_1.pth").write_text("1")
+    shutil.copytree(staged, place)
+    (place / "trainer_state.json").write_text('{"global_step": 2}')
+    move_in_own(staged, place)
+    assert (place / "trainer_state.json").exists() and staged.exists()
+    move_in_own(staged, tmp_path / "own" / "checkpoint-2")  # there is no such folder: as if it were gone
+    shutil.rmtree(place)
+    shutil.rmtree(tmp_path / STAGING)
+    for content in ("1", "2"):  # its own disk, and again in the stead of its former part
+        staged.mkdir(parents=True)
+        (staged / "rng_state_1.pth").write_text(content)
+        move_in_own(staged, place)
+        assert (place / "rng_state_1.pth").read_text() == content and not staged.exists()
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("SHARDED_STATE_DICT", True), ("FULL_STATE_DICT", False)])
+def test_a_run_that_could_not_save_its_model_is_refused_at_the_start(tmp_path, monkeypatch, kind, refused):
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.is_fsdp_enabled = True
+    plugin = SimpleNamespace(state_dict_type=f"StateDictType.{kind}")
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(UserError, match="must be FULL_STATE_DICT") if refused else nullcontext():
+        assert check_run(trainer, trainer.args)
+
+
 def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
     pushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
@@ -456,14 +497,18 @@ def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_with_an_adapter_is_finished_too(tmp_path):
-    config = BuPOConfig(str(tmp_path), **OPTIONS, resume_from_checkpoint=True)
-    adapted = get_peft_model(model_of(), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
-    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data.fill_(0.5)
-    adapted.save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
-    mark_finished(config, 6, Schedule((Stage(2, 1),)))
-    done = train(model_of(), config, tokenizer=TOKENIZER, problems=ROWS, reward_funcs=[token_reward])
-    assert done.schedule == Schedule((Stage(2, 1),)) and done.metrics == [{"step": 6}]
-    expected = dict(adapted.named_parameters())
+    changes = {"max_steps": 2, "internal_steps": 1, "logging_steps": 2, "save_strategy": "no"}
+    loading = ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "v_proj"])
+    config = BuPOConfig(str(tmp_path / "run"), **{**OPTIONS, **changes})
+    common: dict = {"tokenizer": TOKENIZER, "problems": ROWS, "reward_funcs": [token_reward]}
+    first = train(model_of(), config, **common, loading=loading)
+    config.resume_from_checkpoint = "true"
+    done = train(model_of(), config, **common, loading=loading)
+    expected = dict(first.model.named_parameters())
+    assert done.schedule == first.schedule and done.metrics == first.metrics
     assert all(torch.equal(value, expected[name]) for name, value in done.model.named_parameters())
+    assert any(value.any() for name, value in expected.items() if "lora_B" in name)
+    with pytest.raises(UserError, match="the base model's weights is "):
+        train(other_model(), config, **common, loading=loading)
+    with pytest.raises(UserError, match=r"adapters is \[\], but \['default'\] in"):
+        train(model_of(), config, **common)

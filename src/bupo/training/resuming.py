@@ -24,6 +24,7 @@ from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.loading import fingerprint
 from bupo.provenance import without_secrets
+from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 
 OPTIONS_FILE = "options.json"
@@ -77,6 +78,7 @@ def of_model(trainer: TRLTrainer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
     adapters = getattr(model, "peft_config", {})
+    found["adapters"] = sorted(adapters)
     for adapter, peft in adapters.items():
         own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
         found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
@@ -111,6 +113,14 @@ def _content(problems: Any) -> str:
     return f"{number} problems, checksum {_sum(rows)}"
 
 
+def same_phase(before: list, planned: Schedule, folder: Path) -> None:
+    """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
+    if Schedule.load(before) != planned:
+        raise UserError(
+            f"{folder} was made with the first phase {Schedule.load(before)}, the options say {planned}: go on with the same"
+        )
+
+
 def write_options(trainer: TRLTrainer, folder: Path) -> None:
     """Keep in a checkpoint what decides the run."""
     write_json(folder / OPTIONS_FILE, deciding(trainer))
@@ -124,7 +134,16 @@ def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> No
     """
     if not (folder / OPTIONS_FILE).exists():
         return
-    before, now = json.loads((folder / OPTIONS_FILE).read_text()), deciding(trainer)
+    hold(trainer, json.loads((folder / OPTIONS_FILE).read_text()), folder, say)
+
+
+def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    """Hold a run's options against those that decided it `before`, as its `folder` or checkpoint keeps them.
+
+    Raises:
+        UserError: for one that would change the run and is not taken over.
+    """
+    now = deciding(trainer)
     adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE
     for name in now:
         if name not in before or before[name] == now[name]:

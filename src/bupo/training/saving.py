@@ -7,10 +7,11 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError, first_line
 from bupo.training.whole import checkpoints, write_manifest
@@ -52,6 +53,16 @@ def move_in(staged: Path, place: Path) -> None:
     staged.rename(place)
     _to_disk(place.parent)
     shutil.rmtree(staged.parent)
+
+
+def move_in_own(staged: Path, place: Path) -> None:
+    """Move another node's part of a checkpoint to its place, where that node has a disk of its own.
+
+    On a shared disk the main process has moved all, though the node may not know yet: what that has put there stays.
+    """
+    if staged.is_dir() and not (place / TRAINER_STATE_NAME).exists():  # which the main process alone writes
+        with suppress(FileNotFoundError):  # gone after all
+            move_in(staged, place)
 
 
 def move_files(staged: Path, place: Path) -> None:

@@ -144,7 +144,6 @@ class BuPOTrainer(TRLTrainer):
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-
         speaker = Speaker(model, site, inputs.get(OLD))
 
         def policy_loss(read: Read | None) -> torch.Tensor:
@@ -159,8 +158,7 @@ class BuPOTrainer(TRLTrainer):
         else:
             loss = policy_loss(None)
         self.alignment.log(batch, speaker, metrics)
-        last = (self.passes_done + 1) % self.passes_a_batch == 0
-        self.watch.after_pass(self.rollout_batch, metrics, last)
+        self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
         return loss
 
     def training_step(self, *args, **kwargs):
@@ -180,7 +178,11 @@ class BuPOTrainer(TRLTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
-        result = super().train(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
+        return self.train_from(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
+
+    def train_from(self, found: str | None, *args, **kwargs):
+        """`train`, from a checkpoint that is known to be whole and of the same run."""
+        result = super().train(found, *args, **kwargs)
         if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
             messages.repeat_last(self.state.log_history)
         self.watch.after_training(self.rollout_batch, self.inside_batch)
