@@ -116,8 +116,8 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     reference = _moving_reference(trainer)
     if reference is not None and "reference" in state:
         reference.load_state_dict(state["reference"])
-    trainer.resume_numbers(saved.get("numbers", {}))  # an earlier version has none
-    trainer.completions = state.get("completions")
+    trainer.resume_numbers(saved["numbers"])
+    trainer.completions = state["completions"]
     for name, values in state["metrics"].items():
         trainer.train_metrics[name].extend(values)
     for name, part in parts.items():

@@ -4,12 +4,15 @@ A checkpoint's `options.json` keeps what decides the numbers of a run. On resumi
 
 - of no account for what is trained (`FREE`: how often is logged, saved, evaluated and probed, where to, on which machine): it
   holds from there on, without a word;
-- taken over (`TAKEN`: the learning rates, `max_grad_norm`, the length of the run): it holds from there on, and is said. The
-  learning rate's schedule is that of the new rate and length, at the update where the run stands;
-- refused, whatever else it is: by one line with the option and both values. Also options that are not known here yet.
+- taken over (`TAKEN`): the learning rates and `max_grad_norm` hold from there on, and are said; `max_steps` and
+  `num_train_epochs` hold. The learning rate is that of the same schedule over the new rate and length, at the update where the
+  run stands;
+- refused, whatever else it is, the kind of schedule and its warmup too: by one line with the option and both values. Also
+  options that are not known here yet.
 
-Problems are told by their content, not by the names of their files; the chat template and the model likewise. The first phase
-and the cut of a rollout batch into micro-batches are compared by [`~bupo.training.checkpoint.load`].
+Problems are told by their content, not by the names of their files; the chat template and the model likewise; rewards by where
+they are defined. A finished run keeps the same in `finished.json`, and is compared as well. The first phase and the cut of a
+rollout batch into micro-batches are compared by [`~bupo.training.checkpoint.load`].
 """
 
 import dataclasses
