@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import ModelConfig
 
 from bupo import BuPOConfig, TrainOptions, UserError
-from bupo.training import trackers
+from bupo.training import trackers, whole
 from bupo.training.finite import FiniteUpdates
 from bupo.training.folder import clear
 from bupo.training.metrics_file import read_metrics
@@ -334,6 +334,28 @@ def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{n}" for n in (2, 4, 5, 6)]
     state = torch.load(folder / "checkpoint-5" / "optimizer.pt", weights_only=True)
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-5 / 6)
+
+
+def test_a_checkpoint_is_looked_at_and_compared_once(folder, monkeypatch, capsys):
+    summed: list[str] = []
+    real = whole._sum
+    monkeypatch.setattr(whole, "_sum", lambda path: summed.append(f"{path.parent.name}/{path.name}") or real(path))
+    run(folder, learning_rate=1e-5, save_strategy="no", resume_from_checkpoint=True)
+    assert summed and len(set(summed)) == len(summed) and all("checkpoint-6/" in name for name in summed)
+    assert capsys.readouterr().out.count("learning_rate is 1e-05 from here on") == 1
+
+
+def test_what_another_process_does_not_see_is_refused(folder, monkeypatch):
+    checkpoint = folder / "checkpoint-6"
+    whole.check_shared(checkpoint)
+    monkeypatch.setattr(whole, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(whole, "_sum", lambda path: pytest.fail("sums are the main process' business"))
+    whole.check_shared(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(
+        UserError, match=r"finds .*checkpoint-6 otherwise \(there is no such folder\): share output_dir"
+    ):
+        whole.check_shared(checkpoint)
 
 
 @pytest.mark.parametrize(
