@@ -3,24 +3,29 @@
 import errno
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from trl import ModelConfig
 
 from bupo import BuPOConfig, TrainOptions, UserError
-from bupo.training import trackers
+from bupo.training import trackers, whole
 from bupo.training.finite import FiniteUpdates
-from bupo.training.folder import mark_finished
+from bupo.training.folder import clear
 from bupo.training.metrics_file import read_metrics
+from bupo.training.resuming import compare, of_model, write_options
 from bupo.training.run import train
-from bupo.training.saving import STAGING, recover
-from bupo.training.schedule import Schedule, Stage
+from bupo.training.saving import STAGING, move_in_own, recover, rotate
+from bupo.training.setup import check_run
+from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -163,17 +168,50 @@ def test_going_on_from_an_earlier_checkpoint_does_not_mix_two_runs(finished, fol
     assert steps[0] == steps[1]
 
 
+def test_going_on_from_another_runs_checkpoint_leaves_nothing_of_the_former(finished, folder, tmp_path):
+    foreign = Path(shutil.copytree(finished / "checkpoint-4", tmp_path / "other" / "checkpoint-4"))
+    with pytest.raises(UserError, match="holds a run"):
+        run(folder, resume_from_checkpoint=str(foreign))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "former": 1}')
+    run(folder, resume_from_checkpoint=str(foreign), overwrite=True)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"] and damage(foreign) is None
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 6]
+    assert "former" not in (folder / "metrics.jsonl").read_text() and same(finished, folder)
+
+
+def test_what_is_deleted_is_never_what_the_run_goes_on_from(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4", "old/checkpoint-6"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    clear(tmp_path / "run", str(tmp_path / "run" / "old" / "checkpoint-6"))
+    assert len(checkpoints(tmp_path / "run")) == 2
+    (tmp_path / "elsewhere" / "checkpoint-6").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-6").symlink_to(tmp_path / "elsewhere" / "checkpoint-6")
+    clear(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"))
+    assert len(checkpoints(tmp_path / "run")) == 3 and (tmp_path / "run" / "old" / "checkpoint-6").is_dir()
+    clear(tmp_path / "run", str(tmp_path / "elsewhere" / "checkpoint-6"))
+    assert not checkpoints(tmp_path / "run") and (tmp_path / "elsewhere" / "checkpoint-6").is_dir()
+
+
+FINISHED_OTHERWISE: list[tuple[dict, str]] = [
+    ({"seed": 1}, "seed is 1, but 0 in .*run: a run goes on with the same"),
+    ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
+]
+
+
 def test_a_finished_run_is_finished(finished, tmp_path):
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     said = run(copy, resume_from_checkpoint=True)
-    assert said == [f"the run is finished: {copy} holds all of it, nothing more is trained"]
+    assert said[1:] == [f"the run is finished: {copy} holds all of it, nothing more is trained"]
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     for path in checkpoints(copy):
         shutil.rmtree(path)
     assert run(copy, resume_from_checkpoint=True) == said  # also without checkpoints
     with pytest.raises(UserError, match="holds a finished run without checkpoints to go on from"):
         run(copy, resume_from_checkpoint=True, max_steps=8)
+    for changes, message in FINISHED_OTHERWISE:
+        with pytest.raises(UserError, match=message):
+            run(copy, resume_from_checkpoint=True, **changes)
 
 
 def test_what_was_left_undone_is_done(finished, folder):
@@ -202,6 +240,13 @@ def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
     assert rates[6:] == pytest.approx([1e-3 * (12 - step) / 12 for step in range(6, 12)])
 
 
+def namesake():
+    def token_reward(completion_ids, **kwargs):
+        return [0.0] * len(completion_ids)
+
+    return token_reward
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -215,6 +260,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(finished, tmp_path):
         ({"problems": ROWS.select(range(32))}, "problems is 32 problems, checksum .*, but 64 problems, checksum "),
         ({"problems": ROWS.map(lambda row: {"prompt": row["prompt"] + "="})}, "problems is 64 problems"),
         ({"reward": lambda completion_ids, **k: token_reward(completion_ids)}, "reward_funcs is .*lambda"),
+        ({"reward": namesake()}, r"namesake.<locals>.token_reward.*, but .*tests.test_trainer.token_reward"),
         ({"model": model_of(num_hidden_layers=3)}, "model is qwen3, 3 layers of 32, 262 tokens"),
         ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
     ],
@@ -224,6 +270,58 @@ def test_what_would_change_the_run_is_refused(folder, changes, message):
     with pytest.raises(UserError, match=message):
         run(folder, **changes, resume_from_checkpoint=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def trainer_on(folder, model, peft=None, **changes):
+    args = BuPOConfig(str(folder), **{**OPTIONS, **changes})
+    return BuPOTrainer(model, token_reward, args, train_dataset=ROWS, processing_class=TOKENIZER, peft_config=peft)
+
+
+def other_model():
+    """Of the same shape, with one weight that differs."""
+    model = model_of()
+    model.model.layers[3].mlp.up_proj.weight.data.add_(1e-3)
+    return model
+
+
+def test_weights_that_no_checkpoint_holds_are_told_apart(tmp_path):
+    def lora():
+        return LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+
+    torch.manual_seed(1)
+    write_options(trainer_on(tmp_path, model_of(), lora()), tmp_path)
+    torch.manual_seed(2)  # the adapter's are in the checkpoint
+    compare(trainer_on(tmp_path, model_of(), lora()), tmp_path, print)
+    with pytest.raises(UserError, match="the base model's weights is "):
+        compare(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.ref_model = model_of()
+    trainer.given_model = of_model(trainer)
+    write_options(trainer, tmp_path)
+    trainer.ref_model = other_model()
+    trainer.given_model = of_model(trainer)
+    with pytest.raises(UserError, match="the reference model's weights is "):
+        compare(trainer, tmp_path, print)
+    trainer.args.sync_ref_model = True  # then they are in the checkpoint
+    assert "the reference model's weights" not in of_model(trainer)
+
+
+def test_the_models_dtype_is_that_of_the_one_given(tmp_path):
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.model.bfloat16()  # as a wrapped one may say
+    write_options(trainer, tmp_path)
+    compare(trainer_on(tmp_path, model_of()), tmp_path, print)
+
+
+def test_options_that_are_kept_hold_no_secret(tmp_path):
+    kwargs = {"token": "hf_secret", "revision": "main"}
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.args.model_init_kwargs = kwargs
+    write_options(trainer, tmp_path)
+    kept = (tmp_path / "options.json").read_text()
+    assert "hf_secret" not in kept and json.loads(kept)["model_init_kwargs"] == {"revision": "main"}
+    kwargs["token"] = "hf_newer"
+    compare(trainer, tmp_path, print)
 
 
 def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
@@ -236,6 +334,28 @@ def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{n}" for n in (2, 4, 5, 6)]
     state = torch.load(folder / "checkpoint-5" / "optimizer.pt", weights_only=True)
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-5 / 6)
+
+
+def test_a_checkpoint_is_looked_at_and_compared_once(folder, monkeypatch, capsys):
+    summed: list[str] = []
+    real = whole._sum
+    monkeypatch.setattr(whole, "_sum", lambda path: summed.append(f"{path.parent.name}/{path.name}") or real(path))
+    run(folder, learning_rate=1e-5, save_strategy="no", resume_from_checkpoint=True)
+    assert summed and len(set(summed)) == len(summed) and all("checkpoint-6/" in name for name in summed)
+    assert capsys.readouterr().out.count("learning_rate is 1e-05 from here on") == 1
+
+
+def test_what_another_process_does_not_see_is_refused(folder, monkeypatch):
+    checkpoint = folder / "checkpoint-6"
+    whole.check_shared(checkpoint)
+    monkeypatch.setattr(whole, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(whole, "_sum", lambda path: pytest.fail("sums are the main process' business"))
+    whole.check_shared(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(
+        UserError, match=r"finds .*checkpoint-6 otherwise \(there is no such folder\): share output_dir"
+    ):
+        whole.check_shared(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -271,9 +391,44 @@ def test_what_a_kill_leaves_is_removed_and_what_it_moved_is_put_back(folder):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
-    from bupo.training.trainer import BuPOTrainer
+@pytest.mark.parametrize(("limit", "left"), [(None, [2, 4, 6]), (0, [2, 4, 6]), (-1, [2, 4, 6]), (2, [4, 6]), (1, [6])])
+def test_a_limit_that_is_not_positive_is_none(tmp_path, limit, left):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, limit, tmp_path / "checkpoint-6")
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
+
+def test_another_node_leaves_what_the_main_process_has_moved(tmp_path, monkeypatch):
+    """On a shared disk a node may see the written folder for a while after it was moved."""
+    staged, place = tmp_path / STAGING / "checkpoint-2", tmp_path / "checkpoint-2"
+    staged.mkdir(parents=True)
+    (staged / "rng_state_1.pth").write_text("1")
+    shutil.copytree(staged, place)
+    (place / "trainer_state.json").write_text('{"global_step": 2}')
+    move_in_own(staged, place)
+    assert (place / "trainer_state.json").exists() and staged.exists()
+    move_in_own(staged, tmp_path / "own" / "checkpoint-2")  # there is no such folder: as if it were gone
+    shutil.rmtree(place)
+    shutil.rmtree(tmp_path / STAGING)
+    for content in ("1", "2"):  # its own disk, and again in the stead of its former part
+        staged.mkdir(parents=True)
+        (staged / "rng_state_1.pth").write_text(content)
+        move_in_own(staged, place)
+        assert (place / "rng_state_1.pth").read_text() == content and not staged.exists()
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("SHARDED_STATE_DICT", True), ("FULL_STATE_DICT", False)])
+def test_a_run_that_could_not_save_its_model_is_refused_at_the_start(tmp_path, monkeypatch, kind, refused):
+    trainer = trainer_on(tmp_path, model_of())
+    trainer.is_fsdp_enabled = True
+    plugin = SimpleNamespace(state_dict_type=f"StateDictType.{kind}")
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(UserError, match="must be FULL_STATE_DICT") if refused else nullcontext():
+        assert check_run(trainer, trainer.args)
+
+
+def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
     pushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
         Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, damage(Path(path)) is None))
@@ -364,14 +519,18 @@ def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_with_an_adapter_is_finished_too(tmp_path):
-    config = BuPOConfig(str(tmp_path), **OPTIONS, resume_from_checkpoint=True)
-    adapted = get_peft_model(model_of(), LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
-    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data.fill_(0.5)
-    adapted.save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 6}\n')
-    mark_finished(config, 6, Schedule((Stage(2, 1),)))
-    done = train(model_of(), config, tokenizer=TOKENIZER, problems=ROWS, reward_funcs=[token_reward])
-    assert done.schedule == Schedule((Stage(2, 1),)) and done.metrics == [{"step": 6}]
-    expected = dict(adapted.named_parameters())
+    changes = {"max_steps": 2, "internal_steps": 1, "logging_steps": 2, "save_strategy": "no"}
+    loading = ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "v_proj"])
+    config = BuPOConfig(str(tmp_path / "run"), **{**OPTIONS, **changes})
+    common: dict = {"tokenizer": TOKENIZER, "problems": ROWS, "reward_funcs": [token_reward]}
+    first = train(model_of(), config, **common, loading=loading)
+    config.resume_from_checkpoint = "true"
+    done = train(model_of(), config, **common, loading=loading)
+    expected = dict(first.model.named_parameters())
+    assert done.schedule == first.schedule and done.metrics == first.metrics
     assert all(torch.equal(value, expected[name]) for name, value in done.model.named_parameters())
+    assert any(value.any() for name, value in expected.items() if "lora_B" in name)
+    with pytest.raises(UserError, match="the base model's weights is "):
+        train(other_model(), config, **common, loading=loading)
+    with pytest.raises(UserError, match=r"adapters is \[\], but \['default'\] in"):
+        train(model_of(), config, **common)

@@ -2,11 +2,12 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -142,11 +143,16 @@ def load_on_device(
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """Tells weights apart that have one name: a hash of some thousand evenly spaced values of every parameter."""
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
+    """Tells weights apart that have one name: a hash of some thousand evenly spaced values of every parameter.
+
+    Args:
+        model (`nn.Module`): whose.
+        without (`list[str]`, *optional*): parts of names, between dots, of parameters to leave out.
+    """
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
-        if weights.is_meta:  # on a disk, with device_map
+        if weights.is_meta or not set(without).isdisjoint(name.split(".")):  # meta: on a disk, with device_map
             continue
         values = weights.detach().flatten()
         some = values[:: max(1, len(values) // 4096)]

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError
-from bupo.training.resuming import compare, write_options
+from bupo.training.resuming import compare, same_phase, write_options
 from bupo.training.saving import recover
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
-from bupo.training.whole import damage, to_go_on_from
+from bupo.training.whole import check_shared, decided, to_go_on_from, usable
 
 STATE_FILE = "bupo.pt"
 
@@ -55,19 +54,18 @@ def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
         UserError: if it is damaged, is not the same on all processes, or was made with options that decide the run and differ.
     """
     folder, say = Path(trainer.args.output_dir), trainer.accelerator.print
-    if trainer.args.should_save:
+
+    def find() -> Path | None:
         recover(folder)
-    trainer.accelerator.wait_for_everyone()
+        if wanted is True:
+            return to_go_on_from(folder, say)
+        return usable(Path(str(wanted))) if wanted else None
+
     trainer.resumed_at = 0
-    found = to_go_on_from(folder, say) if wanted is True else Path(str(wanted)) if wanted else None
-    everyones = set(gather_object([found.name if found else None]))
-    if len(everyones) > 1:
-        raise UserError(f"resume_from_checkpoint: processes find different checkpoints, {everyones}: share output_dir")
+    found = decided(find)
+    check_shared(found)
     if found is None:
         return None
-    wrong = damage(found)
-    if wrong:
-        raise UserError(f"resume_from_checkpoint: {found} cannot be gone on with: {wrong}")
     compare(trainer, found, say)
     return str(found)
 
@@ -108,11 +106,7 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         trainer.restore_place(done * trainer.args.gradient_accumulation_steps, None)
         return
     state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    before = Schedule.load(state["planned"])
-    if before != planned:
-        raise UserError(
-            f"{folder} was made with the first phase {before}, the options say {planned}: go on with the same"
-        )
+    same_phase(state["planned"], planned, folder)
     if state["layout"] == layout(trainer):
         saved = _own(trainer, folder)
         trainer.restore_place(state["passes"], saved["pieces"])
@@ -122,8 +116,8 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     reference = _moving_reference(trainer)
     if reference is not None and "reference" in state:
         reference.load_state_dict(state["reference"])
-    trainer.resume_numbers(saved.get("numbers", {}))  # an earlier version has none
-    trainer.completions = state.get("completions")
+    trainer.resume_numbers(saved["numbers"])
+    trainer.completions = state["completions"]
     for name, values in state["metrics"].items():
         trainer.train_metrics[name].extend(values)
     for name, part in parts.items():

@@ -40,13 +40,9 @@ class Dynamics:
         """The rows, for a checkpoint."""
         return json.dumps(self.rows, default=lambda value: None if value is pd.NA else value.item())
 
-    def load(self, state: str | None, done: int) -> None:
-        """What `state` gave; an earlier version's checkpoint has none, and the file's count as far as `done` batches."""
-        if state is not None:
-            self.rows = json.loads(state)
-        elif (self.folder / DYNAMICS_FILE).exists():
-            table = pd.read_parquet(self.folder / DYNAMICS_FILE)
-            self.rows = table[table["rollout_batch"] <= done].to_dict("records")
+    def load(self, state: str) -> None:
+        """What `state` gave."""
+        self.rows = json.loads(state)
         if self.rows:
             self._write()
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +17,7 @@ from bupo.training.metrics_file import METRICS_FILE
 from bupo.training.saving import STAGING, recover
 from bupo.training.schedule import Schedule
 from bupo.training.watch import BOUNDARY_FILE
-from bupo.training.whole import checkpoints, damage, to_go_on_from
+from bupo.training.whole import check_shared, checkpoints, damage, decided, to_go_on_from, usable
 
 FINISHED_FILE = "finished.json"  # written last of all
 
@@ -29,14 +30,26 @@ def wants_to_resume(config: BuPOConfig) -> str | None:
     return "true" if str(wanted).lower() == "true" else str(wanted)
 
 
-def begin(config: BuPOConfig, overwrite: bool, say: Callable[[str], None]) -> str | None:
-    """Whether a run may begin in its folder, and the checkpoint that it goes on from, if it goes on from one."""
-    with config.main_process_first(local=False):  # which removes what a kill has left
-        checkpoint = checkpoint_to_resume(config, overwrite, say)
-    folder = Path(config.output_dir).resolve()
-    own = wants_to_resume(config) is not None and Path(checkpoint or folder).resolve().is_relative_to(folder)
-    refuse_held(config, overwrite or own)
-    return checkpoint
+def begin(config: BuPOConfig, overwrite: bool, say: Callable[[str], None]) -> tuple[str | None, dict | None]:
+    """Whether a run may begin in its folder, as the main process finds it.
+
+    Returns:
+        `tuple[str, dict]`: the checkpoint that it goes on from, if it goes on from one; what is noted of it, if it is finished.
+
+    Raises:
+        UserError: if it may not, or another process does not see the checkpoint.
+    """
+
+    def find() -> tuple[str | None, dict | None]:
+        done, folder = finished(config), Path(config.output_dir)
+        checkpoint = None if done else checkpoint_to_resume(config, overwrite, say)
+        own = wants_to_resume(config) is not None and _own(folder, Path(checkpoint or folder))
+        refuse_held(config, overwrite or own)
+        return checkpoint, done
+
+    checkpoint, done = decided(find)
+    check_shared(Path(checkpoint) if checkpoint else None)
+    return checkpoint, done
 
 
 def refuse_held(config: BuPOConfig, allowed: bool) -> None:
@@ -54,11 +67,16 @@ def refuse_held(config: BuPOConfig, allowed: bool) -> None:
 
 
 def clear(folder: Path, checkpoint: str | None = None) -> None:
-    """Delete a former run's series and checkpoints, which a new one would mix with; of a run that goes on from one of its
-    checkpoints, the later ones that `overwrite` allows to delete."""
+    """Delete a former run's series and checkpoints, which a new one would mix with, also one that goes on from another run's
+    checkpoint; of a run that goes on from one of its own, the later ones that `overwrite` allows to delete."""
     (folder / FINISHED_FILE).unlink(missing_ok=True)  # first: what is half deleted is not finished
-    for path in later(folder, checkpoint) if checkpoint else _held(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in later(folder, checkpoint) if checkpoint and _own(folder, Path(checkpoint)) else _held(folder):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _own(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint lies in a run's folder, if only as a link."""
+    return any(of(checkpoint).is_relative_to(of(folder)) for of in (Path.absolute, Path.resolve))
 
 
 def _held(folder: Path) -> list[Path]:
@@ -84,12 +102,10 @@ def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str
     wanted, folder = wants_to_resume(config), Path(config.output_dir)
     if wanted is None:
         return None
-    if config.process_index == 0:
-        recover(folder)
+    recover(folder)
     if wanted != "true":
-        wrong, after = damage(Path(wanted)), later(folder, wanted)
-        if wrong:
-            raise UserError(f"resume_from_checkpoint: {wanted} cannot be gone on with: {wrong}")
+        usable(Path(wanted))
+        after = later(folder, wanted)
         if after and not overwrite:
             raise UserError(
                 f"resume_from_checkpoint: {folder} holds later checkpoints than {wanted} ({after[0].name}): choose another "
@@ -102,14 +118,15 @@ def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str
     return None if found is None else str(found)
 
 
-def mark_finished(config: BuPOConfig, updates: int, schedule: Schedule) -> None:
-    """Note that all of a run is done and in its folder."""
+def mark_finished(config: BuPOConfig, updates: int, schedule: Schedule, options: dict[str, Any]) -> None:
+    """Note that all of a run is done and in its folder, and by which options that decide it."""
     done = {"updates": updates, "epochs": config.num_train_epochs, "schedule": schedule.state()}
-    write_json(Path(config.output_dir) / FINISHED_FILE, {"schema_version": 1, **done})
+    asked = {"planned": config.first_phase.state(), "options": options}
+    write_json(Path(config.output_dir) / FINISHED_FILE, {"schema_version": 1, **done, **asked})
 
 
-def finished(config: BuPOConfig) -> Schedule | None:
-    """The first phase as it was, of a run that is to be resumed and has all its updates done and its files written."""
+def finished(config: BuPOConfig) -> dict | None:
+    """What is noted of a run that is to be resumed and has all its updates done and its files written."""
     path = Path(config.output_dir) / FINISHED_FILE
     if wants_to_resume(config) != "true" or not path.exists():
         return None
@@ -117,7 +134,7 @@ def finished(config: BuPOConfig) -> Schedule | None:
         done = json.loads(path.read_text())
         by_steps = 0 < config.max_steps <= done["updates"]
         if by_steps or (config.max_steps <= 0 and config.num_train_epochs <= done["epochs"]):
-            return Schedule.load(done["schedule"])
+            return {name: done[name] for name in ("schedule", "planned", "options")}
     except (OSError, ValueError, KeyError, TypeError):  # no longer readable: the last checkpoint tells
         pass
     return None

@@ -4,16 +4,20 @@ A checkpoint's `options.json` keeps what decides the numbers of a run. On resumi
 
 - of no account for what is trained (`FREE`: how often is logged, saved, evaluated and probed, where to, on which machine): it
   holds from there on, without a word;
-- taken over (`TAKEN`: the learning rates, `max_grad_norm`, the length of the run): it holds from there on, and is said. The
-  learning rate's schedule is that of the new rate and length, at the update where the run stands;
-- refused, whatever else it is: by one line with the option and both values. Also options that are not known here yet.
+- taken over (`TAKEN`): the learning rates and `max_grad_norm` hold from there on, and are said; `max_steps` and
+  `num_train_epochs` hold. The learning rate is that of the same schedule over the new rate and length, at the update where the
+  run stands;
+- refused, whatever else it is, the kind of schedule and its warmup too: by one line with the option and both values. Also
+  options that are not known here yet.
 
-Problems are told by their content, not by the names of their files; the chat template and the model likewise. The first phase
-and the cut of a rollout batch into micro-batches are compared by [`~bupo.training.checkpoint.load`].
+Problems are told by their content, not by the names of their files; the chat template and the model likewise; rewards by where
+they are defined. A finished run keeps the same in `finished.json`, and is compared as well. The first phase and the cut of a
+rollout batch into micro-batches are compared by [`~bupo.training.checkpoint.load`].
 """
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +25,9 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import write_json
+from bupo.model.loading import fingerprint
+from bupo.provenance import without_secrets
+from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 
 OPTIONS_FILE = "options.json"
@@ -52,19 +59,41 @@ def _decides(name: str) -> bool:
 
 def deciding(trainer: TRLTrainer) -> dict[str, Any]:
     """What decides the numbers of a run, by name, as JSON knows it."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
     found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
-    config = model.config
-    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    found |= trainer.given_model
     found["problems"] = _content(trainer.train_dataset)
     found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
-    found["reward_funcs"] = list(trainer.reward_func_names)
+    found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
     found["answers a rollout batch"] = args.generation_batch_size
-    for adapter, peft in getattr(model, "peft_config", {}).items():
+    return json.loads(json.dumps(without_secrets(found), default=_as_text))
+
+
+def of_model(trainer: TRLTrainer) -> dict[str, Any]:
+    """What decides a run of its model, as it is before it is trained, sharded or cast.
+
+    Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
+    stays. Under FSDP and DeepSpeed, processes do not hold them alike.
+    """
+    model, config = trainer.model, trainer.model.config
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    found: dict[str, Any] = {}
+    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    adapters = getattr(model, "peft_config", {})
+    found["adapters"] = sorted(adapters)
+    for adapter, peft in adapters.items():
         own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
         found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
-    return json.loads(json.dumps(found, default=_as_text))
+    if adapters and whole:
+        found["the base model's weights"] = fingerprint(model, without=adapters)
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model and whole:
+        found["the reference model's weights"] = fingerprint(trainer.ref_model)
+    return found
+
+
+def _reward(function: Any, name: str) -> str:
+    return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else name
 
 
 def _as_text(value: Any) -> Any:
@@ -87,6 +116,14 @@ def _content(problems: Any) -> str:
     return f"{number} problems, checksum {_sum(rows)}"
 
 
+def same_phase(before: list, planned: Schedule, folder: Path) -> None:
+    """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
+    if Schedule.load(before) != planned:
+        raise UserError(
+            f"{folder} was made with the first phase {Schedule.load(before)}, the options say {planned}: go on with the same"
+        )
+
+
 def write_options(trainer: TRLTrainer, folder: Path) -> None:
     """Keep in a checkpoint what decides the run."""
     write_json(folder / OPTIONS_FILE, deciding(trainer))
@@ -100,7 +137,16 @@ def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> No
     """
     if not (folder / OPTIONS_FILE).exists():
         return
-    before, now = json.loads((folder / OPTIONS_FILE).read_text()), deciding(trainer)
+    hold(trainer, json.loads((folder / OPTIONS_FILE).read_text()), folder, say)
+
+
+def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    """Hold a run's options against those that decided it `before`, as its `folder` or checkpoint keeps them.
+
+    Raises:
+        UserError: for one that would change the run and is not taken over.
+    """
+    now = deciding(trainer)
     adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE
     for name in now:
         if name not in before or before[name] == now[name]:

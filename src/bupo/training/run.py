@@ -9,9 +9,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -28,20 +26,19 @@ from bupo.model.loading import load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
-from bupo.training.checkpoint import chosen
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import (
     begin,
     clear,
     draw,
-    finished,
     mark_finished,
     wants_to_resume,
 )
 from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
+from bupo.training.resuming import compare, deciding, hold, same_phase
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
 from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
@@ -127,14 +124,13 @@ def train(
     note = note or _noted(model, config, options, loading, (problems, eval_problems, reward_funcs))
     rewards = _checked(config, options, loading, reward_funcs)
     with sole_writer(config.output_dir):
-        if finished(config) is not None:
-            return _finished(model, config, say)
-        checkpoint, tokenizer = begin(config, options.overwrite, say), check_model(model, tokenizer, config, loading)
+        checkpoint, done = begin(config, options.overwrite, say)
+        tokenizer = check_model(model, tokenizer, config, loading)
         say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
         sets = problems_of(options, config, problems, eval_problems, rewards)
         loaded = _loaded(model, tokenizer, sets, config, loading)
         trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
-        return _trained(trainer, checkpoint, title, say)
+        return _finished(trainer, done, say) if done else _trained(trainer, checkpoint, title, say)
 
 
 def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given) -> list[Reward]:
@@ -180,22 +176,23 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
         trainer.remove_callback(theirs)
     if notice := said_of_phases(config):
         say(notice)
-    say(f"run {config.output_dir}: the first rollout batch is being sampled")
     return trainer
 
 
 def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say) -> TrainingRun:
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
     folder = Path(trainer.args.output_dir)
+    say(f"run {folder}: the first rollout batch is being sampled")
     with writing(folder), ending(trainer, say):
-        checkpoint = chosen(trainer, checkpoint)
+        if checkpoint:
+            compare(trainer, Path(checkpoint), trainer.accelerator.print)
         if trainer.is_world_process_zero():
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
         refusal = others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS)
         with refusal, messages.in_one_line():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train_from(checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
         trainer.save_whole(folder)
@@ -203,21 +200,27 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         if trainer.is_world_process_zero():
             draw(folder, rows, title or folder.name)
             if trainer.state.global_step >= trainer.state.max_steps:  # else it was stopped, and goes on
-                mark_finished(trainer.args, trainer.state.global_step, trainer.schedule)
+                mark_finished(trainer.args, trainer.state.global_step, trainer.schedule, deciding(trainer))
     return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
 
 
-def _finished(model: str | PreTrainedModel, config: BuPOConfig, say) -> TrainingRun:
-    """A run that is resumed and has nothing left to do, as its folder holds it."""
-    say(f"the run is finished: {config.output_dir} holds all of it, nothing more is trained")
-    folder, trusted = Path(config.output_dir), {"trust_remote_code": config.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left", **trusted)  # beside an adapter too
-    if (folder / ADAPTER_FILE).exists():
-        base = load_model(model, **trusted) if isinstance(model, str) else model
-        trained = PeftModel.from_pretrained(base, str(folder))
-    else:
-        trained = load_model(str(folder), **trusted)
-    return TrainingRun(folder, trained, tokenizer, finished(config) or Schedule(), read_metrics(folder / METRICS_FILE))
+def _finished(trainer: BuPOTrainer, done: dict[str, Any], say) -> TrainingRun:
+    """A run that is resumed and has nothing left to do, as its folder holds it.
+
+    Raises:
+        UserError: if other options decided it.
+    """
+    folder, model = Path(trainer.args.output_dir), trainer.model
+    with ending(trainer, say):
+        same_phase(done["planned"], trainer.args.first_phase, folder)
+        hold(trainer, done["options"], folder, say=lambda line: None)
+        say(f"the run is finished: {folder} holds all of it, nothing more is trained")
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), model.active_adapters[0], is_trainable=True)
+        else:
+            model = load_model(str(folder), trust_remote_code=trainer.args.trust_remote_code)
+        rows = read_metrics(folder / METRICS_FILE)
+    return TrainingRun(folder, model, trainer.processing_class, Schedule.load(done["schedule"]), rows)
 
 
 def _loaded(model, tokenizer, sets: Problems, config: BuPOConfig, loading: ModelConfig) -> PreTrainedModel:

@@ -7,10 +7,11 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError, first_line
 from bupo.training.whole import checkpoints, write_manifest
@@ -54,6 +55,16 @@ def move_in(staged: Path, place: Path) -> None:
     shutil.rmtree(staged.parent)
 
 
+def move_in_own(staged: Path, place: Path) -> None:
+    """Move another node's part of a checkpoint to its place, where that node has a disk of its own.
+
+    On a shared disk the main process has moved all, though the node may not know yet: what that has put there stays.
+    """
+    if staged.is_dir() and not (place / TRAINER_STATE_NAME).exists():  # which the main process alone writes
+        with suppress(FileNotFoundError):  # gone after all
+            move_in(staged, place)
+
+
 def move_files(staged: Path, place: Path) -> None:
     """Move a folder's files and folders into another, each in the stead of one of its name."""
     for path in sorted(staged.iterdir()):
@@ -85,9 +96,10 @@ def recover(folder: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, but not those to be kept. Other folders stay."""
+    """Delete the oldest checkpoints beyond `save_total_limit`, if any, but not those to be kept. Other folders stay."""
     found, kept = checkpoints(folder), {Path(path) for path in kept_ones if path}
-    more = len(found) - max(limit or len(found), len(kept & set(found)))
+    most = limit if limit and limit > 0 else len(found)
+    more = len(found) - max(most, len(kept & set(found)))
     for path in [path for path in found if path not in kept][: max(0, more)]:
         gone = folder / STAGING / _GONE / path.name
         gone.parent.mkdir(parents=True, exist_ok=True)

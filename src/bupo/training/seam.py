@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from bupo.training.saving import STAGING, move_files, move_in, rotate, writing
+from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -81,6 +81,7 @@ class TRLTrainer(GRPOTrainer):
     }
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
+    given_model: dict[str, Any]  # what decides the run of the model that was given
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -290,8 +291,8 @@ class TRLTrainer(GRPOTrainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 move_in(staged, place)
             self.accelerator.wait_for_everyone()
-            if self.is_local_process_zero() and staged.is_dir():  # a disk of another node's own
-                move_in(staged, place)
+            if self.is_local_process_zero() and not self.args.should_save:
+                move_in_own(staged, place)
         if self.args.should_save:
             rotate(run, self.args.save_total_limit, place, self.state.best_model_checkpoint)
         if self.args.push_to_hub:

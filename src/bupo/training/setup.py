@@ -158,6 +158,11 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
         raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else ""
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in kind:
+        raise UserError(
+            f"fsdp_state_dict_type is {kind}: it must be FULL_STATE_DICT, since a run ends by saving its model"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
         kind = trainer.accelerator.distributed_type.value
         logger.warning(

@@ -27,6 +27,7 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
 from bupo.training.layers import freeze_up_to, slow_down
 from bupo.training.probes import repetition
+from bupo.training.resuming import of_model
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import TRLTrainer
@@ -67,7 +68,7 @@ class BuPOTrainer(TRLTrainer):
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        sharded = check_run(self, args := self.args)
+        sharded, self.given_model = check_run(self, args := self.args), of_model(self)
         self.stream = open_stream(self.model, args, family)
         reference = None if self.ref_model is None else open_stream(self.ref_model, args, family)
         self.alignment = Alignment(self, self.stream, reference, args)
@@ -143,7 +144,6 @@ class BuPOTrainer(TRLTrainer):
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-
         speaker = Speaker(model, site, inputs.get(OLD))
 
         def policy_loss(read: Read | None) -> torch.Tensor:
@@ -158,8 +158,7 @@ class BuPOTrainer(TRLTrainer):
         else:
             loss = policy_loss(None)
         self.alignment.log(batch, speaker, metrics)
-        last = (self.passes_done + 1) % self.passes_a_batch == 0
-        self.watch.after_pass(self.rollout_batch, metrics, last)
+        self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
         return loss
 
     def training_step(self, *args, **kwargs):
@@ -179,7 +178,11 @@ class BuPOTrainer(TRLTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
-        result = super().train(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
+        return self.train_from(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
+
+    def train_from(self, found: str | None, *args, **kwargs):
+        """`train`, from a checkpoint that is known to be whole and of the same run."""
+        result = super().train(found, *args, **kwargs)
         if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
             messages.repeat_last(self.state.log_history)
         self.watch.after_training(self.rollout_batch, self.inside_batch)

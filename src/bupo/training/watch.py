@@ -286,12 +286,12 @@ class Watch:
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
         self.guard, self.kept = Guard(**guard), state["kept"]
-        self.symptoms, self.updates = Symptoms(**state.get("symptoms", {})), state.get("updates", {})
+        self.symptoms, self.updates = Symptoms(**state["symptoms"]), state["updates"]
         self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
         if self.answers and self.accelerator.is_main_process:
-            self.dynamics.load(state.get("series"), rollout_batch - 1)
+            self.dynamics.load(state["series"])
             self.dynamics.write_answers(self.answers, self.decode)
-        self.boundary = json.loads(state.get("boundary", "null"))
+        self.boundary = json.loads(state["boundary"])
         self._write_boundary()
 
 

@@ -5,7 +5,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -14,6 +17,7 @@ from bupo.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
+Found = TypeVar("Found")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
 _NEEDED = {
@@ -48,10 +52,11 @@ def _sum(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, sums: bool = True) -> str | None:
     """What keeps a run from going on with a checkpoint, in a few words; None for a whole one.
 
-    One without a manifest, by an earlier version or another trainer, is judged by the files that are needed.
+    One without a manifest, by an earlier version or another trainer, is judged by the files that are needed. Without `sums`,
+    only sizes are looked at.
     """
     try:
         there = folder.is_dir()
@@ -63,7 +68,7 @@ def damage(folder: Path) -> str | None:
     if listed.exists():
         try:
             files = json.loads(listed.read_text())["files"]
-            found = next((what for name in files if (what := _altered(folder / name, name, files[name]))), None)
+            found = next((what for name in files if (what := _altered(folder / name, name, files[name], sums))), None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found = f"{MANIFEST_FILE} cannot be read"
         if found:
@@ -80,13 +85,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _altered(path: Path, name: str, entry: dict) -> str | None:
+def _altered(path: Path, name: str, entry: dict, sums: bool) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
-    if entry["sha256"] and _sum(path) != entry["sha256"]:
+    if sums and entry["sha256"] and _sum(path) != entry["sha256"]:
         return f"{name} is not what was written"
     return None
 
@@ -130,3 +135,40 @@ def to_go_on_from(folder: Path, say: Callable[[str], None]) -> Path | None:
         )
     say(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: the run starts from the beginning")
     return found
+
+
+def usable(checkpoint: Path) -> Path:
+    """A checkpoint that was named.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if wrong := damage(checkpoint):
+        raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on with: {wrong}")
+    return checkpoint
+
+
+def decided(find: Callable[[], Found]) -> Found:
+    """What the main process finds, for all processes; what it refuses, all refuse."""
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = find()
+        except UserError as error:
+            answer[1] = str(error)
+    found, refused = broadcast_object_list(answer)
+    if refused is not None:
+        raise UserError(refused)
+    return found
+
+
+def check_shared(checkpoint: Path | None) -> None:
+    """Refuse a checkpoint that another process than the main one does not see, by its sizes: sums take long."""
+    if checkpoint is None:
+        return
+    wrong = None if PartialState().is_main_process else damage(checkpoint, sums=False)
+    for found in gather_object([wrong]):
+        if found:
+            raise UserError(
+                f"resume_from_checkpoint: a process finds {checkpoint} otherwise ({found}): share output_dir"
+            )
