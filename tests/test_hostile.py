@@ -162,6 +162,7 @@ def analysis_page(folder, label):
     table = pd.DataFrame(
         {"model": label, "measure": measure, "layer": layer, "mean": 1.0, "low": 0.5, "high": 1.5, "std": 0.1}
         for measure in (
+            "entropy_layer_input",
             "entropy_layer",
             "entropy_attn",
             "entropy_ffn",
@@ -182,7 +183,13 @@ def analysis_page(folder, label):
     }
     meta |= {"tokens": 3, "answers": 1, "dataset": SCRIPT, "identity_error_layers": 0.0, "identity_error_head": 0.0}
     meta |= {"versions": {"bupo": "1"}, "adapter": SCRIPT, "stopped_when_settled": False}
-    model = {"meta": meta, "stages": ["exploration", "undecided"], "explanation": SCRIPT, "perplexity": 1.0}
+    model = {
+        "meta": meta,
+        "stages": ["exploration", "undecided"],
+        "explanation": SCRIPT,
+        "verdict": SCRIPT,
+        "perplexity": 1.0,
+    }
     model |= {"entropy_language_model": 1.0, "similarity": [[1.0, 0.5], [0.5, 1.0]], "kl": None}
     cell = [[[SCRIPT, 0.5]], [[SCRIPT, 0.5]]]
     view = {
