@@ -182,7 +182,8 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
 def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, say) -> TrainingRun:
     """Train and save the model, its tokenizer, its card and its figures into the run's folder."""
     folder = Path(trainer.args.output_dir)
-    say(f"run {folder}: the first rollout batch is being sampled")
+    if checkpoint is None:
+        say(f"run {folder}: the first rollout batch is being sampled")
     with writing(folder), ending(trainer, say):
         if checkpoint:
             compare(trainer, Path(checkpoint), trainer.accelerator.print)
