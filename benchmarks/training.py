@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
+import bupo
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample
 from bupo.evaluation.metrics import avg_at_k, paired_difference
@@ -24,7 +25,7 @@ from bupo.report.figures import guard_figure
 from bupo.sampling import TransformersEngine
 from bupo.training.metrics_file import METRICS_FILE, read_metrics
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "cpu"
+RECIPES = Path(bupo.__file__).parent / "recipes" / "cpu"
 PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 512, 8, 32
 WORKERS = 2
 

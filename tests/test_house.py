@@ -13,10 +13,11 @@ LARGEST_FILE, LARGEST_FUNCTION, LARGEST_TRAINER = 400, 40, 200
 # from the top floor down: a room imports from its own floor's rooms below it in this list only, or from lower floors
 FLOORS = [
     ("commands",),
+    ("reproduce",),
     ("training",),
     ("analysis", "evaluation"),
     ("report", "sampling"),
-    ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges"),
+    ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges", "seeds"),
     ("files", "lock", "signals", "launch", "errors", "text", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,53 @@
+"""What several seeds say together: their mean and its interval, and the difference of two methods, paired by seed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """A number over seeds.
+
+    Attributes:
+        mean, sd (`float`): over the seeds; the deviation is the sample's (n - 1), NaN for one seed.
+        low, high (`float`): Student's 95 % interval of the mean; NaN for one seed, which says nothing about others.
+        n (`int`): seeds.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+
+
+def over_seeds(values: Sequence[float]) -> OverSeeds:
+    """Mean, deviation and interval of one number a seed.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    array = np.asarray(values, dtype=float)
+    if not array.size:
+        raise ValueError("there are no seeds")
+    mean, n = float(array.mean()), len(array)
+    if n == 1:
+        return OverSeeds(mean, math.nan, math.nan, math.nan, 1)
+    sd = float(array.std(ddof=1))
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * sd / math.sqrt(n)
+    return OverSeeds(mean, sd, mean - half, mean + half, n)
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> OverSeeds:
+    """The second less the first, over the seeds that both have. Pairing takes out what a seed does to both.
+
+    Raises:
+        ValueError: if they have no seed in common.
+    """
+    return over_seeds([second[seed] - first[seed] for seed in first if seed in second])
