@@ -593,4 +593,16 @@ DEMO = [
     bad("demo", "--output other-run", "other-run holds a run"),
 ]
 
-ROWS = [*MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO]
+REPRODUCE = [
+    bare("reproduce", "nothing is named", "fig2, fig3", "or all"),
+    bare("reproduce fig1", "unknown figure or table 'fig1'", "table11"),
+    bare("reproduce ../scales", "unknown figure or table '../scales'"),
+    bare("reproduce fig3 --scale large", "scale must be embedded, small, paper, tiny, got 'large'"),
+    bare("reproduce fig3 --jobs 0", "jobs must be 1 or more"),
+    bare("reproduce fig3 --seeds 0", "seeds must be 1 or more"),
+    bare("reproduce fig3 --print_commands pbs", "print_commands must be lines or slurm, got 'pbs'"),
+    bare("reproduce fig3 --output file", "output file is a file"),
+    bare("reproduce fig3 --name x", "unknown option 'name'"),
+]
+
+ROWS = [*MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE]
