@@ -92,7 +92,12 @@ class ColumnOptions:
 class PromptOptions:
     """How a problem becomes a prompt. `bupo.data.templates` refuses a template that there is not."""
 
-    system_prompt: str | None = field(default=None, metadata={"help": "System message for problems without one."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message for problems without one. eval, analyze and sample take a run's own by default."
+        },
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "qwen-math, octothinker or a .jinja file; by default chosen by the model."}
     )
@@ -100,11 +105,27 @@ class PromptOptions:
 
 @dataclass
 class SamplingOptions:
-    """How answers are sampled."""
+    """How answers are sampled. What is None is the run's own, where the model is a run's (`bupo.data.as_trained`)."""
 
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the most likely token."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens that make up this share."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Of the sampling; 0 takes the most likely token. By default the run's own, else 1."},
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sample from the most likely tokens that make up this share. By default the run's own, else 1."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer. By default the run's own, else 1024."}
+    )
+
+    @property
+    def sampling(self) -> tuple[int, float, float]:
+        """Longest answer, temperature and top_p, once they are settled."""
+        assert self.max_new_tokens is not None and self.temperature is not None and self.top_p is not None
+        return self.max_new_tokens, self.temperature, self.top_p
 
 
 @dataclass

@@ -26,6 +26,7 @@ from bupo.model.loading import load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
+from bupo.training.asked import system_prompt_of
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import (
@@ -158,6 +159,7 @@ def _noted(model: Any, config: BuPOConfig, options: TrainOptions, loading: Model
 def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, loading, callbacks, say) -> BuPOTrainer:
     """The trainer of a run. What TRL refuses is a [`UserError`]."""
     config.chat_template_kwargs = template_options(tokenizer) | (config.chat_template_kwargs or {})
+    system_prompt = system_prompt_of(sets.train)
     if tokenizer.chat_template is None:
         sets = sets.as_text()
     with others(str, ValueError, TypeError, ImportError, RuntimeError, OSError):
@@ -172,6 +174,7 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
             benchmarks=sets.benchmarks,
             peft_config=get_peft_config(loading),
         )
+    trainer.system_prompt = system_prompt
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
     if notice := said_of_phases(config):
