@@ -87,7 +87,10 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], say=said.append)
     assert done.model is model and "rewards/short/mean" in done.updates
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("# model, problems, reward_funcs came from Python")
-    assert said[0] == "chat template: the model's own" and "first rollout batch is being sampled" in said[1]
+    assert (
+        said[0] == "chat template: the model's own; its wording is not the paper's"
+        and "first rollout batch is being sampled" in said[1]
+    )
     with pytest.raises(bupo.UserError, match="tokenizer is not set"):
         bupo.train(model, bupo.BuPOConfig(str(tmp_path / "b"), **OPTIONS), problems=problems, reward_funcs=[short])
 

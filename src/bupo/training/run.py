@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from bupo.data.templates import choose_template, template_options
+from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
@@ -127,7 +127,7 @@ def train(
     with sole_writer(config.output_dir):
         checkpoint, done = begin(config, options.overwrite, say)
         tokenizer = check_model(model, tokenizer, config, loading)
-        say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
+        say(said_of_template(tokenizer, options.chat_template))
         sets = within(problems_of(options, config, problems, eval_problems, rewards), options, config, tokenizer, say)
         note.problems = sets.noted(options)
         loaded = _loaded(model, tokenizer, sets, config, loading)
