@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from bupo.commands.main import main
 from bupo.commands.parsing import parse
-from bupo.data.templates import TEMPLATES, chat_template
+from bupo.data.templates import TEMPLATES, chat_template, said_of_template
 from bupo.errors import UserError
 from bupo.model.loading import EMBEDDED, load_tokenizer
 from bupo.training.config import BuPOConfig
@@ -163,13 +163,25 @@ def test_templates():
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     tokenizer.chat_template = chat_template("qwen-math")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.startswith("<|im_start|>system\nPlease reason step by step")
-    assert text.endswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n")
+    assert text == (  # Qwen2.5-Math's
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    )
     tokenizer.chat_template = chat_template("octothinker")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.startswith("A conversation between User and Assistant.") and "\\boxed{}" in text
-    assert text.endswith("\nUser: What is 2 + 3?\nAssistant:")
+    assert text == (  # `orz_base` of rl_dataset.py in the paper's public code, [PROMPT] filled
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+        "first thinks about the reasoning process in the mind and then provides the user with the answer. User: You must put "
+        "your answer inside \\boxed{} and Your final answer will be extracted automatically by the \\boxed{} tag.\n"
+        "What is 2 + 3?\nAssistant:"
+    )
     assert set(TEMPLATES) == {"qwen-math", "octothinker"}
+    assert said_of_template(tokenizer) == "chat template: the model's own"  # of a model that was trained with it
+    assert said_of_template(tokenizer, "qwen-math") == "chat template: qwen-math"
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking %}{% endif %}"
+    assert said_of_template(tokenizer) == "chat template: the model's own, no thinking"  # the paper's for Qwen3
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert said_of_template(tokenizer) == "chat template: the model's own; its wording is not the paper's"
     with pytest.raises(
         UserError, match=r"chat_template must be qwen-math, octothinker or a \.jinja file, got 'chatml'"
     ):

@@ -8,7 +8,7 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import check_folder
-from bupo.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_options, check_word
+from bupo.ranges import COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, check_options, check_word
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,6 +37,7 @@ MAY_BE_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
 # of the numbers that commands share
 RANGES = {
     "size": COUNT,
+    "shuffle_seed": FROM_0,
     "temperature": NOT_NEGATIVE,
     "top_p": "(0, 1]",
     "max_new_tokens": COUNT,
@@ -78,6 +79,10 @@ class DatasetOptions:
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     size: int | None = field(default=None, metadata={"help": "Use (or make) the first so many problems."})
+    shuffle_seed: int | None = field(
+        default=None,
+        metadata={"help": "Shuffle the problems by this seed before size are taken; not those that are made."},
+    )
 
 
 @dataclass

@@ -330,6 +330,7 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
         system_prompt=options.system_prompt,
         size=options.size,
         seed=options.seed,
+        shuffle_seed=options.shuffle_seed,
     )
 
 

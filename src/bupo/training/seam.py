@@ -81,7 +81,7 @@ class TRLTrainer(GRPOTrainer):
     }
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
-    given_model: dict[str, Any]  # what decides the run of the model that was given
+    given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
 
     # -- hooks -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
 from bupo.training.layers import freeze_up_to, slow_down
 from bupo.training.probes import repetition
-from bupo.training.resuming import of_model
+from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import TRLTrainer
@@ -67,7 +67,7 @@ class BuPOTrainer(TRLTrainer):
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        sharded, self.given_model = check_run(self, args := self.args), of_model(self)
+        sharded, self.given = check_run(self, args := self.args), of_given(self)
         self.stream = open_stream(self.model, args, family)
         reference = None if self.ref_model is None else open_stream(self.ref_model, args, family)
         self.alignment = Alignment(self, self.stream, reference, args)
