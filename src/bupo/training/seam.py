@@ -26,6 +26,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
+from bupo.training.sharding import asking_for, stepped_in
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -324,7 +325,9 @@ class TRLTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = [group.get("initial_lr") for group in self.optimizer.param_groups] if self.optimizer else []
-        super()._load_optimizer_and_scheduler(checkpoint)
+        stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
+        with nullcontext() if stepped is None else asking_for(self.model, stepped):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
