@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "sample text from an internal policy: bupo sample --layer 6 --prompt '57+23-41'",
     "demo": "train the embedded model by BuPO on this machine and show what it gained",
     "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
+    "report": "write one page over any runs: bupo report runs/*",
     "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
 }
 
