@@ -109,9 +109,9 @@ def _mean(scores: Sequence[Score]) -> Score:
 def _order(setting: Setting) -> tuple:
     base = "BuPO" if setting.stages else setting.estimator
     place = METHODS.index(base) if base in METHODS else len(METHODS) - 1
-    changed = (setting.frozen is not None, setting.slow is not None, setting.lens != "raw", setting.module != "layer")
+    changed = (setting.slow is not None, setting.frozen is not None, setting.lens != "raw", setting.module != "layer")
     stages = [(layer.zfill(6), batches) for layer, batches in setting.stages]
-    return setting.model, setting.estimator == GIVEN, place, changed, stages, setting.at.zfill(40), setting.rest
+    return setting.estimator == GIVEN, setting.model, place, changed, stages, setting.at.zfill(40), setting.rest
 
 
 def _named(groups: list[Group]) -> list[Group]:
