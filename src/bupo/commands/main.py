@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train the embedded model by BuPO on this machine and show what it gained",
     "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
     "reproduce": "make the paper's figures and tables: bupo reproduce fig3 --scale embedded",
+    "report": "write one page over any runs: bupo report runs/*",
     "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
 }
 
