@@ -1,0 +1,13 @@
+"""From finished runs to a figure or table, by kind."""
+
+from collections.abc import Callable
+
+from bupo.reproduce.outputs.curves import curves
+from bupo.reproduce.outputs.finished import Finished
+from bupo.reproduce.outputs.layers import layers
+from bupo.reproduce.outputs.scores import scores
+from bupo.reproduce.outputs.table import Output
+
+OUTPUTS: dict[str, Callable[[Finished], Output]] = {"scores": scores, "layers": layers, "curves": curves}
+
+__all__ = ["OUTPUTS", "Finished", "Output"]
