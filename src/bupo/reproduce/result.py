@@ -119,8 +119,8 @@ def _notes(experiment: Experiment, output: Output) -> list[str]:
             if len(seeds) == 1
             else f"Seeds {', '.join(map(str, seeds))}. Intervals are Student's, 95 %, of the mean over seeds{band}."
         )
-    against = {row.get("against") for row in output.rows} - {None}
-    notes += [f"A difference to {name} is paired by seed." for name in sorted(against)]
+    against = sorted({str(row["against"]) for row in output.rows if row.get("against")})
+    notes += [f"A difference to {name} is paired by seed." for name in against]
     return notes
 
 

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bupo.report.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, mark_first_phase, panels, trim
 from bupo.seeds import over_seeds
@@ -28,7 +31,7 @@ def seeds_figure(
         titles (`dict[str, str]`): of the panels, by measure.
         xlabel (`str`): what `x` is.
         first_phases (`dict`, *optional*): where phase 1 ends, by model and row.
-        finish (`Callable`, *optional*): does more to every panel.
+        finish (`Callable`, *optional*): what makes the x axis of every panel; by default one of whole numbers.
     """
     models, rows = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["row"]))
     colours = dict(zip(rows, LINES * len(rows), strict=False))
@@ -43,13 +46,53 @@ def seeds_figure(
             mark(axis, ends, colours, float(part["x"].min()) if len(part) else 0.0)
             axis.set_title(title if len(models) == 1 else f"{plain_label(model)}: {title}", fontsize=10)
             axis.set_xlabel(xlabel)
-            axis.xaxis.get_major_locator().set_params(integer=True)
             trim(axis)
-            if finish:
-                finish(axis)
+            (finish or whole)(axis)
         if len(rows) > 1:
             legend(line[0], fontsize=8)
     return figure
+
+
+def layers_figure(
+    table: pd.DataFrame, titles: Mapping[str, str], xlabel: str, first_phases: Mapping[str, float]
+) -> Figure:
+    """A layer against the layers above it, over training: a row of panels a model, a panel a measure, a line a later layer.
+
+    Args:
+        table (`pd.DataFrame`): `model`, `seed`, `measure`, `layer`, `later_layer` (empty where a measure compares none), `x`
+            and `value`.
+        titles (`dict[str, str]`): of the panels, by measure, with `{layer}` in it.
+        xlabel (`str`): what `x` is.
+        first_phases (`dict[str, float]`): where phase 1 ends, by model.
+    """
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = panels(2 * len(models), len(titles) // 2, (9, 5.6 * len(models)))
+    for number, model in enumerate(models):
+        rows = table[table["model"] == model]
+        for axis, (measure, title) in zip(axes[2 * number : 2 * number + 2].flat, titles.items(), strict=True):
+            part = rows[rows["measure"] == measure]
+            _later_layers(axis, part)
+            within(axis, part["value"])
+            mark(axis, {model: first_phases[model]} if model in first_phases else {}, {}, 0)
+            name = title.format(layer=rows["layer"].max())
+            axis.set_title(name if len(models) == 1 else f"{plain_label(model)}: {name}", fontsize=10)
+            axis.set_xlabel(xlabel)
+            whole(axis)
+            trim(axis)
+            legend(axis, fontsize=8)
+    return figure
+
+
+def _later_layers(axis: Axes, part: pd.DataFrame) -> None:
+    """Dark to light from the next layer to the last; many lines have no bands, and two of them a name."""
+    later = sorted(part["later_layer"].dropna().unique())
+    for number in later:
+        few = len(later) <= BANDS
+        colour = to_hex(colormaps["viridis"](0.85 * (number - later[0]) / max(1, later[-1] - later[0])))
+        label = f"layer {number}" if few or number in (later[0], later[-1]) else None
+        band(axis, part[part["later_layer"] == number], colour, label, shaded=few)
+    if not later:
+        band(axis, part, BLUE, None)
 
 
 def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded: bool = True) -> None:
@@ -58,8 +101,14 @@ def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded:
         return
     found = [(x, over_seeds(list(values))) for x, values in part.groupby("x")["value"]]
     xs = [x for x, _ in found]
-    style = {"marker": "."} if len(xs) < 12 else {}
-    axis.plot(xs, [one.mean for _, one in found], color=colour, label=label and plain_label(label), lw=1.4, **style)
+    axis.plot(
+        xs,
+        [one.mean for _, one in found],
+        color=colour,
+        label=label and plain_label(label),
+        lw=1.4,
+        marker="." if len(xs) < 12 else None,
+    )
     if shaded and any(one.n > 1 for _, one in found):
         low, high = [one.low for _, one in found], [one.high for _, one in found]
         axis.fill_between(xs, low, high, color=colour, alpha=0.16, lw=0)
@@ -83,3 +132,15 @@ def mark(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], star
         return
     for row, end in ends.items():
         axis.axvline(end, color=colours[row], lw=1.0, ls=":")
+
+
+def whole(axis: Axes) -> None:
+    """An axis of whole numbers."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def powers(axis: Axes) -> None:
+    """An axis of powers of two, for pass@K."""
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.minorticks_off()

@@ -7,7 +7,7 @@ import pandas as pd
 from bupo.report.figures.seeds import seeds_figure
 from bupo.reproduce.experiment import Cell
 from bupo.reproduce.outputs.finished import Finished, first_phase
-from bupo.reproduce.outputs.table import Line, Output, options_of, shown
+from bupo.reproduce.outputs.table import Line, Output, options_of, phase_note, shown
 
 MEASURES = {  # the column of `metrics.jsonl`, the title, and the digits that are shown
     "reward": ("reward", "reward", 3),
@@ -21,7 +21,8 @@ COLUMNS = ["model", "row", "seed", "measure", "rollout_batch", "value"]
 def curves(finished: Finished) -> Output:
     """Figure, data and table from the trainings' `metrics.jsonl`."""
     experiment, cells = finished.experiment, finished.cells("train")
-    measures, parts, ends = experiment.draw["measures"], [], {}
+    measures, parts = experiment.draw["measures"], []
+    ends: dict[tuple[str, str], float] = {}
     for key, by_seed in cells.items():
         for cell in by_seed.values():
             batches = finished.metrics(cell.runs["train"])
@@ -33,7 +34,7 @@ def curves(finished: Finished) -> Output:
     titles = {measure: MEASURES[measure][1] for measure in measures}
     figure = seeds_figure(data.rename(columns={"rollout_batch": "x"}), titles, "rollout batch", ends)
     table = shown(_caption(_tenth(data)), experiment, lines)
-    notes = _phases(ends)
+    notes = [phase_note(*key, int(end)) for key, end in ends.items()]
     return Output([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
 
 
@@ -77,8 +78,3 @@ def _ends(data: pd.DataFrame, measure: str, key: tuple[str, str], end: str) -> d
     tenth = _tenth(data)
     ends = {seed: run.head(tenth) if end == "first" else run.tail(tenth) for seed, run in part.groupby("seed")}
     return {int(seed): float(run["value"].mean()) for seed, run in ends.items()}
-
-
-def _phases(ends: Mapping[tuple[str, str], float]) -> list[str]:
-    """Where phase 1 ends, in words."""
-    return [f"Phase 1 of {row} ({model}) takes {end:.0f} rollout batches." for (model, row), end in ends.items()]

@@ -1,7 +1,7 @@
 """What the finished runs of an experiment left, read with an eye to what may be wrong with it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,14 @@ class Finished:
         """
         return self.read(run, "metrics.jsonl", _batches)
 
+    def whole(self, run: Run) -> dict[str, Any]:
+        """What the rows of a training's `metrics.jsonl` say together: the last that has a number counts.
+
+        Raises:
+            UserError: if a line is no row.
+        """
+        return self.read(run, "metrics.jsonl", lambda path: {k: v for row in _rows(path) for k, v in row.items()})
+
     def read(self, run: Run, name: str, how: Callable[[Path], Any]) -> Any:
         """A file of a run.
 
@@ -74,35 +82,38 @@ class Finished:
             text = " ".join(str(error).split())
             raise UserError(f"run {run.name}: its {name} cannot be read ({text:.200}); {remedy}") from error
 
-    def take(self, run: Run, name: str, from_: Mapping[str, Any], *keys: str) -> Any:
+    def take(self, run: Run, name: str, found: Any, *keys: Any) -> Any:
         """What a file of a run holds at a place.
 
         Raises:
             UserError: if it holds nothing there.
         """
-        value: Any = from_
         for key in keys:
             try:
-                value = value[key]
+                found = found[key]
             except (KeyError, TypeError, IndexError) as error:
                 where = self.place(run.name)
-                text = f"run {run.name}: its {name} has no {'.'.join(keys)}; remove {where} and start again"
+                text = f"run {run.name}: its {name} has no {'.'.join(map(str, keys))}; remove {where} and start again"
                 raise UserError(text) from error
-        return value
+        return found
 
 
-def _batches(path: Path) -> pd.DataFrame:
+def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            row = json.loads(line)
-            if "rollout_batch" in row:
-                rows.append({name: float(value) for name, value in row.items() if not isinstance(value, str)})
+            rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def _batches(path: Path) -> pd.DataFrame:
+    rows = [row for row in _rows(path) if "rollout_batch" in row]
     if not rows:
-        raise ValueError("no row of a rollout batch")
-    return pd.DataFrame(rows).groupby("rollout_batch", as_index=False).mean()
+        raise ValueError("no row is of a rollout batch")
+    table = pd.DataFrame(rows).select_dtypes("number")
+    return table.groupby("rollout_batch", as_index=False).mean()
 
 
 def first_phase(batches: pd.DataFrame) -> int | None:

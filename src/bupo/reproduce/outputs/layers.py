@@ -40,8 +40,7 @@ def layers(finished: Finished) -> Output:
 def _analysis(finished: Finished, cell: Cell, measures: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The drawn part of the layers' table, and the summary, of a model: under the name that it has here."""
     run, file = cell.runs["analyze"], "summary.json"
-    models = finished.take(run, file, finished.summary(run), "models")
-    summary = dict(finished.take(run, file, dict(enumerate(models)), 0))
+    summary = finished.take(run, file, finished.summary(run), "models", 0)
     for name in NEEDED:
         finished.take(run, file, summary, name)
     table = finished.frame(run, "layers.parquet")

@@ -28,7 +28,7 @@ def scores(finished: Finished) -> Output:
     main = [line for line in lines if line.measure == chosen]
     tables = [shown(f"{chosen}, in percent:", experiment, [replace(line, measure="") for line in main])]
     if len(measures) > 1:
-        tables.append(pivot("Every benchmark, in percent, with the 95 % interval over seeds:", lines))
+        tables.append(pivot("Every benchmark, in percent, with the 95 % interval over seeds:", experiment, lines))
     if experiment.draw.get("by_seed"):
         tables.append(by_seed(f"Seed by seed, {chosen}, in percent:", main))
     return Output([line.raw(experiment.scale) for line in lines], tables, tidy(lines))
@@ -77,7 +77,7 @@ def _line(
     model, name = key
     against = experiment.draw.get("against")
     printed = {paper: experiment.printed[paper] for paper in beside(experiment, model)} if papers else {}
-    others = {} if name == against else values.get((model, against), {})
+    others = {} if name == against else values.get((model, str(against)), {})
     return Line(
         model, name, options_of(next(iter(row.values()))), measure, values[key],
         papers={paper: _number(numbers.get(name)) for paper, numbers in printed.items()},
@@ -87,7 +87,7 @@ def _line(
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return value if isinstance(value, int | float) else None
 
 
 def _apart(numbers: Mapping[str, object], row: str, against: str | None) -> float | None:
@@ -97,4 +97,4 @@ def _apart(numbers: Mapping[str, object], row: str, against: str | None) -> floa
         return _number(mine.get(f"gain over {against}"))
     if row == against or _number(mine) is None or _number(other) is None:
         return None
-    return round(float(mine) - float(other), 4)  # type: ignore[arg-type]
+    return round(mine - other, 4)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Tables with the paper's numbers beside ours: what an output is, and how its numbers are written."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,7 @@ class Line:
         return cells
 
     def _printed(self, value: float | None, apart: float | None) -> str:
-        numbers = [] if value is None else [f"{value:g}"]
+        numbers = [] if value is None else [f"{value:.2f}" if isinstance(value, float) else str(value)]
         return " ".join(numbers + ([] if apart is None else [f"({apart:+.2f})"])) or NOTHING
 
     def direction(self) -> str:
@@ -192,16 +192,25 @@ def shown(caption: str, experiment: Experiment, lines: Iterable[Line]) -> Shown:
     return Shown(caption, _several([{name: row.get(name, NOTHING) for name in [*names, "scale"]} for row in rows]))
 
 
-def pivot(caption: str, lines: Sequence[Line]) -> Shown:
-    """A column a measure."""
+def pivot(
+    caption: str, experiment: Experiment, lines: Sequence[Line], cell: Callable[[Line], str] | None = None
+) -> Shown:
+    """A column a measure, with our number, or what `cell` makes of a line."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         row = rows.setdefault(
             (line.model, line.row), {"model": line.model, "method": line.row, "options": line.options}
         )
-        row[line.measure] = text_of(line.ours, line.digits)
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        row[line.measure] = cell(line) if cell else text_of(line.ours, line.digits)
+    last = {"seeds": str(max(line.ours.n for line in lines)), "scale": experiment.scale}
+    names = [*dict.fromkeys(name for row in rows.values() for name in row), *last]
+    rows = {key: row | last for key, row in rows.items()}
     return Shown(caption, _several([{name: row.get(name, NOTHING) for name in names} for row in rows.values()]))
+
+
+def phase_note(model: str, row: str, end: float) -> str:
+    """Where phase 1 ends, in words."""
+    return f"Phase 1 of {row} ({model}) takes {end:.0f} rollout batch{'es' if end > 1 else ''}."
 
 
 def by_seed(caption: str, lines: Sequence[Line]) -> Shown:
