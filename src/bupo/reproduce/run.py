@@ -119,28 +119,38 @@ def reproduce(
     """
     options = options or ReproduceOptions()
     todo = plan(names, options)
-    results: dict[str, Result] = {}
-    finished: set[str] = set()
-    cost = estimates(todo.runs, todo.places, todo.unit)
-
-    def on_finished(run: Run) -> None:
-        finished.add(run.name)
-        advance(cost[run.name].amount)
-        for experiment in todo.experiments:
-            if experiment.name not in results and {each.name for each in experiment.runs} <= finished:
-                folder = todo.places.root / experiment.name
-                folder.mkdir(parents=True, exist_ok=True)
-                results[experiment.name] = make(experiment, todo.places.folder, folder, todo.places.seconds)
-                say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
-
+    making = _Making(todo, say, advance)
     with sole_writer(todo.places.root):
         for run in todo.runs:
             if options.overwrite:
                 remove_stale(run, todo.places)
             state_of(run, todo.places)  # refused before anything is run
         note_run(todo.places.root, "reproduce", changed(options) if noted is None else noted)
-        Jobs(todo.places, options.jobs, say, on_finished).execute(todo.runs)
-    return {name: results[name] for name in (each.name for each in todo.experiments)}
+        Jobs(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
+    return {each.name: making.results[each.name] for each in todo.experiments}
+
+
+class _Making:
+    """Makes each figure and table as soon as its runs are finished, whatever becomes of the others."""
+
+    def __init__(self, todo: Reproduction, say: Callable[[str], None], advance: Callable[[float], None]):
+        self.todo, self.say, self.advance = todo, say, advance
+        self.cost = estimates(todo.runs, todo.places, todo.unit)
+        self.results: dict[str, Result] = {}
+        self.finished: set[str] = set()
+
+    def on_finished(self, run: Run) -> None:
+        """Note a finished run, and make what waited for it."""
+        self.finished.add(run.name)
+        self.advance(self.cost[run.name].amount)
+        places = self.todo.places
+        for experiment in self.todo.experiments:
+            needed = {each.name for each in experiment.runs}
+            if run.name in needed and needed <= self.finished:
+                folder = places.root / experiment.name
+                folder.mkdir(parents=True, exist_ok=True)
+                self.results[experiment.name] = make(experiment, places.folder, folder, places.seconds)
+                self.say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
 
 
 def commands(todo: Reproduction, kind: str) -> str:

@@ -18,6 +18,7 @@ from bupo.options import ColumnOptions, DatasetOptions, PromptOptions, check_val
 from bupo.ranges import COUNT
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
+from bupo.training.asked import system_prompt_of
 from bupo.training.config import BuPOConfig
 
 GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
@@ -71,12 +72,14 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long."""
+    """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long;
+    `system_prompt`: that those to train on share, which prompts as plain text no longer show."""
 
     train: Dataset
     evaluation: Dataset | None
     benchmarks: dict[str, Dataset]
     left_out: int = 0
+    system_prompt: str | None = None
 
     def noted(self, options: TrainOptions) -> dict[str, Any]:
         """What a run notes of the problems it trains on."""
@@ -121,7 +124,7 @@ def problems_of(
             raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
     names = config.eval_benchmarks or []
     benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
-    return Problems(train_set, eval_problems, benchmarks)
+    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set))
 
 
 def within(

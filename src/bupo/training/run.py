@@ -26,7 +26,6 @@ from bupo.model.loading import load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
-from bupo.training.asked import system_prompt_of
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import (
@@ -129,13 +128,10 @@ def train(
         checkpoint, done = begin(config, options.overwrite, say)
         tokenizer = check_model(model, tokenizer, config, loading)
         say(said_of_template(tokenizer, options.chat_template))
-        sets = problems_of(options, config, problems, eval_problems, rewards)
-        system_prompt = system_prompt_of(sets.train)  # before prompts are plain text, which does not show it
-        sets = within(sets, options, config, tokenizer, say)
+        sets = within(problems_of(options, config, problems, eval_problems, rewards), options, config, tokenizer, say)
         note.problems = sets.noted(options)
         loaded = _loaded(model, tokenizer, sets, config, loading)
         trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
-        trainer.system_prompt = system_prompt
         return _finished(trainer, done, say) if done else _trained(trainer, checkpoint, title, say)
 
 
@@ -176,6 +172,7 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
             benchmarks=sets.benchmarks,
             peft_config=get_peft_config(loading),
         )
+    trainer.system_prompt = sets.system_prompt
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
     if notice := said_of_phases(config):
