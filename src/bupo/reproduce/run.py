@@ -156,10 +156,15 @@ class _Making:
 def commands(todo: Reproduction, kind: str) -> str:
     """The runs' commands: `lines` in an order in which a shell can run them, or a script that hands them to Slurm.
 
-    The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first.
+    The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first. What has ended well leaves
+    a mark, by which `bupo reproduce` knows it.
     """
-    groups = [[run for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
-    lines = [[run.line(todo.places.folder) for run in group] for group in groups]
+
+    def line(run: Run) -> str:
+        mark = shlex.quote(str(todo.places.mark(run.name)))
+        return f"{run.line(todo.places.folder)} && echo {run.digest()} > {mark}"
+
+    lines = [[line(run) for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
     if kind == "lines":
         return "\n".join([*lines[0], *lines[1]])
     parts = ["#!/usr/bin/env bash", "set -e"]
