@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.model.policy import InternalPolicy as InternalPolicy
     from bupo.model.residual import Family as Family
     from bupo.model.scoring import score_tokens as score_tokens
+    from bupo.report.runs_page import report_runs as report_runs
     from bupo.rewards.grader import MathGrader as MathGrader
     from bupo.rewards.math_reward import math_reward as math_reward
     from bupo.training.config import BuPOConfig as BuPOConfig
@@ -46,6 +47,7 @@ _EXPORTS = {
     "load_problems": "bupo.data.problems",
     "load_tokenizer": "bupo.model.loading",
     "math_reward": "bupo.rewards.math_reward",
+    "report_runs": "bupo.report.runs_page",
     "score_tokens": "bupo.model.scoring",
     "train": "bupo.training.run",
 }

@@ -197,12 +197,11 @@ class _Section:
     def _models(self) -> dict[str, dict[str, Any]]:
         """Words by model, which recipes and options are filled with."""
         known, chosen = self.scale["models"], self.own.get("models")
-        chosen = dict.fromkeys(known, {}) if chosen is None else chosen
-        chosen = dict.fromkeys(chosen, {}) if isinstance(chosen, list) else chosen
-        words = {label: {**known[label], **(more or {}), "problems": "{problems}"} for label, more in chosen.items()}
+        labels = list(known) if chosen is None else chosen
+        words = {label: known[label] | {"problems": "{problems}"} for label in labels}
         if self.model:
             first = next(iter(words.values()))
-            return {Path(self.model).stem: first | {"base": self.model, "given": True}}
+            return {Path(self.model).stem: first | {"base": self.model, "own_model": True}}
         return words
 
     def _rows(self, words: Mapping[str, Any]) -> dict[str, tuple[str | None, dict[str, Any]]]:
@@ -227,7 +226,7 @@ class _Section:
                 recipe_has = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()).get(name)
                 if given.get(name, recipe_has) is not None:
                     given[name] = min(given.get(name, recipe_has), most)
-            base = {"model": words["base"]} if words.get("given") or words.get("own_model") else {}
+            base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
         trained = runs["train"].name if "train" in runs else None
         if "eval" in KINDS[self.kind]:

@@ -1,27 +1,12 @@
-const colours = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d"];
-const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const modelOf = label => data.models.find(m => m.meta.label === label);
-const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
-
-function layout(title, more) {
-  return Object.assign({
-    paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), font: { color: css("--ink"), size: 12 },
-    margin: { l: 56, r: 14, t: 30, b: 44 }, hovermode: "x unified", hoverlabel: { bgcolor: css("--panel") },
-    xaxis: { title: { text: "layer" }, gridcolor: css("--line"), zeroline: false },
-    yaxis: { title: { text: title }, gridcolor: css("--line"), zerolinecolor: css("--soft") },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-  }, more || {});
-}
 function band(values, label, colour, dash) {
-  const name = label.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly reads some HTML: links, too
   const keep = values.mean.map((v, i) => i).filter(i => values.mean[i] !== null);
   const x = keep.map(i => i + 1), pick = k => keep.map(i => values[k][i]);
   const traces = [];
-  if (values.low.some(v => v !== null)) traces.push({ x: x.concat(x.toReversed()), y: pick("high").concat(pick("low").toReversed()),
-    fill: "toself", fillcolor: colour + "2e", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false, type: "scatter" });
-  traces.push({ x, y: pick("mean"), name, mode: "lines+markers", line: { color: colour, width: 1.8, dash: dash || "solid" },
+  if (values.low.some(v => v !== null)) traces.push(interval(x, pick("low"), pick("high"), colour));
+  traces.push({ x, y: pick("mean"), name: plain(label), mode: "lines+markers", line: { color: colour, width: 1.8, dash: dash || "solid" },
     marker: { size: 5 }, customdata: keep.map(i => [values.low[i], values.high[i], values.std[i]]),
-    hovertemplate: "%{y:.4f}  [%{customdata[0]:.4f}, %{customdata[1]:.4f}]  sd %{customdata[2]:.3f}<extra>" + name.replace(/%/g, "&#37;") + "</extra>" });
+    hovertemplate: "%{y:.4f}  [%{customdata[0]:.4f}, %{customdata[1]:.4f}]  sd %{customdata[2]:.3f}<extra>" + hovered(label) + "</extra>" });
   return traces;
 }
 function drawCurve() {
@@ -124,10 +109,6 @@ $("simmodel").addEventListener("change", drawSimilarity);
 $("viewmodel").addEventListener("change", fillAnswers);
 $("answer").addEventListener("change", drawCells);
 $("shade").addEventListener("change", drawCells);
-$("download").addEventListener("click", () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([data.csv], { type: "text/csv" })); link.download = "layers.csv"; link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-});
+$("download").addEventListener("click", () => download("layers.csv", data.csv, "text/csv"));
 followTheme(drawAll);
 fillAnswers();

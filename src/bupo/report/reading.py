@@ -1,0 +1,121 @@
+"""Files that a run's folder holds, as somebody else may have made them.
+
+Only regular files inside the folder are read, none that is huge; of them finite numbers of usual size and short texts.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from bupo.provenance import CONFIG_FILE, without_secrets
+from bupo.text import printable
+
+LARGEST = 256 << 20  # bytes of a file that is read
+LARGEST_CONFIG = 256 << 10  # YAML is slow to read
+LONGEST = 200  # characters of a name
+MOST = 1000  # benchmarks, measures, layers, options or models of one folder
+
+
+class Unreadable(Exception):
+    """A folder that is no run, or whose files cannot be read. Its message says which, in a few words."""
+
+
+def there(folder: Path, name: str) -> bool:
+    """Whether a folder holds a regular file of its own: no pipe, no device, no link out of the folder."""
+    path = folder / name
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        return regular and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def content(folder: Path, name: str, largest: int = LARGEST) -> bytes:
+    """The bytes of a file that is there."""
+    path = folder / name
+    try:
+        if path.stat().st_size > largest:
+            raise Unreadable(f"{name} is larger than {largest >> 10} KB")
+        return path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read: {error.strerror}") from error
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A mapping; of no file, an empty one."""
+    if not there(folder, name):
+        return {}
+    try:
+        value = json.loads(content(folder, name).decode(errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{name} cannot be read") from error
+    if not isinstance(value, dict):
+        raise Unreadable(f"{name} is no mapping")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """`config.yaml` without secrets; None where there is none."""
+    if not there(folder, CONFIG_FILE):
+        return None
+    try:
+        value = yaml.safe_load(content(folder, CONFIG_FILE, LARGEST_CONFIG).decode(errors="replace"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Unreadable(f"{CONFIG_FILE} cannot be read") from error
+    if not isinstance(value, dict):
+        raise Unreadable(f"{CONFIG_FILE} is no mapping")
+    return without_secrets({str(name): "…" if deep(item) else item for name, item in list(value.items())[:MOST]})
+
+
+def read_rows(folder: Path, name: str) -> Iterator[dict]:
+    """Rows of JSON. Lines that cannot be read are left out."""
+    for line in content(folder, name).decode(errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def read_table(folder: Path, name: str, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table, of these columns."""
+    try:
+        with pa.BufferReader(content(folder, name)) as file:
+            return pq.read_table(file, columns=columns).select(columns).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+        raise Unreadable(f"{name} cannot be read") from error
+
+
+def number(value: Any) -> float | None:
+    """A finite number of usual size; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -1e15 < value < 1e15 else None  # of NaN, every comparison is false
+
+
+def name_of(value: Any, longest: int = LONGEST) -> str:
+    """A short text in one line that steers no terminal."""
+    return printable(" ".join(str(value)[: 4 * longest].split()))[:longest]
+
+
+def deep(value: Any, budget: int = 1000) -> bool:
+    """Whether a value holds more than so many others: YAML's anchors make few bytes into many."""
+    waiting = [value]
+    while waiting:
+        budget -= 1
+        item = waiting.pop()
+        if budget < 0:
+            return True
+        if isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
+    return False

@@ -1,0 +1,181 @@
+"""What a run was asked for, from its `config.yaml`: the words by which runs are told apart, joined and named."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bupo.options import TRL_WORDS
+from bupo.report.reading import deep
+from bupo.text import printable
+
+# BuPOConfig's and the demo's, where a config.yaml does not say
+DEFAULTS: dict[str, Any] = {
+    "advantage_estimator": "grpo",
+    "internal_layer": None,
+    "internal_steps": 20,
+    "internal_schedule": None,
+    "internal_module": "layer",
+    "internal_lens": "raw",
+    "internal_guard": True,
+    "frozen_up_to_layer": None,
+    "slow_above_layer": None,
+    "slow_factor": 0.1,
+    "seed": 42,
+}
+DEMO: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
+ESTIMATORS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
+VANILLA = "vanilla"
+# options by which two runs may differ and still be the same: where to, how often is looked, on which machine
+FREE = {
+    "output", "run_name", "project", "report_to", "disable_tqdm", "debug", "env", "overwrite", "resume_from_checkpoint",
+    "num_completions_to_print", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "use_cpu", "accelerator_config", "deepspeed", "load_best_model_at_end", "config",
+}  # fmt: skip
+FREE_KINDS = (
+    "save_",
+    "log_",
+    "logging_",
+    "eval_",
+    "hub_",
+    "push_to_hub",
+    "trackio_",
+    "dataloader_",
+    "ddp_",
+    "fsdp",
+    "probe_",
+)
+LONGEST = 60  # characters of a value that stands in a name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run was asked for but for its seed; or a model that no run of the set has trained.
+
+    Attributes:
+        model (`str`): that training began with.
+        estimator (`str`): GRPO, RLOO, REINFORCE++, PPO; of a model that is not trained, what to call it.
+        stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned.
+        module, lens, guard: of the first phase; as by default where there is none.
+        frozen (`int`), slow (`tuple`, *optional*): layers 1 to this frozen; layer above which is trained slowly, and factor.
+        rest (`tuple`): all other options that decide a run, with their values as text, by name.
+        at (`str`): what of the run is looked at, if not its end: `update 16`, `policy of layer 6`.
+    """
+
+    model: str
+    estimator: str
+    stages: tuple[tuple[str, int], ...] = ()
+    module: str = "layer"
+    lens: str = "raw"
+    guard: bool = True
+    frozen: int | None = None
+    slow: tuple[int, float] | None = None
+    rest: tuple[tuple[str, str], ...] = ()
+    at: str = ""
+
+    @property
+    def method(self) -> str:
+        """Such as `BuPO`, `GRPO, layers 1 to 5 frozen`: without layer and length of the first phase."""
+        words = [self.estimator]
+        if self.stages:
+            words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
+        words += ["final norm"] * (self.lens == "final_norm")
+        words += [f"{self.module.upper()} policy"] * (self.module != "layer")
+        words += [f"layers 1 to {self.frozen} frozen"] * (self.frozen is not None)
+        if self.slow:
+            words.append(f"{self.slow[1]:g}x above layer {self.slow[0]}")
+        return ", ".join(words)
+
+    @property
+    def layer(self) -> str:
+        """The layers of the first phase; empty where there is none."""
+        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages))
+
+    @property
+    def steps(self) -> int:
+        """Planned length of the first phase, in rollout batches."""
+        return sum(batches for _, batches in self.stages)
+
+    @property
+    def name(self) -> str:
+        """Method, first phase and what is looked at."""
+        stages = [f"layer {layer} for {batches}" for layer, batches in self.stages]
+        return ", ".join([self.method, *stages]) + " batches" * bool(stages) + (f" ({self.at})" if self.at else "")
+
+    @property
+    def baseline(self) -> "Setting":
+        """GRPO of the same options: what table 11's methods and a first phase are compared with."""
+        plain = Setting(self.model, "GRPO", rest=self.rest, at=self.at)
+        return self if self.estimator == VANILLA else plain
+
+
+def setting_of(config: Mapping[str, Any], command: str) -> tuple[Setting, int]:
+    """What a `config.yaml` of `bupo train` or `bupo demo` asks for, and the seed.
+
+    Args:
+        config (`dict`): its content.
+        command (`str`): `demo` for the demo's, whose defaults are others.
+    """
+    given = {TRL_WORDS.get(name, name): value for name, value in config.items()}
+    values = DEFAULTS | (DEMO if command == "demo" else {}) | given
+    known = {*DEFAULTS, *DEMO, *FREE}
+    rest = {
+        name: _text(value) for name, value in given.items() if name not in known and not name.startswith(FREE_KINDS)
+    }
+    estimator = _text(values["advantage_estimator"])
+    setting = Setting(
+        model=_text(values.get("model") or "a model from Python", 200),
+        estimator=ESTIMATORS.get(estimator, estimator),
+        stages=_stages(values),
+        frozen=_whole(values["frozen_up_to_layer"]),
+        rest=tuple(sorted(rest.items())),
+    )
+    above = _whole(values["slow_above_layer"])
+    if above is not None:
+        setting = replace(setting, slow=(above, _factor(values["slow_factor"])))
+    if setting.stages:
+        module, lens = _text(values["internal_module"]), _text(values["internal_lens"])
+        setting = replace(setting, module=module, lens=lens, guard=_text(values["internal_guard"]).lower() != "false")
+    return setting, _whole(values["seed"]) or 0
+
+
+def _stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The first phase. What cannot be read is none."""
+    schedule = values["internal_schedule"]
+    if schedule is not None:
+        try:
+            pairs = json.loads(schedule) if isinstance(schedule, str) else schedule
+            stages = tuple((str(_whole(layer)), _whole(batches) or 0) for layer, batches in pairs)
+        except (ValueError, TypeError, RecursionError):
+            return ()
+        return stages[:20]
+    steps, layer = _whole(values["internal_steps"]) or 0, values["internal_layer"]
+    return ((_text(layer), steps),) if steps > 0 and layer is not None else ()
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, of text too; None for anything else."""
+    try:
+        number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    except ValueError:
+        return None
+    return number if number is not None and abs(number) < 1 << 40 else None
+
+
+def _factor(value: Any) -> float:
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        return float("nan")
+
+
+def _text(value: Any, longest: int = LONGEST) -> str:
+    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001."""
+    if not isinstance(value, bool):
+        try:
+            return f"{float(value):g}"
+        except (ValueError, TypeError, OverflowError):
+            pass
+    text = "…" if deep(value) else str(value)
+    text = printable(" ".join(text[: 4 * longest].split()))
+    return text if len(text) <= longest else text[: longest - 1] + "…"
