@@ -1,5 +1,6 @@
 """Lines over seeds: their mean, and a band that is its 95 % interval."""
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import pandas as pd
@@ -13,7 +14,8 @@ from bupo.report.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, ma
 from bupo.seeds import over_seeds
 from bupo.text import plain_label
 
-LINES = (BLUE, GREEN, RED, GREY, "#7c3aed", "#0891b2", "#be185d")  # no orange: phase 1 is shaded so
+METHODS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # the same in every figure
+LINES = (RED, "#7c3aed", "#0891b2", "#be185d", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
 BANDS = 4  # more lines than these have none: they would hide each other
 
 
@@ -34,7 +36,8 @@ def seeds_figure(
         finish (`Callable`, *optional*): what makes the x axis of every panel; by default one of whole numbers.
     """
     models, rows = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["row"]))
-    colours = dict(zip(rows, LINES * len(rows), strict=False))
+    others = itertools.cycle(LINES if METHODS.keys() & set(rows) else (BLUE, GREEN, *LINES))
+    colours = {row: METHODS.get(row) or next(others) for row in rows}
     figure, axes = panels(len(models), len(titles), (max(5.5, 4 * len(titles)), 3.4 * len(models)))
     for model, line in zip(models, axes, strict=True):
         ends = {row: end for (whose, row), end in (first_phases or {}).items() if whose == model}
@@ -136,7 +139,7 @@ def mark(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], star
 
 def whole(axis: Axes) -> None:
     """An axis of whole numbers."""
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def powers(axis: Axes) -> None:

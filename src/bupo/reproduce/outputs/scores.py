@@ -95,6 +95,6 @@ def _apart(numbers: Mapping[str, object], row: str, against: str | None) -> floa
     mine, other = numbers.get(row), numbers.get(against or "")
     if isinstance(mine, Mapping):
         return _number(mine.get(f"gain over {against}"))
-    if row == against or _number(mine) is None or _number(other) is None:
+    if row == against or not isinstance(mine, int | float) or not isinstance(other, int | float):
         return None
-    return round(mine - other, 4)  # type: ignore[arg-type]
+    return round(mine - other, 4)
