@@ -22,10 +22,10 @@ from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.evaluation.options import EvalOptions
 from bupo.model.loading import EMBEDDED
-from bupo.reproduce import experiment as experiments
-from bupo.reproduce.experiment import NAMES, RECIPES, Run, read_experiment, scales
-from bupo.reproduce.jobs import Jobs, Places, state_of
-from bupo.reproduce.run import ReproduceOptions, commands, forecast, plan
+from bupo.reproduction import experiment as experiments
+from bupo.reproduction.experiment import NAMES, RECIPES, Run, read_experiment, scales
+from bupo.reproduction.jobs import Jobs, Places, state_of
+from bupo.reproduction.run import ReproduceOptions, commands, forecast, plan
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
 from tests.children import child, starts
@@ -233,7 +233,7 @@ import sys
 sys.path.insert(0, {root!r})
 import time
 from pathlib import Path
-from bupo.reproduce.jobs import Jobs, Places
+from bupo.reproduction.jobs import Jobs, Places
 from tests.children import child
 from bupo.commands.ending import ended
 runs = [child("quick"), child("slow", then="(folder / 'pid').write_text(str(__import__('os').getpid())); time.sleep({seconds})")]

@@ -8,9 +8,9 @@ from rich.table import Table
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
-from bupo.reproduce.cost import estimates
-from bupo.reproduce.jobs import state_of
-from bupo.reproduce.run import ReproduceOptions, Reproduction, commands, forecast, plan, reproduce
+from bupo.reproduction.cost import estimates
+from bupo.reproduction.jobs import state_of
+from bupo.reproduction.run import ReproduceOptions, Reproduction, commands, forecast, plan, reproduce
 from bupo.text import printable
 
 

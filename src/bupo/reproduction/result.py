@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from bupo.files import in_one_piece, write_json
 from bupo.provenance import versions
-from bupo.reproduce.experiment import Experiment, scales
-from bupo.reproduce.outputs import OUTPUTS, Finished, Output
+from bupo.reproduction.experiment import Experiment, scales
+from bupo.reproduction.outputs import OUTPUTS, Finished, Output
 from bupo.text import csv_cell
 
 SCHEMA = 1

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from bupo.reproduce.experiment import Cell, Experiment, Run
-from bupo.reproduce.outputs.finished import Finished
-from bupo.reproduce.outputs.table import Line, Output, beside, by_seed, options_of, pivot, shown, tidy
+from bupo.reproduction.experiment import Cell, Experiment, Run
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import Line, Output, beside, by_seed, options_of, pivot, shown, tidy
 
 AVERAGE = "average"
 Key = tuple[str, str]  # model and row

@@ -16,7 +16,7 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import write_json
-from bupo.reproduce.experiment import Run
+from bupo.reproduction.experiment import Run
 
 PATIENCE = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
 PAUSE = 0.1

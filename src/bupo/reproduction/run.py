@@ -10,10 +10,10 @@ from bupo.lock import sole_writer
 from bupo.options import changed, check_values
 from bupo.provenance import note_run
 from bupo.ranges import COUNT
-from bupo.reproduce.cost import estimates, in_words
-from bupo.reproduce.experiment import NAMES, Experiment, Run, read_experiment, scales
-from bupo.reproduce.jobs import Jobs, Places, remove_stale, state_of
-from bupo.reproduce.result import Result, make
+from bupo.reproduction.cost import estimates, in_words
+from bupo.reproduction.experiment import NAMES, Experiment, Run, read_experiment, scales
+from bupo.reproduction.jobs import Jobs, Places, remove_stale, state_of
+from bupo.reproduction.result import Result, make
 
 ALL = "all"
 BATCH = """{after}$(sbatch --parsable --array=0-{last} "${{@}}" {wait}<<'BATCH'
@@ -69,7 +69,7 @@ class Reproduction:
     Attributes:
         experiments (`list[Experiment]`): in the order of their names.
         runs (`list[Run]`): of all of them, each once, in an order in which they can be run.
-        places ([`~bupo.reproduce.jobs.Places`]): where they are kept.
+        places ([`~bupo.reproduction.jobs.Places`]): where they are kept.
         unit (`str`): of costs.
     """
 
