@@ -425,6 +425,7 @@ TRAINING_FILES = [
     bad("train", "--dataset inf.jsonl", "inf.jsonl"),
     bad("train", "--dataset bools.parquet --answer_column deep", "row 0"),
     bad("train", "--dataset few.jsonl", "holds 3 problems, and a rollout batch takes 4"),
+    bad("train", "--max_prompt_length 3", "unknown option 'max_prompt_length': did you mean 'max_prompt_tokens'?"),
     bad("train", "--shuffle_seed 1", "shuffle_seed is 1", "arithmetic are made at random, by seed: leave it out"),
     bad("train", "--max_prompt_tokens 3", "max_prompt_tokens 3 leaves 0 of 64 problems", "a rollout batch takes 4"),
     bad("train", "--size 3", "holds 3 problems, and a rollout batch takes 4", "per_device_train_batch_size 8"),
