@@ -580,6 +580,10 @@ ANALYZE = [
     *each("analyze", "temperature", "0 -1 nan inf", "must be positive"),
     *each("analyze", "top_p", "0 2", "must lie above 0 and up to 1"),
     *each("analyze", "until", "zzz", "invalid choice"),
+    *each("analyze", "layer", "0 -1", "must be 1 or more"),
+    bad(
+        "analyze", "--layer 5", "layer 5 is for checkpoints of one run, measured on the same rollouts: give --rollouts"
+    ),
     *each("analyze", "dtype", "zzz", "must be auto"),
     *each("analyze", "seed", "-1", "must lie from 0"),
     bad("analyze", "--model", "model", "expected at least one argument"),
