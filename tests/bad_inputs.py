@@ -18,6 +18,7 @@ FAULTLESS = {
     "analyze": "--size 2 --max_new_tokens 4 --output deep/er/out",
     "sample": "--prompt 57+23-41",
     "demo": "--steps 1 --problems 4 --output deep/er/out",
+    "report": "other-run --output deep/er/page.html",
 }
 
 
@@ -660,4 +661,25 @@ REPRODUCE = [
     bare("reproduce fig3 --name x", "unknown option 'name'"),
 ]
 
-ROWS = [*MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE]
+REPORT = [
+    bare("report", "folders is empty: give run folders"),
+    bare("report --output x.html", "folders is empty"),
+    bare("report gone", "gone (does not exist)"),
+    bare("report file", "no folder holds a run: file (a file)"),
+    bare(
+        "report finished numbers wordy no-config", "summary.json cannot be read", "numbers (summary.json is no mapping)"
+    ),
+    bare("report other-run", "other-run (config.yaml is missing)"),
+    bare("report . --output deep/er/x.html", "no folder holds a run"),
+    bare("report other-run --output file", "output file is another file than a page of bupo report"),
+    bare("report other-run --output finished", "output 'finished' is a folder: name the file"),
+    bare("report other-run --output file/x.html", "output file is a file"),
+    bare("report other-run --output=", "output is empty"),
+    bare("report other-run --outputs x.html", "unknown option 'outputs': did you mean 'output'?"),
+    bare("report other-run --output", "expected one argument"),
+    bare("report 'a\0b'", "folders must be text"),
+]
+
+ROWS = [
+    *MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE, *REPORT,
+]  # fmt: skip
