@@ -50,6 +50,16 @@ def made(folder, what, seconds=None):
     return result
 
 
+def drawn_and_made(folder, what):
+    """What is drawn, and the result that it was written as."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        kind = OUTPUTS[what.kind]
+        patch.setitem(OUTPUTS, what.kind, lambda finished: kept.append(kind(finished)) or kept[0])
+        result = made(folder, what)
+    return kept[0].figure, result
+
+
 def output(folder, what):
     return OUTPUTS[what.kind](Finished(what, lambda name: folder / "runs" / name, lambda name: None))
 
@@ -188,8 +198,8 @@ def lines_of(axis):
 def test_curves_draw_every_row_with_its_band(tmp_path):
     write_training(tmp_path, ["GRPO", "BuPO"])
     what = experiment("curves", ["GRPO", "BuPO"], (1, 2), draw={"measures": ["reward", "entropy"], "against": "GRPO"})
-    found = output(tmp_path, what)
-    reward, entropy = found.figure.axes
+    figure, result = drawn_and_made(tmp_path, what)
+    reward, entropy = figure.axes
     lines = lines_of(reward)
     assert list(lines) == ["GRPO", "BuPO"] and set(lines_of(entropy)) == {"GRPO", "BuPO"}
     batches = np.arange(1, 21)
@@ -203,7 +213,6 @@ def test_curves_draw_every_row_with_its_band(tmp_path):
         )
     assert [text.get_text() for text in reward.texts] == ["phase 1"]
     assert any(line.get_xdata()[0] == 5.5 for line in reward.get_lines())  # the end of BuPO's
-    result = made(tmp_path, what)
     bupo = next(row for row in result.rows if row["measure"] == "reward" and row["row"] == "BuPO")
     assert bupo["ours"] == pytest.approx(0.13 + 0.195) and bupo["before"] == pytest.approx(
         0.13 + 0.015
@@ -246,12 +255,11 @@ def test_layers_are_drawn_with_the_stages(tmp_path, figure, drawn_lines):
     write_analysis(tmp_path)
     printed = {PAPERS: {"": {"exploration": "1-6", "boundary layer": 6}}}
     what = experiment("layers", [""], (1,), printed=printed, draw={"figure": figure})
-    found = output(tmp_path, what)
-    curves_drawn = [line for line in found.figure.axes[0].get_lines() if len(line.get_xdata()) >= 4]
+    figure_drawn, result = drawn_and_made(tmp_path, what)
+    curves_drawn = [line for line in figure_drawn.axes[0].get_lines() if len(line.get_xdata()) >= 4]
     assert len([line for line in curves_drawn if line.get_linestyle() == "-"]) == drawn_lines
     if figure == "entropy_change":
-        assert len([bar for bar in found.figure.axes[1].patches if bar.get_width() == 0.8]) >= 4
-    result = made(tmp_path, what)
+        assert len([bar for bar in figure_drawn.axes[1].patches if bar.get_width() == 0.8]) >= 4
     shown = {row["layers"]: row for row in cells_of(result)}
     assert shown["exploration"]["paper, Qwen3-4B"] == "1-6" and shown["exploration"]["ours"] == "1-2 of 4"
     assert shown["integration"]["paper, Qwen3-4B"] == "-" and shown["integration"]["ours"] == "3 of 4"
@@ -283,11 +291,12 @@ def test_dynamics_have_four_panels_and_a_line_a_later_layer(tmp_path):
     write_training(tmp_path, ["GRPO", "BuPO"])
     write_dynamics(tmp_path)
     what = experiment("dynamics", ["BuPO"], (1, 2))
-    axes = output(tmp_path, what).figure.axes
+    figure, result = drawn_and_made(tmp_path, what)
+    axes = figure.axes
     assert [len(lines_of(axis)) for axis in axes] == [3, 1, 1, 3]
     np.testing.assert_allclose(lines_of(axes[0])["layer 7"], [[0, 0.73], [5, 0.78], [10, 0.83]])
     assert all(any(line.get_xdata()[0] == 5 for line in axis.get_lines()) for axis in axes)  # the end of phase 1
-    rows = {row["measure"]: row for row in made(tmp_path, what).rows}
+    rows = {row["measure"]: row for row in result.rows}
     assert rows["cosine with layer 8"]["before"] == pytest.approx(0.83) and rows["cosine with layer 8"][
         "ours"
     ] == pytest.approx(0.93)
@@ -306,7 +315,8 @@ def test_passes_draw_a_curve_a_row_and_a_panel_a_benchmark(tmp_path):
                 {"benchmarks": {"a": scored(0, found), "b": scored(0, curve)}},
             )
     what = experiment("passes", ["GRPO", "BuPO"], (1, 2), draw={"against": "GRPO"})
-    axes = output(tmp_path, what).figure.axes
+    figure, result = drawn_and_made(tmp_path, what)
+    axes = figure.axes
     assert [axis.get_title() for axis in axes] == ["a: pass@K (%)", "b: pass@K (%)"]
     np.testing.assert_allclose(lines_of(axes[0])["BuPO"], [[1, 31.5], [2, 41.5], [4, 61.5], [8, 71.5]])
     result = made(tmp_path, what)
@@ -424,7 +434,7 @@ def whole(tmp_path_factory, tool):
         files = ["table.md"]
         if name.startswith("fig"):
             noise = np.random.default_rng(0).integers(0, 255, (30, 150, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((1500, 300) if name == "fig2" else (150, 30)).save(folder / "figure.png")
+            Image.fromarray(noise).resize((1100, 200) if name == "fig2" else (150, 30)).save(folder / "figure.png")
             files.append("figure.png")
         told = {key: getattr(what, key) for key in ("name", "title", "source", "scale", "about")}
         told |= {"digest": what.digest(), "versions": {"bupo": "1"}, "notes": ["shared", f"own {name}"], "files": files}
