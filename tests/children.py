@@ -2,7 +2,7 @@
 
 import sys
 
-from bupo.reproduce.experiment import Run
+from bupo.reproduction.experiment import Run
 
 CHILD = """
 import pathlib, sys, time

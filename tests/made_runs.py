@@ -2,15 +2,17 @@
 
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from bupo.evaluation.metrics import avg_at_k
 from bupo.training.dynamics import Dynamics
 
-BUPO = {"internal_layer": 5, "internal_steps": 3}
-GRPO = {"internal_steps": 0}
+BUPO: dict[str, Any] = {"internal_layer": 5, "internal_steps": 3}
+GRPO: dict[str, Any] = {"internal_steps": 0}
 
 
 def noted(folder, command, given):
@@ -59,7 +61,7 @@ def evaluate(folder, model, **correct):
     found = {}
     for label, right in correct.items():
         answers = [[place * 10 + n < right for n in range(10)] for place in range(10)]
-        mean, interval = avg_at_k(answers)
+        mean, interval = avg_at_k(np.array(answers))
         assert math.isclose(100 * mean, right)
         found[label] = {"problems": 10, "k": 10, "avg@k": mean, "avg@k_interval": interval}
         found[label]["pass@k"] = {"1": mean, "10": sum(map(any, answers)) / 10}

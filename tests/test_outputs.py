@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from bupo.errors import UserError
-from bupo.reproduce.experiment import KINDS, NAMES, Cell, Experiment, Run, read_experiment
-from bupo.reproduce.outputs import OUTPUTS, Finished
-from bupo.reproduce.outputs.curves import MEASURES as CURVES
-from bupo.reproduce.outputs.layers import MEASURES as LAYERS
-from bupo.reproduce.result import make
+from bupo.reproduction.experiment import KINDS, NAMES, Cell, Experiment, Run, read_experiment
+from bupo.reproduction.outputs import OUTPUTS, Finished
+from bupo.reproduction.outputs.curves import MEASURES as CURVES
+from bupo.reproduction.outputs.layers import MEASURES as LAYERS
+from bupo.reproduction.result import make
 from tests.figures import drawn
 
 ROOT = Path(__file__).parents[1]

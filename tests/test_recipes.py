@@ -97,7 +97,7 @@ def test_a_model_has_every_method_of_table_1(model):
 
 # What is written in each recipe of the paper's models, by option, in the order of `LAYERS` where it differs by model: docs/recipes.md
 # has the same table with the paper's values, their source, and the reason where they differ.
-WRITTEN = {
+WRITTEN: dict = {
     "model": ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "OctoThinker/OctoThinker-3B-Hybrid-Base", "OctoThinker/OctoThinker-8B-Hybrid-Base"),
     "dataset": "zwhe99/DeepMath-103K", "size": 5000, "shuffle_seed": 0, "prompt_column": "question", "answer_column": "final_answer",
     "max_prompt_tokens": 1024, "max_new_tokens": (7168, 7168, 3072, 3072), "num_generations": 8, "temperature": 1.0, "top_p": 1.0,
@@ -108,7 +108,7 @@ WRITTEN = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 16,
     "use_vllm": True, "vllm_mode": "colocate", "save_strategy": "steps", "save_steps": 200, "report_to": "none",
 }  # fmt: skip
-BY_FAMILY = {
+BY_FAMILY: dict[str, dict] = {
     "qwen3": {
         "system_prompt": "Please reason step by step, and put your final answer within \\boxed{}.",
         "chat_template_kwargs": {"enable_thinking": False},
@@ -134,7 +134,7 @@ BY_METHOD: dict[str, dict] = {
     "slow": {"internal_steps": 0, "slow_above_layer": 6, "slow_factor": 0.1},
 }
 # What no recipe writes, because the default of TRL, or of bupo, is the paper's or its code's.
-DEFAULTS = {
+DEFAULTS: dict = {
     "optim": "adamw_torch_fused", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "warmup_steps": 0,
     "num_iterations": 1, "epsilon_high": None, "entropy_coef": 0.0, "scale_rewards": "group", "reward_weights": None,
     "importance_sampling_level": "token", "mask_truncated_completions": False, "top_entropy_quantile": 1.0,

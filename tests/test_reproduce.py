@@ -22,10 +22,10 @@ from bupo.errors import UserError
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.evaluation.options import EvalOptions
 from bupo.model.loading import EMBEDDED
-from bupo.reproduce import experiment as experiments
-from bupo.reproduce.experiment import NAMES, RECIPES, Run, read_experiment, scales
-from bupo.reproduce.jobs import Jobs, Places, state_of
-from bupo.reproduce.run import ReproduceOptions, commands, forecast, plan
+from bupo.reproduction import experiment as experiments
+from bupo.reproduction.experiment import NAMES, RECIPES, Run, read_experiment, scales
+from bupo.reproduction.jobs import Jobs, Places, state_of
+from bupo.reproduction.run import ReproduceOptions, commands, forecast, plan
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
 from tests.children import child, starts
@@ -233,7 +233,7 @@ import sys
 sys.path.insert(0, {root!r})
 import time
 from pathlib import Path
-from bupo.reproduce.jobs import Jobs, Places
+from bupo.reproduction.jobs import Jobs, Places
 from tests.children import child
 from bupo.commands.ending import ended
 runs = [child("quick"), child("slow", then="(folder / 'pid').write_text(str(__import__('os').getpid())); time.sleep({seconds})")]
@@ -304,7 +304,7 @@ def test_lines_are_the_commands():
     lines = commands(todo, "lines").split("\n")
     assert len(lines) == len(todo.runs) == 10
     for line, run in zip(lines, sorted(todo.runs, key=lambda run: bool(run.needs)), strict=True):
-        assert line == run.line(todo.places.folder)
+        assert line == f"{run.line(todo.places.folder)} && echo {run.digest()} > {todo.places.mark(run.name)}"
     assert lines[0].startswith("accelerate launch --config_file ") and "qwen3-4b/bupo.yaml" in lines[0]
 
 
@@ -327,6 +327,9 @@ def test_slurm_runs_every_command_once(tmp_path):
     for run in todo.runs:
         object.__setattr__(run, "launch", ("printf", "%s\\n", "--"))  # prints its words instead of running them
     script.write_text(commands(todo, "slurm"))
+    for run in todo.runs:
+        todo.places.folder(run.name).mkdir(parents=True)
+        assert state_of(run, todo.places) == "to do"
     log = tmp_path / "log"
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(log)}
     done = subprocess.run(["bash", script, "--gres=gpu:8"], env=environment, capture_output=True, text=True)
@@ -335,6 +338,7 @@ def test_slurm_runs_every_command_once(tmp_path):
     wanted = [run.words(todo.places.folder)[3:] for run in sorted(todo.runs, key=lambda run: bool(run.needs))]
     assert [[word for word in words if word] for words in ran] == wanted
     options = (tmp_path / "log.options").read_text().splitlines()
+    assert {state_of(run, todo.places) for run in todo.runs} == {"finished"}
     assert "--gres=gpu:8" in options[0] and "--dependency=afterok:77" in options[1] and "afterok" not in options[0]
 
 

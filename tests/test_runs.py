@@ -31,6 +31,12 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+def read(kind, folder):
+    """The run that a folder holds, of the kind that it must be."""
+    run = read(kind, folder)
+    return run
+
+
 def groups_of(*folders):
     found, left_out = read_runs(folders)
     assert left_out == []
@@ -121,8 +127,7 @@ def test_two_spellings_are_one_setting():
 
 
 def test_a_training_run(runs):
-    run = read_run(probed(train(runs / "a", 3, BUPO)))
-    assert isinstance(run, Trained)
+    run = read(Trained, probed(train(runs / "a", 3, BUPO)))
     assert (run.seed, run.first_phase, run.batches, run.finished, run.setting.layer) == (3, 3, 6, True, "5")
     assert run.series["reward"] == {batch: pytest.approx(0.1 * batch) for batch in range(1, 7)}
     assert run.series["internal/entropy"] == {1: 0.5, 2: 0.5, 3: 0.5}
@@ -142,14 +147,13 @@ def test_several_logs_of_a_batch_are_averaged_and_broken_lines_left_out(runs):
             '{"rollout_batch": 1e300, "reward": 0.1}\n{"rollout_batch": true, "reward": 0.2}\n{"eval/rollout_batches": 4, '
         )
         file.write('"eval/a/avg@4": 0.5, "eval/a/low": 0.4}')
-    run = read_run(folder)
+    run = read(Trained, folder)
     assert run.series["reward"] == {1: pytest.approx(0.6), 4: 0.9}
     assert run.series["eval/a/avg@4"] == {4: 0.5} and "eval/a/low" not in run.series and "loss" not in run.series
 
 
 def test_an_evaluation_finds_the_run_that_it_is_of(runs):
-    run = read_run(evaluate(runs / "eval", "runs/a", math=80))
-    assert isinstance(run, Evaluated)
+    run = read(Evaluated, evaluate(runs / "eval", "runs/a", math=80))
     assert run.place == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
     assert run.passes == {"math": {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
 
@@ -161,16 +165,15 @@ def test_runs_that_have_moved_find_each_other(runs, tmp_path):
     elsewhere = tmp_path / "another" / "place"
     shutil.move(runs, elsewhere / "runs")
     for name in ("eval", "absolute"):
-        assert read_run(elsewhere / "runs" / name).place == elsewhere / "runs" / "a"
-    assert read_run(evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).place.parts[-2:] == (
+        assert read(Evaluated, elsewhere / "runs" / name).place == elsewhere / "runs" / "a"
+    assert read(Evaluated, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).place.parts[-2:] == (
         "Qwen",
         "Qwen3-4B",
     )
 
 
 def test_an_analysis(runs):
-    run = read_run(analyze(runs / "layers", "embedded", "runs/a/checkpoint-8"))
-    assert isinstance(run, Analysed)
+    run = read(Analysed, analyze(runs / "layers", "embedded", "runs/a/checkpoint-8"))
     before, after = run.models
     assert (before.model, after.place) == ("embedded", runs / "a" / "checkpoint-8")
     assert before.curves["d_entropy_ffn"][:2] == [(1.0, 0.9, 1.1), (0.75, 0.65, 0.85)]
@@ -240,7 +243,7 @@ def test_only_regular_files_of_the_folder_are_read(runs, tmp_path):
         with pytest.raises(Unreadable, match="no run"):
             read_run(runs / name)
     (tmp_path / "link").symlink_to(train(runs / "whole", 2))  # a folder may well be given by a link
-    assert read_run(tmp_path / "link").seed == 2
+    assert read(Trained, tmp_path / "link").seed == 2
 
 
 # -- over seeds

@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from bupo.errors import UserError
-from bupo.reproduce.experiment import NAMES, read_experiment
-from bupo.reproduce.result import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
+from bupo.reproduction.experiment import NAMES, read_experiment
+from bupo.reproduction.result import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LARGEST = 60_000  # bytes of a picture

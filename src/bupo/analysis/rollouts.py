@@ -98,15 +98,7 @@ def _rollout(
     where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int, template: dict
 ) -> Rollout:
     try:
-        row = json.loads(line)
-        if isinstance(row, dict) and "sample" in row and "completion_ids" not in row:
-            raise UserError(
-                f"{where} holds no tokens (an earlier version sampled it, or a server, which gives text only): evaluate into "
-                "another output, or give prompt and completion"
-            )
-        rollout = _from_row(row, tokenizer, vocabulary, template)
-    except UserError:
-        raise
+        rollout = _from_row(json.loads(line), tokenizer, vocabulary, template)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt and completion, or "
@@ -130,6 +122,10 @@ def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int, te
             if type(token) is not int or not 0 <= token < vocabulary:
                 raise ValueError(f"token {token!r:.40} is none of the model's, 0 to {vocabulary - 1}")
         return Rollout(prompt, answer, row.get("prompt") or tokenizer.decode(prompt), tokenizer.decode(answer))
+    if {"sample", "text", "tokens"} <= row.keys():
+        raise ValueError(
+            "an evaluation's answer without tokens, by an earlier version or a server, which gives text only"
+        )
     if "messages" in row:
         *prompt, last = row["messages"]
         if last["role"] != "assistant":

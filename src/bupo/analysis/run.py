@@ -23,7 +23,7 @@ from bupo.data.as_trained import Asking, as_trained
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
 from bupo.data.templates import check_context, check_template, prompt_ids
 from bupo.errors import UserError
-from bupo.evaluation.benchmarks import is_benchmark, load_benchmark
+from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
 from bupo.evaluation.preset import asked_as
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
@@ -308,6 +308,10 @@ def _measures(
 def _load_problems(options: AnalyzeOptions) -> Dataset:
     name = options.dataset or ARITHMETIC
     if is_benchmark(name):
+        if without_k(name)[1]:
+            raise UserError(
+                f"dataset {name}: an analysis takes one answer a problem, so leave out the number behind it"
+            )
         for option in ("split", "dataset_config"):
             if getattr(options, option) not in (None, "test"):
                 raise UserError(

@@ -8,8 +8,9 @@ from rich.table import Table
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
-from bupo.reproduce.cost import estimates
-from bupo.reproduce.run import ReproduceOptions, Reproduction, commands, forecast, plan, reproduce
+from bupo.reproduction.cost import estimates
+from bupo.reproduction.jobs import state_of
+from bupo.reproduction.run import ReproduceOptions, Reproduction, commands, forecast, plan, reproduce
 from bupo.text import printable
 
 
@@ -60,6 +61,6 @@ def _show(todo: Reproduction, jobs: int, console: Console) -> None:
         table.add_row(*row.values())
     console.print(table)
     for each in todo.runs:
-        state = "finished" if todo.places.seconds(each.name) is not None else "to do"
+        state = state_of(each, todo.places)
         console.print(printable(f"{state:8} {each.name}"), highlight=False, markup=False)
     console.print(line, highlight=False)

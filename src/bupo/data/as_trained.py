@@ -67,10 +67,11 @@ def as_trained(model: Any, adapter: str | None = None) -> AsTrained | None:
     for name in (adapter, model):
         if not isinstance(name, str) or name == EMBEDDED:
             continue
-        path = Path(name) / EVALUATION_FILE
+        path, there = Path(name) / EVALUATION_FILE, False
         with suppress(OSError, ValueError):  # too long a name, or none: who loads the model says so
-            if path.is_file():
-                return _beside(_read(path), path.parent) if name == adapter else _read(path)
+            there = path.is_file()
+        if there:
+            return _beside(_read(path), path.parent) if name == adapter else _read(path)
     return None
 
 
@@ -89,6 +90,8 @@ def _read(path: Path) -> AsTrained:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no mapping")
         known = [name for name in (*OPTIONS, "chat_template_kwargs", "besides") if name in found]
         own = AsTrained(**{name: found[name] for name in known}, folder=str(path.parent))
         check_options(own, RANGES)

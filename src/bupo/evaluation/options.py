@@ -123,7 +123,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
         """Raises [`UserError`] where answers are all the same, once it is settled how they are sampled."""
         for label, k in ks.items():
             if self.temperature == 0 and k > 1:
-                raise UserError(f"temperature 0 gives {k} answers to {label} that are the same: set k to 1")
+                raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files

@@ -1,5 +1,6 @@
 """What a run was asked for, from its `config.yaml`: the words by which runs are told apart, joined and named."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -170,12 +171,17 @@ def _factor(value: Any) -> float:
 
 
 def _text(value: Any, longest: int = LONGEST) -> str:
-    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001."""
+    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001.
+
+    Long ones are cut, and told apart by a digest.
+    """
     if not isinstance(value, bool):
         try:
             return f"{float(value):g}"
         except (ValueError, TypeError, OverflowError):
             pass
-    text = "…" if deep(value) else str(value)
-    text = printable(" ".join(text[: 4 * longest].split()))
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    whole = "…" if deep(value) else str(value)
+    text = printable(" ".join(whole[: 4 * longest].split()))
+    if len(text) <= longest and len(whole) <= 4 * longest:
+        return text
+    return f"{text[: longest - 9]}…{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:8]}"

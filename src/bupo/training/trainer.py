@@ -117,7 +117,7 @@ class BuPOTrainer(TRLTrainer):
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
         answers = batch.answers(self.num_generations)
         if self.stage and self.stage.layer is None:
-            self.watch.decide(answers)
+            self.watch.decide(answers, self.state.max_steps)
         self._estimate(batch)
         if self.site:
             self.alignment.align(batch, self.site, sampled.scores)

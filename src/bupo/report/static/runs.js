@@ -178,8 +178,8 @@ function fillGroups(id, known) {
 }
 const measured = number => data.layers.filter(each => each.group === number && wantedSeed(each.seed));
 function layerGroups() {  // runs with an analysis of their end or a checkpoint, else models as they are
-  const own = groups.filter(group => measured(group.number).length);
-  const trained = [...new Set(own.filter(group => group.before !== null || group.at).map(group => group.of === null ? group.number : group.of))];
+  const own = groups.filter(group => measured(group.number).length), whole = group => group.of === null ? group.number : group.of;
+  const trained = [...new Set(own.filter(group => group.before !== null || group.at).map(whole))].filter(number => seen(groups[number]));
   const covered = new Set(trained.map(number => groups[number].before));
   return [...trained.map(number => groups[number]), ...own.filter(group => group.before === null && !group.at && !covered.has(group.number))];
 }

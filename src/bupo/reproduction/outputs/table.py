@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bupo.reproduce.experiment import Cell, Experiment
+from bupo.reproduction.experiment import Cell, Experiment
 from bupo.seeds import OverSeeds, over_seeds, paired
 from bupo.text import markdown_cell
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bupo.errors import UserError
-from bupo.reproduce.experiment import Cell, Experiment, Run
+from bupo.reproduction.experiment import Cell, Experiment, Run
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import pandas as pd
 
 from bupo.report.figures.seeds import seeds_figure
-from bupo.reproduce.experiment import Cell
-from bupo.reproduce.outputs.finished import Finished, first_phase
-from bupo.reproduce.outputs.table import Line, Output, options_of, phase_note, shown
+from bupo.reproduction.experiment import Cell
+from bupo.reproduction.outputs.finished import Finished, first_phase
+from bupo.reproduction.outputs.table import Line, Output, options_of, phase_note, shown
 
 MEASURES = {  # the column of `metrics.jsonl`, the title, and the digits that are shown
     "reward": ("reward", "reward", 3),

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from bupo.report.figures import analysis_figure
-from bupo.reproduce.experiment import Cell, Experiment
-from bupo.reproduce.outputs.finished import Finished
-from bupo.reproduce.outputs.table import NOTHING, Output, Shown, beside
+from bupo.reproduction.experiment import Cell, Experiment
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import NOTHING, Output, Shown, beside
 
 STAGES = ("exploration", "integration", "convergence")
 BOUNDARY = "boundary layer"

@@ -3,9 +3,9 @@
 import pandas as pd
 
 from bupo.report.figures.seeds import layers_figure
-from bupo.reproduce.experiment import Cell
-from bupo.reproduce.outputs.finished import Finished, first_phase
-from bupo.reproduce.outputs.table import Line, Output, options_of, phase_note, shown
+from bupo.reproduction.experiment import Cell
+from bupo.reproduction.outputs.finished import Finished, first_phase
+from bupo.reproduction.outputs.table import Line, Output, options_of, phase_note, shown
 
 MEASURES = {  # in the order of the paper's panels
     "cosine": "(a) cosine of $H^{{{layer}}}$ with later layers",

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from bupo.reproduce.experiment import Cell, Experiment, Run
-from bupo.reproduce.outputs.finished import Finished
-from bupo.reproduce.outputs.table import Line, Output, beside, by_seed, options_of, pivot, shown, tidy
+from bupo.reproduction.experiment import Cell, Experiment, Run
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import Line, Output, beside, by_seed, options_of, pivot, shown, tidy
 
 AVERAGE = "average"
 FLOOR = 5  # percent: scores below it, or as near to 100, leave no room for a difference

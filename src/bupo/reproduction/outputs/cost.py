@@ -1,8 +1,8 @@
 """What the analysis costs beside training (table 7)."""
 
-from bupo.reproduce.experiment import Run
-from bupo.reproduce.outputs.finished import Finished
-from bupo.reproduce.outputs.table import Line, Output, beside, options_of, shown, tidy
+from bupo.reproduction.experiment import Run
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import Line, Output, beside, options_of, shown, tidy
 
 ANALYSIS, TRAINING, SHARE = "analysis, seconds", "training, seconds", "share, percent"
 WHOLE = "Seconds are of whole commands here, with everything that they load and write."

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import write_json
-from bupo.reproduce.experiment import Run
+from bupo.reproduction.experiment import Run
 
 PATIENCE = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
 PAUSE = 0.1
@@ -44,12 +45,17 @@ class Places:
         """What is known of a run: its command line, its digest, its seconds, whether it is finished."""
         return self.root / "runs" / f"{name}.json"
 
+    def mark(self, name: str) -> Path:
+        """The digest of a run that has ended elsewhere: printed commands write it last."""
+        return self.root / "runs" / f"{name}.done"
+
     def noted(self, name: str) -> dict[str, Any]:
-        """What `note` holds; nothing where it is missing or broken."""
-        try:
+        """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
+        with suppress(OSError, ValueError, TypeError):
             return dict(json.loads(self.note(name).read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
+        with suppress(OSError, ValueError):
+            return {"digest": self.mark(name).read_text().strip(), "finished": True}
+        return {}
 
     def seconds(self, name: str) -> float | None:
         """How long a finished run took here."""
@@ -78,7 +84,7 @@ def remove_stale(run: Run, places: Places) -> None:
     noted = places.noted(run.name)
     if noted and noted.get("digest") != run.digest():
         shutil.rmtree(places.folder(run.name), ignore_errors=True)
-        for path in (places.note(run.name), places.log(run.name)):
+        for path in (places.note(run.name), places.log(run.name), places.mark(run.name)):
             path.unlink(missing_ok=True)
 
 

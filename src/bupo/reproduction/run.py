@@ -10,10 +10,10 @@ from bupo.lock import sole_writer
 from bupo.options import changed, check_values
 from bupo.provenance import note_run
 from bupo.ranges import COUNT
-from bupo.reproduce.cost import estimates, in_words
-from bupo.reproduce.experiment import NAMES, Experiment, Run, read_experiment, scales
-from bupo.reproduce.jobs import Jobs, Places, remove_stale, state_of
-from bupo.reproduce.result import Result, make
+from bupo.reproduction.cost import estimates, in_words
+from bupo.reproduction.experiment import NAMES, Experiment, Run, read_experiment, scales
+from bupo.reproduction.jobs import Jobs, Places, remove_stale, state_of
+from bupo.reproduction.result import Result, make
 
 ALL = "all"
 BATCH = """{after}$(sbatch --parsable --array=0-{last} "${{@}}" {wait}<<'BATCH'
@@ -69,7 +69,7 @@ class Reproduction:
     Attributes:
         experiments (`list[Experiment]`): in the order of their names.
         runs (`list[Run]`): of all of them, each once, in an order in which they can be run.
-        places ([`~bupo.reproduce.jobs.Places`]): where they are kept.
+        places ([`~bupo.reproduction.jobs.Places`]): where they are kept.
         unit (`str`): of costs.
     """
 
@@ -156,10 +156,15 @@ class _Making:
 def commands(todo: Reproduction, kind: str) -> str:
     """The runs' commands: `lines` in an order in which a shell can run them, or a script that hands them to Slurm.
 
-    The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first.
+    The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first. What has ended well leaves
+    a mark, by which `bupo reproduce` knows it.
     """
-    groups = [[run for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
-    lines = [[run.line(todo.places.folder) for run in group] for group in groups]
+
+    def line(run: Run) -> str:
+        mark = shlex.quote(str(todo.places.mark(run.name)))
+        return f"{run.line(todo.places.folder)} && echo {run.digest()} > {mark}"
+
+    lines = [[line(run) for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
     if kind == "lines":
         return "\n".join([*lines[0], *lines[1]])
     parts = ["#!/usr/bin/env bash", "set -e"]

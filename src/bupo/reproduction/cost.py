@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bupo.reproduce.experiment import Run
-from bupo.reproduce.jobs import Places
+from bupo.reproduction.experiment import Run
+from bupo.reproduction.jobs import Places
 
 
 @dataclass(frozen=True)

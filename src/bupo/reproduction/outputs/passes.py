@@ -5,9 +5,9 @@ from dataclasses import replace
 import pandas as pd
 
 from bupo.report.figures.seeds import powers, seeds_figure
-from bupo.reproduce.experiment import Cell
-from bupo.reproduce.outputs.finished import Finished
-from bupo.reproduce.outputs.table import Line, Output, options_of, pivot, quoted, text_of, told_apart
+from bupo.reproduction.experiment import Cell
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import Line, Output, options_of, pivot, quoted, text_of, told_apart
 
 MOST = 5  # Ks in the table: the first, the last and some between
 COLUMNS = ["model", "row", "seed", "benchmark", "k", "value"]

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from bupo.files import in_one_piece, write_json
 from bupo.provenance import versions
-from bupo.reproduce.experiment import Experiment, scales
-from bupo.reproduce.outputs import OUTPUTS, Finished, Output
-from bupo.reproduce.outputs.table import quoted
+from bupo.reproduction.experiment import Experiment, scales
+from bupo.reproduction.outputs import OUTPUTS, Finished, Output
+from bupo.reproduction.outputs.table import quoted
 from bupo.text import csv_cell
 
 SCHEMA = 1
