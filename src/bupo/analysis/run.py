@@ -79,7 +79,13 @@ def analyze(
     if bar and asking.line:
         bar.console.print(printable(asking.line), highlight=False, markup=False)
     _look_ahead(names, given, options)
-    options, course = _over_training(names, given, options)
+    return _analysis(names, labels, given, *_over_training(names, given, options), bar)
+
+
+def _analysis(
+    names: list[str], labels: list[str], given: "_Given", options: AnalyzeOptions, course: Course | None, bar
+) -> AnalysisReport:
+    """As of `analyze`, in a folder of its own."""
     reports: list[ModelReport] = []
     with sole_writer(options.output):
         for name, label in zip(names, labels, strict=True):
