@@ -18,7 +18,7 @@ BATCHES, EVERY = 5, 2
 
 
 def config(folder, **options):
-    given: dict = {"eval_benchmarks": ["arithmetic"], "eval_every": EVERY, "eval_k": 2, "eval_problems": 24}
+    given: dict = {"eval_benchmarks": ["arithmetic:2"], "eval_every": EVERY, "eval_k": 3, "eval_problems": 24}
     given |= {"max_steps": 2 * BATCHES, "save_strategy": "no"}
     return BuPOConfig(
         str(folder),
@@ -130,6 +130,7 @@ def test_a_resumed_run_evaluates_once(tmp_path, watched):
     [
         ({"eval_every": 0}, "eval_every must be 1 or more, got 0"),
         ({"eval_k": 0}, "eval_k must be 1 or more, got 0"),
+        ({"eval_benchmarks": ["arithmetic:0"]}, "'arithmetic:0' must be 1 or more, got 0"),
         ({"eval_benchmarks": ["math5000"]}, "unknown benchmark 'math5000'"),
         ({"eval_benchmarks": ["arithmetic", "arithmetic"]}, "have one label twice"),
     ],

@@ -105,3 +105,35 @@ def test_evaluation_of_the_problem_files(tmp_path):
             verify(parse(f"\\boxed{{{gold}}}"), parse(text)) for gold, text in zip(table.gold, table.text, strict=True)
         ]
         assert (table["verdict"] == "correct").tolist() == direct
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
+def test_the_papers_setting_end_to_end(tmp_path):
+    """16 and 32 answers by the labels' own numbers; their tokens are analysed as they were sampled."""
+    model, shared = (
+        str(MODELS / "smollm2-135m.gguf"),
+        dict(zip(("math500", "amc23", "aime24", "aime25"), FILES, strict=False)),
+    )
+    files = ",".join(f"{label}={SHARED / f'{name}.parquet'}" for label, name in shared.items())
+    command = [
+        "eval",
+        "--model",
+        model,
+        "--preset",
+        "paper",
+        "--benchmarks",
+        files,
+        "--size",
+        "1",
+        "--max_new_tokens",
+        "8",
+    ]
+    assert main([*command, "--output", str(tmp_path / "eval")]) == 0
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    ks = {label: found["k"] for label, found in summary["benchmarks"].items()}
+    assert ks == {"math500": 16, "amc23": 16, "aime24": 32, "aime25": 32}
+    command = ["analyze", "--model", model, "--preset", "paper", "--rollouts", str(tmp_path / "eval" / "math500")]
+    assert main([*command, "--output", str(tmp_path / "analysis")]) == 0
+    meta = json.loads((tmp_path / "analysis" / "summary.json").read_text())["models"][0]["meta"]
+    tokens = summary["benchmarks"]["math500"]["mean_tokens"] * 16
+    assert (meta["answers"], meta["tokens"]) == (16, pytest.approx(tokens))

@@ -157,10 +157,8 @@ class Asking:
             return None
         assert self.own
         values = {name: value for name, value in self.noted["as_trained"].items() if name != "folder"}
-        said = [
-            f"{name} {abridged(value) if name == 'system_prompt' and value else value}"
-            for name, value in values.items()
-        ]
+        said = [f"{name} {abridged(value) if isinstance(value, str) else value}" for name, value in values.items()]
+        said = [f"no {name}" if values[name] is None else words for name, words in zip(values, said, strict=True)]
         besides = ", ".join(f"{name} {value}" for name, value in self.own.besides.items())
         more = f"; its rollouts also had {besides:.200}, which is left out" if besides else ""
         return f"as {self.own.folder} was trained: {', '.join(said)}{more}"

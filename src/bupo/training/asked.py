@@ -16,10 +16,16 @@ def system_prompt_of(problems: Any) -> str | None:
         rows = [problems[place] for place in range(0, len(problems), max(1, len(problems) // LOOKED_AT))]
     except TypeError:
         return None
-    prompts = [row.get("prompt") for row in rows]
-    first = [prompt[0] if isinstance(prompt, list) and prompt else {} for prompt in prompts]
-    found = {message["content"] if message.get("role") == "system" else None for message in first}
+    found = {_system(row.get("prompt")) for row in rows}
     return found.pop() if len(found) == 1 else None
+
+
+def _system(prompt: Any) -> str | None:
+    """The system message of a prompt, if it is of messages and begins with one."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if not isinstance(first, dict) or first.get("role") != "system":
+        return None
+    return first["content"] if isinstance(first.get("content"), str) else None
 
 
 def as_asked(trainer: TRLTrainer) -> AsTrained:
@@ -39,4 +45,5 @@ def as_asked(trainer: TRLTrainer) -> AsTrained:
 def write(trainer: TRLTrainer, folder: Path) -> None:
     """Beside a model that has just been saved, `evaluation.json`."""
     if trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
         as_asked(trainer).write(folder)
