@@ -24,7 +24,7 @@ from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_
 from bupo.data.templates import check_context, check_template, choose_template, prompt_ids
 from bupo.errors import UserError
 from bupo.lock import sole_writer
-from bupo.model.loading import fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
+from bupo.model.loading import context_of, fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import evaluating
@@ -220,11 +220,7 @@ def _measured(
 
 def _read(options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Rollout]:
     config = config.get_text_config()
-    return read_rollouts(str(options.rollouts), tokenizer, _context(config), getattr(config, "vocab_size", None))
-
-
-def _context(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return read_rollouts(str(options.rollouts), tokenizer, context_of(config), getattr(config, "vocab_size", None))
 
 
 def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:
