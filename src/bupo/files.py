@@ -1,5 +1,6 @@
 """Files that a run which is killed leaves whole."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from typing import TypeVar
 from bupo.errors import UserError
 
 Row = TypeVar("Row")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # none may be written
 LONGEST_NAME = 255  # bytes, on every usual file system
 
 

@@ -27,7 +27,7 @@ from bupo.errors import UserError
 from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
 from bupo.evaluation.preset import asked_as
 from bupo.lock import sole_writer
-from bupo.model.loading import fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
+from bupo.model.loading import context_of, fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import evaluating
@@ -266,12 +266,8 @@ def _read(
     options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asking: Asking
 ) -> list[Rollout]:
     config = config.get_text_config()
-    most = _context(config), getattr(config, "vocab_size", None)
+    most = context_of(config), getattr(config, "vocab_size", None)
     return read_rollouts(str(options.rollouts), tokenizer, *most, **asking.template_options)
-
-
-def _context(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bupo.errors import Stopped, UserError
+from bupo.files import CLOSED, FULL
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # no folder, or none to write into
+_NO_FOLDER = (*CLOSED, errno.ENOTDIR, errno.EEXIST)  # or none to write into
 
 
 @contextmanager
@@ -23,10 +23,10 @@ def keeping(folder: Path, what: str = "answers") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL + _CLOSED:
+        if error.errno not in FULL + _NO_FOLDER:
             raise
         full = f"{error.filename or folder} cannot be written: {error.strerror}"
-        if error.errno in _CLOSED:
+        if error.errno in _NO_FOLDER:
             raise UserError(f"{full}; choose another output") from error
         raise UserError(
             f"{full}; finished {what} are kept in {folder}, and the same command goes on from them"

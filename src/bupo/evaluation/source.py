@@ -12,7 +12,7 @@ from bupo.data.as_trained import Asking
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
-from bupo.model.loading import check_layers, fingerprint, learned_positions, load_on_device, load_tokenizer
+from bupo.model.loading import check_layers, context_of, fingerprint, learned_positions, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.sampling import Engine, TransformersEngine
@@ -95,7 +95,7 @@ class Source:
             policy=None if options.layer is None else policies.layer(options.layer),
             batch_size=options.batch_size,
         )
-        self.context = getattr(stream.model.config, "max_position_embeddings", 0)
+        self.context = context_of(stream.model.config) or 0
         self.positions = learned_positions(stream.model.config)
         self.meta = model_meta(name, stream, options.lens, options.sampling[1], options.revision)
         self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}

@@ -91,7 +91,12 @@ def learned_positions(config: PretrainedConfig) -> int | None:
     there a longer text is only unlike those that the model was made for."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return None if rotary else getattr(text, "max_position_embeddings", None)
+    return None if rotary else context_of(config)
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text that a model was made for, as it says itself; None where it says nothing."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(name: str, **kwargs) -> PreTrainedModel:

@@ -17,10 +17,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bupo.analysis.over_training import STATE_FILE
 from bupo.errors import UserError
 from bupo.training.resuming import compare, same_phase, write_options
-from bupo.training.saving import recover
+from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
-from bupo.training.whole import check_shared, decided, to_go_on_from, usable
+from bupo.training.whole import check_shared, decided
 
 
 class Part(Protocol):
@@ -52,16 +52,8 @@ def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
     Raises:
         UserError: if it is damaged, is not the same on all processes, or was made with options that decide the run and differ.
     """
-    folder, say = Path(trainer.args.output_dir), trainer.accelerator.print
-
-    def find() -> Path | None:
-        recover(folder)
-        if wanted is True:
-            return to_go_on_from(folder, say)
-        return usable(Path(str(wanted))) if wanted else None
-
-    trainer.resumed_at = 0
-    found = decided(find)
+    say, trainer.resumed_at = trainer.accelerator.print, 0
+    found = decided(lambda: to_resume(Path(trainer.args.output_dir), wanted, say))
     check_shared(found)
     if found is None:
         return None

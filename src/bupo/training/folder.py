@@ -15,10 +15,10 @@ from bupo.report.figures import dynamics_figure, training_figure
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE, PROBES_FILE
 from bupo.training.metrics_file import METRICS_FILE
-from bupo.training.saving import STAGING, recover
+from bupo.training.saving import STAGING, to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.watch import BOUNDARY_FILE
-from bupo.training.whole import check_shared, checkpoints, damage, decided, to_go_on_from, usable
+from bupo.training.whole import check_shared, checkpoints, damage, decided
 
 
 def wants_to_resume(config: BuPOConfig) -> str | None:
@@ -101,19 +101,15 @@ def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str
     wanted, folder = wants_to_resume(config), Path(config.output_dir)
     if wanted is None:
         return None
-    recover(folder)
-    if wanted != "true":
-        usable(Path(wanted))
-        after = later(folder, wanted)
-        if after and not overwrite:
-            raise UserError(
-                f"resume_from_checkpoint: {folder} holds later checkpoints than {wanted} ({after[0].name}): choose another "
-                "output, or --overwrite true, which deletes them"
-            )
-        return wanted
-    if (folder / FINISHED_FILE).exists() and not checkpoints(folder):
+    if wanted == "true" and (folder / FINISHED_FILE).exists() and not checkpoints(folder):
         raise UserError(f"{folder} holds a finished run without checkpoints to go on from: choose another output")
-    found = to_go_on_from(folder, say)
+    found = to_resume(folder, wanted == "true" or wanted, say)
+    after = [] if found is None else later(folder, str(found))
+    if after and wanted != "true" and not overwrite:
+        raise UserError(
+            f"resume_from_checkpoint: {folder} holds later checkpoints than {wanted} ({after[0].name}): choose another "
+            "output, or --overwrite true, which deletes them"
+        )
     return None if found is None else str(found)
 
 

@@ -6,7 +6,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError, first_line
-from bupo.training.whole import checkpoints, write_manifest
+from bupo.files import CLOSED, FULL
+from bupo.training.whole import checkpoints, to_go_on_from, usable, write_manifest
 
 STAGING, _FORMER, _GONE = "_saving", "former", "gone"  # transformers pushes no name that begins with `_`
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DISK = (*FULL, *CLOSED, errno.EIO)
 _TORCH = ("PytorchStreamWriter", "inline_container")  # torch.save's errors have no number
 
 
@@ -93,6 +94,20 @@ def recover(folder: Path) -> None:
         if not (folder / former.name).exists():
             former.rename(folder / former.name)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def to_resume(folder: Path, wanted: str | bool | None, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from: the one that is named, or for `True` its newest whole one, if it has one.
+
+    What a kill has left half written is removed first.
+
+    Raises:
+        UserError: if the one that is named is damaged, or none of the run's is whole.
+    """
+    recover(folder)
+    if wanted is True:
+        return to_go_on_from(folder, say)
+    return usable(Path(str(wanted))) if wanted else None
 
 
 def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:

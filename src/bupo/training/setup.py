@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from bupo.data.templates import check_context, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import check_layers, learned_positions, load_config, load_tokenizer
+from bupo.model.loading import check_layers, context_of, learned_positions, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
@@ -95,8 +95,7 @@ def check_prompts(
 
 def positions_of(model: nn.Module) -> float:
     """Largest number of tokens that the model names as its own; infinite where it names none."""
-    config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return context_of(model.config) or math.inf
 
 
 def _reads_images(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
