@@ -10,10 +10,14 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
+.PHONY: demo reproduce test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
+
+reproduce: $(INSTALLED)  # every figure and table of the paper at the scale of this machine, and the docs' page of results
+	$(BIN)/bupo reproduce all --scale embedded --jobs 2 --output runs/reproduce
+	$(BIN)/python tools/results_page.py runs/reproduce/embedded
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)

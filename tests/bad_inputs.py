@@ -312,6 +312,8 @@ TRAINING_NUMBERS = [
     *each("train", "lora_dropout", "2 nan", "must lie from 0 to 1"),
     *each("train", "size", "0 -4", "must be 1 or more"),
     *each("train", "size", "100000000", "must be at most 10000000"),
+    *each("train", "shuffle_seed", "-1", "must be 0 or more"),
+    *each("train", "max_prompt_tokens", "0 -4", "must be 1 or more"),
     *each("train", "eval_size", "0", "must be 1 or more"),
 ]
 
@@ -424,6 +426,8 @@ TRAINING_FILES = [
     bad("train", "--dataset inf.jsonl", "inf.jsonl"),
     bad("train", "--dataset bools.parquet --answer_column deep", "row 0"),
     bad("train", "--dataset few.jsonl", "holds 3 problems, and a rollout batch takes 4"),
+    bad("train", "--shuffle_seed 1", "shuffle_seed is 1", "arithmetic are made at random, by seed: leave it out"),
+    bad("train", "--max_prompt_tokens 3", "max_prompt_tokens 3 leaves 0 of 64 problems", "a rollout batch takes 4"),
     bad("train", "--size 3", "holds 3 problems, and a rollout batch takes 4", "per_device_train_batch_size 8"),
     bad("train", "--steps_per_generation 64", "a rollout batch takes 128"),
     bad("train", "--model learned --dataset long.jsonl", "the dataset, row 8: the prompt has", "context of 512"),
@@ -537,6 +541,7 @@ EVAL = [
 
 ANALYZE = [
     *each("analyze", "size", "0", "must be 1 or more"),
+    bad("analyze", "--shuffle_seed 1", "shuffle_seed is 1", "arithmetic are made at random"),
     *each("analyze", "max_tokens", "0 -1", "must be 1 or more"),
     *each("analyze", "max_new_tokens", "0", "must be 1 or more"),
     *each("analyze", "batch_size", "0", "must be 1 or more"),
@@ -613,4 +618,28 @@ REPORT = [
     bare("report 'a\0b'", "folders must be text"),
 ]
 
-ROWS = [*MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPORT]
+REPRODUCE = [
+    bare("reproduce", "nothing is named", "fig2, fig3", "or all"),
+    bare("reproduce fig1", "unknown figure or table 'fig1'", "table11"),
+    bare("reproduce ../scales", "unknown figure or table '../scales'"),
+    bare("reproduce fig3 --scale large", "scale must be embedded, small, paper, tiny, got 'large'"),
+    bare("reproduce fig3 --jobs 0", "jobs must be 1 or more"),
+    bare("reproduce fig3 --seeds 0", "seeds must be 1 or more"),
+    bare("reproduce fig3 --print_commands pbs", "print_commands must be lines or slurm, got 'pbs'"),
+    bare("reproduce fig3 --output file", "output file is a file"),
+    bare("reproduce fig3 --name x", "unknown option 'name'"),
+]
+
+ROWS = [
+    *MAIN,
+    *YAML,
+    *TRAINING_NUMBERS,
+    *TRAINING_WORDS,
+    *TRAINING_FILES,
+    *EVAL,
+    *ANALYZE,
+    *SAMPLE,
+    *DEMO,
+    *REPORT,
+    *REPRODUCE,
+]

@@ -145,6 +145,7 @@ def test_every_number_has_a_range():
         "steps",
         "problems",
         "eval_size",
+        "max_prompt_tokens",
     }  # in the command's own check
     for options in NUMBERS_OF:
         for name, hint in hints_of(options).items():

@@ -21,7 +21,7 @@ from bupo.training import trackers, whole
 from bupo.training.finite import FiniteUpdates
 from bupo.training.folder import clear
 from bupo.training.metrics_file import read_metrics
-from bupo.training.resuming import compare, of_model, write_options
+from bupo.training.resuming import compare, of_given, write_options
 from bupo.training.run import train
 from bupo.training.saving import STAGING, move_in_own, recover, rotate
 from bupo.training.setup import check_run
@@ -257,7 +257,7 @@ def namesake():
         ({"internal_module": "ffn"}, "internal_module is ffn, but layer in "),
         ({"advantage_estimator": "rloo"}, "advantage_estimator is rloo, but grpo in "),
         ({"steps_per_generation": 4}, "answers a rollout batch is 16, but 8 in "),
-        ({"problems": ROWS.select(range(32))}, "problems is 32 problems, checksum .*, but 64 problems, checksum "),
+        ({"problems": ROWS.select(range(32))}, "problems is 32 problems, SHA-256 .*, but 64 problems, SHA-256 "),
         ({"problems": ROWS.map(lambda row: {"prompt": row["prompt"] + "="})}, "problems is 64 problems"),
         ({"reward": lambda completion_ids, **k: token_reward(completion_ids)}, "reward_funcs is .*lambda"),
         ({"reward": namesake()}, r"namesake.<locals>.token_reward.*, but .*tests.test_trainer.token_reward"),
@@ -296,14 +296,14 @@ def test_weights_that_no_checkpoint_holds_are_told_apart(tmp_path):
         compare(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
     trainer = trainer_on(tmp_path, model_of())
     trainer.ref_model = model_of()
-    trainer.given_model = of_model(trainer)
+    trainer.given = of_given(trainer)
     write_options(trainer, tmp_path)
     trainer.ref_model = other_model()
-    trainer.given_model = of_model(trainer)
+    trainer.given = of_given(trainer)
     with pytest.raises(UserError, match="the reference model's weights is "):
         compare(trainer, tmp_path, print)
     trainer.args.sync_ref_model = True  # then they are in the checkpoint
-    assert "the reference model's weights" not in of_model(trainer)
+    assert "the reference model's weights" not in of_given(trainer)
 
 
 def test_the_models_dtype_is_that_of_the_one_given(tmp_path):

@@ -1,5 +1,6 @@
 """Problems from every source, and one clear line where there are none."""
 
+import hashlib
 import json
 import math
 import re
@@ -9,9 +10,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from bupo import UserError, load_problems
 from bupo.data.arithmetic import arithmetic_problem
+from bupo.data.problems import problems_sha256, shuffled
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -77,6 +80,43 @@ def test_files(tmp_path, suffix):
     assert problems[1]["answer"] == "2"
     named = load_problems(path, prompt_column="hint", answer_column="other")
     assert len(named) == 4 and named[3] == {"prompt": [{"role": "user", "content": "3+2"}], "answer": "5"}
+
+
+@pytest.mark.parametrize(
+    ("seed", "order"),  # as `sha256sum` and `sort` have it: printf "SEED NUMBER" | sha256sum
+    [(0, [6, 4, 2, 1, 7, 5, 0, 8, 9, 3]), (7, [3, 7, 8, 6, 9, 1, 4, 2, 0, 5])],
+)
+@pytest.mark.parametrize("size", [None, 4, 99])
+def test_a_random_subset_is_the_same_anywhere(tmp_path, seed, order, size):
+    assert shuffled(10, seed) == order
+    path = write(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": i + 1} for i in range(10)])
+    problems = load_problems(path, size=size, shuffle_seed=seed)
+    assert problems["answer"] == [str(number + 1) for number in order[:size]]
+
+
+def test_a_shuffle_is_even():
+    firsts = [shuffled(4, seed)[0] for seed in range(400)]
+    assert all(60 < firsts.count(number) < 140 for number in range(4))  # 100 +- 4.6 standard deviations
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "reasoning_gym:chain_sum"])
+def test_made_problems_are_not_shuffled(name):
+    with pytest.raises(UserError, match=f"shuffle_seed is 3, but the problems of {name} are made at random, by seed"):
+        load_problems(name, size=4, shuffle_seed=3)
+
+
+def test_the_checksum_of_problems(tmp_path):
+    """As printf '%s\\n%s\\n' ROW ROW | sha256sum has it; it depends on every row and on their order."""
+    path = write(tmp_path / "p.jsonl", [{"problem": f"1+{i} \u00e9", "answer": i + 1} for i in (1, 2)])
+    known = "96d8cdc7ad25fd3e98121e07da68539a5ef3d0ac4de51a300557e9106356f8b5"
+    assert problems_sha256(load_problems(path)) == known
+    assert problems_sha256(load_problems(path).select([1, 0])) != known
+    rows = [{"prompt": str(i), "answer": "1"} for i in range(2500)]
+    whole = problems_sha256(Dataset.from_list(rows))
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    assert whole == hashlib.sha256(lines.encode()).hexdigest()
+    rows[1234]["answer"] = "2"
+    assert problems_sha256(Dataset.from_list(rows)) != whole
 
 
 def test_nested_columns_and_messages(tmp_path):

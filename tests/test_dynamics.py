@@ -12,10 +12,11 @@ from bupo import BuPOTrainer, UserError
 from bupo.analysis.measure import MEASURES, measure
 from bupo.commands.main import main
 from bupo.model.residual import ResidualStream
-from bupo.training import boundary
+from bupo.training import boundary, schedule
 from bupo.training import probes as probes_module
 from bupo.training.guard import CAPPED, KL, PERPLEXITY, Guard
 from bupo.training.probes import default_cadence, probe, repetition
+from bupo.training.schedule import recommended
 from tests.test_commands import flags
 from tests.test_measure import ROLLOUTS
 from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot, trainer_of
@@ -333,10 +334,39 @@ def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     assert trainer.schedule.layers == [clear]
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows] == [clear] * 8 + [None] * 4
-    assert f"internal_layer auto: layer {clear} is the last" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"internal_layer auto: layer {clear} is the last" in printed
+    assert (
+        "internal_steps: 2 as given; recommended are 1, a tenth of the run's 3 rollout batches, 30 at most" in printed
+    )
     found = json.loads((tmp_path / "boundary.json").read_text())
     assert found["boundary_layer"] == clear and len(found["layers"]) == 4
     assert all(low <= mean <= high for mean, low, high in found["layers"])
+    assert [found[name] for name in ("internal_steps", "recommended_steps", "rollout_batches")] == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("batches", "steps"), [(1, 1), (4, 1), (15, 2), (50, 5), (200, 20), (300, 30), (310, 30), (5000, 30)]
+)
+def test_a_recommended_length_is_a_tenth_of_the_run_and_thirty_at_most(batches, steps):
+    assert recommended(batches) == steps < 50  # of the paper's 300, 50 harm (table 2)
+
+
+@pytest.mark.parametrize(
+    "length", [pytest.param({"max_steps": 12}, marks=pytest.mark.slow), {"max_steps": -1, "num_train_epochs": 12 / 64}]
+)
+def test_auto_takes_the_recommended_length_unless_one_is_given(tmp_path, capsys, monkeypatch, length):
+    """Three rollout batches, by updates or by epochs; with a share of two thirds."""
+    monkeypatch.setattr(schedule, "SHARE", 2 / 3)
+    args = config(tmp_path, internal_layer="auto", internal_steps=None, learning_rate=1e-3, **length)
+    trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
+    trainer.train()
+    assert trainer.schedule == schedule.Schedule((schedule.Stage(2, 2),))
+    rows = [row for row in trainer.state.log_history if "phase" in row]
+    assert [row.get("internal/layer") for row in rows[::4]] == [2, 2, None]
+    assert "internal_steps: 2, a tenth of the run's 3 rollout batches" in capsys.readouterr().out
+    found = json.loads((tmp_path / "boundary.json").read_text())
+    assert [found[name] for name in ("internal_steps", "recommended_steps", "rollout_batches")] == [2, 2, 3]
 
 
 def test_auto_is_the_run_with_the_layer_named(tmp_path):

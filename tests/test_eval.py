@@ -485,12 +485,16 @@ def test_the_template_is_chosen_by_the_model():
     shown, text = chosen(None)
     assert shown.startswith("none (plain text") and text == "2+3\n"
     shown, text = chosen(None, "OctoThinker/OctoThinker-3B-Hybrid-Base")
-    assert shown == "octothinker" and text.endswith("User: 2+3\nAssistant:")
+    assert shown == "octothinker, as in the paper's code" and text.endswith("\\boxed{} tag.\n2+3\nAssistant:")
     tokenizer = load_tokenizer("embedded")
     choose_template(tokenizer, "octothinker")
     talk = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "1"), ("assistant", "2"), ("user", "3"))]
     text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    assert text.endswith(f"\\boxed{{}}.\n\nS\nUser: 1\nAssistant: 2{tokenizer.eos_token}\nUser: 3\nAssistant:")
+    asked = (
+        "User: You must put your answer inside \\boxed{} and Your final answer will be extracted automatically by the "
+        "\\boxed{} tag.\n"
+    )
+    assert text.endswith(f" S {asked}1\nAssistant: 2{tokenizer.eos_token} {asked}3\nAssistant:")
     shown, text = chosen("{{ messages[0].content }}!", "OctoThinker/OctoThinker-3B-Hybrid-Base")  # trained with another
     assert shown == "the model's own" and text == "2+3!"
     shown, text = chosen("{{ messages[0].content }}", wanted="qwen-math")

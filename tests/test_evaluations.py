@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from bupo import BuPOConfig, UserError, load_problems
 from bupo.commands.main import main
+from bupo.data.as_trained import AsTrained, as_trained
 from bupo.training.metrics_file import read_metrics
 from bupo.training.run import train
 
@@ -84,8 +85,9 @@ def test_on_schedule_and_unseen_by_training(tmp_path, watched):
 def test_the_same_as_bupo_eval(tmp_path, watched):
     folder, *_ = watched
     for model, row in (("embedded", 0), (str(folder), -1)):
-        command = ["eval", "--model", model, "--benchmarks", "arithmetic", "--size", "24", "--k", "2"]
-        command += ["--max_new_tokens", "24", "--seed", "42", "--output", str(tmp_path / f"eval{row}")]
+        command = ["eval", "--model", model, "--benchmarks", "arithmetic:2", "--size", "24"]
+        command += ["--seed", "42", "--output", str(tmp_path / f"eval{row}")]
+        command += ["--max_new_tokens", "24"] if model == "embedded" else []  # the run knows
         assert main(command) == 0
         found = json.loads((tmp_path / f"eval{row}" / "summary.json").read_text())["benchmarks"]["arithmetic"]
         logged = evaluations(folder)[row]
@@ -95,6 +97,15 @@ def test_the_same_as_bupo_eval(tmp_path, watched):
         )
         assert logged["eval/arithmetic/strict"] == found["strict_avg@k"]
         assert logged["eval/arithmetic/tokens"] == found["mean_tokens"]
+
+
+def test_checkpoints_know_how_they_are_evaluated(watched):
+    folder, *_ = watched
+    for place in (folder, *folder.glob("checkpoint-*")):
+        assert as_trained(str(place)) == AsTrained(None, {}, 24, 1.0, 1.0, {}, str(place))
+    assert len(list(folder.glob("checkpoint-*"))) == 3
+    listed = json.loads((folder / "checkpoint-4" / "manifest.json").read_text())["files"]
+    assert listed["evaluation.json"]["bytes"] == (folder / "checkpoint-4" / "evaluation.json").stat().st_size
 
 
 def test_a_resumed_run_evaluates_once(tmp_path, watched):

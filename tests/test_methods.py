@@ -285,7 +285,12 @@ def test_stages_by_rollout_batch():
 def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
     auto = Schedule((Stage(None, 2), Stage(4, 1)))
     assert auto.undecided and auto.layers == [4] and str(auto) == "[['auto', 2], [4, 1]]"
-    assert auto.decided(3) == Schedule((Stage(3, 2), Stage(4, 1))) and not auto.decided(3).undecided
+    assert auto.decided(3, 9) == Schedule((Stage(3, 2), Stage(4, 1))) and not auto.decided(3, 9).undecided
+    open_ended = BuPOConfig("x", internal_layer="auto").first_phase
+    assert open_ended == Schedule((Stage(None, None),)) == Schedule.load(open_ended.state()) and open_ended.undecided
+    assert open_ended.place(1) == 0 and open_ended.decided(3, 9) == Schedule((Stage(3, 9),))
+    assert str(open_ended) == "[['auto', 'auto']]"
+    assert BuPOConfig("x", internal_layer=3).first_phase == Schedule((Stage(3, 20),))
     assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == Schedule((Stage(None, 7),))
 
 

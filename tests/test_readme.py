@@ -27,13 +27,15 @@ def test_python_block(tmp_path, monkeypatch):
         assert (tmp_path / "runs" / folder / "run.json").exists()
 
 
-def test_yaml_block(tmp_path):
+def test_the_example_is_the_recipe(tmp_path):
     (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.S)[1])
-    arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "1e-6"]
+    recipe = ROOT / "recipes" / "qwen3-4b" / "bupo.yaml"
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == yaml.safe_load(recipe.read_text())
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "2e-6"]
     problems, config, model = parse((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
-    assert config.generation_batch_size == 8 * 128 and config.logging_steps == 4
-    assert problems.dataset == "problems.parquet" and model.model_name_or_path == "Qwen/Qwen3-4B"
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["internal_layer"] == config.internal_layer == 6
+    assert config.learning_rate == 2e-6 and config.generation_batch_size == 8 * 16 and config.logging_steps == 4
+    assert problems.shuffle_seed == 0 and model.model_name_or_path == "Qwen/Qwen3-4B"
+    assert f"--config {recipe.relative_to(ROOT)}" in README
 
 
 @pytest.mark.parametrize("document", ["security.md", "faults.md"])

@@ -1,5 +1,6 @@
 """`bupo.train` from Python, and what a run of `bupo train` leaves: it starts again from its own folder."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -86,7 +87,10 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], say=said.append)
     assert done.model is model and "rewards/short/mean" in done.updates
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("# model, problems, reward_funcs came from Python")
-    assert said[0] == "chat template: the model's own" and "first rollout batch is being sampled" in said[1]
+    assert (
+        said[0] == "chat template: the model's own; its wording is not the paper's"
+        and "first rollout batch is being sampled" in said[1]
+    )
     with pytest.raises(bupo.UserError, match="tokenizer is not set"):
         bupo.train(model, bupo.BuPOConfig(str(tmp_path / "b"), **OPTIONS), problems=problems, reward_funcs=[short])
 
@@ -141,6 +145,35 @@ def test_the_callers_objects_stay_as_they_are(tmp_path):
     bupo.train(load_model("embedded"), config, replace(options, overwrite=True), tokenizer=tokenizer)
     assert config.model_init_kwargs == {"dtype": "float32"} and config.chat_template_kwargs is None
     assert tokenizer.chat_template == template
+
+
+def test_a_random_subset_without_long_prompts_is_noted(tmp_path):
+    """What a run trains on: drawn by `sha256sum` in the shell, counted by the tokenizer, hashed by hand."""
+    texts = [f"1+{i}" if i % 3 else "1+1+1+1" for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": t, "answer": "2"}) + "\n" for t in texts))
+    config = bupo.BuPOConfig(
+        str(tmp_path / "run"), internal_steps=0, num_generations=4, per_device_train_batch_size=8,
+        gradient_accumulation_steps=1, max_steps=1, max_completion_length=8, save_strategy="steps", save_steps=1, report_to="none",
+    )  # fmt: skip
+    options, said = (
+        bupo.TrainOptions(dataset=str(tmp_path / "p.jsonl"), size=6, shuffle_seed=0, max_prompt_tokens=6),
+        [],
+    )
+    # <|user|>1+9<|end|><|assistant|> has 6 tokens, one of 1+1+1+1 has 10
+    bupo.train("embedded", config, options, say=said.append)
+    kept = [number for number in (6, 4, 2, 1, 7, 5) if number % 3]
+    assert "max_prompt_tokens 6: 1 of 6 problems have longer prompts and are left out" in said
+    rows = [{"answer": "2", "prompt": [{"content": f"1+{number}", "role": "user"}]} for number in kept]
+    sha256 = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())["problems"]
+    assert noted == {"number": 5, "sha256": sha256, "shuffle_seed": 0, "max_prompt_tokens": 6, "left_out": 1}
+    decided = json.loads((tmp_path / "run" / "finished.json").read_text())["options"]
+    assert decided["problems"] == f"5 problems, SHA-256 {sha256}"
+    config.resume_from_checkpoint = "true"
+    with pytest.raises(bupo.UserError, match=r"problems is 3 problems, SHA-256 .*, but 5 problems"):
+        bupo.train("embedded", config, replace(options, shuffle_seed=7))
+    with pytest.raises(bupo.UserError, match="max_prompt_tokens 3 leaves 0 of 6 problems, and a rollout batch takes 2"):
+        bupo.train("embedded", config, replace(options, max_prompt_tokens=3))
 
 
 def test_problems_of_ones_own_are_checked(tmp_path):

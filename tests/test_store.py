@@ -197,7 +197,10 @@ def test_another_lens_keeps_the_answers_and_samples_none(analysed, monkeypatch):
         ({"max_new_tokens": 13}, "another max_new_tokens (12, now 13)"),
         ({"seed": 1}, "another seed (0, now 1)"),
         ({"dtype": "bfloat16"}, "another dtype ('float32', now 'bfloat16')"),
-        ({"chat_template": "octothinker"}, "another template (\"the model's own\", now 'octothinker')"),
+        (
+            {"chat_template": "octothinker"},
+            'another template ("the model\'s own", now "octothinker, as in the paper\'s code")',
+        ),
         ({"system_prompt": "Think."}, "another system_prompt (None, now 'Think.')"),
         ({"dataset": "reasoning_gym:chain_sum"}, "another prompt ("),
     ],

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.model.residual import Family as Family
     from bupo.model.scoring import score_tokens as score_tokens
     from bupo.report.runs_page import report_runs as report_runs
+    from bupo.reproduction.run import ReproduceOptions as ReproduceOptions
+    from bupo.reproduction.run import reproduce as reproduce
     from bupo.rewards.grader import MathGrader as MathGrader
     from bupo.rewards.math_reward import math_reward as math_reward
     from bupo.training.config import BuPOConfig as BuPOConfig
@@ -38,6 +40,7 @@ _EXPORTS = {
     "InternalPolicies": "bupo.model.policy",
     "InternalPolicy": "bupo.model.policy",
     "MathGrader": "bupo.rewards.grader",
+    "ReproduceOptions": "bupo.reproduction.run",
     "TrainOptions": "bupo.training.inputs",
     "TrainingRun": "bupo.training.run",
     "UserError": "bupo.errors",
@@ -48,6 +51,7 @@ _EXPORTS = {
     "load_tokenizer": "bupo.model.loading",
     "math_reward": "bupo.rewards.math_reward",
     "report_runs": "bupo.report.runs_page",
+    "reproduce": "bupo.reproduction.run",
     "score_tokens": "bupo.model.scoring",
     "train": "bupo.training.run",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import check_folder
-from bupo.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_options, check_word
+from bupo.ranges import COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, check_options, check_word
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,6 +37,7 @@ MAY_BE_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
 # of the numbers that commands share
 RANGES = {
     "size": COUNT,
+    "shuffle_seed": FROM_0,
     "temperature": NOT_NEGATIVE,
     "top_p": "(0, 1]",
     "max_new_tokens": COUNT,
@@ -78,6 +79,10 @@ class DatasetOptions:
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     size: int | None = field(default=None, metadata={"help": "Use (or make) the first so many problems."})
+    shuffle_seed: int | None = field(
+        default=None,
+        metadata={"help": "Shuffle the problems by this seed before size are taken; not those that are made."},
+    )
 
 
 @dataclass
@@ -92,7 +97,12 @@ class ColumnOptions:
 class PromptOptions:
     """How a problem becomes a prompt. `bupo.data.templates` refuses a template that there is not."""
 
-    system_prompt: str | None = field(default=None, metadata={"help": "System message for problems without one."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message for problems without one. eval, analyze and sample take a run's own by default."
+        },
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "qwen-math, octothinker or a .jinja file; by default chosen by the model."}
     )
@@ -100,11 +110,27 @@ class PromptOptions:
 
 @dataclass
 class SamplingOptions:
-    """How answers are sampled."""
+    """How answers are sampled. What is None is the run's own, where the model is a run's (`bupo.data.as_trained`)."""
 
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 takes the most likely token."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the most likely tokens that make up this share."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Of the sampling; 0 takes the most likely token. By default the run's own, else 1."},
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sample from the most likely tokens that make up this share. By default the run's own, else 1."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer. By default the run's own, else 1024."}
+    )
+
+    @property
+    def sampling(self) -> tuple[int, float, float]:
+        """Longest answer, temperature and top_p, once they are settled."""
+        assert self.max_new_tokens is not None and self.temperature is not None and self.top_p is not None
+        return self.max_new_tokens, self.temperature, self.top_p
 
 
 @dataclass

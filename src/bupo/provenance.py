@@ -32,7 +32,13 @@ SHORT = {theirs: ours for ours, theirs in OUR_WORDS.items()}
 ONCE = ("overwrite", "resume_from_checkpoint")  # asked for this time only: the same run started again deletes nothing
 
 
-def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: Sequence[str] = ()) -> None:
+def note_run(
+    folder: str | Path,
+    command: str,
+    given: dict[str, Any],
+    objects: Sequence[str] = (),
+    problems: dict[str, Any] | None = None,
+) -> None:
     """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
 
     Secrets (names that end in `token`, `key`, `secret` or `password`, and the user of an address) are left out. What
@@ -43,20 +49,16 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
         command (`str`): such as `analyze`.
         given (`dict`): the options that were given, and the environment variables of a file, `env`.
         objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
+        problems (`dict`, *optional*): how many a run has, and their checksum.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    line = command_line(sys.orig_argv)
-    values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
-    here = os.getcwd()  # paths may be relative to it
+    line, here = command_line(sys.orig_argv), os.getcwd()  # paths may be relative to it
     head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
     if objects:
         head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
     with in_one_piece(folder / CONFIG_FILE) as part:
-        part.write_text(
-            f"# {head}\n# started by: {line}\n"
-            + (yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n")
-        )
+        part.write_text(f"# {head}\n# started by: {line}\n{_options(given)}")
     run = {
         "schema_version": 1,
         "command": command,
@@ -65,9 +67,16 @@ def note_run(folder: str | Path, command: str, given: dict[str, Any], objects: S
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git": git_state(),
+        **({"problems": problems} if problems else {}),
         "earlier": _earlier(folder / RUN_FILE),
     }
     write_json(folder / RUN_FILE, run)
+
+
+def _options(given: dict[str, Any]) -> str:
+    """The options of a run as YAML, in bupo's words."""
+    values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n"
 
 
 def versions() -> dict[str, str | None]:

@@ -7,7 +7,7 @@ transformers', which the analysis samples with too; `bupo.evaluation.vllm` holds
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -48,11 +48,13 @@ class Answer:
         text (`str`): without special tokens.
         tokens (`int`): its length, the end token included.
         truncated (`bool`): whether it reached the limit without an end.
+        ids (`tuple[int, ...]`): its tokens, the end token included; empty where they are not known, or kept on disk only.
     """
 
     text: str
     tokens: int
     truncated: bool
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 Engine = Callable[[Sequence[Request]], Iterator[tuple[Request, Answer]]]
@@ -127,7 +129,7 @@ class TransformersEngine:
         """Answers batch by batch, the shortest prompts first."""
         for request, ids in self.token_ids(requests):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            yield request, Answer(text, len(ids), not ids or ids[-1] not in self.ends)
+            yield request, Answer(text, len(ids), not ids or ids[-1] not in self.ends, tuple(ids))
 
     def token_ids(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
         """Answers as token ids, the end token included."""

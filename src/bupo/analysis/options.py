@@ -1,8 +1,10 @@
 """The options of an analysis."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from bupo.errors import UserError
+from bupo.evaluation.preset import SAMPLING, Preset
 from bupo.model.policy import Lens
 from bupo.options import (
     BatchedSamplingOptions,
@@ -15,6 +17,17 @@ from bupo.options import (
 )
 from bupo.ranges import COUNT, POSITIVE
 
+# of what is neither given nor a run's own
+OTHERWISE = {
+    "system_prompt": None,
+    "max_new_tokens": 256,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "size": 32,
+    "max_tokens": 20_000,
+}
+PAPER = {**SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # every answer, all of it
+
 
 @dataclass
 class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
@@ -22,10 +35,13 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
 
     Parameters:
         model (`list[str]`): models or checkpoints: hub ids, folders, `.gguf` files, or `embedded`.
-        dataset (`str`, *optional*): prompts, answered by each model; by default `arithmetic`.
-        size (`int`): how many prompts.
-        rollouts (`str`, *optional*): a file of finished rollouts, used for every model instead.
-        max_tokens (`int`): start to measure no further answer after so many tokens.
+        dataset (`str`, *optional*): prompts, answered by each model: as for training, or a benchmark as `bupo eval` names it
+            (`math500`, `LABEL=FILE`); by default `arithmetic`.
+        preset (`str`, *optional*): `paper`: all of `math500`, its sampling and answer length, where not given.
+        size (`int`, *optional*): how many prompts; by default 32.
+        rollouts (`str`, *optional*): finished rollouts, used for every model instead: a file, or a benchmark's folder that
+            `bupo eval` has left.
+        max_tokens (`int`, *optional*): start to measure no further answer after so many tokens; by default 20,000.
         until (`str`, *optional*): `settled`: stop when the sign of dH_FFN is settled in every layer.
         temperature (`float`): of the sampling and of every policy.
     """
@@ -35,14 +51,40 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
         metadata={"help": "Models or checkpoints: hub ids, folders, .gguf files, or embedded."},
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
-    size: int = field(default=32, metadata={"help": "Prompts that each model answers, once each."})
-    rollouts: str | None = field(
-        default=None, metadata={"help": "File of finished rollouts (.jsonl): messages, or prompt and completion."}
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .parquet/.jsonl/.json file, reasoning_gym:NAME, arithmetic, or a benchmark of bupo eval: "
+            "math500, LABEL=FILE."
+        },
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    preset: Preset | None = field(
+        default=None,
+        metadata={
+            "help": "paper: all problems of math500, the paper's sampling and answer length, where not given.",
+            "choices": list(get_args(Preset)),
+        },
+    )
+    size: int | None = field(
+        default=None, metadata={"help": "Prompts that each model answers, once each; by default 32."}
+    )
+    rollouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of finished rollouts (.jsonl): messages, or prompt and completion; or a benchmark's folder of "
+            "bupo eval."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer. By default the run's own, else 256."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Answers sampled at once."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling and of every policy."})
-    max_tokens: int = field(default=20_000, metadata={"help": "Measure no further answer after so many tokens."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Of the sampling and of every policy. By default the run's own, else 1."}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Measure no further answer after so many tokens; by default 20,000."}
+    )
     until: str | None = field(
         default=None,
         metadata={"help": "`settled`: stop when the sign of dH_FFN is settled in every layer.", "choices": ["settled"]},

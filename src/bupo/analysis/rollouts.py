@@ -7,12 +7,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError, others
+from bupo.evaluation.answers import SAMPLES_FILE
 from bupo.sampling import Request, TransformersEngine, seed_of
 from bupo.store import Store
 
@@ -33,37 +35,70 @@ class Rollout:
 
 
 def read_rollouts(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int | None = None, vocabulary: int | None = None
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None = None,
+    vocabulary: int | None = None,
+    **template,
 ) -> list[Rollout]:
-    """Finished rollouts from a `.jsonl` file.
+    """Finished rollouts from a `.jsonl` file, or from the folder of a benchmark that `bupo eval` has answered.
 
     A row holds `prompt_ids` and `completion_ids`, or `prompt` (text or messages) and `completion` (text or messages), or
-    `messages` whose last is the assistant's.
+    `messages` whose last is the assistant's. An evaluation's answers come in the order of their samples: first the first one to
+    every problem.
 
     Args:
-        path (`str`): the file.
+        path (`str`): the file or folder.
         tokenizer (`PreTrainedTokenizerBase`): of the model that will read them.
         context, vocabulary (`int`, *optional*): the model's longest sequence, and how many tokens it knows.
+        template: arguments of the chat template besides the usual ones.
 
     Raises:
         UserError: if the file is missing or malformed, or a row has no prompt, no answer, or is too long.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file of rollouts")
+    path = _file(Path(path))
     with others(f"{path} cannot be read", OSError, UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no rollouts")
-    return [_rollout(where, line, tokenizer, context, vocabulary or len(tokenizer)) for where, line in numbered]
+    if path.name == SAMPLES_FILE:
+        numbered.sort(key=lambda numbered: _place(numbered[1]))
+    read = partial(
+        _rollout, tokenizer=tokenizer, context=context, vocabulary=vocabulary or len(tokenizer), template=template
+    )
+    return [read(*row) for row in numbered]
+
+
+def _file(path: Path) -> Path:
+    """The file of rollouts, which a folder may hold."""
+    with others(f"rollouts {str(path)!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+        if path.is_file():
+            return path
+        if (path / SAMPLES_FILE).is_file():
+            return path / SAMPLES_FILE
+        inner = sorted(found.parent.name for found in path.glob(f"*/{SAMPLES_FILE}")) if path.is_dir() else []
+    if inner:
+        raise UserError(
+            f"rollouts {path} is a whole evaluation: give the folder of a benchmark in it, {', '.join(inner)}"
+        )
+    raise UserError(f"{path} is no file of rollouts, and no folder of a benchmark that bupo eval has answered")
+
+
+def _place(line: str) -> tuple[int, int]:
+    """Where an evaluation's answer stands: by sample, then by problem. What is no answer comes first, to be refused."""
+    try:
+        row = json.loads(line)
+        return int(row["sample"]), int(row["problem"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -1, -1
 
 
 def _rollout(
-    where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int
+    where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int, template: dict
 ) -> Rollout:
     try:
-        rollout = _from_row(json.loads(line), tokenizer, vocabulary)
+        rollout = _from_row(json.loads(line), tokenizer, vocabulary, template)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt and completion, or "
@@ -80,13 +115,17 @@ def _rollout(
     return rollout
 
 
-def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Rollout:
+def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: dict) -> Rollout:
     if "prompt_ids" in row:
         prompt, answer = list(row["prompt_ids"]), list(row["completion_ids"])
         for token in (*prompt, *answer):
             if type(token) is not int or not 0 <= token < vocabulary:
                 raise ValueError(f"token {token!r:.40} is none of the model's, 0 to {vocabulary - 1}")
         return Rollout(prompt, answer, row.get("prompt") or tokenizer.decode(prompt), tokenizer.decode(answer))
+    if {"sample", "text", "tokens"} <= row.keys():
+        raise ValueError(
+            "an evaluation's answer without tokens, by an earlier version or a server, which gives text only"
+        )
     if "messages" in row:
         *prompt, last = row["messages"]
         if last["role"] != "assistant":
@@ -96,7 +135,7 @@ def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int) ->
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(completion, list):
             completion = completion[-1]["content"]
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, **template)
     answer = list(tokenizer(completion, add_special_tokens=False)["input_ids"]) if completion else []
     if answer and tokenizer.eos_token_id is not None:
         answer.append(tokenizer.eos_token_id)  # the model's own decision to stop is part of its answer

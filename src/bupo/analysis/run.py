@@ -14,14 +14,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
 from bupo.analysis.measure import MEASURES
-from bupo.analysis.options import AnalyzeOptions
+from bupo.analysis.options import OTHERWISE, PAPER, AnalyzeOptions
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
 from bupo.analysis.tables import AnswerSums
 from bupo.analysis.views import token_views
+from bupo.data.as_trained import Asking, as_trained
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.templates import check_context, check_template, choose_template, prompt_ids
+from bupo.data.templates import check_context, check_template, prompt_ids
 from bupo.errors import UserError
+from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
+from bupo.evaluation.preset import asked_as
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
@@ -30,8 +33,10 @@ from bupo.model.residual import evaluating
 from bupo.options import changed
 from bupo.progress import task
 from bupo.provenance import note_run
+from bupo.ranges import abridged
 from bupo.sampling import TransformersEngine
 from bupo.store import Store, inside
+from bupo.text import printable
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 
@@ -67,7 +72,11 @@ def analyze(
     options.check()
     check_template(options.chat_template)
     labels = _labels(names, options.output)
-    given = _given(model if isinstance(model, nn.Module) else None, tokenizer, problems, rollouts, options, noted)
+    noted, loaded = changed(options) if noted is None else noted, model if isinstance(model, nn.Module) else None
+    options, asking = _settled(options, loaded, tokenizer)
+    given = _given(loaded, tokenizer, problems, rollouts, options, asking, noted)
+    if bar and asking.line:
+        bar.console.print(printable(asking.line), highlight=False, markup=False)
     _look_ahead(names, given, options)
     reports: list[ModelReport] = []
     with sole_writer(options.output):
@@ -78,14 +87,36 @@ def analyze(
     return report
 
 
+def _settled(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[AnalyzeOptions, Asking]:
+    """Options with all that is not given, and how the models are asked: all in the same way.
+
+    Raises:
+        UserError: if they were trained in different ways and it is not given in which of them they are asked.
+    """
+    owns = [as_trained(name, options.adapter) for name in options.model] if model is None else []
+    trained = [own for own in owns if own is not None]
+    for own in trained[1:]:
+        for name in ("system_prompt", "max_new_tokens", "temperature", "top_p", "chat_template_kwargs"):
+            option = "chat_template" if name == "chat_template_kwargs" else name
+            values = getattr(trained[0], name), getattr(own, name)
+            if getattr(options, option) is None and values[0] != values[1]:
+                raise UserError(
+                    f"{trained[0].folder} was trained with {name} {abridged(values[0])}, {own.folder} with "
+                    f"{abridged(values[1])}: give {option}, or analyse them one by one"
+                )
+    first = {name: value for name, value in PAPER.items() if name != "dataset" or not options.rollouts}
+    models = options.model if model is None else [model]
+    return asked_as(options, trained[0] if trained else None, models, tokenizer, OTHERWISE, first)
+
+
 def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> None:
     """What is missing or refused is found before the first model is loaded and measured."""
     for name in names if given.model is None else ():
         tokenizer = load_tokenizer(name, **options.loading())
-        choose_template(tokenizer, options.chat_template)
+        given.asking.give_template(tokenizer)
         config = load_config(name, **options.loading())
         if options.rollouts and name == names[0]:
-            _read(options, tokenizer, config)
+            _read(options, tokenizer, config, given.asking)
 
 
 @dataclass(frozen=True)
@@ -94,6 +125,7 @@ class _Given:
 
     Attributes:
         source (`str`): where problems or rollouts are from.
+        asking ([`~bupo.data.as_trained.Asking`]): how the models are asked.
         objects (`list[str]`): names of what came from Python.
         noted (`dict`): what `config.yaml` holds.
     """
@@ -103,11 +135,14 @@ class _Given:
     problems: Dataset | None
     rollouts: Sequence[Rollout] | None
     source: str
+    asking: Asking
     objects: list[str]
     noted: dict[str, Any]
 
 
-def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions, noted: dict[str, Any] | None) -> _Given:
+def _given(
+    model, tokenizer, problems, rollouts, options: AnalyzeOptions, asking: Asking, noted: dict[str, Any]
+) -> _Given:
     """Refuses what contradicts itself, and bad problems, before a model is loaded."""
     values = {"model": model, "problems": problems, "rollouts": rollouts}
     objects = [name for name, value in values.items() if value is not None]
@@ -124,7 +159,7 @@ def _given(model, tokenizer, problems, rollouts, options: AnalyzeOptions, noted:
         raise UserError("rollouts is empty: give some, or leave it out")
     if problems is not None:
         check_columns(problems, "problems", ("prompt",))
-    return _Given(model, tokenizer, problems, rollouts, source, objects, changed(options) if noted is None else noted)
+    return _Given(model, tokenizer, problems, rollouts, source, asking, objects, noted)
 
 
 @dataclass(frozen=True)
@@ -146,15 +181,17 @@ def _subject(name: str, label: str, given: _Given, options: AnalyzeOptions) -> _
     model = given.model
     if model is None:
         model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.loading())
-    template = choose_template(tokenizer, options.chat_template)
-    policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature)
-    meta = model_meta(name, policies.stream, options.lens, options.temperature, options.revision) | {
+    template, temperature = given.asking.give_template(tokenizer), options.sampling[1]
+    policies = InternalPolicies(model, lens=options.lens, temperature=temperature)
+    meta = model_meta(name, policies.stream, options.lens, temperature, options.revision) | {
         "adapter": options.adapter,
         "seed": options.seed,
         "template": template,
         "weights": fingerprint(policies.stream.model),
         "kl_pairs": options.kl_pairs,
+        **given.asking.noted,
     }
+    meta |= {"preset": options.preset} if options.preset else {}
     return _Subject(label, policies, tokenizer, meta, inside(options.output, label))
 
 
@@ -168,10 +205,11 @@ def _reported(
         rollouts = (
             list(given.rollouts)
             if given.rollouts is not None
-            else _read(options, subject.tokenizer, subject.policies.stream.config)
+            else _read(options, subject.tokenizer, subject.policies.stream.config, given.asking)
         )
     else:
-        prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"])) for problem in given.problems]
+        asked = given.asking.template_options
+        prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"], **asked)) for problem in given.problems]
         check_context(prompts, learned_positions(subject.policies.stream.config), given.source)
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
@@ -190,7 +228,7 @@ def _measured(
 ) -> Measured:
     store = _measures(subject, options, rollouts, sampled)
     store.begin()
-    total = min(options.max_tokens, sum(len(r.completion_ids) for r in rollouts))
+    total = sum(len(r.completion_ids) for r in rollouts)
     return measured(
         subject.policies,
         rollouts,
@@ -199,13 +237,16 @@ def _measured(
         max_tokens=options.max_tokens,
         per_token=options.per_token,
         pairs=options.kl_pairs,
-        on_tokens=task(bar, f"{subject.label}: tokens", total),
+        on_tokens=task(bar, f"{subject.label}: tokens", min(options.max_tokens or total, total)),
     )
 
 
-def _read(options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Rollout]:
+def _read(
+    options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asking: Asking
+) -> list[Rollout]:
     config = config.get_text_config()
-    return read_rollouts(str(options.rollouts), tokenizer, _context(config), getattr(config, "vocab_size", None))
+    most = _context(config), getattr(config, "vocab_size", None)
+    return read_rollouts(str(options.rollouts), tokenizer, *most, **asking.template_options)
 
 
 def _context(config: PretrainedConfig) -> int | None:
@@ -237,9 +278,7 @@ def _sampled(subject: _Subject, options: AnalyzeOptions, store: Store, prompts: 
     engine = TransformersEngine(
         subject.policies.stream.model,
         subject.tokenizer,
-        options.max_new_tokens,
-        options.temperature,
-        options.top_p,
+        *options.sampling,
         batch_size=options.batch_size,
     )
     done = task(bar, f"{subject.label}: answers", len(prompts))
@@ -267,8 +306,27 @@ def _measures(
 
 
 def _load_problems(options: AnalyzeOptions) -> Dataset:
+    name = options.dataset or ARITHMETIC
+    if is_benchmark(name):
+        if without_k(name)[1]:
+            raise UserError(
+                f"dataset {name}: an analysis takes one answer a problem, so leave out the number behind it"
+            )
+        for option in ("split", "dataset_config"):
+            if getattr(options, option) not in (None, "test"):
+                raise UserError(
+                    f"{option} {getattr(options, option)!r:.80} is for a dataset, and {name} is a benchmark"
+                )
+        return load_benchmark(
+            name,
+            size=options.size,
+            system_prompt=options.system_prompt,
+            seed=options.seed,
+            prompt_column=options.prompt_column,
+            answer_column=options.answer_column,
+        )[1]
     return load_problems(
-        options.dataset or ARITHMETIC,
+        name,
         options.split,
         config=options.dataset_config,
         prompt_column=options.prompt_column,
@@ -276,6 +334,7 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
         system_prompt=options.system_prompt,
         size=options.size,
         seed=options.seed,
+        shuffle_seed=options.shuffle_seed,
     )
 
 

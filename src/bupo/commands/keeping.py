@@ -13,8 +13,8 @@ _CLOSED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # no folder,
 
 
 @contextmanager
-def keeping(folder: Path) -> Iterator[None]:
-    """Inside, answers are kept in the folder as they finish.
+def keeping(folder: Path, what: str = "answers") -> Iterator[None]:
+    """Inside, answers (or what it is) are kept in the folder as they finish.
 
     Raises:
         UserError: if a file cannot be written.
@@ -25,14 +25,14 @@ def keeping(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL + _CLOSED:
             raise
-        what = f"{error.filename or folder} cannot be written: {error.strerror}"
+        full = f"{error.filename or folder} cannot be written: {error.strerror}"
         if error.errno in _CLOSED:
-            raise UserError(f"{what}; choose another output") from error
+            raise UserError(f"{full}; choose another output") from error
         raise UserError(
-            f"{what}; finished answers are kept in {folder}, and the same command goes on from them"
+            f"{full}; finished {what} are kept in {folder}, and the same command goes on from them"
         ) from error
     except KeyboardInterrupt as error:
         by = error.signal if isinstance(error, Stopped) else signal.SIGINT
         raise Stopped(
-            f"interrupted: finished answers are kept in {folder}; the same command goes on from them", by
+            f"interrupted: finished {what} are kept in {folder}; the same command goes on from them", by
         ) from None

@@ -16,13 +16,14 @@ COMMANDS = {
     "sample": "sample text from an internal policy: bupo sample --layer 6 --prompt '57+23-41'",
     "demo": "train the embedded model by BuPO on this machine and show what it gained",
     "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
+    "reproduce": "make the paper's figures and tables: bupo reproduce fig3 --scale embedded",
     "report": "write one page over any runs: bupo report runs/*",
     "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
 }
 
 
 def usage() -> str:
-    rows = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
+    rows = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: bupo COMMAND [options]",

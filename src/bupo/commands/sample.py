@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bupo.analysis.views import top_tokens
 from bupo.commands.parsing import parse
-from bupo.data.templates import check_template, choose_template, prompt_ids
+from bupo.data.as_trained import Asking, as_trained, settled
+from bupo.data.templates import check_template, prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import check_layers, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
@@ -20,6 +21,7 @@ from bupo.ranges import COUNT
 from bupo.text import printable
 
 COLUMNS = 12  # positions a table holds
+OTHERWISE = {"system_prompt": None, "temperature": 1.0, "top_p": 1.0}
 KINDS = ("layer", "attn", "ffn")
 
 
@@ -36,7 +38,7 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
     layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
     attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
     ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
-    max_new_tokens: int = field(default=24, metadata={"help": "Longest answer."})
+    max_new_tokens: int | None = field(default=24, metadata={"help": "Longest answer."})
     top: int = field(default=1, metadata={"help": "Most likely tokens to show in each cell."})
     lens: Lens = field(
         default="raw",
@@ -62,18 +64,21 @@ def run(arguments: list[str]) -> None:
     """Sample and show."""
     (options,) = parse((SampleOptions,), arguments, "bupo sample")
     options.check()
+    options, asking = settled(options, as_trained(options.model, options.adapter), OTHERWISE)
     check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
     tokenizer = load_tokenizer(options.model, **options.loading())
-    choose_template(tokenizer, options.chat_template)
+    asking.give_template(tokenizer)
     model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model
     for kind in KINDS:
         if getattr(options, kind) is not None:
             policy = getattr(policies, kind)(getattr(options, kind))
-    prompt = _prompt(tokenizer, options)
+    prompt = _prompt(tokenizer, options, asking)
     answer = _answer(policy, tokenizer, prompt, options)
     console = Console()
+    if asking.line and not options.raw_prompt:
+        console.print(printable(asking.line), highlight=False, markup=False)
     console.print(f"[bold]{policy}[/]", highlight=False)
     console.print(Text(printable(tokenizer.decode(answer))))
     view = top_tokens(policies, tokenizer, prompt, answer, options.top)
@@ -81,23 +86,25 @@ def run(arguments: list[str]) -> None:
         console.print(_table(view, slice(start, start + COLUMNS)))
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> list[int]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: Asking) -> list[int]:
     if options.raw_prompt:
         return prompt_ids(tokenizer, str(options.prompt))
     system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    return prompt_ids(tokenizer, [*system, {"role": "user", "content": options.prompt}])
+    messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
+    return prompt_ids(tokenizer, messages, **asking.template_options)
 
 
 def _answer(
     policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
 ) -> list[int]:
     torch.manual_seed(options.seed)
-    sampling = {"top_p": options.top_p} if options.temperature > 0 else {"do_sample": False, "temperature": 1.0}
+    longest, temperature, top_p = options.sampling
+    sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False, "temperature": 1.0}
     ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
     out = policy.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=longest,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )

@@ -25,6 +25,7 @@ REASONING_GYM = "reasoning_gym:"
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
 _MOST_MADE = 10_000_000  # problems of a procedural task, all of them in memory
+_AT_ONCE = 1000  # rows that are read together
 
 
 def load_problems(
@@ -38,6 +39,7 @@ def load_problems(
     size: int | None = None,
     revision: str | None = None,
     seed: int = 0,
+    shuffle_seed: int | None = None,
 ) -> Dataset:
     """Load problems as a dataset of `prompt` (list of messages) and `answer` (`str`).
 
@@ -52,11 +54,12 @@ def load_problems(
         size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
         revision (`str`, *optional*): of a hub dataset.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
+        shuffle_seed (`int`, *optional*): shuffle a file's or hub dataset's problems by [`shuffled`] before `size` are taken.
 
     Raises:
         UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
     """
-    rows = _rows(name, split, config, size, revision, seed)
+    rows = _rows(name, split, config, size, revision, seed, shuffle_seed)
     prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
     return Dataset.from_dict(
@@ -67,23 +70,57 @@ def load_problems(
     )
 
 
-def _rows(name: str, split: str, config: str | None, size: int | None, revision: str | None, seed: int) -> Dataset:
+def _rows(
+    name: str,
+    split: str,
+    config: str | None,
+    size: int | None,
+    revision: str | None,
+    seed: int,
+    shuffle_seed: int | None,
+) -> Dataset:
     """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
-    if (name == ARITHMETIC or name.startswith(REASONING_GYM)) and (size or 0) > _MOST_MADE:
+    made = name == ARITHMETIC or name.startswith(REASONING_GYM)
+    if made and (size or 0) > _MOST_MADE:
         raise UserError(f"size must be at most {_MOST_MADE} for {name}, whose problems are made, got {size}")
+    if made and shuffle_seed is not None:
+        raise UserError(
+            f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
+        )
     if name == ARITHMETIC:
         rows = _arithmetic(_known_split(name, split), size, seed)
     elif name.startswith(REASONING_GYM):
         rows = _reasoning_gym(name, _known_split(name, split), size, seed, config)
     else:
         rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split, revision)
-        if size is not None:
+        if shuffle_seed is not None:
+            rows = rows.select(shuffled(len(rows), shuffle_seed)[:size])
+        elif size is not None:
             rows = rows.select(range(min(size, len(rows))))
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
     return rows
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers from 0 in a random order that is the same on any machine and with any version of a library.
+
+    Number i stands where the SHA-256 of the text `SEED i` sorts it.
+    """
+    return sorted(range(count), key=lambda number: hashlib.sha256(f"{seed} {number}".encode()).digest())
+
+
+def problems_sha256(problems: Dataset) -> str:
+    """SHA-256 of problems in their order: of one line of JSON each, its keys sorted, as `json.dumps` writes it."""
+    found = hashlib.sha256()
+    for start in range(0, len(problems), _AT_ONCE):
+        columns = problems[start : start + _AT_ONCE]
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
 
 
 def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:

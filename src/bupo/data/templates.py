@@ -1,7 +1,10 @@
 """Chat templates: the paper's by name, and the one choice for a model that every command makes.
 
-`qwen-math` is ChatML with a system line that asks for reasoning and a boxed answer; `octothinker` is a conversation in plain
-text, for base models. Qwen3 without thinking is its own template with `enable_thinking=False`.
+`qwen-math` is Qwen2.5-Math's, ChatML with a system line that asks for reasoning and a boxed answer; the authors' training file
+has the same line. `octothinker` is the conversation in plain text for base models that the paper's public code holds
+(`orz_base` of its `rl_dataset.py`), letter for letter where a prompt is one user message; the text-start token before it, and
+where system messages and later turns stand, are bupo's choice. Qwen3 without thinking is its own template with
+`enable_thinking=False`, as in that code.
 """
 
 from collections.abc import Sequence
@@ -20,16 +23,19 @@ TEMPLATES = {
         "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "octothinker": (
-        "{{ bos_token or '' }}A conversation between User and Assistant. The User asks a question; the Assistant reasons step "
-        "by step and gives the final answer within \\boxed{}.{{ '\\n' }}"
+        "{{ bos_token or '' }}A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+        "it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer."
         "{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ '\\nUser: ' + message.content }}"
-        "{% elif message.role == 'assistant' %}{{ '\\nAssistant: ' + message.content + eos_token }}"
-        "{% else %}{{ '\\n' + message.content }}{% endif %}"
+        "{% if message.role == 'user' %} User: You must put your answer inside \\boxed{} and Your final answer will be "
+        "extracted automatically by the \\boxed{} tag.{{ '\\n' + message.content + '\\n' }}"
+        "{% elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token }}"
+        "{% else %}{{ ' ' + message.content }}{% endif %}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
 }
+OWN, NOT_THINKING = "the model's own", "the model's own, no thinking"
+SHOWN = {"octothinker": "octothinker, as in the paper's code"}  # choices whose wording has changed, as they are kept
 
 
 def chat_template(name: str) -> str:
@@ -65,10 +71,17 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = Non
     if wanted or octothinker:
         tokenizer.chat_template = chat_template(wanted or "octothinker")
         prompt_ids(tokenizer, [{"role": "user", "content": "1+1"}])  # a broken one is refused before a model is loaded
-        return wanted or "octothinker"
+        return SHOWN.get(wanted or "octothinker", wanted or "octothinker")
     if tokenizer.chat_template is None:
         return "none (plain text; --chat_template octothinker makes it a conversation)"
-    return "the model's own, no thinking" if template_options(tokenizer) else "the model's own"
+    return NOT_THINKING if template_options(tokenizer) else OWN
+
+
+def said_of_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
+    """[`choose_template`], as a line that says too where the wording is not the paper's."""
+    choice = choose_template(tokenizer, wanted)
+    papers = choice == NOT_THINKING or tokenizer.chat_template in TEMPLATES.values()
+    return f"chat template: {choice}" + ("" if papers else "; its wording is not the paper's")
 
 
 def template_options(tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,27 +32,38 @@ def samples(
     folder: Path,
     settings: Mapping[str, Any],
     problems: Dataset,
+    prompts: Sequence[tuple[int, ...]] = (),
     **options,
 ) -> Store[Key, Answer]:
     """The store of a benchmark's answers, by problem and sample.
+
+    A row also holds the tokens of prompt and answer, by which it is a rollout that an analysis reads; they stay on the disk.
 
     Args:
         folder (`Path`): of the benchmark.
         settings (`dict`): what every answer depends on.
         problems (`Dataset`): with `prompt` (messages).
+        prompts (`list[tuple[int, ...]]`, *optional*): token ids by problem, where answers will be sampled.
         options: of [`~bupo.store.Store`].
     """
-    digests = prompt_digests(problems)
-    return Store(folder, SAMPLES_FILE, "answers", _read, _write, settings, digests, **options)
+
+    def write(key: Key, answer: Answer) -> str:
+        row = {"problem": key[0], "sample": key[1], **_without_ids(answer)}
+        tokens = {"prompt_ids": prompts[key[0]], "completion_ids": answer.ids} if answer.ids and prompts else {}
+        return json.dumps(row | tokens)
+
+    return Store(folder, SAMPLES_FILE, "answers", _read, write, settings, prompt_digests(problems), **options)
 
 
 def _read(line: str) -> tuple[Key, Answer]:
     row = json.loads(line)
+    for tokens in ("prompt_ids", "completion_ids"):
+        row.pop(tokens, None)
     return (row.pop("problem"), row.pop("sample")), Answer(**row)
 
 
-def _write(key: Key, answer: Answer) -> str:
-    return json.dumps({"problem": key[0], "sample": key[1], **asdict(answer)})
+def _without_ids(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
 
 
 def prompts_of(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
@@ -86,10 +97,10 @@ def sample(
     missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
     on_answer(len(wanted) - len(missing))
     for request, answer in engine(missing):
-        if kept is None:
-            found[request.problem, request.sample] = answer
-        else:
-            kept.add((request.problem, request.sample), answer)
+        key = request.problem, request.sample
+        if kept is not None:
+            kept.add(key, answer)
+        found[key] = replace(answer, ids=())  # tens of millions of them would fill the memory
         on_answer(1)
     return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
 
@@ -114,7 +125,7 @@ def graded(
             "sample": n,
             "question": problems[p]["prompt"][-1]["content"],
             "gold": problems[p]["answer"],
-            **asdict(a),
+            **_without_ids(a),
         }
         for p, samples in enumerate(answers)
         for n, a in enumerate(samples)

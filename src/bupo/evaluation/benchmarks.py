@@ -1,14 +1,18 @@
 """Benchmarks by name: where their problems are on the hub. A local file of the same columns, any `reasoning_gym` task and the
-embedded task are benchmarks too.
+embedded task are benchmarks too. Behind a name, `:16` is how many answers each of its problems is given.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 
 from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
-from bupo.errors import UserError
+from bupo.errors import UserError, others
+from bupo.evaluation.tasks import PREFIX, is_harness
+from bupo.ranges import COUNT, check_number
 from bupo.rewards.grader import check_golds
 from bupo.store import inside
 
@@ -53,7 +57,7 @@ def load_benchmark(
 
     Args:
         name (`str`): of `BENCHMARKS`, such as `math500`; `LABEL=FILE` or a `.parquet` or `.jsonl` file of the same columns;
-            `reasoning_gym:NAME`; `arithmetic`; or a hub id, if need be with `@REVISION`.
+            `reasoning_gym:NAME`; `arithmetic`; or a hub id, if need be with `@REVISION`. A `:16` behind it says nothing here.
         size (`int`, *optional*): the first so many problems.
         system_prompt (`str`, *optional*): put before problems that have no system message.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks.
@@ -62,7 +66,7 @@ def load_benchmark(
     Raises:
         UserError: if there is no such benchmark, or it cannot be loaded.
     """
-    label, known = _named(name, prompt_column, answer_column)
+    label, known = _named(without_k(name)[0], prompt_column, answer_column)
     problems = load_problems(
         known.hub,
         "test",
@@ -102,6 +106,44 @@ def split_names(names: str | Sequence[str]) -> list[str]:
     """Benchmarks' names, given as several words or with commas between them."""
     words = [names] if isinstance(names, str) else names
     return [name.strip() for word in words for name in word.split(",") if name.strip()]
+
+
+def is_benchmark(name: str) -> bool:
+    """Whether a dataset's name is a benchmark's: one of `BENCHMARKS`, or `LABEL=FILE` and no file itself."""
+    with others(f"dataset {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+        return name in BENCHMARKS or ("=" in name and "/" not in name.partition("=")[0] and not Path(name).exists())
+
+
+def without_k(name: str) -> tuple[str, int | None]:
+    """A benchmark's name and the number of answers behind it, if there is one: `aime24:32` is `aime24` and 32.
+
+    The number stands behind the last colon, alone: in `reasoning_gym:chain_sum`, `harness:TASK` and `C:/problems.parquet` there
+    is none.
+
+    Raises:
+        UserError: if it is none that can be given, or the benchmark is one of lm-eval-harness, which answers once.
+    """
+    found = re.fullmatch(r"(.+):([0-9]{1,12})", name, re.DOTALL)
+    if found is None or f"{found[1]}:" in (REASONING_GYM, PREFIX):
+        return name, None
+    check_number(f"the number of answers in benchmark {name!r}", int(found[2]), COUNT)
+    if is_harness(found[1]):
+        raise UserError(f"benchmark {name!r} is lm-eval-harness', which answers once: leave out :{found[2]}")
+    return found[1], int(found[2])
+
+
+def answers_by_label(
+    names: str | Sequence[str], k: int | None, usual: Mapping[str, int] | None = None, otherwise: int = 16
+) -> dict[str, int]:
+    """How many answers each problem of a benchmark is given, by label: the number behind its name, else `k`, else what is usual
+    for its label, else `otherwise`. Benchmarks of lm-eval-harness have none."""
+    found = {}
+    for name in split_names(names):
+        if not is_harness(name):
+            bare, own = without_k(name)
+            label = _named(bare, None, None)[0]
+            found[label] = own or k or (usual or {}).get(label, otherwise)
+    return found
 
 
 def load_benchmarks(

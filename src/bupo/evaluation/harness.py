@@ -131,13 +131,16 @@ def harness_run(
     return HarnessRun(task, wanted, chat, store)
 
 
-def run_task(run: HarnessRun, engine: TransformersEngine, options: EvalOptions) -> dict[str, Any]:
+def run_task(
+    run: HarnessRun, engine: TransformersEngine, options: EvalOptions, template: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A benchmark's numbers. Those that the folder holds are given back, a broken-off run goes on.
 
     Args:
         run ([`HarnessRun`]): of `harness_run`.
         engine ([`~bupo.sampling.TransformersEngine`]): its model, tokenizer, policy and longest answer.
         options ([`EvalOptions`]): size, system prompt, and whether a task may run what the model writes.
+        template (`dict`, *optional*): arguments of the chat template besides the usual ones.
 
     Raises:
         UserError: if the harness cannot run it.
@@ -149,6 +152,7 @@ def run_task(run: HarnessRun, engine: TransformersEngine, options: EvalOptions) 
         results = _simple_evaluate(
             engine,
             run,
+            template or {},
             limit=options.size,
             confirm_run_unsafe_code=options.run_code,
             system_instruction=options.system_prompt,
@@ -157,7 +161,7 @@ def run_task(run: HarnessRun, engine: TransformersEngine, options: EvalOptions) 
     return run.store.rows[run.wanted]
 
 
-def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> dict:
+def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapping[str, Any], **options) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -173,7 +177,7 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, **options) -> 
                 backend="causal",
                 tokenizer=engine.tokenizer,
                 batch_size=engine.batch_size,
-                chat_template_args=template_options(engine.tokenizer),
+                chat_template_args={**template_options(engine.tokenizer), **template},
             ),
             tasks=[run.wanted],
             task_manager=_manager(run.task),

@@ -1,12 +1,14 @@
 """The options of an evaluation."""
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from bupo.errors import UserError
 from bupo.evaluation.answers import DEADLINE
-from bupo.evaluation.benchmarks import BENCHMARKS, split_names
+from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, split_names, without_k
+from bupo.evaluation.preset import ANSWERS, SAMPLING, Preset
 from bupo.evaluation.tasks import HARNESS, is_harness
 from bupo.model.policy import Lens
 from bupo.options import (
@@ -19,6 +21,16 @@ from bupo.options import (
 )
 from bupo.ranges import COUNT
 
+K = 16
+# of what is neither given nor a run's own
+OTHERWISE = {
+    "benchmarks": ["arithmetic"],
+    "system_prompt": None,
+    "max_new_tokens": 1024,
+    "temperature": 1.0,
+    "top_p": 1.0,
+}
+PAPER = {**SAMPLING, "benchmarks": list(ANSWERS)}
 EngineName = Literal["transformers", "vllm", "server", "kept"]
 
 
@@ -29,10 +41,11 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     Parameters:
         model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
         benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and of lm-eval-harness
-            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`.
+            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`. `aime24:32` gives 32 answers a problem.
+        preset (`str`, *optional*): `paper`: its benchmarks, answers a problem and sampling ([`~bupo.evaluation.preset`]).
         size (`int`, *optional*): the first so many problems of each benchmark (of each task, in the harness).
         prompt_column, answer_column (`str`, *optional*): of files and hub ids among the benchmarks.
-        k (`int`): answers a problem.
+        k (`int`, *optional*): answers a problem, where its benchmark says none; by default 16.
         engine (`str`): `transformers`, `vllm` (in this process), `server` (with `server`, its address), or `kept`: only the
             answers that `output` holds.
         layer (`int`, *optional*): evaluate this layer's policy.
@@ -43,17 +56,27 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
         default="",
         metadata={"help": "Hub id, folder, .gguf file, or embedded (the default). With server: what it serves."},
     )
-    benchmarks: list[str] = field(
-        default_factory=lambda: ["arithmetic"],
+    benchmarks: list[str] | None = field(
+        default=None,
         metadata={
-            "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic; by "
-            f"lm-eval-harness {', '.join(HARNESS)}, harness:TASK."
+            "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic (the "
+            "default), each with :K behind it for K answers a problem (aime24:32,math500:16); by lm-eval-harness "
+            f"{', '.join(HARNESS)}, harness:TASK."
+        },
+    )
+    preset: Preset | None = field(
+        default=None,
+        metadata={
+            "help": "paper: the paper's benchmarks, answers a problem, sampling and answer length, where not given.",
+            "choices": list(get_args(Preset)),
         },
     )
     size: int | None = field(
         default=None, metadata={"help": "The first so many problems of each benchmark (of each task, in the harness)."}
     )
-    k: int = field(default=16, metadata={"help": "Answers sampled to each problem."})
+    k: int | None = field(
+        default=None, metadata={"help": "Answers sampled to each problem where the benchmark says none; by default 16."}
+    )
     layer: int | None = field(default=None, metadata={"help": "Evaluate the policy of this layer's output."})
     lens: Lens = field(
         default="raw",
@@ -80,15 +103,27 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     @property
     def names(self) -> list[str]:
         """The benchmarks, one by one."""
-        return split_names(self.benchmarks)
+        return split_names(self.benchmarks or [])
+
+    def ks(self, labels: Iterable[str] = ()) -> dict[str, int]:
+        """Answers a problem by benchmark's label; of those that the options do not name, by `labels`."""
+        usual = ANSWERS if self.preset else {}
+        given = {label: self.k or usual.get(label, K) for label in labels}
+        return answers_by_label(self.names, self.k, usual, K) | given
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
         named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
         check_values(replace(self, benchmarks=named), k=COUNT)
+        for name in self.names:
+            without_k(name)
         self._check_engine()
-        if self.temperature == 0 and self.k > 1:
-            raise UserError(f"temperature 0 gives {self.k} answers that are the same: set k to 1")
+
+    def check_ks(self, ks: Mapping[str, int]) -> None:
+        """Raises [`UserError`] where answers are all the same, once it is settled how they are sampled."""
+        for label, k in ks.items():
+            if self.temperature == 0 and k > 1:
+                raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files

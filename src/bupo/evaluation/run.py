@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bupo.data.as_trained import Asking, as_trained, settled
 from bupo.data.problems import check_columns
 from bupo.data.templates import check_context, check_template
 from bupo.errors import UserError
@@ -31,8 +32,9 @@ from bupo.evaluation.answers import (
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.evaluation.harness import HarnessRun, check_task, harness_run, run_task
 from bupo.evaluation.metrics import paired_difference
-from bupo.evaluation.options import EvalOptions
-from bupo.evaluation.source import Source, kept_meta, kept_settings
+from bupo.evaluation.options import OTHERWISE, PAPER, EvalOptions
+from bupo.evaluation.preset import asked_as
+from bupo.evaluation.source import Source, kept_meta, kept_settings, kept_system_prompt
 from bupo.evaluation.tasks import is_harness, label_of
 from bupo.files import in_one_piece, write_json
 from bupo.lock import sole_writer
@@ -45,6 +47,7 @@ from bupo.report.scores import write_scores
 from bupo.rewards.grader import check_golds
 from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
+from bupo.text import printable
 
 SUMMARY_FILE, SCHEMA = "summary.json", 3  # by math-verify's own verdicts since 3
 KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
@@ -114,20 +117,37 @@ def evaluate(
     options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
     options.check()
     check_template(options.chat_template)
+    noted = changed(options) if noted is None else noted
+    options, asking = _settled(options, model, tokenizer)
+    if bar and asking.line:
+        bar.console.print(printable(asking.line), highlight=False, markup=False)
     with sole_writer(options.output):
-        return _evaluation(model, options, tokenizer, benchmarks, noted, bar)
+        return _evaluation(model, options, asking, tokenizer, benchmarks, noted, bar)
 
 
-def _evaluation(model, options: EvalOptions, tokenizer, benchmarks, noted: dict | None, bar) -> Evaluation:
+def _settled(options: EvalOptions, model: str | nn.Module, tokenizer) -> tuple[EvalOptions, Asking]:
+    """Options with all that is not given, and how the model is asked."""
+    own = as_trained(options.model, options.adapter)
+    if options.engine == "kept":  # as the answers were asked for, if no model tells
+        kept = {"system_prompt": kept_system_prompt(Path(options.output))}
+        return settled(options, own, {**OTHERWISE, **kept}, PAPER if options.preset else {})
+    return asked_as(options, own, [model or EMBEDDED], tokenizer, OTHERWISE, PAPER)
+
+
+def _evaluation(model, options: EvalOptions, asking: Asking, tokenizer, benchmarks, noted: dict, bar) -> Evaluation:
     """As of `evaluate`, in a folder of its own."""
+    ks = options.ks(benchmarks or ())
+    options.check_ks(ks)
     problems, tasks = _benchmarks(options, benchmarks)
     theirs = _finished_summary(options.compare, problems)
-    source = None if options.engine == "kept" else Source(EMBEDDED if model == "" else model, options, tokenizer)
-    works = [_work(label, rows, source, options) for label, rows in problems.items()]
+    source = (
+        None if options.engine == "kept" else Source(EMBEDDED if model == "" else model, options, asking, tokenizer)
+    )
+    works = [_work(label, rows, ks[label], source, options) for label, rows in problems.items()]
     runs = {label: _harness(name, source, options) for label, name in tasks.items()}
     meta = source.meta if source else kept_meta(Path(options.output), list(problems))
     objects = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
-    note_run(options.output, "eval", changed(options) if noted is None else noted, objects)
+    note_run(options.output, "eval", noted, objects)
     found = Evaluation(meta, Path(options.output), options.compare)
     for work in works:
         _evaluated(work, found, source, theirs, options, bar)
@@ -140,7 +160,7 @@ class _Work:
     """A benchmark that will be answered.
 
     Attributes:
-        label (`str`), problems (`Dataset`): the benchmark.
+        label (`str`), problems (`Dataset`), k (`int`): the benchmark, and answers a problem.
         prompts (`list[tuple[int, ...]]`): token ids; none where answers are only graded.
         prompt (`str`): the first, as the model reads it.
         store ([`~bupo.store.Store`]): of the answers.
@@ -148,6 +168,7 @@ class _Work:
 
     label: str
     problems: Dataset
+    k: int
     prompts: list[tuple[int, ...]]
     prompt: str
     store: Store[Key, Answer]
@@ -172,28 +193,28 @@ def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tu
         answer_column=options.answer_column,
     )
     if not options.names or len(tasks) + len(problems) < len(options.names) or tasks.keys() & problems.keys():
-        named = ",".join(options.benchmarks)
+        named = ",".join(options.names)
         raise UserError(f"benchmarks {named!r} names none, or two of one label: write LABEL=FILE for one")
     for label in (*problems, *tasks):
         inside(options.output, label)
     return problems, tasks
 
 
-def _work(label: str, problems: Dataset, source: Source | None, options: EvalOptions) -> _Work:
+def _work(label: str, problems: Dataset, k: int, source: Source | None, options: EvalOptions) -> _Work:
     """A benchmark and its store, which refuses answers of other settings."""
     here = inside(options.output, label)
     if source is None:
         settings = kept_settings(here)
         known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
         store = samples(here, settings, problems.select(range(known)), remedy=KEPT_REMEDY)
-        work = _Work(label, problems, [], settings["prompt"], store)
+        work = _Work(label, problems, k, [], settings["prompt"], store)
         work.store.begin()
-        _kept(work, options.k)
+        _kept(work)
         return work
-    prompts = prompts_of(problems, source.tokenizer)
+    prompts = prompts_of(problems, source.tokenizer, **source.template_options)
     prompt = source.tokenizer.decode(prompts[0])
     check_context(prompts, source.positions, label)
-    longest = max(map(len, prompts)) + options.max_new_tokens
+    longest = max(map(len, prompts)) + options.sampling[0]
     if source.context and longest > source.context:
         logger.warning(
             "%s: prompts and answers may reach %s tokens, beyond the model's context of %s",
@@ -202,8 +223,8 @@ def _work(label: str, problems: Dataset, source: Source | None, options: EvalOpt
             source.context,
         )
     settings = source.settings | {"prompt": prompt}
-    store = samples(here, settings, problems, noted=source.noted, overwrite=options.overwrite)
-    return _Work(label, problems, prompts, prompt, store)
+    store = samples(here, settings, problems, prompts, noted=source.noted, overwrite=options.overwrite)
+    return _Work(label, problems, k, prompts, prompt, store)
 
 
 def _harness(name: str, source: Source | None, options: EvalOptions) -> HarnessRun:
@@ -235,28 +256,28 @@ def _harnessed(runs: dict[str, HarnessRun], found: Evaluation, source: Source | 
     """The harness' benchmarks, into what was found and into the folder."""
     for label, run in runs.items():
         assert source is not None and isinstance(source.engine, TransformersEngine)  # the options refuse others
-        found.harness[label] = run_task(run, source.engine, options)
+        found.harness[label] = run_task(run, source.engine, options, source.template_options)
         found.write()
 
 
 def _answered(work: _Work, source: Source | None, options: EvalOptions, bar: Progress | None) -> pd.DataFrame:
     """The benchmark's graded table, written into its folder."""
-    total = len(work.problems) * options.k
+    total = len(work.problems) * work.k
     if source is None:
-        answers = _kept(work, options.k)
+        answers = _kept(work)
     else:
         work.store.begin()
         done = task(bar, f"{work.label}: answers", total)
-        answers = sample(source.engine, work.prompts, options.k, options.seed, work.store, done)
+        answers = sample(source.engine, work.prompts, work.k, options.seed, work.store, done)
     table = graded(work.problems, answers, options.deadline, task(bar, f"{work.label}: grades", total))
     with in_one_piece(work.store.folder / GRADED_FILE) as part:
         table.to_parquet(part)
     return table
 
 
-def _kept(work: _Work, k: int) -> list[list[Answer]]:
+def _kept(work: _Work) -> list[list[Answer]]:
     """The answers that a folder holds."""
-    rows, problems = work.store.rows, range(len(work.problems))
+    rows, problems, k = work.store.rows, range(len(work.problems)), work.k
     for problem in problems:
         held = sum((problem, n) in rows for n in range(k))
         if held < k:

@@ -1,13 +1,14 @@
 """Where an evaluation's answers come from: a model and its engine, or the answers that a folder holds."""
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.templates import choose_template
+from bupo.data.as_trained import Asking
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
@@ -29,11 +30,13 @@ class Source:
 
     Args:
         model (`str` or `PreTrainedModel`): a name, or a loaded model.
-        options ([`EvalOptions`]): how it is loaded and sampled.
+        options ([`EvalOptions`]): how it is loaded and sampled, all of it settled.
+        asking ([`~bupo.data.as_trained.Asking`]): its template, and which options are the run's own.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
 
     Attributes:
         tokenizer (`PreTrainedTokenizerBase`): with the template that was chosen.
+        template_options (`dict`): arguments of the template besides the usual ones.
         engine (`Engine`): samples.
         settings, noted (`dict`): what an answer depends on, and what is noted beside it.
         meta (`dict`): model, template, sampling, versions.
@@ -41,7 +44,13 @@ class Source:
         positions (`int`, *optional*): the longest that it can read, where that is known.
     """
 
-    def __init__(self, model: str | nn.Module, options: EvalOptions, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(
+        self,
+        model: str | nn.Module,
+        options: EvalOptions,
+        asking: Asking,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         name = model if isinstance(model, str) else name_of(model)
         if options.adapter and not isinstance(model, str):
             raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
@@ -53,8 +62,8 @@ class Source:
             tokenizer = load_tokenizer(name, **options.loading())
         else:
             raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
-        self.tokenizer = tokenizer
-        chosen = {"engine": options.engine, "template": choose_template(tokenizer, options.chat_template)}
+        self.tokenizer, self.template_options = tokenizer, asking.template_options
+        chosen = {"engine": options.engine, "template": asking.give_template(tokenizer)}
         chosen |= {name: getattr(options, name) for name in SAMPLING}
         self.engine: Engine
         self.context, self.positions = 0, None
@@ -67,7 +76,8 @@ class Source:
         layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
         self.settings: dict[str, Any] = known | chosen | layer
         self.noted = {name: self.meta.get(name) for name in NOTED if name not in known}
-        self.meta |= chosen | {"layer": options.layer}
+        self.meta |= chosen | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
+        self.meta |= asking.noted
 
     def _open(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
         """By transformers: the weights are seen. Returns what answers depend on."""
@@ -81,21 +91,19 @@ class Source:
         self.engine = TransformersEngine(
             stream.model,
             self.tokenizer,
-            options.max_new_tokens,
-            options.temperature,
-            options.top_p,
+            *options.sampling,
             policy=None if options.layer is None else policies.layer(options.layer),
             batch_size=options.batch_size,
         )
         self.context = getattr(stream.model.config, "max_position_embeddings", 0)
         self.positions = learned_positions(stream.model.config)
-        self.meta = model_meta(name, stream, options.lens, options.temperature, options.revision)
+        self.meta = model_meta(name, stream, options.lens, options.sampling[1], options.revision)
         self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
         return {name: self.meta[name] for name in ("dtype", "weights")}
 
     def _connect(self, name: str, options: EvalOptions) -> dict[str, Any]:
         """By vLLM or a server, where only names are seen. Returns what answers depend on."""
-        sampling = (options.max_new_tokens, options.temperature, options.top_p)
+        sampling = options.sampling
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
             server = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
@@ -122,6 +130,15 @@ def kept_settings(folder: Path) -> dict[str, Any]:
                 f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
             )
     return settings
+
+
+def kept_system_prompt(folder: Path) -> str | None:
+    """The system message of the answers that an evaluation's folder holds, where it is noted."""
+    for path in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
+        with suppress(UserError):  # told of when its benchmark is graded
+            found = read_settings(path.parent, "answers").get("system_prompt")
+            return found if isinstance(found, str) else None
+    return None
 
 
 def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:

@@ -165,4 +165,5 @@ class VllmEngine:
                 )
             for request, output in zip(chunk, outputs, strict=True):
                 said = output.outputs[0]
-                yield request, Answer(said.text, len(said.token_ids), said.finish_reason == "length")
+                ids = tuple(said.token_ids)
+                yield request, Answer(said.text, len(ids), said.finish_reason == "length", ids)

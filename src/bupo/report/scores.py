@@ -23,19 +23,20 @@ def percent(value: float, interval: tuple[float, float]) -> str:
 
 
 def score_rows(summary: dict) -> list[dict[str, str]]:
-    """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's."""
-    rows = []
+    """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's.
+
+    Columns are named by the number of answers a problem, `avg@16`; where benchmarks have different ones, that is a column, `k`.
+    """
+    at, rows = _at(summary), []
     for label, found in summary["benchmarks"].items():
         k, verdicts = found["k"], found["verdicts"]
-        row = {
-            "benchmark": label,
-            "n": str(found["problems"]),
-            f"avg@{k} [95 %]": percent(found["avg@k"], found["avg@k_interval"]),
-        }
+        row = {"benchmark": label, "n": str(found["problems"])}
+        row |= {"k": str(k)} if at == "k" else {}
+        row |= {f"avg@{at} [95 %]": percent(found["avg@k"], found["avg@k_interval"])}
         row["strict"] = f"{100 * found['strict_avg@k']:.1f}"
-        if k > 1:  # of one answer all three are the same
-            row[f"pass@{k}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
-            row[f"maj@{k}"] = f"{100 * found['majority@k']:.1f}"
+        if at != "1":  # of one answer all three are the same
+            row[f"pass@{at}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
+            row[f"maj@{at}"] = f"{100 * found['majority@k']:.1f}"
         row |= {
             "tokens": f"{found['mean_tokens']:.0f}",
             "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
@@ -49,6 +50,12 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
     return rows
 
 
+def _at(summary: dict) -> str:
+    """What stands behind avg@: the answers a problem, or `k` where benchmarks have different ones."""
+    ks = {str(found["k"]) for found in summary["benchmarks"].values()}
+    return ks.pop() if len(ks) == 1 else "k"
+
+
 def average_row(summary: dict) -> list[dict[str, str]]:
     """The mean of several benchmarks' avg@k, each with the same weight as in the paper's table 1. No row for one.
 
@@ -59,10 +66,10 @@ def average_row(summary: dict) -> list[dict[str, str]]:
         return []
     mean = sum(row["avg@k"] for row in found) / len(found)
     half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
-    name = f"avg@{found[0]['k']} [95 %]"
     strict = sum(row["strict_avg@k"] for row in found) / len(found)
     interval = (max(0.0, mean - half), min(1.0, mean + half))
-    return [{"benchmark": "average", name: percent(mean, interval), "strict": f"{100 * strict:.1f}"}]
+    average = {"benchmark": "average", f"avg@{_at(summary)} [95 %]": percent(mean, interval)}
+    return [average | {"strict": f"{100 * strict:.1f}"}]
 
 
 def harness_rows(summary: dict) -> list[dict[str, str]]:
@@ -94,7 +101,8 @@ def score_tables(summary: dict) -> list[Table]:
     layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
     rows, title = score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
     verdicts = [name for name in VERDICT_COLUMNS if any(row[name] != "0" for row in rows)]
-    numbers = [name for name in (rows[0] if rows else ()) if name not in (*VERDICT_COLUMNS, DIFFERENCE)]
+    left_out = (*VERDICT_COLUMNS, DIFFERENCE, "maj@k")  # the last beside a column of k would not fit
+    numbers = [name for name in (rows[0] if rows else ()) if name not in left_out]
     parts = [
         (title, [*rows, *average_row(summary)], numbers),
         ("neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),

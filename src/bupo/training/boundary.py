@@ -1,4 +1,4 @@
-"""`internal_layer: auto`: the boundary layer, measured on a run's first rollout batch."""
+"""`internal_layer: auto`: the boundary layer, measured on a run's first rollout batch, and how long to optimise it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from bupo.analysis.tables import AnswerSums, Resampled
 from bupo.errors import UserError
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream
+from bupo.training.schedule import LONGEST
 
 TOKENS = 4096  # answer tokens that are measured, of all processes
 SURE = 0.9  # share of resamples that must name the boundary layer or a neighbour
@@ -56,6 +57,15 @@ def boundary_layer(
         f"internal_layer auto: {why} ({len(prompts)} prompts of the first rollout batch); dH_FFN in nats by layer: "
         f"{means}; choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
     )
+
+
+def said_of_length(found: dict) -> str:
+    """The line about a first phase's length: that which was given is kept, whatever is recommended."""
+    used, of, recommended = found["internal_steps"], found["rollout_batches"], found["recommended_steps"]
+    why = f"a tenth of the run's {of} rollout batches, {LONGEST} at most (paper, table 2)"
+    if used == recommended:
+        return f"internal_steps: {used}, {why}"
+    return f"internal_steps: {used} as given; recommended are {recommended}, {why}"
 
 
 def _by_prompt(stream, answers, lens, temperature, tokens, gather) -> list[AnswerSums]:

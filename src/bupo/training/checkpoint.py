@@ -82,11 +82,11 @@ def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     accelerator = trainer.accelerator
     own = {"pieces": trainer.pieces if trainer.inside_batch else None, "numbers": trainer.numbers}
     torch.save(own, pieces_file(folder, accelerator.process_index))
+    states = {name: part.state() for name, part in parts.items()}  # on all: a sharded one is gathered
     if trainer.args.should_save:
         write_options(trainer, folder)
         place = {"passes": trainer.passes_done, "layout": layout(trainer), "planned": planned.state()}
         metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
-        states = {name: part.state() for name, part in parts.items()}
         logged = {"metrics": metrics, "numbers": trainer.numbers, "completions": trainer.completions}
         reference = _moving_reference(trainer)
         moved = {"reference": reference.state_dict()} if reference is not None else {}
@@ -105,7 +105,9 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         done = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]  # another trainer's
         trainer.restore_place(done * trainer.args.gradient_accumulation_steps, None)
         return
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    # a sharded critic lies in it whole: no process needs more of it in its memory than its share
+    mapped = trainer.is_fsdp_enabled
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=mapped)
     same_phase(state["planned"], planned, folder)
     if state["layout"] == layout(trainer):
         saved = _own(trainer, folder)

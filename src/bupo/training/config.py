@@ -1,5 +1,6 @@
 """The configuration of a run: GRPOConfig and what BuPO adds."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -17,7 +18,7 @@ from bupo.training.seam import accepted
 
 Module = Literal["layer", "attn", "ffn"]
 Backbone = Literal["copy", "shared"]
-AUTO = "auto"
+AUTO, DEFAULT_STEPS = "auto", 20
 
 
 @dataclass
@@ -32,9 +33,10 @@ class BuPOConfig(GRPOConfig):
             Layer l whose policy `softmax(H^l E_u^T)` the first phase optimises, counted from 1. `auto` measures the
             boundary layer on the first rollout batch, and stops before training where there is none. Required unless
             `internal_steps` is 0.
-        internal_steps (`int`, *optional*, defaults to `20`):
+        internal_steps (`int`, *optional*):
             Length of the first phase (s_inter of the paper), in rollout batches, whatever the number of optimizer
-            updates a batch is used for. 0 is no first phase.
+            updates a batch is used for. 0 is no first phase. By default 20, and with `internal_layer` `auto` what is
+            recommended for the run's length ([`~bupo.training.schedule.recommended`]).
         internal_schedule (`list[list[int]]`, *optional*):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
         internal_module (`str`, *optional*, defaults to `"layer"`):
@@ -78,9 +80,12 @@ class BuPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Layer whose policy the first phase optimises, counted from 1, or `auto`."},
     )
-    internal_steps: int = field(
-        default=20,
-        metadata={"help": "Length of the first phase (s_inter) in rollout batches. 0 is no first phase."},
+    internal_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the first phase (s_inter) in rollout batches: by default 20, with `auto` a tenth of the run "
+            "and 30 at most. 0 is no first phase."
+        },
     )
     internal_schedule: list | str | None = field(
         default=None,
@@ -194,13 +199,19 @@ class BuPOConfig(GRPOConfig):
 
     @property
     def first_phase(self) -> Schedule:
-        """The stages that the options ask for. A layer that `auto` has still to choose is None."""
+        """The stages that the options ask for. A layer and a length that `auto` has still to choose are None."""
         if self.internal_schedule is not None:
             return Schedule.read(self.internal_schedule)
         if self.internal_steps == 0:
             return Schedule()
-        layer = None if self.internal_layer == AUTO else cast(int, self.internal_layer)
-        return Schedule((Stage(layer, self.internal_steps),))
+        if self.internal_layer == AUTO:
+            return Schedule((Stage(None, self.internal_steps),))
+        steps = DEFAULT_STEPS if self.internal_steps is None else self.internal_steps
+        return Schedule((Stage(cast(int, self.internal_layer), steps),))
+
+    def rollout_batches(self, updates: int) -> int:
+        """The rollout batches that so many optimizer updates take."""
+        return math.ceil(updates * self.gradient_accumulation_steps / (self.steps_per_generation * self.num_iterations))
 
     def _check_internal_phase(self) -> None:
         if self.internal_layer not in (None, AUTO):
@@ -212,7 +223,7 @@ class BuPOConfig(GRPOConfig):
         if self.internal_schedule is not None:
             stages = Schedule.read(self.internal_schedule).stages
             self.internal_schedule = [[stage.layer, stage.batches] for stage in stages]
-        elif self.internal_steps > 0 and self.internal_layer is None:
+        elif self.internal_steps != 0 and self.internal_layer is None:
             raise UserError(
                 "internal_layer is not set: choose the layer whose policy the first phase optimises (1 to the model's "
                 "number of layers, or auto), or set internal_steps to 0 for no first phase"

@@ -18,6 +18,7 @@ from bupo.model.residual import ResidualStream, Site
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.head import Read
 from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
+from bupo.training.sharding import load_whole_state, shard, shards, whole_state
 
 Sums = dict[str, torch.Tensor]
 
@@ -96,25 +97,31 @@ def value_metrics(sums: Sums, accelerator: Accelerator) -> dict[str, float]:
 class CopiedCritic:
     """The critic as a model of its own, its AdamW and its updates: one for each update of the policy.
 
+    Under FSDP2 it is sharded as the policy is, weights, gradients and optimizer, and its state is gathered for a checkpoint.
+
     Args:
-        decoder (`PreTrainedModel`): what the critic starts from.
+        stream ([`~bupo.model.residual.ResidualStream`]): of the model whose decoder the critic starts from.
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (constant), `value_clip`, and the policy's betas, weight decay,
             gradient clipping and checkpointing.
     """
 
-    def __init__(self, decoder: PreTrainedModel, accelerator: Accelerator, args):
-        self.accelerator, self.args = accelerator, args
-        critic = Critic(decoder)
-        if args.gradient_checkpointing:
+    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
+        self.accelerator, self.args, self.sharded = accelerator, args, shards(accelerator)
+        critic = Critic(stream.decoder)
+        if args.gradient_checkpointing or (self.sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
             critic.decoder.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if self.sharded:
+            blocks = critic.decoder.get_submodule(stream.family.layers).children()
+            shard(critic, blocks, critic.head, accelerator)
         optimizer = torch.optim.AdamW(
             (p for p in critic.parameters() if p.requires_grad),
             lr=args.critic_learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
         )
-        self.critic, self.optimizer = accelerator.prepare(critic, optimizer)
+        self.critic = critic if self.sharded else accelerator.prepare_model(critic)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     @torch.no_grad()
     def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
@@ -140,7 +147,9 @@ class CopiedCritic:
             policy_loss (`Callable`): computes the policy's loss; what it is given sees the states on the way.
         """
         self.critic.train()
-        with nullcontext() if self.accelerator.sync_gradients else self.accelerator.no_sync(self.critic):
+        # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
+        reduced = self.sharded or self.accelerator.sync_gradients
+        with nullcontext() if reduced else self.accelerator.no_sync(self.critic):
             values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
             loss, sums = token_sums(values, batch, self.args.value_clip)
             self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
@@ -153,21 +162,28 @@ class CopiedCritic:
 
     def _update(self) -> None:
         """One step, if the gradient is finite."""
+        self.accelerator.unscale_gradients(self.optimizer)
         if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
         if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state(self) -> dict:
-        """Weights and optimizer."""
-        critic = self.accelerator.unwrap_model(self.critic)
-        return {"critic": critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Weights and optimizer; of a sharded critic, on the main process."""
+        if self.sharded:
+            weights, moments = whole_state(self.critic, self.optimizer.optimizer)
+        else:
+            weights, moments = self.accelerator.unwrap_model(self.critic).state_dict(), self.optimizer.state_dict()
+        return {"critic": weights, "optimizer": moments}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """What `state` gave."""
-        self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            load_whole_state(self.critic, self.optimizer.optimizer, state["critic"], state["optimizer"])
+        else:
+            self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
+            self.optimizer.load_state_dict(state["optimizer"])
         _use_rate(self.optimizer, self.args)
 
 
@@ -270,4 +286,4 @@ def critic_of(stream: ResidualStream | None, accelerator: Accelerator, args) -> 
     assert stream is not None, "setup has opened the stream of a method with a critic"
     if args.critic_backbone == "shared":
         return SharedCritic(stream, accelerator, args)
-    return CopiedCritic(stream.decoder, accelerator, args)
+    return CopiedCritic(stream, accelerator, args)

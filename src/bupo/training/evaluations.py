@@ -7,8 +7,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from bupo.evaluation.answers import graded, prompts_of, sample, summarize
+from bupo.evaluation.benchmarks import answers_by_label, load_benchmarks
 from bupo.model.residual import causal_lm
 from bupo.sampling import Answer, Request, TransformersEngine
+from bupo.training.asked import as_asked
 
 
 class Evaluations(TrainerCallback):
@@ -21,11 +23,13 @@ class Evaluations(TrainerCallback):
 
     Args:
         trainer ([`BuPOTrainer`]): its model, tokenizer and configuration.
-        benchmarks (`dict[str, Dataset]`): problems by label.
+        benchmarks (`dict[str, Dataset]`, *optional*): problems by label; by default loaded by their names.
     """
 
-    def __init__(self, trainer, benchmarks: dict[str, Dataset]):
-        self.trainer, self.benchmarks = trainer, benchmarks
+    def __init__(self, trainer, benchmarks: dict[str, Dataset] | None = None):
+        args = trainer.args
+        self.trainer, self.ks = trainer, answers_by_label(args.eval_benchmarks, args.eval_k)
+        self.benchmarks = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -41,21 +45,23 @@ class Evaluations(TrainerCallback):
     def evaluate(self, rollout_batches: int) -> None:
         """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
+        own = as_asked(trainer)
         engine = TransformersEngine(
             causal_lm(trainer.model),
             trainer.processing_class,
             args.max_completion_length,
-            args.temperature,
-            args.top_p,
+            own.temperature,
+            own.top_p,
             batch_size=args.per_device_eval_batch_size,
         )
         logs: dict[str, float] = {"eval_rollout_batches": rollout_batches}
         for label, problems in self.benchmarks.items():
-            prompts = prompts_of(problems, trainer.processing_class, **(args.chat_template_kwargs or {}))
-            answers = sample(self._shared(engine), prompts, args.eval_k, args.seed)
+            prompts = prompts_of(problems, trainer.processing_class, **own.chat_template_kwargs)
+            k = self.ks.get(label, args.eval_k)
+            answers = sample(self._shared(engine), prompts, k, args.seed)
             if trainer.is_world_process_zero():
                 found = summarize(graded(problems, answers))
-                k, (low, high) = args.eval_k, found["avg@k_interval"]
+                low, high = found["avg@k_interval"]
                 logs |= {
                     f"eval_{label}/avg@{k}": found["avg@k"],
                     f"eval_{label}/low": low,

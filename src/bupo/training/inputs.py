@@ -5,17 +5,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from bupo.data.problems import check_columns, load_problems
-from bupo.data.templates import check_template, plain_text
+from bupo.data.problems import check_columns, load_problems, problems_sha256
+from bupo.data.templates import check_template, plain_text, prompt_ids
 from bupo.errors import UserError, first_line
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.options import ColumnOptions, DatasetOptions, PromptOptions, check_values
 from bupo.ranges import COUNT
 from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
+from bupo.training.asked import system_prompt_of
 from bupo.training.config import BuPOConfig
 
 GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
@@ -30,12 +33,13 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
     Parameters:
         dataset (`str`): a hub id, a local `.parquet`, `.jsonl` or `.json` file, `reasoning_gym:NAME`, `arithmetic`.
         dataset_config (`str`, *optional*): the hub dataset's configuration, or a reasoning_gym task's options as JSON.
-        split, size: of the problems to train on.
+        split, size, shuffle_seed: of the problems to train on; without a `shuffle_seed`, `size` takes the first.
         eval_dataset (`str`, *optional*), eval_split (`str`, *optional*, defaults to `"test"`), eval_size (`int`, *optional*):
             problems for TRL's `eval_strategy`, by default of the same dataset.
         prompt_column, answer_column (`str`, *optional*): columns; a dot reaches into a nested one.
         system_prompt (`str`, *optional*): put before problems that have no system message.
         chat_template (`str`, *optional*): `qwen-math`, `octothinker` or a `.jinja` file, instead of the tokenizer's own.
+        max_prompt_tokens (`int`, *optional*): leave out problems whose prompts are longer, template included.
         reward_funcs (`list[str]`): `math` (math-verify), or functions by dotted import path.
     """
 
@@ -44,6 +48,9 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
     )
     eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems."})
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Leave out problems whose prompts are longer, chat template included."}
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete the run that the folder holds, checkpoints included, and start anew."}
     )
@@ -54,7 +61,7 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, before anything is loaded."""
-        check_values(self, eval_size=COUNT)
+        check_values(self, eval_size=COUNT, max_prompt_tokens=COUNT)
         check_template(self.chat_template)
 
     @property
@@ -65,11 +72,20 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems to train on, those of TRL's evaluation, and benchmarks by label."""
+    """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long;
+    `system_prompt`: that those to train on share, which prompts as plain text no longer show."""
 
     train: Dataset
     evaluation: Dataset | None
     benchmarks: dict[str, Dataset]
+    left_out: int = 0
+    system_prompt: str | None = None
+
+    def noted(self, options: TrainOptions) -> dict[str, Any]:
+        """What a run notes of the problems it trains on."""
+        chosen = {"shuffle_seed": options.shuffle_seed, "max_prompt_tokens": options.max_prompt_tokens}
+        told = {"number": len(self.train), "sha256": problems_sha256(self.train)}
+        return told | chosen | {"left_out": self.left_out}
 
     def as_text(self) -> "Problems":
         """With prompts as plain text, for a model without a chat template."""
@@ -89,7 +105,9 @@ def problems_of(
 ) -> Problems:
     """The problems of a run, and what is cheap to refuse before a model is loaded."""
     train_set = (
-        _problems(options, options.dataset, options.split, options.size, config) if problems is None else problems
+        _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed)
+        if problems is None
+        else problems
     )
     if config.eval_strategy != "no" and eval_problems is None:
         name = options.eval_dataset or options.dataset
@@ -106,18 +124,45 @@ def problems_of(
             raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
     names = config.eval_benchmarks or []
     benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
-    return Problems(train_set, eval_problems, benchmarks)
+    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set))
 
 
-def _check_enough(problems: Dataset, config: BuPOConfig) -> None:
+def within(
+    sets: Problems,
+    options: TrainOptions,
+    config: BuPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> Problems:
+    """A run's problems as its model reads them: plain text where it has no template, and of those to train on none whose
+    prompt is longer than `max_prompt_tokens`, which is said.
+
+    Raises:
+        UserError: if too few are left for a rollout batch.
+    """
+    sets = sets if tokenizer.chat_template else sets.as_text()
+    most, whole = options.max_prompt_tokens, len(sets.train)
+    if most is None:
+        return sets
+    kwargs = config.chat_template_kwargs or {}
+    short = [
+        row for row, prompt in enumerate(sets.train["prompt"]) if len(prompt_ids(tokenizer, prompt, **kwargs)) <= most
+    ]
+    say(f"max_prompt_tokens {most}: {whole - len(short)} of {whole} problems have longer prompts and are left out")
+    train_set = sets.train.select(short) if len(short) < whole else sets.train
+    _check_enough(train_set, config, f"max_prompt_tokens {most} leaves {len(short)} of {whole} problems")
+    return replace(sets, train=train_set, left_out=whole - len(short))
+
+
+def _check_enough(problems: Dataset, config: BuPOConfig, found: str | None = None) -> None:
     """Raises [`UserError`] for fewer problems than a rollout batch of all processes takes: TRL leaves out what fills none."""
     needed = config.generation_batch_size // config.num_generations
     if len(problems) < needed:
         raise UserError(
-            f"the dataset holds {len(problems)} problems, and a rollout batch takes {needed} (per_device_train_batch_size "
-            f"{config.per_device_train_batch_size} x {config.world_size} processes x steps_per_generation "
-            f"{config.steps_per_generation} / num_generations {config.num_generations}): give {needed} or more, or a smaller "
-            "batch"
+            f"{found or f'the dataset holds {len(problems)} problems'}, and a rollout batch takes {needed} "
+            f"(per_device_train_batch_size {config.per_device_train_batch_size} x {config.world_size} processes x "
+            f"steps_per_generation {config.steps_per_generation} / num_generations {config.num_generations}): give {needed} "
+            "or more, or a smaller batch"
         )
 
 
@@ -130,7 +175,14 @@ def check_rewards(rewards: Sequence[Reward], config: BuPOConfig) -> None:
         raise UserError(f"reward_weights holds {len(weights)} weights for {len(rewards)} reward_funcs: give one each")
 
 
-def _problems(options: TrainOptions, name: str | None, split: str, size: int | None, config: BuPOConfig) -> Dataset:
+def _problems(
+    options: TrainOptions,
+    name: str | None,
+    split: str,
+    size: int | None,
+    config: BuPOConfig,
+    shuffle_seed: int | None = None,
+) -> Dataset:
     if name is None:
         raise UserError("dataset is not set: give a hub id, a local file, reasoning_gym:NAME or arithmetic")
     return load_problems(
@@ -142,6 +194,7 @@ def _problems(options: TrainOptions, name: str | None, split: str, size: int | N
         system_prompt=options.system_prompt,
         size=size,
         seed=config.seed,
+        shuffle_seed=shuffle_seed,
     )
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bupo.data.problems import problems_sha256
 from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.loading import fingerprint
@@ -50,7 +51,6 @@ FREE_KINDS = (
     "vllm_enable_sleep", "vllm_server", "vllm_group_port", "vllm_gpu", "vllm_tensor", "vllm_max_model", "use_transformers_",
     "transformers_continuous", "include_num_input_tokens", "full_determinism",
 )  # fmt: skip
-_SHOWN = 256  # problems that are looked at, spread over all
 
 
 def _decides(name: str) -> bool:
@@ -61,16 +61,15 @@ def deciding(trainer: TRLTrainer) -> dict[str, Any]:
     """What decides the numbers of a run, by name, as JSON knows it."""
     args = trainer.args
     found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
-    found |= trainer.given_model
-    found["problems"] = _content(trainer.train_dataset)
+    found |= trainer.given
     found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
     found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
     found["answers a rollout batch"] = args.generation_batch_size
     return json.loads(json.dumps(without_secrets(found), default=_as_text))
 
 
-def of_model(trainer: TRLTrainer) -> dict[str, Any]:
-    """What decides a run of its model, as it is before it is trained, sharded or cast.
+def of_given(trainer: TRLTrainer) -> dict[str, Any]:
+    """What decides a run of its problems, by content, and of its model, as it is before it is trained, sharded or cast.
 
     Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
     stays. Under FSDP and DeepSpeed, processes do not hold them alike.
@@ -78,7 +77,7 @@ def of_model(trainer: TRLTrainer) -> dict[str, Any]:
     model, config = trainer.model, trainer.model.config
     whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"problems": _content(trainer.train_dataset)}
     found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
     adapters = getattr(model, "peft_config", {})
     found["adapters"] = sorted(adapters)
@@ -107,13 +106,12 @@ def _sum(value: Any) -> str:
 
 
 def _content(problems: Any) -> str:
-    """Problems by their number and a checksum of some of them."""
+    """Problems by their number and their checksum, which `run.json` notes too."""
     try:
         number = len(problems)
     except TypeError:  # a stream's cannot be looked at without taking from it
         return type(problems).__name__
-    rows = [problems[place] for place in range(0, number, max(1, number // _SHOWN))]
-    return f"{number} problems, checksum {_sum(rows)}"
+    return f"{number} problems, SHA-256 {problems_sha256(problems)}"
 
 
 def same_phase(before: list, planned: Schedule, folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from bupo.data.templates import choose_template, template_options
+from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
@@ -35,7 +35,7 @@ from bupo.training.folder import (
     mark_finished,
     wants_to_resume,
 )
-from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of
+from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of, within
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
 from bupo.training.resuming import compare, deciding, hold, same_phase
@@ -86,10 +86,11 @@ class NotedRun(TrainerCallback):
 
     def __init__(self, command: str, given: dict[str, Any], objects: Sequence[str] = ()):
         self.noted = (command, given, objects)
+        self.problems: dict[str, Any] | None = None  # what is told of them, once they are loaded
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            note_run(args.output_dir, *self.noted)
+            note_run(args.output_dir, *self.noted, problems=self.problems)
 
 
 def train(
@@ -126,8 +127,9 @@ def train(
     with sole_writer(config.output_dir):
         checkpoint, done = begin(config, options.overwrite, say)
         tokenizer = check_model(model, tokenizer, config, loading)
-        say(f"chat template: {choose_template(tokenizer, options.chat_template)}")
-        sets = problems_of(options, config, problems, eval_problems, rewards)
+        say(said_of_template(tokenizer, options.chat_template))
+        sets = within(problems_of(options, config, problems, eval_problems, rewards), options, config, tokenizer, say)
+        note.problems = sets.noted(options)
         loaded = _loaded(model, tokenizer, sets, config, loading)
         trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
         return _finished(trainer, done, say) if done else _trained(trainer, checkpoint, title, say)
@@ -158,8 +160,6 @@ def _noted(model: Any, config: BuPOConfig, options: TrainOptions, loading: Model
 def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, loading, callbacks, say) -> BuPOTrainer:
     """The trainer of a run. What TRL refuses is a [`UserError`]."""
     config.chat_template_kwargs = template_options(tokenizer) | (config.chat_template_kwargs or {})
-    if tokenizer.chat_template is None:
-        sets = sets.as_text()
     with others(str, ValueError, TypeError, ImportError, RuntimeError, OSError):
         trainer = BuPOTrainer(
             model=model,
@@ -172,6 +172,7 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
             benchmarks=sets.benchmarks,
             peft_config=get_peft_config(loading),
         )
+    trainer.system_prompt = sets.system_prompt
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
     if notice := said_of_phases(config):

@@ -5,6 +5,14 @@ from dataclasses import dataclass, replace
 
 from bupo.errors import UserError
 
+# The paper's first phases are 20 to 30 of 300 rollout batches; 50 of them harm already, 70 destroy the model (table 2)
+SHARE, LONGEST = 0.1, 30
+
+
+def recommended(batches: int) -> int:
+    """Rollout batches of a first phase in a run of so many: a tenth, and no more than what is known to help."""
+    return max(1, min(LONGEST, round(SHARE * batches)))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -12,11 +20,11 @@ class Stage:
 
     Attributes:
         layer (`int`, *optional*): l, from 1; None where `auto` has still to choose it.
-        batches (`int`): rollout batches.
+        batches (`int`, *optional*): rollout batches; None where the run has still to say how many are recommended.
     """
 
     layer: int | None
-    batches: int
+    batches: int | None
 
 
 @dataclass(frozen=True)
@@ -54,20 +62,20 @@ class Schedule:
 
     @property
     def undecided(self) -> bool:
-        """Whether a layer has still to be chosen."""
-        return any(stage.layer is None for stage in self.stages)
+        """Whether a layer or a length has still to be chosen."""
+        return any(None in (stage.layer, stage.batches) for stage in self.stages)
 
     @property
     def batches(self) -> int:
-        """Length of the first phase, in rollout batches."""
-        return sum(stage.batches for stage in self.stages)
+        """Length of the first phase, in rollout batches, as far as it is known."""
+        return sum(stage.batches or 0 for stage in self.stages)
 
     def place(self, rollout_batch: int) -> int | None:
         """Index of the stage that covers a rollout batch, or None where the language model policy is optimised."""
         last = 0
         for index, stage in enumerate(self.stages):
-            last += stage.batches
-            if rollout_batch <= last:
+            last += stage.batches or 0
+            if stage.batches is None or rollout_batch <= last:
                 return index
         return None
 
@@ -76,9 +84,9 @@ class Schedule:
         place = self.place(rollout_batch)
         return None if place is None else self.stages[place]
 
-    def decided(self, layer: int) -> "Schedule":
-        """With this layer where one had still to be chosen."""
-        return Schedule(tuple(replace(s, layer=layer) if s.layer is None else s for s in self.stages))
+    def decided(self, layer: int, batches: int) -> "Schedule":
+        """With this layer and this length where one had still to be chosen."""
+        return Schedule(tuple(Stage(layer if s.layer is None else s.layer, s.batches or batches) for s in self.stages))
 
     def cut_short(self, rollout_batch: int) -> "Schedule":
         """With the stage that covers this rollout batch ending before it."""
@@ -86,17 +94,18 @@ class Schedule:
         if index is None:
             return self
         before = self.stages[:index]
-        done = rollout_batch - 1 - sum(stage.batches for stage in before)
+        done = rollout_batch - 1 - Schedule(before).batches
         return Schedule((*before, replace(self.stages[index], batches=done), *self.stages[index + 1 :]))
 
-    def state(self) -> list[tuple[int | None, int]]:
+    def state(self) -> list[tuple[int | None, int | None]]:
         """Plain values, for a checkpoint."""
         return [(stage.layer, stage.batches) for stage in self.stages]
 
     @classmethod
-    def load(cls, state: list[tuple[int | None, int]]) -> "Schedule":
+    def load(cls, state: list[tuple[int | None, int | None]]) -> "Schedule":
         """What `state` gave."""
         return cls(tuple(Stage(layer, batches) for layer, batches in state))
 
     def __str__(self) -> str:
-        return str([["auto" if stage.layer is None else stage.layer, stage.batches] for stage in self.stages])
+        stages = [[stage.layer, stage.batches] for stage in self.stages]
+        return str([["auto" if value is None else value for value in stage] for stage in stages])

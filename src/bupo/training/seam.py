@@ -26,6 +26,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
+from bupo.training.sharding import asking_for, stepped_in
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -81,7 +82,8 @@ class TRLTrainer(GRPOTrainer):
     }
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
-    given_model: dict[str, Any]  # what decides the run of the model that was given
+    given: dict[str, Any]  # what decides the run of the model and the problems that were given
+    system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -323,7 +325,9 @@ class TRLTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = [group.get("initial_lr") for group in self.optimizer.param_groups] if self.optimizer else []
-        super()._load_optimizer_and_scheduler(checkpoint)
+        stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
+        with nullcontext() if stepped is None else asking_for(self.model, stepped):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'

@@ -169,12 +169,25 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
     sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    if sharded and args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
-        raise UserError(
-            "critic_backbone copy trains a second model under DDP or one process, not FSDP or DeepSpeed: choose shared"
-        )
+    if args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
+        _check_second_model(trainer)
     if sharded and args.first_phase.undecided:
         raise UserError("internal_layer auto measures a whole model: with FSDP or DeepSpeed, run bupo analyze first")
     if sharded and args.eval_benchmarks:
         raise UserError("eval_benchmarks needs whole parameters: with FSDP or DeepSpeed, run bupo eval on checkpoints")
     return sharded
+
+
+def _check_second_model(trainer: TRLTrainer) -> None:
+    """Raises [`UserError`] where a critic of its own cannot train beside the policy."""
+    if trainer.is_deepspeed_enabled:
+        raise UserError(
+            "critic_backbone copy trains a second model, and accelerate's backward is that of the policy's DeepSpeed engine: "
+            "use FSDP2, or choose shared"
+        )
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else 2
+    if version != 2:
+        raise UserError(
+            f"critic_backbone copy trains a second model, which fsdp_version {version} does not shard: use fsdp_version 2, or "
+            "choose shared"
+        )

@@ -15,9 +15,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.model.residual import Family, Site
-from bupo.training import checkpoint, messages
+from bupo.training import asked, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
@@ -27,7 +26,7 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
 from bupo.training.layers import freeze_up_to, slow_down
 from bupo.training.probes import repetition
-from bupo.training.resuming import of_model
+from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import TRLTrainer
@@ -68,7 +67,7 @@ class BuPOTrainer(TRLTrainer):
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        sharded, self.given_model = check_run(self, args := self.args), of_model(self)
+        sharded, self.given = check_run(self, args := self.args), of_given(self)
         self.stream = open_stream(self.model, args, family)
         reference = None if self.ref_model is None else open_stream(self.ref_model, args, family)
         self.alignment = Alignment(self, self.stream, reference, args)
@@ -78,9 +77,10 @@ class BuPOTrainer(TRLTrainer):
         self.watch = Watch(self.stream, self.accelerator, args, decode, sharded, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
+        self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
+        self.parts |= {"critic": self.critic} if self.critic else {}
         if args.eval_benchmarks:
-            problems = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
-            self.add_callback(Evaluations(self, problems))
+            self.add_callback(Evaluations(self, benchmarks))
 
     @property
     def schedule(self) -> Schedule:
@@ -117,7 +117,7 @@ class BuPOTrainer(TRLTrainer):
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
         answers = batch.answers(self.num_generations)
         if self.stage and self.stage.layer is None:
-            self.watch.decide(answers)
+            self.watch.decide(answers, self.state.max_steps)
         self._estimate(batch)
         if self.site:
             self.alignment.align(batch, self.site, sampled.scores)
@@ -188,13 +188,12 @@ class BuPOTrainer(TRLTrainer):
         self.watch.after_training(self.rollout_batch, self.inside_batch)
         return result
 
+    def save_model(self, output_dir=None, *args, **kwargs):
+        super().save_model(output_dir, *args, **kwargs)
+        asked.write(self, Path(output_dir or self.args.output_dir))
+
     def save_parts(self, folder: Path) -> None:
-        checkpoint.save(self, folder, self.args.first_phase, self._parts)
+        checkpoint.save(self, folder, self.args.first_phase, self.parts)
 
     def load_parts(self, folder: Path) -> None:
-        checkpoint.load(self, folder, self.args.first_phase, self._parts)
-
-    @property
-    def _parts(self) -> dict[str, checkpoint.Part]:
-        parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
-        return parts | ({"critic": self.critic} if self.critic else {})
+        checkpoint.load(self, folder, self.args.first_phase, self.parts)

@@ -19,7 +19,7 @@ from bupo.files import write_json
 from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
-from bupo.training.boundary import boundary_layer
+from bupo.training.boundary import boundary_layer, said_of_length
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import Dynamics
 from bupo.training.estimators import BY_GROUP
@@ -27,7 +27,7 @@ from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
 from bupo.training.messages import warn
 from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
-from bupo.training.schedule import Schedule
+from bupo.training.schedule import Schedule, recommended
 from bupo.training.symptoms import Symptoms
 
 logger = get_logger(__name__)
@@ -185,14 +185,19 @@ class Watch:
                 "the model has learned nothing; look at what the reward function returns"
             )
 
-    def decide(self, answers: Answers) -> None:
-        """`internal_layer: auto`, on the first rollout batch's answers of this process. Also written to `boundary.json`."""
+    def decide(self, answers: Answers, updates: int) -> None:
+        """`internal_layer: auto` of a run of so many updates, on the first rollout batch's answers of this process. Also
+        written to `boundary.json`."""
         tokens = BOUNDARY_TOKENS // self.accelerator.num_processes
         with evaluating(self.stream.model):
             lens, temperature = self.args.internal_lens, self.args.temperature
             found = boundary_layer(self.stream, answers, lens, temperature, tokens=tokens, gather=gather_object)
-        self.boundary, self.schedule = found, self.schedule.decided(found["boundary_layer"])
+        batches = self.args.rollout_batches(updates)
+        self.schedule = self.schedule.decided(found["boundary_layer"], recommended(batches))
+        lengths = {"rollout_batches": batches, "recommended_steps": recommended(batches)}
+        self.boundary = found | lengths | {"internal_steps": self.schedule.batches}
         self.accelerator.print(f"internal_layer auto: {found['explanation']}")
+        self.accelerator.print(said_of_length(self.boundary))
         self._write_boundary()
 
     def _write_boundary(self) -> None:

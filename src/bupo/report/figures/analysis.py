@@ -29,16 +29,16 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "entropy_flow": _drawn(table, summary, 1, _entropy_flow),
-        "entropy_change": _drawn(table, summary, 2, _entropy_change),
-        "residual_cosine": _drawn(table, summary, 1, _residual_cosine),
-        "kl_similarity": _drawn(table, summary, 3, _kl_similarity),
-    }
+    figures = {name: analysis_figure(table, summary, name) for name in _KINDS}
     for name, figure in figures.items():
         for kind in ("png", "pdf"):
             save(figure, folder / f"{name}.{kind}")
     return figures
+
+
+def analysis_figure(table: pd.DataFrame, summary: Sequence[dict], name: str) -> Figure:
+    """One of them, unsaved."""
+    return _drawn(table, summary, *_KINDS[name])
 
 
 def _drawn(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Callable) -> Figure:
@@ -143,3 +143,11 @@ def _matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **look: An
     image = axis.imshow(matrix, origin="lower", extent=(0.5, size + 0.5, 0.5, size + 0.5), **look)
     axis.set_title(title, fontsize=9)
     axis.figure.colorbar(image, ax=axis, shrink=0.85)
+
+
+_KINDS = {  # columns, and what draws them
+    "entropy_flow": (1, _entropy_flow),
+    "entropy_change": (2, _entropy_change),
+    "residual_cosine": (1, _residual_cosine),
+    "kl_similarity": (3, _kl_similarity),
+}

@@ -86,7 +86,8 @@ def _evaluations(axis: Axes, rows: Sequence[dict]) -> None:
         axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
     legend(axis, fontsize=8)
     axis.set_ylim(0, 102)
-    axis.set_title(f"{shares[0].split('/')[-1]} (%)" if shares else "evaluation")
+    kinds = {name.split("/")[-1] for name in shares}
+    axis.set_title(f"{kinds.pop() if len(kinds) == 1 else 'avg@k'} (%)" if shares else "evaluation")
 
 
 def _phases(axes: Sequence[Axes], rows: Sequence[dict]) -> None:

@@ -1,0 +1,281 @@
+"""A figure or table of the paper as runs of the public commands, at a scale. Each is a short YAML file in `experiments/`.
+
+A file has a `title`, its `source` in the paper, a `kind` (which runs it needs, and what is drawn of them), the numbers that are
+`printed` there, and by scale its `rows`: a method of the scale, or one with other options. What scales have in common, models,
+methods, seeds, evaluation, stands in `scales.yaml`.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bupo.errors import UserError
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+RECIPES = Path(__file__).parents[1] / "recipes"
+PROBLEMS = Path(__file__).parent / "problems"
+SCALES_FILE = "scales.yaml"
+LONGEST_NAME = 120  # of a run's folder
+# what each kind of figure or table is drawn of
+KINDS: dict[str, tuple[str, ...]] = {
+    "scores": ("train", "eval"),
+    "layers": ("analyze",),
+    "curves": ("train",),
+    "dynamics": ("train",),
+    "passes": ("train", "eval"),
+    "cost": ("train", "analyze"),
+}
+NAMES = tuple(sorted(
+    (path.stem for path in EXPERIMENTS.glob("*.yaml") if path.name != SCALES_FILE),
+    key=lambda name: (name[:3] != "fig", int("".join(filter(str.isdigit, name)))),
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a public command.
+
+    Attributes:
+        name (`str`): of its folder; what several experiments need is run once.
+        command (`str`): `train`, `eval` or `analyze`.
+        options (`dict`): of the command, but for `output`.
+        recipe (`str`, *optional*): the recipe that the options are on top of, such as `cpu/embedded-bupo`.
+        needs (`str`, *optional*): name of the run whose model this one reads.
+        launch (`tuple[str, ...]`): what starts the command, on a cluster a launcher.
+        cost (`float`): an estimate, in seconds here, or in GPU hours where the scale has some.
+    """
+
+    name: str
+    command: str
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    needs: str | None = None
+    launch: tuple[str, ...] = ()
+    cost: float = 0.0
+
+    @property
+    def recipe_path(self) -> Path | None:
+        return RECIPES / f"{self.recipe}.yaml" if self.recipe else None
+
+    def words(self, place: Callable[[str], Path]) -> list[str]:
+        """The command line.
+
+        Args:
+            place (`Callable`): the folder of a run, by its name.
+        """
+        start = list(self.launch) or [sys.executable, "-m", "bupo.commands.main"]
+        given = ["--config", str(self.recipe_path)] if self.recipe else []
+        options = dict(self.options) | ({"model": str(place(self.needs))} if self.needs else {})
+        for name, value in options.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            given += [f"--{name}", text.replace("{problems}", str(PROBLEMS))]
+        going_on = ["--resume_from_checkpoint", "true"] if self.command == "train" else []
+        return [*start, self.command, *given, *going_on, "--output", str(place(self.name))]
+
+    def line(self, place: Callable[[str], Path]) -> str:
+        """The command line for a shell."""
+        return shlex.join(self.words(place))
+
+    def digest(self) -> str:
+        """Of all that decides what the run leaves: another digest is another run."""
+        recipe = yaml.safe_load(self.recipe_path.read_text()) if self.recipe_path else None
+        decided = [self.command, {name: str(self.options[name]) for name in sorted(self.options)}, recipe, self.needs]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, row and seed of a figure or table, and its runs.
+
+    Attributes:
+        model (`str`), row (`str`), seed (`int`): a row is a method, or one with other options; empty where there are none.
+        options (`dict`): the row's own.
+        runs (`dict[str, Run]`): by command; a model that is not trained has no `train`.
+    """
+
+    model: str
+    row: str
+    seed: int
+    options: dict[str, Any]
+    runs: dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or table at a scale.
+
+    Attributes:
+        name, title, source, kind, scale, about (`str`): `source` is where the paper has it, `about` what the scale is.
+        printed (`dict[str, dict[str, Any]]`): the paper's numbers, by model and row.
+        draw (`dict`): for the output: which measures, columns, figure.
+        cells (`tuple[Cell, ...]`): all of it.
+    """
+
+    name: str
+    title: str
+    source: str
+    kind: str
+    scale: str
+    about: str
+    printed: dict[str, dict[str, Any]]
+    draw: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Each once, what others need first."""
+        found = {run.name: run for cell in self.cells for run in cell.runs.values()}
+        return sorted(found.values(), key=lambda run: run.needs is not None)
+
+    def digest(self) -> str:
+        """Of all its runs and of what is drawn: a result of another digest is stale."""
+        decided = [self.kind, self.printed, self.draw, [(c.model, c.row, c.seed) for c in self.cells]]
+        runs = sorted(run.digest() for run in self.runs)
+        return hashlib.sha256(json.dumps([decided, runs], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def scales() -> dict[str, dict[str, Any]]:
+    """What `scales.yaml` says."""
+    return yaml.safe_load((EXPERIMENTS / SCALES_FILE).read_text(encoding="utf-8"))
+
+
+def read_experiment(name: str, scale: str, model: str | None = None, seeds: int | None = None) -> Experiment:
+    """A figure or table as runs.
+
+    Args:
+        name (`str`): such as `fig3` or `table2`.
+        scale (`str`): of `scales.yaml`.
+        model (`str`, *optional*): instead of the scale's; its recipes and layers stay.
+        seeds (`int`, *optional*): the first so many seeds only.
+
+    Raises:
+        UserError: if there is no such experiment or scale, or it is not made at this scale.
+    """
+    if name not in NAMES:
+        raise UserError(f"unknown figure or table {name!r:.80}: choose {', '.join(NAMES)}, or all")
+    known = scales()
+    if scale not in known:
+        raise UserError(f"scale must be {', '.join(known)}, got {scale!r:.80}")
+    text = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
+    like = known[scale].get("like", scale)
+    if like not in text["scales"]:
+        raise UserError(f"{name} is not made at scale {scale}: {text['not_at'][like]}")
+    own = {key: value for key, value in text.items() if key in ("rows", "models", "draw")}
+    section = _Section({**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model)
+    cells = tuple(section.cells(seeds))
+    heads = {key: text[key] for key in ("title", "source", "kind")}
+    return Experiment(
+        name, **heads, scale=scale, about=known[scale]["about"], printed=text.get("printed", {}),
+        draw=section.own.get("draw", {}), cells=cells,
+    )  # fmt: skip
+
+
+class _Section:
+    """An experiment at a scale: what the scale says, and what the experiment says there."""
+
+    def __init__(self, scale: Mapping[str, Any], own: Mapping[str, Any], kind: str, model: str | None):
+        self.scale, self.own, self.kind, self.model = scale, own, kind, model
+
+    def cells(self, most: int | None) -> Iterable[Cell]:
+        """Every model, row and seed."""
+        seeds = self.scale["seeds"] if "like" in self.scale else self.own.get("seeds", self.scale["seeds"])
+        if not {"train", "eval"} & set(KINDS[self.kind]):
+            seeds = seeds[:1]
+        for label, words in self._models().items():
+            for row, (recipe, options) in self._rows(words).items():
+                for seed in seeds[:most]:
+                    yield Cell(label, row, seed, options, self._runs(words, recipe, options, seed))
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """Words by model, which recipes and options are filled with."""
+        known, chosen = self.scale["models"], self.own.get("models")
+        labels = list(known) if chosen is None else chosen
+        words = {label: known[label] | {"problems": "{problems}"} for label in labels}
+        if self.model:
+            first = next(iter(words.values()))
+            return {Path(self.model).stem: first | {"base": self.model, "own_model": True}}
+        return words
+
+    def _rows(self, words: Mapping[str, Any]) -> dict[str, tuple[str | None, dict[str, Any]]]:
+        """Recipe and options by row; no recipe is no training."""
+        wanted = self.own.get("rows")
+        if wanted is None or self.kind == "layers":
+            return {"": (None, {})}
+        wanted = {row: {"method": row} for row in wanted} if isinstance(wanted, list) else wanted
+        rows = {}
+        for row, given in wanted.items():
+            given = dict(given)
+            method = self.scale["methods"][given.pop("method", "BuPO")] or {}
+            filled = {name: _filled(value, words) for name, value in {**method, **given}.items()}
+            rows[row] = (filled.pop("recipe", None), filled)
+        return rows
+
+    def _runs(self, words: Mapping[str, Any], recipe: str | None, options: dict[str, Any], seed: int) -> dict[str, Run]:
+        runs = {}
+        if recipe and "train" in KINDS[self.kind]:
+            given = self._options("train", words) | options
+            for name, most in self.scale.get("at_most", {}).items():
+                recipe_has = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()).get(name)
+                if given.get(name, recipe_has) is not None:
+                    given[name] = min(given.get(name, recipe_has), most)
+            base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
+            runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
+        trained = runs["train"].name if "train" in runs else None
+        if "eval" in KINDS[self.kind]:
+            about = {} if trained else {"model": words["base"]}
+            runs["eval"] = self._run(
+                "eval", words, about | self._options("eval", words) | {"seed": seed}, needs=trained
+            )
+        if "analyze" in KINDS[self.kind]:
+            runs["analyze"] = self._run("analyze", words, {"model": words["base"]} | self._options("analyze", words))
+        return runs
+
+    def _options(self, command: str, words: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the scale, then of the experiment; a rehearsal's own last."""
+        given = {**(self.scale.get(command) or {}), **(self.own.get(command) or {})}
+        given |= (self.scale.get("rehearsed") or {}).get(command, {})
+        return {name: _filled(value, words) for name, value in given.items() if value is not None}
+
+    def _run(self, command: str, words: Mapping[str, Any], options: dict[str, Any], **more: Any) -> Run:
+        scale, recipe, needs = self.scale, more.get("recipe"), more.get("needs")
+        subject = recipe or needs or str(options.get("model"))
+        usual = {**(scale.get(command) or {}), **scale.get("rehearsed", {}).get(command, {}), "model": subject}
+        given = {name: value for name, value in options.items() if usual.get(name) != value}
+        launch = (
+            tuple(_filled(word, {"recipes": RECIPES}) for word in scale.get("launch", ())) if command == "train" else ()
+        )
+        cost = float(words.get("cost", {}).get(command, scale["cost"][command]))
+        if command == "train" and "max_steps" in options:
+            whole = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["max_steps"]
+            cost *= options["max_steps"] / whole
+        if command == "eval":
+            cost *= options.get("size", 1) * options.get("k", 1) / scale["cost"].get("eval_answers", 1)
+        return Run(_name(command, subject, given), command, options, launch=launch, cost=cost, **more)
+
+
+def _filled(value: Any, words: Mapping[str, Any]) -> Any:
+    """`{late}` alone is the word as it is, in a text its text."""
+    if not isinstance(value, str):
+        return value
+    alone = re.fullmatch(r"\{(\w+)\}", value)
+    return words[alone[1]] if alone else re.sub(r"\{(\w+)\}", lambda found: str(words[found[1]]), value)
+
+
+def _name(command: str, subject: str, options: Mapping[str, Any]) -> str:
+    """A folder's name that says what the run is: readable, and of its own."""
+    own = {name: value for name, value in options.items() if name != "seed"}
+    parts = [command, subject.removeprefix("train_"), *(f"{name}-{value}" for name, value in own.items())]
+    parts += [f"seed-{options['seed']}"] if "seed" in options else []
+    text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(map(str, parts))).strip("-.")
+    if len(text) <= LONGEST_NAME:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text[: LONGEST_NAME - 9]}-{digest}"

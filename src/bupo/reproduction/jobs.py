@@ -1,0 +1,206 @@
+"""Runs as child processes of their public commands: finished ones are kept, several go side by side, each has a log."""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bupo.errors import UserError
+from bupo.files import write_json
+from bupo.reproduction.experiment import Run
+
+PATIENCE = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
+PAUSE = 0.1
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the runs of a scale are kept.
+
+    Attributes:
+        root (`Path`): `<output>/<scale>`.
+    """
+
+    root: Path
+
+    def folder(self, name: str) -> Path:
+        """Of a run."""
+        return self.root / "runs" / name
+
+    def log(self, name: str) -> Path:
+        """What a run has printed."""
+        return self.root / "runs" / f"{name}.log"
+
+    def note(self, name: str) -> Path:
+        """What is known of a run: its command line, its digest, its seconds, whether it is finished."""
+        return self.root / "runs" / f"{name}.json"
+
+    def mark(self, name: str) -> Path:
+        """The digest of a run that has ended elsewhere: printed commands write it last."""
+        return self.root / "runs" / f"{name}.done"
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
+        with suppress(OSError, ValueError, TypeError):
+            return dict(json.loads(self.note(name).read_text()))
+        with suppress(OSError, ValueError):
+            return {"digest": self.mark(name).read_text().strip(), "finished": True}
+        return {}
+
+    def seconds(self, name: str) -> float | None:
+        """How long a finished run took here."""
+        noted = self.noted(name)
+        return noted.get("seconds") if noted.get("finished") else None
+
+
+def state_of(run: Run, places: Places) -> str:
+    """`finished`, `begun` or `to do`.
+
+    Raises:
+        UserError: if the folder holds a run of this name by other options: a recipe has changed since.
+    """
+    noted = places.noted(run.name)
+    if noted and noted.get("digest") != run.digest():
+        raise UserError(
+            f"{places.folder(run.name)} was made with other options than today's: choose another output, or --overwrite true"
+        )
+    if noted.get("finished") and places.folder(run.name).is_dir():
+        return "finished"
+    return "begun" if noted else "to do"
+
+
+def remove_stale(run: Run, places: Places) -> None:
+    """Delete a run that was made with other options."""
+    noted = places.noted(run.name)
+    if noted and noted.get("digest") != run.digest():
+        shutil.rmtree(places.folder(run.name), ignore_errors=True)
+        for path in (places.note(run.name), places.log(run.name), places.mark(run.name)):
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Child:
+    run: Run
+    process: subprocess.Popen
+    started: float
+    before: float  # seconds of earlier attempts
+
+
+class Jobs:
+    """Runs children, several at once.
+
+    Args:
+        places ([`Places`]): of the runs.
+        jobs (`int`): children at once.
+        say (`Callable`): is told what begins, ends and fails.
+        on_finished (`Callable`): is given each finished run.
+    """
+
+    def __init__(self, places: Places, jobs: int, say: Callable[[str], None], on_finished: Callable[[Run], None]):
+        self.places, self.jobs, self.say, self.on_finished = places, jobs, say, on_finished
+        self.failed: dict[str, str] = {}
+        self._children: list[_Child] = []
+
+    def execute(self, runs: Sequence[Run]) -> None:
+        """Run all that are not finished; what one needs comes first. A run that fails stops only those that need it.
+
+        Raises:
+            UserError: at the end, if a run has failed.
+        """
+        waiting, done = list(runs), set()
+        try:
+            while waiting or self._children:
+                self._skip(waiting)
+                for run in [run for run in waiting if not run.needs or run.needs in done]:
+                    if len(self._children) >= self.jobs:
+                        break
+                    waiting.remove(run)
+                    if state_of(run, self.places) == "finished":
+                        done.add(run.name)
+                        self.on_finished(run)
+                    else:
+                        self._children.append(self._started(run))
+                for child in [child for child in self._children if child.process.poll() is not None]:
+                    self._children.remove(child)
+                    if self._ended(child):
+                        done.add(child.run.name)
+                        self.on_finished(child.run)
+                if self._children:
+                    time.sleep(PAUSE)
+        finally:
+            self._stop()
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            more = f" ({len(self.failed)} runs in all)" if len(self.failed) > 1 else ""
+            raise UserError(f"run {name} failed{more}: {why}; its log is {self.places.log(name)}")
+
+    def _skip(self, waiting: list[Run]) -> None:
+        """Leave out what needs a run that has failed."""
+        for run in [run for run in waiting if run.needs in self.failed]:
+            waiting.remove(run)
+            self.failed[run.name] = f"it needs {run.needs}"
+
+    def _started(self, run: Run) -> _Child:
+        before = float(self.places.noted(run.name).get("seconds", 0.0))
+        self.say(f"{'goes on' if before else 'begins'}: {run.name}")
+        self.places.log(run.name).parent.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        with self.places.log(run.name).open("a") as log:
+            process = subprocess.Popen(
+                run.words(self.places.folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ,
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        child = _Child(run, process, time.monotonic(), before)
+        self._note(child, finished=False)
+        return child
+
+    def _ended(self, child: _Child) -> bool:
+        """Whether it has ended well; else why is kept."""
+        name, status = child.run.name, child.process.returncode
+        self._note(child, finished=status == 0)
+        if status == 0:
+            self.say(f"done in {time.monotonic() - child.started:.0f} s: {name}")
+            return True
+        lines = self.places.log(name).read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "it has printed nothing")
+        self.failed[name] = f"exit status {status}, {last.removeprefix('bupo: error: ')}"
+        self.say(f"failed: {name}: {self.failed[name]}")
+        return False
+
+    def _note(self, child: _Child, finished: bool) -> None:
+        noted = {
+            "digest": child.run.digest(),
+            "finished": finished,
+            "seconds": child.before + time.monotonic() - child.started,
+            "command": child.run.line(self.places.folder),
+        }
+        write_json(self.places.note(child.run.name), noted)
+
+    def _stop(self) -> None:
+        """End the children that are left, each with the time to write a checkpoint."""
+        for child in self._children:
+            child.process.terminate()
+        for child in self._children:
+            try:
+                child.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+            self._note(child, finished=False)
+        self._children = []
+
+
+def _die_with_parent() -> None:
+    """In a child on Linux: it is told to end when its parent is killed, so that the next attempt finds its folder free."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)

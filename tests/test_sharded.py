@@ -1,0 +1,109 @@
+"""PPO's critic of its own and the policy, truly sharded by FSDP2 over two processes, against one process that holds both."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bupo import UserError
+from bupo.training.setup import check_run
+from tests.faults.test_launches import FSDP2
+from tests.test_trainer import config
+
+ROOT = Path(__file__).parents[1]
+UPDATES = 8  # two to a rollout batch, the first four of the first phase
+
+
+def launched(folder, *arguments, processes=2):
+    """Run `tests.sharded_run` into a folder. What the main process ends with, and what each holds."""
+    folder.mkdir(exist_ok=True)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.sharded_run", str(folder), str(UPDATES), *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | (FSDP2 if processes == 2 else {}),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    return torch.load(folder / "end.pt"), ranks
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, *launched(folder)
+
+
+@pytest.mark.slow
+def test_sharded_policy_and_critic_end_as_those_of_one_process(sharded, tmp_path):
+    """Gradients of two micro-batches, clipped, in both phases, with gradient checkpointing."""
+    _, end, ranks = sharded
+    whole, (alone,) = launched(tmp_path / "one", processes=1)
+    assert ranks[0]["phases"] == alone["phases"] == [1, 1, 1, 1, 2, 2, 2, 2]
+    for part in ("policy", "critic"):
+        assert end[part].keys() == whole[part].keys()
+        for name, value in whole[part].items():
+            torch.testing.assert_close(end[part][name], value, atol=1e-5, rtol=1e-5, msg=f"{part} {name}")
+    start = torch.load(tmp_path / "one" / "start.pt")
+    for part in ("policy", "critic"):
+        assert all((end[part][name] - start[part][name]).abs().max() > 1e-4 for name in start[part])
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_half(sharded):
+    """Of the policy, of the critic and of the critic's AdamW."""
+    for rank in sharded[2]:
+        assert "FSDP" in rank["kind"]
+        assert all(0.45 < share < 0.55 for share in (*rank["held"], rank["held_by_optimizer"]))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_gone_on_with_inside_the_first_phase(sharded, tmp_path):
+    """To the bit, critic and both optimizers too: the layers above l have no state yet, and no step is counted for them."""
+    folder, end, _ = sharded
+    shutil.copytree(folder / "run" / "checkpoint-3", checkpoint := tmp_path / "run" / "checkpoint-3")
+    again, _ = launched(tmp_path, checkpoint)
+    for part in ("policy", "critic"):
+        assert all(torch.equal(value, again[part][name]) for name, value in end[part].items()), part
+
+
+# -- where it cannot be ----------------------------------------------------------------------------------------------
+
+
+def trainer_under(version=None, stage=None):
+    """Stands for a trainer under FSDP of a version, or DeepSpeed's ZeRO of a stage."""
+    plugin = SimpleNamespace(state_dict_type="FULL_STATE_DICT", fsdp_version=version)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin if version else None))
+    return SimpleNamespace(
+        reads_images=False,
+        is_fsdp_enabled=version is not None,
+        is_deepspeed_enabled=stage is not None,
+        accelerator=accelerator,
+    )
+
+
+@pytest.mark.parametrize(
+    ("under", "refused"),
+    [
+        ({"version": 1}, r"which fsdp_version 1 does not shard: use fsdp_version 2, or choose shared"),
+        ({"stage": 2}, r"the policy's DeepSpeed engine: use FSDP2, or choose shared"),
+    ],
+)
+def test_a_second_model_is_refused_where_it_cannot_train(tmp_path, under, refused):
+    args = config(tmp_path, advantage_estimator="ppo")
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    with pytest.raises(UserError, match=f"critic_backbone copy trains a second model, .*{refused}"):
+        check_run(trainer_under(**under), args)
+    args.critic_backbone = "shared"
+    assert check_run(trainer_under(**under), args)
+    args.critic_backbone = "copy"
+    assert check_run(trainer_under(version=2), args)
