@@ -12,6 +12,7 @@ from bupo.files import in_one_piece, write_json
 from bupo.provenance import versions
 from bupo.reproduction.experiment import Experiment, scales
 from bupo.reproduction.outputs import OUTPUTS, Finished, Output
+from bupo.reproduction.outputs.table import quoted
 from bupo.text import csv_cell
 
 SCHEMA = 1
@@ -120,7 +121,7 @@ def _notes(experiment: Experiment, output: Output) -> list[str]:
             else f"Seeds {', '.join(map(str, seeds))}. Intervals are Student's, 95 %, of the mean over seeds{band}."
         )
     against = sorted({str(row["against"]) for row in output.rows if row.get("against")})
-    notes += [f"A difference to {name} is paired by seed." for name in against]
+    notes += [f"A difference to {quoted(name)} is paired by seed." for name in against]
     return notes
 
 

@@ -109,7 +109,7 @@ def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded:
         [one.mean for _, one in found],
         color=colour,
         label=label and plain_label(label),
-        lw=1.4,
+        lw=1.4 if len(xs) < 100 else 0.9,
         marker="." if len(xs) < 12 else None,
     )
     if shaded and any(one.n > 1 for _, one in found):
@@ -130,8 +130,8 @@ def mark(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], star
     if len(set(ends.values())) == 1:
         end = next(iter(ends.values()))
         mark_first_phase(axis, start, end)
-        axis.annotate("phase 1", (end, 0), (-3, 4), xycoords=axis.get_xaxis_transform(), textcoords="offset points",
-                      color=ORANGE, fontsize=8, ha="right")  # fmt: skip
+        axis.annotate("◂ phase 1", (end, 0), (3, 4), xycoords=axis.get_xaxis_transform(), textcoords="offset points",
+                      color=ORANGE, fontsize=8)  # fmt: skip
         return
     for row, end in ends.items():
         axis.axvline(end, color=colours[row], lw=1.0, ls=":")

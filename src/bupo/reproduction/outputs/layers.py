@@ -13,6 +13,7 @@ from bupo.reproduction.outputs.table import NOTHING, Output, Shown, beside
 STAGES = ("exploration", "integration", "convergence")
 BOUNDARY = "boundary layer"
 NEEDED = ("meta", "stages", "boundary_layer", "paper_boundary_layer", "ranges", "pattern", "verdict", "explanation")
+INTERVALS = "Intervals are 95 %, of the mean over answers, by a bootstrap: one analysis, and no seeds."
 COLUMNS = ("measure", "layer", "mean", "low", "high")
 MEASURES = {  # that a figure draws, and what they are in a table
     "entropy_flow": {
@@ -33,8 +34,9 @@ def layers(finished: Finished) -> Output:
     found = [_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
     table, models = pd.concat([table for table, _ in found], ignore_index=True), [summary for _, summary in found]
     rows = [row for part, summary in found for row in _rows(experiment, summary, part)]
+    notes = [*(_note(summary) for summary in models), INTERVALS]
     shown = Shown(_caption(figure), [_shown(row, MEASURES[figure], several=len(models) > 1) for row in rows])
-    return Output(rows, [shown], table, analysis_figure(table, models, figure), [_note(summary) for summary in models])
+    return Output(rows, [shown], table, analysis_figure(table, models, figure), notes)
 
 
 def _analysis(finished: Finished, cell: Cell, measures: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -108,6 +110,5 @@ def _note(summary: Mapping[str, Any]) -> str:
     meta = summary["meta"]
     return (
         f"{meta['label']} is {summary['verdict']}. {summary['explanation'][:1].upper()}{summary['explanation'][1:]}. "
-        f"Of {meta.get('answers', 'some')} answers: intervals are 95 %, of the mean over answers, by a bootstrap. One "
-        "analysis, no seeds."
+        f"{meta.get('answers', 'some')} answers."
     )

@@ -1,11 +1,13 @@
 """pass@K of trained models (figure 6): curves over K, means over seeds."""
 
+from dataclasses import replace
+
 import pandas as pd
 
 from bupo.report.figures.seeds import powers, seeds_figure
 from bupo.reproduction.experiment import Cell
 from bupo.reproduction.outputs.finished import Finished
-from bupo.reproduction.outputs.table import Line, Output, options_of, pivot, text_of, told_apart
+from bupo.reproduction.outputs.table import Line, Output, options_of, pivot, quoted, text_of, told_apart
 
 MOST = 5  # Ks in the table: the first, the last and some between
 COLUMNS = ["model", "row", "seed", "benchmark", "k", "value"]
@@ -24,15 +26,22 @@ def passes(finished: Finished) -> Output:
         for k in _some(sorted(set(data["k"])))
         for key, by_seed in cells.items()
     ]
-    shown = [
-        pivot("pass@K in percent, with the 95 % interval over seeds; the paper prints no numbers:", experiment, lines)
-    ]
-    if against:
-        apart = [line for line in lines if line.row != against]
-        shown.append(pivot(f"Less {against}, paired by seed:", experiment, apart, _difference))
+    tables = []
+    for benchmark in benchmarks:
+        label = f"{benchmark}, "
+        own = [
+            replace(line, measure=line.measure.removeprefix(label)) for line in lines if line.measure.startswith(label)
+        ]
+        caption = f"{benchmark}, in percent, with the 95 % interval over seeds; the paper prints no numbers:"
+        tables.append(pivot(caption, experiment, own))
+        if against:
+            apart = [line for line in own if line.row != against]
+            tables.append(
+                pivot(f"{benchmark}, less {quoted(against)}, paired by seed:", experiment, apart, _difference)
+            )
     titles = {benchmark: f"{benchmark}: pass@K (%)" for benchmark in benchmarks}
     figure = seeds_figure(data.rename(columns={"benchmark": "measure", "k": "x"}), titles, "K", finish=powers)
-    return Output([line.raw(experiment.scale) for line in lines], shown, data, figure)
+    return Output([line.raw(experiment.scale) for line in lines], tables, data, figure)
 
 
 def _curves(finished: Finished, cell: Cell) -> pd.DataFrame:
@@ -65,4 +74,5 @@ def _line(data: pd.DataFrame, benchmark: str, k: int, key: tuple[str, str], cell
 
 
 def _difference(line: Line) -> str:
-    return f"{text_of(line.apart, line.digits, '+')}: {told_apart(line.apart)}"
+    known = line.apart is not None and line.apart.n > 1
+    return text_of(line.apart, line.digits, "+") + (f": {told_apart(line.apart)}" if known else "")

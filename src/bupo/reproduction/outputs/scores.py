@@ -1,6 +1,6 @@
 """Tables of scores (tables 1, 2, 3, 5, 9, 10 and 11): avg@k of every row over seeds, and its difference to one of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bupo.reproduction.experiment import Cell, Experiment, Run
@@ -8,6 +8,7 @@ from bupo.reproduction.outputs.finished import Finished
 from bupo.reproduction.outputs.table import Line, Output, beside, by_seed, options_of, pivot, shown, tidy
 
 AVERAGE = "average"
+FLOOR = 5  # percent: scores below it, or as near to 100, leave no room for a difference
 Key = tuple[str, str]  # model and row
 
 
@@ -26,12 +27,12 @@ def scores(finished: Finished) -> Output:
         for key, row in cells.items()
     ]
     main = [line for line in lines if line.measure == chosen]
-    tables = [shown(f"{chosen}, in percent:", experiment, [replace(line, measure="") for line in main])]
+    tables = [shown(_caption(chosen, measures), experiment, [replace(line, measure="") for line in main])]
     if len(measures) > 1:
         tables.append(pivot("Every benchmark, in percent, with the 95 % interval over seeds:", experiment, lines))
     if experiment.draw.get("by_seed"):
         tables.append(by_seed(f"Seed by seed, {chosen}, in percent:", main))
-    return Output([line.raw(experiment.scale) for line in lines], tables, tidy(lines))
+    return Output([line.raw(experiment.scale) for line in lines], tables, tidy(lines), notes=_notes(main))
 
 
 def _shares(finished: Finished, run: Run) -> dict[str, float]:
@@ -51,6 +52,23 @@ def _chosen(column: str | None, measures: list[str]) -> str:
     """The measure that stands beside the paper's: of the benchmark that is asked for, or the average."""
     asked = [name for name in measures if name.split(", ")[0] == column]
     return (asked or measures)[0 if asked else -1]
+
+
+def _caption(chosen: str, measures: list[str]) -> str:
+    many = f" of {' and of '.join(measures[:-1])}" if chosen == AVERAGE else ""
+    return f"{chosen[:1].upper() if many else chosen[:1]}{chosen[1:]}{many}, in percent:"
+
+
+def _notes(lines: Sequence[Line]) -> list[str]:
+    """Scores that can tell nothing apart."""
+    means = [line.ours.mean for line in lines]
+    if max(means) < FLOOR:
+        return [f"No row reaches {FLOOR} %: the problems are too hard for the model, and differences say nothing."]
+    if min(means) > 100 - FLOOR:
+        return [
+            f"Every row is above {100 - FLOOR} %: the problems are too easy for the model, and differences say nothing."
+        ]
+    return []
 
 
 def _by_seed(

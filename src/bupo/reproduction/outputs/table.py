@@ -121,9 +121,13 @@ class Line:
         ours = self.ours
         if self.before:
             cells["at first [95 %]"] = text_of(over_seeds(list(self.before.values())), self.digits)
-        cells |= {"ours [95 %]": text_of(ours, self.digits), "sd": _number(ours.sd, self.digits), "seeds": str(ours.n)}
+        cells |= {
+            "ours [95 %]": text_of(ours, self.digits),
+            "sd": _number(ours.sd, self.digits),
+            "seeds": _seeds(ours.n),
+        }
         if self.against:
-            cells[f"less {self.against} [95 %]"] = text_of(apart, self.digits, "+")
+            cells[f"less {quoted(self.against)} [95 %]"] = text_of(apart, self.digits, "+")
             cells |= {"from zero": told_apart(apart), "direction": self.direction()}
         return cells
 
@@ -156,12 +160,21 @@ def _number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}" if math.isfinite(value) else NOTHING
 
 
+def _seeds(number: int) -> str:
+    return "1: no interval" if number == 1 else str(number)
+
+
 def text_of(found: OverSeeds | None, digits: int = 1, sign: str = "") -> str:
     """Mean and interval for people."""
     if found is None:
         return NOTHING
     mean, low, high = (_number(value, digits, sign) for value in (found.mean, found.low, found.high))
-    return f"{mean}, {ONE_SEED}" if found.n == 1 else f"{mean} [{low}, {high}]"
+    return mean if found.n == 1 else f"{mean} [{low}, {high}]"
+
+
+def quoted(name: str) -> str:
+    """A row's name in a sentence."""
+    return f"“{name}”" if " " in name else name
 
 
 def told_apart(found: OverSeeds | None) -> str:
@@ -202,7 +215,7 @@ def pivot(
             (line.model, line.row), {"model": line.model, "method": line.row, "options": line.options}
         )
         row[line.measure] = cell(line) if cell else text_of(line.ours, line.digits)
-    last = {"seeds": str(max(line.ours.n for line in lines)), "scale": experiment.scale}
+    last = {"seeds": _seeds(max(line.ours.n for line in lines)), "scale": experiment.scale}
     names = [*dict.fromkeys(name for row in rows.values() for name in row), *last]
     rows = {key: row | last for key, row in rows.items()}
     return Shown(caption, _several([{name: row.get(name, NOTHING) for name in names} for row in rows.values()]))
