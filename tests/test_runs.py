@@ -269,6 +269,16 @@ def test_runs_are_joined_over_seeds_and_evaluations_with_them(runs):
     assert sorted(scores) == [1, 2]
 
 
+def test_dynamics_are_the_runs_own_or_those_of_an_analysis(runs):
+    folders = [probed(train(runs / "a", 1, BUPO)), train(runs / "b", 2, BUPO)]
+    folders += [
+        probed(analyze(runs / f"of-{n}", "embedded", f"runs/{n}/checkpoint-4", f"runs/{n}"), (8,)) for n in "ab"
+    ]
+    (group,) = [group for group in groups_of(*folders) if group.name == "BuPO, layer 5 for 3 batches"]
+    later = {seed: sorted(key[2] for key in found if key[0] == "kl") for seed, found in group.dynamics.items()}
+    assert later == {1: [6, 7, 8], 2: [8]}
+
+
 def test_what_else_differs_is_named(runs):
     folders = [train(runs / f"r{n}", 1, GRPO, learning_rate=rate) for n, rate in enumerate((1e-4, 1e-5))]
     folders += [train(runs / "r3", 1, GRPO, beta=0.1)]
