@@ -14,10 +14,10 @@ import pytest
 from bupo.report.across import benchmark_names, grouped
 from bupo.report.reading import Unreadable
 from bupo.report.runs import Analysed, Evaluated, Trained, read_run, read_runs
-from bupo.report.setting import DEFAULTS, DEMO, ESTIMATORS, FREE, FREE_KINDS, setting_of
+from bupo.report.setting import DEFAULTS, DEMO, ESTIMATORS, FREE, FREE_KINDS, STEPS, setting_of
 from bupo.report.tables import Number, tables
 from bupo.seeds import over_seeds, paired
-from bupo.training.config import BuPOConfig
+from bupo.training.config import DEFAULT_STEPS, BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.estimators import ESTIMATORS as TRAINED_BY
 from bupo.training.inputs import TrainOptions
@@ -59,7 +59,7 @@ def texts(found):
 
 def test_defaults_are_those_of_training():
     plain = BuPOConfig("x", internal_layer=1).to_dict() | {"internal_layer": None}
-    assert {name: plain[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: plain[name] for name in DEFAULTS} == DEFAULTS and STEPS == DEFAULT_STEPS
     demo = dataclasses.asdict(DemoOptions())
     assert {name: demo[name] for name in DEMO if name != "model"} == {n: v for n, v in DEMO.items() if n != "model"}
     assert ESTIMATORS.keys() == TRAINED_BY.keys()
@@ -82,6 +82,7 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ({"internal_layer": 5}, "BuPO", "BuPO, layer 5 for 20 batches"),
         ({"internal_layer": "6", "internal_steps": "30"}, "BuPO", "BuPO, layer 6 for 30 batches"),
         ({"internal_layer": "auto", "internal_steps": 4}, "BuPO", "BuPO, layer auto for 4 batches"),
+        ({"internal_layer": "auto"}, "BuPO", "BuPO, layer auto"),
         ({"internal_schedule": [[3, 5], [5, 6]]}, "BuPO", "BuPO, layer 3 for 5, layer 5 for 6 batches"),
         ({"internal_schedule": "[[3, 5]]"}, "BuPO", "BuPO, layer 3 for 5 batches"),
         ({"internal_schedule": "[[3"}, "GRPO", "GRPO"),
@@ -266,6 +267,16 @@ def test_runs_are_joined_over_seeds_and_evaluations_with_them(runs):
     assert bupo.seeds == [1, 2] and list(bupo.layers) == [1] and list(found["vanilla"].layers) == [None]
     (scores,) = bupo.scores.values()
     assert sorted(scores) == [1, 2]
+
+
+def test_dynamics_are_the_runs_own_or_those_of_an_analysis(runs):
+    folders = [probed(train(runs / "a", 1, BUPO)), train(runs / "b", 2, BUPO)]
+    folders += [
+        probed(analyze(runs / f"of-{n}", "embedded", f"runs/{n}/checkpoint-4", f"runs/{n}"), (8,)) for n in "ab"
+    ]
+    (group,) = [group for group in groups_of(*folders) if group.name == "BuPO, layer 5 for 3 batches"]
+    later = {seed: sorted(key[2] for key in found if key[0] == "kl") for seed, found in group.dynamics.items()}
+    assert later == {1: [6, 7, 8], 2: [8]}
 
 
 def test_what_else_differs_is_named(runs):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bupo.report.runs import Analysed, Curve, Evaluated, Run, Score, Trained
+from bupo.report.runs import Analysed, Curve, Dynamics, Evaluated, Run, Score, Trained
 from bupo.report.setting import VANILLA, Setting
 
 Seed = int | None  # None: of no training
@@ -26,6 +26,7 @@ class Group:
         scores (`dict`): by benchmark and seed.
         passes (`dict`): pass@K by benchmark, seed and K.
         layers (`dict[Seed, dict]`): an analysis' curves by seed and measure.
+        dynamics (`dict[Seed, dict]`): by seed, the run's own, or where it has none an analysis' of its checkpoints.
     """
 
     setting: Setting
@@ -35,6 +36,7 @@ class Group:
     scores: dict[Benchmark, dict[Seed, Score]] = field(default_factory=dict)
     passes: dict[Benchmark, dict[Seed, dict[int, float]]] = field(default_factory=dict)
     layers: dict[Seed, dict[str, Curve]] = field(default_factory=dict)
+    dynamics: dict[Seed, Dynamics] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -59,6 +61,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
     for owner in trained:
         of(owner.setting).runs.append(owner)
+        if owner.dynamics:
+            of(owner.setting).dynamics[owner.seed] = owner.dynamics
     for run in runs:
         if isinstance(run, Evaluated):
             setting, seed = _looked_at(run.model, run.place, run.policy, owners)
@@ -70,6 +74,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
             for model in run.models:
                 setting, seed = _looked_at(model.model, model.place, "", owners)
                 of(setting).layers[seed] = model.curves
+                if run.dynamics and seed is not None:
+                    of(replace(setting, at="")).dynamics.setdefault(seed, run.dynamics)
     if not any(owner.setting == setting for setting, _ in several for owner in trained):
         _while_training(trained, several)
     for (setting, benchmark), by_seed in several.items():

@@ -32,6 +32,7 @@ SERIES = (
 LAYER_MEASURES = ("d_entropy_ffn", "d_entropy_attn", "d_entropy_layer", "entropy_layer", "cosine_ffn", "cosine_attn")
 
 Points = dict[float, float]  # value by rollout batch
+Dynamics = dict[tuple[str, int, int], Points]  # by measure, layer and later layer
 Curve = list[tuple[float, float, float] | None]  # mean and interval by layer, from the first
 
 
@@ -55,7 +56,7 @@ class Trained:
         first_phase (`int`): rollout batches of the first phase, as it was; the guard may have ended it early.
         chosen (`str`): the layer that `auto` took, if it did.
         batches (`int`): rollout batches done. finished (`bool`): whether the run is.
-        dynamics (`dict`): value by measure, layer, later layer and rollout batch, of `dynamics.parquet`.
+        dynamics (`dict`): of `dynamics.parquet`.
     """
 
     folder: Path
@@ -66,7 +67,7 @@ class Trained:
     chosen: str
     batches: int
     finished: bool
-    dynamics: dict[tuple[str, int, int], Points] = field(default_factory=dict)
+    dynamics: Dynamics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,11 @@ class Layers:
 
 @dataclass(frozen=True)
 class Analysed:
-    """An analysis of one model or several."""
+    """An analysis of one model or several; of a run's checkpoints it may hold the training dynamics."""
 
     folder: Path
     models: list[Layers]
+    dynamics: Dynamics = field(default_factory=dict)
 
 
 Run = Trained | Evaluated | Analysed
@@ -192,7 +194,7 @@ def _series(rows: Iterable[dict]) -> tuple[dict[str, Points], Points, list[float
     return series, series.pop("phase", {}), list(series.pop("internal/layer", {}).values())
 
 
-def _dynamics(folder: Path) -> dict[tuple[str, int, int], Points]:
+def _dynamics(folder: Path) -> Dynamics:
     """Of each layer of the first phase against later ones; 0 stands for no layer."""
     names = ["rollout_batch", "measure", "layer", "later_layer", "value"]
     if not there(folder, "dynamics.parquet"):
@@ -251,7 +253,7 @@ def _analysed(folder: Path, summary: dict) -> Analysed:
             models.append(Layers(model, _place(folder, config, model), lines))
     if not models:
         raise Unreadable("no model is analysed")
-    return Analysed(folder, models)
+    return Analysed(folder, models, _dynamics(folder))
 
 
 def _place(folder: Path, config: Mapping, model: str) -> Path:

@@ -262,8 +262,8 @@ def _layers(group: int, seed: int | None, found: Group) -> dict[str, Any]:
 def _dynamics(number: int, group: Group) -> dict[str, Any] | None:
     """Fig. 5's cosine and KL of a layer with later ones, of one group: means over the seeds, where all were probed, thinned."""
     found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in group.runs:
-        for key, points in run.dynamics.items():
+    for dynamics in group.dynamics.values():
+        for key, points in dynamics.items():
             for batch, value in points.items():
                 found[key][batch].append(value)
     lines: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from bupo.text import printable
 DEFAULTS: dict[str, Any] = {
     "advantage_estimator": "grpo",
     "internal_layer": None,
-    "internal_steps": 20,
+    "internal_steps": None,
     "internal_schedule": None,
     "internal_module": "layer",
     "internal_lens": "raw",
@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "slow_factor": 0.1,
     "seed": 42,
 }
+STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATORS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
 VANILLA = "vanilla"
@@ -56,7 +57,8 @@ class Setting:
     Attributes:
         model (`str`): that training began with.
         estimator (`str`): GRPO, RLOO, REINFORCE++, PPO; of a model that is not trained, what to call it.
-        stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned.
+        stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned; 0 where
+            `auto` chooses the length too.
         module, lens, guard: of the first phase; as by default where there is none.
         frozen (`int`), slow (`tuple`, *optional*): layers 1 to this frozen; layer above which is trained slowly, and factor.
         rest (`tuple`): all other options that decide a run, with their values as text, by name.
@@ -100,8 +102,8 @@ class Setting:
     @property
     def name(self) -> str:
         """Method, first phase and what is looked at."""
-        stages = [f"layer {layer} for {batches}" for layer, batches in self.stages]
-        return ", ".join([self.method, *stages]) + " batches" * bool(stages) + (f" ({self.at})" if self.at else "")
+        stages = [f"layer {layer}" + f" for {batches}" * bool(batches) for layer, batches in self.stages]
+        return ", ".join([self.method, *stages]) + " batches" * bool(self.steps) + (f" ({self.at})" if self.at else "")
 
     @property
     def baseline(self) -> "Setting":
@@ -150,8 +152,12 @@ def _stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
         except (ValueError, TypeError, RecursionError):
             return ()
         return stages[:20]
-    steps, layer = _whole(values["internal_steps"]) or 0, values["internal_layer"]
-    return ((_text(layer), steps),) if steps > 0 and layer is not None else ()
+    steps, layer = _whole(values["internal_steps"]), values["internal_layer"]
+    if layer is None or (steps is not None and steps <= 0):
+        return ()
+    if steps is None:
+        steps = 0 if layer == "auto" else STEPS
+    return ((_text(layer), steps),)
 
 
 def _whole(value: Any) -> int | None:

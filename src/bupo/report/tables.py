@@ -102,7 +102,7 @@ def tables(groups: Sequence[Group]) -> list[Table]:
     scored = [group for group in groups if group.scores]
     found = [
         _methods(scored),
-        _varied(scored, 2, "Length of the first phase", "batches", _without_length, lambda s: str(s.steps)),
+        _varied(scored, 2, "Length of the first phase", "batches", _without_length, _length),
         _varied(scored, 3, "Layer of the first phase", "layer", _without_layer, lambda s: s.layer or "none"),
         _varied(scored, 5, "Lens of the first phase", "lens", lambda s: replace(s, lens=""), _lens),
         _seeds(scored),
@@ -113,6 +113,10 @@ def tables(groups: Sequence[Group]) -> list[Table]:
 
 def _without_length(setting: Setting) -> Setting:
     return replace(setting, stages=tuple((layer, 0) for layer, _ in setting.stages), guard=True)
+
+
+def _length(setting: Setting) -> str:
+    return "auto" if setting.stages and not setting.steps else str(setting.steps)
 
 
 def _without_layer(setting: Setting) -> Setting:

@@ -218,7 +218,7 @@ function drawDynamics() {
 }
 function drawRuns() {
   const rows = shownRuns().map(run => [run.folder, groups[run.group].name, String(run.seed), run.chosen || groups[run.group].layer,
-    run.first === groups[run.group].planned ? String(run.first) : `${run.first} of ${groups[run.group].planned}`, String(run.batches), run.finished ? "yes" : "no"]);
+    run.first === groups[run.group].planned || !groups[run.group].planned ? String(run.first) : `${run.first} of ${groups[run.group].planned}`, String(run.batches), run.finished ? "yes" : "no"]);
   $("runs").replaceChildren(headOf(["folder", "method", "seed", "layer", "phase 1", "rollout batches", "finished"], () => false),
     element("tbody", "", ...rows.map(row => element("tr", "", ...row.map((cell, i) => cellOf(cell, i === 0))))));
 }
