@@ -18,6 +18,7 @@ FAULTLESS = {
     "analyze": "--size 2 --max_new_tokens 4 --output deep/er/out",
     "sample": "--prompt 57+23-41",
     "demo": "--steps 1 --problems 4 --output deep/er/out",
+    "report": "other-run --output deep/er/page.html",
 }
 
 
@@ -131,6 +132,11 @@ FILES: dict[str, str | bytes] = {
     "strangers/summary.json": '{"schema_version": 99, "benchmarks": {"math500": {}}}',
     "wordy/summary.json": '{"schema_version": "x", "benchmarks": {"arithmetic": {}}}',
     "older/summary.json": '{"schema_version": 1, "benchmarks": {"arithmetic": {}}}',
+    "empty-numbers/summary.json": '{"schema_version": 3, "benchmarks": {"arithmetic": {}}}',
+    "broken-run/evaluation.json": '{"max_new_tokens": 0}',
+    "evaluated/arithmetic/samples.jsonl": lines(
+        {"problem": 0, "sample": 0, "text": "7", "tokens": 2, "truncated": False}
+    ),
     "kept-cut/arithmetic/settings.json": '{"problems": [',
     "kept-cut/arithmetic/answers.jsonl": "{}\n",
     "kept-bare/arithmetic/settings.json": "{}",
@@ -425,6 +431,7 @@ TRAINING_FILES = [
     bad("train", "--dataset inf.jsonl", "inf.jsonl"),
     bad("train", "--dataset bools.parquet --answer_column deep", "row 0"),
     bad("train", "--dataset few.jsonl", "holds 3 problems, and a rollout batch takes 4"),
+    bad("train", "--max_prompt_length 3", "unknown option 'max_prompt_length': did you mean 'max_prompt_tokens'?"),
     bad("train", "--shuffle_seed 1", "shuffle_seed is 1", "arithmetic are made at random, by seed: leave it out"),
     bad("train", "--max_prompt_tokens 3", "max_prompt_tokens 3 leaves 0 of 64 problems", "a rollout batch takes 4"),
     bad("train", "--size 3", "holds 3 problems, and a rollout batch takes 4", "per_device_train_batch_size 8"),
@@ -512,6 +519,33 @@ EVAL = [
     ),
     bad("eval", "--benchmarks harness:absent.yaml", "absent.yaml"),
     bad("eval", "--temperature 0 --k 2", "temperature 0", "set k to 1"),
+    bad(
+        "eval",
+        "--temperature 0 --benchmarks arithmetic:3",
+        "temperature 0 gives 3 answers",
+        "set k to 1 for arithmetic",
+    ),
+    bad("eval", "--benchmarks arithmetic:0", "answers in benchmark 'arithmetic:0' must be 1 or more, got 0"),
+    bad("eval", "--benchmarks arithmetic:99999999999", "'arithmetic:99999999999' must be 1 or more and at most"),
+    bad("eval", "--benchmarks arithmetic:many", "unknown benchmark 'arithmetic:many'"),
+    bad("eval", "--benchmarks arithmetic:-2", "unknown benchmark 'arithmetic:-2'"),
+    bad("eval", "--benchmarks mmlu-pro:4", "'mmlu-pro:4' is lm-eval-harness', which answers once: leave out :4"),
+    bad("eval", "--benchmarks harness:zzz:4", "'harness:zzz:4' is lm-eval-harness'"),
+    *each("eval", "preset", "zzz", "invalid choice", "paper"),
+    *(
+        bad(
+            "eval",
+            f"--{option} broken-run",
+            "broken-run/evaluation.json cannot be used (max_new_tokens must be 1 or more",
+        )
+        for option in ("model", "adapter")
+    ),
+    bare("eval --table", "table", "expected at least one argument"),
+    bare("eval --table no-config", "no-config holds no finished evaluation"),
+    bare("eval --table finished", "finished/summary.json cannot be read"),
+    bare("eval --table older", "older was graded by an earlier version"),
+    bare("eval --table empty-numbers", "table empty-numbers", "KeyError"),
+    bare("eval --table empty-numbers --seed 3", "table evaluates nothing: leave out seed"),
     bad("eval", "--server http://localhost:1", "engine server and its address"),
     bad("eval", "--engine server", "engine server and its address"),
     bad("eval", "--engine server --server zzz --model embedded", "zzz"),
@@ -547,6 +581,10 @@ ANALYZE = [
     *each("analyze", "temperature", "0 -1 nan inf", "must be positive"),
     *each("analyze", "top_p", "0 2", "must lie above 0 and up to 1"),
     *each("analyze", "until", "zzz", "invalid choice"),
+    *each("analyze", "layer", "0 -1", "must be 1 or more"),
+    bad(
+        "analyze", "--layer 5", "layer 5 is for checkpoints of one run, measured on the same rollouts: give --rollouts"
+    ),
     *each("analyze", "dtype", "zzz", "must be auto"),
     *each("analyze", "seed", "-1", "must lie from 0"),
     bad("analyze", "--model", "model", "expected at least one argument"),
@@ -565,6 +603,18 @@ ANALYZE = [
             *("messages", "number-prompt", "number-answer", "surrogate", "cut", "long"),
         )
     ),
+    bad(
+        "analyze",
+        "--rollouts evaluated",
+        "evaluated is a whole evaluation: give the folder of a benchmark in it, arithmetic",
+    ),
+    bad("analyze", "--rollouts evaluated/arithmetic", "samples.jsonl, line 1 is no rollout", "without tokens"),
+    bad("analyze", "--dataset math500 --split train", "split 'train' is for a dataset, and math500 is a benchmark"),
+    bad("analyze", "--dataset math500 --dataset_config a", "dataset_config 'a' is for a dataset"),
+    bad("analyze", "--dataset x=good.jsonl:3", "dataset x=good.jsonl:3: an analysis takes one answer a problem"),
+    bad("analyze", "--dataset x=absent.jsonl", "absent.jsonl is no file"),
+    *each("analyze", "preset", "zzz", "invalid choice", "paper"),
+    bad("analyze", "--model broken-run", "broken-run/evaluation.json cannot be used"),
     bad("analyze", "--output analysis-cut", "settings.json cannot be read"),
     bad("analyze", "--model learned --dataset long.jsonl --size 9", "long.jsonl, row 8: the prompt has"),
     bad("analyze", "--chat_template syntax.jinja", "template"),
@@ -582,6 +632,7 @@ SAMPLE = [
     *each("sample", "seed", "-1 99999999999999999999", "must lie from 0"),
     bad("sample", "--raw_prompt --system_prompt x", "raw_prompt"),
     bad("sample", "--model no-config", "no-config holds no model"),
+    bad("sample", "--model broken-run", "broken-run/evaluation.json cannot be used"),
     bad("sample", "--adapter no-adapter", "adapter 'no-adapter'"),
     bad("sample", "--chat_template empty.jinja", "empty"),
 ]
@@ -610,4 +661,25 @@ REPRODUCE = [
     bare("reproduce fig3 --name x", "unknown option 'name'"),
 ]
 
-ROWS = [*MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE]
+REPORT = [
+    bare("report", "folders is empty: give run folders"),
+    bare("report --output x.html", "folders is empty"),
+    bare("report gone", "gone (does not exist)"),
+    bare("report file", "no folder holds a run: file (a file)"),
+    bare(
+        "report finished numbers wordy no-config", "summary.json cannot be read", "numbers (summary.json is no mapping)"
+    ),
+    bare("report other-run", "other-run (config.yaml is missing)"),
+    bare("report . --output deep/er/x.html", "no folder holds a run"),
+    bare("report other-run --output file", "output file is another file than a page of bupo report"),
+    bare("report other-run --output finished", "output 'finished' is a folder: name the file"),
+    bare("report other-run --output file/x.html", "output file is a file"),
+    bare("report other-run --output=", "output is empty"),
+    bare("report other-run --outputs x.html", "unknown option 'outputs': did you mean 'output'?"),
+    bare("report other-run --output", "expected one argument"),
+    bare("report 'a\0b'", "folders must be text"),
+]
+
+ROWS = [
+    *MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE, *REPORT,
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -9,9 +10,13 @@ import pytest
 import torch
 
 from bupo import BuPOTrainer, UserError
+from bupo.analysis import report as analysis_report
 from bupo.analysis.measure import MEASURES, measure
+from bupo.analysis.over_training import Course, course_of, write_course
+from bupo.analysis.report import AnalysisReport
 from bupo.commands.main import main
 from bupo.model.residual import ResidualStream
+from bupo.provenance import note_run
 from bupo.training import boundary, schedule
 from bupo.training import probes as probes_module
 from bupo.training.guard import CAPPED, KL, PERPLEXITY, Guard
@@ -60,57 +65,99 @@ def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     assert len(rows) == 2 + 2 * 3 + 2 * (3 + 1)
 
 
-def test_a_runs_series_are_the_analysis_of_its_checkpoints(tmp_path):
-    """`bupo train` with a checkpoint after every rollout batch, then `bupo analyze` of each on the run's probe set."""
-    run = tmp_path / "run"
+KEYS = ["rollout_batch", "measure", "layer", "later_layer"]
+OF_ROLLOUTS = ("response_length", "repetition", "reward")
+
+
+def probed(folder):
+    """The series of a folder that are measured on the probe set, by what they are of."""
+    table = pd.read_parquet(folder / "dynamics.parquet").sort_values(KEYS)
+    assert list(table.columns) == [*KEYS, "value"]
+    assert [str(table[name].dtype) for name in (*KEYS[::2], "later_layer", "value")] == [
+        "int64",
+        "Int64",
+        "Int64",
+        "float64",
+    ]
+    return table[~table["measure"].isin(OF_ROLLOUTS)].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def probed_run(tmp_path_factory):
+    """A run with a checkpoint after every rollout batch, probed after each."""
+    run = tmp_path_factory.mktemp("probed") / "run"
     options = {"internal_layer": 5, "max_steps": 8, "probe_every": 1, "save_strategy": "steps", "save_steps": 2}
     assert main(["train", *flags(run, learning_rate=1e-3, internal_steps=2, **options)]) == 0
-    table = pd.read_parquet(run / "dynamics.parquet")
-    assert sorted(table["rollout_batch"].unique()) == [0, 1, 2, 3, 4]
-    moved = []
-    for batch in (1, 4):
-        out = tmp_path / f"analysis-{batch}"
-        model = str(run / f"checkpoint-{2 * batch}")
-        assert (
-            main(
-                [
-                    "analyze",
-                    "--model",
-                    model,
-                    "--rollouts",
-                    str(run / "probes.jsonl"),
-                    "--output",
-                    str(out),
-                    "--kl_pairs",
-                    "true",
-                ]
-            )
-            == 0
-        )
-        (summary,) = json.loads((out / "summary.json").read_text())["models"]
-        layers = pd.read_parquet(out / "layers.parquet").set_index(["measure", "layer"])["mean"]
-        rows = table[table["rollout_batch"] == batch]
-        mine = {(r.measure, r.layer, r.later_layer): r.value for r in rows.astype(object).itertuples()}
+    return run
 
-        def check(name, expected, layer=pd.NA, later=pd.NA, mine=mine):
-            (found,) = [
-                v for (m, a, b), v in mine.items() if m == name and str(a) == str(layer) and str(b) == str(later)
-            ]
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, layer, later)
-            moved.append(found)
 
-        check("entropy", summary["entropy_language_model"])
-        check("perplexity", summary["perplexity"])
-        for name in ("entropy_layer", "d_entropy_layer", "kl_language_model"):
-            check(name, layers[name, 5], 5)
-        for later in (6, 7, 8):
-            check("kl", summary["kl"][4][later - 1], 5, later)
-            check("cosine", summary["similarity"][4][later - 1], 5, later)
-    half = len(moved) // 2
-    assert all(a != b for a, b in zip(moved[:half], moved[half:], strict=True))
-    meta = json.loads(pq.read_schema(run / "dynamics.parquet").metadata[b"meta"])
+def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, capsys, monkeypatch):
+    """Figure 5 afterwards: the same table as the run's own probes, from the model it began with to the finished run."""
+    monkeypatch.setattr(analysis_report, "analysis_figures", lambda *args: (tmp_path / "out" / "figures").mkdir())
+    run, out = probed_run, tmp_path / "out"
+    models = ["embedded", str(run / "checkpoint-6"), str(run / "checkpoint-2"), str(run)]
+    options = ["--rollouts", str(run / "probes.jsonl"), "--output", str(out)]
+    assert main(["analyze", "--model", *models, *options]) == 0
+    assert "dynamics.parquet" in capsys.readouterr().out
+    mine, its = probed(run), probed(out)
+    assert sorted(mine["rollout_batch"].unique()) == [0, 1, 2, 3, 4]
+    mine = mine[mine["rollout_batch"] != 2].reset_index(drop=True)
+    assert len(mine) == 4 * (2 + 3 + 2 * 3)
+    pd.testing.assert_frame_equal(mine, its, rtol=1e-5, atol=1e-5)
+    for _, part in mine.groupby(KEYS[1:], dropna=False):
+        assert part["value"].nunique() == 4  # else equal tables would say nothing
+    figures = [out / "figures" / f"dynamics.{kind}" for kind in ("png", "pdf")]
+    assert all(path.stat().st_size > 10_000 for path in figures)
+    meta = json.loads(pq.read_schema(out / "dynamics.parquet").metadata[b"meta"])
+    assert meta["lens"] == "raw" and meta["run"] == str(run)
+    write_course(report := AnalysisReport((), out), None)  # as another analysis does in the same folder
+    assert report.dynamics is None and not any(path.exists() for path in figures)
+
+
+def test_which_models_are_a_runs_and_of_which_layer(tmp_path, probed_run):
+    run, twin = probed_run, tmp_path / "twin"
+    first, last, end = (str(run / name) for name in ("checkpoint-2", "checkpoint-8", ""))
+    found = course_of(["embedded", first, last, end], None, tmp_path)
+    assert found == Course(run, [0, 1, 4, 4], [5], 2)
+    assert course_of([last, first], 7, tmp_path).layers == [7]
+    shutil.copytree(run / "checkpoint-2", twin / "checkpoint-2")
+    (twin / "checkpoint-2" / "manifest.json").write_text("of another run")
+    foreign = str(twin / "checkpoint-2")
+    (tmp_path / "checkpoint-4").mkdir()
+    for names, why in {
+        (first,): "there is one model",
+        ("embedded", "embedded"): "embedded is none",
+        (first, last, "other"): "other is none",
+        (first, str(tmp_path / "checkpoint-4")): "checkpoint-4 is none",
+        (first, foreign): "these are of several",
+    }.items():
+        assert course_of(names, None, tmp_path) is None
+        with pytest.raises(UserError, match=f"layer 5 is for checkpoints of one run, .*{why}: leave it out"):
+            course_of(names, 5, tmp_path)
+    with pytest.raises(UserError, match=r"layer: layer 9 does not exist: .* has layers 1 to 8"):
+        course_of([first, last], 9, tmp_path)
+    with pytest.raises(UserError, match=f"output {run} is the run that is analysed"):
+        course_of([first, last], None, run)
+    for name in ("bupo.pt", "trainer_state.json"):  # of another trainer; of no checkpoint at all
+        (twin / "checkpoint-2" / name).unlink()
+        assert course_of([foreign, foreign], None, tmp_path) is None
+
+
+def test_inside_a_rollout_batch_and_without_a_first_phase(tmp_path):
+    """A course goes where the weights were taken; a GRPO run's is that of the layer that it names."""
+    args = config(
+        tmp_path / "run", internal_steps=0, internal_layer=3, max_steps=6, save_strategy="steps", save_steps=3
+    )
+    trainer_of(model_of(), args).train()
+    names = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (3, 6)]
+    note_run(tmp_path / "run", "train", {"internal_layer": 3})
+    assert course_of(names, None, tmp_path) == Course(tmp_path / "run", [0.75, 1.5], [3], 0)
+
+
+def test_a_run_keeps_and_logs_its_series(probed_run):
+    meta = json.loads(pq.read_schema(probed_run / "dynamics.parquet").metadata[b"meta"])
     assert meta["lens"] == "raw" and meta["layers"] == 8 and meta["versions"]["bupo"]
-    logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logs = [json.loads(line) for line in (probed_run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in logs if "rollout_batch" in row]
     assert all({"probe/entropy", "probe/perplexity", "probe/kl", "probe/cosine", "probe/time"} <= set(r) for r in steps)
 

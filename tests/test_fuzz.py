@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from trl import ModelConfig
 
 import bupo.analysis.run
+import bupo.commands.report
 import bupo.commands.sample
 import bupo.evaluation.run
 import bupo.training.demo
 import bupo.training.run
 from bupo.analysis.options import AnalyzeOptions
 from bupo.commands.main import main
+from bupo.commands.report import ReportOptions
 from bupo.commands.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
 from bupo.ranges import hints_of, kinds_of, words_of
@@ -33,6 +35,7 @@ OPTIONS = {
     "analyze": (AnalyzeOptions,),
     "sample": (SampleOptions,),
     "demo": (DemoOptions,),
+    "report": (ReportOptions,),
 }
 NAMES = {
     command: [field.name for each in classes for field in fields(each) if field.init]
@@ -45,6 +48,7 @@ LAST = (
     (bupo.analysis.run, "note_run"),
     (bupo.commands.sample, "_answer"),
     (bupo.training.demo, "_measured"),
+    (bupo.commands.report, "report_runs"),
 )
 NUMBERS = ["-1", "0", "1", "2", "3", "4", "8", "9", "16", "0.5", "1.5", "-0.5", "1e-5", "1e400", "-1e400", "nan"]
 NUMBERS += ["4294967295", "4294967296", "9" * 30, "0x10", "1_000", "٣"]
@@ -139,7 +143,7 @@ HINTS = {name: hint for classes in OPTIONS.values() for each in classes for name
 @st.composite
 def command_lines(draw):
     """A command, its flags, and what a YAML file gives it: of values that may do, of any, or of both."""
-    command = draw(st.sampled_from(["train", "train", "eval", "analyze", "sample", "demo"]))
+    command = draw(st.sampled_from(["train", "train", "eval", "analyze", "sample", "demo", "report"]))
     names = st.sampled_from(NAMES[command])
     wild = draw(st.sampled_from([0, 0, 1, 2]))  # options whose value is anything
     tame = [(name, draw(plausible(HINTS[name]))) for name in draw(st.lists(names, max_size=3))]

@@ -25,12 +25,14 @@ from bupo.evaluation.harness import _kept_as_json, _without_secrets
 from bupo.model.loading import load_model, load_tokenizer, model_path
 from bupo.report.html import script_json
 from bupo.report.page import write_page
+from bupo.report.runs_page import report_runs
 from bupo.report.samples import write_samples_page
 from bupo.report.scores import score_tables, write_scores
 from bupo.sampling import Answer
 from bupo.store import inside
 from bupo.text import csv_cell, markdown_cell, plain_label, printable, shown
 from bupo.training.console import ConsoleLines
+from tests.made_runs import analyze, evaluate, probed, train
 from tests.test_samples_page import META, answers, data_of
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x08\x9b31m\u202eevil\u2066\x00\udc80"
@@ -223,6 +225,60 @@ def test_a_hostile_label_is_drawn_as_text(tmp_path, open_file):
     open_file(tmp_path / "samples.html", ".answer")
 
 
+# -- run folders that a page is made over
+
+
+def hostile_runs(runs):
+    """Names with HTML, markup and escapes wherever a folder holds one, and numbers that are none or too large."""
+    names = {"model": SCRIPT, "optim": ESCAPES + MARKUP, "internal_layer": SCRIPT, "advantage_estimator": "@SUM(1+1)"}
+    folders = [
+        train(runs / "a", 1, names | {"internal_steps": 2}),
+        train(runs / "b", 2, names | {"internal_steps": 10**40}),
+    ]
+    with (folders[0] / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"rollout_batch": 2, "reward": NaN, "entropy": -Infinity, "loss": 1e308, "kl": ' + "9" * 5000 + "}\n"
+        )
+        file.write(
+            json.dumps({"eval/rollout_batches": 1, f"eval/{SCRIPT.replace('/', '')}/avg@4": 0.5}) + "\n" + "[" * 99_999
+        )
+    folders += [
+        evaluate(runs / "e", "runs/a", **{SCRIPT: 50, "=cmd": 40, "__proto__": 30}),
+        evaluate(runs / "v", MARKUP, m=1),
+    ]
+    folders += [analyze(runs / "l", SCRIPT, "runs/a"), probed(runs / "b")]
+    loop = "optim: &a [*a, *a]\nmodel: &b [x, x, x, x]\n" + "".join(
+        f"o{n}: &c{n} [{f'*c{n - 1}' if n else '*b'}, {f'*c{n - 1}' if n else '*b'}]\n" for n in range(30)
+    )
+    (train(runs / "bomb", 3) / "config.yaml").write_text(
+        loop
+    )  # two to the thirtieth of texts, and a list inside itself
+    return [*folders, runs / "bomb"]
+
+
+def test_hostile_run_folders_do_nothing_in_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    odd = tmp_path / f"odd{ESCAPES.replace(chr(0), '').removesuffix(chr(0xDC80))}"
+    odd.mkdir()
+    folders = [*hostile_runs(tmp_path / "runs"), tmp_path / "pipe", odd]
+    assert main(["report", *map(str, folders), "--output", "page.html"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: " in out and "(no run)" in out and not STEERING.search(out)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = page[page.rindex("</script>\n</head>") :]  # behind Plotly's own text
+    assert "alert(1)</script>" not in page and "<img src=x" not in page and page.count("<script") == 2
+    data = data_of(tmp_path / "page.html")
+    (run,) = [run for run in data["runs"] if run["folder"].endswith("/a")]
+    assert len(run["y"]["reward"]["y"]) == 6 and "kl" not in run["y"] and "loss" not in run["y"]
+    assert len(json.dumps(data)) < 200_000 and not STEERING.search(json.dumps(data, ensure_ascii=False))
+    found = report_runs(folders, tmp_path / "page.html")
+    rows = list(csv.DictReader(found.tables[0].frame().to_csv(index=False).splitlines()))
+    assert rows and not [value for row in rows for value in row.values() if value[:1] in tuple("=+@")]
+    lines = found.tables[0].markdown().splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
 def test_json_in_a_script_cannot_end_it():
     assert "<" not in script_json({SCRIPT: [SCRIPT], "<!--": SCRIPT})
 
@@ -279,7 +335,7 @@ def test_a_hostile_label_of_a_benchmark_writes_nothing(label, tmp_path, capsys, 
         "!!python/name:os.system",
     ],
 )
-@pytest.mark.parametrize("command", ["train", "eval", "analyze", "sample", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "analyze", "sample", "demo", "report"])
 def test_a_config_runs_nothing(tag, command, tmp_path, touched, capsys):
     (tmp_path / "c.yaml").write_text(f"seed: {tag.format(touched)}\n")
     assert main([command, "--config", str(tmp_path / "c.yaml")]) == 2

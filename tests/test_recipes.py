@@ -117,7 +117,7 @@ BY_FAMILY: dict[str, dict] = {
 }
 IPA: dict = {"internal_layer": (6, 6, 27, 31), "internal_steps": (30, 20, 20, 20), "internal_guard": False}
 CRITIC = {
-    "critic_backbone": "shared",
+    "critic_backbone": "copy",
     "critic_learning_rate": 1e-5,
     "value_clip": 0.5,
     "gae_gamma": 1.0,

@@ -186,6 +186,10 @@ def test_problems_of_ones_own_are_checked(tmp_path):
         bupo.train("embedded", config, problems=problems.remove_columns("answer"), eval_problems=problems)
     with pytest.raises(bupo.UserError, match="dataset is not set"):
         bupo.train("embedded", config, problems=problems)
+    with pytest.raises(
+        bupo.UserError, match="shuffle_seed is for a dataset by name, and the problems came from Python"
+    ):
+        bupo.train("embedded", config, bupo.TrainOptions(shuffle_seed=1), problems=problems)
     assert not (tmp_path / "run").exists()
     done = bupo.train("embedded", config, problems=problems, eval_problems=problems.select(range(4)))
     assert any("eval_reward" in row for row in done.metrics)

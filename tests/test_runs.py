@@ -33,7 +33,8 @@ def runs(tmp_path):
 
 def read(kind, folder):
     """The run that a folder holds, of the kind that it must be."""
-    run = read(kind, folder)
+    run = read_run(folder)
+    assert isinstance(run, kind)
     return run
 
 

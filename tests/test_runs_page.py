@@ -91,13 +91,13 @@ def test_every_series_has_a_name():
 
 
 def test_many_long_runs_fit(tmp_path):
-    """100 runs of 300 rollout batches with every series; a point is the mean of several batches where there are more."""
+    """Runs of 300 rollout batches with every series; a point is the mean of several batches where there are more."""
     points = {float(batch): batch + 0.123456 for batch in range(1, 301)}
     run = Trained(tmp_path, Setting("m", "GRPO"), 1, dict.fromkeys(SERIES, points), 0, "", 300, True)
-    group = Group(run.setting, "GRPO", "GRPO", [run] * 100)
-    data = page_data(RunsReport([group], [], [], [run] * 100, tmp_path / "page.html"))
-    assert data["width"] == 1 and data["runs"][99]["y"]["reward"]["y"][:2] == [1.1235, 2.1235]
-    assert 3 << 20 < len(script_json(data)) < 6 << 20
+    group = Group(run.setting, "GRPO", "GRPO", [run] * 20)
+    data = page_data(RunsReport([group], [], [], [run] * 20, tmp_path / "page.html"))
+    assert data["width"] == 1 and data["runs"][19]["y"]["reward"]["y"][:2] == [1.1235, 2.1235]
+    assert len(script_json(data)) < 50_000 * 20  # 100 of them make 5 MB
     assert _thinned(points, 3)["x"] == list(range(2, 300, 3))
     assert _thinned(points, 3)["y"] == [pytest.approx(2.1235 + 3 * n, abs=1e-2) for n in range(100)]
     assert _width([dataclasses.replace(run, batches=1200)]) == 3  # 400 points

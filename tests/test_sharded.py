@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
-from bupo import UserError
+from bupo import AnalyzeOptions, UserError, analyze
 from bupo.training.setup import check_run
 from tests.faults.test_launches import FSDP2
 from tests.test_trainer import config
@@ -43,17 +44,23 @@ def sharded(tmp_path_factory):
     return folder, *launched(folder)
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, *launched(folder, processes=1)
+
+
 @pytest.mark.slow
-def test_sharded_policy_and_critic_end_as_those_of_one_process(sharded, tmp_path):
+def test_sharded_policy_and_critic_end_as_those_of_one_process(sharded, one):
     """Gradients of two micro-batches, clipped, in both phases, with gradient checkpointing."""
     _, end, ranks = sharded
-    whole, (alone,) = launched(tmp_path / "one", processes=1)
+    folder, whole, (alone,) = one
     assert ranks[0]["phases"] == alone["phases"] == [1, 1, 1, 1, 2, 2, 2, 2]
     for part in ("policy", "critic"):
         assert end[part].keys() == whole[part].keys()
         for name, value in whole[part].items():
             torch.testing.assert_close(end[part][name], value, atol=1e-5, rtol=1e-5, msg=f"{part} {name}")
-    start = torch.load(tmp_path / "one" / "start.pt")
+    start = torch.load(folder / "start.pt")
     for part in ("policy", "critic"):
         assert all((end[part][name] - start[part][name]).abs().max() > 1e-4 for name in start[part])
 
@@ -74,6 +81,29 @@ def test_a_sharded_run_is_gone_on_with_inside_the_first_phase(sharded, tmp_path)
     again, _ = launched(tmp_path, checkpoint)
     for part in ("policy", "critic"):
         assert all(torch.equal(value, again[part][name]) for name, value in end[part].items()), part
+    assert probes(tmp_path) == probes(folder)
+
+
+def probes(folder):
+    """The answers of a probe set, in no order."""
+    rows = [json.loads(line) for line in (folder / "run" / "probes.jsonl").read_text().splitlines()]
+    return sorted((row["prompt_ids"], row["completion_ids"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_probed_afterwards(sharded, one, tmp_path):
+    """On the answers that one process probes itself on, with the same numbers; while it goes, it is not probed."""
+    run = sharded[0] / "run"
+    assert probes(sharded[0]) == probes(one[0]) and len(probes(one[0])) == 8
+    assert not (run / "dynamics.parquet").exists()
+    options = AnalyzeOptions(rollouts=str(run / "probes.jsonl"), output=str(tmp_path / "out"))
+    afterwards = analyze([str(run / f"checkpoint-{step}") for step in (3, 6, 8)], options).dynamics
+    keys = ["rollout_batch", "measure", "layer", "later_layer"]
+    its = pd.read_parquet(one[0] / "run" / "dynamics.parquet").astype({"rollout_batch": float})
+    assert set(afterwards["rollout_batch"]) == {1.5, 3, 4}
+    both = its.merge(afterwards, on=keys, suffixes=("", "_afterwards"))
+    assert len(both) == 2 * (2 + 3 + 2 * 2)
+    assert both["value_afterwards"].to_numpy() == pytest.approx(both["value"].to_numpy(), rel=1e-4, abs=1e-5)
 
 
 # -- where it cannot be ----------------------------------------------------------------------------------------------

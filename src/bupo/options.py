@@ -31,7 +31,12 @@ OUR_WORDS = {ours: theirs for theirs, ours in TRL_WORDS.items() if ours != "batc
 OLD_WORDS = {"overwrite_output_dir": "overwrite"}
 SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS | OLD_WORDS
 # a word of other commands, and the nearest that a command without it has
-ELSEWHERE = {"dataset": "benchmarks", "dataset_name": "benchmarks", "batch_size": "per_device_train_batch_size"}
+ELSEWHERE = {
+    "dataset": "benchmarks",
+    "dataset_name": "benchmarks",
+    "batch_size": "per_device_train_batch_size",
+    "max_prompt_length": "max_prompt_tokens",  # TRL's of before, and verl's: they cut
+}
 
 MAY_BE_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
 # of the numbers that commands share

@@ -44,6 +44,8 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
         max_tokens (`int`, *optional*): start to measure no further answer after so many tokens; by default 20,000.
         until (`str`, *optional*): `settled`: stop when the sign of dH_FFN is settled in every layer.
         temperature (`float`): of the sampling and of every policy.
+        layer (`int`, *optional*): whose course over training is drawn, where the models are checkpoints of one run and read the
+            same rollouts; by default that of the layers of its first phase.
     """
 
     model: list[str] = field(  # type: ignore[assignment]  # several at once
@@ -97,13 +99,19 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
         default=False,
         metadata={"help": "Also the KL of every layer's policy to every other's (a few per cent more time)."},
     )
+    layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of checkpoints of one run: the layer whose course is drawn; by default those of its first phase."
+        },
+    )
     per_token: bool = field(default=False, metadata={"help": "Also write every token's values (tokens.parquet)."})
     output: str = field(default="runs/analysis", metadata={"help": "Folder of the run."})
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
         check_values(
-            self, max_tokens=COUNT, temperature=POSITIVE
+            self, max_tokens=COUNT, temperature=POSITIVE, layer=COUNT
         )  # every policy's logits are divided by the temperature
         if self.dataset and self.rollouts:
             raise UserError(

@@ -14,6 +14,8 @@ from bupo.files import in_one_piece, write_json
 from bupo.report.figures import analysis_figures
 from bupo.report.page import write_page
 
+DYNAMICS_FILE = "dynamics.parquet"
+
 
 @dataclass(frozen=True)
 class ModelReport:
@@ -80,7 +82,7 @@ class AnalysisReport:
 
     Attributes:
         models (`tuple[ModelReport, ...]`): in the order they were given.
-        folder (`Path`): of the run: `report.html`, `layers.parquet`, `summary.json`, `figures/`.
+        folder (`Path`): of the run: `report.html`, `layers.parquet`, `summary.json`, `figures/`, `dynamics.parquet` if any.
     """
 
     models: tuple[ModelReport, ...]
@@ -90,6 +92,12 @@ class AnalysisReport:
     def table(self) -> pd.DataFrame:
         """`layers.parquet`: the tables of all models."""
         return pd.concat([model.table for model in self.models], ignore_index=True)
+
+    @property
+    def dynamics(self) -> pd.DataFrame | None:
+        """`dynamics.parquet`: the training dynamics (fig. 5), of several checkpoints of one run on the same rollouts."""
+        path = self.folder / DYNAMICS_FILE
+        return pd.read_parquet(path) if path.exists() else None
 
     @property
     def only(self) -> ModelReport:

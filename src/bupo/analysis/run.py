@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
 from bupo.analysis.measure import MEASURES
 from bupo.analysis.options import OTHERWISE, PAPER, AnalyzeOptions
+from bupo.analysis.over_training import Course, course_of, write_course
 from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
 from bupo.analysis.tables import AnswerSums
@@ -78,12 +79,20 @@ def analyze(
     if bar and asking.line:
         bar.console.print(printable(asking.line), highlight=False, markup=False)
     _look_ahead(names, given, options)
+    return _analysis(names, labels, given, *_over_training(names, given, options), bar)
+
+
+def _analysis(
+    names: list[str], labels: list[str], given: "_Given", options: AnalyzeOptions, course: Course | None, bar
+) -> AnalysisReport:
+    """As of `analyze`, in a folder of its own."""
     reports: list[ModelReport] = []
     with sole_writer(options.output):
         for name, label in zip(names, labels, strict=True):
             reports.append(_reported(name, label, given, options, bar, first=not reports))
         report = AnalysisReport(tuple(reports), Path(options.output))
         write_report(report)
+        write_course(report, course)
     return report
 
 
@@ -117,6 +126,18 @@ def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> N
         config = load_config(name, **options.loading())
         if options.rollouts and name == names[0]:
             _read(options, tokenizer, config, given.asking)
+
+
+def _over_training(names: list[str], given: "_Given", options: AnalyzeOptions) -> tuple[AnalyzeOptions, Course | None]:
+    """The run whose checkpoints are analysed on the same answers, if they are of one; then with the KL of all pairs."""
+    if given.model is None and given.problems is None:
+        course = course_of(names, options.layer, options.output, **options.loading())
+        return replace(options, kl_pairs=options.kl_pairs or course is not None), course
+    if options.layer:
+        raise UserError(
+            f"layer {options.layer} is for checkpoints of one run, measured on the same rollouts: give --rollouts"
+        )
+    return options, None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def run(arguments: list[str]) -> None:
         for line in (f"template {model.meta['template']}", model.explanation, model.verdict):
             console.print(printable(f"{model.meta['model']}: {line}"), highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
+    files += ", dynamics.parquet" * (report.dynamics is not None)
     console.print(printable(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
 
 

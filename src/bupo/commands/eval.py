@@ -1,22 +1,30 @@
 """`bupo eval`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse_given
+from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.run import evaluate
+from bupo.evaluation.table import TableOptions, table_of
+from bupo.files import check_folder
 from bupo.progress import progress
+from bupo.report.scoreboard import board_table, write_board
 from bupo.report.scores import score_tables
 from bupo.text import printable
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate and print the numbers."""
-    (options,), given = parse_given((EvalOptions,), arguments, "bupo eval")
+    """Evaluate and print the numbers, or print those of finished evaluations."""
+    (options, table), given = parse_given((EvalOptions, TableOptions), arguments, "bupo eval")
     console = Console()
+    if table.table is not None:
+        _tabulate(table.table, given, console)
+        return
     with keeping(Path(options.output)), progress(console) as bar:
         found = evaluate(options.model, options, noted=given, bar=bar)
     console.print(printable(f"{found.meta['model']}: template {found.meta['template']}"), highlight=False, markup=False)
@@ -24,3 +32,19 @@ def run(arguments: list[str]) -> None:
         console.print(table)
     files = ", ".join(sorted(path.name for path in found.folder.iterdir() if path.is_file()))
     console.print(printable(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)
+
+
+def _tabulate(folders: list[str], given: dict[str, Any], console: Console) -> None:
+    """One table of finished evaluations, into a folder too if one is given."""
+    if other := sorted(given.keys() - {"table", "output"}):
+        raise UserError(f"table evaluates nothing: leave out {', '.join(other)}")
+    board = table_of(folders)
+    if "output" in given:
+        check_folder("output", given["output"])
+        Path(given["output"]).mkdir(parents=True, exist_ok=True)
+        with keeping(Path(given["output"])):
+            write_board(board, Path(given["output"]))
+    console.print(board_table(board))
+    if "output" in given:
+        files = f"written to {given['output']}: scoreboard.md, scoreboard.csv"
+        console.print(printable(files), highlight=False, markup=False)

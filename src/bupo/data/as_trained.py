@@ -18,12 +18,12 @@ from bupo.data.templates import choose_template, template_options
 from bupo.errors import UserError, others
 from bupo.files import write_json
 from bupo.model.loading import EMBEDDED
-from bupo.ranges import COUNT, NOT_NEGATIVE, abridged, check_options
+from bupo.ranges import COUNT, POSITIVE, abridged, check_options
 
 EVALUATION_FILE, SCHEMA = "evaluation.json", 1
 TEMPLATE_FILE = "chat_template.jinja"  # as a tokenizer saves it
 LARGEST = 1 << 20  # bytes
-RANGES = {"max_new_tokens": COUNT, "temperature": NOT_NEGATIVE, "top_p": "(0, 1]"}
+RANGES = {"max_new_tokens": COUNT, "temperature": POSITIVE, "top_p": "(0, 1]"}
 OPTIONS = ("system_prompt", *RANGES)
 
 Options = TypeVar("Options")
@@ -99,7 +99,7 @@ def _read(path: Path) -> AsTrained:
         if not isinstance(own.besides, dict):
             raise ValueError(f"besides must be a mapping, got {abridged(own.besides)}")
     except (OSError, ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
-        raise UserError(f"{path} cannot be used ({abridged(str(error))}): {remedy}") from error
+        raise UserError(f"{path} cannot be used ({str(error)[:300]}): {remedy}") from error
     return own
 
 

@@ -288,6 +288,25 @@ def _kept(work: _Work) -> list[list[Answer]]:
     return [[rows[p, n] for n in range(k)] for p in problems]
 
 
+def read_summary(folder: str) -> dict[str, Any]:
+    """What a finished evaluation's `summary.json` holds.
+
+    Raises:
+        UserError: if there is none, it cannot be read, or an earlier version graded it.
+    """
+    path = Path(folder) / SUMMARY_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
+    try:
+        summary = dict(json.loads(path.read_text()))
+        summary["benchmarks"], version = dict(summary["benchmarks"]), int(summary.get("schema_version", 0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
+    if version < SCHEMA:
+        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
+    return summary
+
+
 def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
     """The numbers of the run that is compared with, by label.
 
@@ -296,16 +315,7 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     """
     if folder is None:
         return {}
-    path = Path(folder) / SUMMARY_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
-    try:
-        summary = dict(json.loads(path.read_text()))
-        theirs, version = dict(summary["benchmarks"]), int(summary.get("schema_version", 0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
-    if version < SCHEMA:
-        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
+    theirs = read_summary(folder)["benchmarks"]
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
     return theirs

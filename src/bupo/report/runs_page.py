@@ -5,6 +5,7 @@ The page joins seeds itself, for its reader may leave some out: it is given ever
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -173,6 +174,7 @@ def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "first": sum(first) / len(first) if first else 0,
         "planned": setting.steps,
         "at": setting.at,
+        "update": int(setting.at[7:]) if re.fullmatch(r"update [0-9]{1,9}", setting.at) else None,
         "of": of[0] if of else None,
         "vanilla": setting.estimator == VANILLA,
         "before": before[0] if before and setting.estimator != VANILLA else None,

@@ -206,13 +206,20 @@ def _seeds(groups: Sequence[Group]) -> Table:
             own, other = _score(group, benchmark, benchmarks), by_setting.get(group.setting.baseline)
             base = _score(other, benchmark, benchmarks) if other else None
             numbers += [own and replace(own, kind="sd", problems=None), _difference(base, own)]
-        cells.append([*name, ", ".join(map(str, own_seeds)), *numbers])
+        cells.append([*name, _seed_list(own_seeds), *numbers])
     heads = [head for name in benchmarks.values() for head in (name, f"{name}, less GRPO")]
     note = (
         "Mean ± standard deviation over n seeds, in percent, and the difference to GRPO of the same options, paired by seed, "
         "with Student's 95 % interval."
     )
     return Table(10, "Over seeds", note, [*named, "seeds", *heads], list(zip(rows, cells, strict=True)))
+
+
+def _seed_list(seeds: Sequence[int]) -> str:
+    """`1, 2, 5`; where there are many that follow one another, `1 to 20`."""
+    if len(seeds) > 4 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
 
 
 def _difference(base: Number | None, own: Number | None) -> Number | None:

@@ -14,14 +14,13 @@ from typing import Protocol
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from bupo.analysis.over_training import STATE_FILE
 from bupo.errors import UserError
 from bupo.training.resuming import compare, same_phase, write_options
 from bupo.training.saving import recover
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 from bupo.training.whole import check_shared, decided, to_go_on_from, usable
-
-STATE_FILE = "bupo.pt"
 
 
 class Part(Protocol):

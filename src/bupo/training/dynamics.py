@@ -5,21 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from bupo.analysis.over_training import write_series
+from bupo.analysis.report import DYNAMICS_FILE
 from bupo.files import in_one_piece
 from bupo.training.probes import Answers
 
-PROBES_FILE, DYNAMICS_FILE = "probes.jsonl", "dynamics.parquet"
-COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
+PROBES_FILE = "probes.jsonl"
 
 
 class Dynamics:
     """The series of a run on disk: `probes.jsonl` once, `dynamics.parquet` after each probe, in one piece.
 
-    Columns of `dynamics.parquet`: `rollout_batch` (how many are done), `measure`, `layer`, `later_layer` (both empty where
-    they do not apply) and `value`. The file's metadata hold the run's.
+    The table's columns are those of [`~bupo.analysis.over_training.write_series`].
     """
 
     def __init__(self, folder: str | Path, meta: dict):
@@ -54,10 +52,4 @@ class Dynamics:
         self._write()
 
     def _write(self) -> None:
-        table = pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
-        arrow = pa.Table.from_pandas(table, preserve_index=False)
-        arrow = arrow.replace_schema_metadata(
-            {**(arrow.schema.metadata or {}), b"meta": json.dumps(self.meta).encode()}
-        )
-        with in_one_piece(self.folder / DYNAMICS_FILE) as part:
-            pq.write_table(arrow, part)
+        write_series(self.folder / DYNAMICS_FILE, self.rows, self.meta)

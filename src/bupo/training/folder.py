@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from bupo.analysis.over_training import FINISHED_FILE
 from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.report.figures import dynamics_figure, training_figure
@@ -18,8 +19,6 @@ from bupo.training.saving import STAGING, recover
 from bupo.training.schedule import Schedule
 from bupo.training.watch import BOUNDARY_FILE
 from bupo.training.whole import check_shared, checkpoints, damage, decided, to_go_on_from, usable
-
-FINISHED_FILE = "finished.json"  # written last of all
 
 
 def wants_to_resume(config: BuPOConfig) -> str | None:
@@ -120,7 +119,13 @@ def checkpoint_to_resume(config: BuPOConfig, overwrite: bool, say: Callable[[str
 
 def mark_finished(config: BuPOConfig, updates: int, schedule: Schedule, options: dict[str, Any]) -> None:
     """Note that all of a run is done and in its folder, and by which options that decide it."""
-    done = {"updates": updates, "epochs": config.num_train_epochs, "schedule": schedule.state()}
+    batches = updates * config.gradient_accumulation_steps / (config.steps_per_generation * config.num_iterations)
+    done = {
+        "updates": updates,
+        "rollout_batches": batches,
+        "epochs": config.num_train_epochs,
+        "schedule": schedule.state(),
+    }
     asked = {"planned": config.first_phase.state(), "options": options}
     write_json(Path(config.output_dir) / FINISHED_FILE, {"schema_version": 1, **done, **asked})
 
@@ -144,4 +149,6 @@ def draw(folder: Path, rows: list[dict], title: str) -> None:
     """The figures of a run, from its tables: `training.png`, and `dynamics.png` if it was probed."""
     training_figure(rows, folder / "training.png", title)
     if (folder / DYNAMICS_FILE).exists():
-        dynamics_figure(pd.read_parquet(folder / DYNAMICS_FILE), rows, folder / "dynamics.png", title)
+        in_first = (int(row["rollout_batch"]) for row in rows if "rollout_batch" in row and row.get("phase", 2) < 1.5)
+        table = pd.read_parquet(folder / DYNAMICS_FILE)
+        dynamics_figure(table, max(in_first, default=0), folder / "dynamics.png", title)

@@ -104,6 +104,8 @@ def problems_of(
     rewards: Sequence[Reward],
 ) -> Problems:
     """The problems of a run, and what is cheap to refuse before a model is loaded."""
+    if problems is not None and options.shuffle_seed is not None:
+        raise UserError("shuffle_seed is for a dataset by name, and the problems came from Python: shuffle them there")
     train_set = (
         _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed)
         if problems is None

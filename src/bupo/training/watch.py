@@ -21,7 +21,7 @@ from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer, said_of_length
 from bupo.training.config import BuPOConfig
-from bupo.training.dynamics import Dynamics
+from bupo.training.dynamics import PROBES_FILE, Dynamics
 from bupo.training.estimators import BY_GROUP
 from bupo.training.guard import Guard, restore, snapshot
 from bupo.training.layers import moved_by
@@ -49,7 +49,8 @@ class Watch:
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.
-        sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then there are neither probes nor guard.
+        sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then nothing is probed and there is no guard, but the
+            probe set is kept, for checkpoints to be measured on.
         positions (`float`): of the model.
 
     Attributes:
@@ -67,11 +68,14 @@ class Watch:
     ):
         self._stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
         self.schedule: Schedule = args.first_phase
-        self.every = 0 if sharded else args.probe_every  # None: once the probe set is known
+        self.sharded, self.every = sharded, 0 if sharded else args.probe_every  # None: once the probe set is known
         self.guarding = args.internal_guard and bool(self.schedule.stages)
         if sharded and (self.guarding or args.probe_every):
             self.guarding = False
-            logger.warning("FSDP and DeepSpeed shard the parameters: this run has neither probes nor internal_guard")
+            logger.warning(
+                "FSDP and DeepSpeed shard the parameters: this run has no internal_guard, and is probed afterwards, by bupo "
+                f"analyze --rollouts {args.output_dir}/{PROBES_FILE} --model {args.output_dir}/checkpoint-*"
+            )
         meta: dict = {"seed": args.seed}
         if stream is None:
             self.every = 0
@@ -124,7 +128,7 @@ class Watch:
             answers (`list`): of this process, one of each prompt first.
             rewards (`torch.Tensor` of shape `(answers,)`): of all processes, groups of a prompt one after another.
         """
-        if not self.answers and self.every != 0:  # of the first rollout batch, if it has any
+        if not self.answers and self._keeps_answers:  # of the first rollout batch, if it has any
             self._choose_answers(answers)
             if self._due(rollout_batch):
                 self._show_guard(self._probe(rollout_batch, metrics))
@@ -208,6 +212,11 @@ class Watch:
 
     # -- probes ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _keeps_answers(self) -> bool:
+        """Whether there is a probe set."""
+        return self.args.probe_every != 0 if self.sharded else self.every != 0
+
     def _choose_answers(self, answers: Answers) -> None:
         """The probe set: answers to different prompts, cut to a length, the same on every process."""
         share = math.ceil(self.args.probe_answers / self.accelerator.num_processes)
@@ -220,7 +229,7 @@ class Watch:
             tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
             self.every = default_cadence(self.stream, self.answers, layers, tokens) if layers else 0
             self.every = broadcast_object_list([self.every])[0]
-        if self.every and self.accelerator.is_main_process:
+        if self._keeps_answers and self.accelerator.is_main_process:
             self.dynamics.write_answers(self.answers, self.decode)
 
     def _layers(self) -> list[int]:
@@ -287,12 +296,14 @@ class Watch:
     def load(self, state: dict, rollout_batch: int) -> None:
         """Go on from a checkpoint's state. The options decide how often is probed, if they say."""
         self.schedule = Schedule.load(state["schedule"])
-        self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
+        if not self.sharded:
+            self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
         self.guard, self.kept = Guard(**guard), state["kept"]
         self.symptoms, self.updates = Symptoms(**state["symptoms"]), state["updates"]
-        self.answers = [(list(prompt), list(answer)) for prompt, answer in state["answers"]] if self.every else []
+        kept = state["answers"] if self._keeps_answers else []
+        self.answers = [(list(prompt), list(answer)) for prompt, answer in kept]
         if self.answers and self.accelerator.is_main_process:
             self.dynamics.load(state["series"])
             self.dynamics.write_answers(self.answers, self.decode)

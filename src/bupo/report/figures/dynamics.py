@@ -1,6 +1,5 @@
 """What training does inside the model, from a run's `dynamics.parquet`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,12 +20,12 @@ TITLES = {
 }
 
 
-def dynamics_figure(table: pd.DataFrame, rows: Sequence[dict], path: str | Path, title: str) -> Figure:
+def dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path, title: str) -> Figure:
     """A run's `dynamics.parquet` as the paper's figs. 4, 5 and 7: one line a later layer where a panel compares layers.
 
     Args:
         table (`pd.DataFrame`): `dynamics.parquet`.
-        rows (`list[dict]`): of the run's `metrics.jsonl`, for the end of phase 1.
+        first_phase (`int`): its length in rollout batches.
         path (`str`): the PNG or PDF to write.
         title (`str`): above the panels.
     """
@@ -36,7 +35,6 @@ def dynamics_figure(table: pd.DataFrame, rows: Sequence[dict], path: str | Path,
     series = series[series["layer"].isna() | (series["layer"] == layer)]
     measures = [measure for measure in TITLES if (series["measure"] == measure).any()]
     figure, axes = panels(2, max(1, (len(measures) + 1) // 2), (12, 6))
-    first_phase = sum(row.get("phase", 2) < 1.5 for row in rows if "rollout_batch" in row)
     for axis, measure in zip(axes.flat, measures, strict=False):
         _measure(axis, series[series["measure"] == measure])
         axis.set_title(TITLES[measure].format(layer=layer), fontsize=9)

@@ -149,13 +149,12 @@ function csv() {
   return lines.map(line => line.map(x => x === null ? "" : csvCell(String(x))).join(",")).join("\n") + "\n";
 }
 const markdownCell = text => text.split(/\s+/).filter(Boolean).join(" ").replace(/([\\|[\]<>`*!])/g, "\\$1");
+const markdownOf = cell => cell && cell.n ? [cell.mean_text, cell.rest, cell.n_text].filter(Boolean).join(" ") : markdownCell(cell || "");
+const markdownLine = cells => `| ${cells.map(markdownOf).join(" | ")} |`;
 function markdown() {
-  return data.tables.map(table => [table, rowsOf(table)]).filter(([, rows]) => rows.length).map(([table, rows]) => {
-    const text = cell => cell && cell.n ? [cell.mean_text, cell.rest, cell.n_text].filter(Boolean).join(" ") : markdownCell(cell || "");
-    const line = cells => `| ${cells.map(text).join(" | ")} |`;
-    return `## Table ${table.number}: ${table.title}\n\n${table.note}\n\n` +
-      [line(table.heads), "|" + "---|".repeat(table.heads.length), ...rows.map(row => line(row.cells))].join("\n") + "\n";
-  }).join("\n");
+  return data.tables.map(table => [table, rowsOf(table)]).filter(([, rows]) => rows.length).map(([table, rows]) =>
+    `## Table ${table.number}: ${table.title}\n\n${table.note}\n\n` +
+      [markdownLine(table.heads), "|" + "---|".repeat(table.heads.length), ...rows.map(row => markdownLine(row.cells))].join("\n") + "\n").join("\n");
 }
 
 // -- pass@K, layers, dynamics, runs
@@ -177,29 +176,34 @@ function fillGroups(id, known) {
   if (options.some(group => String(group.number) === kept)) $(id).value = kept;
 }
 const measured = number => data.layers.filter(each => each.group === number && wantedSeed(each.seed));
+const whole = group => group.of === null ? group.number : group.of;
 function layerGroups() {  // runs with an analysis of their end or a checkpoint, else models as they are
-  const own = groups.filter(group => measured(group.number).length), whole = group => group.of === null ? group.number : group.of;
+  const own = groups.filter(group => measured(group.number).length);
   const trained = [...new Set(own.filter(group => group.before !== null || group.at).map(whole))].filter(number => seen(groups[number]));
   const covered = new Set(trained.map(number => groups[number].before));
   return [...trained.map(number => groups[number]), ...own.filter(group => group.before === null && !group.at && !covered.has(group.number))];
 }
+function layerParts(group) {  // before training, at checkpoints, after
+  const checkpoints = groups.filter(each => each.of === group.number && each.update !== null).toSorted((a, b) => a.update - b.update);
+  return [...(group.before === null ? [] : [[groups[group.before], "before"]]), ...checkpoints.map(each => [each, each.at]),
+    [group, group.before === null ? group.name : "after"]];
+}
+function layerPoints(curves) {  // of each layer its mean and interval: over seeds, or of the one analysis
+  const x = curves[0][0].map((_, layer) => layer + 1);
+  if (curves.length > 1) return overCurves(curves.map(([y]) => ({ x, y })));
+  const [mean, low, high] = curves[0];
+  return x.map((layer, i) => ({ x: layer, mean: mean[i], low: low[i], high: high[i] })).filter(point => point.mean !== null);
+}
+const BETWEEN = ["#7c3aed", "#2563eb", "#0891b2", "#059669", "#65a30d", "#d97706"];
 function drawLayers() {
   fillGroups("layer-group", layerGroups());
   const group = groups[$("layer-group").value], measure = $("layer-measure").value;
-  if (!group) { Plotly.react("layers", [], narrowLayout("layer", "")); return; }
-  const update = each => Number((each.at.match(/^update (\d+)/) || [0, 0])[1]);
-  const checkpoints = groups.filter(each => each.of === group.number && each.at.startsWith("update ")).toSorted((a, b) => update(a) - update(b));
-  const parts = [[group.before === null ? null : groups[group.before], "before"], ...checkpoints.map(each => [each, each.at]),
-    [group, group.before === null ? group.name : "after"]].filter(([each]) => each && measured(each.number).some(one => one.curves[measure]));
-  const shade = i => parts.length === 1 ? group.colour : ["#6b7280", "#7c3aed", "#2563eb", "#0891b2", "#059669", "#65a30d", "#d97706", "#dc2626"][
-    i === 0 ? 0 : i === parts.length - 1 ? 7 : 1 + Math.round((i - 1) * 5 / Math.max(1, parts.length - 3))];
-  const traces = parts.flatMap(([each, name], i) => {
-    const found = measured(each.number).map(one => one.curves[measure]).filter(Boolean), look = { name, colour: shade(i), dash: "solid" };
-    const places = curve => curve[0].map((_, layer) => layer + 1);
-    const points = found.length > 1 ? overCurves(found.map(curve => ({ x: places(curve), y: curve[0] })))
-      : places(found[0]).map((x, n) => ({ x, mean: found[0][0][n], low: found[0][1][n], high: found[0][2][n] })).filter(p => p.mean !== null);
-    return lineOf(look, points, digits).map(trace => trace.hoverinfo === "skip" ? trace : { ...trace, showlegend: true, mode: "lines+markers" });
-  });
+  const parts = (group ? layerParts(group) : []).map(([each, name]) => [name, measured(each.number).map(one => one.curves[measure]).filter(Boolean)])
+    .filter(([, curves]) => curves.length);
+  const colourOf = (name, i) => name === "before" ? "#6b7280" : name === "after" ? "#dc2626" : parts.length === 1 ? group.colour
+    : BETWEEN[Math.round((i - 1) * 5 / Math.max(1, parts.length - 3))] || BETWEEN[0];
+  const traces = parts.flatMap(([name, curves], i) => lineOf({ name, colour: colourOf(name, i), dash: "solid" }, layerPoints(curves), digits)
+    .map(trace => trace.hoverinfo === "skip" ? trace : { ...trace, showlegend: true, mode: "lines+markers" }));
   Plotly.react("layers", traces, narrowLayout("layer", data.layer_names[measure], { margin: { l: 56, r: 10, t: 34, b: 38 } }), config);
 }
 function drawDynamics() {

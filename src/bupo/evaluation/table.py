@@ -1,0 +1,50 @@
+"""`bupo eval --table`: finished evaluations of several runs, read back for one table of methods and benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from bupo.errors import UserError, first_line
+from bupo.evaluation.run import read_summary
+from bupo.report.scoreboard import method_of, scoreboard
+
+
+@dataclass
+class TableOptions:
+    """The option of `bupo eval` that evaluates nothing.
+
+    Parameters:
+        table (`list[str]`, *optional*): folders of finished evaluations, or `METHOD=FOLDER`. Those of one method are its seeds.
+    """
+
+    table: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders of finished evaluations, or METHOD=FOLDER: print one table of them, and with --output write it. "
+            "Those of one method, or that differ by a -seedN at their end, are its seeds."
+        },
+    )
+
+
+def table_of(folders: Sequence[str]) -> pd.DataFrame:
+    """The scoreboard of finished evaluations.
+
+    Args:
+        folders (`list[str]`): their folders, or `METHOD=FOLDER`; without a method it is the folder's name less its seed.
+
+    Raises:
+        UserError: if one holds none, or they cannot stand in one table.
+    """
+    found = []
+    for word in folders:
+        method, equals, folder = word.partition("=")
+        if not equals or Path(word).is_dir():
+            method, folder = method_of(Path(word).name), word
+        found.append((method, read_summary(folder)))
+    try:
+        return scoreboard(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of a summary that lacks numbers
+        what = str(error) if isinstance(error, ValueError) else f"a summary lacks numbers ({first_line(error)})"
+        raise UserError(f"table {', '.join(folders)}: {what}") from error
