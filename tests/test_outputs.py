@@ -228,6 +228,19 @@ def test_curves_draw_every_row_with_its_band(tmp_path):
     )
 
 
+def test_long_curves_are_running_means(tmp_path):
+    write_training(tmp_path, ["GRPO"], batches=50)
+    what = experiment("curves", ["GRPO"], (1, 2), draw={"measures": ["reward"]})
+    found = output(tmp_path, what)
+    (axis,) = found.figure.axes
+    line = lines_of(axis)["GRPO"]
+    assert line[0, 1] == pytest.approx(0.03 + 0.02) and line[10, 1] == pytest.approx(
+        0.03 + 0.11
+    )  # of batches 1 to 3, 9 to 13
+    assert axis.get_xlabel() == "rollout batch (running mean of 5)"
+    assert found.data["value"].iloc[0] == pytest.approx(0.03)  # the data are as they were logged
+
+
 def write_analysis(folder):
     names = [*LAYERS["entropy_flow"], *LAYERS["entropy_change"], *LAYERS["residual_cosine"]]
     rows = [
