@@ -228,6 +228,19 @@ def test_curves_draw_every_row_with_its_band(tmp_path):
     )
 
 
+def test_long_curves_are_running_means(tmp_path):
+    write_training(tmp_path, ["GRPO"], batches=50)
+    what = experiment("curves", ["GRPO"], (1, 2), draw={"measures": ["reward"]})
+    found = output(tmp_path, what)
+    (axis,) = found.figure.axes
+    line = lines_of(axis)["GRPO"]
+    assert line[0, 1] == pytest.approx(0.03 + 0.02) and line[10, 1] == pytest.approx(
+        0.03 + 0.11
+    )  # of batches 1 to 3, 9 to 13
+    assert axis.get_xlabel() == "rollout batch (running mean of 5)"
+    assert found.data["value"].iloc[0] == pytest.approx(0.03)  # the data are as they were logged
+
+
 def write_analysis(folder):
     names = [*LAYERS["entropy_flow"], *LAYERS["entropy_change"], *LAYERS["residual_cosine"]]
     rows = [
@@ -442,6 +455,8 @@ def whole(tmp_path_factory, tool):
             files.append("figure.png")
         told = {key: getattr(what, key) for key in ("name", "title", "source", "scale", "about")}
         told |= {"digest": what.digest(), "versions": {"bupo": "1"}, "notes": ["shared", f"own {name}"], "files": files}
+        row = {"row": "BuPO", "against": "GRPO", "verdict": "told apart", "direction": "opposite to the paper"}
+        told["rows"] = [row | {"paper_difference": {"Qwen3-4B": 3.43 if name == "table1" else None}}]
         (folder / "result.json").write_text(json.dumps(told))
     tool["copy"](root / "tiny", root / "docs")
     (root / "docs" / "results.md").write_text(tool["page"](root / "docs"))
@@ -459,6 +474,7 @@ def test_the_results_page_holds_every_name(docs, tool):
     for name in NAMES:
         assert f"| of {name} |" in page and f"- own {name}\n" in page
         assert (f"(results/{name}.png)" in page) == name.startswith("fig")
+    assert page.count("opposite to the paper") == 1 and "\n| Table 1 | GRPO | - | BuPO | - | - |\n" in page
     assert page.count("shared") == 1 and "bupo reproduce all --scale tiny" in page
     assert max(path.stat().st_size for path in docs.rglob("*.png")) <= 60_000
 

@@ -24,7 +24,7 @@ from bupo.reproduction.result import FIGURE_FILE, RESULT_FILE, TABLE_FILE, calle
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LARGEST = 60_000  # bytes of a picture
 WIDEST = 1000  # pixels
-AGAIN = "python tools/results_page.py runs/reproduce/embedded"
+AGAIN = "python tools/results_page.py runs/reproduce"
 
 
 def copy(results: Path, docs: Path) -> None:
@@ -49,7 +49,7 @@ def small(source: Path, target: Path) -> None:
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
         width = round(min(WIDEST, whole.width) * share)
         sized = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
-        sized.quantize(96, dither=Image.Dither.NONE).save(target, format="PNG", optimize=True)
+        sized.quantize(255, dither=Image.Dither.NONE).save(target, format="PNG", optimize=True)
         if target.stat().st_size <= LARGEST:
             return
 
@@ -61,12 +61,14 @@ def page(docs: Path) -> str:
     shared = [note for note in found[NAMES[0]]["notes"] if all(note in one["notes"] for one in found.values())]
     versions = dict.fromkeys(", ".join(f"{name} {number}" for name, number in one["versions"].items() if number)
                              for one in found.values())  # fmt: skip
+    commands = f"bupo reproduce all --scale {scale} --output runs/reproduce", f"{AGAIN}/{scale}"
     lines = [
         "# Results", "",
         f"The figures and tables of the paper, at the scale `{scale}`: {about}.", *shared, "",
-        f"```\nbupo reproduce all --scale {scale}\npython tools/results_page.py runs/reproduce/{scale}\n```", "",
+        "```", *commands, "```", "",
         f"makes all of it, this page too ([reproduce.md](reproduce.md)). By {'; '.join(versions)}.", "",
         *(f"- [{called(name)}](#{_anchor(one)}): {one['title']}" for name, one in found.items()), "",
+        *_in_short(found),
     ]  # fmt: skip
     for name, one in found.items():
         lines += [f"## {_heading(one)}", "", f"In the paper: {one['source']}.", ""]
@@ -75,6 +77,27 @@ def page(docs: Path) -> str:
         lines += [(docs / "results" / f"{name}.md").read_text()]
         lines += [*(f"- {note}" for note in one["notes"] if note not in shared), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _in_short(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Which rows differ from the one they are compared with as they do in the paper."""
+    words = ("as in the paper", "opposite to the paper", "the paper's models differ", "not told apart")
+    lines = []
+    for name, one in found.items():
+        rows = [
+            row for row in one["rows"] if any(value is not None for value in row.get("paper_difference", {}).values())
+        ]
+        said = {word: [row["row"] for row in rows if word in (row["direction"], row["verdict"])] for word in words}
+        if rows:
+            cells = [called(name), rows[0]["against"], *(", ".join(dict.fromkeys(said[word])) or "-" for word in words)]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    heads = ["", "less", *words]
+    return [
+        "Differences whose sign the paper has too, and whether the seeds tell them apart from zero:", "",
+        f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |", *lines, "",
+    ]  # fmt: skip
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -98,7 +121,7 @@ def stale(docs: Path) -> list[str]:
         if result["digest"] != read_experiment(name, result["scale"]).digest():
             faults.append(f"{name} is stale: its experiment or a recipe has changed; run bupo reproduce {name} again")
     if not faults and (not (docs / "results.md").is_file() or (docs / "results.md").read_text() != page(docs)):
-        faults.append(f"{docs / 'results.md'} is not what docs/results gives: {AGAIN}")
+        faults.append(f"{docs / 'results.md'} is not what docs/results gives: {AGAIN}/SCALE")
     return faults
 
 

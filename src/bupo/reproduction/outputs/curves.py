@@ -32,7 +32,9 @@ def curves(finished: Finished) -> Output:
     data = pd.concat(parts, ignore_index=True)
     lines = [line for measure in measures for line in _lines(data, measure, cells, experiment.draw.get("against"))]
     titles = {measure: MEASURES[measure][1] for measure in measures}
-    figure = seeds_figure(data.rename(columns={"rollout_batch": "x"}), titles, "rollout batch", ends)
+    window = (_tenth(data) - 1) // 2 * 2 + 1
+    label = "rollout batch" if window == 1 else f"rollout batch (running mean of {window})"
+    figure = seeds_figure(_smoothed(data, window).rename(columns={"rollout_batch": "x"}), titles, label, ends)
     table = shown(_caption(_tenth(data)), experiment, lines)
     notes = [phase_note(*key, int(end)) for key, end in ends.items()]
     return Output([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
@@ -45,6 +47,12 @@ def _series(finished: Finished, cell: Cell, batches: pd.DataFrame, measure: str)
         "model": cell.model, "row": cell.row, "seed": cell.seed, "measure": measure,
         "rollout_batch": batches["rollout_batch"].astype(int), "value": values,
     }, columns=COLUMNS).dropna(subset=["value"])  # fmt: skip
+
+
+def _smoothed(data: pd.DataFrame, window: int) -> pd.DataFrame:
+    """Every run's running mean over `window` rollout batches: intervals of few seeds are wider than what is to be seen."""
+    values = data.groupby(["model", "row", "seed", "measure"], sort=False)["value"]
+    return data.assign(value=values.transform(lambda run: run.rolling(window, center=True, min_periods=1).mean()))
 
 
 def _caption(tenth: int) -> str:
