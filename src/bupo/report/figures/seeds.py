@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def layers_figure(
             axis.set_xlabel(xlabel)
             whole(axis)
             trim(axis)
-            legend(axis, fontsize=8)
+            _named_at_the_end(axis)
     return figure
 
 
@@ -96,6 +97,15 @@ def _later_layers(axis: Axes, part: pd.DataFrame) -> None:
         band(axis, part[part["later_layer"] == number], colour, label, shaded=few)
     if not later:
         band(axis, part, BLUE, None)
+
+
+def _named_at_the_end(axis: Axes) -> None:
+    """The lines' names beside their ends: a legend would lie on the lines."""
+    for line in axis.get_lines():
+        if not str(line.get_label()).startswith("_"):
+            x, y = np.asarray(line.get_xydata())[-1]
+            axis.annotate(str(line.get_label()), (x, y), (4, 0), textcoords="offset points", color=line.get_color(),
+                          fontsize=8, va="center", annotation_clip=False)  # fmt: skip
 
 
 def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded: bool = True) -> None:

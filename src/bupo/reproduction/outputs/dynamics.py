@@ -10,7 +10,7 @@ from bupo.reproduction.outputs.table import Line, Output, options_of, phase_note
 MEASURES = {  # in the order of the paper's panels
     "cosine": "(a) cosine of $H^{{{layer}}}$ with later layers",
     "d_entropy_layer": "(b) $\\Delta H_{{Layer}}$ of layer {layer} (nats)",
-    "perplexity": "(c) perplexity of $\\pi_\\theta$",
+    "perplexity": "(c) perplexity of $\\pi_\\theta$ on the probes",
     "kl": "(d) KL of layer {layer}'s policy to later ones (nats)",
 }
 NAMES = {"cosine": "cosine with", "d_entropy_layer": "entropy change", "perplexity": "perplexity", "kl": "KL to"}
