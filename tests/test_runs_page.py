@@ -209,8 +209,10 @@ def test_bands_are_over_seeds(opened):
     page = opened()
     number = page.evaluate("groups.findIndex(group => group.name === 'GRPO')")
     traces = page.evaluate("panels[0].plot.data.map(t => ({ name: t.name, x: t.x, y: t.y, fill: t.fill }))")
-    (place,) = [n for n, trace in enumerate(traces) if trace.get("name") == "GRPO"]
-    line, band = traces[place], traces[place - 1]
+    bands, lines = ([trace for trace in traces if bool(trace.get("fill")) == filled] for filled in (True, False))
+    assert traces == [*bands, *lines]  # no line is under a band
+    (place,) = [n for n, trace in enumerate(lines) if trace["name"] == "GRPO"]
+    line, band = lines[place], bands[place]
     for n, batch in enumerate(range(1, 7)):
         over = over_seeds([round(0.1 * batch + 0.03 * seed * seed + 0.02 * 3, 6) for seed in (1, 2, 3)])
         assert line["x"][n] == batch and line["y"][n] == pytest.approx(over.mean, abs=1e-4)

@@ -85,9 +85,10 @@ function narrowLayout(x, y, more) {
 function reach(curves, bands) {
   const values = [...curves.flatMap(curve => curve.y), ...bands.filter(point => point.n > 2).flatMap(point => [point.low, point.high])].filter(y => y !== null);
   const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-  const room = 0.06 * (high - low) || 0.5;
+  const size = Math.max(Math.abs(low), Math.abs(high)) || 1, room = high - low > 1e-6 * size ? 0.06 * (high - low) : 0.5 * size;
   return values.length ? { range: [low - room, high + room] } : {};
 }
+const bandsFirst = traces => [...traces.filter(trace => trace.fill), ...traces.filter(trace => !trace.fill)];  // no line is under one
 function drawPanel(panel) {
   const name = panel.measure, visible = shownRuns().filter(run => run.curves[name]), traces = [];
   const shown = groups.filter(group => visible.some(run => run.group === group.number));
@@ -101,7 +102,7 @@ function drawPanel(panel) {
     { type: "line", xref: "x", yref: "paper", x0: first + 0.5, x1: first + 0.5, y0: 0, y1: 1, line: { color: colour, width: 1, dash: "dot" } }]);
   const made = narrowLayout("rollout batch", "", { shapes });
   Object.assign(made.yaxis, reach(visible.map(run => run.curves[name]), joined.flat()));
-  Plotly.react(panel.plot, traces, made, { ...config, displayModeBar: false });
+  Plotly.react(panel.plot, bandsFirst(traces), made, { ...config, displayModeBar: false });
 }
 const panels = [];
 function fillPanels() {
@@ -177,7 +178,7 @@ function drawPasses() {
   const made = narrowLayout("K", "pass@K (%)");
   Object.assign(made.xaxis, { type: "log", tickvals: ticks, ticktext: ticks.map(String) });
   Object.assign(made.yaxis, reach(curves, joined.flat()));
-  Plotly.react("passes", traces, made, config);
+  Plotly.react("passes", bandsFirst(traces), made, config);
 }
 function fillGroups(id, known) {
   const kept = $(id).value, options = known.filter(group => seen(group));
