@@ -18,6 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from bupo import UserError
+from bupo.analysis.over_training import course_of
 from bupo.commands.main import main
 from bupo.data.templates import prompt_ids
 from bupo.evaluation.answers import graded, summarize
@@ -451,6 +452,49 @@ def test_pickles_of_a_checkpoint_run_nothing(tmp_path, touched):
         assert not touched.exists(), file.name
         file.write_bytes(whole)
         shutil.rmtree(tmp_path / "run" / "checkpoint-2", ignore_errors=True)
+
+
+FINISHED = {"rollout_batches": 1.0, "schedule": [[1, 1]]}
+UNREAD = {
+    "a bomb": lambda path, bomb: torch.save({"passes": 1, "x": bomb}, path),
+    "a pickle": lambda path, bomb: path.write_bytes(pickle.dumps({"passes": bomb})),
+    "rubbish": lambda path, bomb: path.write_bytes(b"\x00rubbish" * 99),
+    "nothing": lambda path, bomb: path.write_bytes(b""),
+    "a folder": lambda path, bomb: path.mkdir(),
+    "a list": lambda path, bomb: torch.save([1], path),
+    "no batches": lambda path, bomb: torch.save({"passes": 1, "layout": {"micro_steps": 0}}, path),
+    "words": lambda path, bomb: torch.save({"passes": "1", "layout": None}, path),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched, kind):
+    """One whose place in its run cannot be read has none."""
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    UNREAD[kind](checkpoint / "bupo.pt", Bomb(touched))
+    (tmp_path / "run" / "finished.json").write_text(json.dumps(FINISHED))
+    assert course_of([str(checkpoint), str(tmp_path / "run")], None, tmp_path) is None
+    for text in (
+        "7",
+        "[]",
+        "{",
+        "",
+        json.dumps(FINISHED | {"schedule": [1]}),
+        json.dumps(FINISHED | {"rollout_batches": []}),
+    ):
+        (tmp_path / "run" / "finished.json").write_text(text)
+        assert course_of([str(tmp_path / "run")] * 2, None, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "config", ["internal_layer: [1, 2]", "internal_layer: -3", "[1, 2]", "{", "!!python/name:os.system x"]
+)
+def test_a_run_whose_config_cannot_be_read_names_no_layer(tmp_path, config):
+    (tmp_path / "finished.json").write_text(json.dumps(FINISHED | {"schedule": []}))
+    (tmp_path / "config.yaml").write_text(config)
+    assert course_of([str(tmp_path)] * 2, None, tmp_path / "out").layers == []
 
 
 def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):

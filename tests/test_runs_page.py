@@ -218,6 +218,14 @@ def test_bands_are_over_seeds(opened):
     assert number > 0 and band["fill"] == "toself"
     shapes = page.evaluate("panels[0].plot.layout.shapes.map(s => [s.type, s.x0, s.x1])")
     assert ["rect", 0.5, 5.5] in shapes and ["line", 3.5, 3.5] in shapes and ["line", 5.5, 5.5] in shapes
+    low, high = page.evaluate("panels[0].plot.layout.yaxis.range")
+    reached = [y for trace in traces if trace.get("fill") for y in trace["y"]]  # of three seeds each
+    assert low < min(reached) and high > max(reached)
+    page.locator("input[name=seed][value='1']").check()
+    page.locator("input[name=seed][value='2']").check()
+    low, high = page.evaluate("panels[0].plot.layout.yaxis.range")  # the interval of two is wider than what it is of
+    assert 0 < low < 0.13 and 0.82 < high < 0.95
+    page.click("#reset")
     page.check("#single")
     thin = page.evaluate("panels[0].plot.data.filter(t => t.line.width < 1 && t.opacity < 1).length")
     assert thin == 18

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -39,12 +40,12 @@ class Place:
     Attributes:
         run (`Path`): the run's folder.
         batches (`float`): rollout batches that were done; no whole number inside of one.
-        schedule (`list[tuple[int | None, int]]`): layers and rollout batches of the first phase, as it was decided by then.
+        schedule (`list[tuple[int, int]]`): layers and rollout batches of the first phase, as it was decided by then.
     """
 
     run: Path
     batches: float
-    schedule: list[tuple[int | None, int]]
+    schedule: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loa
     (run,) = runs
     if Path(output).resolve() == run:
         raise UserError(f"output {output} is the run that is analysed: choose another")
-    check_layers(names[0], {"layer": layer}, **loading)
     last = max(places, key=lambda place: place.batches)
-    asked = {config.get("internal_layer")} if layer is None else {layer}
-    staged = {one for one, _ in last.schedule} if layer is None else set()
-    layers = sorted(one for one in (staged or asked) if type(one) is int)
+    staged = {one for one, _ in last.schedule}
+    layers = [config.get("internal_layer")] if layer is None else [layer]
+    layers = sorted(staged) if staged and layer is None else layers
+    layers = [one for one in layers if type(one) is int and one > 0]
+    for one in layers:
+        check_layers(names[0], {"layer": one}, **loading)
     first_phase = min(sum(batches for _, batches in last.schedule), int(last.batches))
     return Course(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
 
@@ -112,13 +115,16 @@ def _place(folder: Path) -> Place | None:
         if (folder / FINISHED_FILE).is_file():
             done = json.loads((folder / FINISHED_FILE).read_text())
             return Place(folder.resolve(), float(done["rollout_batches"]), _stages(done["schedule"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, EOFError):
+    except (OSError, EOFError, RuntimeError, UnpicklingError):  # damaged, or of what is not read
+        pass
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # of other contents
         pass
     return None
 
 
-def _stages(schedule: Sequence[Sequence]) -> list[tuple[int | None, int]]:
-    return [(None if layer is None else int(layer), int(batches)) for layer, batches in schedule]
+def _stages(schedule: Sequence[Sequence]) -> list[tuple[int, int]]:
+    """The stages whose layer is decided."""
+    return [(int(layer), int(batches)) for layer, batches in schedule if layer is not None]
 
 
 def _config(run: Path) -> dict[str, Any]:

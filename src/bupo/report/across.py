@@ -39,6 +39,11 @@ class Group:
     dynamics: dict[Seed, Dynamics] = field(default_factory=dict)
 
     @property
+    def finished(self) -> bool:
+        """Whether one of its training runs is."""
+        return any(run.finished for run in self.runs)
+
+    @property
     def seeds(self) -> list[int]:
         """Of all that is known of it, ascending."""
         known = {run.seed for run in self.runs}.union(*self.scores.values(), *self.passes.values(), self.layers)

@@ -163,7 +163,7 @@ def _student(n: int) -> float:
 
 
 def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
-    setting, first = group.setting, [run.first_phase for run in group.runs]
+    setting, first = group.setting, [run.first_phase for run in group.runs if run.finished or not group.finished]
     of = [n for n, other in enumerate(groups) if other.setting == replace(setting, at="")]
     before = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
     return {

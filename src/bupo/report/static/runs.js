@@ -81,20 +81,27 @@ function narrowLayout(x, y, more) {
   made.xaxis.title = { text: x, font: { size: 11 } }; made.yaxis.title = { text: y, font: { size: 11 } }; made.xaxis.rangemode = "normal";
   return made;
 }
+// The axis is that of the runs: the interval of two seeds is so wide that nothing else would be seen, and may leave it.
+function reach(curves, bands) {
+  const values = [...curves.flatMap(curve => curve.y), ...bands.filter(point => point.n > 2).flatMap(point => [point.low, point.high])].filter(y => y !== null);
+  const low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+  const room = 0.06 * (high - low) || 0.5;
+  return values.length ? { range: [low - room, high + room] } : {};
+}
 function drawPanel(panel) {
   const name = panel.measure, visible = shownRuns().filter(run => run.curves[name]), traces = [];
   const shown = groups.filter(group => visible.some(run => run.group === group.number));
   if ($("single").checked) for (const run of visible) traces.push({ ...run.curves[name], mode: "lines", type: "scatter", hoverinfo: "skip",
     showlegend: false, opacity: 0.55, line: { width: 0.8, color: groups[run.group].colour } });
-  for (const group of shown) {
-    const points = overCurves(visible.filter(run => run.group === group.number).map(run => run.curves[name]));
-    traces.push(...lineOf(group, points, digits));
-  }
+  const joined = shown.map(group => overCurves(visible.filter(run => run.group === group.number).map(run => run.curves[name])));
+  shown.forEach((group, i) => traces.push(...lineOf(group, joined[i], digits)));
   const firsts = new Map(shown.filter(group => group.first).map(group => [group.first, group.colour]));
   const shapes = [...firsts].flatMap(([first, colour], i) => [
     ...(i ? [] : [{ type: "rect", xref: "x", yref: "paper", x0: 0.5, x1: Math.max(...firsts.keys()) + 0.5, y0: 0, y1: 1, fillcolor: css("--shade"), line: { width: 0 }, layer: "below" }]),
     { type: "line", xref: "x", yref: "paper", x0: first + 0.5, x1: first + 0.5, y0: 0, y1: 1, line: { color: colour, width: 1, dash: "dot" } }]);
-  Plotly.react(panel.plot, traces, narrowLayout("rollout batch", "", { shapes }), { ...config, displayModeBar: false });
+  const made = narrowLayout("rollout batch", "", { shapes });
+  Object.assign(made.yaxis, reach(visible.map(run => run.curves[name]), joined.flat()));
+  Plotly.react(panel.plot, traces, made, { ...config, displayModeBar: false });
 }
 const panels = [];
 function fillPanels() {
@@ -126,6 +133,7 @@ function headOf(heads, numbers) {
   })));
 }
 function drawTables() {
+  const said = new Set();  // a note that holds for several tables stands once
   $("tables").replaceChildren(...data.tables.flatMap(table => {
     const rows = rowsOf(table), isNumber = i => table.rows.some(row => row.cells[i] && row.cells[i].values);
     if (!rows.length) return [];
@@ -134,7 +142,9 @@ function drawTables() {
     const grid = element("div", "grid", made), title = `Table ${table.number}: ${table.title}`;
     grid.tabIndex = 0; grid.setAttribute("role", "region"); grid.setAttribute("aria-label", title);
     made.dataset.table = table.number;
-    return [element("h3", "", title), element("p", "", table.note), grid];
+    const note = said.has(table.note) ? [] : [element("p", "", table.note)];
+    said.add(table.note);
+    return [element("h3", "", title), ...note, grid];
   }));
 }
 const csvCell = text => {
@@ -161,13 +171,12 @@ function markdown() {
 
 function drawPasses() {
   const curves = data.passes[$("benchmark").value].filter(curve => seen(groups[curve.group]) && wantedSeed(curve.seed));
-  const traces = groups.flatMap(group => {
-    const own = curves.filter(curve => curve.group === group.number).map(curve => ({ x: curve.k, y: curve.y }));
-    return own.length ? lineOf(group, overCurves(own), digits) : [];
-  });
+  const joined = groups.map(group => overCurves(curves.filter(curve => curve.group === group.number).map(({ k, y }) => ({ x: k, y }))));
+  const traces = groups.flatMap((group, i) => joined[i].length ? lineOf(group, joined[i], digits) : []);
   const ticks = [...new Set(curves.flatMap(curve => curve.k))].toSorted((a, b) => a - b);
   const made = narrowLayout("K", "pass@K (%)");
   Object.assign(made.xaxis, { type: "log", tickvals: ticks, ticktext: ticks.map(String) });
+  Object.assign(made.yaxis, reach(curves, joined.flat()));
   Plotly.react("passes", traces, made, config);
 }
 function fillGroups(id, known) {
