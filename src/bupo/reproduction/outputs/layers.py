@@ -9,6 +9,7 @@ from bupo.report.figures import analysis_figure
 from bupo.reproduction.experiment import Cell, Experiment
 from bupo.reproduction.outputs.finished import Finished
 from bupo.reproduction.outputs.table import NOTHING, Output, Shown, beside
+from bupo.text import markdown_cell
 
 STAGES = ("exploration", "integration", "convergence")
 BOUNDARY = "boundary layer"
@@ -107,8 +108,6 @@ def _shown(row: Mapping[str, Any], measures: Mapping[str, str], several: bool) -
 
 def _note(summary: Mapping[str, Any]) -> str:
     """The verdict in words, and what it rests on."""
-    meta = summary["meta"]
-    return (
-        f"{meta['label']} is {summary['verdict']}. {summary['explanation'][:1].upper()}{summary['explanation'][1:]}. "
-        f"{meta.get('answers', 'some')} answers."
-    )
+    meta, why = summary["meta"], summary["explanation"]
+    answers = meta.get("answers", "some")
+    return f"{markdown_cell(meta['label'])} is {summary['verdict']}. {why[:1].upper()}{why[1:]}. {answers} answers."

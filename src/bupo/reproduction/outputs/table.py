@@ -223,7 +223,7 @@ def pivot(
 
 def phase_note(model: str, row: str, end: float) -> str:
     """Where phase 1 ends, in words."""
-    return f"Phase 1 of {row} ({model}) takes {end:.0f} rollout batch{'es' if end > 1 else ''}."
+    return f"Phase 1 of {row} ({markdown_cell(model)}) takes {end:.0f} rollout batch{'es' if end > 1 else ''}."
 
 
 def by_seed(caption: str, lines: Sequence[Line]) -> Shown:
