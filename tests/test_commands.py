@@ -114,7 +114,7 @@ def test_train_on_reasoning_gym_with_lora(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_train_a_base_model_with_a_reward_of_ones_own(tmp_path):
+def test_train_a_base_model_with_a_reward_of_ones_own(tmp_path, monkeypatch):
     """No chat template: prompts are plain text. The reward comes from a module in the working directory."""
     model = tiny_model("llama", vocab_size=262, bos_token_id=None, eos_token_id=1)
     model.save_pretrained(tmp_path / "base")
@@ -124,12 +124,9 @@ def test_train_a_base_model_with_a_reward_of_ones_own(tmp_path):
     (tmp_path / "my_rewards.py").write_text(
         "def length(completions, **kwargs):\n    return [len(c) / 9 for c in completions]\n"
     )
-    done = bupo(
-        "train",
-        *flags("out", model_name_or_path="./base", internal_layer=2, reward_funcs="my_rewards.length"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    options = {"model_name_or_path": "./base", "internal_layer": 2, "reward_funcs": "my_rewards.length"}
+    assert main(["train", *flags("out", **options)]) == 0
 
 
 @pytest.mark.slow
