@@ -97,7 +97,7 @@ def test_no_figure_dies_of_what_is_missing(tmp_path, rows):
     training_figure(rows, tmp_path / "training.png", "little")
     guard_figure({"right-0": rows, "long-0": rows}, tmp_path / "guard.png")
     empty = pd.DataFrame({name: [] for name in ("rollout_batch", "measure", "layer", "later_layer", "value")})
-    dynamics_figure(empty, rows, tmp_path / "dynamics.png", "little")
+    dynamics_figure(empty, 0, tmp_path / "dynamics.png", "little")
     for name, size in (("guard", (1800, 510)), ("dynamics", (1800, 900))):
         assert drawn(tmp_path / f"{name}.png")[0] == size
 
@@ -133,7 +133,7 @@ def test_dynamics_draws_one_line_a_later_layer(tmp_path):
         for measure, layer, laters in (("cosine", 5, (6, 7, 8)), ("perplexity", None, (None,)), ("kl", 3, (4,)))
         for later in laters
     ]
-    figure = dynamics_figure(pd.DataFrame(rows), metrics(), tmp_path / "dynamics.png", "a run")
+    figure = dynamics_figure(pd.DataFrame(rows), 2, tmp_path / "dynamics.png", "a run")
     assert titles(figure) == ["cosine of $H^{5}$ with later layers", "perplexity of the probes"]  # not of layer 3
     cosine, perplexity = figure.axes
     assert lines(cosine) == [[[batch, batch + later] for batch in range(3)] for later in (6, 7, 8)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,15 @@ def test_fewer_seeds_and_another_model():
 
 
 def test_the_problems_are_right():
-    """By Python's own arithmetic; none of the embedded model's training problems is among them."""
+    """By Python's own arithmetic; of the embedded model's form only those of its test split are among them."""
     for path in sorted(experiments.PROBLEMS.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len({row["problem"] for row in rows}) == len(rows) >= 64 - 10
         for row in rows:
-            sum_ = re.search(r"[-+ 0-9]+(?= ?=?$)", row["problem"])[0]
-            assert int(row["answer"]) == eval(sum_)
-            assert not re.fullmatch(r"\d\d[+-]\d\d[+-]\d\d", row["problem"])
+            question = re.search(r"[-+ 0-9]+(?= ?=?$)", row["problem"])[0]
+            assert int(row["answer"]) == eval(question)
+            if re.fullmatch(r"\d\d[+-]\d\d[+-]\d\d=?", row["problem"]):
+                assert zlib.crc32(question.encode()) % 8 == 0
     assert len(list(experiments.PROBLEMS.glob("*.jsonl"))) == 6
     assert load_benchmarks([f"mine={path}"])["mine"].num_rows == len(rows)
 
