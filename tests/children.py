@@ -16,7 +16,7 @@ print("hello from", folder.name)
 """
 
 
-def child(name, then="", needs=None, **options):
+def child(name, then="", needs=None, **options):  # needs: a child
     script = CHILD.format(then=then)
     return Run(name, "train", options, needs=needs, launch=(sys.executable, "-c", script))
 

@@ -106,7 +106,7 @@ WRITTEN: dict = {
     "bf16": True, "gradient_checkpointing": True, "seed": 42, "vllm_importance_sampling_correction": False,
     # eight processes
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 16,
-    "use_vllm": True, "vllm_mode": "colocate", "save_strategy": "steps", "save_steps": 200, "report_to": "none",
+    "use_vllm": True, "vllm_mode": "colocate", "save_strategy": "steps", "save_steps": 120, "report_to": "none",
 }  # fmt: skip
 BY_FAMILY: dict[str, dict] = {
     "qwen3": {

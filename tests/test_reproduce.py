@@ -25,7 +25,7 @@ from bupo.evaluation.options import EvalOptions
 from bupo.model.loading import EMBEDDED
 from bupo.reproduction import experiment as experiments
 from bupo.reproduction.experiment import NAMES, RECIPES, Run, read_experiment, scales
-from bupo.reproduction.jobs import Jobs, Places, state_of
+from bupo.reproduction.jobs import Jobs, Places, remove_stale, state_of
 from bupo.reproduction.run import ReproduceOptions, commands, forecast, plan
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
@@ -56,11 +56,14 @@ def test_every_figure_and_table_is_there():
 def test_a_name_is_whole_at_every_scale(name, scale):
     read = read_experiment(name, scale)
     assert read.title and read.source and read.cells and read.runs
-    assert {command for cell in read.cells for command in cell.runs} <= set(experiments.KINDS[read.kind])
+    afterwards = (
+        {"analyze"} if (name, scale) == ("fig5", "paper") else set()
+    )  # sharded runs have no probes of their own
+    assert {command for cell in read.cells for command in cell.runs} <= {*experiments.KINDS[read.kind]} | afterwards
     names = [run.name for run in read.runs]
     assert len(set(names)) == len(names)
     for place, run in enumerate(read.runs):  # what is needed comes first
-        assert run.needs is None or run.needs in names[:place]
+        assert run.needs is None or run.needs.name in names[:place]
     if scale == "paper":  # what the paper prints of it can stand beside ours
         rows = {(cell.model, cell.row) for cell in read.cells}
         assert {(model, row) for model, known in read.printed.items() for row in known} <= rows
@@ -186,13 +189,58 @@ def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):
     )
 
 
+def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
+    """An evaluation is of weights: where the recipe has changed, training and evaluation are made again, and nothing else."""
+    recipes = tmp_path / "recipes"
+    shutil.copytree(RECIPES, recipes)
+    monkeypatch.setattr(experiments, "RECIPES", recipes)
+    places, todo = Places(tmp_path / "out"), plan(["table10"], ReproduceOptions(seeds=1)).runs
+    for run in todo:
+        places.folder(run.name).mkdir(parents=True)
+        places.note(run.name).write_text(json.dumps({"digest": run.digest(), "finished": True, "seconds": 1.0}))
+    path = recipes / "cpu" / "embedded-bupo.yaml"
+    path.write_text(path.read_text().replace("epsilon: 0.2", "epsilon: 0.3"))
+    for run in todo:
+        remove_stale(run, places)
+    states = {run.name: state_of(run, places) for run in todo}
+    assert {name for name, state in states.items() if state == "to do"} == {name for name in states if "bupo" in name}
+    assert len(states) == 4
+
+
+def test_the_problems_of_an_evaluation_decide_it(tmp_path, monkeypatch):
+    run = next(run for run in read_experiment("table9", "embedded").runs if run.command == "eval")
+    before = run.digest()
+    shutil.copytree(experiments.PROBLEMS, tmp_path / "problems")
+    monkeypatch.setattr(experiments, "PROBLEMS", tmp_path / "problems")
+    assert run.digest() == before
+    with (tmp_path / "problems" / "differences.jsonl").open("a") as file:
+        file.write('{"problem": "1-1", "answer": "0"}\n')
+    assert run.digest() != before
+
+
+def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
+    """They are there: the recipe saves as often, and the first is where phase 1 ends."""
+    cell = read_experiment("fig5", "paper").cells[0]
+    recipe = yaml.safe_load((RECIPES / f"{cell.runs['train'].recipe}.yaml").read_text())
+    _, *numbers, end = cell.runs["analyze"].options["model"]
+    wanted = list(range(recipe["save_steps"], recipe["max_steps"], recipe["save_steps"]))
+    assert [int(name.removeprefix("{run}/checkpoint-")) for name in numbers] == wanted and end == "{run}"
+    assert wanted[0] == 4 * recipe["internal_steps"]
+    words = cell.runs["analyze"].words(place)
+    trained = place(cell.runs["train"].name)
+    assert f"{trained}/checkpoint-120" in words and words[words.index("--rollouts") + 1] == f"{trained}/probes.jsonl"
+    assert (
+        cell.runs["train"].name == read_experiment("table2", "paper").cells[0].runs["train"].name
+    )  # no further training
+
+
 # -- children -------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_are_run_once_and_in_order(tmp_path):
     places, said, finished = Places(tmp_path), [], []
     first = child("first")
-    second = child("second", then="assert (folder.parent / 'first' / 'done').exists()", needs="first")
+    second = child("second", then="assert (folder.parent / 'first' / 'done').exists()", needs=first)
     Jobs(places, 2, said.append, lambda run: finished.append(run.name)).execute([second, first])
     assert finished == ["first", "second"] and [starts(places, name) for name in finished] == [1, 1]
     assert "hello from first" in places.log("first").read_text()
@@ -212,13 +260,35 @@ def test_two_go_side_by_side(tmp_path):
 def test_a_run_that_fails_stops_only_what_needs_it(tmp_path):
     places, said, finished = Places(tmp_path), [], []
     bad = child("bad", then="print('bupo: error: the reason', file=sys.stderr); sys.exit(2)")
-    runs = [bad, child("of-bad", needs="bad"), child("good"), child("of-good", needs="good")]
+    good = child("good")
+    runs = [bad, child("of-bad", needs=bad), good, child("of-good", needs=good)]
     with pytest.raises(
         UserError, match=r"run bad failed \(2 runs in all\): exit status 2, the reason; its log is .*bad\.log"
     ):
         Jobs(places, 1, said.append, lambda run: finished.append(run.name)).execute(runs)
     assert finished == ["good", "of-good"] and starts(places, "of-bad") == 0
     assert state_of(bad, places) == "begun" and places.seconds("bad") is None
+
+
+def test_what_cannot_be_drawn_stops_no_run(tmp_path):
+    places, finished = Places(tmp_path), []
+
+    def draw(run):
+        finished.append(run.name)
+        if run.name == "a":
+            raise UserError("a cannot be read")
+
+    with pytest.raises(UserError, match="a cannot be read"):
+        Jobs(places, 1, lambda line: None, draw).execute([child("a"), child("b")])
+    assert finished == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ['{"seconds": "x"}', "[]", '{"digest": "d", "finished": true, "seconds": null}', "{"])
+def test_a_note_that_is_none_is_no_note(tmp_path, text):
+    places = Places(tmp_path)
+    places.note("a").parent.mkdir(parents=True)
+    places.note("a").write_text(text)
+    assert state_of(child("a"), places) == "to do" and places.seconds("a") is None
 
 
 def test_a_run_of_other_options_is_refused(tmp_path):
@@ -341,7 +411,7 @@ def test_slurm_runs_every_command_once(tmp_path):
     assert [[word for word in words if word] for words in ran] == wanted
     options = (tmp_path / "log.options").read_text().splitlines()
     assert {state_of(run, todo.places) for run in todo.runs} == {"finished"}
-    assert "--gres=gpu:8" in options[0] and "--dependency=afterok:77" in options[1] and "afterok" not in options[0]
+    assert "--gres=gpu:8" in options[0] and "--dependency=afterany:77" in options[1] and "afterany" not in options[0]
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class Run:
         command (`str`): `train`, `eval` or `analyze`.
         options (`dict`): of the command, but for `output`.
         recipe (`str`, *optional*): the recipe that the options are on top of, such as `cpu/embedded-bupo`.
-        needs (`str`, *optional*): name of the run whose model this one reads.
+        needs (`Run`, *optional*): the run whose model this one reads. In options, `{run}` is its folder, and `{problems}` that
+            of the problems that come with the experiments.
         launch (`tuple[str, ...]`): what starts the command, on a cluster a launcher.
         cost (`float`): an estimate, in seconds here, or in GPU hours where the scale has some.
     """
@@ -57,7 +58,7 @@ class Run:
     command: str
     options: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
-    needs: str | None = None
+    needs: "Run | None" = None
     launch: tuple[str, ...] = ()
     cost: float = 0.0
 
@@ -73,10 +74,11 @@ class Run:
         """
         start = list(self.launch) or [sys.executable, "-m", "bupo.commands.main"]
         given = ["--config", str(self.recipe_path)] if self.recipe else []
-        options = dict(self.options) | ({"model": str(place(self.needs))} if self.needs else {})
-        for name, value in options.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            given += [f"--{name}", text.replace("{problems}", str(PROBLEMS))]
+        of_run = {"model": str(place(self.needs.name))} if self.needs else {}
+        filled = {"run": of_run.get("model"), "problems": PROBLEMS}
+        for name, value in {**of_run, **self.options}.items():
+            texts = [item if isinstance(item, str) else json.dumps(item) for item in _several(value)]
+            given += [f"--{name}", *(_filled(text, filled) for text in texts)]
         going_on = ["--resume_from_checkpoint", "true"] if self.command == "train" else []
         return [*start, self.command, *given, *going_on, "--output", str(place(self.name))]
 
@@ -87,7 +89,10 @@ class Run:
     def digest(self) -> str:
         """Of all that decides what the run leaves: another digest is another run."""
         recipe = yaml.safe_load(self.recipe_path.read_text()) if self.recipe_path else None
-        decided = [self.command, {name: str(self.options[name]) for name in sorted(self.options)}, recipe, self.needs]
+        options = {name: str(self.options[name]) for name in sorted(self.options)}
+        files = re.findall(r"\{problems\}/([^,\s]+)", " ".join(options.values()))
+        contents = [hashlib.sha256((PROBLEMS / name).read_bytes()).hexdigest() for name in files]
+        decided = [self.command, options, recipe, self.needs.digest() if self.needs else None, *contents]
         return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -117,6 +122,7 @@ class Experiment:
         printed (`dict[str, dict[str, Any]]`): the paper's numbers, by model and row.
         draw (`dict`): for the output: which measures, columns, figure.
         cells (`tuple[Cell, ...]`): all of it.
+        given (`bool`): whether another model than the scale's is asked for.
     """
 
     name: str
@@ -128,6 +134,7 @@ class Experiment:
     printed: dict[str, dict[str, Any]]
     draw: dict[str, Any]
     cells: tuple[Cell, ...]
+    given: bool = False
 
     @property
     def runs(self) -> list[Run]:
@@ -174,7 +181,7 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     heads = {key: text[key] for key in ("title", "source", "kind")}
     return Experiment(
         name, **heads, scale=scale, about=known[scale]["about"], printed=text.get("printed", {}),
-        draw=section.own.get("draw", {}), cells=cells,
+        draw=section.own.get("draw", {}), cells=cells, given=model is not None,
     )  # fmt: skip
 
 
@@ -201,7 +208,7 @@ class _Section:
         words = {label: known[label] | {"problems": "{problems}"} for label in labels}
         if self.model:
             first = next(iter(words.values()))
-            return {Path(self.model).stem: first | {"base": self.model, "own_model": True}}
+            return {Path(self.model).name.removesuffix(".gguf"): first | {"base": self.model, "own_model": True}}
         return words
 
     def _rows(self, words: Mapping[str, Any]) -> dict[str, tuple[str | None, dict[str, Any]]]:
@@ -228,14 +235,18 @@ class _Section:
                     given[name] = min(given.get(name, recipe_has), most)
             base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
-        trained = runs["train"].name if "train" in runs else None
+        trained, untrained = runs.get("train"), {"model": words["base"], **self.scale.get("untrained", {})}
         if "eval" in KINDS[self.kind]:
-            about = {} if trained else {"model": words["base"]}
+            about = {} if trained else untrained
             runs["eval"] = self._run(
-                "eval", words, about | self._options("eval", words) | {"seed": seed}, needs=trained
+                "eval", words, {**self._options("eval", words), **about, "seed": seed}, needs=trained
             )
         if "analyze" in KINDS[self.kind]:
             runs["analyze"] = self._run("analyze", words, {"model": words["base"]} | self._options("analyze", words))
+        if "checkpoints" in self.own:  # of runs that are sharded, which have no probes of their own
+            places = ["{run}/checkpoint-" + str(number) for number in self.own["checkpoints"]]
+            given = {"model": [words["base"], *places, "{run}"], "rollouts": "{run}/probes.jsonl", "device_map": "auto"}
+            runs["analyze"] = self._run("analyze", words, given, needs=trained)
         return runs
 
     def _options(self, command: str, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,19 +257,28 @@ class _Section:
 
     def _run(self, command: str, words: Mapping[str, Any], options: dict[str, Any], **more: Any) -> Run:
         scale, recipe, needs = self.scale, more.get("recipe"), more.get("needs")
-        subject = recipe or needs or str(options.get("model"))
-        usual = {**(scale.get(command) or {}), **scale.get("rehearsed", {}).get(command, {}), "model": subject}
+        subject = recipe or (needs.name if needs else str(options.get("model")))
+        usual = {
+            **(scale.get(command) or {}),
+            **scale.get("rehearsed", {}).get(command, {}),
+            **scale.get("untrained", {}),
+        }
+        usual |= {"model": options.get("model"), "rollouts": "{run}/probes.jsonl", "device_map": "auto"}
         given = {name: value for name, value in options.items() if usual.get(name) != value}
         launch = (
             tuple(_filled(word, {"recipes": RECIPES}) for word in scale.get("launch", ())) if command == "train" else ()
         )
-        cost = float(words.get("cost", {}).get(command, scale["cost"][command]))
+        cost = float({**scale["cost"], **words.get("cost", {}), **self.own.get("cost", {})}[command])
         if command == "train" and "max_steps" in options:
             whole = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["max_steps"]
             cost *= options["max_steps"] / whole
         if command == "eval":
             cost *= options.get("size", 1) * options.get("k", 1) / scale["cost"].get("eval_answers", 1)
         return Run(_name(command, subject, given), command, options, launch=launch, cost=cost, **more)
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _filled(value: Any, words: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from bupo.reproduction.experiment import Run
 
 PATIENCE = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
 PAUSE = 0.1
+NOTE_EVERY = 30.0  # seconds between two notes of how long a run has taken, which a kill would lose
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -51,8 +52,13 @@ class Places:
 
     def noted(self, name: str) -> dict[str, Any]:
         """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
-        with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads(self.note(name).read_text()))
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            noted = json.loads(self.note(name).read_text())
+            return {
+                "digest": str(noted["digest"]),
+                "finished": noted["finished"] is True,
+                "seconds": float(noted["seconds"]),
+            }
         with suppress(OSError, ValueError):
             return {"digest": self.mark(name).read_text().strip(), "finished": True}
         return {}
@@ -94,6 +100,7 @@ class _Child:
     process: subprocess.Popen
     started: float
     before: float  # seconds of earlier attempts
+    noted: float = 0.0  # when its seconds were last written
 
 
 class Jobs:
@@ -109,46 +116,63 @@ class Jobs:
     def __init__(self, places: Places, jobs: int, say: Callable[[str], None], on_finished: Callable[[Run], None]):
         self.places, self.jobs, self.say, self.on_finished = places, jobs, say, on_finished
         self.failed: dict[str, str] = {}
+        self.undrawn: list[UserError] = []
         self._children: list[_Child] = []
 
     def execute(self, runs: Sequence[Run]) -> None:
         """Run all that are not finished; what one needs comes first. A run that fails stops only those that need it.
 
         Raises:
-            UserError: at the end, if a run has failed.
+            UserError: at the end, if a run has failed, or `on_finished` has raised one.
         """
         waiting, done = list(runs), set()
         try:
             while waiting or self._children:
                 self._skip(waiting)
-                for run in [run for run in waiting if not run.needs or run.needs in done]:
+                for run in [run for run in waiting if not run.needs or run.needs.name in done]:
                     if len(self._children) >= self.jobs:
                         break
                     waiting.remove(run)
                     if state_of(run, self.places) == "finished":
                         done.add(run.name)
-                        self.on_finished(run)
+                        self._finished(run)
                     else:
                         self._children.append(self._started(run))
                 for child in [child for child in self._children if child.process.poll() is not None]:
                     self._children.remove(child)
                     if self._ended(child):
                         done.add(child.run.name)
-                        self.on_finished(child.run)
-                if self._children:
-                    time.sleep(PAUSE)
+                        self._finished(child.run)
+                self._wait()
         finally:
             self._stop()
         if self.failed:
             name, why = next(iter(self.failed.items()))
             more = f" ({len(self.failed)} runs in all)" if len(self.failed) > 1 else ""
             raise UserError(f"run {name} failed{more}: {why}; its log is {self.places.log(name)}")
+        if self.undrawn:
+            raise self.undrawn[0]
+
+    def _finished(self, run: Run) -> None:
+        """Tell of a finished run. What cannot be made of it stops no other run."""
+        try:
+            self.on_finished(run)
+        except UserError as error:
+            self.say(f"not made: {error}")
+            self.undrawn.append(error)
+
+    def _wait(self) -> None:
+        for child in self._children:
+            if time.monotonic() - child.noted > NOTE_EVERY:
+                self._note(child, finished=False)
+        if self._children:
+            time.sleep(PAUSE)
 
     def _skip(self, waiting: list[Run]) -> None:
         """Leave out what needs a run that has failed."""
-        for run in [run for run in waiting if run.needs in self.failed]:
+        for run in [run for run in waiting if run.needs and run.needs.name in self.failed]:
             waiting.remove(run)
-            self.failed[run.name] = f"it needs {run.needs}"
+            self.failed[run.name] = "it needs a run that has failed"
 
     def _started(self, run: Run) -> _Child:
         before = float(self.places.noted(run.name).get("seconds", 0.0))
@@ -178,6 +202,7 @@ class Jobs:
         return False
 
     def _note(self, child: _Child, finished: bool) -> None:
+        child.noted = time.monotonic()
         noted = {
             "digest": child.run.digest(),
             "finished": finished,
@@ -191,11 +216,11 @@ class Jobs:
         for child in self._children:
             child.process.terminate()
         for child in self._children:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 child.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal.SIGKILL)  # and what it has started: it leads a session of its own
+            child.process.wait()
             self._note(child, finished=False)
         self._children = []
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bupo.files import in_one_piece, write_json
 from bupo.provenance import versions
-from bupo.reproduction.experiment import Experiment, scales
+from bupo.reproduction.experiment import Experiment
 from bupo.reproduction.outputs import OUTPUTS, Finished, Output
 from bupo.reproduction.outputs.table import quoted
 from bupo.text import csv_cell
@@ -109,8 +109,7 @@ def called(name: str) -> str:
 
 def _notes(experiment: Experiment, output: Output) -> list[str]:
     """What every result has to say of itself."""
-    known = scales()["paper"]["models"]
-    theirs = all(cell.model in known for cell in experiment.cells)
+    theirs = experiment.scale == "paper" and not experiment.given
     notes = [THE_PAPERS_MODELS if theirs else OTHER_MODELS]
     if "seeds" in output.data or any("seeds" in row for row in output.rows):
         band = "" if output.figure is None else "; so are the bands around the lines"

@@ -127,7 +127,7 @@ def reproduce(
             state_of(run, todo.places)  # refused before anything is run
         note_run(todo.places.root, "reproduce", changed(options) if noted is None else noted)
         Jobs(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
-    return {each.name: making.results[each.name] for each in todo.experiments}
+    return making.results
 
 
 class _Making:
@@ -171,7 +171,7 @@ def commands(todo: Reproduction, kind: str) -> str:
     for number, group in enumerate(lines):
         if group:
             quoted = "\n".join(shlex.quote(line) for line in group)
-            wait = '--dependency="afterok:$first" ' if number and lines[0] else ""
+            wait = '--dependency="afterany:$first" ' if number and lines[0] else ""
             parts.append(
                 BATCH.format(after=f"{('first', 'second')[number]}=", last=len(group) - 1, wait=wait, commands=quoted)
             )

@@ -18,7 +18,7 @@ COLUMNS = ["model", "row", "seed", "measure", "layer", "later_layer", "rollout_b
 
 
 def dynamics(finished: Finished) -> Output:
-    """Figure, data and table from the trainings' `dynamics.parquet`."""
+    """Figure, data and table from `dynamics.parquet` of the trainings, or of the analyses of their checkpoints."""
     experiment, parts, lines = finished.experiment, [], []
     ends: dict[tuple[str, str], float] = {}
     for (model, row), by_seed in finished.cells("train").items():
@@ -44,7 +44,7 @@ def dynamics(finished: Finished) -> Output:
 
 def _series(finished: Finished, cell: Cell) -> pd.DataFrame:
     """The panels' measures of one run, of the last layer that it trains alone."""
-    run = cell.runs["train"]
+    run = cell.runs.get("analyze", cell.runs["train"])  # of a sharded run's checkpoints, afterwards
     table = finished.frame(run, "dynamics.parquet")
     for name in COLUMNS[3:]:
         finished.take(run, "dynamics.parquet", table, name)

@@ -188,7 +188,7 @@ def told_apart(found: OverSeeds | None) -> str:
 
 def beside(experiment: Experiment, model: str) -> list[str]:
     """The paper's models whose numbers stand beside one of ours: its own, or all of them."""
-    return [model] if model in experiment.printed else list(experiment.printed)
+    return [model] if model in experiment.printed and not experiment.given else list(experiment.printed)
 
 
 def options_of(cell: Cell) -> str:
