@@ -157,7 +157,7 @@ def test_several_logs_of_a_batch_are_averaged_and_broken_lines_left_out(runs):
 def test_an_evaluation_finds_the_run_that_it_is_of(runs):
     run = read(Evaluated, evaluate(runs / "eval", "runs/a", math=80))
     assert run.place == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
-    assert run.passes == {"math": {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
+    assert run.passes == {("math", "10 answers each", 10): {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
 
 
 def test_runs_that_have_moved_find_each_other(runs, tmp_path):
@@ -303,6 +303,22 @@ def test_benchmarks_of_other_sampling_are_other_columns(runs):
     by_name = {name: group.scores[b][None].value for b, name in benchmark_names([group]).items()}
     assert by_name["math avg@10, temperature 1.0"] == pytest.approx(0.2)  # two evaluations of one model: their mean
     assert group.name == "as given"
+
+
+def test_curves_of_other_problems_or_answers_are_their_own_and_repeated_ones_are_averaged(runs):
+    asked = {"a": (128, 64, 0.1, 0.5), "b": (512, 8, 0.2, 0.6), "c": (128, 64, 0.3, 0.8), "d": (128, 8, 0.4, 0.4)}
+    folders = [evaluate(runs / name, "embedded", math=10) for name in asked]
+    for folder, (problems, k, first, last) in zip(folders, asked.values(), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["benchmarks"]["math"] |= {"problems": problems, "k": k, "pass@k": {"1": first, str(k): last}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (group,) = groups_of(*folders)
+    names = benchmark_names([group], "passes")
+    assert {name: group.passes[benchmark][None] for benchmark, name in names.items()} == {
+        "math, 128 problems, 64 answers each": {1: pytest.approx(0.2), 64: pytest.approx(0.65)},
+        "math, 512 problems, 8 answers each": {1: 0.2, 8: 0.6},
+        "math, 128 problems, 8 answers each": {1: 0.4, 8: 0.4},
+    }
 
 
 # -- the paper's tables
