@@ -125,6 +125,17 @@ def test_two_spellings_are_one_setting():
     assert setting_of({"output": "runs/demo"}, "demo")[0].name == "BuPO, layer 5 for 10 batches"
 
 
+def test_numbers_that_differ_in_a_late_digit_are_two_settings():
+    def of(**options):
+        return setting_of({"model": "m"} | options, "train")[0]
+
+    assert dict(of(shuffle_seed=20250101).rest) == {"shuffle_seed": "20250101"}
+    assert of(shuffle_seed=20250101) == of(shuffle_seed="20250101") == of(shuffle_seed=20250101.0)
+    assert of(shuffle_seed=20250101) != of(shuffle_seed=20250102)
+    assert of(learning_rate=0.1234567) != of(learning_rate=0.1234568)
+    assert of(learning_rate=0.1 + 0.2) == of(learning_rate="3e-1")
+
+
 # -- folders
 
 
@@ -354,6 +365,14 @@ def test_table_1_and_10(runs):
     (cells,) = [cells for group, cells in found.rows if group.setting.stages]
     difference = cells[found.heads.index("math avg@10, less GRPO")].over
     assert dataclasses.astuple(difference) == pytest.approx(dataclasses.astuple(paired(grpo, own)))
+
+
+def test_equal_scores_differ_by_nothing(runs):
+    """Which is a number: only GRPO's own row has none."""
+    folders = scored(runs, "g", GRPO, s1=(0, 10), s2=(0, 10)) + scored(runs, "b", BUPO, s1=(0, 10), s2=(0, 20))
+    ten = texts(table(10, *folders))
+    assert ten["BuPO, layer 5 for 3 batches"]["math avg@10, less GRPO"] == "+0.0 [0.0, 0.0] n=2"
+    assert ten["GRPO"]["math avg@10, less GRPO"] == "None"
 
 
 def test_tables_2_3_5_and_11(runs):
