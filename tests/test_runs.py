@@ -125,6 +125,17 @@ def test_two_spellings_are_one_setting():
     assert setting_of({"output": "runs/demo"}, "demo")[0].name == "BuPO, layer 5 for 10 batches"
 
 
+def test_numbers_that_differ_in_a_late_digit_are_two_settings():
+    def of(**options):
+        return setting_of({"model": "m"} | options, "train")[0]
+
+    assert dict(of(shuffle_seed=20250101).rest) == {"shuffle_seed": "20250101"}
+    assert of(shuffle_seed=20250101) == of(shuffle_seed="20250101") == of(shuffle_seed=20250101.0)
+    assert of(shuffle_seed=20250101) != of(shuffle_seed=20250102)
+    assert of(learning_rate=0.1234567) != of(learning_rate=0.1234568)
+    assert of(learning_rate=0.1 + 0.2) == of(learning_rate="3e-1")
+
+
 # -- folders
 
 
@@ -157,7 +168,7 @@ def test_several_logs_of_a_batch_are_averaged_and_broken_lines_left_out(runs):
 def test_an_evaluation_finds_the_run_that_it_is_of(runs):
     run = read(Evaluated, evaluate(runs / "eval", "runs/a", math=80))
     assert run.place == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
-    assert run.passes == {"math": {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
+    assert run.passes == {("math", "10 answers each", 10): {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
 
 
 def test_runs_that_have_moved_find_each_other(runs, tmp_path):
@@ -305,6 +316,22 @@ def test_benchmarks_of_other_sampling_are_other_columns(runs):
     assert group.name == "as given"
 
 
+def test_curves_of_other_problems_or_answers_are_their_own_and_repeated_ones_are_averaged(runs):
+    asked = {"a": (128, 64, 0.1, 0.5), "b": (512, 8, 0.2, 0.6), "c": (128, 64, 0.3, 0.8), "d": (128, 8, 0.4, 0.4)}
+    folders = [evaluate(runs / name, "embedded", math=10) for name in asked]
+    for folder, (problems, k, first, last) in zip(folders, asked.values(), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["benchmarks"]["math"] |= {"problems": problems, "k": k, "pass@k": {"1": first, str(k): last}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (group,) = groups_of(*folders)
+    names = benchmark_names([group], "passes")
+    assert {name: group.passes[benchmark][None] for benchmark, name in names.items()} == {
+        "math, 128 problems, 64 answers each": {1: pytest.approx(0.2), 64: pytest.approx(0.65)},
+        "math, 512 problems, 8 answers each": {1: 0.2, 8: 0.6},
+        "math, 128 problems, 8 answers each": {1: 0.4, 8: 0.4},
+    }
+
+
 # -- the paper's tables
 
 
@@ -338,6 +365,14 @@ def test_table_1_and_10(runs):
     (cells,) = [cells for group, cells in found.rows if group.setting.stages]
     difference = cells[found.heads.index("math avg@10, less GRPO")].over
     assert dataclasses.astuple(difference) == pytest.approx(dataclasses.astuple(paired(grpo, own)))
+
+
+def test_equal_scores_differ_by_nothing(runs):
+    """Which is a number: only GRPO's own row has none."""
+    folders = scored(runs, "g", GRPO, s1=(0, 10), s2=(0, 10)) + scored(runs, "b", BUPO, s1=(0, 10), s2=(0, 20))
+    ten = texts(table(10, *folders))
+    assert ten["BuPO, layer 5 for 3 batches"]["math avg@10, less GRPO"] == "+0.0 [0.0, 0.0] n=2"
+    assert ten["GRPO"]["math avg@10, less GRPO"] == "None"
 
 
 def test_tables_2_3_5_and_11(runs):

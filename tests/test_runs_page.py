@@ -306,7 +306,7 @@ def test_keyboard(opened):
 @pytest.mark.browser
 def test_passes_layers_and_dynamics(opened):
     page = opened()
-    page.select_option("#benchmark", "aime")
+    page.select_option("#benchmark", "aime, 10 problems, 10 answers each")
     names = page.evaluate("document.getElementById('passes').data.filter(t => t.name).map(t => t.name)")
     assert len(names) == 7 and page.evaluate("document.getElementById('passes').data.at(-1).x") == [1, 10]
     assert page.locator("#layer-group option").all_inner_texts() == ["BuPO, layer 5 for 3 batches"]

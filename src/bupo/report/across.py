@@ -9,7 +9,8 @@ from bupo.report.runs import Analysed, Curve, Dynamics, Evaluated, Run, Score, T
 from bupo.report.setting import VANILLA, Setting
 
 Seed = int | None  # None: of no training
-Benchmark = tuple[str, str, int, tuple[tuple[str, str], ...]]  # label, metric, problems, sampling
+# label, metric (of pass@K: answers to each problem), problems, sampling
+Benchmark = tuple[str, str, int, tuple[tuple[str, str], ...]]
 WHILE_TRAINING = (("sampled", "while training"),)
 METHODS = (VANILLA, "PPO", "REINFORCE++", "RLOO", "GRPO", "BuPO")  # in the order of the paper's table 1
 GIVEN = "as given"  # what no run of the set has trained, or began with
@@ -60,6 +61,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     owners = {path: run for run in trained for path in (run.folder.absolute(), run.folder.resolve())}
     found: dict[Setting, Group] = {}
     several: dict[tuple[Setting, Benchmark], dict[Seed, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    curves: dict[tuple[Setting, Benchmark], dict[Seed, list[dict]]] = defaultdict(lambda: defaultdict(list))
 
     def of(setting: Setting) -> Group:
         return found.setdefault(setting, Group(setting))
@@ -71,10 +73,11 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     for run in runs:
         if isinstance(run, Evaluated):
             setting, seed = _looked_at(run.model, run.place, run.policy, owners)
-            for (label, metric, problems), score in run.scores.items():
-                several[setting, (label, metric, problems, tuple(run.asked.items()))][seed].append(score)
-            for label, curve in run.passes.items():
-                of(setting).passes.setdefault((label, "pass@K", 0, tuple(run.asked.items())), {})[seed] = curve
+            asked = tuple(run.asked.items())
+            for benchmark, score in run.scores.items():
+                several[setting, (*benchmark, asked)][seed].append(score)
+            for benchmark, curve in run.passes.items():
+                curves[setting, (*benchmark, asked)][seed].append(curve)
         elif isinstance(run, Analysed):
             for model in run.models:
                 setting, seed = _looked_at(model.model, model.place, "", owners)
@@ -85,6 +88,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         _while_training(trained, several)
     for (setting, benchmark), by_seed in several.items():
         of(setting).scores[benchmark] = {seed: _mean(scores) for seed, scores in by_seed.items()}
+    for (setting, key), of_seed in curves.items():
+        of(setting).passes[key] = {seed: _mean_curve(repeated) for seed, repeated in of_seed.items()}
     return _named(sorted(found.values(), key=lambda group: _order(group.setting)))
 
 
@@ -115,6 +120,13 @@ def _while_training(trained: Sequence[Trained], several: dict) -> None:
 def _mean(scores: Sequence[Score]) -> Score:
     """Of several evaluations of one model, such as with other seeds of sampling."""
     return Score(*(sum(getattr(s, name) for s in scores) / len(scores) for name in ("value", "low", "high")))
+
+
+def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """The same of pass@K, where all have it."""
+    return {
+        k: sum(curve[k] for curve in curves) / len(curves) for k in curves[0] if all(k in curve for curve in curves)
+    }
 
 
 def _order(setting: Setting) -> tuple:
@@ -150,16 +162,20 @@ def short_model(model: str) -> str:
 
 
 def benchmark_names(groups: Sequence[Group], of: str = "scores") -> dict[Benchmark, str]:
-    """Names of the benchmarks of all groups: label and metric, and what else tells two apart."""
+    """Names of the benchmarks of all groups: label and metric, and what else tells two apart.
+
+    A curve of pass@K (`of` is `passes`) is over so many problems and answers: `math, 128 problems, 64 answers each`.
+    """
     known = list(dict.fromkeys(benchmark for group in groups for benchmark in getattr(group, of)))
     names = {}
     for benchmark in known:
         label, metric, problems, asked = benchmark
         same = [other for other in known if other[:2] == benchmark[:2]]
-        words = [f"{problems} problems"] if len({other[2] for other in same}) > 1 else []
+        words = [f"{problems} problems"] if of == "scores" and len({other[2] for other in same}) > 1 else []
         differ = {key for other in same for key, value in other[3] if dict(asked).get(key) != value}
         words += [f"{key} {value}" for key, value in asked if key in differ or asked == WHILE_TRAINING]
-        names[benchmark] = ", ".join([f"{label} {metric}", *words])
+        head = f"{label} {metric}" if of == "scores" else f"{label}, {problems} problems, {metric}"
+        names[benchmark] = ", ".join([head, *words])
     return names
 
 

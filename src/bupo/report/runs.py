@@ -80,7 +80,7 @@ class Evaluated:
         policy (`str`): `policy of layer 6`, unless it was the whole model.
         asked (`dict[str, str]`): sampling: two evaluations that differ here are not to be compared.
         scores (`dict[tuple, Score]`): by benchmark, metric (`avg@16`) and number of problems.
-        passes (`dict[str, dict[int, float]]`): pass@K by K, by benchmark.
+        passes (`dict[tuple, dict]`): pass@K by K, by benchmark, `64 answers each` and number of problems.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class Evaluated:
     policy: str
     asked: dict[str, str]
     scores: dict[tuple[str, str, int], Score]
-    passes: dict[str, dict[int, float]]
+    passes: dict[tuple[str, str, int], dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,16 @@ def _evaluated(folder: Path, summary: dict) -> Evaluated:
     config, meta = read_config(folder) or {}, summary["meta"]
     model = config.get("adapter") or config.get("model") or meta.get("model") or "embedded"
     scores: dict[tuple[str, str, int], Score] = {}
-    passes: dict[str, dict[int, float]] = {}
+    passes: dict[tuple[str, str, int], dict[int, float]] = {}
     for label, found in list(summary["benchmarks"].items())[:MOST]:
         k, value = (number(found.get(name)) for name in ("k", "avg@k")) if isinstance(found, dict) else (None, None)
         if k is not None and value is not None:
             scores[name_of(label), f"avg@{k:g}", _count(found)] = _score(value, found.get("avg@k_interval"))
             curve = found.get("pass@k")
             points = {n: number(v) for n, v in curve.items() if n.isdecimal()} if isinstance(curve, dict) else {}
-            passes[name_of(label)] = {int(n[:9]): v for n, v in list(points.items())[:MOST] if v is not None}
+            passes[name_of(label), f"{k:g} answers each", _count(found)] = {
+                int(n[:9]): v for n, v in list(points.items())[:MOST] if v is not None
+            }
     harness = summary.get("harness")
     for label, found in list(harness.items())[:MOST] if isinstance(harness, dict) else ():
         value = number(found.get("score")) if isinstance(found, dict) else None

@@ -232,13 +232,13 @@ def _table(table: Table, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _passes(groups: Sequence[Group]) -> dict[str, Any]:
-    """pass@K in percent, by benchmark."""
+    """pass@K in percent, by benchmark, its problems and answers."""
     found: dict[str, list] = defaultdict(list)
     for benchmark, name in benchmark_names(groups, "passes").items():
         for number, group in enumerate(groups):
             for seed, curve in group.passes.get(benchmark, {}).items():
                 points = sorted((k, 100 * share) for k, share in curve.items())
-                found[name.replace(" pass@K", "")].append(
+                found[name].append(
                     {
                         "group": number,
                         "seed": seed,

@@ -177,13 +177,16 @@ def _factor(value: Any) -> float:
 
 
 def _text(value: Any, longest: int = LONGEST) -> str:
-    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001.
+    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001; whole numbers stay whole.
 
     Long ones are cut, and told apart by a digest.
     """
+    whole_number = _whole(value)
+    if whole_number is not None:
+        return str(whole_number)
     if not isinstance(value, bool):
         try:
-            return f"{float(value):g}"
+            return f"{float(value):.15g}"  # all digits that a float keeps as they were written
         except (ValueError, TypeError, OverflowError):
             pass
     whole = "…" if deep(value) else str(value)

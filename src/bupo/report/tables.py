@@ -208,7 +208,7 @@ def _seeds(groups: Sequence[Group]) -> Table:
         numbers: list[Number | None] = []
         for benchmark in benchmarks:
             own, other = _score(group, benchmark, benchmarks), by_setting.get(group.setting.baseline)
-            base = _score(other, benchmark, benchmarks) if other else None
+            base = _score(other, benchmark, benchmarks) if other and other is not group else None
             numbers += [own and replace(own, kind="sd", problems=None), _difference(base, own)]
         cells.append([*name, _seed_list(own_seeds), *numbers])
     heads = [head for name in benchmarks.values() for head in (name, f"{name}, less GRPO")]
@@ -227,8 +227,8 @@ def _seed_list(seeds: Sequence[int]) -> str:
 
 
 def _difference(base: Number | None, own: Number | None) -> Number | None:
-    """As `bupo.seeds.paired`, seed by seed. None where no seed is in both, or both are the same."""
-    if base is None or own is None or base.values == own.values:
+    """As `bupo.seeds.paired`, seed by seed. None where no seed is in both."""
+    if base is None or own is None:
         return None
     both = {seed: own.values[seed] - base.values[seed] for seed in own.values if seed in base.values}
     return Number(both, "difference") if both else None
