@@ -1,6 +1,7 @@
 """A run knows how it is to be evaluated: what is written beside its weights, and who reads it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import bupo
 from bupo import AnalyzeOptions, BuPOConfig, UserError
 from bupo.analysis.run import _load_problems as load_the_problems
 from bupo.commands.main import main
-from bupo.data.as_trained import EVALUATION_FILE, AsTrained, as_trained, settled
+from bupo.data.as_trained import EVALUATION_FILE, LARGEST, TEMPLATE_FILE, AsTrained, as_trained, settled
 from bupo.data.templates import BOXED, TEMPLATES, prompt_ids
 from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, without_k
 from bupo.evaluation.options import OTHERWISE, EvalOptions
@@ -148,6 +149,44 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): mend it, or remove it") as raised:
         as_trained(str(tmp_path))
     assert len(str(raised.value)) < 1000 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [EVALUATION_FILE, TEMPLATE_FILE])
+def test_only_regular_files_of_the_folder_are_read(tmp_path, name):
+    """A pipe would hang, a link show what lies elsewhere, a file without end fill memory."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    AsTrained().write(folder)
+    (folder / TEMPLATE_FILE).write_text("{{ messages }}")
+    assert as_trained(None, str(folder)).template == "{{ messages }}"
+    path, elsewhere = folder / name, tmp_path / name
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is no regular file of its folder"):
+        as_trained(None, str(folder))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is no regular file of its folder"):
+        as_trained(None, str(folder))
+    path.unlink()
+    path.write_bytes(b" " * (LARGEST + 1))
+    with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is larger than 1024 KB"):
+        as_trained(None, str(folder))
+
+
+def test_the_hubs_cache_is_read_through_its_links(tmp_path):
+    """`snapshots/REVISION` links to `blobs` beside it, and to nothing else of its model."""
+    folder, blobs = tmp_path / "models--a--b" / "snapshots" / "f00", tmp_path / "models--a--b" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    AsTrained(temperature=0.6).write(blobs)
+    (folder / EVALUATION_FILE).symlink_to(f"../../blobs/{EVALUATION_FILE}")
+    assert as_trained(str(folder)).temperature == 0.6
+    (blobs / EVALUATION_FILE).rename(blobs.parent / EVALUATION_FILE)
+    (folder / EVALUATION_FILE).unlink()
+    (folder / EVALUATION_FILE).symlink_to(f"../../{EVALUATION_FILE}")
+    with pytest.raises(UserError, match="no regular file of its folder"):
+        as_trained(str(folder))
 
 
 def test_most_models_say_nothing(tmp_path):

@@ -488,8 +488,59 @@ def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched
         assert course_of([str(tmp_path / "run")] * 2, None, tmp_path) is None
 
 
+@pytest.mark.parametrize("batches", ["NaN", "1e400", "-1", "-Infinity"])
+def test_a_run_that_has_done_what_none_does_is_one_line(tmp_path, batches):
+    (tmp_path / "finished.json").write_text(f'{{"rollout_batches": {batches}, "schedule": []}}')
+    with pytest.raises(
+        UserError, match=r"says that \S+ rollout batches are done, which no run has: its files are damaged"
+    ):
+        course_of([str(tmp_path)] * 2, None, tmp_path / "out")
+
+
+def test_a_layer_that_a_later_model_does_not_have_is_found_before_it_is_measured(tmp_path):
+    """The models of a run that was put together from several have other numbers of layers."""
+    (tmp_path / "finished.json").write_text(json.dumps(FINISHED | {"schedule": [[5, 1]]}))
+    (tmp_path / "config.yaml").write_text("model: embedded")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 4}')
+    with pytest.raises(UserError, match=rf"layer: layer 5 does not exist: {tmp_path} has layers 1 to 4$"):
+        course_of(["embedded", str(tmp_path)], None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["finished.json", "config.yaml"])
+def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
+    """A pipe would hang, a link show what lies elsewhere."""
+    run = tmp_path / "run"
+    run.mkdir()
+    files = {"finished.json": json.dumps(FINISHED | {"schedule": []}), "config.yaml": "internal_layer: 5"}
+    for each, text in files.items():
+        (run / each).write_text(text)
+    (run / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 8}')
+
+    def seen():
+        found = course_of([str(run)] * 2, None, tmp_path / "out")
+        return found and found.layers
+
+    assert seen() == [5]
+    (tmp_path / name).write_text(files[name])
+    (run / name).unlink()
+    (run / name).symlink_to(tmp_path / name)
+    assert not seen()
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert not seen()
+
+
 @pytest.mark.parametrize(
-    "config", ["internal_layer: [1, 2]", "internal_layer: -3", "[1, 2]", "{", "!!python/name:os.system x"]
+    "config",
+    [
+        "internal_layer: [1, 2]",
+        "internal_layer: -3",
+        "[1, 2]",
+        "{",
+        "!!python/name:os.system x",
+        pytest.param("[" * 5000, id="deep"),
+        pytest.param("internal_layer: 5\nx: '" + "x" * (300 << 10) + "'", id="huge"),
+    ],
 )
 def test_a_run_whose_config_cannot_be_read_names_no_layer(tmp_path, config):
     (tmp_path / "finished.json").write_text(json.dumps(FINISHED | {"schedule": []}))

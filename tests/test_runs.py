@@ -11,8 +11,8 @@ import shutil
 import pandas as pd
 import pytest
 
+from bupo.folders import Unreadable
 from bupo.report.across import benchmark_names, grouped
-from bupo.report.reading import Unreadable
 from bupo.report.runs import Analysed, Evaluated, Trained, read_run, read_runs
 from bupo.report.setting import DEFAULTS, DEMO, ESTIMATORS, FREE, FREE_KINDS, STEPS, setting_of
 from bupo.report.tables import Number, tables
@@ -257,6 +257,14 @@ def test_only_regular_files_of_the_folder_are_read(runs, tmp_path):
             read_run(runs / name)
     (tmp_path / "link").symlink_to(train(runs / "whole", 2))  # a folder may well be given by a link
     assert read(Trained, tmp_path / "link").seed == 2
+
+
+def test_a_number_without_end_is_read_past(runs):
+    """Python writes no whole number of more than 4300 digits."""
+    folder = train(runs / "a", 1)
+    with (folder / "config.yaml").open("a") as file:
+        file.write(f"shuffle_seed: 0x{'f' * 6000}\n? 0x{'f' * 6000}\n: 1\n")
+    assert dict(read(Trained, folder).setting.rest)["shuffle_seed"] == "…"
 
 
 # -- over seeds

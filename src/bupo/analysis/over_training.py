@@ -22,12 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bupo.analysis.report import DYNAMICS_FILE, AnalysisReport, ModelReport
 from bupo.errors import UserError
 from bupo.files import in_one_piece
+from bupo.folders import LARGEST_CONFIG, Unreadable, content, there
 from bupo.model.loading import check_layers
 from bupo.provenance import CONFIG_FILE
 from bupo.report.figures import dynamics_figure
 
 COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
 STATE_FILE, FINISHED_FILE = "bupo.pt", "finished.json"  # of a checkpoint; of a finished run, written last of all
+MOST_BATCHES = 1e9
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 Row = dict[str, Any]
@@ -76,7 +78,8 @@ def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loa
         loading: of [`load_config`].
 
     Raises:
-        UserError: if a layer is asked for that there is not, or of models that are not of one run, or `output` is that run.
+        UserError: if a layer is asked for that there is not, or of models that are not of one run, or `output` is that run, or
+            its files say what no run has done.
     """
     found = [_place(Path(name)) for name in names]
     places = [place for place in found if place is not None]
@@ -94,28 +97,39 @@ def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loa
     (run,) = runs
     if Path(output).resolve() == run:
         raise UserError(f"output {output} is the run that is analysed: choose another")
-    last = max(places, key=lambda place: place.batches)
+    last = _last(places)
     staged = {one for one, _ in last.schedule}
     layers = [config.get("internal_layer")] if layer is None else [layer]
     layers = sorted(staged) if staged and layer is None else layers
     layers = [one for one in layers if type(one) is int and one > 0]
-    for one in layers:
-        check_layers(names[0], {"layer": one}, **loading)
+    for name in names if layers else ():
+        check_layers(name, {"layer": max(layers)}, **loading)
     first_phase = min(sum(batches for _, batches in last.schedule), int(last.batches))
     return Course(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
+
+
+def _last(places: Sequence[Place]) -> Place:
+    """Where most is done. Raises [`UserError`] for what no run has done."""
+    for place in places:
+        if not 0 <= place.batches < MOST_BATCHES:
+            raise UserError(
+                f"{place.run} says that {place.batches} rollout batches are done, which no run has: its files are damaged; "
+                "analyse its models one by one"
+            )
+    return max(places, key=lambda place: place.batches)
 
 
 def _place(folder: Path) -> Place | None:
     """Where a folder's weights stand, if they are a run's; what cannot be read is none's."""
     try:
-        if _CHECKPOINT.fullmatch(folder.name) and (folder / TRAINER_STATE_NAME).is_file():
+        if _CHECKPOINT.fullmatch(folder.name) and there(folder, TRAINER_STATE_NAME) and there(folder, STATE_FILE):
             state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
-            batches = state["passes"] / state["layout"]["micro_steps"]
+            batches = float(state["passes"] / state["layout"]["micro_steps"])
             return Place(folder.resolve().parent, batches, _stages(state["parts"]["watch"]["schedule"]))
-        if (folder / FINISHED_FILE).is_file():
-            done = json.loads((folder / FINISHED_FILE).read_text())
+        if there(folder, FINISHED_FILE):
+            done = json.loads(content(folder, FINISHED_FILE))
             return Place(folder.resolve(), float(done["rollout_batches"]), _stages(done["schedule"]))
-    except (OSError, EOFError, RuntimeError, UnpicklingError):  # damaged, or of what is not read
+    except (OSError, EOFError, RuntimeError, UnpicklingError, Unreadable):  # damaged, or of what is not read
         pass
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # of other contents
         pass
@@ -129,9 +143,11 @@ def _stages(schedule: Sequence[Sequence]) -> list[tuple[int, int]]:
 
 def _config(run: Path) -> dict[str, Any]:
     """What a run was asked for, as far as its folder says."""
+    if not there(run, CONFIG_FILE):
+        return {}
     try:
-        found = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(content(run, CONFIG_FILE, LARGEST_CONFIG).decode())
+    except (Unreadable, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.templates import choose_template, template_options
-from bupo.errors import UserError, others
+from bupo.errors import UserError
 from bupo.files import write_json
+from bupo.folders import Unreadable, content, there
 from bupo.model.loading import EMBEDDED
 from bupo.ranges import COUNT, POSITIVE, abridged, check_options
 
@@ -67,10 +68,10 @@ def as_trained(model: Any, adapter: str | None = None) -> AsTrained | None:
     for name in (adapter, model):
         if not isinstance(name, str) or name == EMBEDDED:
             continue
-        path, there = Path(name) / EVALUATION_FILE, False
+        path, found = Path(name) / EVALUATION_FILE, False
         with suppress(OSError, ValueError):  # too long a name, or none: who loads the model says so
-            there = path.is_file()
-        if there:
+            found = path.exists()
+        if found:
             return _beside(_read(path), path.parent) if name == adapter else _read(path)
     return None
 
@@ -78,18 +79,25 @@ def as_trained(model: Any, adapter: str | None = None) -> AsTrained | None:
 def _beside(own: AsTrained, folder: Path) -> AsTrained:
     """With the template that lies beside an adapter, whose tokenizer is otherwise its base model's."""
     path = folder / TEMPLATE_FILE
-    if not path.is_file():
+    if not path.exists():
         return own
-    with others(f"{path} cannot be read", OSError, ValueError):
-        return replace(own, template=path.read_text(encoding="utf-8"))
+    try:
+        return replace(own, template=_text(path))
+    except (Unreadable, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """Raises `Unreadable` or `ValueError` for what is no text of usual size in its own folder."""
+    if not there(path.parent, path.name):
+        raise Unreadable(f"{path.name} is no regular file of its folder")
+    return content(path.parent, path.name, LARGEST).decode()
 
 
 def _read(path: Path) -> AsTrained:
     remedy = "mend it, or remove it and give the options"
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_text(path))
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
         known = [name for name in (*OPTIONS, "chat_template_kwargs", "besides") if name in found]
@@ -98,7 +106,7 @@ def _read(path: Path) -> AsTrained:
         _check_template_options(own.chat_template_kwargs)
         if not isinstance(own.besides, dict):
             raise ValueError(f"besides must be a mapping, got {abridged(own.besides)}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
+    except (Unreadable, ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} cannot be used ({str(error)[:300]}): {remedy}") from error
     return own
 

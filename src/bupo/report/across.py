@@ -74,10 +74,10 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         if isinstance(run, Evaluated):
             setting, seed = _looked_at(run.model, run.place, run.policy, owners)
             asked = tuple(run.asked.items())
-            for benchmark, score in run.scores.items():
-                several[setting, (*benchmark, asked)][seed].append(score)
-            for benchmark, curve in run.passes.items():
-                curves[setting, (*benchmark, asked)][seed].append(curve)
+            for key, score in run.scores.items():
+                several[setting, (*key, asked)][seed].append(score)
+            for key, curve in run.passes.items():
+                curves[setting, (*key, asked)][seed].append(curve)
         elif isinstance(run, Analysed):
             for model in run.models:
                 setting, seed = _looked_at(model.model, model.place, "", owners)
@@ -88,8 +88,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
         _while_training(trained, several)
     for (setting, benchmark), by_seed in several.items():
         of(setting).scores[benchmark] = {seed: _mean(scores) for seed, scores in by_seed.items()}
-    for (setting, key), of_seed in curves.items():
-        of(setting).passes[key] = {seed: _mean_curve(repeated) for seed, repeated in of_seed.items()}
+    for (setting, benchmark), of_seed in curves.items():
+        of(setting).passes[benchmark] = {seed: _mean_curve(repeated) for seed, repeated in of_seed.items()}
     return _named(sorted(found.values(), key=lambda group: _order(group.setting)))
 
 

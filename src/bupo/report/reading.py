@@ -4,8 +4,6 @@ Only regular files inside the folder are read, none that is huge; of them finite
 """
 
 import json
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,38 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from bupo.folders import LARGEST_CONFIG, Unreadable, content, there
 from bupo.provenance import CONFIG_FILE, without_secrets
 from bupo.text import printable
 
-LARGEST = 256 << 20  # bytes of a file that is read
-LARGEST_CONFIG = 256 << 10  # YAML is slow to read
 LONGEST = 200  # characters of a name
 MOST = 1000  # benchmarks, measures, layers, options or models of one folder
-
-
-class Unreadable(Exception):
-    """A folder that is no run, or whose files cannot be read. Its message says which, in a few words."""
-
-
-def there(folder: Path, name: str) -> bool:
-    """Whether a folder holds a regular file of its own: no pipe, no device, no link out of the folder."""
-    path = folder / name
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-        return regular and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    except (OSError, ValueError):
-        return False
-
-
-def content(folder: Path, name: str, largest: int = LARGEST) -> bytes:
-    """The bytes of a file that is there."""
-    path = folder / name
-    try:
-        if path.stat().st_size > largest:
-            raise Unreadable(f"{name} is larger than {largest >> 10} KB")
-        return path.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"{name} cannot be read: {error.strerror}") from error
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -71,7 +43,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise Unreadable(f"{CONFIG_FILE} cannot be read") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{CONFIG_FILE} is no mapping")
-    return without_secrets({str(name): "…" if deep(item) else item for name, item in list(value.items())[:MOST]})
+    plain = {name: "…" if deep(item) else item for name, item in list(value.items())[:MOST] if not deep(name)}
+    return without_secrets({str(name): item for name, item in plain.items()})
 
 
 def read_rows(folder: Path, name: str) -> Iterator[dict]:
@@ -107,12 +80,13 @@ def name_of(value: Any, longest: int = LONGEST) -> str:
 
 
 def deep(value: Any, budget: int = 1000) -> bool:
-    """Whether a value holds more than so many others: YAML's anchors make few bytes into many."""
+    """Whether a value holds more than so many others, or a number that Python writes to nobody: YAML's anchors make few bytes
+    into many, and its hexadecimal numbers know no end."""
     waiting = [value]
     while waiting:
         budget -= 1
         item = waiting.pop()
-        if budget < 0:
+        if budget < 0 or (isinstance(item, int) and item.bit_length() > LONGEST):
             return True
         if isinstance(item, dict):
             waiting += [*item.keys(), *item.values()]

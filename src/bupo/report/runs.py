@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bupo.folders import Unreadable, there
 from bupo.provenance import CONFIG_FILE, RUN_FILE
 from bupo.report.reading import (
     LONGEST,
     MOST,
-    Unreadable,
     name_of,
     number,
     read_config,
     read_json,
     read_rows,
     read_table,
-    there,
 )
 from bupo.report.setting import Setting, setting_of
 
