@@ -107,7 +107,7 @@ def to_resume(folder: Path, wanted: str | bool | None, say: Callable[[str], None
     recover(folder)
     if wanted is True:
         return to_go_on_from(folder, say)
-    return usable(Path(str(wanted))) if wanted else None
+    return None if wanted in (None, False) else usable(Path(str(wanted)))  # an empty name is one
 
 
 def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
