@@ -276,6 +276,7 @@ def test_answers_by_label():
     assert paper.ks() == {"math500": 16, "aime25": 32, "mine": 16}
 
 
+@pytest.mark.slow
 def test_benchmarks_of_different_k(tmp_path, capsys):
     command = ["eval", "--benchmarks", "arithmetic:3,reasoning_gym:chain_sum", "--k", "1", "--size", "3"]
     command += ["--max_new_tokens", "12"]
@@ -347,6 +348,7 @@ def problem_file(path, count=3):
     return path
 
 
+@pytest.mark.slow
 def test_the_papers_setting_end_to_end(tmp_path, without_figures):
     files = ",".join(f"{label}={problem_file(tmp_path / f'{label}.jsonl')}" for label in ("math500", "aime24"))
     command = ["eval", "--preset", "paper", "--benchmarks", files, "--size", "2", "--max_new_tokens", "6"]
