@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from bupo.commands.main import main
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -107,5 +108,5 @@ def test_hover_shows_value_and_interval(opened):
     for step in range(15):  # the page listens to a moving mouse, a few times a second
         page.mouse.move(box["x"] + box["width"] / 2 + 4 * step, box["y"] + box["height"] / 2 + step)
         page.wait_for_timeout(60)
-    page.wait_for_function("document.querySelector('#curve .hoverlayer').textContent.includes('sd')", timeout=5000)
+    wait_until(page, "document.querySelector('#curve .hoverlayer').textContent.includes('sd')")
     assert "[" in page.locator("#curve .hoverlayer").text_content()

@@ -22,6 +22,7 @@ from bupo.report.setting import Setting
 from bupo.seeds import over_seeds
 from tests.made_runs import BUPO, GRPO, analyze, evaluate, probed, train
 from tests.test_samples_page import HOSTILE, data_of
+from tests.waiting import wait_until
 
 SETTINGS = {"b": BUPO, "l3": BUPO | {"internal_layer": 3}, "long": BUPO | {"internal_steps": 5}, "g": GRPO}
 SETTINGS |= {"norm": BUPO | {"internal_lens": "final_norm"}, "frozen": GRPO | {"frozen_up_to_layer": 5}}
@@ -277,7 +278,7 @@ def test_the_address_keeps_what_is_chosen(opened, open_file, report):
     ]
     assert page.is_checked("#single") and list(cells_of(page, 1)) == ["BuPO, final norm, layer 5 for 3 batches"]
     page.evaluate("location.hash = '#seed=2&method=nothing&x=%3Cb%3E'")
-    page.wait_for_function("document.querySelectorAll('input:checked').length === 1")
+    wait_until(page, "document.querySelectorAll('input:checked').length === 1")
     assert "6 of 18" in page.locator("#count").inner_text()
 
 

@@ -12,6 +12,7 @@ from bupo.evaluation.answers import summarize
 from bupo.report.html import script_json
 from bupo.report.samples import BUDGET, SHORTEST, VERDICT_NAMES, shortened, write_samples_page
 from bupo.report.scores import VERDICT_COLUMNS, score_rows
+from tests.waiting import wait_until
 
 HOSTILE = (
     "<b>bold</b> </script><script>alert(1)</script> <!-- <img src=x onerror=alert(2)> \u2028\u2029 {{ 1 }} $& \x00"
@@ -424,4 +425,4 @@ def test_thousands_of_problems_do_not_freeze_it(open_file, tmp_path):
     }""")
     assert spent < 1500
     page.locator("#list").evaluate("list => { list.scrollTop = 1000 * 58; }")
-    page.wait_for_function("document.querySelectorAll('.row')[8].dataset.index > 990")
+    wait_until(page, "document.querySelectorAll('.row')[8].dataset.index > 990")
