@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from bupo.commands.main import main
-from tests.waiting import wait_until
+from tests.pages import in_every_look, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -40,9 +40,7 @@ def test_size(folder):
     assert (folder / "report.html").stat().st_size < 8 << 20
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "dark"), [("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)]
-)
+@in_every_look
 def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")

@@ -21,8 +21,8 @@ from bupo.report.runs_page import SERIES_NAMES, RunsReport, _thinned, _width, pa
 from bupo.report.setting import Setting
 from bupo.seeds import over_seeds
 from tests.made_runs import BUPO, GRPO, analyze, evaluate, probed, train
+from tests.pages import in_every_look, wait_until
 from tests.test_samples_page import HOSTILE, data_of
-from tests.waiting import wait_until
 
 SETTINGS = {"b": BUPO, "l3": BUPO | {"internal_layer": 3}, "long": BUPO | {"internal_steps": 5}, "g": GRPO}
 SETTINGS |= {"norm": BUPO | {"internal_lens": "final_norm"}, "frozen": GRPO | {"frozen_up_to_layer": 5}}
@@ -185,9 +185,7 @@ def cells_of(page, number):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    ("name", "width", "dark"), [("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)]
-)
+@in_every_look
 def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")

@@ -12,7 +12,7 @@ from bupo.evaluation.answers import summarize
 from bupo.report.html import script_json
 from bupo.report.samples import BUDGET, SHORTEST, VERDICT_NAMES, shortened, write_samples_page
 from bupo.report.scores import VERDICT_COLUMNS, score_rows
-from tests.waiting import wait_until
+from tests.pages import in_every_look, wait_until
 
 HOSTILE = (
     "<b>bold</b> </script><script>alert(1)</script> <!-- <img src=x onerror=alert(2)> \u2028\u2029 {{ 1 }} $& \x00"
@@ -211,9 +211,7 @@ def expected(rows):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    ("name", "width", "dark"), [("light", 1280, False), ("dark", 1280, True), ("phone", 390, False)]
-)
+@in_every_look
 def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")

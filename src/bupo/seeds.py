@@ -1,4 +1,4 @@
-"""What several seeds say together: their mean and its interval, and the difference of two methods, paired by seed."""
+"""What several numbers say together: a mean's interval; over seeds, and for the difference of two methods, paired by seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,13 @@ class OverSeeds:
     n: int
 
 
+def student_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of two or more values."""
+    n, mean = len(values), float(values.mean())
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def over_seeds(values: Sequence[float]) -> OverSeeds:
     """Mean, deviation and interval of one number a seed.
 
@@ -39,9 +46,7 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     mean, n = float(array.mean()), len(array)
     if n == 1:
         return OverSeeds(mean, math.nan, math.nan, math.nan, 1)
-    sd = float(array.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * sd / math.sqrt(n)
-    return OverSeeds(mean, sd, mean - half, mean + half, n)
+    return OverSeeds(mean, float(array.std(ddof=1)), *student_interval(array), n)
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> OverSeeds:

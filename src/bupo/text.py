@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 
 # hf_…, sk-…, github_pat_… and the like, which have no words in them; and the user of an address
 _SECRET = re.compile(
@@ -37,6 +38,12 @@ def csv_cell(text: str) -> str:
 def markdown_cell(text: str) -> str:
     """For a cell of a Markdown table: in one line, without a link, HTML or a further cell."""
     return re.sub(r"([\\|\[\]<>`*!])", r"\\\1", " ".join(text.split()))
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of one set of columns, whose cells may stand there already."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"
 
 
 def plain_label(text: str) -> str:

@@ -10,7 +10,7 @@ from bupo.commands.parsing import parse_given
 from bupo.progress import progress
 from bupo.reproduction.cost import estimates
 from bupo.reproduction.jobs import state_of
-from bupo.reproduction.run import ReproduceOptions, Reproduction, commands, forecast, plan, reproduce
+from bupo.reproduction.run import ReproduceOptions, Reproduction, carried_out, commands, forecast, plan
 from bupo.text import printable
 
 
@@ -29,17 +29,17 @@ def run(arguments: list[str]) -> None:
     elif options.dry_run:
         _show(todo, options.jobs, console)
     else:
-        _run(names, options, given, todo, console)
+        _run(options, given, todo, console)
 
 
-def _run(names: list[str], options: ReproduceOptions, given: dict, todo: Reproduction, console: Console) -> None:
+def _run(options: ReproduceOptions, given: dict, todo: Reproduction, console: Console) -> None:
     whole = sum(each.amount for each in estimates(todo.runs, todo.places, todo.unit).values())
     with keeping(todo.places.root, "runs"), progress(console) as bar:
         number = bar.add_task(f"cost in {todo.unit}", total=round(whole))
-        results = reproduce(
-            names,
+        results = carried_out(
+            todo,
             options,
-            noted=given,
+            given,
             say=lambda line: console.print(printable(line), highlight=False, markup=False),
             advance=lambda amount: bar.advance(number, amount),
         )

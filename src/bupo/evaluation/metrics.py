@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
+from bupo.seeds import LEVEL, student_interval
 
 
 def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -29,8 +29,8 @@ def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
     mean, n = float(shares.mean()), len(shares)
     if correct_PN.shape[1] == 1 or n == 1 or np.ptp(shares) == 0:
         return mean, wilson(mean, n)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * shares.std(ddof=1) / math.sqrt(n))
-    return mean, (max(0.0, mean - half), min(1.0, mean + half))
+    low, high = student_interval(shares)
+    return mean, (max(0.0, low), min(1.0, high))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -98,5 +98,4 @@ def paired_difference(first_PN: np.ndarray, second_PN: np.ndarray) -> tuple[floa
     mean, n = float(gains.mean()), len(gains)
     if n == 1:
         return mean, (-1.0, 1.0)
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * gains.std(ddof=1) / math.sqrt(n))
-    return mean, (mean - half, mean + half)
+    return mean, student_interval(gains)

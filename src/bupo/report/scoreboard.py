@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bupo.seeds import OverSeeds, over_seeds
-from bupo.text import csv_cell, markdown_cell, printable
+from bupo.text import csv_cell, markdown_cell, markdown_table, printable
 
 AVERAGE = "average"
 SEED = re.compile(r"[-_.]s(?:eed)?[-_]?[0-9]+$")  # at the end of a run's name
@@ -119,9 +119,7 @@ def board_table(board: pd.DataFrame) -> Table:
 def write_board(board: pd.DataFrame, folder: Path) -> None:
     """`scoreboard.md`, the table for people, and `scoreboard.csv`, its tidy numbers."""
     rows = [{markdown_cell(name): markdown_cell(cell) for name, cell in row.items()} for row in wide(board)]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    (folder / "scoreboard.md").write_text("\n".join(lines) + "\n")
+    (folder / "scoreboard.md").write_text(markdown_table(rows))
     names = {name: board[name].map(csv_cell) for name in ("method", "benchmark")}
     numbers = {name: board[name].astype("Int64") for name in ("k", "problems")}
     board.assign(**names, **numbers).to_csv(folder / "scoreboard.csv", index=False)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bupo.report.figures import pass_figure
-from bupo.text import csv_cell, markdown_cell, printable
+from bupo.text import csv_cell, markdown_cell, markdown_table, printable
 
 VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")
 TEXTS = ("benchmark", "metric", "task")  # columns that are no numbers of ours
@@ -127,7 +127,7 @@ def write_scores(summary: dict, folder: Path) -> None:
         if rows:
             table = pd.DataFrame(rows).fillna("")
             _written(table, csv_cell).to_csv(folder / f"{name}.csv", index=False)
-            (folder / f"{name}.md").write_text(_markdown(_written(table, markdown_cell)))
+            (folder / f"{name}.md").write_text(markdown_table(_written(table, markdown_cell).to_dict("records")))
     found = summary["benchmarks"]
     if found:
         others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}
@@ -137,9 +137,3 @@ def write_scores(summary: dict, folder: Path) -> None:
 def _written(table: pd.DataFrame, cell: Callable[[str], str]) -> pd.DataFrame:
     """The table with the names of others as they may stand in a file."""
     return table.assign(**{name: table[name].map(cell) for name in TEXTS if name in table})
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table.itertuples(index=False)]
-    return "\n".join(lines) + "\n"

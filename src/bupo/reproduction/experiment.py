@@ -62,10 +62,6 @@ class Run:
     launch: tuple[str, ...] = ()
     cost: float = 0.0
 
-    @property
-    def recipe_path(self) -> Path | None:
-        return RECIPES / f"{self.recipe}.yaml" if self.recipe else None
-
     def words(self, place: Callable[[str], Path]) -> list[str]:
         """The command line.
 
@@ -73,7 +69,7 @@ class Run:
             place (`Callable`): the folder of a run, by its name.
         """
         start = list(self.launch) or [sys.executable, "-m", "bupo.commands.main"]
-        given = ["--config", str(self.recipe_path)] if self.recipe else []
+        given = ["--config", str(RECIPES / f"{self.recipe}.yaml")] if self.recipe else []
         of_run = {"model": str(place(self.needs.name))} if self.needs else {}
         filled = {"run": of_run.get("model"), "problems": PROBLEMS}
         for name, value in {**of_run, **self.options}.items():
@@ -88,7 +84,7 @@ class Run:
 
     def digest(self) -> str:
         """Of all that decides what the run leaves: another digest is another run."""
-        recipe = yaml.safe_load(self.recipe_path.read_text()) if self.recipe_path else None
+        recipe = read_recipe(self.recipe) if self.recipe else None
         options = {name: str(self.options[name]) for name in sorted(self.options)}
         files = re.findall(r"\{problems\}/([^,\s]+)", " ".join(options.values()))
         contents = [hashlib.sha256((PROBLEMS / name).read_bytes()).hexdigest() for name in files]
@@ -149,6 +145,11 @@ class Experiment:
         return hashlib.sha256(json.dumps([decided, runs], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe's options, such as those of `cpu/embedded-bupo`."""
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
 def scales() -> dict[str, dict[str, Any]]:
     """What `scales.yaml` says."""
     return yaml.safe_load((EXPERIMENTS / SCALES_FILE).read_text(encoding="utf-8"))
@@ -164,7 +165,7 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
         seeds (`int`, *optional*): the first so many seeds only.
 
     Raises:
-        UserError: if there is no such experiment or scale, or it is not made at this scale.
+        UserError: if there is no such experiment or scale.
     """
     if name not in NAMES:
         raise UserError(f"unknown figure or table {name!r:.80}: choose {', '.join(NAMES)}, or all")
@@ -173,8 +174,6 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
         raise UserError(f"scale must be {', '.join(known)}, got {scale!r:.80}")
     text = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
     like = known[scale].get("like", scale)
-    if like not in text["scales"]:
-        raise UserError(f"{name} is not made at scale {scale}: {text['not_at'][like]}")
     own = {key: value for key, value in text.items() if key in ("rows", "models", "draw")}
     section = _Section({**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model)
     cells = tuple(section.cells(seeds))
@@ -230,9 +229,9 @@ class _Section:
         if recipe and "train" in KINDS[self.kind]:
             given = self._options("train", words) | options
             for name, most in self.scale.get("at_most", {}).items():
-                recipe_has = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()).get(name)
-                if given.get(name, recipe_has) is not None:
-                    given[name] = min(given.get(name, recipe_has), most)
+                value = given.get(name, read_recipe(recipe).get(name))
+                if value is not None:
+                    given[name] = min(value, most)
             base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
         trained, untrained = runs.get("train"), {"model": words["base"], **self.scale.get("untrained", {})}
@@ -269,9 +268,8 @@ class _Section:
             tuple(_filled(word, {"recipes": RECIPES}) for word in scale.get("launch", ())) if command == "train" else ()
         )
         cost = float({**scale["cost"], **words.get("cost", {}), **self.own.get("cost", {})}[command])
-        if command == "train" and "max_steps" in options:
-            whole = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["max_steps"]
-            cost *= options["max_steps"] / whole
+        if recipe and "max_steps" in options:
+            cost *= options["max_steps"] / read_recipe(recipe)["max_steps"]
         if command == "eval":
             cost *= options.get("size", 1) * options.get("k", 1) / scale["cost"].get("eval_answers", 1)
         return Run(_name(command, subject, given), command, options, launch=launch, cost=cost, **more)

@@ -9,7 +9,7 @@ from bupo.errors import UserError
 from bupo.lock import sole_writer
 from bupo.options import changed, check_values
 from bupo.provenance import note_run
-from bupo.ranges import COUNT
+from bupo.ranges import COUNT, check_word
 from bupo.reproduction.cost import estimates, in_words
 from bupo.reproduction.experiment import NAMES, Experiment, Run, read_experiment, scales
 from bupo.reproduction.jobs import Jobs, Places, remove_stale, state_of
@@ -58,8 +58,8 @@ class ReproduceOptions:
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none."""
         check_values(self, jobs=COUNT, seeds=COUNT)
-        if self.print_commands not in (None, "lines", "slurm"):
-            raise UserError(f"print_commands must be lines or slurm, got {self.print_commands!r:.80}")
+        if self.print_commands is not None:
+            check_word("print_commands", self.print_commands, ("lines", "slurm"))
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,25 @@ def reproduce(
         UserError: for bad options; or after all else, if a run has failed.
     """
     options = options or ReproduceOptions()
-    todo = plan(names, options)
+    noted = changed(options) if noted is None else noted
+    return carried_out(plan(names, options), options, noted, say, advance)
+
+
+def carried_out(
+    todo: Reproduction,
+    options: ReproduceOptions,
+    noted: dict,
+    say: Callable[[str], None],
+    advance: Callable[[float], None],
+) -> dict[str, Result]:
+    """As of `reproduce`, of what is planned."""
     making = _Making(todo, say, advance)
     with sole_writer(todo.places.root):
         for run in todo.runs:
             if options.overwrite:
                 remove_stale(run, todo.places)
             state_of(run, todo.places)  # refused before anything is run
-        note_run(todo.places.root, "reproduce", changed(options) if noted is None else noted)
+        note_run(todo.places.root, "reproduce", noted)
         Jobs(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
     return making.results
 
@@ -148,7 +159,6 @@ class _Making:
             needed = {each.name for each in experiment.runs}
             if run.name in needed and needed <= self.finished:
                 folder = places.root / experiment.name
-                folder.mkdir(parents=True, exist_ok=True)
                 self.results[experiment.name] = make(experiment, places.folder, folder, places.seconds)
                 self.say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
 
