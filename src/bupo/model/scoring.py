@@ -17,7 +17,8 @@ import torch
 from bupo.model.unembedding import Unembedding
 
 ROWS_PER_TILE = 1024
-VOCABULARY_PER_TILE = 8192
+VOCABULARY_PER_TILE = 4096
+LOWEST = -80.0  # e^-80 is 2e-35: a whole vocabulary of such tokens adds nothing in fp32, nor in fp64
 IGNORED = -100  # label of a position that is not scored, as in transformers
 
 
@@ -26,6 +27,11 @@ class TokenScores(NamedTuple):
 
     log_probs: torch.Tensor
     entropy: torch.Tensor  # nats
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """`exp(x)` of what is at most 0; `x` is raised to where it stays a normal number, as others cost a CPU tenfold."""
+    return x.clamp_(min=LOWEST).exp()
 
 
 def _tiles(rows: int, vocabulary: int):
@@ -57,8 +63,7 @@ class _ScoreTokens(torch.autograd.Function):
             chosen[rows][at] = x[at, column]
             new = torch.maximum(top[rows], x.amax(1))
             shift = torch.where(total[rows] > 0, top[rows] - new, 0.0)  # the first tile has no old maximum
-            x -= new[:, None]
-            weights = x.exp()
+            weights = _exp(x.sub_(new[:, None]))
             moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
             total[rows] = shift.exp() * total[rows] + weights.sum(1)
             top[rows] = new
@@ -75,24 +80,26 @@ class _ScoreTokens(torch.autograd.Function):
         hidden, weight, bias, targets, top, log_total, entropy = ctx.saved_tensors
         head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
         inputs = (hidden, weight, bias)
+        if all(grad is None for grad in upstream):
+            return (None,) * 6
+        made = torch.empty_like if len(hidden) else torch.zeros_like
         grads = [
-            torch.zeros_like(x, dtype=kind) if wanted else None
-            for x, wanted in zip(inputs, ctx.needs_input_grad[:3], strict=True)
+            made(x, dtype=kind) if wanted else None for x, wanted in zip(inputs, ctx.needs_input_grad[:3], strict=True)
         ]
         of_hidden, of_weight, of_bias = grads
         for rows, columns in _tiles(hidden.size(0), weight.size(0)):
-            tile = head.tile(columns)
-            x = tile.logits(hidden[rows].to(ctx.dtype))
-            log_p = x - top[rows, None] - log_total[rows, None]
+            tile, states = head.tile(columns), hidden[rows]
+            x = tile.logits(states.to(ctx.dtype))
+            log_p = torch.sub(x, (top[rows] + log_total[rows])[:, None], out=None if head.softcap else x)
             of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
             grad = _logit_grad(log_p, entropy[rows], _hits(targets[rows], columns), of_log_probs, of_entropy)
             grad = tile.product_grad(grad, x)
-            if of_hidden is not None:
-                of_hidden[rows] += tile.state_grad(grad)
+            if of_hidden is not None:  # the first tile of an entry writes, the others add: nothing is filled with zeros
+                of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
             if of_weight is not None:
-                of_weight[columns] += grad.t() @ hidden[rows].to(kind)
+                of_weight[columns].addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
             if of_bias is not None:
-                of_bias[columns] += grad.sum(0)
+                of_bias[columns] = grad.sum(0) + (of_bias[columns] if rows.start else 0)
         back = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
         return (*back, None, None, None)
 
@@ -102,13 +109,12 @@ def _logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Ten
 
     d log p(y) / dx_j = [j = y] - p_j          dH / dx_j = -p_j (log p_j + H)
     """
-    grad = log_p.exp()
-    slope = torch.zeros_like(log_p)
-    if grad_log_probs is not None:
-        slope -= grad_log_probs[:, None]
+    grad = _exp(log_p)
     if grad_entropy is not None:
-        slope -= grad_entropy[:, None] * (log_p + entropy[:, None])
-    grad *= slope
+        slope = (log_p + entropy[:, None]).mul_(-grad_entropy[:, None])
+        grad *= slope if grad_log_probs is None else slope.sub_(grad_log_probs[:, None])
+    elif grad_log_probs is not None:
+        grad *= -grad_log_probs[:, None]
     if grad_log_probs is not None:
         grad[hits] += grad_log_probs[hits[0]]
     return grad

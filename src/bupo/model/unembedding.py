@@ -56,11 +56,8 @@ class Unembedding:
         """The gradient of `h W^T + b` from that of the logits, in place."""
         if self.softcap is not None:
             grad *= 1 - (logits * (self.temperature / self.softcap)).square()
-        return grad.mul_(self.scale / self.temperature)
-
-    def state_grad(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of the states from that of the product."""
-        return grad @ self.weight.to(grad.dtype)
+        factor = self.scale / self.temperature
+        return grad if factor == 1.0 else grad.mul_(factor)
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
