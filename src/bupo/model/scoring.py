@@ -132,8 +132,10 @@ def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor)
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rule = (head.scale, head.softcap, head.temperature)
+    # a selection costs a copy, and its gradient another
+    states = hidden[scored] if wanted.numel() < targets.numel() else hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        log_probs, entropy = _ScoreTokens.apply(hidden[scored], head.weight, head.bias, wanted, rule, dtype)
+        log_probs, entropy = _ScoreTokens.apply(states, head.weight, head.bias, wanted, rule, dtype)
     # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
     empty = log_probs.new_zeros(targets.shape)
     return TokenScores(empty.masked_scatter(scored, log_probs), empty.masked_scatter(scored, entropy))

@@ -4,17 +4,19 @@ In the first phase the old and the reference log-probs of a rollout batch are th
 update; the entropy that is logged, and whatever samples, stay the language model policy's.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from bupo.model.packing import Packing, packing_of
 from bupo.model.residual import ResidualStream, Site
+from bupo.training.arrangement import arranged, rows_may_move
 from bupo.training.config import BuPOConfig
 from bupo.training.head import PolicyHead, PolicyScores, Read
-from bupo.training.rollouts import ENTROPIES, OLD, REFERENCE, SAMPLER, RolloutBatch
-from bupo.training.seam import Scores, TRLTrainer
+from bupo.training.rollouts import ENTROPIES, OLD, REFERENCE, SAMPLER, RolloutBatch, Scores
+from bupo.training.seam import TRLTrainer
 
 LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
 
@@ -35,22 +37,47 @@ class Speaker:
         site ([`~bupo.model.residual.Site`], *optional*): the internal policy; by default the language model policy.
         old (`torch.Tensor` of shape `(B, C)`, *optional*): old log-probs, which limit the new ones.
         read (`Callable`, *optional*): sees the states.
+        also ([`~bupo.model.residual.Site`], *optional*): an internal policy that is asked besides, in the same pass.
         change (`torch.Tensor` of shape `(B, C)`, *optional*): the last answer's log ratio to the old ones.
+        internal (`list[torch.Tensor]`): log-probs `(size, T - 1)` of the policy that was asked besides, of each call.
     """
 
     model: nn.Module
     site: Site | None = None
     old: torch.Tensor | None = None
     read: Read | None = None
+    also: Site | None = None
     change: torch.Tensor | None = None
+    internal: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, **inputs) -> PolicyScores:
-        asked = {"policy": self.site, "read": self.read}  # without a policy head, neither is
+        asked = {"policy": self.site, "also": self.also, "read": self.read}  # without a policy head, neither is
         scores = self.model(**inputs, **{name: value for name, value in asked.items() if value is not None})
+        if self.also:
+            self.internal.append(scores.internal)
         if self.old is not None:
             scores.log_probs = limited(scores.log_probs[:, -self.old.size(1) :], self.old)
             self.change = scores.log_probs.detach() - self.old
         return scores
+
+
+class Voices:
+    """Speakers in the models' places while TRL scores a rollout batch: one pass gives what two policies say.
+
+    Args:
+        model (`nn.Module`): the policy; any other is the reference model.
+        site ([`~bupo.model.residual.Site`], *optional*): the internal policy, if it is known yet.
+    """
+
+    def __init__(self, model: nn.Module, site: Site | None):
+        self.model, self.site = model, site
+        self.speakers: list[Speaker] = []
+
+    def __call__(self, model: nn.Module) -> Speaker:
+        # of a reference model only the internal policy is wanted; an adapter's reference is the policy's model
+        mine = model is self.model
+        self.speakers.append(Speaker(model, also=self.site) if mine else Speaker(model, self.site))
+        return self.speakers[-1]
 
 
 class Alignment:
@@ -67,13 +94,34 @@ class Alignment:
         self, trainer: TRLTrainer, stream: ResidualStream | None, reference: ResidualStream | None, args: BuPOConfig
     ):
         self.trainer, self.args = trainer, args
-        for model in (stream, reference):
-            if model is not None:
-                PolicyHead(model, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32)
+        self.packing = self._give_head(stream)
+        self._give_head(reference)
+
+    def _give_head(self, stream: ResidualStream | None) -> Packing | None:
+        """A policy head on a stream; how it packs rows. A compiled model does not: no two packed rows are of one length."""
+        if stream is None:
+            return None
+        packing = None if self.args.torch_compile else packing_of(stream.model)
+        PolicyHead(stream, self.args.temperature, self.args.internal_lens, self.args.cast_lm_head_to_fp32, packing)
+        return packing
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""
+        return self.packing.kept() if self.packing else nullcontext()
+
+    def arranged(self, pieces: list[dict]) -> list[dict]:
+        """A rollout batch's micro-batches, their rows exchanged where packing gains by it and the loss allows it."""
+        if self.packing is None or not rows_may_move(self.args, self.trainer.aux_loss_enabled):
+            return pieces
+        return arranged(pieces, self.args.gradient_accumulation_steps)
 
     def site(self, layer: int | None) -> Site | None:
         """Where the internal policy of a layer has its states; None for the language model policy."""
         return None if layer is None else Site(self.args.internal_module, layer)
+
+    def voices(self, site: Site | None) -> Voices:
+        """What speaks in the models' places while a rollout batch is scored."""
+        return Voices(self.trainer.model, site)
 
     def scores(self, batch: RolloutBatch, site: Site | None = None, read: Read | None = None) -> Scores:
         """`(B, C)`: of one of the model's policies on a batch's answers. Activations are kept, so this is for rollouts."""
@@ -94,7 +142,7 @@ class Alignment:
             return self.trainer.score(speaker, batch.input_ids, batch.attention_mask, batch.tokens, size)
 
     @torch.no_grad()
-    def align(self, batch: RolloutBatch, site: Site, sampled: Scores | None) -> None:
+    def align(self, batch: RolloutBatch, site: Site, sampled: Scores | None, voices: Voices) -> None:
         """Put the internal policy's log-probs where the loss looks for old and reference ones, and keep pi_theta's entropy.
 
         The log-probs of a sampler that differs from pi_theta (vLLM, a `rollout_func`) are moved by as much as the old ones:
@@ -104,19 +152,31 @@ class Alignment:
         Args:
             batch ([`~bupo.training.rollouts.RolloutBatch`]): sampled.
             site ([`~bupo.model.residual.Site`]): the internal policy.
-            sampled ([`~bupo.training.seam.Scores`], *optional*): pi_theta's, where sampling came by them.
+            sampled ([`~bupo.training.rollouts.Scores`], *optional*): pi_theta's, where sampling came by them.
+            voices ([`Voices`]): what has scored the batch.
         """
         tensors = batch.tensors
-        theta = self.scores(batch) if sampled is None else sampled
+        if sampled is None:
+            own = Speaker(self.trainer.model, also=site)
+            theta = self._scores(batch, own)
+        else:
+            theta, own = sampled, voices.speakers[0]
         tensors[ENTROPIES] = theta.entropies
         if OLD in tensors or SAMPLER in tensors:
-            layer = self.scores(batch, site).log_probs
+            layer = torch.cat(own.internal)[:, -batch.tokens :] if own.internal else self.scores(batch, site).log_probs
             if OLD in tensors:
                 tensors[OLD] = layer
             if SAMPLER in tensors:
                 tensors[SAMPLER] = tensors[SAMPLER] + layer - theta.log_probs
         if REFERENCE in tensors:
-            reference = self.trainer.ref_model
+            tensors[REFERENCE] = self._reference(batch, site, voices)
+
+    def _reference(self, batch: RolloutBatch, site: Site, voices: Voices) -> torch.Tensor:
+        """`(B, C)`: log-probs of the reference model's internal policy."""
+        reference = self.trainer.ref_model
+        if voices.site is None:  # the layer was not known yet
             with self.trainer.as_reference() if reference is None else nullcontext():
-                speaker = Speaker(self.trainer.model if reference is None else reference, site)
-                tensors[REFERENCE] = self._scores(batch, speaker).log_probs
+                return self._scores(batch, Speaker(reference or self.trainer.model, site)).log_probs
+        if reference is None:
+            return torch.cat(voices.speakers[-1].internal)[:, -batch.tokens :]
+        return batch.tensors[REFERENCE]

@@ -29,6 +29,7 @@ PRIVATE = {
         "(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, *)",
         "called with a policy in the model's place; heard while rollouts are scored, for their entropies",
     ),
+    "_prepare_inputs": Private("(self, generation_batch)", "overridden: a rollout batch that was cut is arranged"),
     "_compute_loss": Private("(self, model, inputs)", "overridden, and called with a policy in the model's place"),
     "_get_train_sampler": Private("(self, dataset)", "overridden: it can be put at the start of any epoch"),
     "_save_checkpoint": Private(
@@ -66,7 +67,7 @@ UNDOCUMENTED = {
 # attributes of a GRPOTrainer that are read
 STATE = (
     "num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps", "reward_weights",
-    "reward_func_names", "ref_model", "processing_class", "is_fsdp_enabled", "is_deepspeed_enabled",
+    "reward_func_names", "aux_loss_enabled", "ref_model", "processing_class", "is_fsdp_enabled", "is_deepspeed_enabled",
 )  # fmt: skip
 # what TRL's scoring and sampling leave in the dict that the loss reads, at the least
 ROLLOUT_KEYS = (

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from bupo.model.packing import Layout, packing_of
 from bupo.model.residual import ResidualStream, Site
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.head import Read
@@ -33,6 +34,7 @@ class Critic(nn.Module):
     def __init__(self, decoder: PreTrainedModel):
         super().__init__()
         self.decoder = copy.deepcopy(decoder)
+        self.packing = packing_of(self.decoder)
         self.head = nn.Linear(decoder.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -40,7 +42,13 @@ class Critic(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
         """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
-        hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        if self.packing is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
+        else:
+            layout = Layout.of(input_ids, attention_mask, input_ids.size(1) - answer)
+            with self.packing.over(layout):
+                hidden = layout.rows(self.decoder(**layout.inputs, use_cache=False).last_hidden_state[0])
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
 
@@ -109,6 +117,7 @@ class CopiedCritic:
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
         self.accelerator, self.args, self.sharded = accelerator, args, shards(accelerator)
         critic = Critic(stream.decoder)
+        self._kept = critic.packing.kept if critic.packing else nullcontext
         if args.gradient_checkpointing or (self.sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
             critic.decoder.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if self.sharded:
@@ -149,7 +158,7 @@ class CopiedCritic:
         self.critic.train()
         # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
         reduced = self.sharded or self.accelerator.sync_gradients
-        with nullcontext() if reduced else self.accelerator.no_sync(self.critic):
+        with self._kept(), nullcontext() if reduced else self.accelerator.no_sync(self.critic):
             values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
             loss, sums = token_sums(values, batch, self.args.value_clip)
             self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))

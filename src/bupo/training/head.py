@@ -12,15 +12,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
+from bupo.model.packing import Layout, Packing
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
-from bupo.model.scoring import score_states
+from bupo.model.scoring import IGNORED, TokenScores, score_states
+from bupo.model.unembedding import Unembedding
 
 Read = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
+Asked = tuple[Site | None, Site | None]  # the policy in force, and one that is asked besides
+States = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass
@@ -31,71 +36,117 @@ class PolicyScores(ModelOutput):
         log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
         entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
         aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
+        internal (`torch.Tensor` of shape `(batch, time - 1)`, *optional*): log-probs of the policy that was asked besides.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    internal: torch.Tensor | None = None
 
 
 class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
 
-    The call takes two arguments besides TRL's: `policy`, the [`~bupo.model.residual.Site`] whose policy is asked (None: the
-    language model policy), and `read`, which is shown what meets the unembedding.
+    The call takes three arguments besides TRL's: `policy`, the [`~bupo.model.residual.Site`] whose policy is asked (None: the
+    language model policy), `also`, one whose log-probs come with the language model policy's from one pass, and `read`,
+    which is shown what meets the unembedding.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model.
         temperature (`float`): of every policy.
         lens (`str`): of the layer policies.
         fp32 (`bool`): whether the projection runs in fp32 outside autocast (TRL's `cast_lm_head_to_fp32`).
+        packing ([`~bupo.model.packing.Packing`], *optional*): runs rows as one packed row.
     """
 
-    def __init__(self, stream: ResidualStream, temperature: float, lens: Lens, fp32: bool = False):
-        self.stream, self.temperature, self.lens, self.fp32 = stream, temperature, lens, fp32
+    def __init__(
+        self,
+        stream: ResidualStream,
+        temperature: float,
+        lens: Lens,
+        fp32: bool = False,
+        packing: Packing | None = None,
+    ):
+        self.stream, self.temperature, self.lens, self.fp32, self.packing = stream, temperature, lens, fp32, packing
         model, head = stream.model, self
         plain = model.forward
 
         @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-        def forward(model, *args, fused_lm_head=False, policy=None, read=None, labels=None, **kwargs):
+        def forward(model, *args, fused_lm_head=False, policy=None, also=None, read=None, labels=None, **kwargs):
             if fused_lm_head:
-                return head._score(model, policy, read, labels, *args, **kwargs)
+                return head._score(model, (policy, also), read, labels, *args, **kwargs)
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    def _score(self, model, site: Site | None, read: Read | None, labels, *args, **kwargs) -> PolicyScores:
+    def _score(self, model, asked: Asked, read: Read | None, labels, *args, **kwargs) -> PolicyScores:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        hidden, out = self._states(model, site, *args, **kwargs)
+        layout = self._layout(labels, args, kwargs)
+        inputs = kwargs if layout is None else {**kwargs, **layout.inputs}
+        with self.packing.over(layout) if self.packing and layout else nullcontext():
+            (states, also), out = self._states(model, asked, *args, **inputs)
         head = self.stream.head(self.temperature)
         head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
-        hidden = hidden[:, :-1].to(head.weight.device)
-        labels = labels[:, 1:].to(head.weight.device)
+        labels = labels[:, 1:]
+        scored = labels != IGNORED
         if read:
-            read(hidden)
-        precise = torch.autocast(hidden.device.type, enabled=False) if self.fp32 else nullcontext()
-        with precise:
-            scores = score_states(hidden.float() if self.fp32 else hidden, head, labels)
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            config = self.stream.config
-            experts = (config.num_experts, config.num_experts_per_tok)
-            routers = out.router_logits  # of the layers that ran; the first ones may be dense
-            aux_loss = hidden.new_zeros(())
-            if routers:
-                aux_loss = load_balancing_loss_func(routers, *experts, kwargs.get("attention_mask"))
-        return PolicyScores(scores.log_probs, scores.entropy, aux_loss)
+            read((states if layout is None else layout.rows(states[0]))[:, :-1].to(head.weight.device))
 
-    def _states(self, model, site: Site | None, *args, **kwargs) -> tuple[torch.Tensor, ModelOutput]:
-        """`(batch, time, D)`: what meets the unembedding, and the decoder's output."""
+        def score(states: torch.Tensor) -> TokenScores:
+            if layout is None:
+                states = states[:, :-1][scored]
+            else:  # as an embedding, whose gradient is summed by rows
+                states = nn.functional.embedding(layout.places[:, :-1][scored], states[0])
+            return self._scored(states, head, labels, scored)
+
+        found = score(states)
+        internal = None if also is None else score(also).log_probs
+        return PolicyScores(found.log_probs, found.entropy, self._balance(out, layout, kwargs), internal)
+
+    def _layout(self, labels: torch.Tensor, args: tuple, kwargs: dict) -> Layout | None:
+        """Where the rows stand in a packed one. None where they are not packed: prompt learning adds more."""
+        if self.packing is None or args or not kwargs.keys() <= {"input_ids", "attention_mask", "output_router_logits"}:
+            return None
+        answers = (labels != IGNORED).any(0)
+        width = int(answers.int().argmax()) if answers.any() else labels.size(1)
+        return Layout.of(kwargs["input_ids"], kwargs["attention_mask"], width)
+
+    def _scored(
+        self, states: torch.Tensor, head: Unembedding, labels: torch.Tensor, scored: torch.Tensor
+    ) -> TokenScores:
+        """`(batch, time - 1)` each, of the states `(n, D)` at those places of the labels that are scored."""
+        states, labels, scored = (x.to(head.weight.device) for x in (states, labels, scored))
+        precise = torch.autocast(states.device.type, enabled=False) if self.fp32 else nullcontext()
+        with precise:
+            found = score_states(states.float() if self.fp32 else states, head, labels[scored])
+        # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
+        empty = found.log_probs.new_zeros(labels.shape)
+        return TokenScores(*(empty.masked_scatter(scored, value) for value in found))
+
+    def _balance(self, out: ModelOutput, layout: Layout | None, kwargs: dict) -> torch.Tensor | None:
+        """The load-balancing loss, over the rows' tokens."""
+        if not kwargs.get("output_router_logits"):
+            return None
+        config, routers = self.stream.config, out.router_logits  # of the layers that ran; the first ones may be dense
+        if not routers:
+            return out.last_hidden_state.new_zeros(())
+        if layout is not None:
+            routers = tuple(layout.rows(router.view(-1, router.size(-1))).flatten(0, 1) for router in routers)
+        experts = (config.num_experts, config.num_experts_per_tok)
+        return load_balancing_loss_func(routers, *experts, kwargs.get("attention_mask"))
+
+    def _states(self, model, asked: Asked, *args, **kwargs) -> tuple[States, ModelOutput]:
+        """What meets the unembedding of each policy that is asked, `(batch, time, D)`, and the decoder's output."""
+        (site, also), stream = asked, self.stream
         if site is None:
-            out = model.base_model(*args, use_cache=False, **kwargs)
-            return out.last_hidden_state, out
-        stream = self.stream
+            with stream.record([] if also is None else [also]) as states:
+                out = model.base_model(*args, use_cache=False, **kwargs)
+            return (out.last_hidden_state, None if also is None else stream.lensed(states[also], self.lens)), out
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
             out = model.base_model(*args, use_cache=False, **kwargs)
-        return stream.lensed(states[site], self.lens), out
+        return (stream.lensed(states[site], self.lens), None), out
 
     @contextmanager
     def _not_checkpointed(self, layer: int) -> Iterator[None]:

@@ -6,12 +6,33 @@ reaches the loss, cut and shuffled with the rest by TRL.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
 OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"  # TRL's
+
+
+class Scores(NamedTuple):
+    """What a policy says of a rollout's answers: `(B, C)` each; entropies in nats."""
+
+    log_probs: torch.Tensor
+    entropies: torch.Tensor
+
+
+class Sampled(NamedTuple):
+    """TRL's rollouts.
+
+    Attributes:
+        tensors (`dict`): what the loss will read.
+        rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none.
+        scores ([`Scores`], *optional*): the sampling policy's, where TRL scored the answers.
+    """
+
+    tensors: dict[str, Any]
+    rewards: torch.Tensor
+    scores: Scores | None
 
 
 class RolloutBatch:

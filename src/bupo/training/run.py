@@ -202,8 +202,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         if trainer.is_world_process_zero():
             draw(folder, rows, title or folder.name)
             if trainer.state.global_step >= trainer.state.max_steps:  # else it was stopped, and goes on
-                mark_finished(trainer.args, trainer.state.global_step, trainer.schedule, deciding(trainer))
-    return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.schedule, rows)
+                mark_finished(trainer.args, trainer.state.global_step, trainer.watch.schedule, deciding(trainer))
+    return TrainingRun(folder, trainer.model, trainer.processing_class, trainer.watch.schedule, rows)
 
 
 def _finished(trainer: BuPOTrainer, done: dict[str, Any], say) -> TrainingRun:

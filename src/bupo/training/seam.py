@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.training.rollouts import Sampled, Scores
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
 
@@ -46,27 +47,6 @@ def accepted(option: str) -> tuple[str, ...]:
             constants = [part for side in node.comparators for part in ast.walk(side) if isinstance(part, ast.Constant)]
             found += [part.value for part in constants if isinstance(part.value, str)]
     return tuple(dict.fromkeys(found))
-
-
-class Scores(NamedTuple):
-    """What a policy says of a rollout's answers: `(B, C)` each; entropies in nats."""
-
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-
-
-class Sampled(NamedTuple):
-    """TRL's rollouts.
-
-    Attributes:
-        tensors (`dict`): what the loss will read.
-        rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none.
-        scores ([`Scores`], *optional*): the sampling policy's, where TRL scored the answers.
-    """
-
-    tensors: dict[str, Any]
-    rewards: torch.Tensor
-    scores: Scores | None
 
 
 class TRLTrainer(GRPOTrainer):
@@ -95,6 +75,10 @@ class TRLTrainer(GRPOTrainer):
         """The loss of a micro-batch."""
         return self.policy_loss(model, inputs)
 
+    def arranged(self, pieces: list[dict]) -> list[dict]:
+        """The micro-batches of a rollout batch, in the stead of TRL's."""
+        return pieces
+
     def grading(self) -> AbstractContextManager[None]:
         """Around the reward functions."""
         return nullcontext()
@@ -107,15 +91,20 @@ class TRLTrainer(GRPOTrainer):
 
     # -- what TRL does, as functions ---------------------------------------------------------------------------------
 
-    def sampled(self, inputs: list[dict], scores: bool = True) -> Sampled:
-        """TRL's rollout batch, with the rewards and, if wanted, the scores that it comes by."""
+    def sampled(self, inputs: list[dict], voice: Callable | None = None) -> Sampled:
+        """TRL's rollout batch, with the rewards.
+
+        Args:
+            inputs (`list[dict]`): rows of the dataset.
+            voice (`Callable`, *optional*): gives what stands in a model's place while TRL scores answers, and asks for scores.
+        """
         rewards: list[torch.Tensor] = []
         scored: list[tuple] = []
         with ExitStack() as hearing:
             hearing.enter_context(_heard(self, "_calculate_rewards", rewards.append))
-            if scores:
+            if voice:
                 name = "_get_per_token_logps_and_entropies"
-                hearing.enter_context(_heard(self, name, scored.append, compute_entropy=True))
+                hearing.enter_context(_heard(self, name, scored.append, voice, compute_entropy=True))
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
@@ -254,6 +243,15 @@ class TRLTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         return self.loss(model, inputs)
 
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        pieces = self._buffered_inputs
+        if not self.model.training or pieces is None or pieces is before:
+            return inputs
+        self._buffered_inputs = self.arranged(pieces)  # of a rollout batch that has just been cut
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _get_train_sampler(self, dataset=None):
         """TRL's, which can be put at the start of any epoch: a resumed run must see the order of one that was not stopped.
 
@@ -380,11 +378,13 @@ def as_list(values: Any) -> Any:
 
 
 @contextmanager
-def _heard(trainer: TRLTrainer, name: str, hear: Callable[[Any], None], **options) -> Iterator[None]:
-    """Inside, each result of one of the trainer's methods is also given to `hear`; `options` go into its calls."""
+def _heard(trainer: TRLTrainer, name: str, hear: Callable, voice: Callable | None = None, **options) -> Iterator[None]:
+    """Inside, each result of one of the trainer's methods is also given to `hear`; `voice` replaces the first argument of its
+    calls, and `options` go into them."""
     inner, shadowed = getattr(trainer, name), trainer.__dict__.get(name)
 
     def method(*args, **kwargs):
+        args = (voice(args[0]), *args[1:]) if voice else args
         result = inner(*args, **{**kwargs, **options})
         hear(result)
         return result

@@ -28,12 +28,10 @@ from bupo.training.layers import freeze_up_to, slow_down
 from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
-from bupo.training.schedule import Schedule, Stage
+from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
 from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
 from bupo.training.watch import Watch
-
-INTERNAL, LANGUAGE_MODEL = 1, 2  # the two phases, as logged
 
 
 class BuPOTrainer(TRLTrainer):
@@ -83,19 +81,14 @@ class BuPOTrainer(TRLTrainer):
             self.add_callback(Evaluations(self, benchmarks))
 
     @property
-    def schedule(self) -> Schedule:
-        """The first phase, as far as it is decided."""
-        return self.watch.schedule
-
-    @property
     def stage(self) -> Stage | None:
         """The stage of the first phase that the rollout batch belongs to; None in the second."""
-        return self.schedule.stage(self.rollout_batch)
+        return self.watch.schedule.stage(self.rollout_batch)
 
     @property
     def phase(self) -> int:
         """1 while an internal policy is optimised, 2 afterwards (eq. 10)."""
-        return INTERNAL if self.stage else LANGUAGE_MODEL
+        return 1 if self.stage else 2
 
     @property
     def site(self) -> Site | None:
@@ -104,27 +97,31 @@ class BuPOTrainer(TRLTrainer):
 
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
-        stage = self.schedule.stage(batch)
+        stage = self.watch.schedule.stage(batch)
         policy = f"the policy of layer {stage.layer or 'auto'}" if stage else "the whole policy"
         return f"rollout batch {batch} ({policy}, learning rate {self.learning_rate:.3g})"
 
     def rollout(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
+        voices = self.alignment.voices(self.site) if self.stage else None
         with messages.sampling(self.where(self.rollout_batch)):
-            sampled = self.sampled(inputs, scores=self.stage is not None)  # everything in here is pi_theta's
+            sampled = self.sampled(inputs, voices)
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
         answers = batch.answers(self.num_generations)
         if self.stage and self.stage.layer is None:
             self.watch.decide(answers, self.state.max_steps)
         self._estimate(batch)
-        if self.site:
-            self.alignment.align(batch, self.site, sampled.scores)
+        if self.site and voices:
+            self.alignment.align(batch, self.site, sampled.scores, voices)
         metrics["completions/repetition"].append(self.mean(repetition([answer for _, answer in answers])))
         self.watch.after_rollouts(self.rollout_batch, answers, rewards, metrics)
         metrics["rollout_time"].append(time.perf_counter() - started)
         return batch.tensors
+
+    def arranged(self, pieces):
+        return self.alignment.arranged(pieces)
 
     def grading(self):
         return messages.grading(self.reward_funcs, self.reward_func_names, self.rollout_batch)
@@ -163,7 +160,8 @@ class BuPOTrainer(TRLTrainer):
 
     def training_step(self, *args, **kwargs):
         """As TRL's; a critic steps with the policy."""
-        loss = super().training_step(*args, **kwargs)
+        with self.alignment.kept():
+            loss = super().training_step(*args, **kwargs)
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
         return loss

@@ -1,0 +1,289 @@
+"""Rows of a scoring pass as one packed row: no padding, and a prompt that several rows share is computed once.
+
+A micro-batch of B rows, prompts padded on the left and answers on the right, becomes one row of N tokens: each distinct prompt,
+then the answers to it. Every token keeps the position it has in its own row, and sees what it sees there: its prompt, and
+its own answer up to itself. Only attention mixes tokens, so only attention is told, through transformers' interfaces for
+attention functions and masks; the family's own code runs as it is, under gradient checkpointing and adapters too.
+
+What a token may see (all of the past, a sliding window, a chunk) is the family's rule, asked by positions. On a GPU it becomes
+a block mask for FlexAttention; elsewhere segments of like length go through the model's own attention function together.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import causal_mask_function, flex_attention_mask
+from transformers.utils import logging
+
+from bupo.model.proof import name_of
+from bupo.model.residual import evaluating
+
+PACKED = "bupo_packed"  # the name of the attention
+LIKE = 1.5  # segments go together if the longest has at most so many times the tokens of the shortest
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the proof; rounding in 16 bits reaches some hundredths
+BEYOND = 1 << 40  # a position after all others, of keys that only fill up
+
+logger = logging.get_logger(__name__)
+
+
+class Segment(NamedTuple):
+    """Tokens of the packed row that follow each other in a sequence, and those that come before them there."""
+
+    before: range
+    own: range
+
+
+class Bucket(NamedTuple):
+    """Segments of like length: places in the packed row, filled up on the right with each segment's last ones."""
+
+    queries: torch.Tensor  # (S, C)
+    keys: torch.Tensor  # (S, K)
+    key_positions: torch.Tensor  # (S, K), BEYOND where a key only fills up
+
+
+@dataclass
+class Layout:
+    """Where the tokens of rows stand in the packed row.
+
+    Attributes:
+        ids, positions (`torch.Tensor` of shape `(N,)`): of the packed tokens.
+        places (`torch.Tensor` of shape `(B, T)`): where each token of the rows stands; 0 for padding.
+        segments (`list[Segment]`): the prompts, and the answers with their prompts before them.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor
+    segments: list[Segment]
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "Layout":
+        """Of rows `(B, T)` whose first `width` columns hold the prompts; rows with equal ones share them."""
+        ids, real = input_ids.cpu(), attention_mask.cpu().bool()
+        places, segments, prompts = torch.zeros_like(ids), [], {}
+        tokens: list[torch.Tensor] = []
+        count = 0
+
+        def put(segment: torch.Tensor, before: range) -> range:
+            nonlocal count
+            own = range(count, count := count + len(segment))
+            tokens.append(segment)
+            if own:
+                segments.append(Segment(before, own))
+            return own
+
+        for row, there, place in zip(ids, real, places, strict=True):
+            prompt, answer = row[:width][there[:width]], row[width:][there[width:]]
+            key = tuple(prompt.tolist())
+            if key not in prompts:
+                prompts[key] = put(prompt, range(0))
+            place[:width][there[:width]] = placed(prompts[key])
+            place[width:][there[width:]] = placed(put(answer, prompts[key]))
+        positions = torch.cat([placed(own) + (len(before) - own.start) for before, own in segments])
+        device = input_ids.device
+        return cls(torch.cat(tokens).to(device), positions.to(device), places.to(device), segments)
+
+    def rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Of the packed tokens' `(N, D)` each row's, `(B, T, D)`; those of padding mean nothing."""
+        return nn.functional.embedding(self.places, states)
+
+    @cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Arguments of a decoder: the packed row."""
+        row = self.ids[None]
+        return {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": self.positions[None]}
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """All segments, those of like length together."""
+        groups: list[list[Segment]] = []
+        for segment in sorted(self.segments, key=lambda s: (len(s.own), len(s.before))):
+            if groups and len(segment.own) <= LIKE * len(groups[-1][0].own):
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+        return [self._bucket(group) for group in groups]
+
+    def _bucket(self, group: list[Segment]) -> Bucket:
+        device = self.ids.device
+        queries = filled([list(s.own) for s in group]).to(device)
+        keys = [[*s.before, *s.own] for s in group]
+        lengths = torch.tensor([len(row) for row in keys], device=device)
+        places = filled(keys).to(device)
+        beyond = torch.arange(places.size(1), device=device) >= lengths[:, None]
+        return Bucket(queries, places, self.positions[places].masked_fill(beyond, BEYOND))
+
+    @cached_property
+    def back(self) -> torch.Tensor:
+        """`(N,)`: where each packed token stands among the buckets' queries, one after another."""
+        queries = torch.cat([bucket.queries.flatten() for bucket in self.buckets])
+        back = torch.empty_like(self.ids)
+        back[queries] = torch.arange(len(queries), device=back.device)  # of those that fill up, any one will do
+        return back
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(N,)` each: the number of a token's segment, and of that which comes before it (its own, if none does)."""
+        number = {segment.own: index for index, segment in enumerate(self.segments)}
+        lengths = torch.tensor([len(s.own) for s in self.segments])
+        earlier = torch.tensor([number.get(s.before, number[s.own]) for s in self.segments])
+        own = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return own.to(self.ids.device), earlier.repeat_interleave(lengths).to(self.ids.device)
+
+
+def placed(places: range) -> torch.Tensor:
+    return torch.arange(places.start, places.stop)
+
+
+def filled(rows: list[list[int]]) -> torch.Tensor:
+    """`(len(rows), longest)`: each row, then its last entry again and again."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])
+
+
+class PackedMask:
+    """What stands for an attention mask: who sees whom, by the family's rule `sees(batch, head, query, key)` of positions."""
+
+    def __init__(self, layout: Layout, sees: Callable, plain: str):
+        self.layout, self.sees, self.plain = layout, sees, plain
+
+    @cached_property
+    def of_buckets(self) -> list[torch.Tensor]:
+        """`(S, 1, C, K)` for each bucket: whether a query sees a key."""
+        positions = self.layout.positions
+        return [
+            self.sees(0, 0, positions[bucket.queries][:, None, :, None], bucket.key_positions[:, None, None, :])
+            for bucket in self.layout.buckets
+        ]
+
+    @cached_property
+    def blocks(self):
+        """FlexAttention's block mask."""
+        positions, (own, earlier) = self.layout.positions, self.layout.before()
+
+        def sees(batch, head, query, key):
+            together = (own[key] == own[query]) | (own[key] == earlier[query])
+            return together & self.sees(batch, head, positions[query], positions[key])
+
+        count = len(positions)
+        return flex_attention_mask(1, count, count, mask_function=sees, device=positions.device)
+
+
+def attend(module: nn.Module, query, key, value, attention_mask: PackedMask, **kwargs):
+    """An attention function of transformers, of one packed row: `(1, heads, N, d)` each, to `(1, N, heads, d)`."""
+    mask, layout = attention_mask, attention_mask.layout
+    if query.is_cuda:
+        return flex_attention_forward(module, query, key, value, mask.blocks, **kwargs)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    plain: Any = eager if mask.plain == "eager" else AttentionInterface().get_interface(mask.plain, eager)
+    found = []
+    for bucket, seen in zip(layout.buckets, mask.of_buckets, strict=True):
+        if mask.plain == "eager":
+            seen = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+        parts = [taken(query, bucket.queries), taken(key, bucket.keys), taken(value, bucket.keys)]
+        found.append(plain(module, *parts, seen, **kwargs)[0].flatten(0, 1))  # (S C, heads, d)
+    states = torch.cat(found)
+    return nn.functional.embedding(layout.back, states.flatten(1)).view(1, -1, *states.shape[1:]), None
+
+
+def taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of `(1, heads, N, d)` those at places `(S, C)`: `(S, heads, C, d)`."""
+    heads, size = states.size(1), states.size(3)
+    table = states[0].transpose(0, 1).reshape(-1, heads * size)
+    # as an embedding: its gradient is summed by rows, that of an index by entries
+    return nn.functional.embedding(places, table).unflatten(-1, (heads, size)).transpose(1, 2)
+
+
+_now: ContextVar[tuple[Layout, str]] = ContextVar("packed row")
+
+
+def mask_of(*args, mask_function: Callable = causal_mask_function, **kwargs) -> PackedMask:
+    """A mask function of transformers: the family's rule, kept as it is."""
+    return PackedMask(_now.get()[0], mask_function, _now.get()[1])
+
+
+AttentionInterface.register(PACKED, attend)
+AttentionMaskInterface.register(PACKED, mask_of)
+
+
+class Packing:
+    """A model's decoder over packed rows.
+
+    Args:
+        model (`PreTrainedModel`): whose attention goes through transformers' interfaces.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.plain = model, model.config._attn_implementation
+        self.until: ExitStack | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, attention stays as a differentiable run left it: a backward pass may compute its blocks again."""
+        with ExitStack() as self.until:
+            yield
+        self.until = None
+
+    @contextmanager
+    def over(self, layout: Layout) -> Iterator[None]:
+        """Inside, a run of the decoder on `layout.inputs` is one of its rows."""
+        token = _now.set((layout, self.plain))
+        try:
+            with ExitStack() as own:
+                stack = self.until if self.until and torch.is_grad_enabled() else own
+                if self.model.config._attn_implementation != PACKED:
+                    self.model.set_attn_implementation(PACKED)
+                    stack.callback(self.model.set_attn_implementation, self.plain)
+                yield
+        finally:
+            _now.reset(token)
+
+
+def packing_of(model: PreTrainedModel) -> Packing | None:
+    """A model's packing, proven on a few tokens; None for a model whose tokens meet elsewhere than in attention, or whose
+    attention is not transformers' to exchange.
+    """
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    packing, tried = Packing(model), trial(model)
+    ids, real, _ = tried
+    try:
+        with evaluating(model), torch.no_grad():
+            layout = Layout.of(*tried)
+            with packing.over(layout):
+                packed = model.base_model(**layout.inputs, use_cache=False).last_hidden_state[0]
+            pairs = [
+                (
+                    packed[place[there]],
+                    model.base_model(input_ids=row[there][None], use_cache=False).last_hidden_state[0],
+                )
+                for row, there, place in zip(ids, real.bool(), layout.places, strict=True)
+            ]
+    except Exception as error:  # whatever a family's code makes of a mask that is none
+        logger.info(f"{name_of(model)}: rows are not packed: {type(error).__name__}: {error}")
+        return None
+    mine, theirs = (torch.cat(states).double() for states in zip(*pairs, strict=True))
+    apart = ((mine - theirs).norm() / theirs.norm()).item()
+    if not apart <= TOLERANCE.get(packed.dtype, 0.1):
+        logger.info(f"{name_of(model)}: rows are not packed: their states would differ by {apart:.2g} of their size")
+        return None
+    return packing
+
+
+def trial(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids and mask `(3, 9)`, and the width of the prompts: two answers to one, another to a longer one."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.linspace(0, embedding.size(0) - 1, 27, device=embedding.device).long().view(3, 9)
+    ids[1, :5] = ids[0, :5]
+    real = torch.ones_like(ids)
+    real[:2, :2] = 0
+    real[1:, 7:] = 0
+    return ids, real, 5
