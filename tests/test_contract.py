@@ -235,7 +235,12 @@ def defined_names(path):
 
 def is_private(name):
     """`os._exit` is documented, and no library's; `config._attn_implementation` is how transformers' guide reads it."""
-    return name not in ("_exit", "_attn_implementation") and len(name) > 1 and name.startswith("_") and not name.startswith("__")
+    return (
+        name not in ("_exit", "_attn_implementation")
+        and len(name) > 1
+        and name.startswith("_")
+        and not name.startswith("__")
+    )
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
