@@ -117,13 +117,15 @@ def series_of(model, layer: int, layers: Sequence[int], vocabulary: int) -> dict
     }
 
 
-def in_vocabulary(running: Trainers, vocabularies: Sequence[int], rounds: int) -> list[Point]:
+def in_vocabulary(
+    running: Trainers, vocabularies: Sequence[int], rounds: int, variants: Sequence[str] = ALL
+) -> list[Point]:
     """A model each."""
     found = []
     for size in vocabularies:
         batch = made_up(16, [112] * 8, 8, 256)  # ids that the smallest has; they decide no cost
         series = Series("vocabulary", (size,), (batch,), (1,), 8, {**TINY, "vocab_size": size})
-        found += series.measured(running, ALL, rounds)
+        found += series.measured(running, variants, rounds)
     return found
 
 

@@ -263,7 +263,7 @@ def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer
     }
     if job.rollouts:
         batches = iter(job.rollouts)
-        given["rollout_func"] = lambda prompts, trainer: _columns(next(batches))
+        given["rollout_func"] = lambda prompts, trainer: _columns(next(batches), trainer.processing_class.eos_token_id)
     if variant in (TRL, PUBLISHED):
         kind = GRPOTrainer if variant == TRL else PublishedTrainer
         trainer = kind(model, reward, GRPOConfig(**options, use_cpu=True, bf16=False), **given)
@@ -298,8 +298,13 @@ def _prompts(job: Job, updates: int) -> Dataset:
     return load_problems(ARITHMETIC, "train", size=count).select_columns(["prompt"])
 
 
-def _columns(batch: Rollouts) -> dict[str, Any]:
-    return {"prompt_ids": batch.prompts, "completion_ids": batch.answers, "logprobs": None}
+def _columns(batch: Rollouts, end: int) -> dict[str, Any]:
+    """As a `rollout_func` gives them: answers that end, and are not cut."""
+    return {
+        "prompt_ids": batch.prompts,
+        "completion_ids": [[*ids[:-1], end] for ids in batch.answers],
+        "logprobs": None,
+    }
 
 
 def work(pipe, variant: str, threads: int) -> None:
@@ -372,7 +377,12 @@ class Trainers:
 @contextmanager
 def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
     """Processes that are ended at the end. Their environment: no hub, and no word of what is deprecated or experimental."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "KINETO_LOG_LEVEL": "5",
+    }
     started = Trainers(variants, threads)
     try:
         yield started
