@@ -33,7 +33,7 @@ COLOURS = {TRL: GREY, FIRST: ORANGE, SECOND: BLUE}
 PROMPT, ANSWERS, MIDDLE, SUM = 44, (8, 16, 32, 64, 128, 256), 64, 128
 SHARES = (0.0625, 0.25, 0.5, 0.75, 0.9375)
 GROUPS = (1, 2, 4, 8, 16)
-VOCABULARIES = (1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
+VOCABULARIES = (1 << 10, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -123,7 +123,7 @@ def in_vocabulary(
     """A model each."""
     found = []
     for size in vocabularies:
-        batch = made_up(16, [112] * 8, 8, 256)  # ids that the smallest has; they decide no cost
+        batch = made_up(16, [48] * 8, 8, 256)  # ids that the smallest has; they decide no cost
         series = Series("vocabulary", (size,), (batch,), (1,), 8, {**TINY, "vocab_size": size})
         found += series.measured(running, variants, rounds)
     return found
@@ -176,12 +176,12 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
     for axis, (panel, value, title, label) in zip(
         axes.flat,
         (
-            ("answer", "seconds", "answers", "tokens of an answer"),
-            ("layer", "seconds", "layer of phase 1", "layer l"),
-            ("prompt", "seconds", "prompt, at one length of the whole", "prompt's share of the tokens (%)"),
-            ("group", "seconds", "answers that share a prompt", "answers a prompt"),
-            ("vocabulary", "seconds", "vocabulary (two-layer models)", "words"),
-            ("vocabulary", "passes", "vocabulary: memory of the passes", "words"),
+            ("answer", "seconds", "longer answers", "tokens of each of 8 answers"),
+            ("layer", "seconds", "more layers", f"layer that phase 1 optimises, answers of {MIDDLE} tokens"),
+            ("prompt", "seconds", "a larger part is prompt", f"prompt's share of {SUM} tokens (%)"),
+            ("group", "seconds", "more answers share a prompt", "answers a prompt, of 16"),
+            ("vocabulary", "seconds", "larger vocabulary, two-layer model", "words"),
+            ("vocabulary", "passes", "memory of the passes over the vocabulary", "words"),
         ),
         strict=True,
     ):
@@ -193,7 +193,6 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
         trim(axis)
     for axis in (axes[0, 2],):
         axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
-    axes[1, 0].set_xscale("log", base=2)
     axes[1, 0].set_xticks(GROUPS, [str(group) for group in GROUPS])
     for axis in axes[1, 1:]:
         axis.set_xticks([1 << 15, 1 << 16, 1 << 17], ["32k", "64k", "128k"])
@@ -212,11 +211,13 @@ def _panel(axis: Axes, points: Sequence[Point], value: str) -> None:
 
 
 def _references(axis: Axes, points: Sequence[Point]) -> None:
-    """The others at the answers' length of the panel of layers, as dashed lines."""
+    """The others at the answers' length of the panel of layers, as dashed lines with their names."""
     for variant in (TRL, SECOND):
         here = [p.seconds for p in points if (p.panel, p.variant, p.x) == ("answer", variant, MIDDLE)]
         if here:
             axis.axhline(here[0], color=COLOURS[variant], lw=1.2, ls="--")
+            place = axis.get_yaxis_transform()
+            axis.text(0.02, here[0], variant, transform=place, va="bottom", color=COLOURS[variant], fontsize=8)
 
 
 def main() -> None:

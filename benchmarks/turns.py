@@ -5,9 +5,11 @@ trainers see the same noise of the machine, and the memory of each is its own. T
 (TRL's `rollout_func`) in the stead of sampled: then all trainers do the same work.
 """
 
+import ctypes
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -175,6 +177,7 @@ class Turns(TrainerCallback):
         self._tell()
         self.pipe.recv()
         self.spent.clear()
+        give_back()
         self.marks = {"before": resident()}
         self.memory = PeakMemory().__enter__()
         if self.job.profiled and state.global_step == len(self.job.layers) - 1:
@@ -228,6 +231,12 @@ class Turns(TrainerCallback):
 def resident() -> int:
     """Bytes of this process' resident set."""
     return psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Let glibc return what is free, so that the resident set is what is used."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reward(completion_ids: Sequence[Sequence[int]], **kwargs) -> list[float]:
