@@ -177,7 +177,7 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
         axes.flat,
         (
             ("answer", "seconds", "longer answers", "tokens of each of 8 answers"),
-            ("layer", "seconds", "more layers", f"layer that phase 1 optimises, answers of {MIDDLE} tokens"),
+            ("layer", "seconds", f"more layers (answers of {MIDDLE} tokens)", "layer that phase 1 optimises"),
             ("prompt", "seconds", "a larger part is prompt", f"prompt's share of {SUM} tokens (%)"),
             ("group", "seconds", "more answers share a prompt", "answers a prompt, of 16"),
             ("vocabulary", "seconds", "larger vocabulary, two-layer model", "words"),
@@ -186,17 +186,17 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
         strict=True,
     ):
         _panel(axis, [point for point in points if point.panel == panel], value)
+        if panel == "layer":
+            _references(axis, points)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(label, fontsize=9)
         axis.set_ylabel("an update (s)" if value == "seconds" else "MB", fontsize=9)
         axis.set_ylim(bottom=0)
         trim(axis)
-    for axis in (axes[0, 2],):
-        axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
+    axes[0, 2].xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
     axes[1, 0].set_xticks(GROUPS, [str(group) for group in GROUPS])
     for axis in axes[1, 1:]:
         axis.set_xticks([1 << 15, 1 << 16, 1 << 17], ["32k", "64k", "128k"])
-    _references(axes[0, 1], points)
     legend(axes[0, 0], fontsize=9)
     shape.suptitle(f"Cost of an update; phase 1 at layer {layer} where not said otherwise", fontsize=11)
     save(shape, path)
