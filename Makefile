@@ -10,7 +10,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading lint format clean
+.PHONY: demo reproduce test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -64,6 +64,12 @@ benchmark-training: $(INSTALLED)  # every method and the guard on the embedded m
 
 benchmark-grading: $(INSTALLED)  # graded answers a second, and hostile ones
 	$(BIN)/python -m benchmarks.grading
+
+benchmark-speed: $(MODELS)  # against TRL's trainer, half an hour on two cores; the tables and the figure of docs/speed.md
+	$(BIN)/python -m benchmarks.update --model models/smollm2-135m.gguf --profile --json runs/speed/update.json
+	$(BIN)/python -m benchmarks.step --model models/smollm2-135m.gguf --json runs/speed/step.json
+	$(BIN)/python -m benchmarks.growth --model models/smollm2-135m.gguf --json runs/speed/growth.json --figure runs/speed/growth.png
+	$(BIN)/python tools/speed_page.py runs/speed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
