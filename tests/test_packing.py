@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig
-from transformers.integrations.flex_attention import flex_attention_forward
 
 from bupo.model.packing import Layout, PackedMask, attend, packing_of
 from bupo.model.residual import ResidualStream, Site
@@ -235,13 +234,13 @@ def test_flex_attention_by_blocks_is_attention_by_buckets():
     """On a CPU it is compiled, and knows no backward pass."""
     layout = Layout.of(ROWS[0], ROWS[1], 9)
     block = tiny_model("qwen3").model.layers[0].self_attn
-    mask = PackedMask(layout, lambda batch, head, query, key: key <= query, "sdpa")
+    segments, blocks = (PackedMask(layout, lambda batch, head, query, key: key <= query, x) for x in ("sdpa", None))
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, len(layout.ids), 16, generator=generator)
     key, value = (torch.randn(1, 2, len(layout.ids), 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        wanted, _ = attend(block, query, key, value, mask, scaling=0.25)
-        found, _ = flex_attention_forward(block, query, key, value, mask.blocks, scaling=0.25)
+        wanted, _ = attend(block, query, key, value, segments, scaling=0.25)
+        found, _ = attend(block, query, key, value, blocks, scaling=0.25)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -150,9 +150,14 @@ def filled(rows: list[list[int]]) -> torch.Tensor:
 
 
 class PackedMask:
-    """What stands for an attention mask: who sees whom, by the family's rule `sees(batch, head, query, key)` of positions."""
+    """What stands for an attention mask: who sees whom, by the family's rule `sees(batch, head, query, key)` of positions.
 
-    def __init__(self, layout: Layout, sees: Callable, plain: str):
+    Args:
+        layout ([`Layout`]), sees (`Callable`): the packed row, and the rule.
+        plain (`str`, *optional*): the attention that segments go through; None: FlexAttention takes the row by blocks.
+    """
+
+    def __init__(self, layout: Layout, sees: Callable, plain: str | None):
         self.layout, self.sees, self.plain = layout, sees, plain
 
     @cached_property
@@ -180,7 +185,7 @@ class PackedMask:
 def attend(module: nn.Module, query, key, value, attention_mask: PackedMask, **kwargs):
     """An attention function of transformers, of one packed row: `(1, heads, N, d)` each, to `(1, N, heads, d)`."""
     mask, layout = attention_mask, attention_mask.layout
-    if query.is_cuda:
+    if mask.plain is None:
         return flex_attention_forward(module, query, key, value, mask.blocks, **kwargs)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain: Any = eager if mask.plain == "eager" else AttentionInterface().get_interface(mask.plain, eager)
@@ -202,7 +207,7 @@ def taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return nn.functional.embedding(places, table).unflatten(-1, (heads, size)).transpose(1, 2)
 
 
-_now: ContextVar[tuple[Layout, str]] = ContextVar("packed row")
+_now: ContextVar[tuple[Layout, str | None]] = ContextVar("packed row")
 
 
 def mask_of(*args, mask_function: Callable = causal_mask_function, **kwargs) -> PackedMask:
@@ -219,10 +224,11 @@ class Packing:
 
     Args:
         model (`PreTrainedModel`): whose attention goes through transformers' interfaces.
+        blocks (`bool`): whether it is FlexAttention's, over a block mask, or the model's own, over segments.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.plain = model, model.config._attn_implementation
+    def __init__(self, model: PreTrainedModel, blocks: bool = False):
+        self.model, self.blocks, self.plain = model, blocks, model.config._attn_implementation
         self.until: ExitStack | None = None
 
     @contextmanager
@@ -235,7 +241,7 @@ class Packing:
     @contextmanager
     def over(self, layout: Layout) -> Iterator[None]:
         """Inside, a run of the decoder on `layout.inputs` is one of its rows."""
-        token = _now.set((layout, self.plain))
+        token = _now.set((layout, None if self.blocks else self.plain))
         try:
             with ExitStack() as own:
                 stack = self.until if self.until and torch.is_grad_enabled() else own
@@ -249,33 +255,45 @@ class Packing:
 
 def packing_of(model: PreTrainedModel) -> Packing | None:
     """A model's packing, proven on a few tokens; None for a model whose tokens meet elsewhere than in attention, or whose
-    attention is not transformers' to exchange.
+    attention is not transformers' to exchange. FlexAttention, on a GPU, must prove itself, too.
     """
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return None
-    packing, tried = Packing(model), trial(model)
-    ids, real, _ = tried
-    try:
-        with evaluating(model), torch.no_grad():
-            layout = Layout.of(*tried)
-            with packing.over(layout):
-                packed = model.base_model(**layout.inputs, use_cache=False).last_hidden_state[0]
-            pairs = [
-                (
-                    packed[place[there]],
-                    model.base_model(input_ids=row[there][None], use_cache=False).last_hidden_state[0],
-                )
-                for row, there, place in zip(ids, real.bool(), layout.places, strict=True)
-            ]
-    except Exception as error:  # whatever a family's code makes of a mask that is none
-        logger.info(f"{name_of(model)}: rows are not packed: {type(error).__name__}: {error}")
-        return None
-    mine, theirs = (torch.cat(states).double() for states in zip(*pairs, strict=True))
-    apart = ((mine - theirs).norm() / theirs.norm()).item()
-    if not apart <= TOLERANCE.get(packed.dtype, 0.1):
+    for blocks in (True, False) if model.device.type == "cuda" else (False,):
+        packing = Packing(model, blocks)
+        try:
+            apart = difference(packing)
+        except Exception as failure:  # whatever a family's code makes of a mask that is none
+            logger.info(f"{name_of(model)}: rows are not packed: {type(failure).__name__}: {failure}")
+            continue
+        if apart <= TOLERANCE.get(model.dtype, 0.1):
+            return packing
         logger.info(f"{name_of(model)}: rows are not packed: their states would differ by {apart:.2g} of their size")
-        return None
-    return packing
+    return None
+
+
+def difference(packing: Packing) -> float:
+    """Of states and of a gradient, packed, from those of each row alone: the larger, as a share of their size."""
+    model = packing.model
+    ids, real, width = trial(model)
+    layout = Layout.of(ids, real, width)
+    some = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
+
+    def made(states: torch.Tensor) -> list[torch.Tensor]:
+        weights = torch.linspace(-1, 1, states.numel(), device=states.device).view_as(states)
+        gradient = torch.autograd.grad((states.float() * weights).sum(), some, allow_unused=True) if some else ()
+        return [states.detach(), *(x for x in gradient if x is not None)]
+
+    with evaluating(model), torch.enable_grad():
+        with packing.over(layout):
+            packed = model.base_model(**layout.inputs, use_cache=False).last_hidden_state[0]
+            mine = made(torch.cat([packed[p[r]] for p, r in zip(layout.places, real.bool(), strict=True)]))
+        rows = [row[there][None] for row, there in zip(ids, real.bool(), strict=True)]
+        theirs = made(
+            torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
+        )
+    pairs = [(a.double(), b.double()) for a, b in zip(mine, theirs, strict=True)]
+    return max((((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs), key=lambda x: (x != x, x))
 
 
 def trial(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, int]:
