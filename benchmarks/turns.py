@@ -391,6 +391,7 @@ def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYTHONWARNINGS": "ignore",
         "KINETO_LOG_LEVEL": "5",
+        "TQDM_DISABLE": "1",
     }
     started = Trainers(variants, threads)
     try:
