@@ -67,7 +67,7 @@ benchmark-grading: $(INSTALLED)  # graded answers a second, and hostile ones
 
 benchmark-speed: $(MODELS)  # against TRL's trainer, half an hour on two cores; the tables and the figure of docs/speed.md
 	$(BIN)/python -m benchmarks.update --model models/smollm2-135m.gguf --profile --json runs/speed/update.json
-	$(BIN)/python -m benchmarks.step --model models/smollm2-135m.gguf --json runs/speed/step.json
+	$(BIN)/python -m benchmarks.step --model models/smollm2-135m.gguf --profile --json runs/speed/step.json
 	$(BIN)/python -m benchmarks.growth --model models/smollm2-135m.gguf --json runs/speed/growth.json --figure runs/speed/growth.png
 	$(BIN)/python tools/speed_page.py runs/speed
 

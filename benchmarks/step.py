@@ -35,7 +35,7 @@ from trl import GRPOTrainer, ModelConfig
 
 import bupo
 from benchmarks.result import Result, Table, Target, middle, ratios
-from benchmarks.turns import FIRST, SECOND, TRL, Job, Update, trainers
+from benchmarks.turns import FIRST, SECOND, TRL, Job, Update, profiles_of, trainers
 from bupo.commands.parsing import parse
 from bupo.model.residual import causal_lm
 
@@ -222,14 +222,15 @@ def small_table(batches: Sequence[dict[str, float]], title: str) -> tuple[Table,
     return Table(title, rows), statistics.median(share[REST] for share in shares)
 
 
-def benchmark(model, layer: int, rounds: int, small: int, threads: int) -> Result:
+def benchmark(model, layer: int, rounds: int, small: int, threads: int, profiled: bool = False) -> Result:
     """All of it. `model` as of [`benchmarks.turns.Job`]; `small`: rollout batches a phase of the embedded model."""
     named = Path(model).name if isinstance(model, str) else model["model_type"]
     result = Result(f"python -m benchmarks.step --model {named}", f"{named}, layer {layer}, and the embedded model")
     if rounds:
-        job = Job(model, (layer,) * (rounds + 1), None, ROWS, 1, GROUP, MAX_NEW_TOKENS)
+        job = Job(model, (layer,) * (1 + rounds + profiled), None, ROWS, 1, GROUP, MAX_NEW_TOKENS, profiled)
         with trainers((TRL, FIRST, SECOND), threads) as running:
-            done = list(running.run(dict.fromkeys((TRL, FIRST, SECOND), job)))[1:]  # the first warms up
+            done = list(running.run(dict.fromkeys((TRL, FIRST, SECOND), job)))
+        result.profiles, done = profiles_of(done[-1]), done[1 : 1 + rounds]  # the first warms up
         updates = {name: [update[name] for update in done] for name in (TRL, FIRST, SECOND)}
         result.tables.append(table_of(updates))
         result.targets += targets_of(updates)
@@ -264,11 +265,15 @@ def main() -> None:
     parser.add_argument(
         "--small", type=int, default=10, help="rollout batches a phase of the embedded model; 0 leaves it out"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="show where one more rollout batch of each spends its time"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     disable_progress_bar()
-    result = benchmark(given.model, given.layer, given.rounds, given.small, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    result = benchmark(given.model, given.layer, given.rounds, given.small, threads, given.profile)
     result.show()
     result.write(given.json)
 

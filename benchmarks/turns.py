@@ -76,7 +76,7 @@ class Job:
         passes (`int`): forward and backward passes of an update, its gradients being accumulated.
         group (`int`): answers a prompt.
         max_new_tokens (`int`): of an answer that is sampled.
-        profiled (`bool`): whether the last update is also profiled, which slows it.
+        profiled (`bool`): whether the last update, and the sampling for it, is also profiled, which slows it.
     """
 
     model: str | dict[str, Any]
@@ -168,7 +168,7 @@ class Turns(TrainerCallback):
                 self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
                 if part == "rollouts" and self.memory:  # what follows is the update
                     self.marks["rollouts"], self.memory.top = self.memory.top, resident()
-                    if self.profile:
+                    if self.profile and self.job.rollouts:
                         self.profile.start()
 
         return timed
@@ -182,6 +182,8 @@ class Turns(TrainerCallback):
         self.memory = PeakMemory().__enter__()
         if self.job.profiled and state.global_step == len(self.job.layers) - 1:
             self.profile = profile(activities=[ProfilerActivity.CPU])
+            if not self.job.rollouts:
+                self.profile.start()
         self.started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -383,6 +385,11 @@ class Trainers:
             pipe.close()
 
 
+def profiles_of(done: dict[str, Update]) -> dict[str, str]:
+    """Where BuPO's phases spend their time, where it was asked for."""
+    return {name: done[name].profile for name in (FIRST, SECOND) if name in done and done[name].profile}
+
+
 @contextmanager
 def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
     """Processes that are ended at the end. Their environment: no hub, and no word of what is deprecated or experimental."""
@@ -391,6 +398,7 @@ def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "PYTHONWARNINGS": "ignore",
         "KINETO_LOG_LEVEL": "5",
+        "TQDM_DISABLE": "1",
     }
     started = Trainers(variants, threads)
     try:

@@ -22,7 +22,19 @@ import numpy as np
 import torch
 
 from benchmarks.result import Result, Table, Target, middle, ratios
-from benchmarks.turns import FIRST, PUBLISHED, SECOND, TRL, Job, Rollouts, Trainers, Update, made_up, trainers
+from benchmarks.turns import (
+    FIRST,
+    PUBLISHED,
+    SECOND,
+    TRL,
+    Job,
+    Rollouts,
+    Trainers,
+    Update,
+    made_up,
+    profiles_of,
+    trainers,
+)
 from bupo.model.loading import load_config
 
 PROMPT, ANSWER, ROWS, GROUP = 44, 12, 32, 8
@@ -64,9 +76,8 @@ def measured(
     """The updates of each variant but for the first, which warms up; profiles; and the largest difference."""
     rounds = list(running.run(jobs))
     apart = same_work(rounds[0])
-    profiles = {name: update.profile for name, update in rounds[-1].items()} if profiled else {}
     kept = rounds[1:-1] if profiled else rounds[1:]
-    return {name: [done[name] for done in kept] for name in jobs}, profiles, apart
+    return {name: [done[name] for done in kept] for name in jobs}, profiles_of(rounds[-1]), apart
 
 
 def table_of(title: str, updates: dict[str, list[Update]]) -> Table:

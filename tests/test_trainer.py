@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError, load_problems
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.training.console import ConsoleLines
+from bupo.training.finite import FiniteUpdates
 from tests.tiny import tiny_model
 
 TOKENIZER = load_tokenizer("embedded")
@@ -425,6 +427,20 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     trainer.loss = lambda m, i, inner=trainer.loss: inner(m, i) * float("nan")
     with pytest.raises(UserError, match="not finite in 3 updates in a row, the last in rollout batch 1"):
         trainer.train()
+
+
+@pytest.mark.parametrize("values", [(torch.inf, -torch.inf), (torch.inf, 1.0), (torch.nan, 1.0)])
+def test_no_gradient_that_is_not_finite_passes(values):
+    """Whatever its numbers add up to."""
+    PartialState()  # for the warning
+    model = torch.nn.Linear(2, 1, bias=False)
+    updates = FiniteUpdates(lambda: "here")
+    model.weight.grad = torch.tensor([[3e38, -3e38]])
+    updates.on_pre_optimizer_step(None, None, None, model=model)
+    assert updates.skipped == 0 and model.weight.grad is not None
+    model.weight.grad = torch.tensor([values])
+    updates.on_pre_optimizer_step(None, None, None, model=model)
+    assert updates.skipped == 1 and model.weight.grad is None
 
 
 def test_the_last_update_of_a_batch_is_named_as_its_own(tmp_path, caplog):

@@ -32,8 +32,9 @@ class FiniteUpdates(TrainerCallback):
         self.skipped = state["skipped"]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        # a sum reads a gradient once, where asking each number takes several passes; of a sharded one it is all processes'
+        sums = [p.grad.sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(summed)) for summed in sums):
             self.skipped = 0
             return
         self.skipped += 1
