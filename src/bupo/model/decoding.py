@@ -1,0 +1,344 @@
+"""Decoding on a CPU: transformers' `generate`, with a loop that computes nothing twice.
+
+A prompt is computed once for all its answers, keys and values lie in buffers that are written in place, and answers that have
+ended leave the batch. Options are `generate`'s, and so are the tokens for a seed: it prepares everything and is given the loop
+as its `custom_generate`. Where a model or an option does not suit the loop, `generate` goes its own way.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMode
+from transformers.integrations import is_fsdp_managed_module
+
+from bupo.model.proof import probe_tokens
+from bupo.model.residual import causal_lm, evaluating
+
+ROW_BY_ROW = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)  # look at one row's scores only
+KNOWN = (*ROW_BY_ROW, RepetitionPenaltyLogitsProcessor)
+MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+INPUTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}  # all that `generate` may hand on
+OPTIONS = (
+    "return_dict_in_generate",
+    "cache_implementation",
+    "prefill_chunk_size",
+    "is_assistant",
+    "token_healing",
+)  # not here
+ROOM = 64  # tokens that the buffers grow by, at least
+LEAVING = 8  # ended answers leave together, once they are an eighth of the batch
+
+# the next tokens (rows,), from what is written (rows, length), which rows of the whole batch these are (rows,), and the logits
+# (rows, V)
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Seeded(Protocol):
+    """Takes the next tokens, and is a `LogitsProcessor` of which `generate` takes the same, as the largest scores."""
+
+    tokens: Choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor: ...
+
+
+class Unsuited(Exception):
+    """The loop does not know an option; nothing has been computed or drawn yet."""
+
+
+class Slots(CacheLayerMixin):
+    """Keys and values `(rows, heads, room, dim)` of a layer, of which the first `length` slots are filled."""
+
+    is_sliding = False  # a window is the mask's
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        start, self.length = self.length, self.length + key_states.size(-2)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        if self.length > self.keys.size(-2):
+            self.arrange(None, start, start)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def arrange(self, rows: torch.Tensor | None, filled: int, more: int = ROOM) -> None:
+        """These rows (all for None), with `more` slots, at least `ROOM`, behind the filled ones."""
+
+        def moved(buffer: torch.Tensor) -> torch.Tensor:
+            count, heads, _, dim = buffer.shape
+            made = buffer.new_empty(count if rows is None else len(rows), heads, filled + max(more, ROOM), dim)
+            made[:, :, :filled] = buffer[:, :, :filled] if rows is None else buffer[rows, :, :filled]
+            return made
+
+        self.keys, self.values = moved(self.keys), moved(self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Decoder:
+    """Answers being written by a model, each of distinct prompts computed once.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        ids, mask, positions (`torch.Tensor` of shape `(B, P)`): the prompts, padded on the left, or no mask.
+        inputs: further arguments of the model while it reads the prompts.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(rows, V)`): of the next token; all `B` rows at first.
+    """
+
+    def __init__(self, model, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **inputs):
+        self.model, self.cache = model, Cache(layer_class_to_replicate=Slots)
+        seen = ids if mask is None else torch.cat([ids, mask], 1)
+        distinct, own = seen.unique(dim=0, return_inverse=True)
+        first = own.new_empty(len(distinct)).scatter_(0, own, torch.arange(len(ids), device=ids.device))
+        self.length, self.positions = ids.size(1), positions[:, -1:]
+        self.mask = None if mask is None else mask.bool()
+        prompts = None if self.mask is None else self.mask[first]
+        self.logits = self._run(ids[first], prompts, positions[first], **inputs)[own]
+        self._arrange(own)
+
+    def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
+        cache = self.cache
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **inputs
+        )
+        return out.logits[:, -1]
+
+    def _arrange(self, rows: torch.Tensor) -> None:
+        for layer in self.cache.layers:
+            layer.arrange(rows, self.length)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Write a token `(rows,)` behind each answer: the next logits `(rows, V)`."""
+        self.length, self.positions = self.length + 1, self.positions + 1
+        if self.mask is not None:
+            self.mask = nn.functional.pad(self.mask, (0, 1), value=True)
+        self.logits = self._run(tokens[:, None], self.mask, self.positions)
+        return self.logits
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these of the rows `(rows,)` only."""
+        self._arrange(rows)
+        self.positions = self.positions[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    choose: Choose | None = None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """What `generate` calls, with its arguments: `(B, P + new)` ids, padded behind an answer's end.
+
+    Raises:
+        Unsuited: before anything is computed.
+    """
+    check(generation_config, logits_processor, inputs)
+    rows, width, limit = len(input_ids), input_ids.size(1), generation_config.max_length
+    padding = padding_of(generation_config, stopping_criteria)
+    dropping = padding is not None and all(isinstance(processor, ROW_BY_ROW) for processor in logits_processor)
+    choose = choose or as_generate(logits_processor, rows, generation_config.do_sample)
+    keep = {name: inputs[name] for name in inputs if name == "logits_to_keep"}
+    writing = Decoder(model, input_ids, inputs["attention_mask"], inputs["position_ids"], **keep)
+    ids = torch.cat([input_ids, input_ids.new_full((rows, limit - width), padding or 0)], 1)
+    left = torch.arange(rows, device=ids.device)  # the rows that are computed
+    ended = torch.zeros_like(left, dtype=torch.bool)
+    for length in range(width, limit):
+        tokens = choose(ids[left, :length], left, writing.logits)
+        if padding is not None:
+            tokens = tokens.masked_fill(ended[left], padding)
+        ids[left, length] = tokens
+        ended |= stopping_criteria(ids[:, : length + 1], None)
+        idle = ended[left]
+        if idle.all() or length + 1 == limit:
+            break
+        if dropping and int(idle.sum()) >= max(1, len(left) // LEAVING):
+            kept = (~idle).nonzero()[:, 0]
+            left, tokens = left[kept], tokens[kept]
+            writing.keep(kept)
+        writing.step(tokens)
+    return ids[:, : length + 1]
+
+
+def check(config: GenerationConfig, processors: LogitsProcessorList, inputs: dict[str, Any]) -> None:
+    """Refuse what the loop would do otherwise than `generate`."""
+    strange = [processor for processor in processors if not isinstance(processor, KNOWN)]
+    asked = [option for option in OPTIONS if getattr(config, option, None)]
+    given = {name for name, value in inputs.items() if value is not None} - INPUTS
+    cache = inputs.get("past_key_values")
+    written = cache is not None and cache.get_seq_length() > 0
+    if strange or asked or given or written or config.get_generation_mode() not in MODES:
+        raise Unsuited
+    if not config.use_cache or config.num_return_sequences != 1 or "position_ids" not in inputs:
+        raise Unsuited
+
+
+def padding_of(config: GenerationConfig, criteria: StoppingCriteriaList) -> int | None:
+    """What `generate` writes behind the end of an answer; None where it knows no end, and goes on."""
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        return None
+    ends = config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    return first if config.pad_token_id is None else config.pad_token_id
+
+
+def as_generate(processors: LogitsProcessorList, rows: int, sample: bool) -> Choose:
+    """The tokens that `generate` would take, with the same random numbers.
+
+    `torch.multinomial` takes the largest of the probabilities over exponential numbers, drawn for all rows, ended or not.
+    """
+
+    def choose(ids: torch.Tensor, left: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        scores = processors(ids, logits.float())
+        if not sample:
+            return scores.argmax(-1)
+        probabilities = scores.softmax(-1)
+        if not probabilities[:, 0].isfinite().all():  # one that is not makes its whole row so
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        numbers = probabilities.new_empty(rows, probabilities.size(1)).exponential_()
+        if len(left) < rows:
+            numbers = numbers[left]
+        return torch.div(probabilities, numbers, out=numbers).argmax(-1)
+
+    return choose
+
+
+# -- who may use it --------------------------------------------------------------------------------------------------
+
+
+def generate(model: PreTrainedModel, seeded: Seeded | None = None, **kwargs: Any) -> torch.Tensor:
+    """The model's own `generate`, by the loop where model and options suit it: the same tokens.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        seeded (`Seeded`, *optional*): takes the tokens, in the stead of `generate`'s own sampling.
+        kwargs: of `generate`.
+    """
+    plain = types.MethodType(type(model).generate, model)
+    if "custom_generate" not in kwargs and suits(model, everywhere=seeded is not None):
+        try:
+            return plain(**kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None))
+        except Unsuited:
+            pass
+    if seeded is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([seeded])
+    return plain(**kwargs)
+
+
+@contextmanager
+def quick(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's `generate` is the one above, also where PEFT, TRL or the user's own code calls it."""
+    inner = causal_lm(model)
+    learned = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+    if learned or "generate" in vars(inner):
+        yield
+        return
+    inner.generate = types.MethodType(generate, inner)
+    try:
+        yield
+    finally:
+        del inner.generate
+
+
+proofs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def suits(model: PreTrainedModel, everywhere: bool = False) -> bool:
+    """Whether the loop gives the model's own logits: asked of the model itself, once.
+
+    Off the CPU, random numbers are not known to be drawn as the loop draws them; `everywhere` says that it draws none.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or not (everywhere or {device.type for device in devices} == {"cpu"}):
+        return False
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or is_fsdp_managed_module(model)
+    if sharded or drops(model):
+        return False
+    if model not in proofs:
+        proofs[model] = proven(model)
+    return proofs[model]
+
+
+def drops(model: PreTrainedModel) -> bool:
+    """Whether the model drops out states: its numbers would be drawn for other shapes than `generate`'s."""
+    settings = model.config.get_text_config().to_dict()
+    return model.training and (
+        any(isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name)
+        or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    )
+
+
+@torch.no_grad()
+def proven(model: PreTrainedModel) -> bool:
+    """Whether prompts of two lengths that are shared, and a row that leaves, give the logits of whole sequences."""
+    words = probe_tokens(model)[0]
+    ids = words[(torch.arange(8) * torch.tensor([[1], [3], [5], [7]]) + 1) % len(words)]
+    ids[2:, :5] = ids[:2, :5]  # two prompts, two answers each
+    mask = torch.ones_like(ids)
+    mask[1::2, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    try:
+        with evaluating(model):
+            whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+            writing = Decoder(model, ids[:, :5], mask[:, :5], positions[:, :5])
+            found = [writing.logits, writing.step(ids[:, 5])]
+            writing.keep(torch.tensor([0, 3], device=ids.device))
+            found.append(writing.step(ids[[0, 3], 6]))
+    except Exception:  # whatever a model does that knows no such cache, `generate` is its way
+        return False
+    wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
+    error = max((a.float() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+    return error <= torch.finfo(model.dtype).eps ** 0.5 * whole.abs().max().item()
