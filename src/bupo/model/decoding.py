@@ -34,29 +34,16 @@ from transformers.integrations import is_fsdp_managed_module
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import causal_lm, evaluating
 
-ROW_BY_ROW = (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    MinPLogitsWarper,
-)  # look at one row's scores only
+# processors that look at one row's scores only, and all that the loop knows
+ROW_BY_ROW = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 KNOWN = (*ROW_BY_ROW, RepetitionPenaltyLogitsProcessor)
 MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
-INPUTS = {
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "logits_to_keep",
-}  # all that `generate` may hand on
-OPTIONS = (
-    "return_dict_in_generate",
-    "cache_implementation",
-    "prefill_chunk_size",
-    "is_assistant",
-    "token_healing",
-)  # not here
+# what `generate` hands on: what the model reads, and what the loop has of its own; and options that are not the loop's
+READ = ("attention_mask", "position_ids", "logits_to_keep")
+IGNORED = ("past_key_values", "use_cache")
+REFUSED = ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size", "is_assistant", "token_healing")
 ROOM = 64  # tokens that the buffers grow by, at least
+BLOCK = 1536  # rows of the unembedding at a time
 LEAVING = 8  # ended answers leave together, once they are an eighth of the batch
 
 # the next tokens (rows,), from what is written (rows, length), which rows of the whole batch these are (rows,), and the logits
@@ -125,22 +112,22 @@ class Decoder:
 
     Args:
         model (`PreTrainedModel`): the model.
-        ids, mask, positions (`torch.Tensor` of shape `(B, P)`): the prompts, padded on the left, or no mask.
+        ids, position_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): the prompts, padded on the left, or no mask.
         inputs: further arguments of the model while it reads the prompts.
 
     Attributes:
         logits (`torch.Tensor` of shape `(rows, V)`): of the next token; all `B` rows at first.
     """
 
-    def __init__(self, model, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, **inputs):
+    def __init__(self, model, ids: torch.Tensor, position_ids: torch.Tensor, attention_mask=None, **inputs):
         self.model, self.cache = model, Cache(layer_class_to_replicate=Slots)
-        seen = ids if mask is None else torch.cat([ids, mask], 1)
+        self.mask = None if attention_mask is None else attention_mask.bool()
+        seen = ids if self.mask is None else torch.cat([ids, self.mask.long()], 1)
         distinct, own = seen.unique(dim=0, return_inverse=True)
         first = own.new_empty(len(distinct)).scatter_(0, own, torch.arange(len(ids), device=ids.device))
-        self.length, self.positions = ids.size(1), positions[:, -1:]
-        self.mask = None if mask is None else mask.bool()
-        prompts = None if self.mask is None else self.mask[first]
-        self.logits = self._run(ids[first], prompts, positions[first], **inputs)[own]
+        self.length, self.positions = ids.size(1), position_ids[:, -1:]
+        mask = None if self.mask is None else self.mask[first]
+        self.logits = self._run(ids[first], mask, position_ids[first], **inputs)[own]
         self._arrange(own)
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
@@ -169,6 +156,28 @@ class Decoder:
         self.mask = None if self.mask is None else self.mask[rows]
 
 
+@contextmanager
+def head_in_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a large unembedding is multiplied in blocks that stay in the cache: for few rows, in two thirds of the time."""
+    head = model.get_output_embeddings()
+    large = type(head) is nn.Linear and head.out_features > BLOCK and head.weight.device.type == "cpu"
+    if not large or "forward" in vars(head):
+        yield
+        return
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        weights = head.weight.split(BLOCK)
+        biases = [None] * len(weights) if head.bias is None else head.bias.split(BLOCK)
+        blocks = [nn.functional.linear(states, *part) for part in zip(weights, biases, strict=True)]
+        return torch.cat(blocks, -1)
+
+    vars(head)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
+
+
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -191,38 +200,35 @@ def decode(
     padding = padding_of(generation_config, stopping_criteria)
     dropping = padding is not None and all(isinstance(processor, ROW_BY_ROW) for processor in logits_processor)
     choose = choose or as_generate(logits_processor, rows, generation_config.do_sample)
-    keep = {name: inputs[name] for name in inputs if name == "logits_to_keep"}
-    writing = Decoder(model, input_ids, inputs["attention_mask"], inputs["position_ids"], **keep)
     ids = torch.cat([input_ids, input_ids.new_full((rows, limit - width), padding or 0)], 1)
     left = torch.arange(rows, device=ids.device)  # the rows that are computed
     ended = torch.zeros_like(left, dtype=torch.bool)
-    for length in range(width, limit):
-        tokens = choose(ids[left, :length], left, writing.logits)
-        if padding is not None:
-            tokens = tokens.masked_fill(ended[left], padding)
-        ids[left, length] = tokens
-        ended |= stopping_criteria(ids[:, : length + 1], None)
-        idle = ended[left]
-        if idle.all() or length + 1 == limit:
-            break
-        if dropping and int(idle.sum()) >= max(1, len(left) // LEAVING):
-            kept = (~idle).nonzero()[:, 0]
-            left, tokens = left[kept], tokens[kept]
-            writing.keep(kept)
-        writing.step(tokens)
+    with head_in_blocks(model):
+        writing = Decoder(model, input_ids, **{name: inputs[name] for name in READ if name in inputs})
+        for length in range(width, limit):
+            tokens = choose(ids[left, :length], left, writing.logits)
+            ids[left, length] = tokens if padding is None else tokens.masked_fill(ended[left], padding)
+            ended |= stopping_criteria(ids[:, : length + 1], None)
+            going = (~ended[left]).nonzero()[:, 0]
+            if not len(going) or length + 1 == limit:
+                break
+            if dropping and len(left) - len(going) >= max(1, len(left) // LEAVING):
+                left = left[going]
+                writing.keep(going)
+            writing.step(ids[left, length])
     return ids[:, : length + 1]
 
 
 def check(config: GenerationConfig, processors: LogitsProcessorList, inputs: dict[str, Any]) -> None:
     """Refuse what the loop would do otherwise than `generate`."""
     strange = [processor for processor in processors if not isinstance(processor, KNOWN)]
-    asked = [option for option in OPTIONS if getattr(config, option, None)]
-    given = {name for name, value in inputs.items() if value is not None} - INPUTS
+    asked = [option for option in REFUSED if getattr(config, option, None)]
+    given = {name for name, value in inputs.items() if value is not None}.difference(READ, IGNORED)
     cache = inputs.get("past_key_values")
     written = cache is not None and cache.get_seq_length() > 0
     if strange or asked or given or written or config.get_generation_mode() not in MODES:
         raise Unsuited
-    if not config.use_cache or config.num_return_sequences != 1 or "position_ids" not in inputs:
+    if not config.use_cache or "position_ids" not in inputs:
         raise Unsuited
 
 
@@ -248,12 +254,30 @@ def as_generate(processors: LogitsProcessorList, rows: int, sample: bool) -> Cho
         probabilities = scores.softmax(-1)
         if not probabilities[:, 0].isfinite().all():  # one that is not makes its whole row so
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        numbers = probabilities.new_empty(rows, probabilities.size(1)).exponential_()
-        if len(left) < rows:
-            numbers = numbers[left]
-        return torch.div(probabilities, numbers, out=numbers).argmax(-1)
+        return (probabilities / exponential(rows, probabilities.size(1), left)).argmax(-1)
 
     return choose
+
+
+def exponential(rows: int, columns: int, left: torch.Tensor) -> torch.Tensor:
+    """The rows `left` of `torch.empty(rows, columns).exponential_()`, in a third of its time where it draws one by one."""
+    if not one_by_one():
+        return torch.empty(rows, columns).exponential_()[left]
+    uniform = torch.rand(rows, columns, dtype=torch.float64)
+    if len(left) < rows:
+        uniform = uniform[left]
+    return uniform.neg_().log1p_().neg_().float()
+
+
+@functools.cache
+def one_by_one() -> bool:
+    """Whether torch turns uniform numbers into exponential ones as above; some processors have a generator of their own."""
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        wanted = torch.empty(64, 64).exponential_(), torch.get_rng_state()
+        torch.set_rng_state(state)
+        found = torch.rand(64, 64, dtype=torch.float64).neg_().log1p_().neg_().float(), torch.get_rng_state()
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # -- who may use it --------------------------------------------------------------------------------------------------
@@ -333,7 +357,7 @@ def proven(model: PreTrainedModel) -> bool:
     try:
         with evaluating(model):
             whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
-            writing = Decoder(model, ids[:, :5], mask[:, :5], positions[:, :5])
+            writing = Decoder(model, ids[:, :5], positions[:, :5], mask[:, :5])
             found = [writing.logits, writing.step(ids[:, 5])]
             writing.keep(torch.tensor([0, 3], device=ids.device))
             found.append(writing.step(ids[[0, 3], 6]))
