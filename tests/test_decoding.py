@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from bupo.model import decoding
-from bupo.model.decoding import Decoder, decode, exponential, generate, quick, suits
+from bupo.model.decoding import Decoder, decode, exponential, generate, quick, shares, suits
+from bupo.model.slots import ROOM, shared_prompts
 from tests.tiny import FAMILIES, SIZES, random_ids, tiny_model
 
 LENGTHS = (9, 5, 7)
@@ -43,6 +44,13 @@ def looped(monkeypatch):
     return ended
 
 
+@pytest.fixture(params=["copied", "shared"])
+def prompts_are(request, monkeypatch):
+    """Whether keys and values of prompts are copied for their answers, or shared, whatever the length."""
+    monkeypatch.setattr(decoding, "LONG", 0 if request.param == "shared" else 1000)
+    return request.param
+
+
 def same(model, inputs, config, seed=3):
     """Whether both ways give the same tokens and leave the same random state; and the tokens."""
     torch.manual_seed(seed)
@@ -60,7 +68,7 @@ BY_FAMILY = [pytest.param(name, marks=[] if name in QUICKEST else pytest.mark.sl
 
 
 @pytest.mark.parametrize("family", BY_FAMILY)
-def test_every_family_takes_generates_tokens(family, looped):
+def test_every_family_takes_generates_tokens(family, prompts_are, looped):
     """Sampled in groups of four, and the most likely ones; rows end at different times, and leave."""
     model = tiny_model(family)
     equal, tokens = same(model, prompts(4), options(24, do_sample=True, top_k=0))
@@ -85,7 +93,7 @@ def test_every_way_of_sampling_takes_generates_tokens(family, group, sampling, l
     assert same(tiny_model(family), prompts(group), options(do_sample=True, **sampling))[0] and looped
 
 
-def test_no_padding_no_end_and_a_length_that_outgrows_the_buffers(looped):
+def test_no_padding_no_end_and_a_length_that_outgrows_the_buffers(prompts_are, looped):
     model = tiny_model("llama")
     inputs = {"input_ids": random_ids(2, 9).repeat(2, 1)}
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -97,7 +105,7 @@ def test_no_padding_no_end_and_a_length_that_outgrows_the_buffers(looped):
     assert equal and tokens.shape == (4, 10) and len(looped) == 3
 
 
-def test_a_window_slides_over_prompt_and_answer(looped):
+def test_a_window_slides_over_prompt_and_answer(prompts_are, looped):
     """Four tokens are seen, of prompts of up to nine and answers of 40."""
     for family in ("mistral", "gemma3_text"):
         model = tiny_model(family, sliding_window=4)
@@ -106,8 +114,9 @@ def test_a_window_slides_over_prompt_and_answer(looped):
         assert equal and not torch.equal(tokens, same(whole, prompts(2), options(16, do_sample=True))[1])
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("family", BY_FAMILY)
-def test_logits_are_those_of_whole_sequences(family):
+def test_logits_are_those_of_whole_sequences(family, share):
     """To 1e-5, after rows have left; the answers' tokens are given."""
     model, inputs = tiny_model(family), prompts(2)
     mask = inputs["attention_mask"]
@@ -115,9 +124,9 @@ def test_logits_are_those_of_whole_sequences(family):
     ids = torch.cat([inputs["input_ids"], written], 1)
     mask_after = torch.cat([mask, torch.ones_like(written)], 1)
     positions = (mask_after.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
+    with torch.no_grad(), shared_prompts():
         wanted = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
-        decoder = Decoder(model, inputs["input_ids"], positions[:, :9], mask)
+        decoder = Decoder(model, inputs["input_ids"], positions[:, :9], mask, share=share and shares(model))
         rows = torch.arange(6)
         for step in range(6):
             torch.testing.assert_close(decoder.logits, wanted[rows, 8 + step], rtol=1e-5, atol=1e-5)
@@ -141,6 +150,22 @@ def test_a_prompt_is_read_once_and_ended_answers_leave():
     rows = [shape[0] for shape in shapes[1:]]
     assert shapes[0] == (3, 9) and all(shape[1] == 1 for shape in shapes[1:])
     assert rows[0] == 24 and rows == sorted(rows, reverse=True) and rows[-1] < 12
+
+
+def test_a_prompts_keys_and_values_are_kept_once():
+    """Copied where attention is not `sdpa` (gemma2), or the keys are made over behind the cache (deepseek_v3)."""
+    plain = AttentionInterface()["sdpa"]
+    for family in ("qwen3", "gpt2", "gemma2", "deepseek_v3"):
+        model, inputs = tiny_model(family), prompts(4)
+        assert shares(model) == (family not in ("gemma2", "deepseek_v3"))
+        with torch.no_grad(), shared_prompts():
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            decoder = Decoder(model, inputs["input_ids"], positions, inputs["attention_mask"], share=True)
+            layer = decoder.cache.layers[0]
+            assert layer.prompt[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, ROOM)
+            decoder.keep(torch.tensor([0, 2, 11]))  # no answer of the second prompt is left
+            assert layer.prompt[0].size(0) == 2 and layer.keys.size(0) == 3
+    assert AttentionInterface()["sdpa"] is plain
 
 
 def test_exponential_numbers_are_torchs():

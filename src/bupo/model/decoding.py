@@ -1,14 +1,14 @@
 """Decoding on a CPU: transformers' `generate`, with a loop that computes nothing twice.
 
-A prompt is computed once for all its answers, keys and values lie in buffers that are written in place, and answers that have
-ended leave the batch. Options are `generate`'s, and so are the tokens for a seed: it prepares everything and is given the loop
-as its `custom_generate`. Where a model or an option does not suit the loop, `generate` goes its own way.
+A prompt is computed once for all its answers, keys and values lie in buffers that are written in place (`bupo.model.slots`),
+and answers that have ended leave the batch. Options are `generate`'s, and so are the tokens for a seed: it prepares everything
+and is given the loop as its `custom_generate`. Where a model or an option does not suit the loop, `generate` goes its own way.
 """
 
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -27,12 +27,12 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 from transformers.integrations import is_fsdp_managed_module
 
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import causal_lm, evaluating
+from bupo.model.slots import Groups, Slots, shared_prompts
 
 # processors that look at one row's scores only, and all that the loop knows
 ROW_BY_ROW = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -42,7 +42,7 @@ MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 READ = ("attention_mask", "position_ids", "logits_to_keep")
 IGNORED = ("past_key_values", "use_cache")
 REFUSED = ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size", "is_assistant", "token_healing")
-ROOM = 64  # tokens that the buffers grow by, at least
+LONG = 64  # tokens: prompts that are shared; below, the copies cost less than the detour
 BLOCK = 1536  # rows of the unembedding at a time
 LEAVING = 8  # ended answers leave together, once they are an eighth of the batch
 
@@ -63,72 +63,30 @@ class Unsuited(Exception):
     """The loop does not know an option; nothing has been computed or drawn yet."""
 
 
-class Slots(CacheLayerMixin):
-    """Keys and values `(rows, heads, room, dim)` of a layer, of which the first `length` slots are filled."""
-
-    is_sliding = False  # a window is the mask's
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-
-    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        start, self.length = self.length, self.length + key_states.size(-2)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        if self.length > self.keys.size(-2):
-            self.arrange(None, start, start)
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def arrange(self, rows: torch.Tensor | None, filled: int, more: int = ROOM) -> None:
-        """These rows (all for None), with `more` slots, at least `ROOM`, behind the filled ones."""
-
-        def moved(buffer: torch.Tensor) -> torch.Tensor:
-            count, heads, _, dim = buffer.shape
-            made = buffer.new_empty(count if rows is None else len(rows), heads, filled + max(more, ROOM), dim)
-            made[:, :, :filled] = buffer[:, :, :filled] if rows is None else buffer[rows, :, :filled]
-            return made
-
-        self.keys, self.values = moved(self.keys), moved(self.values)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class Decoder:
     """Answers being written by a model, each of distinct prompts computed once.
 
     Args:
         model (`PreTrainedModel`): the model.
         ids, position_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): the prompts, padded on the left, or no mask.
+        share (`bool`): whether a prompt's keys and values are kept once for its answers, inside [`shared_prompts`]; or copied.
         inputs: further arguments of the model while it reads the prompts.
 
     Attributes:
         logits (`torch.Tensor` of shape `(rows, V)`): of the next token; all `B` rows at first.
     """
 
-    def __init__(self, model, ids: torch.Tensor, position_ids: torch.Tensor, attention_mask=None, **inputs):
+    def __init__(self, model, ids: torch.Tensor, position_ids, attention_mask=None, share: bool = False, **inputs):
         self.model, self.cache = model, Cache(layer_class_to_replicate=Slots)
-        self.mask = None if attention_mask is None else attention_mask.bool()
+        self.mask, self.positions = None if attention_mask is None else attention_mask.bool(), position_ids[:, -1:]
         seen = ids if self.mask is None else torch.cat([ids, self.mask.long()], 1)
-        distinct, own = seen.unique(dim=0, return_inverse=True)
-        first = own.new_empty(len(distinct)).scatter_(0, own, torch.arange(len(ids), device=ids.device))
-        self.length, self.positions = ids.size(1), position_ids[:, -1:]
+        own = seen.unique(dim=0, return_inverse=True)[1]
+        self.groups = Groups(own)
+        first = self.groups.rows[:: self.groups.size]
         mask = None if self.mask is None else self.mask[first]
         self.logits = self._run(ids[first], mask, position_ids[first], **inputs)[own]
-        self._arrange(own)
+        for layer in self.cache.layers:
+            layer.spread(self.groups, share)
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
         cache = self.cache
@@ -137,13 +95,9 @@ class Decoder:
         )
         return out.logits[:, -1]
 
-    def _arrange(self, rows: torch.Tensor) -> None:
-        for layer in self.cache.layers:
-            layer.arrange(rows, self.length)
-
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Write a token `(rows,)` behind each answer: the next logits `(rows, V)`."""
-        self.length, self.positions = self.length + 1, self.positions + 1
+        self.positions = self.positions + 1
         if self.mask is not None:
             self.mask = nn.functional.pad(self.mask, (0, 1), value=True)
         self.logits = self._run(tokens[:, None], self.mask, self.positions)
@@ -151,7 +105,10 @@ class Decoder:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these of the rows `(rows,)` only."""
-        self._arrange(rows)
+        prompts, own = self.groups.own[rows].unique(return_inverse=True)
+        self.groups = Groups(own)
+        for layer in self.cache.layers:
+            layer.keep(rows, prompts, self.groups)
         self.positions = self.positions[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
@@ -203,8 +160,9 @@ def decode(
     ids = torch.cat([input_ids, input_ids.new_full((rows, limit - width), padding or 0)], 1)
     left = torch.arange(rows, device=ids.device)  # the rows that are computed
     ended = torch.zeros_like(left, dtype=torch.bool)
-    with head_in_blocks(model):
-        writing = Decoder(model, input_ids, **{name: inputs[name] for name in READ if name in inputs})
+    share = width >= LONG and shares(model)
+    with head_in_blocks(model), shared_prompts() if share else nullcontext():
+        writing = Decoder(model, input_ids, share=share, **{name: inputs[name] for name in READ if name in inputs})
         for length in range(width, limit):
             tokens = choose(ids[left, :length], left, writing.logits)
             ids[left, length] = tokens if padding is None else tokens.masked_fill(ended[left], padding)
@@ -317,7 +275,8 @@ def quick(model: nn.Module) -> Iterator[None]:
         del inner.generate
 
 
-errors: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+# of each model: the errors of prompts that are copied for their answers, and that are shared
+errors: WeakKeyDictionary[nn.Module, tuple[float, float]] = WeakKeyDictionary()
 
 
 def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
@@ -332,9 +291,19 @@ def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or is_fsdp_managed_module(model)
     if sharded or drops(model):
         return False
+    return errors_of(model)[0] <= (min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5)
+
+
+def shares(model: PreTrainedModel) -> bool:
+    """Whether a prompt's keys and values may be kept once: where the model attends by `sdpa`, and nothing stands between."""
+    copied, shared = errors_of(model)
+    return shared <= max(2 * copied, 1e-5)
+
+
+def errors_of(model: PreTrainedModel) -> tuple[float, float]:
     if model not in errors:
-        errors[model] = measured(model)
-    return errors[model] <= (min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5)
+        errors[model] = measured(model, False), measured(model, True)
+    return errors[model]
 
 
 def drops(model: PreTrainedModel) -> bool:
@@ -347,7 +316,7 @@ def drops(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def measured(model: PreTrainedModel) -> float:
+def measured(model: PreTrainedModel, share: bool) -> float:
     """How far the logits of two prompts' answers, of which some leave, are from those of whole sequences, relative to the
     largest."""
     words = probe_tokens(model)[0]
@@ -357,9 +326,9 @@ def measured(model: PreTrainedModel) -> float:
     mask[1::2, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     try:
-        with evaluating(model):
+        with evaluating(model), shared_prompts():
             whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
-            writing = Decoder(model, ids[:, :5], positions[:, :5], mask[:, :5])
+            writing = Decoder(model, ids[:, :5], positions[:, :5], mask[:, :5], share)
             found = [writing.logits, writing.step(ids[:, 5])]
             writing.keep(torch.tensor([0, 3], device=ids.device))
             found.append(writing.step(ids[[0, 3], 6]))
