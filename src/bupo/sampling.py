@@ -153,10 +153,10 @@ class TransformersEngine:
         with evaluating(self.model), self.speaking():
             out = generate(
                 self.model,
-                seeded if self.temperature else None,
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=self.max_new_tokens,
+                seeded=seeded if self.temperature else None,
             )
         return [self._ended(row) for row in out[:, start:].tolist()]
 

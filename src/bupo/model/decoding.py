@@ -241,23 +241,25 @@ def one_by_one() -> bool:
 # -- who may use it --------------------------------------------------------------------------------------------------
 
 
-def generate(model: PreTrainedModel, seeded: Seeded | None = None, **kwargs: Any) -> torch.Tensor:
+def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, **kwargs: Any) -> torch.Tensor:
     """The model's own `generate`, by the loop where model and options suit it: the same tokens.
 
     Args:
         model (`PreTrainedModel`): the model.
+        args, kwargs: of `generate`.
         seeded (`Seeded`, *optional*): takes the tokens, in the stead of `generate`'s own sampling.
-        kwargs: of `generate`.
     """
     plain = types.MethodType(type(model).generate, model)
     if "custom_generate" not in kwargs and suits(model, seeded is not None):
         try:
-            return plain(**kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None))
+            return plain(
+                *args, **kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None)
+            )
         except Unsuited:
             pass
     if seeded is not None:
         kwargs["logits_processor"] = LogitsProcessorList([seeded])
-    return plain(**kwargs)
+    return plain(*args, **kwargs)
 
 
 @contextmanager
