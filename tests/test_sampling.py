@@ -74,6 +74,13 @@ def test_the_batch_does_not_matter(model, batch_size):
     assert answers(TransformersEngine(model, TOKENIZER, 32, batch_size=batch_size), requests(3)) == whole
 
 
+def test_where_the_loop_does_not_suit_the_answers_are_the_same(model, monkeypatch):
+    """By `generate` with every row's own prompt, instead of one that is shared."""
+    looped = answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3))
+    monkeypatch.setattr("bupo.model.decoding.suits", lambda *_: False)
+    assert answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3)) == looped
+
+
 def test_without_temperature_it_is_the_models_own_generate(model):
     found = answers(TransformersEngine(model, TOKENIZER, 24, temperature=0.0), requests(1))
     for problem, ids in enumerate(PROMPTS):

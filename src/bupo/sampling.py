@@ -8,18 +8,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from bupo.model.decoding import generate
 from bupo.model.policy import InternalPolicy
 from bupo.model.residual import causal_lm, evaluating
 
@@ -84,6 +82,11 @@ class SeededSampling(LogitsProcessor):
         self.uniform = torch.stack([torch.rand(limit, generator=generator.manual_seed(seed)) for seed in seeds])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self.tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+    def tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The next token `(rows,)` of these rows of the batch, from their ids `(rows, time)` and scores `(rows, V)`."""
         probabilities = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, places = probabilities.sort(-1, descending=True)
@@ -92,13 +95,13 @@ class SeededSampling(LogitsProcessor):
         if probabilities.device.type == "mps":  # which has no float64
             probabilities = probabilities.cpu()
         summed = probabilities.double().cumsum(-1)
-        point = self.uniform[:, input_ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
-        chosen = torch.searchsorted(summed, point, right=True).clamp(max=scores.size(-1) - 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.to(scores.device), 0.0)
+        point = self.uniform[rows.to(self.uniform.device), ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
+        chosen = torch.searchsorted(summed, point, right=True)[:, 0].clamp(max=scores.size(-1) - 1)
+        return chosen.to(scores.device)
 
 
 class TransformersEngine:
-    """Answers by transformers' `generate`: prompts of like length together, each prefilled once for all its samples.
+    """Answers by transformers' `generate`, prompts of like length together.
 
     Args:
         model, tokenizer: the policy; the tokenizer has a padding token.
@@ -140,22 +143,22 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _generated(self, batch: Sequence[Request]) -> list[list[int]]:
-        prompts = [(ids, len(list(rows))) for ids, rows in groupby(batch, key=lambda r: r.prompt_ids)]
         inputs = self.tokenizer.pad(
-            {"input_ids": [list(ids) for ids, _ in prompts]}, padding_side="left", return_tensors="pt"
+            {"input_ids": [list(request.prompt_ids) for request in batch]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
-        counts = torch.tensor([count for _, count in prompts], device=self.model.device)
-        ids = inputs["input_ids"].repeat_interleave(counts, 0)
-        mask = inputs["attention_mask"].repeat_interleave(counts, 0)
+        start = inputs["input_ids"].size(1)
+        seeded = SeededSampling(
+            [request.seed for request in batch], start, self.max_new_tokens, self.temperature, self.top_p
+        )
         with evaluating(self.model), self.speaking():
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=self._prefilled(inputs, counts),
+            out = generate(
+                self.model,
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
                 max_new_tokens=self.max_new_tokens,
-                logits_processor=self._processors(batch, ids.size(1)),
+                seeded=seeded if self.temperature else None,
             )
-        return [self._ended(row) for row in out[:, ids.size(1) :].tolist()]
+        return [self._ended(row) for row in out[:, start:].tolist()]
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
@@ -175,30 +178,6 @@ class TransformersEngine:
                 yield
         finally:
             self.model.generation_config = before
-
-    def _prefilled(self, inputs, counts: torch.Tensor) -> DynamicCache | None:
-        """The prompts' keys and values but for their last tokens, once each, then a row a sample."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if ids.size(1) < 2 or len(ids) == int(counts.sum()):
-            return None
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        self.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(counts))
-        return cache
-
-    def _processors(self, batch: Sequence[Request], start: int) -> LogitsProcessorList:
-        if self.temperature == 0:
-            return LogitsProcessorList()
-        seeds = [request.seed for request in batch]
-        return LogitsProcessorList([SeededSampling(seeds, start, self.max_new_tokens, self.temperature, self.top_p)])
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))

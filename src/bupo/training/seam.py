@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.model.decoding import quick
 from bupo.training.rollouts import Sampled, Scores
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
@@ -232,9 +233,8 @@ class TRLTrainer(GRPOTrainer):
     # -- overridden --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        return self.rollout(inputs)
+        with quick(self.model):
+            return self.rollout(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.grading():
