@@ -96,8 +96,8 @@ class Update:
     Attributes:
         seconds (`dict[str, float]`): `whole`, `sampling`, `grading`, `scoring` (the rest of what comes before the update), and
             `update`: forward and backward passes, the optimizer's step, logs.
-        memory (`dict[str, int]`): bytes of the largest resident set: `whole`; of the update `update` above the loaded model,
-            and `passes` above what stood before it (weights, optimizer) and its gradients.
+        memory (`dict[str, int]`): bytes of the largest resident set: `whole`; above the loaded model, `scoring` (and all before
+            the update) and `update`; and of the update's `passes` above weights, optimizer and gradients.
         entropy (`float`): of the language model policy, as logged.
         tokens (`int`): answer tokens.
         gradients (`dict[str, np.ndarray]`): of the first update only, of the layers 1 and l.
@@ -222,6 +222,7 @@ class Turns(TrainerCallback):
         marks = self.marks
         memory = {
             "whole": max(marks["rollouts"], self.memory.top),
+            "scoring": marks["rollouts"] - self.loaded,
             "update": self.memory.top - self.loaded,
             "passes": marks["passes"] - marks["before"] - marks["gradients"],
         }

@@ -15,7 +15,7 @@ layer l's states and of the last ones.
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,40 +84,58 @@ def table_of(title: str, updates: dict[str, list[Update]]) -> Table:
     """Seconds and memory of each variant, and both as ratios to TRL's."""
     rows = []
     for name, done in updates.items():
-        seconds, memory = [u.seconds["update"] for u in done], [u.memory["update"] for u in done]
-        before = [u.seconds["update"] + u.seconds["scoring"] for u in done]
+        seconds, bytes_ = [update_alone(u) for u in done], [memory(u) for u in done]
         theirs = updates[TRL]
         rows.append(
             {
                 "": name,
                 "update, s": middle(seconds, 1),
-                "of TRL's": middle(ratios(seconds, [u.seconds["update"] for u in theirs])),
+                "of TRL's": middle(ratios(seconds, [update_alone(u) for u in theirs])),
                 "with the scoring before it": middle(
-                    ratios(before, [u.seconds["update"] + u.seconds["scoring"] for u in theirs])
+                    ratios([with_scoring(u) for u in done], [with_scoring(u) for u in theirs])
                 ),
-                "memory above the model, GB": f"{statistics.median(memory) / 1e9:.1f}",
-                "of TRL's memory": f"{statistics.median(memory) / statistics.median([u.memory['update'] for u in theirs]):.2f}",
+                "memory above the model, GB": f"{statistics.median(bytes_) / 1e9:.1f}",
+                "of TRL's memory": f"{statistics.median(bytes_) / statistics.median([memory(u) for u in theirs]):.2f}",
             }
         )
     return Table(title, rows)
 
 
-def ratio(updates: dict[str, list[Update]], mine: str, theirs: str, kind: str = "seconds") -> float:
+def ratio(updates: dict[str, list[Update]], mine: str, theirs: str, cost: Callable[[Update], float]) -> float:
     """The median over rounds."""
-    a, b = ([getattr(update, kind)["update"] for update in updates[name]] for name in (mine, theirs))
-    return statistics.median(ratios(a, b))
+    return statistics.median(ratios(*([cost(update) for update in updates[name]] for name in (mine, theirs))))
+
+
+def update_alone(update: Update) -> float:
+    return update.seconds["update"]
+
+
+def with_scoring(update: Update) -> float:
+    """Seconds of the update and of the log-probs and entropies that are made before it."""
+    return update.seconds["update"] + update.seconds["scoring"]
+
+
+def memory(update: Update) -> float:
+    """Bytes above the model, of the update or of the scoring before it, whichever takes more."""
+    return max(update.memory["update"], update.memory["scoring"])
 
 
 def targets_of(name: str, updates: dict[str, list[Update]]) -> list[Target]:
     """What is wanted of an update."""
     most = {"equal": (0.14, 0.28), "unequal": (0.20, 0.40)}[name]
     found = [
-        Target(f"{name} answers: {phase}, of TRL's time", ratio(updates, variant, TRL), limit)
+        Target(f"{name} answers: {phase}, of TRL's time", ratio(updates, variant, TRL, update_alone), limit)
         for phase, variant, limit in zip(("phase 1", "phase 2"), (FIRST, SECOND), most, strict=True)
     ]
     if PUBLISHED in updates:
-        found.append(Target("phase 1, of the published way's time", ratio(updates, FIRST, PUBLISHED), 0.20))
-        found.append(Target("phase 1, of the published way's memory", ratio(updates, FIRST, PUBLISHED, "memory"), 0.50))
+        for what, cost in (("update", update_alone), ("update and the scoring before it", with_scoring)):
+            # the published update makes the entropies that bupo's scoring makes, and what it scores before is not counted
+            found.append(
+                Target(f"phase 1, {what}, of the published update's time", ratio(updates, FIRST, PUBLISHED, cost), 0.20)
+            )
+        found.append(
+            Target("phase 1, of the published update's memory", ratio(updates, FIRST, PUBLISHED, memory), 0.50)
+        )
     return found
 
 

@@ -209,6 +209,36 @@ def test_other_options_go_generates_way(option, looped):
     assert torch.equal(*tokens)
 
 
+def test_a_streamer_hears_every_token(looped):
+    class Ear:
+        def __init__(self):
+            self.heard = []
+
+        def put(self, tokens):
+            self.heard.append(tokens)
+
+        def end(self):
+            self.heard.append(None)
+
+    ears = Ear(), Ear()
+    for ear, ask in zip(
+        ears, (tiny_model("qwen3").generate, functools.partial(generate, tiny_model("qwen3"))), strict=True
+    ):
+        ask(input_ids=random_ids(1, 5), streamer=ear, generation_config=options(8))
+    assert not looped and len(ears[0].heard) > 2 and len(ears[0].heard) == len(ears[1].heard)
+
+
+def test_a_proof_is_of_the_model_as_it_is(looped):
+    model = tiny_model("qwen3")
+    assert suits(model)
+    model.set_attn_implementation("eager")
+    torch.manual_seed(0)
+    wanted = model.generate(**prompts(4), generation_config=options(8))
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), wanted)
+    assert not suits(model.to(torch.bfloat16))
+
+
 def test_a_filled_cache_goes_generates_way(looped):
     model, ids, cache = tiny_model("qwen3"), random_ids(1, 9), DynamicCache()
     with torch.no_grad():

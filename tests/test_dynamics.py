@@ -315,7 +315,7 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     rows = [row for row in trainer.state.log_history if "phase" in row]
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
     assert 8 <= last <= 10
-    assert trainer.schedule.stages[0].batches == last
+    assert trainer.watch.schedule.stages[0].batches == last
     ended = [row["rollout_batch"] for row in rows if "internal/ended_by_guard" in row]
     assert ended == [last + 1]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
@@ -337,7 +337,7 @@ def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
     second, _ = guarded_run(tmp_path, resumed, resume=str(tmp_path / f"checkpoint-{stop}"), **saving)
-    assert first.schedule == second.schedule != first.args.first_phase
+    assert first.watch.schedule == second.watch.schedule != first.args.first_phase
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -357,7 +357,7 @@ def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
     args = config(tmp_path, probe_every=1, **options)
     trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     trainer.train()
-    assert trainer.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
+    assert trainer.watch.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     args = config(tmp_path, internal_layer="auto", max_steps=12, learning_rate=1e-3)
     trainer = trainer_of(model, args)
     trainer.train()
-    assert trainer.schedule.layers == [clear]
+    assert trainer.watch.schedule.layers == [clear]
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows] == [clear] * 8 + [None] * 4
     printed = capsys.readouterr().out
@@ -408,7 +408,7 @@ def test_auto_takes_the_recommended_length_unless_one_is_given(tmp_path, capsys,
     args = config(tmp_path, internal_layer="auto", internal_steps=None, learning_rate=1e-3, **length)
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
-    assert trainer.schedule == schedule.Schedule((schedule.Stage(2, 2),))
+    assert trainer.watch.schedule == schedule.Schedule((schedule.Stage(2, 2),))
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows[::4]] == [2, 2, None]
     assert "internal_steps: 2, a tenth of the run's 3 rollout batches" in capsys.readouterr().out
@@ -459,7 +459,7 @@ def test_a_resumed_auto_run_keeps_its_layer(tmp_path):
     trainer_of(whole, config(tmp_path, **common)).train()
     trainer = trainer_of(resumed, config(tmp_path, **common))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert trainer.schedule.stages[0].layer == 2
+    assert trainer.watch.schedule.stages[0].layer == 2
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 

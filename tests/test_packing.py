@@ -135,6 +135,36 @@ def test_the_attention_of_before_is_back():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_attention_is_back_after_a_pass_that_fails():
+    model = tiny_model("llama")
+    packing, layout = packing_of(model), Layout.of(ROWS[0], ROWS[1], 9)
+    with pytest.raises(RuntimeError, match="inside"), packing.kept():
+        raise RuntimeError("inside")
+    with packing.over(layout):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_row_without_a_prompt_is_not_packed():
+    """Nothing stands before its answer; what TRL's rows make of it stays."""
+    ids, mask, labels = (x.clone() for x in ROWS)
+    mask[2, :9] = 0
+    assert Layout.of(ids, mask, 9) is None
+    found = []
+    for packs in (True, False):
+        model = tiny_model("llama")
+        PolicyHead(ResidualStream(model), 1.0, "raw", packing=packing_of(model) if packs else None)
+        found.append(model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs)
+    assert torch.equal(*found)
+
+
+def test_long_segments_go_alone(monkeypatch):
+    monkeypatch.setattr("bupo.model.packing.PAIRS", 1)
+    layout = Layout.of(ROWS[0], ROWS[1], 9)
+    assert all(len(bucket.queries) == 1 for bucket in layout.buckets) and len(layout.buckets) == 9
+    assert_as_alone(tiny_model("gemma3_text", sliding_window=4))
+
+
 def test_experts_are_balanced_over_the_rows_tokens():
     found = []
     for packs in (True, False):
@@ -194,7 +224,10 @@ def layouts(draw):
 def seen_in_buckets(layout, sees):
     """Pairs of packed places, by the buckets."""
     pairs = [set() for _ in layout.ids]
-    for bucket, seen in zip(layout.buckets, PackedMask(layout, sees, "sdpa").of_buckets, strict=True):
+    mask = PackedMask(layout, sees, "sdpa")
+    for bucket in layout.buckets:
+        seen = mask.of(bucket)
+        assert torch.equal(mask.of(bucket), seen), "for the next layer"
         for queries, keys, visible in zip(bucket.queries.tolist(), bucket.keys.tolist(), seen[:, 0], strict=True):
             for query, row in zip(queries, visible, strict=True):
                 pairs[query] |= {key for key, there in zip(keys, row.tolist(), strict=True) if there}
@@ -221,7 +254,7 @@ def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
         {p for row, m in zip(layout.places, mask.bool(), strict=True) for p in row[m].tolist()}
     )
     assert seen_in_buckets(layout, sees) == wanted
-    own, earlier = layout.before()
+    own, earlier = layout.segment_ids()
     count = len(layout.ids)
     query, key = torch.arange(count)[:, None], torch.arange(count)[None]
     together = (own[key] == own[query]) | (own[key] == earlier[query])
@@ -409,6 +442,7 @@ def test_rows_stay_within_an_update():
             "row": torch.tensor([2 * piece, 2 * piece + 1]),
             "names": [f"{piece}a", f"{piece}b"],
             "num_items_in_batch": torch.tensor(7.0),
+            "no_row": torch.arange(3) + piece,
         }
         for piece in range(4)
     ]
@@ -421,6 +455,7 @@ def test_rows_stay_within_an_update():
             assert rows == sorted(row for index in window for row in pieces[index]["row"].tolist())
         assert all(f["names"] == [f"{row // 2}{'ab'[row % 2]}" for row in f["row"].tolist()] for f in found)
         assert all(f["num_items_in_batch"] == 7 for f in found)
+        assert [f["no_row"].tolist() for f in found] == [[p, p + 1, p + 2] for p in range(4)]
     assert {tuple(f["prompt_ids"][:, 0].tolist()) for f in arranged(pieces, 2)[:2]} == {(9, 9), (0, 1)}
 
 

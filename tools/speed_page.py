@@ -59,7 +59,9 @@ def filled(docs: Path) -> str:
 def stale(docs: Path) -> list[str]:
     """What is wrong with the page, a line a fault."""
     page = docs / "speed.md"
-    return [] if page.read_text() == filled(docs) else [f"{page} is not what {docs / 'speed'} gives"]
+    wanted = [docs / "speed" / f"{name}.json" for name in NAMES] + [docs / "images" / "speed.png"]
+    missing = [f"{path} is missing" for path in wanted if not path.is_file()]
+    return missing if missing or page.read_text() == filled(docs) else [f"{page} is not what {docs / 'speed'} gives"]
 
 
 def main() -> None:

@@ -42,6 +42,9 @@ MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 READ = ("attention_mask", "position_ids", "logits_to_keep")
 IGNORED = ("past_key_values", "use_cache")
 REFUSED = ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size", "is_assistant", "token_healing")
+# arguments of `generate` that only its own loops take; and how many of the others may be given by place
+OTHERWISE = {"custom_generate", "streamer", "assistant_model", "synced_gpus", "tokenizer", "assistant_tokenizer"}
+PLACES = 5
 LONG = 64  # tokens: prompts that are shared; below, the copies cost less than the detour
 BLOCK = 1536  # rows of the unembedding at a time
 LEAVING = 8  # ended answers leave together, once they are an eighth of the batch
@@ -250,7 +253,8 @@ def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, *
         seeded (`Seeded`, *optional*): takes the tokens, in the stead of `generate`'s own sampling.
     """
     plain = types.MethodType(type(model).generate, model)
-    if "custom_generate" not in kwargs and suits(model, seeded is not None):
+    given = {name for name, value in kwargs.items() if value is not None}
+    if not (given & OTHERWISE or len(args) > PLACES) and suits(model, seeded is not None):
         try:
             return plain(
                 *args, **kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None)
@@ -277,8 +281,8 @@ def quick(model: nn.Module) -> Iterator[None]:
         del inner.generate
 
 
-# of each model: the errors of prompts that are copied for their answers, and that are shared
-errors: WeakKeyDictionary[nn.Module, tuple[float, float]] = WeakKeyDictionary()
+# of each model, as it was: the errors of prompts that are copied for their answers, and that are shared
+errors: WeakKeyDictionary[nn.Module, dict[tuple, tuple[float, float]]] = WeakKeyDictionary()
 
 
 def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
@@ -288,7 +292,10 @@ def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
     `seeded` sampling wants no more than rounding explains.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or not (seeded or {device.type for device in devices} == {"cpu"}):
+    if len(devices) != 1:
+        return False
+    exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    if not (seeded or (exact and model.device.type == "cpu")):
         return False
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or is_fsdp_managed_module(model)
     if sharded or drops(model):
@@ -303,9 +310,16 @@ def shares(model: PreTrainedModel) -> bool:
 
 
 def errors_of(model: PreTrainedModel) -> tuple[float, float]:
-    if model not in errors:
-        errors[model] = measured(model, False), measured(model, True)
-    return errors[model]
+    device = model.device.type
+    mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    speaking = getattr(
+        vars(model).get("forward"), "__qualname__", None
+    )  # for the whole model, or for an internal policy
+    state = (model.dtype, mixed, model.config._attn_implementation, speaking)
+    known = errors.setdefault(model, {})
+    if state not in known:
+        known[state] = measured(model, False), measured(model, True)
+    return known[state]
 
 
 def drops(model: PreTrainedModel) -> bool:

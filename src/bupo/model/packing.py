@@ -30,15 +30,16 @@ from bupo.model.residual import evaluating
 PACKED = "bupo_packed"  # the name of the attention
 LIKE = 1.5  # segments go together if the longest has at most so many times the tokens of the shortest
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the proof; rounding in 16 bits reaches some hundredths
+PAIRS = 1 << 26  # of queries and keys, that go together at most: a mask has an entry for each
 BEYOND = 1 << 40  # a position after all others, of keys that only fill up
 
 logger = logging.get_logger(__name__)
 
 
 class Segment(NamedTuple):
-    """Tokens of the packed row that follow each other in a sequence, and those that come before them there."""
+    """Tokens of the packed row that follow each other in a sequence, and the prompt before them."""
 
-    before: range
+    prefix: range
     own: range
 
 
@@ -66,19 +67,24 @@ class Layout:
     segments: list[Segment]
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "Layout":
-        """Of rows `(B, T)` whose first `width` columns hold the prompts; rows with equal ones share them."""
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "Layout | None":
+        """Of rows `(B, T)` whose first `width` columns hold the prompts; rows with equal ones share them.
+
+        None if a row has no prompt: nothing would stand before its answer.
+        """
         ids, real = input_ids.cpu(), attention_mask.cpu().bool()
+        if not real[:, :width].any(1).all():
+            return None
         places, segments, prompts = torch.zeros_like(ids), [], {}
         tokens: list[torch.Tensor] = []
         count = 0
 
-        def put(segment: torch.Tensor, before: range) -> range:
+        def put(segment: torch.Tensor, prefix: range) -> range:
             nonlocal count
             own = range(count, count := count + len(segment))
             tokens.append(segment)
             if own:
-                segments.append(Segment(before, own))
+                segments.append(Segment(prefix, own))
             return own
 
         for row, there, place in zip(ids, real, places, strict=True):
@@ -88,7 +94,7 @@ class Layout:
                 prompts[key] = put(prompt, range(0))
             place[:width][there[:width]] = placed(prompts[key])
             place[width:][there[width:]] = placed(put(answer, prompts[key]))
-        positions = torch.cat([placed(own) + (len(before) - own.start) for before, own in segments])
+        positions = torch.cat([placed(own) + (len(prefix) - own.start) for prefix, own in segments])
         device = input_ids.device
         return cls(torch.cat(tokens).to(device), positions.to(device), places.to(device), segments)
 
@@ -106,8 +112,9 @@ class Layout:
     def buckets(self) -> list[Bucket]:
         """All segments, those of like length together."""
         groups: list[list[Segment]] = []
-        for segment in sorted(self.segments, key=lambda s: (len(s.own), len(s.before))):
-            if groups and len(segment.own) <= LIKE * len(groups[-1][0].own):
+        for segment in sorted(self.segments, key=lambda s: (len(s.own), len(s.prefix))):
+            pairs = (len(groups[-1]) + 1) * len(segment.own) * (len(segment.prefix) + len(segment.own)) if groups else 0
+            if groups and len(segment.own) <= LIKE * len(groups[-1][0].own) and pairs <= PAIRS:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
@@ -116,7 +123,7 @@ class Layout:
     def _bucket(self, group: list[Segment]) -> Bucket:
         device = self.ids.device
         queries = filled([list(s.own) for s in group]).to(device)
-        keys = [[*s.before, *s.own] for s in group]
+        keys = [[*s.prefix, *s.own] for s in group]
         lengths = torch.tensor([len(row) for row in keys], device=device)
         places = filled(keys).to(device)
         beyond = torch.arange(places.size(1), device=device) >= lengths[:, None]
@@ -130,11 +137,11 @@ class Layout:
         back[queries] = torch.arange(len(queries), device=back.device)  # of those that fill up, any one will do
         return back
 
-    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(N,)` each: the number of a token's segment, and of that which comes before it (its own, if none does)."""
+    def segment_ids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(N,)` each: the index of a token's segment, and of its prefix (its own, if it has none)."""
         number = {segment.own: index for index, segment in enumerate(self.segments)}
         lengths = torch.tensor([len(s.own) for s in self.segments])
-        earlier = torch.tensor([number.get(s.before, number[s.own]) for s in self.segments])
+        earlier = torch.tensor([number.get(s.prefix, number[s.own]) for s in self.segments])
         own = torch.arange(len(lengths)).repeat_interleave(lengths)
         return own.to(self.ids.device), earlier.repeat_interleave(lengths).to(self.ids.device)
 
@@ -159,20 +166,22 @@ class PackedMask:
 
     def __init__(self, layout: Layout, sees: Callable, plain: str | None):
         self.layout, self.sees, self.plain = layout, sees, plain
+        self.kept: dict[int, torch.Tensor] = {}
 
-    @cached_property
-    def of_buckets(self) -> list[torch.Tensor]:
-        """`(S, 1, C, K)` for each bucket: whether a query sees a key."""
-        positions = self.layout.positions
-        return [
-            self.sees(0, 0, positions[bucket.queries][:, None, :, None], bucket.key_positions[:, None, None, :])
-            for bucket in self.layout.buckets
-        ]
+    def of(self, bucket: Bucket) -> torch.Tensor:
+        """`(S, 1, C, K)`: whether a query sees a key. Small ones are kept for the next layer."""
+        if id(bucket) in self.kept:
+            return self.kept[id(bucket)]
+        positions = self.layout.positions[bucket.queries]
+        seen = self.sees(0, 0, positions[:, None, :, None], bucket.key_positions[:, None, None, :])
+        if seen.numel() <= PAIRS // 4:
+            self.kept[id(bucket)] = seen
+        return seen
 
     @cached_property
     def blocks(self):
         """FlexAttention's block mask."""
-        positions, (own, earlier) = self.layout.positions, self.layout.before()
+        positions, (own, earlier) = self.layout.positions, self.layout.segment_ids()
 
         def sees(batch, head, query, key):
             together = (own[key] == own[query]) | (own[key] == earlier[query])
@@ -190,9 +199,10 @@ def attend(module: nn.Module, query, key, value, attention_mask: PackedMask, **k
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain: Any = eager if mask.plain == "eager" else AttentionInterface().get_interface(mask.plain, eager)
     found = []
-    for bucket, seen in zip(layout.buckets, mask.of_buckets, strict=True):
+    for bucket in layout.buckets:
+        seen = mask.of(bucket)
         if mask.plain == "eager":
-            seen = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+            seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
         parts = [taken(query, bucket.queries), taken(key, bucket.keys), taken(value, bucket.keys)]
         found.append(plain(module, *parts, seen, **kwargs)[0].flatten(0, 1))  # (S C, heads, d)
     states = torch.cat(found)
@@ -234,9 +244,11 @@ class Packing:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Inside, attention stays as a differentiable run left it: a backward pass may compute its blocks again."""
-        with ExitStack() as self.until:
-            yield
-        self.until = None
+        try:
+            with ExitStack() as self.until:
+                yield
+        finally:
+            self.until = None
 
     @contextmanager
     def over(self, layout: Layout) -> Iterator[None]:
@@ -277,6 +289,7 @@ def difference(packing: Packing) -> float:
     model = packing.model
     ids, real, width = trial(model)
     layout = Layout.of(ids, real, width)
+    assert layout is not None, "these rows have prompts"
     some = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
 
     def made(states: torch.Tensor) -> list[torch.Tensor]:

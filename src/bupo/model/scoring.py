@@ -136,9 +136,14 @@ def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor)
     states = hidden[scored] if wanted.numel() < targets.numel() else hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         log_probs, entropy = _ScoreTokens.apply(states, head.weight, head.bias, wanted, rule, dtype)
+    return scattered(TokenScores(log_probs, entropy), scored)
+
+
+def scattered(scores: TokenScores, scored: torch.Tensor) -> TokenScores:
+    """`(n,)` scores at the n places that are scored, zeros elsewhere."""
     # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
-    empty = log_probs.new_zeros(targets.shape)
-    return TokenScores(empty.masked_scatter(scored, log_probs), empty.masked_scatter(scored, entropy))
+    empty = scores.log_probs.new_zeros(scored.shape)
+    return TokenScores(*(empty.masked_scatter(scored, value) for value in scores))
 
 
 def score_tokens(

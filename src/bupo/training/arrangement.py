@@ -42,14 +42,17 @@ def arranged(pieces: list[dict[str, Any]], accumulated: int) -> list[dict[str, A
 def _exchanged(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(pieces) == 1:
         return pieces
-    rows = len(pieces[0]["prompt_ids"])
-    joined = {name: _joined([piece[name] for piece in pieces], rows) for name in pieces[0]}
+    count = len(pieces[0]["prompt_ids"])
+    rows = {
+        name: _rows([piece[name] for piece in pieces]) for name, value in pieces[0].items() if _by_row(value, count)
+    }
     prompts = [
-        tuple(ids[kept.bool()].tolist()) for ids, kept in zip(joined["prompt_ids"], joined["prompt_mask"], strict=True)
+        tuple(ids[kept.bool()].tolist()) for ids, kept in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)
     ]
-    lengths = joined["completion_mask"].sum(1).tolist()
+    lengths = rows["completion_mask"].sum(1).tolist()
     return [
-        {name: _taken(value, places) for name, value in joined.items()} for places in places_of(prompts, lengths, rows)
+        {**piece, **{name: _taken(value, places) for name, value in rows.items()}}
+        for piece, places in zip(pieces, places_of(prompts, lengths, count), strict=True)
     ]
 
 
@@ -78,16 +81,16 @@ def places_of(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], rows: 
     return found
 
 
-def _joined(values: list[Any], rows: int) -> Any:
-    """Rows of micro-batches one after another; what is no row stays."""
-    if isinstance(values[0], torch.Tensor) and values[0].dim() and len(values[0]) == rows:
-        return torch.cat(values)
-    if isinstance(values[0], list) and len(values[0]) == rows:
-        return [value for part in values for value in part]
-    return values[0]
+def _by_row(value: Any, count: int) -> bool:
+    return len(value) == count if isinstance(value, list) else bool(getattr(value, "ndim", 0)) and len(value) == count
 
 
-def _taken(value: Any, places: list[int]) -> Any:
-    if isinstance(value, torch.Tensor) and value.dim():
-        return value[torch.tensor(places, device=value.device)]
-    return [value[place] for place in places] if isinstance(value, list) else value
+def _rows(values: list[Any]) -> Any:
+    """Rows of micro-batches one after another."""
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else [row for part in values for row in part]
+
+
+def _taken(rows: Any, places: list[int]) -> Any:
+    if isinstance(rows, torch.Tensor):
+        return rows[torch.tensor(places, device=rows.device)]
+    return [rows[place] for place in places]

@@ -42,11 +42,11 @@ class Critic(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
         """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
-        if self.packing is None:
+        layout = Layout.of(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
+        if self.packing is None or layout is None:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
         else:
-            layout = Layout.of(input_ids, attention_mask, input_ids.size(1) - answer)
             with self.packing.over(layout):
                 hidden = layout.rows(self.decoder(**layout.inputs, use_cache=False).last_hidden_state[0])
         with torch.autocast(hidden.device.type, enabled=False):

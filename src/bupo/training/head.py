@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from bupo.model.packing import Layout, Packing
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
-from bupo.model.scoring import IGNORED, TokenScores, score_states
+from bupo.model.scoring import IGNORED, TokenScores, scattered, score_states
 from bupo.model.unembedding import Unembedding
 
 Read = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
@@ -120,10 +120,7 @@ class PolicyHead:
         states, labels, scored = (x.to(head.weight.device) for x in (states, labels, scored))
         precise = torch.autocast(states.device.type, enabled=False) if self.fp32 else nullcontext()
         with precise:
-            found = score_states(states.float() if self.fp32 else states, head, labels[scored])
-        # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
-        empty = found.log_probs.new_zeros(labels.shape)
-        return TokenScores(*(empty.masked_scatter(scored, value) for value in found))
+            return scattered(score_states(states.float() if self.fp32 else states, head, labels[scored]), scored)
 
     def _balance(self, out: ModelOutput, layout: Layout | None, kwargs: dict) -> torch.Tensor | None:
         """The load-balancing loss, over the rows' tokens."""
