@@ -180,8 +180,8 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
             ("layer", "seconds", f"more layers (answers of {MIDDLE} tokens)", "layer that phase 1 optimises"),
             ("prompt", "seconds", "a larger part is prompt", f"prompt's share of {SUM} tokens (%)"),
             ("group", "seconds", "more answers share a prompt", "answers a prompt, of 16"),
-            ("vocabulary", "seconds", "larger vocabulary, two-layer model", "words"),
-            ("vocabulary", "passes", "memory of the passes over the vocabulary", "words"),
+            ("vocabulary", "seconds", "larger vocabulary, two-layer model", "vocabulary"),
+            ("vocabulary", "passes", "memory of the passes over the vocabulary", "vocabulary"),
         ),
         strict=True,
     ):

@@ -101,7 +101,8 @@ class Alignment:
         """A policy head on a stream; how it packs rows. A compiled model does not: no two packed rows are of one length."""
         if stream is None:
             return None
-        packing = None if self.args.torch_compile else packing_of(stream.model)
+        rows = self.args.torch_compile or self.args.neftune_noise_alpha  # whose noise depends on the length of a row
+        packing = None if rows else packing_of(stream.model)
         PolicyHead(stream, self.args.temperature, self.args.internal_lens, self.args.cast_lm_head_to_fp32, packing)
         return packing
 
