@@ -323,7 +323,9 @@ def errors_of(model: PreTrainedModel) -> tuple[float, float]:
 
 
 def drops(model: PreTrainedModel) -> bool:
-    """Whether the model drops out states: its numbers would be drawn for other shapes than `generate`'s."""
+    """Whether the model drops out states, or adds noise to them: numbers would be drawn for other shapes than `generate`'s."""
+    if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
+        return True
     settings = model.config.get_text_config().to_dict()
     return model.training and (
         any(isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name)
