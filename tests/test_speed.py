@@ -28,7 +28,7 @@ def page():
 
 def updates_of(seconds, gradient=1.0, entropy=2.0):
     parts = {part: value for part in ("update", "scoring", "sampling", "grading", "whole") for value in (seconds,)}
-    memory = {"update": int(seconds * 1e9), "whole": 1, "passes": 1}
+    memory = {"update": int(seconds * 1e9), "scoring": 1, "whole": 1, "passes": 1}
     return Update(parts, memory, entropy, 8.0, {"layers.0.weight": np.array([gradient, -2.0])})
 
 
@@ -130,6 +130,12 @@ def test_the_page_is_made_of_the_results(tmp_path, page):
     written.write_text(page.filled(docs))
     text = written.read_text()
     assert "| TRL | 2 |" in text and "| phase 1 | 0.14x | 0.10x | met |" in text and text.endswith("\n\nAfter\n")
+    assert [fault.rsplit("/")[-1] for fault in page.stale(docs)] == [
+        "step.json is missing", "growth.json is missing", "speed.png is missing",
+    ]  # fmt: skip
+    (docs / "images").mkdir()
+    for path in ("speed/step.json", "speed/growth.json", "images/speed.png"):
+        (docs / path).touch()
     assert not page.stale(docs)
     written.write_text(text.replace("0.10x", "0.01x"))
     assert page.stale(docs)
