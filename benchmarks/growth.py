@@ -13,7 +13,6 @@ update is what comes after the rollouts.
   forward and backward passes take beyond weights, optimizer and gradients.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 
-from benchmarks.result import Result, Table
+from benchmarks.result import Result, Table, options
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Rollouts, Trainers, made_up, trainers
 from bupo.model.loading import load_config
 from bupo.report.figures.style import BLUE, GREY, ORANGE, legend, panels, save, trim
@@ -221,12 +220,9 @@ def _references(axis: Axes, points: Sequence[Point]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m.gguf", help="folder, .gguf file or hub id")
-    parser.add_argument("--layer", type=int, default=10, help="that phase 1 optimises")
+    parser = options(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 20, 30], help="of the panel of layers")
     parser.add_argument("--rounds", type=int, default=2, help="of which medians are taken")
-    parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--figure", type=Path, help="where the figure goes")
     given = parser.parse_args()
     vocabulary = load_config(given.model).get_text_config().vocab_size

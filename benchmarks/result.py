@@ -1,5 +1,6 @@
 """What a benchmark of speed says: tables of ratios, and targets that are met or missed; printed, and written as JSON."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -15,6 +16,19 @@ import trl
 
 from bupo.text import markdown_table
 from bupo.version import VERSION
+
+
+def options(about: str) -> argparse.ArgumentParser:
+    """What every benchmark of speed takes.
+
+    Args:
+        about (`str`): its module's docstring.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m.gguf", help="folder, .gguf file or hub id")
+    parser.add_argument("--layer", type=int, default=10, help="that phase 1 optimises")
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    return parser
 
 
 @dataclass

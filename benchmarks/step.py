@@ -10,7 +10,6 @@
   thread looks every few milliseconds where that time goes.
 """
 
-import argparse
 import functools
 import statistics
 import sys
@@ -34,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer, ModelConfig
 
 import bupo
-from benchmarks.result import Result, Table, Target, middle, ratios
+from benchmarks.result import Result, Table, Target, middle, options, ratios
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Update, profiles_of, trainers
 from bupo.commands.parsing import parse
 from bupo.model.packing import Layout
@@ -274,9 +273,7 @@ def _places(places: Sequence[tuple[str, float]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m.gguf", help="folder, .gguf file or hub id")
-    parser.add_argument("--layer", type=int, default=10, help="that phase 1 optimises")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="measured, of each trainer; 0 leaves them out")
     parser.add_argument(
         "--small", type=int, default=10, help="rollout batches a phase of the embedded model; 0 leaves it out"
@@ -284,7 +281,6 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="show where one more rollout batch of each spends its time"
     )
-    parser.add_argument("--json", type=Path, help="where the result goes")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     disable_progress_bar()

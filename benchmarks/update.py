@@ -13,7 +13,6 @@ step and the log. That all compute the same is checked on the gradients of the f
 layer l's states and of the last ones.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.result import Result, Table, Target, middle, ratios
+from benchmarks.result import Result, Table, Target, middle, options, ratios
 from benchmarks.turns import (
     FIRST,
     PUBLISHED,
@@ -179,15 +178,12 @@ def benchmark(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m.gguf", help="folder, .gguf file or hub id")
-    parser.add_argument("--layer", type=int, default=10, help="that phase 1 optimises")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="measured, of equal answers")
     parser.add_argument(
         "--long_rounds", type=int, default=2, help="measured, of unequal answers: minutes each; 0 leaves them out"
     )
     parser.add_argument("--profile", action="store_true", help="show where one more update of each spends its time")
-    parser.add_argument("--json", type=Path, help="where the result goes")
     given = parser.parse_args()
     vocabulary = load_config(given.model).get_text_config().vocab_size
     result = benchmark(

@@ -10,7 +10,7 @@ a block mask for FlexAttention; elsewhere segments of like length go through the
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -72,31 +72,31 @@ class Layout:
 
         None if a row has no prompt: nothing would stand before its answer.
         """
-        ids, real = input_ids.cpu(), attention_mask.cpu().bool()
-        if not real[:, :width].any(1).all():
-            return None
-        places, segments, prompts = torch.zeros_like(ids), [], {}
-        tokens: list[torch.Tensor] = []
-        count = 0
+        tokens: list[int] = []
+        positions: list[int] = []
+        places: list[list[int]] = []
+        segments: list[Segment] = []
+        prompts: dict[tuple[int, ...], range] = {}
 
-        def put(segment: torch.Tensor, prefix: range) -> range:
-            nonlocal count
-            own = range(count, count := count + len(segment))
-            tokens.append(segment)
+        def put(segment: Sequence[int], prefix: range) -> range:
+            own = range(len(tokens), len(tokens) + len(segment))
+            tokens.extend(segment)
+            positions.extend(range(len(prefix), len(prefix) + len(own)))
             if own:
                 segments.append(Segment(prefix, own))
             return own
 
-        for row, there, place in zip(ids, real, places, strict=True):
-            prompt, answer = row[:width][there[:width]], row[width:][there[width:]]
-            key = tuple(prompt.tolist())
-            if key not in prompts:
-                prompts[key] = put(prompt, range(0))
-            place[:width][there[:width]] = placed(prompts[key])
-            place[width:][there[width:]] = placed(put(answer, prompts[key]))
-        positions = torch.cat([placed(own) + (len(prefix) - own.start) for prefix, own in segments])
-        device = input_ids.device
-        return cls(torch.cat(tokens).to(device), positions.to(device), places.to(device), segments)
+        for row, there in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            prompt = tuple(token for token, real in zip(row[:width], there[:width], strict=True) if real)
+            if not prompt:
+                return None
+            if prompt not in prompts:
+                prompts[prompt] = put(prompt, range(0))
+            answer = [token for token, real in zip(row[width:], there[width:], strict=True) if real]
+            place = iter((*prompts[prompt], *put(answer, prompts[prompt])))
+            places.append([next(place) if real else 0 for real in there])
+        packed, at, where = (torch.tensor(values, device=input_ids.device) for values in (tokens, positions, places))
+        return cls(packed, at, where, segments)
 
     def rows(self, states: torch.Tensor) -> torch.Tensor:
         """Of the packed tokens' `(N, D)` each row's, `(B, T, D)`; those of padding mean nothing."""
@@ -144,10 +144,6 @@ class Layout:
         earlier = torch.tensor([number.get(s.prefix, number[s.own]) for s in self.segments])
         own = torch.arange(len(lengths)).repeat_interleave(lengths)
         return own.to(self.ids.device), earlier.repeat_interleave(lengths).to(self.ids.device)
-
-
-def placed(places: range) -> torch.Tensor:
-    return torch.arange(places.start, places.stop)
 
 
 def filled(rows: list[list[int]]) -> torch.Tensor:
