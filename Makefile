@@ -10,7 +10,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce test coverage test-slow test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
+.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -27,6 +27,9 @@ coverage: test  # what the fast tests run of each file
 
 test-slow: $(INSTALLED)  # the rest: more cases, processes that are killed, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-fsdp2: $(INSTALLED)  # one process, DDP and FSDP2 on CPUs end alike, everything on; among test-slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_sharded.py
 
 test-faults: $(INSTALLED)  # runs that are killed, hung and fed rubbish; BUPO_FAULTS=short is the form of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(FLAGS)

@@ -1,24 +1,60 @@
-"""A run with a critic of its own on answers that only prompts decide, under whatever this launch is: `python -m tests.sharded_run
-FOLDER UPDATES [CHECKPOINT]`. The main process writes what policy and critic end with, whole; each process what it holds of them.
+"""Runs under whatever this launch is: one process, DDP, or FSDP2 on CPUs with `BUPO_FSDP2=1` and accelerate's environment.
 
-`BUPO_FSDP2=1` and accelerate's environment make it FSDP2 on CPUs.
+`python -m tests.sharded_run FOLDER CASE... [CHECKPOINT]`: one run after another, each into its folder. Each process writes what it
+logged and holds, the main process also what policy and critic end with, whole. `BUPO_START` holds `model_of()`.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from bupo import BuPOTrainer
 from bupo.training.critic import CopiedCritic
 from tests.faults.faulty import with_fsdp2_on_cpus
+from tests.test_dynamics import FALLING, RewardByBatch, built
 from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
 
 ROWS = 8  # of a micro-batch, over all processes
+PPO = {"advantage_estimator": "ppo", "critic_learning_rate": 1e-3, "num_iterations": 2}
+# options of a run; `model`, `reward`, `peft` and `sampled` (by the model itself) are the harness'
+CASES: dict[str, dict] = {
+    "grpo": {},
+    "rloo": {"advantage_estimator": "rloo"},
+    "reinforce++": {"advantage_estimator": "reinforce++", "beta": 0.1},
+    "ppo-copy": {**PPO, "critic_backbone": "copy", "gradient_checkpointing": True, "save_steps": 1},
+    "ppo-shared": {**PPO, "critic_backbone": "shared"},
+    "tied": {"model": lambda: model_of(tie_word_embeddings=True), "loss_type": "grpo"},
+    "frozen": {"frozen_up_to_layer": 1, "internal_layer": 3},
+    "slow": {"slow_above_layer": 1, "slow_factor": 0.5, "max_grad_norm": 0.1},
+    "module": {"internal_module": "ffn", "internal_lens": "final_norm", "gradient_checkpointing": True},
+    "attn": {"internal_module": "attn"},
+    "reference": {
+        "beta": 0.1,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "ref_model_mixup_alpha": 0.5,
+        "save_steps": 3,
+    },
+    "guard": {
+        "internal_steps": 20,
+        "max_steps": 24,
+        "reward": lambda: RewardByBatch(FALLING),
+        "internal_guard": True,
+        "save_steps": 8,
+    },
+    "auto": {"internal_layer": "auto", "model": lambda: built([1e-3, 1e-3, 40.0, 40.0])},
+    "evaluated": {"eval_benchmarks": ["arithmetic"], "eval_every": 2, "eval_k": 3, "eval_problems": 5},
+    "lora": {"peft": LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM", init_lora_weights=True)},
+    "sampled": {"sampled": True, "eval_benchmarks": ["arithmetic"], "eval_every": 2, "eval_k": 2, "eval_problems": 3},
+}
 
 
 def answers(prompts, trainer):
@@ -38,7 +74,7 @@ def answers(prompts, trainer):
 def whole(model):
     """A copy of a model's weights, gathered on the main process."""
     weights: dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: value.clone() for name, value in weights.items()}
+    return {name.removeprefix("module."): value.clone() for name, value in weights.items()}
 
 
 def held(tensors):
@@ -48,49 +84,73 @@ def held(tensors):
     return sum(t.numel() for t in local) / sum(t.numel() for t in tensors)
 
 
-def main(folder, updates, checkpoint=None):
-    if os.environ.get("BUPO_FSDP2"):
-        with_fsdp2_on_cpus()
+def trainer_of(folder, case, done=0):
+    options = dict(CASES[case])
+    # a reference is loaded from where the policy was
+    start = os.environ["BUPO_START"]
+    made = (
+        (lambda: AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)) if options.get("beta") else model_of
+    )
+    model = options.pop("model", made)()
+    reward = options.pop("reward", lambda: token_reward)()
+    if isinstance(reward, RewardByBatch):
+        reward.calls = done  # rollout batches, of one update each
+    peft, sampled = options.pop("peft", None), options.pop("sampled", False)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args = config(
-        folder / "run",
-        advantage_estimator="ppo",
-        critic_backbone="copy",
-        critic_learning_rate=1e-3,
-        learning_rate=1e-3,
-        max_grad_norm=0.2,
-        max_steps=updates,
-        per_device_train_batch_size=ROWS // processes,
-        steps_per_generation=2,
-        gradient_accumulation_steps=2,
-        num_iterations=2,
-        gradient_checkpointing=True,
-        save_strategy="steps",
-        save_steps=3,
-        probe_every=1,
-        internal_guard=False,
-        optim="adamw_torch",
+    usual = {
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.2,
+        "max_steps": 8,
+        "per_device_train_batch_size": ROWS // processes,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,  # an update is a whole rollout batch, whose rows TRL shuffles
+        "steps_per_generation": 2,
+        "save_strategy": "steps" if "save_steps" in options else "no",
+        "probe_every": 1,
+        "internal_guard": False,
+        "optim": "adamw_torch",
+    }
+    args = config(folder / "run", **{**usual, **options})
+    return BuPOTrainer(
+        model,
+        reward,
+        args,
+        train_dataset=PROBLEMS,
+        processing_class=TOKENIZER,
+        peft_config=peft,
+        rollout_func=None if sampled else answers,
     )
-    trainer = BuPOTrainer(
-        model_of(), token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, rollout_func=answers
-    )
-    second = trainer.critic
-    assert isinstance(second, CopiedCritic)
-    if processes == 1:
-        torch.save({"policy": whole(trainer.model), "critic": whole(second.critic)}, folder / "start.pt")
+
+
+def run(folder, case, checkpoint=None):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    trainer = trainer_of(folder, case, int(str(checkpoint or 0).rpartition("-")[2]))
+    second = trainer.critic if isinstance(trainer.critic, CopiedCritic) else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    moments = [value for state in second.optimizer.state.values() for value in state.values() if value.dim()]
     own = {
         "kind": str(trainer.accelerator.distributed_type),
-        "held": [held(trainer.model_wrapped.parameters()), held(second.critic.parameters())],
-        "held_by_optimizer": held(moments),
-        "phases": [row["phase"] for row in trainer.state.log_history if "phase" in row],
+        "rows": trainer.state.log_history,
+        "held": held(trainer.model_wrapped.parameters()),
+        "schedule": trainer.watch.schedule.state(),
     }
+    state: dict[str, Any] = {"policy": whole(trainer.model_wrapped)}
+    if second:
+        moments = [value for state in second.optimizer.state.values() for value in state.values() if value.dim()]
+        own["critic"] = [held(second.critic.parameters()), held(moments)]
+        state["critic"] = whole(second.critic)
+    elif trainer.critic:
+        state["critic"] = {name: linear.weight.detach() for name, linear in trainer.critic.linears.items()}
     (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(own))
-    state = {"policy": whole(trainer.model_wrapped), "critic": whole(second.critic)}
     if trainer.accelerator.is_main_process:
         torch.save(state, folder / "end.pt")
+    trainer.save_whole(folder / "model")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    if os.environ.get("BUPO_FSDP2"):
+        with_fsdp2_on_cpus()
+    base, *named = sys.argv[1:]
+    checkpoint = named.pop() if "checkpoint-" in named[-1] else None
+    for case in named:
+        run(Path(base) / case, case, checkpoint)

@@ -39,7 +39,7 @@ def value(rows, name, layer=None, later=None):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere2", "gpt2"])
 def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     """Every series against `measure`, which folds the vocabulary in fp64, and whose own check is naive fp64."""
-    monkeypatch.setattr(probes_module, "LOGITS", 500)  # several chunks of rows
+    monkeypatch.setattr(probes_module, "ROWS", 7)  # several chunks of rows
     monkeypatch.setattr(probes_module, "STATES", 4000)  # several forward passes
     stream = ResidualStream(tiny_model(family))
     layers = [1, 3]

@@ -1,4 +1,4 @@
-"""PPO's critic of its own and the policy, truly sharded by FSDP2 over two processes, against one process that holds both."""
+"""The same runs as one process, under DDP and truly sharded by FSDP2, two processes each: the same numbers, everything on."""
 
 import json
 import os
@@ -12,106 +12,156 @@ import pandas as pd
 import pytest
 import torch
 
-from bupo import AnalyzeOptions, UserError, analyze
+from bupo import UserError
 from bupo.training.setup import check_run
 from tests.faults.test_launches import FSDP2
-from tests.test_trainer import config
+from tests.test_trainer import config, model_of
 
 ROOT = Path(__file__).parents[1]
-UPDATES = 8  # two to a rollout batch, the first four of the first phase
+KINDS = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp2": ("FSDP", 2)}
+ESTIMATORS = ["grpo", "rloo", "reinforce++", "ppo-copy", "ppo-shared"]
+FEATURES = ["tied", "frozen", "slow", "module", "attn", "reference", "guard", "auto", "evaluated", "lora", "sampled"]
+# seconds, and what is a mean of ratios or an extreme over micro-batches, which each launch cuts otherwise
+OTHER = ("time", "runtime", "per_second", "explained_variance", "clip_ratio/low_min", "clip_ratio/high_max")
 
 
-def launched(folder, *arguments, processes=2):
-    """Run `tests.sharded_run` into a folder. What the main process ends with, and what each holds."""
-    folder.mkdir(exist_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+def launched(kind, folder, *arguments, processes=None):
+    """Run cases of `tests.sharded_run`, which must end well."""
+    processes = processes or KINDS[kind][1]
+    (start := folder / "start").exists() or model_of().save_pretrained(start)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if kind != "one" else []
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.sharded_run", str(folder), str(UPDATES), *map(str, arguments)],
+        [sys.executable, *launch, "-m", "tests.sharded_run", str(folder), *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | (FSDP2 if processes == 2 else {}),
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "BUPO_START": str(start)}
+        | (FSDP2 if kind == "fsdp2" else {}),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
-    return torch.load(folder / "end.pt"), ranks
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    return folder, *launched(folder)
+def runs(tmp_path_factory):
+    """A folder of each kind of launch, with a run of each case."""
+    base = tmp_path_factory.mktemp("scale")
+    for kind in KINDS:
+        (base / kind).mkdir()
+        launched(kind, base / kind, *ESTIMATORS, *FEATURES)
+    return base
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    return folder, *launched(folder, processes=1)
+def of(runs, kind, case):
+    folder = runs / kind / case
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(KINDS[kind][1])]
+    return ranks, torch.load(folder / "end.pt")
 
 
-@pytest.mark.slow
-def test_sharded_policy_and_critic_end_as_those_of_one_process(sharded, one):
-    """Gradients of two micro-batches, clipped, in both phases, with gradient checkpointing."""
-    _, end, ranks = sharded
-    folder, whole, (alone,) = one
-    assert ranks[0]["phases"] == alone["phases"] == [1, 1, 1, 1, 2, 2, 2, 2]
-    for part in ("policy", "critic"):
-        assert end[part].keys() == whole[part].keys()
-        for name, value in whole[part].items():
-            torch.testing.assert_close(end[part][name], value, atol=1e-5, rtol=1e-5, msg=f"{part} {name}")
-    start = torch.load(folder / "start.pt")
-    for part in ("policy", "critic"):
-        assert all((end[part][name] - start[part][name]).abs().max() > 1e-4 for name in start[part])
+def assert_same_numbers(rows, expected, tolerance=1e-5):
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if not any(part in name for part in OTHER):
+                assert row[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (name, wanted["step"])
 
 
-@pytest.mark.slow
-def test_each_process_holds_its_half(sharded):
-    """Of the policy, of the critic and of the critic's AdamW."""
-    for rank in sharded[2]:
-        assert "FSDP" in rank["kind"]
-        assert all(0.45 < share < 0.55 for share in (*rank["held"], rank["held_by_optimizer"]))
-
-
-@pytest.mark.slow
-def test_a_sharded_run_is_gone_on_with_inside_the_first_phase(sharded, tmp_path):
-    """To the bit, critic and both optimizers too: the layers above l have no state yet, and no step is counted for them."""
-    folder, end, _ = sharded
-    shutil.copytree(folder / "run" / "checkpoint-3", checkpoint := tmp_path / "run" / "checkpoint-3")
-    again, _ = launched(tmp_path, checkpoint)
-    for part in ("policy", "critic"):
-        assert all(torch.equal(value, again[part][name]) for name, value in end[part].items()), part
-    assert probes(tmp_path) == probes(folder)
-
-
-def probes(folder):
-    """The answers of a probe set, in no order."""
-    rows = [json.loads(line) for line in (folder / "run" / "probes.jsonl").read_text().splitlines()]
-    return sorted((row["prompt_ids"], row["completion_ids"]) for row in rows)
+def assert_same_weights(end, expected, tolerance):
+    assert end.keys() == expected.keys()
+    for part, weights in expected.items():
+        assert end[part].keys() == weights.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(end[part][name], value, atol=tolerance, rtol=tolerance, msg=f"{part} {name}")
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_probed_afterwards(sharded, one, tmp_path):
-    """On the answers that one process probes itself on, with the same numbers; while it goes, it is not probed."""
-    run = sharded[0] / "run"
-    assert probes(sharded[0]) == probes(one[0]) and len(probes(one[0])) == 8
-    assert not (run / "dynamics.parquet").exists()
-    options = AnalyzeOptions(rollouts=str(run / "probes.jsonl"), output=str(tmp_path / "out"))
-    afterwards = analyze([str(run / f"checkpoint-{step}") for step in (3, 6, 8)], options).dynamics
-    keys = ["rollout_batch", "measure", "layer", "later_layer"]
-    its = pd.read_parquet(one[0] / "run" / "dynamics.parquet").astype({"rollout_batch": float})
-    assert set(afterwards["rollout_batch"]) == {1.5, 3, 4}
-    both = its.merge(afterwards, on=keys, suffixes=("", "_afterwards"))
-    assert len(both) == 2 * (2 + 3 + 2 * 2)
-    assert both["value_afterwards"].to_numpy() == pytest.approx(both["value"].to_numpy(), rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", [*ESTIMATORS, *FEATURES])
+def test_losses_and_weights_are_those_of_one_process(runs, kind, case):
+    """Every logged number of both phases: losses, gradient norms, entropies, probes, evaluations."""
+    # what the model itself samples follows each process' own random numbers
+    (alone, *_), whole = of(runs, "ddp" if case == "sampled" else "one", case)
+    ranks, end = of(runs, kind, case)
+    assert all(KINDS[kind][0] in rank["kind"] for rank in ranks)
+    phases = [row["phase"] for row in alone["rows"] if "phase" in row]
+    assert {1, 2} == set(phases) and sorted(phases) == phases
+    assert_same_numbers(ranks[0]["rows"], alone["rows"])
+    assert_same_weights(end, whole, 1e-4)  # which AdamW moves by 1e-3 a step, whatever is left of a gradient
+    assert ranks[0]["schedule"] == alone["schedule"]
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_half(runs):
+    """Of the policy, of the critic and of the critic's AdamW. What a forward pass left gathered is the head's."""
+    ranks, _ = of(runs, "fsdp2", "ppo-copy")
+    for rank in ranks:
+        assert all(0.45 < share < 0.55 for share in (rank["held"], *rank["critic"]))
+    assert [rank["held"] for rank in of(runs, "ddp", "ppo-copy")[0]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
+    """What the equality above is of."""
+    rows = of(runs, "fsdp2", "guard")[0][0]["rows"]
+    assert sum("internal/ended_by_guard" in row for row in rows) == 1
+    assert sum("probe/kl" in row for row in rows) >= 8
+    for folder in (runs / kind / "guard" / "run" for kind in KINDS):
+        table = pd.read_parquet(folder / "dynamics.parquet")
+        assert set(table["rollout_batch"]) == set(range(25))
+    boundaries = [json.loads((runs / kind / "auto" / "run" / "boundary.json").read_text()) for kind in KINDS]
+    assert boundaries[0] == boundaries[2] and boundaries[0]["boundary_layer"] == 2
+    scores = [
+        row["eval_arithmetic/avg@3"]
+        for row in of(runs, "fsdp2", "evaluated")[0][0]["rows"]
+        if "eval_arithmetic/avg@3" in row
+    ]
+    assert len(scores) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "step", "processes"),
+    [
+        ("ppo-copy", 3, 2),  # inside a rollout batch of phase 1: layers above l have no optimizer state yet
+        ("ppo-copy", 2, 4),
+        ("ppo-copy", 6, 1),
+        ("guard", 8, 4),  # with the guard's snapshot
+        ("guard", 8, 1),
+        ("reference", 3, 4),  # a reference that follows the policy
+    ],
+)
+def test_a_sharded_run_goes_on_on_another_number_of_processes(runs, tmp_path, case, step, processes):
+    shutil.copytree(
+        runs / "fsdp2" / case / "run" / f"checkpoint-{step}",
+        checkpoint := tmp_path / case / "run" / f"checkpoint-{step}",
+    )
+    launched("fsdp2", tmp_path, case, checkpoint, processes=processes)
+    (whole, *_), end = of(runs, "fsdp2", case)
+    again = torch.load(tmp_path / case / "end.pt")
+    if processes == 2:
+        assert all(torch.equal(value, again[part][name]) for part in end for name, value in end[part].items())
+    assert_same_weights(again, end, 1e-4)
+    resumed = json.loads((tmp_path / case / "rank0.json").read_text())
+    assert resumed["schedule"] == whole["schedule"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
+    """In one line, instead of what transformers finds missing."""
+    for kind, source in (("one", "fsdp2"), ("fsdp2", "one")):
+        target = tmp_path / kind / "guard" / "run" / "checkpoint-8"
+        shutil.copytree(runs / source / "guard" / "run" / "checkpoint-8", target)
+        with pytest.raises(AssertionError, match=r"is of a run (unsharded|under FSDP), and this one is"):
+            launched(kind, tmp_path / kind, "guard", target)
 
 
 # -- where it cannot be ----------------------------------------------------------------------------------------------
 
 
-def trainer_under(version=None, stage=None):
+def trainer_under(version=None, stage=None, kind="FULL_STATE_DICT"):
     """Stands for a trainer under FSDP of a version, or DeepSpeed's ZeRO of a stage."""
-    plugin = SimpleNamespace(state_dict_type="FULL_STATE_DICT", fsdp_version=version)
+    plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=version)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin if version else None))
     return SimpleNamespace(
         reads_images=False,
@@ -124,16 +174,15 @@ def trainer_under(version=None, stage=None):
 @pytest.mark.parametrize(
     ("under", "refused"),
     [
-        ({"version": 1}, r"which fsdp_version 1 does not shard: use fsdp_version 2, or choose shared"),
-        ({"stage": 2}, r"the policy's DeepSpeed engine: use FSDP2, or choose shared"),
+        ({"version": 1}, "fsdp_version is 1: use fsdp_version 2"),
+        ({"version": 2, "kind": "SHARDED_STATE_DICT"}, "it must be FULL_STATE_DICT"),
     ],
 )
-def test_a_second_model_is_refused_where_it_cannot_train(tmp_path, under, refused):
-    args = config(tmp_path, advantage_estimator="ppo")
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
-    with pytest.raises(UserError, match=f"critic_backbone copy trains a second model, .*{refused}"):
-        check_run(trainer_under(**under), args)
-    args.critic_backbone = "shared"
-    assert check_run(trainer_under(**under), args)
-    args.critic_backbone = "copy"
-    assert check_run(trainer_under(version=2), args)
+def test_what_cannot_be_sharded_is_refused_by_name(tmp_path, under, refused):
+    with pytest.raises(UserError, match=refused):
+        check_run(trainer_under(**under), config(tmp_path))
+
+
+def test_fsdp2_takes_every_estimator(tmp_path):
+    for backbone in ("copy", "shared"):
+        check_run(trainer_under(version=2), config(tmp_path, advantage_estimator="ppo", critic_backbone=backbone))

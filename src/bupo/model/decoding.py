@@ -263,6 +263,8 @@ def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, *
             pass
     if seeded is not None:
         kwargs["logits_processor"] = LogitsProcessorList([seeded])
+    if sharded(model):  # a process whose answers have ended goes on while others need its share of the parameters
+        kwargs.setdefault("synced_gpus", True)
     return plain(*args, **kwargs)
 
 
@@ -297,10 +299,14 @@ def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
     exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     if not (seeded or (exact and model.device.type == "cpu")):
         return False
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters()) or is_fsdp_managed_module(model)
-    if sharded or drops(model):
+    if sharded(model) or is_fsdp_managed_module(model) or drops(model):
         return False
     return errors_of(model)[0] <= (min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model, of which `generate` knows nothing."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def shares(model: PreTrainedModel) -> bool:

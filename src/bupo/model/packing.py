@@ -280,6 +280,12 @@ def packing_of(model: PreTrainedModel) -> Packing | None:
     return None
 
 
+def packing_like(packing: Packing, model: PreTrainedModel) -> Packing | None:
+    """Another model's of the same architecture, for which the proof holds; None if it attends otherwise."""
+    same = model.config._attn_implementation == packing.plain
+    return Packing(model, packing.blocks) if same else None
+
+
 def difference(packing: Packing) -> float:
     """Of states and of a gradient, packed, from those of each row alone: the larger, as a share of their size."""
     model = packing.model

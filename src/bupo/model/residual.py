@@ -59,6 +59,8 @@ class ResidualStream:
     Args:
         model (`PreTrainedModel` or a PEFT, DDP or FSDP wrapper around one): the model. It is not changed.
         family ([`Family`], *optional*): where the writes are; by default from the model's type, or found by name.
+        like ([`ResidualStream`], *optional*): of a model of the same architecture, whose proof holds for this one: one that is
+            sharded already cannot be looked at outside its forward.
 
     Attributes:
         model (`PreTrainedModel`): the causal LM without wrappers.
@@ -69,12 +71,12 @@ class ResidualStream:
         UserError: if the writes do not add up in some layer, or the head does not give the model's logits.
     """
 
-    def __init__(self, model: nn.Module, family: Family | None = None):
+    def __init__(self, model: nn.Module, family: Family | None = None, like: "ResidualStream | None" = None):
         self.model = causal_lm(model)
         self.decoder = self.model.get_decoder()
         self.config = self.model.config.get_text_config()
-        known = family or FAMILIES.get(self.config.model_type)
-        self.family = known or guess_family(self.model)
+        known = like.family if like else family or FAMILIES.get(self.config.model_type)
+        self.family: Family = known or guess_family(self.model)
         for part in ("layers", "norm"):
             if self.decoder is None or module_at(self.decoder, getattr(self.family, part)) is None:
                 raise UserError(
@@ -82,10 +84,7 @@ class ResidualStream:
                     "family=bupo.Family(...) with the names of its parts"
                 )
         self.num_layers = len(self._layers)
-        with evaluating(self.model), torch.no_grad():
-            if known is None:
-                self.family = replace(self.family, middle=find_middle(self.model, self._layers, self.family))
-            self.identity = self._verify()
+        self.identity: Identity = like.identity if like else self._proven(guessed=known is None)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -232,8 +231,15 @@ class ResidualStream:
             on_input(middle, before, hooks)
             on_output(block, after, hooks)
 
-    def _verify(self) -> Identity:
+    @torch.no_grad()
+    def _proven(self, guessed: bool) -> Identity:
         """Prove on a few tokens that the writes add up, and that the head gives the model's own logits."""
+        with evaluating(self.model):
+            if guessed:
+                self.family = replace(self.family, middle=find_middle(self.model, self._layers, self.family))
+            return self._verify()
+
+    def _verify(self) -> Identity:
         layers = range(1, self.num_layers + 1)
         sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")]
         with self.record(sites) as states:

@@ -34,10 +34,8 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
     return x.clamp_(min=LOWEST).exp()
 
 
-def _tiles(rows: int, vocabulary: int):
-    for row in range(0, rows, ROWS_PER_TILE):
-        for entry in range(0, vocabulary, VOCABULARY_PER_TILE):
-            yield slice(row, row + ROWS_PER_TILE), slice(entry, entry + VOCABULARY_PER_TILE)
+def _tiles(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _hits(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,16 +55,18 @@ class _ScoreTokens(torch.autograd.Function):
         total = hidden.new_zeros(n, dtype=kind)  # s
         moment = hidden.new_zeros(n, dtype=kind)  # u
         chosen = hidden.new_zeros(n, dtype=kind)  # x_y
-        for rows, columns in _tiles(n, weight.size(0)):
-            x = head.tile(columns).logits(hidden[rows].to(dtype))
-            at, column = _hits(targets[rows], columns)
-            chosen[rows][at] = x[at, column]
-            new = torch.maximum(top[rows], x.amax(1))
-            shift = torch.where(total[rows] > 0, top[rows] - new, 0.0)  # the first tile has no old maximum
-            weights = _exp(x.sub_(new[:, None]))
-            moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
-            total[rows] = shift.exp() * total[rows] + weights.sum(1)
-            top[rows] = new
+        for columns in _tiles(weight.size(0), VOCABULARY_PER_TILE):
+            tile = head.tile(columns, dtype)
+            for rows in _tiles(n, ROWS_PER_TILE):
+                x = tile.logits(hidden[rows].to(dtype))
+                at, column = _hits(targets[rows], columns)
+                chosen[rows][at] = x[at, column]
+                new = torch.maximum(top[rows], x.amax(1))
+                shift = torch.where(total[rows] > 0, top[rows] - new, 0.0)  # the first tile has no old maximum
+                weights = _exp(x.sub_(new[:, None]))
+                moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
+                total[rows] = shift.exp() * total[rows] + weights.sum(1)
+                top[rows] = new
         log_total = total.log()
         entropy = log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, entropy)
@@ -78,30 +78,35 @@ class _ScoreTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         hidden, weight, bias, targets, top, log_total, entropy = ctx.saved_tensors
-        head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
-        inputs = (hidden, weight, bias)
         if all(grad is None for grad in upstream):
             return (None,) * 6
+        head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
         made = torch.empty_like if len(hidden) else torch.zeros_like
-        grads = [
-            made(x, dtype=kind) if wanted else None for x, wanted in zip(inputs, ctx.needs_input_grad[:3], strict=True)
-        ]
-        of_hidden, of_weight, of_bias = grads
-        for rows, columns in _tiles(hidden.size(0), weight.size(0)):
-            tile, states = head.tile(columns), hidden[rows]
-            x = tile.logits(states.to(ctx.dtype))
-            log_p = torch.sub(x, (top[rows] + log_total[rows])[:, None], out=None if head.softcap else x)
-            of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
-            grad = _logit_grad(log_p, entropy[rows], _hits(targets[rows], columns), of_log_probs, of_entropy)
-            grad = tile.product_grad(grad, x)
-            if of_hidden is not None:  # the first tile of an entry writes, the others add: nothing is filled with zeros
-                of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
-            if of_weight is not None:
-                of_weight[columns].addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
-            if of_bias is not None:
-                of_bias[columns] = grad.sum(0) + (of_bias[columns] if rows.start else 0)
-        back = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)]
-        return (*back, None, None, None)
+        inputs = zip((hidden, weight, bias), (kind, weight.dtype, kind), ctx.needs_input_grad[:3], strict=True)
+        of_hidden, of_weight, of_bias = (made(x, dtype=dtype) if wanted else None for x, dtype, wanted in inputs)
+        for columns in _tiles(weight.size(0), VOCABULARY_PER_TILE):
+            tile = head.tile(columns)
+            summed = (
+                torch.empty(0) if of_weight is None else of_weight[columns].to(kind)
+            )  # itself, if it is of that type
+            for rows in _tiles(len(hidden), ROWS_PER_TILE):
+                states = hidden[rows]
+                x = tile.logits(states.to(ctx.dtype))
+                log_p = torch.sub(x, (top[rows] + log_total[rows])[:, None], out=None if head.softcap else x)
+                of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
+                grad = _logit_grad(log_p, entropy[rows], _hits(targets[rows], columns), of_log_probs, of_entropy)
+                grad = tile.product_grad(grad, x)
+                # what is first in a place writes, the others add: nothing is filled with zeros
+                if of_hidden is not None:
+                    of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
+                if of_weight is not None:
+                    summed.addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
+                if of_bias is not None:
+                    of_bias[columns] = grad.sum(0) + (of_bias[columns] if rows.start else 0)
+            if of_weight is not None and of_weight.dtype != kind:
+                of_weight[columns] = summed
+        of_hidden, of_bias = (g if g is None else g.to(x.dtype) for g, x in ((of_hidden, hidden), (of_bias, bias)))
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 def _logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bupo.model.packing import Packing, packing_of
+from bupo.model.packing import Packing, packing_like, packing_of
 from bupo.model.residual import ResidualStream, Site
 from bupo.training.arrangement import arranged, rows_may_move
 from bupo.training.config import BuPOConfig
@@ -94,17 +94,17 @@ class Alignment:
         self, trainer: TRLTrainer, stream: ResidualStream | None, reference: ResidualStream | None, args: BuPOConfig
     ):
         self.trainer, self.args = trainer, args
-        self.packing = self._give_head(stream)
-        self._give_head(reference)
+        # a compiled model's rows are not packed, of which no two are of one length, nor where noise depends on that
+        rows = args.torch_compile or args.neftune_noise_alpha
+        self.packing = None if rows or stream is None else packing_of(stream.model)
+        self._give_head(stream, self.packing)
+        if reference is not None:
+            self._give_head(reference, self.packing and packing_like(self.packing, reference.model))
 
-    def _give_head(self, stream: ResidualStream | None) -> Packing | None:
-        """A policy head on a stream; how it packs rows. A compiled model does not: no two packed rows are of one length."""
-        if stream is None:
-            return None
-        rows = self.args.torch_compile or self.args.neftune_noise_alpha  # whose noise depends on the length of a row
-        packing = None if rows else packing_of(stream.model)
-        PolicyHead(stream, self.args.temperature, self.args.internal_lens, self.args.cast_lm_head_to_fp32, packing)
-        return packing
+    def _give_head(self, stream: ResidualStream | None, packing: Packing | None) -> None:
+        if stream is not None:
+            args = self.args
+            PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing)
 
     def kept(self) -> AbstractContextManager[None]:
         """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""

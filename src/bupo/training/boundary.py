@@ -59,6 +59,17 @@ def boundary_layer(
     )
 
 
+def up_to(answers: Sequence[tuple[list[int], list[int]]], tokens: int) -> list[tuple[list[int], list[int]]]:
+    """The first answers, of which none begins after so many tokens: those that [`boundary_layer`] measures of them."""
+    found, spent = [], 0
+    for prompt, answer in answers:
+        if spent >= tokens:
+            break
+        found.append((prompt, answer))
+        spent += len(answer)
+    return found
+
+
 def said_of_length(found: dict) -> str:
     """The line about a first phase's length: that which was given is kept, whatever is recommended."""
     used, of, recommended = found["internal_steps"], found["rollout_batches"], found["recommended_steps"]

@@ -20,6 +20,7 @@ from bupo.training.resuming import compare, same_phase, write_options
 from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
+from bupo.training.sharding import load_whole_weights, whole_weights
 from bupo.training.whole import check_shared, decided
 
 
@@ -57,8 +58,23 @@ def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
     check_shared(found)
     if found is None:
         return None
+    _check_kind(trainer, found)
     compare(trainer, found, say)
     return str(found)
+
+
+def _check_kind(trainer: TRLTrainer, found: Path) -> None:
+    """Refuse a checkpoint whose weights and optimizer are kept otherwise than this run would read them."""
+    ours = (
+        "under FSDP" if trainer.is_fsdp_enabled else "under DeepSpeed" if trainer.is_deepspeed_enabled else "unsharded"
+    )
+    optimizers = {"under FSDP": "optimizer.bin", "under DeepSpeed": "global_step*", "unsharded": "optimizer.pt"}
+    its = next((kind for kind, name in optimizers.items() if any(found.glob(name))), ours)
+    if its != ours:
+        raise UserError(
+            f"{found} is of a run {its}, and this one is {ours}: go on as it was, on any number of processes, or start a new "
+            "run from the model that the checkpoint holds"
+        )
 
 
 def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
@@ -74,13 +90,13 @@ def save(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     own = {"pieces": trainer.pieces if trainer.inside_batch else None, "numbers": trainer.numbers}
     torch.save(own, pieces_file(folder, accelerator.process_index))
     states = {name: part.state() for name, part in parts.items()}  # on all: a sharded one is gathered
+    reference = _moving_reference(trainer)
+    moved = {} if reference is None else {"reference": whole_weights(reference)}
     if trainer.args.should_save:
         write_options(trainer, folder)
         place = {"passes": trainer.passes_done, "layout": layout(trainer), "planned": planned.state()}
         metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
         logged = {"metrics": metrics, "numbers": trainer.numbers, "completions": trainer.completions}
-        reference = _moving_reference(trainer)
-        moved = {"reference": reference.state_dict()} if reference is not None else {}
         torch.save({**place, **logged, **moved, "parts": states}, folder / STATE_FILE)
 
 
@@ -108,7 +124,7 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         trainer.restore_place(_same_batch(trainer, folder, state), None)
     reference = _moving_reference(trainer)
     if reference is not None and "reference" in state:
-        reference.load_state_dict(state["reference"])
+        load_whole_weights(reference, state["reference"])
     trainer.resume_numbers(saved["numbers"])
     trainer.completions = state["completions"]
     for name, values in state["metrics"].items():
@@ -131,9 +147,8 @@ def _own(trainer: TRLTrainer, folder: Path) -> dict:
 
 
 def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:
-    """The reference model, if it follows the policy and this process holds it whole."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if trainer.ref_model is None or not trainer.args.sync_ref_model or sharded:
+    """The reference model, if it follows the policy."""
+    if trainer.ref_model is None or not trainer.args.sync_ref_model:
         return None
     return trainer.accelerator.unwrap_model(trainer.ref_model)
 

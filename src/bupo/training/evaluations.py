@@ -80,7 +80,10 @@ class Evaluations(TrainerCallback):
         accelerator = self.trainer.accelerator
 
         def share(requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
-            mine = list(engine(requests[accelerator.process_index :: accelerator.num_processes]))
-            yield from gather_object(mine)
+            mine = list(requests[accelerator.process_index :: accelerator.num_processes])
+            # all sample as many, for a sharded model all have to run the same passes
+            more = -(-len(requests) // accelerator.num_processes) - len(mine)
+            answers = list(engine([*mine, *requests[:more]]))
+            yield from gather_object([(request, answer) for request, answer in answers if request in mine])
 
         return share

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from bupo.training.sharding import held
+
 WINDOW = 5  # rollout batches
 FALL = 3.0  # standard errors
 CAPPED = 0.25  # share of answers
@@ -85,8 +87,8 @@ class Guard:
 
 
 def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-    """Copies on the CPU."""
-    return [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    """Copies on the CPU; of sharded parameters, of what this process holds."""
+    return [held(parameter.detach()).to("cpu", copy=True) for parameter in parameters]
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimi
     Second moments stay: without them Adam's first steps would be as long as the learning rate, whatever the gradient.
     """
     for parameter, values in zip(parameters, kept, strict=True):
-        parameter.copy_(values)
+        held(parameter).copy_(values)
         for name in ("exp_avg", "momentum_buffer"):
             momentum = optimizer.state.get(parameter, {}).get(name)
             if momentum is not None:

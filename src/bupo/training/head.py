@@ -8,12 +8,12 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
@@ -22,10 +22,12 @@ from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
 from bupo.model.scoring import IGNORED, TokenScores, scattered, score_states
 from bupo.model.unembedding import Unembedding
+from bupo.training.sharding import sharded_again
 
 Read = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
 Asked = tuple[Site | None, Site | None]  # the policy in force, and one that is asked besides
 States = tuple[torch.Tensor, torch.Tensor | None]
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -45,12 +47,28 @@ class PolicyScores(ModelOutput):
     internal: torch.Tensor | None = None
 
 
+def within(model: nn.Module, work: Callable[[], Found]) -> Found:
+    """What a function gives that looks at the model's layers. If FSDP2 shards them, it runs inside the model's forward, where
+    what belongs to no block is gathered; all processes have to ask, and to run the same passes.
+
+    Args:
+        model (`nn.Module`): with a [`PolicyHead`] and its wrappers.
+        work (`Callable`): takes nothing.
+    """
+    if not isinstance(model, FSDPModule):
+        return work()
+    found = model(inside=work)
+    sharded_again(model)  # without a backward pass the unembedding would stay gathered
+    return found
+
+
 class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
 
     The call takes three arguments besides TRL's: `policy`, the [`~bupo.model.residual.Site`] whose policy is asked (None: the
     language model policy), `also`, one whose log-probs come with the language model policy's from one pass, and `read`,
-    which is shown what meets the unembedding.
+    which is shown what meets the unembedding. A call with `inside` gives what that function gives, called where the model's
+    wrappers hold its parameters ready ([`within`]).
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): the model.
@@ -73,7 +91,11 @@ class PolicyHead:
         plain = model.forward
 
         @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-        def forward(model, *args, fused_lm_head=False, policy=None, also=None, read=None, labels=None, **kwargs):
+        def forward(
+            model, *args, fused_lm_head=False, policy=None, also=None, read=None, inside=None, labels=None, **kwargs
+        ):
+            if inside is not None:
+                return inside()
             if fused_lm_head:
                 return head._score(model, (policy, also), read, labels, *args, **kwargs)
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
@@ -87,9 +109,7 @@ class PolicyHead:
         inputs = kwargs if layout is None else {**kwargs, **layout.inputs}
         with self.packing.over(layout) if self.packing and layout else nullcontext():
             (states, also), out = self._states(model, asked, *args, **inputs)
-        head = self.stream.head(self.temperature)
-        head = replace(head, weight=_whole(head.weight), bias=_whole(head.bias))
-        labels = labels[:, 1:]
+        head, labels = self.stream.head(self.temperature), labels[:, 1:]
         scored = labels != IGNORED
         if read:
             read((states if layout is None else layout.rows(states[0]))[:, :-1].to(head.weight.device))
@@ -143,6 +163,9 @@ class PolicyHead:
             return (out.last_hidden_state, None if also is None else stream.lensed(states[also], self.lens)), out
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
             out = model.base_model(*args, use_cache=False, **kwargs)
+        block = stream.block(site.layer)
+        if isinstance(block, FSDPModule) and site.kind != "layer":
+            block.unshard()  # which FSDP2 does when a gradient meets the block's output, and none will
         return (stream.lensed(states[site], self.lens), None), out
 
     @contextmanager
@@ -158,8 +181,3 @@ class PolicyHead:
             yield
         finally:
             block.gradient_checkpointing = before
-
-
-def _whole(tensor: Any) -> Any:
-    """FSDP2 shards the head."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

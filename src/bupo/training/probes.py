@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from bupo.analysis.fold import Fold
 from bupo.model.residual import Lens, ResidualStream, Site
 
 ANSWER_TOKENS = 256  # of a probe; longer answers are cut
 SHARE = 0.03  # of a rollout batch's arithmetic, for the default of probe_every
-LOGITS = 1 << 24  # numbers in one (rows, vocabulary) tensor
+ROWS = 1024  # answer positions that meet a tile of the vocabulary together
 STATES = 1 << 26  # numbers in the states of one forward pass
 
 Answers = Sequence[tuple[list[int], list[int]]]  # token ids of prompts and answers
@@ -46,10 +47,10 @@ def probe(
             for later in range(layer + 1, stream.num_layers + 1):
                 pair = (states[Site("layer", layer)], states[Site("layer", later)])
                 sums["cosine", layer, later] += torch.cosine_similarity(*pair, dim=-1).double().sum().item()
-        rows = max(1, LOGITS // stream.head().weight.size(0))
-        for start in range(0, len(targets), rows):
-            piece = {site: values[start : start + rows] for site, values in states.items()}
-            _policies(stream, piece, targets[start : start + rows], layers, lens, temperature, sums)
+        for start in range(0, len(targets), ROWS):
+            piece = {site.layer: values[start : start + ROWS] for site, values in states.items()}
+            for key, values in _policies(stream, piece, targets[start : start + ROWS], layers, lens, temperature):
+                sums[key] += values.double().sum().item()
     found = [
         {"measure": measure, "layer": layer, "later_layer": later, "value": total / tokens}
         for (measure, layer, later), total in sums.items()
@@ -60,42 +61,28 @@ def probe(
     return found
 
 
-def _policies(stream, states, targets, layers, lens, temperature, sums) -> None:
-    """Add what needs logits, for some rows."""
-
-    def log_probs(layer: int, lens: Lens = lens) -> torch.Tensor:
-        x = stream.lensed(states[Site("layer", layer)], lens)
-        return stream.logits(x, temperature).log_softmax(-1)
-
-    def entropy(log_p: torch.Tensor) -> torch.Tensor:
-        return -torch.linalg.vecdot(_probabilities(log_p), log_p)
-
-    def add(name: str, layer: int | None, later: int | None, values: torch.Tensor) -> None:
-        sums[name, layer, later] += values.double().sum().item()
-
-    theta = log_probs(stream.num_layers, "final_norm")
-    add("entropy", None, None, entropy(theta))
-    add("perplexity", None, None, -theta.gather(1, targets.to(theta.device)[:, None])[:, 0])
-    lower: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # probabilities and entropy of the layers met so far
-    below = entropy(log_probs(min(layers) - 1)) if layers else None
-    for later in range(min(layers, default=stream.num_layers + 1), stream.num_layers + 1):
-        log_q = log_probs(later)
-        for layer, (p, h) in lower.items():
-            add("kl", layer, later, -h - torch.linalg.vecdot(p, log_q))
-        if later in layers or later + 1 in layers:
-            p = _probabilities(log_q)
-            h = -torch.linalg.vecdot(p, log_q)
-            if later in layers:
-                add("entropy_layer", later, None, h)
-                add("d_entropy_layer", later, None, h - below)
-                add("kl_language_model", later, None, -h - torch.linalg.vecdot(p, theta))
-                lower[later] = (p, h)
-            below = h
-
-
-def _probabilities(log_p: torch.Tensor) -> torch.Tensor:
-    """What is below e^-80 is taken as that: denormal numbers are many times as slow on a CPU."""
-    return log_p.clamp(min=-80).exp()
+def _policies(stream, states, targets, layers, lens, temperature) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """What needs logits, `(rows,)` by measure, layer and later layer. `states` are by layer."""
+    last, lowest = stream.num_layers, min(layers, default=stream.num_layers + 1) - 1
+    head = stream.head(temperature)
+    theta = stream.lensed(states[last], "final_norm")
+    read = [stream.lensed(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
+    kind = torch.promote_types(theta.dtype, torch.float32)
+    device = head.weight.device
+    fold = Fold([x.to(device, kind) for x in (theta, *read)], spoken=1 + len(read), pairs=True)
+    fold.take_all(head, targets.to(device))
+    yield ("entropy", None, None), fold.entropy[0]
+    yield ("perplexity", None, None), fold.z[0] - fold.chosen_logit[0]
+    to_theta, _, between = fold.kl()
+    assert between is not None, "asked for all pairs"
+    place = {layer: last - layer for layer in range(lowest, last + 1)}  # among the layers, the last of which came first
+    for layer in layers:
+        entropy = fold.entropy[1 + place[layer]]
+        yield ("entropy_layer", layer, None), entropy
+        yield ("d_entropy_layer", layer, None), entropy - fold.entropy[1 + place[layer - 1]]
+        yield ("kl_language_model", layer, None), to_theta[place[layer]]
+        for later in range(layer + 1, last + 1):
+            yield ("kl", layer, later), between[place[layer], place[later]]
 
 
 def _states(

@@ -147,8 +147,8 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     return stream
 
 
-def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
-    """Refuse what this kind of model or of distribution cannot do. Returns whether parameters are sharded.
+def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
+    """Refuse what this kind of model or of distribution cannot do.
 
     Raises:
         UserError: with what to do instead.
@@ -157,36 +157,29 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
     if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
         raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
-    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else ""
-    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in kind:
-        raise UserError(
-            f"fsdp_state_dict_type is {kind}: it must be FULL_STATE_DICT, since a run ends by saving its model"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer.accelerator.state.fsdp_plugin)
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
-    sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    if args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
-        _check_second_model(trainer)
-    if sharded and args.first_phase.undecided:
-        raise UserError("internal_layer auto measures a whole model: with FSDP or DeepSpeed, run bupo analyze first")
-    if sharded and args.eval_benchmarks:
-        raise UserError("eval_benchmarks needs whole parameters: with FSDP or DeepSpeed, run bupo eval on checkpoints")
-    return sharded
-
-
-def _check_second_model(trainer: TRLTrainer) -> None:
-    """Raises [`UserError`] where a critic of its own cannot train beside the policy."""
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled and args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
         raise UserError(
             "critic_backbone copy trains a second model, and accelerate's backward is that of the policy's DeepSpeed engine: "
             "use FSDP2, or choose shared"
         )
-    version = trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else 2
-    if version != 2:
+
+
+def _check_fsdp(plugin: Any) -> None:
+    """Raises [`UserError`] where a run cannot be sharded as asked."""
+    if plugin.fsdp_version != 2:
         raise UserError(
-            f"critic_backbone copy trains a second model, which fsdp_version {version} does not shard: use fsdp_version 2, or "
-            "choose shared"
+            f"fsdp_version is {plugin.fsdp_version}: use fsdp_version 2, since a model that FSDP 1 flattens has no layers "
+            "that can be looked at"
+        )
+    kind = str(plugin.state_dict_type)
+    if "FULL_STATE_DICT" not in kind:
+        raise UserError(
+            f"fsdp_state_dict_type is {kind}: it must be FULL_STATE_DICT, since a run ends by saving its model"
         )

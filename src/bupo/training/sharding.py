@@ -16,11 +16,13 @@ from accelerate.utils import OPTIMIZER_NAME, broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shards(accelerator: Accelerator) -> bool:
@@ -53,6 +55,51 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, accele
     fully_shard(head, mp_policy=MixedPrecisionPolicy(), **options)
     fully_shard(model, mp_policy=replace(precision, output_dtype=None), **options)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: of one that is sharded its share, which is written through."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_again(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has left gathered: the model's parameters are shares again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def joined(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Shares as of these parameters, joined on the CPU of each process, one after another. Every process has to ask."""
+    found = []
+    for like, share in zip(parameters, shares, strict=True):
+        if isinstance(like, DTensor):
+            mesh, places, share = like.device_mesh, like.placements, share.to(like.to_local().device)
+            joint = DTensor.from_local(share, mesh, places, shape=like.shape, stride=like.stride(), run_check=False)
+            share = joint.full_tensor().cpu()
+        found.append(share)
+    return found
+
+
+def parted(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This process' shares of what `joined` gave, on any number of processes."""
+    found = []
+    for like, whole in zip(parameters, wholes, strict=True):
+        if isinstance(like, DTensor):
+            mesh, here = like.device_mesh, whole.to(like.to_local().device)
+            whole = distribute_tensor(here, mesh, like.placements, src_data_rank=None).to_local().cpu()
+        found.append(whole.clone())
+    return found
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """A model's weights, whole, on the main process if it is sharded. Every process has to ask."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """What `whole_weights` gave the main process."""
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:

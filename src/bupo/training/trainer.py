@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.model.residual import Family, Site
+from bupo.model.residual import Family, ResidualStream, Site
 from bupo.training import asked, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
 from bupo.training.config import BuPOConfig
@@ -65,14 +65,15 @@ class BuPOTrainer(TRLTrainer):
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        sharded, self.given = check_run(self, args := self.args), of_given(self)
+        check_run(self, args := self.args)
+        self.given = of_given(self)
         self.stream = open_stream(self.model, args, family)
-        reference = None if self.ref_model is None else open_stream(self.ref_model, args, family)
+        reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
         self.critic = critic_of(self.stream, self.accelerator, args)
         freeze_up_to(self.stream, args.frozen_up_to_layer)
         decode, positions = self.processing_class.decode, positions_of(self.model)
-        self.watch = Watch(self.stream, self.accelerator, args, decode, sharded, positions)
+        self.watch = Watch(self.model, self.stream, self.accelerator, args, decode, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}

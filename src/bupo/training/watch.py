@@ -4,7 +4,7 @@ the symptoms of failures that make no noise.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +19,17 @@ from bupo.files import write_json
 from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
-from bupo.training.boundary import boundary_layer, said_of_length
+from bupo.training.boundary import boundary_layer, said_of_length, up_to
 from bupo.training.config import BuPOConfig
-from bupo.training.dynamics import PROBES_FILE, Dynamics
+from bupo.training.dynamics import Dynamics
 from bupo.training.estimators import BY_GROUP
 from bupo.training.guard import Guard, restore, snapshot
+from bupo.training.head import within
 from bupo.training.layers import moved_by
 from bupo.training.messages import warn
 from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
 from bupo.training.schedule import Schedule, recommended
+from bupo.training.sharding import joined, parted, sharded_again, shards
 from bupo.training.symptoms import Symptoms
 
 logger = get_logger(__name__)
@@ -45,12 +47,11 @@ class Watch:
     the main process' probes.
 
     Args:
-        stream ([`~bupo.model.residual.ResidualStream`], *optional*): the model; without one there are no probes.
+        model (`nn.Module`): with a policy head, and the wrappers of PEFT and FSDP2.
+        stream ([`~bupo.model.residual.ResidualStream`], *optional*): the model's; without one there are no probes.
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.
-        sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then nothing is probed and there is no guard, but the
-            probe set is kept, for checkpoints to be measured on.
         positions (`float`): of the model.
 
     Attributes:
@@ -59,23 +60,17 @@ class Watch:
 
     def __init__(
         self,
+        model: torch.nn.Module,
         stream: ResidualStream | None,
         accelerator: Accelerator,
         args: BuPOConfig,
-        decode,
-        sharded: bool = False,
+        decode: Callable,
         positions: float = math.inf,
     ):
-        self._stream, self.accelerator, self.args, self.decode = stream, accelerator, args, decode
+        self.model, self._stream, self.accelerator, self.args, self.decode = model, stream, accelerator, args, decode
         self.schedule: Schedule = args.first_phase
-        self.sharded, self.every = sharded, 0 if sharded else args.probe_every  # None: once the probe set is known
+        self.every = args.probe_every  # None: once the probe set is known
         self.guarding = args.internal_guard and bool(self.schedule.stages)
-        if sharded and (self.guarding or args.probe_every):
-            self.guarding = False
-            logger.warning(
-                "FSDP and DeepSpeed shard the parameters: this run has no internal_guard, and is probed afterwards, by bupo "
-                f"analyze --rollouts {args.output_dir}/{PROBES_FILE} --model {args.output_dir}/checkpoint-*"
-            )
         meta: dict = {"seed": args.seed}
         if stream is None:
             self.every = 0
@@ -192,10 +187,16 @@ class Watch:
     def decide(self, answers: Answers, updates: int) -> None:
         """`internal_layer: auto` of a run of so many updates, on the first rollout batch's answers of this process. Also
         written to `boundary.json`."""
-        tokens = BOUNDARY_TOKENS // self.accelerator.num_processes
-        with evaluating(self.stream.model):
-            lens, temperature = self.args.internal_lens, self.args.temperature
-            found = boundary_layer(self.stream, answers, lens, temperature, tokens=tokens, gather=gather_object)
+        tokens, gather = BOUNDARY_TOKENS // self.accelerator.num_processes, gather_object
+        if shards(self.accelerator):  # all have to run the same passes
+            tokens, answers, gather = BOUNDARY_TOKENS, gather_object(up_to(answers, tokens)), list
+        lens, temperature = self.args.internal_lens, self.args.temperature
+
+        def measured() -> dict:
+            with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
+                return boundary_layer(self.stream, answers, lens, temperature, tokens=tokens, gather=gather)
+
+        found = within(self.model, measured)
         batches = self.args.rollout_batches(updates)
         self.schedule = self.schedule.decided(found["boundary_layer"], recommended(batches))
         lengths = {"rollout_batches": batches, "recommended_steps": recommended(batches)}
@@ -215,7 +216,7 @@ class Watch:
     @property
     def _keeps_answers(self) -> bool:
         """Whether there is a probe set."""
-        return self.args.probe_every != 0 if self.sharded else self.every != 0
+        return self.every != 0
 
     def _choose_answers(self, answers: Answers) -> None:
         """The probe set: answers to different prompts, cut to a length, the same on every process."""
@@ -244,9 +245,12 @@ class Watch:
         """Measure, write, log."""
         started = perf_counter()
         layers = self._layers()
-        with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
-            rows = probe(self.stream, self.answers, layers, self.args.internal_lens, self.args.temperature)
-        rows = broadcast_object_list([rows])[0]
+
+        def measured() -> list[dict]:
+            with evaluating(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
+                return probe(self.stream, self.answers, layers, self.args.internal_lens, self.args.temperature)
+
+        rows = broadcast_object_list([within(self.model, measured)])[0]
         if self.accelerator.is_main_process:
             self.dynamics.add(rollout_batch - 1, rows)
         stage = self.schedule.stage(rollout_batch)
@@ -260,8 +264,10 @@ class Watch:
     # -- guard -------------------------------------------------------------------------------------------------------
 
     def _moved(self, place: int) -> list[torch.nn.Parameter]:
+        """Parameters that a stage moves, as this process holds them."""
         layer = self.schedule.stages[place].layer
         assert layer is not None, "the guard watches layers that are known"
+        sharded_again(self.model)
         return moved_by(self.stream, layer, self.args.internal_lens == "final_norm")
 
     def _go_back(self, rollout_batch: int, optimizer, why: str) -> None:
@@ -279,14 +285,14 @@ class Watch:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """What a checkpoint must hold."""
+        """What a checkpoint must hold. Every process has to ask."""
         return {
             "schedule": self.schedule.state(),
             "every": self.every,
             "answers": [(list(prompt), list(answer)) for prompt, answer in self.answers],
             "guard": asdict(self.guard),
             "guarded": self.guarded,
-            "kept": self.kept,
+            "kept": joined(self._moved(self.guarded), self.kept) if self.kept else [],
             "series": self.dynamics.state(),
             "boundary": json.dumps(self.boundary),
             "symptoms": self.symptoms.state(),
@@ -296,11 +302,12 @@ class Watch:
     def load(self, state: dict, rollout_batch: int) -> None:
         """Go on from a checkpoint's state. The options decide how often is probed, if they say."""
         self.schedule = Schedule.load(state["schedule"])
-        if not self.sharded:
-            self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
+        self.every = state["every"] if self.args.probe_every is None else self.args.probe_every
         self.guarded = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
-        self.guard, self.kept = Guard(**guard), state["kept"]
+        self.guard, self.kept = Guard(**guard), []
+        if state["kept"]:
+            self.kept = parted(self._moved(self.guarded), state["kept"])
         self.symptoms, self.updates = Symptoms(**state["symptoms"]), state["updates"]
         kept = state["answers"] if self._keeps_answers else []
         self.answers = [(list(prompt), list(answer)) for prompt, answer in kept]
