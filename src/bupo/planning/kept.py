@@ -102,8 +102,9 @@ def _precision(model: nn.Module, precision: str) -> Iterator[None]:
             model.to(half)
             stack.callback(model.to, torch.float32)
         elif precision == "autocast":
+            head = causal_lm(model).get_output_embeddings()  # it may be the embedding, too, and nothing runs it here
             for module in model.modules():
-                if isinstance(module, nn.Linear | Conv1D):
+                if isinstance(module, nn.Linear | Conv1D) and module is not head:
                     module.to(half)
                     hook = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(half), *inputs[1:]))
                     stack.callback(hook.remove)
