@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainerCallback
@@ -32,11 +31,13 @@ import bupo
 from benchmarks.result import Result, Table, Target, options
 from benchmarks.turns import Rollouts, made_up, reward
 from bupo import BuPOConfig, BuPOTrainer
-from bupo.model.loading import load_config, load_model, load_tokenizer
+from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.model.loading import EMBEDDED, load_config, load_model, load_tokenizer
 from bupo.model.scoring import score_tokens
 from bupo.planning.memory import activations, lasting
 from bupo.planning.options import PlanOptions
 from bupo.planning.plan import Plan, setting_of
+from bupo.training.inputs import TrainOptions
 
 MARK = "plan: "
 WARM = 1  # rollout batches of each phase that are not looked at: the first has no optimizer's state
@@ -103,6 +104,7 @@ class Watched(TrainerCallback):
     """What a run tells: marks in a trace, bytes of gradients and optimizer, seconds; by rollout batch, from 1."""
 
     before_update: Callable[[], None] = lambda: None
+    answer_tokens: list[float] = field(default_factory=list)  # in the mean, of each rollout batch
     bytes: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     seconds: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     trainer: Any = None
@@ -119,11 +121,15 @@ class Watched(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         mark(f"{self.batch} ends")
         whole = time.process_time() - self.started
-        self.seconds[self.batch]["update"] = whole - self.seconds[self.batch].pop("rollout")
+        self.seconds[self.batch]["update"] = whole - self.seconds[self.batch]["rollout"]
         states = self.trainer.optimizer.state.values()
         self.bytes[self.batch]["optimizer"] = sum(
             value.nbytes for each in states for value in each.values() if isinstance(value, torch.Tensor)
         )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "completions/mean_length" in logs:
+            self.answer_tokens.append(logs["completions/mean_length"])
 
     def listen_to(self, trainer: BuPOTrainer) -> None:
         """Take marks around the loss, and the time of the rollout batch before the update, and of its scoring."""
@@ -160,8 +166,10 @@ def mark(name: str) -> None:
         pass
 
 
-def trained(model, tokenizer, case: Case, folder: str, batches: int, watched: Watched) -> BuPOTrainer:
-    """A trainer that has answers given to it, and has not begun."""
+def trained(
+    model, tokenizer, case: Case, folder: str, batches: int, watched: Watched, samples: bool = False
+) -> BuPOTrainer:
+    """A trainer that has answers given to it, or `samples` them to sums, and has not begun."""
     vocabulary = model.config.get_text_config().vocab_size
     given = iter([case.rollouts(vocabulary, seed) for seed in range(2 * batches)])
 
@@ -172,14 +180,15 @@ def trained(model, tokenizer, case: Case, folder: str, batches: int, watched: Wa
         return {"prompt_ids": batch.prompts, "completion_ids": answers, "logprobs": None}
 
     prompts = 2 * batches * case.rows * case.passes // case.group
+    sums = load_problems(ARITHMETIC, "train", size=prompts).select_columns(["prompt"])
     trainer = BuPOTrainer(
         model,
         reward,
         case.config(folder, batches),
-        train_dataset=Dataset.from_dict({"prompt": ["-"] * prompts}),
+        train_dataset=sums,
         processing_class=tokenizer,
         callbacks=[watched],
-        rollout_func=rollouts,
+        rollout_func=None if samples else rollouts,
     )
     trainer.remove_callback(PrinterCallback)
     watched.listen_to(trainer)
@@ -287,15 +296,38 @@ def measured_time(model, tokenizer, case: Case, batches: int) -> tuple[dict[int,
     return found, rates
 
 
+def sampling_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]:
+    """Plan and measured of sampling answers to sums: a rollout batch of phase 1 without its scoring (and its bookkeeping)."""
+    rates = Rates(model, case)
+    watched = Watched(before_update=rates.take)
+    batches = WARM + 2
+    with tempfile.TemporaryDirectory() as folder:
+        trained(model, tokenizer, case, folder, batches, watched, samples=True).train()
+    looked_at = range(WARM + 1, batches + 1)
+    taken = [watched.seconds[batch]["rollout"] - watched.seconds[batch]["scoring"] for batch in looked_at]
+    tokens = statistics.mean(watched.answer_tokens[batch - 1] for batch in looked_at)
+    on = on_cpu(case, rates)
+    on.prompt_tokens, on.answer_tokens = None, max(1, round(tokens))
+    found = bupo.plan(name, case.config("unused", batches), TrainOptions(dataset=ARITHMETIC), on=on)
+    planned_seconds, seconds = found.phases[0].seconds.sampling, statistics.median(taken)
+    return [{"case": case.name, "phase": 1, "part": "sampling", "plan": planned_seconds, "measured": seconds}]
+
+
 # -- both ------------------------------------------------------------------------------------------------------------
 
 
-def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, dict[int, dict[str, float]]]:
-    """The plan of a case, and bytes by part and phase."""
+def on_cpu(case: Case, rates: Rates | None) -> PlanOptions:
+    """This machine, at the rates that were taken."""
     on = PlanOptions(gpus=0, prompt_tokens=case.prompt, answer_tokens=case.answer)
     if rates:
         on.tflops = statistics.median(rates.products) / 1e12
         on.bandwidth = statistics.median(rates.copies) / 1e12
+    return on
+
+
+def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, dict[int, dict[str, float]]]:
+    """The plan of a case, and bytes by part and phase."""
+    on = on_cpu(case, rates)
     config = case.config("unused", WARM + 1)
     found = bupo.plan(name, config, on=on)
     setting = setting_of(name, config, on=on)
@@ -372,15 +404,21 @@ def benchmark(name: str, cases: list[Case], batches: int) -> Result:
     named = Path(name).name
     about = f"{named}, {layers} layers, phase 1 at layer {cases[0].layer}"
     result = Result(f"python -m benchmarks.plan --model {named}", about)
-    memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
-    seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, batches)]
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)  # a .gguf file takes its time to be read
+        name = name if name == EMBEDDED else folder
+        tokenizer.save_pretrained(folder)
+        memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
+        seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, batches)]
+        sampling = sampling_rows(name, model, tokenizer, cases[0])
     result.tables += [Table("Memory, MB", shown(memory, 1e6, 1)), Table("Seconds", shown(seconds, 1, 2))]
+    result.tables.append(Table("Seconds of sampling", shown(sampling, 1, 2)))
     for what, rows in (("memory", memory), ("time", seconds)):
         worst = max(rows, key=lambda row: abs(row["plan"] / row["measured"] - 1))
         apart = abs(worst["plan"] / worst["measured"] - 1)
         text = f"{what}: the largest difference ({worst['case']}, phase {worst['phase']}, {worst['part']})"
         result.targets.append(Target(text, apart, APART, "%"))
-    result.raw = {"memory": memory, "time": seconds}
+    result.raw = {"memory": memory, "time": seconds, "sampling": sampling}
     return result
 
 

@@ -1,6 +1,10 @@
 """`bupo plan`: counts against published numbers, against a real model's parameters, FLOPs and memory, and by hand; and its page."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,11 +14,12 @@ from transformers import AutoConfig
 from trl import ModelConfig
 
 import bupo
+from benchmarks import plan as benchmark
 from bupo import BuPOConfig, PlanOptions, UserError
 from bupo.commands.main import main
 from bupo.commands.parsing import parse
 from bupo.commands.plan import config_of
-from bupo.model.loading import EMBEDDED, load_model
+from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
 from bupo.model.packing import Layout, Packing
 from bupo.model.residual import ResidualStream
 from bupo.planning.arithmetic import flops, layers, layers_backward
@@ -24,6 +29,8 @@ from bupo.planning.plan import setting_of
 from bupo.planning.times import sampling_steps, too_little
 from bupo.training.inputs import TrainOptions
 from bupo.training.layers import freeze_up_to, moved_by
+from tests.faults.test_launches import FSDP2
+from tests.real_models import real_model
 from tests.test_recipes import RECIPES, ROOT
 
 QWEN = {
@@ -71,7 +78,8 @@ def models(tmp_path_factory):
 def config(**changes):
     given = {"internal_layer": 5, "internal_steps": 2, "max_steps": 4, "per_device_train_batch_size": 16}
     given |= {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_generations": 8}
-    return BuPOConfig("unused", **{**given, "max_completion_length": 12, "gradient_checkpointing": False, **changes})
+    given |= {"output_dir": "unused", "max_completion_length": 12, "gradient_checkpointing": False}
+    return BuPOConfig(**{**given, **changes})
 
 
 ON_CPU = PlanOptions(gpus=0, tflops=0.1, bandwidth=0.01, prompt_tokens=20, answer_tokens=12)
@@ -230,7 +238,10 @@ def test_what_other_options_take_and_leave():
     plain = memory(embedded(on=gpu, bf16=True), None)
     for options, part in [
         ({"gradient_checkpointing": True}, "activations"),
-        ({"per_device_train_batch_size": 8, "steps_per_generation": 4, "gradient_accumulation_steps": 4}, "activations"),
+        (
+            {"per_device_train_batch_size": 8, "steps_per_generation": 4, "gradient_accumulation_steps": 4},
+            "activations",
+        ),
         ({"optim": "adamw_8bit"}, "optimizer"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "gradients"),
     ]:
@@ -279,6 +290,83 @@ def test_sampling_lasts_as_long_as_its_longest_answer(models):
     assert "vLLM has no room" in too_little(small)
 
 
+# -- against runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path):
+    """To the byte, in both phases; between an update's micro-batches gradients are whole on each."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "tests.plan_run",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | FSDP2
+    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    setting = embedded(on=PlanOptions(gpus=2))
+    for rank in range(2):
+        measured = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for batch, layer in ((1, 5), (3, None)):  # the second rollout batch of each phase
+            at = dict(moments(setting, layer))
+            step, between = at["the optimizer steps"], at["the unembedding is differentiated"]
+            assert measured[batch] == {
+                "weights": step["weights"],
+                "optimizer": step["optimizer"],
+                "gradients": step["gradients"],
+                "kept back": between["gradients"],
+            }
+
+
+def apart(rows):
+    """Rows of a benchmark that are further apart than they may be."""
+    return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > benchmark.APART]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", benchmark.embedded_cases(), ids=lambda case: case.name)
+def test_memory_of_the_embedded_model_is_as_planned(case):
+    rows = benchmark.memory_rows(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
+    assert len(rows) == 2 * len(benchmark.PARTS) and not apart(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", benchmark.embedded_cases(), ids=lambda case: case.name)
+def test_time_of_the_embedded_model_is_as_planned(case):
+    rows = in_time(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
+    assert len(rows) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_smollm2_is_as_planned(tmp_path):
+    """Memory of an update in one pass, and its time."""
+    model, tokenizer = real_model("smollm2-135m")
+    model.config.save_pretrained(tmp_path)
+    case = benchmark.large_cases(10)[0]
+    rows = benchmark.memory_rows(str(tmp_path), model, tokenizer, case)
+    assert len(rows) == 2 * len(benchmark.PARTS) and not apart(rows)
+    in_time(str(tmp_path), model, tokenizer, case)
+
+
+def in_time(name, model, tokenizer, case):
+    """Seconds as planned, on one thread. A machine that is busy with others has its moments: the best of three."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(3):
+            rows = benchmark.time_rows(name, model, tokenizer, case, batches=4)
+            if not apart(rows):
+                return rows
+        raise AssertionError(apart(rows))
+    finally:
+        torch.set_num_threads(threads)
+
+
 # -- recipes, advice, page -------------------------------------------------------------------------------------------
 
 
@@ -298,7 +386,9 @@ def test_every_recipe_is_planned(models, recipe):
     if recipe.stem == "embedded-auto" or not large:
         on.tflops, on.bandwidth = 0.1, 0.01
     found = recipe_plan(recipe, models, on)
-    assert found.seconds > 0 and sum(phase.batches for phase in found.phases) == (300 if large else found_batches(recipe))
+    assert found.seconds > 0 and sum(phase.batches for phase in found.phases) == (
+        300 if large else found_batches(recipe)
+    )
     assert found.phases[-1].layer is None
     for phase in found.phases:
         assert phase.memory.bytes <= sum(phase.memory.largest.values())
@@ -317,7 +407,13 @@ def found_batches(recipe):
 def test_advice_is_what_a_plan_with_it_says(models):
     """Each number is that of the run with the option set; together they fit, and the last one was needed."""
     name = str(models / "octothinker-8b")
-    given = {"internal_layer": 31, "bf16": True, "max_completion_length": 3072, "use_vllm": True, "vllm_mode": "colocate"}
+    given = {
+        "internal_layer": 31,
+        "bf16": True,
+        "max_completion_length": 3072,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+    }
     on = PlanOptions(gpus=4, gpu_memory=80, prompt_tokens=300, sharding="fsdp2")
     found = bupo.plan(name, config(**given), on=on)
     assert not found.fits and found.advice
