@@ -12,6 +12,14 @@ GB = 1e9
 # an H100's dense peaks by its data sheet, and what share of them a training run is assumed to reach
 H100_BF16, H100_FP32, H100_BANDWIDTH, SHARE = 989.0, 67.0, 3.35, {"tflops": 0.4, "bandwidth": 0.6}
 H100_MEMORY = 80.0
+RANGES = {
+    "gpus": FROM_0,
+    "gpu_memory": POSITIVE,
+    "tflops": POSITIVE,
+    "bandwidth": POSITIVE,
+    "prompt_tokens": COUNT,
+    "answer_tokens": COUNT,
+}
 
 
 @dataclass
@@ -55,15 +63,7 @@ class PlanOptions:
         """Raises [`UserError`] for a value that is none, or devices that cannot be shared so."""
         if self.sharding is not None:
             check_word("sharding", self.sharding, SHARDINGS)
-        check_values(
-            self,
-            gpus=FROM_0,
-            gpu_memory=POSITIVE,
-            tflops=POSITIVE,
-            bandwidth=POSITIVE,
-            prompt_tokens=COUNT,
-            answer_tokens=COUNT,
-        )
+        check_values(self, **RANGES)
         if self.sharding not in (None, "one") and self.gpus < 2:
             raise UserError(f"sharding {self.sharding} takes several GPUs, and gpus is {self.gpus}: leave it out")
         if self.sharding == "one" and self.gpus > 1:

@@ -8,6 +8,7 @@ from bupo.data.problems import ARITHMETIC, REASONING_GYM, load_problems
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import check_layers, load_tokenizer
+from bupo.options import DTYPES
 from bupo.planning.advice import Advice, advice_for
 from bupo.planning.arithmetic import Flops, flops
 from bupo.planning.batches import Lengths
@@ -16,8 +17,10 @@ from bupo.planning.options import PlanOptions
 from bupo.planning.setting import Setting
 from bupo.planning.sizes import Sizes, meta_model, sizes_of
 from bupo.planning.times import Seconds, seconds, too_little
+from bupo.ranges import check_options, check_word
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
+from bupo.training.ranges import MODEL_RANGES
 from bupo.training.schedule import Stage, recommended
 from bupo.training.setup import sources
 
@@ -136,6 +139,7 @@ def _setting(
     loading = loading or ModelConfig()
     on.check()
     options.check()
+    _check_loading(loading)
     _check_sharing(config, on)
     given = "internal_schedule" if config.internal_schedule else "internal_layer"
     named = {given: max(config.first_phase.layers, default=None)}
@@ -151,6 +155,17 @@ def _phase(setting: Setting, stage: Stage) -> PhasePlan:
     moved = setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
     times = seconds(setting, layer, counted)
     return PhasePlan(layer, stage.batches, moved, counted, memory(setting, layer), times)
+
+
+def _check_loading(loading: ModelConfig) -> None:
+    """What a run refuses of how a model is loaded, before it looks for one."""
+    check_options(loading, MODEL_RANGES)
+    if loading.dtype is not None:
+        check_word("dtype", loading.dtype, DTYPES)
+    if loading.load_in_4bit or loading.load_in_8bit:
+        raise UserError(
+            "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
+        )
 
 
 def _check_sharing(config: BuPOConfig, on: PlanOptions) -> None:

@@ -93,7 +93,7 @@ def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: M
         config ([`~bupo.BuPOConfig`]), loading (`ModelConfig`): of the run.
 
     Raises:
-        UserError: if it cannot be laid out, or its weights would be quantised.
+        UserError: if it cannot be laid out, or its adapter not put on it.
     """
     if loading.load_in_4bit or loading.load_in_8bit:
         raise UserError(
@@ -106,6 +106,7 @@ def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: M
             read, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
         )
         model.tie_weights()
+    with others("the adapter's options (lora_…) are refused"), torch.device("meta"):
         if adapter := get_peft_config(loading):
             model = get_peft_model(model, adapter)
     _freeze(model, config.frozen_up_to_layer)
