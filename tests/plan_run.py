@@ -1,4 +1,4 @@
-"""What each process of a launch really holds of the embedded model under FSDP2, in bytes: `python -m tests.plan_run FOLDER`.
+"""What each process of a launch really holds of the embedded model under FSDP2, in bytes: `python -m tests.plan_run FOLDER OPTIONS`.
 
 Tensors are counted wherever Python or C++ keeps them for Python to find: what the garbage collector knows, each storage once.
 """
@@ -56,7 +56,7 @@ class Held(TrainerCallback):
         self.found.append(parts | {"kept back": self.between - self.before})
 
 
-def main(folder):
+def main(folder, options):
     with_fsdp2_on_cpus()
     held = Held()
     args = config(
@@ -68,6 +68,7 @@ def main(folder):
         optim="adamw_torch",
         report_to="none",
         save_strategy="no",
+        **options,
     )
     trainer = BuPOTrainer(
         load_model(EMBEDDED),
@@ -83,4 +84,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

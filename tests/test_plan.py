@@ -201,6 +201,8 @@ def test_pairs_of_a_window():
     assert batch.pairs() == 28 and batch.pairs(2) == sum(map(len, seen)) and batch.pairs(100) == 28
 
 
+SYNCED = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 # bytes a parameter of a device, of all and of those that train: one process, and each way of sharing among four
@@ -243,7 +245,7 @@ def test_what_other_options_take_and_leave():
             "activations",
         ),
         ({"optim": "adamw_8bit"}, "optimizer"),
-        ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, "gradients"),
+        (SYNCED, "gradients"),
     ]:
         changed = memory(embedded(on=gpu, bf16=True, **options), None)
         assert changed.largest[part] < plain.largest[part], options
@@ -294,8 +296,9 @@ def test_sampling_lasts_as_long_as_its_longest_answer(models):
 
 
 @pytest.mark.slow
-def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path):
-    """To the byte, in both phases; between an update's micro-batches gradients are whole on each."""
+@pytest.mark.parametrize("options", [{}, SYNCED], ids=["as_usual", "sync_each_batch"])
+def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
+    """To the byte, in both phases; between an update's micro-batches gradients are whole on each, unless told otherwise."""
     launch = [
         sys.executable,
         "-m",
@@ -306,9 +309,10 @@ def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path):
         "tests.plan_run",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | FSDP2
-    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
+    command = [*launch, str(tmp_path), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    setting = embedded(on=PlanOptions(gpus=2))
+    setting = embedded(on=PlanOptions(gpus=2), **options)
     for rank in range(2):
         measured = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for batch, layer in ((1, 5), (3, None)):  # the second rollout batch of each phase
@@ -422,7 +426,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "vllm_enable_sleep_mode": {"vllm_enable_sleep_mode": True},
         "optim": {"optim": "adamw_8bit"},
-        "accelerator_config": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+        "accelerator_config": SYNCED,
         "per_device_train_batch_size": {
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 4,

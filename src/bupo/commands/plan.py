@@ -65,6 +65,8 @@ def show(found: Plan, console: Console) -> None:
         "this machine's CPU" if on.cpu else f"{on.gpus} GPU{'s' * (on.gpus > 1)} of {on.memory / GB:g} GB, {on.shared}"
     )
     say(f"{found.model} ({found.sizes.kind}) on {devices}")
+    answers, prompts, updates = found.answers, found.answers // found.group, found.updates
+    say(f"a rollout batch: {answers:,} answers to {prompts:,} prompts, {updates:g} update{'s' * (updates != 1)}")
     for table in (_parameters(found), _flops(found), _memory(found), _seconds(found)):
         console.print(table)
     for line in (*_saved(found), *_length(found), *_verdict(found)):
@@ -153,7 +155,7 @@ def in_words(seconds: float | None) -> str:
     """A time for people."""
     if seconds is None:
         return "?"
-    if seconds < 90:
+    if seconds < 600:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

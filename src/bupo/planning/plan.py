@@ -1,10 +1,11 @@
 """`bupo.plan`: what a run will need and take, before any weights are loaded."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from trl import ModelConfig
 
-from bupo.data.problems import ARITHMETIC, REASONING_GYM, load_problems
+from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import check_layers, load_tokenizer
@@ -61,6 +62,7 @@ class Plan:
     Attributes:
         model (`str`), sizes ([`Sizes`]): what is trained.
         on ([`PlanOptions`]): the devices.
+        answers, group (`int`), updates (`float`): of a rollout batch of all devices, answers, those to one prompt, and updates.
         phases (`list[PhasePlan]`): in their order.
         sampler (`str`, *optional*): what is said where vLLM has no room for one answer.
         advice ([`Advice`], *optional*): what to change, where a device is too small.
@@ -70,6 +72,9 @@ class Plan:
     model: str
     sizes: Sizes
     on: PlanOptions
+    answers: int
+    group: int
+    updates: float
     phases: list[PhasePlan]
     sampler: str | None
     advice: Advice | None
@@ -116,7 +121,8 @@ def plan(
     stages, said_stages = _stages(setting, batches)
     phases = [_phase(setting, stage) for stage in stages]
     assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_said_of(setting)]
-    found = Plan(model, setting.sizes, on, phases, too_little(setting), None, assumed)
+    size = (setting.answers * on.processes, config.num_generations, setting.updates)
+    found = Plan(model, setting.sizes, on, *size, phases, too_little(setting), None, assumed)
     layers = [stage.layer for stage in stages]
     return replace(found, advice=advice_for(setting, layers)) if found.bytes > on.memory else found
 
@@ -213,8 +219,7 @@ def _lengths(
 def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
     """Tokens of the first prompts of a data set that is made, or a file. One of the hub is not asked for."""
     name = options.dataset
-    local = name is not None and (name == ARITHMETIC or name.startswith(REASONING_GYM) or "." in name[-8:])
-    if name is None or not local:
+    if name is None or not (name == ARITHMETIC or name.startswith(REASONING_GYM) or Path(name).suffix in FILE_KINDS):
         return None
     problems = load_problems(
         name,

@@ -95,10 +95,6 @@ def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: M
     Raises:
         UserError: if it cannot be laid out, or its adapter not put on it.
     """
-    if loading.load_in_4bit or loading.load_in_8bit:
-        raise UserError(
-            "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
-        )
     if getattr(read, "quantization_config", None) is not None:  # a .gguf file's, whose weights are plain once loaded
         del read.quantization_config
     with others(f"model {name!r} cannot be laid out"), torch.device("meta"):
