@@ -94,8 +94,7 @@ def embedded_cases() -> list[Case]:
 def large_cases(layer: int) -> list[Case]:
     return [
         Case("one pass", layer),
-        Case("two passes", layer, rows=8, passes=2),
-        Case("checkpointing", layer, rows=16, answer=64, checkpointing=True),
+        Case("two passes, checkpointing", layer, rows=8, passes=2, checkpointing=True),
     ]
 
 
@@ -170,6 +169,7 @@ def trained(
     model, tokenizer, case: Case, folder: str, batches: int, watched: Watched, samples: bool = False
 ) -> BuPOTrainer:
     """A trainer that has answers given to it, or `samples` them to sums, and has not begun."""
+    model.gradient_checkpointing_disable()  # that a case before this one has asked for
     vocabulary = model.config.get_text_config().vocab_size
     given = iter([case.rollouts(vocabulary, seed) for seed in range(2 * batches)])
 
@@ -394,8 +394,8 @@ def shown(rows: list[dict[str, Any]], unit: float, digits: int) -> list[dict[str
     ]
 
 
-def benchmark(name: str, cases: list[Case], batches: int) -> Result:
-    """All of it, of one model."""
+def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Result:
+    """All of it, of one model; `sampled`: sampling, too, of which no target is held."""
     set_verbosity_error()
     disable_progress_bar()
     torch.set_num_threads(1)
@@ -409,10 +409,10 @@ def benchmark(name: str, cases: list[Case], batches: int) -> Result:
         name = name if name == EMBEDDED else folder
         tokenizer.save_pretrained(folder)
         memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
-        seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, batches)]
-        sampling = sampling_rows(name, model, tokenizer, cases[0])
+        seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, WARM + batches)]
+        sampling = sampling_rows(name, model, tokenizer, cases[0]) if sampled else []
     result.tables += [Table("Memory, MB", shown(memory, 1e6, 1)), Table("Seconds", shown(seconds, 1, 2))]
-    result.tables.append(Table("Seconds of sampling", shown(sampling, 1, 2)))
+    result.tables += [Table("Seconds of sampling", shown(sampling, 1, 2))] if sampled else []
     for what, rows in (("memory", memory), ("time", seconds)):
         worst = max(rows, key=lambda row: abs(row["plan"] / row["measured"] - 1))
         apart = abs(worst["plan"] / worst["measured"] - 1)
@@ -424,10 +424,13 @@ def benchmark(name: str, cases: list[Case], batches: int) -> Result:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--batches", type=int, default=4, help="rollout batches of each phase whose time is taken")
+    parser.add_argument("--batches", type=int, default=2, help="rollout batches of each phase whose time is taken")
+    parser.add_argument("--case", help="one of them, such as 'one pass'")
+    parser.add_argument("--sampling", action="store_true", help="sampling, too")
     given = parser.parse_args()
     cases = embedded_cases() if given.model == "embedded" else large_cases(given.layer)
-    result = benchmark(given.model, cases, given.batches)
+    cases = [case for case in cases if given.case in (None, case.name)]
+    result = benchmark(given.model, cases, given.batches, given.sampling)
     result.show()
     result.write(given.json)
 

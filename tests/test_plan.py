@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -453,6 +454,23 @@ def test_what_a_run_would_refuse():
         bupo.plan(EMBEDDED, config(), loading=ModelConfig(load_in_4bit=True))
     found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=ON_CPU)
     assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("Qwen3-4B", "qwen3-4b/bupo"), ("Qwen3-8B", "qwen3-8b/ppo")])
+def test_the_documents_pages_are_what_is_printed(models, tmp_path, capsys, monkeypatch, name, recipe):
+    """With the configurations that are on the hub in folders of their names."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / name.lower(), tmp_path / "Qwen" / name)
+    text = (ROOT.parent / "docs" / "plan.md").read_text()
+    command = f"bupo plan --config recipes/{recipe}.yaml --gpus 8 --gpu_memory 80"
+    shown = re.search(rf"^\$ {re.escape(command)}\n(.*?)^```$", text, re.M | re.S)
+    words = command.replace("recipes/", f"{ROOT}/").split()[1:]
+    assert main(words) == 0
+    page = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    lines = [line for line in shown[1].splitlines() if line != "…"]
+    start = page.index(lines[0])
+    assert page[start : start + len(lines)] == lines
 
 
 def test_the_page(models, capsys, monkeypatch):

@@ -104,7 +104,8 @@ def _vllm(setting: Setting) -> Iterator[tuple[str, Setting]]:
     )
     share = round(STEP * math.ceil(least / STEP), 2)
     if share < config.vllm_gpu_memory_utilization:
-        yield f"vllm_gpu_memory_utilization {share:g}", setting.changed(vllm_gpu_memory_utilization=share)
+        text = f"vllm_gpu_memory_utilization {share:g} (sampling takes more turns)"
+        yield text, setting.changed(vllm_gpu_memory_utilization=share)
 
 
 def _smaller_batches(setting: Setting) -> tuple[str, Setting]:
