@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,12 @@ def models(tmp_path_factory):
 
 
 def config(**changes):
-    given = {"internal_layer": 5, "internal_steps": 2, "max_steps": 4, "per_device_train_batch_size": 16}
+    given: dict[str, Any] = {
+        "internal_layer": 5,
+        "internal_steps": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 16,
+    }
     given |= {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_generations": 8}
     given |= {"output_dir": "unused", "max_completion_length": 12, "gradient_checkpointing": False}
     return BuPOConfig(**{**given, **changes})
@@ -202,12 +208,12 @@ def test_pairs_of_a_window():
     assert batch.pairs() == 28 and batch.pairs(2) == sum(map(len, seen)) and batch.pairs(100) == 28
 
 
-SYNCED = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+SYNCED: dict[str, Any] = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 # bytes a parameter of a device, of all and of those that train: one process, and each way of sharing among four
-SHARED = {
+SHARED: dict[str, dict[str, float]] = {
     "one": {"weights": 4, "gradients": 4, "optimizer": 8},
     "ddp": {"weights": 4, "gradients": 4, "optimizer": 8, "buckets": 4},
     "fsdp2": {"weights": 1, "gradients": 1, "optimizer": 2},
@@ -239,20 +245,19 @@ def test_phase_1_has_no_state_above_its_layer():
 def test_what_other_options_take_and_leave():
     gpu = PlanOptions(gpus=4, gpu_memory=40, prompt_tokens=20, answer_tokens=12)
     plain = memory(embedded(on=gpu, bf16=True), None)
-    for options, part in [
+    smaller = {"per_device_train_batch_size": 8, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
+    tried: list[tuple[dict[str, Any], str]] = [
         ({"gradient_checkpointing": True}, "activations"),
-        (
-            {"per_device_train_batch_size": 8, "steps_per_generation": 4, "gradient_accumulation_steps": 4},
-            "activations",
-        ),
+        (smaller, "activations"),
         ({"optim": "adamw_8bit"}, "optimizer"),
         (SYNCED, "gradients"),
-    ]:
+    ]
+    for options, part in tried:
         changed = memory(embedded(on=gpu, bf16=True, **options), None)
         assert changed.largest[part] < plain.largest[part], options
     reserved = memory(embedded(on=gpu, bf16=True, use_vllm=True, vllm_mode="colocate"), None)
     assert reserved.at_once["vLLM"] == 0.3 * 40e9
-    asleep = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+    asleep: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
     assert memory(embedded(on=gpu, bf16=True, **asleep), None).moment == "answers are sampled"
 
 
@@ -340,7 +345,7 @@ def test_memory_of_the_embedded_model_is_as_planned(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", benchmark.embedded_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", benchmark.embedded_cases()[::2], ids=lambda case: case.name)
 def test_time_of_the_embedded_model_is_as_planned(case):
     rows = in_time(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
     assert len(rows) == 3
@@ -411,19 +416,19 @@ def found_batches(recipe):
 
 def test_advice_is_what_a_plan_with_it_says(models):
     """Each number is that of the run with the option set; together they fit, and the last one was needed."""
-    name = str(models / "octothinker-8b")
-    given = {
-        "internal_layer": 31,
+    name = str(models / "smollm2")
+    given: dict[str, Any] = {
+        "internal_layer": 29,
         "bf16": True,
         "max_completion_length": 3072,
         "use_vllm": True,
         "vllm_mode": "colocate",
     }
-    on = PlanOptions(gpus=4, gpu_memory=80, prompt_tokens=300, sharding="fsdp2")
+    on = PlanOptions(gpus=4, gpu_memory=10, prompt_tokens=300, sharding="fsdp2")
     found = bupo.plan(name, config(**given), on=on)
     assert not found.fits and found.advice
     told = {change.options.split()[0]: change.bytes for change in found.advice.each}
-    for option, changes in {
+    options: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "vllm_enable_sleep_mode": {"vllm_enable_sleep_mode": True},
         "optim": {"optim": "adamw_8bit"},
@@ -433,21 +438,24 @@ def test_advice_is_what_a_plan_with_it_says(models):
             "gradient_accumulation_steps": 4,
             "steps_per_generation": 4,
         },
-    }.items():
+    }
+    for option, changes in options.items():
         assert told[option] == bupo.plan(name, config(**given | changes), on=on).bytes, option
     sizes = [change.bytes for change in found.advice.together]
-    assert sizes[-1] <= 80e9 and all(size > 80e9 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
-    alone = bupo.plan(name, config(**given), on=PlanOptions(gpu_memory=24, prompt_tokens=300))
-    assert alone.advice.gpus and alone.advice.gpus.bytes <= 24e9
+    assert sizes[-1] <= 10e9 and all(size > 10e9 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
+    alone = bupo.plan(name, config(**given), on=PlanOptions(gpu_memory=1, prompt_tokens=300))
+    print(alone.bytes, alone.advice)
+    assert alone.advice.gpus and alone.advice.gpus.bytes <= 1e9
 
 
 def test_what_a_run_would_refuse():
-    for changes, on, message in [
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"internal_layer": "auto"}, {"gpus": 2}, "internal_layer auto measures a whole model"),
         ({"advantage_estimator": "ppo"}, {"gpus": 2, "sharding": "zero2"}, "trains a second model"),
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
-    ]:
+    ]
+    for changes, on, message in refused:
         with pytest.raises(UserError, match=message):
             bupo.plan(EMBEDDED, config(**changes), on=PlanOptions(**on))
     with pytest.raises(UserError, match="quantised"):
