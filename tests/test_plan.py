@@ -444,7 +444,6 @@ def test_advice_is_what_a_plan_with_it_says(models):
     sizes = [change.bytes for change in found.advice.together]
     assert sizes[-1] <= 10e9 and all(size > 10e9 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
     alone = bupo.plan(name, config(**given), on=PlanOptions(gpu_memory=1, prompt_tokens=300))
-    print(alone.bytes, alone.advice)
     assert alone.advice.gpus and alone.advice.gpus.bytes <= 1e9
 
 

@@ -170,7 +170,8 @@ def _update(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]
     head_grad = FP32 * sizes.width * sizes.vocabulary if sizes.head.trained else 0.0
     late = {"critic": _critic_gradients(setting) if setting.accumulates else 0.0}
     start = {"gradients": before, "activations": kept, **_gathered(setting), **late}
-    yield "the unembedding is differentiated", {**start, "unembedding": head + head_grad}
+    converted = head_grad * _compute_share(setting) if setting.state_bytes == HALF else 0.0
+    yield "the unembedding is differentiated", {**start, "unembedding": head + head_grad + converted}
     # of a weight that is also the embedding's, the gradient waits for the rest of it
     waits = head_grad * _compute_share(setting) if sizes.tied or not setting.accumulates else 0.0
     yield "the last layer is differentiated", {**start, "activations": kept + work(setting), "unembedding": waits}
