@@ -17,6 +17,7 @@ FAULTLESS = {
     "eval": "--benchmarks arithmetic --size 2 --k 1 --max_new_tokens 4 --output deep/er/out",
     "analyze": "--size 2 --max_new_tokens 4 --output deep/er/out",
     "sample": "--prompt 57+23-41",
+    "plan": "--model embedded --internal_layer 5 --internal_steps 1 --max_steps 4",
     "demo": "--steps 1 --problems 4 --output deep/er/out",
     "report": "other-run --output deep/er/page.html",
 }
@@ -637,6 +638,36 @@ SAMPLE = [
     bad("sample", "--chat_template empty.jinja", "empty"),
 ]
 
+PLAN = [
+    bare("plan --internal_layer 5", "model is not set"),
+    *each("plan", "gpus", "-1", "must be 0 or more"),
+    *each("plan", "gpus", "x 1.5", "invalid int value"),
+    *each("plan", "gpu_memory", "0 -1 nan inf", "must be positive"),
+    *each("plan", "tflops", "0 nan", "must be positive"),
+    *each("plan", "bandwidth", "0 -1", "must be positive"),
+    *each("plan", "prompt_tokens", "0", "must be 1 or more"),
+    *each("plan", "answer_tokens", "0 -7", "must be 1 or more"),
+    bad("plan", "--answer_tokens 9 --max_new_tokens 8", "answer_tokens is 9, and max_new_tokens allows 8"),
+    *each("plan", "sharding", "zzz", "invalid choice", "zero2"),
+    bad("plan", "--sharding ddp", "sharding ddp takes several GPUs, and gpus is 1"),
+    bad("plan", "--gpus 2 --sharding one", "sharding one takes one GPU, and gpus is 2"),
+    bad("plan", "--gpus 2 --sharding zero3", "zero3", "use fsdp2"),
+    bad("plan", "--gpus 2 --internal_layer auto", "internal_layer auto measures a whole model"),
+    bad("plan", "--gpus 3 --num_generations 7", "num_generations", "7"),
+    *each("plan", "internal_layer", "9", "layer 9 does not exist"),
+    *each("plan", "frozen_up_to_layer", "9", "frozen_up_to_layer"),
+    bad("plan", "--model no-config", "no-config holds no model"),
+    bad("plan", "--model gone/model/there", "does not exist"),
+    bad("plan", "--model encoder", "is no causal language model"),
+    bad("plan", "--load_in_4bit true", "load_in_4bit", "quantised"),
+    bad("plan", "--use_peft true --lora_r 0", "lora_r"),
+    bad("plan", "--dtype zzz", "dtype", "zzz"),
+    bad("plan", "--dataset absent.jsonl", "absent.jsonl"),
+    bad("plan", "--dataset broken.jsonl", "broken.jsonl"),
+    bad("plan", "--max_prompt_tokens 0", "max_prompt_tokens must be 1 or more"),
+    bare("plan --gpu 8", "unknown option 'gpu'", "did you mean 'gpus'"),
+]
+
 DEMO = [
     *each("demo", "seed", "-1", "must lie from 0 to 4294967295"),
     *each("demo", "steps", "0", "must be 1 or more"),
@@ -681,5 +712,5 @@ REPORT = [
 ]
 
 ROWS = [
-    *MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *DEMO, *REPRODUCE, *REPORT,
+    *MAIN, *YAML, *TRAINING_NUMBERS, *TRAINING_WORDS, *TRAINING_FILES, *EVAL, *ANALYZE, *SAMPLE, *PLAN, *DEMO, *REPRODUCE, *REPORT,
 ]  # fmt: skip

@@ -21,6 +21,8 @@ from bupo.commands.sample import SampleOptions
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.options import RANGES as SHARED
+from bupo.planning.options import RANGES as PLANNING
+from bupo.planning.options import PlanOptions
 from bupo.ranges import LARGEST, check_number, hints_of, kinds_of
 from bupo.training.config import BuPOConfig
 from bupo.training.demo import DemoOptions
@@ -129,13 +131,22 @@ def test_one_line_and_nothing_left(inside, capfd, row):
     assert seen(inside.parent) == before
 
 
-NUMBERS_OF = (TrainOptions, BuPOConfig, ModelConfig, EvalOptions, AnalyzeOptions, SampleOptions, DemoOptions)
+NUMBERS_OF = (
+    TrainOptions,
+    BuPOConfig,
+    ModelConfig,
+    EvalOptions,
+    AnalyzeOptions,
+    SampleOptions,
+    DemoOptions,
+    PlanOptions,
+)
 
 
 def test_every_number_has_a_range():
     """An option that a newer TRL adds shows up here."""
     own = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEPS}  # looked at by name
-    named = {*RANGES, *MODEL_RANGES, *SHARED, *own}
+    named = {*RANGES, *MODEL_RANGES, *SHARED, *PLANNING, *own}
     elsewhere = {
         "k",
         "attn",

@@ -13,7 +13,7 @@ LARGEST_FILE, LARGEST_FUNCTION, LARGEST_TRAINER = 400, 40, 200
 # from the top floor down: a room imports from its own floor's rooms below it in this list only, or from lower floors
 FLOORS = [
     ("commands",),
-    ("reproduction",),
+    ("reproduction", "planning"),
     ("training",),
     ("analysis", "evaluation"),
     ("report", "sampling"),

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.model.policy import InternalPolicy as InternalPolicy
     from bupo.model.residual import Family as Family
     from bupo.model.scoring import score_tokens as score_tokens
+    from bupo.planning.options import PlanOptions as PlanOptions
+    from bupo.planning.plan import Plan as Plan
+    from bupo.planning.plan import plan as plan
     from bupo.report.runs_page import report_runs as report_runs
     from bupo.reproduction.run import ReproduceOptions as ReproduceOptions
     from bupo.reproduction.run import reproduce as reproduce
@@ -40,6 +43,8 @@ _EXPORTS = {
     "InternalPolicies": "bupo.model.policy",
     "InternalPolicy": "bupo.model.policy",
     "MathGrader": "bupo.rewards.grader",
+    "Plan": "bupo.planning.plan",
+    "PlanOptions": "bupo.planning.options",
     "ReproduceOptions": "bupo.reproduction.run",
     "TrainOptions": "bupo.training.inputs",
     "TrainingRun": "bupo.training.run",
@@ -50,6 +55,7 @@ _EXPORTS = {
     "load_problems": "bupo.data.problems",
     "load_tokenizer": "bupo.model.loading",
     "math_reward": "bupo.rewards.math_reward",
+    "plan": "bupo.planning.plan",
     "report_runs": "bupo.report.runs_page",
     "reproduce": "bupo.reproduction.run",
     "score_tokens": "bupo.model.scoring",

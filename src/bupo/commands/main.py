@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train the embedded model by BuPO on this machine and show what it gained",
     "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
     "reproduce": "make the paper's figures and tables: bupo reproduce fig3 --scale embedded",
+    "plan": "what a run will need and take, before you pay: bupo plan --config FILE.yaml --gpus 8 --gpu_memory 80",
     "report": "write one page over any runs: bupo report runs/*",
     "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
 }

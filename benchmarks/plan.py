@@ -1,0 +1,439 @@
+"""`bupo.plan` against runs: memory by part and at its peak, and time, of real updates in both phases, as ratios.
+
+    python -m benchmarks.plan --model SmolLM2.gguf --layer 10 --json out.json
+
+The trainer runs in this process on made-up answers of a given length. Memory is what the CPU's allocator says in torch's
+profiler (each allocation, those inside of operators too), weights apart, which were there before; marks in the same trace say
+when a forward pass begins and ends. Time is taken without the profiler. The rate that the plan is given is that of the
+model's own forward pass over plain rows, its FLOPs counted by torch's `FlopCounterMode`, and the bandwidth that of copying a
+tensor: both before each update, so that the machine's noise is in both. Seconds are the process' own on one thread: what
+others take of the processor is in neither.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+import bupo
+from benchmarks.result import Result, Table, Target, options
+from benchmarks.turns import Rollouts, made_up, reward
+from bupo import BuPOConfig, BuPOTrainer
+from bupo.data.problems import ARITHMETIC, load_problems
+from bupo.model.loading import EMBEDDED, load_config, load_model, load_tokenizer
+from bupo.model.scoring import score_tokens
+from bupo.planning.memory import activations, lasting
+from bupo.planning.options import PlanOptions
+from bupo.planning.plan import Plan, setting_of
+from bupo.training.inputs import TrainOptions
+
+MARK = "plan: "
+WARM = 1  # rollout batches of each phase that are not looked at: the first has no optimizer's state
+APART = 0.2  # that a plan may be from what is measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: rows a micro-batch, micro-batches an update, tokens of a prompt and an answer; one update a rollout batch."""
+
+    name: str
+    layer: int
+    rows: int = 16
+    passes: int = 1
+    prompt: int = 44
+    answer: int = 32
+    group: int = 8
+    checkpointing: bool = False
+
+    def rollouts(self, vocabulary: int, seed: int) -> Rollouts:
+        return made_up(self.prompt, [self.answer] * (self.rows * self.passes), self.group, vocabulary, seed)
+
+    def config(self, folder: str, batches: int) -> BuPOConfig:
+        """A first phase of so many rollout batches, and a second one as long."""
+        return BuPOConfig(
+            folder,
+            internal_schedule=[[self.layer, batches]],
+            max_steps=2 * batches,
+            per_device_train_batch_size=self.rows,
+            gradient_accumulation_steps=self.passes,
+            steps_per_generation=self.passes,
+            num_generations=self.group,
+            max_completion_length=self.answer,
+            gradient_checkpointing=self.checkpointing,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            internal_guard=False,
+            probe_every=0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=0,
+        )
+
+
+def embedded_cases() -> list[Case]:
+    return [
+        Case("one pass", 5, rows=32),
+        Case("four passes, short answers", 5, rows=32, passes=4, prompt=11, answer=16),
+        Case("checkpointing", 5, rows=32, passes=2, answer=64, checkpointing=True),
+    ]
+
+
+def large_cases(layer: int) -> list[Case]:
+    return [
+        Case("one pass", layer),
+        Case("two passes, checkpointing", layer, rows=8, passes=2, checkpointing=True),
+    ]
+
+
+@dataclass
+class Watched(TrainerCallback):
+    """What a run tells: marks in a trace, bytes of gradients and optimizer, seconds; by rollout batch, from 1."""
+
+    before_update: Callable[[], None] = lambda: None
+    answer_tokens: list[float] = field(default_factory=list)  # in the mean, of each rollout batch
+    bytes: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    seconds: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    trainer: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.batch = state.global_step + 1
+        self.before_update()
+        self.started = time.process_time()
+        mark(f"{self.batch} begins")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.bytes[self.batch]["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        mark(f"{self.batch} ends")
+        whole = time.process_time() - self.started
+        self.seconds[self.batch]["update"] = whole - self.seconds[self.batch]["rollout"]
+        states = self.trainer.optimizer.state.values()
+        self.bytes[self.batch]["optimizer"] = sum(
+            value.nbytes for each in states for value in each.values() if isinstance(value, torch.Tensor)
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "completions/mean_length" in logs:
+            self.answer_tokens.append(logs["completions/mean_length"])
+
+    def listen_to(self, trainer: BuPOTrainer) -> None:
+        """Take marks around the loss, and the time of the rollout batch before the update, and of its scoring."""
+        self.trainer = trainer
+        loss = trainer.loss
+
+        def marked(*args, **kwargs):
+            mark(f"{self.batch} forward")
+            found = loss(*args, **kwargs)
+            mark(f"{self.batch} backward")
+            return found
+
+        def timed(method: Callable, part: str) -> Callable:
+            def found(*args, **kwargs):
+                with clock() as passed:
+                    result = method(*args, **kwargs)
+                self.seconds[self.batch][part] = passed()
+                return result
+
+            return found
+
+        trainer.loss, trainer.rollout = marked, timed(trainer.rollout, "rollout")  # type: ignore[method-assign]
+        trainer.score = timed(trainer.score, "scoring")  # type: ignore[method-assign]
+
+
+@contextmanager
+def clock() -> Iterator[Callable[[], float]]:
+    started = time.process_time()
+    yield lambda: time.process_time() - started
+
+
+def mark(name: str) -> None:
+    with record_function(MARK + name):
+        pass
+
+
+def trained(
+    model, tokenizer, case: Case, folder: str, batches: int, watched: Watched, samples: bool = False
+) -> BuPOTrainer:
+    """A trainer that has answers given to it, or `samples` them to sums, and has not begun."""
+    model.gradient_checkpointing_disable()  # that a case before this one has asked for
+    vocabulary = model.config.get_text_config().vocab_size
+    given = iter([case.rollouts(vocabulary, seed) for seed in range(2 * batches)])
+
+    def rollouts(prompts, trainer) -> dict[str, Any]:
+        batch = next(given)
+        end = trainer.processing_class.eos_token_id
+        answers = [[*ids[:-1], end] for ids in batch.answers]
+        return {"prompt_ids": batch.prompts, "completion_ids": answers, "logprobs": None}
+
+    prompts = 2 * batches * case.rows * case.passes // case.group
+    sums = load_problems(ARITHMETIC, "train", size=prompts).select_columns(["prompt"])
+    trainer = BuPOTrainer(
+        model,
+        reward,
+        case.config(folder, batches),
+        train_dataset=sums,
+        processing_class=tokenizer,
+        callbacks=[watched],
+        rollout_func=None if samples else rollouts,
+    )
+    trainer.remove_callback(PrinterCallback)
+    watched.listen_to(trainer)
+    return trainer
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the allocator held at which time, and when the marks were."""
+
+    held: list[tuple[float, int]]
+    marks: dict[str, list[float]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Trace":
+        events = json.loads(path.read_text())["traceEvents"]
+        held = sorted((e["ts"], e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+        marks: dict[str, list[float]] = defaultdict(list)
+        for event in events:
+            if str(event.get("name", "")).startswith(MARK) and event.get("ph") == "X":
+                marks[event["name"].removeprefix(MARK)].append(event["ts"])
+        return cls(held, {name: sorted(times) for name, times in marks.items()})
+
+    def at(self, moment: float) -> int:
+        return next((held for when, held in reversed(self.held) if when <= moment), 0)
+
+    def most(self, start: float, end: float) -> int:
+        return max(held for when, held in self.held if start <= when <= end)
+
+    def of(self, batch: int) -> dict[str, int]:
+        """Of a rollout batch: what forward passes have kept, and the most of all."""
+        passes = zip(self.marks[f"{batch} forward"], self.marks[f"{batch} backward"], strict=True)
+        kept = max(self.at(end) - self.at(start) for start, end in passes)
+        return {
+            "activations": kept,
+            "peak": self.most(self.marks[f"{batch} begins"][0], self.marks[f"{batch} ends"][0]),
+        }
+
+
+def measured_memory(model, tokenizer, case: Case) -> dict[int, dict[str, int]]:
+    """By phase: bytes by part."""
+    batches, watched = WARM + 1, Watched()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trained(model, tokenizer, case, folder, batches, watched)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            trainer.train()
+        profiled.export_chrome_trace(str(Path(folder) / "trace.json"))
+        trace = Trace.read(Path(folder) / "trace.json")
+    found = {}
+    for phase, batch in ((1, batches), (2, 2 * batches)):
+        parts = {"weights": weights} | watched.bytes[batch] | trace.of(batch)
+        found[phase] = parts | {"peak": parts["peak"] + weights}
+    return found
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+class Rates:
+    """FLOP/s of the model's forward pass over plain rows and its unembedding over the answers, and bytes/s of a copy."""
+
+    def __init__(self, model, case: Case):
+        vocabulary = model.config.get_text_config().vocab_size
+        self.model, self.case = model, case
+        self.ids = torch.randint(64, vocabulary, (case.rows, case.prompt + case.answer))
+        with FlopCounterMode(display=False) as counter:
+            self._pass()
+        self.flops = counter.get_total_flops()
+        self.table = torch.zeros(32_000_000)
+        self.other = torch.zeros_like(self.table)
+        self.products: list[float] = []
+        self.copies: list[float] = []
+
+    @torch.no_grad()
+    def _pass(self) -> None:
+        states = self.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+        answers = slice(self.case.prompt - 1, -1)
+        score_tokens(states[:, answers], self.model.get_output_embeddings().weight, self.ids[:, self.case.prompt :])
+
+    def take(self) -> None:
+        with clock() as passed:
+            self._pass()
+        self.products.append(self.flops / passed())
+        with clock() as passed:
+            self.other.copy_(self.table)
+        self.copies.append(2 * self.table.nbytes / passed())
+
+
+def measured_time(model, tokenizer, case: Case, batches: int) -> tuple[dict[int, dict[str, list[float]]], Rates]:
+    """By phase: seconds of each rollout batch but the first ones, and the rates taken before each."""
+    rates = Rates(model, case)
+    watched = Watched(before_update=rates.take)
+    with tempfile.TemporaryDirectory() as folder:
+        trained(model, tokenizer, case, folder, batches, watched).train()
+    found: dict[int, dict[str, list[float]]] = {1: defaultdict(list), 2: defaultdict(list)}
+    for batch, seconds in watched.seconds.items():
+        place = (batch - 1) % batches
+        if place >= WARM:
+            for part, value in seconds.items():
+                found[1 if batch <= batches else 2][part].append(value)
+    return found, rates
+
+
+def sampling_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]:
+    """Plan and measured of sampling answers to sums: a rollout batch of phase 1 without its scoring (and its bookkeeping)."""
+    rates = Rates(model, case)
+    watched = Watched(before_update=rates.take)
+    batches = WARM + 2
+    with tempfile.TemporaryDirectory() as folder:
+        trained(model, tokenizer, case, folder, batches, watched, samples=True).train()
+    looked_at = range(WARM + 1, batches + 1)
+    taken = [watched.seconds[batch]["rollout"] - watched.seconds[batch]["scoring"] for batch in looked_at]
+    tokens = statistics.mean(watched.answer_tokens[batch - 1] for batch in looked_at)
+    on = on_cpu(case, rates)
+    on.prompt_tokens, on.answer_tokens = None, max(1, round(tokens))
+    found = bupo.plan(name, case.config("unused", batches), TrainOptions(dataset=ARITHMETIC), on=on)
+    planned_seconds, seconds = found.phases[0].seconds.sampling, statistics.median(taken)
+    return [{"case": case.name, "phase": 1, "part": "sampling", "plan": planned_seconds, "measured": seconds}]
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+def on_cpu(case: Case, rates: Rates | None) -> PlanOptions:
+    """This machine, at the rates that were taken."""
+    on = PlanOptions(gpus=0, prompt_tokens=case.prompt, answer_tokens=case.answer)
+    if rates:
+        on.tflops = statistics.median(rates.products) / 1e12
+        on.bandwidth = statistics.median(rates.copies) / 1e12
+    return on
+
+
+def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, dict[int, dict[str, float]]]:
+    """The plan of a case, and bytes by part and phase."""
+    on = on_cpu(case, rates)
+    config = case.config("unused", WARM + 1)
+    found = bupo.plan(name, config, on=on)
+    setting = setting_of(name, config, on=on)
+    parts = {}
+    for phase, planned_phase in enumerate(found.phases, 1):
+        layer = planned_phase.layer
+        kept = lasting(setting, layer)
+        parts[phase] = {
+            "weights": kept["weights"],
+            "optimizer": kept["optimizer"],
+            "gradients": 4.0 * planned_phase.trained,
+            "activations": activations(setting, layer),
+            "peak": planned_phase.memory.bytes,
+        }
+    return found, parts
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "peak")
+
+
+def memory_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]:
+    """Plan and measured of each part and phase."""
+    _, parts = planned(name, case)
+    taken = measured_memory(model, tokenizer, case)
+    return [
+        {"case": case.name, "phase": phase, "part": part, "plan": parts[phase][part], "measured": taken[phase][part]}
+        for phase in (1, 2)
+        for part in PARTS
+    ]
+
+
+def time_rows(name: str, model, tokenizer, case: Case, batches: int) -> list[dict[str, Any]]:
+    """Plan and measured of scoring and update, by phase, in seconds. Phase 2 has nothing to score here."""
+    taken, rates = measured_time(model, tokenizer, case, batches)
+    found, _ = planned(name, case, rates)
+    rows = []
+    for phase, each in enumerate(found.phases, 1):
+        for part in ("scoring", "update"):
+            if getattr(each.flops, part):
+                seconds = statistics.median(taken[phase][part])
+                rows.append(
+                    {
+                        "case": case.name,
+                        "phase": phase,
+                        "part": part,
+                        "plan": getattr(each.seconds, part),
+                        "measured": seconds,
+                    }
+                )
+    return rows
+
+
+def shown(rows: list[dict[str, Any]], unit: float, digits: int) -> list[dict[str, str]]:
+    return [
+        {
+            "case": row["case"],
+            "phase": str(row["phase"]),
+            "part": row["part"],
+            "plan": f"{row['plan'] / unit:.{digits}f}",
+            "measured": f"{row['measured'] / unit:.{digits}f}",
+            "plan / measured": f"{row['plan'] / row['measured']:.2f}",
+        }
+        for row in rows
+    ]
+
+
+def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Result:
+    """All of it, of one model; `sampled`: sampling, too, of which no target is held."""
+    set_verbosity_error()
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
+    layers = load_config(name).get_text_config().num_hidden_layers
+    named = Path(name).name
+    about = f"{named}, {layers} layers, phase 1 at layer {cases[0].layer}"
+    result = Result(f"python -m benchmarks.plan --model {named}", about)
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)  # a .gguf file takes its time to be read
+        name = name if name == EMBEDDED else folder
+        tokenizer.save_pretrained(folder)
+        memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
+        seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, WARM + batches)]
+        sampling = sampling_rows(name, model, tokenizer, cases[0]) if sampled else []
+    result.tables += [Table("Memory, MB", shown(memory, 1e6, 1)), Table("Seconds", shown(seconds, 1, 2))]
+    result.tables += [Table("Seconds of sampling", shown(sampling, 1, 2))] if sampled else []
+    for what, rows in (("memory", memory), ("time", seconds)):
+        worst = max(rows, key=lambda row: abs(row["plan"] / row["measured"] - 1))
+        apart = abs(worst["plan"] / worst["measured"] - 1)
+        text = f"{what}: the largest difference ({worst['case']}, phase {worst['phase']}, {worst['part']})"
+        result.targets.append(Target(text, apart, APART, "%"))
+    result.raw = {"memory": memory, "time": seconds, "sampling": sampling}
+    return result
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--batches", type=int, default=2, help="rollout batches of each phase whose time is taken")
+    parser.add_argument("--case", help="one of them, such as 'one pass'")
+    parser.add_argument("--sampling", action="store_true", help="sampling, too")
+    given = parser.parse_args()
+    cases = embedded_cases() if given.model == "embedded" else large_cases(given.layer)
+    cases = [case for case in cases if given.case in (None, case.name)]
+    result = benchmark(given.model, cases, given.batches, given.sampling)
+    result.show()
+    result.write(given.json)
+
+
+if __name__ == "__main__":
+    main()

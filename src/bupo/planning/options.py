@@ -1,0 +1,124 @@
+"""What a plan is told besides a run's own options: the devices, the rates that they reach, the lengths of texts."""
+
+import os
+from dataclasses import dataclass, field
+
+from bupo.errors import UserError
+from bupo.options import check_values
+from bupo.ranges import COUNT, FROM_0, POSITIVE, check_word
+
+SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+GB = 1e9
+# an H100's dense peaks by its data sheet, and what share of them a training run is assumed to reach
+H100_BF16, H100_FP32, H100_BANDWIDTH, SHARE = 989.0, 67.0, 3.35, {"tflops": 0.4, "bandwidth": 0.6}
+H100_MEMORY = 80.0
+RANGES = {
+    "gpus": FROM_0,
+    "gpu_memory": POSITIVE,
+    "tflops": POSITIVE,
+    "bandwidth": POSITIVE,
+    "prompt_tokens": COUNT,
+    "answer_tokens": COUNT,
+}
+
+
+@dataclass
+class PlanOptions:
+    """The devices of a run and what is assumed of it. `None` is a default that the plan says aloud.
+
+    Parameters:
+        gpus (`int`, *optional*, defaults to `1`): processes, one a GPU; 0 is a run on this machine's CPU.
+        gpu_memory (`float`, *optional*): GB of a GPU (10^9 bytes): 80; of a CPU, its machine's.
+        sharding (`str`, *optional*): `one`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`: `fsdp2` on several GPUs.
+        tflops (`float`, *optional*): TFLOP/s that a device really reaches: 40 % of an H100's. None is known of a CPU.
+        bandwidth (`float`, *optional*): TB/s of its memory that it really reaches: 60 % of an H100's.
+        prompt_tokens, answer_tokens (`int`, *optional*): of a prompt and an answer, in the mean.
+    """
+
+    gpus: int = field(default=1, metadata={"help": "GPUs, one process each. 0: this machine's CPU."})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GB of a GPU; by default 80."})
+    sharding: str | None = field(
+        default=None,
+        metadata={
+            "help": "one, ddp, fsdp2, or zero1 to zero3; by default fsdp2 on several GPUs.",
+            "choices": SHARDINGS,
+        },
+    )
+    tflops: float | None = field(
+        default=None,
+        metadata={"help": "TFLOP/s that a device really reaches; by default 40 %% of an H100's."},
+    )
+    bandwidth: float | None = field(
+        default=None,
+        metadata={"help": "TB/s of memory that a device really reaches; by default 60 %% of an H100's."},
+    )
+    prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt; by default those of a local data set, else 256."}
+    )
+    answer_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of an answer in the mean; by default half of the longest."}
+    )
+
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, or devices that cannot be shared so."""
+        if self.sharding is not None:
+            check_word("sharding", self.sharding, SHARDINGS)
+        check_values(self, **RANGES)
+        if self.sharding not in (None, "one") and self.gpus < 2:
+            raise UserError(f"sharding {self.sharding} takes several GPUs, and gpus is {self.gpus}: leave it out")
+        if self.sharding == "one" and self.gpus > 1:
+            raise UserError(f"sharding one takes one GPU, and gpus is {self.gpus}: choose ddp or fsdp2")
+
+    @property
+    def cpu(self) -> bool:
+        return self.gpus == 0
+
+    @property
+    def processes(self) -> int:
+        return max(1, self.gpus)
+
+    @property
+    def shared(self) -> str:
+        """How the devices share the model."""
+        return self.sharding or ("fsdp2" if self.gpus > 1 else "one")
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device."""
+        if self.gpu_memory is not None:
+            return self.gpu_memory * GB
+        if self.cpu and hasattr(os, "sysconf"):
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return H100_MEMORY * GB
+
+    def rate(self, half: bool) -> float | None:
+        """FLOP/s of a device; `half`: whether its products are of 16-bit numbers."""
+        if self.tflops is not None:
+            return self.tflops * 1e12
+        return None if self.cpu else SHARE["tflops"] * (H100_BF16 if half else H100_FP32) * 1e12
+
+    @property
+    def bytes_a_second(self) -> float | None:
+        """Of a device's memory."""
+        if self.bandwidth is not None:
+            return self.bandwidth * 1e12
+        return None if self.cpu else SHARE["bandwidth"] * H100_BANDWIDTH * 1e12
+
+    def said(self, half: bool) -> list[str]:
+        """Each rate with where it comes from."""
+        peak, kind = (H100_BF16, "bf16") if half else (H100_FP32, "fp32")
+        unknown = "no {} is known of this CPU: --{} gives {}"
+        rate, speed = self.rate(half), self.bytes_a_second
+        if rate is None:
+            found = [unknown.format("rate", "tflops", "times")]
+        elif self.tflops is None:
+            found = [f"{rate / 1e12:.0f} TFLOP/s a GPU: 40 % of an H100's {peak:.0f} in {kind} (--tflops)"]
+        else:
+            found = [f"{self.tflops:g} TFLOP/s a device, as given"]
+        if speed is None:
+            found.append(unknown.format("bandwidth", "bandwidth", "the time of sampling and of the optimizer"))
+        elif self.bandwidth is None:
+            found.append(f"{speed / 1e12:.1f} TB/s of memory a GPU: 60 % of an H100's {H100_BANDWIDTH} (--bandwidth)")
+        else:
+            found.append(f"{self.bandwidth:g} TB/s of memory a device, as given")
+        return found

@@ -1,0 +1,284 @@
+"""`bupo.plan`: what a run will need and take, before any weights are loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trl import ModelConfig
+
+from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
+from bupo.data.templates import prompt_ids
+from bupo.errors import UserError
+from bupo.model.loading import check_layers, load_tokenizer
+from bupo.options import DTYPES
+from bupo.planning.advice import Advice, advice_for
+from bupo.planning.arithmetic import Flops, flops
+from bupo.planning.batches import Lengths
+from bupo.planning.memory import Memory, memory
+from bupo.planning.options import PlanOptions
+from bupo.planning.setting import Setting
+from bupo.planning.sizes import Sizes, meta_model, sizes_of
+from bupo.planning.times import Seconds, seconds, too_little
+from bupo.ranges import check_options, check_word
+from bupo.training.config import BuPOConfig
+from bupo.training.inputs import TrainOptions
+from bupo.training.ranges import MODEL_RANGES
+from bupo.training.schedule import Stage, recommended
+from bupo.training.setup import sources
+
+PROMPT_TOKENS = 256  # where no data set is at hand
+LOOKED_AT = 256  # prompts of a data set
+SHARE_OF_LONGEST = 0.5  # an answer's tokens in the mean
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Some rollout batches that optimise one policy.
+
+    Attributes:
+        layer (`int`, *optional*): whose policy; None is the whole one's.
+        batches (`int`, *optional*): rollout batches; None where the run's length is not known.
+        trained (`int`): parameters that move.
+        flops ([`Flops`]): of a device and rollout batch.
+        memory ([`Memory`]): bytes of a device by part.
+        seconds ([`Seconds`]): of a rollout batch.
+    """
+
+    layer: int | None
+    batches: int | None
+    trained: int
+    flops: Flops
+    memory: Memory
+    seconds: Seconds
+
+    @property
+    def name(self) -> str:
+        return "phase 2" if self.layer is None else f"phase 1, layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need and take.
+
+    Attributes:
+        model (`str`), sizes ([`Sizes`]): what is trained.
+        on ([`PlanOptions`]): the devices.
+        answers, group (`int`), updates (`float`): of a rollout batch of all devices, answers, those to one prompt, and updates.
+        phases (`list[PhasePlan]`): in their order.
+        sampler (`str`, *optional*): what is said where vLLM has no room for one answer.
+        advice ([`Advice`], *optional*): what to change, where a device is too small.
+        assumptions (`list[str]`): all that was not given.
+    """
+
+    model: str
+    sizes: Sizes
+    on: PlanOptions
+    answers: int
+    group: int
+    updates: float
+    phases: list[PhasePlan]
+    sampler: str | None
+    advice: Advice | None
+    assumptions: list[str]
+
+    @property
+    def bytes(self) -> float:
+        """That a device must hold."""
+        return max(phase.memory.bytes for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.on.memory and not self.sampler
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all rollout batches."""
+        totals = [(phase.batches, phase.seconds.total) for phase in self.phases]
+        known = [batches * total for batches, total in totals if batches is not None and total is not None]
+        return sum(known) if len(known) == len(totals) else None
+
+
+def plan(
+    model: str,
+    config: BuPOConfig,
+    options: TrainOptions | None = None,
+    *,
+    loading: ModelConfig | None = None,
+    on: PlanOptions | None = None,
+) -> Plan:
+    """Count parameters, FLOPs, memory and time of a run of [`bupo.train`] from its options and the model's configuration.
+
+    Args:
+        model (`str`): as of [`load_model`]; its weights are not looked for.
+        config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*), loading (`ModelConfig`, *optional*): of the run.
+        on ([`PlanOptions`], *optional*): devices, rates and lengths.
+
+    Raises:
+        UserError: for what the run would refuse of a model, a layer or a sharding.
+    """
+    options, on = options or TrainOptions(), on or PlanOptions()
+    setting, said = _setting(model, config, options, loading, on)
+    batches, said_length = _batches(config, options, on)
+    stages, said_stages = _stages(setting, batches)
+    phases = [_phase(setting, stage) for stage in stages]
+    assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_said_of(setting)]
+    size = (setting.answers * on.processes, config.num_generations, setting.updates)
+    found = Plan(model, setting.sizes, on, *size, phases, too_little(setting), None, assumed)
+    layers = [stage.layer for stage in stages]
+    return replace(found, advice=advice_for(setting, layers)) if found.bytes > on.memory else found
+
+
+def setting_of(
+    model: str,
+    config: BuPOConfig,
+    options: TrainOptions | None = None,
+    loading: ModelConfig | None = None,
+    on: PlanOptions | None = None,
+) -> Setting:
+    """What a plan counts from. Arguments as of [`plan`]."""
+    return _setting(model, config, options or TrainOptions(), loading, on or PlanOptions())[0]
+
+
+def _setting(
+    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig | None, on: PlanOptions
+) -> tuple[Setting, list[str]]:
+    """And what was assumed of lengths."""
+    loading = loading or ModelConfig()
+    on.check()
+    options.check()
+    _check_loading(loading)
+    _check_sharing(config, on)
+    given = "internal_schedule" if config.internal_schedule else "internal_layer"
+    named = {given: max(config.first_phase.layers, default=None)}
+    named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
+    read = check_layers(model, named, **sources(config, loading))
+    made = meta_model(model, read, config, loading)
+    mean, longest, said = _lengths(model, config, options, loading, on)
+    return Setting(config, on, loading, made, sizes_of(made), mean, longest), said
+
+
+def _phase(setting: Setting, stage: Stage) -> PhasePlan:
+    layer, counted = stage.layer, flops(setting, stage.layer)
+    moved = setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
+    times = seconds(setting, layer, counted)
+    return PhasePlan(layer, stage.batches, moved, counted, memory(setting, layer), times)
+
+
+def _check_loading(loading: ModelConfig) -> None:
+    """What a run refuses of how a model is loaded, before it looks for one."""
+    check_options(loading, MODEL_RANGES)
+    if loading.dtype is not None:
+        check_word("dtype", loading.dtype, DTYPES)
+    if loading.load_in_4bit or loading.load_in_8bit:
+        raise UserError(
+            "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
+        )
+
+
+def _check_sharing(config: BuPOConfig, on: PlanOptions) -> None:
+    """What a run would refuse, once its processes have started."""
+    if on.shared in ("one", "ddp"):
+        return
+    if on.shared == "zero3":
+        raise UserError("sharding zero3 partitions the unembedding, which bupo train refuses: use fsdp2 or zero2")
+    if config.first_phase.undecided:
+        raise UserError(
+            f"internal_layer auto measures a whole model, and sharding is {on.shared}: name the layer and internal_steps (bupo "
+            "analyze finds it), or choose ddp"
+        )
+    if config.advantage_estimator == "ppo" and config.critic_backbone == "copy" and on.shared.startswith("zero"):
+        raise UserError(f"critic_backbone copy trains a second model, which sharding {on.shared} does not: use fsdp2")
+
+
+def _lengths(
+    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, on: PlanOptions
+) -> tuple[Lengths, Lengths, list[str]]:
+    """Of texts in the mean and at their longest, and what was assumed of them."""
+    most = config.max_completion_length
+    found = _prompts(model, config, options, loading) if on.prompt_tokens is None else None
+    said = []
+    if on.prompt_tokens is not None:
+        prompt = longest = on.prompt_tokens
+    elif found:
+        prompt, longest = round(sum(found) / len(found)), max(found)
+        said.append(f"{prompt} tokens a prompt, the longest {longest}: the first {len(found)} of {options.dataset}")
+    else:
+        prompt = longest = PROMPT_TOKENS
+        said.append(f"{prompt} tokens a prompt: assumed, the data set is not looked at (--prompt_tokens)")
+    limit = options.max_prompt_tokens
+    if limit is not None:
+        prompt, longest = min(prompt, limit), (min(longest, limit) if found else limit)
+    answer = on.answer_tokens or max(1, round(SHARE_OF_LONGEST * most))
+    if on.answer_tokens is None:
+        said.append(f"{answer} tokens an answer in the mean: half of the longest, {most} (--answer_tokens)")
+    elif answer > most:
+        raise UserError(f"answer_tokens is {answer}, and max_new_tokens allows {most}: give as many or fewer")
+    said.append(f"memory is for prompts of {longest} and answers of {most} tokens, all in one micro-batch")
+    return Lengths(prompt, answer), Lengths(longest, most), said
+
+
+def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
+    """Tokens of the first prompts of a data set that is made, or a file. One of the hub is not asked for."""
+    name = options.dataset
+    if name is None or not (name == ARITHMETIC or name.startswith(REASONING_GYM) or Path(name).suffix in FILE_KINDS):
+        return None
+    problems = load_problems(
+        name,
+        options.split,
+        config=options.dataset_config,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        system_prompt=options.system_prompt,
+        size=min(options.size or LOOKED_AT, LOOKED_AT),
+        seed=config.seed,
+    )
+    tokenizer = load_tokenizer(model, **sources(config, loading))
+    kwargs = config.chat_template_kwargs or {}
+    return [len(prompt_ids(tokenizer, prompt, **kwargs)) for prompt in problems["prompt"]]
+
+
+def _batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tuple[int | None, list[str]]:
+    """Rollout batches of a run, if its options tell."""
+    if config.max_steps > 0:
+        return config.rollout_batches(config.max_steps), []
+    if options.size is None:
+        return None, ["the run's length is not known: it has no max_steps, and the data set no size"]
+    answers = config.per_device_train_batch_size * config.steps_per_generation * on.processes
+    prompts = answers // config.num_generations
+    return max(1, int(config.num_train_epochs * (options.size // max(1, prompts)))), []
+
+
+def _stages(setting: Setting, batches: int | None) -> tuple[list[Stage], list[str]]:
+    """The stages of the first phase and the second phase, those that the run reaches; what `auto` chooses is assumed."""
+    said, left, found = [], batches, []
+    for stage in setting.config.first_phase.stages:
+        layer, length = stage.layer, stage.batches
+        if layer is None:
+            layer = max(1, setting.sizes.layers // 2)
+            said.append(f"internal_layer auto: the middle layer, {layer}; the run will measure its own")
+        if length is None:
+            length = recommended(batches) if batches else None
+        if left is not None and length is not None:
+            length = min(length, left)
+            left -= length
+        if length != 0:
+            found.append(Stage(layer, length))
+    if left != 0:
+        found.append(Stage(None, left))
+    return found, said
+
+
+def _said_of(setting: Setting) -> list[str]:
+    """What the numbers leave out, and what no option tells."""
+    config, found = setting.config, []
+    found.append(
+        "rows are packed: a prompt is computed once for the answers that share a micro-batch"
+        if setting.packed
+        else "rows are not packed: each is computed with its prompt, and padded to the longest"
+    )
+    if config.use_vllm and config.vllm_mode == "server":
+        found.append("sampling takes no time here: vLLM's server has GPUs of its own")
+    found.append(
+        "not counted: grading, probes (3 % of the arithmetic at most), evaluation, checkpoints, and of memory CUDA's own "
+        "(some 1 GB a GPU) and what its allocator cannot use; communication lies in the stated rate"
+    )
+    return found
