@@ -167,13 +167,12 @@ def _update(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]
     before = _kept_back(setting, moved) if setting.accumulates else 0.0
     kept = activations(setting, layer)
     head = _tiles(setting) + FP32 * setting.fullest.answer_tokens * sizes.width
-    head_grad = FP32 * sizes.width * sizes.vocabulary if sizes.head.trained else 0.0
+    head_grad = float(_compute_bytes(setting) * sizes.width * sizes.vocabulary) if sizes.head.trained else 0.0
     late = {"critic": _critic_gradients(setting) if setting.accumulates else 0.0}
     start = {"gradients": before, "activations": kept, **_gathered(setting), **late}
-    converted = head_grad * _compute_share(setting) if setting.state_bytes == HALF else 0.0
-    yield "the unembedding is differentiated", {**start, "unembedding": head + head_grad + converted}
+    yield "the unembedding is differentiated", {**start, "unembedding": head + head_grad}
     # of a weight that is also the embedding's, the gradient waits for the rest of it
-    waits = head_grad * _compute_share(setting) if sizes.tied or not setting.accumulates else 0.0
+    waits = head_grad if sizes.tied or not setting.accumulates else 0.0
     yield "the last layer is differentiated", {**start, "activations": kept + work(setting), "unembedding": waits}
     if config.gradient_checkpointing and count != 1:
         below = kept - (setting.kept.blocks[layer - 1] if layer is not None else 0) + max(setting.kept.blocks)
@@ -207,7 +206,7 @@ def activations(setting: Setting, layer: int | None) -> float:
 def _tiles(setting: Setting) -> float:
     """Of logits, some rows and words at a time; their factors are fp32 in the backward pass."""
     rows, words = min(ROWS_PER_TILE, setting.fullest.answer_tokens), min(VOCABULARY_PER_TILE, setting.sizes.vocabulary)
-    converted = setting.sizes.width * (rows + words) if setting.state_bytes == HALF else 0
+    converted = setting.sizes.width * (rows + 2 * words) if setting.state_bytes == HALF else 0
     return float(FP32 * (TILES * rows * words + converted))
 
 
@@ -229,10 +228,6 @@ def _gathered(setting: Setting) -> Moment:
 def _compute_bytes(setting: Setting) -> int:
     """Of a weight where layers compute with it, and of its gradient there."""
     return HALF if setting.precision == "bfloat16" else FP32
-
-
-def _compute_share(setting: Setting) -> float:
-    return _compute_bytes(setting) / FP32
 
 
 # -- PPO's second model ----------------------------------------------------------------------------------------------
