@@ -1,5 +1,6 @@
 """What libraries would refuse only once a model is loaded, or trained, asked of them before: on one parameter."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -83,5 +84,7 @@ def _rehearse_vllm(config: BuPOConfig) -> None:
     from vllm import SamplingParams  # takes its time, and is there only where it is used
 
     given = config.generation_kwargs or {}
+    if unknown := sorted(given.keys() - inspect.signature(SamplingParams).parameters.keys()):
+        raise UserError(f"generation_kwargs holds {unknown[0]!r}, which is no setting of vLLM's sampling")
     with others("generation_kwargs is refused"):
         SamplingParams(**{name: value for name, value in given.items() if name != "structured_outputs"})  # made by TRL
