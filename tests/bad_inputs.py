@@ -348,6 +348,7 @@ TRAINING_WORDS = [
     *each("train", "scale_rewards", "foo", "must be group, batch or none, got 'foo'"),
     *each("train", "multi_objective_aggregation", "foo", "sum_then_normalize"),
     *each("train", "vllm_mode", "foo", "must be colocate or server"),
+    *each("train", "vllm_model_impl", "foo", "must be auto, vllm, transformers or terratorch"),
     *each("train", "optim", "zzz", "invalid choice: 'zzz'", "adamw_torch"),
     *each("train", "optim", "adamw_bnb_8bit", "bitsandbytes"),
     *each("train", "optim", "lomo", "lomo"),

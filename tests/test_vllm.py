@@ -1,15 +1,7 @@
-"""vLLM itself, offline and as a server, against transformers: `make test-vllm`.
-
-vLLM lives in an environment of its own (`BUPO_VLLM_PYTHON` is its interpreter), as it pins another transformers.
-"""
+"""vLLM itself, offline and as a server, against transformers: `make test-vllm`."""
 
 import json
-import os
-import socket
 import subprocess
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -19,10 +11,9 @@ from bupo.evaluation.benchmarks import load_benchmark
 from bupo.model.loading import load_model, load_tokenizer
 from bupo.sampling import Request, TransformersEngine, seed_of
 from tests.real_models import real_model
+from tests.vllm_serving import PYTHON, environment, serving
 
 pytestmark = pytest.mark.vllm
-PYTHON = os.environ.get("BUPO_VLLM_PYTHON", ".venv-vllm/bin/python")
-SOURCES = Path(__file__).parents[1] / "src"
 PROBLEMS, K, TOKENS = 64, 8, 48
 OFFLINE = """
 import json, sys
@@ -39,10 +30,6 @@ if __name__ == "__main__":
 """
 
 
-def environment():
-    return os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SOURCES)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """SmolLM2-135M as safetensors, which both read."""
@@ -55,26 +42,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32"]
     # vLLM 0.32 cannot take a seeded request apart on a CPU: torch's CPU generators have no offset to set back
-    command += ["--no-enable-chunked-prefill", "--enforce-eager", "--max-model-len", "1024", "--port", str(port)]
-    with log.open("w") as out:
-        running = subprocess.Popen(command, stdout=out, stderr=out, env=environment(), start_new_session=True)
-    url, started = f"http://127.0.0.1:{port}", time.monotonic()
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            break
-        except OSError:
-            assert running.poll() is None and time.monotonic() - started < 400, log.read_text()[-3000:]
-            time.sleep(1)
-    yield url
-    os.killpg(running.pid, 15)
-    running.wait(60)
+    options = ["--no-enable-chunked-prefill", "--max-model-len", "1024"]
+    with serving(folder, tmp_path_factory.mktemp("log") / "vllm.log", *options) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

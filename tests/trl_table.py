@@ -34,7 +34,8 @@ def elsewhere(why: str) -> Row:
     return Row(ELSEWHERE, {}, why)
 
 
-VLLM = elsewhere("needs vLLM and a GPU")
+VLLM = elsewhere("needs vLLM: `make test-vllm`")
+VLLM_GPU = elsewhere("needs vLLM and a GPU")
 VLLM_ONLY = "read with `use_vllm` alone"
 SEVERAL = elsewhere("needs several processes: `pytest tests/test_distributed.py`")
 HUB = elsewhere("needs the hub")
@@ -69,15 +70,13 @@ OPTIONS: dict[str, Row] = {
     "repetition_penalty": trains(repetition_penalty=1.1),
     "cache_implementation": trains(cache_implementation="dynamic"),
     "use_vllm": VLLM,
-    **dict.fromkeys(
-        ("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
-        VLLM,
-    ),
+    **dict.fromkeys(("vllm_mode", "vllm_structured_outputs_regex", "vllm_max_model_length"), VLLM),
+    **dict.fromkeys(("vllm_model_impl", "vllm_enable_sleep_mode"), VLLM_GPU),
     **dict.fromkeys(
         ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
         VLLM,
     ),
-    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"), VLLM),
+    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"), VLLM_GPU),
     "vllm_importance_sampling_correction": trains(
         f"{VLLM_ONLY}; it compares pi_theta with the sampler, in both phases", vllm_importance_sampling_correction=False
     ),

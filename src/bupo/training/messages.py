@@ -39,7 +39,9 @@ SYMPTOMS = {
 
 @contextmanager
 def sampling(where: str) -> Iterator[None]:
-    """Inside, probabilities that are not finite and answers that the model has no positions for are the user's to mend."""
+    """Inside, probabilities that are not finite, answers that the model has no positions for, and what vLLM refuses or leaves
+    unanswered are the user's to mend.
+    """
     try:
         yield
     except IndexError as error:
@@ -56,6 +58,18 @@ def sampling(where: str) -> Iterator[None]:
             f"the model's probabilities are not finite in {where}: its weights have diverged; lower "
             "learning_rate, or go on from an earlier checkpoint"
         ) from error
+    except Exception as error:
+        if not _of_vllm(error):
+            raise
+        raise UserError(f"vLLM gives no answers for {where}: {first_line(error)}") from error
+
+
+def _of_vllm(error: Exception) -> bool:
+    """Whether an error is vLLM's own, or TRL's client has not got an answer from its server. A reward's errors have a note."""
+    if getattr(error, "__notes__", ()):
+        return False
+    refused = type(error) is Exception and str(error).startswith("Request failed")
+    return refused or type(error).__module__.partition(".")[0] in ("vllm", "requests")
 
 
 @contextmanager

@@ -130,6 +130,7 @@ WORDS = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 FILES_TOO = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings that a JSON file may hold

@@ -1,5 +1,6 @@
 """What libraries would refuse only once a model is loaded, or trained, asked of them before: on one parameter."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _rehearse_optimizer(config: BuPOConfig) -> None:
 def _rehearse_sampling(config: BuPOConfig) -> None:
     """transformers' settings, which it looks at when it samples. What it does not know it would take for the model's."""
     if config.use_vllm:
-        return
+        return _rehearse_vllm(config)
     chosen: dict[str, Any] = {"do_sample": True, "cache_implementation": config.cache_implementation}
     given = config.generation_kwargs or {}
     with others("cache_implementation or generation_kwargs is refused"):
@@ -74,3 +75,16 @@ def _rehearse_sampling(config: BuPOConfig) -> None:
     unknown = [name for name in given if name not in GenerationConfig().to_dict()]
     if unknown:
         raise UserError(f"generation_kwargs holds {unknown[0]!r}, which is no setting of transformers' generation")
+
+
+def _rehearse_vllm(config: BuPOConfig) -> None:
+    """The settings of an engine beside the trainer, which it looks at when it samples. A server looks at its own."""
+    if config.vllm_mode != "colocate":
+        return
+    from vllm import SamplingParams  # takes its time, and is there only where it is used
+
+    given = config.generation_kwargs or {}
+    if unknown := sorted(given.keys() - inspect.signature(SamplingParams).parameters.keys()):
+        raise UserError(f"generation_kwargs holds {unknown[0]!r}, which is no setting of vLLM's sampling")
+    with others("generation_kwargs is refused"):
+        SamplingParams(**{name: value for name, value in given.items() if name != "structured_outputs"})  # made by TRL

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -46,9 +47,13 @@ def close() -> None:
     The group itself is kept for as long as this process lives. It would else be destroyed with its last user, DDP's reducer,
     whose destructor joins gloo's threads while it holds the interpreter's lock; a thread of gloo's that is still letting go of
     its last collective waits for that lock, and the process hangs for ever.
+    An engine of vLLM's beside the trainer has groups of its own within this one, and would close them after it, with an error.
     """
     if distributed.is_available() and distributed.is_initialized():
         _closed.append(distributed.group.WORLD)
+        if "vllm" in sys.modules:
+            sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+    if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
