@@ -18,6 +18,7 @@ from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
+from bupo.training.zero import check_zero
 
 LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
 
@@ -155,8 +156,8 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
-    if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
-        raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
+    if trainer.is_deepspeed_enabled:
+        check_zero(args)
     kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else ""
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in kind:
         raise UserError(
@@ -167,13 +168,13 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
-    sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    sharded = bool(trainer.is_fsdp_enabled)  # ZeRO 1 and 2 leave each process the whole model
     if args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
         _check_second_model(trainer)
     if sharded and args.first_phase.undecided:
-        raise UserError("internal_layer auto measures a whole model: with FSDP or DeepSpeed, run bupo analyze first")
+        raise UserError("internal_layer auto measures a whole model: with FSDP, run bupo analyze first")
     if sharded and args.eval_benchmarks:
-        raise UserError("eval_benchmarks needs whole parameters: with FSDP or DeepSpeed, run bupo eval on checkpoints")
+        raise UserError("eval_benchmarks needs whole parameters: with FSDP, run bupo eval on checkpoints")
     return sharded
 
 
