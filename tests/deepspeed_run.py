@@ -1,8 +1,8 @@
 """A run on answers that only prompts decide, under whatever this launch is: `python -m tests.deepspeed_run FOLDER OPTIONS
 [CHECKPOINT]`, OPTIONS being JSON of a configuration. Each process writes what it ends with.
 
-Three more options make it another run: `rewards` (means by rollout batch), `broken` (updates whose loss is no number) and
-`lora` (adapters only).
+Four more options make it another run: `rewards` (means by rollout batch), `broken` (updates whose loss is no number), `lora`
+(adapters only) and `model` (a folder).
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot, 
 def trainer_of(folder, options):
     """The run, and what it goes on to note: weights at the end of the first phase and as each rollout batch is sampled."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    means, broken, lora = (options.pop(name, None) for name in ("rewards", "broken", "lora"))
+    means, broken, lora, named = (options.pop(name, None) for name in ("rewards", "broken", "lora", "model"))
     common = {
         "learning_rate": 3e-4,
         "max_grad_norm": 0.2,
@@ -36,7 +36,7 @@ def trainer_of(folder, options):
     args = config(folder / "run", **(common | options))
     reward = RewardByBatch(means) if means else token_reward
     peft = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM") if lora else None
-    model = model_of()
+    model = named or model_of()
     data = {"train_dataset": PROBLEMS, "processing_class": TOKENIZER, "rollout_func": answers, "peft_config": peft}
     trainer = BuPOTrainer(model, reward, args, **data)
     sampling: dict[int, dict] = {}

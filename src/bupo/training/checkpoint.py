@@ -132,8 +132,7 @@ def _own(trainer: TRLTrainer, folder: Path) -> dict:
 
 def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:
     """The reference model, if it follows the policy and this process holds it whole."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if trainer.ref_model is None or not trainer.args.sync_ref_model or sharded:
+    if trainer.ref_model is None or not trainer.args.sync_ref_model or trainer.is_fsdp_enabled:
         return None
     return trainer.accelerator.unwrap_model(trainer.ref_model)
 
