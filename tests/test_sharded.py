@@ -130,10 +130,9 @@ def trainer_under(version=None, stage=None):
 )
 def test_a_second_model_is_refused_where_it_cannot_train(tmp_path, under, refused):
     args = config(tmp_path, advantage_estimator="ppo")
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
     with pytest.raises(UserError, match=f"critic_backbone copy trains a second model, .*{refused}"):
         check_run(trainer_under(**under), args)
     args.critic_backbone = "shared"
-    assert check_run(trainer_under(**under), args)
+    assert check_run(trainer_under(**under), args) == ("version" in under)  # ZeRO 2 shards no parameters
     args.critic_backbone = "copy"
     assert check_run(trainer_under(version=2), args)

@@ -185,7 +185,7 @@ class TRLTrainer(GRPOTrainer):
 
     @property
     def learning_rate(self) -> float:
-        return self._get_learning_rate()
+        return self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate
 
     @property
     def reads_images(self) -> bool:

@@ -39,6 +39,8 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
             f"args must be a BuPOConfig, got {type(args).__name__}: BuPOConfig takes all options of GRPOConfig, and "
             "internal_layer=..., or internal_steps=0 for GRPO"
         )
+    if args.deepspeed_plugin is not None:
+        check_zero(args)
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
@@ -156,8 +158,6 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
-    if trainer.is_deepspeed_enabled:
-        check_zero(args)
     kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type) if trainer.is_fsdp_enabled else ""
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in kind:
         raise UserError(

@@ -38,14 +38,24 @@ def check_zero(args: Any) -> None:
     Raises:
         UserError: with what to do instead.
     """
-    plugin = args.deepspeed_plugin
-    if plugin.zero_stage == 3:
-        raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
-    if plugin.zero_stage == 0:
-        raise UserError("DeepSpeed ZeRO-0 shards nothing: use ZeRO stage 1 or 2, or launch without DeepSpeed")
-    if "optimizer" in plugin.deepspeed_config:
+    stage, config = args.deepspeed_plugin.zero_stage, args.deepspeed_plugin.deepspeed_config
+    if stage == 3:
         raise UserError(
-            "the DeepSpeed configuration names an optimizer, which cannot leave layers still: name it by optim"
+            "DeepSpeed ZeRO-3 partitions the weights as they are loaded, before the residual stream is proven on them: use "
+            "FSDP2, or ZeRO stage 1 or 2"
+        )
+    if stage == 0:
+        raise UserError("DeepSpeed ZeRO-0 shards nothing: use ZeRO stage 1 or 2, or launch without DeepSpeed")
+    if "optimizer" in config:
+        raise UserError(
+            "the DeepSpeed configuration holds an optimizer, which would step every layer: choose it by optim"
+        )
+    if args.fp16 or config.get("fp16", {}).get("enabled") is True:
+        raise UserError("DeepSpeed's fp16 leaves out updates until its loss scale fits: use bf16, or fp32")
+    if config.get("bf16", {}).get("enabled") is True and not args.bf16:
+        raise UserError(
+            "DeepSpeed is to compute in bf16 (mixed_precision of the launch), and bf16 is false: give both, or "
+            "mixed_precision no"
         )
 
 
