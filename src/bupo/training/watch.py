@@ -50,7 +50,7 @@ class Watch:
         accelerator (`Accelerator`): the trainer's.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): token ids into text, for `probes.jsonl`.
-        sharded (`bool`): whether FSDP or DeepSpeed holds the parameters; then nothing is probed and there is no guard, but the
+        sharded (`bool`): whether FSDP shards the parameters; then nothing is probed and there is no guard, but the
             probe set is kept, for checkpoints to be measured on.
         positions (`float`): of the model.
 
@@ -74,7 +74,7 @@ class Watch:
         if sharded and (self.guarding or args.probe_every):
             self.guarding = False
             logger.warning(
-                "FSDP and DeepSpeed shard the parameters: this run has no internal_guard, and is probed afterwards, by bupo "
+                "FSDP shards the parameters: this run has no internal_guard, and is probed afterwards, by bupo "
                 f"analyze --rollouts {args.output_dir}/{PROBES_FILE} --model {args.output_dir}/checkpoint-*"
             )
         meta: dict = {"seed": args.seed}
