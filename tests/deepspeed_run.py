@@ -1,7 +1,7 @@
-"""A run on answers that only prompts decide, under whatever this launch is: `python -m tests.deepspeed_run FOLDER OPTIONS
-[CHECKPOINT]`, OPTIONS being JSON of a configuration. Each process writes what it ends with.
+"""Runs on answers that only prompts decide, under whatever this launch is, one after another: `python -m tests.deepspeed_run
+FOLDER RUNS`, RUNS being JSON of configurations by name. Each process writes what it ends with.
 
-Four more options make it another run: `rewards` (means by rollout batch), `broken` (updates whose loss is no number), `lora`
+Five more options make it another run: `checkpoint` (that it goes on from), `rewards` (means by rollout batch), `broken` (updates whose loss is no number), `lora`
 (adapters only) and `model` (a folder).
 """
 
@@ -53,7 +53,9 @@ def trainer_of(folder, options):
     return trainer, sampling
 
 
-def main(folder, options, checkpoint=None):
+def one(folder, options):
+    folder.mkdir(exist_ok=True)
+    checkpoint = options.pop("checkpoint", None)
     trainer, sampling = trainer_of(folder, options)
     start, refused = snapshot(trainer.model), None
     try:
@@ -88,4 +90,5 @@ def _torchs(optimizer):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:])
+    for name, options in json.loads(sys.argv[2]).items():
+        one(Path(sys.argv[1]) / name, options)

@@ -26,7 +26,35 @@ from tests.test_trainer import assert_only_below, model_of
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-PPO = {"advantage_estimator": "ppo", "critic_backbone": "shared", "critic_learning_rate": 1e-3}
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+RUNS: dict[str, dict] = {
+    "grpo": SAVING,
+    "rloo": {"advantage_estimator": "rloo"},
+    "reinforce++": {"advantage_estimator": "reinforce++"},
+    "ppo": {"advantage_estimator": "ppo", "critic_backbone": "shared", "critic_learning_rate": 1e-3},
+    "attn": {"max_steps": 4, "internal_module": "attn"},
+    "final_norm": {"max_steps": 4, "internal_lens": "final_norm"},
+    "stages": {
+        "internal_layer": None,
+        "internal_schedule": [[1, 1], [3, 1]],
+        "slow_above_layer": 2,
+        "slow_factor": 0.1,
+    },
+    "lora": {"lora": True},
+    "auto": {
+        "internal_layer": "auto",
+        "probe_every": 1,
+        "eval_benchmarks": ["arithmetic"],
+        "eval_k": 3,
+        "eval_every": 2,
+        "eval_problems": 5,
+        "max_steps": 6,
+    },
+    "guard": {"rewards": FALLING, "internal_steps": 20, "max_steps": 26, "probe_every": 2},
+    "skipped": {"broken": [1, 5]},
+    "stopped": {"broken": [4, 5, 6]},
+}
+FOLLOWING = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "save_strategy": "steps", "save_steps": 4}
 
 
 def zero(stage, **more):
@@ -39,34 +67,45 @@ def run(command, timeout=300):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-def launched(folder, kind, options, *checkpoint):
-    """`tests.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO: what each process ends with."""
+def launched(folder, kind, wanted):
+    """`tests.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO: what each run ends with, by name, alike
+    on both processes."""
     folder.mkdir(exist_ok=True)
-    options = options if kind in ("one", "ddp") else {**options, "deepspeed": zero(kind)}
+    more = {} if kind in ("one", "ddp") else {"deepspeed": zero(kind)}
     launch = [sys.executable] if kind == "one" else TORCHRUN
-    done = run([*launch, "-m", "tests.deepspeed_run", str(folder), json.dumps(options), *map(str, checkpoint)])
+    asked = json.dumps({name: {**options, **more} for name, options in wanted.items()})
+    done = run([*launch, "-m", "tests.deepspeed_run", str(folder), asked], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = range(1 if kind == "one" else 2)
-    found = [
-        json.loads((folder / f"rank{rank}.json").read_text()) | torch.load(folder / f"rank{rank}.pt") for rank in ranks
-    ]
-    for rank in found[1:]:
-        assert all(torch.equal(value, rank["end"][name]) for name, value in found[0]["end"].items())
-    return found[0]
+    found = {}
+    for name in wanted:
+        first, *others = (_end(folder / name, rank) for rank in range(1 if kind == "one" else 2))
+        for other in others:
+            assert all(torch.equal(value, other["end"][key]) for key, value in first["end"].items()), name
+        found[name] = first
+    return found
+
+
+def _end(folder, rank):
+    return json.loads((folder / f"rank{rank}.json").read_text()) | torch.load(folder / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs by kind and options, each made once; `folder` is where they lie."""
-    made: dict = {}
+def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
+    model_of().save_pretrained(folder / "model")
+    return folder
 
-    def get(kind, **options):
-        key = json.dumps([kind, options], sort_keys=True)
-        if key not in made:
-            place = folder / str(len(made))
-            made[key] = launched(place, kind, options) | {"folder": place}
-        return made[key]
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """All runs of a launch of a kind, which is made once: name, what it ended with. Their folders lie in `place / kind`."""
+    made: dict = {}
+
+    def get(kind, name):
+        if kind not in made:
+            following = {"following": {**FOLLOWING, "model": str(place / "model")}}
+            made[kind] = launched(place / str(kind), kind, RUNS | following)
+        return made[kind][name]
 
     return get
 
@@ -97,46 +136,29 @@ def assert_alike(found, wanted, atol=1e-5):
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(
-    ("stage", "options"),
-    [
-        pytest.param(1, {}, id="1-grpo"),
-        pytest.param(2, {}, id="2-grpo"),
-        pytest.param(2, {"advantage_estimator": "rloo"}, id="2-rloo"),
-        pytest.param(2, {"advantage_estimator": "reinforce++"}, id="2-reinforce++"),
-        pytest.param(1, PPO, id="1-ppo"),
-        pytest.param(2, PPO, id="2-ppo"),
-        pytest.param(1, {"max_steps": 4, "internal_module": "attn"}, id="1-attn"),
-        pytest.param(2, {"max_steps": 4, "internal_lens": "final_norm"}, id="2-final_norm"),
-        pytest.param(
-            2,
-            {"internal_layer": None, "internal_schedule": [[1, 1], [3, 1]], "slow_above_layer": 2, "slow_factor": 0.1},
-            id="2-stages",
-        ),
-        pytest.param(2, {"lora": True}, id="2-lora"),
-    ],
-)
-def test_zero_ends_as_one_process(runs, stage, options):
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", [*RUNS, "following"])
+def test_zero_ends_as_one_process(runs, stage, name):
     """Both phases: two micro-batches an update, clipped, with weight decay; and the same parameters have moved."""
-    found, wanted = runs(stage, **options), runs("one", **options)
+    found, wanted = runs(stage, name), runs("one", name)
     assert "DEEPSPEED" in found["kind"] and wanted["kind"] == "DistributedType.NO"
     assert any(row.get("grad_norm", 0) > 0.2 for row in wanted["log"])  # beyond max_grad_norm
     assert_alike(found, wanted)
-    for name, start in wanted["start"].items():
-        assert torch.equal(start, found["end"][name]) == torch.equal(start, wanted["end"][name]), name
+    for key, start in wanted["start"].items():
+        assert torch.equal(start, found["end"][key]) == torch.equal(start, wanted["end"][key]), key
     assert found["moments"] == pytest.approx(wanted["moments"] / 2, rel=0.02)  # each process steps its half
 
 
 @pytest.mark.deepspeed
-def test_zero_ends_as_ddp(runs):
-    assert_alike(runs(2), runs("ddp"))
+def test_zero_ends_as_ddp(runs, tmp_path):
+    assert_alike(runs(2, "ppo"), launched(tmp_path, "ddp", {"ppo": RUNS["ppo"]})["ppo"])
 
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
     """To the bit, though weight decay is on: the weights that sample the first batch of the second phase."""
-    found = runs(stage)
+    found = runs(stage, "grpo")
     after = found["sampling"][3]
     assert_only_below({n for n in after if not torch.equal(after[n], found["start"][n])}, after, 2)
 
@@ -181,46 +203,35 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------------
 
-SAVING = {"save_strategy": "steps", "save_steps": 3}
-
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("step", [3, 6])
-def test_a_run_is_gone_on_with_to_the_bit(runs, tmp_path, stage, step):
-    """Inside a rollout batch of the first phase, where layers above l have no state yet, and of the second."""
-    whole = runs(stage, **SAVING)
-    kept = whole["folder"] / "run" / f"checkpoint-{step}"
-    shutil.copytree(kept, checkpoint := tmp_path / "run" / kept.name)
-    again = launched(tmp_path, stage, SAVING, checkpoint)
-    assert all(torch.equal(value, again["end"][name]) for name, value in whole["end"].items())
-    assert [row.get("loss") for row in again["log"]] == [row.get("loss") for row in whole["log"]]
-    (tmp_path / "lower").mkdir()
-    shutil.copytree(kept, checkpoint := tmp_path / "lower" / "run" / kept.name)
-    lower = launched(tmp_path / "lower", stage, {**SAVING, "learning_rate": 1e-4}, checkpoint)
-    assert {row["learning_rate"] for row in lower["log"][step:] if "learning_rate" in row} == {1e-4}
+def test_a_run_is_gone_on_with_to_the_bit(runs, place, tmp_path, stage):
+    """Inside a rollout batch of the first phase, where layers above l have no state yet, of the second, and of a reference model
+    that has moved. A lower learning rate takes effect."""
+
+    def gone_on(name, of, step, **options):
+        checkpoint = tmp_path / name / "run" / f"checkpoint-{step}"
+        shutil.copytree(place / str(stage) / of / "run" / checkpoint.name, checkpoint)
+        return {name: {**options, "checkpoint": str(checkpoint)}}
+
+    again = gone_on("first", "grpo", 3, **SAVING) | gone_on("second", "grpo", 6, **SAVING)
+    again |= gone_on("following", "following", 4, **FOLLOWING, model=str(place / "model"))
+    again |= gone_on("lower", "grpo", 3, **SAVING, learning_rate=1e-4)
+    found = launched(tmp_path, stage, again)
+    for name, of in (("first", "grpo"), ("second", "grpo"), ("following", "following")):
+        whole = runs(stage, of)
+        assert all(torch.equal(value, found[name]["end"][key]) for key, value in whole["end"].items()), name
+        assert [row.get("loss") for row in found[name]["log"]] == [row.get("loss") for row in whole["log"]]
+    rates = [row["learning_rate"] for row in found["lower"]["log"] if "learning_rate" in row]
+    assert rates == [3e-4] * 3 + [1e-4] * 5
 
 
 @pytest.mark.deepspeed
-def test_the_saved_model_is_what_was_trained(runs):
-    found = runs(2)
-    saved = load_file(found["folder"] / "saved" / "model.safetensors")
+def test_the_saved_model_is_what_was_trained(runs, place):
+    found = runs(2, "grpo")
+    saved = load_file(place / "2" / "grpo" / "saved" / "model.safetensors")
     assert all(torch.equal(value, found["end"][name]) for name, value in saved.items()) and len(saved) > 40
-
-
-@pytest.mark.deepspeed
-def test_a_reference_that_follows_is_kept_in_a_checkpoint(tmp_path):
-    """Of one process, and of a run that was stopped after it had moved."""
-    model_of().save_pretrained(tmp_path / "model")
-    options = {"model": str(tmp_path / "model"), "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}
-    options |= {"save_strategy": "steps", "save_steps": 4}
-    found = launched(tmp_path / "zero", 2, options)
-    assert_alike(found, launched(tmp_path / "one", "one", options))
-    shutil.copytree(
-        tmp_path / "zero" / "run" / "checkpoint-4", checkpoint := tmp_path / "again" / "run" / "checkpoint-4"
-    )
-    again = launched(tmp_path / "again", 2, options, checkpoint)
-    assert all(torch.equal(value, again["end"][name]) for name, value in found["end"].items())
 
 
 # -- between rollout batches ---------------------------------------------------------------------------------------------
@@ -229,41 +240,37 @@ def test_a_reference_that_follows_is_kept_in_a_checkpoint(tmp_path):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
-    """What samples next is what sampled the best, to the bit, and the run then goes on as one process does."""
-    options = {"rewards": FALLING, "internal_steps": 20, "max_steps": 26, "probe_every": 2}
-    found, wanted = runs(stage, **options), runs("one", **options)
+    """What samples next is what sampled the best, to the bit; that the run goes on as one process is asked above."""
+    found, wanted = runs(stage, "guard"), runs("one", "guard")
     assert found["stages"] == wanted["stages"] == [[2, 8]]
     best, last, after = (found["sampling"][batch] for batch in (7, 8, 9))
     assert all(torch.equal(value, after[name]) for name, value in best.items())
     assert any(not torch.equal(value, last[name]) for name, value in best.items())
-    assert_alike(found, wanted)
 
 
 @pytest.mark.deepspeed
-def test_auto_probes_and_evaluations_see_the_whole_model(runs):
-    options = {"internal_layer": "auto", "probe_every": 1, "eval_benchmarks": ["arithmetic"], "eval_k": 3}
-    options |= {"eval_every": 2, "eval_problems": 5, "max_steps": 6}
-    found, wanted = runs(2, **options), runs("one", **options)
-    assert_alike(found, wanted)
-    tables = [pd.read_parquet(each["folder"] / "run" / "dynamics.parquet") for each in (found, wanted)]
-    keys = ["rollout_batch", "measure", "layer", "later_layer"]
-    both = tables[0].merge(tables[1], on=keys, suffixes=("", "_of_one"))
+@pytest.mark.parametrize("stage", [1, 2])
+def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
+    found, wanted = runs(stage, "auto"), runs("one", "auto")
+    folders = [place / kind / "auto" / "run" for kind in (str(stage), "one")]
+    tables = [pd.read_parquet(folder / "dynamics.parquet") for folder in folders]
+    both = tables[0].merge(tables[1], on=["rollout_batch", "measure", "layer", "later_layer"], suffixes=("", "_of_one"))
     assert len(both) == len(tables[0]) == len(tables[1]) > 20
     assert both["value"].to_numpy() == pytest.approx(both["value_of_one"].to_numpy(), rel=1e-4, abs=1e-5)
-    layers = [
-        json.loads((each["folder"] / "run" / "boundary.json").read_text())["boundary_layer"] for each in (found, wanted)
-    ]
-    assert layers[0] == layers[1]
+    mine, its = (json.loads((folder / "boundary.json").read_text())["boundary_layer"] for folder in folders)
+    assert mine == its == found["stages"][0][0]
     evaluated = [[row for row in each["log"] if "eval_rollout_batches" in row] for each in (found, wanted)]
     assert [row["eval_rollout_batches"] for row in evaluated[0]] == [0, 2, 3]
-    assert evaluated[0] == evaluated[1]
+    assert [row["eval_arithmetic/tokens"] for row in evaluated[0]] == [
+        row["eval_arithmetic/tokens"] for row in evaluated[1]
+    ]
 
 
 @pytest.mark.deepspeed
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs):
-    assert_alike(runs(2, broken=[1, 5]), runs("one", broken=[1, 5]))
-    stopped = runs(2, broken=[4, 5, 6])
-    assert "the gradient is not finite in 3 updates in a row, the last in rollout batch 4" in stopped["refused"]
+    assert not runs(2, "skipped")["refused"]
+    told = "the gradient is not finite in 3 updates in a row, the last in rollout batch 4"
+    assert told in runs(2, "stopped")["refused"] and told in runs("one", "stopped")["refused"]
 
 
 # -- refused -------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_torchrun_over_two_machines(tmp_path, standalone):
         "torch.distributed.run",
         *meeting,
         "--local_addr=127.0.0.1",
-        *train(tmp_path / "out"),
+        *train(tmp_path / "out", **LONGER),
     ]
     agents = [subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENV}) for _ in range(2)]
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
