@@ -74,8 +74,12 @@ def one(folder, options):
         "refused": refused,
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(own))
-    critic = getattr(trainer.critic, "linears", {})
-    heads = {f"critic {name}": linear.weight.detach() for name, linear in critic.items()}
+    heads = {
+        f"critic {name}": linear.weight.detach() for name, linear in getattr(trainer.critic, "linears", {}).items()
+    }
+    if hasattr(trainer.critic, "critic"):
+        second = trainer.accelerator.unwrap_model(trainer.critic.critic)
+        heads |= {f"critic {name}": parameter for name, parameter in snapshot(second).items()}
     torch.save(
         {"start": start, "end": snapshot(trainer.model) | heads, "sampling": sampling}, folder / f"rank{rank}.pt"
     )

@@ -180,11 +180,6 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> bool:
 
 def _check_second_model(trainer: TRLTrainer) -> None:
     """Raises [`UserError`] where a critic of its own cannot train beside the policy."""
-    if trainer.is_deepspeed_enabled:
-        raise UserError(
-            "critic_backbone copy trains a second model, and accelerate's backward is that of the policy's DeepSpeed engine: "
-            "use FSDP2, or choose shared"
-        )
     version = trainer.accelerator.state.fsdp_plugin.fsdp_version if trainer.is_fsdp_enabled else 2
     if version != 2:
         raise UserError(

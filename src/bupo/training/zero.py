@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
@@ -144,6 +145,13 @@ def base_of(optimizer: Any) -> torch.optim.Optimizer:
 def was_left_out(optimizer: Any) -> bool:
     """Whether DeepSpeed has left out the last step, whose gradient was not finite. It steps within the backward pass."""
     return isinstance(optimizer, DeepSpeedOptimizerWrapper) and optimizer.step_was_skipped
+
+
+def replica(model: nn.Module, accelerator: Accelerator) -> DistributedDataParallel:
+    """A second model that trains beside the engine, whole on each process. accelerate, whose model the engine is, would leave
+    its gradients apart."""
+    devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+    return DistributedDataParallel(model.to(accelerator.device), device_ids=devices)
 
 
 # -- the guard -----------------------------------------------------------------------------------------------------------
