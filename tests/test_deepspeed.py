@@ -138,7 +138,7 @@ def assert_alike(found, wanted, atol=1e-5):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", [*RUNS, "following"])
+@pytest.mark.parametrize("name", [*(name for name in RUNS if "broken" not in RUNS[name]), "following"])
 def test_zero_ends_as_one_process(runs, stage, name):
     """Both phases: two micro-batches an update, clipped, with weight decay; and the same parameters have moved."""
     found, wanted = runs(stage, name), runs("one", name)
@@ -270,7 +270,10 @@ def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
 
 @pytest.mark.deepspeed
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs):
-    assert not runs(2, "skipped")["refused"]
+    """As in one process, which notes the gradient's norm otherwise."""
+    found, wanted = runs(2, "skipped"), runs("one", "skipped")
+    assert not found["refused"]
+    assert all(torch.allclose(value, found["end"][name], atol=1e-5) for name, value in wanted["end"].items())
     told = "the gradient is not finite in 3 updates in a row, the last in rollout batch 4"
     assert told in runs(2, "stopped")["refused"] and told in runs("one", "stopped")["refused"]
 
