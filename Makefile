@@ -6,11 +6,13 @@ INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
+DEEPSPEED_VENV ?= .venv-deepspeed
+DEEPSPEED := $(DEEPSPEED_VENV)/.installed
 NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
+.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -39,6 +41,9 @@ test-models: $(MODELS)  # the slow checks on real pretrained models
 
 test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers: answers for evaluation and for training
 	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
+
+test-deepspeed: $(DEEPSPEED)  # ZeRO over two processes on this CPU, against one process and DDP
+	OMP_NUM_THREADS=1 $(DEEPSPEED_VENV)/bin/python -m pytest -m deepspeed $(FLAGS)
 
 test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the newest that the package index has
 	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade trl transformers "$(TORCH)"
@@ -104,6 +109,14 @@ $(NEWEST): pyproject.toml constraints.txt
 	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# an environment of its own: DeepSpeed is a source distribution, whose kernels are built where they are first used, which no test here does
+$(DEEPSPEED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED_VENV)
+	$(DEEPSPEED_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(DEEPSPEED_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(DEEPSPEED_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed==0.19.8
+	touch $@
+
 # an environment of its own: vLLM pins another transformers, which ours takes the place of, for training with both. Its
 # torchvision does not load beside this torch
 $(VLLM): pyproject.toml constraints.txt
@@ -115,4 +128,4 @@ $(VLLM): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) $(NEWEST_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from bupo.training.metrics_file import read_metrics
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/*.yaml"))
+RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/*.yaml") if path.parent.name != "accelerate")
 ALWAYS_RUN = ("qwen3-4b/bupo", "octothinker-3b/ppo", "cpu/embedded-bupo", "cpu/embedded-ppo-shared", "cpu/smollm2-bupo")
 LAYERS = {"qwen3-4b": 36, "qwen3-8b": 36, "octothinker-3b": 28, "octothinker-8b": 32, "cpu": 30}
 METHODS = {"bupo", "final-norm", "grpo", "rloo", "reinforce++", "ppo"}

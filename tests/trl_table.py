@@ -227,7 +227,7 @@ OPTIONS: dict[str, Row] = {
     **dict.fromkeys(("ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank"), SEVERAL),
     "fsdp": elsewhere("needs several GPUs"),
     "fsdp_config": elsewhere("needs several GPUs"),
-    "deepspeed": elsewhere("needs DeepSpeed; ZeRO-3 partitions the unembedding and is refused"),
+    "deepspeed": elsewhere("needs DeepSpeed: `make test-deepspeed`; ZeRO-3 is refused"),
     "debug": trains(debug=""),
     "skip_memory_metrics": trains(skip_memory_metrics=True),
     "do_train": trains(do_train=True),

@@ -7,6 +7,7 @@ batch, `loss` around the policy's, `step` where an accumulation window ends, `st
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from bupo.training.estimators import WITH_CRITIC
 from bupo.training.head import Read
 from bupo.training.rollouts import RETURNS, VALUES, RolloutBatch
 from bupo.training.sharding import load_whole_state, shard, shards, whole_state
+from bupo.training.zero import partitions, replica
 
 Sums = dict[str, torch.Tensor]
 
@@ -106,6 +108,7 @@ class CopiedCritic:
     """The critic as a model of its own, its AdamW and its updates: one for each update of the policy.
 
     Under FSDP2 it is sharded as the policy is, weights, gradients and optimizer, and its state is gathered for a checkpoint.
+    Under DeepSpeed each process holds all of it.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): of the model whose decoder the critic starts from.
@@ -129,7 +132,9 @@ class CopiedCritic:
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
         )
-        self.critic = critic if self.sharded else accelerator.prepare_model(critic)
+        self.beside_engine = partitions(accelerator)  # of the policy's, whose backward pass is accelerate's
+        prepare = partial(replica, accelerator=accelerator) if self.beside_engine else accelerator.prepare_model
+        self.critic = critic if self.sharded else prepare(critic)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     @torch.no_grad()
@@ -138,7 +143,13 @@ class CopiedCritic:
         self.critic.eval()
         size = self.args.per_device_train_batch_size
         rows = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
-        return torch.cat([self.critic(ids, mask, batch.tokens) for ids, mask in rows])
+        return torch.cat([self._values(ids, mask, batch.tokens) for ids, mask in rows])
+
+    def _values(self, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
+        # where accelerate has prepared the critic, it casts by itself
+        cast = self.beside_engine and self.args.bf16
+        with torch.autocast(ids.device.type, torch.bfloat16) if cast else nullcontext():
+            return self.critic(ids, mask, answer)
 
     def loss(
         self,
@@ -158,10 +169,12 @@ class CopiedCritic:
         self.critic.train()
         # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
         reduced = self.sharded or self.accelerator.sync_gradients
-        with self._kept(), nullcontext() if reduced else self.accelerator.no_sync(self.critic):
-            values = self.critic(batch.input_ids, batch.attention_mask, batch.tokens)
+        unreduced: Any = self.critic.no_sync if self.beside_engine else partial(self.accelerator.no_sync, self.critic)
+        backward = torch.Tensor.backward if self.beside_engine else self.accelerator.backward
+        with self._kept(), nullcontext() if reduced else unreduced():
+            values = self._values(batch.input_ids, batch.attention_mask, batch.tokens)
             loss, sums = token_sums(values, batch, self.args.value_clip)
-            self.accelerator.backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
+            backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
         if self.accelerator.sync_gradients:
             self._update()  # before the policy's activations are made: the gradient is as large as the model
         return policy_loss(None), value_metrics(sums, self.accelerator)

@@ -7,6 +7,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
+from bupo.training.zero import was_left_out
 
 logger = get_logger(__name__)
 
@@ -31,10 +32,10 @@ class FiniteUpdates(TrainerCallback):
         """What `state` gave."""
         self.skipped = state["skipped"]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         # a sum reads a gradient once, where asking each number takes several passes; of a sharded one it is all processes'
         sums = [p.grad.sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(summed)) for summed in sums):
+        if all(bool(torch.isfinite(summed)) for summed in sums) and not was_left_out(optimizer):
             self.skipped = 0
             return
         self.skipped += 1

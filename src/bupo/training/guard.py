@@ -14,8 +14,9 @@ The last two do not count while the reward is at its best: a policy that improve
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,7 +100,12 @@ def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimi
     """
     for parameter, values in zip(parameters, kept, strict=True):
         held(parameter).copy_(values)
-        for name in ("exp_avg", "momentum_buffer"):
-            momentum = optimizer.state.get(parameter, {}).get(name)
-            if momentum is not None:
-                momentum.zero_()
+        stop_momentum(optimizer.state.get(parameter, {}))
+
+
+def stop_momentum(state: Mapping[str, Any]) -> None:
+    """Set the momentum in a parameter's state to zero, if there is any."""
+    for name in ("exp_avg", "momentum_buffer"):
+        momentum = state.get(name)
+        if momentum is not None:
+            momentum.zero_()

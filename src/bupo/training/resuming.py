@@ -72,10 +72,10 @@ def of_given(trainer: TRLTrainer) -> dict[str, Any]:
     """What decides a run of its problems, by content, and of its model, as it is before it is trained, sharded or cast.
 
     Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
-    stays. Under FSDP and DeepSpeed, processes do not hold them alike.
+    stays. Under FSDP, processes do not hold them alike.
     """
     model, config = trainer.model, trainer.model.config
-    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    whole = not trainer.is_fsdp_enabled
     sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     found: dict[str, Any] = {"problems": _content(trainer.train_dataset)}
     found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"

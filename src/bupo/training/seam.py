@@ -185,7 +185,7 @@ class TRLTrainer(GRPOTrainer):
 
     @property
     def learning_rate(self) -> float:
-        return self._get_learning_rate()
+        return self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate
 
     @property
     def reads_images(self) -> bool:
@@ -322,7 +322,7 @@ class TRLTrainer(GRPOTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        rates = [group.get("initial_lr") for group in self.optimizer.param_groups] if self.optimizer else []
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
         with nullcontext() if stepped is None else asking_for(self.model, stepped):
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -18,6 +18,7 @@ from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.seam import TRLTrainer, get_config_model_id
+from bupo.training.zero import check_zero
 
 LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
 
@@ -38,6 +39,8 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
             f"args must be a BuPOConfig, got {type(args).__name__}: BuPOConfig takes all options of GRPOConfig, and "
             "internal_layer=..., or internal_steps=0 for GRPO"
         )
+    if args.deepspeed_plugin is not None:
+        check_zero(args)
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
@@ -155,19 +158,12 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
-    if trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3:
-        raise UserError("DeepSpeed ZeRO-3 partitions the unembedding: use FSDP2 or ZeRO stage 1 or 2")
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer.accelerator.state.fsdp_plugin)
     elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
-        )
-    if trainer.is_deepspeed_enabled and args.advantage_estimator in WITH_CRITIC and args.critic_backbone == "copy":
-        raise UserError(
-            "critic_backbone copy trains a second model, and accelerate's backward is that of the policy's DeepSpeed engine: "
-            "use FSDP2, or choose shared"
         )
 
 

@@ -32,6 +32,7 @@ from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
 from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
 from bupo.training.watch import Watch
+from bupo.training.zero import step_only_reached
 
 
 class BuPOTrainer(TRLTrainer):
@@ -173,6 +174,7 @@ class BuPOTrainer(TRLTrainer):
         optimizer = super().create_optimizer(model)
         if made:
             slow_down(optimizer, self.stream, self.args.slow_above_layer, self.args.slow_factor)
+            step_only_reached(self, optimizer)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

@@ -18,6 +18,7 @@ from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
+from bupo.training import zero
 from bupo.training.boundary import TOKENS as BOUNDARY_TOKENS
 from bupo.training.boundary import boundary_layer, said_of_length, up_to
 from bupo.training.config import BuPOConfig
@@ -139,7 +140,8 @@ class Watch:
             error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
             reward = by_prompt.mean().item() if len(by_prompt) else 0.0
             if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
-                self.kept = snapshot(self._moved(place))
+                take = zero.snapshot if zero.partitions(self.accelerator) else snapshot
+                self.kept = take(self._moved(place))
         self._see_rollouts(rollout_batch, answers, rewards, metrics)
 
     def _see_rollouts(self, rollout_batch: int, answers: Answers, rewards: torch.Tensor, metrics: Metrics) -> None:
@@ -189,7 +191,8 @@ class Watch:
         written to `boundary.json`."""
         tokens, gather = BOUNDARY_TOKENS // self.accelerator.num_processes, gather_object
         if shards(self.accelerator):  # all have to run the same passes
-            tokens, answers, gather = BOUNDARY_TOKENS, gather_object(up_to(answers, tokens)), list
+            answers, gather = gather_object(up_to(answers, tokens)), list
+            tokens = sum(len(answer) for _, answer in answers)
         lens, temperature = self.args.internal_lens, self.args.temperature
 
         def measured() -> dict:
@@ -274,7 +277,11 @@ class Watch:
         """Put the best weights back, and end the stage if it has not ended by itself."""
         stage, best = self.schedule.stages[self.guarded], self.guard.best + 1
         done = len(self.guard.rewards)
-        restore(self._moved(self.guarded), self.kept, getattr(optimizer, "optimizer", optimizer))
+        moved = self._moved(self.guarded)
+        if zero.partitions(self.accelerator):
+            zero.restore(moved, self.kept, optimizer, stage.layer)
+        else:
+            restore(moved, self.kept, getattr(optimizer, "optimizer", optimizer))
         if self.schedule.place(rollout_batch) == self.guarded:
             self.schedule = self.schedule.cut_short(rollout_batch)
         self.accelerator.print(
