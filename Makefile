@@ -12,7 +12,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed lint format clean
+.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -78,6 +78,10 @@ benchmark-speed: $(MODELS)  # against TRL's trainer, half an hour on two cores; 
 	$(BIN)/python -m benchmarks.step --model models/smollm2-135m.gguf --profile --json runs/speed/step.json
 	$(BIN)/python -m benchmarks.growth --model models/smollm2-135m.gguf --json runs/speed/growth.json --figure runs/speed/growth.png
 	$(BIN)/python tools/speed_page.py runs/speed
+
+benchmark-plan: $(MODELS)  # what a plan says beside what runs take, an hour on two cores
+	$(BIN)/python -m benchmarks.plan --model embedded --batches 4 --sampling --json runs/plan/embedded.json
+	$(BIN)/python -m benchmarks.plan --model models/smollm2-135m.gguf --json runs/plan/smollm2.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

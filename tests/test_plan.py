@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -380,9 +381,9 @@ def in_time(name, model, tokenizer, case):
 # -- recipes, advice, page -------------------------------------------------------------------------------------------
 
 
-def recipe_plan(recipe, models, on):
+def recipe_plan(recipe, models, on, flags=()):
     classes = (TrainOptions, config_of(on.processes), ModelConfig)
-    options, given, loading = parse(classes, ["--config", str(ROOT / recipe)], "bupo plan")
+    options, given, loading = parse(classes, ["--config", str(ROOT / recipe), *flags], "bupo plan")
     name = loading.model_name_or_path
     if name != EMBEDDED:
         name = str(models / ("smollm2" if recipe.parts[0] == "cpu" else recipe.parts[0]))
@@ -449,8 +450,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
 
 def test_what_a_run_would_refuse():
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"internal_layer": "auto"}, {"gpus": 2}, "internal_layer auto measures a whole model"),
-        ({"advantage_estimator": "ppo"}, {"gpus": 2, "sharding": "zero2"}, "trains a second model"),
+        ({}, {"gpus": 2, "sharding": "zero3"}, "zero3 partitions the unembedding"),
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
     ]
@@ -459,8 +459,29 @@ def test_what_a_run_would_refuse():
             bupo.plan(EMBEDDED, config(**changes), on=PlanOptions(**on))
     with pytest.raises(UserError, match="quantised"):
         bupo.plan(EMBEDDED, config(), loading=ModelConfig(load_in_4bit=True))
-    found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=ON_CPU)
-    assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
+    for on in (ON_CPU, PlanOptions(gpus=2), PlanOptions(gpus=2, sharding="zero2")):
+        found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=on)
+        assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parts[0].endswith("8b")], ids=str)
+def test_what_a_recipe_says_of_80_gb(models, recipe):
+    """That it fits, or with which options."""
+    on = PlanOptions(gpus=8, gpu_memory=80)
+    said = [line for line in (ROOT / recipe).read_text().splitlines() if line.startswith("# More than 80 GB a GPU")]
+    assert recipe_plan(recipe, models, on).fits == (not said)
+    for line in said:
+        assert recipe_plan(recipe, models, on, shlex.split(line.partition(" with ")[2])).fits
+
+
+def test_a_critic_beside_deepspeeds_engine_is_whole():
+    """As under DDP: weights, gradients to be reduced, two moments."""
+    ppo = config(advantage_estimator="ppo")
+    ddp, zero, fsdp = (
+        bupo.plan(EMBEDDED, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.largest["critic"]
+        for kind in ("ddp", "zero2", "fsdp2")
+    )
+    assert ddp == zero == pytest.approx(20 / (16 / 4) * fsdp)
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("Qwen3-4B", "qwen3-4b/bupo"), ("Qwen3-8B", "qwen3-8b/ppo")])

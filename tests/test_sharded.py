@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from bupo import UserError
 from bupo.training.setup import check_run
@@ -43,12 +44,17 @@ def launched(kind, folder, *arguments, processes=None):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder of each kind of launch, with a run of each case."""
-    base = tmp_path_factory.mktemp("scale")
-    for kind in KINDS:
-        (base / kind).mkdir()
-        launched(kind, base / kind, *ESTIMATORS, *FEATURES)
+def runs(tmp_path_factory, worker_id):
+    """A folder of each kind of launch, with a run of each case: made once, whichever of pytest's workers comes first."""
+    own = tmp_path_factory.getbasetemp()
+    base = (own if worker_id == "master" else own.parent) / "sharded"
+    base.mkdir(exist_ok=True)
+    with FileLock(base / "lock"):
+        for kind in KINDS:
+            if not (base / kind / "made").exists():
+                (base / kind).mkdir()
+                launched(kind, base / kind, *ESTIMATORS, *FEATURES)
+                (base / kind / "made").touch()
     return base
 
 

@@ -70,7 +70,7 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
     config, on = setting.config, setting.on
     if on.gpus > 1 and on.shared != "fsdp2":
         yield (
-            "sharding fsdp2 (accelerate launch --config_file recipes/fsdp2.yaml)",
+            "sharding fsdp2 (accelerate launch --config_file recipes/accelerate/fsdp2.yaml)",
             setting.changed({"sharding": "fsdp2"}),
         )
     if not config.gradient_checkpointing:

@@ -73,12 +73,19 @@ def lasting(setting: Setting, layer: int | None) -> Moment:
     if setting.reference:
         found["reference model"] = _weights(setting, sizes.weights, 0)
     if setting.copied_critic:
-        count = _critic_weights(setting)
-        found["critic"] = _weights(setting, count, count) + _buckets(setting, count)
-        found["critic"] += _optimizer(setting, count, "adamw")  # its own, whatever the policy's is
+        found["critic"] = _critic_held(setting)
     if config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_enable_sleep_mode:
         found["vLLM"] = vllm_bytes(setting)
     return found
+
+
+def _critic_held(setting: Setting) -> float:
+    """Weights, moments of an AdamW of its own, whatever the policy's is, and what reduces gradients. DeepSpeed's engine is the
+    policy's: beside it the critic is whole on each process."""
+    count = _critic_weights(setting)
+    if setting.on.shared.startswith("zero"):
+        return (2 * setting.weight_bytes + optimizer_bytes("adamw", setting.weight_bytes)) * count
+    return _weights(setting, count, count) + _buckets(setting, count) + _optimizer(setting, count, "adamw")
 
 
 def _weights(setting: Setting, count: float, trained: float) -> float:
@@ -250,7 +257,10 @@ def _critic(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]
 
 def _critic_gradients(setting: Setting) -> float:
     """Reduced at once where it is sharded."""
-    return _gradients(setting, _critic_weights(setting)) if setting.copied_critic else 0.0
+    if not setting.copied_critic:
+        return 0.0
+    count = _critic_weights(setting)
+    return setting.weight_bytes * count if setting.on.shared.startswith("zero") else _gradients(setting, count)
 
 
 # -- a rollout batch -------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _setting(
     on.check()
     options.check()
     _check_loading(loading)
-    _check_sharing(config, on)
+    _check_sharing(on)
     given = "internal_schedule" if config.internal_schedule else "internal_layer"
     named = {given: max(config.first_phase.layers, default=None)}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
@@ -174,19 +174,10 @@ def _check_loading(loading: ModelConfig) -> None:
         )
 
 
-def _check_sharing(config: BuPOConfig, on: PlanOptions) -> None:
+def _check_sharing(on: PlanOptions) -> None:
     """What a run would refuse, once its processes have started."""
-    if on.shared in ("one", "ddp"):
-        return
     if on.shared == "zero3":
         raise UserError("sharding zero3 partitions the unembedding, which bupo train refuses: use fsdp2 or zero2")
-    if config.first_phase.undecided:
-        raise UserError(
-            f"internal_layer auto measures a whole model, and sharding is {on.shared}: name the layer and internal_steps (bupo "
-            "analyze finds it), or choose ddp"
-        )
-    if config.advantage_estimator == "ppo" and config.critic_backbone == "copy" and on.shared.startswith("zero"):
-        raise UserError(f"critic_backbone copy trains a second model, which sharding {on.shared} does not: use fsdp2")
 
 
 def _lengths(
