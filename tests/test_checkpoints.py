@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,6 @@ from bupo.training.metrics_file import read_metrics
 from bupo.training.resuming import compare, of_given, write_options
 from bupo.training.run import train
 from bupo.training.saving import STAGING, move_in_own, recover, rotate
-from bupo.training.setup import check_run
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import checkpoints, damage, newest_whole
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
@@ -416,16 +414,6 @@ def test_another_node_leaves_what_the_main_process_has_moved(tmp_path, monkeypat
         (staged / "rng_state_1.pth").write_text(content)
         move_in_own(staged, place)
         assert (place / "rng_state_1.pth").read_text() == content and not staged.exists()
-
-
-@pytest.mark.parametrize(("kind", "refused"), [("SHARDED_STATE_DICT", True), ("FULL_STATE_DICT", False)])
-def test_a_run_that_could_not_save_its_model_is_refused_at_the_start(tmp_path, monkeypatch, kind, refused):
-    trainer = trainer_on(tmp_path, model_of())
-    trainer.is_fsdp_enabled = True
-    plugin = SimpleNamespace(state_dict_type=f"StateDictType.{kind}")
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    with pytest.raises(UserError, match="must be FULL_STATE_DICT") if refused else nullcontext():
-        assert check_run(trainer, trainer.args)
 
 
 def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
