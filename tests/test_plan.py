@@ -459,8 +459,8 @@ def test_what_a_run_would_refuse():
             bupo.plan(EMBEDDED, config(**changes), on=PlanOptions(**on))
     with pytest.raises(UserError, match="quantised"):
         bupo.plan(EMBEDDED, config(), loading=ModelConfig(load_in_4bit=True))
-    for on in (ON_CPU, PlanOptions(gpus=2), PlanOptions(gpus=2, sharding="zero2")):
-        found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=on)
+    for devices in (ON_CPU, PlanOptions(gpus=2), PlanOptions(gpus=2, sharding="zero2")):
+        found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=devices)
         assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
 
 
