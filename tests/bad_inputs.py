@@ -652,7 +652,7 @@ PLAN = [
     *each("plan", "sharding", "zzz", "invalid choice", "zero2"),
     bad("plan", "--sharding ddp", "sharding ddp takes several GPUs, and gpus is 1"),
     bad("plan", "--gpus 2 --sharding one", "sharding one takes one GPU, and gpus is 2"),
-    bad("plan", "--gpus 2 --sharding zero3", "zero3", "use fsdp2"),
+    bad("plan", "--gpus 2 --sharding zero3", "invalid choice", "zero3"),
     bad("plan", "--gpus 3 --num_generations 7", "num_generations", "7"),
     *each("plan", "internal_layer", "9", "layer 9 does not exist"),
     *each("plan", "frozen_up_to_layer", "9", "frozen_up_to_layer"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bupo import BuPOTrainer
 from bupo.training.critic import CopiedCritic
+from bupo.training.stopping import close
 from tests.faults.faulty import with_fsdp2_on_cpus
 from tests.test_dynamics import FALLING, RewardByBatch, built
 from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
@@ -154,3 +155,4 @@ if __name__ == "__main__":
     checkpoint = named.pop() if "checkpoint-" in named[-1] else None
     for case in named:
         run(Path(base) / case, case, checkpoint)
+    close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 from trl import ModelConfig
@@ -29,7 +30,7 @@ from bupo.planning.arithmetic import flops, layers, layers_backward
 from bupo.planning.batches import Lengths, MicroBatch, micro_batches
 from bupo.planning.memory import memory, moments
 from bupo.planning.plan import setting_of
-from bupo.planning.times import sampling_steps, too_little
+from bupo.planning.times import optimizer_traffic, sampling_steps, too_little
 from bupo.training.inputs import TrainOptions
 from bupo.training.layers import freeze_up_to, moved_by
 from tests.faults.test_launches import FSDP2
@@ -352,7 +353,6 @@ def test_time_of_the_embedded_model_is_as_planned(case):
     assert len(rows) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2_is_as_planned(tmp_path):
     """Memory of an update in one pass, and its time."""
@@ -450,7 +450,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
 
 def test_what_a_run_would_refuse():
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({}, {"gpus": 2, "sharding": "zero3"}, "zero3 partitions the unembedding"),
+        ({}, {"gpus": 2, "sharding": "zero3"}, "sharding must be one, ddp, fsdp2, zero1 or zero2"),
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
     ]
@@ -472,6 +472,38 @@ def test_what_a_recipe_says_of_80_gb(models, recipe):
     assert recipe_plan(recipe, models, on).fits == (not said)
     for line in said:
         assert recipe_plan(recipe, models, on, shlex.split(line.partition(" with ")[2])).fits
+
+
+def test_the_number_of_gpus_may_stand_in_the_file(tmp_path, capsys, monkeypatch):
+    """What depends on it is the same as from the line."""
+    monkeypatch.setenv("COLUMNS", "120")
+    given = {"model": "embedded", "dataset": "arithmetic", "size": 64, "internal_layer": 2, "internal_steps": 1}
+    given |= {"generation_batch_size": 64, "num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 4}
+    pages = []
+    for words, more in ((["--gpus", "4"], {}), ([], {"gpus": 4})):
+        (file := tmp_path / "plan.yaml").write_text(yaml.safe_dump(given | more))
+        assert main(["plan", "--config", str(file), *words]) == 0
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1] and "64 answers to 16 prompts" in pages[0]
+
+
+def test_a_critic_of_its_own_takes_its_own_time():
+    """All of its decoder is stepped by an AdamW of its own, on each process where DeepSpeed steps the policy."""
+    options = {"internal_layer": 1, "internal_steps": 2}
+    times = {}
+    for kind in ("ddp", "zero2", "fsdp2"):
+        for estimator in ("grpo", "ppo"):
+            on = PlanOptions(gpus=4, sharding=kind)
+            setting = setting_of(EMBEDDED, config(advantage_estimator=estimator, **options), on=on)
+            times[kind, estimator] = [optimizer_traffic(setting, layer) for layer in (1, None)]
+    critic = {
+        kind: [a - b for a, b in zip(times[kind, "ppo"], times[kind, "grpo"], strict=True)]
+        for kind in ("ddp", "zero2", "fsdp2")
+    }
+    assert critic["ddp"][0] == pytest.approx(critic["ddp"][1])  # whatever layer the policy's phase is of
+    assert critic["zero2"] == pytest.approx(critic["ddp"]) and critic["fsdp2"] == pytest.approx(
+        [x / 4 for x in critic["ddp"]]
+    )
 
 
 def test_a_critic_beside_deepspeeds_engine_is_whole():

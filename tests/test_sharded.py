@@ -165,14 +165,14 @@ def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
 # -- where it cannot be ----------------------------------------------------------------------------------------------
 
 
-def trainer_under(version=None, stage=None, kind="FULL_STATE_DICT"):
-    """Stands for a trainer under FSDP of a version, or DeepSpeed's ZeRO of a stage."""
+def trainer_under(version, kind="FULL_STATE_DICT"):
+    """Stands for a trainer under FSDP of a version."""
     plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=version)
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin if version else None))
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     return SimpleNamespace(
         reads_images=False,
-        is_fsdp_enabled=version is not None,
-        is_deepspeed_enabled=stage is not None,
+        is_fsdp_enabled=True,
+        is_deepspeed_enabled=False,
         accelerator=accelerator,
     )
 
@@ -187,8 +187,3 @@ def trainer_under(version=None, stage=None, kind="FULL_STATE_DICT"):
 def test_what_cannot_be_sharded_is_refused_by_name(tmp_path, under, refused):
     with pytest.raises(UserError, match=refused):
         check_run(trainer_under(**under), config(tmp_path))
-
-
-def test_fsdp2_takes_every_estimator(tmp_path):
-    for backbone in ("copy", "shared"):
-        check_run(trainer_under(version=2), config(tmp_path, advantage_estimator="ppo", critic_backbone=backbone))

@@ -30,12 +30,18 @@ TIGHT = 0.9  # of a device: CUDA and its allocator take some, too
 
 def run(arguments: list[str]) -> None:
     """Parse, count and show."""
-    classes = (PlanOptions, TrainOptions, config_of(_gpus(arguments)), ModelConfig)
-    on, options, config, loading = parse(classes, arguments, "bupo plan")
+    said = _gpus(arguments)
+    on, options, config, loading = _parsed(arguments, said)
     on.check()
+    if on.processes != said:  # a file says it
+        on, options, config, loading = _parsed(arguments, on.processes)
     if loading.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")
     show(plan(loading.model_name_or_path, config, options, loading=loading, on=on), Console())
+
+
+def _parsed(arguments: list[str], processes: int) -> tuple:
+    return parse((PlanOptions, TrainOptions, config_of(processes), ModelConfig), arguments, "bupo plan")
 
 
 def config_of(processes: int) -> type[BuPOConfig]:

@@ -82,7 +82,7 @@ def lasting(setting: Setting, layer: int | None) -> Moment:
 def _critic_held(setting: Setting) -> float:
     """Weights, moments of an AdamW of its own, whatever the policy's is, and what reduces gradients. DeepSpeed's engine is the
     policy's: beside it the critic is whole on each process."""
-    count = _critic_weights(setting)
+    count = critic_weights(setting)
     if setting.on.shared.startswith("zero"):
         return (2 * setting.weight_bytes + optimizer_bytes("adamw", setting.weight_bytes)) * count
     return _weights(setting, count, count) + _buckets(setting, count) + _optimizer(setting, count, "adamw")
@@ -95,7 +95,7 @@ def _weights(setting: Setting, count: float, trained: float) -> float:
         return (FP32 * trained + size * (count - trained)) / processes
     if shared.startswith("zero"):
         own = (HALF if setting.half else FP32) * count
-        return (own / processes if shared == "zero3" else own) + FP32 * trained / processes
+        return own + FP32 * trained / processes
     return size * count
 
 
@@ -125,7 +125,7 @@ def _moved(setting: Setting, layer: int | None) -> int:
     return setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
 
 
-def _critic_weights(setting: Setting) -> float:
+def critic_weights(setting: Setting) -> float:
     """A copy of the decoder and a value for each of its dimensions."""
     sizes = setting.sizes
     return sizes.weights - sizes.unembedding.weights + sizes.width + 1
@@ -224,7 +224,7 @@ def work(setting: Setting) -> float:
 
 def _gathered(setting: Setting) -> Moment:
     """What sharded weights are whole for a while: embedding, norm and unembedding, blocks, and the gradients of a block."""
-    if setting.on.shared not in ("fsdp2", "zero3"):
+    if setting.on.shared != "fsdp2":
         return {}
     size, sizes = _compute_bytes(setting), setting.sizes
     root = sizes.embedding.weights + sizes.rest.weights + sizes.unembedding.weights
@@ -259,7 +259,7 @@ def _critic_gradients(setting: Setting) -> float:
     """Reduced at once where it is sharded."""
     if not setting.copied_critic:
         return 0.0
-    count = _critic_weights(setting)
+    count = critic_weights(setting)
     return setting.weight_bytes * count if setting.on.shared.startswith("zero") else _gradients(setting, count)
 
 

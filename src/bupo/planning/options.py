@@ -7,7 +7,7 @@ from bupo.errors import UserError
 from bupo.options import check_values
 from bupo.ranges import COUNT, FROM_0, POSITIVE, check_word
 
-SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2")
 GB = 1e9
 # an H100's dense peaks by its data sheet, and what share of them a training run is assumed to reach
 H100_BF16, H100_FP32, H100_BANDWIDTH, SHARE = 989.0, 67.0, 3.35, {"tflops": 0.4, "bandwidth": 0.6}
@@ -29,7 +29,7 @@ class PlanOptions:
     Parameters:
         gpus (`int`, *optional*, defaults to `1`): processes, one a GPU; 0 is a run on this machine's CPU.
         gpu_memory (`float`, *optional*): GB of a GPU (10^9 bytes): 80; of a CPU, its machine's.
-        sharding (`str`, *optional*): `one`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`: `fsdp2` on several GPUs.
+        sharding (`str`, *optional*): `one`, `ddp`, `fsdp2`, `zero1` or `zero2`: `fsdp2` on several GPUs.
         tflops (`float`, *optional*): TFLOP/s that a device really reaches: 40 % of an H100's. None is known of a CPU.
         bandwidth (`float`, *optional*): TB/s of its memory that it really reaches: 60 % of an H100's.
         prompt_tokens, answer_tokens (`int`, *optional*): of a prompt and an answer, in the mean.
@@ -40,7 +40,7 @@ class PlanOptions:
     sharding: str | None = field(
         default=None,
         metadata={
-            "help": "one, ddp, fsdp2, or zero1 to zero3; by default fsdp2 on several GPUs.",
+            "help": "one, ddp, fsdp2, zero1 or zero2; by default fsdp2 on several GPUs.",
             "choices": SHARDINGS,
         },
     )

@@ -110,7 +110,8 @@ def plan(
     Args:
         model (`str`): as of [`load_model`]; its weights are not looked for.
         config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*), loading (`ModelConfig`, *optional*): of the run.
-        on ([`PlanOptions`], *optional*): devices, rates and lengths.
+        on ([`PlanOptions`], *optional*): devices, rates and lengths. Of a `generation_batch_size` that `config` was given, each
+            of them has as many answers as the configuration's own process would.
 
     Raises:
         UserError: for what the run would refuse of a model, a layer or a sharding.
@@ -146,7 +147,6 @@ def _setting(
     on.check()
     options.check()
     _check_loading(loading)
-    _check_sharing(on)
     given = "internal_schedule" if config.internal_schedule else "internal_layer"
     named = {given: max(config.first_phase.layers, default=None)}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
@@ -172,12 +172,6 @@ def _check_loading(loading: ModelConfig) -> None:
         raise UserError(
             "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
         )
-
-
-def _check_sharing(on: PlanOptions) -> None:
-    """What a run would refuse, once its processes have started."""
-    if on.shared == "zero3":
-        raise UserError("sharding zero3 partitions the unembedding, which bupo train refuses: use fsdp2 or zero2")
 
 
 def _lengths(

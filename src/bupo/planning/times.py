@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from bupo.planning.arithmetic import Flops
-from bupo.planning.memory import HALF, optimizer_bytes, vllm_bytes
+from bupo.planning.memory import HALF, critic_weights, optimizer_bytes, vllm_bytes
 from bupo.planning.setting import Setting
 
 # readings and writings of a gradient besides the optimizer's: whether it is finite, its norm, and clipping it
@@ -48,12 +48,18 @@ def optimizer_traffic(setting: Setting, layer: int | None) -> float:
     """Bytes that one update reads and writes: weights and states, and the gradient several times."""
     count = setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
     share = 1 if setting.on.shared in ("one", "ddp") else setting.on.processes
+    found = _stepped(setting, setting.config.optim.value, share) * count
+    if setting.copied_critic:  # its own AdamW, of all of it, which DeepSpeed does not share
+        own = 1 if setting.on.shared.startswith("zero") else share
+        found += _stepped(setting, "adamw", own) * critic_weights(setting)
+    return found
+
+
+def _stepped(setting: Setting, optimizer: str, share: int) -> float:
+    """Bytes a parameter that this device reads and writes where it steps one in `share` of them."""
     size = setting.weight_bytes if share == 1 else 4
     gradient = size * (1 + GRADIENT_PASSES + (CLIPPING if setting.config.max_grad_norm else 0))
-    states = 2 * optimizer_bytes(setting.config.optim.value, size)
-    if setting.copied_critic:
-        count *= 2
-    return (2 * size + gradient + states) * count / share
+    return (2 * size + gradient + 2 * optimizer_bytes(optimizer, size)) / share
 
 
 def sampling_traffic(setting: Setting) -> float:

@@ -72,8 +72,16 @@ def _check_kind(trainer: TRLTrainer, found: Path) -> None:
     its = next((kind for kind, name in optimizers.items() if any(found.glob(name))), ours)
     if its != ours:
         raise UserError(
-            f"{found} is of a run {its}, and this one is {ours}: go on as it was, on any number of processes, or start a new "
-            "run from the model that the checkpoint holds"
+            f"{found} is of a run {its}, and this one is {ours}: go on as it was, or start a new run from the model that the "
+            "checkpoint holds"
+        )
+    if ours != "under DeepSpeed" or not (found / STATE_FILE).exists():
+        return
+    before = torch.load(found / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)["layout"]["processes"]
+    if before != trainer.accelerator.num_processes:
+        raise UserError(
+            f"{found} is of {before} processes, and this run has {trainer.accelerator.num_processes}: DeepSpeed goes on on as "
+            "many; FSDP2 on any number"
         )
 
 

@@ -83,7 +83,7 @@ class Evaluations(TrainerCallback):
             mine = list(requests[accelerator.process_index :: accelerator.num_processes])
             # all sample as many, for a sharded model all have to run the same passes
             more = -(-len(requests) // accelerator.num_processes) - len(mine)
-            answers = list(engine([*mine, *requests[:more]]))
-            yield from gather_object([(request, answer) for request, answer in answers if request in mine])
+            own, answers = set(mine), engine([*mine, *requests[:more]])
+            yield from gather_object([(request, answer) for request, answer in answers if request in own])
 
         return share

@@ -164,7 +164,7 @@ class PolicyHead:
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
             out = model.base_model(*args, use_cache=False, **kwargs)
         block = stream.block(site.layer)
-        if isinstance(block, FSDPModule) and site.kind != "layer":
+        if isinstance(block, FSDPModule) and site.kind != "layer" and torch.is_grad_enabled():
             block.unshard()  # which FSDP2 does when a gradient meets the block's output, and none will
         return (stream.lensed(states[site], self.lens), None), out
 

@@ -158,8 +158,21 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
+    if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
+        raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        kind = trainer.accelerator.distributed_type.value
+        raise UserError(
+            f"DeepSpeed was asked for, but accelerate makes of this run {kind}: leave ACCELERATE_USE_CPU out"
+        )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer.accelerator.state.fsdp_plugin)
+        if args.save_on_each_node:
+            raise UserError(
+                "save_on_each_node: FSDP's checkpoints are whole on the first machine only: share output_dir"
+            )
+        if any(config.is_prompt_learning for config in getattr(trainer.model, "peft_config", {}).values()):
+            raise UserError("a learned prompt (PEFT) cannot be looked at where FSDP shards: use LoRA, or DDP")
     elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         kind = trainer.accelerator.distributed_type.value
         logger.warning(

@@ -70,13 +70,14 @@ def sharded_again(model: nn.Module) -> None:
 
 
 def joined(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Shares as of these parameters, joined on the CPU of each process, one after another. Every process has to ask."""
+    """Shares as of these parameters, joined one after another, on the CPU of the main process. Every process has to ask."""
     found = []
     for like, share in zip(parameters, shares, strict=True):
         if isinstance(like, DTensor):
             mesh, places, share = like.device_mesh, like.placements, share.to(like.to_local().device)
             joint = DTensor.from_local(share, mesh, places, shape=like.shape, stride=like.stride(), run_check=False)
-            share = joint.full_tensor().cpu()
+            share = joint.full_tensor()
+            share = share.cpu() if PartialState().is_main_process else share.new_empty(0)
         found.append(share)
     return found
 
@@ -94,11 +95,16 @@ def parted(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
     """A model's weights, whole, on the main process if it is sharded. Every process has to ask."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_whole_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """What `whole_weights` gave the main process."""
+    if not isinstance(model, FSDPModule):
+        model.load_state_dict(weights)
+        return
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 

@@ -51,8 +51,8 @@ def close() -> None:
     """
     if distributed.is_available() and distributed.is_initialized():
         _closed.append(distributed.group.WORLD)
-        if "vllm" in sys.modules:
-            sys.modules["vllm"].distributed.cleanup_dist_env_and_memory()
+        if "vllm.distributed" in sys.modules:
+            sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
