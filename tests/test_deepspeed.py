@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from bupo import UserError
+from bupo.analysis.over_training import STATE_FILE
 from bupo.model.residual import ResidualStream, Site
+from bupo.training.checkpoint import check_same_run
 from bupo.training.metrics_file import read_metrics
+from bupo.training.setup import check_run
 from bupo.training.zero import REACHED_BY, StepsOfReached, check_zero, group_by_reach, reached
 from tests.test_dynamics import FALLING
 from tests.test_trainer import assert_only_below, model_of
@@ -302,6 +306,46 @@ def test_what_does_not_run_is_refused_by_name(stage, more, asked, refused):
     plugin.zero_stage, plugin.deepspeed_config = 2, zero(2, bf16={"enabled": "auto"})
     args.fp16 = False
     check_zero(args)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "args", "refused"),
+    [
+        ({"optimizer": object()}, {}, "an optimizer was given, which DeepSpeed would replace"),
+        (
+            {"is_deepspeed_enabled": False},
+            {"deepspeed": zero(2)},
+            "DeepSpeed was asked for, but accelerate makes of this run NO",
+        ),
+    ],
+)
+def test_what_would_be_left_out_is_refused(trainer, args, refused):
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
+    trainer = {
+        "is_deepspeed_enabled": True,
+        "reads_images": False,
+        "is_fsdp_enabled": False,
+        "optimizer": None,
+    } | trainer
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, **args})
+    made: Any = SimpleNamespace(accelerator=accelerator, **trainer)
+    with pytest.raises(UserError, match=refused):
+        check_run(made, args)
+
+
+def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
+    (tmp_path / "global_step4").mkdir()
+    torch.save({"layout": {"processes": 2}}, tmp_path / STATE_FILE)
+    trainer: Any = SimpleNamespace(
+        is_fsdp_enabled=False, is_deepspeed_enabled=True, accelerator=SimpleNamespace(num_processes=1)
+    )
+    with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
+        check_same_run(trainer, tmp_path, print)
+    trainer.accelerator.num_processes = 2
+    check_same_run(trainer, tmp_path, print)  # keeps no options that could differ
+    trainer.is_deepspeed_enabled = False
+    with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
+        check_same_run(trainer, tmp_path, print)
 
 
 TRAIN = {

@@ -5,16 +5,16 @@
 
 from typing import Any, NamedTuple
 
-TRAINS, REFUSED, ELSEWHERE = "trains", "refused", "not tried"
+TRAINS, REFUSED, ELSEWHERE = "trains", "refused", "not by these tests"
 
 
 class Row(NamedTuple):
     """What becomes of an option.
 
     Attributes:
-        outcome (`str`): `trains`, `refused`, or `not tried`, where it needs what a test does not have.
+        outcome (`str`): `trains`, `refused`, or `not by these tests`, where it needs what they do not have.
         options (`dict`): values to try, the option's own among them. For a refused one, those that are refused.
-        why (`str`): why it is refused or not tried; what there is to know about it in phase 1.
+        why (`str`): why it is refused or not tried by them; what there is to know about it in phase 1.
     """
 
     outcome: str

@@ -7,7 +7,7 @@ them a resumed run would count rollout batches, and so the phases, from the star
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -58,9 +58,18 @@ def chosen(trainer: TRLTrainer, wanted: str | bool | None) -> str | None:
     check_shared(found)
     if found is None:
         return None
+    check_same_run(trainer, found, say)
+    return str(found)
+
+
+def check_same_run(trainer: TRLTrainer, found: Path, say: Callable[[str], None]) -> None:
+    """Hold a run against the checkpoint that it goes on from.
+
+    Raises:
+        UserError: if it was made under another kind of launch, or with options that decide the run and differ.
+    """
     _check_kind(trainer, found)
     compare(trainer, found, say)
-    return str(found)
 
 
 def _check_kind(trainer: TRLTrainer, found: Path) -> None:

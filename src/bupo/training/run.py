@@ -26,6 +26,7 @@ from bupo.model.loading import load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
+from bupo.training.checkpoint import check_same_run
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
 from bupo.training.folder import (
@@ -38,7 +39,7 @@ from bupo.training.folder import (
 from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of, within
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
-from bupo.training.resuming import compare, deciding, hold, same_phase
+from bupo.training.resuming import deciding, hold, same_phase
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
 from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
@@ -187,7 +188,7 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         say(f"run {folder}: the first rollout batch is being sampled")
     with writing(folder), ending(trainer, say):
         if checkpoint:
-            compare(trainer, Path(checkpoint), trainer.accelerator.print)
+            check_same_run(trainer, Path(checkpoint), trainer.accelerator.print)
         if trainer.is_world_process_zero():
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
