@@ -86,9 +86,7 @@ class _ScoreTokens(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (made(x, dtype=dtype) if wanted else None for x, dtype, wanted in inputs)
         for columns in _tiles(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.tile(columns)
-            summed = (
-                torch.empty(0) if of_weight is None else of_weight[columns].to(kind)
-            )  # itself, if it is of that type
+            summed = None if of_weight is None else of_weight[columns].to(kind)  # itself, if it is of that type
             for rows in _tiles(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]
                 x = tile.logits(states.to(ctx.dtype))
@@ -99,11 +97,11 @@ class _ScoreTokens(torch.autograd.Function):
                 # what is first in a place writes, the others add: nothing is filled with zeros
                 if of_hidden is not None:
                     of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
-                if of_weight is not None:
+                if summed is not None:
                     summed.addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
                 if of_bias is not None:
                     of_bias[columns] = grad.sum(0) + (of_bias[columns] if rows.start else 0)
-            if of_weight is not None and of_weight.dtype != kind:
+            if of_weight is not None and summed is not None and of_weight.dtype != kind:
                 of_weight[columns] = summed
         of_hidden, of_bias = (g if g is None else g.to(x.dtype) for g, x in ((of_hidden, hidden), (of_bias, bias)))
         return of_hidden, of_weight, of_bias, None, None, None

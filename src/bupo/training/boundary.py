@@ -43,7 +43,7 @@ def boundary_layer(
     Raises:
         UserError: where no layer's is positive, or the resamples do not agree: with the row and the choices.
     """
-    prompts = _by_prompt(stream, answers, lens, temperature, tokens, gather)
+    prompts = _by_prompt(stream, up_to(answers, tokens), lens, temperature, gather)
     if not prompts:
         raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
     found = stages(prompts)
@@ -79,14 +79,10 @@ def said_of_length(found: dict) -> str:
     return f"internal_steps: {used} as given; recommended are {recommended}, {why}"
 
 
-def _by_prompt(stream, answers, lens, temperature, tokens, gather) -> list[AnswerSums]:
+def _by_prompt(stream, answers, lens, temperature, gather) -> list[AnswerSums]:
     """The sums of all processes' answers, those to one prompt joined."""
-    measured, spent = [], 0
-    for (prompt, _), answer in zip(answers, measure(stream, answers, lens, temperature), strict=False):
-        measured.append((tuple(prompt), AnswerSums.of(answer)))
-        spent += answer.tokens
-        if spent >= tokens:
-            break
+    found = zip(answers, measure(stream, answers, lens, temperature), strict=True)
+    measured = [(tuple(prompt), AnswerSums.of(answer)) for (prompt, _), answer in found]
     by_prompt = defaultdict(list)
     for prompt, sums in gather(measured):
         by_prompt[prompt].append(sums)
