@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from bupo.planning.memory import HALF, memory, syncs_each_batch
 from bupo.planning.setting import Setting
-from bupo.training.estimators import WITH_CRITIC
 
 STEP = 0.05  # of vLLM's share of a device
 ROOM = 1.1  # of what vLLM's weights and one answer take: its own activations
@@ -81,7 +80,7 @@ def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         yield from _vllm(setting)
     if config.per_device_train_batch_size > 1:
         yield _smaller_batches(setting)
-    if config.advantage_estimator in WITH_CRITIC and config.critic_backbone == "copy":
+    if setting.copied_critic:
         yield "critic_backbone shared (another critic)", setting.changed(critic_backbone="shared")
     if config.optim.value.startswith("adamw_torch"):
         eight = type(config.optim)("adamw_8bit")

@@ -73,7 +73,7 @@ def sampling_traffic(setting: Setting) -> float:
 
 def sampling_steps(setting: Setting) -> float:
     """Tokens that are sampled one after another: as many as the longest answer has, and more where not all fit at once."""
-    longest = setting.longest.answer if setting.mean.answer < setting.longest.answer else setting.mean.answer
+    longest = max(setting.longest.answer, setting.mean.answer)
     if not (setting.config.use_vllm and setting.config.vllm_mode == "colocate"):
         return longest
     answers = setting.answers * _tensor_parallel(setting)
