@@ -45,15 +45,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 8, width: int = 128) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=max(1, width // 64),
             head_dim=32,
             max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -66,12 +66,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )
 
 
-def training_batch(tokenizer, seed, step, size, worked_share) -> tuple[torch.Tensor, torch.Tensor]:
+def training_batch(tokenizer, seed, step, size, worked_share, numbers=3) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both `(size, time)`; only the answer and its end are learnt."""
     ids, labels = [], []
     rng = random.Random(f"style-{seed}-{step}")
     for row in range(size):
-        problem = arithmetic_problem("train", seed, step * size + row)
+        problem = arithmetic_problem("train", seed, step * size + row, numbers)
         answer = problem.worked if rng.random() < worked_share else problem.direct
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
@@ -83,10 +83,27 @@ def training_batch(tokenizer, seed, step, size, worked_share) -> tuple[torch.Ten
     return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100)
 
 
+def longest_answer(numbers: int) -> int:
+    """Tokens of the longest worked answer to so many numbers, and its end."""
+    return 32 if numbers == 3 else 13 * (numbers - 1) + 8
+
+
+def supervised(model, ids, labels) -> torch.Tensor:
+    """Cross-entropy of every layer's policy `softmax(H^l E_u^T)`, in the mean, later layers weighing more."""
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[1:-1]  # the last has the final norm behind it
+    kept = labels[:, 1:].reshape(-1) != -100
+    targets = labels[:, 1:].reshape(-1)[kept]
+    losses = [
+        torch.nn.functional.cross_entropy(model.lm_head(state[:, :-1].flatten(0, 1)[kept]), targets) for state in states
+    ]
+    weights = torch.arange(1, len(losses) + 1, dtype=torch.float32)
+    return (torch.stack(losses) * weights / weights.sum()).sum()
+
+
 @torch.no_grad()
-def accuracy(model, tokenizer, problems=512) -> tuple[float, float, float]:
+def accuracy(model, tokenizer, problems=512, numbers=3) -> tuple[float, float, float]:
     """Share of exact answers, of worked answers, and mean answer length at temperature 1 on the test split."""
-    held_out = [arithmetic_problem("test", 0, i) for i in range(problems)]
+    held_out = [arithmetic_problem("test", 0, i, numbers) for i in range(problems)]
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": p.question}], add_generation_prompt=True, tokenize=False
@@ -94,7 +111,7 @@ def accuracy(model, tokenizer, problems=512) -> tuple[float, float, float]:
         for p in held_out
     ]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    out = model.eval().generate(**inputs, max_new_tokens=32, do_sample=True, temperature=1.0, top_k=0)
+    out = model.eval().generate(**inputs, max_new_tokens=longest_answer(numbers), do_sample=True, top_k=0)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     model.train()
     right = sum(t.endswith(p.direct) for t, p in zip(texts, held_out, strict=True)) / problems
@@ -102,13 +119,17 @@ def accuracy(model, tokenizer, problems=512) -> tuple[float, float, float]:
     return right, worked, sum(map(len, texts)) / problems
 
 
-def train(model, tokenizer, *, name, steps, peak_rate, worked_share, seed, batch_size, minutes):
+def train(
+    model, tokenizer, *, name, steps, peak_rate, worked_share, seed, batch_size, minutes, numbers=3, supervision=0.0
+):
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps, pct_start=0.1)
     started = time.time()
     for step in range(steps):
-        ids, labels = training_batch(tokenizer, seed, step, batch_size, worked_share)
+        ids, labels = training_batch(tokenizer, seed, step, batch_size, worked_share, numbers)
         loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        if supervision:
+            loss = loss + supervision * supervised(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,7 +138,7 @@ def train(model, tokenizer, *, name, steps, peak_rate, worked_share, seed, batch
         if step % 100 == 0 or step == steps - 1:
             row = {"stage": name, "step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
             if step % 500 == 0 or step == steps - 1:
-                row["accuracy"], row["worked"], row["length"] = accuracy(model, tokenizer)
+                row["accuracy"], row["worked"], row["length"] = accuracy(model, tokenizer, numbers=numbers)
             print(json.dumps(row), flush=True)
         if time.time() - started > 60 * minutes:
             raise SystemExit(f"stage {name} took longer than {minutes} minutes")
@@ -163,6 +184,10 @@ def main():
         seed=2,
         **limits,
     )
+    save(model, tokenizer, args.output)
+
+
+def save(model, tokenizer, folder, numbers=3):
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -170,10 +195,10 @@ def main():
         top_p=1.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=32,
+        max_new_tokens=longest_answer(numbers),
     )
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

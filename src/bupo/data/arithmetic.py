@@ -1,6 +1,6 @@
 """Procedural multi-step arithmetic: the task of the embedded model.
 
-A problem is three two-digit numbers joined by `+` and `-` (`57+23-41`); its answer is one integer. It can be answered
+A problem is three two-digit numbers, or more, joined by `+` and `-` (`57+23-41`); its answer is one integer. It can be answered
 directly (`\\boxed{39}`) or with worked steps (`57+23=80;80-41=39;\\boxed{39}`): the same question, two ways to reason.
 """
 
@@ -26,8 +26,8 @@ def _split_of(question: str) -> str:
     return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
 
 
-def _draw(rng: random.Random) -> ArithmeticProblem:
-    first, *rest = [rng.randint(10, 99) for _ in range(3)]
+def _draw(rng: random.Random, numbers: int) -> ArithmeticProblem:
+    first, *rest = [rng.randint(10, 99) for _ in range(numbers)]
     question, total, steps = str(first), first, []
     for number in rest:
         sign = rng.choice("+-")
@@ -39,13 +39,14 @@ def _draw(rng: random.Random) -> ArithmeticProblem:
     return ArithmeticProblem(question, str(total), "".join(steps) + boxed, boxed)
 
 
-def arithmetic_problem(split: str, seed: int, index: int) -> ArithmeticProblem:
-    """Problem number `index` of a seeded stream; it depends on (split, seed, index) only.
+def arithmetic_problem(split: str, seed: int, index: int, numbers: int = 3) -> ArithmeticProblem:
+    """Problem number `index` of a seeded stream; it depends on the arguments only.
 
     Args:
         split (`str`): `"train"` or `"test"`. The two hold no question in common.
         seed (`int`): seed of the stream.
         index (`int`): position in the stream.
+        numbers (`int`): of the expression.
 
     Raises:
         ValueError: for another split.
@@ -54,6 +55,6 @@ def arithmetic_problem(split: str, seed: int, index: int) -> ArithmeticProblem:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = random.Random(f"{split}-{seed}-{index}")
     while True:
-        problem = _draw(rng)
+        problem = _draw(rng, numbers)
         if _split_of(problem.question) == split:
             return problem

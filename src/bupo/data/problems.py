@@ -5,6 +5,7 @@ Whatever the source, the result is a dataset with two columns: `prompt` (message
 
 import hashlib
 import json
+import re
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground
 ARITHMETIC = "arithmetic"
 REASONING_GYM = "reasoning_gym:"
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_NUMBERS = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5`: of five numbers
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
 _MOST_MADE = 10_000_000  # problems of a procedural task, all of them in memory
 _AT_ONCE = 1000  # rows that are read together
@@ -45,7 +47,7 @@ def load_problems(
 
     Args:
         name (`str`): a local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's
-            task; or a dataset's id on the Hugging Face hub.
+            task, or `arithmetic-5`, with five numbers; or a dataset's id on the Hugging Face hub.
         split (`str`, *optional*, defaults to `"train"`): of a hub dataset or a procedural task. A file is one split.
         config (`str`, *optional*): the hub dataset's configuration; for `reasoning_gym`, its options as JSON.
         prompt_column, answer_column (`str`, *optional*): by default the first of `PROMPT_COLUMNS` and of `ANSWER_COLUMNS`. A
@@ -82,15 +84,15 @@ def _rows(
     """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
-    made = name == ARITHMETIC or name.startswith(REASONING_GYM)
+    made = procedural(name)
     if made and (size or 0) > _MOST_MADE:
         raise UserError(f"size must be at most {_MOST_MADE} for {name}, whose problems are made, got {size}")
     if made and shuffle_seed is not None:
         raise UserError(
             f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
         )
-    if name == ARITHMETIC:
-        rows = _arithmetic(_known_split(name, split), size, seed)
+    if numbers := _NUMBERS.fullmatch(name):
+        rows = _arithmetic(_known_split(name, split), size, seed, int(numbers[1] or 3))
     elif name.startswith(REASONING_GYM):
         rows = _reasoning_gym(name, _known_split(name, split), size, seed, config)
     else:
@@ -102,6 +104,11 @@ def _rows(
     if len(rows) == 0:
         raise UserError(f"{name} holds no problems")
     return rows
+
+
+def procedural(name: str) -> bool:
+    """Whether the problems of a name are made, not read."""
+    return name.startswith(REASONING_GYM) or _NUMBERS.fullmatch(name) is not None
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -145,8 +152,8 @@ def _known_split(name: str, split: str) -> str:
     return split
 
 
-def _arithmetic(split: str, size: int | None, seed: int) -> Dataset:
-    problems = [arithmetic_problem(split, seed, i) for i in range(size or _PROCEDURAL_SIZES[split])]
+def _arithmetic(split: str, size: int | None, seed: int, numbers: int) -> Dataset:
+    problems = [arithmetic_problem(split, seed, i, numbers) for i in range(size or _PROCEDURAL_SIZES[split])]
     return Dataset.from_dict({"prompt": [p.question for p in problems], "answer": [p.answer for p in problems]})
 
 

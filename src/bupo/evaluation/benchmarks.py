@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
+from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems, procedural
 from bupo.errors import UserError, others
 from bupo.evaluation.tasks import PREFIX, is_harness
 from bupo.ranges import COUNT, check_number
@@ -89,15 +89,15 @@ def _named(name: str, prompt_column: str | None, answer_column: str | None) -> t
     label, _, where = name.partition("=")
     known = BENCHMARKS.get(label)
     source, _, revision = (where or label).partition("@")
-    procedural = source == ARITHMETIC or source.startswith(REASONING_GYM)
-    if not (known or procedural or "/" in source or source.endswith(tuple(FILE_KINDS))):
+    made = procedural(source)
+    if not (known or made or "/" in source or source.endswith(tuple(FILE_KINDS))):
         raise UserError(
             f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
             "local file"
         )
     if known and not where:
         return label, known
-    columns = (None, None) if procedural else (prompt_column, answer_column)
+    columns = (None, None) if made else (prompt_column, answer_column)
     own = Benchmark(source, revision or None, *columns, answer_after=known.answer_after if known else None)
     return (label if where else _short(source)), own
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems
+from bupo.data.problems import FILE_KINDS, load_problems, procedural
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import check_layers, load_tokenizer
@@ -204,7 +204,7 @@ def _lengths(
 def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
     """Tokens of the first prompts of a data set that is made, or a file. One of the hub is not asked for."""
     name = options.dataset
-    if name is None or not (name == ARITHMETIC or name.startswith(REASONING_GYM) or Path(name).suffix in FILE_KINDS):
+    if name is None or not (procedural(name) or Path(name).suffix in FILE_KINDS):
         return None
     problems = load_problems(
         name,

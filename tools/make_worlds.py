@@ -1,0 +1,81 @@
+"""Make the worlds that `bupo reproduce --scale worlds` trains: base models that differ in what should matter to BuPO.
+
+| world | what it differs in |
+|---|---|
+| `progressive` | every layer's policy has been trained to answer: entropy falls layer by layer, as in Qwen3 |
+| `weak` | few worked answers: low accuracy, high entropy |
+| `long` | five numbers instead of three: four steps to reason over |
+| `deep16` | 16 layers, 96 wide |
+| `deep32` | 32 layers, 64 wide |
+
+The first three go on from the embedded model, the others start anew. Each has some 1.2 M parameters (5 MB); seeds are fixed. On
+one CPU core a world takes five to twenty minutes:
+
+    python tools/make_worlds.py runs/worlds                     # all that are missing
+    python tools/make_worlds.py runs/worlds --only progressive
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from make_embedded_model import make_model, make_tokenizer, save, train
+from transformers import Qwen3ForCausalLM
+
+EMBEDDED = Path(__file__).parents[1] / "src/bupo/embedded/model"
+
+
+@dataclass(frozen=True)
+class World:
+    """How a base model is made: its shape, updates on worked answers, then updates on a mixture of worked and direct ones."""
+
+    layers: int = 8  # 8 goes on from the embedded model
+    width: int = 128
+    worked_steps: int = 0
+    mixed_steps: int = 200
+    worked_share: float = 0.35
+    worked_rate: float = 1e-3
+    numbers: int = 3
+    supervision: float = 0.0  # weight of the cross-entropy of every layer's policy
+
+
+WORLDS = {
+    "progressive": World(worked_steps=1000, supervision=1.0),
+    "weak": World(mixed_steps=150, worked_share=0.08),
+    "long": World(worked_steps=1000, numbers=5),
+    "deep16": World(layers=16, width=96, worked_steps=1800, worked_rate=3e-3),
+    "deep32": World(layers=32, width=64, worked_steps=1800, worked_rate=3e-3),
+}
+
+
+def make(world: World, folder: Path, minutes: float) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    if world.layers == 8:
+        model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    else:
+        model = make_model(tokenizer, world.layers, world.width)
+    print(f"{folder.name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    same = {"batch_size": 64, "minutes": minutes, "numbers": world.numbers, "supervision": world.supervision}
+    if world.worked_steps:
+        stage = {"steps": world.worked_steps, "peak_rate": world.worked_rate, "worked_share": 1.0, "seed": 1}
+        train(model, tokenizer, name="worked", **stage, **same)
+    stage = {"steps": world.mixed_steps, "peak_rate": 5e-4, "worked_share": world.worked_share, "seed": 2}
+    train(model, tokenizer, name="mixed", **stage, **same)
+    save(model, tokenizer, folder, world.numbers)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a folder a world is made in it")
+    parser.add_argument("--only", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--minutes", type=float, default=60, help="give up a stage after this long")
+    args = parser.parse_args()
+    for name in args.only:
+        if not (args.folder / name / "model.safetensors").exists():
+            make(WORLDS[name], args.folder / name, args.minutes)
+
+
+if __name__ == "__main__":
+    main()
