@@ -90,7 +90,9 @@ def longest_answer(numbers: int) -> int:
 
 def supervised(model, ids, labels) -> torch.Tensor:
     """Cross-entropy of every layer's policy `softmax(H^l E_u^T)`, in the mean, later layers weighing more."""
-    states = model(input_ids=ids, output_hidden_states=True).hidden_states[1:-1]  # the last has the final norm behind it
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[
+        1:-1
+    ]  # the last has the final norm behind it
     kept = labels[:, 1:].reshape(-1) != -100
     targets = labels[:, 1:].reshape(-1)[kept]
     losses = [

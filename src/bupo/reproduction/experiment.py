@@ -27,6 +27,7 @@ LONGEST_NAME = 120  # of a run's folder
 # what each kind of figure or table is drawn of
 KINDS: dict[str, tuple[str, ...]] = {
     "scores": ("train", "eval"),
+    "outcomes": ("train", "eval"),
     "layers": ("analyze",),
     "curves": ("train",),
     "dynamics": ("train",),
@@ -35,7 +36,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 NAMES = tuple(sorted(
     (path.stem for path in EXPERIMENTS.glob("*.yaml") if path.name != SCALES_FILE),
-    key=lambda name: (name[:3] != "fig", int("".join(filter(str.isdigit, name)))),
+    key=lambda name: (not name.startswith("fig"), not name.startswith("table"), int("".join(filter(str.isdigit, name)) or 0)),
 ))  # fmt: skip
 
 
@@ -155,24 +156,38 @@ def scales() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((EXPERIMENTS / SCALES_FILE).read_text(encoding="utf-8"))
 
 
+def names_at(scale: str) -> tuple[str, ...]:
+    """The experiments that a scale has.
+
+    Raises:
+        UserError: if there is no such scale.
+    """
+    known = scales()
+    if scale not in known:
+        raise UserError(f"scale must be {', '.join(known)}, got {scale!r:.80}")
+    return tuple(name for name in NAMES if known[scale].get("like", scale) in _text(name)["scales"])
+
+
+def _text(name: str) -> dict[str, Any]:
+    return yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
 def read_experiment(name: str, scale: str, model: str | None = None, seeds: int | None = None) -> Experiment:
     """A figure or table as runs.
 
     Args:
         name (`str`): such as `fig3` or `table2`.
         scale (`str`): of `scales.yaml`.
-        model (`str`, *optional*): instead of the scale's; its recipes and layers stay.
+        model (`str`, *optional*): one of the scale's alone, by its name, or another, to which recipes and layers stay.
         seeds (`int`, *optional*): the first so many seeds only.
 
     Raises:
         UserError: if there is no such experiment or scale.
     """
-    if name not in NAMES:
-        raise UserError(f"unknown figure or table {name!r:.80}: choose {', '.join(NAMES)}, or all")
-    known = scales()
-    if scale not in known:
-        raise UserError(f"scale must be {', '.join(known)}, got {scale!r:.80}")
-    text = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
+    there = names_at(scale)
+    if name not in there:
+        raise UserError(f"unknown figure or table {name!r:.80} at scale {scale}: choose {', '.join(there)}, or all")
+    text, known = _text(name), scales()
     like = known[scale].get("like", scale)
     own = {key: value for key, value in text.items() if key in ("rows", "models", "draw")}
     section = _Section({**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model)
@@ -180,7 +195,7 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     heads = {key: text[key] for key in ("title", "source", "kind")}
     return Experiment(
         name, **heads, scale=scale, about=known[scale]["about"], printed=text.get("printed", {}),
-        draw=section.own.get("draw", {}), cells=cells, given=model is not None,
+        draw=section.own.get("draw", {}), cells=cells, given=model is not None and model not in known[scale]["models"],
     )  # fmt: skip
 
 
@@ -202,10 +217,13 @@ class _Section:
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """Words by model, which recipes and options are filled with."""
-        known, chosen = self.scale["models"], self.own.get("models")
+        known, chosen = (
+            self.scale["models"],
+            [self.model] if self.model in self.scale["models"] else self.own.get("models"),
+        )
         labels = list(known) if chosen is None else chosen
         words = {label: known[label] | {"problems": "{problems}"} for label in labels}
-        if self.model:
+        if self.model and self.model not in known:
             first = next(iter(words.values()))
             return {Path(self.model).name.removesuffix(".gguf"): first | {"base": self.model, "own_model": True}}
         return words
@@ -234,7 +252,13 @@ class _Section:
                     given[name] = min(value, most)
             base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
-        trained, untrained = runs.get("train"), {"model": words["base"], **self.scale.get("untrained", {})}
+        trained, untrained = (
+            runs.get("train"),
+            {
+                "model": words["base"],
+                **{name: _filled(value, words) for name, value in self.scale.get("untrained", {}).items()},
+            },
+        )
         if "eval" in KINDS[self.kind]:
             about = {} if trained else untrained
             runs["eval"] = self._run(

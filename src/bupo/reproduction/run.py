@@ -11,7 +11,7 @@ from bupo.options import changed, check_values
 from bupo.provenance import note_run
 from bupo.ranges import COUNT, check_word
 from bupo.reproduction.cost import estimates, in_words
-from bupo.reproduction.experiment import NAMES, Experiment, Run, read_experiment, scales
+from bupo.reproduction.experiment import Experiment, Run, names_at, read_experiment, scales
 from bupo.reproduction.jobs import Jobs, Places, remove_stale, state_of
 from bupo.reproduction.result import Result, make
 
@@ -31,18 +31,21 @@ class ReproduceOptions:
     """Options of `bupo.reproduce` and `bupo reproduce`.
 
     Parameters:
-        scale (`str`): `embedded`, `small`, `paper`, or `tiny`, a rehearsal of `embedded`.
+        scale (`str`): `embedded`, `small`, `paper`; `tiny`, a rehearsal of `embedded`; or `worlds`, the study of when BuPO wins.
         output (`str`): folder of runs and results, by scale.
         jobs (`int`): runs side by side.
         seeds (`int`, *optional*): the first so many seeds only.
-        model (`str`, *optional*): instead of the scale's.
+        model (`str`, *optional*): one of the scale's, by its name there, or another.
         dry_run (`bool`): print the runs and what they cost.
         print_commands (`str`, *optional*): `lines` or `slurm`: print the commands instead of running them.
         overwrite (`bool`): delete runs that were made with other options.
     """
 
     scale: str = field(
-        default="embedded", metadata={"help": "embedded, small or paper; tiny is a rehearsal of embedded in minutes."}
+        default="embedded",
+        metadata={
+            "help": "embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds is the study of when BuPO wins."
+        },
     )
     output: str = field(default="runs/reproduce", metadata={"help": "Folder of the runs and results, by scale."})
     jobs: int = field(default=1, metadata={"help": "Runs side by side."})
@@ -86,9 +89,10 @@ def plan(names: Sequence[str], options: ReproduceOptions) -> Reproduction:
         UserError: for an unknown name or scale, or a bad option.
     """
     options.check()
-    wanted = list(NAMES) if ALL in names else list(dict.fromkeys(names))
+    there = names_at(options.scale)
+    wanted = list(there) if ALL in names else list(dict.fromkeys(names))
     if not wanted:
-        raise UserError(f"nothing is named: choose {', '.join(NAMES)}, or all")
+        raise UserError(f"nothing is named: choose {', '.join(there)}, or all")
     experiments = [read_experiment(name, options.scale, options.model, options.seeds) for name in wanted]
     runs = {run.name: run for experiment in experiments for run in experiment.runs}
     places = Places(Path(options.output) / options.scale)
