@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 
 reproduce: $(INSTALLED)  # every figure and table of the paper at the scale of this machine, and the docs' page of results
 	$(BIN)/bupo reproduce all --scale embedded --jobs 2 --output runs/reproduce
-	$(BIN)/python tools/results_page.py runs/reproduce/embedded
+	$(BIN)/python tools/paper_page.py runs/reproduce/embedded
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bupo.errors import UserError
-from bupo.reproduction.experiment import KINDS, NAMES, Cell, Experiment, Run, read_experiment
+from bupo.reproduction.experiment import KINDS, Cell, Experiment, Run, names_at, read_experiment
 from bupo.reproduction.outputs import OUTPUTS, Finished
 from bupo.reproduction.outputs.curves import MEASURES as CURVES
 from bupo.reproduction.outputs.layers import MEASURES as LAYERS
@@ -19,6 +19,7 @@ from bupo.reproduction.result import make
 from tests.figures import drawn
 
 ROOT = Path(__file__).parents[1]
+NAMES = names_at("embedded")
 MODEL, PAPERS = "embedded", "Qwen3-4B"
 
 
@@ -436,7 +437,7 @@ def test_every_experiment_can_be_drawn():
 
 @pytest.fixture(scope="module")
 def tool():
-    return runpy.run_path(str(ROOT / "tools" / "results_page.py"))
+    return runpy.run_path(str(ROOT / "tools" / "paper_page.py"))
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +460,7 @@ def whole(tmp_path_factory, tool):
         told["rows"] = [row | {"paper_difference": {"Qwen3-4B": 3.43 if name == "table1" else None}}]
         (folder / "result.json").write_text(json.dumps(told))
     tool["copy"](root / "tiny", root / "docs")
-    (root / "docs" / "results.md").write_text(tool["page"](root / "docs"))
+    (root / "docs" / "paper.md").write_text(tool["page"](root / "docs"))
     return root
 
 
@@ -468,25 +469,25 @@ def docs(whole, tmp_path):
     return shutil.copytree(whole, tmp_path, dirs_exist_ok=True) / "docs"
 
 
-def test_the_results_page_holds_every_name(docs, tool):
+def test_the_paper_page_holds_every_name(docs, tool):
     assert tool["stale"](docs) == []
-    page = (docs / "results.md").read_text()
+    page = (docs / "paper.md").read_text()
     for name in NAMES:
         assert f"| of {name} |" in page and f"- own {name}\n" in page
-        assert (f"(results/{name}.png)" in page) == name.startswith("fig")
+        assert (f"(paper/{name}.png)" in page) == name.startswith("fig")
     assert page.count("opposite to the paper") == 1 and "\n| Table 1 | GRPO | - | BuPO | - | - |\n" in page
     assert page.count("shared") == 1 and "bupo reproduce all --scale tiny" in page
     assert max(path.stat().st_size for path in docs.rglob("*.png")) <= 60_000
 
 
-def test_a_stale_results_page_is_told(docs, tool):
-    page, result = docs / "results.md", docs / "results" / "fig3.json"
+def test_a_stale_paper_page_is_told(docs, tool):
+    page, result = docs / "paper.md", docs / "paper" / "fig3.json"
     page.write_text(page.read_text().replace("| 1 |", "| 2 |", 1))
     (fault,) = tool["stale"](docs)
-    assert "results.md is not what" in fault
+    assert "paper.md is not what" in fault
     kept = result.read_text()
     result.write_text(kept.replace(json.loads(kept)["digest"], "another"))
-    (docs / "results" / "fig7.json").unlink()
+    (docs / "paper" / "fig7.json").unlink()
     assert [fault.split(" in ")[0].split(":")[0] for fault in tool["stale"](docs)] == [
         "fig3 is stale",
         "fig7 is missing",
@@ -497,11 +498,11 @@ def test_a_missing_result_leaves_the_page_alone(docs, tool, tmp_path):
     (tmp_path / "tiny" / "table7" / "result.json").unlink()
     with pytest.raises(UserError, match="no result of table7"):
         tool["copy"](tmp_path / "tiny", docs)
-    assert (docs / "results" / "table7.json").exists()
+    assert (docs / "paper" / "table7.json").exists()
 
 
-def test_the_docs_results_page_is_fresh(tool):
-    """docs/results.md is what its command would write, from runs of the experiments and recipes as they stand."""
-    if not (ROOT / "docs" / "results").exists():
-        pytest.skip("docs/results does not exist")
+def test_the_docs_paper_page_is_fresh(tool):
+    """docs/paper.md is what its command would write, from runs of the experiments and recipes as they stand."""
+    if not (ROOT / "docs" / "paper").exists():
+        pytest.skip("docs/paper does not exist")
     assert tool["stale"](ROOT / "docs") == []

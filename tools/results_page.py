@@ -1,147 +1,202 @@
-"""The results page of the docs, from the results of `bupo reproduce`.
+"""docs/results.md: does bottom-up training win, when, why, and can one know before? From stored tables of runs.
 
-    python tools/results_page.py runs/reproduce/embedded    # copies what it shows into docs/results, writes docs/results.md
-    python tools/results_page.py --check                    # says what is stale, exit status 1
+    bupo reproduce all --scale worlds --jobs 2
+    python tools/results_page.py runs/reproduce/worlds    # adds the runs that have ended to the tables, writes the page
+    python tools/results_page.py                          # writes the page from the tables
+    python tools/results_page.py --check                  # says what is stale, exit status 1
 
-The page is made from docs/results and from nothing else. It is stale where it is not what this command would write, where a
-figure or table is missing, or where an experiment or one of its recipes has changed since its runs.
+The tables stand in docs/results: `runs.csv`, a row a training, and `layers.csv`, a row a world, measure and layer. The page is
+`page.md` there, in which `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}` and the like stand for what the tables say.
 """
 
 import argparse
-import json
 import re
-import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
+import pandas as pd
+from gains import gains, gains_figure, prediction, prediction_figure
+from paper_page import small
 
 from bupo.errors import UserError
-from bupo.reproduction.experiment import NAMES, read_experiment
-from bupo.reproduction.result import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
+from bupo.reproduction.experiment import Cell, Experiment, names_at, read_experiment
+from bupo.reproduction.jobs import Places, state_of
+from bupo.reproduction.outputs import Finished
+from bupo.reproduction.outputs.outcomes import compared, outcome
+from bupo.reproduction.outputs.table import Output, text_of, told_apart
+from bupo.seeds import paired
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-LARGEST = 60_000  # bytes of a picture
-WIDEST = 1000  # pixels
-AGAIN = "python tools/results_page.py runs/reproduce"
-
-
-def copy(results: Path, docs: Path) -> None:
-    """What the page shows, of every figure and table, into docs/results."""
-    missing = [name for name in NAMES if not (results / name / RESULT_FILE).is_file()]
-    if missing:
-        raise UserError(f"{results} has no result of {', '.join(missing)}: make them by bupo reproduce")
-    target = docs / "results"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in NAMES:
-        shutil.copy(results / name / RESULT_FILE, target / f"{name}.json")
-        shutil.copy(results / name / TABLE_FILE, target / f"{name}.md")
-        if FIGURE_FILE in json.loads((target / f"{name}.json").read_text())["files"]:
-            small(results / name / FIGURE_FILE, target / f"{name}.png")
+ROOT = Path(__file__).resolve().parent.parent
+SCALE, RUNS, LAYERS = "worlds", "runs.csv", "layers.csv"
+KEYS = ["run", "digest"]
 
 
-def small(source: Path, target: Path) -> None:
-    """A picture as a PNG of few colours that is small enough for a repository."""
-    with Image.open(source) as picture:
-        whole = picture.convert("RGB")
-    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        width = round(min(WIDEST, whole.width) * share)
-        sized = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
-        sized.quantize(255, dither=Image.Dither.NONE).save(target, format="PNG", optimize=True)
-        if target.stat().st_size <= LARGEST:
-            return
+def trained(name: str) -> bool:
+    """Whether an experiment compares trainings."""
+    return read_experiment(name, SCALE).kind in ("outcomes", "curves")
 
 
-def page(docs: Path) -> str:
-    """docs/results.md, from docs/results."""
-    found = {name: json.loads((docs / "results" / f"{name}.json").read_text()) for name in NAMES}
-    scale, about = next((one["scale"], one["about"]) for one in found.values())
-    shared = [note for note in found[NAMES[0]]["notes"] if all(note in one["notes"] for one in found.values())]
-    versions = dict.fromkeys(", ".join(f"{name} {number}" for name, number in one["versions"].items() if number)
-                             for one in found.values())  # fmt: skip
-    commands = f"bupo reproduce all --scale {scale} --output runs/reproduce", f"{AGAIN}/{scale}"
-    lines = [
-        "# Results", "",
-        f"The figures and tables of the paper, at the scale `{scale}`: {about}.", *shared, "",
-        "```", *commands, "```", "",
-        f"makes all of it, this page too ([reproduce.md](reproduce.md)). By {'; '.join(versions)}.", "",
-        *(f"- [{called(name)}](#{_anchor(one)}): {one['title']}" for name, one in found.items()), "",
-        *_in_short(found),
-    ]  # fmt: skip
-    for name, one in found.items():
-        lines += [f"## {_heading(one)}", "", f"In the paper: {one['source']}.", ""]
-        if (docs / "results" / f"{name}.png").exists():
-            lines += [f"![{one['title']}](results/{name}.png)", ""]
-        lines += [(docs / "results" / f"{name}.md").read_text()]
-        lines += [*(f"- {note}" for note in one["notes"] if note not in shared), ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _in_short(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Which rows differ from the one they are compared with as they do in the paper."""
-    words = ("as in the paper", "opposite to the paper", "the paper's models differ", "not told apart")
-    lines = []
-    for name, one in found.items():
-        rows = [
-            row for row in one["rows"] if any(value is not None for value in row.get("paper_difference", {}).values())
-        ]
-        said = {word: [row["row"] for row in rows if word in (row["direction"], row["verdict"])] for word in words}
-        if rows:
-            cells = [called(name), rows[0]["against"], *(", ".join(dict.fromkeys(said[word])) or "-" for word in words)]
-            lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
-        return []
-    heads = ["", "less", *words]
-    return [
-        "Differences whose sign the paper has too, and whether the seeds tell them apart from zero:", "",
-        f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |", *lines, "",
-    ]  # fmt: skip
-
-
-def _heading(result: dict[str, Any]) -> str:
-    return f"{called(result['name'])}: {result['title']}"
-
-
-def _anchor(result: dict[str, Any]) -> str:
-    """As GitHub makes it of a heading."""
-    return re.sub(r"[^\w\- ]", "", _heading(result).lower()).replace(" ", "-")
-
-
-def stale(docs: Path) -> list[str]:
-    """What is wrong with the page, a line a fault."""
-    faults = []
-    for name in NAMES:
-        path = docs / "results" / f"{name}.json"
-        if not path.is_file():
-            faults.append(f"{name} is missing in {path.parent}")
+def ended(experiment: Experiment, places: Places) -> Iterator[Cell]:
+    """The cells whose runs have all ended, of today's options."""
+    for cell in experiment.cells:
+        try:
+            if all(state_of(run, places) == "finished" for run in cell.runs.values()):
+                yield cell
+        except UserError:  # made with other options than today's
             continue
-        result = json.loads(path.read_text())
-        if result["digest"] != read_experiment(name, result["scale"]).digest():
-            faults.append(f"{name} is stale: its experiment or a recipe has changed; run bupo reproduce {name} again")
-    if not faults and (not (docs / "results.md").is_file() or (docs / "results.md").read_text() != page(docs)):
-        faults.append(f"{docs / 'results.md'} is not what docs/results gives: {AGAIN}/SCALE")
-    return faults
+
+
+def gather(root: Path, docs: Path, revision: str) -> None:
+    """Put the runs that have ended into the tables. A row that is there already stays."""
+    places, rows, layers = Places(root), [], []
+    for name in names_at(SCALE):
+        experiment = read_experiment(name, SCALE)
+        finished = Finished(experiment, places.folder, places.seconds)
+        for cell in ended(experiment, places):
+            if "analyze" in cell.runs:
+                layers.append(_layers(finished, cell))
+            elif "train" in cell.runs and trained(name):
+                last = cell.runs.get("eval", cell.runs["train"])
+                head = {"run": last.name, "digest": last.digest(), "revision": revision, "world": cell.model}
+                rows.append(head | {"seed": cell.seed} | outcome(finished, cell))
+    docs.mkdir(parents=True, exist_ok=True)
+    _merge(docs / RUNS, pd.DataFrame(rows).round(4), KEYS)
+    _merge(docs / LAYERS, pd.concat(layers) if layers else pd.DataFrame(), ["world", "measure", "layer"])
+
+
+def _layers(finished: Finished, cell: Cell) -> pd.DataFrame:
+    """What the analysis of a world says of its layers."""
+    run = cell.runs["analyze"]
+    table = finished.frame(run, "layers.parquet")[["measure", "layer", "mean", "low", "high"]]
+    model = finished.take(run, "summary.json", finished.summary(run), "models", 0)
+    said = [{"measure": "boundary", "layer": 0, "mean": model["boundary_layer"]}]
+    said += [{"measure": f"pattern {model['pattern']}", "layer": 0, "mean": 1}]
+    return pd.concat([table, pd.DataFrame(said)]).assign(world=cell.model).round(5)
+
+
+def _merge(path: Path, new: pd.DataFrame, keys: list[str]) -> None:
+    old = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    whole = pd.concat([old, new])
+    if len(whole):
+        whole.drop_duplicates(keys, keep="first").sort_values(keys[:1] + keys[1:]).to_csv(path, index=False)
+
+
+class Tables:
+    """The stored tables, as the experiments ask for them."""
+
+    def __init__(self, docs: Path):
+        self.docs = docs
+        self.runs = pd.read_csv(docs / RUNS)
+        self.layers = pd.read_csv(docs / LAYERS)
+
+    def found(self, experiment: Experiment) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+        """Measures by world and row, then by seed: of the runs that are stored and are of today's options."""
+        known = {(row["run"], row["digest"]): row for row in self.runs.to_dict("records")}
+        found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+        for cell in experiment.cells:
+            last = cell.runs.get("eval", cell.runs["train"])
+            row = known.get((last.name, last.digest()))
+            if row is not None:
+                measures = {k: v for k, v in row.items() if k not in (*KEYS, "revision", "world", "seed") and v == v}
+                found.setdefault((cell.model, cell.row), {})[cell.seed] = measures
+        return found
+
+    def output(self, name: str) -> Output:
+        experiment = read_experiment(name, SCALE)
+        return compared(experiment, self.found(experiment))
+
+
+# -- what stands for braces in page.md -----------------------------------------------------------------------------------
+
+
+def filled(text: str, tables: Tables) -> str:
+    """The page's text, with what the tables say in the place of its braces."""
+    return re.sub(r"\{(\w+) ([^{}]*)\}", lambda found: SAYS[found[1]](tables, found[2].strip()), text)
+
+
+def _table(tables: Tables, name: str) -> str:
+    """`{table NAME}`: the main table of an experiment."""
+    return tables.output(name).shown[0].markdown().rstrip("\n")
+
+
+def _more(tables: Tables, name: str) -> str:
+    """`{more NAME}`: its other tables."""
+    return "\n".join(shown.markdown() for shown in tables.output(name).shown[1:]).rstrip("\n")
+
+
+def _gain(tables: Tables, words: str) -> str:
+    """`{gain NAME WORLD | ROW}`: a row less the row that it is compared with, points of avg@k."""
+    where, row = (part.strip() for part in words.split("|"))
+    name, world = where.split()
+    experiment = read_experiment(name, SCALE)
+    found = tables.found(experiment)
+    mine, other = (
+        {seed: each["avg@k"] for seed, each in found[world, which].items()}
+        for which in (row, experiment.draw["against"])
+    )
+    apart = paired(other, mine)
+    return f"{text_of(apart, 1, '+')} ({told_apart(apart)}, {apart.n} seeds)"
+
+
+def _seeds(tables: Tables, name: str) -> str:
+    """`{seeds NAME}`: the seeds of an experiment's stored runs."""
+    seeds = sorted({seed for row in tables.found(read_experiment(name, SCALE)).values() for seed in row})
+    return ", ".join(map(str, seeds))
+
+
+def _revisions(tables: Tables, _: str) -> str:
+    """`{revisions of runs}`: of the code that made them."""
+    return ", ".join(f"`{revision}`" for revision in tables.runs["revision"].drop_duplicates())
+
+
+def _figure(tables: Tables, name: str) -> str:
+    """`{figure NAME}`: drawn, and named."""
+    title, figure = {
+        "gains": lambda: ("Gain of BuPO over GRPO by layer and world", gains_figure(gains(tables, "depth"))),
+        "prediction": lambda: ("What the analysis says before training, and the gain", prediction_figure(tables)),
+    }.get(name, lambda: (f"Reward over training: {name}", tables.output(name).figure))()
+    assert figure is not None
+    path = tables.docs / f"{name}.png"
+    raw = path.with_suffix(".raw.png")
+    figure.savefig(raw, dpi=150, format="png")
+    small(raw, path)
+    raw.unlink()
+    return f"![{title}](results/{name}.png)"
+
+
+SAYS = {
+    "table": _table, "more": _more, "gain": _gain, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
+    "prediction": lambda tables, _: prediction(tables),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", nargs="?", type=Path, help="folder of the results, such as runs/reproduce/embedded")
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, such as runs/reproduce/worlds")
     parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the docs' folder")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the docs' folder")
+    parser.add_argument("--revision", help="of the code that made the runs; by default the checkout's")
     given = parser.parse_args()
-    if given.check == (given.results is not None):
-        parser.error("give the folder of the results, or --check")
-    if given.results is not None:
-        try:
-            copy(given.results, given.docs)
-        except UserError as error:
-            parser.error(str(error))
-        (given.docs / "results.md").write_text(page(given.docs))
-    faults = stale(given.docs)
-    print("\n".join(faults) or f"{given.docs / 'results.md'} is what docs/results gives")
-    sys.exit(bool(faults))
+    stored = given.docs / "results"
+    if given.runs is not None:
+        words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        gather(given.runs, stored, given.revision or subprocess.check_output(words, text=True).strip())
+    text, page = (stored / "page.md").read_text(), given.docs / "results.md"
+    tables = Tables(stored)
+    if given.check:
+        text = re.sub(r"\{figure (\w+)\}", lambda found: _named(page, found[1]), text)
+        fresh = page.read_text() == filled(text, tables)
+        print(f"{page} is {'' if fresh else 'not '}what {stored} gives")
+        sys.exit(not fresh)
+    page.write_text(filled(text, tables))
+
+
+def _named(page: Path, name: str) -> str:
+    """A figure's line in the page, which is not drawn again."""
+    line = re.search(rf"!\[[^\]]*\]\(results/{name}\.png\)", page.read_text())
+    return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else f"no figure {name}"
 
 
 if __name__ == "__main__":

@@ -56,3 +56,23 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> OverSeeds
         ValueError: if they have no seed in common.
     """
     return over_seeds([second[seed] - first[seed] for seed in first if seed in second])
+
+
+def paired_p(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+    """Two-sided p value of Student's paired test that second and first do not differ, over two or more seeds that both have.
+
+    Seeds that all differ by the same amount give 0, by nothing 1.
+    """
+    apart = np.array([second[seed] - first[seed] for seed in first if seed in second])
+    if np.ptp(apart) == 0:
+        return float(apart[0] == 0)
+    return float(stats.ttest_1samp(apart, 0).pvalue)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted by Holm's step-down method: below 0.05, all of them are, with at most that chance of one by luck."""
+    adjusted, least = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = least
+    return adjusted

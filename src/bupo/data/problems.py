@@ -5,9 +5,9 @@ Whatever the source, the result is a dataset with two columns: `prompt` (message
 
 import hashlib
 import json
-import re
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path

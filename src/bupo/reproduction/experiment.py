@@ -135,9 +135,11 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Each once, what others need first."""
-        found = {run.name: run for cell in self.cells for run in cell.runs.values()}
-        return sorted(found.values(), key=lambda run: run.needs is not None)
+        """Each once, what another needs before it; seed by seed, so that what is done by then can be compared."""
+        models = list(dict.fromkeys(cell.model for cell in self.cells))
+        cells = sorted(self.cells, key=lambda cell: (models.index(cell.model), cell.seed))
+        runs = [run for cell in cells for run in sorted(cell.runs.values(), key=lambda run: run.needs is not None)]
+        return list({run.name: run for run in runs}.values())
 
     def digest(self) -> str:
         """Of all its runs and of what is drawn: a result of another digest is stale."""
@@ -192,7 +194,7 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     own = {key: value for key, value in text.items() if key in ("rows", "models", "draw")}
     section = _Section({**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model)
     cells = tuple(section.cells(seeds))
-    heads = {key: text[key] for key in ("title", "source", "kind")}
+    heads = {"title": text["title"], "source": text.get("source", ""), "kind": text["kind"]}
     return Experiment(
         name, **heads, scale=scale, about=known[scale]["about"], printed=text.get("printed", {}),
         draw=section.own.get("draw", {}), cells=cells, given=model is not None and model not in known[scale]["models"],
@@ -217,11 +219,10 @@ class _Section:
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """Words by model, which recipes and options are filled with."""
-        known, chosen = (
-            self.scale["models"],
-            [self.model] if self.model in self.scale["models"] else self.own.get("models"),
-        )
-        labels = list(known) if chosen is None else chosen
+        known = self.scale["models"]
+        labels = self.own.get("models") or list(known)
+        if self.model in known:
+            labels = [label for label in known if label == self.model]
         words = {label: known[label] | {"problems": "{problems}"} for label in labels}
         if self.model and self.model not in known:
             first = next(iter(words.values()))
@@ -286,7 +287,12 @@ class _Section:
             **scale.get("rehearsed", {}).get(command, {}),
             **scale.get("untrained", {}),
         }
-        usual |= {"model": options.get("model"), "rollouts": "{run}/probes.jsonl", "device_map": "auto"}
+        usual = {name: _filled(value, words) for name, value in usual.items()}
+        usual |= {
+            "model": read_recipe(recipe)["model"] if recipe else options.get("model"),
+            "rollouts": "{run}/probes.jsonl",
+            "device_map": "auto",
+        }
         given = {name: value for name, value in options.items() if usual.get(name) != value}
         launch = (
             tuple(_filled(word, {"recipes": RECIPES}) for word in scale.get("launch", ())) if command == "train" else ()

@@ -90,10 +90,11 @@ def make(
 
 def page(experiment: Experiment, output: Output, notes: list[str]) -> str:
     """`result.md`."""
+    source = f"In the paper: {experiment.source}. " if experiment.source else ""
     figure = [f"![{experiment.title}]({FIGURE_FILE})", ""] if output.figure is not None else []
     return "\n".join([
         f"# {called(experiment.name)}: {experiment.title}", "",
-        f"In the paper: {experiment.source}. Made at the scale `{experiment.scale}`: {experiment.about}.", "",
+        f"{source}Made at the scale `{experiment.scale}`: {experiment.about}.", "",
         *figure,
         *(table.markdown() for table in output.shown),
         *(f"- {note}" for note in notes), "",

@@ -31,7 +31,7 @@ class ReproduceOptions:
     """Options of `bupo.reproduce` and `bupo reproduce`.
 
     Parameters:
-        scale (`str`): `embedded`, `small`, `paper`; `tiny`, a rehearsal of `embedded`; or `worlds`, the study of when BuPO wins.
+        scale (`str`): `embedded`, `small`, `paper`; `tiny`, a rehearsal of `embedded`; or `worlds`: does BuPO win.
         output (`str`): folder of runs and results, by scale.
         jobs (`int`): runs side by side.
         seeds (`int`, *optional*): the first so many seeds only.
@@ -44,7 +44,7 @@ class ReproduceOptions:
     scale: str = field(
         default="embedded",
         metadata={
-            "help": "embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds is the study of when BuPO wins."
+            "help": "embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds asks when BuPO wins."
         },
     )
     output: str = field(default="runs/reproduce", metadata={"help": "Folder of the runs and results, by scale."})

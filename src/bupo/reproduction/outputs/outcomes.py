@@ -1,0 +1,166 @@
+"""What a training came to, of every row, and whether it is told apart from another: scores, curves, entropy, length.
+
+Every row is compared with one other, paired by seed. Many comparisons find a difference by chance: p values are Holm's, over
+all rows of a table.
+"""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from bupo.report.figures.seeds import seeds_figure
+from bupo.reproduction.experiment import Cell, Experiment
+from bupo.reproduction.outputs.finished import Finished
+from bupo.reproduction.outputs.table import (
+    NOTHING,
+    Line,
+    Output,
+    Shown,
+    options_of,
+    pivot,
+    quoted,
+    shown,
+    text_of,
+    tidy,
+    told_apart,
+)
+from bupo.seeds import holm, paired_p
+
+TENTHS = 10  # of a run, whose mean rewards are the curve
+MEASURES = {  # and the digits that are shown
+    "avg@k": 1,
+    "pass@k": 1,
+    "area": 1,
+    "reward": 1,
+    "entropy": 3,
+    "length": 1,
+}
+WORDS = {
+    "area": "area under the curve",
+    "reward": "reward of the last tenth",
+    "entropy": "entropy of the last tenth",
+    "length": "length of the last tenth",
+}
+MAIN = ("avg@k", "reward")  # the first that there is
+EXPLAINED = (
+    "The area under the curve is the mean reward of all rollout batches, in percent; entropy is pi_theta's, in nats; length "
+    "is in tokens."
+)
+CURVE = "curve"
+Key = tuple[str, str]  # model and row
+Found = Mapping[str, float]  # a run's measures
+
+
+def outcomes(finished: Finished) -> Output:
+    """Tables and curves from the trainings' `metrics.jsonl` and the evaluations' `summary.json`."""
+    cells = finished.cells("train")
+    found = {key: {seed: outcome(finished, cell) for seed, cell in row.items()} for key, row in cells.items()}
+    return compared(finished.experiment, found)
+
+
+def outcome(finished: Finished, cell: Cell) -> dict[str, float]:
+    """The measures of a training, and of its evaluation where there is one; shares in percent. `curve 1` … are the mean rewards
+    of the tenths of the run.
+
+    Raises:
+        UserError: if a run's folder lacks something, or holds what is none of its files.
+    """
+    batches, run = finished.metrics(cell.runs["train"]), cell.runs["train"]
+    columns = {"reward": "reward", "entropy": "entropy", "length": "completions/mean_length"}
+    series = {name: finished.take(run, "metrics.jsonl", batches, column).dropna() for name, column in columns.items()}
+    place = [TENTHS * number // len(series["reward"]) for number in range(len(series["reward"]))]
+    curve = 100 * series["reward"].groupby(place).mean()
+    found = {f"{CURVE} {tenth + 1}": float(value) for tenth, value in curve.items()}
+    last = {name: float(values.tail(max(1, len(values) // TENTHS)).mean()) for name, values in series.items()}
+    found |= last | {"area": 100 * float(series["reward"].mean()), "reward": 100 * last["reward"]}
+    return found | (_evaluated(finished, cell) if "eval" in cell.runs else {})
+
+
+def _evaluated(finished: Finished, cell: Cell) -> dict[str, float]:
+    """avg@k and pass@k of the one benchmark, in percent."""
+    run, file = cell.runs["eval"], "summary.json"
+    benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
+    score = finished.take(run, file, benchmarks, next(iter(benchmarks), ""))
+    k = finished.take(run, file, score, "k")
+    shares = {"avg@k": finished.take(run, file, score, "avg@k")}
+    shares["pass@k"] = finished.take(run, file, score, "pass@k", str(k))
+    return {name: 100 * share for name, share in shares.items()}
+
+
+def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -> Output:
+    """Tables, data and curves.
+
+    Args:
+        experiment (`Experiment`): whose rows these are.
+        found (`dict`): by model and row, then by seed, the measures of a run.
+    """
+    names = [name for name in MEASURES if all(name in each for row in found.values() for each in row.values())]
+    lines = {name: [_line(experiment, found, name, key) for key in found] for name in names}
+    main = next(name for name in MAIN if name in names)
+    table = shown(f"{WORDS.get(main, main)}, in percent:", experiment, [_plain(line) for line in lines[main]])
+    others = [line for name in names if name != main for line in lines[name]]
+    tables = [_with_p(table, lines[main]), pivot("What else the runs came to:", experiment, others)]
+    if against := experiment.draw.get("against"):
+        apart = [line for line in others if line.row != against]
+        tables.append(pivot(f"Less {quoted(against)}, paired by seed:", experiment, apart, _difference))
+    every = [line for name in names for line in lines[name]]
+    raw = [line.raw(experiment.scale) for line in every]
+    return Output(raw, tables, tidy(every), _curves(found), [EXPLAINED])
+
+
+def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], measure: str, key: Key) -> Line:
+    """A measure of one row beside the row that it is compared with."""
+    (model, row), against = key, experiment.draw.get("against")
+    values = {name: {seed: each[measure] for seed, each in found[name].items()} for name in found}
+    others = {} if row == against else values.get((model, str(against)), {})
+    cell = next(cell for cell in experiment.cells if (cell.model, cell.row) == key)
+    return Line(
+        model, row, options_of(cell), WORDS.get(measure, measure), values[key], against=against, others=others,
+        digits=MEASURES[measure],
+    )  # fmt: skip
+
+
+def _plain(line: Line) -> Line:
+    """Without the measure, which the caption names."""
+    return Line(
+        line.model,
+        line.row,
+        line.options,
+        "",
+        line.values,
+        against=line.against,
+        others=line.others,
+        digits=line.digits,
+    )
+
+
+def _with_p(table: Shown, lines: list[Line]) -> Shown:
+    """Whether a difference is told apart by Holm's p values, in the stead of one by one; the paper has no numbers here."""
+    tested = [line for line in lines if line.apart is not None and line.apart.n > 1]
+    adjusted = dict(zip(map(id, tested), holm([paired_p(line.others, line.values) for line in tested]), strict=True))
+    rows = []
+    for row, line in zip(table.rows, lines, strict=True):
+        kept = {name: text for name, text in row.items() if name not in ("paper", "direction")}
+        if "from zero" in kept:
+            p = adjusted.get(id(line))
+            kept["p (Holm)"] = NOTHING if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
+            if p is not None:
+                kept["from zero"] = told_apart(line.apart) if p < 0.05 else "not told apart"
+        rows.append(kept)
+    return Shown(table.caption, rows)
+
+
+def _difference(line: Line) -> str:
+    return text_of(line.apart, line.digits, "+")
+
+
+def _curves(found: Mapping[Key, Mapping[int, Found]]):
+    """Mean rewards of the tenths of the runs, lines over seeds with bands."""
+    rows = [
+        {"model": model, "row": row, "seed": seed, "measure": CURVE, "x": int(name.split()[1]), "value": value}
+        for (model, row), seeds in found.items()
+        for seed, each in seeds.items()
+        for name, value in each.items()
+        if name.startswith(CURVE)
+    ]
+    return seeds_figure(pd.DataFrame(rows), {CURVE: "reward (%)"}, "tenth of the run")

@@ -1,0 +1,127 @@
+"""Gains of BuPO by world and layer, and whether something that `bupo analyze` measures before training predicts them."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from bupo.report.figures.style import BLUE, GREY, panels, trim
+from bupo.reproduction.experiment import read_experiment
+from bupo.seeds import paired
+
+SCALE = "worlds"
+BASE = "GRPO"
+PREDICTORS = {  # measures of a layer, and what they are
+    "depth": "l / L",
+    "d_entropy_ffn": "dH_FFN of the layer (nats)",
+    "entropy_layer": "entropy of the layer's policy (nats)",
+    "kl_language_model": "KL of the layer's policy to pi_theta (nats)",
+    "top1_agreement": "top-1 agreement with pi_theta",
+    "cosine_ffn": "residual cosine of the FFN's write",
+}
+RESAMPLES = 2000
+
+
+def gains(tables, name: str) -> pd.DataFrame:
+    """By world and layer of an experiment the gain over GRPO, points of avg@k paired by seed, with its interval."""
+    experiment = read_experiment(name, SCALE)
+    found, rows = tables.found(experiment), []
+    for (world, row), seeds in found.items():
+        layer = next(c.options.get("internal_layer") for c in experiment.cells if (c.model, c.row) == (world, row))
+        base = found.get((world, BASE), {})
+        if layer is None or not base.keys() & seeds.keys():
+            continue
+        apart = paired(*({seed: each["avg@k"] for seed, each in part.items()} for part in (base, seeds)))
+        rows.append((world, int(layer), apart.mean, apart.low, apart.high, apart.n))
+    return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
+
+
+def gains_figure(table: pd.DataFrame) -> Figure:
+    """A panel a world: the gain by layer, with its interval."""
+    worlds = list(dict.fromkeys(table["world"]))
+    columns = min(3, len(worlds))
+    lines = -(-len(worlds) // columns)
+    figure, axes = panels(lines, columns, (4 * columns, 3 * lines))
+    for axis in axes.flat[len(worlds) :]:
+        axis.set_visible(False)
+    for axis, world in zip(axes.flat, worlds, strict=False):
+        part = table[table["world"] == world].sort_values("layer")
+        error = np.array([part["gain"] - part["low"], part["high"] - part["gain"]])
+        axis.errorbar(
+            part["layer"], part["gain"], yerr=np.nan_to_num(error), fmt="o-", color=BLUE, ms=4, lw=1, capsize=2
+        )
+        axis.axhline(0, color=GREY, lw=0.8)
+        axis.set_title(world, fontsize=10)
+        axis.set_xlabel("layer of the first phase")
+        axis.set_ylabel("points over GRPO")
+        trim(axis)
+    return figure
+
+
+def predicted(tables) -> pd.DataFrame:
+    """By world and layer: the gain, and what the analysis said of the layer before training."""
+    table = gains(tables, "depth")
+    wide = tables.layers.pivot_table(index=["world", "layer"], columns="measure", values="mean").reset_index()
+    joined = table.merge(wide, on=["world", "layer"])
+    last = wide.groupby("world")["layer"].max()
+    return joined.assign(depth=joined["layer"] / joined["world"].map(last))
+
+
+def _within(table: pd.DataFrame, name: str) -> float:
+    """Rank correlation with the gain: the mean over worlds of those within a world. A world's own level is not a layer's."""
+    found = [stats.spearmanr(part[name], part["gain"]).statistic for _, part in table.groupby("world") if len(part) > 2]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation of every predictor with the gain: over all layers, and within worlds, with an interval.
+
+    The interval resamples worlds whole: layers of one world are not independent.
+    """
+    rng, worlds = np.random.default_rng(0), list(dict.fromkeys(table["world"]))
+    parts, rows = dict(iter(table.groupby("world"))), []
+    draws = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)]
+    for name in PREDICTORS:
+        drawn = [
+            _within(pd.concat([parts[w].assign(world=f"{w} {i}") for i, w in enumerate(draw)]), name) for draw in draws
+        ]
+        low, high = np.nanpercentile(drawn, [2.5, 97.5])
+        pooled = stats.spearmanr(table[name], table["gain"]).statistic
+        rows.append((name, pooled, _within(table, name), low, high))
+    return pd.DataFrame(rows, columns=["measure", "pooled", "within", "low", "high"])
+
+
+def prediction(tables) -> str:
+    """The correlations as a table."""
+    table = predicted(tables)
+    found = correlations(table)
+    worlds = table["world"].nunique()
+    lines = [
+        f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {worlds} worlds; the interval is of the mean "
+        "within worlds, which are resampled whole:",
+        "",
+        "| measured before training | over all layers | within worlds [95 %] |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {PREDICTORS[row.measure]} | {row.pooled:+.2f} | {row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] |"
+        for row in found.itertuples()
+    ]
+    return "\n".join(lines)
+
+
+def prediction_figure(tables) -> Figure:
+    """A panel a predictor, a point a layer of a world."""
+    table = predicted(tables)
+    figure, axes = panels(2, 3, (12, 7))
+    worlds = list(dict.fromkeys(table["world"]))
+    for axis, (name, label) in zip(axes.flat, PREDICTORS.items(), strict=True):
+        for place, world in enumerate(worlds):
+            part = table[table["world"] == world]
+            axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
+        axis.axhline(0, color=GREY, lw=0.8)
+        axis.set_xlabel(label)
+        axis.set_ylabel("points over GRPO")
+        trim(axis)
+    axes.flat[0].legend(fontsize=7)
+    return figure
