@@ -195,3 +195,13 @@ def test_rows_of_files_are_as_they_stand(tmp_path):
         problems = load_problems(str(path))
         assert problems["answer"] == ["2024-01-01", "4"]
         assert [messages[0]["content"] for messages in problems["prompt"]] == ["1+1", "2+2"]
+
+
+def test_arithmetic_of_more_numbers_has_as_many_steps():
+    problems = load_problems("arithmetic-5", "test", size=50)
+    for prompt, answer in zip(problems["prompt"], problems["answer"], strict=True):
+        question = prompt[0]["content"]
+        assert len(re.findall(r"\d+", question)) == 5 and str(eval(question)) == answer
+    assert load_problems("arithmetic-3", size=20).to_dict() == load_problems("arithmetic", size=20).to_dict()
+    with pytest.raises(UserError, match="arithmetic-1"):
+        load_problems("arithmetic-1")

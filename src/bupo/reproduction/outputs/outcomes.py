@@ -27,14 +27,7 @@ from bupo.reproduction.outputs.table import (
 from bupo.seeds import holm, paired_p
 
 TENTHS = 10  # of a run, whose mean rewards are the curve
-MEASURES = {  # and the digits that are shown
-    "avg@k": 1,
-    "pass@k": 1,
-    "area": 1,
-    "reward": 1,
-    "entropy": 3,
-    "length": 1,
-}
+MEASURES = {"avg@k": 1, "pass@k": 1, "area": 1, "reward": 1, "entropy": 3, "length": 1}  # and the digits that are shown
 WORDS = {
     "area": "area under the curve",
     "reward": "reward of the last tenth",

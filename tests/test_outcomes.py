@@ -1,0 +1,182 @@
+"""What trainings came to: measures of runs by hand, p values against definitions, and the docs' page of stored tables."""
+
+import itertools
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bupo.reproduction.experiment import read_experiment
+from bupo.reproduction.jobs import Places
+from bupo.reproduction.outputs import OUTPUTS, Finished
+from bupo.reproduction.outputs.outcomes import outcome
+from bupo.seeds import holm, paired_p
+from tests.test_outputs import cells_of, experiment, made, output, scored, write
+
+ROOT = Path(__file__).parents[1]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_holm_is_closed_testing(ps):
+    """Adjusted: the largest Bonferroni p of any set of hypotheses that one belongs to."""
+    for place, adjusted in enumerate(holm(ps)):
+        sets = [s for n in range(1, len(ps) + 1) for s in itertools.combinations(range(len(ps)), n) if place in s]
+        assert adjusted == pytest.approx(max(min(1.0, len(s) * min(ps[i] for i in s)) for s in sets))
+
+
+def test_a_paired_p_value_by_hand():
+    first, second = {1: 50.0, 2: 52.0, 3: 54.0, 4: 99.0}, {1: 53.0, 2: 56.0, 3: 59.0, 5: 0.0}
+    t = 4 / (1 / math.sqrt(3))  # differences 3, 4, 5
+    assert paired_p(first, second) == pytest.approx(2 * stats.t.sf(t, 2))
+    assert paired_p({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}) == 1 and paired_p({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0}) == 0
+
+
+def write_training(folder, run, rewards, entropies, lengths):
+    rows = [
+        {"step": 4 * i, "rollout_batch": i, "reward": r, "entropy": e, "completions/mean_length": n}
+        for i, (r, e, n) in enumerate(zip(rewards, entropies, lengths, strict=True), 1)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 80, "train_loss": 0.1}])
+    write(folder, "metrics.jsonl", run, text)
+
+
+def write_runs(folder, shares):
+    for row, by_seed in shares.items():
+        for seed, share in enumerate(by_seed, 1):
+            rewards = [(i // 2) / 10 for i in range(20)]
+            write_training(folder, f"train-{row}-{seed}", rewards, [1.0] * 18 + [0.3, 0.1], [10.0] * 18 + [20, 30])
+            found = {"sums": scored(share, {"1": share, "16": 0.9}, k=16)}
+            write(folder, "summary.json", f"eval-{row}-{seed}", {"benchmarks": found})
+
+
+SHARES = {"GRPO": (0.50, 0.52, 0.54), "BuPO": (0.53, 0.56, 0.59), "PPO": (0.51, 0.50, 0.55)}
+
+
+def test_the_measures_of_a_run_by_hand(tmp_path):
+    write_runs(tmp_path, {"GRPO": (0.5,)})
+    what = experiment("outcomes", ["GRPO"], seeds=(1,))
+    found = outcome(Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None), what.cells[0])
+    assert found == pytest.approx({
+        **{f"curve {tenth}": 10.0 * (tenth - 1) for tenth in range(1, 11)},
+        "area": 45, "reward": 90, "entropy": 0.2, "length": 25, "avg@k": 50, "pass@k": 90,
+    })  # fmt: skip
+
+
+def test_differences_are_told_apart_by_holms_p(tmp_path):
+    """BuPO's p alone is 0.02; beside a second comparison it is 0.04, and beside a third it would not do."""
+    write_runs(tmp_path, SHARES)
+    rows = cells_of(made(tmp_path, experiment("outcomes", SHARES, draw={"against": "GRPO"})))
+    p = 2 * stats.t.sf(4 * math.sqrt(3), 2)
+    assert [row["p (Holm)"] for row in rows] == ["-", f"{2 * p:.2g}", "1"] and 2 * p < 0.05 < 3 * p
+    assert [row["from zero"] for row in rows] == ["-", "told apart", "not told apart"]
+    assert "paper" not in rows[0] and rows[1]["ours [95 %]"] == "56.0 [48.5, 63.5]"
+    write_runs(tmp_path, {"RLOO": (0.5, 0.53, 0.55)})
+    rows = cells_of(made(tmp_path, experiment("outcomes", [*SHARES, "RLOO"], draw={"against": "GRPO"})))
+    assert (rows[1]["p (Holm)"], rows[1]["from zero"]) == (f"{3 * p:.2g}", "not told apart")
+
+
+def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
+    write_runs(tmp_path, SHARES)
+    what = experiment("curves", SHARES, draw={"measures": ["reward"]})
+    finished = Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None)
+    assert "avg@k" not in outcome(finished, what.cells[0])
+    assert OUTPUTS["outcomes"](finished).shown[0].caption == "reward of the last tenth, in percent:"
+
+
+def test_the_curves_are_the_tenths(tmp_path):
+    write_runs(tmp_path, SHARES)
+    figure = output(tmp_path, experiment("outcomes", SHARES)).figure
+    line = figure.axes[0].get_lines()[0]
+    assert list(line.get_xdata()) == list(range(1, 11)) and list(line.get_ydata())[-1] == pytest.approx(90)
+
+
+# -- the page of stored tables -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        yield runpy.run_path(str(ROOT / "tools" / "results_page.py"))
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+def write_stored(root, seeds, gain=2.0):
+    """Runs of the experiment `compare` in one world that have ended."""
+    places = Places(root)
+    for cell in read_experiment("compare", "worlds", "embedded").cells:
+        if cell.seed not in seeds:
+            continue
+        share = 0.5 + cell.seed / 1000 + (gain + cell.seed % 3) / 100 * (cell.row == "BuPO")
+        write_training(root, cell.runs["train"].name, [0.5] * 20, [0.1] * 20, [25.0] * 20)
+        found = {"arithmetic": scored(share, {"16": 0.9}, k=16)}
+        write(root, "summary.json", cell.runs["eval"].name, {"benchmarks": found})
+        for run in cell.runs.values():
+            note = {"digest": run.digest(), "finished": True, "seconds": 1}
+            places.note(run.name).write_text(json.dumps(note))
+
+
+@pytest.fixture
+def docs(tmp_path, tool):
+    write_stored(tmp_path, (11, 12))
+    folder = tmp_path / "docs" / "results"
+    tool["gather"](tmp_path, folder, "abc")
+    pd.DataFrame(columns=["measure", "layer", "mean", "low", "high", "world"]).to_csv(
+        folder / "layers.csv", index=False
+    )
+    return folder
+
+
+def test_the_page_says_what_the_stored_runs_say(docs, tool):
+    tables = tool["Tables"](docs)
+    text = "{gain compare embedded | BuPO}; {seeds compare}; {revisions of runs}\n\n{table compare}\n\n{figure compare}"
+    page = tool["filled"](text, tables)
+    gains = [2 + 11 % 3, 2 + 12 % 3]
+    assert page.startswith(f"+{sum(gains) / 2:.1f} [") and "2 seeds); 11, 12; `abc`" in page
+    assert "| BuPO |" in page and "| frozen up to l |" in page and "(results/compare.png)" in page
+    assert (docs / "compare.png").stat().st_size < 60_000
+
+
+def test_stored_runs_stay_and_others_are_added(docs, tool, tmp_path):
+    before = pd.read_csv(docs / "runs.csv")
+    for path in (tmp_path / "runs").glob("*seed-11*.json"):
+        path.unlink()  # as on another machine
+    write_stored(tmp_path, (12, 13), gain=9.0)
+    tool["gather"](tmp_path, docs, "def")
+    after = pd.read_csv(docs / "runs.csv")
+    assert sorted(set(after["seed"])) == [11, 12, 13] and len(after) == len(before) * 3 // 2
+    old = after[after["seed"] < 13].reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, before.sort_values(["run"]).reset_index(drop=True))
+    assert set(after[after["seed"] == 13]["revision"]) == {"def"}
+
+
+def test_runs_of_other_options_are_not_shown(docs, tool):
+    table = pd.read_csv(docs / "runs.csv")
+    table.assign(digest="another").to_csv(docs / "runs.csv", index=False)
+    assert tool["Tables"](docs).found(read_experiment("compare", "worlds")) == {}
+
+
+def test_a_rank_correlation_within_worlds(tool):
+    """The mean over worlds of each world's own: levels of worlds do not count."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    gains = runpy.run_path(str(ROOT / "tools" / "gains.py"))
+    rows = [("a", x, g) for x, g in ((1, 1), (2, 2), (3, 3))] + [("b", x, g) for x, g in ((11, -1), (12, -2), (13, -3))]
+    table = pd.DataFrame(rows, columns=["world", "depth", "gain"])
+    assert gains["_within"](table, "depth") == pytest.approx(0)
+    assert gains["_within"](table[table["world"] == "b"], "depth") == pytest.approx(-1)
+
+
+def test_the_docs_page_is_fresh(tool, monkeypatch, capsys):
+    """docs/results.md is what its command would write of the tables in docs/results."""
+    monkeypatch.setattr(sys, "argv", ["results_page.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        tool["main"]()
+    assert ended.value.code == 0, capsys.readouterr().out
