@@ -65,7 +65,7 @@ def test_the_measures_of_a_run_by_hand(tmp_path):
     found = outcome(Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None), what.cells[0])
     assert found == pytest.approx({
         **{f"curve {tenth}": 10.0 * (tenth - 1) for tenth in range(1, 11)},
-        "area": 45, "reward": 90, "entropy": 0.2, "length": 25, "avg@k": 50, "pass@k": 90,
+        "area": 45, "reward": 90, "entropy": 0.2, "length": 25, "avg@k": 50, "pass@16": 90,
     })  # fmt: skip
 
 

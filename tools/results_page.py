@@ -30,6 +30,7 @@ from bupo.seeds import paired
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE, RUNS, LAYERS = "worlds", "runs.csv", "layers.csv"
+NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
 
 
@@ -103,9 +104,16 @@ class Tables:
                 found.setdefault((cell.model, cell.row), {})[cell.seed] = measures
         return found
 
-    def output(self, name: str) -> Output:
+    def output(self, name: str) -> Output | None:
+        """None where no run is stored."""
         experiment = read_experiment(name, SCALE)
-        return compared(experiment, self.found(experiment))
+        found = self.found(experiment)
+        return compared(experiment, found) if found else None
+
+    def shown(self, name: str) -> list[str]:
+        """An experiment's tables."""
+        output = self.output(name)
+        return [table.markdown().rstrip("\n") for table in output.shown] if output else [NOTHING_STORED]
 
 
 # -- what stands for braces in page.md -----------------------------------------------------------------------------------
@@ -118,12 +126,12 @@ def filled(text: str, tables: Tables) -> str:
 
 def _table(tables: Tables, name: str) -> str:
     """`{table NAME}`: the main table of an experiment."""
-    return tables.output(name).shown[0].markdown().rstrip("\n")
+    return tables.shown(name)[0]
 
 
 def _more(tables: Tables, name: str) -> str:
     """`{more NAME}`: its other tables."""
-    return "\n".join(shown.markdown() for shown in tables.output(name).shown[1:]).rstrip("\n")
+    return "\n\n".join(tables.shown(name)[1:])
 
 
 def _gain(tables: Tables, words: str) -> str:
@@ -153,11 +161,12 @@ def _revisions(tables: Tables, _: str) -> str:
 
 def _figure(tables: Tables, name: str) -> str:
     """`{figure NAME}`: drawn, and named."""
-    title, figure = {
-        "gains": lambda: ("Gain of BuPO over GRPO by layer and world", gains_figure(gains(tables, "depth"))),
-        "prediction": lambda: ("What the analysis says before training, and the gain", prediction_figure(tables)),
-    }.get(name, lambda: (f"Reward over training: {name}", tables.output(name).figure))()
-    assert figure is not None
+    output = tables.output("depth" if name in DRAWN else name)
+    if output is None:
+        return NOTHING_STORED
+    title, draw = DRAWN.get(name, (f"Reward over training: {name}", lambda tables: output.figure))
+    figure = draw(tables)
+    assert figure is not None, "every kind that is stored has a figure"
     path = tables.docs / f"{name}.png"
     raw = path.with_suffix(".raw.png")
     figure.savefig(raw, dpi=150, format="png")
@@ -166,9 +175,13 @@ def _figure(tables: Tables, name: str) -> str:
     return f"![{title}](results/{name}.png)"
 
 
+DRAWN = {
+    "gains": ("Gain of BuPO over GRPO by layer and world", lambda tables: gains_figure(gains(tables, "depth"))),
+    "prediction": ("What the analysis says before training, and the gain", prediction_figure),
+}
 SAYS = {
     "table": _table, "more": _more, "gain": _gain, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
-    "prediction": lambda tables, _: prediction(tables),
+    "prediction": lambda tables, name: prediction(tables) if tables.output(name) else NOTHING_STORED,
 }  # fmt: skip
 
 

@@ -27,7 +27,9 @@ from bupo.reproduction.outputs.table import (
 from bupo.seeds import holm, paired_p
 
 TENTHS = 10  # of a run, whose mean rewards are the curve
-MEASURES = {"avg@k": 1, "pass@k": 1, "area": 1, "reward": 1, "entropy": 3, "length": 1}  # and the digits that are shown
+PASSES = [f"pass@{2**power}" for power in range(2, 10, 2)]
+MEASURES = ["avg@k", *PASSES, "area", "reward", "entropy", "length"]
+DIGITS = {"entropy": 3}  # that are shown, if not one
 WORDS = {
     "area": "area under the curve",
     "reward": "reward of the last tenth",
@@ -70,14 +72,13 @@ def outcome(finished: Finished, cell: Cell) -> dict[str, float]:
 
 
 def _evaluated(finished: Finished, cell: Cell) -> dict[str, float]:
-    """avg@k and pass@k of the one benchmark, in percent."""
+    """avg@k and pass@K of the one benchmark, in percent."""
     run, file = cell.runs["eval"], "summary.json"
     benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
     score = finished.take(run, file, benchmarks, next(iter(benchmarks), ""))
-    k = finished.take(run, file, score, "k")
-    shares = {"avg@k": finished.take(run, file, score, "avg@k")}
-    shares["pass@k"] = finished.take(run, file, score, "pass@k", str(k))
-    return {name: 100 * share for name, share in shares.items()}
+    passes = {f"pass@{k}": share for k, share in finished.take(run, file, score, "pass@k").items()}
+    shares = {"avg@k": finished.take(run, file, score, "avg@k"), **passes}
+    return {name: 100 * share for name, share in shares.items() if name in MEASURES}
 
 
 def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -> Output:
@@ -109,7 +110,7 @@ def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], meas
     cell = next(cell for cell in experiment.cells if (cell.model, cell.row) == key)
     return Line(
         model, row, options_of(cell), WORDS.get(measure, measure), values[key], against=against, others=others,
-        digits=MEASURES[measure],
+        digits=DIGITS.get(measure, 1),
     )  # fmt: skip
 
 
