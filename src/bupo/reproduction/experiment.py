@@ -319,7 +319,7 @@ def _filled(value: Any, words: Mapping[str, Any]) -> Any:
 
 def _name(command: str, subject: str, options: Mapping[str, Any]) -> str:
     """A folder's name that says what the run is: readable, and of its own."""
-    own = {name: value for name, value in options.items() if name != "seed"}
+    own = {name: options[name] for name in sorted(options) if name != "seed"}
     parts = [command, subject.removeprefix("train_"), *(f"{name}-{value}" for name, value in own.items())]
     parts += [f"seed-{options['seed']}"] if "seed" in options else []
     text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(map(str, parts))).strip("-.")
