@@ -341,6 +341,13 @@ TRAINING_WORDS = [
     *each("train", "internal_steps", "-1", "must be 0 or more"),
     *each("train", "internal_lens", "zzz", "invalid choice: 'zzz'"),
     *each("train", "internal_module", "zzz", "invalid choice: 'zzz'"),
+    *each("train", "internal_objective", "zzz", "invalid choice: 'zzz'"),
+    bad(
+        "train",
+        "--internal_objective policy --internal_module attn",
+        "internal_objective policy",
+        "internal_module is attn",
+    ),
     *each("train", "advantage_estimator", "zzz", "invalid choice: 'zzz'"),
     *each("train", "critic_backbone", "zzz", "invalid choice: 'zzz'"),
     *each("train", "loss_type", "zzz", "must be", "grpo", "got 'zzz'"),

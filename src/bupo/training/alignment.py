@@ -15,7 +15,9 @@ from bupo.model.residual import ResidualStream, Site
 from bupo.training.arrangement import arranged, rows_may_move
 from bupo.training.config import BuPOConfig
 from bupo.training.head import PolicyHead, PolicyScores, Read
+from bupo.training.layers import above
 from bupo.training.rollouts import ENTROPIES, OLD, REFERENCE, SAMPLER, RolloutBatch, Scores
+from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
 
 LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
@@ -26,6 +28,12 @@ def limited(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     change = log_probs - old
     within = old + change.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     return torch.where(change.abs() > LARGEST_LOG_RATIO, within, log_probs)
+
+
+def random_order(stream: ResidualStream, seed: int) -> torch.Tensor:
+    """`(V,)`: the rows of the unembedding in an order that only the seed decides, the same in every process and start."""
+    rows = stream.model.get_output_embeddings().weight.size(0)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
@@ -96,6 +104,7 @@ class Alignment:
         self.trainer, self.args = trainer, args
         # a compiled model's rows are not packed, of which no two are of one length, nor where noise depends on that
         rows = args.torch_compile or args.neftune_noise_alpha
+        self.stream = stream
         self.packing = None if rows or stream is None else packing_of(stream.model)
         self._give_head(stream, self.packing)
         if reference is not None:
@@ -104,7 +113,8 @@ class Alignment:
     def _give_head(self, stream: ResidualStream | None, packing: Packing | None) -> None:
         if stream is not None:
             args = self.args
-            PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing)
+            order = random_order(stream, args.seed) if args.internal_objective == "permuted" else None
+            PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing, order)
 
     def kept(self) -> AbstractContextManager[None]:
         """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""
@@ -117,8 +127,21 @@ class Alignment:
         return arranged(pieces, self.args.gradient_accumulation_steps)
 
     def site(self, layer: int | None) -> Site | None:
-        """Where the internal policy of a layer has its states; None for the language model policy."""
-        return None if layer is None else Site(self.args.internal_module, layer)
+        """Where the internal policy has its states that a stage on a layer optimises; None for the language model policy."""
+        if layer is None or self.args.internal_objective == "policy":
+            return None
+        return Site(self.args.internal_module, layer)
+
+    def keep_above(self, stage: Stage | None) -> None:
+        """After a backward pass of a stage that optimises the language model policy: drop the gradients above its layer.
+
+        Clipping then counts what moves, and an optimizer skips the rest, its weight decay too.
+        """
+        if stage is None or self.args.internal_objective != "policy":
+            return
+        assert self.stream is not None and stage.layer is not None, "a layer that is trained is known"
+        for parameter in above(self.stream, stage.layer):
+            parameter.grad = None
 
     def voices(self, site: Site | None) -> Voices:
         """What speaks in the models' places while a rollout batch is scored."""
@@ -128,10 +151,12 @@ class Alignment:
         """`(B, C)`: of one of the model's policies on a batch's answers. Activations are kept, so this is for rollouts."""
         return self._scores(batch, Speaker(self.trainer.model, site, read=read))
 
-    def log(self, batch: RolloutBatch, speaker: Speaker, metrics: dict[str, list[float]]) -> None:
-        """Say whose entropy it is that TRL has logged of a micro-batch, and how far its policy is from the one that sampled."""
+    def log(self, batch: RolloutBatch, speaker: Speaker, stage: Stage | None, metrics: dict[str, list[float]]) -> None:
+        """Say the stage's layer, whose entropy it is that TRL has logged of a micro-batch, and how far its policy is from the
+        one that sampled."""
+        if stage and stage.layer:
+            metrics["internal/layer"].append(stage.layer)
         if speaker.site:
-            metrics["internal/layer"].append(speaker.site.layer)
             metrics["internal/entropy"].append(metrics["entropy"].pop())
             metrics["entropy"].append(batch.mean(batch.tensors[ENTROPIES], self.trainer.total))
         if speaker.change is not None:

@@ -17,6 +17,7 @@ from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import accepted
 
 Module = Literal["layer", "attn", "ffn"]
+Objective = Literal["layer", "policy", "permuted"]
 Backbone = Literal["copy", "shared"]
 AUTO, DEFAULT_STEPS = "auto", 20
 
@@ -39,6 +40,10 @@ class BuPOConfig(GRPOConfig):
             recommended for the run's length ([`~bupo.training.schedule.recommended`]).
         internal_schedule (`list[list[int]]`, *optional*):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
+        internal_objective (`str`, *optional*, defaults to `"layer"`):
+            What the first phase optimises: the layer's policy (`layer`, the paper's eq. 9), or for comparison the language
+            model policy with all above the layer kept still (`policy`), or the layer's policy over a vocabulary in a
+            random order, a target that says nothing of the answer (`permuted`).
         internal_module (`str`, *optional*, defaults to `"layer"`):
             The internal policy: the layer's, or that of its attention's or FFN's write (`attn`, `ffn`; eq. 6).
         internal_lens (`str`, *optional*, defaults to `"raw"`):
@@ -90,6 +95,14 @@ class BuPOConfig(GRPOConfig):
     internal_schedule: list | str | None = field(
         default=None,
         metadata={"help": "Stages of the first phase, such as [[6, 20], [12, 10]]: layer, rollout batches."},
+    )
+    internal_objective: Objective = field(
+        default="layer",
+        metadata={
+            "help": "What the first phase optimises: the layer's policy, or as a control the language model policy with all "
+            "above the layer kept still (`policy`), or the layer's over a shuffled vocabulary (`permuted`).",
+            "choices": get_args(Objective),
+        },
     )
     internal_module: Module = field(
         default="layer",
@@ -235,6 +248,11 @@ class BuPOConfig(GRPOConfig):
         self._check_first_phase()
 
     def _check_first_phase(self) -> None:
+        if self.internal_objective == "policy" and self.internal_module != "layer":
+            raise UserError(
+                f"internal_objective policy optimises no internal policy, and internal_module is {self.internal_module}: leave "
+                "one out"
+            )
         lowest = min(self.first_phase.layers, default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(

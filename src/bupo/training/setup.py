@@ -41,6 +41,7 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
         )
     if args.deepspeed_plugin is not None:
         check_zero(args)
+        _check_deepspeed(args)
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
@@ -177,6 +178,14 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
+        )
+
+
+def _check_deepspeed(args: BuPOConfig) -> None:
+    """Raises [`UserError`] where DeepSpeed, which partitions gradients as they come, keeps a run from what it is asked."""
+    if args.internal_objective == "policy" and args.first_phase.stages:
+        raise UserError(
+            "internal_objective policy drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
         )
 
 

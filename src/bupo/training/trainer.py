@@ -99,9 +99,7 @@ class BuPOTrainer(TRLTrainer):
 
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
-        stage = self.watch.schedule.stage(batch)
-        policy = f"the policy of layer {stage.layer or 'auto'}" if stage else "the whole policy"
-        return f"rollout batch {batch} ({policy}, learning rate {self.learning_rate:.3g})"
+        return f"rollout batch {batch} ({self.watch.optimised(batch)}, learning rate {self.learning_rate:.3g})"
 
     def rollout(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
@@ -156,7 +154,7 @@ class BuPOTrainer(TRLTrainer):
                 metrics[name].append(value)
         else:
             loss = policy_loss(None)
-        self.alignment.log(batch, speaker, metrics)
+        self.alignment.log(batch, speaker, self.stage, metrics)
         self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
         return loss
 
@@ -164,6 +162,7 @@ class BuPOTrainer(TRLTrainer):
         """As TRL's; a critic steps with the policy."""
         with self.alignment.kept():
             loss = super().training_step(*args, **kwargs)
+        self.alignment.keep_above(self.watch.schedule.stage(self.last_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
         return loss

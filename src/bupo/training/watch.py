@@ -92,6 +92,16 @@ class Watch:
         assert self._stream is not None, "without a stream nothing looks at layers"
         return self._stream
 
+    def optimised(self, rollout_batch: int) -> str:
+        """Which policy a rollout batch optimises, in words."""
+        stage = self.schedule.stage(rollout_batch)
+        if stage is None:
+            return "the whole policy"
+        layer = stage.layer or "auto"
+        if self.args.internal_objective == "policy":
+            return f"the whole policy, by layers up to {layer}"
+        return f"the policy of layer {layer}"
+
     # -- around a rollout batch --------------------------------------------------------------------------------------
 
     def before_rollouts(self, rollout_batch: int, optimizer: torch.optim.Optimizer, metrics: Metrics) -> None:
