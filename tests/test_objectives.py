@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bupo import BuPOConfig, UserError
 from bupo.commands.parsing import parse
+from bupo.training.schedule import Schedule
 from bupo.training.setup import check_arguments
+from tests.test_dynamics import built
 from tests.test_methods import logged
-from tests.test_trainer import RatioWatch, assert_only_below, changed, config, model_of, snapshot, trainer_of
+from tests.test_trainer import TOKENIZER, RatioWatch, assert_only_below, changed, config, model_of, snapshot, trainer_of
 
 BIG = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
 
@@ -197,6 +200,230 @@ def test_a_resumed_control_is_the_uninterrupted_one(tmp_path, objective):
         trainer_of(model_of(), other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+# -- both objectives in one loss ----------------------------------------------------------------------------------------
+
+
+def test_weights_by_rollout_batch():
+    schedule = Schedule.read([[6, 2], [12, 1]])
+    assert [schedule.weight(batch, 0, 0.0) for batch in range(1, 7)] == [1, 1, 1, 0, 0, 0]
+    assert [schedule.weight(batch, 3, 0.0) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert [schedule.weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
+    assert [schedule.weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
+    assert [Schedule().weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
+    ended = schedule.cut_short(3)  # by the guard: the hand-over begins where the first phase ends
+    assert [ended.weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize(("handover", "mix"), [(1, 0.0), (0, 0.3)])
+@pytest.mark.parametrize("objective", ["layer", "permuted"])
+def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
+    """Of float64 losses computed apart, at the second update of a rollout batch, whose ratios are not 1."""
+    common = {
+        "max_steps": 4,
+        "num_iterations": 2,
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-3,
+        "internal_steps": 1,
+        **BIG,
+    }
+    mixing = {"internal_handover": handover, "internal_mix": mix, "internal_objective": objective}
+    model = model_of()
+    trainer = trainer_of(model, config(tmp_path, **common, **mixing))
+    seen, weights = inputs_of(trainer), []
+
+    def loss_of(model, inputs, inner=trainer.loss):
+        weights.append(copy.deepcopy(trainer.model.state_dict()))
+        return inner(model, inputs)
+
+    trainer.loss = loss_of
+    found = gradients_of(trainer)
+    order = torch.randperm(262, generator=torch.Generator().manual_seed(42)) if objective == "permuted" else None
+    layer_weight = mix or 0.5
+    for update in (2, 3):
+        inputs, exact = seen[update], model_of().double()
+        exact.load_state_dict(weights[update])
+        rollout = model_of().double()
+        rollout.load_state_dict(weights[2])
+        loss = 0.0
+        for weight, at in ((layer_weight, {"layer": 2, "order": order}), (1 - layer_weight, {})):
+            with torch.no_grad():
+                old = double_log_probs(rollout, inputs, **at)
+            mask = inputs["completion_mask"].bool()
+            kept = inputs["internal_old_per_token_logps" if at else "old_per_token_logps"]
+            torch.testing.assert_close(kept.double()[mask], old[mask], atol=1e-4, rtol=1e-5)
+            ratio = (double_log_probs(exact, inputs, **at) - old).exp()
+            assert ((ratio - 1)[mask].abs().max() > 1e-3) == (update == 3)
+            advantage = inputs["advantages"][:, None]
+            clipped = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            loss = loss + weight * (clipped * inputs["completion_mask"]).sum() / inputs["completion_mask"].sum()
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        for name, parameter in exact.named_parameters():
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(
+                found[update][name].double(), parameter.grad, atol=2e-4 * scale, rtol=2e-3, msg=name
+            )
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, checkpointing):
+    """Layer 2 for a batch, a hand-over of two, then the whole policy."""
+    args = config(
+        tmp_path,
+        internal_steps=1,
+        internal_handover=2,
+        max_steps=16 // accumulated,
+        gradient_accumulation_steps=accumulated,
+        gradient_checkpointing=checkpointing is not None,
+    )
+    if checkpointing is not None:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": checkpointing}
+    trainer = trainer_of(model_of(), args)
+    watch = RatioWatch().attach(trainer)
+    trainer.train()
+    assert [row["batch"] for row in watch.rows] == [1] * 4 + [2] * 8 + [3] * 8 + [4] * 4
+    first = [0, 4, 5, 12, 13, 20]  # both policies' of a batch's first micro-batch
+    if accumulated == 1:
+        assert [place for place, row in enumerate(watch.rows) if row["log_ratio"] < 1e-5] == first
+    assert all(watch.rows[place]["log_ratio"] < 1e-5 for place in first)
+    a_batch = 4 // accumulated
+    assert logged(trainer, "phase") == [1] * a_batch + [2] * 3 * a_batch
+    assert logged(trainer, "internal/weight") == pytest.approx([2 / 3] * a_batch + [1 / 3] * a_batch)
+    assert logged(trainer, "internal/layer") == [2] * a_batch
+    rows = [row for row in trainer.state.log_history if "phase" in row]
+    for row in rows[a_batch : 3 * a_batch]:
+        assert row["internal/entropy"] != row["entropy"]
+        assert (row["internal/kl_old"] != row["kl_old"]) == (max(row["internal/kl_old"], row["kl_old"]) > 1e-9)
+        assert {"internal/clip_ratio/region_mean", "clip_ratio/region_mean"} <= set(row)
+        assert not any(name.count("internal") > 1 for name in row)
+    assert not any(name.startswith("internal") for name in rows[-1])
+    assert rows[a_batch]["internal/kl_old"] < 1e-9 < rows[a_batch + 1]["internal/kl_old"]
+
+
+def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
+    """At the first update of a run, as plain GRPO says it; the layer's beside it, as the first phase says it."""
+    kinds = {"both": {"internal_steps": 0, "internal_mix": 0.4}, "plain": {"internal_steps": 0}, "layer": {}}
+    trainers = []
+    for name, options in kinds.items():
+        trainers.append(trainer_of(model_of(), config(tmp_path / name, max_steps=1, **options)))
+        trainers[-1].train()
+    trainer, plain, layer = trainers
+    (row,) = (row for row in trainer.state.log_history if "phase" in row)
+    assert row["phase"] == 2 and row["internal/weight"] == 0.4
+    for name in ("entropy", "clip_ratio/region_mean", "kl_old", "reward"):
+        assert row[name] == pytest.approx(logged(plain, name)[0], abs=1e-6)
+    assert row["internal/entropy"] == pytest.approx(logged(layer, "internal/entropy")[0], abs=1e-6)
+    assert row["loss"] == pytest.approx(0.4 * logged(layer, "loss")[0] + 0.6 * logged(plain, "loss")[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
+def test_every_loss_type_of_both(tmp_path, loss_type):
+    level = "sequence" if loss_type == "luspo" else "token"
+    more: dict = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    more |= {"importance_sampling_level": level, "entropy_coef": 0.01, "top_entropy_quantile": 0.5}
+    args = config(tmp_path, loss_type=loss_type, internal_steps=0, internal_mix=0.5, max_steps=2, **more)
+    trainer = trainer_of(model_of(), args)
+    (first, _) = gradients_of(trainer)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in first.values())
+    assert "internal/policy_loss" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_references_of_both(tmp_path, lora):
+    """At the first update the model is its reference, for both policies; after it both have moved away."""
+    model_of().save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    args = config(tmp_path, beta=0.1, internal_steps=0, internal_mix=0.5, max_steps=8)
+    peft = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM") if lora else None
+    trainer = trainer_of(model, args, **({"peft_config": peft} if lora else {}))
+    seen = inputs_of(trainer)
+    trainer.train()
+    for name in ("kl", "internal/kl"):
+        assert abs(logged(trainer, name)[0]) < 1e-6 < logged(trainer, name)[1]
+    exact, mask = model_of().double(), seen[4]["completion_mask"].bool()  # in the second batch still the start's
+    for name, at in (("ref_per_token_logps", {}), ("internal_ref_per_token_logps", {"layer": 2})):
+        expected = double_log_probs(exact, seen[4], **at)
+        torch.testing.assert_close(seen[4][name].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
+
+
+def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
+    """Log-probs of a `rollout_func` stay as they are for the whole policy; the layer's keep the same distance to its own."""
+
+    def answers(prompts, trainer):
+        ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
+        texts = [[3 + (i * 7 + j) % 200 for j in range(5)] + [1] for i in range(len(prompts))]
+        return {"prompt_ids": ids, "completion_ids": texts, "logprobs": [[-1.0] * 6 for _ in texts]}
+
+    args = config(tmp_path, internal_steps=0, internal_mix=0.5, max_steps=1, off_policy_mask_threshold=1e9)
+    trainer = trainer_of(model_of(), args, rollout_func=answers)
+    seen = inputs_of(trainer)
+    trainer.train()
+    (inputs,) = seen
+    assert torch.equal(inputs["sampling_per_token_logps"], torch.full_like(inputs["sampling_per_token_logps"], -1.0))
+    change = inputs["internal_sampling_per_token_logps"] - inputs["sampling_per_token_logps"]
+    expected = inputs["internal_old_per_token_logps"] - inputs["old_per_token_logps"]
+    torch.testing.assert_close(change, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [4, 6, 9])  # where the hand-over begins, inside its batches
+def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop):
+    common = {
+        "max_steps": 14,
+        "save_strategy": "steps",
+        "save_steps": stop,
+        "internal_steps": 1,
+        "internal_handover": 2,
+    }
+    whole, resumed = model_of(), model_of(seed=5)
+    first = trainer_of(whole, config(tmp_path, **common))
+    first.train()
+    second = trainer_of(resumed, config(tmp_path, **common))
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert logged(first, "internal/weight") == logged(second, "internal/weight") and logged(first, "internal/weight")
+    assert logged(first, "internal/kl_old") == logged(second, "internal/kl_old")
+
+
+def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
+    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "internal_steps": 0, "internal_mix": 0.3}
+    trainer_of(model_of(), config(tmp_path, **common)).train()
+    for changes, says in (
+        ({"internal_layer": 3}, "internal_layer is 3, but 2 in"),
+        ({"internal_mix": 0.5}, "internal_mix is"),
+    ):
+        with pytest.raises(UserError, match=says):
+            trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_none_of_it_is_the_papers_to_the_bit(tmp_path):
+    one, two = model_of(), model_of()
+    trainer_of(one, config(tmp_path / "a", max_steps=12)).train()
+    args = config(tmp_path / "b", max_steps=12, internal_handover=0, internal_mix=0.0, internal_objective="layer")
+    trainer_of(two, args).train()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_measured_layer_is_handed_over(tmp_path):
+    args = config(tmp_path, internal_layer="auto", internal_steps=1, internal_handover=1, max_steps=12)
+    trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
+    trainer.train()
+    assert logged(trainer, "internal/weight") == [0.5] * 4
+    assert trainer.watch.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
+
+
+@pytest.mark.parametrize("module", ["attn", "ffn"])
+def test_a_modules_policy_is_mixed_in(tmp_path, module):
+    args = config(
+        tmp_path, internal_steps=0, internal_mix=0.5, internal_module=module, internal_lens="final_norm", max_steps=5
+    )
+    trainer = trainer_of(model_of(), args)
+    watch = RatioWatch().attach(trainer)
+    trainer.train()
+    assert all(watch.rows[place]["log_ratio"] < 1e-5 for place in (0, 1, 8, 9))
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +443,17 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
         (
             {"internal_objective": "policy", "internal_module": "ffn"},
             "internal_objective policy optimises no internal policy, and internal_module is ffn: leave one out",
+        ),
+        ({"internal_handover": -1}, "internal_handover must be 0 or more, got -1"),
+        ({"internal_mix": 1.0}, "internal_mix must lie from 0 to below 1, got 1.0"),
+        ({"internal_layer": None, "internal_steps": 0, "internal_mix": 0.5}, "internal_mix=0.5 needs a layer"),
+        ({"internal_layer": None, "internal_steps": 0, "internal_handover": 3}, "internal_handover=3 needs a layer"),
+        ({"internal_handover": 2, "advantage_estimator": "ppo"}, "internal_handover adds a second policy's loss"),
+        ({"internal_mix": 0.1, "use_adaptive_entropy": True}, "use_adaptive_entropy follows the entropy of one policy"),
+        ({"internal_mix": 0.1, "internal_objective": "policy"}, "which internal_mix adds: leave one out"),
+        (
+            {"internal_mix": 0.1, "internal_steps": 0, "frozen_up_to_layer": 2},
+            "frozen_up_to_layer=2 leaves the first phase on layer 2 no layer to train",
         ),
     ],
 )

@@ -44,6 +44,12 @@ class BuPOConfig(GRPOConfig):
             What the first phase optimises: the layer's policy (`layer`, the paper's eq. 9), or for comparison the language
             model policy with all above the layer kept still (`policy`), or the layer's policy over a vocabulary in a
             random order, a target that says nothing of the answer (`permuted`).
+        internal_handover (`int`, *optional*, defaults to `0`):
+            Rollout batches after the first phase in which the loss passes over in equal steps from the objective of the last
+            layer to the language model policy's. 0 is the paper's eq. 10, which changes at once.
+        internal_mix (`float`, *optional*, defaults to `0.0`):
+            Weight that the layer's objective keeps in the loss after the first phase, at least; with `internal_steps` 0, in
+            the whole run.
         internal_module (`str`, *optional*, defaults to `"layer"`):
             The internal policy: the layer's, or that of its attention's or FFN's write (`attn`, `ffn`; eq. 6).
         internal_lens (`str`, *optional*, defaults to `"raw"`):
@@ -103,6 +109,13 @@ class BuPOConfig(GRPOConfig):
             "above the layer kept still (`policy`), or the layer's over a shuffled vocabulary (`permuted`).",
             "choices": get_args(Objective),
         },
+    )
+    internal_handover: int = field(
+        default=0,
+        metadata={"help": "Rollout batches after the first phase in which the layer's objective fades out."},
+    )
+    internal_mix: float = field(
+        default=0.0, metadata={"help": "Weight that the layer's objective keeps after the first phase, below 1."}
     )
     internal_module: Module = field(
         default="layer",
@@ -185,7 +198,7 @@ class BuPOConfig(GRPOConfig):
         with others(_refused):
             super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
-        if self.first_phase.stages and micro_steps % self.gradient_accumulation_steps:
+        if (self.first_phase.stages or self.internal_handover) and micro_steps % self.gradient_accumulation_steps:
             raise UserError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide the {micro_steps} "
                 "micro-batches of a rollout batch (steps_per_generation x num_iterations): an update would mix two phases"
@@ -222,6 +235,11 @@ class BuPOConfig(GRPOConfig):
         steps = DEFAULT_STEPS if self.internal_steps is None else self.internal_steps
         return Schedule((Stage(cast(int, self.internal_layer), steps),))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether rollout batches are to optimise a layer's policy and the language model policy at once."""
+        return bool(self.internal_handover or self.internal_mix)
+
     def rollout_batches(self, updates: int) -> int:
         """The rollout batches that so many optimizer updates take."""
         return math.ceil(updates * self.gradient_accumulation_steps / (self.steps_per_generation * self.num_iterations))
@@ -253,7 +271,10 @@ class BuPOConfig(GRPOConfig):
                 f"internal_objective policy optimises no internal policy, and internal_module is {self.internal_module}: leave "
                 "one out"
             )
-        lowest = min(self.first_phase.layers, default=None)
+        if self.mixes:
+            self._check_mixing()
+        named = [self.internal_layer] if self.mixes and isinstance(self.internal_layer, int) else []
+        lowest = min([*self.first_phase.layers, *named], default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(
                 f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
@@ -261,6 +282,25 @@ class BuPOConfig(GRPOConfig):
         # layers above l have no gradient in the first phase, which DDP must be told to expect
         if self.first_phase.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
+
+    def _check_mixing(self) -> None:
+        """Refuse what cannot stand in one loss with a layer's objective."""
+        option = "internal_handover" if self.internal_handover else "internal_mix"
+        if not self.first_phase.stages and self.internal_layer is None:
+            raise UserError(f"{option}={getattr(self, option)} needs a layer: set internal_layer, or leave it out")
+        if self.internal_objective == "policy":
+            raise UserError(
+                f"internal_objective policy optimises no internal policy, which {option} adds: leave one out"
+            )
+        if self.advantage_estimator in WITH_CRITIC:
+            raise UserError(
+                f"{option} adds a second policy's loss, and advantage_estimator {self.advantage_estimator} has the critic of "
+                "one: leave one out"
+            )
+        if self.use_adaptive_entropy:
+            raise UserError(
+                f"use_adaptive_entropy follows the entropy of one policy, and {option} trains two: leave one out"
+            )
 
     def _check_method(self) -> None:
         for name in ("loss_type", "importance_sampling_level"):

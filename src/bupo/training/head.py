@@ -38,13 +38,15 @@ class PolicyScores(ModelOutput):
         log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
         entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
         aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
-        internal (`torch.Tensor` of shape `(batch, time - 1)`, *optional*): log-probs of the policy that was asked besides.
+        internal, internal_entropy (`torch.Tensor` of shape `(batch, time - 1)`, *optional*): log-probs and entropies of the
+            policy that was asked besides.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     internal: torch.Tensor | None = None
+    internal_entropy: torch.Tensor | None = None
 
 
 def within(model: nn.Module, work: Callable[[], Found]) -> Found:
@@ -125,8 +127,8 @@ class PolicyHead:
             return self._scored(states, head, labels if site is None else self._reordered(labels), scored)
 
         found = score(states, asked[0])
-        internal = None if also is None else score(also, asked[1]).log_probs
-        return PolicyScores(found.log_probs, found.entropy, self._balance(out, layout, kwargs), internal)
+        internal = (None, None) if also is None else score(also, asked[1])
+        return PolicyScores(*found, self._balance(out, layout, kwargs), *internal)
 
     def _reordered(self, labels: torch.Tensor) -> torch.Tensor:
         """The rows that stand for the labels where an internal policy's unembedding has an order of its own."""
@@ -168,7 +170,8 @@ class PolicyHead:
         """What meets the unembedding of each policy that is asked, `(batch, time, D)`, and the decoder's output."""
         (site, also), stream = asked, self.stream
         if site is None:
-            with stream.record([] if also is None else [also]) as states:
+            seen = nullcontext() if also is None else self._not_checkpointed(also.layer)
+            with stream.record([] if also is None else [also]) as states, seen:
                 out = model.base_model(*args, use_cache=False, **kwargs)
             return (out.last_hidden_state, None if also is None else stream.lensed(states[also], self.lens)), out
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):

@@ -38,11 +38,11 @@ from bupo.training.zero import step_only_reached
 class BuPOTrainer(TRLTrainer):
     """Trainer for Bottom-up Policy Optimization: a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
-    It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, in phase 1
-    `internal/layer` and `internal/entropy` (the internal policy's, in nats), `critic/...` and `probe/...`. `entropy` is the
-    language model policy's in both phases (in phase 1 that of the rollout); clip ratios are the policy's that is optimised,
-    and so is `kl_old`, half the mean squared log ratio to the policy that sampled. `warning/...` is 1 while a symptom of a
-    failure holds ([`~bupo.training.symptoms.Symptoms`]).
+    It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
+    `probe/...`, in phase 1 `internal/layer` and `internal/entropy` (the internal policy's, in nats), where two policies are
+    optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 that of the rollout); clip
+    ratios are the policy's that is optimised, and so is `kl_old`, half the mean squared log ratio to the policy that sampled.
+    `warning/...` is 1 while a symptom of a failure holds ([`~bupo.training.symptoms.Symptoms`]).
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
@@ -104,7 +104,7 @@ class BuPOTrainer(TRLTrainer):
     def rollout(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
-        voices = self.alignment.voices(self.site) if self.stage else None
+        voices = self.alignment.voices(self.stage, self.watch.mixed(self.rollout_batch))
         with messages.sampling(self.where(self.rollout_batch)):
             sampled = self.sampled(inputs, voices)
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
@@ -113,8 +113,8 @@ class BuPOTrainer(TRLTrainer):
         if self.stage and self.stage.layer is None:
             self.watch.decide(answers, self.state.max_steps)
         self._estimate(batch)
-        if self.site and voices:
-            self.alignment.align(batch, self.site, sampled.scores, voices)
+        if voices and (site := voices.site or self.site):
+            self.alignment.align(batch, site, sampled.scores, voices)
         metrics["completions/repetition"].append(self.mean(repetition([answer for _, answer in answers])))
         self.watch.after_rollouts(self.rollout_batch, answers, rewards, metrics)
         metrics["rollout_time"].append(time.perf_counter() - started)
@@ -141,7 +141,8 @@ class BuPOTrainer(TRLTrainer):
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-        speaker = Speaker(model, site, inputs.get(OLD))
+        mixed = self.watch.mixed(self.rollout_batch)
+        speaker = Speaker(model, site, inputs.get(OLD), also=mixed and self.alignment.site(mixed.layer))
 
         def policy_loss(read: Read | None) -> torch.Tensor:
             speaker.read = read
@@ -153,7 +154,7 @@ class BuPOTrainer(TRLTrainer):
             for name, value in logged.items():
                 metrics[name].append(value)
         else:
-            loss = policy_loss(None)
+            loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
         self.alignment.log(batch, speaker, self.stage, metrics)
         self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
         return loss
