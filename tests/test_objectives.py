@@ -303,7 +303,11 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
 
 def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     """At the first update of a run, as plain GRPO says it; the layer's beside it, as the first phase says it."""
-    kinds = {"both": {"internal_steps": 0, "internal_mix": 0.4}, "plain": {"internal_steps": 0}, "layer": {}}
+    kinds: dict[str, dict] = {
+        "both": {"internal_steps": 0, "internal_mix": 0.4},
+        "plain": {"internal_steps": 0},
+        "layer": {},
+    }
     trainers = []
     for name, options in kinds.items():
         trainers.append(trainer_of(model_of(), config(tmp_path / name, max_steps=1, **options)))
@@ -424,16 +428,112 @@ def test_a_modules_policy_is_mixed_in(tmp_path, module):
     assert all(watch.rows[place]["log_ratio"] < 1e-5 for place in (0, 1, 8, 9))
 
 
+# -- learning rates by layer --------------------------------------------------------------------------------------------
+
+
+def plain(folder, **changes):
+    return config(folder, internal_steps=0, internal_layer=None, **changes)
+
+
+def test_steps_are_as_long_as_the_factors_say(tmp_path):
+    """Plain SGD from the same weights on the same rollouts."""
+    steps = {}
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
+    factors = [0.25, 0.0, 1.0, 2.0]
+    for rates in (None, factors):
+        model = model_of()
+        before = snapshot(model)
+        trainer_of(model, plain(tmp_path, layer_rates=rates, **sgd)).train()
+        steps[bool(rates)] = {name: (p.detach() - before[name]).double() for name, p in model.named_parameters()}
+    for name, full in steps[False].items():
+        factor = factors[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
+        assert full.abs().max() > 0
+        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        torch.testing.assert_close(steps[True][name], full * factor, atol=4 * scale, rtol=1e-5, msg=name)
+
+
+def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path):
+    """To the bit, with AdamW, its decay, clipping and two phases; also an embedding that is not the unembedding."""
+    for tied in (True, False):
+        ends = []
+        kinds: list[dict] = [{"frozen_up_to_layer": 2}, {"layer_rates": [0, 0, 1, 1]}]
+        for options in kinds:
+            model = model_of(tie_word_embeddings=tied)
+            trainer_of(model, config(tmp_path, internal_layer=3, max_steps=12, **options)).train()
+            ends.append(model)
+        assert all(torch.equal(a, b) for a, b in zip(*(end.parameters() for end in ends), strict=True))
+    moved = changed(snapshot(model_of(tie_word_embeddings=False)), ends[1])
+    still = ("model.layers.0.", "model.layers.1.", "model.embed")
+    assert moved == {name for name, _ in ends[1].named_parameters() if not name.startswith(still)}
+
+
+def test_a_still_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
+    model = model_of(tie_word_embeddings=False)
+    before = snapshot(model)
+    trainer = trainer_of(model, plain(tmp_path, layer_rates=[1.0, 0.0, 0.5, 1.0], max_steps=1, **BIG))
+    (gradients,) = gradients_of(trainer)
+    still = {name for name in before if ".layers.1." in name}
+    assert {name for name, gradient in gradients.items() if gradient is None} == still
+    clipped = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
+    assert logged(trainer, "grad_norm")[0] > 1 and clipped == pytest.approx(1.0, abs=1e-4)
+    assert changed(before, model) == set(before) - still
+
+
+def test_rates_of_the_groups_and_their_schedule(tmp_path):
+    args = config(tmp_path, layer_rates=[1.0, 0.5, 0.5, 3.0], lr_scheduler_type="linear", max_steps=4)
+    trainer = trainer_of(model_of(), args)
+    by_name = {id(p): name for name, p in trainer.model.named_parameters()}
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    rates = {by_name[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(by_name.values())
+    for name, rate in rates.items():
+        factor = args.layer_rates[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
+        assert rate == pytest.approx(0.75 * args.learning_rate * factor), name
+    decays = {
+        by_name[id(p)]: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    assert all((decay == 0.0) == ("norm" in name) for name, decay in decays.items())
+
+
+def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
+    common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "layer_rates": [1.0, 0.0, 0.3, 2.0]}
+    whole, resumed = model_of(), model_of()
+    trainer_of(whole, config(tmp_path, **common)).train()
+    trainer_of(resumed, config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    other = config(tmp_path, **{**common, "layer_rates": [1.0, 0.0, 0.3, 1.0]})
+    with pytest.raises(UserError, match="layer_rates is "):
+        trainer_of(model_of(), other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
 def test_options_on_the_command_line_and_in_yaml(tmp_path):
-    (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\ninternal_objective: permuted\n")
+    own = "internal_objective: permuted\ninternal_handover: 3\ninternal_mix: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
+    (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
+    names = ("internal_objective", "internal_handover", "internal_mix", "layer_rates")
     (read,) = parse((BuPOConfig,), line, "bupo train")
-    assert read.internal_objective == "permuted"
-    (read,) = parse((BuPOConfig,), [*line, "--internal_objective", "policy"], "bupo train")
-    assert read.internal_objective == "policy" and copy.copy(read).internal_objective == "policy"
+    assert [getattr(read, name) for name in names] == ["permuted", 3, 0.1, [1, 0.5, 0, 2]]
+    flags = [
+        "--internal_objective",
+        "layer",
+        "--internal_handover",
+        "0",
+        "--internal_mix",
+        "0.5",
+        "--layer_rates",
+        "0.5",
+        "1",
+    ]
+    (read,) = parse((BuPOConfig,), [*line, *flags], "bupo train")
+    assert [getattr(read, name) for name in names] == ["layer", 0, 0.5, [0.5, 1.0]]
+    (read,) = parse((BuPOConfig,), ["--output_dir", "o", "--internal_layer", "2"], "bupo train")
+    assert [getattr(read, name) for name in names] == ["layer", 0, 0.0, None]
 
 
 @pytest.mark.parametrize(
@@ -444,6 +544,14 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
             {"internal_objective": "policy", "internal_module": "ffn"},
             "internal_objective policy optimises no internal policy, and internal_module is ffn: leave one out",
         ),
+        ({"layer_rates": [1, 1, 1]}, "layer_rates has 3 factors: .* has 4 layers, give one for each"),
+        ({"layer_rates": []}, "layer_rates has 0 factors: .* has 4 layers"),
+        ({"layer_rates": [1, 1, -1, 1]}, "layer_rates must be 0 or more, got -1"),
+        ({"layer_rates": [1, 1, float("nan"), 1]}, "layer_rates must be a finite number, got nan"),
+        ({"layer_rates": ["fast", 1, 1, 1]}, "layer_rates must be a number, got 'fast'"),
+        ({"layer_rates": [0, 0, 1, 1]}, "layer_rates leaves the first phase on layer 2 no layer to train"),
+        ({"layer_rates": [1, 1, 1, 1], "frozen_up_to_layer": 1}, "both layer_rates and frozen_up_to_layer are set"),
+        ({"layer_rates": [1, 1, 1, 1], "slow_above_layer": 1}, "both layer_rates and slow_above_layer are set"),
         ({"internal_handover": -1}, "internal_handover must be 0 or more, got -1"),
         ({"internal_mix": 1.0}, "internal_mix must lie from 0 to below 1, got 1.0"),
         ({"internal_layer": None, "internal_steps": 0, "internal_mix": 0.5}, "internal_mix=0.5 needs a layer"),
@@ -458,5 +566,7 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
     ],
 )
 def test_bad_options_are_refused(tmp_path, changes, message):
+    folder = tmp_path / "run"
     with pytest.raises(UserError, match=message):
-        config(tmp_path, **changes)
+        trainer_of(model_of(), config(folder, **changes))
+    assert not folder.exists()

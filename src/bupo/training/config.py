@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from bupo.errors import UserError, first_line, others
 from bupo.model.policy import Lens
 from bupo.provenance import without_secrets
-from bupo.ranges import COUNT, check_number, check_word
+from bupo.ranges import COUNT, NOT_NEGATIVE, check_number, check_word
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
 from bupo.training.ranges import check_training
 from bupo.training.schedule import Schedule, Stage
@@ -82,6 +82,9 @@ class BuPOConfig(GRPOConfig):
             Freeze layers 1 to this (a baseline of table 11).
         slow_above_layer (`int`, *optional*), slow_factor (`float`, *optional*, defaults to `0.1`):
             Train the layers above this, and the final norm, at `slow_factor` times the learning rate (table 11).
+        layer_rates (`list[float]`, *optional*):
+            A factor of the learning rate for each layer, from the first to the last, instead of these three. 0 keeps a layer
+            still, and the first one's also the embedding, where it is not the unembedding too.
         logging_steps (`float`, *optional*):
             Optimizer updates between two logs. By default those of one rollout batch, so that every log holds a reward
             and one phase.
@@ -169,6 +172,10 @@ class BuPOConfig(GRPOConfig):
         default=None, metadata={"help": "Train the layers above this at slow_factor times the learning rate."}
     )
     slow_factor: float = field(default=0.1, metadata={"help": "For slow_above_layer."})
+    layer_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "A factor of the learning rate for each layer, from the first on; 0 keeps it still."},
+    )
     logging_steps: float | None = field(
         default=None,
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
@@ -190,6 +197,7 @@ class BuPOConfig(GRPOConfig):
             self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
             self.bf16 = bool(self.bf16)  # type: ignore[has-type]
+        self._check_layer_rates()
         self._check_internal_phase()
         self._check_method()
         once_a_rollout = self.logging_steps is None
@@ -279,9 +287,24 @@ class BuPOConfig(GRPOConfig):
             raise UserError(
                 f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
             )
+        if lowest and self.layer_rates and not any(self.layer_rates[:lowest]):
+            raise UserError(
+                f"layer_rates leaves the first phase on layer {lowest} no layer to train: all up to it are 0"
+            )
         # layers above l have no gradient in the first phase, which DDP must be told to expect
         if self.first_phase.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
+
+    def _check_layer_rates(self) -> None:
+        if self.layer_rates is None:
+            return
+        for rate in self.layer_rates:
+            check_number("layer_rates", rate, NOT_NEGATIVE)
+        for name in ("frozen_up_to_layer", "slow_above_layer"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"both layer_rates and {name} are set: layer_rates has a factor for each layer, leave {name} out"
+                )
 
     def _check_mixing(self) -> None:
         """Refuse what cannot stand in one loss with a layer's objective."""

@@ -24,7 +24,7 @@ from bupo.training.estimators import estimate
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
-from bupo.training.layers import freeze_up_to, slow_down
+from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
@@ -72,7 +72,7 @@ class BuPOTrainer(TRLTrainer):
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
         self.critic = critic_of(self.stream, self.accelerator, args)
-        freeze_up_to(self.stream, args.frozen_up_to_layer)
+        freeze(self.stream, kept_still(args))
         decode, positions = self.processing_class.decode, positions_of(self.model)
         self.watch = Watch(self.model, self.stream, self.accelerator, args, decode, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
@@ -169,11 +169,11 @@ class BuPOTrainer(TRLTrainer):
         return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """TRL's, with slower groups for the layers above `slow_above_layer`."""
+        """TRL's, with groups of their own for layers that have another learning rate."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made:
-            slow_down(optimizer, self.stream, self.args.slow_above_layer, self.args.slow_factor)
+            scale_rates(optimizer, rate_factors(self.stream, self.args))
             step_only_reached(self, optimizer)
         return optimizer
 
