@@ -7,13 +7,23 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from bupo import BuPOConfig, UserError
+from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.commands.parsing import parse
 from bupo.training.schedule import Schedule
 from bupo.training.setup import check_arguments
 from tests.test_dynamics import built
 from tests.test_methods import logged
-from tests.test_trainer import TOKENIZER, RatioWatch, assert_only_below, changed, config, model_of, snapshot, trainer_of
+from tests.test_trainer import (
+    PROBLEMS,
+    TOKENIZER,
+    RatioWatch,
+    assert_only_below,
+    changed,
+    config,
+    model_of,
+    snapshot,
+    trainer_of,
+)
 
 BIG = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
 
@@ -118,6 +128,33 @@ def test_clipping_sees_what_moves_only(tmp_path):
     (gradients,) = gradients_of(trainer)  # after clipping to 1
     clipped = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
     assert logged(trainer, "grad_norm")[0] > 1 and clipped == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["copy", "shared"])
+def test_the_policys_objective_with_a_critic(tmp_path, backbone):
+    """A value head on the policy's own states sends its loss through all layers too, and moves none above l."""
+    ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "value_coef": 1.0}
+    model = model_of()
+    before = snapshot(model)
+    trainer = trainer_of(model, config(tmp_path, internal_objective="policy", num_iterations=2, **ppo))
+    trainer.train()
+    assert_only_below(changed(before, model), before, 2)
+    assert backbone == "copy" or set(trainer.critic.linears) == {"language_model"}
+
+
+def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
+    lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="policy"), peft_config=lora)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(before, trainer.model)
+    assert moved == {n for n in before if "lora" in n and n.split(".layers.")[1].split(".")[0] in "01"}
+    model = built([1e-3, 1e-3, 40.0, 40.0])
+    before = snapshot(model)
+    auto = config(tmp_path / "b", internal_objective="policy", internal_layer="auto", internal_steps=1, max_steps=4)
+    trainer = trainer_of(model, auto)
+    trainer.train()
+    assert_only_below(changed(before, model), before, int(logged(trainer, "internal/layer")[0]))
 
 
 def test_what_the_policys_objective_says(tmp_path):
@@ -415,6 +452,38 @@ def test_a_measured_layer_is_handed_over(tmp_path):
     trainer.train()
     assert logged(trainer, "internal/weight") == [0.5] * 4
     assert trainer.watch.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
+
+
+def test_one_update_a_rollout_batch(tmp_path):
+    """TRL keeps no old log-probs then. The accumulated gradient is the weighted sum of those of two runs apart."""
+    found = []
+    for name, options in {"a": {}, "b": {"internal_steps": 0}, "c": {"internal_steps": 0, "internal_mix": 0.4}}.items():
+        one = {"gradient_accumulation_steps": 4, "steps_per_generation": None, "max_steps": 1, "max_grad_norm": 0.0}
+        changes: dict = {**one, **options}
+        trainer = trainer_of(model_of(), config(tmp_path / name, **changes))
+        seen = inputs_of(trainer)
+        found += gradients_of(trainer)
+        assert len(seen) == 4 and not any("old_per_token_logps" in key for inputs in seen for key in inputs)
+    layer, whole, both = found
+    for name, gradient in both.items():
+        expected = 0.6 * whole[name] + (0.4 * layer[name] if layer[name] is not None else 0.0)
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+def test_a_mixture_of_experts_is_balanced_once(tmp_path):
+    """With equal rewards only the load-balancing loss is left: with its whole weight, as in plain GRPO."""
+    rows = []
+    for name, mix in (("plain", 0.0), ("both", 0.4)):
+        model = model_of("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
+        args = config(tmp_path / name, internal_steps=0, internal_mix=mix, max_steps=1)
+        equal = BuPOTrainer(model, lambda completions, **_: [1.0] * len(completions), args, train_dataset=PROBLEMS,
+                            processing_class=TOKENIZER)  # fmt: skip
+        equal.train()
+        rows.append(next(row for row in equal.state.log_history if "phase" in row))
+    assert rows[0]["loss"] == pytest.approx(0.1 * rows[0]["aux_loss"], rel=1e-3) and rows[0]["loss"] > 0.05
+    for name in ("loss", "aux_loss", "grad_norm"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-6)
 
 
 @pytest.mark.parametrize("module", ["attn", "ffn"])
