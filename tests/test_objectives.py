@@ -15,6 +15,7 @@ from tests.test_dynamics import built
 from tests.test_methods import logged
 from tests.test_trainer import (
     PROBLEMS,
+    REENTRANT,
     TOKENIZER,
     RatioWatch,
     assert_only_below,
@@ -303,7 +304,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, checkpointing):
     """Layer 2 for a batch, a hand-over of two, then the whole policy."""
     args = config(
@@ -358,7 +359,11 @@ def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     assert row["loss"] == pytest.approx(0.4 * logged(layer, "loss")[0] + 0.6 * logged(plain, "loss")[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize(
+    "loss_type",
+    ["cispo", "luspo"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "bnpo", "dr_grpo", "sapo", "vespo")],
+)
 def test_every_loss_type_of_both(tmp_path, loss_type):
     level = "sequence" if loss_type == "luspo" else "token"
     more: dict = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
@@ -438,12 +443,17 @@ def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
             trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
 
 
-def test_none_of_it_is_the_papers_to_the_bit(tmp_path):
-    one, two = model_of(), model_of()
-    trainer_of(one, config(tmp_path / "a", max_steps=12)).train()
-    args = config(tmp_path / "b", max_steps=12, internal_handover=0, internal_mix=0.0, internal_objective="layer")
-    trainer_of(two, args).train()
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
+    """To the bit until it ends, and from there on another run."""
+    ends: dict = {8: [], 12: []}
+    for steps, models in ends.items():
+        for mixing in ({}, {"internal_handover": 2}, {"internal_mix": 0.1}):
+            models.append(model_of())
+            trainer_of(models[-1], config(tmp_path, max_steps=steps, **mixing)).train()
+    for steps, (alone, *others) in ends.items():
+        for other in others:
+            pairs = zip(alone.parameters(), other.parameters(), strict=True)
+            assert all(torch.equal(a, b) == (steps == 8) for a, b in pairs)
 
 
 def test_a_measured_layer_is_handed_over(tmp_path):
@@ -457,10 +467,10 @@ def test_a_measured_layer_is_handed_over(tmp_path):
 def test_one_update_a_rollout_batch(tmp_path):
     """TRL keeps no old log-probs then. The accumulated gradient is the weighted sum of those of two runs apart."""
     found = []
-    for name, options in {"a": {}, "b": {"internal_steps": 0}, "c": {"internal_steps": 0, "internal_mix": 0.4}}.items():
+    kinds: list[dict] = [{}, {"internal_steps": 0}, {"internal_steps": 0, "internal_mix": 0.4}]
+    for options in kinds:
         one = {"gradient_accumulation_steps": 4, "steps_per_generation": None, "max_steps": 1, "max_grad_norm": 0.0}
-        changes: dict = {**one, **options}
-        trainer = trainer_of(model_of(), config(tmp_path / name, **changes))
+        trainer = trainer_of(model_of(), config(tmp_path, **{**one, **options}))
         seen = inputs_of(trainer)
         found += gradients_of(trainer)
         assert len(seen) == 4 and not any("old_per_token_logps" in key for inputs in seen for key in inputs)
