@@ -35,6 +35,10 @@ CASES: dict[str, dict] = {
     "tied": {"model": lambda: model_of(tie_word_embeddings=True), "loss_type": "grpo"},
     "frozen": {"frozen_up_to_layer": 1, "internal_layer": 3},
     "slow": {"slow_above_layer": 1, "slow_factor": 0.5, "max_grad_norm": 0.1},
+    "policy": {"internal_objective": "policy", "max_grad_norm": 0.1},
+    "permuted": {"internal_objective": "permuted"},
+    "handover": {"internal_handover": 3, "internal_mix": 0.1, "beta": 0.1, "gradient_checkpointing": True},
+    "rates": {"layer_rates": [0.5, 1.0, 0.0, 2.0], "max_grad_norm": 0.1},
     "module": {"internal_module": "ffn", "internal_lens": "final_norm", "gradient_checkpointing": True},
     "attn": {"internal_module": "attn"},
     "reference": {

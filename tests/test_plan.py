@@ -32,7 +32,7 @@ from bupo.planning.memory import memory, moments
 from bupo.planning.plan import setting_of
 from bupo.planning.times import optimizer_traffic, sampling_steps, too_little
 from bupo.training.inputs import TrainOptions
-from bupo.training.layers import freeze_up_to, moved_by
+from bupo.training.layers import freeze, moved_by
 from tests.faults.test_launches import FSDP2
 from tests.real_models import real_model
 from tests.test_recipes import RECIPES, ROOT
@@ -117,7 +117,7 @@ def test_parameters_are_the_published_number(models, name):
 def test_what_moves_is_what_the_trainer_moves(options):
     model = load_model(EMBEDDED)
     stream = ResidualStream(model)
-    freeze_up_to(stream, options.get("frozen_up_to_layer"))
+    freeze(stream, range(1, options.get("frozen_up_to_layer", 0) + 1))
     sizes = embedded(**options).sizes
     normed = "internal_lens" in options
     assert sizes.weights == sum(p.numel() for p in model.parameters())

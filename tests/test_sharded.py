@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp2": ("FSDP", 2)}
 ESTIMATORS = ["grpo", "rloo", "reinforce++", "ppo-copy", "ppo-shared"]
 FEATURES = ["tied", "frozen", "slow", "module", "attn", "reference", "guard", "auto", "evaluated", "lora", "sampled"]
+CONTROLS = ["policy", "permuted", "handover", "rates"]
 # seconds, and what is a mean of ratios or an extreme over micro-batches, which each launch cuts otherwise
 OTHER = ("time", "runtime", "per_second", "explained_variance", "clip_ratio/low_min", "clip_ratio/high_max")
 
@@ -53,7 +54,7 @@ def runs(tmp_path_factory, worker_id):
         for kind in KINDS:
             if not (base / kind / "made").exists():
                 (base / kind).mkdir()
-                launched(kind, base / kind, *ESTIMATORS, *FEATURES)
+                launched(kind, base / kind, *ESTIMATORS, *FEATURES, *CONTROLS)
                 (base / kind / "made").touch()
     return base
 
@@ -83,7 +84,7 @@ def assert_same_weights(end, expected, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", [*ESTIMATORS, *FEATURES])
+@pytest.mark.parametrize("case", [*ESTIMATORS, *FEATURES, *CONTROLS])
 def test_losses_and_weights_are_those_of_one_process(runs, kind, case):
     """Every logged number of both phases: losses, gradient norms, entropies, probes, evaluations."""
     # what the model itself samples follows each process' own random numbers

@@ -10,13 +10,14 @@ from trl import GRPOConfig
 from bupo.errors import UserError, first_line, others
 from bupo.model.policy import Lens
 from bupo.provenance import without_secrets
-from bupo.ranges import COUNT, check_number, check_word
+from bupo.ranges import COUNT, NOT_NEGATIVE, check_number, check_word
 from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
 from bupo.training.ranges import check_training
 from bupo.training.schedule import Schedule, Stage
 from bupo.training.seam import accepted
 
 Module = Literal["layer", "attn", "ffn"]
+Objective = Literal["layer", "policy", "permuted"]
 Backbone = Literal["copy", "shared"]
 AUTO, DEFAULT_STEPS = "auto", 20
 
@@ -39,6 +40,16 @@ class BuPOConfig(GRPOConfig):
             recommended for the run's length ([`~bupo.training.schedule.recommended`]).
         internal_schedule (`list[list[int]]`, *optional*):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
+        internal_objective (`str`, *optional*, defaults to `"layer"`):
+            What the first phase optimises: the layer's policy (`layer`, the paper's eq. 9), or for comparison the language
+            model policy with all above the layer kept still (`policy`), or the layer's policy over a vocabulary in a
+            random order, a target that says nothing of the answer (`permuted`).
+        internal_handover (`int`, *optional*, defaults to `0`):
+            Rollout batches after the first phase in which the loss passes over in equal steps from the objective of the last
+            layer to the language model policy's. 0 is the paper's eq. 10, which changes at once.
+        internal_mix (`float`, *optional*, defaults to `0.0`):
+            Weight that the layer's objective keeps in the loss after the first phase, at least; with `internal_steps` 0, in
+            the whole run.
         internal_module (`str`, *optional*, defaults to `"layer"`):
             The internal policy: the layer's, or that of its attention's or FFN's write (`attn`, `ffn`; eq. 6).
         internal_lens (`str`, *optional*, defaults to `"raw"`):
@@ -71,6 +82,9 @@ class BuPOConfig(GRPOConfig):
             Freeze layers 1 to this (a baseline of table 11).
         slow_above_layer (`int`, *optional*), slow_factor (`float`, *optional*, defaults to `0.1`):
             Train the layers above this, and the final norm, at `slow_factor` times the learning rate (table 11).
+        layer_rates (`list[float]`, *optional*):
+            A factor of the learning rate for each layer, from the first to the last, instead of these three. 0 keeps a layer
+            still, and the first one's also the embedding, where it is not the unembedding too.
         logging_steps (`float`, *optional*):
             Optimizer updates between two logs. By default those of one rollout batch, so that every log holds a reward
             and one phase.
@@ -90,6 +104,21 @@ class BuPOConfig(GRPOConfig):
     internal_schedule: list | str | None = field(
         default=None,
         metadata={"help": "Stages of the first phase, such as [[6, 20], [12, 10]]: layer, rollout batches."},
+    )
+    internal_objective: Objective = field(
+        default="layer",
+        metadata={
+            "help": "What the first phase optimises: the layer's policy, or as a control the language model policy with all "
+            "above the layer kept still (`policy`), or the layer's over a shuffled vocabulary (`permuted`).",
+            "choices": get_args(Objective),
+        },
+    )
+    internal_handover: int = field(
+        default=0,
+        metadata={"help": "Rollout batches after the first phase in which the layer's objective fades out."},
+    )
+    internal_mix: float = field(
+        default=0.0, metadata={"help": "Weight that the layer's objective keeps after the first phase, below 1."}
     )
     internal_module: Module = field(
         default="layer",
@@ -143,6 +172,10 @@ class BuPOConfig(GRPOConfig):
         default=None, metadata={"help": "Train the layers above this at slow_factor times the learning rate."}
     )
     slow_factor: float = field(default=0.1, metadata={"help": "For slow_above_layer."})
+    layer_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "A factor of the learning rate for each layer, from the first on; 0 keeps it still."},
+    )
     logging_steps: float | None = field(
         default=None,
         metadata={"help": "Log every X optimizer updates; by default once a rollout batch."},
@@ -164,6 +197,7 @@ class BuPOConfig(GRPOConfig):
             self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
             self.bf16 = bool(self.bf16)  # type: ignore[has-type]
+        self._check_layer_rates()
         self._check_internal_phase()
         self._check_method()
         once_a_rollout = self.logging_steps is None
@@ -172,7 +206,7 @@ class BuPOConfig(GRPOConfig):
         with others(_refused):
             super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
-        if self.first_phase.stages and micro_steps % self.gradient_accumulation_steps:
+        if (self.first_phase.stages or self.internal_handover) and micro_steps % self.gradient_accumulation_steps:
             raise UserError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide the {micro_steps} "
                 "micro-batches of a rollout batch (steps_per_generation x num_iterations): an update would mix two phases"
@@ -209,6 +243,11 @@ class BuPOConfig(GRPOConfig):
         steps = DEFAULT_STEPS if self.internal_steps is None else self.internal_steps
         return Schedule((Stage(cast(int, self.internal_layer), steps),))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether rollout batches are to optimise a layer's policy and the language model policy at once."""
+        return bool(self.internal_handover or self.internal_mix)
+
     def rollout_batches(self, updates: int) -> int:
         """The rollout batches that so many optimizer updates take."""
         return math.ceil(updates * self.gradient_accumulation_steps / (self.steps_per_generation * self.num_iterations))
@@ -235,14 +274,56 @@ class BuPOConfig(GRPOConfig):
         self._check_first_phase()
 
     def _check_first_phase(self) -> None:
-        lowest = min(self.first_phase.layers, default=None)
+        if self.internal_objective == "policy" and self.internal_module != "layer":
+            raise UserError(
+                f"internal_objective policy optimises no internal policy, and internal_module is {self.internal_module}: leave "
+                "one out"
+            )
+        if self.mixes:
+            self._check_mixing()
+        named = [self.internal_layer] if self.mixes and isinstance(self.internal_layer, int) else []
+        lowest = min([*self.first_phase.layers, *named], default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(
                 f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
             )
+        if lowest and self.layer_rates and not any(self.layer_rates[:lowest]):
+            raise UserError(
+                f"layer_rates leaves the first phase on layer {lowest} no layer to train: all up to it are 0"
+            )
         # layers above l have no gradient in the first phase, which DDP must be told to expect
         if self.first_phase.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
+
+    def _check_layer_rates(self) -> None:
+        if self.layer_rates is None:
+            return
+        for rate in self.layer_rates:
+            check_number("layer_rates", rate, NOT_NEGATIVE)
+        for name in ("frozen_up_to_layer", "slow_above_layer"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"both layer_rates and {name} are set: layer_rates has a factor for each layer, leave {name} out"
+                )
+
+    def _check_mixing(self) -> None:
+        """Refuse what cannot stand in one loss with a layer's objective."""
+        option = "internal_handover" if self.internal_handover else "internal_mix"
+        if not self.first_phase.stages and self.internal_layer is None:
+            raise UserError(f"{option}={getattr(self, option)} needs a layer: set internal_layer, or leave it out")
+        if self.internal_objective == "policy":
+            raise UserError(
+                f"internal_objective policy optimises no internal policy, which {option} adds: leave one out"
+            )
+        if self.advantage_estimator in WITH_CRITIC:
+            raise UserError(
+                f"{option} adds a second policy's loss, and advantage_estimator {self.advantage_estimator} has the critic of "
+                "one: leave one out"
+            )
+        if self.use_adaptive_entropy:
+            raise UserError(
+                f"use_adaptive_entropy follows the entropy of one policy, and {option} trains two: leave one out"
+            )
 
     def _check_method(self) -> None:
         for name in ("loss_type", "importance_sampling_level"):

@@ -38,13 +38,15 @@ class PolicyScores(ModelOutput):
         log_probs (`torch.Tensor` of shape `(batch, time - 1)`): of each next-token label.
         entropy (`torch.Tensor` of shape `(batch, time - 1)`): nats.
         aux_loss (`torch.Tensor`, *optional*): load-balancing loss of the layers that ran, for mixtures of experts.
-        internal (`torch.Tensor` of shape `(batch, time - 1)`, *optional*): log-probs of the policy that was asked besides.
+        internal, internal_entropy (`torch.Tensor` of shape `(batch, time - 1)`, *optional*): log-probs and entropies of the
+            policy that was asked besides.
     """
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     internal: torch.Tensor | None = None
+    internal_entropy: torch.Tensor | None = None
 
 
 def within(model: nn.Module, work: Callable[[], Found]) -> Found:
@@ -76,6 +78,7 @@ class PolicyHead:
         lens (`str`): of the layer policies.
         fp32 (`bool`): whether the projection runs in fp32 outside autocast (TRL's `cast_lm_head_to_fp32`).
         packing ([`~bupo.model.packing.Packing`], *optional*): runs rows as one packed row.
+        order (`torch.Tensor` of shape `(V,)`, *optional*): the unembedding's rows of internal policies; by default as they are.
     """
 
     def __init__(
@@ -85,8 +88,10 @@ class PolicyHead:
         lens: Lens,
         fp32: bool = False,
         packing: Packing | None = None,
+        order: torch.Tensor | None = None,
     ):
         self.stream, self.temperature, self.lens, self.fp32, self.packing = stream, temperature, lens, fp32, packing
+        self.order = order
         model, head = stream.model, self
         plain = model.forward
 
@@ -114,16 +119,23 @@ class PolicyHead:
         if read:
             read((states if layout is None else layout.rows(states[0]))[:, :-1].to(head.weight.device))
 
-        def score(states: torch.Tensor) -> TokenScores:
+        def score(states: torch.Tensor, site: Site | None) -> TokenScores:
             if layout is None:
                 states = states[:, :-1][scored]
             else:  # as an embedding, whose gradient is summed by rows
                 states = nn.functional.embedding(layout.places[:, :-1][scored], states[0])
-            return self._scored(states, head, labels, scored)
+            return self._scored(states, head, labels if site is None else self._reordered(labels), scored)
 
-        found = score(states)
-        internal = None if also is None else score(also).log_probs
-        return PolicyScores(found.log_probs, found.entropy, self._balance(out, layout, kwargs), internal)
+        found = score(states, asked[0])
+        internal = (None, None) if also is None else score(also, asked[1])
+        return PolicyScores(*found, self._balance(out, layout, kwargs), *internal)
+
+    def _reordered(self, labels: torch.Tensor) -> torch.Tensor:
+        """The rows that stand for the labels where an internal policy's unembedding has an order of its own."""
+        if self.order is None:
+            return labels
+        order = self.order.to(labels.device)
+        return torch.where(labels == IGNORED, labels, order[labels.clamp(min=0)])
 
     def _layout(self, labels: torch.Tensor, args: tuple, kwargs: dict) -> Layout | None:
         """Where the rows stand in a packed one. None where they are not packed: prompt learning adds more."""
@@ -158,7 +170,8 @@ class PolicyHead:
         """What meets the unembedding of each policy that is asked, `(batch, time, D)`, and the decoder's output."""
         (site, also), stream = asked, self.stream
         if site is None:
-            with stream.record([] if also is None else [also]) as states:
+            seen = nullcontext() if also is None else self._not_checkpointed(also.layer)
+            with stream.record([] if also is None else [also]) as states, seen:
                 out = model.base_model(*args, use_cache=False, **kwargs)
             return (out.last_hidden_state, None if also is None else stream.lensed(states[also], self.lens)), out
         with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):

@@ -1,9 +1,12 @@
 """What of a model lies up to a layer and what above it: for the layer-aware baselines and for what phase 1 may move."""
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import nn
 
 from bupo.model.residual import ResidualStream
+from bupo.training.config import BuPOConfig
 
 
 def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
@@ -15,31 +18,46 @@ def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
     return {parameter for module in (*blocks, stream.norm) for parameter in module.parameters()}
 
 
-def freeze_up_to(stream: ResidualStream | None, layer: int | None) -> None:
-    """Freeze layers 1 to `layer`, and the embedding where it is not the unembedding too (paper, table 11)."""
-    if layer is None:
+def kept_still(args: BuPOConfig) -> list[int]:
+    """Layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
+    rates = enumerate(args.layer_rates or [], 1)
+    return [*range(1, (args.frozen_up_to_layer or 0) + 1), *(layer for layer, rate in rates if rate == 0)]
+
+
+def freeze(stream: ResidualStream | None, layers: Collection[int]) -> None:
+    """Freeze layers, and with the first one the embedding below it, where it is not the unembedding too."""
+    if not layers:
         return
     assert stream is not None, "a layer is named: setup has opened the stream"
-    for number in range(1, layer + 1):
+    for number in layers:
         stream.block(number).requires_grad_(False)
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
-    if embedding.weight is not head.weight:
+    if 1 in layers and embedding.weight is not head.weight:
         embedding.requires_grad_(False)
 
 
-def slow_down(
-    optimizer: torch.optim.Optimizer, stream: ResidualStream | None, layer: int | None, factor: float
-) -> None:
-    """Give parameters above a layer groups of their own, at `factor` times the learning rate (paper, table 11)."""
-    if layer is None:
-        return
-    assert stream is not None, "a layer is named: setup has opened the stream"
-    parameters = above(stream, layer)
+def rate_factors(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
+    """What the learning rate of a parameter is multiplied by, where the options say it: above a layer, or by layers."""
+    if args.slow_above_layer is None and args.layer_rates is None:
+        return {}
+    assert stream is not None, "layers are named: setup has opened the stream"
+    if args.slow_above_layer is not None:
+        return dict.fromkeys(above(stream, args.slow_above_layer), args.slow_factor)
+    rates = enumerate(args.layer_rates or [], 1)
+    return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.block(layer).parameters()}
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+    """Give parameters that have a factor groups of their own, at so many times the learning rate."""
     for group in list(optimizer.param_groups):
-        slow = [p for p in group["params"] if p in parameters]
-        if slow:
-            group["params"] = [p for p in group["params"] if p not in parameters]
-            optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * factor})
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter in factors:
+                by_factor.setdefault(factors[parameter], []).append(parameter)
+        if by_factor:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in factors]
+        for factor, scaled in by_factor.items():
+            optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
 
 
 def moved_by(stream: ResidualStream, layer: int, normed: bool) -> list[nn.Parameter]:

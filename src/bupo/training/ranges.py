@@ -107,6 +107,8 @@ RANGES = {
     "num_completions_to_print": WHOLE,
     # the first phase, probes, evaluation while training
     "internal_steps": FROM_0,
+    "internal_handover": FROM_0,
+    "internal_mix": "[0, 1)",
     "frozen_up_to_layer": COUNT,
     "slow_above_layer": COUNT,
     "slow_factor": SHARE,

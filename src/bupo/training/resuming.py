@@ -62,6 +62,8 @@ def deciding(trainer: TRLTrainer) -> dict[str, Any]:
     args = trainer.args
     found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
     found |= trainer.given
+    if args.mixes and not args.first_phase.stages:  # else the first phase is compared, which holds the layer
+        found["internal_layer"] = args.internal_layer
     found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
     found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
     found["answers a rollout batch"] = args.generation_batch_size

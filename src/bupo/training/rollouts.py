@@ -12,6 +12,7 @@ import torch
 
 ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
 OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"  # TRL's
+BESIDES = "internal_"  # before a name of TRL's: of the internal policy, where both are optimised
 
 
 class Scores(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from bupo.errors import UserError
 
@@ -25,6 +26,18 @@ class Stage:
 
     layer: int | None
     batches: int | None
+
+
+class Mixed(NamedTuple):
+    """What a rollout batch optimises besides the language model policy.
+
+    Attributes:
+        layer (`int`): whose policy's objective.
+        weight (`float`): of it in the loss, above 0 and below 1; the language model policy's has the rest.
+    """
+
+    layer: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,16 @@ class Schedule:
         """The stage that covers a rollout batch, if one does."""
         place = self.place(rollout_batch)
         return None if place is None else self.stages[place]
+
+    def weight(self, rollout_batch: int, handover: int, mix: float) -> float:
+        """Weight of the layer's objective in the loss of a rollout batch; the language model policy's has the rest.
+
+        It is 1 in the first phase, falls in equal steps over the `handover` rollout batches after it, and stays at `mix`. With
+        0 for both, eq. 10.
+        """
+        if self.place(rollout_batch) is not None:
+            return 1.0
+        return max(mix, 1 - (rollout_batch - self.batches) / (handover + 1))
 
     def decided(self, layer: int, batches: int) -> "Schedule":
         """With this layer and this length where one had still to be chosen."""

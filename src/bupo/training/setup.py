@@ -41,6 +41,7 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
         )
     if args.deepspeed_plugin is not None:
         check_zero(args)
+        _check_deepspeed(args)
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
@@ -75,7 +76,8 @@ def check_model(
     named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
     named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
-    check_layers(model, named, **sources(config, loading))
+    read = check_layers(model, named, **sources(config, loading))
+    _check_rates(config, getattr(read.get_text_config(), "num_hidden_layers", None), model)
     return load_tokenizer(model, **sources(config, loading))
 
 
@@ -140,14 +142,23 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     try:
         stream = ResidualStream(model, family)
     except UserError as error:
-        if any(layers) or args.first_phase.stages or with_critic or args.probe_every or family:
+        if any(layers) or args.layer_rates or args.first_phase.stages or with_critic or args.probe_every or family:
             raise
         logger.info(f"trained as a whole, its log-probs by TRL's own head: {error}")
         return None
     for layer in layers:
         if layer is not None:
             stream.block(layer)
+    _check_rates(args, stream.num_layers, getattr(model.config, "name_or_path", "") or type(model).__name__)
     return stream
+
+
+def _check_rates(args: BuPOConfig, count: int | None, model: str) -> None:
+    """Raises [`UserError`] unless there is a learning rate's factor for each of so many layers."""
+    if args.layer_rates is not None and count is not None and len(args.layer_rates) != count:
+        raise UserError(
+            f"layer_rates has {len(args.layer_rates)} factors: {model} has {count} layers, give one for each"
+        )
 
 
 def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
@@ -177,6 +188,14 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
+        )
+
+
+def _check_deepspeed(args: BuPOConfig) -> None:
+    """Raises [`UserError`] where DeepSpeed, which partitions gradients as they come, keeps a run from what it is asked."""
+    if args.internal_objective == "policy" and args.first_phase.stages:
+        raise UserError(
+            "internal_objective policy drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
         )
 
 

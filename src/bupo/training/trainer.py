@@ -24,7 +24,7 @@ from bupo.training.estimators import estimate
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
-from bupo.training.layers import freeze_up_to, slow_down
+from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
@@ -38,11 +38,11 @@ from bupo.training.zero import step_only_reached
 class BuPOTrainer(TRLTrainer):
     """Trainer for Bottom-up Policy Optimization: a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
-    It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, in phase 1
-    `internal/layer` and `internal/entropy` (the internal policy's, in nats), `critic/...` and `probe/...`. `entropy` is the
-    language model policy's in both phases (in phase 1 that of the rollout); clip ratios are the policy's that is optimised,
-    and so is `kl_old`, half the mean squared log ratio to the policy that sampled. `warning/...` is 1 while a symptom of a
-    failure holds ([`~bupo.training.symptoms.Symptoms`]).
+    It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
+    `probe/...`, in phase 1 `internal/layer` and `internal/entropy` (the internal policy's, in nats), where two policies are
+    optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 that of the rollout); clip
+    ratios are the policy's that is optimised, and so is `kl_old`, half the mean squared log ratio to the policy that sampled.
+    `warning/...` is 1 while a symptom of a failure holds ([`~bupo.training.symptoms.Symptoms`]).
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
@@ -72,7 +72,7 @@ class BuPOTrainer(TRLTrainer):
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
         self.critic = critic_of(self.stream, self.accelerator, args)
-        freeze_up_to(self.stream, args.frozen_up_to_layer)
+        freeze(self.stream, kept_still(args))
         decode, positions = self.processing_class.decode, positions_of(self.model)
         self.watch = Watch(self.model, self.stream, self.accelerator, args, decode, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
@@ -99,14 +99,12 @@ class BuPOTrainer(TRLTrainer):
 
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
-        stage = self.watch.schedule.stage(batch)
-        policy = f"the policy of layer {stage.layer or 'auto'}" if stage else "the whole policy"
-        return f"rollout batch {batch} ({policy}, learning rate {self.learning_rate:.3g})"
+        return f"rollout batch {batch} ({self.watch.optimised(batch)}, learning rate {self.learning_rate:.3g})"
 
     def rollout(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
-        voices = self.alignment.voices(self.site) if self.stage else None
+        voices = self.alignment.voices(self.stage, self.watch.mixed(self.rollout_batch))
         with messages.sampling(self.where(self.rollout_batch)):
             sampled = self.sampled(inputs, voices)
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
@@ -115,8 +113,8 @@ class BuPOTrainer(TRLTrainer):
         if self.stage and self.stage.layer is None:
             self.watch.decide(answers, self.state.max_steps)
         self._estimate(batch)
-        if self.site and voices:
-            self.alignment.align(batch, self.site, sampled.scores, voices)
+        if voices and (site := voices.site or self.site):
+            self.alignment.align(batch, site, sampled.scores, voices)
         metrics["completions/repetition"].append(self.mean(repetition([answer for _, answer in answers])))
         self.watch.after_rollouts(self.rollout_batch, answers, rewards, metrics)
         metrics["rollout_time"].append(time.perf_counter() - started)
@@ -143,7 +141,8 @@ class BuPOTrainer(TRLTrainer):
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-        speaker = Speaker(model, site, inputs.get(OLD))
+        mixed = self.watch.mixed(self.rollout_batch)
+        speaker = Speaker(model, site, inputs.get(OLD), also=mixed and self.alignment.site(mixed.layer))
 
         def policy_loss(read: Read | None) -> torch.Tensor:
             speaker.read = read
@@ -155,8 +154,8 @@ class BuPOTrainer(TRLTrainer):
             for name, value in logged.items():
                 metrics[name].append(value)
         else:
-            loss = policy_loss(None)
-        self.alignment.log(batch, speaker, metrics)
+            loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
+        self.alignment.log(batch, speaker, self.stage, metrics)
         self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
         return loss
 
@@ -164,16 +163,17 @@ class BuPOTrainer(TRLTrainer):
         """As TRL's; a critic steps with the policy."""
         with self.alignment.kept():
             loss = super().training_step(*args, **kwargs)
+        self.alignment.keep_above(self.watch.schedule.stage(self.last_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
         return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """TRL's, with slower groups for the layers above `slow_above_layer`."""
+        """TRL's, with groups of their own for layers that have another learning rate."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made:
-            slow_down(optimizer, self.stream, self.args.slow_above_layer, self.args.slow_factor)
+            scale_rates(optimizer, rate_factors(self.stream, self.args))
             step_only_reached(self, optimizer)
         return optimizer
 

@@ -29,7 +29,7 @@ from bupo.training.head import within
 from bupo.training.layers import moved_by
 from bupo.training.messages import warn
 from bupo.training.probes import ANSWER_TOKENS, Answers, default_cadence, probe
-from bupo.training.schedule import Schedule, recommended
+from bupo.training.schedule import Mixed, Schedule, recommended
 from bupo.training.sharding import joined, parted, sharded_again, shards
 from bupo.training.symptoms import Symptoms
 
@@ -91,6 +91,24 @@ class Watch:
         """The model's, for what looks at layers."""
         assert self._stream is not None, "without a stream nothing looks at layers"
         return self._stream
+
+    def mixed(self, rollout_batch: int) -> Mixed | None:
+        """The layer that a rollout batch optimises besides the language model policy, and its weight; None where it optimises
+        one policy."""
+        weight = self.schedule.weight(rollout_batch, self.args.internal_handover, self.args.internal_mix)
+        layer = self.schedule.stages[-1].layer if self.schedule.stages else self.args.internal_layer
+        return Mixed(layer, weight) if isinstance(layer, int) and 0 < weight < 1 else None
+
+    def optimised(self, rollout_batch: int) -> str:
+        """Which policy a rollout batch optimises, in words."""
+        stage = self.schedule.stage(rollout_batch)
+        if stage is None:
+            mixed = self.mixed(rollout_batch)
+            return f"the whole policy and that of layer {mixed.layer}" if mixed else "the whole policy"
+        layer = stage.layer or "auto"
+        if self.args.internal_objective == "policy":
+            return f"the whole policy, by layers up to {layer}"
+        return f"the policy of layer {layer}"
 
     # -- around a rollout batch --------------------------------------------------------------------------------------
 
