@@ -12,7 +12,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
+.PHONY: demo reproduce worlds test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -20,6 +20,11 @@ demo: $(INSTALLED)
 reproduce: $(INSTALLED)  # every figure and table of the paper at the scale of this machine, and the docs' page of results
 	$(BIN)/bupo reproduce all --scale embedded --jobs 2 --output runs/reproduce
 	$(BIN)/python tools/paper_page.py runs/reproduce/embedded
+
+worlds: $(INSTALLED)  # base models that differ, every comparison of methods on them, and the docs' page of results: days
+	$(BIN)/python tools/make_worlds.py runs/worlds
+	$(BIN)/bupo reproduce all --scale worlds --jobs 2 --output runs/reproduce
+	$(BIN)/python tools/results_page.py runs/reproduce/worlds
 
 test: $(INSTALLED)  # FLAGS go to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(FLAGS)

@@ -45,7 +45,7 @@ WORLDS = {
     "weak": World(mixed_steps=150, worked_share=0.08),
     "long": World(worked_steps=1000, numbers=5),
     "deep16": World(layers=16, width=96, worked_steps=1800, worked_rate=3e-3),
-    "deep32": World(layers=32, width=64, worked_steps=1200, worked_rate=3e-3),
+    "deep32": World(layers=32, width=64, worked_steps=1800, worked_rate=3e-3),
 }
 
 
