@@ -2,8 +2,8 @@
 
 | world | what it differs in |
 |---|---|
-| `progressive` | every layer's policy has been trained to answer: entropy falls layer by layer, as in Qwen3 |
-| `weak` | few worked answers: low accuracy, high entropy |
+| `supervised` | every layer's policy has been trained to answer: its boundary lies late, as in Llama |
+| `weak` | few worked answers: low accuracy, high entropy, which falls layer by layer, as in Qwen3 |
 | `long` | five numbers instead of three: four steps to reason over |
 | `deep16` | 16 layers, 96 wide |
 | `deep32` | 32 layers, 64 wide |
@@ -12,7 +12,7 @@ The first three go on from the embedded model, the others start anew. Each has s
 one CPU core a world takes five to twenty minutes:
 
     python tools/make_worlds.py runs/worlds                     # all that are missing
-    python tools/make_worlds.py runs/worlds --only progressive
+    python tools/make_worlds.py runs/worlds --only supervised
 """
 
 import argparse
@@ -41,7 +41,7 @@ class World:
 
 
 WORLDS = {
-    "progressive": World(worked_steps=1000, supervision=1.0),
+    "supervised": World(worked_steps=1000, supervision=1.0),
     "weak": World(mixed_steps=150, worked_share=0.08),
     "long": World(worked_steps=1000, numbers=5),
     "deep16": World(layers=16, width=96, worked_steps=1800, worked_rate=3e-3),
