@@ -58,6 +58,11 @@ def gains_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def few(tables) -> bool:
+    """Whether fewer than three worlds have three layers that were trained."""
+    return (gains(tables, "depth")["world"].value_counts() > 2).sum() < 3
+
+
 def predicted(tables) -> pd.DataFrame:
     """By world and layer: the gain, and what the analysis said of the layer before training."""
     table = gains(tables, "depth")
@@ -94,6 +99,8 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 def prediction(tables) -> str:
     """The correlations as a table."""
     table = predicted(tables)
+    if few(tables):
+        return "Too few layers of too few worlds are stored yet."
     found = correlations(table)
     worlds = table["world"].nunique()
     lines = [

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from gains import gains, gains_figure, prediction, prediction_figure
+from gains import few, gains, gains_figure, prediction, prediction_figure
 from paper_page import small
 
 from bupo.errors import UserError
@@ -162,7 +162,7 @@ def _revisions(tables: Tables, _: str) -> str:
 def _figure(tables: Tables, name: str) -> str:
     """`{figure NAME}`: drawn, and named."""
     output = tables.output("depth" if name in DRAWN else name)
-    if output is None:
+    if output is None or (name in DRAWN and few(tables)):
         return NOTHING_STORED
     title, draw = DRAWN.get(name, (f"Reward over training: {name}", lambda tables: output.figure))
     figure = draw(tables)
@@ -209,7 +209,7 @@ def main() -> None:
 def _named(page: Path, name: str) -> str:
     """A figure's line in the page, which is not drawn again."""
     line = re.search(rf"!\[[^\]]*\]\(results/{name}\.png\)", page.read_text())
-    return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else f"no figure {name}"
+    return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else NOTHING_STORED
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -
     names = [name for name in MEASURES if all(name in each for row in found.values() for each in row.values())]
     lines = {name: [_line(experiment, found, name, key) for key in found] for name in names}
     main = next(name for name in MAIN if name in names)
-    table = shown(f"{WORDS.get(main, main)}, in percent:", experiment, [_plain(line) for line in lines[main]])
+    table = shown(f"{_called(experiment, main)}, in percent:", experiment, [_plain(line) for line in lines[main]])
     others = [line for name in names if name != main for line in lines[name]]
     tables = [_with_p(table, lines[main]), pivot("What else the runs came to:", experiment, others)]
     if against := experiment.draw.get("against"):
@@ -102,6 +102,14 @@ def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -
     return Output(raw, tables, tidy(every), _curves(found), [EXPLAINED])
 
 
+def _called(experiment: Experiment, measure: str) -> str:
+    """A measure in words."""
+    if measure != "avg@k":
+        return WORDS.get(measure, measure)
+    k = next(cell.runs["eval"].options.get("k") for cell in experiment.cells)
+    return f"avg@{k}" if k else measure
+
+
 def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], measure: str, key: Key) -> Line:
     """A measure of one row beside the row that it is compared with."""
     (model, row), against = key, experiment.draw.get("against")
@@ -109,7 +117,7 @@ def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], meas
     others = {} if row == against else values.get((model, str(against)), {})
     cell = next(cell for cell in experiment.cells if (cell.model, cell.row) == key)
     return Line(
-        model, row, options_of(cell), WORDS.get(measure, measure), values[key], against=against, others=others,
+        model, row, options_of(cell), _called(experiment, measure), values[key], against=against, others=others,
         digits=DIGITS.get(measure, 1),
     )  # fmt: skip
 
