@@ -56,7 +56,7 @@ class PhasePlan:
     def name(self) -> str:
         if self.layer is not None:
             return f"phase 1, layer {self.layer}"
-        return "phase 2" if self.besides is None else f"phase 2, mixed with layer {self.besides}"
+        return "phase 2" if self.besides is None else f"phase 2 + layer {self.besides}"
 
 
 @dataclass(frozen=True)
