@@ -56,6 +56,7 @@ class Case:
     answer: int = 32
     group: int = 8
     checkpointing: bool = False
+    more: dict[str, Any] = field(default_factory=dict)  # options of the run
 
     def rollouts(self, vocabulary: int, seed: int) -> Rollouts:
         return made_up(self.prompt, [self.answer] * (self.rows * self.passes), self.group, vocabulary, seed)
@@ -80,6 +81,7 @@ class Case:
             report_to="none",
             disable_tqdm=True,
             seed=0,
+            **self.more,
         )
 
 
@@ -339,7 +341,7 @@ def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, di
             "weights": kept["weights"],
             "optimizer": kept["optimizer"],
             "gradients": 4.0 * planned_phase.trained,
-            "activations": activations(setting, layer),
+            "activations": activations(setting, layer, planned_phase.besides),
             "peak": planned_phase.memory.bytes,
         }
     return found, parts

@@ -113,11 +113,17 @@ def test_parameters_are_the_published_number(models, name):
     assert {block.weights for block in found.blocks} == {d * size * (2 * heads + 2 * keys) + 3 * d * wide + norms}
 
 
-@pytest.mark.parametrize("options", [{}, {"internal_lens": "final_norm"}, {"frozen_up_to_layer": 3}])
-def test_what_moves_is_what_the_trainer_moves(options):
+RATES: dict[str, Any] = {"layer_rates": [0, 0, 1, 0, 0.1, 1, 1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "still"),
+    [({}, []), ({"internal_lens": "final_norm"}, []), ({"frozen_up_to_layer": 3}, [1, 2, 3]), (RATES, [1, 2, 4, 8])],
+)
+def test_what_moves_is_what_the_trainer_moves(options, still):
     model = load_model(EMBEDDED)
     stream = ResidualStream(model)
-    freeze(stream, range(1, options.get("frozen_up_to_layer", 0) + 1))
+    freeze(stream, still)
     sizes = embedded(**options).sizes
     normed = "internal_lens" in options
     assert sizes.weights == sum(p.numel() for p in model.parameters())
@@ -177,6 +183,68 @@ def test_phase_1_by_hand():
     assert flops(embedded(), None).scoring == 0  # one update a rollout batch: its own old policy
     assert flops(embedded(gradient_accumulation_steps=1), None).scoring > 0
     assert flops(embedded(num_iterations=3), 5).update == 3 * found.update
+
+
+# the unembedding's backward pass adds to what is there already, which torch's counter does not know
+ADDED = {torch.ops.aten.addmm_: lambda total, left, right, **kwargs: 2 * left[0] * left[1] * right[1]}
+
+
+def counted(trainer):
+    """FLOPs that torch counts of a run's passes, of one micro-batch an update: of what comes before each, and of the pass."""
+    before, passes = [0], []
+    rollout, step = trainer.rollout, trainer.training_step
+
+    def scored(*args, **kwargs):
+        with FlopCounterMode(display=False, custom_mapping=ADDED) as counter:
+            found = rollout(*args, **kwargs)
+        before[-1] = counter.get_total_flops()
+        return found
+
+    def stepped(*args, **kwargs):
+        with FlopCounterMode(display=False, custom_mapping=ADDED) as counter:
+            found = step(*args, **kwargs)
+        passes.append(counter.get_total_flops() - before[-1])
+        before.append(0)
+        return found
+
+    trainer.rollout, trainer.training_step = scored, stepped
+    trainer.train()
+    return before, passes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"internal_objective": "policy", "beta": 0.1},
+        {"internal_objective": "permuted"},
+        {"internal_mix": 0.1, "beta": 0.1},
+        {"internal_mix": 0.1, "checkpointing": True},
+        {"internal_handover": 1, "internal_lens": "final_norm"},
+        RATES,
+    ],
+    ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()) or "plain",
+)
+def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, options):
+    """To the last one: of a rollout batch of the first phase and the one after it, on given answers."""
+    options = dict(options)
+    sizes = {"rows": 32, "prompt": 20, "answer": 12, "checkpointing": options.pop("checkpointing", False)}
+    case = benchmark.Case("counted", 5, **sizes, more=options)
+    model = load_model(EMBEDDED, attn_implementation="eager")
+    trainer = benchmark.trained(model, load_tokenizer(EMBEDDED), case, str(tmp_path), 1, benchmark.Watched())
+    before, passes = counted(trainer)
+    setting = setting_of(EMBEDDED, case.config("unused", 1), on=ON_CPU)
+    mixed = 5 if "internal_mix" in options or "internal_handover" in options else None
+    for place, target in enumerate([(5,), (None, mixed)]):
+        planned = flops(setting, *target)
+        (batch,) = setting.batches
+        # eager attention has a backward pass of 2 where flash attention has 2.5
+        seen = 8 if target[0] is None or options.get("internal_objective") == "policy" else 5
+        attention = layers(setting, batch, seen) - 2 * batch.tokens * sum(b.met for b in setting.sizes.blocks[:seen])
+        assert before[place] == planned.scoring
+        # a layer is computed again up to its last product; one whose states are read (5, in both phases) is not
+        last = 2 * 256 * 128 * batch.tokens * (seen - 1 if case.checkpointing else 0)
+        assert passes[place] == planned.update - 0.5 * attention - last
 
 
 def test_ppo_adds_a_second_model_and_a_reference_model_a_pass():
@@ -244,6 +312,49 @@ def test_phase_1_has_no_state_above_its_layer():
     assert second["activations"] > 1.5 * first["activations"]
 
 
+def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
+    """And has a state of what it moves only."""
+    setting, layerwise = embedded(internal_objective="policy"), embedded()
+    first, second = memory(setting, 5).largest, memory(setting, None).largest
+    assert first["activations"] == second["activations"] > memory(layerwise, 5).largest["activations"]
+    assert first["optimizer"] == memory(layerwise, 5).largest["optimizer"] < second["optimizer"]
+    assert flops(setting, 5) == flops(setting, None) == flops(layerwise, None)
+    assert optimizer_traffic(setting, 5) == optimizer_traffic(layerwise, 5)
+    lens = embedded(internal_objective="policy", internal_lens="final_norm")
+    assert lens.moved(5) == setting.moved(5)  # the norm stays with all above the layer
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({}, {"phase 1, layer 5": 2, "phase 2": 8}),
+        ({"internal_handover": 3}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 3, "phase 2": 5}),
+        ({"internal_handover": 20}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_handover": 3, "internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_steps": 0, "internal_mix": 0.1}, {"phase 2 + layer 5": 10}),
+        ({"internal_steps": 0, "internal_handover": 4}, {"phase 2 + layer 5": 4, "phase 2": 6}),
+        ({"max_steps": -1, "internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": None}),
+        ({"internal_steps": 0}, {"phase 2": 10}),
+    ],
+)
+def test_what_the_rollout_batches_optimise(options, parts):
+    found = bupo.plan(EMBEDDED, config(**{"max_steps": 10, **options}), on=ON_CPU)
+    assert {phase.name: phase.batches for phase in found.phases} == parts
+
+
+def test_a_mixed_batch_that_does_not_fit_gets_advice():
+    """Of what it takes itself, which is more than the second phase without it."""
+    given = config(max_steps=10, internal_mix=0.1)
+    plain = bupo.plan(EMBEDDED, config(max_steps=10), on=ON_CPU).bytes
+    tight = PlanOptions(gpus=0, gpu_memory=plain / 1e9, prompt_tokens=20, answer_tokens=12)
+    found = bupo.plan(EMBEDDED, given, on=tight)
+    assert not found.fits and found.advice
+    checkpointed = next(each for each in found.advice.each if each.options == "gradient_checkpointing true")
+    again = bupo.plan(EMBEDDED, config(max_steps=10, internal_mix=0.1, gradient_checkpointing=True), on=tight)
+    assert checkpointed.bytes == again.bytes < found.bytes
+
+
 def test_what_other_options_take_and_leave():
     gpu = PlanOptions(gpus=4, gpu_memory=40, prompt_tokens=20, answer_tokens=12)
     plain = memory(embedded(on=gpu, bf16=True), None)
@@ -304,7 +415,9 @@ def test_sampling_lasts_as_long_as_its_longest_answer(models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, SYNCED], ids=["as_usual", "sync_each_batch"])
+@pytest.mark.parametrize(
+    "options", [{}, SYNCED, {"internal_objective": "policy"}], ids=["as_usual", "sync_each_batch", "policy"]
+)
 def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
     """To the byte, in both phases; between an update's micro-batches gradients are whole on each, unless told otherwise."""
     launch = [
@@ -339,8 +452,18 @@ def apart(rows):
     return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > benchmark.APART]
 
 
+CONTROLS = [
+    benchmark.Case("policy", 5, rows=32, passes=2, more={"internal_objective": "policy"}),
+    benchmark.Case("mixed", 5, rows=32, more={"internal_mix": 0.1}),
+    benchmark.Case(
+        "mixed, checkpointing", 5, rows=32, passes=2, answer=64, checkpointing=True, more={"internal_mix": 0.1}
+    ),
+    benchmark.Case("rates", 5, rows=32, more=RATES),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", benchmark.embedded_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", benchmark.embedded_cases() + CONTROLS, ids=lambda case: case.name)
 def test_memory_of_the_embedded_model_is_as_planned(case):
     rows = benchmark.memory_rows(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
     assert len(rows) == 2 * len(benchmark.PARTS) and not apart(rows)
@@ -453,6 +576,9 @@ def test_what_a_run_would_refuse():
         ({}, {"gpus": 2, "sharding": "zero3"}, "sharding must be one, ddp, fsdp2, zero1 or zero2"),
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
+        ({"layer_rates": [0, 1, 1]}, {}, "layer_rates has 3 factors: embedded has 8 layers, give one for each"),
+        ({"internal_steps": 0, "internal_layer": 9, "internal_mix": 0.1}, {}, "internal_layer: layer 9 does not exist"),
+        ({"internal_objective": "policy"}, {"gpus": 2, "sharding": "zero2"}, "drops gradients above the layer"),
     ]
     for changes, on, message in refused:
         with pytest.raises(UserError, match=message):

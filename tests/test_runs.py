@@ -101,6 +101,38 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ({"internal_steps": 0, "slow_above_layer": 5}, "GRPO, 0.1x above layer 5", "GRPO, 0.1x above layer 5"),
         ({"internal_steps": 0, "advantage_estimator": "ppo"}, "PPO", "PPO"),
         (
+            {"internal_layer": 5, "internal_objective": "policy"},
+            "GRPO, upper layers still at first",
+            "GRPO, upper layers still at first, layer 5 for 20 batches",
+        ),
+        (
+            {"internal_layer": 5, "internal_objective": "permuted", "advantage_estimator": "rloo"},
+            "BuPO with RLOO, permuted vocabulary",
+            "BuPO with RLOO, permuted vocabulary, layer 5 for 20 batches",
+        ),
+        ({"internal_steps": 0, "internal_objective": "policy"}, "GRPO", "GRPO"),
+        (
+            {"internal_layer": 5, "internal_handover": "20", "internal_mix": 0.1},
+            "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in",
+            "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in, layer 5 for 20 batches",
+        ),
+        (
+            {"internal_layer": 5, "internal_steps": 0, "internal_mix": "1e-1", "internal_lens": "final_norm"},
+            "GRPO, 0.1 of the layer's objective mixed in, final norm",
+            "GRPO, 0.1 of the layer's objective mixed in, final norm, layer 5",
+        ),
+        (
+            {"internal_layer": 5, "internal_steps": 0, "internal_handover": 4},
+            "GRPO, hand-over of 4 batches",
+            "GRPO, hand-over of 4 batches, layer 5",
+        ),
+        ({"internal_layer": 5, "internal_steps": 0, "internal_mix": 0}, "GRPO", "GRPO"),
+        (
+            {"internal_steps": 0, "layer_rates": [0.1, "1e-1", 1, 0]},
+            "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
+            "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
+        ),
+        (
             {"internal_layer": 5, "advantage_estimator": "rloo"},
             "BuPO with RLOO",
             "BuPO with RLOO, layer 5 for 20 batches",
@@ -110,6 +142,24 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
 def test_a_setting_has_a_name(options, method, name):
     setting, seed = setting_of({"model": "m", **options}, "train")
     assert (setting.method, setting.name, seed) == (method, name, 42)
+
+
+def test_the_controls_are_compared_with_grpo_of_the_same_options():
+    """Each is a setting of its own, and what it is compared with is the run without it."""
+    plain = {"model": "m", "learning_rate": 1e-4, "internal_steps": 0}
+    controls: list[dict] = [
+        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "policy"},
+        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "permuted"},
+        {"internal_layer": 5, "internal_mix": 0.1},
+        {"internal_layer": 5, "internal_mix": 0.2},
+        {"internal_layer": 4, "internal_mix": 0.2},
+        {"internal_layer": 5, "internal_handover": 3},
+        {"layer_rates": [0, 1]},
+        {"layer_rates": [0, 0.5]},
+    ]
+    grpo, settings = setting_of(plain, "train")[0], [setting_of(plain | each, "train")[0] for each in controls]
+    assert len({grpo, *settings}) == 1 + len(controls)
+    assert all(setting.baseline == grpo for setting in settings)
 
 
 def test_two_spellings_are_one_setting():

@@ -167,7 +167,7 @@ def in_words(seconds: float | None) -> str:
 
 
 def _saved(found: Plan) -> list[str]:
-    """What an update of each stage of the first phase takes of one of the second phase."""
+    """What an update of each part of the run takes of one of its end."""
     second = found.phases[-1]
     if second.layer is not None:
         return []
@@ -181,7 +181,7 @@ def _saved(found: Plan) -> list[str]:
             parts.append(f"{first.seconds.update / second.seconds.update:.0%} of the time")
         whole = first.flops.total / second.flops.total
         lines.append(
-            f"{first.name}: an update takes {', '.join(parts)} of one of phase 2; "
+            f"{first.name}: an update takes {', '.join(parts)} of one of {second.name}; "
             f"sampling and scoring included, {whole:.0%} of the FLOPs"
         )
     return lines

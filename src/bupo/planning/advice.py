@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bupo.planning.memory import HALF, memory, syncs_each_batch
-from bupo.planning.setting import Setting
+from bupo.planning.setting import Setting, Target
 
 STEP = 0.05  # of vLLM's share of a device
 ROOM = 1.1  # of what vLLM's weights and one answer take: its own activations
@@ -36,32 +36,32 @@ class Advice:
     gpus: Change | None
 
 
-def advice_for(setting: Setting, layers: Sequence[int | None]) -> Advice:
+def advice_for(setting: Setting, targets: Sequence[Target]) -> Advice:
     """Try what may help, what costs least first.
 
     Args:
         setting ([`Setting`]): too large for its devices.
-        layers (`list[int | None]`): whose policies the run optimises.
+        targets (`list[Target]`): what the run optimises.
     """
-    before, most = needed(setting, layers), setting.on.memory
-    each = [Change(text, needed(new, layers)) for text, new in changes(setting)]
+    before, most = needed(setting, targets), setting.on.memory
+    each = [Change(text, needed(new, targets)) for text, new in changes(setting)]
     together: list[Change] = []
     now, size = setting, before
     while size > most:
-        better = next(((text, new) for text, new in changes(now) if needed(new, layers) < size), None)
+        better = next(((text, new) for text, new in changes(now) if needed(new, targets) < size), None)
         if better is None:
             break
         text, now = better
-        size = needed(now, layers)
+        size = needed(now, targets)
         option = text.split()[0]  # a smaller batch takes the place of a small one
         together = [change for change in together if change.options.split()[0] != option] + [Change(text, size)]
-    gpus = None if size <= most else _more_gpus(now, layers)
+    gpus = None if size <= most else _more_gpus(now, targets)
     return Advice([change for change in each if change.bytes < before], together if size <= most or gpus else [], gpus)
 
 
-def needed(setting: Setting, layers: Sequence[int | None]) -> float:
+def needed(setting: Setting, targets: Sequence[Target]) -> float:
     """Bytes of a device at the fullest moment of a run."""
-    return max(memory(setting, layer).bytes for layer in layers)
+    return max(memory(setting, *target).bytes for target in targets)
 
 
 def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
@@ -121,12 +121,12 @@ def _smaller_batches(setting: Setting) -> tuple[str, Setting]:
     return f"{text} (as many answers an update)", setting.changed(**options)
 
 
-def _more_gpus(setting: Setting, layers: Sequence[int | None]) -> Change | None:
+def _more_gpus(setting: Setting, targets: Sequence[Target]) -> Change | None:
     """Twice as many until the run fits; an update's answers are then shared by more."""
     gpus = setting.on.gpus
     while 1 <= gpus < MOST_GPUS:
         gpus *= 2
-        size = needed(setting.changed({"gpus": gpus, "sharding": "fsdp2"}), layers)
+        size = needed(setting.changed({"gpus": gpus, "sharding": "fsdp2"}), targets)
         if size <= setting.on.memory:
             return Change(f"{gpus} GPUs, sharding fsdp2", size)
     return None

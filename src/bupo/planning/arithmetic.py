@@ -34,23 +34,32 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def flops(setting: Setting, layer: int | None) -> Flops:
-    """Of a rollout batch that optimises a layer's policy, or the whole policy."""
-    count = setting.sizes.layers if layer is None else layer
+def flops(setting: Setting, layer: int | None, besides: int | None = None) -> Flops:
+    """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
+    layer = setting.read(layer)
+    count, policies = layer or setting.sizes.layers, 1 if besides is None else 2
     often = setting.config.num_iterations
-    forward = sum(layers(setting, batch, count) + head(setting, batch) for batch in setting.batches)
-    backward = sum(layers_backward(setting, batch, count) + head_backward(setting, batch) for batch in setting.batches)
-    again = count if layer is None else count - 1  # a layer whose states are read keeps its activations
-    checkpointed = setting.config.gradient_checkpointing
-    recomputed = sum(layers(setting, batch, again) for batch in setting.batches) if checkpointed else 0.0
+    forward = sum(layers(setting, batch, count) + policies * head(setting, batch) for batch in setting.batches)
+    backward = sum(
+        layers_backward(setting, batch, count) + policies * head_backward(setting, batch) for batch in setting.batches
+    )
+    recomputed = sum(_recomputed(setting, batch, count, layer or besides) for batch in setting.batches)
     return Flops(
         sampling(setting),
-        scoring(setting, layer),
+        scoring(setting, layer, besides),
         often * forward,
         often * backward,
         often * recomputed,
         often * critic_updates(setting),
     )
+
+
+def _recomputed(setting: Setting, batch: MicroBatch, count: int, seen: int | None) -> float:
+    """By gradient checkpointing, of the first so many layers: one whose states are read keeps its activations."""
+    if not setting.config.gradient_checkpointing:
+        return 0.0
+    kept = 0.0 if seen is None else layers(setting, batch, seen) - layers(setting, batch, seen - 1)
+    return layers(setting, batch, count) - kept
 
 
 def layers(setting: Setting, batch: MicroBatch, count: int) -> float:
@@ -92,8 +101,11 @@ def head_backward(setting: Setting, batch: MicroBatch) -> float:
     return (3 if setting.sizes.head.trained else 2) * head(setting, batch)
 
 
-def scoring(setting: Setting, layer: int | None) -> float:
-    """Forward passes over the whole rollout batch: old log-probs, entropies, the reference's, PPO's values."""
+def scoring(setting: Setting, layer: int | None, besides: int | None = None) -> float:
+    """Forward passes over the whole rollout batch: old log-probs, entropies, the reference's, PPO's values.
+
+    Of a layer's policy, the whole one, or of both in one pass.
+    """
     config, sizes = setting.config, setting.sizes
     batches = setting.scored
     whole = sum(layers(setting, batch, sizes.layers) for batch in batches)
@@ -102,9 +114,12 @@ def scoring(setting: Setting, layer: int | None) -> float:
     found = 0.0
     if layer is not None:
         found += whole + 2 * heads  # pi_theta's entropies and the layer's log-probs, from one pass
+    elif besides is not None:
+        scored = scores_old(setting) or config.use_vllm  # a sampler's log-probs are moved by the old ones
+        found += (whole + 2 * heads) * (scored + (config.beta != 0))
     elif scores_old(setting):
         found += whole + heads
-    if config.beta != 0:
+    if config.beta != 0 and besides is None:
         found += mine
     if setting.copied_critic:
         found += whole

@@ -41,18 +41,18 @@ class Memory:
         return sum(self.at_once.values())
 
 
-def memory(setting: Setting, layer: int | None) -> Memory:
-    """Of a rollout batch that optimises a layer's policy, or the whole one."""
-    found = list(moments(setting, layer))
+def memory(setting: Setting, layer: int | None, besides: int | None = None) -> Memory:
+    """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
+    found = list(moments(setting, layer, besides))
     moment, at_once = max(found, key=lambda each: sum(each[1].values()))
     parts = dict.fromkeys(part for _, parts in found for part in parts)
     return Memory(moment, at_once, {part: max(each.get(part, 0.0) for _, each in found) for part in parts})
 
 
-def moments(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]:
+def moments(setting: Setting, layer: int | None, besides: int | None = None) -> Iterator[tuple[str, Moment]]:
     """Each with its parts, those of 0 bytes left out."""
     always = lasting(setting, layer)
-    for name, parts in (*_rollouts(setting), *_critic(setting, layer), *_update(setting, layer)):
+    for name, parts in (*_rollouts(setting), *_critic(setting, layer), *_update(setting, layer, besides)):
         found = dict(always)
         for part, size in parts.items():
             found[part] = found.get(part, 0.0) + size
@@ -67,7 +67,7 @@ def lasting(setting: Setting, layer: int | None) -> Moment:
     sizes, config = setting.sizes, setting.config
     found = {
         "weights": _weights(setting, sizes.weights, sizes.moved(None, True)),
-        "optimizer": _optimizer(setting, _moved(setting, layer)),
+        "optimizer": _optimizer(setting, setting.moved(layer)),
         "buckets": _buckets(setting, sizes.moved(None, True)),
     }
     if setting.reference:
@@ -121,10 +121,6 @@ def _buckets(setting: Setting, trained: float) -> float:
     return HALF * min(BUCKET, trained) if setting.on.shared.startswith("zero") else 0.0
 
 
-def _moved(setting: Setting, layer: int | None) -> int:
-    return setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
-
-
 def critic_weights(setting: Setting) -> float:
     """A copy of the decoder and a value for each of its dimensions."""
     sizes = setting.sizes
@@ -158,6 +154,14 @@ def _kept_back(setting: Setting, count: float) -> float:
     return _gradients(setting, count)
 
 
+def _found_again(setting: Setting, layer: int | None) -> float:
+    """Gradients that a micro-batch of an update finds of those before it. What FSDP2 has not reduced cannot be dropped."""
+    if not setting.accumulates:
+        return 0.0
+    whole = setting.on.shared == "fsdp2" and not syncs_each_batch(setting)
+    return _kept_back(setting, setting.moved(setting.read(layer) if whole else layer))
+
+
 def syncs_each_batch(setting: Setting) -> bool:
     """Whether gradients are reduced after each micro-batch (accelerate's `sync_each_batch`)."""
     given = getattr(setting.config.accelerator_config, "gradient_accumulation_kwargs", None) or {}
@@ -167,43 +171,42 @@ def syncs_each_batch(setting: Setting) -> bool:
 # -- an update -------------------------------------------------------------------------------------------------------
 
 
-def _update(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]:
+def _update(setting: Setting, layer: int | None, besides: int | None) -> Iterator[tuple[str, Moment]]:
     """The policy's passes over its fullest micro-batch, and what its backward pass leaves."""
-    sizes, config, moved = setting.sizes, setting.config, _moved(setting, layer)
-    count = sizes.layers if layer is None else layer
-    before = _kept_back(setting, moved) if setting.accumulates else 0.0
-    kept = activations(setting, layer)
+    sizes, config, moved, read = setting.sizes, setting.config, setting.moved(layer), setting.read(layer)
+    kept = activations(setting, layer, besides)
+    if besides is not None:
+        kept += setting.kept.stream  # the gradient of the layer's states, which waits for that from above
     head = _tiles(setting) + FP32 * setting.fullest.answer_tokens * sizes.width
     head_grad = float(_compute_bytes(setting) * sizes.width * sizes.vocabulary) if sizes.head.trained else 0.0
     late = {"critic": _critic_gradients(setting) if setting.accumulates else 0.0}
-    start = {"gradients": before, "activations": kept, **_gathered(setting), **late}
-    yield "the unembedding is differentiated", {**start, "unembedding": head + head_grad}
+    start = {"gradients": _found_again(setting, layer), "activations": kept, **_gathered(setting), **late}
+    twice = 1 if besides is None else 2  # the other policy's gradient of the weights waits for this one's
+    yield "the unembedding is differentiated", {**start, "unembedding": head + twice * head_grad}
     # of a weight that is also the embedding's, the gradient waits for the rest of it
     waits = head_grad if sizes.tied or not setting.accumulates else 0.0
     yield "the last layer is differentiated", {**start, "activations": kept + work(setting), "unembedding": waits}
-    if config.gradient_checkpointing and count != 1:
-        below = kept - (setting.kept.blocks[layer - 1] if layer is not None else 0) + max(setting.kept.blocks)
+    if config.gradient_checkpointing and read != 1:
+        below = kept - (setting.kept.blocks[read - 1] if read is not None else 0) + max(setting.kept.blocks)
         yield "a layer is computed again", {**start, "activations": below + work(setting), "unembedding": waits}
     own = sizes.embedding.trained * _compute_bytes(setting)
-    twice = own * (sizes.tied + setting.accumulates)
-    yield (
-        "a backward pass ends",
-        {"gradients": _kept_back(setting, moved) + twice, **_gathered(setting), **late},
-    )
+    again = own * (sizes.tied + setting.accumulates)
+    left = _kept_back(setting, setting.moved(read))  # with those that are dropped now
+    yield "a backward pass ends", {"gradients": left + again, **_gathered(setting), **late}
     step = FP32 * moved / setting.on.processes if setting.on.shared.startswith("zero") else 0.0
     yield "the optimizer steps", {"gradients": _gradients(setting, moved) + step}
 
 
-def activations(setting: Setting, layer: int | None) -> float:
+def activations(setting: Setting, layer: int | None, besides: int | None = None) -> float:
     """What the forward pass keeps; under checkpointing of each block what it reads, but for the one whose states are read."""
-    kept, config = setting.kept, setting.config
-    count = setting.sizes.layers if layer is None else layer
+    kept, config, layer = setting.kept, setting.config, setting.read(layer)
+    count, seen = layer or setting.sizes.layers, layer or besides
     blocks = list(kept.blocks[:count])
     if config.gradient_checkpointing:
-        read = count if layer is None else count - 1
-        blocks[:read] = [kept.stream] * read
-    normed = kept.after if layer is None or config.internal_lens == "final_norm" else 0
-    states = setting.fullest.answer_tokens * setting.sizes.width * setting.state_bytes
+        blocks = [size if number == seen else kept.stream for number, size in enumerate(blocks, 1)]
+    internal = seen is not None and config.internal_lens == "final_norm"
+    normed = kept.after * ((layer is None) + internal)
+    states = setting.fullest.answer_tokens * setting.sizes.width * setting.state_bytes * (1 if besides is None else 2)
     copies = HALF * setting.sizes.linear if setting.precision == "autocast" else 0
     if copies and layer is not None:
         copies = HALF * sum(block.linear for block in setting.sizes.blocks[:count])
@@ -228,8 +231,9 @@ def _gathered(setting: Setting) -> Moment:
         return {}
     size, sizes = _compute_bytes(setting), setting.sizes
     root = sizes.embedding.weights + sizes.rest.weights + sizes.unembedding.weights
-    block = max(sizes.blocks, key=lambda part: part.weights)
-    return {"gathered": size * (root + GATHERED * block.weights + block.trained)}
+    block = max(part.weights for part in sizes.blocks)
+    trained = max(part.trained for part in sizes.blocks)
+    return {"gathered": size * (root + GATHERED * block + trained)}
 
 
 def _compute_bytes(setting: Setting) -> int:
@@ -244,7 +248,7 @@ def _critic(setting: Setting, layer: int | None) -> Iterator[tuple[str, Moment]]
     """Its passes, which come before the policy's of the same micro-batch."""
     if not setting.copied_critic:
         return
-    policy = _kept_back(setting, _moved(setting, layer)) if setting.accumulates else 0.0
+    policy = _found_again(setting, layer)
     again = max(setting.kept.blocks) if setting.config.gradient_checkpointing else 0
     kept = activations(setting, None) + again + work(setting)
     before = _critic_gradients(setting) if setting.accumulates else 0.0

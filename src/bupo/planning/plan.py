@@ -8,22 +8,22 @@ from trl import ModelConfig
 from bupo.data.problems import FILE_KINDS, load_problems, procedural
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import check_layers, load_tokenizer
+from bupo.model.loading import load_tokenizer
 from bupo.options import DTYPES
 from bupo.planning.advice import Advice, advice_for
 from bupo.planning.arithmetic import Flops, flops
 from bupo.planning.batches import Lengths
 from bupo.planning.memory import Memory, memory
 from bupo.planning.options import PlanOptions
-from bupo.planning.setting import Setting
+from bupo.planning.setting import Setting, Target
 from bupo.planning.sizes import Sizes, meta_model, sizes_of
 from bupo.planning.times import Seconds, seconds, too_little
 from bupo.ranges import check_options, check_word
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
 from bupo.training.ranges import MODEL_RANGES
-from bupo.training.schedule import Stage, recommended
-from bupo.training.setup import sources
+from bupo.training.schedule import recommended
+from bupo.training.setup import check_deepspeed, check_named, sources
 
 PROMPT_TOKENS = 256  # where no data set is at hand
 LOOKED_AT = 256  # prompts of a data set
@@ -32,15 +32,16 @@ SHARE_OF_LONGEST = 0.5  # an answer's tokens in the mean
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Some rollout batches that optimise one policy.
+    """Some rollout batches that optimise the same.
 
     Attributes:
-        layer (`int`, *optional*): whose policy; None is the whole one's.
+        layer (`int`, *optional*): of the first phase's stage; None is the second phase.
         batches (`int`, *optional*): rollout batches; None where the run's length is not known.
         trained (`int`): parameters that move.
         flops ([`Flops`]): of a device and rollout batch.
         memory ([`Memory`]): bytes of a device by part.
         seconds ([`Seconds`]): of a rollout batch.
+        besides (`int`, *optional*): a layer whose objective is mixed into the second phase's.
     """
 
     layer: int | None
@@ -49,10 +50,13 @@ class PhasePlan:
     flops: Flops
     memory: Memory
     seconds: Seconds
+    besides: int | None = None
 
     @property
     def name(self) -> str:
-        return "phase 2" if self.layer is None else f"phase 1, layer {self.layer}"
+        if self.layer is not None:
+            return f"phase 1, layer {self.layer}"
+        return "phase 2" if self.besides is None else f"phase 2 + layer {self.besides}"
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,13 @@ def plan(
     options, on = options or TrainOptions(), on or PlanOptions()
     setting, said = _setting(model, config, options, loading, on)
     batches, said_length = _batches(config, options, on)
-    stages, said_stages = _stages(setting, batches)
-    phases = [_phase(setting, stage) for stage in stages]
+    parts, said_stages = _parts(setting, batches)
+    phases = [_phase(setting, target, length) for target, length in parts]
     assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_said_of(setting)]
     size = (setting.answers * on.processes, config.num_generations, setting.updates)
     found = Plan(model, setting.sizes, on, *size, phases, too_little(setting), None, assumed)
-    layers = [stage.layer for stage in stages]
-    return replace(found, advice=advice_for(setting, layers)) if found.bytes > on.memory else found
+    targets = [target for target, _ in parts]
+    return replace(found, advice=advice_for(setting, targets)) if found.bytes > on.memory else found
 
 
 def setting_of(
@@ -147,20 +151,18 @@ def _setting(
     on.check()
     options.check()
     _check_loading(loading)
-    given = "internal_schedule" if config.internal_schedule else "internal_layer"
-    named = {given: max(config.first_phase.layers, default=None)}
-    named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
-    read = check_layers(model, named, **sources(config, loading))
+    read = check_named(model, config, loading)
+    if on.shared.startswith("zero"):
+        check_deepspeed(config)
     made = meta_model(model, read, config, loading)
     mean, longest, said = _lengths(model, config, options, loading, on)
     return Setting(config, on, loading, made, sizes_of(made), mean, longest), said
 
 
-def _phase(setting: Setting, stage: Stage) -> PhasePlan:
-    layer, counted = stage.layer, flops(setting, stage.layer)
-    moved = setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
+def _phase(setting: Setting, target: Target, batches: int | None) -> PhasePlan:
+    layer, counted = target.layer, flops(setting, *target)
     times = seconds(setting, layer, counted)
-    return PhasePlan(layer, stage.batches, moved, counted, memory(setting, layer), times)
+    return PhasePlan(layer, batches, setting.moved(layer), counted, memory(setting, *target), times, target.besides)
 
 
 def _check_loading(loading: ModelConfig) -> None:
@@ -232,24 +234,36 @@ def _batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tupl
     return max(1, int(config.num_train_epochs * (options.size // max(1, prompts)))), []
 
 
-def _stages(setting: Setting, batches: int | None) -> tuple[list[Stage], list[str]]:
-    """The stages of the first phase and the second phase, those that the run reaches; what `auto` chooses is assumed."""
-    said, left, found = [], batches, []
-    for stage in setting.config.first_phase.stages:
+def _parts(setting: Setting, batches: int | None) -> tuple[list[tuple[Target, int | None]], list[str]]:
+    """What the run optimises and for how many rollout batches, as far as it comes; what `auto` chooses is assumed."""
+    config, said = setting.config, []
+    planned: list[tuple[Target, int | None]] = []
+    layer = config.internal_layer if isinstance(config.internal_layer, int) else None
+    for stage in config.first_phase.stages:
         layer, length = stage.layer, stage.batches
         if layer is None:
             layer = max(1, setting.sizes.layers // 2)
             said.append(f"internal_layer auto: the middle layer, {layer}; the run will measure its own")
         if length is None:
             length = recommended(batches) if batches else None
-        if left is not None and length is not None:
-            length = min(length, left)
+        planned.append((Target(layer), length))
+    if config.mixes:
+        planned.append((Target(None, layer), None if config.internal_mix else config.internal_handover))
+    if not config.internal_mix:
+        planned.append((Target(None), None))
+    return _reached(planned, batches), said
+
+
+def _reached(planned: list[tuple[Target, int | None]], left: int | None) -> list[tuple[Target, int | None]]:
+    """Those of a run of so many rollout batches; one without a length lasts to the end."""
+    found = []
+    for target, length in planned:
+        if left is not None:
+            length = left if length is None else min(length, left)
             left -= length
         if length != 0:
-            found.append(Stage(layer, length))
-    if left != 0:
-        found.append(Stage(None, left))
-    return found, said
+            found.append((target, length))
+    return found
 
 
 def _said_of(setting: Setting) -> list[str]:

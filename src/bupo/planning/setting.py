@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from trl import ModelConfig
@@ -13,6 +13,18 @@ from bupo.planning.options import PlanOptions
 from bupo.planning.sizes import Sizes, blocks_of
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
+
+
+class Target(NamedTuple):
+    """What rollout batches optimise.
+
+    Attributes:
+        layer (`int`, *optional*): of the first phase's stage; None in the second phase.
+        besides (`int`, *optional*): a layer whose objective stands in the loss besides the whole policy's.
+    """
+
+    layer: int | None
+    besides: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,14 @@ class Setting:
     @property
     def copied_critic(self) -> bool:
         return self.config.advantage_estimator in WITH_CRITIC and self.config.critic_backbone == "copy"
+
+    def read(self, layer: int | None) -> int | None:
+        """The layer whose policy a stage optimises, and so the last that runs in an update; None: all do."""
+        return None if self.config.internal_objective == "policy" else layer
+
+    def moved(self, layer: int | None) -> int:
+        """Parameters that an update moves in a stage of this layer, or in the second phase."""
+        return self.sizes.moved(layer, self.read(layer) is not None and self.config.internal_lens == "final_norm")
 
     @property
     def reference(self) -> bool:

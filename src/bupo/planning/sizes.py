@@ -15,6 +15,7 @@ from bupo.model.families import FAMILIES, guess_family, module_at
 from bupo.model.residual import causal_lm
 from bupo.planning.kept import ATTENTION
 from bupo.training.config import BuPOConfig
+from bupo.training.layers import keep_still, kept_still
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: M
     with others("the adapter's options (lora_…) are refused"), torch.device("meta"):
         if adapter := get_peft_config(loading):
             model = get_peft_model(model, adapter)
-    _freeze(model, config.frozen_up_to_layer)
+    keep_still(causal_lm(model), list(blocks_of(model)), kept_still(config))
     return model.train()
 
 
@@ -117,17 +118,6 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     if not isinstance(found, nn.ModuleList):
         raise UserError(f"{type(inner).__name__} has no {family.layers!r} in its decoder: a plan counts by layers")
     return found
-
-
-def _freeze(model: nn.Module, layer: int | None) -> None:
-    """As `frozen_up_to_layer` does."""
-    if layer is None:
-        return
-    inner = causal_lm(model)
-    blocks_of(model)[:layer].requires_grad_(False)
-    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    if embedding.weight is not head.weight:
-        embedding.requires_grad_(False)
 
 
 def sizes_of(model: nn.Module) -> Sizes:

@@ -46,7 +46,7 @@ def seconds(setting: Setting, layer: int | None, counted: Flops) -> Seconds:
 
 def optimizer_traffic(setting: Setting, layer: int | None) -> float:
     """Bytes that one update reads and writes: weights and states, and the gradient several times."""
-    count = setting.sizes.moved(layer, setting.config.internal_lens == "final_norm")
+    count = setting.moved(layer)
     share = 1 if setting.on.shared in ("one", "ddp") else setting.on.processes
     found = _stepped(setting, setting.config.optim.value, share) * count
     if setting.copied_critic:  # its own AdamW, of all of it, which DeepSpeed does not share

@@ -130,11 +130,22 @@ def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def _order(setting: Setting) -> tuple:
-    base = "BuPO" if setting.stages else setting.estimator
+    base = "BuPO" if setting.stages and setting.objective != "policy" else setting.estimator
     place = METHODS.index(base) if base in METHODS else len(METHODS) - 1
-    changed = (setting.slow is not None, setting.frozen is not None, setting.lens != "raw", setting.module != "layer")
+    baselines = (setting.slow is not None, setting.frozen is not None, bool(setting.rates))
+    changed = (*baselines, setting.lens != "raw", setting.module != "layer")
+    controls = (setting.objective != "layer", setting.handover, setting.mix)
     stages = [(layer.zfill(6), batches) for layer, batches in setting.stages]
-    return setting.estimator == GIVEN, setting.model, place, changed, stages, setting.at.zfill(40), setting.rest
+    return (
+        setting.estimator == GIVEN,
+        setting.model,
+        place,
+        changed,
+        controls,
+        stages,
+        setting.at.zfill(40),
+        setting.rest,
+    )
 
 
 def _named(groups: list[Group]) -> list[Group]:

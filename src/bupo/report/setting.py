@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from bupo.options import TRL_WORDS
@@ -16,17 +18,22 @@ DEFAULTS: dict[str, Any] = {
     "internal_layer": None,
     "internal_steps": None,
     "internal_schedule": None,
+    "internal_objective": "layer",
+    "internal_handover": 0,
+    "internal_mix": 0.0,
     "internal_module": "layer",
     "internal_lens": "raw",
     "internal_guard": True,
     "frozen_up_to_layer": None,
     "slow_above_layer": None,
     "slow_factor": 0.1,
+    "layer_rates": None,
     "seed": 42,
 }
 STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATORS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
+OBJECTIVES = {"policy": "upper layers still at first", "permuted": "permuted vocabulary"}
 VANILLA = "vanilla"
 # options by which two runs may differ and still be the same: where to, how often is looked, on which machine
 FREE = {
@@ -60,7 +67,11 @@ class Setting:
         stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned; 0 where
             `auto` chooses the length too.
         module, lens, guard: of the first phase; as by default where there is none.
+        objective (`str`): that the first phase has: `layer`, or what stands for it in a comparison.
+        besides (`str`), handover (`int`), mix (`float`): the layer whose objective is mixed into the second phase where there
+            is no first, over how many rollout batches it fades out, and the weight that it keeps.
         frozen (`int`), slow (`tuple`, *optional*): layers 1 to this frozen; layer above which is trained slowly, and factor.
+        rates (`str`): factors of the learning rate by layer, such as `0.1 for 1 to 4, 1 for 5 to 8`.
         rest (`tuple`): all other options that decide a run, with their values as text, by name.
         at (`str`): what of the run is looked at, if not its end: `update 16`, `policy of layer 6`.
     """
@@ -71,8 +82,13 @@ class Setting:
     module: str = "layer"
     lens: str = "raw"
     guard: bool = True
+    objective: str = "layer"
+    besides: str = ""
+    handover: int = 0
+    mix: float = 0.0
     frozen: int | None = None
     slow: tuple[int, float] | None = None
+    rates: str = ""
     rest: tuple[tuple[str, str], ...] = ()
     at: str = ""
 
@@ -80,19 +96,23 @@ class Setting:
     def method(self) -> str:
         """Such as `BuPO`, `GRPO, layers 1 to 5 frozen`: without layer and length of the first phase."""
         words = [self.estimator]
-        if self.stages:
+        if self.stages and self.objective != "policy":
             words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
+        words += [OBJECTIVES.get(self.objective, self.objective)] * (self.objective != "layer")
+        words += [f"hand-over of {self.handover} batches"] * bool(self.handover)
+        words += [f"{self.mix:g} of the layer's objective mixed in"] * bool(self.mix)
         words += ["final norm"] * (self.lens == "final_norm")
         words += [f"{self.module.upper()} policy"] * (self.module != "layer")
         words += [f"layers 1 to {self.frozen} frozen"] * (self.frozen is not None)
         if self.slow:
             words.append(f"{self.slow[1]:g}x above layer {self.slow[0]}")
+        words += [f"rates {self.rates}"] * bool(self.rates)
         return ", ".join(words)
 
     @property
     def layer(self) -> str:
-        """The layers of the first phase; empty where there is none."""
-        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages))
+        """The layers of the first phase, or that of what is mixed in; empty where there is none."""
+        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages)) or self.besides
 
     @property
     def steps(self) -> int:
@@ -103,6 +123,7 @@ class Setting:
     def name(self) -> str:
         """Method, first phase and what is looked at."""
         stages = [f"layer {layer}" + f" for {batches}" * bool(batches) for layer, batches in self.stages]
+        stages += [f"layer {self.besides}"] * bool(self.besides)
         return ", ".join([self.method, *stages]) + " batches" * bool(self.steps) + (f" ({self.at})" if self.at else "")
 
     @property
@@ -136,10 +157,36 @@ def setting_of(config: Mapping[str, Any], command: str) -> tuple[Setting, int]:
     above = _whole(values["slow_above_layer"])
     if above is not None:
         setting = replace(setting, slow=(above, _factor(values["slow_factor"])))
-    if setting.stages:
+    if values["layer_rates"] is not None:
+        setting = replace(setting, rates=_rates(values["layer_rates"]))
+    setting = _mixed(setting, values)
+    if setting.stages or setting.besides:
         module, lens = _text(values["internal_module"]), _text(values["internal_lens"])
-        setting = replace(setting, module=module, lens=lens, guard=_text(values["internal_guard"]).lower() != "false")
+        setting = replace(setting, module=module, lens=lens, objective=_text(values["internal_objective"]))
+    if setting.stages:
+        setting = replace(setting, guard=_text(values["internal_guard"]).lower() != "false")
     return setting, _whole(values["seed"]) or 0
+
+
+def _mixed(setting: Setting, values: Mapping[str, Any]) -> Setting:
+    """With what of a layer's objective stands in the second phase's loss."""
+    handover, mix = _whole(values["internal_handover"]) or 0, _factor(values["internal_mix"])
+    mix = mix if math.isfinite(mix) else 0.0
+    layer = "" if values["internal_layer"] is None else _text(values["internal_layer"])
+    if not (handover or mix) or not (setting.stages or layer):
+        return setting
+    return replace(setting, besides="" if setting.stages else layer, handover=handover, mix=mix)
+
+
+def _rates(value: Any) -> str:
+    """Factors of the learning rate by layer, equal neighbours as one."""
+    if not isinstance(value, list):
+        return _text(value)
+    words, last = [], 0
+    for rate, same in groupby(map(_text, value)):
+        first, last = last + 1, last + len(list(same))
+        words.append(f"{rate} for {first}" + f" to {last}" * (last > first))
+    return _text(", ".join(words))
 
 
 def _stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:

@@ -145,7 +145,7 @@ def _baselines(groups: Sequence[Group]) -> Table:
     """Table 11: what is trained of the model, and a first phase, beside GRPO."""
     rows: list[Group] = []
     for same in alike(groups, lambda setting: setting.baseline):
-        if any(group.setting.frozen is not None or group.setting.slow for group in same):
+        if any(group.setting.frozen is not None or group.setting.slow or group.setting.rates for group in same):
             rows += [g for g in same if g.setting.estimator == "GRPO"]
     return _table(11, "Layers frozen or slow, and a first phase", rows, [[] for _ in rows], [])
 

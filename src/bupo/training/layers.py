@@ -1,9 +1,11 @@
 """What of a model lies up to a layer and what above it: for the layer-aware baselines and for what phase 1 may move."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bupo.model.residual import ResidualStream
 from bupo.training.config import BuPOConfig
@@ -29,10 +31,15 @@ def freeze(stream: ResidualStream | None, layers: Collection[int]) -> None:
     if not layers:
         return
     assert stream is not None, "a layer is named: setup has opened the stream"
+    keep_still(stream.model, [stream.block(number) for number in range(1, stream.num_layers + 1)], layers)
+
+
+def keep_still(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
+    """`freeze`, of a causal LM whose blocks are these."""
     for number in layers:
-        stream.block(number).requires_grad_(False)
-    embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
-    if 1 in layers and embedding.weight is not head.weight:
+        blocks[number - 1].requires_grad_(False)
+    embedding: Any = model.get_input_embeddings()
+    if 1 in layers and embedding.weight is not model.get_output_embeddings().weight:
         embedding.requires_grad_(False)
 
 

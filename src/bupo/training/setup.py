@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig
 
 from bupo.data.templates import check_context, prompt_ids
@@ -41,7 +41,7 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
         )
     if args.deepspeed_plugin is not None:
         check_zero(args)
-        _check_deepspeed(args)
+        check_deepspeed(args)
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
@@ -73,12 +73,22 @@ def check_model(
         raise UserError(
             f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
         )
+    check_named(model, config, loading)
+    return load_tokenizer(model, **sources(config, loading))
+
+
+def check_named(model: str, config: BuPOConfig, loading: ModelConfig) -> PretrainedConfig:
+    """The configuration of a model that has the layers that the options name.
+
+    Raises:
+        UserError: for the first that it has not, factors for another number of layers, or no such model.
+    """
     named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
     named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
     read = check_layers(model, named, **sources(config, loading))
     _check_rates(config, getattr(read.get_text_config(), "num_hidden_layers", None), model)
-    return load_tokenizer(model, **sources(config, loading))
+    return read
 
 
 def check_prompts(
@@ -191,7 +201,7 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         )
 
 
-def _check_deepspeed(args: BuPOConfig) -> None:
+def check_deepspeed(args: BuPOConfig) -> None:
     """Raises [`UserError`] where DeepSpeed, which partitions gradients as they come, keeps a run from what it is asked."""
     if args.internal_objective == "policy" and args.first_phase.stages:
         raise UserError(
