@@ -99,7 +99,7 @@ class Setting:
         if self.stages and self.objective != "policy":
             words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
         words += [OBJECTIVES.get(self.objective, self.objective)] * (self.objective != "layer")
-        words += [f"hand-over of {self.handover} batches"] * bool(self.handover)
+        words += [f"hand-over of {self.handover} batch{'es' * (self.handover > 1)}"] * bool(self.handover)
         words += [f"{self.mix:g} of the layer's objective mixed in"] * bool(self.mix)
         words += ["final norm"] * (self.lens == "final_norm")
         words += [f"{self.module.upper()} policy"] * (self.module != "layer")
