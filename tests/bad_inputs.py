@@ -707,7 +707,7 @@ REPRODUCE = [
     bare("reproduce", "nothing is named", "fig2, fig3", "or all"),
     bare("reproduce fig1", "unknown figure or table 'fig1'", "table11"),
     bare("reproduce ../scales", "unknown figure or table '../scales'"),
-    bare("reproduce fig3 --scale large", "scale must be embedded, small, paper, tiny, got 'large'"),
+    bare("reproduce fig3 --scale large", "scale must be embedded, small, paper, tiny, worlds, got 'large'"),
     bare("reproduce fig3 --jobs 0", "jobs must be 1 or more"),
     bare("reproduce fig3 --seeds 0", "seeds must be 1 or more"),
     bare("reproduce fig3 --print_commands pbs", "print_commands must be lines or slurm, got 'pbs'"),

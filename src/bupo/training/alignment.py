@@ -34,7 +34,7 @@ def limited(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 def random_order(stream: ResidualStream, seed: int) -> torch.Tensor:
     """`(V,)`: the rows of the unembedding in an order that only the seed decides, the same in every process and start."""
-    rows = stream.model.get_output_embeddings().weight.size(0)
+    rows = stream.head().weight.size(0)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
