@@ -166,7 +166,6 @@ def test_runs_of_other_options_are_not_shown(docs, tool):
 
 def test_a_rank_correlation_within_worlds(tool):
     """The mean over worlds of each world's own: levels of worlds do not count."""
-    sys.path.insert(0, str(ROOT / "tools"))
     gains = runpy.run_path(str(ROOT / "tools" / "gains.py"))
     rows = [("a", x, g) for x, g in ((1, 1), (2, 2), (3, 3))] + [("b", x, g) for x, g in ((11, -1), (12, -2), (13, -3))]
     table = pd.DataFrame(rows, columns=["world", "depth", "gain"])
