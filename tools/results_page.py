@@ -34,11 +34,6 @@ NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
 
 
-def trained(name: str) -> bool:
-    """Whether an experiment compares trainings."""
-    return read_experiment(name, SCALE).kind in ("outcomes", "curves")
-
-
 def ended(experiment: Experiment, places: Places) -> Iterator[Cell]:
     """The cells whose runs have all ended, of today's options."""
     for cell in experiment.cells:
@@ -58,7 +53,7 @@ def gather(root: Path, docs: Path, revision: str) -> None:
         for cell in ended(experiment, places):
             if "analyze" in cell.runs:
                 layers.append(_layers(finished, cell))
-            elif "train" in cell.runs and trained(name):
+            elif "train" in cell.runs:
                 last = cell.runs.get("eval", cell.runs["train"])
                 head = {"run": last.name, "digest": last.digest(), "revision": revision, "world": cell.model}
                 rows.append(head | {"seed": cell.seed} | outcome(finished, cell))

@@ -253,15 +253,10 @@ class _Section:
                     given[name] = min(value, most)
             base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
-        trained, untrained = (
-            runs.get("train"),
-            {
-                "model": words["base"],
-                **{name: _filled(value, words) for name, value in self.scale.get("untrained", {}).items()},
-            },
-        )
+        trained = runs.get("train")
+        untrained = {name: _filled(value, words) for name, value in self.scale.get("untrained", {}).items()}
         if "eval" in KINDS[self.kind]:
-            about = {} if trained else untrained
+            about = {} if trained else {"model": words["base"], **untrained}
             runs["eval"] = self._run(
                 "eval", words, {**self._options("eval", words), **about, "seed": seed}, needs=trained
             )

@@ -5,6 +5,7 @@ all rows of a table.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
 
@@ -91,7 +92,9 @@ def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -
     names = [name for name in MEASURES if all(name in each for row in found.values() for each in row.values())]
     lines = {name: [_line(experiment, found, name, key) for key in found] for name in names}
     main = next(name for name in MAIN if name in names)
-    table = shown(f"{_called(experiment, main)}, in percent:", experiment, [_plain(line) for line in lines[main]])
+    table = shown(
+        f"{_called(experiment, main)}, in percent:", experiment, [replace(line, measure="") for line in lines[main]]
+    )
     others = [line for name in names if name != main for line in lines[name]]
     tables = [_with_p(table, lines[main]), pivot("What else the runs came to:", experiment, others)]
     if against := experiment.draw.get("against"):
@@ -120,20 +123,6 @@ def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], meas
         model, row, options_of(cell), _called(experiment, measure), values[key], against=against, others=others,
         digits=DIGITS.get(measure, 1),
     )  # fmt: skip
-
-
-def _plain(line: Line) -> Line:
-    """Without the measure, which the caption names."""
-    return Line(
-        line.model,
-        line.row,
-        line.options,
-        "",
-        line.values,
-        against=line.against,
-        others=line.others,
-        digits=line.digits,
-    )
 
 
 def _with_p(table: Shown, lines: list[Line]) -> Shown:
