@@ -88,11 +88,8 @@ def longest_answer(numbers: int) -> int:
     return 32 if numbers == 3 else 13 * (numbers - 1) + 8
 
 
-def supervised(model, ids, labels) -> torch.Tensor:
-    """Cross-entropy of every layer's policy `softmax(H^l E_u^T)`, in the mean, later layers weighing more."""
-    states = model(input_ids=ids, output_hidden_states=True).hidden_states[
-        1:-1
-    ]  # the last has the final norm behind it
+def supervised(model, states, labels) -> torch.Tensor:
+    """Mean cross-entropy of the policies `softmax(H^l E_u^T)` of layers `states` ([B, T, D] each); later ones weigh more."""
     kept = labels[:, 1:].reshape(-1) != -100
     targets = labels[:, 1:].reshape(-1)[kept]
     losses = [
@@ -129,9 +126,11 @@ def train(
     started = time.time()
     for step in range(steps):
         ids, labels = training_batch(tokenizer, seed, step, batch_size, worked_share, numbers)
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
-        if supervision:
-            loss = loss + supervision * supervised(model, ids, labels)
+        mask = (ids != tokenizer.pad_token_id).long()
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=bool(supervision))
+        loss = out.loss
+        if supervision:  # of all but the last layer, whose policy the model's own loss is of
+            loss = loss + supervision * supervised(model, out.hidden_states[1:-1], labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

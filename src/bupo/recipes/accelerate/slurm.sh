@@ -15,7 +15,8 @@ set -euo pipefail
 
 # srun starts every process itself: torchrun would kill them 30 seconds after a signal, which may be less than an update. Ten
 # minutes before the job's time is over they get SIGTERM, finish the update, and leave a checkpoint.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # in whole: `| head` may close the pipe on scontrol, which ends the job
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 status=0
