@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
+DOCS := $(VENV)/.docs
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
 DEEPSPEED_VENV ?= .venv-deepspeed
@@ -12,7 +13,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
-.PHONY: demo reproduce worlds test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
+.PHONY: demo reproduce worlds test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser test-docs docs docs-serve notebooks analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -58,6 +59,18 @@ test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the ne
 test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
 	$(BIN)/python -m pytest -m browser
 
+test-docs: $(DOCS)  # every name and option has its entry, every link its place; pages in Chromium; the notebooks run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m docs
+
+docs: $(DOCS)  # the site, in build/site: a link or a name that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS)  # the site while it is written, at 127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
+notebooks: $(DOCS)  # run them anew, outputs and all
+	OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py
+
 analyze-smollm2: $(MODELS)
 	$(BIN)/bupo analyze --model models/smollm2-135m.gguf --dataset arithmetic --size 16 --max_new_tokens 96 \
 		--output runs/analysis-smollm2
@@ -102,6 +115,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 $(MODELS): $(INSTALLED)

@@ -1,7 +1,9 @@
 """The command line as a user meets it: real runs, and one line with exit status 2 for everything that is wrong."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from bupo.commands.catalogue import COMMANDS, groups, options_of
 from bupo.commands.main import main
+from bupo.options import SYNONYMS
 from bupo.report.figures.style import BLUE, ORANGE
 from bupo.training.metrics_file import read_metrics
 from tests.figures import drawn
@@ -163,9 +167,52 @@ def test_help_and_version(capsys):
     assert main(["--help"]) == 0 and "bupo COMMAND" in capsys.readouterr().out
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("bupo 0.")
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_every_option_once_with_its_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
-    assert stop.value.code == 0 and "--internal_layer" in capsys.readouterr().out
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  --(\w+)", text, re.M)
+    known = [field for each in options_of(command) for field in dataclasses.fields(each) if field.init]
+    assert stop.value.code == 0 and sorted(flags) == sorted({field.name for field in known})
+    for field in known:
+        if type(field.default) in (int, float):
+            part = re.search(rf"^  --{field.name} .*?(?=^  --|^\S|\Z)", text, re.M | re.S)[0]
+            assert f"[{field.default}]" in part, field.name
+    assert max(map(len, text.partition("TRL's")[0].splitlines())) <= 90, "what is ours fits the terminal"
+    for line in COMMANDS[command].examples:
+        assert line in text and line.startswith(f"bupo {command}")
+
+
+@pytest.mark.parametrize("line", [line for command in COMMANDS.values() for line in command.examples])
+def test_examples_in_the_help_name_options_that_there_are(line):
+    _, command, *words = line.split()
+    flags = {word.removeprefix("--") for word in words if word.startswith("--")}
+    known = {option.name for each in groups(options_of(command)).values() for option in each} | {"config"}
+    assert {flag if flag in known else SYNONYMS.get(flag) for flag in flags} <= known
+
+
+def test_completion_completes(capsys, tmp_path):
+    """In a bash that has read the script: commands, a command's options, the words that an option takes."""
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "bupo.sh").write_text(capsys.readouterr().out)
+    for typed, words in {
+        "bupo ana": {"analyze"},
+        "bupo train --internal_ha": {"--internal_handover"},
+        "bupo analyze --lens ": {"raw", "final_norm"},
+    }.items():
+        script = f'''. {tmp_path}/bupo.sh; COMP_WORDS=({typed.strip()} {'""' if typed.endswith(" ") else ""})
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_bupo bupo "${{COMP_WORDS[-1]}}"; echo "${{COMPREPLY[@]}}"'''
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert set(done.stdout.split()) == words, (typed, done)
+    assert main(["completion", "zsh"]) == 0 and "#compdef bupo" in capsys.readouterr().out
+    for given in ([], ["fish"], ["bash", "zsh"]):
+        assert (
+            main(["completion", *given]) == 2 and "completion takes one shell, bash or zsh" in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from bupo.text import printable
 
 COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
 
+OPTIONS = (AnalyzeOptions,)
+
 
 def run(arguments: list[str]) -> None:
     """Analyse each model and print its layers."""
-    (options,), given = parse_given((AnalyzeOptions,), arguments, "bupo analyze")
+    (options,), given = parse_given(OPTIONS, arguments, "bupo analyze")
     console = Console()
     with keeping(Path(options.output)), progress(console) as bar:
         report = analyze(options.model, options, noted=given, bar=bar)

@@ -12,10 +12,12 @@ from bupo.text import printable
 from bupo.training.console import ConsoleLines
 from bupo.training.demo import DemoOptions, demonstrate
 
+OPTIONS = (DemoOptions,)
+
 
 def run(arguments: list[str]) -> None:
     """Parse, run and show."""
-    (options,), given = parse_given((DemoOptions,), arguments, "bupo demo")
+    (options,), given = parse_given(OPTIONS, arguments, "bupo demo")
     console = Console()
     disable_progress_bar()  # of loading and saving, which take no time here
     lines, say = ConsoleLines(console), partial(console.print, highlight=False)  # in rich's markup

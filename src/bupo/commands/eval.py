@@ -17,10 +17,12 @@ from bupo.report.scoreboard import board_table, write_board
 from bupo.report.scores import score_tables
 from bupo.text import printable
 
+OPTIONS = (EvalOptions, TableOptions)
+
 
 def run(arguments: list[str]) -> None:
     """Evaluate and print the numbers, or print those of finished evaluations."""
-    (options, table), given = parse_given((EvalOptions, TableOptions), arguments, "bupo eval")
+    (options, table), given = parse_given(OPTIONS, arguments, "bupo eval")
     console = Console()
     if table.table is not None:
         _tabulate(table.table, given, console)

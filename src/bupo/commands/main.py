@@ -6,36 +6,12 @@ import sys
 import warnings
 
 import bupo
+from bupo.commands.catalogue import COMMANDS, usage
 from bupo.commands.ending import ended
 from bupo.commands.output import lasting_output
 from bupo.text import shown
 
 TRACEBACK = "--traceback"
-COMMANDS = {
-    "analyze": "measure what every layer and module of a model decides",
-    "sample": "sample text from an internal policy: bupo sample --layer 6 --prompt '57+23-41'",
-    "demo": "train the embedded model by BuPO on this machine and show what it gained",
-    "eval": "measure avg@k and pass@k on benchmarks: bupo eval --model M --benchmarks math500,aime24 --k 16",
-    "reproduce": "make the paper's figures and tables: bupo reproduce fig3 --scale embedded",
-    "plan": "what a run will need and take, before you pay: bupo plan --config FILE.yaml --gpus 8 --gpu_memory 80",
-    "report": "write one page over any runs: bupo report runs/*",
-    "train": "train a model by BuPO or GRPO: bupo train --config FILE.yaml --any_grpo_flag value",
-}
-
-
-def usage() -> str:
-    rows = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: bupo COMMAND [options]",
-            "",
-            bupo.__doc__,
-            "",
-            *rows,
-            "",
-            "bupo COMMAND --help lists a command's options; --traceback shows what lies behind an error",
-        ]
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bupo {bupo.__version__}")
         return 0
     name, *options = argv
-    if name not in COMMANDS:
+    if name not in COMMANDS and name != "completion":
         print(f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     if not _here():

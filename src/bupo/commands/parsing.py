@@ -11,6 +11,7 @@ from typing import Any, get_origin
 import yaml
 from trl import TrlParser
 
+from bupo.commands.catalogue import help_of
 from bupo.errors import UserError, others
 from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
 from bupo.ranges import abridged, hints_of, kinds_of
@@ -28,6 +29,9 @@ SCALARS = {
 class _Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
+
+    def format_help(self) -> str:
+        return help_of(self.prog.split()[1], tuple(self.dataclass_types)) + "\n"
 
 
 class _Loader(yaml.SafeLoader):

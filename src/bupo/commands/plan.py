@@ -25,6 +25,7 @@ FLOPS = {
     "critic": "update, critic",
     "total": "total",
 }
+OPTIONS = (PlanOptions, TrainOptions, BuPOConfig, ModelConfig)
 TIGHT = 0.9  # of a device: CUDA and its allocator take some, too
 
 

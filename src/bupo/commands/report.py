@@ -32,9 +32,12 @@ class ReportOptions:
             raise UserError("folders is empty: give run folders, such as bupo report runs/*")
 
 
+OPTIONS = (ReportOptions,)
+
+
 def run(arguments: list[str]) -> None:
     """Read, write the page, and say what it holds."""
-    (options,) = parse((ReportOptions,), _flagged(arguments), "bupo report")
+    (options,) = parse(OPTIONS, _flagged(arguments), "bupo report")
     options.check()
     found = report_runs(options.folders, options.output)
     console = Console()

@@ -13,6 +13,8 @@ from bupo.reproduction.jobs import state_of
 from bupo.reproduction.run import ReproduceOptions, Reproduction, carried_out, commands, forecast, plan
 from bupo.text import printable
 
+OPTIONS = (ReproduceOptions,)
+
 
 def run(arguments: list[str]) -> None:
     """Run what is missing, and print the tables."""
@@ -20,7 +22,7 @@ def run(arguments: list[str]) -> None:
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments[0])
         arguments = arguments[1:]
-    (options,), given = parse_given((ReproduceOptions,), arguments, "bupo reproduce NAME…")
+    (options,), given = parse_given(OPTIONS, arguments, "bupo reproduce NAME…")
     names = [name for word in names for name in word.split(",") if name]
     todo = plan(names, options)
     console = Console()

@@ -60,9 +60,12 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
         check_template(self.chat_template)
 
 
+OPTIONS = (SampleOptions,)
+
+
 def run(arguments: list[str]) -> None:
     """Sample and show."""
-    (options,) = parse((SampleOptions,), arguments, "bupo sample")
+    (options,) = parse(OPTIONS, arguments, "bupo sample")
     options.check()
     options, asking = settled(options, as_trained(options.model, options.adapter), OTHERWISE)
     check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())

@@ -11,10 +11,12 @@ from bupo.training.console import ConsoleLines
 from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
 
+OPTIONS = (TrainOptions, BuPOConfig, ModelConfig)
+
 
 def run(arguments: list[str]) -> None:
     """Parse, train and show."""
-    (options, config, model), given = parse_given((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
+    (options, config, model), given = parse_given(OPTIONS, arguments, "bupo train")
     if model.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")
     console = Console(quiet=config.process_index > 0)

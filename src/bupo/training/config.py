@@ -24,10 +24,10 @@ AUTO, DEFAULT_STEPS = "auto", 20
 
 @dataclass
 class BuPOConfig(GRPOConfig):
-    """Configuration of [`BuPOTrainer`](trainer.py): all of [`~trl.GRPOConfig`], the first phase, and the baselines.
+    """The first phase, and the methods it is compared with: what [`~bupo.BuPOTrainer`] has besides [`~trl.GRPOConfig`].
 
-    It differs from GRPOConfig's defaults in two entries: one log a rollout batch, and without an accelerator
-    `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher, without flags.
+    All of GRPOConfig's options are here too. It differs from its defaults in two entries: one log a rollout batch, and
+    without an accelerator `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher, without flags.
 
     Parameters:
         internal_layer (`int` or `"auto"`, *optional*):
