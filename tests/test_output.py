@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from bupo.commands.main import main
 from bupo.commands.output import lasting_output
+from bupo.progress import progress, task
 
 
 @pytest.fixture
@@ -95,3 +97,44 @@ def test_processes_whose_surroundings_are_wanting(tmp_path):
     gone = bupo(f"mkdir gone; cd gone; rmdir ../gone; $bupo {run} /tmp/never", tmp_path)
     assert gone.returncode == 2
     assert gone.stderr.splitlines()[-1] == "bupo: error: the working folder is gone: change to one that exists"
+
+
+def test_a_log_file_has_lines_with_the_time_left_and_a_terminal_a_bar(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("bupo.progress.time.monotonic", lambda: clock[0])
+    for terminal in (False, True):
+        stream = io.StringIO()
+        bar = progress(Console(file=stream, force_terminal=terminal, width=100))
+        bar.get_time = lambda: clock[0]
+        done = task(bar, "answers [of] x", 200)
+        bar.start_task(bar.task_ids[0])
+        for _ in range(20):
+            done(5)
+            clock[0] += 10
+        clock[0] += 10
+        bar.update(bar.task_ids[0], completed=150)
+        said = stream.getvalue()
+        lines = [line for line in said.splitlines() if line.startswith("answers [of] x:")]
+        if terminal:
+            assert not lines
+        else:
+            assert lines[0] == "answers [of] x: 20 of 200, 0:00:30 taken, 0:06:00 left"
+            assert len(lines) == 7 and "\r" not in said and lines[-1].startswith("answers [of] x: 150 of 200, 0:03:30")
+
+
+def test_no_carriage_return_reaches_a_log_file(tmp_path):
+    """Of bupo's bars, and of the libraries' that load weights and data."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "bupo.commands.main",
+        "analyze",
+        "--dataset",
+        str(problems),
+        "--max_new_tokens",
+        "4",
+    ]
+    done = subprocess.run([*command, "--output", str(tmp_path / "run")], capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"\r" not in done.stdout + done.stderr, done.stderr

@@ -53,7 +53,7 @@ def text_of(name: str) -> str:
     """A file at the root of the repository; its links to docs/ are links within the site."""
     text = (ROOT / name).read_text()
     text = re.sub(r"\]\(docs/([^)]*)\)", r"](\1)", text)
-    return re.sub(r"\[([^\]]+)\]\((?!http|#)(?:src|tests|recipes|\.\.)[^)]*\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?!http|#)(?:src|tests|recipes|examples|\.\.)[^)]*\)", r"\1", text)
 
 
 def claims() -> str:

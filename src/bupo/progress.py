@@ -1,6 +1,8 @@
-"""A progress bar for whatever takes minutes."""
+"""A progress bar for whatever takes minutes, and lines where no bar can be drawn."""
 
+import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,15 +10,49 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+EVERY = 30.0  # seconds between two lines
+SPEED_OVER = 600.0  # seconds whose speed the time left is estimated by: what is counted may come in bursts
+
+
+class Lines(Progress):
+    """A bar on a terminal; elsewhere, such as in a log file, a line every half a minute with what the bar would say."""
+
+    told: float | None = None
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def update(self, task_id: TaskID, **kwargs) -> None:
+        super().update(task_id, **kwargs)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if self.console.is_terminal or now - (self.told or now) < EVERY:
+            self.told = self.told or now
+            return
+        self.told = now
+        (task,) = [task for task in self.tasks if task.id == task_id]
+        said = f"{task.description}: {task.completed:g} of {task.total:g}, {_clock(task.elapsed)} taken"
+        if task.time_remaining is not None:
+            said += f", {_clock(task.time_remaining)} left"
+        self.console.print(said, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float | None) -> timedelta:
+    return timedelta(seconds=round(seconds or 0))
+
 
 def progress(console: Console) -> Progress:
-    """A progress bar with counts, the time taken and an estimate of the time left."""
-    return Progress(
+    """Counts, the time taken and an estimate of the time left, as a bar or as lines."""
+    return Lines(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -25,6 +61,7 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=SPEED_OVER,
     )
 
 

@@ -12,11 +12,16 @@ from bupo.commands.output import lasting_output
 from bupo.text import shown
 
 TRACEBACK = "--traceback"
+# what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own become lines there
+BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     lasting_output()
+    if not sys.stderr.isatty():
+        for bars in BARS:
+            os.environ.setdefault(bars, "1")
     given = sys.argv[1:] if argv is None else argv
     argv = [word for word in given if word != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help", "help"):

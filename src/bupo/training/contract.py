@@ -52,7 +52,6 @@ PRIVATE = {
     "_is_vlm": Private("", "read: models with images are refused"),
     "_tag_names": Private("", "overridden: tags of the model card"),
     "_name": Private("", "overridden: the method's name in the model card"),
-    "_paper": Private("", "overridden: the paper of the model card"),
 }
 
 # public in name, but in no library's documented interface: where they are, and their parameters

@@ -73,13 +73,14 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 @dataclass(frozen=True)
 class Problems:
     """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long;
-    `system_prompt`: that those to train on share, which prompts as plain text no longer show."""
+    `system_prompt`: that those to train on share, which prompts as plain text no longer show; `name`: if they have one."""
 
     train: Dataset
     evaluation: Dataset | None
     benchmarks: dict[str, Dataset]
     left_out: int = 0
     system_prompt: str | None = None
+    name: str | None = None
 
     def noted(self, options: TrainOptions) -> dict[str, Any]:
         """What a run notes of the problems it trains on."""
@@ -126,7 +127,8 @@ def problems_of(
             raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
     names = config.eval_benchmarks or []
     benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
-    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set))
+    name = options.dataset if problems is None else None
+    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set), name=name)
 
 
 def within(

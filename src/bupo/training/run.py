@@ -173,7 +173,7 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
             benchmarks=sets.benchmarks,
             peft_config=get_peft_config(loading),
         )
-    trainer.system_prompt = sets.system_prompt
+    trainer.system_prompt, trainer.dataset_name = sets.system_prompt, sets.name
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
     if notice := said_of_phases(config):

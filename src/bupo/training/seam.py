@@ -57,14 +57,11 @@ class TRLTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     _name = "BuPO"
-    _paper: ClassVar = {
-        "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
-        "id": "2512.19673",
-    }
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
+    dataset_name: str | None = None  # of the problems, for the card
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

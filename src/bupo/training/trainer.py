@@ -1,9 +1,8 @@
 """BuPOTrainer: GRPO whose first rollout batches optimise an internal layer policy (arXiv 2512.19673, eq. 10).
 
-What is TRL's stays TRL's: sampling, rewards, the loss and its variants, vLLM, PEFT, checkpoints. In the first phase (internal
-policy alignment, IPA, eq. 9) the clipped ratio is the layer policy's, `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)`, and so is the
-reference of a KL penalty; only layers 1..l run in an update. A phase covers whole rollout batches, so old and new log-probs
-always come from the same policy. Advantages are the chosen estimator's, in both phases.
+What is TRL's stays TRL's: sampling, rewards, losses, vLLM, PEFT, checkpoints. In the first phase (internal policy alignment,
+IPA, eq. 9) the clipped ratio is the layer policy's, `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)`, and so is the reference of a KL
+penalty; only layers 1..l run in an update. A phase covers whole rollout batches: old and new log-probs are of one policy.
 """
 
 import time
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bupo.model.residual import Family, ResidualStream, Site
-from bupo.training import asked, checkpoint, messages
+from bupo.training import asked, card, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
@@ -39,10 +38,9 @@ class BuPOTrainer(TRLTrainer):
     """Trainer for Bottom-up Policy Optimization: a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
     It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
-    `probe/...`, in phase 1 `internal/layer` and `internal/entropy` (the internal policy's, in nats), where two policies are
-    optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 that of the rollout); clip
-    ratios are the policy's that is optimised, and so is `kl_old`, half the mean squared log ratio to the policy that sampled.
-    `warning/...` is 1 while a symptom of a failure holds ([`~bupo.training.symptoms.Symptoms`]).
+    `probe/...`, `warning/...` ([`~bupo.training.symptoms.Symptoms`]), in phase 1 `internal/layer` and `internal/entropy`, and
+    where two policies are optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 at
+    the rollout), clip ratios and `kl_old` (half the mean squared log ratio to the sampling policy) are of the policy in force.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
@@ -128,9 +126,8 @@ class BuPOTrainer(TRLTrainer):
 
     def _estimate(self, batch: RolloutBatch) -> None:
         """Put the estimator's advantages where TRL has put GRPO's."""
-        args, values = self.args, None
-        if self.critic:
-            values = self.critic.values(batch, self.site, partial(self.alignment.scores, batch, self.site)) * batch.mask
+        args, scores = self.args, partial(self.alignment.scores, batch, self.site)
+        values = self.critic.values(batch, self.site, scores) * batch.mask if self.critic else None
         gae = (args.gae_gamma, args.gae_lambda)
         if estimate(args.advantage_estimator, batch, self.num_generations, self.total, values, *gae):
             self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
@@ -191,7 +188,10 @@ class BuPOTrainer(TRLTrainer):
 
     def save_model(self, output_dir=None, *args, **kwargs):
         super().save_model(output_dir, *args, **kwargs)
-        asked.write(self, Path(output_dir or self.args.output_dir))
+        for beside in (asked, card):
+            beside.write(self, Path(output_dir or self.args.output_dir))
+
+    create_model_card = card.create
 
     def save_parts(self, folder: Path) -> None:
         checkpoint.save(self, folder, self.args.first_phase, self.parts)
