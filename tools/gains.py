@@ -5,12 +5,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bupo.report.figures.style import BLUE, GREY, panels, trim
+from bupo.report.figures.style import BLUE, GREY, ORANGE, panels, trim
 from bupo.reproduction.experiment import read_experiment
 from bupo.seeds import paired
 
 SCALE = "worlds"
 BASE = "GRPO"
+MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points: a run's end, and all of it
 PREDICTORS = {  # measures of a layer, and what they are
     "depth": "l / L",
     "d_entropy_ffn": "dH_FFN of the layer (nats)",
@@ -22,8 +23,8 @@ PREDICTORS = {  # measures of a layer, and what they are
 RESAMPLES = 2000
 
 
-def gains(tables, name: str) -> pd.DataFrame:
-    """By world and layer of an experiment the gain over GRPO, points of avg@k paired by seed, with its interval."""
+def gains(tables, name: str, measure: str) -> pd.DataFrame:
+    """By world and layer of an experiment the gain over GRPO, points of a measure paired by seed, with its interval."""
     experiment = read_experiment(name, SCALE)
     found, rows = tables.found(experiment), []
     for (world, row), seeds in found.items():
@@ -31,41 +32,43 @@ def gains(tables, name: str) -> pd.DataFrame:
         base = found.get((world, BASE), {})
         if layer is None or not base.keys() & seeds.keys():
             continue
-        apart = paired(*({seed: each["avg@k"] for seed, each in part.items()} for part in (base, seeds)))
+        apart = paired(*({seed: each[measure] for seed, each in part.items()} for part in (base, seeds)))
         rows.append((world, int(layer), apart.mean, apart.low, apart.high, apart.n))
     return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
 
 
-def gains_figure(table: pd.DataFrame) -> Figure:
-    """A panel a world: the gain by layer, with its interval."""
-    worlds = list(dict.fromkeys(table["world"]))
-    columns = min(3, len(worlds))
+def gains_figure(tables, name: str) -> Figure:
+    """A panel a world: the gain by layer, with its interval, of both measures."""
+    found = {measure: gains(tables, name, measure) for measure in MEASURES}
+    worlds = list(dict.fromkeys(found["avg@k"]["world"]))
+    columns = min(4, len(worlds))
     lines = -(-len(worlds) // columns)
-    figure, axes = panels(lines, columns, (4 * columns, 3 * lines))
+    figure, axes = panels(lines, columns, (3.2 * columns, 3 * lines))
     for axis in axes.flat[len(worlds) :]:
         axis.set_visible(False)
     for axis, world in zip(axes.flat, worlds, strict=False):
-        part = table[table["world"] == world].sort_values("layer")
-        error = np.array([part["gain"] - part["low"], part["high"] - part["gain"]])
-        axis.errorbar(
-            part["layer"], part["gain"], yerr=np.nan_to_num(error), fmt="o-", color=BLUE, ms=4, lw=1, capsize=2
-        )
+        for (measure, label), colour in zip(MEASURES.items(), (BLUE, ORANGE), strict=True):
+            part = found[measure][found[measure]["world"] == world].sort_values("layer")
+            error = np.nan_to_num(np.array([part["gain"] - part["low"], part["high"] - part["gain"]]))
+            style = {"fmt": "o-", "color": colour, "ms": 4, "lw": 1, "capsize": 2, "label": label}
+            axis.errorbar(part["layer"], part["gain"], yerr=error, **style)
         axis.axhline(0, color=GREY, lw=0.8)
         axis.set_title(world, fontsize=10)
         axis.set_xlabel("layer of the first phase")
         axis.set_ylabel("points over GRPO")
         trim(axis)
+    axes.flat[0].legend(fontsize=7)
     return figure
 
 
 def few(tables) -> bool:
     """Whether fewer than three worlds have three layers that were trained."""
-    return (gains(tables, "depth")["world"].value_counts() > 2).sum() < 3
+    return (gains(tables, "depth", "avg@k")["world"].value_counts() > 2).sum() < 3
 
 
-def predicted(tables) -> pd.DataFrame:
+def predicted(tables, measure: str) -> pd.DataFrame:
     """By world and layer: the gain, and what the analysis said of the layer before training."""
-    table = gains(tables, "depth")
+    table = gains(tables, "depth", measure)
     wide = tables.layers.pivot_table(index=["world", "layer"], columns="measure", values="mean").reset_index()
     joined = table.merge(wide, on=["world", "layer"])
     last = wide.groupby("world")["layer"].max()
@@ -97,38 +100,37 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def prediction(tables) -> str:
-    """The correlations as a table."""
-    table = predicted(tables)
+    """The correlations as a table, for both measures of a gain."""
     if few(tables):
         return "Too few layers of too few worlds are stored yet."
-    found = correlations(table)
-    worlds = table["world"].nunique()
+    tables_of = {measure: predicted(tables, measure) for measure in MEASURES}
+    found = [list(correlations(table).itertuples()) for table in tables_of.values()]
+    table = tables_of["avg@k"]
     lines = [
-        f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {worlds} worlds; the interval is of the mean "
-        "within worlds, which are resampled whole:",
+        f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {table['world'].nunique()} worlds: the mean over "
+        "worlds of those within a world [95 %, worlds resampled whole], and beside it that over all layers:",
         "",
-        "| measured before training | over all layers | within worlds [95 %] |",
-        "| --- | --- | --- |",
+        "| measured before training | " + " | ".join(f"{label} | over all" for label in MEASURES.values()) + " |",
+        "| --- |" + " --- |" * 2 * len(MEASURES),
     ]
-    lines += [
-        f"| {PREDICTORS[row.measure]} | {row.pooled:+.2f} | {row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] |"
-        for row in found.itertuples()
-    ]
+    for rows in zip(*found, strict=True):
+        cells = [f"{row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] | {row.pooled:+.2f}" for row in rows]
+        lines.append(f"| {PREDICTORS[rows[0].measure]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def prediction_figure(tables) -> Figure:
-    """A panel a predictor, a point a layer of a world."""
-    table = predicted(tables)
-    figure, axes = panels(2, 3, (12, 7))
-    worlds = list(dict.fromkeys(table["world"]))
-    for axis, (name, label) in zip(axes.flat, PREDICTORS.items(), strict=True):
-        for place, world in enumerate(worlds):
-            part = table[table["world"] == world]
-            axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
-        axis.axhline(0, color=GREY, lw=0.8)
-        axis.set_xlabel(label)
-        axis.set_ylabel("points over GRPO")
-        trim(axis)
+    """A column a predictor, a row a measure of the gain, a point a layer of a world."""
+    figure, axes = panels(len(MEASURES), len(PREDICTORS), (3 * len(PREDICTORS), 3 * len(MEASURES)))
+    for row, (measure, said) in zip(axes, MEASURES.items(), strict=True):
+        table = predicted(tables, measure)
+        for axis, (name, label) in zip(row, PREDICTORS.items(), strict=True):
+            for place, world in enumerate(dict.fromkeys(table["world"])):
+                part = table[table["world"] == world]
+                axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
+            axis.axhline(0, color=GREY, lw=0.8)
+            axis.set_xlabel(label, fontsize=8)
+            trim(axis)
+        row[0].set_ylabel(f"{said}, points over GRPO", fontsize=8)
     axes.flat[0].legend(fontsize=7)
     return figure

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from gains import few, gains, gains_figure, prediction, prediction_figure
+from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
 from bupo.errors import UserError
@@ -130,13 +130,13 @@ def _more(tables: Tables, name: str) -> str:
 
 
 def _gain(tables: Tables, words: str) -> str:
-    """`{gain NAME WORLD | ROW}`: a row less the row that it is compared with, points of avg@k."""
-    where, row = (part.strip() for part in words.split("|"))
-    name, world = where.split()
+    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, or with `| area` of that."""
+    where, row, *measure = (part.strip() for part in words.split("|"))
+    (name, world), measured = where.split(), measure[0] if measure else "avg@k"
     experiment = read_experiment(name, SCALE)
     found = tables.found(experiment)
     mine, other = (
-        {seed: each["avg@k"] for seed, each in found[world, which].items()}
+        {seed: each[measured] for seed, each in found[world, which].items()}
         for which in (row, experiment.draw["against"])
     )
     apart = paired(other, mine)
@@ -171,7 +171,7 @@ def _figure(tables: Tables, name: str) -> str:
 
 
 DRAWN = {
-    "gains": ("Gain of BuPO over GRPO by layer and world", lambda tables: gains_figure(gains(tables, "depth"))),
+    "gains": ("Gain of BuPO over GRPO by layer and world", lambda tables: gains_figure(tables, "depth")),
     "prediction": ("What the analysis says before training, and the gain", prediction_figure),
 }
 SAYS = {
