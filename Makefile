@@ -154,4 +154,4 @@ $(VLLM): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) $(NEWEST_VENV) build runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) $(NEWEST_VENV) build .cache runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,11 @@ from tests.test_trainer import config, model_of, trainer_of
 
 def table_of(text):
     """The rows of a card's tables, cell by cell."""
-    return [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")]
+    return [
+        re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
 
 
 def trained(folder, **changes):
@@ -37,10 +41,7 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
     logged = [row for row in trainer.state.log_history if "reward" in row and "rollout_batch" in row]
     for number, row in (("1", logged[0]), ("2", logged[-1])):
         assert rows[number] == [f"{row[name]:.3f}" for name in ("reward", "entropy", "completions/mean_length")]
-    assert (
-        "# my run\n" in card.text
-        and f"BuPO (GRPO's advantages) with [bupo](https://arxiv.org/abs/2512.19673) {VERSION}" in card.text
-    )
+    assert "# my run\n" in card.text and f"BuPO (GRPO's advantages) with bupo {VERSION} " in card.text
     assert "eprint        = {2512.19673}" in card.text and str(tmp_path) not in card.content
 
 
@@ -50,9 +51,13 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
         ({"internal_layer": None, "internal_steps": 0}, "Trained by GRPO with", ("first phase", "none")),
         ({"advantage_estimator": "rloo"}, "BuPO (RLOO's advantages)", ("first phase", "layer 2 for 2 rollout batches")),
         ({"internal_schedule": [[1, 1], [2, 1]], "internal_layer": None, "internal_steps": None}, "BuPO",
-         ("first phase", "layer 1 for 1 rollout batches, then layer 2 for 1 rollout batches")),
+         ("first phase", "layer 1 for 1 rollout batch, then layer 2 for 1 rollout batch")),
         ({"frozen_up_to_layer": 1, "internal_layer": None, "internal_steps": 0}, "GRPO", ("layers", "1 to 1 frozen")),
         ({"slow_above_layer": 2, "slow_factor": 0.5}, "BuPO", ("layers", "above 2 at 0.5 of the learning rate")),
+        ({"frozen_up_to_layer": 1, "slow_above_layer": 2}, "BuPO", ("layers", "1 to 1 frozen; above 2 at 0.1 of the learning rate")),
+        ({"internal_steps": 0, "internal_mix": 0.3}, "BuPO", ("afterwards", "0.3 of the layer's objective stays")),
+        ({"internal_handover": 2}, "BuPO", ("afterwards", "the layer's objective fades out over 2 rollout batches")),
+        ({"internal_objective": "permuted"}, "BuPO", ("its objective", "over a shuffled vocabulary (a control), lens raw")),
     ],
 )  # fmt: skip
 def test_methods_have_their_words(tmp_path, changes, method, row):
@@ -71,6 +76,7 @@ def test_a_run_of_the_command_has_one_with_its_data_set(tmp_path, monkeypatch):
     run = train("embedded", args, TrainOptions(dataset="arithmetic", size=8))
     card = ModelCard.load(run.folder / CARD)
     assert card.data.datasets is None and card.data.base_model is None
+    assert "bupo train --config FOLDER/config.yaml" in card.text and "bupo eval --model FOLDER " in card.text
     (evaluated,) = [row for row in table_of(card.text) if row[0].startswith("arithmetic/avg@2")]
     assert all(re.fullmatch(r"\d+\.\d %", cell) for cell in evaluated[1:])
     trainer = trainer_of(model_of(), config(tmp_path / "two"))
@@ -87,7 +93,18 @@ def test_a_run_of_the_command_has_one_with_its_data_set(tmp_path, monkeypatch):
 def test_an_adapters_card_is_pefts(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     trainer.save_model()
-    assert ModelCard.load(tmp_path / CARD).data.library_name == "peft"
+    card = ModelCard.load(tmp_path / CARD)
+    assert card.data.library_name == "peft" and "bupo eval --model BASE --adapter FOLDER" in card.text
+    assert "config.yaml" not in card.text  # of a script's trainer there is none
+
+
+def test_names_of_others_steer_nothing(tmp_path):
+    trainer = trainer_of(model_of(), config(tmp_path / "x|y](a)\n# z <b>"))
+    trainer.state.log_history = [{"eval_a|b\n| c |/avg@2": 0.5}, {"eval_a|b\n| c |/avg@2": 0.75}]
+    trainer.save_model()
+    text = ModelCard.load(next(tmp_path.iterdir()) / CARD).text
+    assert text.strip().splitlines()[0] == r"# x\|y\](a) # z \<b\>"
+    assert [r"a\|b \| c \|/avg@2", "50.0 %", "75.0 %"] in table_of(text)
 
 
 def test_push_to_hub_sends_it_along(tmp_path, monkeypatch):
@@ -97,7 +114,7 @@ def test_push_to_hub_sends_it_along(tmp_path, monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: sent.update(kwargs))
     trainer, _ = trained(tmp_path)
     trainer.hub_model_id = None
-    trainer.push_to_hub(dataset_name="zwhe99/DeepMath-103K", tags=["math"])
+    trainer.push_to_hub(dataset_name="gsm8k", tags=["math"])
     card = ModelCard.load(tmp_path / CARD)
     assert sent["repo_id"] == "me/mine" and str(sent["folder_path"]) == str(tmp_path)
-    assert card.data.datasets == "zwhe99/DeepMath-103K" and {"math", "bupo"} <= set(card.data.tags)
+    assert card.data.datasets == "gsm8k" and {"math", "bupo"} <= set(card.data.tags)

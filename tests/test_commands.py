@@ -22,6 +22,8 @@ from tests.figures import drawn
 from tests.test_data import write
 from tests.tiny import tiny_model
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def bupo(*arguments, cwd=None):
     """Run the installed command in a process of its own."""
@@ -203,12 +205,19 @@ def test_completion_completes(capsys, tmp_path):
         "bupo ana": {"analyze"},
         "bupo train --internal_ha": {"--internal_handover"},
         "bupo analyze --lens ": {"raw", "final_norm"},
+        "bupo analyze --preset ": {"paper"},
+        "bupo train --outp": {"--output", "--output_dir"},
+        "bupo train --lr_scheduler_type cosine_with_r": {"cosine_with_restarts"},
+        "bupo reproduce fig1": {"fig12"},
+        "bupo report CONT": {"CONTRIBUTING.md"},
+        "bupo completion z": {"zsh"},
     }.items():
         script = f'''. {tmp_path}/bupo.sh; COMP_WORDS=({typed.strip()} {'""' if typed.endswith(" ") else ""})
         COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_bupo bupo "${{COMP_WORDS[-1]}}"; echo "${{COMPREPLY[@]}}"'''
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
         assert set(done.stdout.split()) == words, (typed, done)
     assert main(["completion", "zsh"]) == 0 and "#compdef bupo" in capsys.readouterr().out
+    assert main(["completion", "--help"]) == 0 and "compinit" in capsys.readouterr().out
     for given in ([], ["fish"], ["bash", "zsh"]):
         assert (
             main(["completion", *given]) == 2 and "completion takes one shell, bash or zsh" in capsys.readouterr().err

@@ -19,7 +19,6 @@ def test_it_runs(path):
     notebook, seconds = tool.executed(path)
     assert seconds < tool.LONGEST
     kept = nbformat.read(path, as_version=4)
-    assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.cells]
     for cell, before in zip(notebook.cells, kept.cells, strict=True):
         if cell.cell_type == "code":  # it is readable without being run, and no noise is printed
             assert [output.output_type for output in cell.outputs] == [output.output_type for output in before.outputs]

@@ -8,7 +8,10 @@ import torch
 import yaml
 from trl import ModelConfig
 
+from bupo import load_problems
+from bupo.commands.catalogue import COMMANDS, groups, options_of
 from bupo.commands.parsing import parse
+from bupo.options import SYNONYMS
 from bupo.training.config import BuPOConfig
 from bupo.training.inputs import TrainOptions
 
@@ -48,3 +51,43 @@ def test_every_line_of_a_list_has_its_test(document):
         assert tests, line
         for file, name in tests:
             assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file} holds no {name}"
+
+
+GUIDES = [
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+    ROOT / "docs" / "start.md",
+    ROOT / "docs" / "notebooks" / "training.ipynb",
+]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_commands_of_the_guides_name_options_that_there_are(guide):
+    text = guide.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^(?:    )?bupo (\w+)([^\n#]*)", text, re.M):
+        command, rest = line
+        if command not in COMMANDS:
+            continue
+        known = {option.name for each in groups(options_of(command)).values() for option in each} | {"config"}
+        for flag in re.findall(r"--(\w+)", rest):
+            assert flag in known or SYNONYMS.get(flag) in known, f"{guide.name}: bupo {command} --{flag}"
+        for recipe in re.findall(r"--config (recipes/\S+)", rest):
+            assert (ROOT / recipe).exists(), recipe
+
+
+def test_the_guides_reward_pays_for_the_right_number():
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "reward.md").read_text(), re.S)[1], names)
+    said = [[{"content": text}] for text in (r"57+23=80;80-41=39;\boxed{39}", r"\boxed{40}", "39")]
+    right, wrong, unboxed = names["short"](said, ["39"] * 3)
+    assert right > 0.9 and wrong < 0 and unboxed < 0
+
+
+def test_the_guides_problems_are_read(tmp_path, monkeypatch):
+    """The file and the configuration of the guide, a small model in the place of theirs."""
+    text = (ROOT / "docs" / "howto" / "problems.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "problems.jsonl").write_text(re.search(r"```\n(\{.*?)```", text, re.S)[1])
+    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n# run.yaml\n(.*?)```", text, re.S)[1])
+    options, config, model = parse((TrainOptions, BuPOConfig, ModelConfig), ["--config", "run.yaml"], "bupo train")
+    rows = load_problems(options.dataset, prompt_column=options.prompt_column, answer_column=options.answer_column)
+    assert rows[0]["answer"] == "155" and config.internal_layer == 6 and model.model_name_or_path == "Qwen/Qwen3-4B"

@@ -16,6 +16,7 @@ import pytest
 
 import bupo
 from bupo.commands.catalogue import COMMANDS, options_of
+from bupo.training.card import CITATION
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,10 @@ def test_every_option_has_a_row(site, command):
                 assert page.count(f"<code>--{field.name}</code>") >= 1, field.name
 
 
+def test_the_citation_is_that_of_a_models_card():
+    assert CITATION in (ROOT / "docs" / "cite.md").read_text()
+
+
 @pytest.mark.parametrize("look", LOOKS)
 def test_pages_are_at_rest(browser, address, shoot, look):
     """No error, no request to another host, nothing wider than the window."""
@@ -130,7 +135,6 @@ def test_search_finds_an_option_and_a_concept(browser, address):
     page = browser.new_page()
     for word, target in {"internal_handover": "reference/train.html", "boundary layer": "analysis.html"}.items():
         page.goto(f"{address}/index.html")
-        page.click("label.md-header__button[for=__search]") if page.viewport_size["width"] < 900 else None
         page.fill("input.md-search__input", word)
         page.wait_for_selector(".md-search-result__link")
         page.wait_for_timeout(500)

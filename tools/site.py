@@ -36,7 +36,7 @@ def command_page(name: str) -> str:
     lines = [f"# bupo {name}", "", f"`bupo {name}{command.takes} [--config FILE.yaml] [--option value ...]`", ""]
     lines += [f"{command.about[0].upper()}{command.about[1:]}.", "", "```"]
     lines += [row for line, what in command.examples.items() for row in (f"# {what}", line)]
-    lines += ["```", "", "Options may stand in the YAML file of `--config` too; flags go before it."]
+    lines += ["```", "", "Options may stand in the YAML file of `--config` too; a flag overrides the file."]
     for title, options in groups(options_of(name)).items():
         lines += ["", f"## {title}", "", "| option | takes | default | |", "| --- | --- | --- | --- |"]
         lines += [_row(option) for option in options]
@@ -45,7 +45,9 @@ def command_page(name: str) -> str:
 
 def _row(option: Option) -> str:
     takes, default = (f"`{word}`".replace("|", "/") if word else "" for word in (option.takes, option.default))
-    about = re.sub(r"([|<\[])", r"\\\1", option.about)
+    pieces = re.split(r"(`[^`]*`)", option.about)  # every second one is code
+    pieces[::2] = [re.sub(r"([|<\[])", r"\\\1", piece) for piece in pieces[::2]]
+    about = "".join(pieces)
     return f"| `--{option.name}` | {takes} | {default} | {about} |"
 
 

@@ -21,7 +21,7 @@ SPEED_OVER = 600.0  # seconds whose speed the time left is estimated by: what is
 
 
 class Lines(Progress):
-    """A bar on a terminal; elsewhere, such as in a log file, a line every half a minute with what the bar would say."""
+    """A bar on a terminal; elsewhere, such as in a log file, at most every half a minute a line with what the bar would say."""
 
     told: float | None = None
 
@@ -35,7 +35,7 @@ class Lines(Progress):
 
     def _tell(self, task_id: TaskID) -> None:
         now = time.monotonic()
-        if self.console.is_terminal or now - (self.told or now) < EVERY:
+        if self.console.is_interactive or now - (self.told or now) < EVERY:
             self.told = self.told or now
             return
         self.told = now

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import get_annotations
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from bupo.options import OUR_WORDS, TRL_WORDS
 from bupo.ranges import hints_of, kinds_of, words_of
@@ -14,7 +14,7 @@ from bupo.ranges import hints_of, kinds_of, words_of
 MANY = 6  # so many choices are told in the help's text, not beside the flag
 INDENT, COLUMN, WIDEST = 2, 30, 100
 LIBRARIES = {"trl": "TRL's", "transformers": "transformers'"}
-VALUES = {int: "N", float: "X", bool: "true|false", dict: "JSON"}
+VALUES = {int: "N", float: "X", bool: "true|false", dict: "JSON", list: "JSON"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ COMMANDS = {
         "train a model by BuPO, or by the methods it is compared with",
         {
             "bupo train --config recipes/cpu/embedded-bupo.yaml": "two minutes on two CPU cores",
-            "bupo train --config run.yaml --learning_rate 1e-6 --output runs/lower": "a file, and flags that go before it",
+            "bupo train --config run.yaml --learning_rate 1e-6 --output runs/lower": "a file, and flags that override it",
             "bupo train --config run.yaml --resume_from_checkpoint true": "go on where a run was stopped",
         },
     ),
@@ -97,12 +97,16 @@ class Option:
         takes (`str`): what stands behind the flag.
         default (`str`): as it is typed; empty where nothing is set.
         about (`str`): one or a few sentences, with the unit.
+        choices (`tuple[str, ...]`): all that it may be, where that is a list of words.
+        also (`str`): another name of it; empty where there is none.
     """
 
     name: str
     takes: str
     default: str
     about: str
+    choices: tuple[str, ...]
+    also: str
 
 
 def options_of(command: str) -> tuple[type, ...]:
@@ -138,13 +142,14 @@ def _title(owner: type) -> str:
 def _option(field: Field, hint: Any) -> Option:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     about = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
-    choices = [str(word) for word in field.metadata.get("choices") or _words(hint)]
+    choices = tuple(str(word) for word in field.metadata.get("choices") or _words(hint))
+    also = TRL_WORDS[field.name] if field.name in OUR_WORDS.values() else ""
     if len(choices) > MANY:
         about += f" One of {', '.join(choices)}."
-    if field.name in OUR_WORDS.values():
-        about += f" Also --{TRL_WORDS[field.name]}."
+    if also:
+        about += f" Also --{also}."
     takes = "|".join(choices) if 0 < len(choices) <= MANY else _value(hint)
-    return Option(field.name, takes, _typed(default), about)
+    return Option(field.name, takes, _typed(default), about, choices, also)
 
 
 def _words(hint: Any) -> tuple:
@@ -153,8 +158,9 @@ def _words(hint: Any) -> tuple:
 
 def _value(hint: Any) -> str:
     kinds = kinds_of(hint)
-    if any((get_origin(kind) or kind) is list for kind in kinds):
-        return "WORD ..."
+    items = {VALUES.get(get_args(kind)[0], "WORD") for kind in kinds if get_origin(kind) is list}
+    if items:
+        return f"{'|'.join(sorted(items))} ..."
     return "|".join(dict.fromkeys(VALUES.get(get_origin(kind) or kind, "TEXT") for kind in kinds))
 
 
@@ -194,7 +200,11 @@ def help_of(command: str, classes: tuple[type, ...]) -> str:
     lines += ["", f"{known.about[0].upper()}{known.about[1:]}.", "", "Examples"]
     for line, what in known.examples.items():
         lines += [f"  {line}", f"      {what}"]
-    lines += ["", "Options may stand in the YAML file of --config too; flags go before it.", "[ ] holds the default."]
+    lines += [
+        "",
+        "Options may stand in the YAML file of --config too; a flag overrides the file.",
+        "[ ] holds the default.",
+    ]
     for title, options in groups(classes).items():
         lines += ["", title, *(row for option in options for row in _rows(option, width))]
     return "\n".join(lines)

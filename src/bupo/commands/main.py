@@ -12,7 +12,7 @@ from bupo.commands.output import lasting_output
 from bupo.text import shown
 
 TRACEBACK = "--traceback"
-# what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own become lines there
+# what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own are lines there
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *options = argv
     if name not in COMMANDS and name != "completion":
-        print(f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}, completion",
+            file=sys.stderr,
+        )
         return 2
     if not _here():
         print("bupo: error: the working folder is gone: change to one that exists", file=sys.stderr)

@@ -1,7 +1,6 @@
 """A model's card: how it was trained, what it came to, and how to go on with it. `push_to_hub` sends it along, as TRL's."""
 
 import os
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,24 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from bupo.files import in_one_piece
-from bupo.text import printable
+from bupo.provenance import CONFIG_FILE
+from bupo.text import markdown_cell, markdown_table, printable
 from bupo.training.config import BuPOConfig
 from bupo.training.seam import TRLTrainer
 from bupo.version import VERSION
 
 CARD = "README.md"
-TAGS = ["bupo", "grpo", "trl", "generated_from_trainer"]
+TAGS = ["bupo", "trl", "generated_from_trainer"]
 PACKAGES = ("transformers", "trl", "torch")
 SHOWN = {
     "reward": "reward",
     "entropy": "entropy of the policy (nats)",
     "completions/mean_length": "answer length (tokens)",
+}
+OBJECTIVES = {
+    "layer": "its own",
+    "policy": "the whole model's (a control)",
+    "permuted": "over a shuffled vocabulary (a control)",
 }
 CITATION = """@misc{bupo2025,
   title         = {Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies},
@@ -49,7 +54,7 @@ def write(
     if not trainer.args.should_save:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    name = model_name or trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name
+    name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
     found = of_model(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
     with in_one_piece(folder / CARD) as part:
         part.write_text(found, encoding="utf-8")
@@ -57,32 +62,28 @@ def write(
 
 def of_model(trainer: TRLTrainer, name: str, dataset: str | None, tags: list[str]) -> str:
     """The card as Markdown, its head as the hub reads it. Folders of this machine are not named."""
-    args = trainer.args
+    args, history, base = trainer.args, trainer.state.log_history, _on_the_hub(trainer.model.config.name_or_path)
+    adapter = hasattr(trainer.model, "peft_config")
     data = ModelCardData(
-        base_model=_on_the_hub(trainer.model.config.name_or_path),
-        datasets=_on_the_hub(dataset or trainer.dataset_name),
-        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        base_model=base,
+        datasets=dataset or _on_the_hub(trainer.dataset_name),
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=sorted({*TAGS, *tags}),
     )
-    rows = [row for row in trainer.state.log_history if "reward" in row and "rollout_batch" in row]
     parts = [
-        f"# {printable(name)}",
-        f"Trained by {_method(trainer)} with [bupo](https://arxiv.org/abs/2512.19673) {VERSION}.",
-        _table(("", ""), _setting(trainer, args)),
+        f"# {markdown_cell(printable(name))}",
+        f"Trained by {_method(trainer)} with bupo {VERSION} ([arXiv 2512.19673](https://arxiv.org/abs/2512.19673)).",
+        markdown_table([{"of the run": what, "": said} for what, said in _setting(trainer).items() if said]),
         "## What it came to",
-        _table(("of rollout batch", *SHOWN.values()), _results(rows)) if rows else "Nothing was logged.",
-        *_evaluations(trainer.state.log_history),
+        _results(history) or "Nothing was logged.",
+        _evaluations(history),
         "## Go on with it",
-        "```\n"
-        "bupo eval --model FOLDER --benchmarks math500:16     # asked and sampled as it was trained\n"
-        "bupo analyze --model FOLDER                          # what every layer decides\n"
-        "bupo train --config FOLDER/config.yaml               # the same run again\n"
-        "```",
+        f"```\n{_commands(args, base, adapter)}\n```",
         "## Cite",
         f"```bibtex\n{CITATION}\n```",
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def _on_the_hub(name: str | None) -> str | None:
@@ -92,9 +93,21 @@ def _on_the_hub(name: str | None) -> str | None:
     return name
 
 
+def _commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
+    model = f"--model {base or 'BASE'} --adapter FOLDER" if adapter else "--model FOLDER"
+    lines = {
+        f"bupo eval {model} --benchmarks math500:16": "asked and sampled as it was trained",
+        f"bupo analyze {model}": "what every layer decides",
+    }
+    if (Path(args.output_dir) / CONFIG_FILE).exists():
+        lines[f"bupo train --config FOLDER/{CONFIG_FILE}"] = "the same run again"
+    width = max(map(len, lines)) + 4
+    return "\n".join(f"{line.ljust(width)}# {what}" for line, what in lines.items())
+
+
 def _method(trainer: TRLTrainer) -> str:
     estimator = trainer.args.advantage_estimator.upper()
-    return f"BuPO ({estimator}'s advantages)" if _stages(trainer) else estimator
+    return f"BuPO ({estimator}'s advantages)" if _stages(trainer) or trainer.args.mixes else estimator
 
 
 def _stages(trainer: TRLTrainer) -> list[tuple[int, int]]:
@@ -102,15 +115,23 @@ def _stages(trainer: TRLTrainer) -> list[tuple[int, int]]:
     return [(stage.layer, stage.batches) for stage in trainer.watch.schedule.stages if stage.layer and stage.batches]
 
 
-def _setting(trainer: TRLTrainer, args: BuPOConfig) -> list[tuple[str, str]]:
-    phases = [f"layer {layer} for {batches} rollout batches" for layer, batches in _stages(trainer)]
-    answers = args.generation_batch_size
-    rows = {
+def _count(number: int, what: str, plural: str) -> str:
+    return f"{number} {what if number == 1 else plural}"
+
+
+def _setting(trainer: TRLTrainer) -> dict[str, str]:
+    args = trainer.args
+    phases = [
+        f"layer {layer} for {_count(batches, 'rollout batch', 'rollout batches')}"
+        for layer, batches in _stages(trainer)
+    ]
+    module = "" if args.internal_module == "layer" else f", of the layer's {args.internal_module}"
+    prompts = _count(args.generation_batch_size // args.num_generations, "prompt", "prompts")
+    return {
         "first phase": ", then ".join(phases) or "none",
-        "policy of the first phase": f"{args.internal_objective}, {args.internal_module}, lens {args.internal_lens}"
-        if phases
-        else "",
-        "rollout batch": f"{answers // args.num_generations} prompts, {args.num_generations} answers to each",
+        "its objective": f"{OBJECTIVES[args.internal_objective]}{module}, lens {args.internal_lens}" if phases else "",
+        "afterwards": _afterwards(args),
+        "rollout batch": f"{prompts}, {_count(args.num_generations, 'answer', 'answers')} to each",
         "updates": f"{trainer.state.global_step} of {trainer.state.max_steps}",
         "loss": f"{args.loss_type}, epsilon {args.epsilon}, beta {args.beta}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
@@ -119,39 +140,54 @@ def _setting(trainer: TRLTrainer, args: BuPOConfig) -> list[tuple[str, str]]:
         "seed": str(args.seed),
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
-    return [(name, said) for name, said in rows.items() if said]
+
+
+def _afterwards(args: BuPOConfig) -> str:
+    """What stays of the layer's objective."""
+    batches = args.internal_handover
+    said = [f"the layer's objective fades out over {_count(batches, 'rollout batch', 'rollout batches')}"] * bool(
+        batches
+    )
+    said += [f"{args.internal_mix:g} of the layer's objective stays"] * bool(args.internal_mix)
+    return ", ".join(said)
 
 
 def _layers(args: BuPOConfig) -> str:
     """Those that are trained less."""
-    if args.frozen_up_to_layer:
-        return f"1 to {args.frozen_up_to_layer} frozen"
-    if args.slow_above_layer:
-        return f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate"
-    return "rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates) if args.layer_rates else ""
+    said = [f"1 to {args.frozen_up_to_layer} frozen"] * bool(args.frozen_up_to_layer)
+    said += [f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate"] * bool(
+        args.slow_above_layer
+    )
+    if args.layer_rates:
+        said.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
+    return "; ".join(said)
 
 
-def _results(rows: list[dict]) -> list[tuple[str, ...]]:
+def _results(history: list[dict]) -> str:
     """The first and the last rollout batch that were logged."""
-    return [
-        (f"{row['rollout_batch']:g}", *(f"{row[name]:.3f}" if name in row else "" for name in SHOWN))
-        for row in (rows[:1] if len(rows) == 1 else [rows[0], rows[-1]])
+    rows = [row for row in history if "reward" in row and "rollout_batch" in row]
+    shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
+    table = [
+        {"of rollout batch": f"{batch:g}"}
+        | {what: f"{row[name]:.3f}" if name in row else "" for name, what in SHOWN.items()}
+        for batch, row in shown.items()
     ]
+    return markdown_table(table) if table else ""
 
 
-def _evaluations(history: list[dict]) -> list[str]:
+def _evaluations(history: list[dict]) -> str:
     """The first and last evaluation while training, of each benchmark."""
     found: dict[str, list[float]] = {}
     for row in history:
         for name, value in row.items():
             if name.startswith("eval_") and "/avg@" in name:
                 found.setdefault(name.removeprefix("eval_"), []).append(value)
-    rows = [
-        (printable(name), f"{100 * values[0]:.1f} %", f"{100 * values[-1]:.1f} %") for name, values in found.items()
+    table = [
+        {
+            "benchmark": markdown_cell(printable(name)),
+            "first": f"{100 * values[0]:.1f} %",
+            "last": f"{100 * values[-1]:.1f} %",
+        }
+        for name, values in found.items()
     ]
-    return [_table(("benchmark", "first", "last"), rows)] if rows else []
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(table) if table else ""

@@ -153,7 +153,7 @@ class BuPOConfig(GRPOConfig):
     eval_problems: int | None = field(default=None, metadata={"help": "The first so many problems of each."})
     advantage_estimator: str = field(
         default="grpo",
-        metadata={"help": f"{', '.join(ESTIMATORS)}.", "choices": list(ESTIMATORS)},
+        metadata={"help": "How rewards become advantages.", "choices": list(ESTIMATORS)},
     )
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's of PPO's critic, constant."})
     critic_backbone: Backbone = field(

@@ -51,7 +51,6 @@ PRIVATE = {
     "_logs": Private("", "read and set: the table of completions, and the advantages in it"),
     "_is_vlm": Private("", "read: models with images are refused"),
     "_tag_names": Private("", "overridden: tags of the model card"),
-    "_name": Private("", "overridden: the method's name in the model card"),
 }
 
 # public in name, but in no library's documented interface: where they are, and their parameters

@@ -56,7 +56,6 @@ class TRLTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
-    _name = "BuPO"
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
