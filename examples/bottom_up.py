@@ -1,6 +1,6 @@
 """Bottom-up Policy Optimization (arXiv 2512.19673) in one file of plain torch, to be read from top to bottom.
 
-    python examples/bottom_up.py            # some two minutes on one CPU core
+    python examples/bottom_up.py            # a minute or two on one CPU core
 
 Only the model that is trained and its problems come from bupo. `BuPOTrainer` computes the same losses, as a test shows, for any
 model, loss and number of GPUs, and faster: here all layers run while only the lower ones learn, and rows are padded.

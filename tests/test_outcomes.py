@@ -16,7 +16,7 @@ from scipy import stats
 from bupo.reproduction.experiment import read_experiment
 from bupo.reproduction.jobs import Places
 from bupo.reproduction.outputs import OUTPUTS, Finished
-from bupo.reproduction.outputs.outcomes import outcome
+from bupo.reproduction.outputs.outcomes import compared, outcome
 from bupo.seeds import holm, paired_p
 from tests.test_outputs import cells_of, experiment, made, output, scored, write
 
@@ -88,6 +88,16 @@ def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
     finished = Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None)
     assert "avg@k" not in outcome(finished, what.cells[0])
     assert OUTPUTS["outcomes"](finished).shown[0].caption == "reward of the last tenth, in percent:"
+
+
+def test_each_row_counts_its_own_seeds():
+    """Of stored runs, where one method may have more than another."""
+    found = {
+        ("m", row): {seed: {"avg@k": 50.0 + seed, "area": 40.0 + seed} for seed in range(1, seeds + 1)}
+        for row, seeds in {"GRPO": 3, "BuPO": 2}.items()
+    }
+    shown = compared(experiment("outcomes", ["GRPO", "BuPO"], draw={"against": "GRPO"}), found).shown
+    assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2"], ["3", "2"], ["2"]]
 
 
 def test_the_curves_are_the_tenths(tmp_path):

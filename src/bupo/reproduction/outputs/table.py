@@ -215,9 +215,10 @@ def pivot(
             (line.model, line.row), {"model": line.model, "method": line.row, "options": line.options}
         )
         row[line.measure] = cell(line) if cell else text_of(line.ours, line.digits)
-    last = {"seeds": _seeds(max(line.ours.n for line in lines)), "scale": experiment.scale}
-    names = [*dict.fromkeys(name for row in rows.values() for name in row), *last]
-    rows = {key: row | last for key, row in rows.items()}
+    names = [*dict.fromkeys(name for row in rows.values() for name in row), "seeds", "scale"]
+    for key, row in rows.items():
+        seeds = max(line.ours.n for line in lines if (line.model, line.row) == key)
+        row |= {"seeds": _seeds(seeds), "scale": experiment.scale}
     return Shown(caption, _several([{name: row.get(name, NOTHING) for name in names} for row in rows.values()]))
 
 
