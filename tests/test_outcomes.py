@@ -92,11 +92,14 @@ def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
 
 def test_each_row_counts_its_own_seeds():
     """Of stored runs, where one method may have more than another."""
+    what = experiment("outcomes", ["GRPO", "BuPO"], draw={"against": "GRPO"})
     found = {
-        ("m", row): {seed: {"avg@k": 50.0 + seed, "area": 40.0 + seed} for seed in range(1, seeds + 1)}
+        (what.cells[0].model, row): {
+            seed: {"avg@k": 50.0 + seed, "area": 40.0 + seed, "curve 1": 40.0} for seed in range(1, seeds + 1)
+        }
         for row, seeds in {"GRPO": 3, "BuPO": 2}.items()
     }
-    shown = compared(experiment("outcomes", ["GRPO", "BuPO"], draw={"against": "GRPO"}), found).shown
+    shown = compared(what, found).shown
     assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2"], ["3", "2"], ["2"]]
 
 
