@@ -20,10 +20,11 @@ def linked(text: str) -> str:
         name = match[1].rpartition(".")[2]
         return f"[`{name}`][bupo.{name}]" if name in bupo.__all__ else f"`{name}`"
 
-    text = PARAMETER.sub(
-        lambda match: match[1] + match[2].replace("`", "").replace("*optional*", "optional") + match[3], text
-    )
-    return REFERENCE.sub(one, text)
+    def bare(match: re.Match) -> str:
+        kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", match[2])
+        return match[1] + kind.replace("`", "").replace("*optional*", "optional") + match[3]
+
+    return REFERENCE.sub(one, PARAMETER.sub(bare, text))
 
 
 class CrossReferences(Extension):
