@@ -26,13 +26,13 @@ def local(tensors):
 
 
 def alive():
-    """Bytes of all tensors that Python knows."""
+    """Bytes of all tensors that Python knows. Scalars, such as a loss or a count, come and go, and no plan counts them."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [x.grad for x in tensors if type(x) is torch.nn.Parameter and x.grad is not None]
     tensors = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
-    return sum(storages.values())
+    return sum(size for size in storages.values() if size > 8)
 
 
 class Held(TrainerCallback):
