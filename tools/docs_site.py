@@ -34,7 +34,7 @@ def command_page(name: str) -> str:
     """A command: what it is for, examples, every option by group."""
     command = COMMANDS[name]
     lines = [f"# bupo {name}", "", f"`bupo {name}{command.takes} [--config FILE.yaml] [--option value ...]`", ""]
-    lines += [f"{command.about[0].upper()}{command.about[1:]}.", "", "```"]
+    lines += [command.sentence, "", "```"]
     lines += [row for line, what in command.examples.items() for row in (f"# {what}", line)]
     lines += ["```", "", "Options may stand in the YAML file of `--config` too; a flag overrides the file."]
     for title, options in groups(options_of(name)).items():

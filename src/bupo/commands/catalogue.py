@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from inspect import get_annotations
 from typing import Any, get_args, get_origin
 
+import bupo
 from bupo.options import OUR_WORDS, TRL_WORDS
 from bupo.ranges import hints_of, kinds_of, words_of
 
@@ -24,6 +25,11 @@ class Command:
     about: str
     examples: dict[str, str]
     takes: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """`about` by itself."""
+        return f"{self.about[0].upper()}{self.about[1:]}."
 
 
 COMMANDS = {
@@ -178,7 +184,7 @@ def _typed(default: Any) -> str:
 def usage() -> str:
     """`bupo --help`."""
     lines = ["usage: bupo COMMAND [--option value ...]", ""]
-    lines += ["Language models as stacks of policies: measure them, train them from the bottom up."]
+    lines += [bupo.__doc__ or ""]
     for purpose, names in PURPOSES.items():
         lines += ["", purpose, *(f"  {name:11}{COMMANDS[name].about}" for name in names)]
     lines += ["", "Examples", *(f"  {next(iter(command.examples))}" for command in COMMANDS.values())]
@@ -197,7 +203,7 @@ def help_of(command: str, classes: tuple[type, ...]) -> str:
     width = min(WIDEST, shutil.get_terminal_size().columns)
     known = COMMANDS[command]
     lines = [f"usage: bupo {command}{known.takes} [--config FILE.yaml] [--option value ...]"]
-    lines += ["", f"{known.about[0].upper()}{known.about[1:]}.", "", "Examples"]
+    lines += ["", known.sentence, "", "Examples"]
     for line, what in known.examples.items():
         lines += [f"  {line}", f"      {what}"]
     lines += [

@@ -11,7 +11,7 @@ from bupo.reproduction.experiment import NAMES
 SHELLS = ("bash", "zsh")
 FILES = {
     "config", "output", "output_dir", "model", "model_name_or_path", "adapter", "dataset", "rollouts", "eval_dataset",
-     "chat_template", "folders", "table", "compare", "resume_from_checkpoint",
+    "chat_template", "folders", "table", "compare", "resume_from_checkpoint",
 }  # fmt: skip
 USAGE = """usage: bupo completion SHELL
 

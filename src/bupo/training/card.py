@@ -39,8 +39,7 @@ def create(
     trainer: TRLTrainer, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
 ) -> None:
     """As TRL's `create_model_card`, into the run's folder."""
-    if trainer.is_world_process_zero():
-        write(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
+    write(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
 
 
 def write(
@@ -144,20 +143,21 @@ def _setting(trainer: TRLTrainer) -> dict[str, str]:
 
 def _afterwards(args: BuPOConfig) -> str:
     """What stays of the layer's objective."""
-    batches = args.internal_handover
-    said = [f"the layer's objective fades out over {_count(batches, 'rollout batch', 'rollout batches')}"] * bool(
-        batches
-    )
-    said += [f"{args.internal_mix:g} of the layer's objective stays"] * bool(args.internal_mix)
+    said = []
+    if batches := args.internal_handover:
+        said.append(f"the layer's objective fades out over {_count(batches, 'rollout batch', 'rollout batches')}")
+    if args.internal_mix:
+        said.append(f"{args.internal_mix:g} of the layer's objective stays")
     return ", ".join(said)
 
 
 def _layers(args: BuPOConfig) -> str:
     """Those that are trained less."""
-    said = [f"1 to {args.frozen_up_to_layer} frozen"] * bool(args.frozen_up_to_layer)
-    said += [f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate"] * bool(
-        args.slow_above_layer
-    )
+    said = []
+    if args.frozen_up_to_layer:
+        said.append(f"1 to {args.frozen_up_to_layer} frozen")
+    if args.slow_above_layer:
+        said.append(f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate")
     if args.layer_rates:
         said.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
     return "; ".join(said)
