@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import nbformat
 import pytest
 
 pytestmark = pytest.mark.docs
@@ -18,7 +17,7 @@ def test_it_runs(path):
     spec.loader.exec_module(tool)
     notebook, seconds = tool.executed(path)
     assert seconds < tool.LONGEST
-    kept = nbformat.read(path, as_version=4)
+    kept = tool.nbformat.read(path, as_version=4)
     for cell, before in zip(notebook.cells, kept.cells, strict=True):
         if cell.cell_type == "code":  # it is readable without being run, and no noise is printed
             assert [output.output_type for output in cell.outputs] == [output.output_type for output in before.outputs]
