@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,8 @@ def test_every_figure_and_table_is_there():
         "table1", "table2", "table3", "table5", "table7", "table9", "table10", "table11",
     )  # fmt: skip
     assert SCALES == ("embedded", "small", "paper", "tiny", "worlds")
-    assert all(names_at(scale) == NAMES for scale in SCALES[:4]) and not set(names_at("worlds")) & set(NAMES)
+    assert all(names_at(scale) == NAMES for scale in ("paper", "tiny")) and not set(names_at("worlds")) & set(NAMES)
+    assert set(names_at("small")) == {*NAMES, "compare"}
 
 
 @pytest.mark.parametrize(("scale", "name"), [(scale, name) for scale in SCALES for name in names_at(scale)])
@@ -168,8 +170,20 @@ def test_the_problems_are_right():
             assert int(row["answer"]) == eval(question)
             if re.fullmatch(r"\d\d[+-]\d\d[+-]\d\d=?", row["problem"]):
                 assert zlib.crc32(question.encode()) % 8 == 0
-    assert len(list(experiments.PROBLEMS.glob("*.jsonl"))) == 6
+    assert len(list(experiments.PROBLEMS.glob("*.jsonl"))) == 8
     assert load_benchmarks([f"mine={path}"])["mine"].num_rows == len(rows)
+
+
+def test_held_out_sums_are_not_trained_on():
+    """And both files are what their command writes."""
+    trained, held_out = (
+        {json.loads(line)["problem"] for line in (experiments.PROBLEMS / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("sums", "sums-held-out")
+    )
+    assert not trained & held_out
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "make_problems.py"))
+    for name, rows in tool["problems"]().items():
+        assert (experiments.PROBLEMS / f"{name}.jsonl").read_text() == tool["text"](rows)
 
 
 def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@
 
 The tables stand in docs/results: `runs.csv`, a row a training, and `layers.csv`, a row a world, measure and layer. The page is
 `page.md` there, in which `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}` and the like stand for what the tables say.
+An experiment is one of the scale `worlds`; `compare@small` is that of another.
 """
 
 import argparse
@@ -29,9 +30,19 @@ from bupo.reproduction.outputs.table import Output, text_of, told_apart
 from bupo.seeds import paired
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALE, RUNS, LAYERS = "worlds", "runs.csv", "layers.csv"
+RUNS, LAYERS = "runs.csv", "layers.csv"
+MODELS = {
+    "worlds": None,
+    "small": "models/smollm2-135m.gguf",
+}  # by scale, the one that is given to `bupo reproduce --model`
 NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
+
+
+def read(name: str) -> Experiment:
+    """An experiment by its name on the page."""
+    name, _, scale = name.partition("@")
+    return read_experiment(name, scale or "worlds", MODELS[scale or "worlds"])
 
 
 def ended(experiment: Experiment, places: Places) -> Iterator[Cell]:
@@ -44,11 +55,18 @@ def ended(experiment: Experiment, places: Places) -> Iterator[Cell]:
             continue
 
 
-def gather(root: Path, docs: Path, revision: str) -> None:
-    """Put the runs that have ended into the tables. A row that is there already stays."""
+def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None:
+    """Put the runs that have ended into the tables. A row that is there already stays.
+
+    Args:
+        root (`Path`): the folder of the runs.
+        docs (`Path`): that of the tables.
+        revision (`str`): of the code that made the runs.
+        scale (`str`): of the runs.
+    """
     places, rows, layers = Places(root), [], []
-    for name in names_at(SCALE):
-        experiment = read_experiment(name, SCALE)
+    for name in names_at(scale):
+        experiment = read(f"{name}@{scale}")
         finished = Finished(experiment, places.folder, places.seconds)
         for cell in ended(experiment, places):
             if "analyze" in cell.runs:
@@ -101,7 +119,7 @@ class Tables:
 
     def output(self, name: str) -> Output | None:
         """None where no run is stored."""
-        experiment = read_experiment(name, SCALE)
+        experiment = read(name)
         found = self.found(experiment)
         return compared(experiment, found) if found else None
 
@@ -133,7 +151,7 @@ def _gain(tables: Tables, words: str) -> str:
     """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, or with `| area` of that."""
     where, row, *measure = (part.strip() for part in words.split("|"))
     (name, world), measured = where.split(), measure[0] if measure else "avg@k"
-    experiment = read_experiment(name, SCALE)
+    experiment = read(name)
     found = tables.found(experiment)
     mine, other = (
         {seed: each[measured] for seed, each in found[world, which].items()}
@@ -145,7 +163,7 @@ def _gain(tables: Tables, words: str) -> str:
 
 def _seeds(tables: Tables, name: str) -> str:
     """`{seeds NAME}`: the seeds of an experiment's stored runs."""
-    seeds = sorted({seed for row in tables.found(read_experiment(name, SCALE)).values() for seed in row})
+    seeds = sorted({seed for row in tables.found(read(name)).values() for seed in row})
     return ", ".join(map(str, seeds))
 
 
@@ -162,12 +180,16 @@ def _figure(tables: Tables, name: str) -> str:
     title, draw = DRAWN.get(name, (f"Reward over training: {name}", lambda tables: output.figure))
     figure = draw(tables)
     assert figure is not None, "every kind that is stored has a figure"
-    path = tables.docs / f"{name}.png"
+    path = tables.docs / _file(name)
     raw = path.with_suffix(".raw.png")
     figure.savefig(raw, dpi=150, format="png")
     small(raw, path)
     raw.unlink()
-    return f"![{title}](results/{name}.png)"
+    return f"![{title}](results/{path.name})"
+
+
+def _file(name: str) -> str:
+    return f"{name.replace('@', '-')}.png"
 
 
 DRAWN = {
@@ -182,7 +204,7 @@ SAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, such as runs/reproduce/worlds")
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, called as their scale is")
     parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the docs' folder")
     parser.add_argument("--revision", help="of the code that made the runs; by default the checkout's")
@@ -190,11 +212,12 @@ def main() -> None:
     stored = given.docs / "results"
     if given.runs is not None:
         words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        gather(given.runs, stored, given.revision or subprocess.check_output(words, text=True).strip())
+        revision = given.revision or subprocess.check_output(words, text=True).strip()
+        gather(given.runs, stored, revision, given.runs.resolve().name)
     text, page = (stored / "page.md").read_text(), given.docs / "results.md"
     tables = Tables(stored)
     if given.check:
-        text = re.sub(r"\{figure (\w+)\}", lambda found: _named(page, found[1]), text)
+        text = re.sub(r"\{figure ([\w@]+)\}", lambda found: _named(page, found[1]), text)
         fresh = page.read_text() == filled(text, tables)
         print(f"{page} is {'' if fresh else 'not '}what {stored} gives")
         sys.exit(not fresh)
@@ -203,8 +226,8 @@ def main() -> None:
 
 def _named(page: Path, name: str) -> str:
     """A figure's line in the page, which is not drawn again."""
-    line = re.search(rf"!\[[^\]]*\]\(results/{name}\.png\)", page.read_text())
-    return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else NOTHING_STORED
+    line = re.search(rf"!\[[^\]]*\]\(results/{_file(name)}\)", page.read_text())
+    return line[0] if line and (page.parent / "results" / _file(name)).exists() else NOTHING_STORED
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""The sums of SmolLM2's comparison: `python tools/make_problems.py`, into the package's problems.
+
+Sums and differences of two numbers of one or of two digits, of reasoning_gym's `chain_sum`; none of those that are held out is
+among those that are trained on.
+"""
+
+import json
+from pathlib import Path
+
+import reasoning_gym
+
+PROBLEMS = Path(__file__).resolve().parent.parent / "src" / "bupo" / "reproduction" / "problems"
+SIZES = {"sums": 192, "sums-held-out": 128}
+
+
+def problems() -> dict[str, list[dict[str, str]]]:
+    """By file, each problem once."""
+    drawn = reasoning_gym.create_dataset(
+        "chain_sum", seed=0, size=1000, min_terms=2, max_terms=2, min_digits=1, max_digits=2
+    )
+    answers = {entry["question"]: entry["answer"] for entry in drawn}
+    rows = iter([{"problem": question, "answer": answer} for question, answer in answers.items()])
+    return {name: [next(rows) for _ in range(size)] for name, size in SIZES.items()}
+
+
+def text(rows: list[dict[str, str]]) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    for name, rows in problems().items():
+        (PROBLEMS / f"{name}.jsonl").write_text(text(rows), encoding="utf-8")
