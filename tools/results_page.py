@@ -37,6 +37,7 @@ MODELS = {
 }  # by scale, the one that is given to `bupo reproduce --model`
 NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
+FOLDED = "pass@K, area under the curve, reward, entropy and length"
 
 
 def read(name: str) -> Experiment:
@@ -143,20 +144,21 @@ def _table(tables: Tables, name: str) -> str:
 
 
 def _more(tables: Tables, name: str) -> str:
-    """`{more NAME}`: its other tables."""
-    return "\n\n".join(tables.shown(name)[1:])
+    """`{more NAME}`: its other tables, folded."""
+    others = "\n\n".join(tables.shown(name)[1:])
+    return f'<details markdown="1">\n<summary>{FOLDED}</summary>\n\n{others}\n\n</details>' if others else ""
 
 
 def _gain(tables: Tables, words: str) -> str:
-    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, or with `| area` of that."""
-    where, row, *measure = (part.strip() for part in words.split("|"))
-    (name, world), measured = where.split(), measure[0] if measure else "avg@k"
+    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k; with `| area` of that, with
+    `| less ROW` less another one."""
+    where, row, *more = (part.strip() for part in words.split("|"))
+    name, world = where.split()
     experiment = read(name)
+    others = [part.removeprefix("less ") for part in more if part.startswith("less ")] or [experiment.draw["against"]]
+    measured = next((part for part in more if not part.startswith("less ")), "avg@k")
     found = tables.found(experiment)
-    mine, other = (
-        {seed: each[measured] for seed, each in found[world, which].items()}
-        for which in (row, experiment.draw["against"])
-    )
+    mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
     apart = paired(other, mine)
     return f"{text_of(apart, 1, '+')} ({told_apart(apart)}, {apart.n} seeds)"
 

@@ -195,7 +195,12 @@ def options_of(cell: Cell) -> str:
     """The row's own options, as its training has them."""
     run = cell.runs.get("train")
     given = {name: run.options[name] for name in cell.options if name in run.options} if run else {}
-    return ", ".join(f"{name} {value}" for name, value in given.items())
+    return ", ".join(f"{name} {_briefly(value)}" for name, value in given.items())
+
+
+def _briefly(value: Any) -> Any:
+    """A list of more than three by its ends."""
+    return f"[{value[0]} … {value[-1]}]" if isinstance(value, list) and len(value) > 3 else value
 
 
 def shown(caption: str, experiment: Experiment, lines: Iterable[Line]) -> Shown:
