@@ -26,7 +26,7 @@ from bupo.reproduction.experiment import Cell, Experiment, names_at, read_experi
 from bupo.reproduction.jobs import Places, state_of
 from bupo.reproduction.outputs import Finished
 from bupo.reproduction.outputs.outcomes import compared, outcome
-from bupo.reproduction.outputs.table import Output, text_of, told_apart
+from bupo.reproduction.outputs.table import Output, text_of
 from bupo.seeds import paired
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +150,8 @@ def _more(tables: Tables, name: str) -> str:
 
 
 def _gain(tables: Tables, words: str) -> str:
-    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k; with `| area` of that, with
-    `| less ROW` less another one."""
+    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, told apart or not as in its table;
+    with `| area` of that, with `| less ROW` less another one, and then the interval speaks for itself."""
     where, row, *more = (part.strip() for part in words.split("|"))
     name, world = where.split()
     experiment = read(name)
@@ -160,7 +160,10 @@ def _gain(tables: Tables, words: str) -> str:
     found = tables.found(experiment)
     mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
     apart = paired(other, mine)
-    return f"{text_of(apart, 1, '+')} ({told_apart(apart)}, {apart.n} seeds)"
+    output = tables.output(name)
+    rows = output.shown[0].rows if output and not more else []
+    said = [f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)]
+    return f"{text_of(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
 
 
 def _seeds(tables: Tables, name: str) -> str:
