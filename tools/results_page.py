@@ -150,8 +150,8 @@ def _more(tables: Tables, name: str) -> str:
 
 
 def _gain(tables: Tables, words: str) -> str:
-    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, told apart or not as in its table;
-    with `| area` of that, with `| less ROW` less another one, and then the interval speaks for itself."""
+    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, told apart or not as its table
+    says; with `| area` of that, with `| less ROW` less another one, and then the interval speaks for itself."""
     where, row, *more = (part.strip() for part in words.split("|"))
     name, world = where.split()
     experiment = read(name)
