@@ -31,10 +31,8 @@ from bupo.seeds import paired
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
-MODELS = {
-    "worlds": None,
-    "small": "models/smollm2-135m.gguf",
-}  # by scale, the one that is given to `bupo reproduce --model`
+# By scale, the model that is given to `bupo reproduce`.
+MODELS = {"worlds": None, "small": "models/smollm2-135m.gguf"}
 NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
 FOLDED = "pass@K, area under the curve, reward, entropy and length"
@@ -185,16 +183,12 @@ def _figure(tables: Tables, name: str) -> str:
     title, draw = DRAWN.get(name, (f"Reward over training: {name}", lambda tables: output.figure))
     figure = draw(tables)
     assert figure is not None, "every kind that is stored has a figure"
-    path = tables.docs / _file(name)
+    path = tables.docs / f"{name}.png"
     raw = path.with_suffix(".raw.png")
     figure.savefig(raw, dpi=150, format="png")
     small(raw, path)
     raw.unlink()
-    return f"![{title}](results/{path.name})"
-
-
-def _file(name: str) -> str:
-    return f"{name.replace('@', '-')}.png"
+    return f"![{title}](results/{name}.png)"
 
 
 DRAWN = {
@@ -222,7 +216,7 @@ def main() -> None:
     text, page = (stored / "page.md").read_text(), given.docs / "results.md"
     tables = Tables(stored)
     if given.check:
-        text = re.sub(r"\{figure ([\w@]+)\}", lambda found: _named(page, found[1]), text)
+        text = re.sub(r"\{figure (\w+)\}", lambda found: _named(page, found[1]), text)
         fresh = page.read_text() == filled(text, tables)
         print(f"{page} is {'' if fresh else 'not '}what {stored} gives")
         sys.exit(not fresh)
@@ -231,8 +225,8 @@ def main() -> None:
 
 def _named(page: Path, name: str) -> str:
     """A figure's line in the page, which is not drawn again."""
-    line = re.search(rf"!\[[^\]]*\]\(results/{_file(name)}\)", page.read_text())
-    return line[0] if line and (page.parent / "results" / _file(name)).exists() else NOTHING_STORED
+    line = re.search(rf"!\[[^\]]*\]\(results/{name}\.png\)", page.read_text())
+    return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else NOTHING_STORED
 
 
 if __name__ == "__main__":
