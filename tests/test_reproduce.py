@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -13,6 +14,7 @@ import time
 import zlib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from trl import ModelConfig
@@ -172,6 +174,19 @@ def test_the_problems_are_right():
                 assert zlib.crc32(question.encode()) % 8 == 0
     assert len(list(experiments.PROBLEMS.glob("*.jsonl"))) == 8
     assert load_benchmarks([f"mine={path}"])["mine"].num_rows == len(rows)
+
+
+def test_profiles_of_rates_are_what_their_rows_say():
+    """The stored analysis, rounded; the same turned around and shuffled; their mean times the rate of the rows."""
+    table = pd.read_csv(Path(__file__).parents[1] / "docs" / "results" / "layers.csv")
+    agreement = table[table["measure"] == "top1_agreement"].set_index(["world", "layer"])["mean"]
+    worlds = {name: words for name, words in scales()["worlds"]["models"].items() if "agreement" in words}
+    assert set(worlds) == {cell.model for cell in read_experiment("rates", "worlds").cells}
+    for name, words in worlds.items():
+        rates = words["agreement"]
+        assert rates == pytest.approx(list(agreement[name].sort_index()), abs=0.005)
+        assert words["reverse"] == rates[::-1] and words["shuffled"] == random.Random(0).sample(rates, len(rates))
+        assert words["mean_rate"] == pytest.approx(5e-5 * sum(rates) / len(rates), rel=2e-3)
 
 
 def test_held_out_sums_are_not_trained_on():

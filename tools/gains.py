@@ -75,10 +75,19 @@ def predicted(tables, measure: str) -> pd.DataFrame:
     return joined.assign(depth=joined["layer"] / joined["world"].map(last))
 
 
+def _by_world(table: pd.DataFrame, name: str) -> dict[str, float]:
+    """Rank correlation with the gain in each world that has three layers."""
+    parts = {world: part for world, part in table.groupby("world") if len(part) > 2}
+    return {world: stats.spearmanr(part[name], part["gain"]).statistic for world, part in parts.items()}
+
+
 def _within(table: pd.DataFrame, name: str) -> float:
     """Rank correlation with the gain: the mean over worlds of those within a world. A world's own level is not a layer's."""
-    found = [stats.spearmanr(part[name], part["gain"]).statistic for _, part in table.groupby("world") if len(part) > 2]
-    return float(np.mean(found)) if found else float("nan")
+    return _mean(list(_by_world(table, name).values()))
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def correlations(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,12 +96,10 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     The interval resamples worlds whole: layers of one world are not independent.
     """
     rng, worlds = np.random.default_rng(0), list(dict.fromkeys(table["world"]))
-    parts, rows = dict(iter(table.groupby("world"))), []
-    draws = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)]
+    draws, rows = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)], []
     for name in PREDICTORS:
-        drawn = [
-            _within(pd.concat([parts[w].assign(world=f"{w} {i}") for i, w in enumerate(draw)]), name) for draw in draws
-        ]
+        own = _by_world(table, name)
+        drawn = [_mean([own[world] for world in draw if world in own]) for draw in draws]
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         pooled = stats.spearmanr(table[name], table["gain"]).statistic
         rows.append((name, pooled, _within(table, name), low, high))

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,7 @@ KEYS = ["run", "digest"]
 FOLDED = "pass@K, area under the curve, reward, entropy and length"
 
 
+@cache
 def read(name: str) -> Experiment:
     """An experiment by its name on the page."""
     name, _, scale = name.partition("@")
@@ -103,14 +105,15 @@ class Tables:
         self.docs = docs
         self.runs = pd.read_csv(docs / RUNS)
         self.layers = pd.read_csv(docs / LAYERS)
+        self.known = {(row["run"], row["digest"]): row for row in self.runs.to_dict("records")}
+        self.outputs: dict[str, Output | None] = {}  # by experiment: the page says something of one in many places
 
     def found(self, experiment: Experiment) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
         """Measures by world and row, then by seed: of the runs that are stored and are of today's options."""
-        known = {(row["run"], row["digest"]): row for row in self.runs.to_dict("records")}
         found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
         for cell in experiment.cells:
             last = cell.runs.get("eval", cell.runs["train"])
-            row = known.get((last.name, last.digest()))
+            row = self.known.get((last.name, last.digest()))
             if row is not None:
                 measures = {k: v for k, v in row.items() if k not in (*KEYS, "revision", "world", "seed") and v == v}
                 found.setdefault((cell.model, cell.row), {})[cell.seed] = measures
@@ -118,9 +121,10 @@ class Tables:
 
     def output(self, name: str) -> Output | None:
         """None where no run is stored."""
-        experiment = read(name)
-        found = self.found(experiment)
-        return compared(experiment, found) if found else None
+        if name not in self.outputs:
+            found = self.found(read(name))
+            self.outputs[name] = compared(read(name), found) if found else None
+        return self.outputs[name]
 
     def shown(self, name: str) -> list[str]:
         """An experiment's tables."""
@@ -159,7 +163,8 @@ def _gain(tables: Tables, words: str) -> str:
     mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
     apart = paired(other, mine)
     output = tables.output(name)
-    rows = output.shown[0].rows if output and not more else []
+    assert output is not None, "a row is stored"
+    rows = [] if more else output.shown[0].rows
     said = [f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)]
     return f"{text_of(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
 
