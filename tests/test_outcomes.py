@@ -7,7 +7,9 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -77,7 +79,7 @@ def test_differences_are_told_apart_by_holms_p(tmp_path):
     p = 2 * stats.t.sf(4 * math.sqrt(3), 2)
     assert [row["p (Holm)"] for row in rows] == ["-", f"{2 * p:.2g}", "1"] and 2 * p < 0.05 < 3 * p
     assert [row["from zero"] for row in rows] == ["-", "told apart", "not told apart"]
-    assert "paper" not in rows[0] and rows[1]["ours [95 %]"] == "56.0 [48.5, 63.5]"
+    assert "paper" not in rows[0] and rows[1]["mean [95 %]"] == "56.0 [48.5, 63.5]"
     write_runs(tmp_path, {"RLOO": (0.5, 0.53, 0.55)})
     rows = cells_of(made(tmp_path, experiment("outcomes", [*SHARES, "RLOO"], draw={"against": "GRPO"})))
     assert (rows[1]["p (Holm)"], rows[1]["from zero"]) == (f"{3 * p:.2g}", "not told apart")
@@ -101,7 +103,15 @@ def test_each_row_counts_its_own_seeds():
         for row, seeds in {"GRPO": 3, "BuPO": 2}.items()
     }
     shown = compared(what, found).shown
-    assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2"], ["3", "2"], ["2"]]
+    assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2 of 3"], ["3", "2"], ["2"]]
+
+
+def test_a_row_of_which_nothing_is_stored_says_so():
+    what = experiment("outcomes", ["GRPO", "BuPO", "PPO"], draw={"against": "GRPO"}, seeds=(1, 2))
+    found = {(what.cells[0].model, "GRPO"): {seed: {"avg@k": 50.0 + seed, "curve 1": 40.0} for seed in (1, 2)}}
+    rows = compared(what, found).shown[0].rows
+    assert [(row["method"], row["seeds"]) for row in rows] == [("GRPO", "2"), ("BuPO", "not run"), ("PPO", "not run")]
+    assert {row["mean [95 %]"] for row in rows[1:]} == {"-"}
 
 
 def test_the_curves_are_the_tenths(tmp_path):
@@ -109,6 +119,21 @@ def test_the_curves_are_the_tenths(tmp_path):
     figure = output(tmp_path, experiment("outcomes", SHARES)).figure
     line = figure.axes[0].get_lines()[0]
     assert list(line.get_xdata()) == list(range(1, 11)) and list(line.get_ydata())[-1] == pytest.approx(90)
+    assert len(figure.axes) == 1
+
+
+def test_beside_the_curves_stands_what_they_are_over_the_other_rows():
+    """Paired by seed: GRPO's own is zero, and a seed that GRPO lacks has none."""
+    what = experiment("outcomes", ["GRPO", "BuPO"], draw={"against": "GRPO"})
+    model = what.cells[0].model
+    level = {"GRPO": {1: 40.0, 2: 60.0}, "BuPO": {1: 43.0, 2: 65.0, 3: 99.0}}
+    found = {
+        (model, row): {seed: {"avg@k": x, **{f"curve {t}": x + t for t in range(1, 11)}} for seed, x in seeds.items()}
+        for row, seeds in level.items()
+    }
+    grpo, bupo = compared(what, found).figure.axes[1].get_lines()[:2]
+    assert np.asarray(grpo.get_ydata()) == pytest.approx([0] * 10)
+    assert np.asarray(bupo.get_ydata()) == pytest.approx([4] * 10)
 
 
 # -- the page of stored tables -------------------------------------------------------------------------------------------
@@ -129,6 +154,7 @@ def write_stored(root, seeds, gain=2.0):
     for cell in read_experiment("compare", "worlds", "embedded").cells:
         if cell.seed not in seeds:
             continue
+        write(root, "run.json", cell.runs["train"].name, {"git": None})
         share = 0.5 + cell.seed / 1000 + (gain + cell.seed % 3) / 100 * (cell.row == "BuPO")
         write_training(root, cell.runs["train"].name, [0.5] * 20, [0.1] * 20, [25.0] * 20)
         found = {"arithmetic": scored(share, {"16": 0.9}, k=16)}
@@ -179,6 +205,44 @@ def test_runs_of_other_options_are_not_shown(docs, tool):
     table = pd.read_csv(docs / "runs.csv")
     table.assign(digest="another").to_csv(docs / "runs.csv", index=False)
     assert tool["Tables"](docs).found(read_experiment("compare", "worlds")) == {}
+
+
+def test_a_method_less_grpo_in_every_base_model(tool):
+    """By hand: differences by seed, p values over the base models, and the mean over the worlds that have all seeds."""
+    module = sys.modules["contrasts"]
+
+    def run(level, slope):
+        return {"avg@k": level, "area": level, **{f"curve {tenth}": slope * tenth for tenth in range(1, 11)}}
+
+    grpo = {seed: run(50.0 + seed, 10) for seed in (1, 2, 3)}
+    found = {
+        "worlds": {
+            ("a", "GRPO"): grpo, ("a", "BuPO"): {seed: run(50.0 + seed + gain, 10) for seed, gain in ((1, 1), (2, 2), (3, 3))},
+            ("b", "GRPO"): grpo, ("b", "BuPO"): {seed: run(50.0 + seed - 2, 10) for seed in (1, 2, 3)},
+            ("c", "GRPO"): grpo, ("c", "BuPO"): {1: run(99.0, 10)},
+            ("d", "GRPO"): grpo,
+        },
+        "small": {("e", "GRPO"): grpo, ("e", "BuPO"): {1: run(56.0, 10), 2: run(52.0, 10)}},
+    }  # fmt: skip
+    tables = SimpleNamespace(experiment=lambda name: "small" if "@" in name else "worlds", found=found.get)
+    lines = [line.strip("| ").split(" | ") for line in module.contrasts_table(tables, "BuPO").splitlines()]
+    rows = {line[0]: line for line in lines[2:]}
+    assert list(rows) == ["a", "b", "c", "e", "mean of the 2 worlds with 3 seeds"]
+    p = 2 * stats.t.sf(2 * math.sqrt(3), 2)  # of a: differences 1, 2, 3; b's is 0, e's 0.54
+    assert rows["a"][2].startswith("+2.0 [-0.5") and rows["a"][5:] == [f"{2 * p:.2g}", "not told apart", "3"]
+    assert rows["b"][5:] == ["< 0.001", "told apart", "3"] and rows["c"][5:] == ["-", "1 seed", "1"]
+    assert rows["a"][4] == "+10.0 [+10.0, +10.0]" and rows["e"][4] == "-"
+    assert lines[-1][2].startswith("+0.0 [-1.2") and rows["e"][2].startswith("+2.5")
+
+
+def test_runs_say_which_revision_made_them(docs, tool, tmp_path):
+    """Where they were started in a checkout; else the one that is given."""
+    write_stored(tmp_path, (13,))
+    for path in (tmp_path / "runs").glob("train*seed-13/run.json"):
+        path.write_text(json.dumps({"git": {"revision": "0123456789abc", "dirty": False}}))
+    tool["gather"](tmp_path, docs, "def")
+    after = pd.read_csv(docs / "runs.csv", dtype=str)
+    assert set(after[after["seed"] == "13"]["revision"]) == {"0123456"} and "def" not in set(after["revision"])
 
 
 def test_a_rank_correlation_within_worlds(tool):

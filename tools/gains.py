@@ -6,10 +6,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from bupo.report.figures.style import BLUE, GREY, ORANGE, panels, trim
-from bupo.reproduction.experiment import read_experiment
 from bupo.seeds import paired
 
-SCALE = "worlds"
 BASE = "GRPO"
 MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points: a run's end, and all of it
 PREDICTORS = {  # measures of a layer, and what they are
@@ -25,7 +23,7 @@ RESAMPLES = 2000
 
 def gains(tables, name: str, measure: str) -> pd.DataFrame:
     """By world and layer of an experiment the gain over GRPO, points of a measure paired by seed, with its interval."""
-    experiment = read_experiment(name, SCALE)
+    experiment = tables.experiment(name)
     found, rows = tables.found(experiment), []
     for (world, row), seeds in found.items():
         layer = next(c.options.get("internal_layer") for c in experiment.cells if (c.model, c.row) == (world, row))
@@ -43,7 +41,7 @@ def gains_figure(tables, name: str) -> Figure:
     worlds = list(dict.fromkeys(found["avg@k"]["world"]))
     columns = min(4, len(worlds))
     lines = -(-len(worlds) // columns)
-    figure, axes = panels(lines, columns, (3.2 * columns, 3 * lines))
+    figure, axes = panels(lines, columns, (3.2 * columns, 3 * lines), sharey=True)
     for axis in axes.flat[len(worlds) :]:
         axis.set_visible(False)
     for axis, world in zip(axes.flat, worlds, strict=False):

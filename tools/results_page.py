@@ -11,6 +11,7 @@ An experiment is one of the scale `worlds`; `compare@small` is that of another.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+from contrasts import contrasts_table
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
 from bupo.errors import UserError
-from bupo.reproduction.experiment import Cell, Experiment, names_at, read_experiment
+from bupo.reproduction.experiment import Cell, Experiment, Run, names_at, read_experiment
 from bupo.reproduction.jobs import Places, state_of
 from bupo.reproduction.outputs import Finished
 from bupo.reproduction.outputs.outcomes import compared, outcome
@@ -62,7 +64,7 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
     Args:
         root (`Path`): the folder of the runs.
         docs (`Path`): that of the tables.
-        revision (`str`): of the code that made the runs.
+        revision (`str`): of the code that made the runs which do not say it themselves.
         scale (`str`): of the runs.
     """
     places, rows, layers = Places(root), [], []
@@ -74,11 +76,22 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
                 layers.append(_layers(finished, cell))
             elif "train" in cell.runs:
                 last = cell.runs.get("eval", cell.runs["train"])
-                head = {"run": last.name, "digest": last.digest(), "revision": revision, "world": cell.model}
+                head = {
+                    "run": last.name,
+                    "digest": last.digest(),
+                    "revision": _revision(finished, cell.runs["train"]) or revision,
+                }
+                head |= {"world": cell.model}
                 rows.append(head | {"seed": cell.seed} | outcome(finished, cell))
     docs.mkdir(parents=True, exist_ok=True)
     _merge(docs / RUNS, pd.DataFrame(rows).round(4), KEYS)
     _merge(docs / LAYERS, pd.concat(layers) if layers else pd.DataFrame(), ["world", "measure", "layer"])
+
+
+def _revision(finished: Finished, run: Run) -> str | None:
+    """Of the checkout that a run was started in, if it was one."""
+    git = finished.read(run, "run.json", lambda path: json.loads(path.read_text())).get("git")
+    return git and git["revision"][:7]
 
 
 def _layers(finished: Finished, cell: Cell) -> pd.DataFrame:
@@ -107,6 +120,10 @@ class Tables:
         self.layers = pd.read_csv(docs / LAYERS)
         self.known = {(row["run"], row["digest"]): row for row in self.runs.to_dict("records")}
         self.outputs: dict[str, Output | None] = {}  # by experiment: the page says something of one in many places
+
+    def experiment(self, name: str) -> Experiment:
+        """By its name on the page."""
+        return read(name)
 
     def found(self, experiment: Experiment) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
         """Measures by world and row, then by seed: of the runs that are stored and are of today's options."""
@@ -202,6 +219,7 @@ DRAWN = {
 }
 SAYS = {
     "table": _table, "more": _more, "gain": _gain, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
+    "contrasts": lambda tables, row: contrasts_table(tables, row),
     "prediction": lambda tables, name: prediction(tables) if tables.output(name) else NOTHING_STORED,
 }  # fmt: skip
 
@@ -211,7 +229,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, called as their scale is")
     parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the docs' folder")
-    parser.add_argument("--revision", help="of the code that made the runs; by default the checkout's")
+    parser.add_argument(
+        "--revision", help="of the code that made the runs, where they do not say it; by default the checkout's"
+    )
     given = parser.parse_args()
     stored = given.docs / "results"
     if given.runs is not None:

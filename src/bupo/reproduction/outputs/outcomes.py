@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from bupo.report.figures.seeds import seeds_figure
 from bupo.reproduction.experiment import Cell, Experiment
@@ -43,6 +44,7 @@ EXPLAINED = (
     "is in tokens."
 )
 CURVE = "curve"
+APART = "curve apart"
 Key = tuple[str, str]  # model and row
 Found = Mapping[str, float]  # a run's measures
 
@@ -96,13 +98,19 @@ def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -
         f"{_called(experiment, main)}, in percent:", experiment, [replace(line, measure="") for line in lines[main]]
     )
     others = [line for name in names if name != main for line in lines[name]]
-    tables = [_with_p(table, lines[main]), pivot("What else the runs came to:", experiment, others)]
+    tables = [_with_p(table, lines[main], experiment), pivot("What else the runs came to:", experiment, others)]
     if against := experiment.draw.get("against"):
         apart = [line for line in others if line.row != against]
-        tables.append(pivot(f"Less {quoted(against)}, paired by seed:", experiment, apart, _difference))
+        caption = f"Less {quoted(against)}, paired by seed, not corrected for their number:"
+        tables.append(pivot(caption, experiment, apart, _difference))
     every = [line for name in names for line in lines[name]]
     raw = [line.raw(experiment.scale) for line in every]
-    return Output(raw, tables, tidy(every), _curves(found), [EXPLAINED])
+    shorter = [Shown(table.caption, [_without(row, "scale") for row in table.rows]) for table in tables]
+    return Output(raw, shorter, tidy(every), _curves(found, against), [EXPLAINED])
+
+
+def _without(row: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: text for name, text in row.items() if name not in names}
 
 
 def _called(experiment: Experiment, measure: str) -> str:
@@ -125,33 +133,71 @@ def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], meas
     )  # fmt: skip
 
 
-def _with_p(table: Shown, lines: list[Line]) -> Shown:
-    """Whether a difference is told apart by Holm's p values, in the stead of one by one; the paper has no numbers here."""
+def _with_p(table: Shown, lines: list[Line], experiment: Experiment) -> Shown:
+    """Whether a difference is told apart by Holm's p values, in the stead of one by one; the paper has no numbers here. Rows
+    that have not run, or not on all seeds, say so."""
     tested = [line for line in lines if line.apart is not None and line.apart.n > 1]
     adjusted = dict(zip(map(id, tested), holm([paired_p(line.others, line.values) for line in tested]), strict=True))
     rows = []
     for row, line in zip(table.rows, lines, strict=True):
-        kept = {name: text for name, text in row.items() if name not in ("paper", "direction")}
+        kept = {name.replace("ours", "mean"): text for name, text in _without(row, "paper", "direction").items()}
+        kept["seeds"] += _of(experiment, line)
         if "from zero" in kept:
             p = adjusted.get(id(line))
             kept["p (Holm)"] = NOTHING if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
             if p is not None:
                 kept["from zero"] = told_apart(line.apart) if p < 0.05 else "not told apart"
         rows.append(kept)
-    return Shown(table.caption, rows)
+    return Shown(table.caption, rows + _not_run(experiment, lines, rows[0]))
+
+
+def _of(experiment: Experiment, line: Line) -> str:
+    """How many seeds were meant, where they are not all there."""
+    meant = sum((cell.model, cell.row) == (line.model, line.row) for cell in experiment.cells)
+    return f" of {meant}" if line.ours.n < meant else ""
+
+
+def _not_run(experiment: Experiment, lines: list[Line], like: Mapping[str, str]) -> list[dict[str, str]]:
+    """Rows of the models that are there, of which no seed is stored."""
+    there = {(line.model, line.row) for line in lines}
+    cells = {(cell.model, cell.row): cell for cell in experiment.cells}
+    models = {model for model, _ in there}
+    return [
+        dict.fromkeys(like, NOTHING)
+        | {
+            "model": model if like["model"] else "",
+            "method": row,
+            "options": options_of(cell),
+            "measure": "",
+            "seeds": "not run",
+        }
+        for (model, row), cell in cells.items()
+        if model in models and (model, row) not in there
+    ]
 
 
 def _difference(line: Line) -> str:
     return text_of(line.apart, line.digits, "+")
 
 
-def _curves(found: Mapping[Key, Mapping[int, Found]]):
-    """Mean rewards of the tenths of the runs, lines over seeds with bands."""
+def _curves(found: Mapping[Key, Mapping[int, Found]], against: str | None) -> Figure:
+    """Mean rewards of the tenths of the runs, and what they are over those of the row that is compared with: lines over seeds,
+    with bands."""
     rows = [
-        {"model": model, "row": row, "seed": seed, "measure": CURVE, "x": int(name.split()[1]), "value": value}
+        {"model": model, "row": row, "seed": seed, "measure": measure, "x": int(name.split()[1]), "value": value - zero}
         for (model, row), seeds in found.items()
         for seed, each in seeds.items()
         for name, value in each.items()
         if name.startswith(CURVE)
+        for measure, zero in _zeros(found.get((model, str(against)), {}).get(seed), name)
     ]
-    return seeds_figure(pd.DataFrame(rows), {CURVE: "reward (%)"}, "tenth of the run")
+    table = pd.DataFrame(rows)
+    titles = {CURVE: "reward (%)", APART: f"reward, less {quoted(str(against))} (points)"}
+    return seeds_figure(
+        table, {name: title for name, title in titles.items() if name in set(table["measure"])}, "tenth of the run"
+    )
+
+
+def _zeros(base: Found | None, name: str) -> list[tuple[str, float]]:
+    """What a curve is drawn over: zero, and the same seed's curve of the row that is compared with, where there is one."""
+    return [(CURVE, 0.0)] + ([] if base is None else [(APART, base[name])])
