@@ -233,6 +233,8 @@ def test_a_method_less_grpo_in_every_base_model(tool):
     assert rows["b"][5:] == ["< 0.001", "told apart", "3"] and rows["c"][5:] == ["-", "1 seed", "1"]
     assert rows["a"][4] == "+10.0 [+10.0, +10.0]" and rows["e"][4] == "-"
     assert lines[-1][2].startswith("+0.0 [-1.2") and rows["e"][2].startswith("+2.5")
+    mean, highest = (module.over_worlds(tables, f"BuPO | {part}") for part in ("end", "highest"))
+    assert mean == f"{lines[-1][2]} (2 worlds, 3 seeds)" and highest == "+4.5"
 
 
 def test_runs_say_which_revision_made_them(docs, tool, tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from bupo.reproduction.outputs.outcomes import CURVE, TENTHS
 from bupo.reproduction.outputs.table import text_of
-from bupo.seeds import holm, over_seeds, paired_p
+from bupo.seeds import OverSeeds, holm, over_seeds, paired_p
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 BASE = "GRPO"
+PARTS = ("end", "area", "later")  # of a contrast
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,33 @@ def _differences(each: Contrast, tenths: bool) -> list[str]:
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
-    """Of the worlds that have all seeds, each of the same weight."""
-    most = max(len(each.end) for each in worlds)
-    whole = [each for each in worlds if len(each.end) == most]
-    parts = [[getattr(each, name) for each in whole] for name in ("end", "area", "later")]
-    means = [{seed: sum(one[seed] for one in part) / len(part) for seed in part[0]} for part in parts]
-    said = [text_of(over_seeds(list(mean.values())), 1, "+") for mean in means]
+    """A line of the table."""
+    whole = _whole(worlds)
+    said = [text_of(_over_worlds(whole, part), 1, "+") for part in PARTS]
+    most = len(whole[0].end)
     return [f"mean of the {len(whole)} worlds with {most} seeds", "", *said, "", "", str(most)]
+
+
+def _whole(worlds: list[Contrast]) -> list[Contrast]:
+    """Those that have all seeds."""
+    most = max(len(each.end) for each in worlds)
+    return [each for each in worlds if len(each.end) == most]
+
+
+def _over_worlds(worlds: list[Contrast], part: str) -> OverSeeds:
+    """The mean over worlds, each of the same weight, over seeds."""
+    apart = [getattr(each, part) for each in worlds]
+    return over_seeds([sum(one[seed] for one in apart) / len(apart) for seed in apart[0]])
+
+
+def over_worlds(tables, words: str) -> str:
+    """`{overall ROW | PART}`: the mean over the worlds that have all seeds, of `end`, `area` or `later`; `highest` is the
+    highest end of an interval of theirs."""
+    row, part = (word.strip() for word in words.split("|"))
+    whole = _whole(list(contrasts(tables, WORLDS, row).values()))
+    if part == "highest":
+        return f"{max(over_seeds(list(each.end.values())).high for each in whole):+.1f}"
+    return f"{text_of(_over_worlds(whole, part), 1, '+')} ({len(whole)} worlds, {len(whole[0].end)} seeds)"
 
 
 def _p(apart: dict[int, float]) -> float:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from contrasts import contrasts_table
+from contrasts import contrasts_table, over_worlds
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
@@ -219,7 +219,7 @@ DRAWN = {
 }
 SAYS = {
     "table": _table, "more": _more, "gain": _gain, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
-    "contrasts": lambda tables, row: contrasts_table(tables, row),
+    "contrasts": contrasts_table, "overall": over_worlds,
     "prediction": lambda tables, name: prediction(tables) if tables.output(name) else NOTHING_STORED,
 }  # fmt: skip
 

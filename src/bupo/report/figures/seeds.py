@@ -16,7 +16,7 @@ from bupo.seeds import over_seeds
 from bupo.text import plain_label
 
 METHODS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # the same in every figure
-LINES = (RED, "#7c3aed", "#0891b2", "#be185d", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
+LINES = (RED, "#7c3aed", "#0891b2", "#92400e", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
 BANDS = 4  # more lines than these have none: they would hide each other
 
 

@@ -1,4 +1,4 @@
-const colours = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d"];
+const colours = ["#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#92400e", "#65a30d"];
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 const plain = name => name.replace(/&/g, "&amp;").replace(/</g, "&lt;");  // Plotly reads some HTML: links, too
