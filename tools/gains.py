@@ -1,5 +1,7 @@
 """Gains of BuPO by world and layer, and whether something that `bupo analyze` measures before training predicts them."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -126,16 +128,20 @@ def prediction(tables) -> str:
 
 def prediction_figure(tables) -> Figure:
     """A column a predictor, a row a measure of the gain, a point a layer of a world."""
-    figure, axes = panels(len(MEASURES), len(PREDICTORS), (3 * len(PREDICTORS), 3 * len(MEASURES)))
-    for row, (measure, said) in zip(axes, MEASURES.items(), strict=True):
+    size = (2.3 * len(PREDICTORS), 2.3 * len(MEASURES))
+    figure, axes = panels(len(MEASURES), len(PREDICTORS), size, sharey="row", sharex="col")
+    for line, (measure, said) in enumerate(MEASURES.items()):
         table = predicted(tables, measure)
-        for axis, (name, label) in zip(row, PREDICTORS.items(), strict=True):
+        for axis, (name, label) in zip(axes[line], PREDICTORS.items(), strict=True):
             for place, world in enumerate(dict.fromkeys(table["world"])):
                 part = table[table["world"] == world]
                 axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
             axis.axhline(0, color=GREY, lw=0.8)
-            axis.set_xlabel(label, fontsize=8)
             trim(axis)
-        row[0].set_ylabel(f"{said}, points over GRPO", fontsize=8)
-    axes.flat[0].legend(fontsize=7)
+            if line == len(MEASURES) - 1:
+                axis.set_xlabel(fill(label, 24), fontsize=8)
+        axes[line, 0].set_ylabel(fill(f"{said}, points over GRPO", 24), fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False
+    )
     return figure
