@@ -141,7 +141,7 @@ def _with_p(table: Shown, lines: list[Line], experiment: Experiment) -> Shown:
     rows = []
     for row, line in zip(table.rows, lines, strict=True):
         kept = {name.replace("ours", "mean"): text for name, text in _without(row, "paper", "direction").items()}
-        kept["seeds"] += _of(experiment, line)
+        kept["seeds"] = _of_meant(experiment, line) or row["seeds"]
         if "from zero" in kept:
             p = adjusted.get(id(line))
             kept["p (Holm)"] = NOTHING if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
@@ -151,10 +151,10 @@ def _with_p(table: Shown, lines: list[Line], experiment: Experiment) -> Shown:
     return Shown(table.caption, rows + _not_run(experiment, lines, rows[0]))
 
 
-def _of(experiment: Experiment, line: Line) -> str:
-    """How many seeds were meant, where they are not all there."""
+def _of_meant(experiment: Experiment, line: Line) -> str:
+    """How many seeds there are of those that were meant, where some are missing."""
     meant = sum((cell.model, cell.row) == (line.model, line.row) for cell in experiment.cells)
-    return f" of {meant}" if line.ours.n < meant else ""
+    return f"{line.ours.n} of {meant}" if line.ours.n < meant else ""
 
 
 def _not_run(experiment: Experiment, lines: list[Line], like: Mapping[str, str]) -> list[dict[str, str]]:
