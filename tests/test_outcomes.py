@@ -217,7 +217,7 @@ def test_a_method_less_grpo_in_every_base_model(tool):
     grpo = {seed: run(50.0 + seed, 10) for seed in (1, 2, 3)}
     found = {
         "worlds": {
-            ("a", "GRPO"): grpo, ("a", "BuPO"): {seed: run(50.0 + seed + gain, 10) for seed, gain in ((1, 1), (2, 2), (3, 3))},
+            ("a", "GRPO"): grpo, ("a", "BuPO"): {seed: run(50.0 + seed + gain, 20) for seed, gain in ((1, 1), (2, 2), (3, 3))},
             ("b", "GRPO"): grpo, ("b", "BuPO"): {seed: run(50.0 + seed - 2, 10) for seed in (1, 2, 3)},
             ("c", "GRPO"): grpo, ("c", "BuPO"): {1: run(99.0, 10)},
             ("d", "GRPO"): grpo,
@@ -229,12 +229,20 @@ def test_a_method_less_grpo_in_every_base_model(tool):
     rows = {line[0]: line for line in lines[2:]}
     assert list(rows) == ["a", "b", "c", "e", "mean of the 2 worlds with 3 seeds"]
     p = 2 * stats.t.sf(2 * math.sqrt(3), 2)  # of a: differences 1, 2, 3; b's is 0, e's 0.54
-    assert rows["a"][2].startswith("+2.0 [-0.5") and rows["a"][5:] == [f"{2 * p:.2g}", "not told apart", "3"]
-    assert rows["b"][5:] == ["< 0.001", "told apart", "3"] and rows["c"][5:] == ["-", "1 seed", "1"]
-    assert rows["a"][4] == "+10.0 [+10.0, +10.0]" and rows["e"][4] == "-"
-    assert lines[-1][2].startswith("+0.0 [-1.2") and rows["e"][2].startswith("+2.5")
+    assert rows["a"][2].startswith("+2.00 [-0.48") and [*rows["a"][3:5], rows["a"][8]] == [
+        f"{2 * p:.2g}",
+        "not told apart",
+        "3",
+    ]
+    assert [*rows["b"][3:5], rows["b"][8]] == ["< 0.001", "told apart", "3"] and [*rows["c"][3:5], rows["c"][8]] == [
+        "-",
+        "1 seed",
+        "1",
+    ]
+    assert rows["a"][6:8] == ["+30.0 [+30.0, +30.0]", "+10.0 [+10.0, +10.0]"] and rows["e"][6:8] == ["-", "-"]
+    assert lines[-1][2].startswith("+0.00 [-1.24") and rows["e"][2].startswith("+2.50")
     mean, highest = (module.over_worlds(tables, f"BuPO | {part}") for part in ("end", "highest"))
-    assert mean == f"{lines[-1][2]} (2 worlds, 3 seeds)" and highest == "+4.5"
+    assert mean == lines[-1][2] and highest == "+4.5"
 
 
 def test_runs_say_which_revision_made_them(docs, tool, tmp_path):

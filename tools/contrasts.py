@@ -1,15 +1,16 @@
 """A method less GRPO in every base model: one difference each, p values over the base models, and the worlds' mean."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from bupo.reproduction.outputs.outcomes import CURVE, TENTHS
+from bupo.reproduction.outputs.outcomes import CURVE
 from bupo.reproduction.outputs.table import text_of
 from bupo.seeds import OverSeeds, holm, over_seeds, paired_p
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 BASE = "GRPO"
-PARTS = ("end", "area", "later")  # of a contrast
+PARTS = ("end", "area", "ahead", "own")  # of a contrast
+TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO meanwhile"
+DIGITS = {"end": 2}  # that are shown, if not one: ends differ by tenths of a point
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,16 @@ class Contrast:
     Attributes:
         base (`dict[int, float]`): GRPO's avg@k, in percent.
         end, area (`dict[int, float]`): differences of avg@k and of the area under the curve.
-        later (`dict[int, float]`): of the mean reward, the method's a tenth of the run later than GRPO's.
+        ahead (`dict[int, float]`): the method's mean reward in its second tenth less GRPO's in its first. Where the first phase
+            is a tenth of the run, both have trained the whole policy as long, and this is what the first phase has taught it.
+        own (`dict[int, float]`): GRPO's second tenth less its first: what a tenth teaches.
     """
 
     base: dict[int, float]
     end: dict[int, float]
     area: dict[int, float]
-    later: dict[int, float]
+    ahead: dict[int, float]
+    own: dict[int, float]
 
 
 def contrasts(tables, name: str, row: str) -> dict[str, Contrast]:
@@ -41,20 +45,14 @@ def contrasts(tables, name: str, row: str) -> dict[str, Contrast]:
 def _contrast(base: dict[int, dict[str, float]], mine: dict[int, dict[str, float]]) -> Contrast:
     both = [seed for seed in base if seed in mine]
 
-    def apart(of: Callable[[dict[str, float]], float], of_base=None) -> dict[int, float]:
-        return {seed: of(mine[seed]) - (of_base or of)(base[seed]) for seed in both}
+    def apart(name: str, of_base: str, first: dict[int, dict[str, float]] = mine) -> dict[int, float]:
+        return {seed: first[seed][name] - base[seed][of_base] for seed in both}
 
+    first, second = (f"{CURVE} {tenth}" for tenth in (1, 2))
+    ends = {seed: base[seed]["avg@k"] for seed in both}
     return Contrast(
-        {seed: base[seed]["avg@k"] for seed in both},
-        apart(lambda run: run["avg@k"]),
-        apart(lambda run: run["area"]),
-        apart(lambda run: _mean_of(run, 2, TENTHS), lambda run: _mean_of(run, 1, TENTHS - 1)),
+        ends, apart("avg@k", "avg@k"), apart("area", "area"), apart(second, first), apart(second, first, base)
     )
-
-
-def _mean_of(run: dict[str, float], first: int, last: int) -> float:
-    """The mean reward of the tenths from first to last."""
-    return sum(run[f"{CURVE} {tenth}"] for tenth in range(first, last + 1)) / (last + 1 - first)
 
 
 def contrasts_table(tables, row: str) -> str:
@@ -65,43 +63,38 @@ def contrasts_table(tables, row: str) -> str:
         return "No run of it is stored yet."
     several = [model for model, each in every.items() if len(each.end) > 1]
     ps = dict(zip(several, holm([_p(every[model].end) for model in several]), strict=True))
-    lines = [
-        [
-            model,
-            text_of(over_seeds(list(each.base.values()))),
-            *_differences(each, model in worlds),
-            *_said(ps.get(model)),
-            str(len(each.end)),
-        ]
-        for model, each in every.items()
-    ]
+    lines = []
+    for model, each in every.items():
+        end, *others = _differences(each, model in worlds)
+        base = text_of(over_seeds(list(each.base.values())))
+        lines.append([model, base, end, *_said(ps.get(model)), *others, str(len(each.end))])
     if len(worlds) > 1:
         lines.append(_mean(list(worlds.values())))
-    head = [
-        "base model",
+    names = [
         f"{BASE}, avg@k [95 %]",
         f"{row} less {BASE} [95 %]",
-        "area",
-        "a tenth later",
         "p (Holm)",
         "from zero",
-        "seeds",
+        "area less GRPO's",
+        TAUGHT,
+        MEANWHILE,
     ]
+    head = ["base model", *names, "seeds"]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def _differences(each: Contrast, tenths: bool) -> list[str]:
     """A tenth is the first phase in the worlds alone."""
-    later = text_of(over_seeds(list(each.later.values())), 1, "+") if tenths else "-"
-    return [*(text_of(over_seeds(list(part.values())), 1, "+") for part in (each.end, each.area)), later]
+    said = [text_of(over_seeds(list(getattr(each, part).values())), DIGITS.get(part, 1), "+") for part in PARTS]
+    return said if tenths else [*said[:2], "-", "-"]
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
     """A line of the table."""
     whole = _whole(worlds)
-    said = [text_of(_over_worlds(whole, part), 1, "+") for part in PARTS]
+    said = [text_of(_over_worlds(whole, part), DIGITS.get(part, 1), "+") for part in PARTS]
     most = len(whole[0].end)
-    return [f"mean of the {len(whole)} worlds with {most} seeds", "", *said, "", "", str(most)]
+    return [f"mean of the {len(whole)} worlds with {most} seeds", "", said[0], "", "", *said[1:], str(most)]
 
 
 def _whole(worlds: list[Contrast]) -> list[Contrast]:
@@ -117,13 +110,13 @@ def _over_worlds(worlds: list[Contrast], part: str) -> OverSeeds:
 
 
 def over_worlds(tables, words: str) -> str:
-    """`{overall ROW | PART}`: the mean over the worlds that have all seeds, of `end`, `area` or `later`; `highest` is the
-    highest end of an interval of theirs."""
+    """`{overall ROW | PART}`: the mean over the worlds that have all seeds, of `end`, `area`, `ahead` or `own`;
+    `highest` is the highest end of an interval of one of theirs, of `end`."""
     row, part = (word.strip() for word in words.split("|"))
     whole = _whole(list(contrasts(tables, WORLDS, row).values()))
     if part == "highest":
         return f"{max(over_seeds(list(each.end.values())).high for each in whole):+.1f}"
-    return f"{text_of(_over_worlds(whole, part), 1, '+')} ({len(whole)} worlds, {len(whole[0].end)} seeds)"
+    return text_of(_over_worlds(whole, part), DIGITS.get(part, 1), "+")
 
 
 def _p(apart: dict[int, float]) -> float:
