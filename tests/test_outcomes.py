@@ -178,11 +178,13 @@ def docs(tmp_path, tool):
 def test_the_page_says_what_the_stored_runs_say(docs, tool):
     tables = tool["Tables"](docs)
     text = "{gain compare embedded | BuPO}; {seeds compare}; {revisions of runs}\n\n{table compare}\n\n{figure compare}"
-    text += "\n\n{more compare}\n\n{gain compare embedded | frozen up to l | less BuPO}; {table compare@small}"
+    text += "\n\n{more compare}\n\n{gain compare embedded | frozen up to l | less BuPO}; {mean compare embedded | GRPO}; {table compare@small}"
     page = tool["filled"](text, tables)
     gains = [2 + 11 % 3, 2 + 12 % 3]
     assert page.startswith(f"+{sum(gains) / 2:.1f} [") and "2 seeds); 11, 12; `abc`" in page
-    assert f"{-sum(gains) / 2:.1f} [" in page and page.endswith("2 seeds); No run of it is stored yet.")
+    assert f"{-sum(gains) / 2:.1f} [" in page and re.search(
+        r"2 seeds\); 51\.\d \[.*\]; No run of it is stored yet\.$", page
+    )
     assert re.search(r"<details markdown=.1.>\n<summary>.*\n\nWhat else .*\n\n\|(.*\n)+\n</details>", page)
     assert "| BuPO |" in page and "| frozen up to l |" in page and "(results/compare.png)" in page
     assert (docs / "compare.png").stat().st_size < 60_000

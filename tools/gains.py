@@ -37,9 +37,14 @@ def gains(tables, name: str, measure: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
 
 
+def _by_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The worlds of which three layers or more were trained: of fewer there is nothing to say by layer."""
+    return table[table.groupby("world")["layer"].transform("size") > 2]
+
+
 def gains_figure(tables, name: str) -> Figure:
     """A panel a world: the gain by layer, with its interval, of both measures."""
-    found = {measure: gains(tables, name, measure) for measure in MEASURES}
+    found = {measure: _by_layers(gains(tables, name, measure)) for measure in MEASURES}
     worlds = list(dict.fromkeys(found["avg@k"]["world"]))
     columns = min(4, len(worlds))
     lines = -(-len(worlds) // columns)
@@ -63,12 +68,12 @@ def gains_figure(tables, name: str) -> Figure:
 
 def few(tables) -> bool:
     """Whether fewer than three worlds have three layers that were trained."""
-    return (gains(tables, "depth", "avg@k")["world"].value_counts() > 2).sum() < 3
+    return _by_layers(gains(tables, "depth", "avg@k"))["world"].nunique() < 3
 
 
 def predicted(tables, measure: str) -> pd.DataFrame:
     """By world and layer: the gain, and what the analysis said of the layer before training."""
-    table = gains(tables, "depth", measure)
+    table = _by_layers(gains(tables, "depth", measure))
     wide = tables.layers.pivot_table(index=["world", "layer"], columns="measure", values="mean").reset_index()
     joined = table.merge(wide, on=["world", "layer"])
     last = wide.groupby("world")["layer"].max()

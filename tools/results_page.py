@@ -30,7 +30,7 @@ from bupo.reproduction.jobs import Places, state_of
 from bupo.reproduction.outputs import Finished
 from bupo.reproduction.outputs.outcomes import compared, outcome
 from bupo.reproduction.outputs.table import Output, text_of
-from bupo.seeds import paired
+from bupo.seeds import over_seeds, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
@@ -186,6 +186,13 @@ def _gain(tables: Tables, words: str) -> str:
     return f"{text_of(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
 
 
+def _mean(tables: Tables, words: str) -> str:
+    """`{mean NAME WORLD | ROW}`: a row's avg@k, in percent."""
+    where, row = (part.strip() for part in words.split("|"))
+    name, world = where.split()
+    return text_of(over_seeds([each["avg@k"] for each in tables.found(read(name))[world, row].values()]))
+
+
 def _seeds(tables: Tables, name: str) -> str:
     """`{seeds NAME}`: the seeds of an experiment's stored runs."""
     seeds = sorted({seed for row in tables.found(read(name)).values() for seed in row})
@@ -218,7 +225,7 @@ DRAWN = {
     "prediction": ("What the analysis says before training, and the gain", prediction_figure),
 }
 SAYS = {
-    "table": _table, "more": _more, "gain": _gain, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
+    "table": _table, "more": _more, "gain": _gain, "mean": _mean, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
     "contrasts": contrasts_table, "overall": over_worlds,
     "prediction": lambda tables, name: prediction(tables) if tables.output(name) else NOTHING_STORED,
 }  # fmt: skip
