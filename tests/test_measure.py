@@ -106,7 +106,8 @@ def test_fp32_and_large_logits(monkeypatch, tile, size, pairs):
     with torch.no_grad():
         model.lm_head.weight *= size
     for rollout, found in zip(ROLLOUTS, measure(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
-        compare(found, naive(model.double(), *rollout), rtol=2e-4, atol=1e-5 * size)
+        # 1e-6 a token in fp32, and some of what is compared sums an answer's tokens: processors differ
+        compare(found, naive(model.double(), *rollout), rtol=2e-4, atol=3e-5 * size)
         model.float()
 
 
