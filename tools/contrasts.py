@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from gains import BASE
+
 from bupo.reproduction.outputs.outcomes import CURVE
-from bupo.reproduction.outputs.table import text_of
+from bupo.reproduction.outputs.table import APART, NOT_APART, NOTHING, p_text, text_of
 from bupo.seeds import OverSeeds, holm, over_seeds, paired_p
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
-BASE = "GRPO"
+NOTHING_STORED = "No run of it is stored yet."
 PARTS = ("end", "area", "ahead", "own")  # of a contrast
 TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO meanwhile"
 DIGITS = {"end": 2}  # that are shown, if not one: ends differ by tenths of a point
@@ -60,7 +62,7 @@ def contrasts_table(tables, row: str) -> str:
     worlds, pretrained = contrasts(tables, WORLDS, row), contrasts(tables, PRETRAINED, row)
     every = worlds | pretrained
     if not every:
-        return "No run of it is stored yet."
+        return NOTHING_STORED
     several = [model for model, each in every.items() if len(each.end) > 1]
     ps = dict(zip(several, holm([_p(every[model].end) for model in several]), strict=True))
     lines = []
@@ -86,7 +88,7 @@ def contrasts_table(tables, row: str) -> str:
 def _differences(each: Contrast, tenths: bool) -> list[str]:
     """A tenth is the first phase in the worlds alone."""
     said = [text_of(over_seeds(list(getattr(each, part).values())), DIGITS.get(part, 1), "+") for part in PARTS]
-    return said if tenths else [*said[:2], "-", "-"]
+    return said if tenths else [*said[:2], NOTHING, NOTHING]
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
@@ -126,5 +128,5 @@ def _p(apart: dict[int, float]) -> float:
 def _said(p: float | None) -> list[str]:
     """p, and what it says."""
     if p is None:
-        return ["-", "1 seed"]
-    return [f"{p:.2g}" if p >= 0.001 else "< 0.001", "told apart" if p < 0.05 else "not told apart"]
+        return [NOTHING, "1 seed"]
+    return [p_text(p), APART if p < 0.05 else NOT_APART]

@@ -81,18 +81,13 @@ def predicted(tables, measure: str) -> pd.DataFrame:
 
 
 def _by_world(table: pd.DataFrame, name: str) -> dict[str, float]:
-    """Rank correlation with the gain in each world that has three layers."""
-    parts = {world: part for world, part in table.groupby("world") if len(part) > 2}
-    return {world: stats.spearmanr(part[name], part["gain"]).statistic for world, part in parts.items()}
+    """Rank correlation with the gain in each world."""
+    return {world: stats.spearmanr(part[name], part["gain"]).statistic for world, part in table.groupby("world")}
 
 
 def _within(table: pd.DataFrame, name: str) -> float:
     """Rank correlation with the gain: the mean over worlds of those within a world. A world's own level is not a layer's."""
-    return _mean(list(_by_world(table, name).values()))
-
-
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
+    return float(np.mean(list(_by_world(table, name).values())))
 
 
 def correlations(table: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +99,7 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     draws, rows = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)], []
     for name in PREDICTORS:
         own = _by_world(table, name)
-        drawn = [_mean([own[world] for world in draw if world in own]) for draw in draws]
+        drawn = [np.mean([own[world] for world in draw]) for draw in draws]
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         pooled = stats.spearmanr(table[name], table["gain"]).statistic
         rows.append((name, pooled, _within(table, name), low, high))

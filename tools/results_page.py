@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from contrasts import contrasts_table, over_worlds
+from contrasts import NOTHING_STORED, contrasts_table, over_worlds
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
 # By scale, the model that is given to `bupo reproduce`.
 MODELS = {"worlds": None, "small": "models/smollm2-135m.gguf"}
-NOTHING_STORED = "No run of it is stored yet."
 KEYS = ["run", "digest"]
 FOLDED = "pass@K, area under the curve, reward, entropy and length"
 
@@ -80,8 +79,8 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
                     "run": last.name,
                     "digest": last.digest(),
                     "revision": _revision(finished, cell.runs["train"]) or revision,
+                    "world": cell.model,
                 }
-                head |= {"world": cell.model}
                 rows.append(head | {"seed": cell.seed} | outcome(finished, cell))
     docs.mkdir(parents=True, exist_ok=True)
     _merge(docs / RUNS, pd.DataFrame(rows).round(4), KEYS)

@@ -14,11 +14,13 @@ from bupo.report.figures.seeds import seeds_figure
 from bupo.reproduction.experiment import Cell, Experiment
 from bupo.reproduction.outputs.finished import Finished
 from bupo.reproduction.outputs.table import (
+    NOT_APART,
     NOTHING,
     Line,
     Output,
     Shown,
     options_of,
+    p_text,
     pivot,
     quoted,
     shown,
@@ -44,7 +46,7 @@ EXPLAINED = (
     "is in tokens."
 )
 CURVE = "curve"
-APART = "curve apart"
+CURVE_APART = "curve apart"
 Key = tuple[str, str]  # model and row
 Found = Mapping[str, float]  # a run's measures
 
@@ -144,9 +146,9 @@ def _with_p(table: Shown, lines: list[Line], experiment: Experiment) -> Shown:
         kept["seeds"] = _of_meant(experiment, line) or row["seeds"]
         if "from zero" in kept:
             p = adjusted.get(id(line))
-            kept["p (Holm)"] = NOTHING if p is None else f"{p:.2g}" if p >= 0.001 else "< 0.001"
+            kept["p (Holm)"] = NOTHING if p is None else p_text(p)
             if p is not None:
-                kept["from zero"] = told_apart(line.apart) if p < 0.05 else "not told apart"
+                kept["from zero"] = told_apart(line.apart) if p < 0.05 else NOT_APART
         rows.append(kept)
     return Shown(table.caption, rows + _not_run(experiment, lines, rows[0]))
 
@@ -192,7 +194,7 @@ def _curves(found: Mapping[Key, Mapping[int, Found]], against: str | None) -> Fi
         for measure, zero in _zeros(found.get((model, str(against)), {}).get(seed), name)
     ]
     table = pd.DataFrame(rows)
-    titles = {CURVE: "reward (%)", APART: f"reward, less {quoted(str(against))} (points)"}
+    titles = {CURVE: "reward (%)", CURVE_APART: f"reward, less {quoted(str(against))} (points)"}
     return seeds_figure(
         table, {name: title for name, title in titles.items() if name in set(table["measure"])}, "tenth of the run"
     )
@@ -200,4 +202,4 @@ def _curves(found: Mapping[Key, Mapping[int, Found]], against: str | None) -> Fi
 
 def _zeros(base: Found | None, name: str) -> list[tuple[str, float]]:
     """What a curve is drawn over: zero, and the same seed's curve of the row that is compared with, where there is one."""
-    return [(CURVE, 0.0)] + ([] if base is None else [(APART, base[name])])
+    return [(CURVE, 0.0)] + ([] if base is None else [(CURVE_APART, base[name])])

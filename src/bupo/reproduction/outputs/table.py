@@ -177,6 +177,11 @@ def quoted(name: str) -> str:
     return f"“{name}”" if " " in name else name
 
 
+def p_text(p: float) -> str:
+    """A p value for people."""
+    return f"{p:.2g}" if p >= 0.001 else "< 0.001"
+
+
 def told_apart(found: OverSeeds | None) -> str:
     """Whether a difference's interval leaves out zero."""
     if found is None:
