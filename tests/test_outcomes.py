@@ -203,6 +203,22 @@ def test_stored_runs_stay_and_others_are_added(docs, tool, tmp_path):
     assert set(after[after["seed"] == 13]["revision"]) == {"def"}
 
 
+def test_what_is_compared_began_from_the_same_weights(docs, tool, tmp_path):
+    """Seeds 11 and 12 of one base model; then of another, made again, GRPO of seed 12 and both methods of seed 13."""
+    write_stored(tmp_path, (12, 13), gain=9.0)
+    for path in (tmp_path / "runs").glob("train*seed-1[23]/run.json"):
+        path.write_text(json.dumps({"git": None, "weights": "0123456789abcdef"}))
+    tool["gather"](tmp_path, docs, "abc")
+    stored = pd.read_csv(docs / "runs.csv", dtype=str)
+    assert set(stored[stored["seed"] == "13"]["base"]) == {"01234567"} and len(stored) == 4 * 3
+    other = stored[(stored["seed"] == "12") & (stored["base"] == "01234567")]
+    keep = stored.drop(other.index[~other["run"].str.contains("grpo")])
+    keep.to_csv(docs / "runs.csv", index=False)
+    found = tool["Tables"](docs).found(read_experiment("compare", "worlds"))
+    gains = {s: found["embedded", "BuPO"][s]["avg@k"] - each["avg@k"] for s, each in found["embedded", "GRPO"].items()}
+    assert gains == pytest.approx({11: 2 + 11 % 3, 12: 2 + 12 % 3, 13: 9 + 13 % 3})
+
+
 def test_runs_of_other_options_are_not_shown(docs, tool):
     table = pd.read_csv(docs / "runs.csv")
     table.assign(digest="another").to_csv(docs / "runs.csv", index=False)
@@ -255,6 +271,20 @@ def test_runs_say_which_revision_made_them(docs, tool, tmp_path):
     tool["gather"](tmp_path, docs, "def")
     after = pd.read_csv(docs / "runs.csv", dtype=str)
     assert set(after[after["seed"] == "13"]["revision"]) == {"0123456"} and "def" not in set(after["revision"])
+
+
+def test_gains_of_layers_are_of_the_same_seeds(tool):
+    """Seed 3 is luck that one layer alone had: it must not tell that layer from the other."""
+    levels = {
+        ("a", "GRPO"): {1: 50, 2: 51, 3: 40}, ("a", "one"): {1: 51, 2: 52, 3: 60}, ("a", "two"): {1: 51, 2: 52},
+        ("b", "one"): {1: 50}, ("c", "GRPO"): {1: 50}, ("c", "two"): {2: 50},
+    }  # fmt: skip
+    found = {key: {seed: {"avg@k": x} for seed, x in each.items()} for key, each in levels.items()}
+    layers = {"GRPO": {}, "one": {"internal_layer": 1}, "two": {"internal_layer": 2}}
+    cells = [SimpleNamespace(model=model, row=row, options=layers[row]) for model, row in found]
+    tables = SimpleNamespace(experiment=lambda name: SimpleNamespace(cells=cells), found=lambda experiment: found)
+    table = sys.modules["gains"].gains(tables, "depth", "avg@k")
+    assert table[["world", "layer", "gain", "seeds"]].values.tolist() == [["a", 1, 1.0, 2], ["a", 2, 1.0, 2]]
 
 
 def test_a_rank_correlation_within_worlds(tool):

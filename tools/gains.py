@@ -24,15 +24,16 @@ RESAMPLES = 2000
 
 
 def gains(tables, name: str, measure: str) -> pd.DataFrame:
-    """By world and layer of an experiment the gain over GRPO, points of a measure paired by seed, with its interval."""
+    """By world and layer of an experiment the gain over GRPO, points of a measure paired by seed, with its interval: over the
+    seeds that all layers of the world have, for a seed's own luck must not tell layers apart."""
     experiment = tables.experiment(name)
     found, rows = tables.found(experiment), []
     for (world, row), seeds in found.items():
         layer = next(c.options.get("internal_layer") for c in experiment.cells if (c.model, c.row) == (world, row))
-        base = found.get((world, BASE), {})
-        if layer is None or not base.keys() & seeds.keys():
+        shared = set.intersection(*(set(each) for (other, _), each in found.items() if other == world))
+        if layer is None or (world, BASE) not in found or not shared:
             continue
-        apart = paired(*({seed: each[measure] for seed, each in part.items()} for part in (base, seeds)))
+        apart = paired(*({seed: part[seed][measure] for seed in shared} for part in (found[world, BASE], seeds)))
         rows.append((world, int(layer), apart.mean, apart.low, apart.high, apart.n))
     return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
 

@@ -8,8 +8,9 @@
 | `deep16` | 16 layers, 96 wide |
 | `deep32` | 32 layers, 64 wide |
 
-The first three go on from the embedded model, the others start anew. Each has some 1.2 M parameters (5 MB); seeds are fixed. On
-one CPU core a world takes five to twenty minutes:
+The first three go on from the embedded model, the others start anew. Each has some 1.2 M parameters (5 MB); seeds are fixed,
+and so is the number of threads: another one makes another model, and another kind of processor may. On one CPU core a world
+takes one to forty minutes:
 
     python tools/make_worlds.py runs/worlds                     # all that are missing
     python tools/make_worlds.py runs/worlds --only supervised
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 from make_embedded_model import make_model, make_tokenizer, save, train
 from transformers import Qwen3ForCausalLM
+
+from bupo.model.loading import fingerprint
 
 EMBEDDED = Path(__file__).parents[1] / "src/bupo/embedded/model"
 
@@ -51,6 +54,7 @@ WORLDS = {
 
 def make(world: World, folder: Path, minutes: float) -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     if world.layers == 8:
         model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
@@ -64,6 +68,7 @@ def make(world: World, folder: Path, minutes: float) -> None:
     stage = {"steps": world.mixed_steps, "peak_rate": 5e-4, "worked_share": world.worked_share, "seed": 2}
     train(model, tokenizer, name="mixed", **stage, **same)
     save(model, tokenizer, folder, world.numbers)
+    print(f"{folder.name}: weights {fingerprint(model)}", flush=True)
 
 
 def main():

@@ -5,9 +5,10 @@
     python tools/results_page.py                          # writes the page from the tables
     python tools/results_page.py --check                  # says what is stale, exit status 1
 
-The tables stand in docs/results: `runs.csv`, a row a training, and `layers.csv`, a row a world, measure and layer. The page is
-`page.md` there, in which `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}` and the like stand for what the tables say.
-An experiment is one of the scale `worlds`; `compare@small` is that of another.
+The tables stand in docs/results: `runs.csv`, a row a training, and `layers.csv`, a row a world, measure and layer. A world that
+is made again may be another model: `base` tells the weights that a training began from, and what is compared is of one. The
+page is `page.md` there, in which `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}` and the like stand for what the
+tables say. An experiment is one of the scale `worlds`; `compare@small` is that of another.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from contrasts import NOTHING_STORED, contrasts_table, over_worlds
@@ -25,7 +28,7 @@ from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
 from bupo.errors import UserError
-from bupo.reproduction.experiment import Cell, Experiment, Run, names_at, read_experiment
+from bupo.reproduction.experiment import Cell, Experiment, names_at, read_experiment
 from bupo.reproduction.jobs import Places, state_of
 from bupo.reproduction.outputs import Finished
 from bupo.reproduction.outputs.outcomes import compared, outcome
@@ -36,7 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
 # By scale, the model that is given to `bupo reproduce`.
 MODELS = {"worlds": None, "small": "models/smollm2-135m.gguf"}
-KEYS = ["run", "digest"]
+KEYS = ["run", "digest", "base"]
+UNKNOWN = "first"  # weights of a run that does not say them
 FOLDED = "pass@K, area under the curve, reward, entropy and length"
 
 
@@ -75,10 +79,12 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
                 layers.append(_layers(finished, cell))
             elif "train" in cell.runs:
                 last = cell.runs.get("eval", cell.runs["train"])
+                began = finished.read(cell.runs["train"], "run.json", lambda path: json.loads(path.read_text()))
                 head = {
                     "run": last.name,
                     "digest": last.digest(),
-                    "revision": _revision(finished, cell.runs["train"]) or revision,
+                    "base": began.get("weights", UNKNOWN)[:8],
+                    "revision": _revision(began) or revision,
                     "world": cell.model,
                 }
                 rows.append(head | {"seed": cell.seed} | outcome(finished, cell))
@@ -87,9 +93,9 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
     _merge(docs / LAYERS, pd.concat(layers) if layers else pd.DataFrame(), ["world", "measure", "layer"])
 
 
-def _revision(finished: Finished, run: Run) -> str | None:
+def _revision(began: dict[str, Any]) -> str | None:
     """Of the checkout that a run was started in, if it was one."""
-    git = finished.read(run, "run.json", lambda path: json.loads(path.read_text())).get("git")
+    git = began.get("git")
     return git and git["revision"][:7]
 
 
@@ -117,7 +123,9 @@ class Tables:
         self.docs = docs
         self.runs = pd.read_csv(docs / RUNS)
         self.layers = pd.read_csv(docs / LAYERS)
-        self.known = {(row["run"], row["digest"]): row for row in self.runs.to_dict("records")}
+        self.known: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.runs.to_dict("records"):
+            self.known.setdefault((row["run"], row["digest"]), []).append(row)
         self.outputs: dict[str, Output | None] = {}  # by experiment: the page says something of one in many places
 
     def experiment(self, name: str) -> Experiment:
@@ -125,15 +133,22 @@ class Tables:
         return read(name)
 
     def found(self, experiment: Experiment) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-        """Measures by world and row, then by seed: of the runs that are stored and are of today's options."""
+        """Measures by world and row, then by seed: of the runs that are stored and are of today's options. Those of one world
+        and seed are of one base model, that which most of the experiment's rows have: no difference is between two."""
+        rows = [(cell, row) for cell in experiment.cells for row in self._stored(cell)]
+        bases = Counter((cell.model, cell.seed, row["base"]) for cell, row in rows).most_common()
+        most = {(world, seed): base for (world, seed, base), _ in reversed(bases)}
         found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-        for cell in experiment.cells:
-            last = cell.runs.get("eval", cell.runs["train"])
-            row = self.known.get((last.name, last.digest()))
-            if row is not None:
+        for cell, row in rows:
+            if row["base"] == most[cell.model, cell.seed]:
                 measures = {k: v for k, v in row.items() if k not in (*KEYS, "revision", "world", "seed") and v == v}
                 found.setdefault((cell.model, cell.row), {})[cell.seed] = measures
         return found
+
+    def _stored(self, cell: Cell) -> list[dict[str, Any]]:
+        """A run of each base model."""
+        last = cell.runs.get("eval", cell.runs["train"])
+        return self.known.get((last.name, last.digest()), [])
 
     def output(self, name: str) -> Output | None:
         """None where no run is stored."""

@@ -37,7 +37,7 @@ def note_run(
     command: str,
     given: dict[str, Any],
     objects: Sequence[str] = (),
-    problems: dict[str, Any] | None = None,
+    trained: dict[str, Any] | None = None,
 ) -> None:
     """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
 
@@ -49,7 +49,7 @@ def note_run(
         command (`str`): such as `analyze`.
         given (`dict`): the options that were given, and the environment variables of a file, `env`.
         objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
-        problems (`dict`, *optional*): how many a run has, and their checksum.
+        trained (`dict`, *optional*): the problems, how many and their checksum, and the weights that a training begins from.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def note_run(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "git": git_state(),
-        **({"problems": problems} if problems else {}),
+        **(trained or {}),
         "earlier": _earlier(folder / RUN_FILE),
     }
     write_json(folder / RUN_FILE, run)

@@ -22,7 +22,7 @@ from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
 from bupo.files import check_folder
 from bupo.lock import sole_writer
-from bupo.model.loading import load_model
+from bupo.model.loading import fingerprint, load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
@@ -87,11 +87,11 @@ class NotedRun(TrainerCallback):
 
     def __init__(self, command: str, given: dict[str, Any], objects: Sequence[str] = ()):
         self.noted = (command, given, objects)
-        self.problems: dict[str, Any] | None = None  # what is told of them, once they are loaded
+        self.trained: dict[str, Any] = {}  # what is told of problems and weights, once they are loaded
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            note_run(args.output_dir, *self.noted, problems=self.problems)
+            note_run(args.output_dir, *self.noted, self.trained)
 
 
 def train(
@@ -130,8 +130,8 @@ def train(
         tokenizer = check_model(model, tokenizer, config, loading)
         say(said_of_template(tokenizer, options.chat_template))
         sets = within(problems_of(options, config, problems, eval_problems, rewards), options, config, tokenizer, say)
-        note.problems = sets.noted(options)
         loaded = _loaded(model, tokenizer, sets, config, loading)
+        note.trained = {"problems": sets.noted(options), "weights": fingerprint(loaded)}
         trainer = _trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
         return _finished(trainer, done, say) if done else _trained(trainer, checkpoint, title, say)
 
