@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,13 +265,15 @@ def test_a_method_less_grpo_in_every_base_model(tool):
 
 
 def test_runs_say_which_revision_made_them(docs, tool, tmp_path):
-    """Where they were started in a checkout; else the one that is given."""
-    write_stored(tmp_path, (13,))
-    for path in (tmp_path / "runs").glob("train*seed-13/run.json"):
-        path.write_text(json.dumps({"git": {"revision": "0123456789abc", "dirty": False}}))
+    """Where they were started in a checkout of this project; else the one that is given."""
+    write_stored(tmp_path, (13, 14))
+    here = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+    for seed, revision in ((13, here), (14, "0123456789abcdef0123456789abcdef01234567")):  # the other: somebody's own
+        for path in (tmp_path / "runs").glob(f"train*seed-{seed}/run.json"):
+            path.write_text(json.dumps({"git": {"revision": revision, "dirty": False}}))
     tool["gather"](tmp_path, docs, "def")
-    after = pd.read_csv(docs / "runs.csv", dtype=str)
-    assert set(after[after["seed"] == "13"]["revision"]) == {"0123456"} and "def" not in set(after["revision"])
+    after = pd.read_csv(docs / "runs.csv", dtype=str).set_index("seed")["revision"]
+    assert set(after["13"]) == {here[:7]} and set(after["14"]) == {"def"}
 
 
 def test_gains_of_layers_are_of_the_same_seeds(tool):

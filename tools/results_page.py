@@ -94,9 +94,12 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
 
 
 def _revision(began: dict[str, Any]) -> str | None:
-    """Of the checkout that a run was started in, if it was one."""
-    git = began.get("git")
-    return git and git["revision"][:7]
+    """Of the checkout that a run was started in, if it was one of this project."""
+    if not began.get("git"):
+        return None
+    words = ["git", "-C", str(ROOT), "cat-file", "-e", began["git"]["revision"]]
+    here = subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 0
+    return began["git"]["revision"][:7] if here else None
 
 
 def _layers(finished: Finished, cell: Cell) -> pd.DataFrame:
