@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("bupo", deadline=None)  # an example's time is the machine's
+settings.load_profile("bupo")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first test file imports huggingface_hub, which reads it once
 SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # a folder that keeps them, to be looked at
 

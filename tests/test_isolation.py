@@ -92,16 +92,16 @@ def test_a_child_has_no_secret_no_files_and_little_time(monkeypatch, alone):
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "longest", "said"),
     [
-        ("import sys; sys.exit(3)", "it ended with status 3"),
-        ("print('no reply', flush=True); import time; time.sleep(60)", "no word in 1 s"),
-        ("print('[1]', flush=True); import time; time.sleep(60)", "no word in 1 s"),
+        ("import sys; sys.exit(3)", 60, "it ended with status 3"),
+        ("print('no reply', flush=True); import time; time.sleep(60)", 1, "no word in 1 s"),
+        ("print('[1]', flush=True); import time; time.sleep(60)", 1, "no word in 1 s"),
     ],
 )
-def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone, program, said):
+def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone, program, longest, said):
     (tmp_path / "child.py").write_text(program)
-    monkeypatch.setattr(grader_module, "_START_SECONDS", 1)
+    monkeypatch.setattr(grader_module, "_START_SECONDS", longest)
     monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, str(tmp_path / "child.py")])
     with pytest.raises(UserError, match=f"the grading process cannot start: {said}"):
         alone.grade(*HALF)

@@ -126,7 +126,7 @@ def test_blocks_and_order_change_nothing(monkeypatch):
     for whole, *others in zip(together, backwards, split, strict=True):
         for other in others:
             compare(
-                other, (whole.values, whole.similarity, whole.kl, whole.log_probs, whole.entropy), rtol=1e-5, atol=1e-5
+                other, (whole.values, whole.similarity, whole.kl, whole.log_probs, whole.entropy), rtol=1e-4, atol=3e-5
             )
 
 

@@ -15,8 +15,8 @@ def test_it_runs(path):
     spec = importlib.util.spec_from_file_location("notebooks", ROOT / "tools" / "notebooks.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    notebook, seconds = tool.executed(path)
-    assert seconds < tool.LONGEST
+    notebook, seconds = tool.executed(path, 5 * tool.LONGEST)  # beside other tests, on whatever machine
+    assert seconds < 5 * tool.LONGEST
     kept = tool.nbformat.read(path, as_version=4)
     for cell, before in zip(notebook.cells, kept.cells, strict=True):
         if cell.cell_type == "code":  # it is readable without being run, and no noise is printed

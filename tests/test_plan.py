@@ -447,9 +447,9 @@ def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
             }
 
 
-def apart(rows, most=benchmark.APART):
+def apart(rows):
     """Rows of a benchmark that are further apart than they may be."""
-    return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > most]
+    return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > benchmark.APART]
 
 
 CONTROLS = [
@@ -488,14 +488,14 @@ def test_smollm2_is_as_planned(tmp_path):
 
 
 def in_time(name, model, tokenizer, case):
-    """Seconds as planned, on one thread. The benchmark's bound is for a quiet machine: one that is busy with others may be
-    slower in the update than in the products that its speed is taken of. Here twice that bound, and the best of three."""
+    """Seconds as planned, on one thread, but for a factor of two, and the best of three. The benchmark's bound is for a quiet
+    machine; of the update and the products that a machine's speed is taken of, each has its own time on each processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(3):
             rows = benchmark.time_rows(name, model, tokenizer, case, batches=4)
-            if not apart(rows, 2 * benchmark.APART):
+            if all(0.5 < row["plan"] / row["measured"] < 2 for row in rows):
                 return rows
         raise AssertionError(rows)
     finally:

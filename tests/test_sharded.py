@@ -37,7 +37,7 @@ def launched(kind, folder, *arguments, processes=None):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1800,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "BUPO_START": str(start)}
         | (FSDP2 if kind == "fsdp2" else {}),
     )

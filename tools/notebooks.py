@@ -15,7 +15,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
 LONGEST = 180  # seconds that a notebook may take
 
 
-def executed(path: Path) -> tuple[nbformat.NotebookNode, float]:
+def executed(path: Path, longest: float = LONGEST) -> tuple[nbformat.NotebookNode, float]:
     """A notebook with the outputs of a run from top to bottom, and its seconds.
 
     Raises:
@@ -24,7 +24,7 @@ def executed(path: Path) -> tuple[nbformat.NotebookNode, float]:
     """
     notebook, started = nbformat.read(path, as_version=4), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=LONGEST, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(notebook, timeout=longest, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which no two runs have in common
     notebook.metadata["language_info"] = {"name": "python"}
