@@ -299,6 +299,21 @@ def test_a_rank_correlation_within_worlds(tool):
     assert gains["_within"](table[table["world"] == "b"], "depth") == pytest.approx(-1)
 
 
+def test_a_p_of_orders_within_worlds(tool):
+    """All 3! times 3! orders of two worlds: those whose mean rank correlation is as far from zero."""
+    gains = runpy.run_path(str(ROOT / "tools" / "gains.py"))
+    rows = [("a", x, g) for x, g in ((1, 1), (2, 2), (3, 3))] + [("b", x, g) for x, g in ((11, 6), (12, 5), (13, 7))]
+    table = pd.DataFrame(rows, columns=["world", "depth", "gain"])
+    orders = list(itertools.permutations((1, 2, 3)))
+    all_orders = [
+        np.mean([stats.spearmanr((1, 2, 3), one).statistic, stats.spearmanr((1, 2, 3), other).statistic])
+        for one in orders
+        for other in orders
+    ]
+    exact = np.mean([abs(value) >= gains["_within"](table, "depth") - 1e-9 for value in all_orders])
+    assert gains["_permuted_p"](table, "depth") == pytest.approx(exact, abs=0.02)
+
+
 def test_the_docs_page_is_fresh(tool, monkeypatch, capsys):
     """docs/results.md is what its command would write of the tables in docs/results."""
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--check"])

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from bupo.report.figures.style import BLUE, GREY, ORANGE, panels, trim
-from bupo.seeds import paired
+from bupo.reproduction.outputs.table import p_text
+from bupo.seeds import holm, paired
 
 BASE = "GRPO"
 MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points: a run's end, and all of it
@@ -20,7 +21,7 @@ PREDICTORS = {  # measures of a layer, and what they are
     "top1_agreement": "top-1 agreement with pi_theta",
     "cosine_ffn": "residual cosine of the FFN's write",
 }
-RESAMPLES = 2000
+RESAMPLES, PERMUTATIONS = 2000, 20_000
 
 
 def gains(tables, name: str, measure: str) -> pd.DataFrame:
@@ -91,10 +92,20 @@ def _within(table: pd.DataFrame, name: str) -> float:
     return float(np.mean(list(_by_world(table, name).values())))
 
 
-def correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation of every predictor with the gain: over all layers, and within worlds, with an interval.
+def _permuted_p(table: pd.DataFrame, name: str) -> float:
+    """How often gains in a random order within their worlds correlate with a predictor as much, in either direction."""
+    rng, drawn = np.random.default_rng(0), np.zeros(PERMUTATIONS + 1)
+    for _, part in table.groupby("world"):
+        first, second = (stats.zscore(stats.rankdata(part[column])) for column in (name, "gain"))
+        orders = np.vstack([second, rng.permuted(np.tile(second, (PERMUTATIONS, 1)), axis=1)])
+        drawn += orders @ first / len(part)
+    return float(np.mean(abs(drawn) >= abs(drawn[0]) - 1e-9))
 
-    The interval resamples worlds whole: layers of one world are not independent.
+
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation of every predictor with the gain: over all layers, and within worlds, with an interval and Holm's p.
+
+    The interval resamples worlds whole: layers of one world are not independent. It is of few worlds, p of all their layers.
     """
     rng, worlds = np.random.default_rng(0), list(dict.fromkeys(table["world"]))
     draws, rows = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)], []
@@ -104,7 +115,8 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         pooled = stats.spearmanr(table[name], table["gain"]).statistic
         rows.append((name, pooled, _within(table, name), low, high))
-    return pd.DataFrame(rows, columns=["measure", "pooled", "within", "low", "high"])
+    found = pd.DataFrame(rows, columns=["measure", "pooled", "within", "low", "high"])
+    return found.assign(p=holm([_permuted_p(table, name) for name in PREDICTORS]))
 
 
 def prediction(tables) -> str:
@@ -116,13 +128,16 @@ def prediction(tables) -> str:
     table = tables_of["avg@k"]
     lines = [
         f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {table['world'].nunique()} worlds: the mean over "
-        "worlds of those within a world [95 %, worlds resampled whole], and beside it that over all layers:",
+        "worlds of those within a world [95 %, worlds resampled whole], Holm's p of gains in a random order within their "
+        "worlds, and the correlation over all layers:",
         "",
-        "| measured before training | " + " | ".join(f"{label} | over all" for label in MEASURES.values()) + " |",
-        "| --- |" + " --- |" * 2 * len(MEASURES),
+        "| measured before training | " + " | ".join(f"{label} | p | over all" for label in MEASURES.values()) + " |",
+        "| --- |" + " --- |" * 3 * len(MEASURES),
     ]
     for rows in zip(*found, strict=True):
-        cells = [f"{row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] | {row.pooled:+.2f}" for row in rows]
+        cells = [
+            f"{row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] | {p_text(row.p)} | {row.pooled:+.2f}" for row in rows
+        ]
         lines.append(f"| {PREDICTORS[rows[0].measure]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
