@@ -30,9 +30,8 @@ def test_every_layer_policy_is_that_of_the_hooked_states():
     states, logits = hooked_states(model, ids)
     for layer in range(1, 31):
         wanted = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-        torch.testing.assert_close(
-            policies.layer(layer).log_probs(ids), wanted, atol=1e-4, rtol=1e-4
-        )  # raw logits of hundreds
+        found = policies.layer(layer).log_probs(ids)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # raw logits of hundreds
     theta = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(policies.language_model.log_probs(ids), theta, atol=1e-4, rtol=1e-4)
 

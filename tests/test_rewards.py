@@ -159,7 +159,7 @@ def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypa
     grader = MathGrader(deadline=1.0, processes=2)
     verdicts = grader.grade(*zip(*rows, strict=True))
     assert verdicts[1::2] == ["correct"] * len(attacks)
-    assert "timeout" in verdicts[::2] and "correct" not in verdicts[::2]
+    assert {"timeout"} <= set(verdicts[::2]) <= {"timeout", "wrong", "unparsable"}
     assert len(seconds) == len(rows) and max(seconds) < 3  # a machine that others use takes its time to kill
     assert not (tmp_path / "touched").exists()
     grader.close()
