@@ -203,7 +203,7 @@ OPTIONS: dict[str, Row] = {
     ),
     "metric_for_best_model": trains(metric_for_best_model="eval_reward", **EVALUATION),
     "greater_is_better": trains(metric_for_best_model="eval_reward", greater_is_better=True, **EVALUATION),
-    "ignore_data_skip": trains(ignore_data_skip=True),
+    "ignore_data_skip": refused("a resumed run would train on other problems", ignore_data_skip=True),
     "restore_callback_states_from_checkpoint": trains(restore_callback_states_from_checkpoint=True),
     # the machine, data, distribution
     "full_determinism": elsewhere("sets the whole process' algorithms"),
@@ -215,10 +215,16 @@ OPTIONS: dict[str, Row] = {
     "dataloader_drop_last": trains(dataloader_drop_last=True),
     "dataloader_num_workers": trains(dataloader_num_workers=1),
     "dataloader_pin_memory": trains(dataloader_pin_memory=False),
-    "dataloader_persistent_workers": trains(dataloader_num_workers=1, dataloader_persistent_workers=True),
+    "dataloader_persistent_workers": trains(
+        "turned off: workers start anew each epoch, so that a resumed run draws the same random numbers",
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    ),
     "dataloader_prefetch_factor": trains(dataloader_num_workers=1, dataloader_prefetch_factor=2),
     "dataloader_multiprocessing_context": trains(dataloader_num_workers=1, dataloader_multiprocessing_context="fork"),
-    "dataloader_in_order": trains(dataloader_in_order=True),
+    "dataloader_in_order": trains(
+        "`false` is refused with several workers: the order of problems would be chance", dataloader_in_order=True
+    ),
     "remove_unused_columns": trains(remove_unused_columns=True),
     "label_names": trains(label_names=["labels"]),
     "train_sampling_strategy": trains(train_sampling_strategy="random"),

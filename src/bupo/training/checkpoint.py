@@ -138,6 +138,11 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
         trainer.restore_place(state["passes"], saved["pieces"])
     else:
         saved = state
+        if trainer.problem_stream:
+            raise UserError(
+                f"{folder} is of a run over a stream of problems under {state['layout']}: go on with the same number of "
+                "processes and the same batch options"
+            )
         trainer.restore_place(_same_batch(trainer, folder, state), None)
     reference = _moving_reference(trainer)
     if reference is not None and "reference" in state:

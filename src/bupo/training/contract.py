@@ -38,7 +38,16 @@ PRIVATE = {
     "_push_from_checkpoint": Private("(self, checkpoint_folder)", "overridden: a checkpoint is pushed from its place"),
     "_load_optimizer_and_scheduler": Private("(self, checkpoint)", "overridden: a resumed run takes up bupo's part"),
     "_get_output_dir": Private("(self, trial)", "overridden: a checkpoint is written beside its place"),
-    "_run_epoch": Private("(self, *)", "overridden: a finished run that is resumed trains nothing more"),
+    "_run_epoch": Private(
+        "(self, *)", "overridden: a finished run that is resumed trains nothing more; passes over a stream are counted"
+    ),
+    "_maybe_log_save_evaluate": Private(
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)",
+        "overridden and called: the end of an epoch that a kill has cut off is made up for",
+    ),
+    "_load_rng_state": Private(
+        "(self, checkpoint)", "overridden and called: for the end of an epoch that is made up for"
+    ),
     "_evaluate": Private("(self, *)", "overridden: `eval_on_start` is of the start, not of a resumed run"),
     "_tr_loss": Private("", "read and set: the loss since the last log"),
     "_total_loss_scalar": Private("", "read and set: the losses of all logs, for `train_loss`"),

@@ -16,6 +16,7 @@ from bupo.errors import UserError, others
 from bupo.ranges import check_options
 from bupo.training.config import BuPOConfig
 from bupo.training.ranges import MODEL_RANGES, check_packages
+from bupo.training.resumable import check_resumable
 
 
 def rehearse(config: BuPOConfig, loading: ModelConfig) -> None:
@@ -24,6 +25,7 @@ def rehearse(config: BuPOConfig, loading: ModelConfig) -> None:
     Raises:
         UserError: with the option that is refused.
     """
+    check_resumable(config)
     check_options(loading, MODEL_RANGES)
     check_packages(config)
     check_packages(loading)

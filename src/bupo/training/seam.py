@@ -9,6 +9,7 @@ import inspect
 import json
 import shutil
 import textwrap
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -29,6 +31,7 @@ from bupo.model.decoding import quick
 from bupo.training.rollouts import Sampled, Scores
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
+from bupo.training.streams import StreamPlace
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -57,6 +60,14 @@ class TRLTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     staging: Path | None = None  # where a checkpoint is being written
+    epoch_ended = False  # whether the logs, evaluation and checkpoint of an epoch's end are being made, or were
+    last_update: tuple[Any, float | None] = (
+        None,
+        None,
+    )  # gradient norm and learning rate, which an epoch's log repeats
+    problem_stream: StreamPlace | None = None  # where the run is in its problems, if they are a stream
+    _resumed_from: str | None = None
+    _random_state_is_set = False  # by the end of an epoch that a resumed run has made up for
     resumed_at = 0  # updates that were done before this start
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
@@ -188,20 +199,32 @@ class TRLTrainer(GRPOTrainer):
         return self._is_vlm
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
         """What transformers counts towards the next log and the end of the run, which its checkpoints do not hold."""
         return {
             "since_log": self._tr_loss.item(),
             "logged": self._total_loss_scalar,
             "last_log": self._globalstep_last_logged,
             "first_step": self._initial_global_step,
+            "epoch_ended": self.epoch_ended,
+            "last_update": [None if value is None else float(value) for value in self.last_update],
+            "stream": self.problem_stream and self.problem_stream.state(self.passes_done, self._stream_pass_is_over),
         }
 
+    @property
+    def _stream_pass_is_over(self) -> bool:
+        """Whether all rows of a pass over a stream were read; a run that stops ends an epoch in the middle of one."""
+        return self.epoch_ended and not self.control.should_training_stop
+
     @numbers.setter
-    def numbers(self, value: dict[str, float]) -> None:
+    def numbers(self, value: dict[str, Any]) -> None:
         self._tr_loss += value["since_log"]
         self._total_loss_scalar, self._globalstep_last_logged = value["logged"], value["last_log"]
         self._initial_global_step = value["first_step"]
+        self.epoch_ended = value.get("epoch_ended", True)  # checkpoints of earlier versions do not say
+        self.last_update = tuple(value.get("last_update", (None, None)))
+        if self.problem_stream and value.get("stream"):
+            self.problem_stream.load(value["stream"])
 
     @property
     def completions(self) -> str | None:
@@ -325,7 +348,7 @@ class TRLTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
-        self.resumed_at = self.state.global_step
+        self.resumed_at, self._resumed_from = self.state.global_step, checkpoint
         self.rate_of_options(rates)
         self.load_parts(Path(checkpoint))
 
@@ -339,15 +362,68 @@ class TRLTrainer(GRPOTrainer):
         for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
             group["initial_lr"], group["lr"] = rate, lr
 
-    def resume_numbers(self, numbers: dict[str, float]) -> None:
+    def resume_numbers(self, numbers: dict[str, Any]) -> None:
         """Set `numbers` once training begins, where transformers sets them to zero."""
         self.add_callback(Numbers(self, numbers))
 
-    def _run_epoch(self, *args, **kwargs):
+    def end_epoch_of_checkpoint(self, train_dataloader: Any) -> None:
+        """Make up for the end of an epoch (its log, evaluation and checkpoint), where a run was stopped right before it.
+
+        The run goes on with the random numbers that the evaluation has left. A stream's epoch ends once it is read to its end.
+        """
+        done, every = self.state.global_step, self.args.gradient_accumulation_steps
+        stopped = done >= self.state.max_steps
+        if self.epoch_ended or not done or (self.problem_stream and not stopped):
+            return
+        if not stopped and done % max(1, -(-len(train_dataloader) // every)):
+            return
+        self._load_rng_state(self._resumed_from)
+        self.control.should_training_stop = stopped
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        epoch, model = int(self.state.epoch or 0), self.model_wrapped
+        model.train()  # or TRL would log the metrics of an evaluation
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, time.time())
+        self._random_state_is_set = not stopped
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
+        if grad_norm is None and learning_rate is None:  # no update since a resume: the last one's
+            grad_norm, learning_rate = self.last_update
+        else:
+            self.last_update = grad_norm, learning_rate
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+    def _load_rng_state(self, checkpoint):
+        if self._random_state_is_set:
+            self._random_state_is_set = False
+        else:
+            super()._load_rng_state(checkpoint)
+
+    def get_train_dataloader(self):
+        """TRL's. Of a stream, the rows that are read are also noted."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            self.problem_stream = None
+            return super().get_train_dataloader()
+        collate, self.problem_stream = self.data_collator, StreamPlace()
+        self.data_collator = self.problem_stream.collating(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def _run_epoch(self, **kwargs):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if stream := self.problem_stream:
+            skipped = 0
+            if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+                skipped = kwargs["steps_trained_in_current_epoch"] = stream.resume(kwargs["resume_from_checkpoint"])
+            kwargs["epoch"] += stream.first
+            kwargs["epochs_trained"] += stream.first
+            stream.begin(kwargs["epoch"], self.passes_done, skipped)
+        super()._run_epoch(**kwargs)
+        if stream:
+            stream.check_read()
 
     def _evaluate(self, *args, skip_scheduler=False, **kwargs):
         if not (skip_scheduler and self.state.global_step):
@@ -361,12 +437,26 @@ class TRLTrainer(GRPOTrainer):
 
 
 class Numbers(TrainerCallback):
-    def __init__(self, trainer: TRLTrainer, numbers: dict[str, float]):
+    def __init__(self, trainer: TRLTrainer, numbers: dict[str, Any]):
         self.trainer, self.numbers = trainer, numbers
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.numbers:
             self.trainer.numbers, self.numbers = self.numbers, {}
+            self.trainer.end_epoch_of_checkpoint(kwargs["train_dataloader"])
+
+
+class EpochEnds(TrainerCallback):
+    """Tells a trainer whether it is inside an epoch. A checkpoint after an epoch's last update may be of before its end."""
+
+    def __init__(self, trainer: TRLTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.epoch_ended = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.epoch_ended = True
 
 
 def as_list(values: Any) -> Any:

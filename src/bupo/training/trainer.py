@@ -25,11 +25,12 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
 from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
+from bupo.training.resumable import check_resumable, without_persistent_workers
 from bupo.training.resuming import of_given
 from bupo.training.reward_signatures import check_inputs
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
-from bupo.training.seam import TRLTrainer
+from bupo.training.seam import EpochEnds, TRLTrainer
 from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
@@ -64,6 +65,8 @@ class BuPOTrainer(TRLTrainer):
         **kwargs,
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
+        check_resumable(args)
+        without_persistent_workers(args)
         check_inputs(reward_funcs, args, *positional, **kwargs)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_run(self, args := self.args)
@@ -77,6 +80,7 @@ class BuPOTrainer(TRLTrainer):
         self.watch = Watch(self.model, self.stream, self.accelerator, args, decode, positions)
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
+        self.add_callback(EpochEnds(self))
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
         self.parts |= {"critic": self.critic} if self.critic else {}
         if args.eval_benchmarks:
