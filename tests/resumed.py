@@ -43,7 +43,7 @@ class CutAfter(TrainerCallback):
 
 @dataclass
 class Seen:
-    """What a run left: the prompts of each reward call by the update it stood at, its rows of logs and its weights."""
+    """Results of a run: prompts of each reward call with the update, rows of logs, weights, random numbers."""
 
     prompts: list[tuple[int, str]] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
@@ -84,7 +84,7 @@ def train(
 
 
 def differences(whole: Seen, resumed: Seen, update: int) -> list[str]:
-    """Return in what a run that was resumed after an update differs from one that was not stopped."""
+    """Return the differences of a run that was resumed after an update from one that was not stopped."""
     found = []
     after = [row for row in whole.prompts if row[0] > update]
     last = whole.prompts[len(whole.prompts) - len(resumed.prompts) :]

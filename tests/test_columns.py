@@ -63,7 +63,7 @@ def test_columns_of_parquet_come_as_they_are_in_the_file(tmp_path):
 
 
 def test_values_come_back_from_any_column():
-    columns = {
+    columns: dict[str, list] = {
         "bools_and_numbers": [True, 2, 0.5],
         "nan": [float("nan"), 1.0, None],
         "dicts": [{"a": 1}, {"b": [None, {"c": []}]}, None],
@@ -87,7 +87,7 @@ def test_values_come_back_from_any_column():
     ],
 )
 def test_a_column_in_the_way_is_kept_under_another_name(tmp_path, caplog, prompt_column, answer_column, kept):
-    row = {
+    row: dict[str, Any] = {
         **{"prompt": "own prompt", "question": "q", "answer": "own answer", "gold": 7, "solution": "s"},
         "extra": {"text": "t", "gold": "g"},
     }
@@ -136,7 +136,7 @@ def test_messages_of_parquet_have_no_fields_that_arrow_has_added(tmp_path):
 
 def test_a_call_without_content_gets_an_empty_one(tmp_path):
     """TRL reads `content` of every message."""
-    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}]
+    prompt: list[dict[str, Any]] = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}]
     for message in (prompt[1], {**prompt[1], "content": None}):
         path = written(tmp_path, [{"prompt": [prompt[0], message], "answer": "1"}])
         assert load_problems(path)[0]["prompt"] == [prompt[0], {**prompt[1], "content": ""}]
@@ -226,7 +226,7 @@ OPTIONS: dict = {
 
 @pytest.mark.parametrize(("phase", "template"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)])
 def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phase, template):
-    """By the names of functions, of a file, and with TRL's own reward that needs `solution`; with prompts as text too."""
+    """Name the file and the functions, TRL's own reward that needs `solution` among them; with prompts as text too."""
     monkeypatch.setattr("bupo.training.run.draw", lambda *a: None)
     SEEN.clear()
     tokenizer = TOKENIZER if template else TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer)

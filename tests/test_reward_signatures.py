@@ -58,7 +58,7 @@ class Judge:
 
 @functools.wraps(needs_difficulty)
 def fills_in(*args, **kwargs):
-    return needs_difficulty(*args, difficulty=[1], **kwargs)
+    return needs_difficulty(*args, **{"difficulty": [1], **kwargs})
 
 
 class Model(nn.Module):

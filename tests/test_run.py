@@ -166,7 +166,8 @@ def test_a_random_subset_without_long_prompts_is_noted(tmp_path):
     kept = [number for number in (6, 4, 2, 1, 7, 5) if number % 3]
     assert "max_prompt_tokens 6: 1 of 6 problems have longer prompts and are left out" in said
     rows = [
-        {"answer": "2", "problem": f"1+{number}", "prompt": [{"content": f"1+{number}", "role": "user"}]} for number in kept
+        {"answer": "2", "problem": f"1+{number}", "prompt": [{"content": f"1+{number}", "role": "user"}]}
+        for number in kept
     ]
     sha256 = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
     noted = json.loads((tmp_path / "run" / "run.json").read_text())["problems"]

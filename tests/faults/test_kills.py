@@ -37,6 +37,10 @@ SETTINGS: dict[str, dict] = {
         **{"eval_benchmarks": "arithmetic", "eval_problems": 8, "eval_k": 1, "eval_every": 2},
         **{"eval_strategy": "steps", "eval_steps": 5, "eval_size": 4, "per_device_eval_batch_size": 8},
     },
+    "epochs": {
+        **{"eval_strategy": "epoch", "logging_strategy": "epoch", "eval_size": 4, "per_device_eval_batch_size": 8},
+        **{"dataloader_num_workers": 1, "dataloader_persistent_workers": "true"},
+    },
 }
 STEP = "transformers.trainer_callback.CallbackHandler.on_step_end"
 
@@ -93,6 +97,25 @@ def test_a_killed_run_ends_as_the_whole_one(zygote, wholes, tmp_path, setting):
     for number, some in enumerate(kills):
         killed(zygote, tmp_path / str(number), *some, **changes)
         assert differences(whole / "run", tmp_path / str(number) / "run") == [], some
+
+
+EPOCHS_END = {  # an epoch is twelve updates; the checkpoint after the twelfth is written before the epoch ends
+    "before its evaluation": [{"call": "bupo.training.trainer.BuPOTrainer.evaluate", "number": 1, "when": "before"}],
+    "after its evaluation": [{"call": "bupo.training.trainer.BuPOTrainer.evaluate", "number": 1, "when": "after"}],
+    "after the next update": [after_update(13)],
+    "twice": [
+        {"call": "bupo.training.trainer.BuPOTrainer.evaluate", "number": 1, "when": "before"},
+        {"call": "bupo.training.trainer.BuPOTrainer.evaluate", "number": 1, "when": "after"},
+    ],
+    "at the end of the run": [{"call": "bupo.training.trainer.BuPOTrainer.evaluate", "number": 2, "when": "before"}],
+}
+
+
+@pytest.mark.parametrize("moment", list(EPOCHS_END)[:1] if SHORT else EPOCHS_END)
+def test_a_run_killed_at_the_end_of_an_epoch_ends_as_the_whole_one(zygote, wholes, tmp_path, moment):
+    whole, _ = wholes("epochs", **SETTINGS["epochs"])
+    killed(zygote, tmp_path / "killed", *EPOCHS_END[moment], **SETTINGS["epochs"])
+    assert differences(whole / "run", tmp_path / "killed" / "run") == []
 
 
 MOMENTS = {  # updates and files are counted from each start on; checkpoints come after updates 4, 8, 12, 16 and 18

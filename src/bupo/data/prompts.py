@@ -34,7 +34,7 @@ def check_text(prompt: Any, name: str, row: int) -> None:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """Return the text of a message, whose content may be text, parts of which some are text, or nothing."""
+    """Return the text of a message, whose content may be text, a list of parts, or nothing."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)

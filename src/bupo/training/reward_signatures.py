@@ -46,7 +46,7 @@ def check_signatures(
         more_columns (`bool`, *optional*, defaults to `False`): whether a `rollout_func` may add columns.
 
     Raises:
-        UserError: with the function, what it needs and the columns that there are.
+        UserError: with the function, its missing columns and the columns of the problems.
     """
     functions = [reward for reward in as_list(rewards) if callable(reward) and not isinstance(reward, nn.Module)]
     for columns in filter(None, map(columns_of, _flat(datasets))):

@@ -103,7 +103,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase | None = None,
     problems: Dataset | None = None,
     eval_problems: Dataset | None = None,
-    reward_funcs: Sequence[Reward] | None = None,
+    reward_funcs: Reward | Sequence[Reward] | None = None,
     loading: ModelConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     note: NotedRun | None = None,

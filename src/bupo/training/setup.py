@@ -17,6 +17,7 @@ from bupo.model.loading import check_layers, context_of, learned_positions, load
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
+from bupo.training.resumable import check_resumable, without_persistent_workers
 from bupo.training.seam import TRLTrainer, get_config_model_id
 from bupo.training.zero import check_zero
 
@@ -39,6 +40,8 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
             f"args must be a BuPOConfig, got {type(args).__name__}: BuPOConfig takes all options of GRPOConfig, and "
             "internal_layer=..., or internal_steps=0 for GRPO"
         )
+    check_resumable(args)
+    without_persistent_workers(args)
     if args.deepspeed_plugin is not None:
         check_zero(args)
         check_deepspeed(args)

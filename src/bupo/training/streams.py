@@ -33,7 +33,7 @@ class StreamPlace:
         self.expected: tuple[int, str] | None = None
 
     def begin(self, number: int, passes_done: int, skipped: int) -> None:
-        """Begin a pass, of which some batches are skipped: they were trained on before the run was resumed."""
+        """Begin a pass. Batches that were trained on before the run was resumed are skipped."""
         self.number, self.started = number, passes_done - skipped
         self.read, self.sum = 0, ""
         self.sums.clear()
@@ -72,7 +72,7 @@ class StreamPlace:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Restore the place of a checkpoint."""
         self.first, self._resumed = state["pass"], state["batches"]
         self.expected = (state["batches"], state["sum"]) if state["sum"] else None
 

@@ -25,7 +25,6 @@ from bupo.training.finite import FiniteUpdates
 from bupo.training.head import Read
 from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
-from bupo.training.resumable import check_resumable, without_persistent_workers
 from bupo.training.resuming import of_given
 from bupo.training.reward_signatures import check_inputs
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
@@ -65,8 +64,6 @@ class BuPOTrainer(TRLTrainer):
         **kwargs,
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
-        check_resumable(args)
-        without_persistent_workers(args)
         check_inputs(reward_funcs, args, *positional, **kwargs)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_run(self, args := self.args)
