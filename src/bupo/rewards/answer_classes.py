@@ -6,88 +6,24 @@ parsed by `latex2sympy2_extended`, after every command and word in them was foun
 
 import functools
 import re
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from bupo.rewards.scalars import in_order, product, same_number
 from bupo.rewards.units import Unit, is_known, read_unit
-
-
-class Unreadable(ValueError):
-    """A text that is no mathematics of a class that is known here."""
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A number or an expression.
-
-    Attributes:
-        value: a fraction where the text is a number, else a tree of sympy, not evaluated.
-        step: one in the last place of a decimal; None where the number is exact.
-        unit: what stands behind it.
-        text: as it was read, plain.
-    """
-
-    value: Any
-    step: Fraction | None = None
-    unit: Unit | None = None
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Many:
-    """A `list` (in any order), `letters` (in order), `tuple` or `set` of values."""
-
-    kind: str
-    items: tuple
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An interval, or, with both ends open, perhaps a pair. `None` is no end."""
-
-    low: Any
-    high: Any
-    low_open: bool
-    high_open: bool
-    pair: bool = False
-
-
-@dataclass(frozen=True)
-class Union:
-    """Intervals and sets, in any order."""
-
-    parts: tuple
-
-
-@dataclass(frozen=True)
-class Matrix:
-    rows: tuple
-
-
-@dataclass(frozen=True)
-class Named:
-    """`name = value`, or `name` in a set of values. `left` is the name as an expression, where it is one."""
-
-    name: str
-    value: Any
-    left: Any = None
-
-
-@dataclass(frozen=True)
-class Names:
-    """Several names with a value each."""
-
-    values: dict = field(hash=False)
-
-
-@dataclass(frozen=True)
-class Relation:
-    """`left sign right`, with the sign `=`, `<` or `\\leq`."""
-
-    sign: str
-    left: Any
-    right: Any
+from bupo.rewards.values import (
+    Family,
+    Interval,
+    Many,
+    Matrix,
+    Named,
+    Names,
+    Relation,
+    Scalar,
+    Union,
+    Unreadable,
+    symbols,
+)
 
 
 # -- texts that look like mathematics
@@ -112,6 +48,12 @@ _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([
 # a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
 _CODE = re.compile(
     r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
+)
+
+# words and letters in a row, which are no products; `ad - bc` is one
+_WORDS_ONLY = re.compile(
+    r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s,;'\".&]+[^\W\d_]+)*[\s,;'\".]*|[a-zA-Z](?:\s+[a-zA-Z])+|(?=.*[^\W\d_]{3})[^\W\d_]+(?:-[^\W\d_]+)+"
+    r"|(?=.*[A-Za-z]\d+[A-Za-z]{2})[A-Za-z0-9]+"
 )
 
 
@@ -155,9 +97,10 @@ def read_choice(text: str) -> tuple[str, str] | None:
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
-def is_code(text: str) -> bool:
-    """Whether a text with digits is no number: a span, a code, digits with zeros in front, digits in a row."""
-    return _CODE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()) is not None
+def is_text(text: str) -> bool:
+    """Whether a text is no mathematics, though its letters could be factors and its digits a number: words, spans, codes."""
+    flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
+    return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
 
 
 # -- numbers
@@ -318,6 +261,7 @@ _NAME = re.compile(
     | [A-Zfghpquvy]\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*\s*(?:\^\{{?-1\}}?)?\s*\([^()]*\)         # f(x), P(A), f^{{-1}}(x), f(3)
     | [xyzrst]\s*\(\s*[a-z]\s*\)                                                  # x(t)
     | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)\s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
+    | \(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)                                            # (x, y)
     | m\s*\\angle\s*[A-Z]+ | \|?\s*[A-Z]{{2,4}}'?\s*\|? | \[\s*[A-Z]{{3,6}}\s*\] | S_\{{?\\?[a-z]*\s*[A-Z]+\}}?
     | (?:\\text\{{[^{{}}\d]*\}}|[A-Za-z]{{4,}}(?:\s[A-Za-z]+){{0,3}})(?:_\{{?\w+\}}?)?(?:\s*\([^()]*\))?
     | \\frac\s*\{{\s*(?:d|\\partial)\s*[a-zA-Z]?\s*\}}\s*\{{\s*(?:d|\\partial)\s*[a-zA-Z]\s*\}}
@@ -389,6 +333,9 @@ def _read(text: str) -> Any:
         raise Unreadable
     if (number := read_number(text)) is not None:
         return number
+    text = _THOUSANDS.sub(lambda match: match[0] if _depth(text[: match.start()]) else match[0].replace(",", ""), text)
+    if family := _family(text):
+        return family
     if matrix := _matrix(text):
         return matrix
     if _VECTOR.search(text):
@@ -408,11 +355,31 @@ def _read(text: str) -> Any:
         return _either([read(part.strip()) for part in parts])
     if (group := _grouped(text)) is not None:
         return group
-    if re.search(r"\\pm|\\mp", text):
-        if text.count("\\pm") + text.count("\\mp") != 1:
+    if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
+        if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
             raise Unreadable
-        return Many("list", tuple(read(re.sub(r"\\[pm]{2}", sign, text).strip().removeprefix("+").strip()) for sign in "+-"))
+        return Many("list", tuple(read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"))
     return quantity(text)
+
+
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_FAMILY = re.compile(r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?")
+
+
+def _depth(text: str) -> int:
+    return sum(1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text))
+
+
+def _family(text: str) -> Any:
+    """The values for each integer of a parameter, as in `k\\pi, k \\in \\mathbb{Z}`; None where a text has no such end."""
+    match = _FAMILY.fullmatch(text)
+    if match is None or not re.search(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", match[1]):
+        return None
+    head = re.sub(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", " n_{0} ", match[1])
+    value = read(head.strip(" ,;"))
+    name = value.name if isinstance(value, Named) else None
+    family = Family(value.value if isinstance(value, Named) else value, match[3])
+    return Named(name, family) if name else family
 
 
 def _listed(items: list[str]) -> Any:
@@ -508,32 +475,23 @@ def _equated(sides: list[str], signs: list[str]) -> Any:
     if not any(not is_name(side) for side in sides[: rounded + 1]):
         rounded = len(sides) - 1
     value = read(sides[rounded])
-    if isinstance(value, (Named, Names, Relation)):
+    if isinstance(value, (Named, Names, Relation, Family)):
         raise Unreadable
     if is_name(sides[0]):
         return Named(sides[0], value, _expression(sides[0]) if len(sides) == 2 else None)
-    from bupo.rewards.equality import same_number  # what is equated has to be equal
-
     first = read(sides[0])
     others = [first] + [read(side) for side in sides[1:rounded] if not is_name(side)]
     if not all(isinstance(other, Scalar) for other in [*others, value]):
         raise Unreadable
-    if all(not symbols(other.value) for other in [*others, value]):
-        if not all(same_number(other, value) for other in others if other is not value):
-            raise Unreadable
-        return value
-    if len(sides) == 2:
+    if all(same_number(other, value) for other in others if other is not value):  # a calculation, or an identity
+        return next((other for other in [value, *others] if isinstance(other.value, Fraction)), value)
+    if len(sides) == 2 and symbols(first.value) | symbols(value.value):
         return Relation("=", first, value)
     raise Unreadable
 
 
 def _unreadable() -> Any:
     raise Unreadable
-
-
-def symbols(value: Any) -> set:
-    """Return the letters of a value."""
-    return set() if isinstance(value, Fraction) else value.free_symbols
 
 
 def _ordered(sides: list[str], signs: list[str]) -> Any:
@@ -547,6 +505,10 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
         return Named(sides[1], Interval(low, high, signs[0] == "<", signs[1] == "<"))
     if len(sides) != 2:
         raise Unreadable
+    if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
+        end = _only(sides[1])
+        if isinstance(end.value, Fraction) and end.value > 0:
+            return Named(absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<"))
     if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
         end = _only(sides[1 - names[0]])
         below = names[0] == 0
@@ -564,8 +526,6 @@ def _grouped(text: str) -> Any:
     if match := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\})", text):
         holes = read(match[1])
         if isinstance(holes, Many) and all(isinstance(hole, Scalar) for hole in holes.items):
-            from bupo.rewards.equality import in_order
-
             return without(*in_order(holes.items))
         raise Unreadable
     if re.fullmatch(r"\\emptyset|\\\{\s*\\\}", text):
@@ -670,8 +630,6 @@ def _matrix(text: str) -> Any:
         factor = ""
     if factor:
         scale = Scalar(Fraction(-1)) if factor == "-" else _only(factor)
-        from bupo.rewards.equality import product
-
         cells = tuple(tuple(product(scale, cell) for cell in row) for row in cells)
     return Matrix(cells)
 
@@ -681,7 +639,7 @@ def _components(text: str) -> Many:
     import sympy
 
     tree = parsed(_VECTOR.sub(lambda match: f" v_{{{'ijk'.index(match[1])}}} ", text))
-    units = [sympy.Symbol(f"v_{{{place}}}") for place in range(3)]
+    units = [sympy.Symbol(f"v_{place}") for place in range(3)]
     if not set(units) & tree.free_symbols:
         raise Unreadable
     tree = sympy.expand(tree.doit())
@@ -707,7 +665,7 @@ def quantity(text: str) -> Scalar:
         head, modulus = [group for group in match.groups() if group]
         return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
     if (match := _CURRENCY.match(text)) and match.end() < len(text):
-        unit = read_unit(match[0].replace("\\", "").replace("US", "").strip("+- "))
+        unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
         rest = match[1] + text[match.end() :]
         number = read_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
@@ -721,7 +679,8 @@ def quantity(text: str) -> Scalar:
     if match := _WITH_TEXT.fullmatch(text):
         if (sum_ := _together(text)) is not None:
             return sum_
-        found = read_unit(match[2])
+        inside = match[2].startswith("^") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1])  # the degrees of a sine
+        found = None if inside else read_unit(match[2])
         if found is not None:
             return _with(match[1], found[0], found[1])
     try:

@@ -53,7 +53,8 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
 _PHRASE = re.compile(
     r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)"
-    r"\s*:?|答案(?:是|为|：|:)"
+    r"\s*:?|答案(?:是|为|：|:)|\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
+    r"\b(?:antwort|lösung)\s+(?:ist|lautet)\b:?"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
 _LAST_FORMULA = re.compile(
@@ -76,7 +77,7 @@ def final_answer(completion: str) -> Extracted:
     spoken = _without_thinking(completion)
     if not spoken.strip():
         return Extracted(None, THINKING)
-    tags = _TAG.findall(spoken)
+    tags = _TAG.findall(spoken) if "</answer>" in spoken.lower() else []
     if tags and (_BOX.search(tags[-1]) or not _BOX.search(spoken)):
         spoken = tags[-1]
         if not _BOX.search(spoken):
@@ -173,5 +174,5 @@ def _unboxed(text: str) -> Extracted:
 
 
 def _stated(text: str) -> Extracted:
-    text = _EMPHASIS.sub("", text[:_LONGEST] if len(text) <= _LONGEST else "")
+    text = _EMPHASIS.sub("", text if len(text) <= _LONGEST else "").removesuffix("=").rstrip()
     return Extracted(text) if text else Extracted(None, NO_ANSWER)

@@ -21,6 +21,8 @@ from typing import IO, Any, NamedTuple
 
 from bupo.errors import UserError
 from bupo.rewards import worker
+from bupo.rewards.equality import is_empty
+from bupo.rewards.extraction import final_answer
 from bupo.signals import unheard
 
 
@@ -28,7 +30,8 @@ class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
     `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
-    `no_gold`: the gold answer holds no expression that math-verify can read.
+    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is empty, or,
+    of math-verify's own verdict, holds no expression that it can read.
     """
 
     CORRECT = "correct"
@@ -40,21 +43,26 @@ class Verdict(StrEnum):
 
 
 class Grade(NamedTuple):
-    """What math-verify and we make of an answer.
+    """The two verdicts on an answer.
 
     Attributes:
         verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
-        value (`str`, *optional*): what math-verify takes the answer for, as text, for majority votes.
-        strict ([`Verdict`]): the reward's, after spellings that math-verify misreads have been rewritten.
+        value (`str`, *optional*): the text of the final answer, at most 200 characters; None where there is none.
+        strict ([`Verdict`]): the reward's: the final answer compared within the gold answer's class.
+        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box, empty box,
+            unfinished thinking, the answer is taken back, not readable.
     """
 
     verdict: Verdict
     value: str | None
     strict: Verdict
+    reason: str | None = None
 
 
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*|[0-9]{1,3})")  # more digits with a zero in front are a code
 _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
+_LONG = 50_000  # characters: a longer answer is looked through in a process that can be killed
 _CLOSING = re.compile(r"[\s$*.!)\]\\]*")
 _NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
 _START_SECONDS = 120  # importing sympy on a busy machine
@@ -65,13 +73,16 @@ def _integer_grade(answer: str, gold: str) -> Grade | None:
     """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
     elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
     """
-    if answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()):
+    if len(answer) > _LONG or answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()) or not _NUMBER.fullmatch(gold.strip()):
         return None
     boxed = _BOXED_INTEGER.search(answer)
     if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
         return None
     verdict = Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
-    return Grade(verdict, str(int(boxed[1])), verdict)
+    text, reason = final_answer(answer)
+    if text is None:
+        return Grade(verdict, None, Verdict.UNPARSABLE, reason)
+    return Grade(verdict, text[:200], verdict) if text == boxed[1] else None
 
 
 def _is_final(answer: str, boxed: re.Match) -> bool:
@@ -141,7 +152,7 @@ class _Child:
             return None
         reply = self._reply(end) or {}
         try:
-            grade = Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]))
+            grade = Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]), reply.get("reason"))
         except (KeyError, ValueError):
             return None
         return grade if reply.get("number") == self.asked else None
@@ -255,13 +266,6 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     Raises:
         UserError: with the first such row.
     """
-    grader = MathGrader()
-    try:
-        grades = grader.examine([f"\\boxed{{{gold}}}" for gold in golds], golds)
-    finally:
-        grader.close()
-    for row, (gold, grade) in enumerate(zip(golds, grades, strict=True)):
-        if grade.strict == Verdict.NO_GOLD:
-            raise UserError(
-                f"{where}, row {row}: the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read"
-            )
+    for row, gold in enumerate(golds):
+        if len(gold) < 1000 and is_empty(gold):
+            raise UserError(f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out")

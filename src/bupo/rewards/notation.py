@@ -78,7 +78,7 @@ _COMMANDS = [
     ]
 ]  # fmt: skip
 _WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
-_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:!。，；]|\\\\)+$")
+_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\)+$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -128,5 +128,6 @@ def text_key(text: str) -> str:
     text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])|(?<!\w)'|'(?!\w)", "", text))
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
+    text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
     text = _CLOSING.sub("", _WORD.sub(lambda match: match[0].casefold(), text))
     return _SYNONYMS.get(text, text)
