@@ -79,7 +79,7 @@ def test_files(tmp_path, suffix):
     assert problems[1]["prompt"] == [{"role": "system", "content": "Box it."}, {"role": "user", "content": "1+1"}]
     assert problems[1]["answer"] == "2"
     named = load_problems(path, prompt_column="hint", answer_column="other")
-    assert len(named) == 4 and named[3] == {"prompt": [{"role": "user", "content": "3+2"}], "answer": "5"}
+    assert len(named) == 4 and named[3] == {"prompt": [{"role": "user", "content": "3+2"}], "answer": "5", **rows[3]}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,12 @@ def test_the_checksum_of_problems(tmp_path):
     """As printf '%s\\n%s\\n' ROW ROW | sha256sum has it; it depends on every row and on their order."""
     path = write(tmp_path / "p.jsonl", [{"problem": f"1+{i} \u00e9", "answer": i + 1} for i in (1, 2)])
     known = "96d8cdc7ad25fd3e98121e07da68539a5ef3d0ac4de51a300557e9106356f8b5"
-    assert problems_sha256(load_problems(path)) == known
-    assert problems_sha256(load_problems(path).select([1, 0])) != known
+    problems = load_problems(path).select_columns(["prompt", "answer"])
+    assert problems_sha256(problems) == known
+    assert problems_sha256(problems.select([1, 0])) != known
+    row = '{"answer": "%s", "problem": "1+%s \\u00e9", "prompt": [{"content": "1+%s \\u00e9", "role": "user"}]}\n'
+    lines = "".join(row % (number + 1, number, number) for number in (1, 2))  # every column counts
+    assert problems_sha256(load_problems(path)) == hashlib.sha256(lines.encode()).hexdigest()
     rows = [{"prompt": str(i), "answer": "1"} for i in range(2500)]
     whole = problems_sha256(Dataset.from_list(rows))
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
@@ -122,7 +126,8 @@ def test_the_checksum_of_problems(tmp_path):
 def test_nested_columns_and_messages(tmp_path):
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     path = write(tmp_path / "p.parquet", [{"prompt": prompt, "reward_model": {"ground_truth": "5", "style": "rule"}}])
-    assert load_problems(path, system_prompt="other")[0] == {"prompt": prompt, "answer": "5"}
+    row = {"prompt": prompt, "answer": "5", "reward_model": {"ground_truth": "5", "style": "rule"}}
+    assert load_problems(path, system_prompt="other")[0] == row
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")

@@ -1,10 +1,12 @@
 """Problems to train and test on: from the hub, from a file, from reasoning_gym, or the embedded task.
 
-Whatever the source, the result is a dataset with two columns: `prompt` (messages) and `answer` (text).
+Whatever the source, the result is a dataset with `prompt` (messages) and `answer` (text), and every other column of the source
+as it is there: TRL passes them to the reward functions by name.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +19,8 @@ from datasets.table import InMemoryTable
 from pyarrow.parquet import read_table
 
 from bupo.data.arithmetic import arithmetic_problem
+from bupo.data.columns import dataset_of, with_columns
+from bupo.data.prompts import check_text, messages_of
 from bupo.errors import UserError, first_line, others
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -28,6 +32,19 @@ _NUMBERS = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5`: of five n
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
 _MOST_MADE = 10_000_000  # problems of a procedural task, all of them in memory
 _AT_ONCE = 1000  # rows that are read together
+# arguments that TRL gives to every reward function: a column of such a name cannot be passed, or would be overwritten
+REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
+_IMAGE_COLUMNS = ("image", "images")  # by which TRL takes a problem for one with images
+
+logger = logging.getLogger(__name__)
 
 
 def load_problems(
@@ -42,8 +59,13 @@ def load_problems(
     revision: str | None = None,
     seed: int = 0,
     shuffle_seed: int | None = None,
+    needs_answers: bool = True,
 ) -> Dataset:
-    """Load problems as a dataset of `prompt` (list of messages) and `answer` (`str`).
+    """Load problems as a dataset of `prompt` (list of messages), `answer` (`str`) and every other column of the source.
+
+    A column `prompt` or `answer` that is not the one the values are taken from is kept as `original_prompt` or
+    `original_answer`. Columns of images, and those named like an argument that TRL passes to reward functions, are left out
+    with a warning.
 
     Args:
         name (`str`): a local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's
@@ -57,19 +79,55 @@ def load_problems(
         revision (`str`, *optional*): of a hub dataset.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
         shuffle_seed (`int`, *optional*): shuffle a file's or hub dataset's problems by [`shuffled`] before `size` are taken.
+        needs_answers (`bool`, *optional*, defaults to `True`): refuse problems without gold answers. Without, `answer` is made
+            only where `answer_column` names a column, or a usual one holds an answer in every row.
 
     Raises:
         UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
     """
     rows = _rows(name, split, config, size, revision, seed, shuffle_seed)
-    prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
-    answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
-    return Dataset.from_dict(
-        {
-            "prompt": [_messages(p, system_prompt, name, i) for i, p in enumerate(prompts)],
-            "answer": [_answer(a, name, i) for i, a in enumerate(answers)],
-        }
-    )
+    prompt_source, prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    filled = Path(name).suffix not in (".json", ".jsonl")  # Arrow gives all messages of a column the same fields
+    columns = {"prompt": [messages_of(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]}
+    sources = {"prompt": prompt_source}
+    try:
+        sources["answer"], answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
+        columns["answer"] = [_answer(a, name, i) for i, a in enumerate(answers)]
+    except UserError:
+        if needs_answers or answer_column:
+            raise
+        sources.pop("answer", None)
+    return with_columns(_passable(_kept_under_other_names(rows, name, sources), name), columns)
+
+
+def _kept_under_other_names(rows: Dataset, name: str, sources: Mapping[str, str]) -> Dataset:
+    """Return rows whose columns `prompt` and `answer` are renamed where the values of these names come from other columns."""
+    for column, source in sources.items():
+        if column in rows.column_names and source != column:
+            other = f"original_{column}"
+            while other in rows.column_names:
+                other = f"_{other}"
+            logger.warning(f"{name}: {column} is taken from {source}, and its own column {column} is kept as {other}")
+            rows = rows.rename_column(column, other)
+    return rows
+
+
+def _passable(rows: Dataset, name: str) -> Dataset:
+    """Return rows without the columns that TRL cannot pass to a reward function, or would read as images."""
+    kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
+    images = [
+        column for column, kind in kinds.items() if column in _IMAGE_COLUMNS or kind in ("Image", "Audio", "Video")
+    ]
+    taken = [column for column in rows.column_names if column in REWARD_ARGUMENTS]
+    if images:
+        logger.warning(
+            f"{name}: {', '.join(images)} left out: BuPO trains text models, on problems without images or sound"
+        )
+    if taken:
+        logger.warning(
+            f"{name}: {', '.join(taken)} left out: TRL passes an argument of this name to reward functions; rename the column"
+        )
+    return rows.remove_columns([*images, *taken])
 
 
 def _rows(
@@ -98,7 +156,8 @@ def _rows(
     else:
         rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split, revision)
         if shuffle_seed is not None:
-            rows = rows.select(shuffled(len(rows), shuffle_seed)[:size])
+            table = rows.with_format("arrow")[shuffled(len(rows), shuffle_seed)[:size]]
+            rows = Dataset(InMemoryTable(table), info=rows.info)
         elif size is not None:
             rows = rows.select(range(min(size, len(rows))))
     if len(rows) == 0:
@@ -131,7 +190,15 @@ def problems_sha256(problems: Dataset) -> str:
 
 
 def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:
-    """Raises [`UserError`] for problems that came from Python and lack a column, or are none."""
+    """Refuse problems that came from Python and are no data set, lack a column, are none, or hold messages as text.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if not isinstance(problems, Dataset):
+        raise UserError(
+            f"{name} must be a Dataset, got {type(problems).__name__}: take one split; a stream is trained on by BuPOTrainer"
+        )
     for column in columns:
         if column not in problems.column_names:
             raise UserError(
@@ -139,6 +206,18 @@ def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:
             )
     if not len(problems):
         raise UserError(f"{name} is empty: give some, or leave it out")
+    check_prompt_texts(problems, name)
+
+
+def check_prompt_texts(problems: Dataset, name: str) -> None:
+    """Refuse prompts that are messages written as text.
+
+    Raises:
+        UserError: with the first such row.
+    """
+    if "prompt" in problems.column_names:
+        for row, prompt in enumerate(problems["prompt"]):
+            check_text(prompt, name, row)
 
 
 def prompt_digests(problems: Dataset) -> list[str]:
@@ -192,7 +271,8 @@ def _from_file(path: Path) -> Dataset:
     with others(f"{path} cannot be read as {path.suffix[1:]}"):
         if path.suffix == ".parquet":
             return Dataset(InMemoryTable(read_table(path, partitioning=None)))
-        return Dataset.from_dict(_columns(_rows_of(path)))
+        columns = _columns(_rows_of(path))
+        return dataset_of(columns) if columns else Dataset.from_dict({})
 
 
 def _columns(rows: list[dict]) -> dict[str, list]:
@@ -239,7 +319,8 @@ def _from_hub(name: str, config: str | None, split: str, revision: str | None) -
         return load_dataset(name, config, split=split, revision=revision)
 
 
-def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> list:
+def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> tuple[str, list]:
+    """Return the path of the column that holds the prompts or the answers, and its values."""
     for path in (wanted,) if wanted else usual:
         top, *rest = path.split(".")
         if top not in rows.column_names:
@@ -250,30 +331,11 @@ def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tupl
                 break
             values = [value[key] for value in values]
         else:
-            return values
+            return path, values
     raise UserError(
         f"{name} has no {what} column {wanted or ' or '.join(usual)}; its columns are {', '.join(rows.column_names)}: "
         f"name one with {what}_column"
     )
-
-
-def _messages(prompt, system_prompt: str | None, name: str, row: int) -> list[dict]:
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = prompt
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not well_formed or not messages or not messages[-1]["content"].strip():
-        raise UserError(
-            f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}"
-        )
-    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
 
 
 def _answer(answer, name: str, row: int) -> str:

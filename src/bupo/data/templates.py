@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from bupo.data.prompts import message_text
 from bupo.errors import UserError, others
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -131,4 +132,4 @@ def check_context(prompts: Sequence[Sequence[int]], context: int | None, name: s
 
 def plain_text(messages: Sequence[dict]) -> str:
     """Messages for a model without a chat template."""
-    return "\n\n".join(message["content"] for message in messages) + "\n"
+    return "\n\n".join(map(message_text, messages)) + "\n"

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.problems import prompt_digests
+from bupo.data.prompts import message_text
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
@@ -123,7 +124,7 @@ def graded(
         {
             "problem": p,
             "sample": n,
-            "question": problems[p]["prompt"][-1]["content"],
+            "question": message_text(problems[p]["prompt"][-1]),
             "gold": problems[p]["answer"],
             **_without_ids(a),
         }

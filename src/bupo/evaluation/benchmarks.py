@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from bupo.data.columns import with_columns
 from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems, procedural
 from bupo.errors import UserError, others
 from bupo.evaluation.tasks import PREFIX, is_harness
@@ -79,8 +80,8 @@ def load_benchmark(
         seed=seed,
     )
     if known.answer_after:
-        mark = known.answer_after
-        problems = problems.map(lambda row: {"answer": row["answer"].rpartition(mark)[2].strip()})
+        answers = [answer.rpartition(known.answer_after)[2].strip() for answer in problems["answer"]]
+        problems = with_columns(problems, {"answer": answers})
     return label, problems
 
 

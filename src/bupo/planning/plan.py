@@ -217,6 +217,7 @@ def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: Mod
         system_prompt=options.system_prompt,
         size=min(options.size or LOOKED_AT, LOOKED_AT),
         seed=config.seed,
+        needs_answers=False,  # only the prompts are looked at
     )
     tokenizer = load_tokenizer(model, **sources(config, loading))
     kwargs = config.chat_template_kwargs or {}

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from bupo.data.columns import with_columns
 from bupo.data.problems import check_columns, load_problems, problems_sha256
 from bupo.data.templates import check_template, plain_text, prompt_ids
 from bupo.errors import UserError, first_line
@@ -20,6 +21,7 @@ from bupo.rewards.grader import check_golds
 from bupo.rewards.math_reward import math_reward
 from bupo.training.asked import system_prompt_of
 from bupo.training.config import BuPOConfig
+from bupo.training.reward_signatures import check_signatures
 
 GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
 
@@ -91,8 +93,11 @@ class Problems:
     def as_text(self) -> "Problems":
         """With prompts as plain text, for a model without a chat template."""
 
-        def text(problems: Dataset | None):
-            return problems and problems.map(lambda row: {"prompt": plain_text(row["prompt"])})
+        def text(problems: Dataset | None) -> Dataset | None:
+            if problems is None:
+                return None
+            prompts = [prompt if isinstance(prompt, str) else plain_text(prompt) for prompt in problems["prompt"]]
+            return with_columns(problems, {"prompt": prompts})
 
         return replace(self, train=text(self.train), evaluation=text(self.evaluation))
 
@@ -107,19 +112,21 @@ def problems_of(
     """The problems of a run, and what is cheap to refuse before a model is loaded."""
     if problems is not None and options.shuffle_seed is not None:
         raise UserError("shuffle_seed is for a dataset by name, and the problems came from Python: shuffle them there")
+    graded = math_reward in rewards
     train_set = (
-        _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed)
+        _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed, graded)
         if problems is None
         else problems
     )
     if config.eval_strategy != "no" and eval_problems is None:
         name = options.eval_dataset or options.dataset
-        eval_problems = _problems(options, name, options.eval_split, options.eval_size, config)
-    needed = ("prompt", "answer") if math_reward in rewards else ("prompt",)
+        eval_problems = _problems(options, name, options.eval_split, options.eval_size, config, needs_answers=graded)
+    needed = ("prompt", "answer") if graded else ("prompt",)
     for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
         check_columns(rows, "problems", needed)
+    check_signatures(rewards, (train_set, eval_problems), bool(config.remove_unused_columns))
     _check_enough(train_set, config)
-    if math_reward in rewards:
+    if graded:
         golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
         try:
             check_golds(golds, options.dataset or "the problems")
@@ -186,6 +193,7 @@ def _problems(
     size: int | None,
     config: BuPOConfig,
     shuffle_seed: int | None = None,
+    needs_answers: bool = True,
 ) -> Dataset:
     if name is None:
         raise UserError("dataset is not set: give a hub id, a local file, reasoning_gym:NAME or arithmetic")
@@ -199,6 +207,7 @@ def _problems(
         size=size,
         seed=config.seed,
         shuffle_seed=shuffle_seed,
+        needs_answers=needs_answers,
     )
 
 

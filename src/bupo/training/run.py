@@ -40,6 +40,7 @@ from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, 
 from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from bupo.training.rehearsal import rehearse
 from bupo.training.resuming import deciding, hold, same_phase
+from bupo.training.reward_signatures import as_list
 from bupo.training.saving import writing
 from bupo.training.schedule import Schedule
 from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
@@ -141,7 +142,7 @@ def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, gi
     options.check()
     check_folder("output", config.output_dir)
     rehearse(config, loading)
-    rewards = list(given or [reward_of(name) for name in options.rewards])
+    rewards = as_list(given) or [reward_of(name) for name in options.rewards]
     check_rewards(rewards, config)
     return rewards
 

@@ -26,6 +26,7 @@ from bupo.training.head import Read
 from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
+from bupo.training.reward_signatures import check_inputs
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
@@ -63,6 +64,7 @@ class BuPOTrainer(TRLTrainer):
         **kwargs,
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
+        check_inputs(reward_funcs, args, *positional, **kwargs)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_run(self, args := self.args)
         self.given = of_given(self)

@@ -1,0 +1,99 @@
+"""Prompts in TRL's formats: plain text, or a list of messages that keep all their fields."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bupo.errors import UserError
+
+# a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped
+_OPENING = re.compile(r"""\s*["']?\s*(\[|\{)""")
+_KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:""") for key in ("role", "content", "from", "value"))
+
+
+def is_serialized(prompt: str) -> bool:
+    """Return whether a text is messages written as JSON, or as Python prints them, instead of a prompt in words."""
+    if not _OPENING.match(prompt):
+        return False
+    role, content, sender, value = (key.search(prompt) is not None for key in _KEYS)
+    closed = prompt.rstrip().rstrip("\"'").rstrip().endswith(("]", "}"))
+    return closed and ((role and content) or (sender and value))
+
+
+def check_text(prompt: Any, name: str, row: int) -> None:
+    """Refuse a prompt that is the text of messages.
+
+    Raises:
+        UserError: with the row and what to do.
+    """
+    if isinstance(prompt, str) and is_serialized(prompt):
+        raise UserError(
+            f"{name}, row {row}: the prompt is messages written as text, {prompt!r:.80}: store them as a list of messages "
+            "(json.loads of the text), or the question alone as plain text"
+        )
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, whose content may be text, parts of which some are text, or nothing."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
+    return content or ""
+
+
+def messages_of(prompt: Any, system_prompt: str | None, name: str, row: int, filled: bool = False) -> list[dict]:
+    """Return a prompt as messages with all their fields.
+
+    A message without `content`, such as a call of a tool, gets an empty one: TRL reads it of every message.
+
+    Args:
+        prompt (`str` or `list[dict]`): as the source has it.
+        system_prompt (`str`, *optional*): put before messages that do not begin with a system message.
+        name (`str`), row (`int`): for the error.
+        filled (`bool`, *optional*, defaults to `False`): the source gives all messages the same fields, with None where a
+            message has none: these are taken out.
+
+    Raises:
+        UserError: for what is no prompt, an empty one, and messages written as text.
+    """
+    check_text(prompt, name, row)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not messages or not all(map(_is_message, messages)):
+        raise _malformed(prompt, name, row)
+    messages = [_completed(_without_none(message) if filled else dict(message)) for message in messages]
+    last = messages[-1]
+    if not (message_text(last).strip() or last.get("tool_calls") or _has_parts(last)):
+        raise _malformed(prompt, name, row)
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _malformed(prompt: Any, name: str, row: int) -> UserError:
+    return UserError(f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    parts = isinstance(content, list) and all(isinstance(part, Mapping | str) for part in content)
+    return isinstance(content, str) or parts or (content is None and bool(message.get("tool_calls")))
+
+
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    """Return whether a message holds something else than text, such as an image."""
+    content = message.get("content")
+    return isinstance(content, list) and any(isinstance(part, Mapping) and "text" not in part for part in content)
+
+
+def _completed(message: dict) -> dict:
+    return message if message.get("content") is not None else {**message, "content": ""}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(inner) for inner in value]
+    return value
