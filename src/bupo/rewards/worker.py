@@ -1,7 +1,8 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"number": ..., "answer": ..., "gold": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value`, `strict` and
-`reason`. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a
+One line `{"number": ..., "answer": ..., "gold": ..., "problem": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value`,
+`strict` and `reason`. `problem` names a problem whose task has a scorer (`bupo.rewards.task_scorers`), else it is null. A line without
+`answer` makes the problem, which may be slow the first time. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a
 swapping machine.
 
 The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed ones and the
@@ -45,6 +46,20 @@ def grade(answer: str, gold: str) -> dict[str, str | None]:
     return {"verdict": verdict, "value": value, "strict": str(strict.verdict), "reason": strict.reason}
 
 
+def grade_by_task(answer: str, gold: str, problem: str) -> dict[str, str | None]:
+    """Return the grade of an answer to a task that has a scorer: both verdicts are the scorer's."""
+    from bupo.rewards import extraction, task_scorers
+
+    final = extraction.final_answer(answer)
+    if final.text is None:
+        return {"verdict": "unparsable", "value": None, "strict": "unparsable", "reason": final.reason}
+    right = task_scorers.is_right(problem, gold, final.text)
+    if right is None:
+        return grade(answer, gold)
+    verdict = "correct" if right else "wrong"
+    return {"verdict": verdict, "value": final.text[:200], "strict": verdict, "reason": None}
+
+
 def recorded(answer: str, gold: str) -> str:
     """Return math-verify's own verdict."""
     from math_verify import parse, verify
@@ -74,7 +89,10 @@ def main() -> None:
     try:
         import math_verify  # noqa: F401  the slow import, before the first deadline starts
 
-        for answer, gold in (("\\frac{1}{2}", "0.5"), ("x + 1", "1 + x")):  # and what is made at the first answer: grammars, patterns
+        for answer, gold in (
+            ("\\frac{1}{2}", "0.5"),
+            ("x + 1", "1 + x"),
+        ):  # and what is made at the first answer: grammars, patterns
             grade(f"\\boxed{{{answer}}}", gold)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies, flush=True)
@@ -86,10 +104,21 @@ def main() -> None:
         request = json.loads(line)
         _limit_cpu(request["deadline"])
         try:
-            reply = grade(request["answer"], request["gold"])
+            reply = _reply(request)
         except (Exception, RecursionError, MemoryError):
             reply = {"verdict": "unparsable", "value": None, "strict": "unparsable", "reason": "not readable"}
         print(json.dumps({"number": request["number"], **reply}), file=replies, flush=True)
+
+
+def _reply(request: dict) -> dict[str, str | None]:
+    if "answer" not in request:
+        from bupo.rewards import task_scorers
+
+        task_scorers.prepare(request["problem"])
+        return {}
+    if request["problem"]:
+        return grade_by_task(request["answer"], request["gold"], request["problem"])
+    return grade(request["answer"], request["gold"])
 
 
 def _limit_cpu(deadline: float) -> None:
