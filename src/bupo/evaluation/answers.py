@@ -115,8 +115,8 @@ def graded(
 ) -> pd.DataFrame:
     """Return one row an answer: problem, sample, question, gold, text, tokens, truncated, and its grade.
 
-    The grade is `verdict`, `value`, `strict`, `reason` (why there is no answer) and `answer_class`, which numbers the classes of
-    equal answers to a problem, for majority votes.
+    The grade is `verdict`, `value`, `strict`, `reason` (why there is no answer) and `answer_class`, which numbers the classes
+    of equal answers to a problem, for majority votes.
 
     Args:
         problems (`Dataset`): with `prompt`, `answer` and, where their task scores answers, `scored_by`.

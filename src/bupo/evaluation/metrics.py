@@ -70,8 +70,8 @@ def majority_at_k(classes: Sequence[Sequence[int | None]], correct_PN: np.ndarra
     """Return the share of problems whose most frequent answer is correct. Of several leaders, each counts its share.
 
     Args:
-        classes (`list[list[int | None]]`): by problem and answer, the class of equal answers that it belongs to; None where there
-            is no answer. Such an answer has no vote, and a problem without a vote is wrong.
+        classes (`list[list[int | None]]`): by problem and answer, the class of equal answers that it belongs to; None where
+            there is no answer. Such an answer has no vote, and a problem without a vote is wrong.
         correct_PN (`np.ndarray`): by problem and answer. Correct answers are one class, whatever `classes` holds.
     """
     shares = []

@@ -30,8 +30,8 @@ def math_reward(completions, answer=None, scored_by=None, log_metric=None, **kwa
     Args:
         completions (`list`): texts, or lists of messages.
         answer (`list[str]`): the dataset's `answer` column.
-        scored_by (`list[str | None]`, *optional*): the dataset's column of that name: problems of reasoning_gym whose task has a
-            scorer, which decides then.
+        scored_by (`list[str | None]`, *optional*): the dataset's column of that name: problems of reasoning_gym whose task has
+            a scorer, which decides then.
         log_metric (`Callable`, *optional*): TRL's; receives the shares of unevaluated, unparsable and timed-out answers.
 
     A gold answer that holds no expression gives None, which TRL leaves out of the batch.

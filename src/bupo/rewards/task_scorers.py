@@ -15,12 +15,29 @@ from typing import Any
 
 SCORED_BY = "scored_by"  # the column of a data set that names problems whose task has a scorer
 
-# what may stand in an expression that a scorer gives to sympy's parser, which evaluates Python
+# the characters of an expression that a scorer may give to sympy's parser, which evaluates Python
 _EXPRESSION = re.compile(r"[\w\s+\-*/^().,=!]*")
 _NAME = re.compile(r"[^\W\d]\w*")
-_FUNCTIONS = frozenset(
-    "sin cos tan sec csc cot asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt pi Abs abs oo".split()
-)
+_FUNCTIONS = {
+    *(
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+    ),
+    *("exp", "log", "ln", "sqrt", "pi", "Abs", "abs", "oo"),
+}
 _FULL = 0.9  # a scorer that gives less than this to the task's own answer is not used
 _EVALUATING = ("reasoning_gym.algorithmic.", "reasoning_gym.games.")  # packages whose scorers call `eval` on the answer
 ANY_SOLUTION = "(any solution)"  # the gold answer of tasks that name none
@@ -43,9 +60,9 @@ def has_scorer(dataset: Any) -> bool:
 def is_right(problem: str, gold: str, answer: str) -> bool | None:
     """Return whether a task's scorer gives an answer the full score; None where it cannot tell.
 
-    Partial scores count as wrong. The full score is what the task's own answer is given, since some scorers never give 1. None where
-    the scorer gives the task's own answer little, or pays for the question itself, and where the problem's answer is no longer
-    `gold` (another version of reasoning_gym).
+    Partial scores count as wrong. The full score is the one that the task's own answer gets, since some scorers never give 1.
+    None where the scorer gives the task's own answer little or pays for the question itself, and where the problem's answer is
+    no longer `gold` (another version of reasoning_gym).
 
     Args:
         problem (`str`): of [`reference`].
@@ -71,7 +88,7 @@ def _uses_the_numbers(entry: Mapping[str, Any], answer: str) -> bool:
     return sorted(map(int, re.findall(r"\d+", answer))) == sorted(entry["metadata"]["numbers"])
 
 
-# conditions of the question that a scorer does not check: puzzle24's takes any numbers that make 24
+# conditions of the question that a scorer does not check
 _ALSO_NEEDED: dict[str, Callable[[Mapping[str, Any], str], bool]] = {"puzzle24": _uses_the_numbers}
 
 
@@ -114,9 +131,9 @@ def prepare(problem: str) -> None:
 
 @contextmanager
 def _nothing_evaluated() -> Iterator[None]:
-    """Inside, scorers that would evaluate an answer as Python read it as a literal, or as a plain formula.
+    """Keep scorers from evaluating an answer as Python: they read it as a literal or as a plain formula.
 
-    Several call `eval` or sympy's `parse_expr` on the text of an answer.
+    Several scorers call `eval` or sympy's `parse_expr` on the text of an answer.
     """
     import sympy
     from sympy.parsing import sympy_parser
