@@ -133,7 +133,7 @@ FILES: dict[str, str | bytes] = {
     "strangers/summary.json": '{"schema_version": 99, "benchmarks": {"math500": {}}}',
     "wordy/summary.json": '{"schema_version": "x", "benchmarks": {"arithmetic": {}}}',
     "older/summary.json": '{"schema_version": 1, "benchmarks": {"arithmetic": {}}}',
-    "empty-numbers/summary.json": '{"schema_version": 3, "benchmarks": {"arithmetic": {}}}',
+    "empty-numbers/summary.json": '{"schema_version": 4, "benchmarks": {"arithmetic": {}}}',
     "broken-run/evaluation.json": '{"max_new_tokens": 0}',
     "evaluated/arithmetic/samples.jsonl": lines(
         {"problem": 0, "sample": 0, "text": "7", "tokens": 2, "truncated": False}

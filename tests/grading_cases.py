@@ -33,7 +33,7 @@ FRACTIONS = boxed(
 ROOTS_AND_CONSTANTS = boxed(
     ("\\sqrt{2}", "\\sqrt{2}", C), ("\\sqrt{2}", "1.5", W), ("\\sqrt 2", "\\sqrt{2}", C), ("2^{1/2}", "\\sqrt{2}", C), ("\\sqrt{8}", "2\\sqrt{2}", C),
     ("3\\sqrt{2}", "\\sqrt{18}", C), ("\\sqrt[3]{8}", "2", C), ("\\sqrt[3]{2}", "2^{1/3}", C), ("2\\sqrt{3}", "3\\sqrt{2}", W), ("\\pi", "\\pi", C),
-    ("2\\pi", "2 \\pi", C), ("\\frac{\\pi}{2}", "\\pi/2", C), ("3.14", "\\pi", W), ("e^2", "e^{2}", C), ("\\ln 2", "\\ln(2)", C), ("\\log_2 8", "3", C),
+    ("2\\pi", "2 \\pi", C), ("\\frac{\\pi}{2}", "\\pi/2", C), ("3.14", "\\pi", W), ("e^2", "e^{2}", C), ("\\ln 2", "\\ln(2)", C),
     ("\\frac{\\pi^2}{6}", "\\frac{\\pi^{2}}{6}", C), ("2+\\sqrt{3}", "\\sqrt{3}+2", C), ("2+\\sqrt{3}", "2-\\sqrt{3}", W), ("(2+\\sqrt{3})", "2+\\sqrt{3}", C),
     ("\\sin 30^\\circ", "\\frac{1}{2}", C), ("\\infty", "\\infty", C), ("-\\infty", "\\infty", W), ("i", "i", C), ("2+3i", "3i+2", C), ("2-3i", "2+3i", W),
     ("\\sin 31^\\circ", "\\frac{1}{2}", W), ("\\sin\\left(150^{\\circ}\\right)", "0.5", C), ("\\cos^2 45^\\circ", "0.5", C),
@@ -136,7 +136,7 @@ LEFT_TO_DO = boxed(
     ("84 \\div 2", "42", U), ("84 ÷ 2", "42", U),  # a sign that asks to divide writes no fraction
     ("8/2/2", "2", U), ("\\frac{\\frac{1}{2}}{3}", "\\frac{1}{6}", U), ("\\frac{1}{2}+\\frac{1}{3}", "\\frac{5}{6}", U), ("7 \\cdot \\frac{1}{2}", "3.5", U),  # fractions of fractions
     ("2^3 \\cdot 5", "40", U), ("2^3 + 2", "10", U), ("2 \\cdot 10^2 + 1", "201", U), ("2^{5+5}", "1024", U), ("(4+1)!", "120", U),  # powers stand for themselves, not for what is done with them
-    ("2 + \\sqrt{9}", "5", U), ("\\sqrt{4+5}", "3", U), ("|4-7|", "3", U), ("\\log_2 8 + 1", "4", U),
+    ("2 + \\sqrt{9}", "5", U), ("\\sqrt{4+5}", "3", U), ("|4-7|", "3", U), ("\\log_2 8 + 1", "4", U), ("\\log_2 8", "3", U),
     ("\\sum_{n=1}^{3} n", "6", U), ("\\int_0^1 2x dx", "1", U), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1", U), ("\\int_0^x 2t dt", "x^2", U),
 )  # fmt: skip
 
@@ -147,13 +147,6 @@ CASES = [
 # where the verdict is another than a mathematician's: to math-verify a degree is no part of pi, a root of a negative number is complex, a
 # condition is no set, and a letter after a number is a unit
 DIFFERENT = {
-    ("\\boxed{45^\\circ}", "\\frac{\\pi}{4}"): W,
-    ("\\boxed{\\sqrt[3]{-8}}", "-2"): W,
-    ("\\boxed{33\\frac{1}{3}\\%}", "\\frac{1}{3}"): W,
-    ("\\boxed{5 \\pmod 7}", "5"): W,
-    ("\\boxed{x \\ge 0}", "[0,\\infty)"): W,
-    ("\\boxed{\\text{no solution}}", "\\emptyset"): W,
-    ("\\boxed{2t}", "2"): C,
 }
 
 # why math-verify's own verdict is another than the strict one, by an answer's text; docs/evaluation.md counts them

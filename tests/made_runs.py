@@ -66,7 +66,7 @@ def evaluate(folder, model, **correct):
         found[label] = {"problems": 10, "k": 10, "avg@k": mean, "avg@k_interval": interval}
         found[label]["pass@k"] = {"1": mean, "10": sum(map(any, answers)) / 10}
     meta = {"model": str(model), "layer": None, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 32}
-    summary = {"schema_version": 3, "meta": meta, "benchmarks": found, "harness": {}}
+    summary = {"schema_version": 4, "meta": meta, "benchmarks": found, "harness": {}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

@@ -206,7 +206,7 @@ def test_both_grades_stand_side_by_side(tmp_path, capsys):
     table = graded(problems, [[Answer(text, 3, False)] for text in texts])
     assert table["verdict"].tolist() == ["correct", "correct", "unparsable", "unparsable"]
     assert table["strict"].tolist() == ["unevaluated", "correct", "correct", "unparsable"]
-    assert table["value"][1] == problems[1]["answer"] and table["value"][2:].isna().all()
+    assert table["value"][1:3].tolist() == problems[1:3]["answer"] and table["value"].isna().tolist() == [False] * 3 + [True]
     table = graded(problems, [[Answer(text, 3, False)] for text in texts[:1] * 3 + texts[-1:]])
     found = summarize(table)
     assert (found["avg@k"], found["strict_avg@k"]) == (0.25, 0.0)  # the question's sum is the first one's answer only
@@ -226,7 +226,7 @@ def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, ca
     """As another evaluation to compare with. Graded once more, it is of one kind with this one."""
     assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1")) == 0
     summary, graded_file = tmp_path / "old" / "summary.json", tmp_path / "old" / "arithmetic" / "graded.parquet"
-    summary.write_text(summary.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    summary.write_text(summary.read_text().replace('"schema_version": 4', '"schema_version": 3'))
     table = pd.read_parquet(graded_file)
     table.drop(columns="strict").to_parquet(graded_file)
     compared = evaluation(tmp_path / "new", "--size", "3", "--k", "1", "--compare", str(tmp_path / "old"))
@@ -238,7 +238,7 @@ def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, ca
     with pytest.raises(UserError, match="graded by an earlier version"):
         finished(tmp_path / "old" / "arithmetic")
     assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "kept")) == 0
-    assert pd.read_parquet(graded_file).equals(table) and '"schema_version": 3' in summary.read_text()
+    assert pd.read_parquet(graded_file).equals(table) and '"schema_version": 4' in summary.read_text()
 
 
 def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):

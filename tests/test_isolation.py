@@ -64,7 +64,8 @@ def test_libraries_that_are_on_an_absolute_path_only_are_found(tmp_path, monkeyp
     assert places and all(os.path.isabs(place) for place in places)
     bare = tmp_path / "bare.py"  # an interpreter without site packages: only what it is told of is there
     bare.write_text(
-        f"import sys\nassert not any('site-packages' in p for p in sys.path)\nexec(open({worker.__file__!r}).read())\n"
+        f"import sys\nassert not any('site-packages' in p for p in sys.path)\nimport runpy\n"
+        f"runpy.run_path({worker.__file__!r}, run_name='__main__')\n"
     )
     monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, "-I", "-S", str(bare), *places])
     assert alone.grade(*HALF) == ["correct"]

@@ -76,16 +76,10 @@ def test_intervals_cover():
 
 
 def test_majority_by_hand():
-    answers: list[list[str | None]] = [
-        ["4", "4", "5"],
-        ["4", "5", "6"],
-        [None, None, "7"],
-        [None, None, None],
-        ["1", "1", "2"],
-    ]
-    correct = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]])
-    # right; a third (three share the lead, one is right); right; no vote; wrong
-    assert majority_at_k(answers, correct) == pytest.approx((1 + 1 / 3 + 1 + 0 + 0) / 5)
+    classes: list[list[int | None]] = [[4, 4, 5], [4, 5, 6], [None, None, 7], [None, None, None], [1, 1, 2], [0, 1, 2]]
+    correct = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]])
+    # right; a third (three share the lead, one is right); right; no vote; wrong; correct answers vote together
+    assert majority_at_k(classes, correct) == pytest.approx((1 + 1 / 3 + 1 + 0 + 0 + 1) / 6)
 
 
 @given(st.integers(2, 30), st.integers(1, 5), st.integers(1, 5), st.integers(0, 1000))

@@ -51,6 +51,8 @@ def answers(problems, k, text=lambda problem, sample: f"We find \\boxed{{{proble
                     "tokens": 10 + sample,
                     "truncated": sample % 4 == 3,
                     "strict": "unevaluated" if correct and sample % 3 == 1 else verdict,
+                    "reason": "unclosed box" if verdict == "unparsable" else None,
+                    "answer_class": 0 if correct else sample + 1,
                 }
             )
     return pd.DataFrame(rows)
@@ -83,6 +85,7 @@ def test_the_table_comes_back(tmp_path):
             for answer in p["answers"]
         ]
         columns = ["problem", "question", "gold", "sample", "verdict", "value", "tokens", "truncated", "text", "strict"]
+        columns += ["reason", "answer_class"]
         found = pd.DataFrame(rows, columns=columns)[list(table.columns)]
         assert found["value"].isna().tolist() == table["value"].isna().tolist()
         assert found.fillna("").equals(table.fillna(""))
@@ -117,7 +120,7 @@ def test_many_long_answers_fit(tmp_path, letter):
     assert 0.8 * BUDGET < path.stat().st_size < BUDGET + (1 << 17)
     data = data_of(path)
     for problem in data["problems"]:
-        for sample, *_, kept, _ in problem["answers"]:
+        for sample, *_, kept, _, _, _ in problem["answers"]:
             length = lengths[problem["problem"], sample]
             if sample:
                 assert len(kept["head"]) + kept["left_out"] + len(kept["tail"]) == length
@@ -131,7 +134,7 @@ def test_many_long_answers_fit(tmp_path, letter):
 def test_more_answers_than_the_budget_holds_keep_a_little(tmp_path, monkeypatch):
     monkeypatch.setattr("bupo.report.samples.BUDGET", 1000)
     data = data_of(write(tmp_path / "report.html", {"one": answers(3, 4, lambda problem, sample: "x" * 500)}))
-    kept = data["problems"][0]["answers"][0][-2]
+    kept = data["problems"][0]["answers"][0][-4]
     assert len(kept["head"]) + len(kept["tail"]) == SHORTEST and kept["left_out"] == 500 - SHORTEST
 
 

@@ -22,6 +22,7 @@ from bupo.data.arithmetic import arithmetic_problem
 from bupo.data.columns import dataset_of, with_columns
 from bupo.data.prompts import check_text, messages_of
 from bupo.errors import UserError, first_line, others
+from bupo.rewards.task_scorers import SCORED_BY, answer_of, has_scorer, reference
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -244,13 +245,13 @@ def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: s
     # a task's own assertions, unknown options, malformed JSON
     with others(f"{name} cannot be made{f' with {config}' if config else ''}"):
         options = json.loads(config) if config else {}
-        task = reasoning_gym.create_dataset(
-            name.removeprefix(REASONING_GYM), size=size or _PROCEDURAL_SIZES[split], seed=start, **options
-        )
+        named, count = name.removeprefix(REASONING_GYM), size or _PROCEDURAL_SIZES[split]
+        task = reasoning_gym.create_dataset(named, size=count, seed=start, **options)
         entries = list(task)
-    return Dataset.from_dict(
-        {"prompt": [entry["question"] for entry in entries], "answer": [entry["answer"] for entry in entries]}
-    )
+    columns = {"prompt": [entry["question"] for entry in entries], "answer": [answer_of(entry) for entry in entries]}
+    if has_scorer(task):
+        columns[SCORED_BY] = [reference(named, count, start, index, options) for index in range(len(entries))]
+    return Dataset.from_dict(columns)
 
 
 def _is_file(name: str) -> bool:

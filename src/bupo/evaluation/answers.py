@@ -17,7 +17,8 @@ from bupo.data.prompts import message_text
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError
 from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
-from bupo.rewards.grader import MathGrader, Verdict
+from bupo.rewards.grader import Grade, MathGrader, Verdict
+from bupo.rewards.task_scorers import SCORED_BY
 from bupo.sampling import Answer, Engine, Request, seed_of
 from bupo.store import Store
 
@@ -112,10 +113,13 @@ def graded(
     deadline: float = DEADLINE,
     on_graded: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """One row an answer: problem, sample, question, gold, text, tokens, truncated, and of its grade verdict, value, strict.
+    """Return one row an answer: problem, sample, question, gold, text, tokens, truncated, and its grade.
+
+    The grade is `verdict`, `value`, `strict`, `reason` (why there is no answer) and `answer_class`, which numbers the classes
+    of equal answers to a problem, for majority votes.
 
     Args:
-        problems (`Dataset`): with `prompt` and `answer`.
+        problems (`Dataset`): with `prompt`, `answer` and, where their task scores answers, `scored_by`.
         answers (`list[list[Answer]]`): by problem and sample.
         deadline (`float`, *optional*, defaults to `5.0`): seconds that grading an answer may take.
         on_graded (`Callable`, *optional*): called with the number of answers just graded.
@@ -134,17 +138,30 @@ def graded(
     table = pd.DataFrame(rows)
     for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
         table[column] = [text.encode(errors="replace").decode() for text in table[column]]
+    scored_by = problems[SCORED_BY] if SCORED_BY in problems.column_names else [None] * len(problems)
     grader, grades = MathGrader(deadline=deadline), []
     try:
         for start in range(0, len(table), GRADED_AT_ONCE):
             part = table[start : start + GRADED_AT_ONCE]
-            grades += grader.examine(list(part["text"]), list(part["gold"]))
+            names = [scored_by[problem] for problem in part["problem"]]
+            grades += grader.examine(list(part["text"]), list(part["gold"]), names)
             on_graded(len(part))
+        values = np.array([g.value for g in grades], dtype=object).reshape(len(answers), -1).tolist()
+        classes = [number for numbers in grader.equal_answers(values) for number in numbers]
     finally:
         grader.close()
     table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]
     table["strict"] = [str(g.strict) for g in grades]
+    table["reason"] = [_reason(*row) for row in zip(grades, table["truncated"], strict=True)]
+    table["answer_class"] = pd.array(classes, dtype="Int64")
     return table
+
+
+def _reason(grade: Grade, truncated: bool) -> str | None:
+    """Return why an answer holds no final answer, or none that can be read; None where it does."""
+    if Verdict.UNPARSABLE not in (grade.verdict, grade.strict):
+        return None
+    return "cut at the limit" if truncated else grade.reason or "not readable"
 
 
 def summarize(table: pd.DataFrame) -> dict:
@@ -154,7 +171,7 @@ def summarize(table: pd.DataFrame) -> dict:
     """
     correct = correct_of(table)
     problems, k = correct.shape
-    values = table["value"].to_numpy().reshape(problems, k)
+    classes = table["answer_class"].astype(object).to_numpy().reshape(problems, k)
     mean, interval = avg_at_k(correct)
     strict_mean, strict_interval = avg_at_k(correct_of(table, "strict"))
     return {
@@ -165,11 +182,12 @@ def summarize(table: pd.DataFrame) -> dict:
         "strict_avg@k": strict_mean,
         "strict_avg@k_interval": strict_interval,
         "pass@k": {str(size): share for size, share in pass_curve(correct).items()},
-        "majority@k": majority_at_k([[None if pd.isna(v) else v for v in row] for row in values], correct),
+        "majority@k": majority_at_k([[None if pd.isna(c) else c for c in row] for row in classes], correct),
         "mean_tokens": float(table["tokens"].mean()),
         "truncated": int(table["truncated"].sum()),
         "verdicts": _counted(table["verdict"]),
         "strict_verdicts": _counted(table["strict"]),
+        "no_answer_reasons": table.loc[table["verdict"] == Verdict.UNPARSABLE, "reason"].value_counts().to_dict(),
         "graded_by": f"math-verify {version('math-verify')}",
     }
 
@@ -194,6 +212,6 @@ def finished(folder: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
     table = pd.read_parquet(path)
-    if "strict" not in table:
+    if not {"strict", "reason", "answer_class"} <= set(table):
         raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
     return table

@@ -12,6 +12,8 @@ from scipy import stats
 
 from bupo.seeds import LEVEL, student_interval
 
+_GOLD = -1  # the class of the answers that equal the gold answer
+
 
 def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Mean over problems of the share of correct answers, with a 95 % interval over problems.
@@ -64,24 +66,21 @@ def pass_curve(correct_PN: np.ndarray) -> dict[int, float]:
     return {k: float(np.mean([pass_at_k(n, int(c), k) for c in correct_PN.sum(1)])) for k in ks}
 
 
-def majority_at_k(answers: Sequence[Sequence[str | None]], correct_PN: np.ndarray) -> float:
-    """Share of problems whose most frequent answer is correct. Of several that are most frequent, each counts its share.
+def majority_at_k(classes: Sequence[Sequence[int | None]], correct_PN: np.ndarray) -> float:
+    """Return the share of problems whose most frequent answer is correct. Of several leaders, each counts its share.
 
     Args:
-        answers (`list[list[str | None]]`): what each answer comes to, as text; None where there is no answer. An answer
-            without one has no vote, and a problem without a vote is wrong.
-        correct_PN (`np.ndarray`): by problem and answer.
+        classes (`list[list[int | None]]`): by problem and answer, the class of equal answers that it belongs to; None where
+            there is no answer. Such an answer has no vote, and a problem without a vote is wrong.
+        correct_PN (`np.ndarray`): by problem and answer. Correct answers are one class, whatever `classes` holds.
     """
     shares = []
-    for texts, correct in zip(answers, np.asarray(correct_PN, dtype=bool), strict=True):
-        votes = Counter(text for text in texts if text is not None)
-        if not votes:
-            shares.append(0.0)
-            continue
-        most = max(votes.values())
-        leaders = [text for text, count in votes.items() if count == most]
-        right = [any(c for t, c in zip(texts, correct, strict=True) if t == leader) for leader in leaders]
-        shares.append(sum(right) / len(leaders))
+    for numbers, correct in zip(classes, np.asarray(correct_PN, dtype=bool), strict=True):
+        votes = Counter(_GOLD if right else number for number, right in zip(numbers, correct, strict=True))
+        votes.pop(None, None)
+        most = max(votes.values(), default=0)
+        leaders = [number for number, count in votes.items() if count == most]
+        shares.append((_GOLD in leaders) / len(leaders) if leaders else 0.0)
     return float(np.mean(shares))
 
 

@@ -49,7 +49,7 @@ from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 from bupo.text import printable
 
-SUMMARY_FILE, SCHEMA = "summary.json", 3  # by math-verify's own verdicts since 3
+SUMMARY_FILE, SCHEMA = "summary.json", 4  # majority votes of equal answers since 4
 KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ def write_samples_page(
 
     Args:
         tables (`dict[str, pd.DataFrame]`): `graded.parquet` by benchmark's label: problem, sample, question, gold, text,
-            verdict, value, strict, tokens, truncated.
+            verdict, value, strict, reason, answer_class, tokens, truncated.
         summary (`dict`): the content of `summary.json`.
         prompts (`dict[str, str]`): by label, the first problem's prompt as the model reads it.
         path (`str`): the HTML file.
@@ -122,6 +122,8 @@ def _problems(label: str, table: pd.DataFrame, limit: int) -> Iterator[dict]:
                     bool(row.truncated),
                     shortened(row.text, limit),
                     row.strict,
+                    None if pd.isna(row.reason) else row.reason,
+                    None if pd.isna(row.answer_class) else int(row.answer_class),
                 ]
                 for row in rows.itertuples()
             ],

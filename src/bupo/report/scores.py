@@ -12,8 +12,8 @@ from rich.text import Text
 from bupo.report.figures import pass_figure
 from bupo.text import csv_cell, markdown_cell, markdown_table, printable
 
-VERDICT_COLUMNS = ("no answer", "not worked out", "timed out")
-TEXTS = ("benchmark", "metric", "task")  # columns that are no numbers of ours
+VERDICT_COLUMNS = ("no answer", "not worked out", "timed out", "why no answer")
+TEXTS = ("benchmark", "metric", "task", "why no answer")  # columns that are no numbers of ours
 DIFFERENCE = "difference [95 %]"
 
 
@@ -43,6 +43,7 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "no answer": str(verdicts["unparsable"]),
             "not worked out": str(found["strict_verdicts"]["unevaluated"]),
             "timed out": str(verdicts["timeout"]),
+            "why no answer": ", ".join(f"{count} {reason}" for reason, count in found["no_answer_reasons"].items()),
         }
         if "difference" in found:
             row[DIFFERENCE] = percent(found["difference"], found["difference_interval"])
@@ -100,7 +101,7 @@ def score_tables(summary: dict) -> list[Table]:
     """
     layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
     rows, title = score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
-    verdicts = [name for name in VERDICT_COLUMNS if any(row[name] != "0" for row in rows)]
+    verdicts = [name for name in VERDICT_COLUMNS if any(row[name] not in ("0", "") for row in rows)]
     left_out = (*VERDICT_COLUMNS, DIFFERENCE, "maj@k")  # the last beside a column of k would not fit
     numbers = [name for name in (rows[0] if rows else ()) if name not in left_out]
     parts = [
@@ -115,7 +116,7 @@ def score_tables(summary: dict) -> list[Table]:
 def _table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
     table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name != "why no answer")
     for row in rows:
         table.add_row(*(Text(printable(row.get(name, ""))) for name in names))
     return table

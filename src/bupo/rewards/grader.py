@@ -21,6 +21,8 @@ from typing import IO, Any, NamedTuple
 
 from bupo.errors import UserError
 from bupo.rewards import worker
+from bupo.rewards.equality import is_empty
+from bupo.rewards.extraction import final_answer
 from bupo.signals import unheard
 
 
@@ -28,7 +30,8 @@ class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
     `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
-    `no_gold`: the gold answer holds no expression that math-verify can read.
+    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is empty, or,
+    of math-verify's own verdict, holds no expression that it can read.
     """
 
     CORRECT = "correct"
@@ -40,38 +43,58 @@ class Verdict(StrEnum):
 
 
 class Grade(NamedTuple):
-    """What math-verify and we make of an answer.
+    """The two verdicts on an answer.
 
     Attributes:
         verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
-        value (`str`, *optional*): what math-verify takes the answer for, as text, for majority votes.
-        strict ([`Verdict`]): the reward's, after spellings that math-verify misreads have been rewritten.
+        value (`str`, *optional*): the text of the final answer, at most 200 characters; None where there is none.
+        strict ([`Verdict`]): the reward's: the final answer compared within the gold answer's class.
+        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box, empty box,
+            unfinished thinking, the answer is taken back, not readable.
     """
 
     verdict: Verdict
     value: str | None
     strict: Verdict
+    reason: str | None = None
 
 
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*|[0-9]{1,3})")  # more digits with a zero in front are a code
 _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
+_LONG = 50_000  # characters: a longer answer is looked through in a process that can be killed
 _CLOSING = re.compile(r"[\s$*.!)\]\\]*")
 _NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
 _START_SECONDS = 120  # importing sympy on a busy machine
-_LIBRARIES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")  # what the worker imports
+_LIBRARIES = (
+    "math_verify",
+    "latex2sympy2_extended",
+    "sympy",
+    "mpmath",
+    "antlr4",
+    "reasoning_gym",
+)  # what the worker imports
 
 
 def _integer_grade(answer: str, gold: str) -> Grade | None:
     """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
     elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
     """
-    if answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()):
+    if (
+        len(answer) > _LONG
+        or answer.count("\\boxed") != 1
+        or not _INTEGER.fullmatch(gold.strip())
+        or not _NUMBER.fullmatch(gold.strip())
+    ):
         return None
     boxed = _BOXED_INTEGER.search(answer)
     if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
         return None
     verdict = Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
-    return Grade(verdict, str(int(boxed[1])), verdict)
+    text, reason = final_answer(answer)
+    if text is None:
+        return Grade(verdict, None, Verdict.UNPARSABLE, reason)
+    return Grade(verdict, text[:200], verdict) if text == boxed[1] else None
 
 
 def _is_final(answer: str, boxed: re.Match) -> bool:
@@ -109,6 +132,7 @@ class _Child:
     def __init__(self):
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self.asked = 0
+        self.prepared: set[str] = set()  # tasks whose problems have been made
         alone: dict[str, Any] = {"env": _environment(), "cwd": "/", "start_new_session": True}
         try:
             self.process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=nowhere, **alone)
@@ -126,25 +150,32 @@ class _Child:
             self.kill()
             raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
 
-    def grade(self, answer: str, gold: str, deadline: float) -> Grade | None:
+    def grade(self, answer: str, gold: str, deadline: float, problem: str | None = None) -> Grade | None:
         """The child's grade, or None if it missed the deadline, died, or says what is no answer to this request."""
+        task = json.loads(problem)["task"] if problem else None
+        if task and task not in self.prepared:
+            self._requested({"problem": problem, "deadline": _START_SECONDS})
+            self.prepared.add(task)
+        reply = self._requested({"answer": answer, "gold": gold, "problem": problem, "deadline": deadline})
+        try:
+            return Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]), reply.get("reason"))
+        except (KeyError, ValueError):
+            return None
+
+    def _requested(self, request_fields: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the reply; an empty one if it missed the deadline or is no reply to this request."""
         self.asked += 1
-        asked = {"number": self.asked, "answer": answer, "gold": gold, "deadline": deadline}
-        request = memoryview(json.dumps(asked).encode() + b"\n")
-        end = time.monotonic() + deadline
+        request = memoryview(json.dumps({"number": self.asked, **request_fields}).encode() + b"\n")
+        end = time.monotonic() + request_fields["deadline"]
         try:
             while request:
                 if not _ready(self.requests, select.POLLOUT, end):
-                    return None
+                    return {}
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
-            return None
+            return {}
         reply = self._reply(end) or {}
-        try:
-            grade = Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]))
-        except (KeyError, ValueError):
-            return None
-        return grade if reply.get("number") == self.asked else None
+        return reply if reply.get("number") == self.asked else {}
 
     def _reply(self, end: float) -> dict | None:
         line = b""
@@ -190,19 +221,32 @@ class MathGrader:
         for _ in range(self.processes):
             self._free.put(None)
 
-    def grade(self, answers: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+    def grade(
+        self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
+    ) -> list[Verdict]:
         """The strict verdict of each answer."""
-        return [grade.strict for grade in self.examine(answers, golds)]
+        return [grade.strict for grade in self.examine(answers, golds, problems)]
 
-    def examine(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+    def examine(
+        self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
+    ) -> list[Grade]:
         """The grade of each answer.
+
+        Args:
+            answers, golds (`list[str]`): completions and gold answers.
+            problems (`list[str | None]`, *optional*): names of problems whose tasks have a scorer, which then gives both verdicts
+                ([`bupo.rewards.task_scorers`]).
 
         Raises:
             UserError: if the lengths differ.
         """
+        problems = [None] * len(answers) if problems is None else problems
         if len(answers) != len(golds):
             raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
-        grades: list[Grade | None] = [_integer_grade(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
+        grades: list[Grade | None] = [
+            None if problem else _integer_grade(answer, gold)
+            for answer, gold, problem in zip(answers, golds, problems, strict=True)
+        ]
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index, grade in enumerate(grades):
             if grade is None:
@@ -213,7 +257,7 @@ class MathGrader:
             try:
                 while not errors:
                     index = waiting.get_nowait()
-                    grades[index] = self._grade_one(answers[index], golds[index])
+                    grades[index] = self._grade_one(answers[index], golds[index], problems[index])
             except queue.Empty:
                 pass
             except BaseException as error:
@@ -228,17 +272,46 @@ class MathGrader:
             raise errors[0]
         return grades  # type: ignore[return-value]
 
-    def _grade_one(self, answer: str, gold: str) -> Grade:
+    def _grade_one(self, answer: str, gold: str, problem: str | None) -> Grade:
         child, grade = self._free.get(), None
         try:
             child = child or _Child()
-            grade = child.grade(answer, gold, self.deadline)
+            grade = child.grade(answer, gold, self.deadline, problem)
         finally:
             if grade is None and child is not None:
                 child.kill()
                 child = None
             self._free.put(child)
         return grade or Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
+
+    def equal_answers(self, answers: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
+        """Number the classes of equal answers to each problem, by the strict comparison.
+
+        Args:
+            answers (`list[list[str | None]]`): final answers by problem, as of `Grade.value`; None where there is none.
+
+        Returns:
+            `list[list[int | None]]`: a class by problem and answer, from 0; None where there is no answer. Two answers that are
+            written alike are always of one class.
+        """
+        numbers: list[dict[str, int]] = [{} for _ in answers]
+        left = [list(dict.fromkeys(text for text in texts if text is not None)) for texts in answers]
+        while any(left):
+            pairs = []
+            for problem, texts in enumerate(left):
+                if texts:
+                    first = texts.pop(0)
+                    numbers[problem][first] = len(set(numbers[problem].values()))
+                    pairs += [(problem, first, text) for text in texts]
+            verdicts = self.grade([f"\\boxed{{{text}}}" for _, _, text in pairs], [first for _, first, _ in pairs])
+            for (problem, first, text), verdict in zip(pairs, verdicts, strict=True):
+                if verdict == Verdict.CORRECT:
+                    numbers[problem][text] = numbers[problem][first]
+                    left[problem].remove(text)
+        return [
+            [None if text is None else known[text] for text in texts]
+            for known, texts in zip(numbers, answers, strict=True)
+        ]
 
     def close(self) -> None:
         """End the children."""
@@ -255,13 +328,8 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     Raises:
         UserError: with the first such row.
     """
-    grader = MathGrader()
-    try:
-        grades = grader.examine([f"\\boxed{{{gold}}}" for gold in golds], golds)
-    finally:
-        grader.close()
-    for row, (gold, grade) in enumerate(zip(golds, grades, strict=True)):
-        if grade.strict == Verdict.NO_GOLD:
+    for row, gold in enumerate(golds):
+        if len(gold) < 1000 and is_empty(gold):
             raise UserError(
-                f"{where}, row {row}: the gold answer {gold[:80]!r} holds no mathematical expression that math-verify can read"
+                f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out"
             )

@@ -24,12 +24,14 @@ def answer_text(completion: str | list[dict]) -> str:
     return content or ""
 
 
-def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[float | None]:
+def math_reward(completions, answer=None, scored_by=None, log_metric=None, **kwargs) -> list[float | None]:
     """1.0 where the completion's final answer equals the gold one and is worked out (the strict verdict), else 0.0.
 
     Args:
         completions (`list`): texts, or lists of messages.
         answer (`list[str]`): the dataset's `answer` column.
+        scored_by (`list[str | None]`, *optional*): the dataset's column of that name: problems of reasoning_gym whose task has
+            a scorer, which decides then.
         log_metric (`Callable`, *optional*): TRL's; receives the shares of unevaluated, unparsable and timed-out answers.
 
     A gold answer that holds no expression gives None, which TRL leaves out of the batch.
@@ -39,7 +41,8 @@ def math_reward(completions, answer=None, log_metric=None, **kwargs) -> list[flo
     """
     if answer is None:
         raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
-    verdicts = _grader().grade([answer_text(c) for c in completions], ["" if a is None else str(a) for a in answer])
+    golds = ["" if gold is None else str(gold) for gold in answer]
+    verdicts = _grader().grade([answer_text(completion) for completion in completions], golds, scored_by)
     if log_metric is not None:
         for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT, Verdict.NO_GOLD):
             log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))

@@ -11,8 +11,8 @@ function element(tag, className, ...content) {
   return made;
 }
 const problems = data.problems.map(problem => {
-  const answers = problem.answers.map(([sample, verdict, value, tokens, truncated, text, strict]) =>
-    ({ sample, verdict, value, tokens, truncated, text, strict }));
+  const answers = problem.answers.map(([sample, verdict, value, tokens, truncated, text, strict, reason, group]) =>
+    ({ sample, verdict, value, tokens, truncated, text, strict, reason, group }));
   const correct = answers.filter(answer => answer.verdict === "correct").length;
   const solved = correct === answers.length ? "always" : correct ? "sometimes" : "never";
   return { ...problem, answers, correct, solved };
@@ -125,9 +125,10 @@ function stepButton(name, step) {
 }
 function drawValues(problem) {
   const groups = new Map();
-  for (const { value, verdict } of problem.answers) {
-    const name = value === null ? data.names[verdict] : joined(value), group = groups.get(name) || { name, verdict, count: 0 };
-    group.count++; groups.set(name, group);
+  for (const { value, verdict, group } of problem.answers) {  // equal answers are one group, however they are written
+    const name = value === null ? data.names[verdict] : joined(value), key = value === null ? name : `${verdict} ${group}`;
+    const counted = groups.get(key) || { name, verdict, count: 0 };
+    counted.count++; groups.set(key, counted);
   }
   const sorted = [...groups.values()].toSorted((a, b) => b.count - a.count);
   const chips = sorted.slice(0, 8).map(({ name, verdict, count }) =>
@@ -135,11 +136,12 @@ function drawValues(problem) {
   if (sorted.length > 8) chips.push(element("span", "name", `and ${sorted.length - 8} more`));
   return element("div", "chips", ...chips);
 }
-function drawAnswer({ sample, verdict, value, tokens, truncated, text, strict }) {
+function drawAnswer({ sample, verdict, value, tokens, truncated, text, strict, reason }) {
   const head = element("div", "head", element("span", "badge", data.names[verdict] || verdict),
     element("span", "", "sample " + sample));
   if (value !== null) head.append(element("span", "gold", "= ", ...pieces(value)));
   head.append(element("span", "", number(tokens) + (tokens === 1 ? " token" : " tokens")));
+  if (reason !== null && !truncated) head.append(element("span", "limit", reason));
   if (strict !== verdict) head.append(element("span", "limit", "strict: " + (data.names[strict] || strict)));
   if (truncated) head.append(element("span", "limit", "cut at the limit"));
   return element("article", "answer " + verdict, head, foldable(text));

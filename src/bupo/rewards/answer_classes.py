@@ -1,0 +1,745 @@
+"""Read an answer into its class: number, expression, list, set, tuple, interval, matrix, equation, inequality, or text of a kind.
+
+A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python: expressions are
+parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
+"""
+
+import functools
+import re
+from fractions import Fraction
+from typing import Any
+
+from bupo.rewards.scalars import in_order, product, same_number
+from bupo.rewards.units import Unit, is_known, read_unit
+from bupo.rewards.values import (
+    Family,
+    Interval,
+    Many,
+    Matrix,
+    Named,
+    Names,
+    Relation,
+    Scalar,
+    Union,
+    Unreadable,
+    symbols,
+)
+
+
+# -- texts that look like mathematics
+
+_MONTHS = "january february march april may june july august september october november december".split()
+_MONTH = "(?P<month>" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS) + r"|sept)\.?"
+_DATES = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>\d{4})([-/.])(?P<number>\d{1,2})\2(?P<day>\d{1,2})",
+        rf"(?:\w+day,?\s+)?{_MONTH}\s+(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(?P<year>\d{{4}}))?",
+        rf"(?:\w+day,?\s+)?(?:the\s+)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:\s+of)?\s+{_MONTH}(?:,?\s+(?P<year>\d{{4}}))?",
+        r"(?P<year>\d{4})年(?P<number>\d{1,2})月(?P<day>\d{1,2})日",
+    )
+]
+_TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\?text)?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
+_COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
+_BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
+_PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
+_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
+# a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
+_CODE = re.compile(
+    r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
+)
+
+# words and letters in a row, which are no products; `ad - bc` is one
+_WORDS_ONLY = re.compile(
+    r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s,;'\".&]+[^\W\d_]+)*[\s,;'\".]*|[a-zA-Z](?:\s+[a-zA-Z])+|(?=.*[^\W\d_]{3})[^\W\d_]+(?:-[^\W\d_]+)+"
+    r"|(?=.*[A-Za-z]\d+[A-Za-z]{2})[A-Za-z0-9]+"
+)
+
+
+def read_text(text: str) -> tuple | None:
+    """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
+    flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
+    for pattern in _DATES:
+        if match := pattern.fullmatch(flat):
+            parts = match.groupdict()
+            number = parts.get("number") or 1 + [name[:3] for name in _MONTHS].index(parts["month"][:3].lower())
+            return ("date", int(parts["year"] or 0), int(number), int(parts["day"]))
+    if match := _TIME.fullmatch(flat):
+        hour, minute, second, half = match.groups()
+        if 1 <= int(hour) <= 12:
+            return ("time", int(hour) % 12 + 12 * (half.lower() == "p"), int(minute or 0), int(second or 0))
+    if match := _BASE.fullmatch(flat):
+        base = int(match[2]) if match[2].isdigit() else _BASES.get(match[2])
+        if base and all(int(digit, 36) < base for digit in match[1]):
+            return ("base", match[1].upper(), base)
+    if match := _PREFIXED.fullmatch(flat):
+        return ("base", match[2].upper(), {"x": 16, "b": 2, "o": 8}[match[1].lower()])
+    if _COLONS.fullmatch(flat) and not re.search(r"\\in|\\mid|[<>=({\[]\s*[a-z]\s*:", flat):
+        try:
+            return ("ratio", *(read_number(part) or _only(part) for part in flat.split(":")))
+        except Unreadable:
+            return None
+    return None
+
+
+def _only(text: str) -> Scalar:
+    value = read(text)
+    if not isinstance(value, Scalar):
+        raise Unreadable
+    return value
+
+
+def read_choice(text: str) -> tuple[str, str] | None:
+    """Return the letter of a choice and what stands behind it."""
+    flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip()
+    match = _CHOICE.fullmatch(flat)
+    return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
+
+
+def is_text(text: str) -> bool:
+    """Whether a text is no mathematics, though its letters could be factors and its digits a number: words, spans, codes."""
+    flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
+    return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
+
+
+# -- numbers
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d ])|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}?\.\d+|{_DIGITS}\.?)"
+_SIGN = r"([-+]?)\s*"
+_NUMBER = re.compile(rf"{_SIGN}({_DECIMAL})")
+_SCIENTIFIC = re.compile(rf"{_SIGN}(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\d{{1,5}})\s*\}}|([-+]?\d{{1,5}}))")
+_EXPONENT = re.compile(rf"{_SIGN}({_DECIMAL})[eE]\{{?([-+]?\d{{1,4}})\}}?")
+_QUOTIENT = re.compile(rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)")
+_MIXED = re.compile(
+    rf"{_SIGN}(\d+)\s*(?:(?:\\text\{{\s*)?\band\b\s*\}}?)?\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=[\s}}d])(\d+)\s*/\s*(\d+))"
+)
+_RECURRING = re.compile(
+    rf"{_SIGN}(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*(?:\{{\s*(\d+)\s*\}}|(\d))((?:\d|\\dot\s*\{{?\d\}}?)*)|\((\d+)\)|(\d)\.\.\.)"
+)
+
+
+def _plain_digits(text: str) -> str:
+    return text.replace(",", "").replace(" ", "")
+
+
+def _step(digits: str) -> Fraction | None:
+    places = len(digits.partition(".")[2])
+    return Fraction(1, 10**places) if places else None
+
+
+def read_number(text: str) -> Scalar | None:
+    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None where a text is no such number."""
+    text = _fixed(text.strip())
+    if match := _NUMBER.fullmatch(text):
+        digits = _plain_digits(match[2])
+        return Scalar(_signed(match[1], Fraction(digits.removesuffix("."))), _step(digits), text=text)
+    if (match := _SCIENTIFIC.fullmatch(text)) or (match := _EXPONENT.fullmatch(text)):
+        digits = _plain_digits(match[2] or "1")
+        power = Fraction(10) ** int(match[3] or match[4])
+        places = len(digits.partition(".")[2])
+        step = power / 10**places if places else None
+        return Scalar(_signed(match[1], Fraction(digits.removesuffix(".")) * power), step, text=text)
+    if match := _QUOTIENT.fullmatch(text):
+        above, below = _plain_digits(match[3] or match[6]), _plain_digits(match[5] or match[7])
+        if not Fraction(below):
+            return None
+        sign = "-" if (match[1] + (match[2] or "") + (match[4] or "")).count("-") % 2 else ""
+        return Scalar(_signed(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text)
+    if match := _MIXED.fullmatch(text):
+        whole, above, below = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
+        if below and above < below:
+            return Scalar(_signed(match[1], whole + Fraction(above, below)), text=text)
+        return None
+    if match := _RECURRING.fullmatch(text):
+        whole, fixed, repeated = match[2] or "0", match[3], re.sub(r"\D", "", (match[4] or match[5] or "") + (match[6] or "")) or match[7]
+        if match[8]:  # 0.333...
+            run = re.search(rf"({match[8]}{{2,}})$", match[3] + match[8])
+            if run is None:
+                return None
+            fixed, repeated = (match[3] + match[8])[: run.start()], match[8]
+        elif match[6] and "dot" not in match[6] and "dot" in text:
+            repeated = match[4] or match[5]
+            return None if re.sub(r"\D", "", match[6]) else None
+        if len(fixed) > 50 or len(repeated) > 50:
+            return None
+        above = int(whole + fixed + repeated) - int(whole + fixed)
+        return Scalar(_signed(match[1], Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))), text=text)
+    return None
+
+
+def _signed(sign: str, value: Fraction) -> Fraction:
+    return -value if sign == "-" else value
+
+
+def _fixed(text: str) -> str:
+    """Fractions and roots with braces around their arguments, which LaTeX does not need: `\\frac12`, `\\sqrt3`."""
+    argument = r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\d|\\[a-zA-Z]+|[a-zA-Z])"
+
+    def braced(match: re.Match) -> str:
+        return match[1] + "".join(part if part.startswith("{") else f"{{{part}}}" for part in match.groups()[1:])
+
+    text = re.sub(rf"(\\(?:frac|binom)){argument}{argument}", braced, text)
+    text = re.sub(r"(\\sqrt)\s*(?:(\d+|[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z{(])))", r"\1{\2}", text)
+    return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+
+
+# -- expressions
+
+_FUNCTIONS = (
+    "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det".split()
+)
+_KNOWN = set(_FUNCTIONS) | set(
+    "frac sqrt cdot times div pi infty binom lfloor rfloor lceil rceil Gamma bar hat vec overline dot ddot tilde circ sum prod int lim to "
+    "limits alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi "
+    "chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar partial aleph".split()
+)
+_CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
+_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+
+
+def parsed(text: str) -> Any:
+    """Return the tree of an expression, not evaluated.
+
+    Raises:
+        Unreadable: for any sign, command or word that is in no list, and for what the parser does not read to its end.
+    """
+    text = re.sub(r"\\text\{\s*(-?[\d.,]+|[a-zA-Z])\s*\}", r"{\1}", text)
+    text = _fixed(re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text))
+    text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
+    text = _fixed(text.replace("**", "^"))
+    text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
+    text = re.sub(r"\\log(?![a-zA-Z])(?!\s*_)", r"\\ln", text)
+    text = re.sub(r"(\\log)\s*_\s*(\w)\s*", r"\1_{\2} ", text)
+    text = re.sub(r"\\(sinh|cosh|tanh|coth|arcsin|arccos|arctan)(?![a-zA-Z])", r"\\\1 ", text)
+    text = re.sub(r"\\(bar|hat|vec|tilde|dot)\s+([a-zA-Z])", r"\\\1{\2}", text)
+    text = re.sub(r"(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", _improper, text)
+    text = _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
+    text = re.sub(r"([\d)}])\s*(?=[(]|\\frac|\\ln|\\sqrt)(?<!\\)(?<=[\d)])", r"\1 \\cdot ", text)  # 2(3) is a product
+    text = re.sub(r"\)\s*(?=[\da-zA-Z])", r") \\cdot ", text)
+    if _REFUSED.search(text) or not text.strip() or len(text) > 20_000:
+        raise Unreadable
+    if any(command not in _KNOWN for command in re.findall(r"\\([a-zA-Z]+|.)", text)):
+        raise Unreadable
+    if any(len(word) > 3 for word in _WORDS.findall(text)):
+        raise Unreadable
+    if "," in text and not re.search(r"\\(?:max|min|gcd|lcm)|[a-zA-Z]\([^()]*,", text):
+        raise Unreadable
+    return _tree(text.strip())
+
+
+def _improper(match: re.Match) -> str:
+    whole, above, below = map(int, match.groups())
+    if not 0 < above < below:
+        raise Unreadable
+    return f"(\\frac{{{whole * below + above}}}{{{below}}})"
+
+
+def _tree(text: str) -> Any:
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+
+    try:
+        tree = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False)).parse(text)
+    except Exception as error:
+        raise Unreadable from error
+    if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
+        raise Unreadable
+    capital = sympy.Symbol("I")
+    return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
+
+
+# -- names, which stand left of an answer
+
+_LETTER = r"(?:[a-zA-Z]|\\(?!in\b|pi\b|text|frac|sqrt|sin|cos|tan|ln|log|exp|infty|cdot|times|pm|mp|int\b|sum\b|lim\b|prod\b)[a-zA-Z]+)"
+_NAME = re.compile(
+    rf"""(?x)
+    {_LETTER}\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?\s*'*(?:\^\s*\{{?(?:\*|'+|\\prime|\\ast)\}}?)?   # x, x_1, y', z^*
+    | [A-Zfghpquvy]\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*\s*(?:\^\{{?-1\}}?)?\s*\([^()]*\)         # f(x), P(A), f^{{-1}}(x), f(3)
+    | [xyzrst]\s*\(\s*[a-z]\s*\)                                                  # x(t)
+    | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)\s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
+    | \(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)                                            # (x, y)
+    | m\s*\\angle\s*[A-Z]+ | \|?\s*[A-Z]{{2,4}}'?\s*\|? | \[\s*[A-Z]{{3,6}}\s*\] | S_\{{?\\?[a-z]*\s*[A-Z]+\}}?
+    | (?:\\text\{{[^{{}}\d]*\}}|[A-Za-z]{{4,}}(?:\s[A-Za-z]+){{0,3}})(?:_\{{?\w+\}}?)?(?:\s*\([^()]*\))?
+    | \\frac\s*\{{\s*(?:d|\\partial)\s*[a-zA-Z]?\s*\}}\s*\{{\s*(?:d|\\partial)\s*[a-zA-Z]\s*\}}
+    | \\(?:det|dim|deg|gcd|max|min|arg|ker)(?![a-zA-Z])[^=<>]*
+    | \\(?:lim|int|iint|oint|sum|prod)(?![a-zA-Z]).*
+    """
+)
+_NO_NAME = re.compile(r"(?i)\b(?:not|no|never|isn|wrong|incorrect|false|less|more|least|most|except|or|and|if|than)\b")
+_CONSTANTS = {"e", "i", "\\pi"}
+
+
+def is_name(text: str) -> bool:
+    """Whether a text names what an answer is the value of, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` do not."""
+    text = text.strip()
+    return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
+
+
+# -- everything else
+
+_RELATION = re.compile(r"\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
+_OPENING, _CLOSING = "([{", ")]}"
+_ORDERS = {"<", ">", "\\leq", "\\geq"}
+_OR = re.compile(r"\\text\{\s*,?\s*(?:or)\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])|或")
+_AND = re.compile(r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|(?<=\s)\\text\{,\}|&(?![a-zA-Z ]*\\)")
+_MATRIX = re.compile(r"(.*?)\\begin\{([pbBvV]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\2\}", re.DOTALL)
+_VECTOR = re.compile(r"\\(?:mathbf|hat|vec)\s*\{?\s*\\?(?:text\s*\{\s*)?([ijk])(?:math)?\s*\}?\}?(?![a-zA-Z])")
+
+
+def split_top(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
+    """Return the parts of a text between the matches of a pattern outside of all brackets, and the matches."""
+    parts, signs, start, depth, position = [], [], 0, 0, 0
+    while position < len(text):
+        if depth == 0 and (match := pattern.match(text, position)) and match.end() > position:
+            parts.append(text[start:position])
+            signs.append(match[0])
+            start = position = match.end()
+            continue
+        pair = text[position : position + 2]
+        if pair in ("\\{", "\\}"):
+            depth += 1 if pair == "\\{" else -1
+            position += 2
+            continue
+        if text.startswith(("\\langle", "\\rangle", "\\begin", "\\end"), position):
+            depth += 1 if text.startswith(("\\langle", "\\begin"), position) else -1
+            position += 4
+            continue
+        depth += (text[position] in _OPENING) - (text[position] in _CLOSING)
+        position += 1
+    return [*parts, text[start:]], signs
+
+
+_COMMA = re.compile(r"[,;]")
+
+
+@functools.lru_cache(maxsize=256)
+def read(text: str) -> Any:
+    """Return the value that a plain text writes.
+
+    Raises:
+        Unreadable: if it writes none as a whole.
+    """
+    return _read(text)
+
+
+def _read(text: str) -> Any:
+    text = re.sub(r"\\text\{\s*((?:or|and)\s)", r"\\text{ \1", text.strip())
+    text = re.sub(r"^\\text\{\s*([^{}]*\d[^{}]*)\}$", r"\1", text)
+    if not text or len(text) > 20_000:
+        raise Unreadable
+    if (number := read_number(text)) is not None:
+        return number
+    text = _THOUSANDS.sub(lambda match: match[0] if _depth(text[: match.start()]) else match[0].replace(",", ""), text)
+    if family := _family(text):
+        return family
+    if matrix := _matrix(text):
+        return matrix
+    if _VECTOR.search(text):
+        return _components(text)
+    ors, _ = split_top(text, _OR)
+    if len(ors) > 1:
+        return _either([read(part.strip(" ,;")) for part in ors])
+    items, _ = split_top(_AND.sub(",", text), _COMMA)
+    if len(items) > 1:
+        items = [item for item in items if item.strip()]
+        return _listed(items)
+    sides, signs = split_top(text, _RELATION)
+    if signs:
+        return _related([side.strip() for side in sides], signs)
+    parts, _ = split_top(text, re.compile(r"\\cup(?![a-zA-Z])"))
+    if len(parts) > 1:
+        return _either([read(part.strip()) for part in parts])
+    if (group := _grouped(text)) is not None:
+        return group
+    if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
+        if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
+            raise Unreadable
+        return Many("list", tuple(read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"))
+    return quantity(text)
+
+
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_FAMILY = re.compile(r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?")
+
+
+def _depth(text: str) -> int:
+    return sum(1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text))
+
+
+def _family(text: str) -> Any:
+    """The values for each integer of a parameter, as in `k\\pi, k \\in \\mathbb{Z}`; None where a text has no such end."""
+    match = _FAMILY.fullmatch(text)
+    if match is None or not re.search(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", match[1]):
+        return None
+    head = re.sub(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", " n_{0} ", match[1])
+    value = read(head.strip(" ,;"))
+    name = value.name if isinstance(value, Named) else None
+    family = Family(value.value if isinstance(value, Named) else value, match[3])
+    return Named(name, family) if name else family
+
+
+def _listed(items: list[str]) -> Any:
+    values = [read(item.strip()) for item in items]
+    if all(isinstance(value, Named) for value in values):
+        names = [value.name for value in values]
+        if len(set(names)) == len(names) > 1:
+            if any(isinstance(value.value, (Interval, Union)) for value in values):
+                raise Unreadable
+            return Names({value.name: value.value for value in values})
+    name = values[0].name if isinstance(values[0], Named) else None
+    if name is not None:  # x = 2, 3
+        if any(isinstance(value, Named) and value.name != name for value in values):
+            raise Unreadable
+        values = [value.value if isinstance(value, Named) else value for value in values]
+    if any(isinstance(value, (Named, Relation, Union)) for value in values):
+        raise Unreadable
+    if name is not None and any(isinstance(value, Interval) for value in values):
+        raise Unreadable  # both at once
+    many = Many("letters" if all(re.fullmatch(r"\s*[a-zA-Z]\s*", item) for item in items) else "list", _flat(values))
+    return Named(name, many) if name is not None else many
+
+
+def _flat(values: list) -> tuple:
+    """The values with those of lists among them, as in `0, \\pm 1`."""
+    return tuple(inner for value in values for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,)))
+
+
+def _either(values: list) -> Any:
+    names = {value.name for value in values if isinstance(value, Named)}
+    if len(names) > 1 or (names and not isinstance(values[0], Named)):
+        raise Unreadable
+    values = [value.value if isinstance(value, Named) else value for value in values]
+    if any(isinstance(value, (Interval, Union)) for value in values):
+        parts: list = []
+        for value in values:
+            parts += value.parts if isinstance(value, Union) else [value]
+        if any(not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts):
+            raise Unreadable
+        united: Any = Union(tuple(parts))
+    elif all(isinstance(value, Many) and value.kind == "set" for value in values):
+        united = Many("set", tuple(item for value in values for item in value.items))
+    elif any(isinstance(value, (Names, Relation)) for value in values):
+        raise Unreadable
+    else:
+        united = Many("list", _flat(values))
+    return Named(names.pop(), united) if names else united
+
+
+def _expression(text: str) -> Any:
+    """The tree of a name, where it is an expression, too."""
+    try:
+        return parsed(text)
+    except Unreadable:
+        return None
+
+
+def _related(sides: list[str], signs: list[str]) -> Any:
+    if not all(sides):
+        raise Unreadable
+    if set(signs) <= {"=", "\\approx"}:
+        return _equated(sides, signs)
+    if signs == ["\\in"] and is_name(sides[0]):
+        value = read(sides[1])
+        if isinstance(value, (Scalar, Named, Names, Relation)):
+            raise Unreadable
+        return Named(sides[0], value)
+    if signs == ["\\neq"]:
+        name, value = (sides[0], sides[1]) if is_name(sides[0]) else (sides[1], sides[0])
+        if is_name(name):
+            return Named(name, without(_only(value)))
+    if set(signs) <= _ORDERS:
+        return _ordered(sides, signs)
+    raise Unreadable
+
+
+def without(*holes: Scalar) -> Union:
+    """Return the real line without some points, which are in order."""
+    ends = [None, *holes, None]
+    return Union(tuple(Interval(low, high, True, True) for low, high in zip(ends, ends[1:], strict=False)))
+
+
+def _equated(sides: list[str], signs: list[str]) -> Any:
+    if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
+        sides = sides[::-1]
+    names = [side for side in sides if is_name(side)]
+    if len(names) == len(sides):
+        if len(sides) != 2:
+            raise Unreadable
+        left, right = _expression(sides[0]), _expression(sides[1])
+        return Named(sides[0], Scalar(right, text=sides[1]), left) if None not in (left, right) else _unreadable()
+    rounded = signs.index("\\approx") if "\\approx" in signs else len(sides) - 1
+    if not any(not is_name(side) for side in sides[: rounded + 1]):
+        rounded = len(sides) - 1
+    value = read(sides[rounded])
+    if isinstance(value, (Named, Names, Relation, Family)):
+        raise Unreadable
+    if is_name(sides[0]):
+        return Named(sides[0], value, _expression(sides[0]) if len(sides) == 2 else None)
+    first = read(sides[0])
+    others = [first] + [read(side) for side in sides[1:rounded] if not is_name(side)]
+    if not all(isinstance(other, Scalar) for other in [*others, value]):
+        raise Unreadable
+    if all(same_number(other, value) for other in others if other is not value):  # a calculation, or an identity
+        return next((other for other in [value, *others] if isinstance(other.value, Fraction)), value)
+    if len(sides) == 2 and symbols(first.value) | symbols(value.value):
+        return Relation("=", first, value)
+    raise Unreadable
+
+
+def _unreadable() -> Any:
+    raise Unreadable
+
+
+def _ordered(sides: list[str], signs: list[str]) -> Any:
+    if all(sign in (">", "\\geq") for sign in signs):
+        sides, signs = sides[::-1], [{">": "<", "\\geq": "\\leq"}[sign] for sign in signs[::-1]]
+    elif not all(sign in ("<", "\\leq") for sign in signs):
+        raise Unreadable
+    names = [place for place, side in enumerate(sides) if is_name(side)]
+    if len(sides) == 3 and names == [1]:
+        low, high = _only(sides[0]), _only(sides[2])
+        return Named(sides[1], Interval(low, high, signs[0] == "<", signs[1] == "<"))
+    if len(sides) != 2:
+        raise Unreadable
+    if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
+        end = _only(sides[1])
+        if isinstance(end.value, Fraction) and end.value > 0:
+            return Named(absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<"))
+    if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
+        end = _only(sides[1 - names[0]])
+        below = names[0] == 0
+        return Named(
+            sides[names[0]], Interval(None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<")
+        )
+    left, right = _only(sides[0]), _only(sides[1])
+    return Relation(signs[0], left, right)
+
+
+def _grouped(text: str) -> Any:
+    """A set, tuple, interval or a value in brackets; None where the text is not one pair of brackets."""
+    if re.fullmatch(r"\\mathbb\{R\}", text):
+        return Interval(None, None, True, True)
+    if match := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\})", text):
+        holes = read(match[1])
+        if isinstance(holes, Many) and all(isinstance(hole, Scalar) for hole in holes.items):
+            return without(*in_order(holes.items))
+        raise Unreadable
+    if re.fullmatch(r"\\emptyset|\\\{\s*\\\}", text):
+        return Many("set", ())
+    if match := re.fullmatch(r"\]\s*([^\[\]]+)\[|\]\s*([^\[\]]+)\]|\[\s*([^\[\]]+)\[", text):  # ]0, 1[
+        inner = next(filter(None, match.groups()))
+        low, high = _two(inner)
+        return _interval(low, high, text[0] == "]", text[-1] == "[")
+    for opening, closing in (("\\{", "\\}"), ("\\langle", "\\rangle"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("{", "}"), ("<", ">")):
+        if text.startswith(opening) and text.endswith(closing):
+            inner = text[len(opening) : len(text) - len(closing)]
+            if not _balanced(inner):
+                continue
+            return _bracketed(opening, closing, inner.strip())
+    return None
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text):
+        depth += 1 if sign in ("\\langle", "(", "[", "{") else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _bracketed(opening: str, closing: str, inner: str) -> Any:
+    items = [item.strip() for item in split_top(inner, _COMMA)[0]]
+    if opening == "\\{" or (opening == "{" and len(items) > 1):
+        if match := re.fullmatch(r"\(?\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*\)?\s*(?:\\mid|\||:)\s*(.+)", inner):
+            value = read(match[2])
+            if isinstance(value, Named) and value.name == match[1] and not isinstance(value.value, (Scalar, Named)):
+                return value.value
+            raise Unreadable
+        values = read(inner) if len(items) == 1 else None
+        if isinstance(values, Many) and values.kind == "list":  # \{\pm 2\}
+            return Many("set", values.items)
+        if len(items) == 1 and isinstance(values, (Interval, Union, Named, Relation)) and not getattr(values, "pair", False):
+            if isinstance(values, Named) and not isinstance(values.value, (Interval, Union)):
+                return Many("set", (values.value,))
+            raise Unreadable
+        return Many("set", _flat([read(item) for item in items]))
+    if opening in ("\\langle", "<"):
+        if len(items) < 2:
+            raise Unreadable
+        return Many("tuple", tuple(read(item) for item in items))
+    if len(items) == 1:
+        value = read(inner)
+        if opening == "(" and closing == ")":
+            if isinstance(value, Scalar):
+                return Scalar(value.value, value.step, value.unit, inner)
+            if isinstance(value, (Interval, Many)):
+                return None
+            return value
+        if opening == "{":
+            return value
+        return Many("tuple", (value,)) if (opening, closing) == ("[", "]") else _unreadable()
+    if len(items) == 2 and opening in "([" and closing in ")]":
+        return _interval(*_two(inner), opening == "(", closing == ")")
+    if opening + closing in ("()", "[]"):
+        return Many("tuple", tuple(read(item) for item in items))
+    raise Unreadable
+
+
+def _two(inner: str) -> tuple[Any, Any]:
+    items = split_top(inner, _COMMA)[0]
+    if len(items) != 2:
+        raise Unreadable
+    return read(items[0].strip()), read(items[1].strip())
+
+
+def _interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
+    if not isinstance(low, Scalar) or not isinstance(high, Scalar):
+        if low_open and high_open:
+            return Many("tuple", (low, high))
+        if not low_open and not high_open:
+            return Many("tuple", (low, high))
+        raise Unreadable
+    ends = [None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end for end in (low, high)]
+    if ends[0] is None and not low.text.strip().startswith("-"):
+        return Many("tuple", (low, high))
+    if ends[1] is None and high.text.strip().startswith("-"):
+        return Many("tuple", (low, high))
+    return Interval(*ends, low_open, high_open, pair=low_open and high_open and None not in ends)
+
+
+def _matrix(text: str) -> Any:
+    match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
+    if match is None:
+        match = re.fullmatch(r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]", text, re.DOTALL)
+        if match is None:
+            return None
+    elif match[2] in ("vmatrix", "Vmatrix"):
+        raise Unreadable  # a determinant
+    rows = [row for row in re.split(r"\\\\", match[3]) if row.strip() and row.strip() != "\\hline"]
+    cells = tuple(tuple(_only(cell.strip()) for cell in row.replace("\\hline", "").split("&")) for row in rows)
+    if not cells or len({len(row) for row in cells}) != 1:
+        raise Unreadable
+    factor = re.sub(r"\\cdot|\\times|\*", "", match[1]).strip()
+    named = re.fullmatch(r"(.*?)=\s*", factor)
+    if named and is_name(named[1]):
+        factor = ""
+    if factor:
+        scale = Scalar(Fraction(-1)) if factor == "-" else _only(factor)
+        cells = tuple(tuple(product(scale, cell) for cell in row) for row in cells)
+    return Matrix(cells)
+
+
+def _components(text: str) -> Many:
+    """The components of `3\\mathbf{i} - 2\\mathbf{j}`."""
+    import sympy
+
+    tree = parsed(_VECTOR.sub(lambda match: f" v_{{{'ijk'.index(match[1])}}} ", text))
+    units = [sympy.Symbol(f"v_{place}") for place in range(3)]
+    if not set(units) & tree.free_symbols:
+        raise Unreadable
+    tree = sympy.expand(tree.doit())
+    parts = [tree.coeff(unit) for unit in units]
+    if sympy.expand(tree - sum(part * unit for part, unit in zip(parts, units, strict=True))) != 0:
+        raise Unreadable
+    if not parts[2]:
+        parts.pop()
+    return Many("tuple", tuple(Scalar(part, text=str(part)) for part in parts))
+
+
+# -- a number with its unit
+
+_CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
+_WITH_TEXT = re.compile(r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL)
+_WITH_WORD = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL)
+_MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
+
+
+def quantity(text: str) -> Scalar:
+    """Return an expression, with the unit behind it where it has one."""
+    if match := _MODULUS.fullmatch(text):
+        head, modulus = [group for group in match.groups() if group]
+        return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
+    if (match := _CURRENCY.match(text)) and match.end() < len(text):
+        unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
+        rest = match[1] + text[match.end() :]
+        number = read_number(rest) if unit else None
+        if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
+            again = read_unit(many[2])
+            number = _scaled(many[1], again[1]) if again and not again[0].bases else None
+            if number is None and again and again[0] == unit[0]:  # $5 dollars
+                number = read_number(many[1])
+        if number is not None and unit is not None:
+            return Scalar(number.value, number.step, unit[0], rest)
+        raise Unreadable
+    if match := _WITH_TEXT.fullmatch(text):
+        if (sum_ := _together(text)) is not None:
+            return sum_
+        inside = match[2].startswith("^") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1])  # the degrees of a sine
+        found = None if inside else read_unit(match[2])
+        if found is not None:
+            return _with(match[1], found[0], found[1])
+    try:
+        return Scalar(parsed(text), text=text)
+    except Unreadable:
+        match = _WITH_WORD.fullmatch(text)
+        if match is None:
+            raise
+    if (sum_ := _together(text)) is not None:
+        return sum_
+    first = re.match(r"[^\W\d_]+", match[3])
+    if first is None or not (is_known(first[0]) or match[2] or not first[0].isascii()):
+        raise Unreadable
+    found = read_unit(match[3])
+    if found is None:
+        raise Unreadable
+    return _with(match[1], found[0], found[1])
+
+
+def unit_letter(text: str) -> Scalar | None:
+    """Return a number with a letter behind it as a number with a unit (`5m`), not as a product; None where it is none."""
+    match = re.fullmatch(r"([-+]?[\d.,]*\d)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
+    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]):
+        return None
+    number, unit = read_number(match[1]), read_unit(match[2])
+    return Scalar(number.value, number.step, unit[0], match[1]) if number and unit else None
+
+
+def _with(head: str, unit: Unit, many: int = 1) -> Scalar:
+    head = head.strip()
+    if (inner := re.fullmatch(r"\((.*)\)", head)) and _balanced(inner[1]):
+        head = inner[1]
+    number = _scaled(head, many)
+    if number is None:
+        tree = parsed(head)
+        if many != 1:
+            raise Unreadable
+        return Scalar(tree, None, unit if unit.bases else None, head)
+    return Scalar(number.value, number.step, unit if unit.bases else None, head)
+
+
+def _scaled(head: str, many: int) -> Scalar | None:
+    number = read_number(head)
+    if number is None or many == 1:
+        return number
+    return Scalar(number.value * many, None if number.step is None else number.step * many, text=head)
+
+
+def _together(text: str) -> Scalar | None:
+    """The sum of `2 hours 30 minutes`; None where a text is no such sum."""
+    flat = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", flat)
+    if len(parts) < 2 or re.sub(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", "", flat).strip():
+        return None
+    total, bases = Fraction(0), set()
+    for digits, word in parts:
+        unit = read_unit(word) if is_known(word) else None
+        if unit is None or unit[1] != 1:
+            return None
+        total += Fraction(digits) * unit[0].factor
+        bases.add(unit[0].bases)
+    return Scalar(total, None, Unit(bases.pop(), Fraction(1)), text) if len(bases) == 1 else None

@@ -1,0 +1,299 @@
+"""Compare an answer with a gold answer within the gold answer's class: exactly for text, by value for mathematics.
+
+The rules of each class are the table in docs/evaluation.md.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from bupo.rewards.answer_classes import is_text, read, read_choice, read_number, read_text, unit_letter
+from bupo.rewards.extraction import final_answer
+from bupo.rewards.notation import plain, text_key
+from bupo.rewards.scalars import Equality, is_zero, quotient, same_equation, same_number, same_scalar
+from bupo.rewards.values import (
+    Family, Interval, Many, Matrix, Named, Names, Relation, Scalar, Union, Unreadable, symbols,
+)  # fmt: skip
+
+
+class Judged(NamedTuple):
+    """The strict verdict of an answer, the text of its final answer, and why there is no verdict on its value."""
+
+    verdict: str
+    value: str | None
+    reason: str | None
+
+
+def is_empty(gold: str) -> bool:
+    """Whether a gold answer holds nothing that an answer could be compared with."""
+    return not text_key(_gold(gold))
+
+
+def judge(answer: str, gold: str) -> Judged:
+    """Return the strict verdict of a completion."""
+    text, reason = final_answer(answer)
+    wanted = _gold(gold)
+    if not text_key(wanted):
+        return Judged("no_gold", text, None)
+    if text is None:
+        return Judged("unparsable", None, reason)
+    try:
+        same = compare(wanted, plain(text))
+    except Unreadable:
+        return Judged("unparsable", text, "not readable")
+    return Judged(same, text, None)
+
+
+def _gold(gold: str) -> str:
+    text = final_answer(gold).text if "\\boxed" in gold else gold
+    return plain(text or "")
+
+
+def compare(gold: str, answer: str) -> Equality:
+    """Return whether two plain texts are the same answer.
+
+    Raises:
+        Unreadable: if the gold answer is mathematics, and the answer is none.
+    """
+    if text_key(gold) == text_key(answer):
+        return Equality.SAME
+    for same in (_same_choice, _same_kind):
+        verdict = same(gold, answer)
+        if verdict is not None:
+            return verdict
+    try:
+        wanted = readings(gold)
+    except Unreadable:
+        return Equality.OTHER  # a text, and another one
+    best = Equality.OTHER
+    for value in readings(answer, gold):
+        for each in wanted:
+            verdict = equal(each, value)
+            if verdict == Equality.SAME:
+                return verdict
+            best = verdict if verdict == Equality.LEFT_TO_DO else best
+    return best
+
+
+def readings(text: str, gold: str | None = None) -> list:
+    """What a text may mean: its value, and a number with a unit where letters follow one.
+
+    Raises:
+        Unreadable: if it means nothing.
+    """
+    values = []
+    try:
+        values.append(read(text))
+    except (Unreadable, RecursionError):
+        pass
+    if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
+        values.append(number)
+    if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)", text)) and re.search(r"\d?\.\d|frac|/", gold):
+        values.append(read_number(f"{match[1]}.{match[2]}"))  # a decimal comma
+    if not values:
+        raise Unreadable
+    return values
+
+
+# -- texts
+
+
+def _same_choice(gold: str, answer: str) -> Equality | None:
+    """Choices by their letter; None where the gold answer is none."""
+    wanted = read_choice(gold)
+    if wanted is None or not (gold.strip("() .") == wanted[0] or re.match(r"\(?[A-J]\)?[.):]", gold)) and not re.fullmatch(r"\([a-j]\)", gold):
+        return None
+    if wanted[1] and not re.match(r"\(?[A-J][).:]", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold)):
+        return None
+    given = read_choice(answer)
+    if given is None or given[0] != wanted[0]:
+        return Equality.OTHER
+    more = given[1]
+    if not more:
+        return Equality.SAME
+    if wanted[1]:
+        return Equality.SAME if text_key(plain(more)) == text_key(plain(wanted[1])) else Equality.OTHER
+    hedges = re.search(r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b", more)
+    marked = re.match(r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip())
+    return Equality.OTHER if hedges or not marked else Equality.SAME
+
+
+def _same_kind(gold: str, answer: str) -> Equality | None:
+    """Dates, times, ratios, numbers in a base and codes; None where the gold answer is none of them."""
+    wanted, given = read_text(gold), read_text(answer)
+    if wanted is None:
+        if is_text(gold):
+            return _same_base(("base", text_key(gold).upper(), 2), given)
+        return Equality.OTHER if given is not None and not _is_binary(gold, given) else None
+    kind = wanted[0]
+    if kind == "base":
+        return _same_base(wanted, given, answer)
+    if kind == "ratio" and len(wanted) == 3 and given is None and not re.fullmatch(r"\d?\d:[0-5]\d", gold):
+        try:
+            ratio = read(answer)
+        except Unreadable:
+            return Equality.OTHER
+        if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(wanted[2]):
+            return _as_same(re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2])))
+        return Equality.OTHER
+    if given is None:
+        return Equality.OTHER
+    if {kind, given[0]} == {"time", "ratio"}:  # 15:45 and 3:45 PM
+        ratio, time = (wanted, given) if kind == "ratio" else (given, wanted)
+        clock = [int(part.value) if isinstance(part.value, Fraction) else -1 for part in ratio[1:]]
+        return _as_same(len(clock) > 1 and time[1] >= 12 and clock[0] >= 12 and [*clock, 0][:3] == list(time[1:]))
+    if kind != given[0] or len(wanted) != len(given):
+        return Equality.OTHER
+    if kind == "ratio":
+        return _as_same(all(map(same_number, wanted[1:], given[1:])))
+    return _as_same(wanted == given)
+
+
+def _is_binary(gold: str, given: tuple) -> bool:
+    return given[0] == "base" and given[2] == 2 and re.fullmatch(r"[01]{3,}", gold) is not None and gold == given[1]
+
+
+def _same_base(wanted: tuple, given: tuple | None, answer: str = "") -> Equality:
+    if given is not None:
+        return _as_same(given == wanted)
+    return _as_same(re.sub(r"[\s{}]", "", answer).upper() == wanted[1])
+
+
+def _as_same(same: bool) -> Equality:
+    return Equality.SAME if same else Equality.OTHER
+
+
+# -- values
+
+
+def equal(gold: Any, answer: Any) -> Equality:
+    """Return whether two values are the same answer."""
+    if isinstance(gold, Named) and isinstance(answer, Relation) and gold.left is not None and isinstance(gold.value, Scalar):
+        same = same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value) if answer.sign == "=" else False
+        return _as_same(same) if not same or symbols(gold.value.value) else Equality.LEFT_TO_DO
+    if isinstance(answer, Named) and isinstance(gold, Relation) and answer.left is not None and isinstance(answer.value, Scalar):
+        same = gold.sign == "=" and same_equation(gold.left.value, gold.right.value, answer.left, answer.value.value)
+        return _as_same(same)
+    if isinstance(gold, Named) and isinstance(answer, Named):
+        if _same_name(gold.name, answer.name):
+            return equal(gold.value, answer.value)
+        lefts = None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
+        if lefts and symbols(gold.value.value) and symbols(answer.value.value):
+            return _as_same(same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
+        return Equality.OTHER
+    if isinstance(gold, Named):
+        if isinstance(gold.value, Scalar) and gold.left is not None and getattr(gold.value.value, "is_Symbol", False):
+            return Equality.OTHER  # n for n = m
+        return equal(gold.value, answer)
+    if isinstance(answer, Named):
+        return equal(gold, answer.value)
+    if isinstance(gold, Names) or isinstance(answer, Names):
+        return _same_names(gold, answer)
+    if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+        return same_scalar(gold, answer)
+    if isinstance(gold, Family) and isinstance(answer, Family):
+        return equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
+    if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+        shapes = [(len(matrix.rows), len(matrix.rows[0])) for matrix in (gold, answer)]
+        return _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True)) if shapes[0] == shapes[1] else Equality.OTHER
+    if isinstance(gold, Relation) and isinstance(answer, Relation):
+        return _same_relation(gold, answer)
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return _same_interval(gold, answer)
+    if isinstance(gold, Union) or isinstance(answer, Union):
+        parts = [value.parts if isinstance(value, Union) else (value,) for value in (gold, answer)]
+        return _matched(*parts)
+    ordered = [_in_order(value) for value in (gold, answer)]
+    if isinstance(gold, Many) and isinstance(answer, Many):
+        if {gold.kind, answer.kind} <= {"list", "set"}:
+            return _matched(_distinct(gold), _distinct(answer))
+        if {gold.kind, answer.kind} == {"letters", "set"}:
+            return _matched(gold.items, answer.items)
+    if ordered[0] is not None and ordered[1] is not None:
+        if isinstance(gold, Many) and gold.kind == "set" or isinstance(answer, Many) and answer.kind == "set":
+            return Equality.OTHER
+        if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
+            return Equality.OTHER  # (0, 1) may be an interval
+        return _all(zip(ordered[0], ordered[1], strict=True)) if len(ordered[0]) == len(ordered[1]) else Equality.OTHER
+    if isinstance(gold, Many) and gold.kind == "set" and len(gold.items) == 1 and isinstance(answer, Scalar):
+        return equal(gold.items[0], answer)
+    if isinstance(answer, Many) and answer.kind == "set" and len(answer.items) == 1 and isinstance(gold, Scalar):
+        return equal(gold, answer.items[0])
+    return Equality.OTHER
+
+
+def _in_order(value: Any) -> tuple | None:
+    if isinstance(value, Many):
+        return value.items
+    if isinstance(value, Interval) and value.pair:
+        return (value.low, value.high)
+    if isinstance(value, Matrix) and 1 in (len(value.rows), len(value.rows[0])):
+        return sum(value.rows, ())
+    return None
+
+
+def _same_name(gold: str, answer: str) -> bool:
+    return text_key(gold).replace("{", "").replace("}", "") == text_key(answer).replace("{", "").replace("}", "")
+
+
+def _same_names(gold: Any, answer: Any) -> Equality:
+    if isinstance(gold, Names) and isinstance(answer, Names):
+        keys = [{text_key(name): value for name, value in names.values.items()} for names in (gold, answer)]
+        if set(keys[0]) != set(keys[1]):
+            return Equality.OTHER
+        return _all((value, keys[1][name]) for name, value in keys[0].items())
+    names, other = (gold, answer) if isinstance(gold, Names) else (answer, gold)
+    values = [value for _, value in sorted(names.values.items())]
+    items = _in_order(other)
+    if items is None or len(items) != len(values) or (isinstance(other, Many) and other.kind != "tuple"):
+        return Equality.OTHER
+    return _all(zip(items, values, strict=True) if names is answer else zip(values, items, strict=True))
+
+
+def _all(pairs: Any) -> Equality:
+    verdicts = [equal(gold, answer) for gold, answer in pairs]
+    if Equality.OTHER in verdicts:
+        return Equality.OTHER
+    return Equality.LEFT_TO_DO if Equality.LEFT_TO_DO in verdicts else Equality.SAME
+
+
+def _matched(gold: Sequence, answer: Sequence) -> Equality:
+    """Whether each value has a partner of its own among the others."""
+    rest, worst = list(answer), Equality.SAME
+    if len(gold) != len(rest) or len(rest) > 200:
+        return Equality.OTHER
+    for value in gold:
+        for place, other in enumerate(rest):
+            verdict = equal(value, other)
+            if verdict != Equality.OTHER:
+                worst = worst if verdict == Equality.SAME else verdict
+                rest.pop(place)
+                break
+        else:
+            return Equality.OTHER
+    return worst
+
+
+def _distinct(many: Many) -> tuple:
+    items: list = []
+    for item in many.items[:201]:
+        if many.kind != "set" or not any(equal(other, item) == Equality.SAME for other in items):
+            items.append(item)
+    return tuple(items)
+
+
+def _same_interval(gold: Interval, answer: Interval) -> Equality:
+    if (gold.low_open, gold.high_open) != (answer.low_open, answer.high_open):
+        return Equality.OTHER
+    ends = [(gold.low, answer.low), (gold.high, answer.high)]
+    if any((one is None) != (other is None) for one, other in ends):
+        return Equality.OTHER
+    return _all(pair for pair in ends if pair[0] is not None)
+
+
+def _same_relation(gold: Relation, answer: Relation) -> Equality:
+    if gold.sign != answer.sign:
+        return Equality.OTHER
+    sides = (gold.left.value, gold.right.value, answer.left.value, answer.right.value)
+    return _as_same(same_equation(*sides, positive=gold.sign != "="))

@@ -1,0 +1,178 @@
+"""The final answer of a completion: its last complete box outside the thinking, or what it names as its answer."""
+
+import re
+from typing import NamedTuple
+
+
+class Extracted(NamedTuple):
+    """The text of a final answer, or the reason why there is none."""
+
+    text: str | None
+    reason: str | None = None
+
+
+EMPTY, NO_ANSWER, UNCLOSED, EMPTY_BOX = "empty", "no box or final answer", "unclosed box", "empty box"
+THINKING, TAKEN_BACK = "unfinished thinking", "the answer is taken back"
+
+# how models open and close the text that is no part of their answer
+_THINKING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis", "<|channel|>final"),
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BETWEEN = re.compile(  # boxes so joined are one answer
+    r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
+)
+_NOT = r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|\\neq?\b)"
+_FILLER = (
+    r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
+    r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
+)
+_DENIED_BEFORE = re.compile(rf"(?i){_NOT}[\s:,*]*(?:{_FILLER}[\s:,*]+){{0,8}}[\s$\\(\[*:=]*$")
+_DENIED_AFTER = re.compile(
+    r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
+    r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
+    r"(?:not\b|n't|n’t|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
+    r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
+    r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
+)
+_TAKES_BACK = re.compile(
+    r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
+    r"\b(?:answer|result|it|value|that|box)\b.{0,30}?\b(?:is|be|was|equals|should|wrong|incorrect)\b",
+    re.DOTALL,
+)
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
+_PHRASE = re.compile(
+    r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)"
+    r"\s*:?|答案(?:是|为|：|:)|\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
+    r"\b(?:antwort|lösung)\s+(?:ist|lautet)\b:?"
+)
+_SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
+_LAST_FORMULA = re.compile(
+    r"(?i)\b(?:is|are|=|equals|get|gives|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
+    r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?:\*\*)?\s*[.!]?\s*$"
+)
+_EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
+_LONGEST = 2000  # characters of a final answer that is in no box
+
+
+def final_answer(completion: str) -> Extracted:
+    """Return the final answer of a completion.
+
+    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that the
+    sentence denies ("the answer is not") does not count, and no earlier one stands in for a box that is cut off. Without a box, the text
+    after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion of one line.
+    """
+    if not completion.strip():
+        return Extracted(None, EMPTY)
+    spoken = _without_thinking(completion)
+    if not spoken.strip():
+        return Extracted(None, THINKING)
+    tags = _TAG.findall(spoken) if "</answer>" in spoken.lower() else []
+    if tags and (_BOX.search(tags[-1]) or not _BOX.search(spoken)):
+        spoken = tags[-1]
+        if not _BOX.search(spoken):
+            return _stated(spoken)
+    return _boxed(spoken) if _BOX.search(spoken) else _unboxed(spoken)
+
+
+def _without_thinking(text: str) -> str:
+    for opening, closing in _THINKING:
+        if closing in text:  # the prompt may have opened it
+            before, _, text = text.rpartition(closing)
+            if opening not in before and opening in text:
+                text = text.partition(opening)[0]
+        elif opening in text:
+            return text.partition(opening)[0] if opening != "<|channel|>analysis" else ""
+    return text
+
+
+def _boxed(text: str) -> Extracted:
+    boxes, position = [], 0
+    while match := _BOX.search(text, position):
+        start, end = match.end(), _end(text, match.end())
+        if end is None:
+            return Extracted(None, UNCLOSED)
+        inner = text[start + 1 : end - 1] if text[start] in "{" else text[start:end]
+        boxes.append((match.start(), end, inner.strip()))
+        position = end
+    kept: list[tuple[int, int, str]] = []
+    denied = set()
+    for start, end, inner in boxes:
+        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end):
+            denied.add(inner)
+        else:
+            kept.append((start, end, inner))
+    if not kept or kept[-1][2] in denied or _TAKES_BACK.search(text, kept[-1][1]):
+        return Extracted(None, TAKEN_BACK)
+    start, _, inner = kept.pop()
+    answers = [_innermost(inner)]
+    while kept and _BETWEEN.fullmatch(text, kept[-1][1], start):
+        start, _, inner = kept.pop()
+        answers.insert(0, _innermost(inner))
+    answers = list(dict.fromkeys(answers))
+    return Extracted(", ".join(answers)) if any(answers) else Extracted(None, EMPTY_BOX)
+
+
+def _end(text: str, start: int) -> int | None:
+    """The end of a box's argument; None where it is cut off."""
+    if start >= len(text):
+        return None
+    if text[start] != "{":  # \boxed 5
+        token = re.compile(r"-?\d+(?:\.\d+)?|\\?[a-zA-Z]+|\S").match(text, start)
+        return token.end() if token else None
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    return None
+
+
+def _innermost(inner: str) -> str:
+    for _ in range(3):
+        match = _BOX.search(inner)
+        if match is None or (end := _end(inner, match.end())) is None:
+            break
+        whole = inner[match.end() + 1 : end - 1] if inner[match.end()] == "{" else inner[match.end() : end]
+        inner = f"{inner[: match.start()]}{whole}{inner[end:]}".strip()
+    return inner
+
+
+def _unboxed(text: str) -> Extracted:
+    if hashes := _HASHES.findall(text):
+        return _stated(hashes[-1])
+    if phrases := list(_PHRASE.finditer(text)):
+        last = phrases[-1]
+        rest = text[last.end() :].lstrip(" \n*_:")
+        end = _SENTENCE_END.search(rest)
+        clause = re.split(r"(?<=\$)\s+(?=[a-z])", rest[: end.start()] if end else rest)[0]
+        sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
+        if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
+            return Extracted(None, TAKEN_BACK)
+        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(text, last.end()):
+            return Extracted(None, TAKEN_BACK)
+        return _stated(clause)
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    if len(lines) == 1 and len(text) <= _LONGEST:
+        formula = _LAST_FORMULA.search(text)
+        if formula is None:
+            return _stated(text)
+    formula = _LAST_FORMULA.search(lines[-1][-_LONGEST:])
+    if formula and not re.search(rf"(?i){_NOT}", lines[-1][: formula.start()]):
+        return _stated(next(filter(None, formula.groups())))
+    return Extracted(None, NO_ANSWER)
+
+
+def _stated(text: str) -> Extracted:
+    text = _EMPHASIS.sub("", text if len(text) <= _LONGEST else "").removesuffix("=").rstrip()
+    return Extracted(text) if text else Extracted(None, NO_ANSWER)

@@ -1,0 +1,133 @@
+"""Spellings: the variants of Unicode, LaTeX and plain text of one notation, written in one way."""
+
+import re
+import unicodedata
+
+_FRACTIONS = {
+    "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5),
+    "⅙": (1, 6), "⅚": (5, 6), "⅐": (1, 7), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8), "⅑": (1, 9), "⅒": (1, 10),
+}  # fmt: skip
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+_LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789+-()n" * 2)
+_GREEK = {
+    letter: f"\\{name} "
+    for letter, name in zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
+        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+        strict=True,
+    )
+}
+_CHARACTERS = str.maketrans(
+    {symbol: f"\\frac{{{above}}}{{{below}}}" for symbol, (above, below) in _FRACTIONS.items()}
+    | _GREEK
+    | dict.fromkeys("−–—‐‑‒﹣", "-")
+    | dict.fromkeys("\u2009\u202f\u00a0\u2002\u2003\u2005\u200a\u3000", " ")
+    | dict.fromkeys("\u200b\u2061\u2062\u2063\u200e\u200f\ufeff", "")
+    | dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
+    | {
+        "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∞": "\\infty ",
+        "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ",
+        "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ", "º": "^\\circ ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}",
+        "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "⟨": "\\langle ", "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
+        "∧": "\\land ", "∨": "\\lor ", "∖": "\\setminus ", "…": "\\ldots ", "。": ".", "、": ",", "∠": "\\angle ", "µ": "\\mu ", "⌊": "\\lfloor ",
+        "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "′": "'", "″": "''", "ℯ": "e", "∣": "|",
+    }
+)  # fmt: skip
+
+# in this order: a pattern, and what stands in its stead
+_COMMANDS = [
+    (re.compile(pattern), known)
+    for pattern, known in [
+        (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
+        (r"\\(?:left|right|[bB]ig{1,2}[lrm]?|middle|displaystyle|textstyle|limits|nolimits|mathstrut|strut)(?![a-zA-Z])\s*", ""),
+        (r"\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}", " "),
+        (r"\\\\\[[^\]]*\]", r"\\\\"),  # the gap between two rows
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (r"\\(?:rm|bf|it)\s", ""),
+        (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|mbox|mathrm|mathit|mathsf|mathtt|operatorname\*?|hbox|emph|textup|underline)\s*\{", r"\\text{"),
+        (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (r"\\(?:boldsymbol|bm|mathbf)\s*\{(?![ijk]\})", r"\\text{"),
+        (r"\\text\s+\{", r"\\text{"),
+        (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\!|\{,\}|\{\\,\}|\{\\ \})(?=\d{3}(?!\d))", ","),  # 10\,000
+        (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),
+        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:thinspace|space|enspace|hfill)(?![a-zA-Z])", " "),
+        (r"\{\s*([,.:])\s*\}", r"\1"),
+        (r"\\colon(?![a-zA-Z])\s*", ":"),
+        (r"\\l[be](?![a-zA-Z])|\\leqslant(?![a-zA-Z])|<=|=<", r"\\leq "),
+        (r"\\ge(?![a-zA-Z])|\\geqslant(?![a-zA-Z])|>=", r"\\geq "),
+        (r"\\neq?(?![a-zA-Z])|\\not\s*=|!=", r"\\neq "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\simeq(?![a-zA-Z])|\\approxeq(?![a-zA-Z])|\\sim(?![a-zA-Z])|~=", r"\\approx "),
+        (r"\\varnothing(?![a-zA-Z])|\\empty(?![a-zA-Z])|\\phi\s*$", r"\\emptyset "),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\l?r?vert(?![a-zA-Z])", "|"),
+        (r"\\(?:textdegree|degree|deg)(?![a-zA-Z])", r"^\\circ "),
+        (r"\^\s*\{?\s*\^?\\circ\s*\}?", r"^\\circ "),
+        (r"\\(?:mathbb|Bbb)\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
+        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"\\(?:imath|jmath|ii)(?![a-zA-Z])", "i"),
+        (r"\\(?:cdotp|bullet|ast)(?![a-zA-Z])", r"\\cdot "),
+        (r"\\(?:lnot|neg)(?![a-zA-Z])", "¬"),
+        (r"\\%|\\text\{\s*(?:%|percent|per cent|pct|percentage)\s*\}|(?<=[\d}])\s*(?:percent|per cent|pct)\b", "%"),
+        (r"\\text\{\s*(?:if|when)\b", r"\\text{"),
+        (r"\\overline\s*\{\s*(\d+)\s*\}", r"\\overline{\1}"),
+    ]
+]  # fmt: skip
+_WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
+_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\)+$")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_SAID_FIRST = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
+
+# texts that are one answer
+_SYNONYMS = {
+    phrase: wanted
+    for wanted, phrases in {
+        "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "no real solution", "no real solutions", "{}"],
+        "does not exist": ["dne", "doesn't exist", "undefined", "not defined"],
+        "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)", "the real numbers", "\\text{R}"],
+    }.items()
+    for phrase in phrases
+}  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Return a text in one spelling: characters of Unicode as LaTeX, without what changes no meaning."""
+    text = re.sub(f"[{_RAISED}]+", lambda match: f"^{{{match[0].translate(_LEVEL)}}}", text)
+    text = re.sub(f"[{_LOWERED}]+", lambda match: f"_{{{match[0].translate(_LEVEL)}}}", text)
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    text = _SAID_FIRST.sub(lambda match: "\\text{" if match[0].strip().startswith("\\text{") and "}" not in match[0] else "", text)
+    for pattern, known in _COMMANDS:
+        text = pattern.sub(known, text)
+    return unwrapped(text)
+
+
+def unwrapped(text: str) -> str:
+    """Return a text without the marks of a formula or of emphasis around it, and without the end of its sentence."""
+    while True:
+        shorter = _CLOSING.sub("", text.strip())
+        if (match := _WRAPS.fullmatch(shorter)) and not any("$" in group for group in match.groups() if group):
+            shorter = next((group for group in match.groups() if group), "")
+        elif (match := _TEXT.fullmatch(shorter)) or (match := re.fullmatch(r"\{([^{}]*)\}", shorter)):
+            shorter = match[1]
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def text_key(text: str) -> str:
+    """Return what has to be the same of two texts that are plain: their words, letters and signs, in order.
+
+    Spaces count between two words only, and capitals in single letters only.
+    """
+    text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])|(?<!\w)'|'(?!\w)", "", text))
+    text = re.sub(r"\{(\w)\}", r"\1", text)
+    text = _SPACES.sub("", " ".join(text.split()))
+    text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
+    text = _CLOSING.sub("", _WORD.sub(lambda match: match[0].casefold(), text))
+    return _SYNONYMS.get(text, text)

@@ -1,0 +1,315 @@
+"""Compare numbers and expressions, with their units: exactly, or to the digits of a long decimal."""
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any
+
+from bupo.rewards.units import Unit
+from bupo.rewards.values import Scalar, Unreadable
+
+DIGITS = 6  # significant digits that a decimal needs to stand for a number that is longer
+_PRECISION = 50  # digits to which irrational numbers are compared
+_CLOSE = Fraction(1, 10**40)  # relative
+# at these values of their letters, expressions are compared: of both signs and several sizes
+_POINTS = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
+
+
+class Equality(StrEnum):
+    SAME = "correct"
+    OTHER = "wrong"
+    LEFT_TO_DO = "unevaluated"
+
+
+def same_scalar(gold: Scalar, answer: Scalar) -> Equality:
+    """Return whether two numbers or expressions, with their units, are the same answer."""
+    if not any(same_number(*pair) for pair in _in_one_unit(gold, answer)):
+        return Equality.OTHER
+    return Equality.LEFT_TO_DO if left_to_do(gold, answer) else Equality.SAME
+
+
+def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
+    """The pairs of numbers of which one has to be equal for the answer to be right."""
+    ours, theirs = gold.unit, answer.unit
+    if ours == theirs:
+        return [(gold, answer)]
+    pairs = []
+    if ours is None or theirs is None:
+        unit = ours or theirs
+        if unit == _PERCENT:
+            # a plain number of at most 1 is a share of one: 0.5 and 50 %, never 0.5 and 0.5 %
+            pairs.append((_percent(gold), _percent(answer)))
+            bare = gold if ours is None else answer
+            if isinstance(bare.value, Fraction) and abs(bare.value) > 1:
+                pairs.append((gold, answer))
+            return pairs
+        if unit is not None and unit.bases == _DEGREES.bases and (ours is None or _has_pi(answer.value)):
+            pairs.append((_radians(gold), _radians(answer)))
+            if _has_pi(gold.value) or _has_pi(answer.value):
+                return pairs
+        if unit is not None and any(name.startswith("mod") for name, _ in unit.bases) and ours is None and not isinstance(gold.value, Fraction):
+            return []
+        return [*pairs, (gold, answer)]
+    if ours.bases == theirs.bases:
+        return [(_times(gold, ours.factor), _times(answer, theirs.factor))]
+    if {ours.bases, theirs.bases} == {_DEGREES.bases, (("rad", 1),)}:
+        return [(_radians(gold), _radians(answer))]
+    return []
+
+
+_PERCENT = Unit((("%", 1),), Fraction(1))
+_DEGREES = Unit((("deg", 1),), Fraction(1))
+
+
+def _has_pi(value: Any) -> bool:
+    import sympy
+
+    return not isinstance(value, Fraction) and bool(value.has(sympy.pi))
+
+
+def _percent(scalar: Scalar) -> Scalar:
+    return _times(scalar, Fraction(1, 100)) if scalar.unit == _PERCENT else scalar
+
+
+def _radians(scalar: Scalar) -> Scalar:
+    import sympy
+
+    if scalar.unit is None or scalar.unit.bases != _DEGREES.bases:
+        return scalar
+    return Scalar(_sympy(scalar.value) * sympy.pi / 180, None, None, scalar.text)
+
+
+def _times(scalar: Scalar, factor: Fraction) -> Scalar:
+    if factor == 1:
+        return scalar
+    step = None if scalar.step is None else scalar.step * factor
+    value = scalar.value * factor if isinstance(scalar.value, Fraction) else scalar.value * _sympy(factor)
+    return Scalar(value, step, scalar.unit, scalar.text)
+
+
+def product(one: Scalar, other: Scalar) -> Scalar:
+    """Return the product of two scalars."""
+    if isinstance(one.value, Fraction):
+        return _times(other, one.value)
+    return Scalar(one.value * _sympy(other.value), text=other.text)
+
+
+def quotient(above: Scalar, below: Scalar) -> Scalar:
+    """Return the quotient of two scalars."""
+    if isinstance(above.value, Fraction) and isinstance(below.value, Fraction):
+        return Scalar(above.value / below.value)
+    return Scalar(_sympy(above.value) / _sympy(below.value))
+
+
+def is_zero(scalar: Scalar) -> bool:
+    """Whether a number is zero."""
+    return scalar.value == 0
+
+
+def in_order(items: Sequence[Scalar]) -> list[Scalar]:
+    """Return numbers by size.
+
+    Raises:
+        Unreadable: if one of them is none.
+    """
+    try:
+        return sorted(items, key=lambda item: float(item.value))
+    except TypeError as error:
+        raise Unreadable from error
+
+
+def same_number(gold: Scalar, answer: Scalar) -> bool:
+    """Return whether two values are equal: exactly, or to the digits of a decimal that has at least [`DIGITS`]."""
+    ours, theirs = _exact(gold.value), _exact(answer.value)
+    if isinstance(ours, Fraction) and isinstance(theirs, Fraction):
+        return ours == theirs or _rounded(ours, gold.step, theirs, answer.step)
+    if isinstance(ours, Fraction) or isinstance(theirs, Fraction):
+        exact, decimal, step = (theirs, ours, gold.step) if isinstance(ours, Fraction) else (ours, theirs, answer.step)
+        if not exact.free_symbols:
+            if step is None or abs(decimal) < 10 ** (DIGITS - 1) * step:
+                return _same_irrational(exact, _sympy(decimal))
+            number = exact.evalf(_PRECISION)
+            return bool(number.is_Float and abs(number - _sympy(decimal)) <= _sympy(step) / 2)
+    return same_expression(_sympy(ours), _sympy(theirs))
+
+
+def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
+    """Whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
+    if our_step is None and their_step is None:
+        return False
+    ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)
+    step = our_step if ours_is_coarser else their_step
+    coarse = ours if ours_is_coarser else theirs
+    return step is not None and abs(coarse) >= 10 ** (DIGITS - 1) * step and abs(ours - theirs) <= step / 2
+
+
+def _exact(value: Any) -> Any:
+    """A number as a fraction where it is rational; decimals in an expression are what is written."""
+    if isinstance(value, Fraction):
+        return value
+    import sympy
+
+    floats = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
+    value = value.xreplace(floats) if floats else value
+    if value.free_symbols:
+        return value
+    value = _rebuilt(_real_roots(value).doit())
+    return Fraction(int(value.p), int(value.q)) if value.is_Rational else value
+
+
+def _rebuilt(value: Any) -> Any:
+    """A tree, evaluated: `doit` leaves functions that were made without evaluation."""
+    return value.func(*map(_rebuilt, value.args)) if value.args else value
+
+
+def _real_roots(value: Any) -> Any:
+    """A tree in which odd roots of negative numbers are real, as in `\\sqrt[3]{-8}`."""
+    import sympy
+
+    def is_root(part: Any) -> bool:
+        return part.is_Pow and part.exp.is_Rational and part.exp.p == 1 and part.exp.q % 2 == 1 and part.base.is_Integer and part.base < 0
+
+    return value.replace(is_root, lambda part: -sympy.Pow(-part.base, part.exp)) if value.has(sympy.Pow) else value
+
+
+def _sympy(value: Any) -> Any:
+    import sympy
+
+    return sympy.Rational(value.numerator, value.denominator) if isinstance(value, Fraction) else value
+
+
+def same_expression(gold: Any, answer: Any) -> bool:
+    """Return whether two expressions have the same values wherever the gold one is real, or everywhere where it is nowhere."""
+    import sympy
+    from math_verify.grader import unwrap_fcs
+
+    gold, answer = unwrap_fcs(gold), unwrap_fcs(answer)
+    if gold == answer:
+        return True
+    letters = gold.free_symbols | answer.free_symbols
+    if not letters:
+        return _same_irrational(gold, answer)
+    if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
+        return False
+    pairs = list(zip(_sampled(gold, letters), _sampled(answer, letters), strict=True))
+    real = [pair for pair in pairs if pair[0] is not None and pair[0].is_real]
+    pairs = real or [pair for pair in pairs if pair[0] is not None]
+    if len(pairs) < 2:
+        return False
+    return all(answer is not None and _near(gold, answer) for gold, answer in pairs)
+
+
+def _sampled(tree: Any, letters: set) -> list:
+    """The values of an expression at each of the points; None where it has none."""
+    import sympy
+
+    values = []
+    ordered = sorted(letters, key=str)
+    for turn in range(len(_POINTS)):
+        at = {
+            letter: sympy.Float(_POINTS[(turn + 3 * place) % len(_POINTS)], _PRECISION) * (1 + sympy.Rational(place, 7))
+            for place, letter in enumerate(ordered)
+        }
+        value = tree.evalf(30, subs=at)
+        known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
+        if known and not value.is_Float and not value.is_Rational:
+            value = value.evalf(30)
+            known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+        values.append(value if known else None)
+    return values
+
+
+def _near(one: Any, other: Any) -> bool:
+    size = max(abs(one), abs(other))
+    return bool(abs(one - other) <= size * 1e-20) or bool(size == 0)
+
+
+def _same_irrational(one: Any, other: Any) -> bool:
+    if one == other:
+        return True
+    values = [value.evalf(_PRECISION) for value in (one, other)]
+    if not all(part.is_Float or part.is_Rational for value in values for part in value.as_real_imag()):
+        return False
+    for mine, yours in zip(*(value.as_real_imag() for value in values), strict=True):
+        if abs(mine - yours) > max(abs(mine), abs(yours)) * _sympy(_CLOSE) and not _is_noise(mine, yours):
+            return False
+    return True
+
+
+def _is_noise(one: Any, other: Any) -> bool:
+    """Whether both numbers are zero to the last digit that was computed."""
+    return all(number == 0 or (number.is_Float and number._prec == 1) for number in (one, other))
+
+
+# -- answers that are the question again
+
+_DIVIDED = re.compile(r"÷|\\div(?![a-zA-Z])")
+_SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
+
+
+def left_to_do(gold: Scalar, answer: Scalar) -> bool:
+    """Whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
+
+    That is a sum, product or chain of quotients where the gold answer is a number, and a `\\sum`, integral, limit or derivative where it
+    holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for it learns to repeat the question. A single fraction
+    is a number, reduced or not (`84/2`), and so are decimals, `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}` and `\\sqrt{4}`.
+    """
+    import sympy
+
+    expression = answer.value
+    if isinstance(expression, Fraction):
+        return False
+    calculus = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+    if expression.has(*calculus):
+        return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
+    if not isinstance(_exact(gold.value), Fraction):
+        return False
+    if all(atom.is_Number for atom in expression.atoms()) and (_DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1):
+        return True  # which sympy may have carried out already
+    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(sympy.log, sympy.Mod)
+
+
+def _operation(part: Any) -> bool:
+    """Whether a part of an expression is a sum or product of numbers, but for a fraction, and an angle such as 5 pi / 6."""
+    import sympy
+
+    if part.is_Add:
+        return sum(term.is_number and not term.has(sympy.pi) for term in part.args) > 1
+    if not part.is_Mul or part.has(sympy.pi):
+        return False
+    factors = [factor for factor in part.args if factor != -1]  # a sign
+    below = [factor for factor in factors if factor.is_Pow and factor.exp == -1 and factor.base.is_Number]
+    if len(factors) == 2 and len(below) == 1 and any(factor.is_Number for factor in factors):
+        return False
+    return sum(map(_operand, factors)) > 1
+
+
+def _operand(factor: Any) -> bool:
+    """Whether a factor is a number or a power of one. Powers of ten are a way to write it."""
+    if factor.is_Number:
+        return True
+    return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Integer and factor.base != 10
+
+
+# -- equations
+
+
+def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
+    """Whether two equations are the same up to their sides and a constant factor, which is positive for an inequality."""
+    import sympy
+
+    gold, answer = _sympy(left) - _sympy(right), _sympy(other_left) - _sympy(other_right)
+    letters = gold.free_symbols
+    if not letters or letters != answer.free_symbols:
+        return False
+    factors = []
+    for values in zip(*(_sampled(tree, letters) for tree in (gold, answer)), strict=True):
+        if None in values or not all(value.is_number for value in values):
+            continue
+        if abs(values[1]) < 1e-30 or abs(values[0]) < 1e-30:
+            return False
+        factors.append(sympy.N(values[0] / values[1], 30))
+    if len(factors) < 3 or any(abs(factor - factors[0]) > abs(factors[0]) * sympy.Float("1e-20") for factor in factors):
+        return False
+    return not positive or bool(factors[0].is_real and factors[0] > 0)

@@ -1,0 +1,156 @@
+"""Units of numbers: names, conversion, and which words may stand behind a number at all."""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """A product of base units with integer exponents, sorted by name, and the factor to them."""
+
+    bases: tuple[tuple[str, int], ...]
+    factor: Fraction
+
+
+# names of a unit -> (its base unit, factor); prefixes are added below
+_NAMES: dict[str, tuple[str, Fraction]] = {}
+
+
+def _add(base: str, factor: object, *names: str, prefixes: str = "") -> None:
+    for name in names:
+        _NAMES[name] = (base, Fraction(str(factor)))
+    powers = {"k": (3, "kilo"), "c": (-2, "centi"), "m": (-3, "milli"), "d": (-1, "deci"), "μ": (-6, "micro"), "n": (-9, "nano"), "M": (6, "mega"), "G": (9, "giga"), "h": (2, "hecto")}  # fmt: skip
+    for prefix in prefixes:
+        power, long = powers[prefix]
+        for name in names:
+            if name.isascii():
+                _NAMES[(prefix if len(name) <= 3 else long) + name] = (base, Fraction(str(factor)) * Fraction(10) ** power)
+
+
+_add("m", 1, "m", "meter", "metre", "米", prefixes="kcmdμn")
+_add("m", 1000, "公里", "千米")
+_add("m", Fraction(1, 100), "厘米")
+_add("m", "0.3048", "ft", "foot", "feet")
+_add("m", "0.0254", "in", "inch", "inches")
+_add("m", "1609.344", "mi", "mile", "英里")
+_add("m", "0.9144", "yd", "yard")
+_add("s", 1, "s", "sec", "second", "秒", prefixes="mnμ")
+_add("s", 60, "min", "mins", "minute", "分钟")
+_add("s", 3600, "h", "hr", "hour", "小时", "Stunden", "Stunde")
+_add("s", 86400, "d", "day", "天", "日")
+_add("s", 604800, "week", "wk", "周")
+_add("month", 1, "month", "个月")
+_add("month", 12, "year", "yr", "年")
+_add("g", 1, "g", "gram", "gramme", "克", prefixes="kcmdμn")
+_add("g", 1000, "公斤", "千克")
+_add("g", 1000000, "tonne")
+_add("g", "453.59237", "lb", "pound")
+_add("g", "28.349523125", "oz", "ounce")
+_add("L", 1, "L", "l", "liter", "litre", "升", prefixes="mcd")
+_add("K", 1, "K", "kelvin")
+_add("J", 1, "J", "joule", prefixes="kM")
+_add("W", 1, "W", "watt", prefixes="kMm")
+_add("N", 1, "N", "newton", prefixes="kM")
+_add("Pa", 1, "Pa", "pascal", prefixes="kMh")
+_add("V", 1, "V", "volt", prefixes="km")
+_add("A", 1, "A", "amp", "ampere", prefixes="m")
+_add("Hz", 1, "Hz", "hertz", prefixes="kMG")
+_add("C", 1, "C", "coulomb")
+_add("T", 1, "T", "tesla")
+_add("Ohm", 1, "Ω", "ohm", "Ohm", prefixes="k")
+_add("mol", 1, "mol", "mole", prefixes="m")
+_add("eV", 1, "eV", prefixes="kMG")
+_add("cal", 1, "cal", "calorie", prefixes="k")
+_add("deg", 1, "°", "degree", "deg", "Grad", "度", "grad")
+_add("rad", 1, "rad", "radian", "弧度")
+_add("celsius", 1, "°C", "℃", "celsius")
+_add("fahrenheit", 1, "°F", "℉", "fahrenheit")
+_add("usd", 1, "dollar", "usd", "USD", "$", "bucks", "美元")
+_add("usd", Fraction(1, 100), "cent", "¢")
+_add("eur", 1, "€", "euro", "eur", "EUR", "欧元")
+_add("gbp", 1, "£", "GBP", "gbp")
+_add("cny", 1, "元", "yuan", "CNY", "RMB", "rmb", "人民币", "块")
+_add("yen", 1, "¥", "yen", "JPY", "円", "日元")
+_add("rupee", 1, "₹", "rupee", "Rs", "INR", "rs")
+_add("%", 1, "%", "percent")
+_NAMES |= {"mph": ("mph", Fraction(1)), "kph": ("kph", Fraction(1)), "kmh": ("kph", Fraction(1)), "kmph": ("kph", Fraction(1))}
+_COMPOUND = {"mph": ("m", "s", Fraction("1609.344") / 3600), "kph": ("m", "s", Fraction(1000) / 3600)}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "平方": 2, "立方": 3}
+_MANY = {
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+}  # fmt: skip
+# words behind a number by which it is another number, no number, or not the answer
+_NO_UNIT = set(
+    "or and not no nor to from minus plus times divided over mod modulo less more than least most about approximately around wrong incorrect "
+    "false is isn are was be but if else maybe either neither half halves third thirds quarter quarters fifth tenth tenths hundredths "
+    "thousandths squared cubed factorial twice double triple pairs pair point negative positive the answer base between up down unless except "
+    "without instead rather greater smaller fewer otherwise when where for all any some each every different one two three four five six seven "
+    "eight nine ten eleven twelve zero".split()
+)
+_TOKEN = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|([^\W\d_]+)|(/|\bper\b)|(\S)", re.UNICODE)
+
+
+def is_known(word: str) -> bool:
+    """Whether a word is a unit's name."""
+    return _name(word) is not None
+
+
+def _name(word: str) -> tuple[str, Fraction] | None:
+    for form in (word, word.lower() if len(word) > 3 else word, word.removesuffix("s") if len(word) > 3 else word):
+        if form in _NAMES:
+            return _NAMES[form]
+    return _NAMES.get(word.lower().removesuffix("s")) if len(word) > 4 else None
+
+
+def read_unit(text: str) -> tuple[Unit, int] | None:
+    """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
+
+    Words that are in no table are units of their own, such as "apples": up to four, without any that changes the number.
+    """
+    text = text.replace("\\text", " ").replace("{", " { ").replace("^\\circ", "°").replace("\\cdot", " ").replace("\\mu", "μ")
+    text = re.sub(r"\{\s*(-?\d)\s*\}", r"\1", text).replace("{", " ").replace("}", " ").replace("*", " ").replace("⋅", " ")
+    text = re.sub(r"\b([ap])\.\s*m\b", "or", text)  # a time of day is no unit
+    bases: dict[str, int] = {}
+    factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
+    last: tuple[str, Fraction] | None = None
+
+    def times(name: str, scale: Fraction, exponent: int) -> None:
+        nonlocal factor
+        for base, size, way in ((name, scale, 1),) if name not in _COMPOUND else (
+            (_COMPOUND[name][0], _COMPOUND[name][2] * scale, 1), (_COMPOUND[name][1], Fraction(1), -1)
+        ):  # fmt: skip
+            bases[base] = bases.get(base, 0) + way * exponent
+            factor *= size**exponent
+
+    for raised, sign_of, scale_of, word, slash, other in _TOKEN.findall(text):
+        if raised:
+            if last is None:
+                return None
+            times(*last, sign * (int(raised) - 1))
+            last = None
+        elif slash:
+            sign = -1
+        elif other in (".", "(", ")"):
+            continue
+        elif other:
+            return None
+        else:
+            name = sign_of + scale_of or word
+            if name.lower() in _POWERS or name in _POWERS:
+                exponent = _POWERS.get(name, _POWERS.get(name.lower(), 1))
+                if last is not None and name.lower() in ("squared", "cubed"):
+                    times(*last, sign * (exponent - 1))
+                power = 1 if last is not None and name.lower() in ("squared", "cubed") else exponent
+                continue
+            if name in _MANY or name.lower() in _MANY or name.lower().removesuffix("s") in _MANY:
+                many *= _MANY.get(name) or _MANY.get(name.lower()) or _MANY[name.lower().removesuffix("s")]
+                continue
+            if name.lower() in _NO_UNIT or words >= 4:
+                return None
+            last = _name(name) or (name.lower().removesuffix("s"), Fraction(1))
+            words += 1
+            times(*last, sign * power)
+            power = 1
+    kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    return (Unit(kept, factor), many) if kept or many != 1 else None
