@@ -7,6 +7,7 @@ arguments and results.
 import ast
 import inspect
 import json
+import math
 import shutil
 import textwrap
 from collections import deque
@@ -26,9 +27,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.model.decoding import quick
-from bupo.training.rollouts import Sampled, Scores
+from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
+
+# metrics that say what a micro-batch is, or hold without one
+UNMEASURED = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -105,7 +109,46 @@ class TRLTrainer(GRPOTrainer):
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
+        self._leave_out_ungraded(tensors, rewards[-1])
         return Sampled(tensors, rewards[-1], Scores(*scored[0][:2]) if own else None)
+
+    def _leave_out_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
+        """Mask ungraded answers out of the loss, and log their share. TRL gives them an advantage of 0.
+
+        Args:
+            tensors (`dict`): what the loss will read.
+            rewards (`torch.Tensor` of shape `(G, functions)`): of [`graded_only`].
+        """
+        metrics, training = self._metrics["train" if self.model.training else "eval"], self.model.training
+        graded_G = ~rewards.isnan().all(1)
+        metrics["completions/ungraded_ratio"].append(1 - graded_G.float().mean().item())
+        if graded_G.all():
+            return
+        size = len(tensors["completion_ids"])
+        here = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        counted = leave_out(tensors, graded_G[here])
+        tensors["num_items_in_batch"] = self.accelerator.gather(counted).sum()
+        if not graded_G.any():
+            metrics["frac_reward_zero_std"][-1] = math.nan
+        elif self.multi_objective_aggregation == "sum_then_normalize":
+            group = self.num_generations if training else self.num_generations_eval
+            compared = len(rewards) if self.scale_rewards == "batch" else group
+            metrics["frac_reward_zero_std"][-1] = equal_share(weighted(rewards, self.reward_weights), compared)
+
+    @contextmanager
+    def measuring(self, batch: RolloutBatch) -> Iterator[bool]:
+        """Inside, a micro-batch is measured; one without a token to train on has no metrics, and TRL's zeros are dropped.
+
+        Yields:
+            `bool`: whether any process' part has such a token.
+        """
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        before = {name: len(values) for name, values in metrics.items()}
+        measured = bool(self.total(batch.mask.sum()) > 0)
+        yield measured
+        for name in () if measured else list(metrics):
+            if name not in UNMEASURED:
+                del metrics[name][before.get(name, 0) :]
 
     def score(
         self, policy: Callable, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: int, size: int
@@ -230,11 +273,12 @@ class TRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         with quick(self.model):
-            return self.rollout(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
+            return self.rollout(inputs) if self.model.training else self.sampled(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.grading():
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return graded_only(rewards, self.reward_weights)
 
     def _compute_loss(self, model, inputs):
         return self.loss(model, inputs)
@@ -354,7 +398,10 @@ class TRLTrainer(GRPOTrainer):
             return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
 
     def log(self, logs, start_time=None):
-        """As TRL's. The speed at the end is that of the updates of this start."""
+        """As TRL's. The speed at the end is that of the updates of this start; metrics of which nothing was measured are absent."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+            del metrics[name]
         for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
             logs[name] *= 1 - self.resumed_at / max(1, self.state.global_step)
         super().log(logs, start_time)

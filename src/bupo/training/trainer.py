@@ -133,9 +133,10 @@ class BuPOTrainer(TRLTrainer):
             self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
 
     def loss(self, model, inputs):
-        if not self.model.training:
-            return self.policy_loss(model, inputs)
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
+        if not self.model.training:
+            with self.measuring(batch):
+                return self.policy_loss(model, inputs)
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
         mixed = self.watch.mixed(self.rollout_batch)
@@ -145,15 +146,17 @@ class BuPOTrainer(TRLTrainer):
             speaker.read = read
             return self.policy_loss(speaker, inputs)
 
-        if self.critic:
-            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
-            loss, logged = self.critic.loss(batch, site, share, policy_loss)
-            for name, value in logged.items():
-                metrics[name].append(value)
-        else:
-            loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
-        self.alignment.log(batch, speaker, self.stage, metrics)
-        self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
+        with self.measuring(batch) as measured:
+            if self.critic:
+                share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
+                loss, logged = self.critic.loss(batch, site, share, policy_loss)
+                for name, value in logged.items():
+                    metrics[name].append(value)
+            else:
+                loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
+            self.alignment.log(batch, speaker, self.stage, metrics)
+        last = (self.passes_done + 1) % self.passes_a_batch == 0
+        self.watch.after_pass(self.rollout_batch, metrics if measured else {}, metrics, last)
         return loss
 
     def training_step(self, *args, **kwargs):
