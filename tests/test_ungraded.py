@@ -3,8 +3,13 @@
 The reference is computed in float64 on the graded answers alone (tests/ungraded_reference.py).
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bupo import BuPOTrainer, UserError
+from bupo.model.loading import load_model
 from bupo.training.estimators import ESTIMATORS, estimate
 from bupo.training.rollouts import RolloutBatch, graded_only, weighted
 from tests import ungraded_reference as reference
-from tests.test_trainer import PROBLEMS, TOKENIZER, changed, config, model_of, snapshot
+from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot
 
 ODD = (None, nan, inf, -inf)
 
@@ -113,10 +119,16 @@ class Rewards:
         return [first, second]
 
 
+def saved_model(folder):
+    """A tiny model by name: with a KL penalty, TRL loads its reference by it."""
+    model_of(num_hidden_layers=3).save_pretrained(folder / "model")
+    return load_model(str(folder / "model"))
+
+
 def trainer_with(folder, rewards, **changes):
     args = config(folder, **{"max_completion_length": 5, "reward_weights": [1.0, 0.5], "probe_every": 0, **changes})
-    functions = rewards.functions()
-    return BuPOTrainer(model_of(num_hidden_layers=3), functions, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+    model, functions = saved_model(folder), rewards.functions()
+    return BuPOTrainer(model, functions, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
 
 
 def patterns(count, group):
@@ -191,7 +203,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
     rows = [[1.0, 0.0], [None, None], [0.0, 0.0], [3.0, inf], [nan, nan], [2.0, 1.0], [0.0, None], [1.0, 1.0]]
     trainer = trainer_with(
         tmp_path, Rewards(rows), per_device_train_batch_size=8, steps_per_generation=1, num_iterations=2, beta=0.1,
-        internal_steps=steps, loss_type=loss, entropy_coef=0.05,
+        internal_steps=steps, loss_type=loss, entropy_coef=0.0 if loss == "grpo" else 0.05,
     )  # fmt: skip
     trainer.model.train()
     inputs = trainer.rollout([PROBLEMS[n // 4] for n in range(8)])
@@ -213,10 +225,9 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
         metrics.append({name: values[-1] for name, values in trainer.train_metrics.items()})
     # TRL's mean over answers has the place of an answer that is masked, here as for truncated answers
     share = kept.float().mean() if loss == "grpo" else 1.0
-    if loss != "grpo":
-        torch.testing.assert_close(found[0][0], found[1][0] * share, atol=1e-5, rtol=1e-4)
-        for one, other in zip(found[0][1], found[1][1], strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found[0][0], found[1][0] * share, atol=1e-5, rtol=1e-4)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other * share, atol=1e-5, rtol=1e-3)
     for name in ("entropy", "kl", "kl_old", "clip_ratio/region_mean", "internal/entropy"):
         if name in metrics[1]:
             assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
@@ -237,7 +248,7 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
         tmp_path, advantage_estimator=estimator, internal_steps=steps, max_steps=4, per_device_train_batch_size=8,
         steps_per_generation=1, weight_decay=0.0, max_completion_length=4, optim="sgd", learning_rate=0.1, beta=0.05,
     )  # fmt: skip
-    model = model_of(num_hidden_layers=3)
+    model = saved_model(tmp_path)
     trainer = BuPOTrainer(model, reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     weights = []
     real = trainer.rollout
@@ -248,9 +259,9 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
 
     trainer.rollout = rollout
     trainer.train()
-    assert not changed(weights[1], model) or changed(weights[0], model)
     assert all(torch.equal(weights[1][name], weights[3][name]) for name in weights[1])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[3][name], value) for name, value in snapshot(model).items())
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert len(rows) == 4
     for row, ungraded in zip(rows, [False, True, True, False], strict=True):
@@ -282,3 +293,46 @@ def test_a_run_that_is_never_graded_is_still_refused(tmp_path):
     trainer = trainer_with(tmp_path, Rewards([[None, inf]] * 16), max_steps=4)
     with pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
         trainer.train()
+
+
+def test_two_processes_leave_out_the_same(tmp_path):
+    """The mean of a prompt whose answers lie on both, and one whitening over both; one process may have no graded answer of a
+    prompt, and the other nothing else."""
+    values = [1.0, "inf", 0.0, None, "nan", None, 3.0, "-inf", 2.0, 0.0, None, 1.5]
+    methods = [("grpo", {"scale_rewards": scale}) for scale in ("group", "batch", "none")]
+    methods += [("rloo", {}), ("reinforce++", {}), ("ppo", {}), ("ppo", {"critic_backbone": "shared"})]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "tests.ungraded_run", str(tmp_path), json.dumps(values), json.dumps(methods)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    rewards = [None if value is None or isinstance(value, str) else value for value in values]
+    for place, (estimator, changes) in enumerate(methods):
+        first, second = ranks[0][place], ranks[1][place]
+        lengths = first["lengths"] + second["lengths"]
+        by_token = estimator in ("reinforce++", "ppo")
+        for start, rank in ((0, first), (6, second)):
+            found, here = torch.tensor(rank["advantages"]), slice(start, start + 6)
+            guesses = [[0.0] * n for n in lengths]
+            if not by_token:
+                expected = reference.rloo(rewards, 4)
+                if estimator == "grpo":
+                    expected = reference.grpo(rewards, 4, changes["scale_rewards"])
+                np.testing.assert_allclose(found.numpy(), expected[here], atol=2e-4)
+            else:
+                expected = reference.reinforce(rewards, lengths)
+                if estimator == "ppo":
+                    expected = reference.ppo(rewards, lengths, guesses, 1.0, 1.0)[0]
+                for row, tokens in zip(found.tolist(), expected[here], strict=True):
+                    padded = [*(tokens or []), *[0.0] * (len(row) - len(tokens or []))]
+                    np.testing.assert_allclose(row, padded, atol=3e-4)
+            assert rank["mask"] == [reward is not None for reward in rewards[here]]
+            assert rank["tokens"] == sum(n for n, r in zip(lengths, rewards, strict=True) if r is not None)
+            assert rank["reward"] == pytest.approx(7.5 / 6) and rank["ungraded"] == pytest.approx(0.5)
+            assert rank["finite"]

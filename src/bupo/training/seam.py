@@ -109,10 +109,10 @@ class TRLTrainer(GRPOTrainer):
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
-        self._leave_out_ungraded(tensors, rewards[-1])
+        self.leave_out_ungraded(tensors, rewards[-1])
         return Sampled(tensors, rewards[-1], Scores(*scored[0][:2]) if own else None)
 
-    def _leave_out_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
+    def leave_out_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
         """Mask ungraded answers out of the loss, and log their share. TRL gives them an advantage of 0.
 
         Args:
