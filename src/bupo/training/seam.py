@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.model.decoding import quick
+from bupo.model.residual import evaluating
 from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
@@ -159,6 +160,13 @@ class TRLTrainer(GRPOTrainer):
             policy, input_ids, attention_mask, tokens, batch_size=size, compute_entropy=True
         )
         return Scores(log_probs, entropies)
+
+    def try_scoring(self) -> None:
+        """Score two tokens as each micro-batch is scored, without a gradient, dropout or random numbers."""
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.accelerator.device)
+        aux = {"compute_entropy": True, "compute_aux_loss": self.aux_loss_enabled}
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(self.model), self.without_checkpointing():
+            super()._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), 2, batch_size=1, **aux)
 
     def policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of a micro-batch, with `policy` answering its scoring call."""

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, 
 from trl import ModelConfig
 
 from bupo.data.templates import check_context, prompt_ids
-from bupo.errors import UserError
+from bupo.errors import UserError, others
 from bupo.model.loading import check_layers, context_of, learned_positions, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
@@ -21,6 +21,9 @@ from bupo.training.seam import TRLTrainer, get_config_model_id
 from bupo.training.zero import check_zero
 
 LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
+
+# what TRL's scoring ends in on a model whose outputs it does not know
+UNSCORABLE = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 logger = get_logger(__name__)
 
@@ -199,6 +202,18 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
+
+
+def check_scoring(trainer: TRLTrainer) -> None:
+    """Refuse a model whose answers cannot be scored, before any is sampled. Of a sharded model this is not tried.
+
+    Raises:
+        UserError: with the error that the first update would end in.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    with others(f"{type(trainer.model).__name__} cannot be trained, since scoring its answers fails", *UNSCORABLE):
+        trainer.try_scoring()
 
 
 def check_deepspeed(args: BuPOConfig) -> None:

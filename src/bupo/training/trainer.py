@@ -29,7 +29,7 @@ from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
-from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
+from bupo.training.setup import check_arguments, check_run, check_scoring, open_stream, positions_of
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -69,6 +69,7 @@ class BuPOTrainer(TRLTrainer):
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
+        check_scoring(self)
         self.critic = critic_of(self.stream, self.accelerator, args)
         freeze(self.stream, kept_still(args))
         decode, positions = self.processing_class.decode, positions_of(self.model)
