@@ -18,19 +18,25 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate.logging import get_logger
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainerCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.errors import UserError
 from bupo.model.decoding import quick
 from bupo.model.residual import evaluating
+from bupo.training.best_metric import measured, unknown, value_of
 from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
+
+logger = get_logger(__name__)
 
 # metrics that say what a micro-batch is, or hold without one
 UNMEASURED = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
@@ -63,6 +69,7 @@ class TRLTrainer(GRPOTrainer):
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     staging: Path | None = None  # where a checkpoint is being written
     resumed_at = 0  # updates that were done before this start
+    ended_early = False  # a callback has ended the run that is resumed
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
     dataset_name: str | None = None  # of the problems, for the card
@@ -396,14 +403,40 @@ class TRLTrainer(GRPOTrainer):
         self.add_callback(Numbers(self, numbers))
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.ended_early:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, *args, skip_scheduler=False, **kwargs):
-        if not (skip_scheduler and self.state.global_step):
-            return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+        if skip_scheduler and self.state.global_step:
+            return None
+        metrics = super()._evaluate(*args, skip_scheduler=True, **kwargs)
+        if not skip_scheduler and isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+            value = self._best_metric(metrics)
+            if value is not None:
+                self.lr_scheduler.step(value)
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        if self.args.metric_for_best_model is None or self._best_metric(metrics) is None:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _best_metric(self, metrics: dict[str, Any]) -> float | None:
+        """Return what `metric_for_best_model` names; None, and a warning, where this evaluation graded too little for it.
+
+        Raises:
+            UserError: if no evaluation measures it.
+        """
+        args, value = self.args, value_of(self.args, metrics)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+        known = measured(args, self.reward_func_names, sets)
+        if value is None and args.metric_for_best_model.removeprefix("eval_") not in known:
+            raise UserError(unknown(args, args.metric_for_best_model, known))
+        if value is None:
+            logger.warning(f"{args.metric_for_best_model} has no value in this evaluation, whose answers were not graded")
+        return value
 
     def log(self, logs, start_time=None):
         """As TRL's. The speed at the end is that of the updates of this start; metrics of which nothing was measured are absent."""

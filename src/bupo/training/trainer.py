@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bupo.model.residual import Family, ResidualStream, Site
 from bupo.training import asked, card, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
+from bupo.training.callback_states import CallbackStates
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
 from bupo.training.estimators import estimate
@@ -29,7 +30,7 @@ from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import TRLTrainer
-from bupo.training.setup import check_arguments, check_run, check_scoring, open_stream, positions_of
+from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -78,6 +79,7 @@ class BuPOTrainer(TRLTrainer):
         self.add_callback(self.finite)
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
         self.parts |= {"critic": self.critic} if self.critic else {}
+        self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         if args.eval_benchmarks:
             self.add_callback(Evaluations(self, benchmarks))
 
@@ -184,6 +186,8 @@ class BuPOTrainer(TRLTrainer):
 
     def train_from(self, found: str | None, *args, **kwargs):
         """`train`, from a checkpoint that is known to be whole and of the same run."""
+        check_evaluations(self)  # callbacks may have been added
+        self.ended_early = False
         result = super().train(found, *args, **kwargs)
         if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
             messages.repeat_last(self.state.log_history)
