@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from bupo import BuPOTrainer, TrainOptions, UserError, train
 from bupo.model.loading import load_model
 from bupo.rewards.math_reward import math_reward
-from bupo.training.best_metric import measured, may_log
+from bupo.training.best_metric import may_log, measured
 from tests.test_trainer import PROBLEMS, TOKENIZER, config, model_of
 
 FEW = PROBLEMS.select(range(2))
@@ -29,7 +29,12 @@ def logging_reward(completions, log_metric=None, **kwargs):
 
 def trainer_of(folder, reward=length, callbacks=(), evaluation=FEW, **changes):
     model_of(num_hidden_layers=2).save_pretrained(folder / "model")
-    evaluating = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "max_completion_length": 4}
+    evaluating = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "max_completion_length": 4,
+    }
     args = config(folder / "run", **{**evaluating, "steps_per_generation": 1, "probe_every": 0, **changes})
     return BuPOTrainer(
         load_model(str(folder / "model")), reward, args, train_dataset=PROBLEMS, eval_dataset=evaluation,
@@ -81,6 +86,15 @@ def test_train_refuses_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="metric_for_best_model 'accuracy'"):
         train("no/such-model", args, TrainOptions(dataset="arithmetic", size=8), reward_funcs=[length])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_math_reward_logs_known_names(tmp_path):
+    args = config(tmp_path / "run", eval_strategy="steps", metric_for_best_model="eval_accuracy")
+    with pytest.raises(UserError, match="metric_for_best_model 'accuracy'"):
+        train("no/such-model", args, TrainOptions(dataset="arithmetic", size=8))
+    args.metric_for_best_model = "grading/timeout"
+    with pytest.raises(UserError, match="no/such-model"):
+        train("no/such-model", args, TrainOptions(dataset="arithmetic", size=8))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +179,14 @@ class Counting(TrainerCallback, ExportableState):
         return {"args": {"name": self.name}, "attributes": {"seen": self.seen}}
 
 
-REWARDS = {2: 3.0, 4: 5.0, 6: 1.0, 8: 2.0, 10: 4.0, 12: 9.0}  # of the evaluations; the third in a row without a better one is at 10
+REWARDS = {
+    2: 3.0,
+    4: 5.0,
+    6: 1.0,
+    8: 2.0,
+    10: 4.0,
+    12: 9.0,
+}  # of the evaluations; the third in a row without a better one is at 10
 
 
 def stopping(folder, *more, patience=3, **changes):

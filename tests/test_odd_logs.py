@@ -24,7 +24,9 @@ NAMES = (
     "completions/ungraded_ratio", "clip_ratio/region_mean", "loss", "grad_norm", "eval_reward", "eval_loss", "eval_rollout_batches",
     "eval_a/avg@4", "eval_a/low", "eval_a/high", "eval_a/strict", "probe/perplexity", "warning/nothing_graded",
 )  # fmt: skip
-ODD = st.sampled_from([None, math.nan, math.inf, -math.inf, 1e300, -1e16, "", "nan", "a|b\n[c](d)", True, [1.0], {"a": 1}, 10**400])
+ODD = st.sampled_from(
+    [None, math.nan, math.inf, -math.inf, 1e300, -1e16, "", "nan", "a|b\n[c](d)", True, [1.0], {"a": 1}, 10**400]
+)
 LOGS = st.dictionaries(st.sampled_from(NAMES), st.one_of(ODD, st.floats(-5, 5), st.integers(0, 9)), max_size=12)
 HISTORY = st.lists(LOGS, min_size=1, max_size=5)
 
@@ -98,9 +100,15 @@ def test_a_run_with_ungraded_batches_is_saved_shown_and_reported(tmp_path, batch
     written = io.StringIO()
     lines = ConsoleLines(Console(file=written, width=80))
     run = train("embedded", args, TrainOptions(dataset="arithmetic", size=16), reward_funcs=[reward], callbacks=[lines])
-    cards = {n: (run.folder / f"checkpoint-{n}" / "README.md").read_text() for n in range(1, 5)} | {5: (run.folder / "README.md").read_text()}
+    cards = {n: (run.folder / f"checkpoint-{n}" / "README.md").read_text() for n in range(1, 5)} | {
+        5: (run.folder / "README.md").read_text()
+    }
     for last, text in cards.items():
-        rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ")}
+        rows = {
+            line.split(" | ")[0].strip("| "): line.split(" | ")[1]
+            for line in text.splitlines()
+            if line.startswith("| ")
+        }
         for batch in {1, min(last, 4)}:
             assert (rows[str(batch)] == "not graded") == (batch in batches), (last, rows)
     rewards = [row.get("reward") for row in run.metrics if "rollout_batch" in row]

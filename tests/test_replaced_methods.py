@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,13 @@ def short(calls, model):
     def generate(inputs=None, generation_config=None, input_ids=None, attention_mask=None, max_new_tokens=None):
         calls.append(1)
         ids = input_ids if inputs is None else inputs
-        return ORIGINAL(model, ids, attention_mask=attention_mask, generation_config=generation_config, max_new_tokens=max_new_tokens)
+        return ORIGINAL(
+            model,
+            ids,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            max_new_tokens=max_new_tokens,
+        )
 
     return generate
 
@@ -76,9 +83,14 @@ def test_a_generate_on_the_class_gets_its_own_arguments(kind, monkeypatch):
     model, calls, ids = tiny_model("qwen3"), [], random_ids(2, 6)
     wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
     monkeypatch.setattr(Qwen3ForCausalLM, "generate", replaced(kind, model, calls), raising=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False) if kind != "short" else model.generate(ids, max_new_tokens=3), wanted)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        if kind != "short"
+        else model.generate(ids, max_new_tokens=3),
+        wanted,
+    )
     calls.clear()
-    kwargs = {} if kind == "short" else {"do_sample": False}
+    kwargs: dict[str, Any] = {} if kind == "short" else {"do_sample": False}
     model.generation_config.do_sample = False
     assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), wanted)
     with quick(model):
@@ -134,7 +146,7 @@ def test_a_model_that_trl_cannot_score_is_refused_before_anything_is_sampled(tmp
     model = model_by_config(
         "llama4_text", num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=64
     )
-    with pytest.raises(UserError, match="Llama4ForCausalLM cannot be trained.*last_hidden_state") as refused:
+    with pytest.raises(UserError, match=r"Llama4ForCausalLM cannot be trained.*last_hidden_state") as refused:
         trainer_of(model, config(tmp_path, internal_steps=0, internal_layer=None))
     assert "\n" not in str(refused.value)
 
@@ -151,7 +163,9 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", *(pytest.param(k, marks=pytest.mark.slow) for k in list(UNKNOWN)[2:])])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "granitemoe", *(pytest.param(k, marks=pytest.mark.slow) for k in list(UNKNOWN)[2:])]
+)
 def test_families_that_no_table_lists_train_as_a_whole(kind, tmp_path):
     trainer = trainer_of(
         model_by_config(kind, **UNKNOWN[kind]), config(tmp_path, internal_steps=0, internal_layer=None, max_steps=1, steps_per_generation=1)

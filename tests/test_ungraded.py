@@ -60,7 +60,9 @@ def test_the_rule(row, weights, expected):
     assert not kept.isinf().any() and bool(kept.isnan().all()) == math.isnan(expected)
 
 
-@given(st.lists(st.sampled_from([0.0, 1.0, -2.5, *ODD]), min_size=4, max_size=20), st.integers(2, 5), st.integers(0, 99))
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -2.5, *ODD]), min_size=4, max_size=20), st.integers(2, 5), st.integers(0, 99)
+)
 def test_every_estimator_is_as_on_the_answers_that_are_left(values, group, seed):
     values = values[: len(values) // group * group]
     if not values:
@@ -134,7 +136,7 @@ def trainer_with(folder, rewards, **changes):
 def patterns(count, group):
     """Rewards of two functions: odd ones here and there, a prompt with one graded answer, and one with none."""
     rng = np.random.default_rng(count)
-    rows = [[float(rng.integers(0, 3)), float(rng.integers(0, 2))] for _ in range(count)]
+    rows: list[list[float | None]] = [[float(rng.integers(0, 3)), float(rng.integers(0, 2))] for _ in range(count)]
     for place, odd in zip(range(1, count, 3), [*ODD, None, inf] * count, strict=False):
         rows[place] = [odd, None] if place % 2 else [1.0, odd]
     rows[:group] = [[None, None]] * (group - 1) + [[2.0, 1.0]]
@@ -154,7 +156,9 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize(("estimator", "changes"), METHODS, ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    ("estimator", "changes"), METHODS, ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value
+)
 @pytest.mark.parametrize("steps", [0, 2], ids=["phase2", "phase1"])
 @pytest.mark.parametrize("group", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5))])
 def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group):
@@ -172,7 +176,9 @@ def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group
     lengths = output["completion_mask"].sum(1).tolist()
     options = {"scale": changes.get("scale_rewards", "group")}
     if "multi_objective_aggregation" in changes:
-        rows_of_graded = [row if reward is not None else [None, None] for row, reward in zip(rows, rewards, strict=True)]
+        rows_of_graded = [
+            row if reward is not None else [None, None] for row, reward in zip(rows, rewards, strict=True)
+        ]
         options = {"rows": rows_of_graded, "weights": [1.0, 0.5]}
     values = None
     if estimator == "ppo":
@@ -235,7 +241,9 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 @pytest.mark.parametrize("steps", [0, 4], ids=["phase2", "phase1"])
-@pytest.mark.parametrize("odd", [None, pytest.param(inf, marks=pytest.mark.slow), pytest.param(nan, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "odd", [None, pytest.param(inf, marks=pytest.mark.slow), pytest.param(nan, marks=pytest.mark.slow)]
+)
 def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path, estimator, steps, odd, caplog):
     """The second and third of four rollout batches; weight decay is off, so nothing else moves."""
     batches = iter([False, True, True, False])

@@ -5,6 +5,7 @@ Each process has 6 answers and a prompt has 4, so that the second prompt's answe
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -23,12 +24,14 @@ for estimator, changes in json.loads(sys.argv[3]):
         max_completion_length=5, probe_every=0, **changes,
     )  # fmt: skip
 
-    def reward(completions, **kwargs):
-        return [ODD.get(value, value) for value in own]
+    rank = int(os.environ["RANK"])
+    own = [ODD.get(value, value) for value in values[6 * rank : 6 * rank + 6]]
+
+    def reward(completions, own=own, **kwargs):
+        return own
 
     trainer = BuPOTrainer(model_of(num_hidden_layers=3), reward, args, PROBLEMS, processing_class=TOKENIZER)
-    rank = trainer.accelerator.process_index
-    own = values[6 * rank : 6 * rank + 6]
+    assert trainer.accelerator.process_index == rank
     trainer.model.train()
     output = trainer.rollout([PROBLEMS[(6 * rank + n) // 4] for n in range(6)])
     metrics = {name: listed[-1] for name, listed in trainer.train_metrics.items()}

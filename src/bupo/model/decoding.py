@@ -287,7 +287,9 @@ def quick(model: nn.Module) -> Iterator[None]:
     if learned or "generate" in vars(inner):
         yield
         return
-    vars(inner)["generate"] = types.MethodType(generate, inner)  # behind a property of the class, which then goes its own way
+    vars(inner)["generate"] = types.MethodType(
+        generate, inner
+    )  # behind a property of the class, which then goes its own way
     try:
         yield
     finally:

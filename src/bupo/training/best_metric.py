@@ -13,10 +13,18 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 
 from bupo.errors import UserError
+from bupo.rewards.math_reward import math_reward
 
 PREFIX = "eval_"
 OF_EACH_SET = ("loss", "runtime", "samples_per_second", "steps_per_second")
-LENGTHS = ("mean_length", "min_length", "max_length", "mean_terminated_length", "min_terminated_length", "max_terminated_length")
+LENGTHS = (
+    "mean_length",
+    "min_length",
+    "max_length",
+    "mean_terminated_length",
+    "min_terminated_length",
+    "max_terminated_length",
+)
 MEASURED = (
     "reward", "reward_std", "frac_reward_zero_std", "entropy", "num_tokens", "completions/clipped_ratio",
     "completions/ungraded_ratio", *(f"completions/{name}" for name in LENGTHS),
@@ -24,6 +32,7 @@ MEASURED = (
 CLIPPED = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean"))
 BY_LOSS = {"cispo": ("cispo_clip_ratio",), "vespo": ("vespo/phi_seq_mean",), "sapo": ()}  # others: `CLIPPED`
 ADAPTIVE = ("reduce_lr_on_plateau", "greedy")
+GRADING = "grading/"  # metrics of `math_reward`
 SHOWN = ("loss", "reward", "entropy", "completions/mean_length")  # in messages
 
 
@@ -55,7 +64,9 @@ def check_best_metric(
     needing += ["save_strategy best"] if getattr(args.save_strategy, "value", args.save_strategy) == "best" else []
     if getattr(args.eval_strategy, "value", args.eval_strategy) == "no":
         if needing:
-            raise UserError(f"{needing[0]} needs evaluations, and eval_strategy is no: set eval_strategy and eval_steps")
+            raise UserError(
+                f"{needing[0]} needs evaluations, and eval_strategy is no: set eval_strategy and eval_steps"
+            )
         return
     if args.metric_for_best_model is None:
         if needing:
@@ -64,6 +75,7 @@ def check_best_metric(
     name = args.metric_for_best_model.removeprefix(PREFIX)
     known = measured(args, names, sets)
     begins = [*others, *(["sampling/"] if args.use_vllm else []), *(["rewards/"] if None in names else [])]
+    begins += [GRADING] if math_reward in functions else []
     if name in known or any(name == each or (each.endswith("/") and name.startswith(each)) for each in begins):
         return
     if any(map(may_log, functions)):
@@ -95,8 +107,8 @@ def measured(args: Any, names: Sequence[str | None], sets: Mapping[str, Any] | N
 
 
 def may_log(function: Any) -> bool:
-    """Whether a reward function may log metrics of its own: it names TRL's `log_metric`, or hands its arguments on."""
-    if isinstance(function, nn.Module):
+    """Whether a reward function may log metrics that are not known: it names TRL's `log_metric`, or hands its arguments on."""
+    if isinstance(function, nn.Module) or function is math_reward:
         return False
     if not hasattr(function, "__code__"):
         function = getattr(function, "func", None) or getattr(function, "__wrapped__", None) or type(function).__call__

@@ -62,7 +62,7 @@ class Guard:
         self.kls.append(kl)
 
     def _stretch(self, last: int) -> tuple[float, float]:
-        """Mean reward and its standard error of the `WINDOW` batches that end with this one, as far as any answer was graded."""
+        """Mean reward and its standard error of the `WINDOW` batches that end with this one, without ungraded ones."""
         last = last % len(self.rewards)
         rows = [row for row in self.rewards[max(0, last - WINDOW + 1) : last + 1] if not math.isnan(row[0])]
         if not rows:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from accelerate.logging import get_logger
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainerCallback
 from transformers.optimization import GreedyLR
@@ -435,11 +435,13 @@ class TRLTrainer(GRPOTrainer):
         if value is None and args.metric_for_best_model.removeprefix("eval_") not in known:
             raise UserError(unknown(args, args.metric_for_best_model, known))
         if value is None:
-            logger.warning(f"{args.metric_for_best_model} has no value in this evaluation, whose answers were not graded")
+            logger.warning(
+                f"{args.metric_for_best_model} has no value in this evaluation, whose answers were not graded"
+            )
         return value
 
     def log(self, logs, start_time=None):
-        """As TRL's. The speed at the end is that of the updates of this start; metrics of which nothing was measured are absent."""
+        """As TRL's. The speed at the end is that of the updates of this start. A metric without a measured value is absent."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
             del metrics[name]

@@ -151,7 +151,9 @@ class BuPOTrainer(TRLTrainer):
 
         with self.measuring(batch) as measured:
             if self.critic:
-                share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
+                share = (
+                    self.current_gradient_accumulation_steps / self.args.steps_per_generation
+                )  # of the rollout batch
                 loss, logged = self.critic.loss(batch, site, share, policy_loss)
                 for name, value in logged.items():
                     metrics[name].append(value)

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bupo.report.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, legend, mark_first_phase, panels, save, trim
 from bupo.logged import numbers
+from bupo.report.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, legend, mark_first_phase, panels, save, trim
 from bupo.text import plain_label
 
 GUARD_TITLES = {
