@@ -6,6 +6,7 @@ and is given the loop as its `custom_generate`. Where a model or an option does 
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.integrations import is_fsdp_managed_module
 
+from bupo.model.methods import class_method
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import causal_lm, evaluating
 from bupo.model.slots import Groups, Slots, shared_prompts
@@ -252,9 +254,9 @@ def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, *
         args, kwargs: of `generate`.
         seeded (`Seeded`, *optional*): takes the tokens, in the stead of `generate`'s own sampling.
     """
-    plain = types.MethodType(type(model).generate, model)
+    plain = class_method(model, "generate")
     given = {name for name, value in kwargs.items() if value is not None}
-    if not (given & OTHERWISE or len(args) > PLACES) and suits(model, seeded is not None):
+    if not (given & OTHERWISE or len(args) > PLACES) and hands_on(plain) and suits(model, seeded is not None):
         try:
             return plain(
                 *args, **kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None)
@@ -268,6 +270,15 @@ def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, *
     return plain(*args, **kwargs)
 
 
+def hands_on(plain: Callable[..., Any]) -> bool:
+    """Whether a `generate` takes `custom_generate`, as transformers' does: one that somebody else has written may not."""
+    try:
+        parameters = inspect.signature(plain, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        return False
+    return "custom_generate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 @contextmanager
 def quick(model: nn.Module) -> Iterator[None]:
     """Inside, the model's `generate` is the one above, also where PEFT, TRL or the user's own code calls it."""
@@ -276,11 +287,13 @@ def quick(model: nn.Module) -> Iterator[None]:
     if learned or "generate" in vars(inner):
         yield
         return
-    inner.generate = types.MethodType(generate, inner)
+    vars(inner)["generate"] = types.MethodType(
+        generate, inner
+    )  # behind a property of the class, which then goes its own way
     try:
         yield
     finally:
-        del inner.generate
+        del vars(inner)["generate"]
 
 
 # of each model, as it was: the errors of prompts that are copied for their answers, and that are shared

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
+from bupo.model.methods import class_function
 from bupo.model.residual import Family, Identity, Lens, ResidualStream, Site, check_lens
 from bupo.model.scoring import IGNORED, TokenScores, score_states
 
@@ -110,7 +111,7 @@ class InternalPolicy:
         """Inside, the model's forward gives this policy's logits (without the temperature, which `generate` applies)."""
         stream, policy = self.stream, self
 
-        @functools.wraps(type(stream.model).forward)  # generate reads the signature
+        @functools.wraps(class_function(stream.model, "forward"))  # generate reads the signature
         def forward(model, input_ids=None, logits_to_keep=0, return_dict=None, **kwargs):
             with stream.record([policy.site]) as found, stream.first_layers(policy.site.layer):
                 out = stream.decoder(input_ids=input_ids, **kwargs)

@@ -67,13 +67,6 @@ def read_table(folder: Path, name: str, columns: list[str]) -> list[dict[str, An
         raise Unreadable(f"{name} cannot be read") from error
 
 
-def number(value: Any) -> float | None:
-    """A finite number of usual size; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if -1e15 < value < 1e15 else None  # of NaN, every comparison is false
-
-
 def name_of(value: Any, longest: int = LONGEST) -> str:
     """A short text in one line that steers no terminal."""
     return printable(" ".join(str(value)[: 4 * longest].split()))[:longest]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bupo.folders import Unreadable, there
+from bupo.logged import number
 from bupo.provenance import CONFIG_FILE, RUN_FILE
 from bupo.report.reading import (
     LONGEST,
     MOST,
     name_of,
-    number,
     read_config,
     read_json,
     read_rows,

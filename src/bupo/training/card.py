@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from bupo.files import in_one_piece
+from bupo.logged import digits, number, numbers
 from bupo.provenance import CONFIG_FILE
 from bupo.text import markdown_cell, markdown_table, printable
 from bupo.training.config import BuPOConfig
@@ -22,6 +23,7 @@ SHOWN = {
     "entropy": "entropy of the policy (nats)",
     "completions/mean_length": "answer length (tokens)",
 }
+UNGRADED = "not graded"
 OBJECTIVES = {
     "layer": "its own",
     "policy": "the whole model's (a control)",
@@ -165,29 +167,35 @@ def _layers(args: BuPOConfig) -> str:
 
 def _results(history: list[dict]) -> str:
     """The first and the last rollout batch that were logged."""
-    rows = [row for row in history if "reward" in row and "rollout_batch" in row]
+    rows = [numbers(row) for row in history]
+    rows = [row for row in rows if "rollout_batch" in row]
     shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
     table = [
-        {"of rollout batch": f"{batch:g}"}
-        | {what: f"{row[name]:.3f}" if name in row else "" for name, what in SHOWN.items()}
+        {"of rollout batch": f"{batch:g}"} | {what: _result(row, name) for name, what in SHOWN.items()}
         for batch, row in shown.items()
     ]
     return markdown_table(table) if table else ""
 
 
+def _result(row: dict[str, float], name: str) -> str:
+    """A number of a rollout batch, or why there is none."""
+    return UNGRADED if name == "reward" and row.get("completions/ungraded_ratio") == 1 else digits(row.get(name))
+
+
 def _evaluations(history: list[dict]) -> str:
     """The first and last evaluation while training, of each benchmark."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Any]] = {}
     for row in history:
         for name, value in row.items():
             if name.startswith("eval_") and "/avg@" in name:
                 found.setdefault(name.removeprefix("eval_"), []).append(value)
+    shares = {name: [None if number(value) is None else 100 * value for value in of] for name, of in found.items()}
     table = [
         {
             "benchmark": markdown_cell(printable(name)),
-            "first": f"{100 * values[0]:.1f} %",
-            "last": f"{100 * values[-1]:.1f} %",
+            "first": digits(values[0], ".1f", " %"),
+            "last": digits(values[-1], ".1f", " %"),
         }
-        for name, values in found.items()
+        for name, values in shares.items()
     ]
     return markdown_table(table) if table else ""

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
+from bupo.logged import digits, numbers
 from bupo.progress import progress
 
 WATCHED = {  # in the live view: what the logs call it, and what people do
@@ -82,14 +83,14 @@ class ConsoleLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.live or not logs:
             return
-        logs = {name: value for name, value in logs.items() if value is not None}  # of nothing but NaN
+        logs, evaluated = numbers(logs), "eval_loss" in logs or "eval_reward" in logs
         if "phase" in logs:
             for name in WATCHED:
                 if name in logs:
                     self.history.setdefault(name, []).append(logs[name])
             lines = [_line(logs)]
-        elif "eval_reward" in logs:
-            lines = [f"      [cyan]evaluation[/]  reward {logs['eval_reward']:.3f}"]
+        elif evaluated:
+            lines = [f"      [cyan]evaluation[/]  reward {digits(logs.get('eval_reward'))}"]
         else:
             lines = _evaluation_lines(logs) if "eval_rollout_batches" in logs else []
         for line in lines:
@@ -108,18 +109,19 @@ class ConsoleLines(TrainerCallback):
         return Group(table, self.bar.get_renderable())
 
 
-def _line(logs: dict) -> str:
+def _line(logs: dict[str, float]) -> str:
     """At most 80 columns."""
     where = "[green]2 whole    [/]"
     if logs["phase"] < 1.5:
-        where = f"[magenta]1 layer {logs['internal/layer']:<3.0f}[/]"
+        where = f"[magenta]1 layer {digits(logs.get('internal/layer'), '.0f'):<3}[/]"
     entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
     if "internal/entropy" in logs:
         entropy += f" ({logs['internal/entropy']:.3f})"
     clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
+    sampled = "reward" in logs or "completions/ungraded_ratio" in logs  # else a log inside a rollout batch
     parts = [
-        f"{logs['rollout_batch']:>4.0f}  {where}",
-        f"reward {logs['reward']:.3f}" if "reward" in logs else "",
+        f"{digits(logs.get('rollout_batch'), '.0f'):>4}  {where}",
+        f"reward {digits(logs.get('reward'))}" if sampled else "",
         f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
         f"{entropy:21}",
         f"clip {clipped:.3f}" if clipped is not None else "",
@@ -127,13 +129,13 @@ def _line(logs: dict) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _evaluation_lines(logs: dict) -> list[str]:
+def _evaluation_lines(logs: dict[str, float]) -> list[str]:
     """One line a benchmark."""
     lines = []
     for name, value in logs.items():
         label, _, metric = name.removeprefix("eval_").rpartition("/")
         if metric.startswith("avg@"):
-            low, high = logs[f"eval_{label}/low"], logs[f"eval_{label}/high"]
-            percents = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            ends = [100 * logs.get(f"eval_{label}/{end}", math.nan) for end in ("low", "high")]
+            percents = f"{100 * value:.1f} % [{digits(ends[0], '.1f')}, {digits(ends[1], '.1f')}]"
             lines.append(f"      [cyan]evaluation[/]  {escape(label)} {metric} {percents}")
     return lines

@@ -49,6 +49,7 @@ PRIVATE = {
         "(self, checkpoint)", "overridden and called: for the end of an epoch that is made up for"
     ),
     "_evaluate": Private("(self, *)", "overridden: `eval_on_start` is of the start, not of a resumed run"),
+    "_determine_best_metric": Private("(self, metrics, trial)", "overridden: an evaluation may have graded no answer"),
     "_tr_loss": Private("", "read and set: the loss since the last log"),
     "_total_loss_scalar": Private("", "read and set: the losses of all logs, for `train_loss`"),
     "_globalstep_last_logged": Private("", "read and set: what the loss of the next log is the mean over"),

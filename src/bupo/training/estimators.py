@@ -3,6 +3,9 @@
 A method is a function from [`Rewarded`] to [`Advantages`] in the table `ESTIMATORS`. Suffixes give shapes: `_G` is one value an
 answer of all processes, groups of a prompt one after another; `_B` is one an answer of this process, `_BT` one a token, padding
 masked.
+
+Ungraded answers count as absent: `estimate` masks all of their tokens and gives them no reward, and each estimator leaves
+masked tokens and rewards of NaN out of its means, so that an ungraded answer has an advantage of 0 and changes no other's.
 """
 
 from collections.abc import Callable
@@ -21,9 +24,9 @@ class Rewarded:
     """What an estimator may read of a rollout batch.
 
     Attributes:
-        rewards_G (`torch.Tensor`): weighted sums of the reward functions; NaN where none graded the answer.
+        rewards_G (`torch.Tensor`): weighted sums of the reward functions; NaN for ungraded answers.
         own (`slice`): this process' answers among them.
-        mask_BT (`torch.Tensor`): the tokens that the policy chose.
+        mask_BT (`torch.Tensor`): the tokens that the policy chose, of graded answers.
         group (`int`): answers a prompt.
         total (`Callable`): sums a tensor over processes.
         values_BT (`torch.Tensor`, *optional*): a critic's, for the methods of `WITH_CRITIC`.
@@ -96,7 +99,10 @@ def estimate(
     estimator = ESTIMATORS[name]
     if estimator is None:
         return False
-    given = Rewarded(batch.rewards, batch.own, batch.mask, group, total, values_BT, gamma, lam)
+    graded_G = batch.rewards.isfinite()
+    rewards_G = batch.rewards.masked_fill(~graded_G, torch.nan)
+    mask_BT = batch.mask * graded_G[batch.own, None]
+    given = Rewarded(rewards_G, batch.own, mask_BT, group, total, values_BT, gamma, lam)
     batch.tensors["advantages"], returns = estimator(given)
     if returns is not None:
         batch.tensors |= {VALUES: values_BT, RETURNS: returns}

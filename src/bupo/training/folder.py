@@ -11,6 +11,7 @@ import pandas as pd
 from bupo.analysis.over_training import FINISHED_FILE
 from bupo.errors import UserError
 from bupo.files import write_json
+from bupo.logged import numbers
 from bupo.report.figures import dynamics_figure, training_figure
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE, PROBES_FILE
@@ -145,6 +146,7 @@ def draw(folder: Path, rows: list[dict], title: str) -> None:
     """The figures of a run, from its tables: `training.png`, and `dynamics.png` if it was probed."""
     training_figure(rows, folder / "training.png", title)
     if (folder / DYNAMICS_FILE).exists():
-        in_first = (int(row["rollout_batch"]) for row in rows if "rollout_batch" in row and row.get("phase", 2) < 1.5)
+        logs = [row for row in map(numbers, rows) if "rollout_batch" in row]
+        in_first = (int(row["rollout_batch"]) for row in logs if row.get("phase", 2) < 1.5)
         table = pd.read_parquet(folder / DYNAMICS_FILE)
         dynamics_figure(table, max(in_first, default=0), folder / "dynamics.png", title)

@@ -34,7 +34,7 @@ class Guard:
     """The record of one stage.
 
     Attributes:
-        rewards (`list[tuple[float, float]]`): mean and standard error by rollout batch.
+        rewards (`list[tuple[float, float]]`): mean and standard error by rollout batch; NaN where no answer was graded.
         capped (`list[float]`): share of answers cut at the cap, by rollout batch.
         perplexities, kls (`list[float]`): by probe.
         best (`int`): place in `rewards` of the batch that the kept weights sampled.
@@ -50,7 +50,8 @@ class Guard:
         """Note a rollout batch. Returns whether the weights that sampled it are the best so far."""
         self.rewards.append((reward, error))
         self.capped.append(capped)
-        if self.best < 0 or self._stretch(-1)[0] >= self._stretch(self.best)[0]:
+        best, now = self._stretch(self.best)[0], self._stretch(-1)[0]
+        if self.best < 0 or (not math.isnan(reward) and (math.isnan(best) or now >= best)):
             self.best = len(self.rewards) - 1
             return True
         return False
@@ -61,9 +62,11 @@ class Guard:
         self.kls.append(kl)
 
     def _stretch(self, last: int) -> tuple[float, float]:
-        """Mean reward and its standard error of the `WINDOW` batches that end with this one."""
+        """Mean reward and its standard error of the `WINDOW` batches that end with this one, without ungraded ones."""
         last = last % len(self.rewards)
-        rows = self.rewards[max(0, last - WINDOW + 1) : last + 1]
+        rows = [row for row in self.rewards[max(0, last - WINDOW + 1) : last + 1] if not math.isnan(row[0])]
+        if not rows:
+            return math.nan, math.inf
         return sum(r for r, _ in rows) / len(rows), math.sqrt(sum(e * e for _, e in rows)) / len(rows)
 
     def turned(self) -> str | None:

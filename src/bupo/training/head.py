@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
+from bupo.model.methods import class_function
 from bupo.model.packing import Layout, Packing
 from bupo.model.policy import Lens
 from bupo.model.residual import ResidualStream, Site
@@ -95,7 +96,7 @@ class PolicyHead:
         model, head = stream.model, self
         plain = model.forward
 
-        @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
+        @functools.wraps(class_function(model, "forward"))  # generate checks its arguments against the signature
         def forward(
             model, *args, fused_lm_head=False, policy=None, also=None, read=None, inside=None, labels=None, **kwargs
         ):
@@ -163,8 +164,8 @@ class PolicyHead:
             return out.last_hidden_state.new_zeros(())
         if layout is not None:
             routers = tuple(layout.rows(router.view(-1, router.size(-1))).flatten(0, 1) for router in routers)
-        experts = (config.num_experts, config.num_experts_per_tok)
-        return load_balancing_loss_func(routers, *experts, kwargs.get("attention_mask"))
+        number = getattr(config, "num_experts", None) or config.num_local_experts
+        return load_balancing_loss_func(routers, number, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
     def _states(self, model, asked: Asked, *args, **kwargs) -> tuple[States, ModelOutput]:
         """What meets the unembedding of each policy that is asked, `(batch, time, D)`, and the decoder's output."""

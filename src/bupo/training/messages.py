@@ -106,7 +106,7 @@ def in_one_line() -> Iterator[None]:
 def repeat_last(rows: list[dict]) -> None:
     """Put the last metrics of `log_history` into its last row too, where TRL's own defaults leave those of a short run."""
     own = ("phase", "rollout_batch", "loss", "grad_norm", "learning_rate")
-    last: dict = next((row for row in reversed(rows) if "reward" in row), {})
+    last: dict = next((row for row in reversed(rows) if "rollout_batch" in row), {})
     rows[-1] = {name: value for name, value in last.items() if name not in own} | rows[-1]
 
 

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
 import re
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -39,8 +42,15 @@ class MetricsFile(TrainerCallback):
 
 def _line(step: int, logs: dict) -> str:
     # the name that trackers show: transformers turns `eval_` into `eval/` for them
-    named = {_EVALUATION.sub("eval/", name): value for name, value in logs.items()}
-    return json.dumps({"step": step, **named}) + "\n"
+    named = {_EVALUATION.sub("eval/", name): _plain(value) for name, value in logs.items()}
+    return json.dumps({"step": step, **named}, default=str) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value of a log as JSON knows it, which has no NaN and no infinite number: these are null."""
+    if isinstance(value, Real) and not isinstance(value, int):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def read_metrics(path: str | Path) -> list[dict]:

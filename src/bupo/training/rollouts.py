@@ -12,7 +12,9 @@ import torch
 
 ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
 OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"  # TRL's
+CHOSEN = "tool_mask"  # TRL's: 0 on tokens that the policy did not choose, or that are not to be trained on
 BESIDES = "internal_"  # before a name of TRL's: of the internal policy, where both are optimised
+LARGEST_REWARD = 1e18  # beyond it TRL's variances leave fp32: such a reward is taken for an infinite one
 
 
 class Scores(NamedTuple):
@@ -27,7 +29,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         tensors (`dict`): what the loss will read.
-        rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none.
+        rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none, and for
+            all functions where the answer is ungraded.
         scores ([`Scores`], *optional*): the sampling policy's, where TRL scored the answers.
     """
 
@@ -42,7 +45,7 @@ class RolloutBatch:
     Args:
         tensors (`dict`): TRL's.
         rewards (`torch.Tensor` of shape `(G,)`, *optional*): of the answers of all processes, groups of a prompt one after
-            another; NaN where nothing graded the answer. Known while a batch is sampled.
+            another; NaN where the answer is ungraded. Known while a batch is sampled.
         process (`int`): index of this process.
     """
 
@@ -69,8 +72,8 @@ class RolloutBatch:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """`(B, C)`: the tokens that the policy chose: no padding, and no tool's."""
-        return self.tensors["completion_mask"] * self.tensors.get("tool_mask", 1)
+        """`(B, C)`: the tokens that are trained on: no padding, no tool's, none of an ungraded answer."""
+        return self.tensors["completion_mask"] * self.tensors.get(CHOSEN, 1)
 
     @property
     def rewards(self) -> torch.Tensor:
@@ -115,5 +118,64 @@ class RolloutBatch:
 
 
 def weighted(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`(G,)`: the weighted sum of `(G, functions)` rewards; NaN where no function gave one."""
-    return (rewards * weights.to(rewards)).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
+    """Return the reward of each answer, and NaN for ungraded answers, which count as absent. All code asks here.
+
+    A function that gives None or NaN has not graded the answer, and the others decide. An infinite reward, or one beyond
+    `LARGEST_REWARD`, leaves the sum without a meaning: then the answer is ungraded, whatever the others say. Functions of
+    weight 0 are looked at for their means only, and grade no answer; if all weights are 0, every function grades.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(G, functions)`): of each function, NaN where it gave none.
+        weights (`torch.Tensor` of shape `(functions,)`): of the functions.
+
+    Returns:
+        `torch.Tensor` of shape `(G,)`: weighted sums.
+    """
+    weights = weights.to(rewards)
+    if (weights != 0).any():
+        rewards, weights = rewards[:, weights != 0], weights[weights != 0]
+    sums = (rewards * weights).nansum(1)
+    graded = ~rewards.isnan().all(1) & ~(rewards.abs() > LARGEST_REWARD).any(1) & (sums.abs() <= LARGEST_REWARD)
+    return sums.masked_fill(~graded, torch.nan)
+
+
+def graded_only(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return `(G, functions)` rewards with NaN for every function where the answer is ungraded, and for infinite rewards of
+    functions of weight 0. All that are left are finite; TRL leaves NaN out of its means.
+
+    Args:
+        rewards, weights: as of [`weighted`].
+    """
+    ungraded = weighted(rewards, weights).isnan()
+    return rewards.masked_fill(ungraded[:, None] | (rewards.abs() > LARGEST_REWARD), torch.nan)
+
+
+def leave_out(tensors: dict[str, Any], graded_B: torch.Tensor) -> torch.Tensor:
+    """Mask ungraded answers out of the loss: TRL's token counts, KL, entropy and ratios, and a critic's values and returns.
+
+    The mask is TRL's for tokens that the policy did not choose, `tool_mask`. Attention is as it was when the answers were
+    scored, so that no log ratio of a masked token leaves fp32.
+
+    Args:
+        tensors (`dict`): what the loss will read.
+        graded_B (`torch.Tensor` of shape `(B,)`): which of this process' answers are graded.
+
+    Returns:
+        `torch.Tensor`: tokens of this process that the loss counts.
+    """
+    answers = tensors["completion_mask"]
+    tensors[CHOSEN] = tensors.get(CHOSEN, torch.ones_like(answers)) * graded_B.to(answers)[:, None]
+    return (answers * tensors[CHOSEN]).sum()
+
+
+def equal_share(rewards_G: torch.Tensor, group: int) -> float:
+    """Return the share of groups whose graded answers have one reward, among groups with a graded answer; NaN without any.
+
+    Args:
+        rewards_G (`torch.Tensor` of shape `(G,)`): NaN for ungraded answers.
+        group (`int`): answers of a group.
+    """
+    groups = rewards_G.view(-1, group)
+    groups = groups[~groups.isnan().all(1)]
+    spread = groups.nan_to_num(nan=-torch.inf).amax(1) - groups.nan_to_num(nan=torch.inf).amin(1)
+    return (spread <= 1e-8).float().mean().item()

@@ -26,6 +26,7 @@ from bupo.model.loading import fingerprint, load_model
 from bupo.options import changed
 from bupo.provenance import note_run
 from bupo.training import messages
+from bupo.training.best_metric import check_best_metric
 from bupo.training.checkpoint import check_same_run
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE
@@ -125,7 +126,7 @@ def train(
     config, tokenizer = copy.copy(config), copy.deepcopy(tokenizer)  # both are given a template
     options, loading = options or TrainOptions(), loading or ModelConfig()
     note = note or _noted(model, config, options, loading, (problems, eval_problems, reward_funcs))
-    rewards = _checked(config, options, loading, reward_funcs)
+    rewards = _checked(config, options, loading, reward_funcs, callbacks)
     with sole_writer(config.output_dir):
         checkpoint, done = begin(config, options.overwrite, say)
         tokenizer = check_model(model, tokenizer, config, loading)
@@ -137,13 +138,14 @@ def train(
         return _finished(trainer, done, say) if done else _trained(trainer, checkpoint, title, say)
 
 
-def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given) -> list[Reward]:
+def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given, callbacks) -> list[Reward]:
     """The reward functions, once no option is refused that can be refused without a model and without problems."""
     options.check()
     check_folder("output", config.output_dir)
     rehearse(config, loading)
     rewards = as_list(given) or [reward_of(name) for name in options.rewards]
     check_rewards(rewards, config)
+    check_best_metric(config, rewards, [getattr(reward, "__name__", None) for reward in rewards], callbacks)
     return rewards
 
 

@@ -7,6 +7,7 @@ arguments and results.
 import ast
 import inspect
 import json
+import math
 import shutil
 import textwrap
 import time
@@ -17,21 +18,31 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainerCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.errors import UserError
 from bupo.model.decoding import quick
-from bupo.training.rollouts import Sampled, Scores
+from bupo.model.residual import evaluating
+from bupo.training.best_metric import measured, unknown, value_of
+from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
 from bupo.training.streams import StreamPlace
+
+logger = get_logger(__name__)
+
+# metrics that say what a micro-batch is, or hold without one
+UNMEASURED = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
 
 __all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
 
@@ -69,6 +80,7 @@ class TRLTrainer(GRPOTrainer):
     _resumed_from: str | None = None
     _random_state_is_set = False  # by the end of an epoch that a resumed run has made up for
     resumed_at = 0  # updates that were done before this start
+    ended_early = False  # a callback has ended the run that is resumed
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
     dataset_name: str | None = None  # of the problems, for the card
@@ -116,7 +128,46 @@ class TRLTrainer(GRPOTrainer):
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
+        self.leave_out_ungraded(tensors, rewards[-1])
         return Sampled(tensors, rewards[-1], Scores(*scored[0][:2]) if own else None)
+
+    def leave_out_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
+        """Mask ungraded answers out of the loss, and log their share. TRL gives them an advantage of 0.
+
+        Args:
+            tensors (`dict`): what the loss will read.
+            rewards (`torch.Tensor` of shape `(G, functions)`): of [`graded_only`].
+        """
+        metrics, training = self._metrics["train" if self.model.training else "eval"], self.model.training
+        graded_G = ~rewards.isnan().all(1)
+        metrics["completions/ungraded_ratio"].append(1 - graded_G.float().mean().item())
+        if graded_G.all():
+            return
+        size = len(tensors["completion_ids"])
+        here = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        counted = leave_out(tensors, graded_G[here])
+        tensors["num_items_in_batch"] = self.accelerator.gather(counted).sum()
+        if not graded_G.any():
+            metrics["frac_reward_zero_std"][-1] = math.nan
+        elif self.multi_objective_aggregation == "sum_then_normalize":
+            group = self.num_generations if training else self.num_generations_eval
+            compared = len(rewards) if self.scale_rewards == "batch" else group
+            metrics["frac_reward_zero_std"][-1] = equal_share(weighted(rewards, self.reward_weights), compared)
+
+    @contextmanager
+    def measuring(self, batch: RolloutBatch) -> Iterator[bool]:
+        """Inside, a micro-batch is measured; one without a token to train on has no metrics, and TRL's zeros are dropped.
+
+        Yields:
+            `bool`: whether any process' part has such a token.
+        """
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        before = {name: len(values) for name, values in metrics.items()}
+        measured = bool(self.total(batch.mask.sum()) > 0)
+        yield measured
+        for name in () if measured else list(metrics):
+            if name not in UNMEASURED:
+                del metrics[name][before.get(name, 0) :]
 
     def score(
         self, policy: Callable, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: int, size: int
@@ -127,6 +178,13 @@ class TRLTrainer(GRPOTrainer):
             policy, input_ids, attention_mask, tokens, batch_size=size, compute_entropy=True
         )
         return Scores(log_probs, entropies)
+
+    def try_scoring(self) -> None:
+        """Score two tokens as each micro-batch is scored, without a gradient, dropout or random numbers."""
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.accelerator.device)
+        aux = {"compute_entropy": True, "compute_aux_loss": self.aux_loss_enabled}
+        with torch.no_grad(), torch.random.fork_rng(), evaluating(self.model), self.without_checkpointing():
+            super()._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), 2, batch_size=1, **aux)
 
     def policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of a micro-batch, with `policy` answering its scoring call."""
@@ -253,11 +311,12 @@ class TRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         with quick(self.model):
-            return self.rollout(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
+            return self.rollout(inputs) if self.model.training else self.sampled(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.grading():
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return graded_only(rewards, self.reward_weights)
 
     def _compute_loss(self, model, inputs):
         return self.loss(model, inputs)
@@ -411,7 +470,7 @@ class TRLTrainer(GRPOTrainer):
             self.data_collator = collate
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.ended_early:
             self.control.should_training_stop = True
             return
         if stream := self.problem_stream:
@@ -426,11 +485,42 @@ class TRLTrainer(GRPOTrainer):
             stream.check_read()
 
     def _evaluate(self, *args, skip_scheduler=False, **kwargs):
-        if not (skip_scheduler and self.state.global_step):
-            return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+        if skip_scheduler and self.state.global_step:
+            return None
+        metrics = super()._evaluate(*args, skip_scheduler=True, **kwargs)
+        if not skip_scheduler and isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
+            value = self._best_metric(metrics)
+            if value is not None:
+                self.lr_scheduler.step(value)
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        if self.args.metric_for_best_model is None or self._best_metric(metrics) is None:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _best_metric(self, metrics: dict[str, Any]) -> float | None:
+        """Return what `metric_for_best_model` names; None, and a warning, where this evaluation graded too little for it.
+
+        Raises:
+            UserError: if no evaluation measures it.
+        """
+        args, value = self.args, value_of(self.args, metrics)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+        known = measured(args, self.reward_func_names, sets)
+        if value is None and args.metric_for_best_model.removeprefix("eval_") not in known:
+            raise UserError(unknown(args, args.metric_for_best_model, known))
+        if value is None:
+            logger.warning(
+                f"{args.metric_for_best_model} has no value in this evaluation, whose answers were not graded"
+            )
+        return value
 
     def log(self, logs, start_time=None):
-        """As TRL's. The speed at the end is that of the updates of this start."""
+        """As TRL's. The speed at the end is that of the updates of this start. A metric without a measured value is absent."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+            del metrics[name]
         for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
             logs[name] *= 1 - self.resumed_at / max(1, self.state.global_step)
         super().log(logs, start_time)

@@ -12,9 +12,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, 
 from trl import ModelConfig
 
 from bupo.data.templates import check_context, prompt_ids
-from bupo.errors import UserError
+from bupo.errors import UserError, others
 from bupo.model.loading import check_layers, context_of, learned_positions, load_config, load_tokenizer
 from bupo.model.residual import Family, ResidualStream
+from bupo.training.best_metric import check_best_metric
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
 from bupo.training.resumable import check_resumable, without_persistent_workers
@@ -22,6 +23,9 @@ from bupo.training.seam import TRLTrainer, get_config_model_id
 from bupo.training.zero import check_zero
 
 LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
+
+# what TRL's scoring ends in on a model whose outputs it does not know
+UNSCORABLE = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 logger = get_logger(__name__)
 
@@ -182,6 +186,7 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
+    check_evaluations(trainer)
     if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
         raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
     if args.deepspeed and not trainer.is_deepspeed_enabled:
@@ -202,6 +207,30 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
+
+
+def check_evaluations(trainer: TRLTrainer) -> None:
+    """Refuse options and callbacks that need a metric which no evaluation will measure.
+
+    Raises:
+        UserError: with the option, and what to do.
+    """
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else None
+    others = (["aux_loss"] if trainer.aux_loss_enabled else []) + (["tools/"] if trainer.tools else [])
+    names, callbacks = trainer.reward_func_names, trainer.callback_handler.callbacks
+    check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others)
+
+
+def check_scoring(trainer: TRLTrainer) -> None:
+    """Refuse a model whose answers cannot be scored, before any is sampled. Of a sharded model this is not tried.
+
+    Raises:
+        UserError: with the error that the first update would end in.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    with others(f"{type(trainer.model).__name__} cannot be trained, since scoring its answers fails", *UNSCORABLE):
+        trainer.try_scoring()
 
 
 def check_deepspeed(args: BuPOConfig) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bupo.model.residual import Family, ResidualStream, Site
 from bupo.training import asked, card, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
+from bupo.training.callback_states import CallbackStates
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
 from bupo.training.estimators import estimate
@@ -30,7 +31,7 @@ from bupo.training.reward_signatures import check_inputs
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import EpochEnds, TRLTrainer
-from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
+from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -71,6 +72,7 @@ class BuPOTrainer(TRLTrainer):
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
+        check_scoring(self)
         self.critic = critic_of(self.stream, self.accelerator, args)
         freeze(self.stream, kept_still(args))
         decode, positions = self.processing_class.decode, positions_of(self.model)
@@ -80,6 +82,7 @@ class BuPOTrainer(TRLTrainer):
         self.add_callback(EpochEnds(self))
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
         self.parts |= {"critic": self.critic} if self.critic else {}
+        self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         if args.eval_benchmarks:
             self.add_callback(Evaluations(self, benchmarks))
 
@@ -136,9 +139,10 @@ class BuPOTrainer(TRLTrainer):
             self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
 
     def loss(self, model, inputs):
-        if not self.model.training:
-            return self.policy_loss(model, inputs)
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
+        if not self.model.training:
+            with self.measuring(batch):
+                return self.policy_loss(model, inputs)
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
         mixed = self.watch.mixed(self.rollout_batch)
@@ -148,15 +152,19 @@ class BuPOTrainer(TRLTrainer):
             speaker.read = read
             return self.policy_loss(speaker, inputs)
 
-        if self.critic:
-            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollout batch
-            loss, logged = self.critic.loss(batch, site, share, policy_loss)
-            for name, value in logged.items():
-                metrics[name].append(value)
-        else:
-            loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
-        self.alignment.log(batch, speaker, self.stage, metrics)
-        self.watch.after_pass(self.rollout_batch, metrics, last=(self.passes_done + 1) % self.passes_a_batch == 0)
+        with self.measuring(batch) as measured:
+            if self.critic:
+                share = (
+                    self.current_gradient_accumulation_steps / self.args.steps_per_generation
+                )  # of the rollout batch
+                loss, logged = self.critic.loss(batch, site, share, policy_loss)
+                for name, value in logged.items():
+                    metrics[name].append(value)
+            else:
+                loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
+            self.alignment.log(batch, speaker, self.stage, metrics)
+        last = (self.passes_done + 1) % self.passes_a_batch == 0
+        self.watch.after_pass(self.rollout_batch, metrics if measured else {}, metrics, last)
         return loss
 
     def training_step(self, *args, **kwargs):
@@ -183,6 +191,8 @@ class BuPOTrainer(TRLTrainer):
 
     def train_from(self, found: str | None, *args, **kwargs):
         """`train`, from a checkpoint that is known to be whole and of the same run."""
+        check_evaluations(self)  # callbacks may have been added
+        self.ended_early = False
         result = super().train(found, *args, **kwargs)
         if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
             messages.repeat_last(self.state.log_history)

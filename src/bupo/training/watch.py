@@ -4,7 +4,7 @@ the symptoms of failures that make no noise.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -149,14 +149,14 @@ class Watch:
         if self._due(rollout_batch) and self.accelerator.is_main_process:
             rows = [("response_length", metrics["completions/mean_length"][-1])]
             rows += [("repetition", metrics["completions/repetition"][-1]), ("reward", metrics["reward"][-1])]
-            self.dynamics.add(rollout_batch - 1, [_row(measure, value) for measure, value in rows])
+            self.dynamics.add(rollout_batch - 1, [_row(name, value) for name, value in rows if math.isfinite(value)])
         place = self.schedule.place(rollout_batch)
         if self.guarding and place is not None:
             self.guarded = place
             by_prompt = rewards.view(-1, self.args.num_generations).nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
-            reward = by_prompt.mean().item() if len(by_prompt) else 0.0
+            reward = by_prompt.mean().item() if len(by_prompt) else math.nan
             if self.guard.see_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
                 take = zero.snapshot if zero.partitions(self.accelerator) else snapshot
                 self.kept = take(self._moved(place))
@@ -172,15 +172,21 @@ class Watch:
         seen["positions"] = self.positions
         self._tell(self.symptoms.see_rollouts(seen), rollout_batch, seen, metrics)
 
-    def after_pass(self, rollout_batch: int, metrics: Metrics, last: bool) -> None:
-        """Note what a forward and backward pass says of the updates; `last`: of the rollout batch."""
+    def after_pass(self, rollout_batch: int, measured: Mapping[str, list[float]], metrics: Metrics, last: bool) -> None:
+        """Note what a forward and backward pass says of the updates.
+
+        Args:
+            measured (`dict`): the metrics, or nothing where the pass had no token to train on.
+            metrics (`dict`): gets the symptoms.
+            last (`bool`): whether it is the last pass over the rollout batch.
+        """
         for name in UPDATED:
-            if metrics.get(name):
-                self.updates.setdefault(name, []).append(metrics[name][-1])
+            if measured.get(name):
+                self.updates.setdefault(name, []).append(measured[name][-1])
         if last:
             seen = {name: sum(values) / len(values) for name, values in self.updates.items()}
             self.updates = {}
-            self._tell(self.symptoms.see_updates(seen), rollout_batch, seen, metrics)
+            self._tell(self.symptoms.see_updates(seen) if seen else [], rollout_batch, seen, metrics)
 
     def _tell(self, news: list[str], rollout_batch: int, seen: dict[str, float], metrics: Metrics) -> None:
         """Log the symptoms that hold, and say what is new."""

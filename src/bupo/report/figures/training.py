@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bupo.logged import numbers
 from bupo.report.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, legend, mark_first_phase, panels, save, trim
 from bupo.text import plain_label
 
@@ -27,6 +28,7 @@ def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> Figur
         path (`str`): the PNG or PDF to write.
         title (`str`): above the panels.
     """
+    rows = [numbers(row) for row in rows]
     evaluations = [row for row in rows if "eval/rollout_batches" in row]
     rows = [row for row in rows if "rollout_batch" in row]
     number = 4 if evaluations else 3
@@ -59,7 +61,7 @@ def _in_first_phase(row: dict) -> bool:
 
 def _reward(axis: Axes, rows: Sequence[dict]) -> None:
     _line(axis, rows, "reward", color=BLUE)
-    rewards = [row["reward"] for row in rows if math.isfinite(row.get("reward", math.nan))]  # a batch's may all be NaN
+    rewards = [row["reward"] for row in rows if "reward" in row]
     axis.set_ylim(1.1 * min([0, *rewards]), 1.1 * max([1, *rewards]))
     axis.set_title("reward")
 
@@ -115,7 +117,7 @@ def guard_figure(runs: Mapping[str, Sequence[dict]], path: str | Path) -> Figure
     for axis, (kind, title) in zip(axes.flat, GUARD_TITLES.items(), strict=True):
         names = [name for name in runs if name.rpartition("-")[0] == kind]
         for name, colour in zip(names, (BLUE, ORANGE, GREEN), strict=False):
-            rows = [row for row in runs[name] if "rollout_batch" in row]
+            rows = [row for row in map(numbers, runs[name]) if "rollout_batch" in row]
             _line(axis, rows, "reward", color=colour, lw=1.2)
             axis.axvline(sum(map(_in_first_phase, rows)) + 0.5, color=colour, lw=1.0, ls=":")
         axis.set_title(title, fontsize=10)
