@@ -26,6 +26,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.model.decoding import quick
+from bupo.model.generation_settings import own_settings_unused
 from bupo.training.rollouts import Sampled, Scores
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
@@ -229,7 +230,7 @@ class TRLTrainer(GRPOTrainer):
     # -- overridden --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        with quick(self.model):
+        with own_settings_unused(self.model, self.processing_class), quick(self.model):
             return self.rollout(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
