@@ -32,11 +32,11 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """Return the bytes that a token stands for in the middle of a text, none if the tokenizer does not know it."""
+    if added := tokenizer.added_tokens_decoder.get(token):
+        return _encoded(added.content)
     piece: Any = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
     if not isinstance(piece, str):
         return piece if isinstance(piece, bytes) else b""
-    if token in tokenizer.added_tokens_decoder:
-        return _encoded(piece)
     kinds, signs = _decoders(tokenizer)
     if "ByteLevel" in kinds or (kinds == ("",) and "\ufffd" in tokenizer.decode([token])):
         alphabet = byte_alphabet()
