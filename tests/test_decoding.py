@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -313,9 +314,7 @@ def said(caplog):
 def renamed(name):
     """A class whose keys and values come by another name, as in transformers 5.24, or by one that is not known yet."""
 
-    class Renamed(type(tiny_model("qwen3"))):
-        pass
-
+    Renamed: Any = type("Renamed", (type(tiny_model("qwen3")),), {})
     own = Renamed.forward
     parameters = inspect.signature(own).parameters
     old = next(known for known in ("cache", "past_key_values") if known in parameters)
@@ -325,7 +324,7 @@ def renamed(name):
         return own(self, *args, **{old if key == name else key: value for key, value in kwargs.items()})
 
     changed = [parameter.replace(name=name if key == old else key) for key, parameter in parameters.items()]
-    forward.__signature__ = inspect.Signature(changed)
+    vars(forward)["__signature__"] = inspect.Signature(changed)
     Renamed.forward = forward
     model = tiny_model("qwen3")
     model.__class__ = Renamed
@@ -367,7 +366,9 @@ def test_an_argument_that_the_loop_has_never_heard_of_is_told_of_once(looped, ca
     monkeypatch.setattr(decoding, "decode", handed_more)
     for _ in range(2):
         generate(model, **prompts(2), generation_config=options(4, do_sample=True))
-    assert not looped and len(said(caplog)) == 1 and "`generate` hands rope_state to its decoding loop" in said(caplog)[0]
+    assert (
+        not looped and len(said(caplog)) == 1 and "`generate` hands rope_state to its decoding loop" in said(caplog)[0]
+    )
 
 
 def test_an_option_that_is_not_the_loops_is_no_news(looped, caplog):
@@ -387,6 +388,11 @@ def test_a_loop_that_fails_is_told_of_once_where_it_should_not(looped, caplog, m
         assert same(model, prompts(2), options(4, do_sample=True))[0]
     assert not looped and len(said(caplog)) == 1 and "bupo's fails with TypeError" in said(caplog)[0]
     caplog.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(decoding, "measured", lambda *_: 1e-3)
+    assert not suits(tiny_model("qwen3")) and "differ from the model's by 0.001" in said(caplog)[0]
+    caplog.clear()
+    monkeypatch.undo()
     recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **SIZES, **RECURRENT["lfm2"])).eval()
     assert not suits(recurrent) and said(caplog) == []
 

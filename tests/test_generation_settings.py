@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -331,7 +332,7 @@ def test_an_engine_takes_the_tokens_of_its_random_numbers(name):
         assert list(answer.ids) == ids[3:]
 
 
-IN_A_FILE = {
+IN_A_FILE: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 4.0, "no_repeat_ngram_size": 1, "min_p": 0.9, "temperature": 0.1},
     "bans": {"suppress_tokens": list(range(20, 120)), "typical_p": 0.1, "top_k": 2, "min_new_tokens": 30},
     "returns": {"num_return_sequences": 2, "return_dict_in_generate": True, "num_beams": 2, "do_sample": True},
@@ -343,7 +344,9 @@ def test_bupo_sample_prints_a_sample_of_the_policy(name, tmp_path, capsys):
     model, tokenizer = load_model("embedded").eval(), load_tokenizer("embedded")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    own = {"eos_token_id": 100, "pad_token_id": 0} | IN_A_FILE[name]  # 1 is the end of the tokenizer and the configuration
+    own = {"eos_token_id": 100, "pad_token_id": 0} | IN_A_FILE[
+        name
+    ]  # 1 is the end of the tokenizer and the configuration
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     ids = torch.tensor([tokenizer("12 + 30 = ")["input_ids"]])
     for seed in range(3):

@@ -37,7 +37,19 @@ def byte_level(merges=40):
 
 def byte_fallback():
     """SentencePiece with byte fallback, as of Llama 2, Mistral and Gemma."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", "▁the", "the", "你", "x", "="]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁▁",
+        "▁the",
+        "the",
+        "你",
+        "x",
+        "=",
+    ]
     vocabulary = {piece: place for place, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -79,7 +91,9 @@ def test_every_byte_looks_unlike_every_other():
     tokenizer = byte_level(0)
     texts = [token_text(tokenizer, token) for token in range(2, 258)]
     assert len(set(texts)) == 256
-    assert {text for text in texts if re.fullmatch(r"<[89A-F][0-9A-F]>", text)} == {f"<{b:02X}>" for b in range(128, 256)}
+    assert {text for text in texts if re.fullmatch(r"<[89A-F][0-9A-F]>", text)} == {
+        f"<{b:02X}>" for b in range(128, 256)
+    }
     assert not any(text.isspace() or not text for text in texts)
 
 
@@ -89,9 +103,7 @@ def test_tokens_of_several_characters_and_of_a_part():
     assert token_text(tokenizer, by_piece[b" hello"]) == "␣hello"
     assert token_text(tokenizer, by_piece["😀".encode()]) == "😀"
     parts = [raw for raw in by_piece if raw in ("😀".encode()[:2], "你".encode()[:2], "你".encode()[1:])]
-    assert parts and all(
-        token_text(tokenizer, by_piece[raw]) == "".join(f"<{b:02X}>" for b in raw) for raw in parts
-    )
+    assert parts and all(token_text(tokenizer, by_piece[raw]) == "".join(f"<{b:02X}>" for b in raw) for raw in parts)
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
@@ -167,7 +179,8 @@ def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, mon
         best = torch.stack([policies.layer(n).logits(whole)[0, len(ids) - 1 : -1].argmax(-1) for n in (4, 3, 2, 1)], 1)
     wanted = best == whole[0, len(ids) :, None]
     assert [[style == "bold" for style in column] for column in styles] == wanted.tolist()
-    alike = [[tokenizer.decode([b]) == tokenizer.decode([t]) for b in row] for row, t in zip(best, whole[0, len(ids) :])]
+    rows = zip(best.tolist(), whole[0, len(ids) :].tolist(), strict=True)
+    alike = [[tokenizer.decode([b]) == tokenizer.decode([token]) for b in row] for row, token in rows]
     assert 0 < wanted.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
 
 

@@ -24,9 +24,9 @@ def top_tokens(
     """What every layer's policy would say at each answer position.
 
     Returns:
-        `dict`: `ids` and `tokens` (the answer's tokens, T: ids, and texts of [`~bupo.data.token_text.token_text`]), and by layer
-        1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text and
-        probability, most likely first) and `top_ids` (the ids of these). Tokens are compared by id: several may have one text.
+        `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by [`~bupo.data.token_text.token_text`]), and
+        by layer 1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text
+        and probability, most likely first) and `top_ids` (the ids of these). Compare tokens by id: several may have one text.
     """
     stream = policies.stream
     layers = range(1, stream.num_layers + 1)

@@ -8,6 +8,7 @@ import codecs
 import json
 import re
 import unicodedata
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """Return the bytes that a token stands for in the middle of a text, none if the tokenizer does not know it."""
     if added := tokenizer.added_tokens_decoder.get(token):
         return _encoded(added.content)
-    piece: Any = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+    piece: Any = None
+    with suppress(IndexError, KeyError, OverflowError):  # an id that there is not
+        piece = tokenizer.convert_ids_to_tokens(token)
     if not isinstance(piece, str):
         return piece if isinstance(piece, bytes) else b""
     kinds, signs = _decoders(tokenizer)

@@ -32,7 +32,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 from transformers.integrations import is_fsdp_managed_module
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -50,6 +49,7 @@ MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 # what `generate` hands on: what the model reads, and what the loop has of its own; and options that are not the loop's
 READ = ("attention_mask", "position_ids", "logits_to_keep")
 IGNORED = ("use_cache",)  # and the cache, under whatever name
+PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache that holds nothing but keys and values
 CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 REFUSED = ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size", "is_assistant", "token_healing")
 # arguments of `generate` that only its own loops take; and how many of the others may be given by place
@@ -87,7 +87,9 @@ class Unsuited(Exception):
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the argument that takes a model's keys and values: transformers 5.24 renamed it."""
     parameters = inspect.signature(type(model).forward).parameters
-    annotated = [name for name, parameter in parameters.items() if "Cache" in re.findall(r"\w+", str(parameter.annotation))]
+    annotated = [
+        name for name, parameter in parameters.items() if "Cache" in re.findall(r"\w+", str(parameter.annotation))
+    ]
     usual = [name for name in CACHES if name in {field.name for field in fields(CausalLMOutputWithPast)}]
     return [*(name for name in (*CACHES, *annotated) if name in parameters), *usual, *CACHES][0]
 
@@ -120,9 +122,7 @@ class Decoder:
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
         cache = {self.cache_argument: self.cache}
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **inputs
-        )
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **inputs)
         return out.logits[:, -1]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -339,7 +339,12 @@ def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
         return False
     if sharded(model) or is_fsdp_managed_module(model) or drops(model):
         return False
-    return errors_of(model)[0] <= (min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5)
+    error, largest = errors_of(model)[0], min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5
+    if largest < error < torch.inf and keeps_keys_and_values(model):
+        own_loop(
+            model, f"logits of bupo's differ from the model's by {error:.1g} of the largest, more than {largest:.1g}"
+        )
+    return error <= largest
 
 
 def sharded(model: nn.Module) -> bool:
@@ -381,7 +386,7 @@ def keeps_keys_and_values(model: PreTrainedModel) -> bool:
     """Return whether a model's memory is the keys and values of its layers alone, so that the loop should suit it."""
     try:
         layers = DynamicCache(config=model.config).layers
-        return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        return bool(layers) and all(type(layer).__name__ in PLAIN_LAYERS for layer in layers)
     except Exception:  # a configuration that transformers makes no cache of
         return False
 
@@ -403,9 +408,9 @@ def measured(model: PreTrainedModel, share: bool) -> float:
             found = [writing.logits, writing.step(ids[:, 5])]
             writing.keep(torch.tensor([0, 3], device=ids.device))
             found.append(writing.step(ids[[0, 3], 6]))
-    except Exception as error:  # whatever a model does that knows no such cache, `generate` is its way
+    except Exception as failure:  # whatever a model does that knows no such cache, `generate` is its way
         if keeps_keys_and_values(model):
-            own_loop(model, f"bupo's fails with {first_line(error)}")
+            own_loop(model, f"bupo's fails with {first_line(failure)}")
         return torch.inf
     wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
     error = max((a.float() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 # for vLLM's `SamplingParams` and its server, which takes what a request leaves out from the model's generation_config.json
-VLLM_NEUTRAL = {
+VLLM_NEUTRAL: dict[str, Any] = {
     "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,

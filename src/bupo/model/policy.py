@@ -144,7 +144,9 @@ class InternalPolicy:
                 out = stream.decoder(input_ids=input_ids, **kwargs)
             states = found[policy.site]
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            caches = {name: value for name, value in out.items() if isinstance(value, Cache)}  # renamed in transformers 5.24
+            caches = {
+                name: value for name, value in out.items() if isinstance(value, Cache)
+            }  # renamed in transformers 5.24
             return CausalLMOutputWithPast(logits=stream.logits(stream.lensed(states[:, keep], policy.lens)), **caches)
 
         before = stream.model.__dict__.get("forward")

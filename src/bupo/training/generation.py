@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 
 def set_up_generation(trainer: TRLTrainer, args: BuPOConfig) -> None:
-    """Let TRL end answers where `bupo sample`, `bupo eval` and `bupo analyze` end them, and name options that change the policy.
+    """End answers where `bupo sample`, `bupo eval` and `bupo analyze` end them, and name options that change the policy.
 
     TRL itself does not look at the end tokens of the model's configuration. The model's generation config gets the end tokens
     that it lacks, so that a saved model ends its answers as it was trained to.
