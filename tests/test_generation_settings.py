@@ -283,7 +283,7 @@ def test_an_internal_policy_is_sampled(name):
 
 
 def test_settings_in_the_model_configuration_do_not_matter():
-    """Where old models hold them: transformers refuses to generate without a generation config."""
+    """Old models hold settings there: transformers refuses to generate without a generation config."""
     model = tiny_model("qwen3")
     model.config.repetition_penalty, model.config.num_beams, model.config.suppress_tokens = 3.0, 2, [4, 5, 6]
     ids = random_ids(5, 6)
@@ -317,7 +317,7 @@ def test_arguments_of_a_policys_generate_stay_and_are_named_once(caplog):
 
 @pytest.mark.parametrize("name", IDS)
 def test_an_engine_takes_the_tokens_of_its_random_numbers(name):
-    """As `bupo eval` and `bupo analyze` sample: token t is where the cumulative probability passes the t-th number."""
+    """`bupo eval` and `bupo analyze` sample so: token t is where the cumulative probability passes the t-th number."""
     model = tiny_model("qwen3", vocab_size=262, eos_token_id=1)
     hostile(model, name)
     requests = [Request(0, n, (5, 9, 40 + n), 1000 + n) for n in range(3)]
@@ -344,9 +344,7 @@ def test_bupo_sample_prints_a_sample_of_the_policy(name, tmp_path, capsys):
     model, tokenizer = load_model("embedded").eval(), load_tokenizer("embedded")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    own = {"eos_token_id": 100, "pad_token_id": 0} | IN_A_FILE[
-        name
-    ]  # 1 is the end of the tokenizer and the configuration
+    own = {"eos_token_id": 100, "pad_token_id": 0} | IN_A_FILE[name]  # 1 is the tokenizer's and the configuration's
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     ids = torch.tensor([tokenizer("12 + 30 = ")["input_ids"]])
     for seed in range(3):

@@ -1,7 +1,7 @@
-"""Tokens as people read them: whole characters as they are, bytes of others as `<E7>`, white space as a sign.
+"""Tokens as people read them: whole characters unchanged, bytes of others as `<E7>`, white space as a sign.
 
 A tokenizer's `decode` gives one sign for every token that is not a whole character, and drops the space before a word.
-Tokens are therefore shown by the bytes that they stand for, and compared by their ids only.
+Tokens are therefore shown by their bytes, and compared by their ids only.
 """
 
 import codecs
@@ -32,7 +32,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """Return the bytes that a token stands for in the middle of a text, none if the tokenizer does not know it."""
+    """Return the bytes that a token adds in the middle of a text, none if the tokenizer does not know it."""
     if added := tokenizer.added_tokens_decoder.get(token):
         return _encoded(added.content)
     piece: Any = None
@@ -57,7 +57,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the kinds of a tokenizer's decoders, `("",)` where they are not known, and the signs that stand for a space."""
+    """Return the kinds of a tokenizer's decoders, `("",)` where they are not known, and the signs that it has for a space."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return ("",), ("▁",)
@@ -71,7 +71,7 @@ def _decoders(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tupl
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE: printable bytes stand for themselves, the others follow from 256."""
+    """Return the byte of each character of byte-level BPE: printable bytes are themselves, the others follow from 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}

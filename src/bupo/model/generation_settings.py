@@ -37,7 +37,7 @@ VLLM_NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0.0,
 }
 
-# settings of transformers and vLLM that leave the distribution of the next token as it is; any other is reported
+# settings of transformers and vLLM that do not change the distribution of the next token; any other is reported
 ACCOUNTED = {
     *TOKENS, "do_sample", "temperature", "renormalize_logits", "remove_invalid_values",
     "max_length", "max_new_tokens", "max_tokens", "max_time", "stop", "stop_strings", "stop_token_ids", "early_stopping",
@@ -123,7 +123,7 @@ def policy_settings(
     Args:
         model (`PreTrainedModel` or a wrapper around one): gives the ids of the tokens that end, pad and begin a text.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
-        chosen: settings that the user sets. None stands for a setting that is not set, except for a token id.
+        chosen: settings that the user sets. None leaves a setting unset, except for a token id, which it removes.
     """
     inner = causal_lm(model)
     own = getattr(inner, "generation_config", None)
@@ -144,12 +144,10 @@ def _token_id(model: PreTrainedModel, own: GenerationConfig | None, tokenizer: A
 def own_settings_unused(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **chosen: Any
 ) -> Iterator[GenerationConfig]:
-    """Inside, `generate` takes nothing from the model's own generation config. Arguments are those of `policy_settings`.
-
-    The model's generation config is put back afterwards, as it was.
+    """Keep `generate` from the model's own generation config, which is put back afterwards. Arguments: as `policy_settings`.
 
     Yields:
-        `GenerationConfig`: the settings that stand in its place. Give a copy to `generate` too: without one it refuses a
+        `GenerationConfig`: a copy of the settings in its place, to be given to `generate`. Without one, `generate` refuses a
         model whose `config.json` holds settings of generation.
     """
     settings = policy_settings(model, tokenizer, **chosen)
