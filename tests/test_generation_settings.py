@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin, TrainerCallback, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TrainerCallback,
+    WatermarkingConfig,
+)
 
 from bupo import BuPOTrainer, InternalPolicies
 from bupo.commands.main import main
@@ -311,8 +320,11 @@ def test_arguments_of_a_policys_generate_stay_and_are_named_once(caplog):
     assert (policy.generate(ids, max_new_tokens=1, do_sample=False)[:, -1] == top[:, 0]).all()
     policy.generate(ids, max_new_tokens=2, eos_token_id=None, top_p=None)
     policy.generate(ids, max_new_tokens=2, temperature=1.0, top_k=0, num_beams=1)
+    policy.generate(ids, max_new_tokens=2, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(9)]))
     said = [record.getMessage() for record in caplog.records if "do not account for" in record.getMessage()]
     assert len(said) == 1 and "suppress_tokens=" in said[0]
+    policy.generate(ids, max_new_tokens=1, logits_processor=LogitsProcessorList([TopKLogitsWarper(2)]))
+    assert "logits_processor=" in caplog.text
 
 
 @pytest.mark.parametrize("name", IDS)

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -47,9 +46,13 @@ ACCOUNTED = {
     "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type",
     "num_return_sequences", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "output_logits", "n", "seed", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
-    "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "transformers_version", "tokenizer",
-    "streamer", "stopping_criteria", "synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask",
+    "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "transformers_version",
 }  # fmt: skip
+PROCESSING = (
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "custom_generate",
+)  # arguments of `generate` that may do anything
 # where 1 changes nothing; elsewhere 0 does, except for the id of a forced token
 ONE_IS_NEUTRAL = {
     "top_p", "typical_p", "top_h", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams",
@@ -190,10 +193,8 @@ def unaccounted(options: Mapping[str, Any], temperature: float | None = None) ->
 
 
 def _neutral(name: str, value: Any) -> bool:
-    if value is None or isinstance(value, torch.Tensor):  # a tensor is an input of the model
-        return value is None or name not in GenerationConfig().to_dict()
-    if name in FORCED:
-        return False
+    if value is None or name in FORCED:
+        return value is None
     if name in ONE_IS_NEUTRAL:
         return value == 1
     return (name == "top_k" and value == -1) or not value

@@ -21,7 +21,14 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
-from bupo.model.generation_settings import chosen_settings, describe, own_settings_unused, unaccounted, warn_once
+from bupo.model.generation_settings import (
+    PROCESSING,
+    chosen_settings,
+    describe,
+    own_settings_unused,
+    unaccounted,
+    warn_once,
+)
 from bupo.model.residual import Family, Identity, Lens, ResidualStream, Site, check_lens
 from bupo.model.scoring import IGNORED, TokenScores, score_states
 
@@ -123,7 +130,8 @@ class InternalPolicy:
         """
         chosen, arguments = chosen_settings(kwargs)
         sampled = chosen.get("do_sample") is not False
-        if changing := unaccounted(chosen | arguments, self.temperature if sampled else None):
+        processing = {name: arguments[name] for name in PROCESSING if name in arguments}
+        if changing := unaccounted(chosen | processing, self.temperature if sampled else None):
             warn_once(describe(changing, self.temperature))
         if tokenizer is not None:
             arguments["tokenizer"] = tokenizer
