@@ -4,6 +4,7 @@ Each check fails with the name that has changed. `make test-newest` runs this fi
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import textwrap
@@ -11,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from bupo import BuPOConfig
+from bupo import BuPOConfig, BuPOTrainer
+from bupo.model import decoding
+from bupo.model.generation_settings import warn_once
+from bupo.sampling import SeededSampling
 from bupo.training import seam
 from bupo.training.contract import METRICS, PRIVATE, ROLLOUT_KEYS, STATE, UNDOCUMENTED
 from bupo.training.seam import accepted
 from tests.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
+from tests.tiny import random_ids, tiny_model
 
 SOURCE = Path(seam.__file__).parents[1]
 SEAM = Path(seam.__file__)
@@ -200,6 +206,44 @@ def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
     assert accepted("no_such_option") == ()
     for loss in accepted("loss_type"):
         assert BuPOConfig(str(tmp_path), internal_layer=1, loss_type=loss).loss_type == loss
+
+
+# -- the loop of bupo.model.decoding ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """How many answers the loop has written, and a warning that it is not used is given again."""
+    rows, decode = [], decoding.decode
+
+    @functools.wraps(decode)  # generate reads the signature
+    def counted(*args, **kwargs):
+        out = decode(*args, **kwargs)
+        rows.append(len(out))
+        return out
+
+    monkeypatch.setattr(decoding, "decode", counted)
+    warn_once.cache_clear()
+    return rows
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_generate_hands_the_loop_all_that_it_knows(family, looped, caplog):
+    """Names of arguments, the cache's interface and the attention's: `generate`'s own loop would be taken in their absence."""
+    model = tiny_model(family)
+    for seeded in (None, SeededSampling([1, 2, 3], 5, 4, 1.0, 1.0)):
+        settings = GenerationConfig(max_new_tokens=4, do_sample=seeded is None, pad_token_id=0)
+        out = decoding.generate(model, input_ids=random_ids(3, 5), generation_config=settings, seeded=seeded)
+        assert out.shape == (3, 9)
+    assert looped == [3, 3] and decoding.suits(model), "the decoding loop of bupo.model.decoding is not used any more"
+    assert decoding.shares(model), "prompts are copied for their answers: attention or cache have changed"
+    assert not [record for record in caplog.records if "slower decoding loop" in record.getMessage()]
+
+
+def test_rollouts_are_sampled_by_the_loop(looped, tmp_path, caplog):
+    args = BuPOConfig(**options(tmp_path, beta=0.0), internal_layer=1, internal_steps=1)
+    BuPOTrainer(model_of(), token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER).train()
+    assert looped and set(looped) == {16}, "the decoding loop of bupo.model.decoding is not used any more"
 
 
 # -- nothing else knows a private name -------------------------------------------------------------------------------

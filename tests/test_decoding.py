@@ -2,15 +2,25 @@
 
 import copy
 import functools
+import inspect
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+)
 
 from bupo.model import decoding
-from bupo.model.decoding import Decoder, decode, exponential, generate, quick, shares, suits
+from bupo.model.decoding import Decoder, Unsuited, check, decode, exponential, generate, quick, shares, suits
+from bupo.model.generation_settings import warn_once
 from bupo.model.slots import ROOM, shared_prompts
 from tests.tiny import FAMILIES, SIZES, random_ids, tiny_model
 
@@ -292,6 +302,99 @@ def test_probabilities_that_are_not_finite_are_torchs_error():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="probability tensor contains"):
         generate(model, **prompts(2), generation_config=options(do_sample=True))
+
+
+# -- where transformers has changed ----------------------------------------------------------------------------------
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if "slower decoding loop" in record.getMessage()]
+
+
+def renamed(name):
+    """A class whose keys and values come by another name, as in transformers 5.24, or by one that is not known yet."""
+
+    Renamed: Any = type("Renamed", (type(tiny_model("qwen3")),), {})
+    own = Renamed.forward
+    parameters = inspect.signature(own).parameters
+    old = next(known for known in ("cache", "past_key_values") if known in parameters)
+
+    def forward(self, *args, **kwargs):
+        assert old == name or old not in kwargs, "the old name"
+        return own(self, *args, **{old if key == name else key: value for key, value in kwargs.items()})
+
+    changed = [parameter.replace(name=name if key == old else key) for key, parameter in parameters.items()]
+    vars(forward)["__signature__"] = inspect.Signature(changed)
+    Renamed.forward = forward
+    model = tiny_model("qwen3")
+    model.__class__ = Renamed
+    return model
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "memory_of_2030"])
+def test_the_cache_is_given_by_the_name_that_the_model_has_for_it(name):
+    model = renamed(name)
+    ids, positions = random_ids(2, 9), torch.arange(9).expand(2, -1)
+    with torch.no_grad():
+        decoder = Decoder(model, ids[:, :8], positions[:, :8])
+        wanted = tiny_model("qwen3")(ids, use_cache=False).logits
+        torch.testing.assert_close(decoder.logits, wanted[:, 7], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder.step(ids[:, 8]), wanted[:, 8], rtol=1e-5, atol=1e-5)
+    assert len(decoder.cache.layers) == 4 and decoder.cache.get_seq_length() == 9
+    assert suits(model)
+
+
+def test_a_cache_is_one_by_its_type_and_not_by_its_name():
+    processors = LogitsProcessorList()
+    inputs = {"position_ids": torch.zeros(1), "attention_mask": None, "use_cache": True}
+    for name in ("cache", "past_key_values", "memory_of_2030"):
+        check(options(do_sample=True, num_beams=1, use_cache=True), processors, inputs | {name: DynamicCache()})
+    with pytest.raises(Unsuited) as refused:
+        check(options(num_beams=1, use_cache=True), processors, inputs | {"news": torch.ones(1)})
+    assert refused.value.unknown == "news"
+
+
+def test_an_argument_that_the_loop_has_never_heard_of_is_told_of_once(looped, caplog, monkeypatch):
+    warn_once.cache_clear()
+    model = tiny_model("qwen3")
+    plain = decoding.decode
+
+    @functools.wraps(plain)
+    def handed_more(*args, **kwargs):
+        return plain(*args, **kwargs, rope_state=torch.ones(1))
+
+    monkeypatch.setattr(decoding, "decode", handed_more)
+    for _ in range(2):
+        generate(model, **prompts(2), generation_config=options(4, do_sample=True))
+    assert (
+        not looped and len(said(caplog)) == 1 and "`generate` hands rope_state to its decoding loop" in said(caplog)[0]
+    )
+
+
+def test_an_option_that_is_not_the_loops_is_no_news(looped, caplog):
+    warn_once.cache_clear()
+    model = tiny_model("qwen3")
+    for option in ({"num_beams": 2}, {"no_repeat_ngram_size": 2}, {"use_cache": False}):
+        generate(model, **prompts(1), generation_config=options(3, **option))
+    assert not looped and said(caplog) == []
+
+
+def test_a_loop_that_fails_is_told_of_once_where_it_should_not(looped, caplog, monkeypatch):
+    """As where the interface of a cache's layer has changed; a recurrent model has another memory, which is no news."""
+    warn_once.cache_clear()
+    monkeypatch.setattr("bupo.model.slots.Slots.update", lambda self, keys: None)
+    model = tiny_model("qwen3")
+    for _ in range(2):
+        assert same(model, prompts(2), options(4, do_sample=True))[0]
+    assert not looped and len(said(caplog)) == 1 and "bupo's fails with TypeError" in said(caplog)[0]
+    caplog.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(decoding, "measured", lambda *_: 1e-3)
+    assert not suits(tiny_model("qwen3")) and "differ from the model's by 0.001" in said(caplog)[0]
+    caplog.clear()
+    monkeypatch.undo()
+    recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **SIZES, **RECURRENT["lfm2"])).eval()
+    assert not suits(recurrent) and said(caplog) == []
 
 
 # -- in others' code -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from bupo.model.decoding import generate
+from bupo.model.generation_settings import end_tokens, own_settings_unused
 from bupo.model.policy import InternalPolicy
 from bupo.model.residual import causal_lm, evaluating
 
@@ -125,8 +126,7 @@ class TransformersEngine:
         self.model, self.tokenizer, self.policy = causal_lm(model), tokenizer, policy
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.batch_size = batch_size
-        ends = self.model.generation_config.eos_token_id
-        self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        self.ends = set(end_tokens(self.model, tokenizer))
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
         """Answers batch by batch, the shortest prompts first."""
@@ -150,34 +150,28 @@ class TransformersEngine:
         seeded = SeededSampling(
             [request.seed for request in batch], start, self.max_new_tokens, self.temperature, self.top_p
         )
-        with evaluating(self.model), self.speaking():
+        with evaluating(self.model), self.speaking() as settings:
+            settings.max_new_tokens = self.max_new_tokens
             out = generate(
                 self.model,
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=self.max_new_tokens,
+                generation_config=settings,
                 seeded=seeded if self.temperature else None,
             )
         return [self._ended(row) for row in out[:, start:].tolist()]
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
-        """Inside, the model's `generate` speaks for the policy and for nothing else.
+    def speaking(self) -> Iterator[GenerationConfig]:
+        """Inside, the model's `generate` samples the policy: with the yielded settings, and none of the model's own.
 
-        A model's own generation settings (a repetition penalty, beams, no cache …) would change what is sampled.
+        The most likely token of the scores is taken, which [`SeededSampling`] has put in the place of the sampled one.
         """
-        before = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.ends) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            do_sample=False,
-            use_cache=True,
-        )
-        try:
-            with self.policy.speaking() if self.policy else nullcontext():
-                yield
-        finally:
-            self.model.generation_config = before
+        with (
+            own_settings_unused(self.model, self.tokenizer, do_sample=False) as settings,
+            self.policy.speaking() if self.policy else nullcontext(),
+        ):
+            yield settings
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))

@@ -1,9 +1,12 @@
 """What every layer would have said at each position of an answer."""
 
+from functools import cache, partial
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from bupo.analysis.rollouts import Rollout
+from bupo.data.token_text import token_text
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import Site
 
@@ -21,8 +24,9 @@ def top_tokens(
     """What every layer's policy would say at each answer position.
 
     Returns:
-        `dict`: `tokens` (the answer's, as text, T), and by layer 1..L and token: `entropy` (nats), `chosen` (probability of
-        the token that was generated), `top` (pairs of text and probability, most likely first).
+        `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by [`~bupo.data.token_text.token_text`]), and
+        by layer 1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text
+        and probability, most likely first) and `top_ids` (the ids of these). Compare tokens by id: several may have one text.
     """
     stream = policies.stream
     layers = range(1, stream.num_layers + 1)
@@ -31,9 +35,11 @@ def top_tokens(
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
     states = stream.run([Site("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
     targets = torch.tensor(answer)[:, None]
-    view: dict = {"tokens": [_shown(tokenizer, t) for t in answer], "entropy": [], "chosen": [], "top": []}
+    show = cache(partial(token_text, tokenizer))
+    view: dict = {"ids": list(answer), "tokens": [show(t) for t in answer]}
+    view |= {"entropy": [], "chosen": [], "top": [], "top_ids": []}
     for layer in layers:
-        rows: dict[str, list] = {"entropy": [], "chosen": [], "top": []}
+        rows: dict[str, list] = {"entropy": [], "chosen": [], "top": [], "top_ids": []}
         x = stream.lensed(states[Site("layer", layer)], policies.lens)
         for piece, target in zip(x.split(32), targets.split(32), strict=True):
             log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
@@ -41,14 +47,11 @@ def top_tokens(
             rows["chosen"] += [round(p, 4) for p in log_p.gather(1, target)[:, 0].exp().tolist()]
             best = log_p.topk(min(top, log_p.size(1)))
             for values, tokens in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):
-                rows["top"].append([[_shown(tokenizer, t), round(p, 4)] for t, p in zip(tokens, values, strict=True)])
+                rows["top"].append([[show(t), round(p, 4)] for t, p in zip(tokens, values, strict=True)])
+                rows["top_ids"].append(tokens)
         for name, values in rows.items():
             view[name].append(values)
     return view
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "⇥") or f"⟨{token}⟩"
 
 
 def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]) -> list[dict]:

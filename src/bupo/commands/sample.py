@@ -102,28 +102,26 @@ def _answer(
 ) -> list[int]:
     torch.manual_seed(options.seed)
     longest, temperature, top_p = options.sampling
-    sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False, "temperature": 1.0}
+    sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False}
     ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
     out = policy.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=longest,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
+        ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, max_new_tokens=longest, **sampling
     )
     return out[0, len(prompt) :].tolist()
 
 
 def _table(view: dict, columns: slice) -> Table:
-    """Layers as rows, the last first; positions as columns. A cell holds the layer's most likely tokens."""
+    """Layers as rows, the last first; positions as columns. A cell holds the layer's most likely tokens, bold where the first
+    of them is the token that was sampled."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for token in view["tokens"][columns]:
         table.add_column(Text(printable(token)), no_wrap=True)
     for layer in range(len(view["top"]), 0, -1):
+        texts, ids = view["top"][layer - 1][columns], view["top_ids"][layer - 1][columns]
         cells = [
-            Text("\n".join(printable(text) for text, _ in cell), style="bold" if cell[0][0] == token else "dim")
-            for cell, token in zip(view["top"][layer - 1][columns], view["tokens"][columns], strict=True)
+            Text("\n".join(printable(text) for text, _ in cell), style="bold" if best == sampled else "dim")
+            for cell, (best, *_), sampled in zip(texts, ids, view["ids"][columns], strict=True)
         ]
         table.add_row(str(layer), *cells)
     return table

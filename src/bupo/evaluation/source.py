@@ -12,6 +12,7 @@ from bupo.data.as_trained import Asking
 from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
+from bupo.model.generation_settings import stored_ends
 from bupo.model.loading import check_layers, context_of, fingerprint, learned_positions, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
@@ -104,12 +105,13 @@ class Source:
     def _connect(self, name: str, options: EvalOptions) -> dict[str, Any]:
         """By vLLM or a server, where only names are seen. Returns what answers depend on."""
         sampling = options.sampling
+        ends = stored_ends(name, self.tokenizer, **options.loading())
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
-            server = ServerEngine(str(options.server), *sampling, parallel=options.batch_size)
+            server = ServerEngine(str(options.server), *sampling, ends, parallel=options.batch_size)
             self.engine, known["served"] = server, server.model
         else:
-            self.engine = VllmEngine(name, *sampling, dtype=options.dtype, **options.loading())
+            self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.loading())
             known["dtype"] = options.dtype
         self.meta = known | {"adapter": None, "versions": {"bupo": VERSION}}
         return known

@@ -15,17 +15,10 @@ from itertools import islice
 from typing import Any
 
 from bupo.errors import UserError, first_line, others
+from bupo.model.generation_settings import VLLM_NEUTRAL
 from bupo.model.loading import model_path
 from bupo.sampling import Answer, Request
 
-# vLLM takes what a request leaves out from the model's generation_config.json
-WHOLE_VOCABULARY = {
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 CHUNK = 256  # requests given to vLLM at once, after which answers are kept
 TRIES, PAUSE = 4, 1.0  # of a request that a server fails, seconds before the second
 
@@ -36,6 +29,7 @@ class ServerEngine:
     Args:
         url (`str`): such as `http://localhost:8000`.
         max_new_tokens (`int`), temperature, top_p (`float`): of the sampling.
+        ends (`list[int]`, *optional*): ids of tokens that end an answer, besides those that the server knows.
         parallel (`int`, *optional*, defaults to `64`): requests under way at once.
         timeout (`float`, *optional*, defaults to `3600.0`): seconds an answer may take.
 
@@ -52,6 +46,7 @@ class ServerEngine:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        ends: Sequence[int] = (),
         parallel: int = 64,
         timeout: float = 3600.0,
     ):
@@ -59,7 +54,8 @@ class ServerEngine:
         if os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         self.url, self.parallel, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
-        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **WHOLE_VOCABULARY}
+        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **VLLM_NEUTRAL}
+        self.options |= {"stop_token_ids": list(ends)} if ends else {}
         models = self._call("/v1/models")
         if not models.get("data"):
             raise UserError(f"server {self.url} serves no model")
@@ -134,13 +130,22 @@ class VllmEngine:
     Args:
         model (`str`): a hub id or folder.
         max_new_tokens (`int`), temperature, top_p (`float`): of the sampling.
+        ends (`list[int]`, *optional*): ids of tokens that end an answer, besides those that vLLM reads with the model.
         kwargs: of `vllm.LLM`.
 
     Raises:
         UserError: if vLLM is not installed, or cannot load the model.
     """
 
-    def __init__(self, model: str, max_new_tokens: int, temperature: float, top_p: float, **kwargs):
+    def __init__(
+        self,
+        model: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        ends: Sequence[int] = (),
+        **kwargs,
+    ):
         try:
             import vllm
         except ImportError as error:
@@ -148,7 +153,8 @@ class VllmEngine:
                 f"--engine vllm needs vLLM: {first_line(error)}; or serve the model and give --server"
             ) from error
         self.vllm = vllm
-        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **VLLM_NEUTRAL}
+        self.options |= {"stop_token_ids": list(ends)} if ends else {}
         path = model_path(model)
         with others(f"vLLM cannot load {model!r}"):
             self.llm = vllm.LLM(path, **kwargs)

@@ -7,17 +7,21 @@ and is given the loop as its `custom_generate`. Where a model or an option does 
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -30,7 +34,10 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 from transformers.integrations import is_fsdp_managed_module
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bupo.errors import first_line
+from bupo.model.generation_settings import warn_once
 from bupo.model.methods import class_method
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import causal_lm, evaluating
@@ -42,7 +49,9 @@ KNOWN = (*ROW_BY_ROW, RepetitionPenaltyLogitsProcessor)
 MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 # what `generate` hands on: what the model reads, and what the loop has of its own; and options that are not the loop's
 READ = ("attention_mask", "position_ids", "logits_to_keep")
-IGNORED = ("past_key_values", "use_cache")
+IGNORED = ("use_cache",)  # and the cache, under whatever name
+PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of a cache that holds nothing but keys and values
+CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 REFUSED = ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size", "is_assistant", "token_healing")
 # arguments of `generate` that only its own loops take; and how many of the others may be given by place
 OTHERWISE = {"custom_generate", "streamer", "assistant_model", "synced_gpus", "tokenizer", "assistant_tokenizer"}
@@ -65,7 +74,25 @@ class Seeded(Protocol):
 
 
 class Unsuited(Exception):
-    """The loop does not know an option; nothing has been computed or drawn yet."""
+    """The loop does not know an option; nothing has been computed or drawn yet.
+
+    Args:
+        unknown (`str`, *optional*): what `generate` hands on that the loop has never heard of.
+    """
+
+    def __init__(self, unknown: str = ""):
+        super().__init__(unknown)
+        self.unknown = unknown
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument that takes a model's keys and values: transformers 5.24 renamed it."""
+    parameters = inspect.signature(type(model).forward).parameters
+    annotated = [
+        name for name, parameter in parameters.items() if "Cache" in re.findall(r"\w+", str(parameter.annotation))
+    ]
+    usual = [name for name in CACHES if name in {field.name for field in fields(CausalLMOutputWithPast)}]
+    return [*(name for name in (*CACHES, *annotated) if name in parameters), *usual, *CACHES][0]
 
 
 class Decoder:
@@ -83,6 +110,7 @@ class Decoder:
 
     def __init__(self, model, ids: torch.Tensor, position_ids, attention_mask=None, share: bool = False, **inputs):
         self.model, self.cache = model, Cache(layer_class_to_replicate=Slots)
+        self.cache_argument = cache_argument(model)
         self.mask, self.positions = None if attention_mask is None else attention_mask.bool(), position_ids[:, -1:]
         seen = ids if self.mask is None else torch.cat([ids, self.mask.long()], 1)
         own = seen.unique(dim=0, return_inverse=True)[1]
@@ -94,10 +122,8 @@ class Decoder:
             layer.spread(self.groups, share)
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
-        cache = self.cache
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **inputs
-        )
+        cache = {self.cache_argument: self.cache}
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **inputs)
         return out.logits[:, -1]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,13 +212,15 @@ def check(config: GenerationConfig, processors: LogitsProcessorList, inputs: dic
     """Refuse what the loop would do otherwise than `generate`."""
     strange = [processor for processor in processors if not isinstance(processor, KNOWN)]
     asked = [option for option in REFUSED if getattr(config, option, None)]
-    given = {name for name, value in inputs.items() if value is not None}.difference(READ, IGNORED)
-    cache = inputs.get("past_key_values")
-    written = cache is not None and cache.get_seq_length() > 0
-    if strange or asked or given or written or config.get_generation_mode() not in MODES:
+    caches = {name: value for name, value in inputs.items() if isinstance(value, Cache)}
+    written = any(cache.get_seq_length() > 0 for cache in caches.values())
+    if strange or asked or written or config.get_generation_mode() not in MODES:
         raise Unsuited
     if not config.use_cache or "position_ids" not in inputs:
         raise Unsuited
+    unknown = {name for name, value in inputs.items() if value is not None}.difference(READ, IGNORED, caches)
+    if unknown:
+        raise Unsuited(", ".join(sorted(unknown)))
 
 
 def padding_of(config: GenerationConfig, criteria: StoppingCriteriaList) -> int | None:
@@ -261,8 +289,9 @@ def generate(model: PreTrainedModel, *args: Any, seeded: Seeded | None = None, *
             return plain(
                 *args, **kwargs, custom_generate=functools.partial(decode, choose=seeded.tokens if seeded else None)
             )
-        except Unsuited:
-            pass
+        except Unsuited as reason:
+            if set(reason.unknown.split(", ")) - given - {""}:  # the caller's own arguments are no news
+                own_loop(model, f"`generate` hands {reason.unknown} to its decoding loop, which bupo does not know")
     if seeded is not None:
         kwargs["logits_processor"] = LogitsProcessorList([seeded])
     if sharded(model):  # a process whose answers have ended goes on while others need its share of the parameters
@@ -277,6 +306,12 @@ def hands_on(plain: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return "custom_generate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def own_loop(model: nn.Module, reason: str) -> None:
+    """Warn once that transformers' own loop samples where the faster one was expected to."""
+    warn_once(
+        f"{type(model).__name__}: answers are sampled by the slower decoding loop of transformers {transformers.__version__}: "
+        f"{reason}"
+    )
 
 
 @contextmanager
@@ -314,7 +349,12 @@ def suits(model: PreTrainedModel, seeded: bool = False) -> bool:
         return False
     if sharded(model) or is_fsdp_managed_module(model) or drops(model):
         return False
-    return errors_of(model)[0] <= (min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5)
+    error, largest = errors_of(model)[0], min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5
+    if largest < error < torch.inf and keeps_keys_and_values(model):
+        own_loop(
+            model, f"logits of bupo's differ from the model's by {error:.1g} of the largest, more than {largest:.1g}"
+        )
+    return error <= largest
 
 
 def sharded(model: nn.Module) -> bool:
@@ -352,6 +392,15 @@ def drops(model: PreTrainedModel) -> bool:
     )
 
 
+def keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Return whether a model's memory is the keys and values of its layers alone, so that the loop should suit it."""
+    try:
+        layers = DynamicCache(config=model.config).layers
+        return bool(layers) and all(type(layer).__name__ in PLAIN_LAYERS for layer in layers)
+    except Exception:  # a configuration that transformers makes no cache of
+        return False
+
+
 @torch.no_grad()
 def measured(model: PreTrainedModel, share: bool) -> float:
     """How far the logits of two prompts' answers, of which some leave, are from those of whole sequences, relative to the
@@ -369,7 +418,9 @@ def measured(model: PreTrainedModel, share: bool) -> float:
             found = [writing.logits, writing.step(ids[:, 5])]
             writing.keep(torch.tensor([0, 3], device=ids.device))
             found.append(writing.step(ids[[0, 3], 6]))
-    except Exception:  # whatever a model does that knows no such cache, `generate` is its way
+    except Exception as failure:  # whatever a model does that knows no such cache, `generate` is its way
+        if keeps_keys_and_values(model):
+            own_loop(model, f"bupo's fails with {first_line(failure)}")
         return torch.inf
     wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
     error = max((a.float() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))

@@ -17,9 +17,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bupo.errors import UserError
+from bupo.model.generation_settings import (
+    PROCESSING,
+    chosen_settings,
+    describe,
+    own_settings_unused,
+    unaccounted,
+    warn_once,
+)
 from bupo.model.methods import class_function
 from bupo.model.residual import Family, Identity, Lens, ResidualStream, Site, check_lens
 from bupo.model.scoring import IGNORED, TokenScores, score_states
@@ -96,15 +105,42 @@ class InternalPolicy:
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Tokens sampled from this policy, after the prompt: `(batch, time + new)`.
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Sample answers of this policy with transformers' `generate`, at the policy's temperature.
 
-        transformers' own `generate`, with its arguments (`max_new_tokens`, `do_sample`, `top_p`, `logits_processor`, …).
-        By default it samples at the policy's temperature from the whole vocabulary.
+        Nothing but the token ids is taken from the model's own generation config: without further arguments the tokens are
+        samples of `softmax(logits / temperature)`, which `log_probs` scores. An answer ends at the end tokens of the model and
+        of its tokenizer.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(batch, time)`): the prompts, padded on the left.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; by default its end token is read from where the
+                model was loaded from.
+            kwargs: arguments of `generate` (`max_new_tokens`, `do_sample`, `top_p`, `logits_processor`, `generation_config` …).
+                They are kept; a warning names those that the policy's log-probs do not account for.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, time + new)`: prompts and answers.
         """
-        defaults = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": self.temperature}
-        with self.speaking():
-            return self.stream.model.generate(input_ids, attention_mask=attention_mask, **{**defaults, **kwargs})
+        chosen, arguments = chosen_settings(kwargs)
+        sampled = chosen.get("do_sample") is not False
+        processing = {name: arguments[name] for name in PROCESSING if name in arguments}
+        if changing := unaccounted(chosen | processing, self.temperature if sampled else None):
+            warn_once(describe(changing, self.temperature))
+        if tokenizer is not None:
+            arguments["tokenizer"] = tokenizer
+        if sampled:
+            chosen = {"temperature": self.temperature} | chosen
+        model = self.stream.model
+        with self.speaking(), own_settings_unused(model, tokenizer, **chosen) as settings:
+            return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **arguments)
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
@@ -117,9 +153,10 @@ class InternalPolicy:
                 out = stream.decoder(input_ids=input_ids, **kwargs)
             states = found[policy.site]
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            return CausalLMOutputWithPast(
-                logits=stream.logits(stream.lensed(states[:, keep], policy.lens)), past_key_values=out.past_key_values
-            )
+            caches = {
+                name: value for name, value in out.items() if isinstance(value, Cache)
+            }  # renamed in transformers 5.24
+            return CausalLMOutputWithPast(logits=stream.logits(stream.lensed(states[:, keep], policy.lens)), **caches)
 
         before = stream.model.__dict__.get("forward")
         stream.model.forward = types.MethodType(forward, stream.model)

@@ -25,10 +25,9 @@ from bupo.rewards.values import (
     symbols,
 )
 
-
 # -- texts that look like mathematics
 
-_MONTHS = "january february march april may june july august september october november december".split()
+_MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
 _MONTH = "(?P<month>" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS) + r"|sept)\.?"
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
@@ -41,7 +40,7 @@ _DATES = [
 ]
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\?text)?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
-_BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+_BASES = {name: number for number, name in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2)}
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
@@ -188,12 +187,10 @@ def _fixed(text: str) -> str:
 # -- expressions
 
 _FUNCTIONS = (
-    "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det".split()
+    ["sinh", "cosh", "tanh", "coth", "arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "max", "min", "gcd", "lcm", "det"]
 )
 _KNOWN = set(_FUNCTIONS) | set(
-    "frac sqrt cdot times div pi infty binom lfloor rfloor lceil rceil Gamma bar hat vec overline dot ddot tilde circ sum prod int lim to "
-    "limits alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi "
-    "chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar partial aleph".split()
+    ["frac", "sqrt", "cdot", "times", "div", "pi", "infty", "binom", "lfloor", "rfloor", "lceil", "rceil", "Gamma", "bar", "hat", "vec", "overline", "dot", "ddot", "tilde", "circ", "sum", "prod", "int", "lim", "to", "limits", "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "Pi", "ell", "hbar", "partial", "aleph"]
 )
 _CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")

@@ -13,7 +13,17 @@ from bupo.rewards.extraction import final_answer
 from bupo.rewards.notation import plain, text_key
 from bupo.rewards.scalars import Equality, is_zero, quotient, same_equation, same_number, same_scalar
 from bupo.rewards.values import (
-    Family, Interval, Many, Matrix, Named, Names, Relation, Scalar, Union, Unreadable, symbols,
+    Family,
+    Interval,
+    Many,
+    Matrix,
+    Named,
+    Names,
+    Relation,
+    Scalar,
+    Union,
+    Unreadable,
+    symbols,
 )  # fmt: skip
 
 
@@ -102,7 +112,7 @@ def readings(text: str, gold: str | None = None) -> list:
 def _same_choice(gold: str, answer: str) -> Equality | None:
     """Choices by their letter; None where the gold answer is none."""
     wanted = read_choice(gold)
-    if wanted is None or not (gold.strip("() .") == wanted[0] or re.match(r"\(?[A-J]\)?[.):]", gold)) and not re.fullmatch(r"\([a-j]\)", gold):
+    if wanted is None or (not (gold.strip("() .") == wanted[0] or re.match(r"\(?[A-J]\)?[.):]", gold)) and not re.fullmatch(r"\([a-j]\)", gold)):
         return None
     if wanted[1] and not re.match(r"\(?[A-J][).:]", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold)):
         return None
@@ -211,7 +221,7 @@ def equal(gold: Any, answer: Any) -> Equality:
         if {gold.kind, answer.kind} == {"letters", "set"}:
             return _matched(gold.items, answer.items)
     if ordered[0] is not None and ordered[1] is not None:
-        if isinstance(gold, Many) and gold.kind == "set" or isinstance(answer, Many) and answer.kind == "set":
+        if (isinstance(gold, Many) and gold.kind == "set") or (isinstance(answer, Many) and answer.kind == "set"):
             return Equality.OTHER
         if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
             return Equality.OTHER  # (0, 1) may be an interval

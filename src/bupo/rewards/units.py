@@ -82,11 +82,7 @@ _MANY = {
 }  # fmt: skip
 # words behind a number by which it is another number, no number, or not the answer
 _NO_UNIT = set(
-    "or and not no nor to from minus plus times divided over mod modulo less more than least most about approximately around wrong incorrect "
-    "false is isn are was be but if else maybe either neither half halves third thirds quarter quarters fifth tenth tenths hundredths "
-    "thousandths squared cubed factorial twice double triple pairs pair point negative positive the answer base between up down unless except "
-    "without instead rather greater smaller fewer otherwise when where for all any some each every different one two three four five six seven "
-    "eight nine ten eleven twelve zero".split()
+    ["or", "and", "not", "no", "nor", "to", "from", "minus", "plus", "times", "divided", "over", "mod", "modulo", "less", "more", "than", "least", "most", "about", "approximately", "around", "wrong", "incorrect", "false", "is", "isn", "are", "was", "be", "but", "if", "else", "maybe", "either", "neither", "half", "halves", "third", "thirds", "quarter", "quarters", "fifth", "tenth", "tenths", "hundredths", "thousandths", "squared", "cubed", "factorial", "twice", "double", "triple", "pairs", "pair", "point", "negative", "positive", "the", "answer", "base", "between", "up", "down", "unless", "except", "without", "instead", "rather", "greater", "smaller", "fewer", "otherwise", "when", "where", "for", "all", "any", "some", "each", "every", "different", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "zero"]
 )
 _TOKEN = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|([^\W\d_]+)|(/|\bper\b)|(\S)", re.UNICODE)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from bupo.data.as_trained import AsTrained
+from bupo.model.generation_settings import unaccounted
 from bupo.training.seam import TRLTrainer
 
 LOOKED_AT = 64  # problems, spread over all
-USUAL = {"top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
 
 
 def system_prompt_of(problems: Any) -> str | None:
@@ -31,7 +31,7 @@ def _system(prompt: Any) -> str | None:
 def as_asked(trainer: TRLTrainer) -> AsTrained:
     """How a trainer asks its model: by its options, and by the system message of its problems."""
     args = trainer.args
-    sampling = {name: getattr(args, name) for name, usual in USUAL.items() if getattr(args, name) not in usual}
+    sampling = unaccounted({name: getattr(args, name) for name in ("top_k", "min_p", "repetition_penalty")})
     return AsTrained(
         trainer.system_prompt or system_prompt_of(trainer.train_dataset),
         dict(args.chat_template_kwargs or {}),

@@ -76,6 +76,7 @@ UNDOCUMENTED = {
 STATE = (
     "num_generations", "num_iterations", "max_completion_length", "current_gradient_accumulation_steps", "reward_weights",
     "reward_func_names", "aux_loss_enabled", "ref_model", "processing_class", "is_fsdp_enabled", "is_deepspeed_enabled",
+    "eos_token_ids", "generation_config", "use_vllm",
 )  # fmt: skip
 # what TRL's scoring and sampling leave in the dict that the loss reads, at the least
 ROLLOUT_KEYS = (

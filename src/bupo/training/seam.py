@@ -32,6 +32,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.errors import UserError
 from bupo.model.decoding import quick
+from bupo.model.generation_settings import own_settings_unused
 from bupo.model.residual import evaluating
 from bupo.training.best_metric import measured, unknown, value_of
 from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
@@ -310,7 +311,7 @@ class TRLTrainer(GRPOTrainer):
     # -- overridden --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        with quick(self.model):
+        with own_settings_unused(self.model, self.processing_class), quick(self.model):
             return self.rollout(inputs) if self.model.training else self.sampled(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

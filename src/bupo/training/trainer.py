@@ -23,6 +23,7 @@ from bupo.training.critic import critic_of
 from bupo.training.estimators import estimate
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
+from bupo.training.generation import set_up_generation
 from bupo.training.head import Read
 from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
 from bupo.training.probes import repetition
@@ -68,6 +69,7 @@ class BuPOTrainer(TRLTrainer):
         check_inputs(reward_funcs, args, *positional, **kwargs)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_run(self, args := self.args)
+        set_up_generation(self, args)
         self.given = of_given(self)
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
