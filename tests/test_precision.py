@@ -71,7 +71,7 @@ def test_computes_in_its_16_bits(tmp_path):
     trainer = trainer_of(model, config(tmp_path, **SLOW, max_steps=1, internal_steps=0, internal_layer=None))
     assert trainer.args.bf16 and trainer.accelerator.mixed_precision == "bf16"
     block = model.model.layers[0].mlp.down_proj
-    block.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    block.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype) if module.training else None)
     trainer.train()
     assert seen == {torch.bfloat16}
 

@@ -5,6 +5,7 @@ trains is kept in fp32, and layers compute in the model's 16 bits by autocast, a
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,19 @@ def loaded(
 def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | None) -> torch.dtype | None:
     """The 16-bit dtype of a model whose own weights are to train in fp32, if it is such a one.
 
-    An adapter that is put on the model trains in fp32 by PEFT; the model below it stays as it is.
+    An adapter that is put on the model trains in fp32 by PEFT; the model below it stays as it is, but where FSDP shards, which
+    holds a block's weights in one dtype.
 
     Args:
         model (`str` or `nn.Module`): given to the trainer.
         args ([`~bupo.BuPOConfig`]): of the run.
         adapter (`PeftConfig`, *optional*): that is put on the model.
     """
-    if not args.fp32_master_weights or (adapter is not None and not getattr(adapter, "modules_to_save", None)):
+    alone = adapter is not None and not getattr(adapter, "modules_to_save", None) and not is_sharded(args)
+    if not args.fp32_master_weights or alone:
         return None
     if not isinstance(model, str):
-        adapters = adapter_weights(model)
+        adapters = set() if is_sharded(args) else adapter_weights(model)
         trains = [p for p in model.parameters() if p not in adapters and (p.requires_grad or adapter is not None)]
         return next((p.dtype for p in trains if p.dtype in HALF), None)
     options = args.model_init_kwargs or {}
@@ -84,16 +87,17 @@ def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | 
     return dtype if dtype in HALF else None
 
 
+def is_sharded(args: BuPOConfig) -> bool:
+    """Whether FSDP is to shard the run, by its options or by the launch."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def adapter_weights(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of a model's adapter layers, which take states of any dtype and give them back in it."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return {
-        parameter
-        for layer in layers
-        for name in layer.adapter_layer_names
-        if isinstance(part := getattr(layer, name, None), nn.Module)
-        for parameter in part.parameters()
-    }
+    parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    parts.append(getattr(model, "prompt_encoder", None))  # a learned prompt
+    return {parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}
 
 
 def autocast_to(dtype: torch.dtype, args: BuPOConfig) -> None:

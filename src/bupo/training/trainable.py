@@ -84,7 +84,7 @@ def _phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
             return
         last = "" if stage.batches is None else f" to {first + stage.batches - 1}"
         if stage.layer is not None:
-            yield f"the first phase, rollout batches {first}{last}", stage.layer
+            yield f"the first phase (rollout batches {first}{last})", stage.layer
         elif not any(_any(trainer, layer) for layer in _candidates(trainer)):
             yield "the first phase", trainer.stream.num_layers
         first += stage.batches or 1
@@ -226,6 +226,8 @@ class Moved(TrainerCallback):
         warming = state.global_step < args.get_warmup_steps(state.max_steps)
         if self.phase()[0] in self.seen or warming or partitions(self.accelerator):
             return
+        if not any(group["lr"] > 0 for group in optimizer.param_groups if group["params"]) and _held_by(optimizer):
+            return  # the rate is 0 now
         stepped = {p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
         with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
         self.stepped = not with_gradient or any(parameter in stepped for parameter in with_gradient)
