@@ -18,7 +18,14 @@ IDS = torch.arange(3, 19)[None]
 
 def first_ratios(folder, model, **changes):
     """The largest |log ratio| at the first update of each rollout batch, two of each phase; and the clip ratios logged there."""
-    options = {"internal_steps": 2, "max_steps": 16, "num_iterations": 1, "probe_every": 0, "internal_guard": False, **changes}
+    options = {
+        "internal_steps": 2,
+        "max_steps": 16,
+        "num_iterations": 1,
+        "probe_every": 0,
+        "internal_guard": False,
+        **changes,
+    }
     lora = options.pop("peft_config", None)
     trainer = trainer_of(model, config(folder, **options), peft_config=lora)
     watch = RatioWatch().attach(trainer)
@@ -26,7 +33,9 @@ def first_ratios(folder, model, **changes):
     rows = watch.rows[:: 4 * options["num_iterations"]]
     assert [row["phase"] for row in rows] == [1, 1, 2, 2]
     logs = [row for row in trainer.state.log_history if "clip_ratio/region_mean" in row]
-    return [row["log_ratio"] for row in rows], [row["clip_ratio/region_mean"] for row in logs[:: 4 * options["num_iterations"]]]
+    return [row["log_ratio"] for row in rows], [
+        row["clip_ratio/region_mean"] for row in logs[:: 4 * options["num_iterations"]]
+    ]
 
 
 def loaded_adapter(folder, **changes):
@@ -38,7 +47,9 @@ MODELS = {
     "a loaded adapter": lambda folder: loaded_adapter(folder),
     "attention_dropout": lambda folder: model_of(attention_dropout=0.3),
     "resid_pdrop": lambda folder: model_of("phi3", resid_pdrop=0.3),
-    "gpt2": lambda folder: tiny_model("gpt2", vocab_size=262, eos_token_id=1, resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3),
+    "gpt2": lambda folder: tiny_model(
+        "gpt2", vocab_size=262, eos_token_id=1, resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3
+    ),
 }
 
 
@@ -46,7 +57,9 @@ MODELS = {
 @pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ratios_start_at_one_in_both_phases(tmp_path, name, iterations, caplog):
     updates = 16 * iterations
-    ratios, clipped = first_ratios(tmp_path / "run", MODELS[name](tmp_path / "a"), max_steps=updates, num_iterations=iterations)
+    ratios, clipped = first_ratios(
+        tmp_path / "run", MODELS[name](tmp_path / "a"), max_steps=updates, num_iterations=iterations
+    )
     # packed rows are summed in another order than the same rows of another micro-batch
     assert max(ratios) < 1e-4 and clipped == [0.0] * 4
     said = [r.getMessage() for r in caplog.records if "dropout is turned off" in r.getMessage()]

@@ -22,7 +22,9 @@ def moved(before, after):
 
 
 def run(folder, model, **changes):
-    trainer = trainer_of(model, config(folder, **{**SLOW, "internal_layer": 3, "internal_steps": 1, "max_steps": 4, **changes}))
+    trainer = trainer_of(
+        model, config(folder, **{**SLOW, "internal_layer": 3, "internal_steps": 1, "max_steps": 4, **changes})
+    )
     trainer.train()
     return trainer
 
@@ -101,7 +103,9 @@ def test_the_reference_is_the_policy_of_the_start(tmp_path):
     model_of().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     trainer = trainer_of(model, config(tmp_path / "run", **SLOW, beta=0.1, max_steps=1))
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True)
+    )
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == 0.0
 
@@ -153,12 +157,25 @@ def test_the_command_line(tmp_path):
     start = load_model(str(tmp_path / "model"), dtype=torch.bfloat16).state_dict()
     args = config(tmp_path / "run", **{**SLOW, "internal_layer": 4, "internal_steps": 1, "max_steps": 8})
     done = train(
-        str(tmp_path / "model"), args, problems=PROBLEMS, reward_funcs=[token_reward], loading=ModelConfig(dtype="bfloat16")
+        str(tmp_path / "model"),
+        args,
+        problems=PROBLEMS,
+        reward_funcs=[token_reward],
+        loading=ModelConfig(dtype="bfloat16"),
     )
     assert done.model.dtype == torch.float32
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert moved({name: start[name] for name in weights}, weights) > 0.85
     assert load_model(str(tmp_path / "run")).dtype == torch.bfloat16
+
+
+def test_options_serve_for_several_models(tmp_path):
+    """The 16 bits are the first model's: a second one in fp32 computes in fp32, whatever the process has computed in before."""
+    args = config(tmp_path, **SLOW, max_steps=1)
+    for model, precision in ((half_model(), "bf16"), (model_of(), "no"), (half_model(), "bf16")):
+        trainer = trainer_of(model, args)
+        assert (trainer.accelerator.mixed_precision, args.bf16) == (precision, False)
+        trainer.train()
 
 
 def test_options():

@@ -22,9 +22,7 @@ def never(completion_ids, **kwargs):
 def refused(folder, model, match, lora=None, **changes):
     """A run that is refused in one line, before it samples or writes anything."""
     args = config(folder, **changes)
-    trainer = BuPOTrainer(
-        model, never, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, peft_config=lora
-    )
+    trainer = BuPOTrainer(model, never, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, peft_config=lora)
     trainer.rollout = trainer._generate_and_score_completions = never
     with pytest.raises(UserError, match=match) as error:
         trainer.train()
@@ -59,7 +57,9 @@ def test_adapters_above_the_layer_of_a_later_stage(tmp_path):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_adapter_loaded_for_inference(tmp_path, beta, steps):
-    get_peft_model(model_of(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    get_peft_model(model_of(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "a"
+    )
     model = PeftModel.from_pretrained(model_of(), tmp_path / "a")
     first = {"internal_layer": None} if steps == 0 else {}
     refused(tmp_path / "run", model, "no parameter.*is_trainable=True", beta=beta, internal_steps=steps, **first)
@@ -91,7 +91,12 @@ def test_frozen_after_the_trainer_is_made(tmp_path):
 
 
 def test_the_policy_objective_drops_what_lies_above(tmp_path):
-    refused(tmp_path / "run", freeze(model_of(), "layers.3."), "the whole policy by layers up to 2", internal_objective="policy")
+    refused(
+        tmp_path / "run",
+        freeze(model_of(), "layers.3."),
+        "the whole policy by layers up to 2",
+        internal_objective="policy",
+    )
 
 
 def test_the_mlp_of_the_layer_takes_no_part_in_its_attention_policy(tmp_path):
@@ -114,6 +119,21 @@ def test_a_module_outside_the_graph(tmp_path):
     for steps in (0, 2):
         layer = {"internal_layer": None} if steps == 0 else {}
         refused(tmp_path / "run", model, "would train nothing.*spare", internal_steps=steps, **layer)
+
+
+def test_an_adapter_on_the_unembedding(tmp_path, caplog):
+    """Log-probs are made from the unembedding's weights, as TRL's: an adapter on it takes no part."""
+    lora = {"r": 4, "task_type": "CAUSAL_LM"}
+    refused(tmp_path / "a", model_of(), "would train nothing", LoraConfig(target_modules=["lm_head"], **lora))
+    caplog.clear()
+    trainer_of(model_of(), config(tmp_path / "b"), peft_config=LoraConfig(target_modules=["q_proj"], **lora)).train()
+    assert "no loss reaches them" not in caplog.text
+    both = LoraConfig(target_modules=["q_proj", "lm_head"], **lora)
+    trainer = trainer_of(model_of(tie_word_embeddings=False), config(tmp_path / "c", max_steps=12), peft_config=both)
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert "2 parameters require a gradient, and no loss reaches them" in caplog.text
+    assert not any("lm_head" in name for name in changed(before, trainer.model))
 
 
 def test_an_optimizer_of_another_model(tmp_path):
@@ -151,10 +171,14 @@ def test_a_learned_prompt_trains_in_both_phases(tmp_path):
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     for steps in (1, 0):
         layer = {"internal_layer": None} if steps == 0 else {}
-        trainer = trainer_of(model_of(), config(tmp_path, internal_steps=steps, **layer, max_steps=4), peft_config=prompt)
+        trainer = trainer_of(
+            model_of(), config(tmp_path, internal_steps=steps, **layer, max_steps=4), peft_config=prompt
+        )
         before = snapshot(trainer.model)
         trainer.train()
-        assert all("prompt_encoder" in name for name in changed(before, trainer.model)) and changed(before, trainer.model)
+        assert all("prompt_encoder" in name for name in changed(before, trainer.model)) and changed(
+            before, trainer.model
+        )
 
 
 def test_the_command_keeps_the_run_that_it_would_replace(tmp_path):

@@ -92,9 +92,16 @@ def reached(
         model (`nn.Module`, *optional*): the stream's model with PEFT around it.
     """
     last = Site("layer", stream.num_layers) if site is None else site
+    # a learned prompt is put before the tokens by PEFT's own forward
+    run = model if model is not None and hasattr(model, "prompt_encoder") else stream.decoder
     inputs = {"input_ids": probe_tokens(stream.model), "use_cache": False}
-    with evaluating(stream.model), torch.enable_grad(), stream.record([last]) as states, stream.first_layers(last.layer):
-        (model or stream.model)(**inputs)
+    with (
+        evaluating(stream.model),
+        torch.enable_grad(),
+        stream.record([last]) as states,
+        stream.first_layers(last.layer),
+    ):
+        run(**inputs)
         head = stream.head()
         read = stream.lensed(states[last], "final_norm" if site is None or normed else "raw")
     ends = [read, head.weight, *([] if head.bias is None else [head.bias])]

@@ -4,6 +4,7 @@ An update of 1e-6 is lost in a bfloat16 weight of 0.02, whose neighbours are 1e-
 trains is kept in fp32, and layers compute in the model's 16 bits by autocast, as with `bf16: true` and weights in fp32.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -25,21 +26,25 @@ logger = get_logger(__name__)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def masters(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | None) -> torch.dtype | None:
+def masters(
+    model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | None
+) -> tuple[BuPOConfig, torch.dtype | None]:
     """Have a 16-bit model's own weights train in fp32: cast a loaded one, and load a named one so. Before there is a trainer.
 
     Returns:
-        `torch.dtype`: the model's, if it is 16 bits and its own weights train.
+        `tuple`: the options of the run, which may be used for another model as they were; and the model's dtype, if it is 16
+        bits and its own weights train.
     """
     half = computed_in(model, args, adapter)
     if half is None:
-        return None
+        return args, None
+    args = copy.copy(args)
     autocast_to(half, args)
     if isinstance(model, str):
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "dtype": "float32"}
     else:
         to_fp32(model)
-    return half
+    return args, half
 
 
 def loaded(
@@ -110,7 +115,9 @@ def autocast_to(dtype: torch.dtype, args: BuPOConfig) -> None:
         return
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     if name == "fp16" and (args.device.type == "cpu" or args.advantage_estimator in WITH_CRITIC):
-        logger.warning("the model is in float16: its weights train in fp32, and layers compute in fp32 too; prefer bfloat16")
+        logger.warning(
+            "the model is in float16: its weights train in fp32, and layers compute in fp32 too; prefer bfloat16"
+        )
         return
     setattr(args, name, True)
     args.mixed_precision = name
@@ -144,5 +151,3 @@ def say_dtype(folder: Path, dtype: torch.dtype) -> None:
         return
     config: dict[str, Any] = json.loads(path.read_text())
     write_json(path, config | {"dtype": str(dtype).removeprefix("torch.")})
-
-

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
@@ -54,10 +55,17 @@ def check_trainable(trainer: Any) -> None:
         )
     if args.learning_rate == 0:
         logger.warning("learning_rate is 0: the weights stay as they are")
-    for batches, layer in _phases(trainer):
-        if _any(trainer, layer, steps):
-            continue
-        raise UserError(_refusal(trainer, batches, layer, named))
+    for phase, layer in _phases(trainer):
+        found = _reached_in(trainer, layer)
+        if not (found if steps is None else found & steps):
+            raise UserError(_refusal(trainer, phase, layer, named))
+        # a few tokens meet few of a mixture's experts
+        idle = [name for name, parameter in named.items() if parameter not in found and "expert" not in name]
+        if layer is None and idle:
+            logger.warning(
+                f"{len(idle)} parameters require a gradient, and no loss reaches them ({idle[0]}{', …' if len(idle) > 1 else ''}): "
+                "they stay as they are"
+            )
 
 
 def check_layer(trainer: Any, layer: int) -> None:
@@ -85,7 +93,7 @@ def _phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
         last = "" if stage.batches is None else f" to {first + stage.batches - 1}"
         if stage.layer is not None:
             yield f"the first phase (rollout batches {first}{last})", stage.layer
-        elif not any(_any(trainer, layer) for layer in _candidates(trainer)):
+        elif not any(_reached_in(trainer, layer) for layer in _candidates(trainer)):
             yield "the first phase", trainer.stream.num_layers
         first += stage.batches or 1
     if whole is None or whole >= first:
@@ -99,10 +107,9 @@ def _candidates(trainer: Any) -> Iterable[int]:
     return (layer for layer in layers if moved_by(trainer.stream, layer, normed, trainer.model))
 
 
-def _any(trainer: Any, layer: int | None, steps: set[nn.Parameter] | None = None) -> bool:
-    """Whether the loss of a layer's stage, or of the second phase, reaches a parameter that trains."""
-    found = reached_by(trainer.model, trainer.stream, trainer.alignment.site(layer), layer, trainer.args)
-    return bool(found if steps is None else found & steps)
+def _reached_in(trainer: Any, layer: int | None) -> set[nn.Parameter]:
+    """What trains by the loss of a layer's stage, or of the second phase."""
+    return reached_by(trainer.model, trainer.stream, trainer.alignment.site(layer), layer, trainer.args)
 
 
 def reached_by(
@@ -134,10 +141,8 @@ def _held_by(optimizer: Any) -> set[nn.Parameter] | None:
 
 def _unfrozen(model: nn.Module) -> str:
     """How to have a model train that is frozen as a whole."""
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        return (
-            "its adapter was loaded for inference: load it by PeftModel.from_pretrained(base, folder, is_trainable=True)"
-        )
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()) or getattr(model, "prompt_encoder", None):
+        return "its adapter was loaded for inference: load it by PeftModel.from_pretrained(base, folder, is_trainable=True)"
     return "it was frozen by hand: call requires_grad_(True) on what is to train, or pass a peft_config"
 
 
@@ -157,7 +162,11 @@ def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn
     if args.internal_objective == "policy":
         policy = f"the whole policy by layers up to {layer}"
     if where and min(where) > layer:
-        why = f"they lie in layers {min(where)} to {max(where)}, above it" if len(where) > 1 else f"they lie in layer {where[0]}"
+        why = (
+            f"they lie in layers {min(where)} to {max(where)}, above it"
+            if len(where) > 1
+            else f"they lie in layer {where[0]}"
+        )
     else:
         why = "none of them takes part in it"
     adapters = getattr(trainer.model, "peft_config", None)

@@ -62,9 +62,7 @@ def check_zero(args: Any) -> None:
 # -- what steps -----------------------------------------------------------------------------------------------------------
 
 
-def stepped(
-    stream: ResidualStream, site: Site, normed: bool, model: nn.Module | None = None
-) -> set[nn.Parameter]:
+def stepped(stream: ResidualStream, site: Site, normed: bool, model: nn.Module | None = None) -> set[nn.Parameter]:
     """Return the trainable parameters that an update of a site's policy steps; arguments as of `reached`.
 
     Experts that a few tokens do not meet count too: of a site's own layer alone it differs which parts write it.
