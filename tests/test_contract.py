@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig

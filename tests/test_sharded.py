@@ -182,7 +182,7 @@ def test_a_16_bit_model_trains_in_fp32(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_phase_that_trains_nothing_is_refused(tmp_path, kind):
-    with pytest.raises(AssertionError, match="first phase .rollout batches 1 to 2. would train nothing"):
+    with pytest.raises(AssertionError, match=r"first phase .rollout batches 1 to 2. would train nothing"):
         launched(kind, tmp_path, "above")
 
 

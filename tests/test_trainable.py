@@ -144,7 +144,7 @@ def test_an_optimizer_of_another_model(tmp_path):
     model = model_of()
     above = torch.optim.SGD(model.model.layers[3].parameters(), lr=0.1)
     trainer = trainer_of(model, config(tmp_path), optimizers=(above, None))
-    with pytest.raises(UserError, match="first phase.*would train nothing"):
+    with pytest.raises(UserError, match=r"first phase.*would train nothing"):
         trainer.train()
 
 
@@ -162,7 +162,7 @@ def test_auto(tmp_path):
     trainer = trainer_of(built([40.0, 40.0, 1e-3, 1e-3]), config(tmp_path / "b", **auto), peft_config=lora)
     trainer.watch.decide = lambda *args: setattr(trainer.watch, "schedule", trainer.watch.schedule.decided(2, 1))
     before = snapshot(trainer.model)
-    with pytest.raises(UserError, match="layer 2.*they lie in layer 4"):
+    with pytest.raises(UserError, match=r"layer 2.*they lie in layer 4"):
         trainer.train()
     assert not changed(before, trainer.model)
 

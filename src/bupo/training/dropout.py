@@ -1,7 +1,7 @@
-"""Dropout while training: off, so that the policy that samples, the one that is scored and the one that is updated are the same.
+"""Dropout is off while training: what samples, what is scored and what is updated are one policy.
 
-The ratio of an update compares new log-probs with old ones that another forward pass gave. With dropout, each pass draws a mask of
-its own: ratios do not start at 1, and are clipped before anything was learned.
+The ratio of an update compares new log-probs with old ones that another forward pass gave. With dropout, each pass draws a mask
+of its own: ratios do not start at 1, and are clipped before anything was learned.
 """
 
 from typing import Any
@@ -120,6 +120,6 @@ def without_dropout(model: nn.Module, args: BuPOConfig, ids: torch.Tensor) -> No
         )
     if args.neftune_noise_alpha:
         logger.warning(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings in each pass: ratios do not start at 1, "
-            "and may be clipped; leave it out"
+            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings in each pass: ratios do not start "
+            "at 1, and may be clipped; leave it out"
         )

@@ -82,8 +82,8 @@ def reached(
 ) -> set[nn.Parameter]:
     """Return the trainable parameters that the gradient of a policy's log-probs reaches: of `moved_by`, those in the graph.
 
-    One pass over a few tokens is recorded, and nothing is differentiated. Which part of a layer writes a site differs by family,
-    and a module may be left out by hand.
+    One pass over a few tokens is recorded, and nothing is differentiated. Which part of a layer writes a site differs by
+    family, and a module may be left out by hand.
 
     Args:
         stream ([`~bupo.model.residual.ResidualStream`]): whole on this process.

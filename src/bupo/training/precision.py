@@ -106,7 +106,7 @@ def adapter_weights(model: nn.Module) -> set[nn.Parameter]:
 
 
 def autocast_to(dtype: torch.dtype, args: BuPOConfig) -> None:
-    """Have layers compute in a 16-bit dtype on weights in fp32, unless the options say in which; before there is an accelerator.
+    """Have layers compute in a 16-bit dtype, unless the options say in which; before there is an accelerator.
 
     fp16 needs the loss scaling of a GPU, which a critic does without; DeepSpeed turns the whole model into its dtype. There
     layers compute in fp32.

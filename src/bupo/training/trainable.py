@@ -1,4 +1,4 @@
-"""Whether a run trains anything: counted on the parameters before it samples, and looked at after the first update of each phase."""
+"""Whether a run trains anything: counted on its parameters before it samples, seen after the first update of each phase."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -63,8 +63,8 @@ def check_trainable(trainer: Any) -> None:
         idle = [name for name, parameter in named.items() if parameter not in found and "expert" not in name]
         if layer is None and idle:
             logger.warning(
-                f"{len(idle)} parameters require a gradient, and no loss reaches them ({idle[0]}{', …' if len(idle) > 1 else ''}): "
-                "they stay as they are"
+                f"{len(idle)} parameters require a gradient, and no loss reaches them "
+                f"({idle[0]}{', …' if len(idle) > 1 else ''}): they stay as they are"
             )
 
 
@@ -151,8 +151,8 @@ def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn
     some = f"{len(named)} parameters require a gradient ({next(iter(named))}{', …' if len(named) > 1 else ''})"
     if layer is None:
         return (
-            f"{phase} would train nothing: {some}, and the loss of the whole policy reaches none of them; train others, such as "
-            "the layers' own"
+            f"{phase} would train nothing: {some}, and the loss of the whole policy reaches none of them; train others, such "
+            "as the layers' own"
         )
     where = _layers_of(trainer.stream, set(named.values()))
     args = trainer.args
@@ -173,8 +173,8 @@ def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn
     remedy = f"put the adapter on layers up to {layer} too" if adapters else f"let layers up to {layer} train"
     higher = f"a higher internal_layer than {layer}" if layer < trainer.stream.num_layers else "another internal_module"
     return (
-        f"{phase} would train nothing: it optimises {policy}, and of what requires a gradient, {some}, nothing is reached: {why}; "
-        f"{remedy}, choose {higher}, or internal_steps 0 for no first phase"
+        f"{phase} would train nothing: it optimises {policy}, and of what requires a gradient, {some}, nothing is reached: "
+        f"{why}; {remedy}, choose {higher}, or internal_steps 0 for no first phase"
     )
 
 
@@ -260,16 +260,16 @@ class Moved(TrainerCallback):
         self.seen.append(phase)
         if not self.stepped:
             raise UserError(
-                f"nothing trains in {where}: parameters have a gradient, and the optimizer steps none of them: make the optimizer "
-                "after what trains is chosen, and leave requires_grad alone afterwards"
+                f"nothing trains in {where}: parameters have a gradient, and the optimizer steps none of them: make the "
+                "optimizer after what trains is chosen, and leave requires_grad alone afterwards"
             )
         if stayed > MOST * count and not self.warned:
             self.warned = True
             kind = "16-bit weights" if halves > count / 2 else "the weights' precision"
             remedy = "leave fp32_master_weights true, or raise learning_rate" if halves else "raise learning_rate"
             logger.warning(
-                f"{where}: {stayed / count:.1%} of the weights that have a gradient did not move, their updates are lost in the "
-                f"rounding of {kind}; {remedy}"
+                f"{where}: {stayed / count:.1%} of the weights that have a gradient did not move, their updates are lost in "
+                f"the rounding of {kind}; {remedy}"
             )
 
 
