@@ -1,4 +1,4 @@
-"""A run, or a phase of one, that trains nothing is refused before it samples; one whose updates are lost says so."""
+"""A run, or a phase of one, that trains nothing is refused before it samples; lost updates are named."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Dropout is off while training: what samples, what is scored and what is updated are one policy.
 
-The ratio of an update compares new log-probs with old ones that another forward pass gave. With dropout, each pass draws a mask
-of its own: ratios do not start at 1, and are clipped before anything was learned.
+The ratio of an update compares new log-probs with old ones that another forward pass gave. With dropout, each pass draws
+another mask: ratios do not start at 1, and are clipped before anything was learned.
 """
 
 from typing import Any
@@ -79,7 +79,7 @@ def turn_off(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def is_random(model: nn.Module, ids: torch.Tensor) -> bool:
-    """Whether two passes over the same tokens differ, by more than rounding, while the model trains.
+    """Return whether two passes over the same tokens differ, by more than rounding, while the model trains.
 
     Args:
         model (`nn.Module`): whole on this process.

@@ -71,7 +71,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter,
 def moved_by(stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None) -> list[nn.Parameter]:
     """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm.
 
-    `model` is the stream's with its wrappers, of which PEFT's may hold parameters too (a learned prompt).
+    `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
     """
     still = above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
     return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]

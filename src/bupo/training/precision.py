@@ -66,8 +66,8 @@ def loaded(
 def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | None) -> torch.dtype | None:
     """The 16-bit dtype of a model whose own weights are to train in fp32, if it is such a one.
 
-    An adapter that is put on the model trains in fp32 by PEFT; the model below it stays as it is, but where FSDP shards, which
-    holds a block's weights in one dtype.
+    PEFT has an adapter train in fp32, and the model below it keeps its 16 bits. FSDP shards a block in one dtype: there the
+    model is cast too.
 
     Args:
         model (`str` or `nn.Module`): given to the trainer.
@@ -93,7 +93,7 @@ def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | 
 
 
 def is_sharded(args: BuPOConfig) -> bool:
-    """Whether FSDP is to shard the run, by its options or by the launch."""
+    """Return whether FSDP is to shard the run, by its options or by the launch."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

@@ -31,7 +31,7 @@ MOST = 0.5  # share of updates that rounding may swallow without a warning
 
 
 def check_trainable(trainer: Any) -> None:
-    """Refuse a run of which a phase trains nothing: no parameter requires a gradient and is reached by the phase's loss.
+    """Refuse a run with a phase that trains nothing: no parameter requires a gradient and is reached by the phase's loss.
 
     Args:
         trainer ([`~bupo.BuPOTrainer`]): before it samples. A model that FSDP has sharded was looked at before.
@@ -108,7 +108,7 @@ def _candidates(trainer: Any) -> Iterable[int]:
 
 
 def _reached_in(trainer: Any, layer: int | None) -> set[nn.Parameter]:
-    """What trains by the loss of a layer's stage, or of the second phase."""
+    """Return what trains by the loss of a layer's stage, or of the second phase."""
     return reached_by(trainer.model, trainer.stream, trainer.alignment.site(layer), layer, trainer.args)
 
 
@@ -207,7 +207,7 @@ class Moved(TrainerCallback):
 
     Args:
         accelerator (`Accelerator`): the trainer's.
-        phase (`Callable`): gives the phase of the update, to be told from others, and what it is in words.
+        phase (`Callable`): gives a number for the phase of the update, and its name for messages.
         seen (`list`): phases that were looked at.
         warned (`bool`): whether it was said that rounding swallows updates.
     """
