@@ -68,7 +68,7 @@ def check_trainable(trainer: Any) -> None:
             )
 
 
-def check_layer(trainer: Any, layer: int) -> None:
+def check_layer(trainer: Any, layer: int | None) -> None:
     """Refuse the layer that `auto` has chosen if its policy reaches nothing that trains.
 
     The model may be sharded by now: its parameters are looked at, not a graph.
@@ -76,6 +76,7 @@ def check_layer(trainer: Any, layer: int) -> None:
     Raises:
         UserError: with the layer, why, and what to do.
     """
+    assert layer is not None, "auto has chosen"
     stream, normed = trainer.stream, trainer.args.internal_lens == "final_norm"
     if moved_by(stream, layer, normed, trainer.model):
         return
@@ -274,6 +275,7 @@ class Moved(TrainerCallback):
 
 
 def _sample(parameter: nn.Parameter) -> Sample:
+    assert parameter.grad is not None, "parameters without a gradient are left out"
     gradient, values = (held(x.detach()).flatten() for x in (parameter.grad, parameter))
     places = torch.arange(0, len(values), max(1, len(values) // SAMPLED), device=values.device)
     places = places[gradient[places] != 0]

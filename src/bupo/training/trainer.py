@@ -67,6 +67,7 @@ class BuPOTrainer(TRLTrainer):
         **kwargs,
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
+        assert args is not None, "it was looked at"
         args, half = masters(model, args, positional[7] if len(positional) > 7 else kwargs.get("peft_config"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.loaded_dtype = loaded(self.model, self.ref_model, half, args)
