@@ -58,6 +58,14 @@ CASES: dict[str, dict] = {
     "auto": {"internal_layer": "auto", "model": lambda: built([1e-3, 1e-3, 40.0, 40.0])},
     "evaluated": {"eval_benchmarks": ["arithmetic"], "eval_every": 2, "eval_k": 3, "eval_problems": 5},
     "lora": {"peft": LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM", init_lora_weights=True)},
+    "half": {"model": lambda: model_of().bfloat16(), "learning_rate": 1e-6, "weight_decay": 0.0},
+    "half lora": {
+        "model": lambda: model_of().bfloat16(),
+        "peft": LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM", init_lora_weights=False),
+        "learning_rate": 1e-6,
+    },
+    "half ppo": {"model": lambda: model_of().bfloat16(), **PPO, "critic_learning_rate": 1e-6},
+    "above": {"peft": LoraConfig(target_modules=["q_proj"], layers_to_transform=[3], r=4, task_type="CAUSAL_LM")},
     "sampled": {"sampled": True, "eval_benchmarks": ["arithmetic"], "eval_every": 2, "eval_k": 2, "eval_problems": 3},
 }
 

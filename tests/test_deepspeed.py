@@ -23,7 +23,7 @@ from bupo.model.residual import ResidualStream, Site
 from bupo.training.checkpoint import check_same_run
 from bupo.training.metrics_file import read_metrics
 from bupo.training.setup import check_run
-from bupo.training.zero import REACHED_BY, StepsOfReached, check_zero, group_by_reach, reached
+from bupo.training.zero import REACHED_BY, StepsOfReached, check_zero, group_by_reach, stepped
 from tests.test_dynamics import FALLING
 from tests.test_trainer import assert_only_below, model_of
 
@@ -171,8 +171,8 @@ def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
 def test_what_the_attention_of_a_layer_writes_is_reached_without_its_ffn():
     stream = ResidualStream(model_of())
     names = {parameter: name for name, parameter in stream.model.named_parameters()}
-    whole = {names[p] for p in reached(stream, Site("layer", 2), False)}
-    attention = {names[p] for p in reached(stream, Site("attn", 2), False)}
+    whole = {names[p] for p in stepped(stream, Site("layer", 2), False)}
+    attention = {names[p] for p in stepped(stream, Site("attn", 2), False)}
     assert whole - attention == {f"model.layers.1.{part}.weight" for part in (
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"
     )} and attention < whole  # fmt: skip

@@ -163,6 +163,29 @@ def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
             launched(kind, tmp_path / kind, "guard", target)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_16_bit_model_trains_in_fp32(tmp_path, kind):
+    """At a rate of which 16-bit weights keep next to nothing: whole, by an adapter, and with a critic."""
+    launched(kind, tmp_path, "half", "half lora", "half ppo")
+    start = model_of().bfloat16().state_dict()
+    for case in ("half", "half lora", "half ppo"):
+        end = torch.load(tmp_path / case / "end.pt")
+        trained = {name: w for name, w in end["policy"].items() if ("lora" in name) == (case == "half lora")}
+        assert trained and {weights.dtype for weights in trained.values()} == {torch.float32}
+        if case == "half lora":
+            continue
+        same = [(weights == start[name]).float().mean().item() for name, weights in trained.items()]
+        assert max(same) < 0.5 and sum(same) / len(same) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_phase_that_trains_nothing_is_refused(tmp_path, kind):
+    with pytest.raises(AssertionError, match=r"first phase .rollout batches 1 to 2. would train nothing"):
+        launched(kind, tmp_path, "above")
+
+
 # -- where it cannot be ----------------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ def _critic_held(setting: Setting) -> float:
     policy's: beside it the critic is whole on each process."""
     count = critic_weights(setting)
     if setting.on.shared.startswith("zero"):
-        return (2 * setting.weight_bytes + optimizer_bytes("adamw", setting.weight_bytes)) * count
+        return (2 * setting.trained_bytes + optimizer_bytes("adamw", setting.trained_bytes)) * count
     return _weights(setting, count, count) + _buckets(setting, count) + _optimizer(setting, count, "adamw")
 
 
@@ -96,13 +96,13 @@ def _weights(setting: Setting, count: float, trained: float) -> float:
     if shared.startswith("zero"):
         own = (HALF if setting.half else FP32) * count
         return own + FP32 * trained / processes
-    return size * count
+    return setting.trained_bytes * trained + size * (count - trained)
 
 
 def _optimizer(setting: Setting, count: float, name: str | None = None) -> float:
     """Moments of the parameters that have been moved."""
     whole = setting.on.shared in ("one", "ddp")
-    size = setting.weight_bytes if whole else FP32
+    size = setting.trained_bytes if whole else FP32
     state = optimizer_bytes(name or setting.config.optim.value, size)
     return state * count / (1 if whole else setting.on.processes)
 
@@ -117,7 +117,7 @@ def optimizer_bytes(name: str, size: int) -> float:
 def _buckets(setting: Setting, trained: float) -> float:
     """DDP keeps gradients a second time, to reduce them; DeepSpeed a bucket."""
     if setting.on.shared == "ddp":
-        return setting.weight_bytes * trained
+        return setting.trained_bytes * trained
     return HALF * min(BUCKET, trained) if setting.on.shared.startswith("zero") else 0.0
 
 
@@ -143,7 +143,7 @@ def _gradients(setting: Setting, count: float) -> float:
     if shared.startswith("zero"):
         size = HALF if setting.half else FP32
         return size * count / (1 if shared == "zero1" else processes)
-    return setting.weight_bytes * count
+    return setting.trained_bytes * count
 
 
 def _kept_back(setting: Setting, count: float) -> float:
@@ -264,7 +264,7 @@ def _critic_gradients(setting: Setting) -> float:
     if not setting.copied_critic:
         return 0.0
     count = critic_weights(setting)
-    return setting.weight_bytes * count if setting.on.shared.startswith("zero") else _gradients(setting, count)
+    return setting.trained_bytes * count if setting.on.shared.startswith("zero") else _gradients(setting, count)
 
 
 # -- a rollout batch -------------------------------------------------------------------------------------------------

@@ -57,12 +57,21 @@ class Setting:
     @property
     def half(self) -> bool:
         """Whether products are of 16-bit numbers."""
-        return bool(self.config.bf16 or self.config.fp16) or self.weight_bytes == 2
+        return bool(self.config.bf16 or self.config.fp16) or self._loaded_half
+
+    @property
+    def _loaded_half(self) -> bool:
+        return str(self.loading.dtype) in ("bfloat16", "float16")
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight as it is loaded; trained ones are fp32 unless `dtype` says otherwise."""
-        return 2 if str(self.loading.dtype) in ("bfloat16", "float16") else 4
+        """Of a weight. One in 16 bits stays so below an adapter, or where weights in fp32 are not wanted for training."""
+        return 2 if self._loaded_half and (self.loading.use_peft or not self.config.fp32_master_weights) else 4
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a weight that trains, of its gradient and of each moment of its optimizer."""
+        return 2 if self._loaded_half and not self.config.fp32_master_weights else 4
 
     @property
     def precision(self) -> str:

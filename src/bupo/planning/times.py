@@ -57,7 +57,7 @@ def optimizer_traffic(setting: Setting, layer: int | None) -> float:
 
 def _stepped(setting: Setting, optimizer: str, share: int) -> float:
     """Bytes a parameter that this device reads and writes where it steps one in `share` of them."""
-    size = setting.weight_bytes if share == 1 else 4
+    size = setting.trained_bytes if share == 1 else 4
     gradient = size * (1 + GRADIENT_PASSES + (CLIPPING if setting.config.max_grad_norm else 0))
     return (2 * size + gradient + 2 * optimizer_bytes(optimizer, size)) / share
 

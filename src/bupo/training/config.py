@@ -26,8 +26,8 @@ AUTO, DEFAULT_STEPS = "auto", 20
 class BuPOConfig(GRPOConfig):
     """The first phase, and the methods it is compared with: what [`~bupo.BuPOTrainer`] has besides [`~trl.GRPOConfig`].
 
-    All of GRPOConfig's options are here too. It differs from its defaults in two entries: one log a rollout batch, and
-    without an accelerator `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher, without flags.
+    All of GRPOConfig's options are here too. It differs from its defaults in three entries: one log a rollout batch, no
+    dropout, and without an accelerator `use_cpu` and no `bf16`, so that a CPU trains in fp32, alone or under a launcher.
 
     Parameters:
         internal_layer (`int` or `"auto"`, *optional*):
@@ -85,6 +85,11 @@ class BuPOConfig(GRPOConfig):
         layer_rates (`list[float]`, *optional*):
             A factor of the learning rate for each layer, from the first to the last, instead of these three. 0 keeps a layer
             still, and the first one's also the embedding, where it is not the unembedding too.
+        fp32_master_weights (`bool`, *optional*, defaults to `True`):
+            Keep what trains of a model in 16 bits in fp32, and compute in its 16 bits by autocast
+            ([`bupo.training.precision`]). False trains the 16-bit weights, in which small updates are lost.
+        disable_dropout (`bool`, *optional*):
+            By default dropout is off, with a warning if there was any: ratios start at 1. False keeps it.
         logging_steps (`float`, *optional*):
             Optimizer updates between two logs. By default those of one rollout batch, so that every log holds a reward
             and one phase.
@@ -175,6 +180,17 @@ class BuPOConfig(GRPOConfig):
     layer_rates: list[float] | None = field(
         default=None,
         metadata={"help": "A factor of the learning rate for each layer, from the first on; 0 keeps it still."},
+    )
+    fp32_master_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a 16-bit model's weights in fp32, and compute in its 16 bits by autocast. False: the 16-bit "
+            "weights themselves, in which small updates are lost."
+        },
+    )
+    disable_dropout: bool | None = field(
+        default=None,
+        metadata={"help": "Dropout while training: off by default, with a warning if there was any; false keeps it."},
     )
     logging_steps: float | None = field(
         default=None,

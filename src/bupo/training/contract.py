@@ -63,6 +63,12 @@ PRIVATE = {
     "_tag_names": Private("", "overridden: tags of the model card"),
 }
 
+# of accelerate's AcceleratorState, which keeps the mixed precision of a process' first trainer for all later ones
+OF_ACCELERATE = {
+    "_shared_state": "read: the mixed precision of an earlier trainer",
+    "_reset_state": "called where this run has another, as new arguments of transformers do",
+}
+
 # public in name, but in no library's documented interface: where they are, and their parameters
 UNDOCUMENTED = {
     "trl.models.utils.disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs)",

@@ -1,13 +1,14 @@
 """What of a model lies up to a layer and what above it: for the layer-aware baselines and for what phase 1 may move."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.model.residual import ResidualStream
+from bupo.model.proof import probe_tokens
+from bupo.model.residual import ResidualStream, Site, evaluating
 from bupo.training.config import BuPOConfig
 
 
@@ -67,7 +68,57 @@ def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter,
             optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
 
 
-def moved_by(stream: ResidualStream, layer: int, normed: bool) -> list[nn.Parameter]:
-    """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm."""
+def moved_by(stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None) -> list[nn.Parameter]:
+    """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm.
+
+    `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
+    """
     still = above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
-    return [p for p in stream.model.parameters() if p.requires_grad and p not in still]
+    return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]
+
+
+def reached(
+    stream: ResidualStream, site: Site | None, normed: bool, model: nn.Module | None = None
+) -> set[nn.Parameter]:
+    """Return the trainable parameters that the gradient of a policy's log-probs reaches: of `moved_by`, those in the graph.
+
+    One pass over a few tokens is recorded, and nothing is differentiated. Which part of a layer writes a site differs by
+    family, and a module may be left out by hand.
+
+    Args:
+        stream ([`~bupo.model.residual.ResidualStream`]): whole on this process.
+        site ([`~bupo.model.residual.Site`], *optional*): of an internal policy; by default the language model policy.
+        normed (`bool`): whether the internal policy is read through the final norm.
+        model (`nn.Module`, *optional*): the stream's model with PEFT around it.
+    """
+    last = Site("layer", stream.num_layers) if site is None else site
+    # a learned prompt is put before the tokens by PEFT's own forward
+    run = model if model is not None and hasattr(model, "prompt_encoder") else stream.decoder
+    inputs = {"input_ids": probe_tokens(stream.model), "use_cache": False}
+    with (
+        evaluating(stream.model),
+        torch.enable_grad(),
+        stream.record([last]) as states,
+        stream.first_layers(last.layer),
+    ):
+        run(**inputs)
+        head = stream.head()
+        read = stream.lensed(states[last], "final_norm" if site is None or normed else "raw")
+    ends = [read, head.weight, *([] if head.bias is None else [head.bias])]
+    found = in_graph(ends)
+    return found if site is None else found & set(moved_by(stream, site.layer, normed, model))
+
+
+def in_graph(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:
+    """Return the parameters that tensors were made from, by the graph that autograd has recorded."""
+    found = {end for end in ends if isinstance(end, nn.Parameter) and end.requires_grad}
+    waiting, seen = [end.grad_fn for end in ends if end.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            found.add(leaf)
+        waiting += [below for below, _ in node.next_functions if below is not None]
+    return found

@@ -47,6 +47,7 @@ from bupo.training.schedule import Schedule
 from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
 from bupo.training.stopping import ending
 from bupo.training.trackers import continue_events
+from bupo.training.trainable import check_trainable
 from bupo.training.trainer import BuPOTrainer
 from bupo.training.whole import updates_of
 
@@ -176,6 +177,7 @@ def _trainer(model, tokenizer, config: BuPOConfig, sets: Problems, rewards, load
             benchmarks=sets.benchmarks,
             peft_config=get_peft_config(loading),
         )
+    check_trainable(trainer)  # before anything of the folder is replaced
     trainer.system_prompt, trainer.dataset_name = sets.system_prompt, sets.name
     for theirs in (PrinterCallback, ProgressCallback):  # `callbacks` show what is to be shown
         trainer.remove_callback(theirs)
@@ -224,7 +226,7 @@ def _finished(trainer: BuPOTrainer, done: dict[str, Any], say) -> TrainingRun:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), model.active_adapters[0], is_trainable=True)
         else:
-            model = load_model(str(folder), trust_remote_code=trainer.args.trust_remote_code)
+            model = load_model(str(folder), dtype=model.dtype, trust_remote_code=trainer.args.trust_remote_code)
         rows = read_metrics(folder / METRICS_FILE)
     return TrainingRun(folder, model, trainer.processing_class, Schedule.load(done["schedule"]), rows)
 

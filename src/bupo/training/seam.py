@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -85,6 +87,13 @@ class TRLTrainer(GRPOTrainer):
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
     dataset_name: str | None = None  # of the problems, for the card
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        state = AcceleratorState._shared_state
+        other = args is not None and state.get("_mixed_precision", args.mixed_precision) != args.mixed_precision
+        if other and state["distributed_type"] != DistributedType.DEEPSPEED:
+            AcceleratorState._reset_state()  # as new arguments do: an earlier run of this process may have had another
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +320,9 @@ class TRLTrainer(GRPOTrainer):
     # -- overridden --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        with own_settings_unused(self.model, self.processing_class), quick(self.model):
+        # our loop of decoding computes outside the model's forward, and so outside of autocast
+        loop = quick(self.model) if self.accelerator.mixed_precision == "no" else nullcontext()
+        with own_settings_unused(self.model, self.processing_class), loop:
             return self.rollout(inputs) if self.model.training else self.sampled(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

@@ -1,7 +1,6 @@
 """What is refused before a run writes anything, and the streams that it opens."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bupo.model.residual import Family, ResidualStream
 from bupo.training.best_metric import check_best_metric
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
+from bupo.training.precision import is_sharded
 from bupo.training.resumable import check_resumable, without_persistent_workers
 from bupo.training.seam import TRLTrainer, get_config_model_id
 from bupo.training.zero import check_zero
@@ -202,7 +202,7 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
             )
         if any(config.is_prompt_learning for config in getattr(trainer.model, "peft_config", {}).values()):
             raise UserError("a learned prompt (PEFT) cannot be looked at where FSDP shards: use LoRA, or DDP")
-    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    elif is_sharded(args):
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"

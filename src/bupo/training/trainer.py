@@ -14,18 +14,21 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
+from bupo.model.proof import probe_tokens
 from bupo.model.residual import Family, ResidualStream, Site
 from bupo.training import asked, card, checkpoint, messages
 from bupo.training.alignment import Alignment, Speaker
 from bupo.training.callback_states import CallbackStates
 from bupo.training.config import BuPOConfig
 from bupo.training.critic import critic_of
+from bupo.training.dropout import without_dropout
 from bupo.training.estimators import estimate
 from bupo.training.evaluations import Evaluations
 from bupo.training.finite import FiniteUpdates
 from bupo.training.generation import set_up_generation
 from bupo.training.head import Read
 from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
+from bupo.training.precision import loaded, masters, say_dtype
 from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
 from bupo.training.reward_signatures import check_inputs
@@ -33,6 +36,7 @@ from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import EpochEnds, TRLTrainer
 from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
+from bupo.training.trainable import Moved, check_layer, check_trainable
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -67,9 +71,13 @@ class BuPOTrainer(TRLTrainer):
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         check_inputs(reward_funcs, args, *positional, **kwargs)
+        assert args is not None, "it was looked at"
+        args, half = masters(model, args, positional[7] if len(positional) > 7 else kwargs.get("peft_config"))
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self.loaded_dtype = loaded(self.model, self.ref_model, half, args)
         check_run(self, args := self.args)
         set_up_generation(self, args)
+        without_dropout(self.model, args, probe_tokens(self.model))
         self.given = of_given(self)
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
@@ -82,7 +90,9 @@ class BuPOTrainer(TRLTrainer):
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
         self.add_callback(EpochEnds(self))
-        self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite}
+        self.moved = Moved(self.accelerator, lambda: self.phase_of(self.last_batch))
+        self.add_callback(self.moved)
+        self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
         self.parts |= {"critic": self.critic} if self.critic else {}
         self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         if args.eval_benchmarks:
@@ -103,6 +113,11 @@ class BuPOTrainer(TRLTrainer):
         """The internal policy that is optimised, if one is. Evaluation always speaks for the language model policy."""
         return self.alignment.site(self.stage.layer) if self.stage and self.model.training else None
 
+    def phase_of(self, batch: int) -> tuple[int, str]:
+        """A number for the stage that a rollout batch belongs to, -1 in the second phase; and where that is, in words."""
+        place = self.watch.schedule.place(batch)
+        return -1 if place is None else place, self.where(batch)
+
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
         return f"rollout batch {batch} ({self.watch.optimised(batch)}, learning rate {self.learning_rate:.3g})"
@@ -118,6 +133,7 @@ class BuPOTrainer(TRLTrainer):
         answers = batch.answers(self.num_generations)
         if self.stage and self.stage.layer is None:
             self.watch.decide(answers, self.state.max_steps)
+            check_layer(self, self.stage.layer)
         self._estimate(batch)
         if voices and (site := voices.site or self.site):
             self.alignment.align(batch, site, sampled.scores, voices)
@@ -189,6 +205,7 @@ class BuPOTrainer(TRLTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
+        check_trainable(self)
         return self.train_from(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
 
     def train_from(self, found: str | None, *args, **kwargs):
@@ -203,6 +220,8 @@ class BuPOTrainer(TRLTrainer):
 
     def save_model(self, output_dir=None, *args, **kwargs):
         super().save_model(output_dir, *args, **kwargs)
+        if self.loaded_dtype and self.args.should_save:
+            say_dtype(Path(output_dir or self.args.output_dir), self.loaded_dtype)
         for beside in (asked, card):
             beside.write(self, Path(output_dir or self.args.output_dir))
 

@@ -295,7 +295,7 @@ class Watch:
         layer = self.schedule.stages[place].layer
         assert layer is not None, "the guard watches layers that are known"
         sharded_again(self.model)
-        return moved_by(self.stream, layer, self.args.internal_lens == "final_norm")
+        return moved_by(self.stream, layer, self.args.internal_lens == "final_norm", self.model)
 
     def _go_back(self, rollout_batch: int, optimizer, why: str) -> None:
         """Put the best weights back, and end the stage if it has not ended by itself."""

@@ -17,10 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from bupo.errors import UserError
-from bupo.model.proof import probe_tokens
-from bupo.model.residual import ResidualStream, Site, evaluating
+from bupo.model.residual import ResidualStream, Site
 from bupo.training.guard import stop_momentum
-from bupo.training.layers import moved_by
+from bupo.training.layers import moved_by, reached
 
 REACHED_BY = "reached_by"  # key of an optimizer's group: the layers whose policies reach its parameters
 
@@ -63,16 +62,15 @@ def check_zero(args: Any) -> None:
 # -- what steps -----------------------------------------------------------------------------------------------------------
 
 
-def reached(stream: ResidualStream, site: Site, normed: bool) -> set[nn.Parameter]:
-    """Trainable parameters that optimising the policy of a site may move; `normed`: through the final norm."""
-    found = set(moved_by(stream, site.layer, normed))
+def stepped(stream: ResidualStream, site: Site, normed: bool, model: nn.Module | None = None) -> set[nn.Parameter]:
+    """Return the trainable parameters that an update of a site's policy steps; arguments as of `reached`.
+
+    Experts that a few tokens do not meet count too: of a site's own layer alone it differs which parts write it.
+    """
+    found = set(moved_by(stream, site.layer, normed, model))
     if site.kind != "attn":
         return found
-    block = [parameter for parameter in stream.block(site.layer).parameters() if parameter.requires_grad]
-    with evaluating(stream.model), torch.enable_grad():  # which part of its layer writes it differs by family
-        written = stream.run([site], probe_tokens(stream.model), up_to=site.layer)[site].sum()
-        gradients = torch.autograd.grad(written, block, allow_unused=True) if block else ()
-    return found - {block[place] for place, gradient in enumerate(gradients) if gradient is None}
+    return found - (set(stream.block(site.layer).parameters()) - reached(stream, site, normed, model))
 
 
 def group_by_reach(optimizer: torch.optim.Optimizer, reach: Mapping[int, Collection[nn.Parameter]]) -> None:
@@ -104,7 +102,7 @@ def step_only_reached(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     schedule, normed = args.first_phase, args.internal_lens == "final_norm"
     layers = range(1, stream.num_layers + 1) if schedule.undecided else schedule.layers  # auto may choose any
     sites = [Site(args.internal_module, layer) for layer in layers]
-    group_by_reach(optimizer, {site.layer: reached(stream, site, normed) for site in sites})
+    group_by_reach(optimizer, {site.layer: stepped(stream, site, normed, trainer.model) for site in sites})
     trainer.add_callback(StepsOfReached(lambda: trainer.stage.layer if trainer.stage else None))
 
 

@@ -1,0 +1,125 @@
+"""Dropout is off while training: what samples, what is scored and what is updated are one policy.
+
+The ratio of an update compares new log-probs with old ones that another forward pass gave. With dropout, each pass draws
+another mask: ratios do not start at 1, and are clipped before anything was learned.
+"""
+
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bupo.training.config import BuPOConfig
+
+logger = get_logger(__name__)
+
+SAME = 1e-3  # largest relative difference of two passes, which a GPU may sum in another order
+PARTS = ("drop", "jitter")  # of the names that models give to rates of random noise
+
+
+class NoDropout:
+    """A configuration as one module of a model reads it, without its dropout: the configuration itself is saved, and stays."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.__dict__["config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by `copy` before there is a configuration
+            raise AttributeError(name)
+        value = getattr(self.__dict__["config"], name)
+        return 0.0 if _is_rate(name, value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["config"], name, value)
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    return isinstance(value, float) and value > 0 and any(part in name.lower() for part in PARTS)
+
+
+def turn_off(model: nn.Module) -> dict[str, float]:
+    """Set every dropout of a model to 0: its modules', the rates that its modules keep, and those they read in a configuration.
+
+    Args:
+        model (`nn.Module`): with its adapters.
+
+    Returns:
+        `dict[str, float]`: the largest rate that was turned off, by name.
+    """
+    found: dict[str, float] = {}
+
+    def note(name: str, rate: float) -> None:
+        found[name] = max(rate, found.get(name, 0.0))
+
+    for path, module in model.named_modules():
+        if "Dropout" in type(module).__name__:  # torch's, and those of adapters
+            rate = getattr(module, "p", 0.0)
+            if isinstance(rate, float | int) and rate > 0:
+                note(next(word for word in reversed(path.split(".")) if word != "default" and not word.isdigit()), rate)
+                module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_rate(name, value):
+                note(name, value)
+                setattr(module, name, 0.0)
+            elif isinstance(value, dict) and any(part in name for part in PARTS):  # an adapter's rates, by its name
+                for adapter in [adapter for adapter, rate in value.items() if _is_rate(name, rate)]:
+                    note(name, value[adapter])
+                    value[adapter] = 0.0
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            rates = {name: value for name, value in config.to_dict().items() if _is_rate(name, value)}
+            if rates:
+                for name, value in rates.items():
+                    note(name, value)
+                module.config = NoDropout(config)
+    return found
+
+
+@torch.no_grad()
+def is_random(model: nn.Module, ids: torch.Tensor) -> bool:
+    """Return whether two passes over the same tokens differ, by more than rounding, while the model trains.
+
+    Args:
+        model (`nn.Module`): whole on this process.
+        ids (`torch.Tensor` of shape `(1, time)`): tokens.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+            first, second = (model(input_ids=ids, use_cache=False).logits.float() for _ in range(2))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return bool((first - second).abs().max() > SAME * first.abs().max())
+
+
+def without_dropout(model: nn.Module, args: BuPOConfig, ids: torch.Tensor) -> None:
+    """Turn a model's dropout off, unless `disable_dropout` is false, and warn where passes still differ.
+
+    Args:
+        model (`nn.Module`): the policy, with its adapters, whole on this process.
+        args ([`~bupo.BuPOConfig`]): of the run.
+        ids (`torch.Tensor` of shape `(1, time)`): tokens to try it on.
+    """
+    if args.disable_dropout is not False:
+        found = turn_off(model)
+        if found and args.disable_dropout is None:
+            rates = ", ".join(f"{name} {rate:g}" for name, rate in sorted(found.items()))
+            logger.warning(
+                f"dropout is turned off ({rates}): with it ratios would not start at 1; disable_dropout true says the same "
+                "without this line, disable_dropout false keeps it"
+            )
+    if is_random(model, ids):
+        remedy = "leave disable_dropout out" if args.disable_dropout is False else "look at the model's code"
+        logger.warning(
+            f"the model's passes are random while it trains (dropout, noise): old and new log-probs differ before anything is "
+            f"learned, ratios do not start at 1, and may be clipped; {remedy}"
+        )
+    if args.neftune_noise_alpha:
+        logger.warning(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings in each pass: ratios do not start "
+            "at 1, and may be clipped; leave it out"
+        )
