@@ -1,5 +1,6 @@
 """`bupo eval --table`: finished evaluations of several runs, read back for one table of methods and benchmarks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ def table_of(folders: Sequence[str]) -> pd.DataFrame:
     found = []
     for word in folders:
         method, equals, folder = word.partition("=")
-        if not equals or Path(word).is_dir():
+        if not equals or os.path.isdir(word):
             method, folder = method_of(Path(word).name), word
         found.append((method, read_summary(folder)))
     try:

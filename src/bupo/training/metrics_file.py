@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from bupo.files import in_one_piece
+from bupo.files import append, in_one_piece, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,13 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         with in_one_piece(self.path) as part:
             part.write_text("".join(_line(row["step"], row) for row in state.log_history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                file.write(_line(state.global_step, logs))
+            append(self.path, _line(state.global_step, logs))
 
 
 def _line(step: int, logs: dict) -> str:

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.loading import fingerprint
 from bupo.provenance import without_secrets
+from bupo.run_files import read_json
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 
@@ -135,9 +137,9 @@ def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> No
     Raises:
         UserError: for one that would change the run and is not taken over.
     """
-    if not (folder / OPTIONS_FILE).exists():
+    if not os.path.lexists(folder / OPTIONS_FILE):
         return
-    hold(trainer, json.loads((folder / OPTIONS_FILE).read_text()), folder, say)
+    hold(trainer, read_json(folder / OPTIONS_FILE), folder, say)
 
 
 def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:

@@ -20,11 +20,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
-from bupo.files import check_folder
+from bupo.files import check_output
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_model
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.run_files import read_table
 from bupo.training import messages
 from bupo.training.checkpoint import check_same_run
 from bupo.training.config import BuPOConfig
@@ -79,7 +80,7 @@ class TrainingRun:
     def dynamics(self) -> pd.DataFrame | None:
         """The probes' series (figs. 4, 5 and 7), if there were any."""
         path = self.folder / DYNAMICS_FILE
-        return pd.read_parquet(path) if path.exists() else None
+        return read_table(path) if path.exists() else None
 
 
 class NotedRun(TrainerCallback):
@@ -139,7 +140,7 @@ def train(
 def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given) -> list[Reward]:
     """The reward functions, once no option is refused that can be refused without a model and without problems."""
     options.check()
-    check_folder("output", config.output_dir)
+    check_output("output", config.output_dir)
     rehearse(config, loading)
     rewards = list(given or [reward_of(name) for name in options.rewards])
     check_rewards(rewards, config)

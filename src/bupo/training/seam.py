@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.files import make_folder
 from bupo.model.decoding import quick
 from bupo.training.rollouts import Sampled, Scores
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
@@ -276,7 +277,7 @@ class TRLTrainer(GRPOTrainer):
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with writing(place), self.beside(run) as staging:
             staged = staging / place.name
-            staged.mkdir(parents=True, exist_ok=True)
+            make_folder(staged, run)
             self.save_parts(staged)
             super()._save_checkpoint(model, trial)
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -310,6 +311,7 @@ class TRLTrainer(GRPOTrainer):
         """Save the model and its tokenizer: each file appears at once."""
         staged = folder / STAGING / "model"
         with writing(folder), self.beside(folder):
+            make_folder(staged, folder)
             self.save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
