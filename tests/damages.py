@@ -19,8 +19,8 @@ TRAIN = (
     f"train {COMMON} --per_device_train_batch_size 4 --num_generations 4 --max_new_tokens 4 --save_steps 1 --probe_every 1 "
     "--report_to none --output run"
 ).split()
-EVAL = "eval --benchmarks arithmetic --size 2 --k 2 --max_new_tokens 4".split()
-ANALYZE = "analyze --size 2 --max_new_tokens 4".split()
+EVAL = ["eval", "--benchmarks", "arithmetic", "--size", "2", "--k", "2", "--max_new_tokens", "4"]
+ANALYZE = ["analyze", "--size", "2", "--max_new_tokens", "4"]
 NUMBER = re.compile(rb"(?<=[\s:\[])-?\d+(\.\d+)?(e-?\d+)?(?=[,\s\]}])")
 FIRST_VALUE = re.compile(rb'(?<=": )("[^"]*"|-?[\d.]+|\[|\{)')
 
@@ -112,7 +112,7 @@ def damages_of(name: str) -> dict[str, Callable[[Path], None]]:
 
 
 def seen(folder: Path) -> dict[str, tuple[int, str | bytes]]:
-    """What lies below a folder: modes, and contents of small files."""
+    """Return modes and small contents of all below a folder."""
     found: dict[str, tuple[int, str | bytes]] = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):

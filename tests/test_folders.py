@@ -23,7 +23,7 @@ from bupo.report.runs import read_runs
 from bupo.text import one_line, printable_line
 from tests.made_runs import evaluate
 
-EVAL = "eval --benchmarks arithmetic --size 1 --k 1 --max_new_tokens 2".split()
+EVAL = ["eval", "--benchmarks", "arithmetic", "--size", "1", "--k", "1", "--max_new_tokens", "2"]
 STRANGE = [
     "new\nline",
     "re\rturn",
@@ -45,7 +45,7 @@ def line_of(capsys):
     return line
 
 
-# -- gone meanwhile --------------------------------------------------------------------------------------------------
+# -- gone while it is written --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_training_whose_folder_is_gone(tmp_path, lose, save):
         EVAL,
         ["analyze", "--size", "1"],
         ["demo", "--steps", "1"],
-        "train --model embedded --dataset arithmetic --internal_layer 2 --max_steps 1".split(),
+        ["train", "--model", "embedded", "--dataset", "arithmetic", "--internal_layer", "2", "--max_steps", "1"],
     ],
     ids=lambda words: words[0],
 )

@@ -27,7 +27,7 @@ from bupo.training.whole import damage
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A folder of the user's that nothing may touch."""
+    """Make a folder of the user's that nothing may touch."""
     folder = tmp_path / "elsewhere"
     (folder / "former" / "checkpoint-1").mkdir(parents=True)
     (folder / "gone").mkdir()
@@ -63,7 +63,7 @@ def test_a_whole_file_replaces_a_pipe_and_not_a_folder(run, place):
     os.mkfifo(run / place)
     write_json(run / "summary.json", {})
     (run / "other.json").mkdir()
-    with pytest.raises(UserError, match="other.json is a folder"), in_one_piece(run / "other.json") as part:
+    with pytest.raises(UserError, match=r"other.json is a folder"), in_one_piece(run / "other.json") as part:
         part.write_text("x")
     assert os.listdir(run / "other.json") == []
 
@@ -111,10 +111,10 @@ def test_a_store_stays_in_its_folder(run, elsewhere):
     own = run / "own"
     store(own).begin()
     (own / "rows.jsonl").symlink_to(elsewhere / "precious")
-    with pytest.raises(UserError, match="rows.jsonl is a link"):
+    with pytest.raises(UserError, match=r"rows.jsonl is a link"):
         store(own)
     other = Store(own, "rows.jsonl", "rows", lambda line: (line, line), lambda key, row: row, {"x": 2}, overwrite=True)
-    other.begin()  # deletes the link, not what it leads to
+    other.begin()  # deletes the link, not its target
     other.add("a", "a")
     assert not (own / "rows.jsonl").is_symlink() and (own / "rows.jsonl").read_text() == "a\n"
 
@@ -202,13 +202,13 @@ def model(tmp_path):
 def test_an_index_names_files_of_its_folder_only(model, name, index):
     (model / index).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": name}}))
     for load in (load_model, load_tokenizer):
-        with pytest.raises(UserError, match="names .* no file of its folder"):
+        with pytest.raises(UserError, match=r"names .* no file of its folder"):
             load(str(model))
     assert "no file of its folder" in str(damage_of_checkpoint(model, index))
 
 
 def damage_of_checkpoint(model, index):
-    """What is wrong with a checkpoint that has all else."""
+    """Return the damage of a checkpoint that is whole but for its weights."""
     (model / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
     import torch
 
@@ -220,7 +220,7 @@ def damage_of_checkpoint(model, index):
 @pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "[" * 100_000])
 def test_an_index_that_is_damaged_is_one_line(model, content):
     (model / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match="index.json cannot be read"):
+    with pytest.raises(UserError, match=r"index.json cannot be read"):
         load_model(str(model))
 
 
@@ -247,7 +247,7 @@ def test_a_folder_of_templates_elsewhere_is_not_read(model, tmp_path):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "tool.jinja").write_text("x")
     (model / "additional_chat_templates").symlink_to(tmp_path / "others")
-    with pytest.raises(UserError, match="tool.jinja is no regular file of its folder"):
+    with pytest.raises(UserError, match=r"tool.jinja is no regular file of its folder"):
         load_tokenizer(str(model))
 
 
@@ -264,7 +264,7 @@ def test_an_adapters_folder_is_looked_at_too(model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="adapter_config.json is no regular file of its folder"):
+    with pytest.raises(UserError, match=r"adapter_config.json is no regular file of its folder"):
         bupo.evaluate(
             str(model),
             bupo.EvalOptions(adapter=str(adapter), benchmarks=["arithmetic"], size=1, k=1, output=str(tmp_path / "o")),
@@ -272,7 +272,7 @@ def test_an_adapters_folder_is_looked_at_too(model, tmp_path):
 
 
 def test_the_hubs_cache_is_made_of_links(model, tmp_path):
-    """As huggingface_hub lays it out: `snapshots/REVISION/FILE` leads to `blobs/SUM`, of folders inside a snapshot too."""
+    """Follow the layout of huggingface_hub: `snapshots/REVISION/FILE` leads to `blobs/SUM`, of folders inside a snapshot too."""
     repository = tmp_path / "hub" / "models--a--b"
     snapshot = repository / "snapshots" / "0123abcd"
     (repository / "blobs").mkdir(parents=True)
@@ -285,7 +285,7 @@ def test_the_hubs_cache_is_made_of_links(model, tmp_path):
     check_inside(snapshot)
     assert load_tokenizer(str(snapshot))("1+1")["input_ids"]
     (snapshot / "more.json").symlink_to("../../../elsewhere.json")
-    with pytest.raises(UserError, match="more.json"):
+    with pytest.raises(UserError, match=r"more.json"):
         check_inside(snapshot)
 
 
@@ -294,9 +294,7 @@ def test_the_hubs_cache_is_made_of_links(model, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    "PATH LD_PRELOAD LD_LIBRARY_PATH PYTHONPATH PYTHONSTARTUP GIT_SSH_COMMAND GIT_DIR GIT_EXTERNAL_DIFF HOME HF_HOME HF_ENDPOINT "
-    "TRITON_PTXAS_PATH CC CUDA_HOME MPLBACKEND HF_ALLOW_CODE_EVAL NCCL_NET_PLUGIN SHELL http_proxy VLLM_PLUGINS TMPDIR "
-    "XDG_CONFIG_HOME BASH_ENV HF_MODULES_CACHE WANDB_BASE_URL PATH\u200b".split(),
+    ["PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "GIT_SSH_COMMAND", "GIT_DIR", "GIT_EXTERNAL_DIFF", "HOME", "HF_HOME", "HF_ENDPOINT", "TRITON_PTXAS_PATH", "CC", "CUDA_HOME", "MPLBACKEND", "HF_ALLOW_CODE_EVAL", "NCCL_NET_PLUGIN", "SHELL", "http_proxy", "VLLM_PLUGINS", "TMPDIR", "XDG_CONFIG_HOME", "BASH_ENV", "HF_MODULES_CACHE", "WANDB_BASE_URL", "PATH\u200b"],
 )
 def test_a_configuration_chooses_no_program(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
@@ -323,7 +321,7 @@ def git(*words, folder):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository that names programs, each of which would leave a mark."""
+    """Make a repository that names programs, which would all leave a mark."""
     folder, mark = tmp_path / "repository", tmp_path / "mark"
     folder.mkdir()
     git("init", folder=folder)

@@ -25,7 +25,7 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # none may be written
 LONGEST_NAME = 255  # bytes, on every usual file system
 NO_WAITING = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY  # a pipe without another end is opened at once
 
-# what tells a run's folder, what a run would replace, and what may stand beside
+# names that mark a run's folder, names that a run would replace, and names of logs and hidden files
 _RUNS = re.compile(
     r"run\.json|finished\.json|metrics\.jsonl|probes\.jsonl|boundary\.json|dynamics\.parquet|_saving|checkpoint-\d+"
 )
@@ -41,7 +41,7 @@ _in_use: dict[Path, tuple[int, int]] = {}  # output folders that are being writt
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Inside, a write below the folder is refused once it is deleted or renamed: it would be made anew, half empty."""
+    """Refuse writes below a folder, inside, once it is deleted or renamed: they would make a half-empty one."""
     before = _in_use.get(folder)
     _in_use[folder] = _identity(folder)
     try:
@@ -83,7 +83,7 @@ def check_in_use(path: Path) -> None:
 
 @contextmanager
 def in_one_piece(path: Path) -> Iterator[Path]:
-    """Inside, the file to write; afterwards it is moved to its place. A link in either place is replaced, not followed."""
+    """Give the file to write, and move it to its place afterwards. A link in either place is replaced, not followed."""
     check_in_use(path)
     part = path.with_name(path.name + ".part")
     clear_place(part)
@@ -108,7 +108,7 @@ def clear_place(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it leads to) or a folder with all that it holds. Nothing there is no error."""
+    """Delete a file, a link (not its target) or a folder with all that it holds. Nothing there is no error."""
     with suppress(FileNotFoundError):
         shutil.rmtree(path) if stat.S_ISDIR(path.lstat().st_mode) else path.unlink()
 

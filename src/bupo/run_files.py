@@ -84,7 +84,7 @@ def read_json(path: Path, keys: Keys | None = None, remedy: str = DELETE, larges
 
     Args:
         path (`Path`): the file.
-        keys (`dict[str, type]`, *optional*): what it must hold, as of `check`.
+        keys (`dict[str, type]`, *optional*): required keys and their types, as of `check`.
         remedy, largest (*optional*): as of `read_bytes`.
 
     Raises:
@@ -170,7 +170,7 @@ def read_table(
 
     Args:
         path (`Path`): the file.
-        columns (`dict[str, str]`, *optional*): columns that it must hold, and of which kind: `number`, `text` or `any`.
+        columns (`dict[str, str]`, *optional*): required columns and their kinds: `number`, `text` or `any`.
         remedy, base (*optional*): as of `read_bytes`.
 
     Returns:
@@ -236,7 +236,7 @@ def read_state(path: Path, keys: Keys | None = None, remedy: str = DELETE, **how
 
 
 def _arrays() -> list[Any]:
-    """Return what a state of random numbers is made of, besides tensors."""
+    """Return the types of a state of random numbers that are no tensors."""
     import numpy as np
 
     reconstruct = np.array([0]).__reduce__()[0]

@@ -111,7 +111,7 @@ def test_a_damaged_file_is_one_line(base, tmp_path, monkeypatch, capfd, command,
     assert not (tmp_path / file).with_name("exploded").exists()
     assert "Traceback" not in captured.err
     complaints = [line for line in captured.err.splitlines() if line.startswith("bupo: error: ")]
-    if status == 0:  # the file is not needed, is made anew, or is left out of a report
+    if status == 0:  # the file is not needed, is written again, or is left out of a report
         assert not complaints
         return
     assert status == 2 and len(complaints) == 1, captured.err
