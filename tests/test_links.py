@@ -212,8 +212,9 @@ def damage_of_checkpoint(model, index):
     (model / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
     import torch
 
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({}, model / name)
+    torch.save({"state": {}, "param_groups": []}, model / "optimizer.pt")
+    torch.save({}, model / "scheduler.pt")
+    torch.save({"python": (), "numpy": (), "cpu": torch.ones(1)}, model / "rng_state.pth")
     return damage(model)
 
 
@@ -294,7 +295,34 @@ def test_the_hubs_cache_is_made_of_links(model, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "GIT_SSH_COMMAND", "GIT_DIR", "GIT_EXTERNAL_DIFF", "HOME", "HF_HOME", "HF_ENDPOINT", "TRITON_PTXAS_PATH", "CC", "CUDA_HOME", "MPLBACKEND", "HF_ALLOW_CODE_EVAL", "NCCL_NET_PLUGIN", "SHELL", "http_proxy", "VLLM_PLUGINS", "TMPDIR", "XDG_CONFIG_HOME", "BASH_ENV", "HF_MODULES_CACHE", "WANDB_BASE_URL", "PATH\u200b"],
+    [
+        "PATH",
+        "LD_PRELOAD",
+        "LD_LIBRARY_PATH",
+        "PYTHONPATH",
+        "PYTHONSTARTUP",
+        "GIT_SSH_COMMAND",
+        "GIT_DIR",
+        "GIT_EXTERNAL_DIFF",
+        "HOME",
+        "HF_HOME",
+        "HF_ENDPOINT",
+        "TRITON_PTXAS_PATH",
+        "CC",
+        "CUDA_HOME",
+        "MPLBACKEND",
+        "HF_ALLOW_CODE_EVAL",
+        "NCCL_NET_PLUGIN",
+        "SHELL",
+        "http_proxy",
+        "VLLM_PLUGINS",
+        "TMPDIR",
+        "XDG_CONFIG_HOME",
+        "BASH_ENV",
+        "HF_MODULES_CACHE",
+        "WANDB_BASE_URL",
+        "PATH\u200b",
+    ],
 )
 def test_a_configuration_chooses_no_program(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)

@@ -324,6 +324,8 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     theirs = read_summary(folder)["benchmarks"]
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
+    for label in theirs.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
+        finished(Path(folder) / label, Path(folder))
     return theirs
 
 

@@ -69,6 +69,10 @@ def check_same_run(trainer: TRLTrainer, found: Path, say: Callable[[str], None])
     """
     _check_kind(trainer, found)
     compare(trainer, found, say)
+    if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
+        same_phase(_state(found, mmap=True)["planned"], trainer.args.first_phase, found)
+    elif pieces_file(found, 0).exists():
+        raise _earlier(found)
 
 
 def _check_kind(trainer: TRLTrainer, found: Path) -> None:
@@ -124,7 +128,7 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     """
     if not (folder / STATE_FILE).exists():
         if pieces_file(folder, 0).exists():
-            raise UserError(f"{folder} was made by bupo 0.1 ({STATE_FILE} is missing): go on with that version")
+            raise _earlier(folder)
         done = updates_of(folder)  # another trainer's
         trainer.restore_place(done * trainer.args.gradient_accumulation_steps, None)
         return
@@ -150,6 +154,12 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
             part.load(state["parts"][name], trainer.rollout_batch)
         elif name == "critic":
             raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
+
+
+def _earlier(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was made by bupo 0.1, or {STATE_FILE} is missing: go on with that version, or from another"
+    )
 
 
 def _own(trainer: TRLTrainer, folder: Path) -> dict:

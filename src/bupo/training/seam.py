@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from bupo.errors import others
 from bupo.files import make_folder
 from bupo.model.decoding import quick
 from bupo.training.rollouts import Sampled, Scores
@@ -323,7 +324,8 @@ class TRLTrainer(GRPOTrainer):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
         with nullcontext() if stepped is None else asking_for(self.model, stepped):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with others(f"{checkpoint} is damaged: its optimizer or scheduler cannot be loaded"):
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
@@ -18,13 +19,19 @@ from bupo.analysis.over_training import STATE_FILE
 from bupo.errors import UserError, first_line
 from bupo.files import write_json
 from bupo.folders import outside, there
-from bupo.run_files import BROKEN, NULL, Damaged, check, read_json, read_state
+from bupo.run_files import BROKEN, NULL, Damaged, Keys, check, read_json, read_state
 
 MANIFEST_FILE = "manifest.json"
 HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
-# read as tensors and plain values; of a large one, mapped, no more than what it holds
-_STATES = ("*.pt", "rng_state*.pth", "optimizer.bin")
-STATE_KEYS = ("passes", "layout", "planned", "metrics", "numbers", "completions", "parts")
+# by name, what the states of a checkpoint must hold to be loaded
+_STATES: dict[str, Keys] = {
+    STATE_FILE: {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict},
+    "rollouts_*.pt": {"pieces": object, "numbers": dict},
+    "optimizer.pt": {"state": dict, "param_groups": list},
+    "optimizer.bin": {"state": dict},
+    "scheduler.pt": {},
+    "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
+}
 Found = TypeVar("Found")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
@@ -95,10 +102,10 @@ def damage(folder: Path, sums: bool = True) -> str | None:
 
 def unreadable(folder: Path) -> str | None:
     """Return what a checkpoint's states and weights cannot be read for, by their headers only; None where they can."""
-    for pattern in _STATES:
+    for pattern, keys in _STATES.items():
         for path in sorted(folder.glob(pattern)):
             try:
-                read_state(path, dict.fromkeys(STATE_KEYS, object) if path.name == STATE_FILE else None, mmap=True)
+                read_state(path, keys, mmap=True)
             except Damaged as error:
                 return f"{path.name} is damaged: {error.why}"
     for path in sorted(folder.glob("*.safetensors")):
