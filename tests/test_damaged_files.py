@@ -15,6 +15,7 @@ from bupo.evaluation.run import read_summary
 from bupo.run_files import NULL, Damaged, check, read_bytes, read_json, read_rows, read_state, read_table, read_text
 from bupo.training.config import BuPOConfig
 from bupo.training.folder import finished
+from bupo.training.metrics_file import read_metrics
 from bupo.training.whole import damage
 from tests.damages import ANY, STATE, TABLE, TEXT
 
@@ -217,6 +218,18 @@ def test_rows_and_texts(tmp_path):
         read_bytes(path.with_name("large"), largest=1 << 10) if path.with_name("large").write_bytes(
             b"x" * 2000
         ) else None
+
+
+@pytest.mark.parametrize("name", ANY | TEXT)
+def test_metrics(tmp_path, name, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    (ANY | TEXT)[name](path)
+    if name in ("missing", "a folder", "a pipe", "a link to itself"):
+        assert "overwrite" in damaged(path, lambda: read_metrics(path))
+    else:
+        assert all(isinstance(row, dict) for row in read_metrics(path))
 
 
 def test_what_leads_out_of_the_folder_is_not_read(tmp_path):

@@ -21,6 +21,7 @@ from bupo.data.templates import template_options
 from bupo.errors import UserError, others
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.tasks import Task, label_of, task_named
+from bupo.files import refuse_links
 from bupo.run_files import check
 from bupo.sampling import TransformersEngine
 from bupo.store import REMEDY, Store, inside
@@ -129,6 +130,8 @@ def harness_run(
         beside=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
         overwrite=options.overwrite,
     )
+    for path in store.folder.glob(f"{RESPONSES_FILE}*"):  # SQLite would follow a link
+        refuse_links(path, folder)
     return HarnessRun(task, wanted, chat, store)
 
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from bupo.analysis.over_training import STATE_FILE
-from bupo.errors import UserError
-from bupo.run_files import Damaged, check, read_state
+from bupo.errors import UserError, first_line
+from bupo.run_files import BROKEN, Damaged, check, read_state
 from bupo.training.resuming import compare, same_phase, write_options
 from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
@@ -124,8 +124,18 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     """Take up what `save` wrote. Of another trainer's checkpoint, only the place.
 
     Raises:
-        UserError: if the checkpoint was made with another first phase, lacks a part, or its rollout batch was cut up otherwise.
+        UserError: if the checkpoint was made with another first phase, lacks a part or is damaged, or its rollout batch was cut
+            up otherwise.
     """
+    try:
+        _load(trainer, folder, planned, parts)
+    except UserError:
+        raise
+    except (*BROKEN, RuntimeError) as error:  # values of other types or shapes, deep in the states of the parts
+        raise Damaged(folder / STATE_FILE, first_line(error), "go on from another checkpoint") from error
+
+
+def _load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
     if not (folder / STATE_FILE).exists():
         if pieces_file(folder, 0).exists():
             raise _earlier(folder)
@@ -157,9 +167,7 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
 
 
 def _earlier(folder: Path) -> UserError:
-    return UserError(
-        f"{folder} was made by bupo 0.1, or {STATE_FILE} is missing: go on with that version, or from another"
-    )
+    return UserError(f"{folder} was made by bupo 0.1 ({STATE_FILE} is missing): go on with that version")
 
 
 def _own(trainer: TRLTrainer, folder: Path) -> dict:

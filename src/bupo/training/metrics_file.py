@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from bupo.files import append, in_one_piece, make_folder
+from bupo.run_files import BROKEN, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,18 @@ def _line(step: int, logs: dict) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`. Lines that cannot be read are left out, and named but for half a last one."""
+    """Return the rows of a `metrics.jsonl`. Lines that cannot be read are left out, and named but for half a last one.
+
+    Raises:
+        Damaged: if there is no such file.
+    """
     rows: list[dict] = []
-    lines = Path(path).read_text(errors="replace").split("\n")
+    remedy = "copy it back, or start the run again by --overwrite true"
+    lines = read_bytes(Path(path), remedy).decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except BROKEN:  # nested too deep and numbers beyond any, too
             row = None
         if isinstance(row, dict):
             rows.append(row)

@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
-from bupo.files import check_output
+from bupo.files import check_output, refuse_links
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_model
 from bupo.options import changed
@@ -51,6 +51,7 @@ from bupo.training.whole import updates_of
 
 # by which libraries refuse, while a run goes, what they were given
 REFUSALS = (ValueError, ImportError, NotImplementedError)
+WRITTEN_BY_OTHERS = ("runs", "completions")  # folders of TensorBoard and TRL, which would follow a link
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
@@ -191,6 +192,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         if checkpoint:
             check_same_run(trainer, Path(checkpoint), trainer.accelerator.print)
         if trainer.is_world_process_zero():
+            for inner in WRITTEN_BY_OTHERS:
+                refuse_links(folder / inner, folder)
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))

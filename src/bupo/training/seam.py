@@ -323,9 +323,10 @@ class TRLTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
-        with nullcontext() if stepped is None else asking_for(self.model, stepped):
-            with others(f"{checkpoint} is damaged: its optimizer or scheduler cannot be loaded"):
-                super()._load_optimizer_and_scheduler(checkpoint)
+        reading = others(f"{checkpoint} is damaged: its optimizer or scheduler cannot be loaded")
+        some = nullcontext() if stepped is None else asking_for(self.model, stepped)
+        with some, reading if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
