@@ -11,7 +11,8 @@ import torch
 from bupo.analysis.tables import AnswerSums
 from bupo.errors import UserError
 from bupo.evaluation.answers import finished as graded_table
-from bupo.evaluation.run import read_summary
+from bupo.evaluation.run import check_numbers, read_summary
+from bupo.evaluation.table import table_of
 from bupo.run_files import NULL, Damaged, check, read_bytes, read_json, read_rows, read_state, read_table, read_text
 from bupo.training.config import BuPOConfig
 from bupo.training.folder import finished
@@ -81,7 +82,7 @@ def test_summaries(tmp_path, name):
     path.write_text(json.dumps({"schema_version": 3, "benchmarks": {"a": NUMBERS}, "meta": {}}))
     assert read_summary(str(tmp_path))["benchmarks"]["a"] == NUMBERS
     (ANY | TEXT)[name](path)
-    damaged(path, lambda: read_summary(str(tmp_path)))
+    damaged(path, lambda: table_of([str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_summaries(tmp_path, name):
 def test_summaries_of_other_numbers(tmp_path, numbers):
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"schema_version": 3, "benchmarks": {"a": numbers}}))
-    assert "a: " in damaged(path, lambda: read_summary(str(tmp_path)))
+    summary = read_summary(str(tmp_path))
+    assert "a: " in damaged(path, lambda: check_numbers(str(tmp_path), summary, ["a"]))
 
 
 def table(rows=4):

@@ -74,8 +74,9 @@ def test_a_folder_of_the_same_name_is_another(tmp_path):
     with pytest.raises(UserError, match="deleted or renamed"), sole_writer(run):
         run.rename(tmp_path / "former")
         run.mkdir()
+        (run / "b.txt").write_text("another's")
         write_json(run / "a.json", {})
-    assert os.listdir(run) == []
+    assert os.listdir(run) == ["b.txt"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_a_strange_name_is_shown_in_one_line(tmp_path, monkeypatch, capsys, name
     assert one_line(name).isprintable() and printable_line(name).isprintable()
 
 
-@pytest.mark.parametrize("name", ["new\nline", "sep\u2028arator", "half\udc80"])
+@pytest.mark.parametrize("name", ["new\nline", "sep\u2028arator"])
 def test_an_evaluation_into_a_strange_name(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     assert main([*EVAL, "--output", name]) == 0

@@ -78,7 +78,12 @@ def note_run(
 def _options(given: dict[str, Any]) -> str:
     """The options of a run as YAML, in bupo's words."""
     values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n"
+    if not values:
+        return "{}\n"
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return yaml.safe_dump(values, sort_keys=False)  # U+2028 and the like end a line of YAML: as escapes
 
 
 def versions() -> dict[str, str | None]:

@@ -128,7 +128,13 @@ def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The options of a YAML file, and its `env`, which sets environment variables, as TRL's parser does."""
     path = expanded(CONFIG, path)
     try:
-        with os.fdopen(open_regular(Path(path)), encoding="utf-8") as file:
+        handle = open_regular(Path(path))
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"config file {path} cannot be read: it is no regular file") from error
+    try:
+        with os.fdopen(handle, encoding="utf-8") as file:
             loader = _Loader(file)
             loader.name = path
             try:

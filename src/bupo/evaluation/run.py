@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -304,13 +304,23 @@ def read_summary(folder: str) -> dict[str, Any]:
     version = summary.get("schema_version") or 0
     if version < SCHEMA:
         raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
-    for label, numbers in summary["benchmarks"].items():
+    return summary
+
+
+def check_numbers(folder: str, summary: dict[str, Any], labels: Iterable[str]) -> None:
+    """Look at the numbers of some benchmarks of an evaluation.
+
+    Raises:
+        Damaged: if one is missing or of another type.
+    """
+    for label in labels:
+        numbers = summary["benchmarks"][label]
         try:
             check(numbers, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
             check(numbers["pass@k"], dict.fromkeys(numbers["pass@k"], float))
         except ValueError as error:
-            raise Damaged(path, f"{label}: {error}", remedy) from error
-    return summary
+            path = Path(folder) / SUMMARY_FILE
+            raise Damaged(path, f"{label}: {error}", f"delete it and evaluate {folder} again") from error
 
 
 def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
@@ -321,9 +331,11 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     """
     if folder is None:
         return {}
-    theirs = read_summary(folder)["benchmarks"]
+    summary = read_summary(folder)
+    theirs = summary["benchmarks"]
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
+    check_numbers(folder, summary, theirs.keys() & benchmarks.keys())
     for label in theirs.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
         finished(Path(folder) / label, Path(folder))
     return theirs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from bupo.errors import UserError, first_line
-from bupo.evaluation.run import read_summary
+from bupo.evaluation.run import check_numbers, read_summary
 from bupo.report.scoreboard import method_of, scoreboard
 
 
@@ -43,7 +43,9 @@ def table_of(folders: Sequence[str]) -> pd.DataFrame:
         method, equals, folder = word.partition("=")
         if not equals or os.path.isdir(word):
             method, folder = method_of(Path(word).name), word
-        found.append((method, read_summary(folder)))
+        summary = read_summary(folder)
+        check_numbers(folder, summary, summary["benchmarks"])
+        found.append((method, summary))
     try:
         return scoreboard(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of a summary that lacks numbers
