@@ -16,7 +16,7 @@ FLOORS = [
     ("analysis", "evaluation"),
     ("report", "sampling"),
     ("model", "data", "rewards", "store", "progress", "provenance", "options", "ranges", "seeds"),
-    ("files", "folders", "lock", "signals", "launch", "errors", "text", "logged", "version"),
+    ("files", "folders", "run_files", "lock", "signals", "launch", "errors", "text", "logged", "version"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from bupo.errors import UserError
+from bupo.files import in_use, open_regular
 
 LOCK_FILE = "_bupo.lock"  # transformers pushes no name that begins so
 _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
@@ -44,6 +45,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         file = _locked(Path(folder), path)
         afterwards.callback(_release, path, file)
         _held[path] = me
+        afterwards.enter_context(in_use(path))
         yield
 
 
@@ -66,7 +68,10 @@ def _locked(named: Path, path: Path) -> IO[str]:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            file = (path / LOCK_FILE).open("a+")
+            flags = (
+                os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            )  # a link is not followed, a pipe not waited for
+            file = os.fdopen(open_regular(path / LOCK_FILE, flags), "a+")
         except OSError as error:
             raise _refused(named, error) from error
         try:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from typing import Any
 
 import yaml
 
-from bupo.files import in_one_piece, write_json
+from bupo.files import make_folder, write_json, write_text
 from bupo.options import OUR_WORDS
+from bupo.run_files import NULL, Damaged, read_json
+from bupo.text import one_line
 from bupo.version import VERSION
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
@@ -52,13 +55,12 @@ def note_run(
         trained (`dict`, *optional*): the problems, how many and their checksum, and the weights that a training begins from.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     line, here = command_line(sys.orig_argv), os.getcwd()  # paths may be relative to it
     head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
     if objects:
         head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
-    with in_one_piece(folder / CONFIG_FILE) as part:
-        part.write_text(f"# {head}\n# started by: {line}\n{_options(given)}")
+    write_text(folder / CONFIG_FILE, f"# {one_line(head)}\n# started by: {one_line(line)}\n{_options(given)}")
     run = {
         "schema_version": 1,
         "command": command,
@@ -76,7 +78,12 @@ def note_run(
 def _options(given: dict[str, Any]) -> str:
     """The options of a run as YAML, in bupo's words."""
     values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else "{}\n"
+    if not values:
+        return "{}\n"
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return yaml.safe_dump(values, sort_keys=False)  # U+2028 and the like end a line of YAML: as escapes
 
 
 def versions() -> dict[str, str | None]:
@@ -95,12 +102,56 @@ def git_state() -> dict[str, Any] | None:
     revision = _git("rev-parse", "HEAD")
     if revision is None:
         return None
-    return {"revision": revision, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "revision": revision,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")),
+    }
+
+
+def _programs() -> str:
+    """Return the absolute folders of the path as this process found it; a relative one would be the working folder."""
+    return os.pathsep.join(
+        place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)
+    )
+
+
+GIT = shutil.which("git", path=_programs())  # before a file or a run may have changed the environment
+# a repository that somebody sent may name programs, which git would run: none of them is
+_HARMLESS = (
+    "core.fsmonitor=false",
+    f"core.hooksPath={os.devnull}",
+    "core.sshCommand=false",
+    "core.pager=cat",
+    "protocol.allow=never",
+)
 
 
 def _git(*arguments: str) -> str | None:
+    """Return what git prints, without any program that the repository's own configuration names; None where it fails."""
+    listed = _run_git("config", "--null", "--name-only", "--show-scope", "--get-regexp", r"^filter\.")
+    words = (listed or "").split("\0")
+    drivers = [name for scope, name in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")]
+    return _run_git(
+        *(word for name in drivers for word in ("-c", f"{name}={'false' * name.endswith('.required')}")), *arguments
+    )
+
+
+def _run_git(*arguments: str) -> str | None:
+    if GIT is None:
+        return None
+    settings = [word for setting in _HARMLESS for word in ("-c", setting)]
+    command = [GIT, "--no-optional-locks", "--no-pager", *settings, *arguments]
+    environment = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -118,7 +169,7 @@ def command_line(words: list[str]) -> str:
             word = f"{flag}=***"
         hidden = secret and not equals
         shown.append(shlex.quote(_hidden(word)))
-    return " ".join(shown).replace("\n", " ")
+    return one_line(" ".join(shown))
 
 
 def _hidden(text: str) -> str:
@@ -160,7 +211,7 @@ def _plain(value: Any) -> Any:
 def _earlier(path: Path) -> list[dict]:
     """The runs that a folder has seen before this one, the last first."""
     try:
-        last = json.loads(path.read_text())
-        return [{name: value for name, value in last.items() if name != "earlier"}, *last.get("earlier", [])]
-    except (OSError, ValueError, AttributeError, TypeError):  # none, or what is no longer readable
+        last = read_json(path, {"earlier": (list, NULL)})
+    except Damaged:  # none, or what is no longer readable: it is replaced, as `config.yaml` is
         return []
+    return [{name: value for name, value in last.items() if name != "earlier"}, *(last.get("earlier") or [])]

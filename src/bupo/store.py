@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from bupo.errors import UserError
-from bupo.files import whole_rows, write_json
+from bupo.files import append, make_folder, refuse_links, rows_of, whole_rows, write_json
+from bupo.run_files import NULL, read_json
 
 SETTINGS_FILE = "settings.json"
+PLACES = ("problems", "answers")  # what tells the rows apart, by digests
 REMEDY = "choose another output, or --overwrite true"
 LONGEST_LABEL = 120  # characters
 
@@ -66,6 +68,9 @@ class Store(Generic[Key, Row]):
         self.anew = bool(difference) and overwrite
         if difference and not overwrite:
             raise UserError(f"{folder} holds {what} {difference}: {remedy}")
+        self._whole: list[tuple[Key, Row]] | None = None
+        if not self.anew:  # damaged rows are refused before anything is written
+            self._whole = rows_of(self.path, read)[0]
 
     def begin(self) -> None:
         """Note the settings and read the finished rows; where it was asked for, delete those of other settings first."""
@@ -73,18 +78,17 @@ class Store(Generic[Key, Row]):
             for path in self._held():
                 path.unlink()
             self.before = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         known = self.before.get(self.of, [])
         if not self.before or len(self.places) > len(known):
             same = self.before or {**self.noted, **self.settings}
             write_json(self.folder / SETTINGS_FILE, same | ({self.of: self.places} if self.places else {}))
-        self.rows = dict(whole_rows(self.path, self.read))
+        self.rows, self._whole = dict(whole_rows(self.path, self.read)), None
 
     def add(self, key: Key, row: Row) -> None:
         """Keep a row that has just finished."""
         self.rows[key] = row
-        with self.path.open("a") as file:
-            file.write(self.write(key, row) + "\n")
+        append(self.path, self.write(key, row) + "\n")
 
     def _held(self) -> list[Path]:
         """Files that hold finished work."""
@@ -132,20 +136,14 @@ def read_settings(folder: Path, what: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds {what}, but not what they were made with ({SETTINGS_FILE} is missing): {REMEDY}"
         )
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): repair it; or {REMEDY}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} cannot be read (it is no mapping): repair it; or {REMEDY}")
-    return settings
+    return read_json(path, dict.fromkeys(PLACES, (list, NULL)), f"repair it; or {REMEDY}")
 
 
 def inside(output: str | Path, label: str) -> Path:
     """The folder of a label, inside the run's.
 
     Raises:
-        UserError: if it would be another folder, or none, or could not be shown to people as it is.
+        UserError: if it would be another folder, or none, could not be shown to people as it is, or is a link.
     """
     if (
         not label.isprintable()
@@ -158,6 +156,7 @@ def inside(output: str | Path, label: str) -> Path:
         raise UserError(
             f"label {label!r:.80} names no folder inside {output}: give the model by its name, a benchmark as LABEL=FILE"
         )
+    refuse_links(Path(output) / label, Path(output))
     return Path(output) / label
 
 

@@ -21,6 +21,16 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def one_line(text: str) -> str:
+    """Return a text as one printable line: runs of white space and line ends, such as U+2028, are one space."""
+    return printable(" ".join(text.split()))
+
+
+def printable_line(text: str) -> str:
+    """Return a text as `printable` does, but in one line: its line ends and tabs are escapes too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def shown(message: str) -> str:
     """For an error line: printable, and without what looks like an access token or a password."""
     return _SECRET.sub("***", printable(message))

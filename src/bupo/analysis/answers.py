@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from bupo.analysis.measure import MEASURES, AnswerMeasures, measure
 from bupo.analysis.rollouts import Rollout
 from bupo.analysis.tables import AnswerSums, settled
+from bupo.files import check_in_use, clear_place
 from bupo.model.policy import InternalPolicies
 from bupo.store import Store
 
@@ -101,7 +102,7 @@ class _TokenWriter:
     """Every token's values, answer by answer, so that memory does not grow. Moved into place when whole."""
 
     def __init__(self, path: Path):
-        self.path, self.part = path, path.with_suffix(".part")
+        self.path, self.part = path, path.with_name(path.name + ".part")
         self.writer: pq.ParquetWriter | None = None
 
     def add(self, answer: AnswerMeasures) -> None:
@@ -114,11 +115,14 @@ class _TokenWriter:
         }
         table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
         if self.writer is None:
+            check_in_use(self.path)
+            clear_place(self.part)
             self.writer = pq.ParquetWriter(self.part, table.schema)
         self.writer.write_table(table)
 
     def into_place(self) -> None:
         self.close()
+        check_in_use(self.path)
         self.part.replace(self.path)
 
     def close(self) -> None:

@@ -8,13 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -26,6 +24,7 @@ from bupo.folders import LARGEST_CONFIG, Unreadable, content, there
 from bupo.model.loading import check_layers
 from bupo.provenance import CONFIG_FILE
 from bupo.report.figures import dynamics_figure
+from bupo.run_files import BROKEN, read_json, read_state
 
 COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
 STATE_FILE, FINISHED_FILE = "bupo.pt", "finished.json"  # of a checkpoint; of a finished run, written last of all
@@ -123,15 +122,13 @@ def _place(folder: Path) -> Place | None:
     """Where a folder's weights stand, if they are a run's; what cannot be read is none's."""
     try:
         if _CHECKPOINT.fullmatch(folder.name) and there(folder, TRAINER_STATE_NAME) and there(folder, STATE_FILE):
-            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
+            state = read_state(folder / STATE_FILE, {"passes": float, "layout": dict, "parts": dict}, mmap=True)
             batches = float(state["passes"] / state["layout"]["micro_steps"])
             return Place(folder.resolve().parent, batches, _stages(state["parts"]["watch"]["schedule"]))
         if there(folder, FINISHED_FILE):
-            done = json.loads(content(folder, FINISHED_FILE))
+            done = read_json(folder / FINISHED_FILE, {"rollout_batches": object, "schedule": list})
             return Place(folder.resolve(), float(done["rollout_batches"]), _stages(done["schedule"]))
-    except (OSError, EOFError, RuntimeError, UnpicklingError, Unreadable):  # damaged, or of what is not read
-        pass
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):  # of other contents
+    except BROKEN:  # damaged, or of other contents
         pass
     return None
 

@@ -13,6 +13,7 @@ from bupo.errors import UserError
 from bupo.files import in_one_piece, write_json
 from bupo.report.figures import analysis_figures
 from bupo.report.page import write_page
+from bupo.run_files import read_table
 
 DYNAMICS_FILE = "dynamics.parquet"
 
@@ -97,7 +98,7 @@ class AnalysisReport:
     def dynamics(self) -> pd.DataFrame | None:
         """`dynamics.parquet`: the training dynamics (fig. 5), of several checkpoints of one run on the same rollouts."""
         path = self.folder / DYNAMICS_FILE
-        return pd.read_parquet(path) if path.exists() else None
+        return read_table(path) if path.exists() else None
 
     @property
     def only(self) -> ModelReport:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bupo.data.templates import prompt_ids
 from bupo.errors import UserError, others
 from bupo.evaluation.answers import SAMPLES_FILE
+from bupo.run_files import check
 from bupo.sampling import Request, TransformersEngine, seed_of
 from bupo.store import Store
 
@@ -58,7 +59,7 @@ def read_rollouts(
     """
     path = _file(Path(path))
     with others(f"{path} cannot be read", OSError, UnicodeDecodeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 ends no line of JSON
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no rollouts")
@@ -180,7 +181,11 @@ def rollout_line(problem: int, rollout: Rollout) -> str:
 
 def read_rollout(line: str) -> tuple[int, Rollout]:
     """A line back into its problem's place and the rollout."""
-    row = json.loads(line)
+    kinds = {"problem": int, "prompt_ids": list, "completion_ids": list, "prompt": str, "completion": str}
+    row = check(json.loads(line), kinds)
+    for name in ("prompt_ids", "completion_ids"):
+        if not row[name] or not all(type(token) is int and 0 <= token < 1 << 31 for token in row[name]):
+            raise ValueError(f"{name} holds what is no token")
     return row.pop("problem"), Rollout(**row)
 
 

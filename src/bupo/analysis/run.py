@@ -1,7 +1,6 @@
 """`bupo.analyze`: what every layer and module of a model decides, as tables, figures and a page."""
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from bupo.data.templates import check_context, check_template, prompt_ids
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
 from bupo.evaluation.preset import asked_as
+from bupo.files import check_output, refuse_links
 from bupo.lock import sole_writer
 from bupo.model.loading import context_of, fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
@@ -71,6 +71,7 @@ def analyze(
     names = [model] if isinstance(model, str) else [name_of(model)] if isinstance(model, nn.Module) else list(model)
     options = replace(options or AnalyzeOptions(), model=names)
     options.check()
+    check_output("output", options.output)
     check_template(options.chat_template)
     labels = _labels(names, options.output)
     noted, loaded = changed(options) if noted is None else noted, model if isinstance(model, nn.Module) else None
@@ -307,11 +308,13 @@ def _measures(
 ) -> Store[int, AnswerSums]:
     """Where the measures are kept: a folder for each lens, with or without the KL of all pairs, of sampled or given answers."""
     names = ("dtype", "weights", "lens", "temperature", "kl_pairs")
+    folder = subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * (not sampled))
+    refuse_links(folder, Path(options.output))
     return Store(
-        subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * (not sampled)),
+        folder,
         ANSWERS_FILE,
         "measures",
-        lambda line: (json.loads(line)["index"], AnswerSums.read(line)),
+        _read_sums,
         lambda index, sums: sums.line(),
         {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [digest(rollout) for rollout in rollouts],
@@ -320,6 +323,11 @@ def _measures(
         beside=[TOKENS_FILE],
         overwrite=options.overwrite,
     )
+
+
+def _read_sums(line: str) -> tuple[int, AnswerSums]:
+    sums = AnswerSums.read(line)
+    return sums.index, sums
 
 
 def _load_problems(options: AnalyzeOptions) -> Dataset:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from bupo.analysis.measure import MEASURES, AnswerMeasures
+from bupo.run_files import check
 
 RESAMPLES = 2000
 ARRAYS = ("total", "squares", "similarity", "kl")  # of an answer's sums
@@ -74,8 +75,14 @@ class AnswerSums:
 
     @classmethod
     def read(cls, line: str) -> "AnswerSums":
-        row: dict[str, Any] = json.loads(line)
+        kinds = {"index": int, "tokens": int, "log_prob": float, "entropy": float}
+        row: dict[str, Any] = check(json.loads(line), kinds | dict.fromkeys(("total", "squares", "similarity"), list))
         arrays = {name: np.array(row[name], dtype=float) for name in ARRAYS if name in row}
+        layers = arrays["similarity"].shape[-1]
+        shapes = {"total": (len(MEASURES), layers), "squares": (len(MEASURES), layers)}
+        for name, array in arrays.items():
+            if array.shape != shapes.get(name, (layers, layers)) or row["tokens"] < 1:
+                raise ValueError(f"{name} is none of {layers} layers")
         return cls(**{"kl": None, **row, **arrays})
 
 

@@ -13,7 +13,7 @@ from bupo.analysis.run import analyze
 from bupo.commands.keeping import keeping
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
-from bupo.text import printable
+from bupo.text import printable, printable_line
 
 COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
 
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
             console.print(printable(f"{model.meta['model']}: {line}"), highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
     files += ", dynamics.parquet" * (report.dynamics is not None)
-    console.print(printable(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
+    console.print(printable_line(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
 
 
 def _table(model: ModelReport) -> Table:

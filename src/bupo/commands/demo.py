@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bupo.commands.parsing import parse_given
 from bupo.progress import progress
-from bupo.text import printable
+from bupo.text import printable_line
 from bupo.training.console import ConsoleLines
 from bupo.training.demo import DemoOptions, demonstrate
 
@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
         summary = demonstrate(options, given, partial(progress, console), [lines], say)
     console.print(_table(summary))
     files = "training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors"
-    console.print(printable(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
+    console.print(printable_line(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
 
 
 def _table(summary: dict) -> Table:

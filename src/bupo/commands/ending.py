@@ -4,6 +4,7 @@ In a launch of several processes the first that fails says why. The others fail 
 gone, and say nothing; those that wait are ended by the launcher.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -11,10 +12,13 @@ from collections.abc import Callable
 
 from bupo import launch
 from bupo.errors import Stopped, UserError
+from bupo.files import CLOSED, FULL
 from bupo.signals import at_once
 from bupo.text import shown
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130  # exit statuses; after a signal 128 and its number
+# of the disk and its folders, not of this package
+_DISK = (*FULL, *CLOSED, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
 GONE = "another process of this launch has ended without a word: it was killed, or has left by sys.exit"
 
 
@@ -37,6 +41,13 @@ def ended(command: Callable[[], None], with_traceback: bool = False) -> int:
         return _failed(error, 128 + error.signal, str(error))
     except KeyboardInterrupt as error:
         return _failed(error, INTERRUPTED, "interrupted")
+    except OSError as error:
+        if error.errno not in _DISK:
+            if not launch.several():
+                raise
+            return _failed(error, FAULT, f"error: process {launch.number()} has failed", True)
+        what = f"{error.filename} cannot be read or written" if error.filename else "a file cannot be read or written"
+        return _failed(error, USAGE, f"error: {what}: {error.strerror}", with_traceback)
     except SystemExit as error:
         if not launch.several() or not launch.in_group():
             raise

@@ -15,7 +15,7 @@ from bupo.files import check_folder
 from bupo.progress import progress
 from bupo.report.scoreboard import board_table, write_board
 from bupo.report.scores import score_tables
-from bupo.text import printable
+from bupo.text import printable, printable_line
 
 OPTIONS = (EvalOptions, TableOptions)
 
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     for table in score_tables(found.summary()):
         console.print(table)
     files = ", ".join(sorted(path.name for path in found.folder.iterdir() if path.is_file()))
-    console.print(printable(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)
+    console.print(printable_line(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)
 
 
 def _tabulate(folders: list[str], given: dict[str, Any], console: Console) -> None:
@@ -49,4 +49,4 @@ def _tabulate(folders: list[str], given: dict[str, Any], console: Console) -> No
     console.print(board_table(board))
     if "output" in given:
         files = f"written to {given['output']}: scoreboard.md, scoreboard.csv"
-        console.print(printable(files), highlight=False, markup=False)
+        console.print(printable_line(files), highlight=False, markup=False)

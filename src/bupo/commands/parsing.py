@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
@@ -13,10 +15,32 @@ from trl import TrlParser
 
 from bupo.commands.catalogue import help_of
 from bupo.errors import UserError, others
+from bupo.files import expanded, open_regular
 from bupo.options import ELSEWHERE, FORMER_WORDS, SYNONYMS
 from bupo.ranges import abridged, hints_of, kinds_of
 
 CONFIG = "--config"
+# options that are a path, or may be one
+PATHS = {
+    "output", "output_dir", "model", "model_name_or_path", "adapter", "dataset", "dataset_name", "eval_dataset", "rollouts",
+    "chat_template", "folders", "table", "compare", "resume_from_checkpoint", "benchmarks", "eval_benchmarks", "logging_dir",
+    "deepspeed", "chat_template_path", "vllm_model",
+}  # fmt: skip
+# environment variables that a file may set: counts, switches and names, but none that chooses a program, code, a library, a
+# server or a folder that one of these is read from
+VARIABLES = re.compile(
+    r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|(HIP|ROCR|ASCEND_RT)_VISIBLE_DEVICES|"
+    r"ZE_AFFINITY_MASK|PYTORCH_(CUDA_)?ALLOC_CONF|PYTORCH_ENABLE_MPS_FALLBACK|(OMP|MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|"
+    r"TOKENIZERS_PARALLELISM|(HF_HUB|HF_DATASETS|TRANSFORMERS)_OFFLINE|HF_HUB_(DISABLE_[A-Z_]+|ENABLE_HF_TRANSFER|"
+    r"DOWNLOAD_TIMEOUT|ETAG_TIMEOUT|VERBOSITY)|TRANSFORMERS_(VERBOSITY|NO_ADVISORY_WARNINGS)|TQDM_DISABLE|"
+    r"WANDB_(PROJECT|ENTITY|NAME|NOTES|TAGS|MODE|RUN_GROUP|JOB_TYPE|DISABLED|SILENT|WATCH|LOG_MODEL)|"
+    r"(MLFLOW_EXPERIMENT|MLFLOW_RUN|COMET_PROJECT|COMET_WORKSPACE|CLEARML_PROJECT|CLEARML_TASK|TRACKIO_PROJECT)(_NAME)?|"
+    r"NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE|SHM_DISABLE|SOCKET_IFNAME|IB_HCA|TIMEOUT|P2P_LEVEL|NVLS_ENABLE|CUMEM_ENABLE)|"
+    r"(TORCH_)?NCCL_(ASYNC_ERROR_HANDLING|BLOCKING_WAIT|ENABLE_MONITORING|HEARTBEAT_TIMEOUT_SEC)|GLOO_SOCKET_IFNAME|"
+    r"TORCH_(DISTRIBUTED_DEBUG|SHOW_CPP_STACKTRACES|LOGS)|VLLM_(USE_V1|ATTENTION_BACKEND|LOGGING_LEVEL|"
+    r"WORKER_MULTIPROC_METHOD|ALLOW_LONG_MAX_MODEL_LEN|ENABLE_V1_MULTIPROCESSING|USE_FLASHINFER_SAMPLER)|"
+    r"(HF|HUGGING_FACE_HUB)_TOKEN|(WANDB|COMET)_API_KEY|BUPO_[A-Z0-9_]+"
+)
 # what a YAML file may give where an option is one value
 SCALARS = {
     int: (int, str),
@@ -68,7 +92,7 @@ def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tup
     """
     known = {field.name for each in classes for field in dataclasses.fields(each) if field.init}
     arguments, path = _without_config(arguments)
-    flags = _translated_flags(arguments, known)
+    flags = _with_homes(_translated_flags(arguments, known))
     config, variables = _read(path, known) if path else ({}, {})
     parser = _Parser(list(classes), prog=prog, allow_abbrev=False)
     defaults = vars(parser.parse_known_args([])[0])
@@ -102,11 +126,23 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The options of a YAML file, and its `env`, which sets environment variables, as TRL's parser does."""
+    path = expanded(CONFIG, path)
     try:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.load(file, _Loader)
+        handle = open_regular(Path(path))
     except OSError as error:
-        raise UserError(f"config file {error.filename} cannot be read: {error.strerror}") from error
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"config file {path} cannot be read: it is no regular file") from error
+    try:
+        with os.fdopen(handle, encoding="utf-8") as file:
+            loader = _Loader(file)
+            loader.name = path
+            try:
+                config = loader.get_single_data()
+            finally:
+                loader.dispose()
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none, numbers beyond Python's limit
@@ -119,10 +155,40 @@ def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
             f"env of config file {path} must be a mapping of environment variables, got {abridged(variables)}"
         )
     variables = {str(name): str(value) for name, value in variables.items()}
+    for name in variables:
+        if not VARIABLES.fullmatch(name):
+            raise UserError(
+                f"env of config file {path} sets {abridged(name)}, which a file may not, for it could choose programs, code or "
+                "servers: set it before the command"
+            )
     with others(f"env of config file {path} sets what no environment can hold", ValueError, OSError):
         os.environ.update(variables)
     names = _translated(map(str, config), known)
-    return dict(zip(names, config.values(), strict=True)), variables
+    return {name: _at_home(name, value) for name, value in zip(names, config.values(), strict=True)}, variables
+
+
+def _with_homes(flags: list[str]) -> list[str]:
+    """A command line whose paths have no `~`, wherever it stands: behind `=` no shell expands it."""
+    found, option = [], ""
+    for word in flags:
+        if word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            found.append(f"--{option}={_at_home(option, value)}" if equals else word)
+        else:
+            found.append(_at_home(option, word))
+    return found
+
+
+def _at_home(option: str, value: Any) -> Any:
+    """The value of an option, without the `~` of a path."""
+    if option not in PATHS:
+        return value
+    if isinstance(value, list):
+        return [_at_home(option, item) for item in value]
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    names = value.split(",") if option in ("benchmarks", "eval_benchmarks") else [value]
+    return ",".join(expanded(option, name) for name in names)
 
 
 def _translated_flags(arguments: list[str], known: set[str]) -> list[str]:

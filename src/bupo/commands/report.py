@@ -8,7 +8,7 @@ from bupo.commands.parsing import CONFIG, parse
 from bupo.errors import UserError
 from bupo.ranges import check_options
 from bupo.report.runs_page import report_runs, said
-from bupo.text import printable
+from bupo.text import printable_line
 
 
 @dataclass
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     console = Console()
 
     def say(line: str) -> None:
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(printable_line(line), highlight=False, markup=False)
 
     if found.left_out:
         say(f"left out: {said(found.left_out)}")

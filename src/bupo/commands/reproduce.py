@@ -11,7 +11,7 @@ from bupo.progress import progress
 from bupo.reproduction.cost import estimates
 from bupo.reproduction.jobs import state_of
 from bupo.reproduction.run import ReproduceOptions, Reproduction, carried_out, commands, forecast, plan
-from bupo.text import printable
+from bupo.text import printable_line
 
 OPTIONS = (ReproduceOptions,)
 
@@ -42,13 +42,13 @@ def _run(options: ReproduceOptions, given: dict, todo: Reproduction, console: Co
             todo,
             options,
             given,
-            say=lambda line: console.print(printable(line), highlight=False, markup=False),
+            say=lambda line: console.print(printable_line(line), highlight=False, markup=False),
             advance=lambda amount: bar.advance(number, amount),
         )
     for name in results:
         console.print(Markdown((todo.places.root / name / "result.md").read_text(encoding="utf-8")))
     console.print(
-        printable(f"results: {todo.places.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
+        printable_line(f"results: {todo.places.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
     )
 
 
@@ -64,5 +64,5 @@ def _show(todo: Reproduction, jobs: int, console: Console) -> None:
     console.print(table)
     for each in todo.runs:
         state = state_of(each, todo.places)
-        console.print(printable(f"{state:8} {each.name}"), highlight=False, markup=False)
+        console.print(printable_line(f"{state:8} {each.name}"), highlight=False, markup=False)
     console.print(line, highlight=False)

@@ -5,7 +5,7 @@ from trl import ModelConfig
 
 from bupo.commands.parsing import parse_given
 from bupo.errors import UserError
-from bupo.text import printable
+from bupo.text import printable_line
 from bupo.training.config import BuPOConfig
 from bupo.training.console import ConsoleLines
 from bupo.training.inputs import TrainOptions
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
             loading=model,
             callbacks=[lines],
             note=NotedRun("train", given),
-            say=lambda line: console.print(printable(line), highlight=False, markup=False),
+            say=lambda line: console.print(printable_line(line), highlight=False, markup=False),
         )
     files = ", ".join(sorted(path.name for path in done.folder.iterdir() if path.is_file()))
-    console.print(printable(f"run folder: {done.folder}  ({files})"), highlight=False, markup=False)
+    console.print(printable_line(f"run folder: {done.folder}  ({files})"), highlight=False, markup=False)

@@ -260,7 +260,9 @@ def _is_file(name: str) -> bool:
 
 
 def _from_file(path: Path) -> Dataset:
-    if not path.is_file():
+    with others(f"{path} cannot be read", OSError):  # of a folder that is another's
+        regular = path.is_file()
+    if not regular:
         raise UserError(f"{path} is no file: give a .parquet, .jsonl or .json file, a hub id or {REASONING_GYM}NAME")
     if path.suffix not in FILE_KINDS:
         raise UserError(f"{path} is no {', '.join(FILE_KINDS)} file")

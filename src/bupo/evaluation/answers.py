@@ -1,6 +1,7 @@
 """One benchmark's answers: sample what is missing, keep each as it finishes, grade, and sum up."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from bupo.errors import UserError
 from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
 from bupo.rewards.grader import Grade, MathGrader, Verdict
 from bupo.rewards.task_scorers import SCORED_BY
+from bupo.run_files import Damaged, Keys, check, read_table
 from bupo.sampling import Answer, Engine, Request, seed_of
 from bupo.store import Store
 
@@ -26,6 +28,9 @@ SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
 GRADE_AGAIN = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
 DEADLINE = 5.0  # seconds, of grading an answer
 GRADED_AT_ONCE = 256
+
+ROW: Keys = {"problem": int, "sample": int, "text": str, "tokens": int, "truncated": bool}
+COLUMNS = {"problem": "number", "sample": "number", "question": "text", "verdict": "text"}
 
 Key = tuple[int, int]  # problem, sample
 
@@ -58,7 +63,7 @@ def samples(
 
 
 def _read(line: str) -> tuple[Key, Answer]:
-    row = json.loads(line)
+    row = check(json.loads(line), ROW)
     for tokens in ("prompt_ids", "completion_ids"):
         row.pop(tokens, None)
     return (row.pop("problem"), row.pop("sample")), Answer(**row)
@@ -202,16 +207,24 @@ def correct_of(table: pd.DataFrame, by: str = "verdict") -> np.ndarray:
     return correct.reshape(table["problem"].nunique(), -1)
 
 
-def finished(folder: Path) -> pd.DataFrame:
+def finished(folder: Path, base: Path | None = None) -> pd.DataFrame:
     """The graded table of a finished benchmark's folder.
 
+    Args:
+        folder (`Path`): of the benchmark.
+        base (`Path`, *optional*): of the evaluation, which the table must not lead out of.
+
     Raises:
-        UserError: if there is none, or an earlier version graded it, whose verdicts were of another kind.
+        UserError: if there is none, it is damaged, or an earlier version graded it, whose verdicts were of another kind.
     """
     path = folder / GRADED_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
-    table = pd.read_parquet(path)
+    remedy = f"delete it, and {GRADE_AGAIN}"
+    table = read_table(path, COLUMNS, remedy, base)
+    counts = table["problem"].value_counts()
+    if table.empty or counts.nunique() != 1:
+        raise Damaged(path, "its problems have no or unequal numbers of answers", remedy)
     if not {"strict", "reason", "answer_class"} <= set(table):
         raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
     return table

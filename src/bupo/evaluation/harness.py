@@ -21,6 +21,8 @@ from bupo.data.templates import template_options
 from bupo.errors import UserError, others
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.tasks import Task, label_of, task_named
+from bupo.files import refuse_links
+from bupo.run_files import check
 from bupo.sampling import TransformersEngine
 from bupo.store import REMEDY, Store, inside
 
@@ -118,17 +120,24 @@ def harness_run(
     if task.file:
         depends["task_sha256"] = hashlib.sha256(task.file.read_bytes()).hexdigest()
     store: Store[str, dict[str, Any]] = Store(
-        inside(folder / "harness", label_of(name)),
+        inside(folder, "harness") / inside(folder / "harness", label_of(name)).name,
         RESULTS_FILE,
         "responses",
-        lambda line: (json.loads(line)["task"], json.loads(line)),
+        _read,
         lambda key, row: json.dumps(row),
         depends,
         noted=noted,
         beside=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
         overwrite=options.overwrite,
     )
+    for path in store.folder.glob(f"{RESPONSES_FILE}*"):  # SQLite would follow a link
+        refuse_links(path, folder)
     return HarnessRun(task, wanted, chat, store)
+
+
+def _read(line: str) -> tuple[str, dict[str, Any]]:
+    row = check(json.loads(line), {"task": str, "metric": str, "score": float, "problems": int})
+    return row["task"], row
 
 
 def run_task(

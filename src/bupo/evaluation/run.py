@@ -1,8 +1,8 @@
 """`bupo.evaluate`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
 
-import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from bupo.evaluation.options import OTHERWISE, PAPER, EvalOptions
 from bupo.evaluation.preset import asked_as
 from bupo.evaluation.source import Source, kept_meta, kept_settings, kept_system_prompt
 from bupo.evaluation.tasks import is_harness, label_of
-from bupo.files import in_one_piece, write_json
+from bupo.files import check_output, in_one_piece, write_json
 from bupo.lock import sole_writer
 from bupo.model.loading import EMBEDDED
 from bupo.options import changed
@@ -45,6 +45,7 @@ from bupo.provenance import note_run
 from bupo.report.samples import write_samples_page
 from bupo.report.scores import write_scores
 from bupo.rewards.grader import check_golds
+from bupo.run_files import NULL, Damaged, check, read_json
 from bupo.sampling import Answer, TransformersEngine
 from bupo.store import Store, inside
 from bupo.text import printable
@@ -116,6 +117,7 @@ def evaluate(
     """
     options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
     options.check()
+    check_output("output", options.output)
     check_template(options.chat_template)
     noted = changed(options) if noted is None else noted
     options, asking = _settled(options, model, tokenizer)
@@ -295,16 +297,30 @@ def read_summary(folder: str) -> dict[str, Any]:
         UserError: if there is none, it cannot be read, or an earlier version graded it.
     """
     path = Path(folder) / SUMMARY_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
-    try:
-        summary = dict(json.loads(path.read_text()))
-        summary["benchmarks"], version = dict(summary["benchmarks"]), int(summary.get("schema_version", 0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): evaluate {folder} again") from error
+    remedy = f"delete it and evaluate {folder} again"
+    summary = read_json(path, {"benchmarks": dict, "schema_version": (int, NULL)}, remedy)
+    version = summary.get("schema_version") or 0
     if version < SCHEMA:
         raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
     return summary
+
+
+def check_numbers(folder: str, summary: dict[str, Any], labels: Iterable[str]) -> None:
+    """Look at the numbers of some benchmarks of an evaluation.
+
+    Raises:
+        Damaged: if one is missing or of another type.
+    """
+    for label in labels:
+        numbers = summary["benchmarks"][label]
+        try:
+            check(numbers, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
+            check(numbers["pass@k"], dict.fromkeys(numbers["pass@k"], float))
+        except ValueError as error:
+            path = Path(folder) / SUMMARY_FILE
+            raise Damaged(path, f"{label}: {error}", f"delete it and evaluate {folder} again") from error
 
 
 def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
@@ -315,16 +331,20 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     """
     if folder is None:
         return {}
-    theirs = read_summary(folder)["benchmarks"]
+    summary = read_summary(folder)
+    theirs = summary["benchmarks"]
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
+    check_numbers(folder, summary, theirs.keys() & benchmarks.keys())
+    for label in theirs.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
+        finished(Path(folder) / label, Path(folder))
     return theirs
 
 
 def _compared(label: str, table: pd.DataFrame, theirs: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
     """The paired difference to another run, of a benchmark that both hold."""
     other = Path(options.compare or "") / label
-    before = finished(other)
+    before = finished(other, Path(options.compare or ""))
     if _questions(before) != _questions(table):
         raise UserError(f"{other} holds other problems than {label}: a paired difference needs the same ones")
     difference, interval = paired_difference(correct_of(before), correct_of(table))

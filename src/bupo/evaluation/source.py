@@ -16,6 +16,7 @@ from bupo.model.generation_settings import stored_ends
 from bupo.model.loading import check_layers, context_of, fingerprint, learned_positions, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
+from bupo.run_files import Damaged
 from bupo.sampling import Engine, TransformersEngine
 from bupo.store import SETTINGS_FILE, read_settings
 from bupo.version import VERSION
@@ -131,6 +132,8 @@ def kept_settings(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
             )
+    if not isinstance(settings["prompt"], str) or not settings["problems"]:
+        raise Damaged(folder / SETTINGS_FILE, "prompt is no text, or problems is empty")
     return settings
 
 
@@ -155,4 +158,6 @@ def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
         found.append({name: settings[name] for name in SUMMARY if name in settings})
     if any(settings != found[0] for settings in found):
         raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
-    return (found[0] if found else {}) | {"versions": {"bupo": VERSION}}
+    return (
+        {"model": "not noted", "template": "not noted"} | (found[0] if found else {}) | {"versions": {"bupo": VERSION}}
+    )

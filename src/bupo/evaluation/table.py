@@ -1,5 +1,6 @@
 """`bupo eval --table`: finished evaluations of several runs, read back for one table of methods and benchmarks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from bupo.errors import UserError, first_line
-from bupo.evaluation.run import read_summary
+from bupo.evaluation.run import check_numbers, read_summary
 from bupo.report.scoreboard import method_of, scoreboard
 
 
@@ -40,9 +41,11 @@ def table_of(folders: Sequence[str]) -> pd.DataFrame:
     found = []
     for word in folders:
         method, equals, folder = word.partition("=")
-        if not equals or Path(word).is_dir():
+        if not equals or os.path.isdir(word):
             method, folder = method_of(Path(word).name), word
-        found.append((method, read_summary(folder)))
+        summary = read_summary(folder)
+        check_numbers(folder, summary, summary["benchmarks"])
+        found.append((method, summary))
     try:
         return scoreboard(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of a summary that lacks numbers

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from bupo.errors import UserError, others
+from bupo.folders import check_inside
 
 EMBEDDED = "embedded"
 
@@ -47,6 +49,8 @@ def _path(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.exists():
         raise UserError(f"{name} does not exist: give the folder of a model, a hub id or '{EMBEDDED}'")
+    if path.is_dir():
+        check_inside(path)
     return name
 
 
@@ -143,6 +147,8 @@ def load_on_device(
         return model
     from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
 
+    if os.path.isdir(adapter):
+        check_inside(Path(adapter))
     with others(f"adapter {adapter!r} cannot be put on the model"):
         return PeftModel.from_pretrained(model, adapter).eval()
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from bupo.folders import LARGEST_CONFIG, Unreadable, content, there
+from bupo import run_files
+from bupo.folders import LARGEST, LARGEST_CONFIG, Unreadable, content, there
 from bupo.provenance import CONFIG_FILE, without_secrets
 from bupo.text import printable
 
@@ -25,12 +26,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not there(folder, name):
         return {}
     try:
-        value = json.loads(content(folder, name).decode(errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{name} cannot be read") from error
-    if not isinstance(value, dict):
-        raise Unreadable(f"{name} is no mapping")
-    return value
+        return run_files.read_json(folder / name, largest=LARGEST)
+    except run_files.Damaged as error:
+        mapping = error.why.startswith("it is no mapping")
+        raise Unreadable(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -63,7 +62,7 @@ def read_table(folder: Path, name: str, columns: list[str]) -> list[dict[str, An
     try:
         with pa.BufferReader(content(folder, name)) as file:
             return pq.read_table(file, columns=columns).select(columns).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+    except (pa.ArrowException, OSError, *run_files.BROKEN) as error:
         raise Unreadable(f"{name} cannot be read") from error
 
 

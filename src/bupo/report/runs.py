@@ -139,8 +139,14 @@ def read_run(folder: Path) -> Run:
     Raises:
         Unreadable: if it holds none, or none that can be read.
     """
-    if not folder.is_dir():
-        raise Unreadable("a file" if folder.exists() else "does not exist")
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        raise Unreadable("does not exist") from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(
+            "a file" if os.path.isfile(folder) else f"cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
     if there(folder, "metrics.jsonl"):
         return _trained(folder)
     summary = read_json(folder, "summary.json")
@@ -148,7 +154,7 @@ def read_run(folder: Path) -> Run:
         return _analysed(folder, summary)
     if isinstance(summary.get("benchmarks"), dict) and isinstance(summary.get("meta"), dict):
         return _evaluated(folder, summary)
-    if any(there(each, RUN_FILE) for each in sorted(folder.iterdir())[:MOST] if each.is_dir()):
+    if any(there(each, RUN_FILE) for each in sorted(folder.iterdir())[:MOST] if os.path.isdir(each)):
         raise Unreadable(f"holds run folders: give {folder.name}/*")
     raise Unreadable("no run that has come to something" if there(folder, RUN_FILE) else "no run")
 
@@ -266,7 +272,7 @@ def _place(folder: Path, config: Mapping, model: str) -> Path:
     here, note = Path(os.path.abspath(folder)), read_json(folder, RUN_FILE)
     started = Path(name_of(note.get("folder") or os.getcwd(), 4096))
     written = Path(os.path.normpath(started / name_of(config.get("output") or config.get("output_dir") or here, 4096)))
-    model_path = Path(os.path.normpath(started / Path(model).expanduser()))
+    model_path = Path(os.path.normpath(started / os.path.expanduser(model)))
     same = 0
     while same < min(len(here.parts), len(written.parts)) and here.parts[-1 - same] == written.parts[-1 - same]:
         same += 1

@@ -119,7 +119,7 @@ def check_output(path: Path) -> None:
         raise UserError(f"output {str(path)!r} is a folder: name the file of the page, such as {path / 'report.html'}")
     if not path.exists():
         return
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise UserError(f"output {path} is no file that can be replaced: choose another output")
     with path.open("rb") as file:
         if f'content="{GENERATOR}"'.encode() not in file.read(1024):

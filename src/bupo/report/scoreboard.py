@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from bupo.files import in_one_piece, write_text
 from bupo.seeds import OverSeeds, over_seeds
 from bupo.text import csv_cell, markdown_cell, markdown_table, printable
 
@@ -119,7 +120,8 @@ def board_table(board: pd.DataFrame) -> Table:
 def write_board(board: pd.DataFrame, folder: Path) -> None:
     """`scoreboard.md`, the table for people, and `scoreboard.csv`, its tidy numbers."""
     rows = [{markdown_cell(name): markdown_cell(cell) for name, cell in row.items()} for row in wide(board)]
-    (folder / "scoreboard.md").write_text(markdown_table(rows))
+    write_text(folder / "scoreboard.md", markdown_table(rows))
     names = {name: board[name].map(csv_cell) for name in ("method", "benchmark")}
     numbers = {name: board[name].astype("Int64") for name in ("k", "problems")}
-    board.assign(**names, **numbers).to_csv(folder / "scoreboard.csv", index=False)
+    with in_one_piece(folder / "scoreboard.csv") as part:
+        board.assign(**names, **numbers).to_csv(part, index=False)

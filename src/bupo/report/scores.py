@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from bupo.files import in_one_piece, write_text
 from bupo.report.figures import pass_figure
 from bupo.text import csv_cell, markdown_cell, markdown_table, printable
 
@@ -127,8 +128,9 @@ def write_scores(summary: dict, folder: Path) -> None:
     for name, rows in (("table", score_rows(summary) + average_row(summary)), ("harness", harness_rows(summary))):
         if rows:
             table = pd.DataFrame(rows).fillna("")
-            _written(table, csv_cell).to_csv(folder / f"{name}.csv", index=False)
-            (folder / f"{name}.md").write_text(markdown_table(_written(table, markdown_cell).to_dict("records")))
+            with in_one_piece(folder / f"{name}.csv") as part:
+                _written(table, csv_cell).to_csv(part, index=False)
+            write_text(folder / f"{name}.md", markdown_table(_written(table, markdown_cell).to_dict("records")))
     found = summary["benchmarks"]
     if found:
         others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}

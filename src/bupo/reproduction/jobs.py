@@ -1,9 +1,7 @@
 """Runs as child processes of their public commands: finished ones are kept, several go side by side, each has a log."""
 
 import ctypes
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bupo.errors import UserError
-from bupo.files import write_json
+from bupo.files import append, make_folder, refuse_links, remove, write_json
 from bupo.reproduction.experiment import Run
+from bupo.run_files import Damaged, read_json, read_text
 
 PATIENCE = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
 PAUSE = 0.1
@@ -52,15 +51,11 @@ class Places:
 
     def noted(self, name: str) -> dict[str, Any]:
         """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            noted = json.loads(self.note(name).read_text())
-            return {
-                "digest": str(noted["digest"]),
-                "finished": noted["finished"] is True,
-                "seconds": float(noted["seconds"]),
-            }
-        with suppress(OSError, ValueError):
-            return {"digest": self.mark(name).read_text().strip(), "finished": True}
+        with suppress(Damaged):
+            noted = read_json(self.note(name), {"digest": str, "finished": bool, "seconds": float})
+            return {name: noted[name] for name in ("digest", "finished", "seconds")}
+        with suppress(Damaged):
+            return {"digest": read_text(self.mark(name)).strip(), "finished": True}
         return {}
 
     def seconds(self, name: str) -> float | None:
@@ -89,9 +84,8 @@ def remove_stale(run: Run, places: Places) -> None:
     """Delete a run that was made with other options."""
     noted = places.noted(run.name)
     if noted and noted.get("digest") != run.digest():
-        shutil.rmtree(places.folder(run.name), ignore_errors=True)
-        for path in (places.note(run.name), places.log(run.name), places.mark(run.name)):
-            path.unlink(missing_ok=True)
+        for path in (places.folder, places.note, places.log, places.mark):
+            remove(path(run.name))
 
 
 @dataclass
@@ -177,8 +171,10 @@ class Jobs:
     def _started(self, run: Run) -> _Child:
         before = float(self.places.noted(run.name).get("seconds", 0.0))
         self.say(f"{'goes on' if before else 'begins'}: {run.name}")
-        self.places.log(run.name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.places.log(run.name).parent, self.places.root)
+        refuse_links(self.places.folder(run.name), self.places.root)
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        append(self.places.log(run.name), "")  # refused where it is a link or a pipe
         with self.places.log(run.name).open("a") as log:
             process = subprocess.Popen(
                 run.words(self.places.folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ,

@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bupo.files import in_one_piece, write_json
+from bupo.errors import UserError, first_line
+from bupo.files import in_one_piece, make_folder, write_json, write_text
 from bupo.provenance import versions
 from bupo.reproduction.experiment import Experiment
 from bupo.reproduction.outputs import OUTPUTS, Finished, Output
 from bupo.reproduction.outputs.table import quoted
+from bupo.run_files import BROKEN
 from bupo.text import csv_cell
 
 SCHEMA = 1
@@ -69,9 +71,16 @@ def make(
     Raises:
         UserError: if a run's folder lacks something, or holds what is none of its files; nothing is written then.
     """
-    output = OUTPUTS[experiment.kind](Finished(experiment, place, seconds))
+    try:
+        output = OUTPUTS[experiment.kind](Finished(experiment, place, seconds))
+    except UserError:
+        raise
+    except BROKEN as error:  # a value of another type, deep in a file that is whole
+        raise UserError(
+            f"{experiment.name} cannot be made, for a file of its runs is damaged: {first_line(error)}; start the runs again"
+        ) from error
     notes = [*output.notes, *_notes(experiment, output)]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, folder.parent)
     files = [_table(output.rows, folder / "table.csv"), _table(output.data.to_dict("records"), folder / "data.csv")]
     files.append(_text("\n".join(table.markdown() for table in output.shown), folder / TABLE_FILE))
     if output.figure is not None:
@@ -141,8 +150,7 @@ def _table(rows: list[dict[str, Any]], path: Path) -> str:
 
 
 def _text(text: str, path: Path) -> str:
-    with in_one_piece(path) as part:
-        part.write_text(text)
+    write_text(path, text)
     return path.name
 
 

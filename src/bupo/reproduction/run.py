@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bupo.errors import UserError
+from bupo.files import check_output
 from bupo.lock import sole_writer
 from bupo.options import changed, check_values
 from bupo.provenance import note_run
@@ -134,6 +135,7 @@ def carried_out(
     advance: Callable[[float], None],
 ) -> dict[str, Result]:
     """As of `reproduce`, of what is planned."""
+    check_output("output", todo.places.root)
     making = _Making(todo, say, advance)
     with sole_writer(todo.places.root):
         for run in todo.runs:

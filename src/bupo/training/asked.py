@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.data.as_trained import AsTrained
+from bupo.files import make_folder
 from bupo.model.generation_settings import unaccounted
 from bupo.training.seam import TRLTrainer
 
@@ -45,5 +46,5 @@ def as_asked(trainer: TRLTrainer) -> AsTrained:
 def write(trainer: TRLTrainer, folder: Path) -> None:
     """Beside a model that has just been saved, `evaluation.json`."""
     if trainer.args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         as_asked(trainer).write(folder)

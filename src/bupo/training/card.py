@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bupo.files import in_one_piece
+from bupo.files import make_folder, write_text
 from bupo.logged import digits, number, numbers
 from bupo.provenance import CONFIG_FILE
 from bupo.text import markdown_cell, markdown_table, printable
@@ -54,11 +54,10 @@ def write(
     """Beside a model that has just been saved, its card."""
     if not trainer.args.should_save:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
     found = of_model(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
-    with in_one_piece(folder / CARD) as part:
-        part.write_text(found, encoding="utf-8")
+    write_text(folder / CARD, found)
 
 
 def of_model(trainer: TRLTrainer, name: str, dataset: str | None, tags: list[str]) -> str:

@@ -6,22 +6,21 @@ them a resumed run would count rollout batches, and so the phases, from the star
 `options.json` is what decides the run, and `manifest.json`, written last, tells whether all is there.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.analysis.over_training import STATE_FILE
-from bupo.errors import UserError
+from bupo.errors import UserError, first_line
+from bupo.run_files import BROKEN, Damaged, check, read_state
 from bupo.training.resuming import compare, same_phase, write_options
 from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 from bupo.training.sharding import load_whole_weights, whole_weights
-from bupo.training.whole import check_shared, decided
+from bupo.training.whole import check_shared, decided, updates_of
 
 
 class Part(Protocol):
@@ -70,6 +69,10 @@ def check_same_run(trainer: TRLTrainer, found: Path, say: Callable[[str], None])
     """
     _check_kind(trainer, found)
     compare(trainer, found, say)
+    if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
+        same_phase(_state(found, mmap=True)["planned"], trainer.args.first_phase, found)
+    elif pieces_file(found, 0).exists():
+        raise _earlier(found)
 
 
 def _check_kind(trainer: TRLTrainer, found: Path) -> None:
@@ -86,7 +89,7 @@ def _check_kind(trainer: TRLTrainer, found: Path) -> None:
         )
     if ours != "under DeepSpeed" or not (found / STATE_FILE).exists():
         return
-    before = torch.load(found / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)["layout"]["processes"]
+    before = _state(found, mmap=True)["layout"]["processes"]
     if before != trainer.accelerator.num_processes:
         raise UserError(
             f"{found} is of {before} processes, and this run has {trainer.accelerator.num_processes}: DeepSpeed goes on on as "
@@ -121,17 +124,27 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
     """Take up what `save` wrote. Of another trainer's checkpoint, only the place.
 
     Raises:
-        UserError: if the checkpoint was made with another first phase, lacks a part, or its rollout batch was cut up otherwise.
+        UserError: if the checkpoint was made with another first phase, lacks a part or is damaged, or its rollout batch was cut
+            up otherwise.
     """
+    try:
+        _load(trainer, folder, planned, parts)
+    except UserError:
+        raise
+    except (*BROKEN, RuntimeError) as error:  # values of other types or shapes, deep in the states of the parts
+        raise Damaged(folder / STATE_FILE, first_line(error), "go on from another checkpoint") from error
+
+
+def _load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[str, Part]) -> None:
     if not (folder / STATE_FILE).exists():
         if pieces_file(folder, 0).exists():
-            raise UserError(f"{folder} was made by bupo 0.1 ({STATE_FILE} is missing): go on with that version")
-        done = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]  # another trainer's
+            raise _earlier(folder)
+        done = updates_of(folder)  # another trainer's
         trainer.restore_place(done * trainer.args.gradient_accumulation_steps, None)
         return
     # a sharded critic lies in it whole: no process needs more of it in its memory than its share
     mapped = trainer.is_fsdp_enabled
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=mapped)
+    state = _state(folder, mmap=mapped)
     same_phase(state["planned"], planned, folder)
     if state["layout"] == layout(trainer):
         saved = _own(trainer, folder)
@@ -158,6 +171,10 @@ def load(trainer: TRLTrainer, folder: Path, planned: Schedule, parts: Mapping[st
             raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
 
 
+def _earlier(folder: Path) -> UserError:
+    return UserError(f"{folder} was made by bupo 0.1 ({STATE_FILE} is missing): go on with that version")
+
+
 def _own(trainer: TRLTrainer, folder: Path) -> dict:
     """This process' file."""
     own = pieces_file(folder, trainer.accelerator.process_index)
@@ -165,7 +182,18 @@ def _own(trainer: TRLTrainer, folder: Path) -> dict:
         raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
     # of several processes on CPUs the device is cpu:0, which torch cannot load to
     device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
-    return torch.load(own, map_location=device, weights_only=True)
+    return read_state(own, {"pieces": object, "numbers": dict}, map_location=device)
+
+
+def _state(folder: Path, mmap: bool) -> dict:
+    """What all processes share."""
+    kinds = {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict}
+    state = read_state(folder / STATE_FILE, {**kinds, "completions": object}, mmap=mmap)
+    try:
+        check(state["layout"], {"processes": int, "micro_steps": int})
+    except ValueError as error:
+        raise Damaged(folder / STATE_FILE, f"layout: {error}") from error
+    return state
 
 
 def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:

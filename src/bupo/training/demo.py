@@ -15,7 +15,7 @@ from transformers import TrainerCallback, set_seed
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
-from bupo.files import write_json
+from bupo.files import check_output, write_json
 from bupo.lock import sole_writer
 from bupo.model.loading import EMBEDDED, check_layers, load_model, load_tokenizer
 from bupo.options import check_values
@@ -95,6 +95,7 @@ def demonstrate(
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
     check_values(options, internal_layer=COUNT, internal_steps=FROM_0, steps=COUNT, problems=COUNT)
+    check_output("output", options.output)
     with sole_writer(options.output):
         return _demonstrated(options, given, bar, callbacks, say)
 

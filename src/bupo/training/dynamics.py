@@ -8,7 +8,7 @@ import pandas as pd
 
 from bupo.analysis.over_training import write_series
 from bupo.analysis.report import DYNAMICS_FILE
-from bupo.files import in_one_piece
+from bupo.files import in_one_piece, make_folder
 from bupo.training.probes import Answers
 
 PROBES_FILE = "probes.jsonl"
@@ -26,7 +26,7 @@ class Dynamics:
 
     def write_answers(self, answers: Answers, decode) -> None:
         """Keep the probe set, in the format that `bupo analyze --rollouts` reads."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         lines = [
             json.dumps({"prompt_ids": p, "completion_ids": a, "prompt": decode(p), "completion": decode(a)}) + "\n"
             for p, a in answers

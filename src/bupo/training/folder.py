@@ -1,18 +1,16 @@
 """A run's folder: whether a run may begin there, where it goes on, whether it is finished, and its figures."""
 
-import json
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from bupo.analysis.over_training import FINISHED_FILE
+from bupo.analysis.over_training import COLUMNS, FINISHED_FILE
 from bupo.errors import UserError
-from bupo.files import write_json
+from bupo.files import remove, write_json
 from bupo.logged import numbers
 from bupo.report.figures import dynamics_figure, training_figure
+from bupo.run_files import BROKEN, Damaged, read_json, read_table
 from bupo.training.config import BuPOConfig
 from bupo.training.dynamics import DYNAMICS_FILE, PROBES_FILE
 from bupo.training.metrics_file import METRICS_FILE
@@ -69,9 +67,9 @@ def refuse_held(config: BuPOConfig, allowed: bool) -> None:
 def clear(folder: Path, checkpoint: str | None = None) -> None:
     """Delete a former run's series and checkpoints, which a new one would mix with, also one that goes on from another run's
     checkpoint; of a run that goes on from one of its own, the later ones that `overwrite` allows to delete."""
-    (folder / FINISHED_FILE).unlink(missing_ok=True)  # first: what is half deleted is not finished
+    remove(folder / FINISHED_FILE)  # first: what is half deleted is not finished
     for path in later(folder, checkpoint) if checkpoint and _own(folder, Path(checkpoint)) else _held(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(path)
 
 
 def _own(folder: Path, checkpoint: Path) -> bool:
@@ -130,15 +128,20 @@ def mark_finished(config: BuPOConfig, updates: int, schedule: Schedule, options:
 def finished(config: BuPOConfig) -> dict | None:
     """What is noted of a run that is to be resumed and has all its updates done and its files written."""
     path = Path(config.output_dir) / FINISHED_FILE
-    if wants_to_resume(config) != "true" or not path.exists():
+    if wants_to_resume(config) != "true" or not os.path.lexists(path):
         return None
-    try:
-        done = json.loads(path.read_text())
-        by_steps = 0 < config.max_steps <= done["updates"]
-        if by_steps or (config.max_steps <= 0 and config.num_train_epochs <= done["epochs"]):
-            return {name: done[name] for name in ("schedule", "planned", "options")}
-    except (OSError, ValueError, KeyError, TypeError):  # no longer readable: the last checkpoint tells
-        pass
+    remedy = "delete it, and the run goes on from its last checkpoint"
+    done = read_json(
+        path, {"updates": int, "epochs": float, "schedule": list, "planned": list, "options": dict}, remedy
+    )
+    for name in ("schedule", "planned"):
+        try:
+            Schedule.load(done[name])
+        except BROKEN as error:
+            raise Damaged(path, f"{name} is no schedule ({error})", remedy) from error
+    by_steps = 0 < config.max_steps <= done["updates"]
+    if by_steps or (config.max_steps <= 0 and config.num_train_epochs <= done["epochs"]):
+        return {name: done[name] for name in ("schedule", "planned", "options")}
     return None
 
 
@@ -148,5 +151,5 @@ def draw(folder: Path, rows: list[dict], title: str) -> None:
     if (folder / DYNAMICS_FILE).exists():
         logs = [row for row in map(numbers, rows) if "rollout_batch" in row]
         in_first = (int(row["rollout_batch"]) for row in logs if row.get("phase", 2) < 1.5)
-        table = pd.read_parquet(folder / DYNAMICS_FILE)
+        table = read_table(folder / DYNAMICS_FILE, dict.fromkeys(COLUMNS, "any"))
         dynamics_figure(table, max(in_first, default=0), folder / "dynamics.png", title)

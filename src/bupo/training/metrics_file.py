@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from bupo.files import in_one_piece
+from bupo.files import append, in_one_piece, make_folder
+from bupo.run_files import BROKEN, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,13 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         with in_one_piece(self.path) as part:
             part.write_text("".join(_line(row["step"], row) for row in state.log_history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                file.write(_line(state.global_step, logs))
+            append(self.path, _line(state.global_step, logs))
 
 
 def _line(step: int, logs: dict) -> str:
@@ -54,13 +54,18 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`. Lines that cannot be read are left out, and named but for half a last one."""
+    """Return the rows of a `metrics.jsonl`. Lines that cannot be read are left out, and named but for half a last one.
+
+    Raises:
+        Damaged: if there is no such file.
+    """
     rows: list[dict] = []
-    lines = Path(path).read_text(errors="replace").split("\n")
+    remedy = "copy it back, or start the run again by --overwrite true"
+    lines = read_bytes(Path(path), remedy).decode(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except BROKEN:  # nested too deep and numbers beyond any, too
             row = None
         if isinstance(row, dict):
             rows.append(row)

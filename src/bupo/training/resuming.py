@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bupo.errors import UserError
 from bupo.files import write_json
 from bupo.model.loading import fingerprint
 from bupo.provenance import without_secrets
+from bupo.run_files import BROKEN, read_json
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 
@@ -118,9 +120,13 @@ def _content(problems: Any) -> str:
 
 def same_phase(before: list, planned: Schedule, folder: Path) -> None:
     """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
-    if Schedule.load(before) != planned:
+    try:
+        former = Schedule.load(before)
+    except BROKEN as error:
+        raise UserError(f"{folder} is damaged: its first phase cannot be read ({error}); go on from another") from error
+    if former != planned:
         raise UserError(
-            f"{folder} was made with the first phase {Schedule.load(before)}, the options say {planned}: go on with the same"
+            f"{folder} was made with the first phase {former}, the options say {planned}: go on with the same"
         )
 
 
@@ -135,9 +141,9 @@ def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> No
     Raises:
         UserError: for one that would change the run and is not taken over.
     """
-    if not (folder / OPTIONS_FILE).exists():
+    if not os.path.lexists(folder / OPTIONS_FILE):
         return
-    hold(trainer, json.loads((folder / OPTIONS_FILE).read_text()), folder, say)
+    hold(trainer, read_json(folder / OPTIONS_FILE), folder, say)
 
 
 def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:

@@ -20,11 +20,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from bupo.data.templates import said_of_template, template_options
 from bupo.errors import first_line, others
-from bupo.files import check_folder
+from bupo.files import check_output, refuse_links
 from bupo.lock import sole_writer
 from bupo.model.loading import fingerprint, load_model
 from bupo.options import changed
 from bupo.provenance import note_run
+from bupo.run_files import read_table
 from bupo.training import messages
 from bupo.training.best_metric import check_best_metric
 from bupo.training.checkpoint import check_same_run
@@ -53,6 +54,7 @@ from bupo.training.whole import updates_of
 
 # by which libraries refuse, while a run goes, what they were given
 REFUSALS = (ValueError, ImportError, NotImplementedError)
+WRITTEN_BY_OTHERS = ("runs", "completions")  # folders of TensorBoard and TRL, which would follow a link
 OBJECTS = ("problems", "eval_problems", "reward_funcs", "model")  # arguments of `train` that no file can hold
 
 
@@ -82,7 +84,7 @@ class TrainingRun:
     def dynamics(self) -> pd.DataFrame | None:
         """The probes' series (figs. 4, 5 and 7), if there were any."""
         path = self.folder / DYNAMICS_FILE
-        return pd.read_parquet(path) if path.exists() else None
+        return read_table(path) if path.exists() else None
 
 
 class NotedRun(TrainerCallback):
@@ -142,7 +144,7 @@ def train(
 def _checked(config: BuPOConfig, options: TrainOptions, loading: ModelConfig, given, callbacks) -> list[Reward]:
     """The reward functions, once no option is refused that can be refused without a model and without problems."""
     options.check()
-    check_folder("output", config.output_dir)
+    check_output("output", config.output_dir)
     rehearse(config, loading)
     rewards = as_list(given) or [reward_of(name) for name in options.rewards]
     check_rewards(rewards, config)
@@ -195,6 +197,8 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
         if checkpoint:
             check_same_run(trainer, Path(checkpoint), trainer.accelerator.print)
         if trainer.is_world_process_zero():
+            for inner in WRITTEN_BY_OTHERS:
+                refuse_links(folder / inner, folder)
             clear(folder, checkpoint)  # what `overwrite` has asked for, or a run has left that had no checkpoint yet
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))

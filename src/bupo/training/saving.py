@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from bupo.errors import UserError, first_line
-from bupo.files import CLOSED, FULL
+from bupo.files import CLOSED, FULL, make_folder, remove
 from bupo.training.whole import checkpoints, to_go_on_from, usable, write_manifest
 
 STAGING, _FORMER, _GONE = "_saving", "former", "gone"  # transformers pushes no name that begins with `_`
@@ -49,7 +49,7 @@ def move_in(staged: Path, place: Path) -> None:
         _to_disk(path)
     if place.exists():
         former = staged.parent / _FORMER / place.name
-        former.parent.mkdir(exist_ok=True)
+        make_folder(former.parent, place.parent)
         place.rename(former)
     staged.rename(place)
     _to_disk(place.parent)
@@ -71,8 +71,8 @@ def move_files(staged: Path, place: Path) -> None:
     for path in sorted(staged.iterdir()):
         for inner in (*path.rglob("*"), path):
             _to_disk(inner)
-        if path.is_dir():
-            shutil.rmtree(place / path.name, ignore_errors=True)
+        if path.is_dir() or (place / path.name).is_dir():
+            remove(place / path.name)
         path.replace(place / path.name)
     shutil.rmtree(staged.parent)
 
@@ -90,10 +90,14 @@ def _to_disk(path: Path) -> None:
 
 def recover(folder: Path) -> None:
     """Remove what a kill has left half written; a checkpoint that was about to be replaced is put back."""
+    if (folder / STAGING).is_symlink() or (
+        folder / STAGING / _FORMER
+    ).is_symlink():  # by somebody else: it leads elsewhere
+        remove(folder / STAGING)
     for former in (folder / STAGING / _FORMER).glob("*"):
         if not (folder / former.name).exists():
             former.rename(folder / former.name)
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    remove(folder / STAGING)
 
 
 def to_resume(folder: Path, wanted: str | bool | None, say: Callable[[str], None]) -> Path | None:
@@ -116,7 +120,7 @@ def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> No
     most = limit if limit and limit > 0 else len(found)
     more = len(found) - max(most, len(kept & set(found)))
     for path in [path for path in found if path not in kept][: max(0, more)]:
-        gone = folder / STAGING / _GONE / path.name
-        gone.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(gone)  # first, for deleting takes time: a kill must not leave a part in its place
+        away = folder / STAGING / _GONE / path.name
+        make_folder(away.parent, folder)
+        path.rename(away)  # first, for deleting takes time: a kill must not leave a part in its place
     shutil.rmtree(folder / STAGING, ignore_errors=True)

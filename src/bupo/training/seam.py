@@ -32,7 +32,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from bupo.errors import UserError
+from bupo.errors import UserError, others
+from bupo.files import make_folder
 from bupo.model.decoding import quick
 from bupo.model.generation_settings import own_settings_unused
 from bupo.model.residual import evaluating
@@ -370,7 +371,7 @@ class TRLTrainer(GRPOTrainer):
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with writing(place), self.beside(run) as staging:
             staged = staging / place.name
-            staged.mkdir(parents=True, exist_ok=True)
+            make_folder(staged, run)
             self.save_parts(staged)
             super()._save_checkpoint(model, trial)
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -404,6 +405,7 @@ class TRLTrainer(GRPOTrainer):
         """Save the model and its tokenizer: each file appears at once."""
         staged = folder / STAGING / "model"
         with writing(folder), self.beside(folder):
+            make_folder(staged, folder)
             self.save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -414,7 +416,9 @@ class TRLTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
-        with nullcontext() if stepped is None else asking_for(self.model, stepped):
+        reading = others(f"{checkpoint} is damaged: its optimizer or scheduler cannot be loaded")
+        some = nullcontext() if stepped is None else asking_for(self.model, stepped)
+        with some, reading if checkpoint else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bupo.run_files import read_state
+
 
 def shards(accelerator: Accelerator) -> bool:
     """Whether FSDP shards the parameters of this run."""
@@ -143,6 +145,5 @@ def stepped_in(checkpoint: Path) -> set[str]:
     """The parameters that have a state in the optimizer of an FSDP2 checkpoint, as the main process finds it."""
     found: list[Any] = [None]
     if PartialState().is_main_process:
-        state = torch.load(checkpoint / f"{OPTIMIZER_NAME}.bin", map_location="cpu", weights_only=True, mmap=True)
-        found[0] = set(state["state"])
+        found[0] = set(read_state(checkpoint / f"{OPTIMIZER_NAME}.bin", {"state": dict}, mmap=True)["state"])
     return broadcast_object_list(found)[0]

@@ -15,7 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
 from bupo.errors import UserError
-from bupo.files import write_json
+from bupo.files import make_folder, write_json
 from bupo.model.meta import model_meta
 from bupo.model.residual import ResidualStream, evaluating
 from bupo.training import zero
@@ -235,7 +235,7 @@ class Watch:
     def _write_boundary(self) -> None:
         if self.boundary and self.accelerator.is_main_process:
             folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(folder / BOUNDARY_FILE, self.boundary)
 
     # -- probes ------------------------------------------------------------------------------------------------------

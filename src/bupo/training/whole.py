@@ -1,22 +1,37 @@
 """Which checkpoints are whole: each holds a manifest, written last, of the names, sizes and checksums of its files."""
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bupo.errors import UserError
+from bupo.analysis.over_training import STATE_FILE
+from bupo.errors import UserError, first_line
 from bupo.files import write_json
+from bupo.folders import outside, there
+from bupo.run_files import BROKEN, NULL, Damaged, Keys, check, read_json, read_state
 
 MANIFEST_FILE = "manifest.json"
 HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
+# by name, what the states of a checkpoint must hold to be loaded
+_STATES: dict[str, Keys] = {
+    STATE_FILE: {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict},
+    "rollouts_*.pt": {"pieces": object, "numbers": dict},
+    "optimizer.pt": {"state": dict, "param_groups": list},
+    "optimizer.bin": {"state": dict},
+    "scheduler.pt": {},
+    "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
+}
 Found = TypeVar("Found")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
@@ -65,29 +80,73 @@ def damage(folder: Path, sums: bool = True) -> str | None:
     if not there:
         return "there is no such folder"
     listed = folder / MANIFEST_FILE
-    if listed.exists():
+    if os.path.lexists(listed):
         try:
-            files = json.loads(listed.read_text())["files"]
-            found = next((what for name in files if (what := _altered(folder / name, name, files[name], sums))), None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = read_json(listed, {"files": dict})["files"]
+            found = next((what for name in files if (what := _altered(folder, name, files[name], sums))), None)
+        except (OSError, *BROKEN):
             found = f"{MANIFEST_FILE} cannot be read"
         if found:
             return found
-    try:
-        updates_of(folder)
-    except FileNotFoundError:
+    if not os.path.lexists(folder / TRAINER_STATE_NAME):
         return f"{TRAINER_STATE_NAME} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{TRAINER_STATE_NAME} cannot be read"
+    try:
+        state_of(folder)
+    except Damaged as error:
+        return f"{TRAINER_STATE_NAME} cannot be read ({error.why})"
     for what, names in _NEEDED.items():
         if not any(next(folder.glob(name), None) for name in names):
             return f"{what} is missing" + (" (save_only_model)" if listed.exists() else "")
+    return unreadable(folder)
+
+
+def unreadable(folder: Path) -> str | None:
+    """Return what a checkpoint's states and weights cannot be read for, by their headers only; None where they can."""
+    for pattern, keys in _STATES.items():
+        for path in sorted(folder.glob(pattern)):
+            try:
+                read_state(path, keys, mmap=True)
+            except Damaged as error:
+                return f"{path.name} is damaged: {error.why}"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            if not there(folder, path.name):
+                return f"{path.name} is no regular file of its folder"
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError, *BROKEN) as error:
+            return f"{path.name} is damaged: {first_line(error)}"
+    for path in sorted(folder.glob("*.index.json")):
+        if wrong := outside(folder, path.name):
+            return wrong
     return None
 
 
-def _altered(path: Path, name: str, entry: dict, sums: bool) -> str | None:
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Return a trainer's state, as the resumed trainer will read it.
+
+    Raises:
+        Damaged: if it is missing or no such state.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    found = read_json(path, {"global_step": int, "log_history": (list, NULL), "epoch": (float, NULL)})
+    try:
+        if found["global_step"] < 0:
+            raise ValueError(f"global_step is {found['global_step']}")
+        for row in found.get("log_history") or []:
+            check(row, {"step": int})
+        TrainerState(**found)
+    except BROKEN as error:
+        raise Damaged(path, f"log_history or another entry: {error}") from error
+    return found
+
+
+def _altered(folder: Path, name: str, entry: dict, sums: bool) -> str | None:
+    path = folder / name
     if not path.is_file():
-        return f"{name} is missing"
+        return f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file"
+    if not there(folder, name):
+        return f"{name} is no file of the checkpoint"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
@@ -98,9 +157,7 @@ def _altered(path: Path, name: str, entry: dict, sums: bool) -> str | None:
 
 def updates_of(checkpoint: str | Path | None) -> int:
     """Updates that a checkpoint was made after; 0 without one."""
-    return (
-        0 if checkpoint is None else int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
-    )
+    return 0 if checkpoint is None else state_of(Path(checkpoint))["global_step"]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
+from bupo.files import make_folder
 from bupo.report.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, panels, save, trim
 from bupo.text import plain_label
 
@@ -28,7 +29,7 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
         `dict[str, Figure]`: by the files' name.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, folder.parent)
     figures = {name: analysis_figure(table, summary, name) for name in _KINDS}
     for name, figure in figures.items():
         for kind in ("png", "pdf"):

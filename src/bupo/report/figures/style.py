@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bupo.files import in_one_piece
+
 BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#059669", "#dc2626", "#6b7280"
 COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
 
@@ -36,5 +38,7 @@ def mark_first_phase(axis: Axes, start: float, end: float) -> None:
 
 def save(figure: Figure, path: str | Path) -> Figure:
     """Write a PNG or PDF, by the path's end."""
-    figure.savefig(path, dpi=150)
+    path = Path(path)
+    with in_one_piece(path) as part:
+        figure.savefig(part, dpi=150, format=path.suffix.removeprefix("."))
     return figure

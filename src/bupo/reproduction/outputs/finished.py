@@ -1,6 +1,6 @@
 """What the finished runs of an experiment left, read with an eye to what may be wrong with it."""
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import pandas as pd
 
 from bupo.errors import UserError
 from bupo.reproduction.experiment import Cell, Experiment, Run
+from bupo.run_files import Damaged, read_json, read_rows, read_table
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Finished:
         Raises:
             UserError: if it is missing or no summary.
         """
-        return self.read(run, "summary.json", lambda path: dict(json.loads(path.read_text())))
+        return self.read(run, "summary.json", read_json)
 
     def frame(self, run: Run, name: str) -> pd.DataFrame:
         """A table of a run.
@@ -48,7 +49,7 @@ class Finished:
         Raises:
             UserError: if it is missing or no table.
         """
-        return self.read(run, name, pd.read_parquet)
+        return self.read(run, name, read_table)
 
     def metrics(self, run: Run) -> pd.DataFrame:
         """A training's rows of `metrics.jsonl` that are of a rollout batch, one a batch: what several say is averaged.
@@ -74,10 +75,12 @@ class Finished:
         """
         path = self.place(run.name) / name
         remedy = f"remove {path.parent} and start again"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise UserError(f"run {run.name} is not finished: it has no {name}; {remedy}")
         try:
             return how(path)
+        except Damaged as error:
+            raise UserError(f"run {run.name}: {path} is damaged: {error.why}; {remedy}") from error
         except Exception as error:  # whatever a library makes of a broken file
             text = " ".join(str(error).split())
             raise UserError(f"run {run.name}: its {name} cannot be read ({text:.200}); {remedy}") from error
@@ -99,13 +102,7 @@ class Finished:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"line {number}: {error}") from error
-    return rows
+    return read_rows(path)
 
 
 def _batches(path: Path) -> pd.DataFrame:
