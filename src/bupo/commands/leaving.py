@@ -57,8 +57,10 @@ def _finish_uploads(status: int) -> None:
 
 def _exit(status: int) -> NoReturn:
     """Exit now. Files that Python code has left open are written, as the teardown would."""
-    kinds = [item for item in gc.get_objects() if issubclass(type(item), io.IOBase)]
-    _flush((*kinds, sys.stdout, sys.stderr))
+    objects = gc.get_objects()
+    for kind in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):  # text goes through a buffer of bytes
+        _flush(tuple(item for item in objects if issubclass(type(item), kind)))
+    _flush((sys.stdout, sys.stderr))
     os._exit(status)
 
 
@@ -145,6 +147,8 @@ def _of_main(frame: FrameType | None) -> str:
         stack = stack.f_back
     if not inside:
         return f"the main thread: {_stack(frame)}"
+    if inside[-1].f_code is _exit.__code__:
+        return f"the main thread writes files that were left open: {_stack(frame)}"
     if inside[-1].f_code is threading._shutdown.__code__:  # type: ignore[attr-defined]
         return f"the main thread waits for threads: {_stack(frame)}"
     return f"the exit handler {inside[-1].f_code.co_qualname}: {_stack(frame)}"

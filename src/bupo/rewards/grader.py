@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -57,6 +58,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,300}")
 _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
 _CLOSING = re.compile(r"[\s$*.!)\]\\]*")
 _NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
+_SLICE = 0.5  # seconds of one wait for a child
 _START_SECONDS = 120  # importing sympy on a busy machine
 _LIBRARIES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4")  # what the worker imports
 
@@ -102,6 +104,30 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
 
 
+class _Deadline:
+    """A number of seconds in which this process ran: one that is stopped, or its machine asleep, uses none of them.
+
+    Args:
+        seconds (`float`): until it has passed.
+    """
+
+    def __init__(self, seconds: float):
+        self.left, self._last = seconds, time.monotonic()
+
+    def wait(self, pipe: IO[bytes], event: int) -> bool:
+        """Wait until a pipe can be read or written, at most until the deadline; return whether it can."""
+        poll = select.poll()
+        poll.register(pipe, event)
+        while True:
+            if poll.poll(1000 * max(0.0, min(self.left, _SLICE))):
+                return True
+            if self.left <= 0:
+                return False
+            now = time.monotonic()
+            self.left -= min(now - self._last, 2 * _SLICE)  # a longer wait than that has not been ours
+            self._last = now
+
+
 class _Child:
     """One worker process and its pipe. Ctrl-C is not for it: the update that it grades for is finished and saved."""
 
@@ -117,7 +143,7 @@ class _Child:
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
-        ready = self._reply(time.monotonic() + _START_SECONDS)
+        ready = self._reply(_Deadline(_START_SECONDS))
         if ready is None or "error" in ready:
             try:
                 silent = f"it ended with status {self.process.wait(0.5)}"
@@ -131,10 +157,10 @@ class _Child:
         self.asked += 1
         asked = {"number": self.asked, "answer": answer, "gold": gold, "deadline": deadline}
         request = memoryview(json.dumps(asked).encode() + b"\n")
-        end = time.monotonic() + deadline
+        end = _Deadline(deadline)
         try:
             while request:
-                if not _ready(self.requests, select.POLLOUT, end):
+                if not end.wait(self.requests, select.POLLOUT):
                     return None
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
@@ -146,10 +172,10 @@ class _Child:
             return None
         return grade if reply.get("number") == self.asked else None
 
-    def _reply(self, end: float) -> dict | None:
+    def _reply(self, end: _Deadline) -> dict | None:
         line = b""
         while not line.endswith(b"\n"):
-            chunk = os.read(self.replies.fileno(), 65536) if _ready(self.replies, select.POLLIN, end) else b""
+            chunk = os.read(self.replies.fileno(), 65536) if end.wait(self.replies, select.POLLIN) else b""
             if not chunk:
                 return None
             line += chunk
@@ -162,15 +188,12 @@ class _Child:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the pipes. The child ends once nobody holds them."""
         self.replies.close()
         self.requests.close()
-
-
-def _ready(pipe: IO[bytes], event: int, end: float) -> bool:
-    """Wait until a pipe can be read or written, at most until `end`."""
-    poll = select.poll()
-    poll.register(pipe, event)
-    return bool(poll.poll(min(1000 * max(0.0, end - time.monotonic()), 2**31 - 1)))
 
 
 class MathGrader:
@@ -189,6 +212,8 @@ class MathGrader:
         self.processes = processes or min(8, os.cpu_count() or 1)
         for _ in range(self.processes):
             self._free.put(None)
+        self._children: set[_Child] = set()
+        _graders.add(self)
 
     def grade(self, answers: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """The strict verdict of each answer."""
@@ -231,10 +256,12 @@ class MathGrader:
     def _grade_one(self, answer: str, gold: str) -> Grade:
         child, grade = self._free.get(), None
         try:
-            child = child or _Child()
+            if child is None:
+                self._children.add(child := _Child())
             grade = child.grade(answer, gold, self.deadline)
         finally:
             if grade is None and child is not None:
+                self._children.discard(child)
                 child.kill()
                 child = None
             self._free.put(child)
@@ -245,8 +272,22 @@ class MathGrader:
         for _ in range(self.processes):
             child = self._free.get()
             if child is not None:
+                self._children.discard(child)
                 child.kill()
             self._free.put(None)
+
+    def after_fork(self) -> None:
+        """In a forked process: leave the children to the parent, whose end they would else outlive, and start others."""
+        for child in self._children:
+            child.let_go()
+        self._children = set()
+        self._free = queue.SimpleQueue()
+        for _ in range(self.processes):
+            self._free.put(None)
+
+
+_graders: weakref.WeakSet[MathGrader] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [grader.after_fork() for grader in _graders])
 
 
 def check_golds(golds: Sequence[str], where: str) -> None:
