@@ -550,7 +550,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, options, message):
 
 
 def test_a_launcher_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert main(evaluation(tmp_path)) == 2
     assert "bupo eval is one process: for several GPUs" in capsys.readouterr().err
 

@@ -87,7 +87,8 @@ def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
 
 
 def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with sole_writer(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / LOCK_FILE).exists()
@@ -127,3 +128,82 @@ def test_who_comes_while_another_leaves(tmp_path):
         assert [run.result().returncode for run in runs] == [0, 0, 0]
     assert (tmp_path / "n").read_text() == "180"
     assert os.listdir(tmp_path) == ["n"]
+
+
+# ways in which a reward function starts a process that goes on after its parent
+CHILDREN = {
+    "fork": "pid = os.fork()\n    if pid == 0:\n        time.sleep(60); os._exit(0)",
+    "fork in a fork": "pid = os.fork()\n    if pid == 0:\n        os.fork(); time.sleep(60); os._exit(0)",
+    "multiprocessing": "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start(); pid = p.pid",
+    "spawn": "p = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,)); p.start(); pid = p.pid",
+    "pool": "pool = ProcessPoolExecutor(1, multiprocessing.get_context('fork')); pid = pool.submit(os.getpid).result(); pool.submit(time.sleep, 60)",
+    "popen": "pid = subprocess.Popen(['sleep', '60']).pid",
+    "inherits all": "pid = subprocess.Popen(['sleep', '60'], close_fds=False).pid",
+}
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
+    code = (
+        "import multiprocessing, os, subprocess, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from bupo.lock import sole_writer\n"
+        "if __name__ == '__main__':\n"
+        "  with sole_writer(sys.argv[1]):\n"
+        f"    {CHILDREN[kind]}\n    print(pid, flush=True); time.sleep(60)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    child = int(run.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=f"written by process {run.pid}"), sole_writer(tmp_path / "run"):
+            pass  # while it lives it holds the lock, children or not
+        run.kill()
+        run.wait()
+        os.kill(child, 0)  # is there still
+        with sole_writer(tmp_path / "run"):
+            pass
+    finally:
+        run.kill()
+        os.kill(child, signal.SIGKILL)
+        run.stdout.close()
+
+
+def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
+    """As one does that ends by `sys.exit` inside the run."""
+    with sole_writer(tmp_path / "run"):
+        child = os.fork()
+        if child == 0:
+            try:
+                with sole_writer(tmp_path / "other"):
+                    pass
+                with pytest.raises(UserError, match="being written by process"), sole_writer(tmp_path / "run"):
+                    pass
+                raise KeyError
+            except BaseException as error:
+                os._exit(3 if isinstance(error, KeyError) else 4)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, tmp_path / "run"], capture_output=True, text=True, timeout=60
+        )
+        assert "is being written by process" in other.stderr
+
+
+def test_a_child_that_unwinds_through_the_run_removes_nothing(tmp_path):
+    code = (
+        "import os, sys, time; from bupo.lock import sole_writer\n"
+        "with sole_writer(sys.argv[1]):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: sys.exit(5)\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5\n"
+        "    print(os.listdir(sys.argv[1]), flush=True); time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == f"['{LOCK_FILE}']\n"
+        with pytest.raises(UserError, match="is being written"), sole_writer(tmp_path / "run"):
+            pass
+    finally:
+        run.kill()
+        run.communicate()

@@ -4,6 +4,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+LONGEST_LINE = 500  # characters of another library's error
+
 
 class UserError(ValueError):
     """Bad input. Its message is one line that names the value and the remedy; the command line exits with status 2."""
@@ -21,9 +23,16 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's error as one line: its type and the first line of what it says."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no details'}"
+    """Return an error of another library, or of the user's code, as one line: its type and the first line of its text.
+
+    The text may be anything: too long, or not readable at all because the error's `__str__` raises.
+    """
+    try:
+        text = str(error).strip()
+    except (Exception, SystemExit):
+        return f"{type(error).__name__}: its text cannot be read"
+    line = text.splitlines()[0] if text else "no details"
+    return f"{type(error).__name__}: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}"
 
 
 @contextmanager

@@ -4,21 +4,78 @@ They meet in the launch's own store, which outlives a process that fails; a key 
 """
 
 import os
+import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
+# a launcher sets all of these; one that is missing shows that the others are left from an earlier launch
+COMPLETE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TAKEN_FOR_LAUNCHES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # by accelerate and torch, one by one
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate makes a launch of these alone
 PATIENCE = timedelta(seconds=5)  # for the store to answer, and for the word of a process that has gone
+
+
+class Place(NamedTuple):
+    """This process among those of its launch: its rank, from 0, and how many there are."""
+
+    rank: int
+    size: int
+
+
+def place() -> Place:
+    """Return this process' place: in the process group, else in the launch that the environment describes completely.
+
+    A single `RANK` or `WORLD_SIZE` describes none. Everything that depends on a rank takes it from here.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return Place(distributed.get_rank(), distributed.get_world_size())
+    return _described() or Place(0, 1)
+
+
+def _described() -> Place | None:
+    """Return the place that the environment describes; None where it is incomplete or contradicts itself."""
+    if not all(os.environ.get(name) for name in COMPLETE):
+        return None
+    try:
+        described = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except ValueError:
+        return None
+    return described if 0 <= described.rank < described.size else None
+
+
+def drop_leftovers() -> str | None:
+    """Remove the variables of a launch that there is not from the environment, since accelerate reads them one by one.
+
+    With `LOCAL_RANK=0` alone it would wait for other processes, or fail. MPI's launches are described by its own variables.
+
+    Returns:
+        `str`, *optional*: a line that names what was removed.
+    """
+    present = {name: os.environ[name] for name in _TAKEN_FOR_LAUNCHES if name in os.environ}
+    if not present or place().size > 1 or _described() or any(_count(os.environ.get(name)) > 1 for name in _MPI_SIZES):
+        return None
+    for name in present:
+        del os.environ[name]
+    variables = ", ".join(f"{name}={value}" for name, value in present.items())
+    missing = [name for name in COMPLETE if not os.environ.get(name) and name not in present]
+    why = f"without {', '.join(missing)}" if missing else "and contradict each other"
+    return f"{variables} in the environment {why}: no launch sets them so, they are ignored; this is a single process"
+
+
+def _count(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 1
 
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return place().size > 1
 
 
 def number() -> int:
     """This process' number, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return place().rank
 
 
 def in_group() -> bool:

@@ -12,6 +12,7 @@ import accelerate.state
 import torch
 
 import bupo.training.run
+from bupo.commands.leaving import leave
 from bupo.commands.main import main
 from bupo.training.trainer import BuPOTrainer
 
@@ -79,4 +80,4 @@ def run(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))

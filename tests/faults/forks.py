@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 
+from bupo.commands.leaving import leave
 from tests.faults.faulty import run
 
 
@@ -33,7 +34,7 @@ def start(argv, ranks, log, env):
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
             os.dup2(file, number)
-        sys.exit(run(argv))
+        leave(run(argv))
     return started
 
 

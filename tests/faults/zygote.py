@@ -86,8 +86,7 @@ def child(order: dict) -> None:
     except BaseException:
         importlib.import_module("traceback").print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+        importlib.import_module("bupo.commands.leaving").leave(status)
 
 
 def wait(pid: int, seconds: float) -> int:

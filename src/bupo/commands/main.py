@@ -6,23 +6,53 @@ import sys
 import warnings
 
 import bupo
+from bupo import launch
 from bupo.commands.catalogue import COMMANDS, usage
 from bupo.commands.ending import ended
+from bupo.commands.leaving import leave
 from bupo.commands.output import lasting_output
+from bupo.errors import UserError
 from bupo.text import shown
 
 TRACEBACK = "--traceback"
+ONE_PROCESS = (
+    "analyze",
+    "demo",
+    "report",
+    "reproduce",
+)  # commands that write; `eval` refuses a launch with its own remedy
 # what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own are lines there
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line and return the exit status. Without `argv`, run this process' own and end the process."""
+    if argv is None:
+        leave(_own(sys.argv[1:]))
+    return _run(argv)
+
+
+def _own(argv: list[str]) -> int:
+    """Return the status that the interpreter would end with."""
+    try:
+        return _run(argv)
+    except SystemExit as error:
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+            return 1
+        return error.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+
+
+def _run(given: list[str]) -> int:
     lasting_output()
+    if line := launch.drop_leftovers():
+        print(f"bupo: warning: {shown(line)}", file=sys.stderr)
     if not sys.stderr.isatty():
         for bars in BARS:
             os.environ.setdefault(bars, "1")
-    given = sys.argv[1:] if argv is None else argv
     argv = [word for word in given if word != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -42,7 +72,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # transformers warns its own callers of names it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return ended(lambda: importlib.import_module(f"bupo.commands.{name}").run(options), TRACEBACK in given)
+    return ended(lambda: _command(name, options), TRACEBACK in given)
+
+
+def _command(name: str, options: list[str]) -> None:
+    """Run a command.
+
+    Raises:
+        UserError: if several processes were launched for one that would do everything once in each of them.
+    """
+    if name in ONE_PROCESS and launch.several():
+        raise UserError(
+            f"bupo {name} is one process, and this is {launch.number() + 1} of {launch.place().size} by RANK and WORLD_SIZE: "
+            "start it without a launcher, or unset them"
+        )
+    importlib.import_module(f"bupo.commands.{name}").run(options)
 
 
 def _here() -> bool:
@@ -54,4 +98,4 @@ def _here() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

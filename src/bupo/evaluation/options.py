@@ -1,10 +1,10 @@
 """The options of an evaluation."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from bupo import launch
 from bupo.errors import UserError
 from bupo.evaluation.answers import DEADLINE
 from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, split_names, without_k
@@ -126,7 +126,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
                 raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would sample everything into the same files
+        if launch.several():  # every process would sample everything into the same files
             raise UserError(
                 "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
             )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -65,6 +66,7 @@ _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
 _LONG = 50_000  # characters: a longer answer is looked through in a process that can be killed
 _CLOSING = re.compile(r"[\s$*.!)\]\\]*")
 _NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
+_SLICE = 0.5  # seconds of one wait for a child
 _START_SECONDS = 120  # importing sympy on a busy machine
 _LIBRARIES = (
     "math_verify",
@@ -125,6 +127,30 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
 
 
+class _Deadline:
+    """A number of seconds in which this process ran: one that is stopped, or its machine asleep, uses none of them.
+
+    Args:
+        seconds (`float`): until it has passed.
+    """
+
+    def __init__(self, seconds: float):
+        self.left, self._last = seconds, time.monotonic()
+
+    def wait(self, pipe: IO[bytes], event: int) -> bool:
+        """Wait until a pipe can be read or written, at most until the deadline; return whether it can."""
+        poll = select.poll()
+        poll.register(pipe, event)
+        while True:
+            if poll.poll(1000 * max(0.0, min(self.left, _SLICE))):
+                return True
+            if self.left <= 0:
+                return False
+            now = time.monotonic()
+            self.left -= min(now - self._last, 2 * _SLICE)  # a longer wait than that has not been ours
+            self._last = now
+
+
 class _Child:
     """One worker process and its pipe. Ctrl-C is not for it: the update that it grades for is finished and saved."""
 
@@ -141,7 +167,7 @@ class _Child:
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
-        ready = self._reply(time.monotonic() + _START_SECONDS)
+        ready = self._reply(_Deadline(_START_SECONDS))
         if ready is None or "error" in ready:
             try:
                 silent = f"it ended with status {self.process.wait(0.5)}"
@@ -166,10 +192,10 @@ class _Child:
         """Send a request and return the reply; an empty one if it missed the deadline or is no reply to this request."""
         self.asked += 1
         request = memoryview(json.dumps({"number": self.asked, **request_fields}).encode() + b"\n")
-        end = time.monotonic() + request_fields["deadline"]
+        end = _Deadline(request_fields["deadline"])
         try:
             while request:
-                if not _ready(self.requests, select.POLLOUT, end):
+                if not end.wait(self.requests, select.POLLOUT):
                     return {}
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
@@ -177,10 +203,10 @@ class _Child:
         reply = self._reply(end) or {}
         return reply if reply.get("number") == self.asked else {}
 
-    def _reply(self, end: float) -> dict | None:
+    def _reply(self, end: _Deadline) -> dict | None:
         line = b""
         while not line.endswith(b"\n"):
-            chunk = os.read(self.replies.fileno(), 65536) if _ready(self.replies, select.POLLIN, end) else b""
+            chunk = os.read(self.replies.fileno(), 65536) if end.wait(self.replies, select.POLLIN) else b""
             if not chunk:
                 return None
             line += chunk
@@ -193,15 +219,12 @@ class _Child:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the pipes. The child ends once nobody holds them."""
         self.replies.close()
         self.requests.close()
-
-
-def _ready(pipe: IO[bytes], event: int, end: float) -> bool:
-    """Wait until a pipe can be read or written, at most until `end`."""
-    poll = select.poll()
-    poll.register(pipe, event)
-    return bool(poll.poll(min(1000 * max(0.0, end - time.monotonic()), 2**31 - 1)))
 
 
 class MathGrader:
@@ -220,6 +243,8 @@ class MathGrader:
         self.processes = processes or min(8, os.cpu_count() or 1)
         for _ in range(self.processes):
             self._free.put(None)
+        self._children: set[_Child] = set()
+        _graders.add(self)
 
     def grade(
         self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
@@ -275,10 +300,12 @@ class MathGrader:
     def _grade_one(self, answer: str, gold: str, problem: str | None) -> Grade:
         child, grade = self._free.get(), None
         try:
-            child = child or _Child()
+            if child is None:
+                self._children.add(child := _Child())
             grade = child.grade(answer, gold, self.deadline, problem)
         finally:
             if grade is None and child is not None:
+                self._children.discard(child)
                 child.kill()
                 child = None
             self._free.put(child)
@@ -318,8 +345,22 @@ class MathGrader:
         for _ in range(self.processes):
             child = self._free.get()
             if child is not None:
+                self._children.discard(child)
                 child.kill()
             self._free.put(None)
+
+    def after_fork(self) -> None:
+        """In a forked process: leave the children to the parent, whose end they would else outlive, and start others."""
+        for child in self._children:
+            child.let_go()
+        self._children = set()
+        self._free = queue.SimpleQueue()
+        for _ in range(self.processes):
+            self._free.put(None)
+
+
+_graders: weakref.WeakSet[MathGrader] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [grader.after_fork() for grader in _graders])
 
 
 def check_golds(golds: Sequence[str], where: str) -> None:

@@ -1,13 +1,17 @@
 """What a run says when something fails or nothing can be learned."""
 
+import functools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from bupo.errors import UserError, first_line
+from bupo import launch
+from bupo.errors import Stopped, UserError, first_line
 from bupo.training.config import BuPOConfig
+from bupo.training.surroundings import exited, kept
 
 logger = get_logger(__name__)
 
@@ -74,16 +78,58 @@ def _of_vllm(error: Exception) -> bool:
 
 @contextmanager
 def grading(functions: Sequence[Callable], names: Sequence[str], rollout_batch: int) -> Iterator[None]:
-    """Inside, reward functions run: what they raise goes on as it is, with a note that names the function."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    """Inside, reward functions run: their errors go on as they are, with a note that names the function.
+
+    Raises:
+        UserError: in place of an exit (`SystemExit`, `GeneratorExit` ...), which would end the process as if all was well.
+    """
+
+    def named(error: BaseException | None = None) -> str:
+        ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)} if error else set()
         failed = [name for name, function in zip(names, functions, strict=True) if _code(function) in ran] or names
-        error.add_note(f"{REWARD}{', '.join(failed)} failed in rollout batch {rollout_batch}")
+        return f"{REWARD}{', '.join(failed)}"
+
+    try:
+        with kept(named):
+            yield
+    except UserError as error:
+        if str(error).startswith(REWARD):  # of `kept`
+            raise UserError(f"rollout batch {rollout_batch}: {error}") from error
         raise
+    except BaseException as error:
+        note = f"{named(error)} failed in rollout batch {rollout_batch}"
+        if _of_loader(error) or isinstance(error, Stopped):
+            raise
+        if not isinstance(error, Exception | KeyboardInterrupt):
+            raise UserError(f"{note}: {_left(error)}") from error
+        error.add_note(note)
+        raise
+
+
+def _left(error: BaseException) -> str:
+    return exited(error) if isinstance(error, SystemExit) else first_line(error)
+
+
+def _of_loader(error: BaseException) -> bool:
+    """Whether a worker process of a data loader was killed, which torch raises wherever the main thread stands."""
+    return isinstance(error, RuntimeError) and first_line(error).startswith("RuntimeError: DataLoader worker")
+
+
+def without_exits(function: Callable) -> Callable:
+    """Return an asynchronous function that raises a [`UserError`] in place of an exit.
+
+    An exit would end the thread of TRL's event loop, and the trainer would wait for its result for ever.
+    """
+
+    @functools.wraps(function)
+    async def guarded(*args, **kwargs):
+        try:
+            return await function(*args, **kwargs)
+        except (SystemExit, KeyboardInterrupt) as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise UserError(f"{REWARD}{name} failed: {_left(error)}") from error
+
+    return guarded
 
 
 def _code(function: Callable) -> object:
@@ -92,15 +138,33 @@ def _code(function: Callable) -> object:
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
-    """Inside, training: an error with a note of `grading` becomes a [`UserError`]."""
+def in_one_line(where: Callable[[], str]) -> Iterator[None]:
+    """Inside, training: what the user's functions raise or leave by becomes a [`UserError`].
+
+    These are errors with a note of `grading`, exits of callbacks and of other functions, and killed data loader workers.
+
+    Args:
+        where (`Callable`): returns the rollout batch, for messages.
+    """
     try:
         yield
-    except Exception as error:
+    except (UserError, Stopped):
+        raise
+    except BaseException as error:
         notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(REWARD)]
-        if not notes:
-            raise
-        raise UserError(f"{notes[0]}: {first_line(error)}") from error
+        if notes:
+            raise UserError(f"{notes[0]}: {first_line(error)}") from error
+        if _of_loader(error):
+            raise UserError(
+                f"{where()}: {first_line(error).partition(': ')[2]} Often the memory does not suffice: set "
+                "dataloader_num_workers to a smaller number or 0"
+            ) from error
+        left = isinstance(error, SystemExit) and not (launch.several() and launch.in_group())
+        if left or isinstance(error, GeneratorExit):  # in a launch the command says which process has left
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+            raise UserError(f"{where()}: the run was left in {place}: {_left(error)}") from error
+        raise
 
 
 def repeat_last(rows: list[dict]) -> None:

@@ -203,7 +203,7 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
         refusal = others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS)
-        with refusal, messages.in_one_line():
+        with refusal, messages.in_one_line(lambda: trainer.where(trainer.last_batch)):
             trainer.train_from(checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")
