@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.integrations import is_fsdp_managed_module
 
-from bupo.model.proof import probe_tokens
+from bupo.model.proof import logit_error, probe_tokens
 from bupo.model.residual import causal_lm, evaluating
 from bupo.model.slots import Groups, Slots, shared_prompts
 
@@ -359,5 +359,4 @@ def measured(model: PreTrainedModel, share: bool) -> float:
     except Exception:  # whatever a model does that knows no such cache, `generate` is its way
         return torch.inf
     wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
-    error = max((a.float() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
-    return error / whole.abs().max().item()
+    return max((logit_error(a, b) for a, b in zip(found, wanted, strict=True)), key=lambda error: (error != error, error))

@@ -14,6 +14,7 @@ from trl import ModelConfig
 from bupo.data.templates import check_context, prompt_ids
 from bupo.errors import UserError
 from bupo.model.loading import check_layers, context_of, learned_positions, load_config, load_tokenizer
+from bupo.model.proof import NotFinite
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.config import BuPOConfig
 from bupo.training.estimators import WITH_CRITIC
@@ -151,6 +152,8 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     with_critic = args.advantage_estimator in WITH_CRITIC
     try:
         stream = ResidualStream(model, family)
+    except NotFinite:
+        raise
     except UserError as error:
         if any(layers) or args.layer_rates or args.first_phase.stages or with_critic or args.probe_every or family:
             raise
