@@ -1,6 +1,7 @@
 """Masked vocabulary entries have probability 0: they add nothing to any measure, however their logit is written."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -70,9 +71,7 @@ def test_scores_and_gradients_are_those_of_the_kept_entries(writing, places, til
     entries, bias = kept(PLACES[places]), bias_of(writing, PLACES[places])
     columns = torch.randint(len(entries), (9,), generator=generator)
     mine = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    got = score_tokens(
-        mine[0], mine[1], torch.tensor(entries)[columns], bias=mine[2], temperature=temperature
-    )
+    got = score_tokens(mine[0], mine[1], torch.tensor(entries)[columns], bias=mine[2], temperature=temperature)
     (got.log_probs.sum() + 0.3 * got.entropy.sum()).backward()
 
     theirs = [x.double().clone().requires_grad_() for x in (hidden, weight[entries], bias[entries])]
@@ -132,7 +131,7 @@ def naive(model, entries, prompt, answer, lens):
     found = {name: torch.stack([-(p.exp() * p).sum(-1) for p in values]) for name, values in found.items()}
     found["kl_language_model"] = torch.stack([kl(p, theta) for p in by_layer])
     found["log_prob"] = torch.stack([p.gather(1, target)[:, 0] for p in by_layer])
-    found["kl_next"] = torch.stack([kl(p, q) for p, q in zip(by_layer, by_layer[1:], strict=False)])
+    found["kl_next"] = torch.stack([kl(p, q) for p, q in pairwise(by_layer)])
     pairs = torch.stack([torch.stack([kl(p, q).sum() for q in by_layer]) for p in by_layer])
     return found, pairs, -(theta.exp() * theta).sum(-1)
 

@@ -7,8 +7,8 @@ A fold is a merge of two disjoint groups of vocabulary entries, each with its lo
 
 which needs no running maximum: the `z` so far is the reference that keeps a tile's exponentials in range.
 
-Masked vocabulary entries have a logit of -inf or near the lowest float. They are raised to `MASKED`, which has probability 0 too:
-the most that such an entry adds to a sum is e^-80 times it, 2e-23.
+Masked vocabulary entries have a logit of -inf or near the lowest float. They are raised to `MASKED`, which has probability 0
+too: the most that such an entry adds to a sum is e^-80 times it, 2e-23.
 """
 
 import math

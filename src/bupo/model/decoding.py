@@ -359,4 +359,6 @@ def measured(model: PreTrainedModel, share: bool) -> float:
     except Exception:  # whatever a model does that knows no such cache, `generate` is its way
         return torch.inf
     wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
-    return max((logit_error(a, b) for a, b in zip(found, wanted, strict=True)), key=lambda error: (error != error, error))
+    return max(
+        (logit_error(a, b) for a, b in zip(found, wanted, strict=True)), key=lambda error: (error != error, error)
+    )

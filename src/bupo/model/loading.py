@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from bupo.errors import UserError, others
-from bupo.model.weights import check_adapter, check_loaded, check_types, check_values, unreported
+from bupo.model.weights import REPORTED, check_adapter, check_weights, unreported
 
 EMBEDDED = "embedded"
 ORDINARY_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
@@ -155,14 +155,12 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     path, kwargs = _gguf(model_path(name), kwargs)
     load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
-        _check_generation(name, path, kwargs.get("revision"))
-    # shapes that differ are reported too, and refused with their tensor
-    reported = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        check_generation(name, kwargs.get("revision"))
     with others(f"model {name!r} cannot be loaded as a causal language model"), unreported():
-        model, report = AutoModelForCausalLM.from_pretrained(path, **reported)
-    check_loaded(name, model, report)
-    check_types(name, path, model, kwargs.get("revision"))
-    check_values(f"model {name!r}", model.named_parameters(), getattr(model.get_output_embeddings(), "bias", None))
+        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | REPORTED)
+    if "gguf_file" not in kwargs:
+        check_generation(name, kwargs.get("revision"))  # of a hub model that has only now been fetched
+    check_weights(name, path, model, report, kwargs.get("revision"))
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
             model.__dict__.pop(mark, None)
@@ -230,19 +228,29 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     path, kwargs = _gguf(model_path(name), kwargs)
     with others(f"model {name!r} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
-    _check_tokenizer(name, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     config = None
     with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
         config = load_config(name, **kwargs)
-    if config is not None:
-        _check_vocabulary(name, tokenizer, limits_of(config).vocabulary)
+    check_tokenizer(name, tokenizer, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that transformers has made of no files: it gives no tokens, or the unknown one for every word."""
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> None:
+    """Refuse a tokenizer that transformers has made of no files, or that belongs to a larger vocabulary than the model's.
+
+    Without files it gives no tokens, or the unknown one for every word. A token beyond the embedding fails where it is read;
+    special ones that no text holds (an image's place) may lie there, but not those that end and fill up answers.
+
+    Args:
+        name (`str`): what the user calls the model.
+        tokenizer (`PreTrainedTokenizerBase`): as it was loaded.
+        config (`PretrainedConfig`, *optional*): of the model.
+
+    Raises:
+        UserError: with the files that are looked for, or the first token.
+    """
     ids = set(tokenizer(ORDINARY_TEXT, add_special_tokens=False)["input_ids"])
     if not ids - {tokenizer.unk_token_id}:
         wanted = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
@@ -250,13 +258,7 @@ def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} knows {len(tokenizer)} tokens and "
             f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
         )
-
-
-def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> None:
-    """Refuse a tokenizer with tokens beyond the model's embedding, which fails where one of them is read.
-
-    Special tokens that no text holds (an image's place) may lie beyond it, but for those that end and fill up answers.
-    """
+    vocabulary = None if config is None else limits_of(config).vocabulary
     if vocabulary is None:
         return
     beyond = tokens_beyond(tokenizer, vocabulary)
@@ -275,13 +277,17 @@ def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[s
     return {token: index for token, index in tokenizer.get_vocab().items() if index >= vocabulary}
 
 
-def _check_generation(name: str, path: str, revision: str | None) -> None:
+def check_generation(name: str, revision: str | None = None) -> None:
     """Refuse a generation_config.json that cannot be read, that holds values of another type, or that makes `generate` return
     something else than one sequence a prompt.
+
+    Args:
+        name (`str`), revision (`str`, *optional*): of `load_model`.
 
     Raises:
         UserError: with the setting.
     """
+    path = model_path(name)
     file = Path(path, "generation_config.json")
     if not Path(path).is_dir():
         with suppress(ValueError):  # no name that a hub model could have

@@ -80,7 +80,9 @@ def check_finite(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> None
     for layer, values in enumerate(states):
         if not torch.isfinite(values).all():
             place = f"at layer {layer}" if layer else "at the embedding (layer 0)"
-            raise NotFinite(f"{name_of(model)} ({_type(model)}): the residual stream is not finite {place} {_remedy(values)}")
+            raise NotFinite(
+                f"{name_of(model)} ({_type(model)}): the residual stream is not finite {place} {_remedy(values)}"
+            )
 
 
 def _check_logits(model: PreTrainedModel, logits: torch.Tensor) -> None:
@@ -94,7 +96,8 @@ def _check_logits(model: PreTrainedModel, logits: torch.Tensor) -> None:
 def _remedy(values: torch.Tensor) -> str:
     dtype = str(values.dtype).removeprefix("torch.")
     if values.dtype == torch.float16:
-        return f"in {dtype}, which holds at most {torch.finfo(values.dtype).max:.0f}: load the model with dtype bfloat16 or float32"
+        most = torch.finfo(values.dtype).max
+        return f"in {dtype}, which holds at most {most:.0f}: load the model with dtype bfloat16 or float32"
     return f"in {dtype}: its weights are damaged, or too large for {dtype}; get its files again"
 
 
@@ -168,8 +171,10 @@ def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def logit_error(logits: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference of logits `(..., V)`, relative to the largest wanted one. Entries of probability 0, which may be -inf or
-    the lowest float, are equal to each other, and none of them is the largest; NaN where either holds one."""
+    """Return the largest difference of logits `(..., V)`, relative to the largest wanted one; NaN where either holds one.
+
+    Entries of probability 0, which may be -inf or the lowest float, are equal to each other, and none of them is the largest.
+    """
     logits, wanted = logits.double(), wanted.double()
     floor = wanted.amax(-1, keepdim=True) - NO_PROBABILITY
     size = wanted.masked_fill(wanted <= floor, 0.0).abs().max().clamp(min=1e-30)

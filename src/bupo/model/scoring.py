@@ -27,8 +27,8 @@ UNDERFLOW = -1000.0  # exp of it is 0 in fp32 and in fp64
 IGNORED = -100  # label of a position that is not scored, as in transformers
 
 ALL_MASKED = (
-    "every logit of a position is masked (-inf, or near the lowest float), so it has no next token: the unembedding's bias masks the whole vocabulary; "
-    "leave at least one entry unmasked"
+    "every logit of a position is masked (-inf, or near the lowest float), so it has no next token: the unembedding's bias "
+    "masks the whole vocabulary; leave at least one entry unmasked"
 )
 
 
@@ -74,7 +74,9 @@ class _ScoreTokens(torch.autograd.Function):
                 new = torch.maximum(top[rows], x.amax(1))
                 finite = new.clamp(min=torch.finfo(kind).min)  # so far all logits may be -inf: -inf - -inf is nan
                 shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
-                shift = shift.clamp(min=UNDERFLOW)  # after a masked tile it is the lowest float, which times `s` is -inf
+                shift = shift.clamp(
+                    min=UNDERFLOW
+                )  # after a masked tile it is the lowest float, which times `s` is -inf
                 weights = _exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)

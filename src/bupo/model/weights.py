@@ -1,7 +1,7 @@
 """Weights as they were loaded: all of the model's, from the files, and numbers that can be computed with.
 
-transformers fills in what the files of a model lack with random numbers, and PEFT does so with an adapter; both only log it. Here
-such a model is refused.
+transformers fills in what the files of a model lack with random numbers, and PEFT does so with an adapter; both only log it.
+Here such a model is refused.
 """
 
 import json
@@ -22,9 +22,30 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from bupo.errors import UserError
 
 LARGEST = 1e18  # of a weight: its square, which norms compute, must stay in fp32
+# arguments of `from_pretrained`: shapes that differ are reported too, so that they can be refused with their tensor
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 SHOWN = 3  # tensors that a message names
 
 logger = logging.getLogger(__name__)
+
+
+def check_weights(
+    name: str, path: str, model: PreTrainedModel, report: Mapping[str, Collection], revision: str | None = None
+) -> None:
+    """Refuse a model whose weights are not all from its files, or are no numbers that can be computed with.
+
+    Args:
+        name (`str`): what the user calls the model.
+        path (`str`), revision (`str`, *optional*): its folder, or a hub id whose files are in the cache.
+        model (`PreTrainedModel`): as it was loaded.
+        report (`dict`): of `from_pretrained(..., output_loading_info=True)`.
+
+    Raises:
+        UserError: with the first such tensor.
+    """
+    check_loaded(name, model, report)
+    check_types(name, path, model, revision)
+    check_values(f"model {name!r}", model.named_parameters(), getattr(model.get_output_embeddings(), "bias", None))
 
 
 def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collection]) -> None:
@@ -92,7 +113,9 @@ def _parts_of_layers(model: nn.Module, unexpected: Collection[str]) -> list[str]
     dropped = []
     for tensor in unexpected:
         found = re.match(r"(.*?\.\d+)\.(.*)", tensor)
-        if f"{tensor.rpartition('.')[0]}.weight" in names or (found and found[1] in blocks and tensor.endswith(".weight")):
+        if f"{tensor.rpartition('.')[0]}.weight" in names or (
+            found and found[1] in blocks and tensor.endswith(".weight")
+        ):
             dropped.append(tensor)
         elif found and found[1] not in blocks and found[1].rpartition(".")[0] in lists:
             further.setdefault(found[1], set()).add(found[2])
@@ -108,8 +131,8 @@ def check_values(name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking
     Args:
         name (`str`): what messages call the model, such as `model 'x'`.
         tensors: names and parameters, which are read once each; not those on a disk, and not quantised ones.
-        masking (`torch.Tensor`, *optional*): the bias of the unembedding, which may be -inf or the lowest float: it masks entries
-            of the vocabulary.
+        masking (`torch.Tensor`, *optional*): the bias of the unembedding, which may be -inf or the lowest float: it masks
+            entries of the vocabulary.
 
     Raises:
         UserError: with the first such tensor.
@@ -120,7 +143,7 @@ def check_values(name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking
         low, high = (bound.item() for bound in torch.aminmax(values.detach()))
         if values is masking and low == low:
             low = 0.0
-        if -LARGEST <= low and high <= LARGEST:  # false for NaN
+        if low >= -LARGEST and high <= LARGEST:  # false for NaN
             continue
         worst = low if not low >= -LARGEST else high
         dtype = str(values.dtype).removeprefix("torch.")
@@ -148,7 +171,8 @@ def check_types(name: str, path: str, model: PreTrainedModel, revision: str | No
     for file in _weight_files(path, revision):
         try:
             with safe_open(file, "pt") as stored:
-                for tensor in stored.keys():  # noqa: SIM118: it is no mapping
+                tensors = stored.keys()
+                for tensor in tensors:
                     kind = stored.get_slice(tensor).get_dtype()
                     if tensor.removeprefix(prefix) in names and not kind.startswith(("F", "BF")):
                         raise UserError(
@@ -208,7 +232,7 @@ def unreported() -> Iterator[None]:
     theirs = logging.getLogger("transformers.modeling_utils")
 
     def other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        return not any(words in record.getMessage() for words in ("LOAD REPORT", "This checkpoint seem corrupted"))
 
     theirs.addFilter(other)
     try:

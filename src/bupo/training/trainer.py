@@ -28,7 +28,7 @@ from bupo.training.probes import repetition
 from bupo.training.resuming import of_given
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
-from bupo.training.seam import TRLTrainer
+from bupo.training.seam import TRLTrainer, checked_models
 from bupo.training.setup import check_arguments, check_run, open_stream, positions_of
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
@@ -63,7 +63,8 @@ class BuPOTrainer(TRLTrainer):
         **kwargs,
     ):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        with checked_models():
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_run(self, args := self.args)
         self.given = of_given(self)
         self.stream = open_stream(self.model, args, family)
