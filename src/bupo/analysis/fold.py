@@ -6,12 +6,17 @@ A fold is a merge of two disjoint groups of vocabulary entries, each with its lo
     z = log(e^za + e^zb),   w = e^(zb - z),   H = (1 - w) Ha + w Hb + h(w)         h: entropy of (1 - w, w)
 
 which needs no running maximum: the `z` so far is the reference that keeps a tile's exponentials in range.
+
+Masked vocabulary entries have a logit of -inf or near the lowest float. They are raised to `MASKED`, which has probability 0
+too: the most that such an entry adds to a sum is e^-80 times it, 2e-23.
 """
 
 import math
 
 import torch
 
+from bupo.errors import UserError
+from bupo.model.scoring import ALL_MASKED, MASKED
 from bupo.model.unembedding import Unembedding
 
 TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
@@ -46,11 +51,17 @@ class Fold:
             self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
 
     def take_all(self, head: Unembedding, targets: torch.Tensor) -> None:
-        """Fold the whole vocabulary in; `targets` `(rows,)` are the chosen tokens."""
+        """Fold the whole vocabulary in; `targets` `(rows,)` are the chosen tokens.
+
+        Raises:
+            UserError: if all logits of a row are masked.
+        """
         entries = head.weight.size(0)
         for start in range(0, entries, self.tile):
             columns = slice(start, min(start + self.tile, entries))
             self._take(head.tile(columns, head.state_dtype), targets, columns)
+        if bool((self.z < MASKED / 2).any()):
+            raise UserError(ALL_MASKED)
 
     def _take(self, head: Unembedding, targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
@@ -61,14 +72,20 @@ class Fold:
         place = targets[hit] - columns.start
         width = columns.stop - columns.start
         dot = torch.empty_like(self.mean)
+        masking = head.bias is not None  # finite weights alone mask no entry
+        unset = self.z < MASKED / 2  # rows whose entries so far are all masked, or none
         for i, states in enumerate(self.states):
             x, exps = self._buffers(i, width)
             head.logits(states.to(head.weight.dtype), x)
+            if masking:
+                x.clamp_(min=MASKED)
             if i < self.spoken:
                 self.chosen_logit[i, hit] = x[hit, place]
                 best[i], token[i] = _row_best(x)
             if columns.start == 0:
                 reference[i] = x.amax(1)
+            elif masking and bool(unset[i].any()):
+                reference[i] = torch.where(unset[i], x.amax(1), reference[i])
             total[i] = _shifted_exponentials(x, exps, reference[i])
             moment[i] = torch.linalg.vecdot(exps, x)
             if not self.pairs and 0 < i < self.spoken:

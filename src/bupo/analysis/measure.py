@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from bupo.analysis.fold import Fold, tile_size
+from bupo.errors import UserError
 from bupo.model.residual import Lens, ResidualStream, Site
+from bupo.model.scoring import MASKED
 
 ROWS = 1024  # positions that share a product with a tile of the vocabulary
 BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a tile
@@ -82,13 +84,16 @@ def measure(
 
     Yields:
         [`AnswerMeasures`]: as soon as an answer's last token is measured.
+
+    Raises:
+        UserError: for an answer with a token that the model masks.
     """
     block = _Block(stream, lens, temperature, pairs)
     waiting: list[_Pending] = []
     for index, (prompt, answer) in enumerate(rollouts):
         if not prompt or not answer:
             raise ValueError(f"rollout {index} has an empty {'answer' if prompt else 'prompt'}")
-        waiting.append(_Pending(index, len(answer)))
+        waiting.append(_Pending(index, answer))
         start = 0
         while start < len(answer):
             stop = min(len(answer), start + block.free)
@@ -106,8 +111,8 @@ def measure(
 class _Pending:
     """An answer whose pieces come in from blocks."""
 
-    def __init__(self, index: int, tokens: int):
-        self.index, self.tokens = index, tokens
+    def __init__(self, index: int, answer: Sequence[int]):
+        self.index, self.answer, self.tokens = index, answer, len(answer)
         self.pieces: list[dict[str, torch.Tensor]] = []
 
     @property
@@ -121,6 +126,12 @@ class _Pending:
         def summed(name: str) -> np.ndarray:
             return torch.stack([piece[name].double() for piece in self.pieces]).sum(0).cpu().numpy()
 
+        masked = (joined("log_prob_theta") < MASKED / 2).nonzero()[0]
+        if len(masked):
+            raise UserError(
+                f"rollout {self.index}: token {masked[0] + 1} of its answer (id {self.answer[masked[0]]}) has probability 0: "
+                "the unembedding's bias masks it; leave this answer out"
+            )
         return AnswerMeasures(
             index=self.index,
             values={name: joined(name) for name in MEASURES},

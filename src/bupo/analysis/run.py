@@ -21,13 +21,13 @@ from bupo.analysis.tables import AnswerSums
 from bupo.analysis.views import token_views
 from bupo.data.as_trained import Asking, as_trained
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.templates import check_context, check_template, prompt_ids
+from bupo.data.templates import check_context, check_size, check_template, prompt_ids
 from bupo.errors import UserError
 from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
 from bupo.evaluation.preset import asked_as
 from bupo.files import check_output, refuse_links
 from bupo.lock import sole_writer
-from bupo.model.loading import context_of, fingerprint, learned_positions, load_config, load_on_device, load_tokenizer
+from bupo.model.loading import context_of, fingerprint, limits_of, load_config, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.model.residual import evaluating
@@ -230,9 +230,10 @@ def _reported(
             else _read(options, subject.tokenizer, subject.policies.stream.config, given.asking)
         )
     else:
-        asked = given.asking.template_options
+        asked, limits = given.asking.template_options, limits_of(subject.policies.stream.config)
+        check_size(given.problems["prompt"], limits, given.source)
         prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"], **asked)) for problem in given.problems]
-        check_context(prompts, learned_positions(subject.policies.stream.config), given.source)
+        check_context(prompts, limits, given.source)
         answers = _answers(subject, options, given.problems, prompts)
     _measures(subject, options, rollouts, sampled=answers is not None)
     if first:

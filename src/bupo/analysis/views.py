@@ -43,7 +43,7 @@ def top_tokens(
         x = stream.lensed(states[Site("layer", layer)], policies.lens)
         for piece, target in zip(x.split(32), targets.split(32), strict=True):
             log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
-            rows["entropy"] += [round(h, 3) for h in (-(log_p.exp() * log_p).sum(-1)).tolist()]
+            rows["entropy"] += [round(h, 3) for h in torch.special.entr(log_p.exp()).sum(-1).tolist()]
             rows["chosen"] += [round(p, 4) for p in log_p.gather(1, target)[:, 0].exp().tolist()]
             best = log_p.topk(min(top, log_p.size(1)))
             for values, tokens in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):

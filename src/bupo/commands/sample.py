@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from bupo.analysis.views import top_tokens
 from bupo.commands.parsing import parse
 from bupo.data.as_trained import Asking, as_trained, settled
-from bupo.data.templates import check_template, prompt_ids
+from bupo.data.templates import check_context, check_size, check_template, prompt_ids
 from bupo.errors import UserError
-from bupo.model.loading import check_layers, load_on_device, load_tokenizer
+from bupo.model.loading import Limits, check_layers, limits_of, load_on_device, load_tokenizer
 from bupo.model.policy import InternalPolicies, InternalPolicy, Lens
 from bupo.options import ModelOptions, PromptOptions, SamplingOptions, check_values
 from bupo.ranges import COUNT
@@ -68,16 +68,16 @@ def run(arguments: list[str]) -> None:
     (options,) = parse(OPTIONS, arguments, "bupo sample")
     options.check()
     options, asking = settled(options, as_trained(options.model, options.adapter), OTHERWISE)
-    check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
+    config = check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
     tokenizer = load_tokenizer(options.model, **options.loading())
     asking.give_template(tokenizer)
+    prompt = _prompt(tokenizer, options, asking, limits_of(config))
     model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model
     for kind in KINDS:
         if getattr(options, kind) is not None:
             policy = getattr(policies, kind)(getattr(options, kind))
-    prompt = _prompt(tokenizer, options, asking)
     answer = _answer(policy, tokenizer, prompt, options)
     console = Console()
     if asking.line and not options.raw_prompt:
@@ -89,12 +89,17 @@ def run(arguments: list[str]) -> None:
         console.print(_table(view, slice(start, start + COLUMNS)))
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: Asking) -> list[int]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: Asking, limits: Limits) -> list[int]:
+    """The prompt's token ids, if the model can read so many."""
+    check_size([str(options.prompt)], limits, "")
     if options.raw_prompt:
-        return prompt_ids(tokenizer, str(options.prompt))
-    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
-    return prompt_ids(tokenizer, messages, **asking.template_options)
+        ids = prompt_ids(tokenizer, str(options.prompt))
+    else:
+        system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+        messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
+        ids = prompt_ids(tokenizer, messages, **asking.template_options)
+    check_context([ids], limits, "")
+    return ids
 
 
 def _answer(

@@ -7,14 +7,16 @@ where system messages and later turns stand, are bupo's choice. Qwen3 without th
 `enable_thinking=False`, as in that code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from bupo.data.prompts import message_text
-from bupo.errors import UserError, others
+from bupo.errors import UserError, first_line, others
+from bupo.model.loading import FURTHEST, Limits
 
+CHARACTERS = 16  # of a token on average, at the most: in any text of people they have fewer
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 TEMPLATES = {
@@ -104,30 +106,77 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict],
         with others("a prompt cannot be tokenized"):
             return list(tokenizer(prompt)["input_ids"])
     options = template_options(tokenizer) | options
-    with others("the chat template cannot be filled with a prompt"):
+    with others(lambda error: _unfilled(tokenizer, prompt, options, error)):
         ids = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **options))
     if not ids:
         raise UserError("the chat template makes an empty prompt of a problem: choose another chat_template")
     return ids
 
 
-def check_context(prompts: Sequence[Sequence[int]], context: int | None, name: str, first: int = 0) -> None:
-    """Refuse prompts that leave no room for an answer.
+def _unfilled(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], options: dict, error: Exception) -> str:
+    """Why a template cannot be filled with messages, and the remedy where it is only that it takes no system message."""
+    text = f"the chat template cannot be filled with a prompt: {first_line(error)}"
+    others_only = [message for message in messages if message["role"] != "system"]
+    if len(others_only) == len(messages):
+        return text
+    try:
+        tokenizer.apply_chat_template(others_only, add_generation_prompt=True, tokenize=False, **options)
+    except Exception:  # whatever a template raises: another message is what it cannot take
+        return text
+    return (
+        f"{text}: it takes no system message; give --system_prompt '' (system_prompt: '' in YAML) to leave out the one of the "
+        "options, or put that of the data set into the first user message"
+    )
+
+
+def check_size(prompts: Iterable[str | Sequence[dict]], limits: Limits, name: str, first: int = 0) -> None:
+    """Refuse prompts that are too long for the model by their characters alone: to tokenize millions takes minutes.
+
+    Args:
+        prompts: texts or messages, before they are tokenized.
+        limits ([`~bupo.model.loading.Limits`]): of the model.
+        name (`str`), first (`int`, *optional*, defaults to `0`): as of `check_context`.
+
+    Raises:
+        UserError: with the first such row.
+    """
+    for row, prompt in enumerate(prompts, first):
+        size = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+        if limits.longest and size > CHARACTERS * limits.longest:
+            raise UserError(
+                f"{_at(name, row)}the prompt has {size} characters, which the model's context of {limits.context} tokens "
+                "cannot hold: leave it out"
+            )
+
+
+def check_context(prompts: Sequence[Sequence[int]], limits: Limits, name: str, first: int = 0) -> None:
+    """Refuse prompts that leave no room for an answer, that are far longer than the model was made for, or that hold tokens it
+    does not know.
 
     Args:
         prompts (`list[list[int]]`): token ids.
-        context (`int`, *optional*): the longest sequence that the model can read, where there is a limit.
+        limits ([`~bupo.model.loading.Limits`]): of the model.
         name (`str`), first (`int`, *optional*, defaults to `0`): the problems, and the row of the first of these.
 
     Raises:
         UserError: with the first such row.
     """
     for row, ids in enumerate(prompts, first):
-        if context and len(ids) >= context:
+        if limits.longest and len(ids) >= limits.longest:
+            reason = "leaves no room for an answer in" if limits.learned else f"is more than {FURTHEST} times"
             raise UserError(
-                f"{name}, row {row}: the prompt has {len(ids)} tokens, which leaves no room for an answer in the model's "
-                f"context of {context}: leave it out"
+                f"{_at(name, row)}the prompt has {len(ids)} tokens, which {reason} the model's context of {limits.context}: "
+                "leave it out"
             )
+        if limits.vocabulary and ids and max(ids) >= limits.vocabulary:
+            raise UserError(
+                f"{_at(name, row)}the prompt holds token {max(ids)}, and the model has embeddings for {limits.vocabulary} "
+                "tokens: leave it out"
+            )
+
+
+def _at(name: str, row: int) -> str:
+    return f"{name}, row {row}: " if name else ""
 
 
 def plain_text(messages: Sequence[dict]) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bupo.data.as_trained import Asking, as_trained, settled
 from bupo.data.problems import check_columns
-from bupo.data.templates import check_context, check_template
+from bupo.data.templates import check_context, check_size, check_template
 from bupo.errors import UserError
 from bupo.evaluation.answers import (
     GRADE_AGAIN,
@@ -213,9 +213,10 @@ def _work(label: str, problems: Dataset, k: int, source: Source | None, options:
         work.store.begin()
         _kept(work)
         return work
+    check_size(problems["prompt"], source.limits, label)
     prompts = prompts_of(problems, source.tokenizer, **source.template_options)
     prompt = source.tokenizer.decode(prompts[0])
-    check_context(prompts, source.positions, label)
+    check_context(prompts, source.limits, label)
     longest = max(map(len, prompts)) + options.sampling[0]
     if source.context and longest > source.context:
         logger.warning(

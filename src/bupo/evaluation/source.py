@@ -13,7 +13,7 @@ from bupo.errors import UserError
 from bupo.evaluation.options import EvalOptions
 from bupo.evaluation.vllm import ServerEngine, VllmEngine
 from bupo.model.generation_settings import stored_ends
-from bupo.model.loading import check_layers, context_of, fingerprint, learned_positions, load_on_device, load_tokenizer
+from bupo.model.loading import Limits, check_layers, fingerprint, limits_of, load_on_device, load_tokenizer
 from bupo.model.meta import model_meta, name_of
 from bupo.model.policy import InternalPolicies
 from bupo.run_files import Damaged
@@ -43,7 +43,7 @@ class Source:
         settings, noted (`dict`): what an answer depends on, and what is noted beside it.
         meta (`dict`): model, template, sampling, versions.
         context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
-        positions (`int`, *optional*): the longest that it can read, where that is known.
+        limits ([`~bupo.model.loading.Limits`]): the texts that it can read, where that is known.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Source:
         chosen = {"engine": options.engine, "template": asking.give_template(tokenizer)}
         chosen |= {name: getattr(options, name) for name in SAMPLING}
         self.engine: Engine
-        self.context, self.positions = 0, None
+        self.context, self.limits = 0, Limits()
         if options.engine == "transformers":
             known = self._open(name, model, options)
         else:
@@ -97,8 +97,8 @@ class Source:
             policy=None if options.layer is None else policies.layer(options.layer),
             batch_size=options.batch_size,
         )
-        self.context = context_of(stream.model.config) or 0
-        self.positions = learned_positions(stream.model.config)
+        self.limits = limits_of(stream.model.config)
+        self.context = self.limits.context or 0
         self.meta = model_meta(name, stream, options.lens, options.sampling[1], options.revision)
         self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
         return {name: self.meta[name] for name in ("dtype", "weights")}

@@ -39,7 +39,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from bupo.errors import first_line
 from bupo.model.generation_settings import warn_once
 from bupo.model.methods import class_method
-from bupo.model.proof import probe_tokens
+from bupo.model.proof import logit_error, probe_tokens
 from bupo.model.residual import causal_lm, evaluating
 from bupo.model.slots import Groups, Slots, shared_prompts
 
@@ -423,5 +423,6 @@ def measured(model: PreTrainedModel, share: bool) -> float:
             own_loop(model, f"bupo's fails with {first_line(failure)}")
         return torch.inf
     wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
-    error = max((a.float() - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
-    return error / whole.abs().max().item()
+    return max(
+        (logit_error(a, b) for a, b in zip(found, wanted, strict=True)), key=lambda error: (error != error, error)
+    )

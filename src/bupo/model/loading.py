@@ -2,17 +2,23 @@
 
 import hashlib
 import importlib.util
+import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,8 +26,19 @@ from transformers import (
 
 from bupo.errors import UserError, others
 from bupo.folders import check_inside
+from bupo.model.weights import REPORTED, check_adapter, check_weights, unreported
 
 EMBEDDED = "embedded"
+ORDINARY_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
+FURTHEST = 4  # times the context that a model with computed positions names: a longer prompt would only take its time
+# what a generation_config.json may hold, besides null: those that bupo or transformers compute with
+GENERATION_NUMBERS = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff",
+    "top_k", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "no_repeat_ngram_size",
+    "num_return_sequences", "max_time",
+)  # fmt: skip
+GENERATION_FLAGS = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits")
+GENERATION_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def model_path(name: str) -> str:
@@ -103,6 +120,31 @@ def context_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+class Limits(NamedTuple):
+    """The texts that a model can read.
+
+    Attributes:
+        context (`int`, *optional*): tokens of the longest text it was made for, where its configuration names it.
+        learned (`bool`): whether positions are learned, so that it fails beyond them.
+        vocabulary (`int`, *optional*): tokens that it has embeddings for.
+    """
+
+    context: int | None = None
+    learned: bool = False
+    vocabulary: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens beyond which a prompt is refused."""
+        return self.context if self.learned or not self.context else FURTHEST * self.context
+
+
+def limits_of(config: PretrainedConfig) -> Limits:
+    """The texts that a model can read, by its configuration."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    return Limits(context_of(config), learned_positions(config) is not None, vocabulary)
+
+
 def load_model(name: str, **kwargs) -> PreTrainedModel:
     """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
 
@@ -111,12 +153,18 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
         kwargs: of `from_pretrained`; `dtype` defaults to the config's.
 
     Raises:
-        UserError: if there is no such model, or it is no causal LM.
+        UserError: if there is no such model, it is no causal LM, its files lack some of its weights, or these are no numbers
+            that can be computed with.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
     load_config(name, **kwargs)
-    with others(f"model {name!r} cannot be loaded as a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if "gguf_file" not in kwargs:
+        check_generation(name, kwargs.get("revision"))
+    with others(f"model {name!r} cannot be loaded as a causal language model"), unreported():
+        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | REPORTED)
+    if "gguf_file" not in kwargs:
+        check_generation(name, kwargs.get("revision"))  # of a hub model that has only now been fetched
+    check_weights(name, path, model, report, kwargs.get("revision"))
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
             model.__dict__.pop(mark, None)
@@ -149,8 +197,15 @@ def load_on_device(
 
     if os.path.isdir(adapter):
         check_inside(Path(adapter))
-    with others(f"adapter {adapter!r} cannot be put on the model"):
-        return PeftModel.from_pretrained(model, adapter).eval()
+
+    def message(error: Exception) -> str:
+        return f"adapter {adapter!r} cannot be put on the model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+
+    with others(message), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused
+        adapted = PeftModel.from_pretrained(model, adapter)
+        check_adapter(adapter, adapted)
+        return adapted.eval()
 
 
 @torch.no_grad()
@@ -175,16 +230,109 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, it knows no ordinary text, or it has tokens that the model has no embedding for.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
     with others(f"model {name!r} has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
-    if not tokenizer("1")["input_ids"]:  # transformers makes an empty one where the files are missing
-        raise UserError(f"model {name!r} has no tokenizer that can be loaded: its files are missing")
+    config = None
+    with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
+        config = load_config(name, **kwargs)
+    check_tokenizer(name, tokenizer, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> None:
+    """Refuse a tokenizer that transformers has made of no files, or that belongs to a larger vocabulary than the model's.
+
+    Without files it gives no tokens, or the unknown one for every word. A token beyond the embedding fails where it is read;
+    special ones that no text holds (an image's place) may lie there, but not those that end and fill up answers.
+
+    Args:
+        name (`str`): what the user calls the model.
+        tokenizer (`PreTrainedTokenizerBase`): as it was loaded.
+        config (`PretrainedConfig`, *optional*): of the model.
+
+    Raises:
+        UserError: with the files that are looked for, or the first token.
+    """
+    ids = set(tokenizer(ORDINARY_TEXT, add_special_tokens=False)["input_ids"])
+    if not ids - {tokenizer.unk_token_id}:
+        wanted = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
+        raise UserError(
+            f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} knows {len(tokenizer)} tokens and "
+            f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
+        )
+    vocabulary = None if config is None else limits_of(config).vocabulary
+    if vocabulary is None:
+        return
+    beyond = tokens_beyond(tokenizer, vocabulary)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    if wrong := sorted((index, token) for token, index in beyond.items() if token not in special or token in used):
+        index, token = wrong[0]
+        raise UserError(
+            f"model {name!r} has embeddings for {vocabulary} tokens, and its tokenizer makes {len(wrong)} more, such as "
+            f"{token!r:.80} (id {index}): the two belong to different models, or resize_token_embeddings was forgotten"
+        )
+
+
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, int]:
+    """Tokens of a tokenizer that a model has no embedding for, with their ids."""
+    return {token: index for token, index in tokenizer.get_vocab().items() if index >= vocabulary}
+
+
+def check_generation(name: str, revision: str | None = None) -> None:
+    """Refuse a generation_config.json that cannot be read, that holds values of another type, or that makes `generate` return
+    something else than one sequence a prompt.
+
+    Args:
+        name (`str`), revision (`str`, *optional*): of `load_model`.
+
+    Raises:
+        UserError: with the setting.
+    """
+    path = model_path(name)
+    file = Path(path, "generation_config.json")
+    if not Path(path).is_dir():
+        with suppress(ValueError):  # no name that a hub model could have
+            found = try_to_load_from_cache(path, file.name, revision=revision)
+            file = Path(found) if isinstance(found, str) else file
+    if not file.is_file():
+        return
+    where = f"model {name!r}: {file.name} cannot be used"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # transformers takes it for one that is missing
+        raise UserError(f"{where}: it is no JSON ({str(error)[:100]}); mend it or remove it") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: it is a {type(settings).__name__}, no mapping; mend it or remove it")
+    for setting, value in settings.items():
+        if wanted := _wanted(setting, value):
+            raise UserError(f"{where}: {setting} must be {wanted}, got {value!r:.80}; mend it or remove it")
+    with others(where):
+        GenerationConfig.from_dict(settings)
+
+
+def _wanted(setting: str, value: Any) -> str | None:
+    """What a setting of a generation_config.json must be instead; None where it may stay."""
+    if value is None:
+        return None
+    if setting in GENERATION_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return "a number"
+    if setting in GENERATION_FLAGS and not isinstance(value, bool):
+        return "true or false"
+    if setting in GENERATION_TOKENS:
+        ids = value if isinstance(value, list) and setting == "eos_token_id" else [value]
+        if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            return "a token's id" if setting != "eos_token_id" else "a token's id, or a list of them"
+    if setting == "num_return_sequences" and value != 1:
+        return "1, since each prompt is sampled as often as the options say"
+    if setting == "return_dict_in_generate" and value:
+        return "false, since sampling reads plain token ids"
+    return None
 
 
 def _gguf(path: str, kwargs: dict) -> tuple[str, dict]:

@@ -170,9 +170,11 @@ class InternalPolicy:
 
 
 def _kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL in nats of two batches of logits `(N, V)`."""
+    """KL in nats of two batches of logits `(N, V)`. An entry of probability 0 under the first adds 0, also where it is masked
+    (-inf) in both."""
     log_p, log_q = logits.log_softmax(-1), other.to(logits.device).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 class InternalPolicies:

@@ -11,10 +11,17 @@ from transformers import PreTrainedModel
 from bupo.errors import UserError
 from bupo.model.families import Family
 from bupo.model.hooks import on_input, on_output
+from bupo.model.scoring import ALL_MASKED
 
 # Largest error of the identity and of the head, relative to the largest entry. Rounding alone gives 1e-7 in fp32 and
 # half a unit of the last place, twice, in 16 bits; a wrong rule gives 0.4 and more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+NO_PROBABILITY = 1000.0  # a logit so far below the largest has probability 0 in fp64 too, whatever it is exactly
+
+
+class NotFinite(UserError):
+    """A model whose states overflow, or that holds NaN: no option of training can use it."""
 
 
 class Identity(NamedTuple):
@@ -60,13 +67,48 @@ def check_layer(model: PreTrainedModel, layer: int, parts: Sequence[torch.Tensor
     return error
 
 
+def check_finite(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> None:
+    """Check the residual stream of a few tokens, before anything is computed from it.
+
+    Args:
+        model (`PreTrainedModel`): for the message.
+        states (`list[torch.Tensor]`): H^0 to H^L.
+
+    Raises:
+        NotFinite: for the first layer whose states are infinite or NaN.
+    """
+    for layer, values in enumerate(states):
+        if not torch.isfinite(values).all():
+            place = f"at layer {layer}" if layer else "at the embedding (layer 0)"
+            raise NotFinite(
+                f"{name_of(model)} ({_type(model)}): the residual stream is not finite {place} {_remedy(values)}"
+            )
+
+
+def _check_logits(model: PreTrainedModel, logits: torch.Tensor) -> None:
+    """Refuse NaN and +inf. A logit of -inf is that of a masked vocabulary entry, but one must not be masked."""
+    if torch.isnan(logits).any() or (logits == torch.inf).any():
+        raise NotFinite(f"{name_of(model)} ({_type(model)}): the logits are not finite {_remedy(logits)}")
+    if (logits == -torch.inf).all(-1).any():
+        raise NotFinite(f"{name_of(model)} ({_type(model)}): {ALL_MASKED}")
+
+
+def _remedy(values: torch.Tensor) -> str:
+    dtype = str(values.dtype).removeprefix("torch.")
+    if values.dtype == torch.float16:
+        most = torch.finfo(values.dtype).max
+        return f"in {dtype}, which holds at most {most:.0f}: load the model with dtype bfloat16 or float32"
+    return f"in {dtype}: its weights are damaged, or too large for {dtype}; get its files again"
+
+
 def check_head(model: PreTrainedModel, mine: torch.Tensor, logits: torch.Tensor) -> float:
     """The relative error of logits made from the last states, against the model's own.
 
     Raises:
-        UserError: if it is larger than rounding explains.
+        UserError: if it is larger than rounding explains, or the model's own logits are not finite.
     """
-    error, tolerance = _relative(mine.to(logits.device), logits), _tolerance(model)
+    _check_logits(model, logits)
+    error, tolerance = logit_error(mine.to(logits.device), logits), _tolerance(model)
     if not error <= tolerance:
         raise UserError(
             f"{name_of(model)} ({_type(model)}): the final norm and unembedding give logits that differ from "
@@ -126,6 +168,17 @@ def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest difference, relative to the largest entry; NaN where either holds one."""
     got, wanted = got.double(), wanted.double()
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def logit_error(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the largest difference of logits `(..., V)`, relative to the largest wanted one; NaN where either holds one.
+
+    Entries of probability 0, which may be -inf or the lowest float, are equal to each other, and none of them is the largest.
+    """
+    logits, wanted = logits.double(), wanted.double()
+    floor = wanted.amax(-1, keepdim=True) - NO_PROBABILITY
+    size = wanted.masked_fill(wanted <= floor, 0.0).abs().max().clamp(min=1e-30)
+    return ((torch.maximum(logits, floor) - torch.maximum(wanted, floor)).abs().max() / size).item()
 
 
 def _multiple_error(write: torch.Tensor, output: torch.Tensor) -> float:

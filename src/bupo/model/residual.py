@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bupo.errors import UserError
 from bupo.model.families import FAMILIES, Family, guess_family, module_at
 from bupo.model.hooks import Put, on_input, on_output
-from bupo.model.proof import Identity, check_head, check_layer, find_middle, name_of, probe_tokens
+from bupo.model.proof import Identity, check_finite, check_head, check_layer, find_middle, name_of, probe_tokens
 from bupo.model.unembedding import Unembedding
 
 Lens = Literal["raw", "final_norm"]
@@ -69,6 +69,7 @@ class ResidualStream:
 
     Raises:
         UserError: if the writes do not add up in some layer, or the head does not give the model's logits.
+        NotFinite: if states or logits are infinite or NaN.
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None, like: "ResidualStream | None" = None):
@@ -236,14 +237,23 @@ class ResidualStream:
         """Prove on a few tokens that the writes add up, and that the head gives the model's own logits."""
         with evaluating(self.model):
             if guessed:
+                with self.record(self._stream) as states:
+                    self.model(input_ids=probe_tokens(self.model), use_cache=False)
+                check_finite(self.model, [states[site] for site in self._stream])
                 self.family = replace(self.family, middle=find_middle(self.model, self._layers, self.family))
             return self._verify()
+
+    @property
+    def _stream(self) -> list[Site]:
+        """H^0 to H^L."""
+        return [Site("layer", layer) for layer in range(self.num_layers + 1)]
 
     def _verify(self) -> Identity:
         layers = range(1, self.num_layers + 1)
         sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")]
         with self.record(sites) as states:
             logits = self.model(input_ids=probe_tokens(self.model), use_cache=False).logits
+        check_finite(self.model, [states[site] for site in self._stream])
         errors = []
         for layer in layers:
             parts = [states[site] for site in (Site("layer", layer - 1), Site("attn", layer), Site("ffn", layer))]

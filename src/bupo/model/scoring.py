@@ -7,6 +7,8 @@ Both numbers come from one pass over tiles of (positions x vocabulary entries). 
 
 so nothing is lost when logits are large, as they are when a raw residual stream (no final norm) meets the unembedding.
 The backward pass computes each tile again. Everything between the matrix product and the result is fp32.
+
+Masked vocabulary entries, whose logit is -inf or near the lowest float, have probability 0 and add 0 to `s` and `u`.
 """
 
 from contextlib import nullcontext
@@ -14,12 +16,20 @@ from typing import NamedTuple
 
 import torch
 
+from bupo.errors import UserError
 from bupo.model.unembedding import Unembedding
 
 ROWS_PER_TILE = 1024
 VOCABULARY_PER_TILE = 4096
 LOWEST = -80.0  # e^-80 is 2e-35: a whole vocabulary of such tokens adds nothing in fp32, nor in fp64
+MASKED = -1e12  # a logit that no model computes: entries below half of it are masked
+UNDERFLOW = -1000.0  # exp of it is 0 in fp32 and in fp64
 IGNORED = -100  # label of a position that is not scored, as in transformers
+
+ALL_MASKED = (
+    "every logit of a position is masked (-inf, or near the lowest float), so it has no next token: the unembedding's bias "
+    "masks the whole vocabulary; leave at least one entry unmasked"
+)
 
 
 class TokenScores(NamedTuple):
@@ -62,11 +72,17 @@ class _ScoreTokens(torch.autograd.Function):
                 at, column = _hits(targets[rows], columns)
                 chosen[rows][at] = x[at, column]
                 new = torch.maximum(top[rows], x.amax(1))
-                shift = torch.where(total[rows] > 0, top[rows] - new, 0.0)  # the first tile has no old maximum
-                weights = _exp(x.sub_(new[:, None]))
+                finite = new.clamp(min=torch.finfo(kind).min)  # so far all logits may be -inf: -inf - -inf is nan
+                shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
+                shift = shift.clamp(
+                    min=UNDERFLOW
+                )  # after a masked tile it is the lowest float, which times `s` is -inf
+                weights = _exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)
                 top[rows] = new
+        if bool((top < MASKED / 2).any()):
+            raise UserError(ALL_MASKED)
         log_total = total.log()
         entropy = log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, entropy)
@@ -179,5 +195,6 @@ def score_tokens(
 
     Raises:
         ValueError: if a target is outside the vocabulary, or the temperature is not positive.
+        UserError: if all logits of a position are masked.
     """
     return score_states(hidden, Unembedding(weight, bias, scale, softcap, temperature), targets)

@@ -72,6 +72,7 @@ OF_ACCELERATE = {
 # public in name, but in no library's documented interface: where they are, and their parameters
 UNDOCUMENTED = {
     "trl.models.utils.disable_gradient_checkpointing": "(model, gradient_checkpointing_kwargs)",
+    "trl.trainer.grpo_trainer.create_model_from_path": "(model_id, architecture, kwargs)",
     "trl.trainer.utils.use_adapter": "(model, adapter_name)",
     "trl.trainer.utils.get_config_model_id": "(config)",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (

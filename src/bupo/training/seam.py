@@ -30,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from bupo.errors import UserError, others
@@ -37,6 +38,7 @@ from bupo.files import make_folder
 from bupo.model.decoding import quick
 from bupo.model.generation_settings import own_settings_unused
 from bupo.model.residual import evaluating
+from bupo.model.weights import REPORTED, check_weights, unreported
 from bupo.training.best_metric import measured, unknown, value_of
 from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
@@ -48,7 +50,14 @@ logger = get_logger(__name__)
 # metrics that say what a micro-batch is, or hold without one
 UNMEASURED = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
 
-__all__ = ["TRLTrainer", "accepted", "disable_gradient_checkpointing", "get_config_model_id", "use_adapter"]
+__all__ = [
+    "TRLTrainer",
+    "accepted",
+    "checked_models",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "use_adapter",
+]
 
 
 def accepted(option: str) -> tuple[str, ...]:
@@ -66,6 +75,25 @@ def accepted(option: str) -> tuple[str, ...]:
             constants = [part for side in node.comparators for part in ast.walk(side) if isinstance(part, ast.Constant)]
             found += [part.value for part in constants if isinstance(part.value, str)]
     return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def checked_models() -> Iterator[None]:
+    """Inside, models that TRL loads by their names, references too, are refused as those of `load_model` are: where their files
+    lack tensors, or hold no usable numbers."""
+    inner = grpo_trainer.create_model_from_path
+
+    def create(model_id, *args, **kwargs):
+        with unreported():
+            model, report = inner(model_id, *args, **kwargs | REPORTED)
+        check_weights(model_id, model_id, model, report, kwargs.get("revision"))
+        return model
+
+    grpo_trainer.create_model_from_path = create
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = inner
 
 
 class TRLTrainer(GRPOTrainer):

@@ -1,6 +1,7 @@
 """What is refused before a run writes anything, and the streams that it opens."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig
 
-from bupo.data.templates import check_context, prompt_ids
+from bupo.data.templates import check_context, check_size, prompt_ids
 from bupo.errors import UserError, others
-from bupo.model.loading import check_layers, context_of, learned_positions, load_config, load_tokenizer
+from bupo.model.loading import (
+    Limits,
+    check_generation,
+    check_layers,
+    context_of,
+    limits_of,
+    load_config,
+    load_tokenizer,
+    tokens_beyond,
+)
+from bupo.model.proof import NotFinite
 from bupo.model.residual import Family, ResidualStream
 from bupo.training.best_metric import check_best_metric
 from bupo.training.config import BuPOConfig
@@ -52,7 +63,12 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
-    if not isinstance(model, str):
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")
+        check_generation(model, revision)
+        if processing_class is None:  # TRL will load the model's
+            load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
         open_stream(model, args, family)
 
 
@@ -107,12 +123,25 @@ def check_prompts(
         UserError: with the first such row among the longest.
     """
     read = load_config(model, **sources(config, loading)) if isinstance(model, str) else model.config
-    context = learned_positions(read)
+    limits = limits_of(read)
+    check_size(problems["prompt"], limits, "the dataset")
+    _check_tokens(problems["prompt"], tokenizer, limits)
     lengths = [len(str(prompt)) for prompt in problems["prompt"]]
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-LONGEST_TRIED:]
     for row in sorted({0, *longest}):
         ids = prompt_ids(tokenizer, problems[row]["prompt"], **(config.chat_template_kwargs or {}))
-        check_context([ids], context, "the dataset", row)
+        check_context([ids], limits, "the dataset", row)
+
+
+def _check_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    """Raises [`UserError`] for a prompt with a special token that the model has no embedding for, such as that of an image."""
+    beyond = tokens_beyond(tokenizer, limits.vocabulary) if limits.vocabulary else {}
+    for row, prompt in enumerate(prompts) if beyond else ():
+        if held := next((token for token in beyond if token in str(prompt)), None):
+            raise UserError(
+                f"the dataset, row {row}: the prompt holds {held!r:.80}, a token that the model has no embedding for: leave it "
+                "out"
+            )
 
 
 def positions_of(model: nn.Module) -> float:
@@ -158,6 +187,8 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     with_critic = args.advantage_estimator in WITH_CRITIC
     try:
         stream = ResidualStream(model, family)
+    except NotFinite:
+        raise
     except UserError as error:
         if any(layers) or args.layer_rates or args.first_phase.stages or with_critic or args.probe_every or family:
             raise

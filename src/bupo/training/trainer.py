@@ -35,7 +35,7 @@ from bupo.training.resuming import of_given
 from bupo.training.reward_signatures import check_inputs
 from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
-from bupo.training.seam import EpochEnds, TRLTrainer
+from bupo.training.seam import EpochEnds, TRLTrainer, checked_models
 from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
 from bupo.training.trainable import Moved, check_layer, check_trainable
 from bupo.training.watch import Watch
@@ -74,7 +74,8 @@ class BuPOTrainer(TRLTrainer):
         check_inputs(reward_funcs, args, *positional, **kwargs)
         assert args is not None, "it was looked at"
         args, half = masters(model, args, positional[7] if len(positional) > 7 else kwargs.get("peft_config"))
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        with checked_models():
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.loaded_dtype = loaded(self.model, self.ref_model, half, args)
         check_run(self, args := self.args)
         set_up_generation(self, args)
