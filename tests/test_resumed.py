@@ -7,13 +7,13 @@ import shutil
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from trl import ModelConfig
 
 from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.training.rehearsal import rehearse
 from bupo.training.streams import StreamPlace
-from tests.resumed import OPTIONS, ROWS, Cut, CutAfter, differences, streams, train
+from tests.resumed import OPTIONS, ROWS, CutAfter, differences, streams, train
 from tests.test_trainer import TOKENIZER, model_of
 
 EVAL_EPOCH: dict[str, Any] = {"eval_strategy": "epoch"}
@@ -120,9 +120,8 @@ def test_a_resumed_stream_goes_on_in_its_pass(tmp_path, kind):
     updates = {"shuffled in a buffer": (10,)}.get(kind, (4, 6, 7, 8, 10, 12))
     options: dict[str, Any] = {"max_steps": 13} if len(updates) > 1 else {"max_steps": 11, "save_steps": updates[0]}
     whole = train(tmp_path / "whole", problems=make(), **options)
-    first = [prompt for update, prompt in whole.prompts if update < 4]
-    assert len({prompt for _, prompt in whole.prompts}) < 13, "no second pass"
-    assert first
+    batches = [whole.prompts[start][1] for start in range(0, len(whole.prompts), 4)]
+    assert len(set(batches)) < len(batches), "no second pass"
     for update in updates:
         folder = tmp_path / str(update)
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{update}", folder / f"checkpoint-{update}")
@@ -208,11 +207,8 @@ def test_an_option_that_keeps_a_run_from_resuming_is_refused_at_the_start(tmp_pa
 
 
 def test_a_cut_is_as_a_kill(tmp_path):
-    with pytest.raises(Cut):
-        raise Cut
     seen = train(tmp_path, cut=CutAfter(2), max_steps=4)
     assert not seen.rows and sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-1",
         "checkpoint-2",
     ]
-    assert isinstance(ROWS, Dataset)

@@ -383,14 +383,14 @@ class TRLTrainer(GRPOTrainer):
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.control.should_training_stop = stopped
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        epoch, model = int(self.state.epoch or 0), self.model_wrapped
-        model.train()  # or TRL would log the metrics of an evaluation
-        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, time.time())
+        epoch = int(self.state.epoch or 0)
+        self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, time.time())
         self.random_state_is_set = not stopped
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         if grad_norm is None and learning_rate is None:  # no update since a resume: the last one's
             grad_norm, learning_rate = self.last_update
+            self.model_wrapped.train()  # or TRL would log the metrics of an evaluation
         else:
             self.last_update = grad_norm, learning_rate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
