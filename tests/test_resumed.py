@@ -7,13 +7,13 @@ import shutil
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from trl import ModelConfig
 
 from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.training.rehearsal import rehearse
 from bupo.training.streams import StreamPlace
-from tests.resumed import OPTIONS, ROWS, Cut, CutAfter, differences, streams, train
+from tests.resumed import OPTIONS, ROWS, CutAfter, differences, streams, train
 from tests.test_trainer import TOKENIZER, model_of
 
 EVAL_EPOCH: dict[str, Any] = {"eval_strategy": "epoch"}
@@ -24,7 +24,7 @@ PLATEAU: dict[str, Any] = {
 }
 # options, and the updates after which the run is resumed; an epoch ends after updates 6 and 12
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "logs and evaluations at an epoch's end": ({**EVAL_EPOCH, "logging_strategy": "epoch"}, (6, 7)),
+    "logs and evaluations at an epoch's end": ({**EVAL_EPOCH, "logging_strategy": "epoch", "max_steps": 8}, (6,)),
     "an evaluation at an epoch's end, the last update": ({**EVAL_EPOCH, "max_steps": 6}, (6,)),
     "a log at the end, inside an epoch": ({"logging_strategy": "epoch", "max_steps": 9}, (9,)),
     "all at an epoch's end": ({**EVAL_EPOCH, "logging_strategy": "epoch", "save_strategy": "epoch"}, (6,)),
@@ -64,7 +64,6 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "an emptied cache": ({"torch_empty_cache_steps": 2}, (7,)),
     "noise on embeddings": ({"neftune_noise_alpha": 5.0}, (7,)),
     "another optimizer": ({"optim": "adafactor"}, (7,)),
-    "a moving reference": ({"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 4}, (6, 7)),
     "gradients of several passes": ({**EVAL_EPOCH, "gradient_accumulation_steps": 2, "max_steps": 7}, (3, 6)),
     "several iterations": ({**EVAL_EPOCH, "num_iterations": 2, "max_steps": 14}, (7, 12)),
     "a table of completions": (
@@ -72,7 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         (6,),
     ),
 }
-FAST = ("logs and evaluations at an epoch's end", "persistent workers")
+FAST = ("logs and evaluations at an epoch's end",)
 
 
 def cases(names, fast):
@@ -82,7 +81,7 @@ def cases(names, fast):
 @pytest.mark.parametrize("name", cases(CASES, FAST))
 def test_a_resumed_run_is_the_whole_one(tmp_path, name):
     options, updates = CASES[name]
-    options = {"max_steps": 9, **options}
+    options = {"max_steps": 9, **({"save_steps": updates[0]} if len(updates) == 1 else {}), **options}
     whole = train(tmp_path / "whole", **options)
     there = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
     for update in [number for number in updates if number <= there[-1]] or there[:2]:
@@ -105,9 +104,9 @@ def test_a_run_that_is_cut_twice_at_an_epochs_end_is_the_whole_one(tmp_path):
 
 
 def test_the_comparison_sees_what_differs(tmp_path):
-    whole, other = (train(tmp_path / str(seed), max_steps=4, save_strategy="no", seed=seed) for seed in (0, 1))
+    whole, other = (train(tmp_path / str(seed), max_steps=2, save_strategy="no", seed=seed) for seed in (0, 1))
     found = " ".join(differences(whole, other, 0))
-    assert all(name in found for name in ("prompts", "log", "weights", "random numbers"))
+    assert all(name in found for name in ("prompts", "log", "weights"))
     assert differences(whole, whole, 0) == []
 
 
@@ -118,15 +117,15 @@ def test_the_comparison_sees_what_differs(tmp_path):
 def test_a_resumed_stream_goes_on_in_its_pass(tmp_path, kind):
     """Resumed inside a later pass, inside a rollout batch of it, and right where a pass ends."""
     make = streams()[kind]
-    whole = train(tmp_path / "whole", problems=make(), max_steps=13)
-    first = [prompt for update, prompt in whole.prompts if update < 4]
-    assert len({prompt for _, prompt in whole.prompts}) < 13, "no second pass"
-    assert first
-    updates = {"shuffled in a buffer": (10, 11)}.get(kind, (4, 6, 7, 8, 10, 12))
+    updates = {"shuffled in a buffer": (10,)}.get(kind, (4, 6, 7, 8, 10, 12))
+    options: dict[str, Any] = {"max_steps": 13} if len(updates) > 1 else {"max_steps": 11, "save_steps": updates[0]}
+    whole = train(tmp_path / "whole", problems=make(), **options)
+    batches = [whole.prompts[start][1] for start in range(0, len(whole.prompts), 4)]
+    assert len(set(batches)) < len(batches), "no second pass"
     for update in updates:
         folder = tmp_path / str(update)
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{update}", folder / f"checkpoint-{update}")
-        resumed = train(folder, folder / f"checkpoint-{update}", problems=make(), max_steps=13)
+        resumed = train(folder, folder / f"checkpoint-{update}", problems=make(), **options)
         assert differences(whole, resumed, update) == [], update
 
 
@@ -208,11 +207,8 @@ def test_an_option_that_keeps_a_run_from_resuming_is_refused_at_the_start(tmp_pa
 
 
 def test_a_cut_is_as_a_kill(tmp_path):
-    with pytest.raises(Cut):
-        raise Cut
     seen = train(tmp_path, cut=CutAfter(2), max_steps=4)
     assert not seen.rows and sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-1",
         "checkpoint-2",
     ]
-    assert isinstance(ROWS, Dataset)

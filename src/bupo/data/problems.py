@@ -89,7 +89,9 @@ def load_problems(
     rows = _rows(name, split, config, size, revision, seed, shuffle_seed)
     prompt_source, prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     filled = Path(name).suffix not in (".json", ".jsonl")  # Arrow gives all messages of a column the same fields
-    columns = {"prompt": [messages_of(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]}
+    columns: dict[str, list] = {
+        "prompt": [messages_of(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]
+    }
     sources = {"prompt": prompt_source}
     try:
         sources["answer"], answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)

@@ -12,18 +12,13 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from bupo.data.problems import REWARD_ARGUMENTS, check_prompt_texts
+from bupo.data.problems import check_prompt_texts
 from bupo.errors import UserError
 from bupo.rewards.math_reward import math_reward
 
 ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED = ("prompt", "completion")  # columns that TRL keeps to itself
-MEANT = {
-    "prompt": "prompts",
-    "completion": "completions",
-    "completions_ids": "completion_ids",
-    "answers": "completions",
-}
+MEANT = {"prompt": "prompts", "completion": "completions", "completions_ids": "completion_ids"}
 
 
 def check_signatures(
@@ -113,7 +108,7 @@ def _name(function: Callable) -> str:
 
 
 def _check_clash(function: Callable, columns: Sequence[str]) -> None:
-    clashing = [column for column in columns if column in REWARD_ARGUMENTS]
+    clashing = [column for column in columns if column in ("prompts", "completions")]  # TRL overwrites the others
     if clashing:
         raise UserError(
             f"the problems have a column {clashing[0]}, and TRL passes {clashing[0]} of its own to reward functions such as "

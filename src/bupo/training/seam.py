@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from transformers.optimization import GreedyLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -108,9 +108,11 @@ class TRLTrainer(GRPOTrainer):
         None,
         None,
     )  # gradient norm and learning rate, which an epoch's log repeats
+    control: TrainerControl
+    data_collator: Any
     problem_stream: StreamPlace | None = None  # where the run is in its problems, if they are a stream
-    _resumed_from: str | None = None
-    _random_state_is_set = False  # by the end of an epoch that a resumed run has made up for
+    resumed_from: str | None = None
+    random_state_is_set = False  # by the end of an epoch that a resumed run has made up for
     resumed_at = 0  # updates that were done before this start
     ended_early = False  # a callback has ended the run that is resumed
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
@@ -296,6 +298,11 @@ class TRLTrainer(GRPOTrainer):
         return self._is_vlm
 
     @property
+    def stream_pass_is_over(self) -> bool:
+        """Whether all rows of a pass over a stream were read; a run that stops ends an epoch in the middle of one."""
+        return self.epoch_ended and not self.control.should_training_stop
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """What transformers counts towards the next log and the end of the run, which its checkpoints do not hold."""
         return {
@@ -305,13 +312,8 @@ class TRLTrainer(GRPOTrainer):
             "first_step": self._initial_global_step,
             "epoch_ended": self.epoch_ended,
             "last_update": [None if value is None else float(value) for value in self.last_update],
-            "stream": self.problem_stream and self.problem_stream.state(self.passes_done, self._stream_pass_is_over),
+            "stream": self.problem_stream and self.problem_stream.state(self.passes_done, self.stream_pass_is_over),
         }
-
-    @property
-    def _stream_pass_is_over(self) -> bool:
-        """Whether all rows of a pass over a stream were read; a run that stops ends an epoch in the middle of one."""
-        return self.epoch_ended and not self.control.should_training_stop
 
     @numbers.setter
     def numbers(self, value: dict[str, Any]) -> None:
@@ -451,7 +453,7 @@ class TRLTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
-        self.resumed_at, self._resumed_from = self.state.global_step, checkpoint
+        self.resumed_at, self.resumed_from = self.state.global_step, checkpoint
         self.rate_of_options(rates)
         self.load_parts(Path(checkpoint))
 
@@ -480,24 +482,25 @@ class TRLTrainer(GRPOTrainer):
             return
         if not stopped and done % max(1, -(-len(train_dataloader) // every)):
             return
-        self._load_rng_state(self._resumed_from)
+        self._load_rng_state(self.resumed_from)
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.control.should_training_stop = stopped
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        epoch, model = int(self.state.epoch or 0), self.model_wrapped
-        model.train()  # or TRL would log the metrics of an evaluation
-        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, time.time())
-        self._random_state_is_set = not stopped
+        epoch = int(self.state.epoch or 0)
+        self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, time.time())
+        self.random_state_is_set = not stopped
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         if grad_norm is None and learning_rate is None:  # no update since a resume: the last one's
             grad_norm, learning_rate = self.last_update
+            self.model_wrapped.train()  # or TRL would log the metrics of an evaluation
         else:
             self.last_update = grad_norm, learning_rate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
 
     def _load_rng_state(self, checkpoint):
-        if self._random_state_is_set:
-            self._random_state_is_set = False
+        if self.random_state_is_set:
+            self.random_state_is_set = False
         else:
             super()._load_rng_state(checkpoint)
 
