@@ -23,7 +23,8 @@ def refused(folder, model, match, lora=None, **changes):
     """A run that is refused in one line, before it samples or writes anything."""
     args = config(folder, **changes)
     trainer = BuPOTrainer(model, never, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, peft_config=lora)
-    vars(trainer).update(rollout=never, _generate_and_score_completions=never)
+    for name in ("rollout", "_generate_and_score_completions"):
+        setattr(trainer, name, never)
     with pytest.raises(UserError, match=match) as error:
         trainer.train()
     assert "\n" not in str(error.value)
