@@ -281,6 +281,25 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
     assert "the entropy has" not in caplog.text
 
 
+def test_the_adaptive_entropy_coefficient_waits_for_graded_answers(tmp_path):
+    """TRL takes the entropy of no token for 0, and would raise the coefficient."""
+    batches = iter([False, True, True, False])
+
+    def reward(completion_ids, **kwargs):
+        ungraded = next(batches)
+        return [None if ungraded else float(sum(ids) % 3) for ids in completion_ids]
+
+    args = config(
+        tmp_path, internal_steps=0, internal_layer=None, max_steps=4, per_device_train_batch_size=4, steps_per_generation=2,
+        gradient_accumulation_steps=2, max_completion_length=4, use_adaptive_entropy=True, entropy_coef=0.1,
+        entropy_coef_delta=0.01, entropy_target=0.001, entropy_coef_max=1.0, probe_every=0,
+    )  # fmt: skip
+    trainer = BuPOTrainer(saved_model(tmp_path), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+    trainer.train()
+    found = [row["entropy_coef"] for row in trainer.state.log_history if "entropy_coef" in row and "phase" in row]
+    assert found == pytest.approx([0.09, 0.09, 0.09, 0.08])  # above the target: one step down in each graded batch
+
+
 def test_an_evaluation_has_finite_numbers_too(tmp_path):
     """TRL's evaluation: one pass with ungraded answers, one with nothing else."""
     trainer = trainer_with(tmp_path, Rewards([[1.0, 1.0]] * 4), per_device_eval_batch_size=4, num_generations_eval=4)

@@ -176,8 +176,19 @@ class TRLTrainer(GRPOTrainer):
             super()._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), 2, batch_size=1, **aux)
 
     def policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of a micro-batch, with `policy` answering its scoring call."""
-        return super()._compute_loss(policy, inputs)
+        """TRL's loss of a micro-batch, with `policy` answering its scoring call.
+
+        The adaptive entropy coefficient stays as it is over an update without a token to train on, whose entropy TRL takes for 0.
+        """
+        if not (self.use_adaptive_entropy and self.model.training):
+            return super()._compute_loss(policy, inputs)
+        before, window = (self.entropy_coef, self._last_world_entropy), self._entropy_window_stats
+        loss = super()._compute_loss(policy, inputs)
+        tokens = RolloutBatch(inputs).mask.sum() + (0 if window is None else window[1])
+        if self._entropy_window_stats is None and self.total(tokens) == 0:  # the update's last micro-batch
+            self.entropy_coef, self._last_world_entropy = before
+            self.train_metrics["entropy_coef"][-1] = self.entropy_coef
+        return loss
 
     def without_checkpointing(self) -> AbstractContextManager[None]:
         """Inside, the model keeps its activations: what is not differentiated needs no recomputation."""
