@@ -139,8 +139,9 @@ def patterns(count, group):
     rows: list[list[float | None]] = [[float(rng.integers(0, 3)), float(rng.integers(0, 2))] for _ in range(count)]
     for place, odd in zip(range(1, count, 3), [*ODD, None, inf] * count, strict=False):
         rows[place] = [odd, None] if place % 2 else [1.0, odd]
-    rows[:group] = [[None, None]] * (group - 1) + [[2.0, 1.0]]
-    rows[group : 2 * group] = [[None, nan], [inf, 1.0], *[[nan, -inf]] * (group - 2)]
+    nothing: list[list[float | None]] = [[nan, -inf] for _ in range(group - 2)]
+    rows[:group] = [*([None, None] for _ in range(group - 1)), [2.0, 1.0]]
+    rows[group : 2 * group] = [[None, nan], [inf, 1.0], *nothing]
     return rows
 
 
