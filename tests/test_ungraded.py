@@ -140,7 +140,8 @@ def patterns(count, group):
     for place, odd in zip(range(1, count, 3), [*ODD, None, inf] * count, strict=False):
         rows[place] = [odd, None] if place % 2 else [1.0, odd]
     nothing: list[list[float | None]] = [[nan, -inf] for _ in range(group - 2)]
-    rows[:group] = [*([None, None] for _ in range(group - 1)), [2.0, 1.0]]
+    rows[: group - 1] = [[None, None] for _ in rows[: group - 1]]
+    rows[group - 1] = [2.0, 1.0]
     rows[group : 2 * group] = [[None, nan], [inf, 1.0], *nothing]
     return rows
 
