@@ -234,7 +234,7 @@ def test_a_run_that_was_stopped_early_is_not_trained_further(tmp_path):
     assert all(torch.equal(parameter, weights[name]) for name, parameter in again.model.named_parameters())
 
 
-def test_other_callbacks_begin_anew_and_are_named(tmp_path, capsys):
+def test_other_callbacks_start_afresh_and_are_named(tmp_path, capsys):
     first = stopping(tmp_path)
     first.train()
     more = stopping(tmp_path, patience=5)
@@ -242,5 +242,5 @@ def test_other_callbacks_begin_anew_and_are_named(tmp_path, capsys):
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 14
     said = capsys.readouterr().out
-    assert "callbacks begin anew: they are EarlyStoppingCallback {'early_stopping_patience': 5" in said
+    assert "callbacks start afresh: they are EarlyStoppingCallback {'early_stopping_patience': 5" in said
     assert json.loads((tmp_path / "run" / "checkpoint-14" / "trainer_state.json").read_text())["global_step"] == 14

@@ -139,8 +139,10 @@ def patterns(count, group):
     rows: list[list[float | None]] = [[float(rng.integers(0, 3)), float(rng.integers(0, 2))] for _ in range(count)]
     for place, odd in zip(range(1, count, 3), [*ODD, None, inf] * count, strict=False):
         rows[place] = [odd, None] if place % 2 else [1.0, odd]
-    rows[:group] = [[None, None]] * (group - 1) + [[2.0, 1.0]]
-    rows[group : 2 * group] = [[None, nan], [inf, 1.0], *[[nan, -inf]] * (group - 2)]
+    nothing: list[list[float | None]] = [[nan, -inf] for _ in range(group - 2)]
+    rows[: group - 1] = [[None, None] for _ in rows[: group - 1]]
+    rows[group - 1] = [2.0, 1.0]
+    rows[group : 2 * group] = [[None, nan], [inf, 1.0], *nothing]
     return rows
 
 
@@ -279,6 +281,25 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
             assert (name in row) != ungraded, name
         assert ("warning/nothing_graded" in row) == ungraded and "warning/entropy_collapse" not in row
     assert "the entropy has" not in caplog.text
+
+
+def test_the_adaptive_entropy_coefficient_waits_for_graded_answers(tmp_path):
+    """TRL takes the entropy of no token for 0, and would raise the coefficient."""
+    batches = iter([False, True, True, False])
+
+    def reward(completion_ids, **kwargs):
+        ungraded = next(batches)
+        return [None if ungraded else float(sum(ids) % 3) for ids in completion_ids]
+
+    args = config(
+        tmp_path, internal_steps=0, internal_layer=None, max_steps=4, per_device_train_batch_size=4, steps_per_generation=2,
+        gradient_accumulation_steps=2, max_completion_length=4, use_adaptive_entropy=True, entropy_coef=0.1,
+        entropy_coef_delta=0.01, entropy_target=0.001, entropy_coef_max=1.0, probe_every=0,
+    )  # fmt: skip
+    trainer = BuPOTrainer(saved_model(tmp_path), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
+    trainer.train()
+    found = [row["entropy_coef"] for row in trainer.state.log_history if "entropy_coef" in row and "phase" in row]
+    assert found == pytest.approx([0.09, 0.09, 0.09, 0.08])  # above the target: one step down in each graded batch
 
 
 def test_an_evaluation_has_finite_numbers_too(tmp_path):

@@ -15,7 +15,7 @@ def number(value: Any) -> float | None:
     """Return a finite number of usual size as a float, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return float(value) if abs(value) < LARGEST else None  # comparisons with NaN are false
+    return float(value) if -LARGEST < value < LARGEST else None  # type: ignore[operator]  # of NaN, comparisons are false
 
 
 def numbers(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -107,7 +107,7 @@ def measured(args: Any, names: Sequence[str | None], sets: Mapping[str, Any] | N
 
 
 def may_log(function: Any) -> bool:
-    """Whether a reward function may log metrics that are not known: it names TRL's `log_metric`, or hands its arguments on."""
+    """Return whether a reward function may log unknown metrics: it names TRL's `log_metric`, or hands its arguments on."""
     if isinstance(function, nn.Module) or function is math_reward:
         return False
     if not hasattr(function, "__code__"):

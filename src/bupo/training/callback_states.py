@@ -16,7 +16,7 @@ class CallbackStates:
 
     Args:
         trainer ([`~bupo.training.seam.TRLTrainer`]): its callbacks, and `ended_early`.
-        say (`Callable`): is told of callbacks that begin anew.
+        say (`Callable`): takes a line about callbacks that start afresh.
     """
 
     def __init__(self, trainer: Any, say: Callable[[str], None]):
@@ -37,7 +37,7 @@ class CallbackStates:
         before, now = json.loads(state["callbacks"]), self._stateful()
         options = [[type(each).__name__, each.state().get("args", {})] for each in now]  # type: ignore[attr-defined]
         if json.loads(json.dumps(options, default=_plain)) != [[name, kept.get("args", {})] for name, kept in before]:
-            self.say(f"callbacks begin anew: they are {_named(options)} from here on, and were {_named(before)}")
+            self.say(f"callbacks start afresh: they are {_named(options)} from here on, and were {_named(before)}")
             return
         for callback, (_, kept) in zip(now, before, strict=True):
             for name, value in kept.get("attributes", {}).items():

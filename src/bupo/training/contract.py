@@ -59,6 +59,8 @@ PRIVATE = {
     "_buffered_inputs": Private("", "read and set: the rollout batch in its pieces, which a checkpoint keeps"),
     "_metrics": Private("", "read and added to: what the next log holds"),
     "_logs": Private("", "read and set: the table of completions, and the advantages in it"),
+    "_entropy_window_stats": Private("", "read: whether an update has a token, for the adaptive entropy coefficient"),
+    "_last_world_entropy": Private("", "set back after an update without a token"),
     "_is_vlm": Private("", "read: models with images are refused"),
     "_tag_names": Private("", "overridden: tags of the model card"),
 }

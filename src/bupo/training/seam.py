@@ -228,8 +228,21 @@ class TRLTrainer(GRPOTrainer):
             super()._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), 2, batch_size=1, **aux)
 
     def policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of a micro-batch, with `policy` answering its scoring call."""
-        return super()._compute_loss(policy, inputs)
+        """TRL's loss of a micro-batch, with `policy` answering its scoring call.
+
+        The adaptive entropy coefficient stays as it is over an update without a token to train on: TRL takes its entropy for 0.
+        """
+        if not (self.use_adaptive_entropy and self.model.training):
+            return super()._compute_loss(policy, inputs)
+        coefficient: float = self.entropy_coef  # type: ignore[has-type]
+        entropy: float = self._last_world_entropy  # type: ignore[has-type]
+        window = self._entropy_window_stats
+        loss = super()._compute_loss(policy, inputs)
+        tokens = RolloutBatch(inputs).mask.sum() + (0 if window is None else window[1])
+        if self._entropy_window_stats is None and self.total(tokens) == 0:  # the update's last micro-batch
+            self.entropy_coef, self._last_world_entropy = coefficient, entropy
+            self.train_metrics["entropy_coef"][-1] = coefficient
+        return loss
 
     def without_checkpointing(self) -> AbstractContextManager[None]:
         """Inside, the model keeps its activations: what is not differentiated needs no recomputation."""
@@ -536,17 +549,17 @@ class TRLTrainer(GRPOTrainer):
             return None
         metrics = super()._evaluate(*args, skip_scheduler=True, **kwargs)
         if not skip_scheduler and isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
-            value = self._best_metric(metrics)
+            value = self.best_metric_in(metrics)
             if value is not None:
                 self.lr_scheduler.step(value)
         return metrics
 
     def _determine_best_metric(self, metrics, trial):
-        if self.args.metric_for_best_model is None or self._best_metric(metrics) is None:
+        if self.args.metric_for_best_model is None or self.best_metric_in(metrics) is None:
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    def _best_metric(self, metrics: dict[str, Any]) -> float | None:
+    def best_metric_in(self, metrics: dict[str, Any]) -> float | None:
         """Return what `metric_for_best_model` names; None, and a warning, where this evaluation graded too little for it.
 
         Raises:
