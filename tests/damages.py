@@ -49,7 +49,11 @@ def make_runs(folder: Path) -> None:
 
 def written(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """A damage to a file's bytes."""
-    return lambda path: path.write_bytes(change(path.read_bytes())) and None
+
+    def damage(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
 
 
 def in_place(make: Callable[[Path], object]) -> Callable[[Path], None]:

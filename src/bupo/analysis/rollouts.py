@@ -83,7 +83,10 @@ def _file(path: Path) -> Path:
         raise UserError(
             f"rollouts {path} is a whole evaluation: give the folder of a benchmark in it, {', '.join(inner)}"
         )
-    raise UserError(f"{path} is no file of rollouts, and no folder of a benchmark that bupo eval has answered")
+    raise UserError(
+        f"{path} is no file of rollouts, and no folder of a benchmark that bupo eval has answered: "
+        f"it has no regular file {SAMPLES_FILE}"
+    )
 
 
 def _place(line: str) -> tuple[int, int]:

@@ -459,7 +459,7 @@ class TRLTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
-        reading = others(f"{checkpoint} is damaged: its optimizer or scheduler cannot be loaded")
+        reading = others(f"{checkpoint} is damaged: its optimizer.pt or scheduler.pt cannot be loaded")
         some = nullcontext() if stepped is None else asking_for(self.model, stepped)
         with some, reading if checkpoint else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
