@@ -120,4 +120,4 @@ def test_the_refusal_of_a_launch_is_the_same_from_python(environment, tmp_path):
 
     environment({"RANK": "1", "WORLD_SIZE": "2", **WHERE})
     with pytest.raises(UserError, match="one process"):
-        EvalOptions(benchmarks="arithmetic", output=str(tmp_path)).check()
+        EvalOptions(benchmarks=["arithmetic"], output=str(tmp_path)).check()
