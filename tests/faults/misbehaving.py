@@ -37,12 +37,16 @@ def _kills_workers():
 
 
 def _forks():
+    if Path("child").exists():  # of the run before
+        return
     if (child := os.fork()) == 0:
         forever()
     Path("child").write_text(str(child))
 
 
 def _pool():
+    if Path("child").exists():
+        return
     process = multiprocessing.get_context("fork").Process(target=forever)
     process.start()
     Path("child").write_text(str(process.pid))

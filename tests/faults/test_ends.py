@@ -140,7 +140,7 @@ def test_a_child_that_outlives_its_run_does_not_keep_the_folder(zygote, tmp_path
     child = int((tmp_path / "child").read_text())
     try:
         os.kill(child, 0)  # is there still
-        ended = train(zygote, tmp_path, "moves", resume_from_checkpoint="true")
+        ended = train(zygote, tmp_path, reward, resume_from_checkpoint="true")
         assert ended.status == 0, ended.output
     finally:
         os.kill(child, signal.SIGKILL)
