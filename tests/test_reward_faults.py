@@ -318,3 +318,24 @@ def test_a_forked_process_grades_with_children_of_its_own():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert grader.grade(*asked) == expected and grader._children == {before}
     grader.close()
+
+
+@pytest.mark.parametrize("jumps", [0, 1])
+def test_a_clock_that_jumps_takes_a_second_from_a_deadline(monkeypatch, jumps):
+    """As it does for a process that was stopped; without a jump the deadline is what it says."""
+    import select
+
+    from bupo.rewards import grader as module
+
+    plain, calls = time.monotonic, []
+
+    def clock():
+        calls.append(1)
+        return plain() + 100.0 * jumps * (len(calls) > 1)
+
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe, os.fdopen(writer, "wb"):
+        monkeypatch.setattr(module.time, "monotonic", clock)
+        deadline, began = module._Deadline(2.0), plain()
+        assert not deadline.wait(pipe, select.POLLIN)
+        assert 0.9 < plain() - began < 10 and (jumps or plain() - began > 1.9)
