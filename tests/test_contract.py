@@ -279,9 +279,12 @@ def defined_names(path):
 
 
 def is_private(name):
-    """`os._exit` is documented, and no library's; `config._attn_implementation` is how transformers' guide reads it."""
+    """`os._exit` and `sys._current_frames` are documented; `config._attn_implementation` is how transformers' guide reads it.
+
+    `threading._shutdown` and `atexit._run_exitfuncs` are Python's own end of a process. Without them it ends by `sys.exit`.
+    """
     return (
-        name not in ("_exit", "_attn_implementation")
+        name not in ("_exit", "_current_frames", "_attn_implementation", "_shutdown", "_run_exitfuncs")
         and len(name) > 1
         and name.startswith("_")
         and not name.startswith("__")

@@ -93,7 +93,7 @@ def test_a_leftover_locks_as_a_single_process(environment, tmp_path, left):
 def test_a_command_warns_once_and_is_a_single_process(environment, tmp_path, left, capsys):
     """The folder of another writer is refused: rank 1 of no launch takes the lock as rank 0 does."""
     environment(left)
-    hold = "import sys, time; from bupo.lock import sole_writer\nwith sole_writer(sys.argv[1]): print(flush=True); time.sleep(60)"
+    hold = "import sys, time; from bupo.lock import sole_writer\nwith sole_writer(sys.argv[1]): print(flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         assert main(["eval", "--model", "embedded", "--size", "2", "--k", "1", "--output", str(tmp_path / "run")]) == 2
@@ -120,4 +120,4 @@ def test_the_refusal_of_a_launch_is_the_same_from_python(environment, tmp_path):
 
     environment({"RANK": "1", "WORLD_SIZE": "2", **WHERE})
     with pytest.raises(UserError, match="one process"):
-        EvalOptions(benchmarks="arithmetic", output=str(tmp_path)).check()
+        EvalOptions(benchmarks=["arithmetic"], output=str(tmp_path)).check()

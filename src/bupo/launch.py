@@ -28,10 +28,17 @@ def place() -> Place:
 
     A single `RANK` or `WORLD_SIZE` describes none. Everything that depends on a rank takes it from here.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return Place(distributed.get_rank(), distributed.get_world_size())
-    return _described() or Place(0, 1)
+    return _in_group() or _described() or Place(0, 1)
+
+
+def _in_group() -> Place | None:
+    """Return the place in the process group; None where there is none."""
+    distributed = sys.modules.get(
+        "torch.distributed"
+    )  # nobody is in a group before it is imported, which takes seconds
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return Place(distributed.get_rank(), distributed.get_world_size())
 
 
 def _described() -> Place | None:
@@ -54,7 +61,7 @@ def drop_leftovers() -> str | None:
         `str`, *optional*: a line that names what was removed.
     """
     present = {name: os.environ[name] for name in _TAKEN_FOR_LAUNCHES if name in os.environ}
-    if not present or place().size > 1 or _described() or any(_count(os.environ.get(name)) > 1 for name in _MPI_SIZES):
+    if not present or _in_group() or _described() or any(_count(os.environ.get(name)) > 1 for name in _MPI_SIZES):
         return None
     for name in present:
         del os.environ[name]

@@ -42,6 +42,8 @@ def leave(status: int) -> NoReturn:
     _flush((sys.stdout, sys.stderr))  # a reader such as `less` may take its time
     threading.Thread(target=_watch, args=(status,), name="bupo-end", daemon=True).start()
     faulthandler.dump_traceback_later(GRACE + BACKSTOP, exit=True, file=2)
+    if not (hasattr(threading, "_shutdown") and hasattr(atexit, "_run_exitfuncs")):
+        sys.exit(status)  # a Python that has renamed them: slower, and the report stays
     with suppress(KeyboardInterrupt):  # ends the wait
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does first at its end
         atexit._run_exitfuncs()

@@ -360,7 +360,14 @@ class MathGrader:
 
 
 _graders: weakref.WeakSet[MathGrader] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [grader.after_fork() for grader in _graders])
+
+
+def _in_child() -> None:
+    for grader in _graders:
+        grader.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def check_golds(golds: Sequence[str], where: str) -> None:

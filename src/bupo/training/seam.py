@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import get_config_model_id, is_async_callable, use_adapter
 
 from bupo.errors import UserError, others
 from bupo.files import make_folder
@@ -260,6 +260,11 @@ class TRLTrainer(GRPOTrainer):
     def mean(self, value: float) -> float:
         """Mean over processes."""
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).mean().item()
+
+    def guard_asynchronous_rewards(self, guarded: Callable[[Callable], Callable]) -> None:
+        """Replace each asynchronous reward function by what `guarded` makes of it."""
+        functions: list[Any] = self.reward_funcs or []
+        self.reward_funcs: list[Any] = [guarded(each) if is_async_callable(each) else each for each in functions]
 
     # -- TRL's private state -----------------------------------------------------------------------------------------
 

@@ -87,9 +87,10 @@ def _put_streams_back(streams: dict[str, Any], copies: dict[int, int | None], wh
                 closed.append(f"sys.{name}")
             # the error must be readable; the descriptor is open again
             stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-        elif getattr(sys, name) is not stream:
-            logger.warning_once(f"{who()} has left sys.{name} redirected: it is put back")
+        redirected = getattr(sys, name) not in (stream, streams[name])
         setattr(sys, name, stream)
+        if redirected:
+            logger.warning_once(f"{who()} has left sys.{name} redirected: it is put back")
     return " and ".join(closed)
 
 

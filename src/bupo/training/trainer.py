@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import is_async_callable
 
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import Family, ResidualStream, Site
@@ -81,8 +80,7 @@ class BuPOTrainer(TRLTrainer):
         set_up_generation(self, args)
         without_dropout(self.model, args, probe_tokens(self.model))
         self.given = of_given(self)
-        if self.reward_funcs:
-            self.reward_funcs = [messages.without_exits(f) if is_async_callable(f) else f for f in self.reward_funcs]
+        self.guard_asynchronous_rewards(messages.without_exits)
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
