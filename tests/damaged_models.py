@@ -176,6 +176,7 @@ GENERATION_WRONG = {
     "a dictionary": generation("return_dict_in_generate must be false", return_dict_in_generate=True),
     "text as the end": generation("eos_token_id must be a token's id", eos_token_id="<|im_end|>"),
     "text among the ends": generation("eos_token_id must be a token's id", eos_token_id=[1, "2"]),
+    "an end beyond all numbers": generation("eos_token_id must be a token's id", eos_token_id=10**30),
     "no ends": generation("eos_token_id must be a token's id", eos_token_id=[]),
     "a list as filling": generation("pad_token_id must be a token's id", pad_token_id=[0]),
     "a truth as the end": generation("eos_token_id must be", eos_token_id=True),
@@ -183,6 +184,13 @@ GENERATION_WRONG = {
     "a list as top_p": generation("top_p must be a number", top_p=[0.5]),
     "text as a flag": generation("do_sample must be true or false", do_sample="yes"),
     "a negative length": generation("max_new_tokens", max_new_tokens=-4),
+    "text as the end, in config.json": Damage(
+        lambda folder: (
+            (folder / "generation_config.json").unlink(),
+            settings("config.json", eos_token_id="<end>")(folder),
+        ),
+        ("model", "cannot be"),
+    ),
     "no JSON": Damage(
         text("generation_config.json", "{broken"), ("generation_config.json cannot be used: it is no JSON",)
     ),

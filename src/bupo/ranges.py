@@ -64,7 +64,13 @@ class Range(NamedTuple):
         kind = "a number" if not number else ""
         if self.whole and not (number and isinstance(value, Integral)):
             kind = "a whole number"
-        if number and not self.whole and not isinstance(value, Integral) and isfinite(value) and not in_fp32(float(value)):
+        if (
+            number
+            and not self.whole
+            and not isinstance(value, Integral)
+            and isfinite(value)
+            and not in_fp32(float(value))
+        ):
             return f"be a number that fp32 holds ({SMALLEST_NORMAL:.2g} to {LARGEST_FLOAT:.2g} in size)"
         if self.low == -inf:
             return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
