@@ -159,6 +159,21 @@ WEIGHTS_WRONG = {
     "another vocabulary": Damage(settings("config.json", vocab_size=300), ("has the shape (262, 128)", "(300, 128)")),
     "an index without a tensor": Damage(sharded(dropped=UP), (LACK, UP)),
     "an index without a file": Damage(sharded(file="model-00002-of-00002.safetensors"), (LACK, "more")),
+    "a quantization that there is not": Damage(
+        lambda folder: (
+            as_type(torch.int8)(folder),
+            settings("config.json", quantization_config={"quant_method": "zzz"})(folder),
+        ),
+        ("is stored as I8",),
+    ),
+    "architectures of another type": Damage(
+        settings("config.json", architectures={"a": 1}), ("architectures must be a list",)
+    ),
+    "no name of an architecture": Damage(
+        settings("config.json", architectures=[None]), ("architectures must be a list",)
+    ),
+    "no layers": Damage(layers(0), ("num_hidden_layers is 0",)),
+    "text as a size": Damage(settings("config.json", vocab_size="many"), ("vocab_size", "many")),
     "nan": Damage(entry(UP, float("nan")), (UP, "holds nan", "float32")),
     "inf": Damage(entry("model.norm.weight", float("inf")), ("model.norm.weight", "holds inf")),
     "-inf": Damage(entry("model.embed_tokens.weight", -float("inf")), ("embed_tokens.weight holds -inf",)),

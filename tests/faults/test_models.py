@@ -105,7 +105,6 @@ CONFIGURATIONS = [
     {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
     {"hidden_size": "wide"},
     {"hidden_size": -128},
-    {"dtype": "int8"},
     {"tie_word_embeddings": False},
 ]
 

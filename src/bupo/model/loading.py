@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -74,11 +74,17 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
         UserError: if there is no such model, or it is no causal LM.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
-    with others(f"model {name!r} cannot be loaded"):
+    with others(_because(f"model {name!r} cannot be loaded")):
         config = AutoConfig.from_pretrained(
             path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
     architectures = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise UserError(
+            f"model {name!r} cannot be loaded: architectures must be a list of names, got {architectures!r:.80}"
+        )
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
+        raise UserError(f"model {name!r} cannot be loaded: num_hidden_layers is 0; get the config.json of its weights")
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
     return config
@@ -115,6 +121,11 @@ def context_of(config: PretrainedConfig) -> int | None:
     """Tokens of the longest text that a model was made for, as it says itself; None where it says nothing."""
     named = getattr(config.get_text_config(), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else None
+
+
+def _because(refusal: str) -> Callable[[Exception], str]:
+    """Return a message of another library's error: all its lines, since the first alone often says only where."""
+    return lambda error: f"{refusal}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 class Limits(NamedTuple):
@@ -157,7 +168,7 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
         check_generation(name, kwargs.get("revision"))
-    with others(f"model {name!r} cannot be loaded as a causal language model"), unreported():
+    with others(_because(f"model {name!r} cannot be loaded as a causal language model")), unreported():
         model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | REPORTED)
     _check_settings(f"model {name!r}: its settings of generation cannot be used", model.generation_config.to_dict())
     check_weights(name, path, model, report, kwargs.get("revision"))
@@ -191,10 +202,7 @@ def load_on_device(
         return model
     from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
 
-    def message(error: Exception) -> str:
-        return f"adapter {adapter!r} cannot be put on the model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
-
-    with others(message), warnings.catch_warnings():
+    with others(_because(f"adapter {adapter!r} cannot be put on the model")), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused
         adapted = PeftModel.from_pretrained(model, adapter)
         check_adapter(adapter, adapted)
@@ -226,7 +234,7 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
         UserError: if there is none, it knows no ordinary text, or it has tokens that the model has no embedding for.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
-    with others(f"model {name!r} has no tokenizer that can be loaded"):
+    with others(_because(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
     config = None
     with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
