@@ -49,7 +49,7 @@ def settings(file: str, **changes: Any) -> Callable[[Path], None]:
     return make
 
 
-def text(file: str, content: str) -> Callable[[Path], None]:
+def text(file: str, content: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / file).write_text(content)
 
 

@@ -131,8 +131,8 @@ def naive(model, entries, prompt, answer, lens):
     theta = log_p(Site("layer", stream.num_layers), "final_norm")
     by_layer = [log_p(Site("layer", layer)) for layer in layers]
     target = torch.tensor([entries.index(token) for token in answer])[:, None]
-    found = {f"entropy_{kind}": [log_p(Site(kind, layer)) for layer in layers] for kind in kinds}
-    found = {name: torch.stack([-(p.exp() * p).sum(-1) for p in values]) for name, values in found.items()}
+    policies = {kind: [log_p(Site(kind, layer)) for layer in layers] for kind in kinds}
+    found = {f"entropy_{kind}": torch.stack([-(p.exp() * p).sum(-1) for p in each]) for kind, each in policies.items()}
     found["kl_language_model"] = torch.stack([kl(p, theta) for p in by_layer])
     found["log_prob"] = torch.stack([p.gather(1, target)[:, 0] for p in by_layer])
     found["kl_next"] = torch.stack([kl(p, q) for p, q in pairwise(by_layer)])
@@ -229,7 +229,8 @@ def test_training_leaves_masked_entries_alone(writing, phase, tmp_path):
 
     args = BuPOConfig(
         str(tmp_path),
-        **({"internal_layer": 2, "internal_steps": 9} if phase == 1 else {"internal_steps": 0}),
+        internal_layer=2 if phase == 1 else None,
+        internal_steps=9 if phase == 1 else 0,
         per_device_train_batch_size=4,
         num_generations=4,
         num_iterations=2,
