@@ -49,7 +49,7 @@ def settings(file: str, **changes: Any) -> Callable[[Path], None]:
     return make
 
 
-def text(file: str, content: str) -> Callable[[Path], None]:
+def text(file: str, content: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / file).write_text(content)
 
 
@@ -159,6 +159,21 @@ WEIGHTS_WRONG = {
     "another vocabulary": Damage(settings("config.json", vocab_size=300), ("has the shape (262, 128)", "(300, 128)")),
     "an index without a tensor": Damage(sharded(dropped=UP), (LACK, UP)),
     "an index without a file": Damage(sharded(file="model-00002-of-00002.safetensors"), (LACK, "more")),
+    "a quantization that there is not": Damage(
+        lambda folder: (
+            as_type(torch.int8)(folder),
+            settings("config.json", quantization_config={"quant_method": "zzz"})(folder),
+        ),
+        ("is stored as I8",),
+    ),
+    "architectures of another type": Damage(
+        settings("config.json", architectures={"a": 1}), ("architectures must be a list",)
+    ),
+    "no name of an architecture": Damage(
+        settings("config.json", architectures=[None]), ("architectures must be a list",)
+    ),
+    "no layers": Damage(layers(0), ("num_hidden_layers is 0",)),
+    "text as a size": Damage(settings("config.json", vocab_size="many"), ("vocab_size", "many")),
     "nan": Damage(entry(UP, float("nan")), (UP, "holds nan", "float32")),
     "inf": Damage(entry("model.norm.weight", float("inf")), ("model.norm.weight", "holds inf")),
     "-inf": Damage(entry("model.embed_tokens.weight", -float("inf")), ("embed_tokens.weight holds -inf",)),
@@ -176,6 +191,7 @@ GENERATION_WRONG = {
     "a dictionary": generation("return_dict_in_generate must be false", return_dict_in_generate=True),
     "text as the end": generation("eos_token_id must be a token's id", eos_token_id="<|im_end|>"),
     "text among the ends": generation("eos_token_id must be a token's id", eos_token_id=[1, "2"]),
+    "an end beyond all numbers": generation("eos_token_id must be a token's id", eos_token_id=10**30),
     "no ends": generation("eos_token_id must be a token's id", eos_token_id=[]),
     "a list as filling": generation("pad_token_id must be a token's id", pad_token_id=[0]),
     "a truth as the end": generation("eos_token_id must be", eos_token_id=True),
@@ -183,6 +199,13 @@ GENERATION_WRONG = {
     "a list as top_p": generation("top_p must be a number", top_p=[0.5]),
     "text as a flag": generation("do_sample must be true or false", do_sample="yes"),
     "a negative length": generation("max_new_tokens", max_new_tokens=-4),
+    "text as the end, in config.json": Damage(
+        lambda folder: (
+            (folder / "generation_config.json").unlink(),
+            settings("config.json", eos_token_id="<end>")(folder),
+        ),
+        ("model", "cannot be"),
+    ),
     "no JSON": Damage(
         text("generation_config.json", "{broken"), ("generation_config.json cannot be used: it is no JSON",)
     ),

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -288,7 +289,12 @@ def test_every_command_refuses_a_damaged_adapter(command, tmp_path, monkeypatch,
 
 
 def arguments_of(folder, **changes):
-    usual = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4, "report_to": "none"}
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "report_to": "none",
+    }
     return BuPOConfig(
         str(folder), internal_layer=2, internal_steps=1, max_steps=1, save_strategy="no", **usual | changes
     )
@@ -297,9 +303,9 @@ def arguments_of(folder, **changes):
 @pytest.mark.parametrize("wrong", SOME)
 def test_calls_from_python_refuse(wrong, tmp_path):
     folder = str(damaged(SOME[wrong], tmp_path / "model"))
-    options = {"output": str(tmp_path / "out"), "size": 2, "max_new_tokens": 4}
+    options: dict[str, Any] = {"output": str(tmp_path / "out"), "size": 2, "max_new_tokens": 4}
     calls = [
-        lambda: bupo.evaluate(folder, EvalOptions(benchmarks="arithmetic", k=1, **options)),
+        lambda: bupo.evaluate(folder, EvalOptions(benchmarks=["arithmetic"], k=1, **options)),
         lambda: bupo.analyze(folder, AnalyzeOptions(dataset="arithmetic", **options)),
         lambda: bupo.train(folder, arguments_of(tmp_path / "out"), TrainOptions(dataset="arithmetic", size=16)),
         lambda: BuPOTrainer(folder, lambda **columns: [], arguments_of(tmp_path / "out"), train_dataset=ROWS),

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from bupo import InternalPolicies, UserError
@@ -14,8 +15,11 @@ from bupo.analysis.measure import MEASURES, measure
 from bupo.analysis.views import top_tokens
 from bupo.model import scoring
 from bupo.model.decoding import errors_of
+from bupo.model.loading import load_tokenizer
 from bupo.model.residual import ResidualStream, Site
 from bupo.model.scoring import score_tokens
+from bupo.training.config import BuPOConfig
+from bupo.training.trainer import BuPOTrainer
 from tests.tiny import tiny_model
 
 LOWEST = torch.finfo(torch.float32).min
@@ -127,8 +131,8 @@ def naive(model, entries, prompt, answer, lens):
     theta = log_p(Site("layer", stream.num_layers), "final_norm")
     by_layer = [log_p(Site("layer", layer)) for layer in layers]
     target = torch.tensor([entries.index(token) for token in answer])[:, None]
-    found = {f"entropy_{kind}": [log_p(Site(kind, layer)) for layer in layers] for kind in kinds}
-    found = {name: torch.stack([-(p.exp() * p).sum(-1) for p in values]) for name, values in found.items()}
+    policies = {kind: [log_p(Site(kind, layer)) for layer in layers] for kind in kinds}
+    found = {f"entropy_{kind}": torch.stack([-(p.exp() * p).sum(-1) for p in each]) for kind, each in policies.items()}
     found["kl_language_model"] = torch.stack([kl(p, theta) for p in by_layer])
     found["log_prob"] = torch.stack([p.gather(1, target)[:, 0] for p in by_layer])
     found["kl_next"] = torch.stack([kl(p, q) for p, q in pairwise(by_layer)])
@@ -209,6 +213,43 @@ def test_an_answer_with_a_masked_token_is_refused():
     masked = PLACES["many"][0]
     with pytest.raises(UserError, match=rf"rollout 1: token 2 of its answer \(id {masked}\) has probability 0"):
         list(measure(ResidualStream(model), [ROLLOUTS[0], ([5], [6, masked, 7])]))
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("writing", ["infinite", "lowest"])
+def test_training_leaves_masked_entries_alone(writing, phase, tmp_path):
+    """All that is logged is finite, no masked token is sampled, and its row of the unembedding stays where it was."""
+    masked = list(range(150, 262))
+    model = with_bias(tiny_model("llama", vocab_size=262, eos_token_id=1), bias_of(writing, masked, size=262))
+    before, seen = model.lm_head.weight.detach().clone(), []
+
+    def reward(completion_ids, **columns):
+        seen.extend(token for ids in completion_ids for token in ids)
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    args = BuPOConfig(
+        str(tmp_path),
+        internal_layer=2 if phase == 1 else None,
+        internal_steps=9 if phase == 1 else 0,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        num_iterations=2,
+        max_completion_length=6,
+        max_steps=4,
+        learning_rate=1e-3,
+        beta=0.0,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+    )
+    rows = Dataset.from_list([{"prompt": f"{i}+1"} for i in range(10, 26)])
+    trainer = BuPOTrainer(model, reward, args, rows, processing_class=load_tokenizer("embedded"))
+    trainer.train()
+    assert seen and max(seen) < 150
+    logged = [value for row in trainer.state.log_history for value in row.values() if isinstance(value, float)]
+    assert np.isfinite(logged).all()
+    assert torch.equal(model.lm_head.weight[150:], before[150:]) and not torch.equal(model.lm_head.weight, before)
+    assert all(torch.isfinite(values).all() for name, values in model.named_parameters() if name != "lm_head.bias")
 
 
 @pytest.mark.parametrize("layer", [None, 2])

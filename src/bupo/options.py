@@ -8,7 +8,7 @@ from typing import Any
 
 from bupo.errors import UserError
 from bupo.files import check_folder
-from bupo.ranges import COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, check_options, check_word
+from bupo.ranges import COLDEST, COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, abridged, check_options, check_word
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -170,6 +170,10 @@ def check_values(options: Any, **ranges: str) -> None:
     for option in fields(options):
         if getattr(options, option.name) == "" and option.default != "" and option.name not in MAY_BE_EMPTY:
             raise UserError(f"{option.name} is empty: give one, or leave it out")
+    if 0 < (getattr(options, "temperature", None) or 0) < COLDEST:
+        raise UserError(
+            f"temperature must be 0 (the most likely token), or {COLDEST:g} or more, got {abridged(options.temperature)}"
+        )
     if hasattr(options, "dtype"):
         check_word("dtype", options.dtype, DTYPES)
     if hasattr(options, "output"):

@@ -1,7 +1,8 @@
 """What an option may be: its type, its words and its numbers, refused in the same line for every command and from Python.
 
 Ranges are written as intervals: `[0, 1)` holds 0 and not 1, `(0, inf]` also infinity, and `whole` comes before those of whole
-numbers. No whole number lies beyond `LARGEST`, and no range holds NaN.
+numbers. No whole number lies beyond `LARGEST`, and no range holds NaN. Other numbers are computed with in fp32: those that it
+does not hold, which torch refuses or takes for 0 or infinite, are in no range.
 """
 
 import reprlib
@@ -9,7 +10,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from functools import cache
-from math import inf
+from math import inf, isfinite
 from numbers import Integral, Real
 from os import PathLike
 from types import UnionType
@@ -20,6 +21,8 @@ from bupo.errors import UserError
 ANY, WHOLE = "(-inf, inf)", "whole (-inf, inf)"
 COUNT, FROM_0 = "whole [1, inf)", "whole [0, inf)"
 SHARE, NOT_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
+SMALLEST_NORMAL, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32
+COLDEST = 1e-6  # temperature: logits over less of it leave fp32
 LARGEST = 2**32 - 1  # seeds reach as far; nobody counts further
 LONGEST = 200  # characters of a value in a message
 _SHOWN = reprlib.Repr()
@@ -48,6 +51,8 @@ class Range(NamedTuple):
         if isinstance(value, Integral) and abs(int(value)) > LARGEST:
             return False
         value = float(value)  # of NaN, every comparison is false
+        if not (self.whole or in_fp32(value)):
+            return False
         above = value > self.low or (self.closed[0] and value == self.low)
         below = value < self.high or (self.closed[1] and value == self.high)
         return above and below
@@ -59,6 +64,14 @@ class Range(NamedTuple):
         kind = "a number" if not number else ""
         if self.whole and not (number and isinstance(value, Integral)):
             kind = "a whole number"
+        if (
+            number
+            and not self.whole
+            and not isinstance(value, Integral)
+            and isfinite(value)
+            and not in_fp32(float(value))
+        ):
+            return f"be a number that fp32 holds ({SMALLEST_NORMAL:.2g} to {LARGEST_FLOAT:.2g} in size)"
         if self.low == -inf:
             return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
         if self.high != inf:
@@ -69,6 +82,11 @@ class Range(NamedTuple):
         too_large = number and bool(value > 0)  # type: ignore[operator]
         most = f" and at most {LARGEST}" if self.whole else " and finite"
         return f"be {kind + ', ' if kind else ''}{bound}{most if too_large and not kind else ''}"
+
+
+def in_fp32(value: float) -> bool:
+    """Whether fp32 holds a number, if rounded: it is 0, a normal number or infinite."""
+    return value == 0 or SMALLEST_NORMAL <= abs(value) <= LARGEST_FLOAT or abs(value) == inf
 
 
 def abridged(value: Any) -> str:

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +31,7 @@ from bupo.model.weights import REPORTED, check_adapter, check_weights, unreporte
 EMBEDDED = "embedded"
 ORDINARY_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
 FURTHEST = 4  # times the context that a model with computed positions names: a longer prompt would only take its time
-# what a generation_config.json may hold, besides null: those that bupo or transformers compute with
+# settings of generation, by the type that their values must have
 GENERATION_NUMBERS = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff",
     "top_k", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "no_repeat_ngram_size",
@@ -78,11 +78,17 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
         UserError: if there is no such model, or it is no causal LM.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
-    with others(f"model {name!r} cannot be loaded"):
+    with others(_because(f"model {name!r} cannot be loaded")):
         config = AutoConfig.from_pretrained(
             path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
     architectures = getattr(config, "architectures", None) or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise UserError(
+            f"model {name!r} cannot be loaded: architectures must be a list of names, got {architectures!r:.80}"
+        )
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
+        raise UserError(f"model {name!r} cannot be loaded: num_hidden_layers is 0; get the config.json of its weights")
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(f"model {name!r} is no causal language model: it is a {architectures[0]}")
     return config
@@ -117,7 +123,13 @@ def learned_positions(config: PretrainedConfig) -> int | None:
 
 def context_of(config: PretrainedConfig) -> int | None:
     """Tokens of the longest text that a model was made for, as it says itself; None where it says nothing."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    named = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return named if isinstance(named, int) and named > 0 else None
+
+
+def _because(refusal: str) -> Callable[[Exception], str]:
+    """Return a message of another library's error: all its lines, since the first alone often says only where."""
+    return lambda error: f"{refusal}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 class Limits(NamedTuple):
@@ -160,10 +172,9 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
         check_generation(name, kwargs.get("revision"))
-    with others(f"model {name!r} cannot be loaded as a causal language model"), unreported():
+    with others(_because(f"model {name!r} cannot be loaded as a causal language model")), unreported():
         model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | REPORTED)
-    if "gguf_file" not in kwargs:
-        check_generation(name, kwargs.get("revision"))  # of a hub model that has only now been fetched
+    _check_settings(f"model {name!r}: its settings of generation cannot be used", model.generation_config.to_dict())
     check_weights(name, path, model, report, kwargs.get("revision"))
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
@@ -197,11 +208,7 @@ def load_on_device(
 
     if os.path.isdir(adapter):
         check_inside(Path(adapter))
-
-    def message(error: Exception) -> str:
-        return f"adapter {adapter!r} cannot be put on the model: {type(error).__name__}: {' '.join(str(error).split()):.300}"
-
-    with others(message), warnings.catch_warnings():
+    with others(_because(f"adapter {adapter!r} cannot be put on the model")), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused
         adapted = PeftModel.from_pretrained(model, adapter)
         check_adapter(adapter, adapted)
@@ -233,7 +240,7 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
         UserError: if there is none, it knows no ordinary text, or it has tokens that the model has no embedding for.
     """
     path, kwargs = _gguf(model_path(name), kwargs)
-    with others(f"model {name!r} has no tokenizer that can be loaded"):
+    with others(_because(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
     config = None
     with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
@@ -309,15 +316,20 @@ def check_generation(name: str, revision: str | None = None) -> None:
         raise UserError(f"{where}: it is no JSON ({str(error)[:100]}); mend it or remove it") from error
     if not isinstance(settings, dict):
         raise UserError(f"{where}: it is a {type(settings).__name__}, no mapping; mend it or remove it")
-    for setting, value in settings.items():
-        if wanted := _wanted(setting, value):
-            raise UserError(f"{where}: {setting} must be {wanted}, got {value!r:.80}; mend it or remove it")
+    _check_settings(where, settings)
     with others(where):
         GenerationConfig.from_dict(settings)
 
 
+def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
+    """Raises [`UserError`] for the first setting of generation that cannot be used; they may also be of config.json."""
+    for setting, value in settings.items():
+        if wanted := _wanted(setting, value):
+            raise UserError(f"{where}: {setting} must be {wanted}, got {value!r:.80}; mend it or remove it")
+
+
 def _wanted(setting: str, value: Any) -> str | None:
-    """What a setting of a generation_config.json must be instead; None where it may stay."""
+    """Return how a setting of generation must be instead; None where it may stay."""
     if value is None:
         return None
     if setting in GENERATION_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -326,7 +338,8 @@ def _wanted(setting: str, value: Any) -> str | None:
         return "true or false"
     if setting in GENERATION_TOKENS:
         ids = value if isinstance(value, list) and setting == "eos_token_id" else [value]
-        if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        known = (isinstance(token, int) and not isinstance(token, bool) and -1 <= token < 2**31 for token in ids)
+        if not ids or not all(known):  # -1 stands for none in old files
             return "a token's id" if setting != "eos_token_id" else "a token's id, or a list of them"
     if setting == "num_return_sequences" and value != 1:
         return "1, since each prompt is sampled as often as the options say"

@@ -75,7 +75,7 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collect
             f"{type(model).__name__}, which would be random: {_named(missing)}{held}; get all its files again, with the "
             "config.json that belongs to them"
         )
-    if getattr(model.config, "quantization_config", None) is not None:  # its files hold scales, too
+    if quantized(model):  # its files hold scales, too
         return
     if dropped := _parts_of_layers(model, unexpected):
         raise UserError(
@@ -85,6 +85,11 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collect
         )
     if unexpected:
         logger.warning("model %r: its files also hold %s, which are not used", name, _named(unexpected))
+
+
+def quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers has read the weights through a quantizer. A configuration may name one that it does not know."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def _named(tensors: Collection[str]) -> str:
@@ -164,7 +169,7 @@ def check_types(name: str, path: str, model: PreTrainedModel, revision: str | No
     Raises:
         UserError: with the first such tensor.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
+    if quantized(model):
         return
     prefix = f"{model.base_model_prefix}."
     names = {tensor.removeprefix(prefix) for tensor, _ in model.named_parameters(remove_duplicate=False)}

@@ -15,6 +15,7 @@ from transformers.debug_utils import DebugOption
 from bupo.errors import UserError
 from bupo.ranges import (
     ANY,
+    COLDEST,
     COUNT,
     FROM_0,
     NOT_NEGATIVE,
@@ -61,7 +62,7 @@ RANGES = {
     "neftune_noise_alpha": ANY,
     # sampling
     "max_completion_length": COUNT,
-    "temperature": POSITIVE,
+    "temperature": f"[{COLDEST}, inf)",
     "top_p": "(0, 1]",
     "top_k": "whole [-1, inf)",
     "min_p": SHARE,
