@@ -44,7 +44,7 @@ _COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
 _BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
+_CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
 # a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
 _CODE = re.compile(
     r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
@@ -115,9 +115,11 @@ _QUOTIENT = re.compile(rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\
 _MIXED = re.compile(
     rf"{_SIGN}(\d+)\s*(?:(?:\\text\{{\s*)?\band\b\s*\}}?)?\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=[\s}}d])(\d+)\s*/\s*(\d+))"
 )
+# 0.1\overline{6}, 0.(3), 0.\dot{1}2\dot{3}; and 0.333..., 0.4545...
 _RECURRING = re.compile(
-    rf"{_SIGN}(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*(?:\{{\s*(\d+)\s*\}}|(\d))((?:\d|\\dot\s*\{{?\d\}}?)*)|\((\d+)\)|(\d)\.\.\.)"
+    rf"{_SIGN}(\d*)\.(\d*)(\\(?:overline|bar|overbar|dot)\s*(?:\{{\s*\d+\s*\}}|\d)|\(\d+\)|\\dot\s*\{{?\d\}}?\d*\s*\\dot\s*\{{?\d\}}?)"
 )
+_GOING_ON = re.compile(rf"{_SIGN}(\d*)\.(\d*?)(?:(\d)\4{{2,}}|(\d{{2,}}?)\5+)\s*\\ldots")
 
 
 def _plain_digits(text: str) -> str:
@@ -153,20 +155,18 @@ def read_number(text: str) -> Scalar | None:
             return Scalar(_signed(match[1], whole + Fraction(above, below)), text=text)
         return None
     if match := _RECURRING.fullmatch(text):
-        whole, fixed, repeated = match[2] or "0", match[3], re.sub(r"\D", "", (match[4] or match[5] or "") + (match[6] or "")) or match[7]
-        if match[8]:  # 0.333...
-            run = re.search(rf"({match[8]}{{2,}})$", match[3] + match[8])
-            if run is None:
-                return None
-            fixed, repeated = (match[3] + match[8])[: run.start()], match[8]
-        elif match[6] and "dot" not in match[6] and "dot" in text:
-            repeated = match[4] or match[5]
-            return None if re.sub(r"\D", "", match[6]) else None
-        if len(fixed) > 50 or len(repeated) > 50:
-            return None
-        above = int(whole + fixed + repeated) - int(whole + fixed)
-        return Scalar(_signed(match[1], Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))), text=text)
+        sign, whole, fixed, repeated = match.group(1, 2, 3, 4)
+        return _recurring(sign, whole or "0", fixed, re.sub(r"\D", "", repeated))
+    if match := _GOING_ON.fullmatch(text):
+        return _recurring(match[1], match[2] or "0", match[3], match[4] or match[5])
     return None
+
+
+def _recurring(sign: str, whole: str, fixed: str, repeated: str) -> Scalar | None:
+    if len(fixed) > 50 or len(repeated) > 50:
+        return None
+    above = int(whole + fixed + repeated) - int(whole + fixed)
+    return Scalar(_signed(sign, Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
 
 
 def _signed(sign: str, value: Fraction) -> Fraction:
@@ -281,7 +281,7 @@ def is_name(text: str) -> bool:
 
 # -- everything else
 
-_RELATION = re.compile(r"\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
+_RELATION = re.compile(r"\\equiv(?=.*\\pmod)|\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
 _OPENING, _CLOSING = "([{", ")]}"
 _ORDERS = {"<", ">", "\\leq", "\\geq"}
 _OR = re.compile(r"\\text\{\s*,?\s*(?:or)\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])|或")
@@ -440,7 +440,7 @@ def _expression(text: str) -> Any:
 def _related(sides: list[str], signs: list[str]) -> Any:
     if not all(sides):
         raise Unreadable
-    if set(signs) <= {"=", "\\approx"}:
+    if set(signs) <= {"=", "\\approx"} or signs == ["\\equiv"]:
         return _equated(sides, signs)
     if signs == ["\\in"] and is_name(sides[0]):
         value = read(sides[1])

@@ -178,6 +178,8 @@ def equal(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Named) and isinstance(answer, Named):
         if _same_name(gold.name, answer.name):
             return equal(gold.value, answer.value)
+        if all(re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", name.replace(" ", "")) for name in (gold.name, answer.name)) and "y" in (gold.name, answer.name):
+            return equal(gold.value, answer.value)  # y and f(x)
         lefts = None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
         if lefts and symbols(gold.value.value) and symbols(answer.value.value):
             return _as_same(same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
@@ -246,6 +248,9 @@ def _same_names(gold: Any, answer: Any) -> Equality:
     names, other = (gold, answer) if isinstance(gold, Names) else (answer, gold)
     values = [value for _, value in sorted(names.values.items())]
     items = _in_order(other)
+    stems = {name.partition("_")[0].strip() for name in names.values}
+    if isinstance(other, Many) and other.kind in ("list", "set") and len(stems) == 1:  # x_1 = 2, x_2 = 3
+        return _matched(other.items, values) if names is answer else _matched(values, other.items)
     if items is None or len(items) != len(values) or (isinstance(other, Many) and other.kind != "tuple"):
         return Equality.OTHER
     return _all(zip(items, values, strict=True) if names is answer else zip(values, items, strict=True))

@@ -44,6 +44,7 @@ _COMMANDS = [
         (r"\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}", " "),
         (r"\\\\\[[^\]]*\]", r"\\\\"),  # the gap between two rows
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"(?<=\d)\s*(?:\.\.\.+|\\[lc]?dots(?![a-zA-Z]))", r"\\ldots "),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\(?:rm|bf|it)\s", ""),
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|mbox|mathrm|mathit|mathsf|mathtt|operatorname\*?|hbox|emph|textup|underline)\s*\{", r"\\text{"),

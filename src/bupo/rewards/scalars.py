@@ -136,6 +136,8 @@ def same_number(gold: Scalar, answer: Scalar) -> bool:
 
 def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
     """Whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
+    if any(step is None and number.denominator == 1 for number, step in ((ours, our_step), (theirs, their_step))):
+        return False  # an integer is exact
     if our_step is None and their_step is None:
         return False
     ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)

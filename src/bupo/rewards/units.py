@@ -88,7 +88,7 @@ _NO_UNIT = set(
     "without instead rather greater smaller fewer otherwise when where for all any some each every different one two three four five six seven "
     "eight nine ten eleven twelve zero".split()
 )
-_TOKEN = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|([^\W\d_]+)|(/|\bper\b)|(\S)", re.UNICODE)
+_TOKEN = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)")
 
 
 def is_known(word: str) -> bool:
