@@ -60,6 +60,7 @@ _WORDS_ONLY = re.compile(
 def read_text(text: str) -> tuple | None:
     """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
+    flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
     for pattern in _DATES:
         if match := pattern.fullmatch(flat):
             parts = match.groupdict()
@@ -501,8 +502,8 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
         raise Unreadable
     names = [place for place, side in enumerate(sides) if is_name(side)]
     if len(sides) == 3 and names == [1]:
-        low, high = _only(sides[0]), _only(sides[2])
-        return Named(sides[1], Interval(low, high, signs[0] == "<", signs[1] == "<"))
+        low, high = (None if re.fullmatch(r"[-+]?\s*\\infty", side) else _only(side) for side in (sides[0], sides[2]))
+        return Named(sides[1], Interval(low, high, low is None or signs[0] == "<", high is None or signs[1] == "<"))
     if len(sides) != 2:
         raise Unreadable
     if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
@@ -613,6 +614,9 @@ def _interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
 
 
 def _matrix(text: str) -> Any:
+    if match := re.fullmatch(r"(.*\\end\{.*)\^\s*\{?(?:T|\\top|\\text\{T\}|\\intercal)\}?", text, re.DOTALL):
+        turned = _matrix(match[1])
+        return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
     match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
     if match is None:
         match = re.fullmatch(r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]", text, re.DOTALL)

@@ -102,9 +102,9 @@ def readings(text: str, gold: str | None = None) -> list:
 def _same_choice(gold: str, answer: str) -> Equality | None:
     """Choices by their letter; None where the gold answer is none."""
     wanted = read_choice(gold)
-    if wanted is None or not (gold.strip("() .") == wanted[0] or re.match(r"\(?[A-J]\)?[.):]", gold)) and not re.fullmatch(r"\([a-j]\)", gold):
-        return None
-    if wanted[1] and not re.match(r"\(?[A-J][).:]", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold)):
+    flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold).strip()
+    marked = re.match(r"\([A-Ja-j]\)|[A-J][.):]", flat)
+    if wanted is None or not (marked or flat == wanted[0]):
         return None
     given = read_choice(answer)
     if given is None or given[0] != wanted[0]:
@@ -206,6 +206,11 @@ def equal(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Union) or isinstance(answer, Union):
         parts = [value.parts if isinstance(value, Union) else (value,) for value in (gold, answer)]
         return _matched(*parts)
+    gold, answer = _without_braces(gold, answer), _without_braces(answer, gold)
+    if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+        return same_scalar(gold, answer)
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return _same_interval(gold, answer)
     ordered = [_in_order(value) for value in (gold, answer)]
     if isinstance(gold, Many) and isinstance(answer, Many):
         if {gold.kind, answer.kind} <= {"list", "set"}:
@@ -218,11 +223,15 @@ def equal(gold: Any, answer: Any) -> Equality:
         if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
             return Equality.OTHER  # (0, 1) may be an interval
         return _all(zip(ordered[0], ordered[1], strict=True)) if len(ordered[0]) == len(ordered[1]) else Equality.OTHER
-    if isinstance(gold, Many) and gold.kind == "set" and len(gold.items) == 1 and isinstance(answer, Scalar):
-        return equal(gold.items[0], answer)
-    if isinstance(answer, Many) and answer.kind == "set" and len(answer.items) == 1 and isinstance(gold, Scalar):
-        return equal(gold, answer.items[0])
     return Equality.OTHER
+
+
+def _without_braces(value: Any, other: Any) -> Any:
+    """The only element of a set, where the other value is a number or a pair."""
+    if isinstance(value, Many) and value.kind == "set" and (isinstance(other, Scalar) or getattr(other, "pair", False)):
+        items = _distinct(value)
+        return items[0] if len(items) == 1 else value
+    return value
 
 
 def _in_order(value: Any) -> tuple | None:

@@ -12,6 +12,8 @@ from bupo.rewards.values import Scalar, Unreadable
 DIGITS = 6  # significant digits that a decimal needs to stand for a number that is longer
 _PRECISION = 50  # digits to which irrational numbers are compared
 _CLOSE = Fraction(1, 10**40)  # relative
+_FLOAT = Fraction(2, 10**16)  # the relative error that a number in floating point may have
+_LARGEST = 10**6  # of an exponent, and of a number whose factorial is taken, that are worked out
 # at these values of their letters, expressions are compared: of both signs and several sizes
 _POINTS = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
 
@@ -130,7 +132,7 @@ def same_number(gold: Scalar, answer: Scalar) -> bool:
             if step is None or abs(decimal) < 10 ** (DIGITS - 1) * step:
                 return _same_irrational(exact, _sympy(decimal))
             number = exact.evalf(_PRECISION)
-            return bool(number.is_Float and abs(number - _sympy(decimal)) <= _sympy(step) / 2)
+            return bool(number.is_Float and abs(number - _sympy(decimal)) <= max(_sympy(step) / 2, abs(number) * _sympy(_FLOAT)))
     return same_expression(_sympy(ours), _sympy(theirs))
 
 
@@ -143,7 +145,7 @@ def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_
     ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)
     step = our_step if ours_is_coarser else their_step
     coarse = ours if ours_is_coarser else theirs
-    return step is not None and abs(coarse) >= 10 ** (DIGITS - 1) * step and abs(ours - theirs) <= step / 2
+    return step is not None and abs(coarse) >= 10 ** (DIGITS - 1) * step and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT)
 
 
 def _exact(value: Any) -> Any:
@@ -156,8 +158,23 @@ def _exact(value: Any) -> Any:
     value = value.xreplace(floats) if floats else value
     if value.free_symbols:
         return value
+    _check_size(value)
     value = _rebuilt(_real_roots(value).doit())
     return Fraction(int(value.p), int(value.q)) if value.is_Rational else value
+
+
+def _check_size(value: Any) -> None:
+    """Refuse numbers of too many digits to be worked out.
+
+    Raises:
+        Unreadable: for an exponent or factorial beyond any answer.
+    """
+    import sympy
+
+    for part in sympy.postorder_traversal(value):
+        sizes = [part.exp] if part.is_Pow else list(part.args) if isinstance(part, (sympy.factorial, sympy.binomial)) else []
+        if any(size.is_number and not abs(size.evalf(5)) < _LARGEST for size in sizes):
+            raise Unreadable
 
 
 def _rebuilt(value: Any) -> Any:
@@ -194,32 +211,46 @@ def same_expression(gold: Any, answer: Any) -> bool:
         return _same_irrational(gold, answer)
     if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         return False
-    pairs = list(zip(_sampled(gold, letters), _sampled(answer, letters), strict=True))
-    real = [pair for pair in pairs if pair[0] is not None and pair[0].is_real]
-    pairs = real or [pair for pair in pairs if pair[0] is not None]
-    if len(pairs) < 2:
-        return False
-    return all(answer is not None and _near(gold, answer) for gold, answer in pairs)
+    others, real = [], 0
+    for point in _points(letters):
+        wanted = _value(gold, point)
+        if wanted is not None and wanted.is_real:
+            given = _value(answer, point)
+            if given is None or not _near(wanted, given):
+                return False
+            real += 1
+        elif wanted is not None:
+            others.append((wanted, point))
+    if real >= 2:
+        return True
+    pairs = [(wanted, _value(answer, point)) for wanted, point in others]
+    return real + len(pairs) >= 2 and all(given is not None and _near(wanted, given) for wanted, given in pairs)
 
 
-def _sampled(tree: Any, letters: set) -> list:
-    """The values of an expression at each of the points; None where it has none."""
+def _points(letters: set) -> list[dict]:
+    """The points at which expressions are compared: a number for each letter."""
     import sympy
 
-    values = []
     ordered = sorted(letters, key=str)
-    for turn in range(len(_POINTS)):
-        at = {
+    return [
+        {
             letter: sympy.Float(_POINTS[(turn + 3 * place) % len(_POINTS)], _PRECISION) * (1 + sympy.Rational(place, 7))
             for place, letter in enumerate(ordered)
         }
-        value = tree.evalf(30, subs=at)
-        known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
-        if known and not value.is_Float and not value.is_Rational:
-            value = value.evalf(30)
-            known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
-        values.append(value if known else None)
-    return values
+        for turn in range(len(_POINTS))
+    ]
+
+
+def _value(tree: Any, point: dict) -> Any:
+    """The value of an expression at a point; None where it has none."""
+    import sympy
+
+    value = tree.evalf(30, subs=point)
+    known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
+    if known and not value.is_Float and not value.is_Rational:
+        value = value.evalf(30)
+        known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+    return value if known else None
 
 
 def _near(one: Any, other: Any) -> bool:
@@ -306,12 +337,15 @@ def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, posi
     if not letters or letters != answer.free_symbols:
         return False
     factors = []
-    for values in zip(*(_sampled(tree, letters) for tree in (gold, answer)), strict=True):
-        if None in values or not all(value.is_number for value in values):
+    for point in _points(letters):
+        values = [_value(tree, point) for tree in (gold, answer)]
+        if None in values:
             continue
         if abs(values[1]) < 1e-30 or abs(values[0]) < 1e-30:
             return False
         factors.append(sympy.N(values[0] / values[1], 30))
-    if len(factors) < 3 or any(abs(factor - factors[0]) > abs(factors[0]) * sympy.Float("1e-20") for factor in factors):
+        if abs(factors[-1] - factors[0]) > abs(factors[0]) * sympy.Float("1e-20"):
+            return False
+    if len(factors) < 3:
         return False
     return not positive or bool(factors[0].is_real and factors[0] > 0)
