@@ -1,4 +1,4 @@
-"""Precision and recall of the grading on pairs judged by hand, its speed on ordinary answers, and the seconds that hostile ones take.
+"""Precision and recall of the grading on pairs judged by hand, its speed, and the seconds that hostile answers take.
 
     python -m benchmarks.grading [--data FOLDER] [--show] [--only_pairs]
 
@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=5.0, help="for the hostile answers")
     parser.add_argument("--pairs", type=Path, default=pairs.FOLDER, help="a folder of pairs that were judged by hand")
-    parser.add_argument("--show", action="store_true", help="list the wrong answers that are paid and the right ones that are refused")
+    parser.add_argument(
+        "--show", action="store_true", help="list the wrong answers that are paid and the right ones that are refused"
+    )
     parser.add_argument("--only_pairs", action="store_true", help="stop after precision and recall")
     options = parser.parse_args()
 

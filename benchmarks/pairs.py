@@ -1,7 +1,7 @@
 """Precision and recall of the two verdicts on pairs of a gold answer and an answer that were judged by hand.
 
-A line of a file of pairs is `{"gold": ..., "answer": ..., "correct": true or false, "kind": ..., "note": ...}`. Files with `heldout` in
-their names were not looked at while rules were written; their numbers are printed apart.
+A line of a file of pairs is `{"gold": ..., "answer": ..., "correct": true or false, "kind": ..., "note": ...}`. Files with
+`heldout` in their names were not looked at while rules were written; their numbers are printed apart.
 """
 
 import json
@@ -52,7 +52,10 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     if not trials:
         return 0.0, 1.0
     share, square = hits / trials, z * z / trials
-    middle, half = (share + square / 2) / (1 + square), z * (share * (1 - share) / trials + square / (4 * trials)) ** 0.5 / (1 + square)
+    middle, half = (
+        (share + square / 2) / (1 + square),
+        z * (share * (1 - share) / trials + square / (4 * trials)) ** 0.5 / (1 + square),
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 

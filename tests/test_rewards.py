@@ -12,8 +12,8 @@ from math_verify import parse, verify
 
 from benchmarks.grading import golds_in, hostile, ordinary
 from bupo import MathGrader, UserError, math_reward
-from bupo.rewards import grader as grader_module
 from bupo.rewards import equality, worker
+from bupo.rewards import grader as grader_module
 from tests import grading_cases
 from tests.test_data import SHARED
 

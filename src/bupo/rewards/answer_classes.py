@@ -1,10 +1,11 @@
-"""Read an answer into its class: number, expression, list, set, tuple, interval, matrix, equation, inequality, or text of a kind.
+"""Read an answer into its class: a number, expression, list, set, interval, matrix, equation, or text of a kind.
 
-A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python: expressions are
-parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
+A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python:
+expressions are parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
 """
 
 import functools
+import itertools
 import re
 from fractions import Fraction
 from typing import Any
@@ -25,11 +26,10 @@ from bupo.rewards.values import (
     symbols,
 )
 
-
 # -- texts that look like mathematics
 
-_MONTHS = "january february march april may june july august september october november december".split()
-_MONTH = "(?P<month>" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS) + r"|sept)\.?"
+_MONTHS = re.findall(r"\w+", "jan feb mar apr may jun jul aug sep oct nov dec")
+_MONTH = "(?P<month>" + "|".join(f"{name}[a-z]*" for name in _MONTHS) + r")\.?"
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -41,13 +41,18 @@ _DATES = [
 ]
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\?text)?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
-_BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
+_BASES = {
+    name: number for number, name in enumerate(re.findall(r"\w+", "two three four five six seven eight nine ten"), 2)
+}
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
-_CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL
+)
 # a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
 _CODE = re.compile(
-    r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
+    r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|"
+    r"\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
 )
 
 # words and letters in a row, which are no products; `ad - bc` is one
@@ -64,7 +69,7 @@ def read_text(text: str) -> tuple | None:
     for pattern in _DATES:
         if match := pattern.fullmatch(flat):
             parts = match.groupdict()
-            number = parts.get("number") or 1 + [name[:3] for name in _MONTHS].index(parts["month"][:3].lower())
+            number = parts.get("number") or 1 + _MONTHS.index(parts["month"][:3].lower())
             return ("date", int(parts["year"] or 0), int(number), int(parts["day"]))
     if match := _TIME.fullmatch(flat):
         hour, minute, second, half = match.groups()
@@ -110,9 +115,13 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d ])|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}?\.\d+|{_DIGITS}\.?)"
 _SIGN = r"([-+]?)\s*"
 _NUMBER = re.compile(rf"{_SIGN}({_DECIMAL})")
-_SCIENTIFIC = re.compile(rf"{_SIGN}(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\d{{1,5}})\s*\}}|([-+]?\d{{1,5}}))")
+_SCIENTIFIC = re.compile(
+    rf"{_SIGN}(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\d{{1,5}})\s*\}}|([-+]?\d{{1,5}}))"
+)
 _EXPONENT = re.compile(rf"{_SIGN}({_DECIMAL})[eE]\{{?([-+]?\d{{1,4}})\}}?")
-_QUOTIENT = re.compile(rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)")
+_QUOTIENT = re.compile(
+    rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)"
+)
 _MIXED = re.compile(
     rf"{_SIGN}(\d+)\s*(?:(?:\\text\{{\s*)?\band\b\s*\}}?)?\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=[\s}}d])(\d+)\s*/\s*(\d+))"
 )
@@ -133,7 +142,7 @@ def _step(digits: str) -> Fraction | None:
 
 
 def read_number(text: str) -> Scalar | None:
-    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None where a text is no such number."""
+    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None for another text."""
     text = _fixed(text.strip())
     if match := _NUMBER.fullmatch(text):
         digits = _plain_digits(match[2])
@@ -151,9 +160,9 @@ def read_number(text: str) -> Scalar | None:
         sign = "-" if (match[1] + (match[2] or "") + (match[4] or "")).count("-") % 2 else ""
         return Scalar(_signed(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text)
     if match := _MIXED.fullmatch(text):
-        whole, above, below = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
-        if below and above < below:
-            return Scalar(_signed(match[1], whole + Fraction(above, below)), text=text)
+        ones, over, under = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
+        if over < under:
+            return Scalar(_signed(match[1], ones + Fraction(over, under)), text=text)
         return None
     if match := _RECURRING.fullmatch(text):
         sign, whole, fixed, repeated = match.group(1, 2, 3, 4)
@@ -188,15 +197,20 @@ def _fixed(text: str) -> str:
 
 # -- expressions
 
-_FUNCTIONS = (
-    "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det".split()
+_FUNCTIONS = re.findall(
+    r"\w+",
+    "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det",
 )
-_KNOWN = set(_FUNCTIONS) | set(
-    "frac sqrt cdot times div pi infty binom lfloor rfloor lceil rceil Gamma bar hat vec overline dot ddot tilde circ sum prod int lim to "
-    "limits alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi "
-    "chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar partial aleph".split()
+_KNOWN = frozenset(_FUNCTIONS) | frozenset(
+    re.findall(
+        r"\w+",
+        """
+        frac sqrt cdot times div pi infty binom lfloor rfloor lceil rceil Gamma bar hat vec overline dot ddot tilde circ sum
+        prod int lim to limits alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
+        sigma tau upsilon phi varphi chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar partial aleph
+        """,
+    )
 )
-_CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
 _REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
@@ -209,7 +223,9 @@ def parsed(text: str) -> Any:
         Unreadable: for any sign, command or word that is in no list, and for what the parser does not read to its end.
     """
     text = re.sub(r"\\text\{\s*(-?[\d.,]+|[a-zA-Z])\s*\}", r"{\1}", text)
-    text = _fixed(re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text))
+    text = _fixed(
+        re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text)
+    )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
     text = _fixed(text.replace("**", "^"))
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
@@ -255,13 +271,17 @@ def _tree(text: str) -> Any:
 
 # -- names, which stand left of an answer
 
-_LETTER = r"(?:[a-zA-Z]|\\(?!in\b|pi\b|text|frac|sqrt|sin|cos|tan|ln|log|exp|infty|cdot|times|pm|mp|int\b|sum\b|lim\b|prod\b)[a-zA-Z]+)"
+_LETTER = (
+    r"(?:[a-zA-Z]|\\(?!in\b|pi\b|text|frac|sqrt|sin|cos|tan|ln|log|exp|infty|cdot|times|pm|mp|int\b|sum\b|lim\b|prod\b)"
+    r"[a-zA-Z]+)"
+)
 _NAME = re.compile(
     rf"""(?x)
     {_LETTER}\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?\s*'*(?:\^\s*\{{?(?:\*|'+|\\prime|\\ast)\}}?)?   # x, x_1, y', z^*
     | [A-Zfghpquvy]\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*\s*(?:\^\{{?-1\}}?)?\s*\([^()]*\)         # f(x), P(A), f^{{-1}}(x), f(3)
     | [xyzrst]\s*\(\s*[a-z]\s*\)                                                  # x(t)
-    | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)\s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
+    | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)
+      \s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
     | \(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)                                            # (x, y)
     | m\s*\\angle\s*[A-Z]+ | \|?\s*[A-Z]{{2,4}}'?\s*\|? | \[\s*[A-Z]{{3,6}}\s*\] | S_\{{?\\?[a-z]*\s*[A-Z]+\}}?
     | (?:\\text\{{[^{{}}\d]*\}}|[A-Za-z]{{4,}}(?:\s[A-Za-z]+){{0,3}})(?:_\{{?\w+\}}?)?(?:\s*\([^()]*\))?
@@ -275,7 +295,7 @@ _CONSTANTS = {"e", "i", "\\pi"}
 
 
 def is_name(text: str) -> bool:
-    """Whether a text names what an answer is the value of, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` do not."""
+    """Whether a text is a name for an answer, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
     text = text.strip()
     return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
 
@@ -286,7 +306,10 @@ _RELATION = re.compile(r"\\equiv(?=.*\\pmod)|\\leq|\\geq|\\neq|\\approx|\\in(?![
 _OPENING, _CLOSING = "([{", ")]}"
 _ORDERS = {"<", ">", "\\leq", "\\geq"}
 _OR = re.compile(r"\\text\{\s*,?\s*(?:or)\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])|或")
-_AND = re.compile(r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|(?<=\s)\\text\{,\}|&(?![a-zA-Z ]*\\)")
+_AND = re.compile(
+    r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|"
+    r"(?<=\s)\\text\{,\}|&(?![a-zA-Z ]*\\)"
+)
 _MATRIX = re.compile(r"(.*?)\\begin\{([pbBvV]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\2\}", re.DOTALL)
 _VECTOR = re.compile(r"\\(?:mathbf|hat|vec)\s*\{?\s*\\?(?:text\s*\{\s*)?([ijk])(?:math)?\s*\}?\}?(?![a-zA-Z])")
 
@@ -359,16 +382,25 @@ def _read(text: str) -> Any:
     if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
         if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
             raise Unreadable
-        return Many("list", tuple(read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"))
+        return Many(
+            "list",
+            tuple(
+                read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"
+            ),
+        )
     return quantity(text)
 
 
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_FAMILY = re.compile(r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?")
+_FAMILY = re.compile(
+    r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?"
+)
 
 
 def _depth(text: str) -> int:
-    return sum(1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text))
+    return sum(
+        1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text)
+    )
 
 
 def _family(text: str) -> Any:
@@ -406,7 +438,11 @@ def _listed(items: list[str]) -> Any:
 
 def _flat(values: list) -> tuple:
     """The values with those of lists among them, as in `0, \\pm 1`."""
-    return tuple(inner for value in values for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,)))
+    return tuple(
+        inner
+        for value in values
+        for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,))
+    )
 
 
 def _either(values: list) -> Any:
@@ -418,7 +454,9 @@ def _either(values: list) -> Any:
         parts: list = []
         for value in values:
             parts += value.parts if isinstance(value, Union) else [value]
-        if any(not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts):
+        if any(
+            not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts
+        ):
             raise Unreadable
         united: Any = Union(tuple(parts))
     elif all(isinstance(value, Many) and value.kind == "set" for value in values):
@@ -460,7 +498,7 @@ def _related(sides: list[str], signs: list[str]) -> Any:
 def without(*holes: Scalar) -> Union:
     """Return the real line without some points, which are in order."""
     ends = [None, *holes, None]
-    return Union(tuple(Interval(low, high, True, True) for low, high in zip(ends, ends[1:], strict=False)))
+    return Union(tuple(Interval(low, high, True, True) for low, high in itertools.pairwise(ends)))
 
 
 def _equated(sides: list[str], signs: list[str]) -> Any:
@@ -509,12 +547,17 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
     if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
         end = _only(sides[1])
         if isinstance(end.value, Fraction) and end.value > 0:
-            return Named(absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<"))
+            return Named(
+                absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<")
+            )
     if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
         end = _only(sides[1 - names[0]])
         below = names[0] == 0
         return Named(
-            sides[names[0]], Interval(None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<")
+            sides[names[0]],
+            Interval(
+                None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<"
+            ),
         )
     left, right = _only(sides[0]), _only(sides[1])
     return Relation(signs[0], left, right)
@@ -535,7 +578,16 @@ def _grouped(text: str) -> Any:
         inner = next(filter(None, match.groups()))
         low, high = _two(inner)
         return _interval(low, high, text[0] == "]", text[-1] == "[")
-    for opening, closing in (("\\{", "\\}"), ("\\langle", "\\rangle"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("{", "}"), ("<", ">")):
+    for opening, closing in (
+        ("\\{", "\\}"),
+        ("\\langle", "\\rangle"),
+        ("(", ")"),
+        ("[", "]"),
+        ("(", "]"),
+        ("[", ")"),
+        ("{", "}"),
+        ("<", ">"),
+    ):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : len(text) - len(closing)]
             if not _balanced(inner):
@@ -564,7 +616,11 @@ def _bracketed(opening: str, closing: str, inner: str) -> Any:
         values = read(inner) if len(items) == 1 else None
         if isinstance(values, Many) and values.kind == "list":  # \{\pm 2\}
             return Many("set", values.items)
-        if len(items) == 1 and isinstance(values, (Interval, Union, Named, Relation)) and not getattr(values, "pair", False):
+        if (
+            len(items) == 1
+            and isinstance(values, (Interval, Union, Named, Relation))
+            and not getattr(values, "pair", False)
+        ):
             if isinstance(values, Named) and not isinstance(values.value, (Interval, Union)):
                 return Many("set", (values.value,))
             raise Unreadable
@@ -605,12 +661,15 @@ def _interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
         if not low_open and not high_open:
             return Many("tuple", (low, high))
         raise Unreadable
-    ends = [None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end for end in (low, high)]
+    ends = [
+        None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end
+        for end in (low, high)
+    ]
     if ends[0] is None and not low.text.strip().startswith("-"):
         return Many("tuple", (low, high))
     if ends[1] is None and high.text.strip().startswith("-"):
         return Many("tuple", (low, high))
-    return Interval(*ends, low_open, high_open, pair=low_open and high_open and None not in ends)
+    return Interval(ends[0], ends[1], low_open, high_open, pair=low_open and high_open and None not in ends)
 
 
 def _matrix(text: str) -> Any:
@@ -619,7 +678,11 @@ def _matrix(text: str) -> Any:
         return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
     match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
     if match is None:
-        match = re.fullmatch(r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]", text, re.DOTALL)
+        match = re.fullmatch(
+            r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]",
+            text,
+            re.DOTALL,
+        )
         if match is None:
             return None
     elif match[2] in ("vmatrix", "Vmatrix"):
@@ -658,7 +721,9 @@ def _components(text: str) -> Many:
 # -- a number with its unit
 
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
-_WITH_TEXT = re.compile(r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL)
+_WITH_TEXT = re.compile(
+    r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
+)
 _WITH_WORD = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL)
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
@@ -683,7 +748,9 @@ def quantity(text: str) -> Scalar:
     if match := _WITH_TEXT.fullmatch(text):
         if (sum_ := _together(text)) is not None:
             return sum_
-        inside = match[2].startswith("^") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1])  # the degrees of a sine
+        inside = match[2].startswith("^") and re.search(
+            r"\\(?:sin|cos|tan|cot|sec|csc)", match[1]
+        )  # the degrees of a sine
         found = None if inside else read_unit(match[2])
         if found is not None:
             return _with(match[1], found[0], found[1])

@@ -3,6 +3,7 @@
 The rules of each class are the table in docs/evaluation.md.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,7 +14,17 @@ from bupo.rewards.extraction import final_answer
 from bupo.rewards.notation import plain, text_key
 from bupo.rewards.scalars import Equality, is_zero, quotient, same_equation, same_number, same_scalar
 from bupo.rewards.values import (
-    Family, Interval, Many, Matrix, Named, Names, Relation, Scalar, Union, Unreadable, symbols,
+    Family,
+    Interval,
+    Many,
+    Matrix,
+    Named,
+    Names,
+    Relation,
+    Scalar,
+    Union,
+    Unreadable,
+    symbols,
 )  # fmt: skip
 
 
@@ -83,10 +94,8 @@ def readings(text: str, gold: str | None = None) -> list:
         Unreadable: if it means nothing.
     """
     values = []
-    try:
+    with contextlib.suppress(Unreadable, RecursionError):
         values.append(read(text))
-    except (Unreadable, RecursionError):
-        pass
     if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
         values.append(number)
     if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)", text)) and re.search(r"\d?\.\d|frac|/", gold):
@@ -114,8 +123,14 @@ def _same_choice(gold: str, answer: str) -> Equality | None:
         return Equality.SAME
     if wanted[1]:
         return Equality.SAME if text_key(plain(more)) == text_key(plain(wanted[1])) else Equality.OTHER
-    hedges = re.search(r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b", more)
-    marked = re.match(r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip())
+    hedges = re.search(
+        r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b",
+        more,
+    )
+    marked = re.match(
+        r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])",
+        re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip(),
+    )
     return Equality.OTHER if hedges or not marked else Equality.SAME
 
 
@@ -135,7 +150,9 @@ def _same_kind(gold: str, answer: str) -> Equality | None:
         except Unreadable:
             return Equality.OTHER
         if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(wanted[2]):
-            return _as_same(re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2])))
+            return _as_same(
+                re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2]))
+            )
         return Equality.OTHER
     if given is None:
         return Equality.OTHER
@@ -169,18 +186,36 @@ def _as_same(same: bool) -> Equality:
 
 def equal(gold: Any, answer: Any) -> Equality:
     """Return whether two values are the same answer."""
-    if isinstance(gold, Named) and isinstance(answer, Relation) and gold.left is not None and isinstance(gold.value, Scalar):
-        same = same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value) if answer.sign == "=" else False
+    if (
+        isinstance(gold, Named)
+        and isinstance(answer, Relation)
+        and gold.left is not None
+        and isinstance(gold.value, Scalar)
+    ):
+        same = (
+            same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value)
+            if answer.sign == "="
+            else False
+        )
         return _as_same(same) if not same or symbols(gold.value.value) else Equality.LEFT_TO_DO
-    if isinstance(answer, Named) and isinstance(gold, Relation) and answer.left is not None and isinstance(answer.value, Scalar):
+    if (
+        isinstance(answer, Named)
+        and isinstance(gold, Relation)
+        and answer.left is not None
+        and isinstance(answer.value, Scalar)
+    ):
         same = gold.sign == "=" and same_equation(gold.left.value, gold.right.value, answer.left, answer.value.value)
         return _as_same(same)
     if isinstance(gold, Named) and isinstance(answer, Named):
         if _same_name(gold.name, answer.name):
             return equal(gold.value, answer.value)
-        if all(re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", name.replace(" ", "")) for name in (gold.name, answer.name)) and "y" in (gold.name, answer.name):
+        if all(
+            re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", name.replace(" ", "")) for name in (gold.name, answer.name)
+        ) and "y" in (gold.name, answer.name):
             return equal(gold.value, answer.value)  # y and f(x)
-        lefts = None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
+        lefts = (
+            None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
+        )
         if lefts and symbols(gold.value.value) and symbols(answer.value.value):
             return _as_same(same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
         return Equality.OTHER
@@ -198,7 +233,11 @@ def equal(gold: Any, answer: Any) -> Equality:
         return equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         shapes = [(len(matrix.rows), len(matrix.rows[0])) for matrix in (gold, answer)]
-        return _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True)) if shapes[0] == shapes[1] else Equality.OTHER
+        return (
+            _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True))
+            if shapes[0] == shapes[1]
+            else Equality.OTHER
+        )
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relation(gold, answer)
     if isinstance(gold, Interval) and isinstance(answer, Interval):
@@ -218,7 +257,7 @@ def equal(gold: Any, answer: Any) -> Equality:
         if {gold.kind, answer.kind} == {"letters", "set"}:
             return _matched(gold.items, answer.items)
     if ordered[0] is not None and ordered[1] is not None:
-        if isinstance(gold, Many) and gold.kind == "set" or isinstance(answer, Many) and answer.kind == "set":
+        if (isinstance(gold, Many) and gold.kind == "set") or (isinstance(answer, Many) and answer.kind == "set"):
             return Equality.OTHER
         if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
             return Equality.OTHER  # (0, 1) may be an interval

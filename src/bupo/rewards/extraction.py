@@ -31,7 +31,10 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BETWEEN = re.compile(  # boxes so joined are one answer
     r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
-_NOT = r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|\\neq?\b)"
+_NOT = (
+    r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
+    r"\\neq?\b)"
+)
 _FILLER = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
@@ -47,9 +50,15 @@ _DENIED_AFTER = re.compile(
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
 )
 # boxes of one sentence between which the answer does not decide
-_UNDECIDED = re.compile(r"(?i)\b(?:or|otherwise|maybe|perhaps|possibly|probably|alternatively|else|depending|if|unless)\b")
-_AGREE = re.compile(r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|=")
-_OR_ANOTHER = re.compile(r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b")
+_UNDECIDED = re.compile(
+    r"(?i)\b(?:or|otherwise|maybe|perhaps|possibly|probably|alternatively|else|depending|if|unless)\b"
+)
+_AGREE = re.compile(
+    r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
+)
+_OR_ANOTHER = re.compile(
+    r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
+)
 _TAKES_BACK = re.compile(
     r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
     r"\b(?:answer|result|it|value|that|box)\b.{0,30}?\b(?:is|be|was|equals|should|wrong|incorrect)\b",
@@ -58,8 +67,9 @@ _TAKES_BACK = re.compile(
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)"
-    r"\s*:?|答案(?:是|为|：|:)|\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
+    r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?"
+    r"(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)\s*:?|答案(?:是|为|：|:)|"
+    r"\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
     r"\b(?:antwort|lösung)\s+(?:ist|lautet)\b:?"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
@@ -67,7 +77,9 @@ _LAST_FORMULA = re.compile(
     r"(?i)\b(?:is|are|=|equals|get|gives|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
     r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?:\*\*)?\s*[.!]?\s*$"
 )
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL
+)
 _REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
@@ -77,9 +89,10 @@ _LONGEST = 2000  # characters of a final answer that is in no box
 def final_answer(completion: str) -> Extracted:
     """Return the final answer of a completion.
 
-    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that the
-    sentence denies ("the answer is not") does not count, and no earlier one stands in for a box that is cut off. Without a box, the text
-    after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion of one line.
+    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that
+    the sentence denies ("the answer is not") does not count, and no earlier one replaces a box that is cut off. Without a box,
+    the text after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion
+    of one short line.
     """
     if not completion.strip():
         return Extracted(None, EMPTY)
@@ -142,7 +155,11 @@ def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], en
         return False
     between = text[earlier[-1][1] : start]
     sentence_ends = re.search(r"\n\s*\n|[.!?;]\W*\s", between)
-    return not sentence_ends and bool(_UNDECIDED.search(between + text[end : end + 40].partition(".")[0])) and not _AGREE.search(between)
+    return (
+        not sentence_ends
+        and bool(_UNDECIDED.search(between + text[end : end + 40].partition(".")[0]))
+        and not _AGREE.search(between)
+    )
 
 
 def _end(text: str, start: int) -> int | None:
@@ -183,7 +200,9 @@ def _unboxed(text: str) -> Extracted:
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
-        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(text, last.end()):
+        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(
+            text, last.end()
+        ):
             return Extracted(None, TAKEN_BACK)
         return _stated(clause)
     lines = [line for line in text.strip().splitlines() if line.strip()]

@@ -30,8 +30,8 @@ class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
     `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
-    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is empty, or,
-    of math-verify's own verdict, holds no expression that it can read.
+    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is
+    empty, or, of math-verify's own verdict, holds no expression that it can read.
     """
 
     CORRECT = "correct"
@@ -49,8 +49,8 @@ class Grade(NamedTuple):
         verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
         value (`str`, *optional*): the text of the final answer, at most 200 characters; None where there is none.
         strict ([`Verdict`]): the reward's: the final answer compared within the gold answer's class.
-        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box, empty box,
-            unfinished thinking, the answer is taken back, not readable.
+        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box,
+            empty box, unfinished thinking, the answer is taken back, several answers, not readable.
     """
 
     verdict: Verdict
@@ -73,7 +73,12 @@ def _integer_grade(answer: str, gold: str) -> Grade | None:
     """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
     elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
     """
-    if len(answer) > _LONG or answer.count("\\boxed") != 1 or not _INTEGER.fullmatch(gold.strip()) or not _NUMBER.fullmatch(gold.strip()):
+    if (
+        len(answer) > _LONG
+        or answer.count("\\boxed") != 1
+        or not _INTEGER.fullmatch(gold.strip())
+        or not _NUMBER.fullmatch(gold.strip())
+    ):
         return None
     boxed = _BOXED_INTEGER.search(answer)
     if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
@@ -268,4 +273,6 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     """
     for row, gold in enumerate(golds):
         if len(gold) < 1000 and is_empty(gold):
-            raise UserError(f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out")
+            raise UserError(
+                f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out"
+            )

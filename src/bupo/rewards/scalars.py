@@ -50,7 +50,12 @@ def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
             pairs.append((_radians(gold), _radians(answer)))
             if _has_pi(gold.value) or _has_pi(answer.value):
                 return pairs
-        if unit is not None and any(name.startswith("mod") for name, _ in unit.bases) and ours is None and not isinstance(gold.value, Fraction):
+        if (
+            unit is not None
+            and any(name.startswith("mod") for name, _ in unit.bases)
+            and ours is None
+            and not isinstance(gold.value, Fraction)
+        ):
             return []
         return [*pairs, (gold, answer)]
     if ours.bases == theirs.bases:
@@ -132,7 +137,9 @@ def same_number(gold: Scalar, answer: Scalar) -> bool:
             if step is None or abs(decimal) < 10 ** (DIGITS - 1) * step:
                 return _same_irrational(exact, _sympy(decimal))
             number = exact.evalf(_PRECISION)
-            return bool(number.is_Float and abs(number - _sympy(decimal)) <= max(_sympy(step) / 2, abs(number) * _sympy(_FLOAT)))
+            return bool(
+                number.is_Float and abs(number - _sympy(decimal)) <= max(_sympy(step) / 2, abs(number) * _sympy(_FLOAT))
+            )
     return same_expression(_sympy(ours), _sympy(theirs))
 
 
@@ -145,7 +152,11 @@ def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_
     ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)
     step = our_step if ours_is_coarser else their_step
     coarse = ours if ours_is_coarser else theirs
-    return step is not None and abs(coarse) >= 10 ** (DIGITS - 1) * step and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT)
+    return (
+        step is not None
+        and abs(coarse) >= 10 ** (DIGITS - 1) * step
+        and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT)
+    )
 
 
 def _exact(value: Any) -> Any:
@@ -172,7 +183,13 @@ def _check_size(value: Any) -> None:
     import sympy
 
     for part in sympy.postorder_traversal(value):
-        sizes = [part.exp] if part.is_Pow else list(part.args) if isinstance(part, (sympy.factorial, sympy.binomial)) else []
+        sizes = (
+            [part.exp]
+            if part.is_Pow
+            else list(part.args)
+            if isinstance(part, (sympy.factorial, sympy.binomial))
+            else []
+        )
         if any(size.is_number and not abs(size.evalf(5)) < _LARGEST for size in sizes):
             raise Unreadable
 
@@ -187,7 +204,14 @@ def _real_roots(value: Any) -> Any:
     import sympy
 
     def is_root(part: Any) -> bool:
-        return part.is_Pow and part.exp.is_Rational and part.exp.p == 1 and part.exp.q % 2 == 1 and part.base.is_Integer and part.base < 0
+        return (
+            part.is_Pow
+            and part.exp.is_Rational
+            and part.exp.p == 1
+            and part.exp.q % 2 == 1
+            and part.base.is_Integer
+            and part.base < 0
+        )
 
     return value.replace(is_root, lambda part: -sympy.Pow(-part.base, part.exp)) if value.has(sympy.Pow) else value
 
@@ -284,9 +308,10 @@ _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 def left_to_do(gold: Scalar, answer: Scalar) -> bool:
     """Whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
 
-    That is a sum, product or chain of quotients where the gold answer is a number, and a `\\sum`, integral, limit or derivative where it
-    holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for it learns to repeat the question. A single fraction
-    is a number, reduced or not (`84/2`), and so are decimals, `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}` and `\\sqrt{4}`.
+    That is a sum, product, logarithm, remainder or chain of quotients where the gold answer is a number, and a `\\sum`,
+    integral, limit or derivative where it holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for
+    it learns to repeat the question. A single fraction is a number, reduced or not (`84/2`), and so are decimals,
+    `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}`, `5!` and `\\sqrt{4}`.
     """
     import sympy
 
@@ -298,9 +323,13 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
         return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
     if not isinstance(_exact(gold.value), Fraction):
         return False
-    if all(atom.is_Number for atom in expression.atoms()) and (_DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1):
+    if all(atom.is_Number for atom in expression.atoms()) and (
+        _DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
+    ):
         return True  # which sympy may have carried out already
-    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(sympy.log, sympy.Mod)
+    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
+        sympy.log, sympy.Mod
+    )
 
 
 def _operation(part: Any) -> bool:

@@ -1,11 +1,11 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"number": ..., "answer": ..., "gold": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value`, `strict` and
-`reason`. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a
-swapping machine.
+One line `{"number": ..., "answer": ..., "gold": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value`,
+`strict` and `reason`. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into
+an error instead of a swapping machine.
 
-The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed ones and the
-files beside this one is imported. It is told where math-verify is where that is no installed package.
+The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed
+ones and the files beside this one is imported. It is told where math-verify is where that is no installed package.
 """
 
 import functools
@@ -31,8 +31,9 @@ def _find_siblings() -> None:
 def grade(answer: str, gold: str) -> dict[str, str | None]:
     """Return the grade of an answer: `verdict`, `value`, `strict` and `reason`.
 
-    `verdict` is math-verify's own, of the text as it stands: its authors' `verify(parse(gold), parse(answer))`, the gold answer in a box.
-    The others are of `bupo.rewards.equality.judge`: the final answer, at most 200 characters of it, the strict verdict, and why there is none.
+    `verdict` is math-verify's own, of the text as it stands: its authors' `verify(parse(gold), parse(answer))`, the gold answer
+    in a box. The others come from `bupo.rewards.equality.judge`: at most 200 characters of the final answer, the strict
+    verdict, and why there is none.
     """
     from bupo.rewards import equality
 
@@ -74,7 +75,10 @@ def main() -> None:
     try:
         import math_verify  # noqa: F401  the slow import, before the first deadline starts
 
-        for answer, gold in (("\\frac{1}{2}", "0.5"), ("x + 1", "1 + x")):  # and what is made at the first answer: grammars, patterns
+        for answer, gold in (
+            ("\\frac{1}{2}", "0.5"),
+            ("x + 1", "1 + x"),
+        ):  # and what is made at the first answer: grammars, patterns
             grade(f"\\boxed{{{answer}}}", gold)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies, flush=True)
