@@ -653,6 +653,27 @@ a-b | b-a | W
 \frac{1}{10^{50}} | \frac{1}{10^{51}} | W
 \sqrt{2}\cdot10^{-30} | \sqrt{3}\cdot10^{-30} | W
 x\cdot 10^{-40} | 2x\cdot10^{-40} | W
+3 | 3\approx 4 | W
+3 | \sqrt{9}\approx \text{cm} | W
+\sqrt{2} | \sqrt{2}\approx 1.41 | C
+3 | 0\binom{3}{1} | W
+6 | 2\binom{3}{1} | W
+5 | 2\binom{3}{1} | W
+5 | {2}{3} | W
+5 | 2(3) | W
+5 | 2 3 | W
+3 | \binom{3}{1}\%\%Bi | W
+3 | 3\text{ cm}x | W
+3 | 3 iA | W
+3 | 3 _2 | W
+3 | 3' | W
+3 | \cup=3 | W
+3 | x=\frac=3 | W
+3 | x = 12/4 = 3 | C
+3 | x = 11/4 = 3 | W
+55 | S = 1+2+\cdots+10 = 55 | C
+A | \text{ and } | W
+5 | \pmod{7} | W
 """
 
 # right answers that are refused: equations solved for another letter, and a formula without its subscript

@@ -213,7 +213,7 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
 
 
 def parsed(text: str) -> Any:
@@ -255,12 +255,35 @@ def _improper(match: re.Match) -> str:
     return f"(\\frac{{{whole * below + above}}}{{{below}}})"
 
 
+@functools.cache
+def _parser() -> type:
+    """The parser, by which a number and what stands behind it are a product: mixed numbers have been read before."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+
+    class Parser(_Latex2Sympy):
+        def convert_postfix(self, postfix):
+            read_before = self.__dict__.setdefault("_read_before", {})
+            if postfix not in read_before:
+                read_before[postfix] = super().convert_postfix(postfix)
+            return read_before[postfix]
+
+        def convert_postfix_list(self, arr, i=0):
+            if i + 1 < len(arr) and getattr(first := self.convert_postfix(arr[i]), "is_Integer", False):
+                rest = self.convert_postfix_list(arr, i + 1)
+                if isinstance(rest, sympy.Expr) and rest.is_Rational:
+                    return self.mul_flat(first, rest)
+            return super().convert_postfix_list(arr, i)
+
+    return Parser
+
+
 def _tree(text: str) -> Any:
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     try:
-        tree = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False)).parse(text)
+        tree = _parser()(config=ConversionConfig(lowercase_symbols=False)).parse(text)
     except Exception as error:
         raise Unreadable from error
     if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
@@ -272,8 +295,8 @@ def _tree(text: str) -> Any:
 # -- names, which stand left of an answer
 
 _LETTER = (
-    r"(?:[a-zA-Z]|\\(?!in\b|pi\b|text|frac|sqrt|sin|cos|tan|ln|log|exp|infty|cdot|times|pm|mp|int\b|sum\b|lim\b|prod\b)"
-    r"[a-zA-Z]+)"
+    r"(?:[a-zA-Z]|\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|theta|kappa|lambda|sigma|rho|phi)|[ei]ta|mu|nu|xi|tau|upsilon|"
+    r"chi|psi|omega|ell|hbar|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)(?![a-zA-Z]))"
 )
 _NAME = re.compile(
     rf"""(?x)
@@ -416,6 +439,8 @@ def _family(text: str) -> Any:
 
 
 def _listed(items: list[str]) -> Any:
+    if not items:
+        raise Unreadable
     values = [read(item.strip()) for item in items]
     if all(isinstance(value, Named) for value in values):
         names = [value.name for value in values]
@@ -516,7 +541,14 @@ def _equated(sides: list[str], signs: list[str]) -> Any:
     value = read(sides[rounded])
     if isinstance(value, (Named, Names, Relation, Family)):
         raise Unreadable
+    _check_rounded(value, sides[rounded + 1 :])
     if is_name(sides[0]):
+        for side in sides[1:rounded]:
+            if not is_name(side) and not re.search(r"\\[cl]?dots", side):
+                other = read(side)
+                numbers = isinstance(other, Scalar) and isinstance(value, Scalar) and not symbols(other.value)
+                if numbers and not symbols(value.value) and not same_number(other, value):
+                    raise Unreadable
         return Named(sides[0], value, _expression(sides[0]) if len(sides) == 2 else None)
     first = read(sides[0])
     others = [first] + [read(side) for side in sides[1:rounded] if not is_name(side)]
@@ -527,6 +559,17 @@ def _equated(sides: list[str], signs: list[str]) -> Any:
     if len(sides) == 2 and symbols(first.value) | symbols(value.value):
         return Relation("=", first, value)
     raise Unreadable
+
+
+def _check_rounded(value: Any, sides: list[str]) -> None:
+    """Refuse what follows an exact value and a sign of approximation, unless it is a number near it."""
+    for side in sides:
+        number = read_number(side)
+        exact = value.value if isinstance(value, Scalar) else None
+        if number is None or exact is None or symbols(exact):
+            raise Unreadable
+        if not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
+            raise Unreadable
 
 
 def _unreadable() -> Any:
@@ -731,7 +774,7 @@ _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\
 def quantity(text: str) -> Scalar:
     """Return an expression, with the unit behind it where it has one."""
     if match := _MODULUS.fullmatch(text):
-        head, modulus = [group for group in match.groups() if group]
+        head, modulus = [group for group in match.groups() if group is not None]
         return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
     if (match := _CURRENCY.match(text)) and match.end() < len(text):
         unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))

@@ -138,7 +138,8 @@ def text_key(text: str) -> str:
 
     Spaces count between two words only, and capitals in single letters only.
     """
-    text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])|(?<!\w)'|'(?!\w)", "", text))
+    text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])", "", text))
+    text = re.sub(r"^'([^']*)'$", r"\1", text.strip())
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))

@@ -142,6 +142,7 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
     text = (
         re.sub(r"\{\s*(-?\d)\s*\}", r"\1", text).replace("{", " ").replace("}", " ").replace("*", " ").replace("⋅", " ")
     )
+    text = text.replace("(s)", "")
     text = re.sub(r"\b([ap])\.\s*m\b", "or", text)  # a time of day is no unit
     bases: dict[str, int] = {}
     factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
@@ -163,7 +164,7 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
             last = None
         elif slash:
             sign = -1
-        elif other in (".", "(", ")"):
+        elif other == ".":
             continue
         elif other:
             return None
@@ -180,9 +181,13 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
                 continue
             if name.lower() in _NO_UNIT or words >= 4:
                 return None
+            if _name(name) is None and len(name) == 1 and name.isascii():
+                return None  # a letter is a factor
             last = _name(name) or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)
             power = 1
     kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    if words > 1 and "%" in bases:
+        return None
     return (Unit(kept, factor), many) if kept or many != 1 else None
