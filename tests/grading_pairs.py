@@ -654,6 +654,8 @@ a-b | b-a | W
 \sqrt{2}\cdot10^{-30} | \sqrt{3}\cdot10^{-30} | W
 x\cdot 10^{-40} | 2x\cdot10^{-40} | W
 3 | 3\approx 4 | W
+0.5 | 0.5 \text{ or } \frac12 | C
+0.5 | 0.5 \text{ or } \frac13 | W
 3 | \sqrt{9}\approx \text{cm} | W
 \sqrt{2} | \sqrt{2}\approx 1.41 | C
 3 | 0\binom{3}{1} | W

@@ -97,14 +97,14 @@ def _only(text: str) -> Scalar:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    """Return the letter of a choice and what stands behind it."""
+    """Return the letter of a choice and the text that follows it."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip()
     match = _CHOICE.fullmatch(flat)
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
 def is_text(text: str) -> bool:
-    """Whether a text is no mathematics, though its letters could be factors and its digits a number: words, spans, codes."""
+    """Return whether a text is no mathematics although its letters could be factors: words, spans and codes."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
     return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
 
@@ -257,7 +257,7 @@ def _improper(match: re.Match) -> str:
 
 @functools.cache
 def _parser() -> type:
-    """The parser, by which a number and what stands behind it are a product: mixed numbers have been read before."""
+    """Return the parser. It reads a number and the factor that follows it as a product: mixed numbers were read before."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
@@ -318,7 +318,7 @@ _CONSTANTS = {"e", "i", "\\pi"}
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is a name for an answer, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
+    """Return whether a text is a name, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
     text = text.strip()
     return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
 
@@ -390,10 +390,9 @@ def _read(text: str) -> Any:
     ors, _ = split_top(text, _OR)
     if len(ors) > 1:
         return _either([read(part.strip(" ,;")) for part in ors])
-    items, _ = split_top(_AND.sub(",", text), _COMMA)
+    items, _ = split_top(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
-        items = [item for item in items if item.strip()]
-        return _listed(items)
+        return _listed(items)  # refuses what has no text between two commas
     sides, signs = split_top(text, _RELATION)
     if signs:
         return _related([side.strip() for side in sides], signs)
@@ -439,8 +438,6 @@ def _family(text: str) -> Any:
 
 
 def _listed(items: list[str]) -> Any:
-    if not items:
-        raise Unreadable
     values = [read(item.strip()) for item in items]
     if all(isinstance(value, Named) for value in values):
         names = [value.name for value in values]
@@ -527,7 +524,7 @@ def without(*holes: Scalar) -> Union:
 
 
 def _equated(sides: list[str], signs: list[str]) -> Any:
-    if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
+    if len(sides) == 2 and signs == ["="] and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]
     names = [side for side in sides if is_name(side)]
     if len(names) == len(sides):

@@ -37,7 +37,7 @@ class Judged(NamedTuple):
 
 
 def is_empty(gold: str) -> bool:
-    """Whether a gold answer holds nothing that an answer could be compared with."""
+    """Return whether a gold answer holds nothing that an answer could be compared with."""
     return not text_key(_gold(gold))
 
 
@@ -88,7 +88,7 @@ def compare(gold: str, answer: str) -> Equality:
 
 
 def readings(text: str, gold: str | None = None) -> list:
-    """What a text may mean: its value, and a number with a unit where letters follow one.
+    """Return the meanings of a text: its value, and a number with a unit where letters follow one.
 
     Raises:
         Unreadable: if it means nothing.
@@ -250,6 +250,8 @@ def equal(gold: Any, answer: Any) -> Equality:
         return same_scalar(gold, answer)
     if isinstance(gold, Interval) and isinstance(answer, Interval):
         return _same_interval(gold, answer)
+    if isinstance(gold, Scalar) and isinstance(answer, Many) and answer.kind == "list" and answer.items:
+        return _all((gold, item) for item in answer.items)  # one value in several forms
     ordered = [_in_order(value) for value in (gold, answer)]
     if isinstance(gold, Many) and isinstance(answer, Many):
         if {gold.kind, answer.kind} <= {"list", "set"}:
@@ -312,7 +314,7 @@ def _all(pairs: Any) -> Equality:
 
 
 def _matched(gold: Sequence, answer: Sequence) -> Equality:
-    """Whether each value has a partner of its own among the others."""
+    """Return whether each value has its own partner among the others."""
     rest, worst = list(answer), Equality.SAME
     if len(gold) != len(rest) or len(rest) > 200:
         return Equality.OTHER

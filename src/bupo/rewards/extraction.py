@@ -1,4 +1,4 @@
-"""The final answer of a completion: its last complete box outside the thinking, or what it names as its answer."""
+"""The final answer of a completion: its last complete box outside the thinking, or the text after "the answer is"."""
 
 import re
 from typing import NamedTuple
@@ -148,7 +148,7 @@ def _boxed(text: str) -> Extracted:
 
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
-    """Whether the sentence of the final box offers another answer."""
+    """Return whether the sentence of the final box offers another answer."""
     if _OR_ANOTHER.match(text, end):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:

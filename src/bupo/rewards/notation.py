@@ -41,7 +41,7 @@ _CHARACTERS = str.maketrans(
     }
 )  # fmt: skip
 
-# in this order: a pattern, and what stands in its stead
+# applied in this order: a pattern and its replacement
 _COMMANDS = [
     (re.compile(pattern), known)
     for pattern, known in [

@@ -9,7 +9,7 @@ from typing import Any
 from bupo.rewards.units import Unit
 from bupo.rewards.values import Scalar, Unreadable
 
-DIGITS = 6  # significant digits that a decimal needs to stand for a number that is longer
+DIGITS = 6  # significant digits that a rounded decimal needs
 _PRECISION = 50  # digits to which irrational numbers are compared
 _CLOSE = Fraction(1, 10**40)  # relative
 _FLOAT = Fraction(2, 10**16)  # the relative error that a number in floating point may have
@@ -32,7 +32,7 @@ def same_scalar(gold: Scalar, answer: Scalar) -> Equality:
 
 
 def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
-    """The pairs of numbers of which one has to be equal for the answer to be right."""
+    """Return the pairs of numbers to compare: the answer is right if one pair is equal."""
     ours, theirs = gold.unit, answer.unit
     if ours == theirs:
         return [(gold, answer)]
@@ -110,7 +110,7 @@ def quotient(above: Scalar, below: Scalar) -> Scalar:
 
 
 def is_zero(scalar: Scalar) -> bool:
-    """Whether a number is zero."""
+    """Return whether a number is zero."""
     return scalar.value == 0
 
 
@@ -144,7 +144,7 @@ def same_number(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
-    """Whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
+    """Return whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
     if any(step is None and number.denominator == 1 for number, step in ((ours, our_step), (theirs, their_step))):
         return False  # an integer is exact
     if our_step is None and their_step is None:
@@ -295,7 +295,7 @@ def _same_irrational(one: Any, other: Any) -> bool:
 
 
 def _is_noise(one: Any, other: Any) -> bool:
-    """Whether both numbers are zero to the last digit that was computed."""
+    """Return whether both numbers are zero to the last digit that was computed."""
     return all(number == 0 or (number.is_Float and number._prec == 1) for number in (one, other))
 
 
@@ -306,7 +306,7 @@ _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
 def left_to_do(gold: Scalar, answer: Scalar) -> bool:
-    """Whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
+    """Return whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
 
     That is a sum, product, logarithm, remainder or chain of quotients where the gold answer is a number, and a `\\sum`,
     integral, limit or derivative where it holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for
@@ -333,7 +333,7 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _operation(part: Any) -> bool:
-    """Whether a part of an expression is a sum or product of numbers, but for a fraction, and an angle such as 5 pi / 6."""
+    """Return whether a part of an expression is a sum or product of numbers: no fraction, and no angle (5 pi / 6)."""
     import sympy
 
     if part.is_Add:
@@ -348,7 +348,7 @@ def _operation(part: Any) -> bool:
 
 
 def _operand(factor: Any) -> bool:
-    """Whether a factor is a number or a power of one. Powers of ten are a way to write it."""
+    """Return whether a factor is a number or a power of one. Powers of ten are a way to write it."""
     if factor.is_Number:
         return True
     return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Integer and factor.base != 10
@@ -358,7 +358,7 @@ def _operand(factor: Any) -> bool:
 
 
 def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
-    """Whether two equations are the same up to their sides and a constant factor, which is positive for an inequality."""
+    """Return whether two equations are the same up to sides and a constant factor, positive for an inequality."""
     import sympy
 
     gold, answer = _sympy(left) - _sympy(right), _sympy(other_left) - _sympy(other_right)

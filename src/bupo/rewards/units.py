@@ -116,7 +116,7 @@ _TOKEN = re.compile(
 
 
 def is_known(word: str) -> bool:
-    """Whether a word is a unit's name."""
+    """Return whether a word is a unit's name."""
     return _name(word) is not None
 
 
@@ -130,7 +130,7 @@ def _name(word: str) -> tuple[str, Fraction] | None:
 def read_unit(text: str) -> tuple[Unit, int] | None:
     """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
 
-    Words that are in no table are units of their own, such as "apples": up to four, without any that changes the number.
+    Words that are in no table count as units, such as "apples": up to four, without any that changes the number.
     """
     text = (
         text.replace("\\text", " ")
