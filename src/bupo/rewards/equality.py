@@ -27,6 +27,8 @@ from bupo.rewards.values import (
     symbols,
 )  # fmt: skip
 
+_NOTHING = re.compile(r"[\s?.,;:!'_…]*")
+
 
 class Judged(NamedTuple):
     """The strict verdict of an answer, the text of its final answer, and why there is no verdict on its value."""
@@ -37,16 +39,16 @@ class Judged(NamedTuple):
 
 
 def is_empty(gold: str) -> bool:
-    """Return whether a gold answer holds nothing that an answer could be compared with."""
-    return not text_key(_gold(gold))
+    """Return whether a gold answer holds nothing that an answer could be compared with, or punctuation only."""
+    return _NOTHING.fullmatch(text_key(_gold(gold))) is not None
 
 
 def judge(answer: str, gold: str) -> Judged:
     """Return the strict verdict of a completion."""
     text, reason = final_answer(answer)
-    wanted = _gold(gold)
-    if not text_key(wanted):
+    if is_empty(gold):
         return Judged("no_gold", text, None)
+    wanted = _gold(gold)
     if text is None:
         return Judged("unparsable", None, reason)
     try:

@@ -274,5 +274,5 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     for row, gold in enumerate(golds):
         if len(gold) < 1000 and is_empty(gold):
             raise UserError(
-                f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out"
+                f"{where}, row {row}: the gold answer {gold!r} is no answer: give the problem one, or leave it out"
             )
