@@ -88,7 +88,7 @@ benchmark-training: $(INSTALLED)  # every method and the guard on the embedded m
 	$(BIN)/python -m benchmarks.training methods
 	$(BIN)/python -m benchmarks.training guard
 
-benchmark-grading: $(INSTALLED)  # graded answers a second, and hostile ones
+benchmark-grading: $(INSTALLED)  # precision and recall on pairs judged by hand, graded answers a second, and hostile ones
 	$(BIN)/python -m benchmarks.grading
 
 benchmark-speed: $(MODELS)  # against TRL's trainer, half an hour on two cores; the tables and the figure of docs/speed.md

@@ -1,6 +1,6 @@
-"""Speed of the grading: answers a second on ordinary answers, and the seconds that hostile ones take.
+"""Precision and recall of the grading on pairs judged by hand, its speed, and the seconds that hostile answers take.
 
-    python -m benchmarks.grading [--data FOLDER]
+    python -m benchmarks.grading [--data FOLDER] [--show] [--only_pairs]
 
 An ordinary answer is some hundred characters of worked text with formulas and a box, which holds the gold answer, the same
 with another digit, or another problem's. Gold answers come from the folder's `.parquet` and `.jsonl` files, or are made
@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from benchmarks import pairs
 from bupo.data.problems import load_problems
 from bupo.rewards.grader import MathGrader, _integer_grade
 
@@ -153,8 +154,16 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=3000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=5.0, help="for the hostile answers")
+    parser.add_argument("--pairs", type=Path, default=pairs.FOLDER, help="a folder of pairs that were judged by hand")
+    parser.add_argument(
+        "--show", action="store_true", help="list the wrong answers that are paid and the right ones that are refused"
+    )
+    parser.add_argument("--only_pairs", action="store_true", help="stop after precision and recall")
     options = parser.parse_args()
 
+    print("\n".join(pairs.measure(options.pairs, options.show, options.processes)), flush=True)
+    if options.only_pairs:
+        return
     golds = golds_in(options.data) if options.data else made_golds(1000)
     answers, wanted = ordinary(golds, options.answers, each=EACH)
     algebra = [pair for pair in zip(answers, wanted, strict=True) if _integer_grade(*pair) is None]

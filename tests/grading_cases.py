@@ -144,29 +144,32 @@ CASES = [
     *NUMBERS, *FRACTIONS, *ROOTS_AND_CONSTANTS, *EXPRESSIONS, *SETS_AND_TUPLES, *MATRICES, *UNITS_AND_TEXT, *TEXT_AROUND, *NUMBERS_IN_OTHER_FORMS, *LEFT_TO_DO,
 ]  # fmt: skip
 
-# where the verdict is another than a mathematician's: to math-verify a degree is no part of pi, a root of a negative number is complex, a
-# condition is no set, and a letter after a number is a unit
-DIFFERENT = {
-}
+# where the strict verdict is another than a mathematician's
+DIFFERENT: dict[tuple[str, str], str] = {}
 
 # why math-verify's own verdict is another than the strict one, by an answer's text; docs/evaluation.md counts them
 DIFFERENCES = {
     "an operation is left to do": tuple(answer for answer, _, verdict in LEFT_TO_DO if verdict == U),
-    "a number's spelling: thin space, recurring decimal, exponent, `½`, `√`, full-width digits": (
+    "a number's spelling: thin space, recurring decimal, exponent, mixed percentage, odd root, `½`, `√`, full-width digits": (
+        "\\boxed{\\sqrt[3]{-8}}", "\\boxed{33\\frac{1}{3}\\%}",
         "\\boxed{1e3}", "\\boxed{10\\,000}", "\\boxed{0.\\overline{3}}", "\\boxed{0.1\\overline{6}}", "\\boxed{-0.\\overline{3}}",
         "\\boxed{3√2}", "\\boxed{√(x+1)}", "\\boxed{５}", "\\boxed{½}", "\\boxed{√2}",
     ),
     "a letter at the end of the gold answer, which is taken for a unit and dropped": (
         "\\boxed{t \\cdot 2}", "\\boxed{2}", "\\boxed{n = m}", "\\boxed{n = s}", "\\boxed{-bc + ad}", "\\boxed{ad - c}",
-        "\\boxed{f(x) = x + c}", "\\boxed{f(x) = x + d}", "\\boxed{f(x, y) = c}",
+        "\\boxed{f(x) = x + c}", "\\boxed{f(x) = x + d}", "\\boxed{f(x, y) = c}", "\\boxed{2t}",
     ),
-    "degrees in a sine or cosine, which sympy reads as radians": (
+    "degrees: an angle in radians, and a sine or cosine, which sympy reads as of radians": (
+        "\\boxed{45^\\circ}",
         "\\boxed{\\sin 30^\\circ}", "\\boxed{\\sin\\left(150^{\\circ}\\right)}", "\\boxed{\\cos^2 45^\\circ}", "\\boxed{\\cos 36^\\circ}",
         "\\boxed{\\frac{1+\\sqrt{5}}{4}}",
     ),
     "yes, no, true and false in capitals or with a full stop": ("\\boxed{YES}", "\\boxed{yes.}", "\\boxed{\\text{Yes.}}", "\\boxed{TRUE}"),
     "a full stop inside the box": ("\\boxed{7.}", "\\boxed{(1, 2).}", "\\boxed{(-\\infty, 0].}"),
     "`\\mathbf{0}`, `\\fbox`, spaces in a text": ("\\boxed{\\{0\\}}", "\\fbox{5}", "\\boxed{\\max\\{A,B\\}}"),
+    "an inequality for an interval, a remainder with its modulus, no solution": (
+        "\\boxed{x \\ge 0}", "\\boxed{5 \\pmod 7}", "\\boxed{\\text{no solution}}",
+    ),
     "a box that the answer takes back": ("First \\boxed{3}, no: \\boxed{4}",),
     "numbers in different bases": ("\\boxed{2021_4}",),
 }  # fmt: skip

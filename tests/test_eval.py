@@ -563,7 +563,7 @@ def test_a_launcher_is_refused(tmp_path, capsys, monkeypatch):
         ([{"text": "1+1", "answer": "2"}], "has no prompt column"),
         (
             [{"question": "1+1", "answer": "???"}],
-            "row 0: the gold answer '\?\?\?' holds no mathematical expression",
+            "row 0: the gold answer '\?\?\?' is no answer",
         ),
     ],
 )

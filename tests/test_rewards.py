@@ -12,8 +12,8 @@ from math_verify import parse, verify
 
 from benchmarks.grading import golds_in, hostile, ordinary
 from bupo import MathGrader, UserError, math_reward
-from bupo.rewards import grader as grader_module
 from bupo.rewards import equality, worker
+from bupo.rewards import grader as grader_module
 from tests import grading_cases
 from tests.test_data import SHARED
 
@@ -291,7 +291,7 @@ def test_completions_without_text(grader):
 def test_bad_calls(grader):
     assert grader.grade(["\\boxed{1}"], [""]) == ["no_gold"]
     assert math_reward(["\\boxed{1}", "\\boxed{2}"], answer=["", "2"]) == [None, 1.0]
-    with pytest.raises(UserError, match="mine, row 1: the gold answer '' is empty"):
+    with pytest.raises(UserError, match="mine, row 1: the gold answer '' is no answer"):
         grader_module.check_golds(["1", ""], "mine")
     with pytest.raises(UserError, match="2 answers were given with 1 gold"):
         grader.grade(["a", "b"], ["c"])

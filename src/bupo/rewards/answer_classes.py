@@ -1,10 +1,11 @@
-"""Read an answer into its class: number, expression, list, set, tuple, interval, matrix, equation, inequality, or text of a kind.
+"""Read an answer into its class: a number, expression, list, set, interval, matrix, equation, or text of a kind.
 
-A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python: expressions are
-parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
+A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python:
+expressions are parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
 """
 
 import functools
+import itertools
 import re
 from fractions import Fraction
 from typing import Any
@@ -27,8 +28,8 @@ from bupo.rewards.values import (
 
 # -- texts that look like mathematics
 
-_MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
-_MONTH = "(?P<month>" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in _MONTHS) + r"|sept)\.?"
+_MONTHS = re.findall(r"\w+", "jan feb mar apr may jun jul aug sep oct nov dec")
+_MONTH = "(?P<month>" + "|".join(f"{name}[a-z]*" for name in _MONTHS) + r")\.?"
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -40,13 +41,18 @@ _DATES = [
 ]
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\?text)?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
-_BASES = {name: number for number, name in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2)}
+_BASES = {
+    name: number for number, name in enumerate(re.findall(r"\w+", "two three four five six seven eight nine ten"), 2)
+}
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
 _PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL
+)
 # a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
 _CODE = re.compile(
-    r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
+    r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|"
+    r"\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
 )
 
 # words and letters in a row, which are no products; `ad - bc` is one
@@ -59,10 +65,11 @@ _WORDS_ONLY = re.compile(
 def read_text(text: str) -> tuple | None:
     """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
+    flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
     for pattern in _DATES:
         if match := pattern.fullmatch(flat):
             parts = match.groupdict()
-            number = parts.get("number") or 1 + [name[:3] for name in _MONTHS].index(parts["month"][:3].lower())
+            number = parts.get("number") or 1 + _MONTHS.index(parts["month"][:3].lower())
             return ("date", int(parts["year"] or 0), int(number), int(parts["day"]))
     if match := _TIME.fullmatch(flat):
         hour, minute, second, half = match.groups()
@@ -90,14 +97,14 @@ def _only(text: str) -> Scalar:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    """Return the letter of a choice and what stands behind it."""
+    """Return the letter of a choice and the text that follows it."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip()
     match = _CHOICE.fullmatch(flat)
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
 def is_text(text: str) -> bool:
-    """Whether a text is no mathematics, though its letters could be factors and its digits a number: words, spans, codes."""
+    """Return whether a text is no mathematics although its letters could be factors: words, spans and codes."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
     return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
 
@@ -108,15 +115,21 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d ])|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}?\.\d+|{_DIGITS}\.?)"
 _SIGN = r"([-+]?)\s*"
 _NUMBER = re.compile(rf"{_SIGN}({_DECIMAL})")
-_SCIENTIFIC = re.compile(rf"{_SIGN}(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\d{{1,5}})\s*\}}|([-+]?\d{{1,5}}))")
+_SCIENTIFIC = re.compile(
+    rf"{_SIGN}(?:({_DECIMAL})\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\d{{1,5}})\s*\}}|([-+]?\d{{1,5}}))"
+)
 _EXPONENT = re.compile(rf"{_SIGN}({_DECIMAL})[eE]\{{?([-+]?\d{{1,4}})\}}?")
-_QUOTIENT = re.compile(rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)")
+_QUOTIENT = re.compile(
+    rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)"
+)
 _MIXED = re.compile(
     rf"{_SIGN}(\d+)\s*(?:(?:\\text\{{\s*)?\band\b\s*\}}?)?\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=[\s}}d])(\d+)\s*/\s*(\d+))"
 )
+# 0.1\overline{6}, 0.(3), 0.\dot{1}2\dot{3}; and 0.333..., 0.4545...
 _RECURRING = re.compile(
-    rf"{_SIGN}(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*(?:\{{\s*(\d+)\s*\}}|(\d))((?:\d|\\dot\s*\{{?\d\}}?)*)|\((\d+)\)|(\d)\.\.\.)"
+    rf"{_SIGN}(\d*)\.(\d*)(\\(?:overline|bar|overbar|dot)\s*(?:\{{\s*\d+\s*\}}|\d)|\(\d+\)|\\dot\s*\{{?\d\}}?\d*\s*\\dot\s*\{{?\d\}}?)"
 )
+_GOING_ON = re.compile(rf"{_SIGN}(\d*)\.(\d*?)(?:(\d)\4{{2,}}|(\d{{2,}}?)\5+)\s*\\ldots")
 
 
 def _plain_digits(text: str) -> str:
@@ -129,7 +142,7 @@ def _step(digits: str) -> Fraction | None:
 
 
 def read_number(text: str) -> Scalar | None:
-    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None where a text is no such number."""
+    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None for another text."""
     text = _fixed(text.strip())
     if match := _NUMBER.fullmatch(text):
         digits = _plain_digits(match[2])
@@ -147,25 +160,23 @@ def read_number(text: str) -> Scalar | None:
         sign = "-" if (match[1] + (match[2] or "") + (match[4] or "")).count("-") % 2 else ""
         return Scalar(_signed(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text)
     if match := _MIXED.fullmatch(text):
-        whole, above, below = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
-        if below and above < below:
-            return Scalar(_signed(match[1], whole + Fraction(above, below)), text=text)
+        ones, over, under = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
+        if over < under:
+            return Scalar(_signed(match[1], ones + Fraction(over, under)), text=text)
         return None
     if match := _RECURRING.fullmatch(text):
-        whole, fixed, repeated = match[2] or "0", match[3], re.sub(r"\D", "", (match[4] or match[5] or "") + (match[6] or "")) or match[7]
-        if match[8]:  # 0.333...
-            run = re.search(rf"({match[8]}{{2,}})$", match[3] + match[8])
-            if run is None:
-                return None
-            fixed, repeated = (match[3] + match[8])[: run.start()], match[8]
-        elif match[6] and "dot" not in match[6] and "dot" in text:
-            repeated = match[4] or match[5]
-            return None if re.sub(r"\D", "", match[6]) else None
-        if len(fixed) > 50 or len(repeated) > 50:
-            return None
-        above = int(whole + fixed + repeated) - int(whole + fixed)
-        return Scalar(_signed(match[1], Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))), text=text)
+        sign, whole, fixed, repeated = match.group(1, 2, 3, 4)
+        return _recurring(sign, whole or "0", fixed, re.sub(r"\D", "", repeated))
+    if match := _GOING_ON.fullmatch(text):
+        return _recurring(match[1], match[2] or "0", match[3], match[4] or match[5])
     return None
+
+
+def _recurring(sign: str, whole: str, fixed: str, repeated: str) -> Scalar | None:
+    if len(fixed) > 50 or len(repeated) > 50:
+        return None
+    above = int(whole + fixed + repeated) - int(whole + fixed)
+    return Scalar(_signed(sign, Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
 
 
 def _signed(sign: str, value: Fraction) -> Fraction:
@@ -186,16 +197,23 @@ def _fixed(text: str) -> str:
 
 # -- expressions
 
-_FUNCTIONS = (
-    ["sinh", "cosh", "tanh", "coth", "arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "max", "min", "gcd", "lcm", "det"]
+_FUNCTIONS = re.findall(
+    r"\w+",
+    "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det",
 )
-_KNOWN = set(_FUNCTIONS) | set(
-    ["frac", "sqrt", "cdot", "times", "div", "pi", "infty", "binom", "lfloor", "rfloor", "lceil", "rceil", "Gamma", "bar", "hat", "vec", "overline", "dot", "ddot", "tilde", "circ", "sum", "prod", "int", "lim", "to", "limits", "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "Pi", "ell", "hbar", "partial", "aleph"]
+_KNOWN = frozenset(_FUNCTIONS) | frozenset(
+    re.findall(
+        r"\w+",
+        """
+        frac sqrt cdot times div pi infty binom lfloor rfloor lceil rceil Gamma bar hat vec overline dot ddot tilde circ sum
+        prod int lim to limits alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho
+        sigma tau upsilon phi varphi chi psi omega Delta Theta Lambda Xi Sigma Phi Psi Omega Pi ell hbar partial aleph
+        """,
+    )
 )
-_CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
 
 
 def parsed(text: str) -> Any:
@@ -205,7 +223,9 @@ def parsed(text: str) -> Any:
         Unreadable: for any sign, command or word that is in no list, and for what the parser does not read to its end.
     """
     text = re.sub(r"\\text\{\s*(-?[\d.,]+|[a-zA-Z])\s*\}", r"{\1}", text)
-    text = _fixed(re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text))
+    text = _fixed(
+        re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text)
+    )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
     text = _fixed(text.replace("**", "^"))
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
@@ -235,12 +255,35 @@ def _improper(match: re.Match) -> str:
     return f"(\\frac{{{whole * below + above}}}{{{below}}})"
 
 
+@functools.cache
+def _parser() -> type:
+    """Return the parser. It reads a number and the factor that follows it as a product: mixed numbers were read before."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+
+    class Parser(_Latex2Sympy):
+        def convert_postfix(self, postfix):
+            read_before = self.__dict__.setdefault("_read_before", {})
+            if postfix not in read_before:
+                read_before[postfix] = super().convert_postfix(postfix)
+            return read_before[postfix]
+
+        def convert_postfix_list(self, arr, i=0):
+            if i + 1 < len(arr) and getattr(first := self.convert_postfix(arr[i]), "is_Integer", False):
+                rest = self.convert_postfix_list(arr, i + 1)
+                if isinstance(rest, sympy.Expr) and rest.is_Rational:
+                    return self.mul_flat(first, rest)
+            return super().convert_postfix_list(arr, i)
+
+    return Parser
+
+
 def _tree(text: str) -> Any:
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     try:
-        tree = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False)).parse(text)
+        tree = _parser()(config=ConversionConfig(lowercase_symbols=False)).parse(text)
     except Exception as error:
         raise Unreadable from error
     if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
@@ -251,13 +294,17 @@ def _tree(text: str) -> Any:
 
 # -- names, which stand left of an answer
 
-_LETTER = r"(?:[a-zA-Z]|\\(?!in\b|pi\b|text|frac|sqrt|sin|cos|tan|ln|log|exp|infty|cdot|times|pm|mp|int\b|sum\b|lim\b|prod\b)[a-zA-Z]+)"
+_LETTER = (
+    r"(?:[a-zA-Z]|\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|theta|kappa|lambda|sigma|rho|phi)|[ei]ta|mu|nu|xi|tau|upsilon|"
+    r"chi|psi|omega|ell|hbar|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega)(?![a-zA-Z]))"
+)
 _NAME = re.compile(
     rf"""(?x)
     {_LETTER}\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?\s*'*(?:\^\s*\{{?(?:\*|'+|\\prime|\\ast)\}}?)?   # x, x_1, y', z^*
     | [A-Zfghpquvy]\s*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*\s*(?:\^\{{?-1\}}?)?\s*\([^()]*\)         # f(x), P(A), f^{{-1}}(x), f(3)
     | [xyzrst]\s*\(\s*[a-z]\s*\)                                                  # x(t)
-    | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)\s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
+    | \\(?:angle|triangle|measuredangle|sphericalangle|overline|overrightarrow|vec|hat|bar|widehat|mathbf|mathcal|mathbb)
+      \s*(?:\{{\s*\\?[A-Za-z]+\s*\}}|\\?[A-Za-z]+)
     | \(\s*[a-z]\s*(?:,\s*[a-z]\s*)+\)                                            # (x, y)
     | m\s*\\angle\s*[A-Z]+ | \|?\s*[A-Z]{{2,4}}'?\s*\|? | \[\s*[A-Z]{{3,6}}\s*\] | S_\{{?\\?[a-z]*\s*[A-Z]+\}}?
     | (?:\\text\{{[^{{}}\d]*\}}|[A-Za-z]{{4,}}(?:\s[A-Za-z]+){{0,3}})(?:_\{{?\w+\}}?)?(?:\s*\([^()]*\))?
@@ -271,18 +318,21 @@ _CONSTANTS = {"e", "i", "\\pi"}
 
 
 def is_name(text: str) -> bool:
-    """Whether a text names what an answer is the value of, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` do not."""
+    """Return whether a text is a name, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
     text = text.strip()
     return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
 
 
 # -- everything else
 
-_RELATION = re.compile(r"\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
+_RELATION = re.compile(r"\\equiv(?=.*\\pmod)|\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
 _OPENING, _CLOSING = "([{", ")]}"
 _ORDERS = {"<", ">", "\\leq", "\\geq"}
 _OR = re.compile(r"\\text\{\s*,?\s*(?:or)\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])|或")
-_AND = re.compile(r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|(?<=\s)\\text\{,\}|&(?![a-zA-Z ]*\\)")
+_AND = re.compile(
+    r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|"
+    r"(?<=\s)\\text\{,\}|&(?![a-zA-Z ]*\\)"
+)
 _MATRIX = re.compile(r"(.*?)\\begin\{([pbBvV]?(?:small)?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\2\}", re.DOTALL)
 _VECTOR = re.compile(r"\\(?:mathbf|hat|vec)\s*\{?\s*\\?(?:text\s*\{\s*)?([ijk])(?:math)?\s*\}?\}?(?![a-zA-Z])")
 
@@ -340,10 +390,9 @@ def _read(text: str) -> Any:
     ors, _ = split_top(text, _OR)
     if len(ors) > 1:
         return _either([read(part.strip(" ,;")) for part in ors])
-    items, _ = split_top(_AND.sub(",", text), _COMMA)
+    items, _ = split_top(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
-        items = [item for item in items if item.strip()]
-        return _listed(items)
+        return _listed(items)  # refuses what has no text between two commas
     sides, signs = split_top(text, _RELATION)
     if signs:
         return _related([side.strip() for side in sides], signs)
@@ -355,16 +404,25 @@ def _read(text: str) -> Any:
     if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
         if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
             raise Unreadable
-        return Many("list", tuple(read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"))
+        return Many(
+            "list",
+            tuple(
+                read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"
+            ),
+        )
     return quantity(text)
 
 
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_FAMILY = re.compile(r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?")
+_FAMILY = re.compile(
+    r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?"
+)
 
 
 def _depth(text: str) -> int:
-    return sum(1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text))
+    return sum(
+        1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text)
+    )
 
 
 def _family(text: str) -> Any:
@@ -402,7 +460,11 @@ def _listed(items: list[str]) -> Any:
 
 def _flat(values: list) -> tuple:
     """The values with those of lists among them, as in `0, \\pm 1`."""
-    return tuple(inner for value in values for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,)))
+    return tuple(
+        inner
+        for value in values
+        for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,))
+    )
 
 
 def _either(values: list) -> Any:
@@ -414,7 +476,9 @@ def _either(values: list) -> Any:
         parts: list = []
         for value in values:
             parts += value.parts if isinstance(value, Union) else [value]
-        if any(not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts):
+        if any(
+            not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts
+        ):
             raise Unreadable
         united: Any = Union(tuple(parts))
     elif all(isinstance(value, Many) and value.kind == "set" for value in values):
@@ -437,7 +501,7 @@ def _expression(text: str) -> Any:
 def _related(sides: list[str], signs: list[str]) -> Any:
     if not all(sides):
         raise Unreadable
-    if set(signs) <= {"=", "\\approx"}:
+    if set(signs) <= {"=", "\\approx"} or signs == ["\\equiv"]:
         return _equated(sides, signs)
     if signs == ["\\in"] and is_name(sides[0]):
         value = read(sides[1])
@@ -456,11 +520,11 @@ def _related(sides: list[str], signs: list[str]) -> Any:
 def without(*holes: Scalar) -> Union:
     """Return the real line without some points, which are in order."""
     ends = [None, *holes, None]
-    return Union(tuple(Interval(low, high, True, True) for low, high in zip(ends, ends[1:], strict=False)))
+    return Union(tuple(Interval(low, high, True, True) for low, high in itertools.pairwise(ends)))
 
 
 def _equated(sides: list[str], signs: list[str]) -> Any:
-    if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
+    if len(sides) == 2 and signs == ["="] and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]
     names = [side for side in sides if is_name(side)]
     if len(names) == len(sides):
@@ -474,7 +538,14 @@ def _equated(sides: list[str], signs: list[str]) -> Any:
     value = read(sides[rounded])
     if isinstance(value, (Named, Names, Relation, Family)):
         raise Unreadable
+    _check_rounded(value, sides[rounded + 1 :])
     if is_name(sides[0]):
+        for side in sides[1:rounded]:
+            if not is_name(side) and not re.search(r"\\[cl]?dots", side):
+                other = read(side)
+                numbers = isinstance(other, Scalar) and isinstance(value, Scalar) and not symbols(other.value)
+                if numbers and not symbols(value.value) and not same_number(other, value):
+                    raise Unreadable
         return Named(sides[0], value, _expression(sides[0]) if len(sides) == 2 else None)
     first = read(sides[0])
     others = [first] + [read(side) for side in sides[1:rounded] if not is_name(side)]
@@ -485,6 +556,17 @@ def _equated(sides: list[str], signs: list[str]) -> Any:
     if len(sides) == 2 and symbols(first.value) | symbols(value.value):
         return Relation("=", first, value)
     raise Unreadable
+
+
+def _check_rounded(value: Any, sides: list[str]) -> None:
+    """Refuse what follows an exact value and a sign of approximation, unless it is a number near it."""
+    for side in sides:
+        number = read_number(side)
+        exact = value.value if isinstance(value, Scalar) else None
+        if number is None or exact is None or symbols(exact):
+            raise Unreadable
+        if not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
+            raise Unreadable
 
 
 def _unreadable() -> Any:
@@ -498,19 +580,24 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
         raise Unreadable
     names = [place for place, side in enumerate(sides) if is_name(side)]
     if len(sides) == 3 and names == [1]:
-        low, high = _only(sides[0]), _only(sides[2])
-        return Named(sides[1], Interval(low, high, signs[0] == "<", signs[1] == "<"))
+        low, high = (None if re.fullmatch(r"[-+]?\s*\\infty", side) else _only(side) for side in (sides[0], sides[2]))
+        return Named(sides[1], Interval(low, high, low is None or signs[0] == "<", high is None or signs[1] == "<"))
     if len(sides) != 2:
         raise Unreadable
     if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
         end = _only(sides[1])
         if isinstance(end.value, Fraction) and end.value > 0:
-            return Named(absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<"))
+            return Named(
+                absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<")
+            )
     if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
         end = _only(sides[1 - names[0]])
         below = names[0] == 0
         return Named(
-            sides[names[0]], Interval(None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<")
+            sides[names[0]],
+            Interval(
+                None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<"
+            ),
         )
     left, right = _only(sides[0]), _only(sides[1])
     return Relation(signs[0], left, right)
@@ -531,7 +618,16 @@ def _grouped(text: str) -> Any:
         inner = next(filter(None, match.groups()))
         low, high = _two(inner)
         return _interval(low, high, text[0] == "]", text[-1] == "[")
-    for opening, closing in (("\\{", "\\}"), ("\\langle", "\\rangle"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("{", "}"), ("<", ">")):
+    for opening, closing in (
+        ("\\{", "\\}"),
+        ("\\langle", "\\rangle"),
+        ("(", ")"),
+        ("[", "]"),
+        ("(", "]"),
+        ("[", ")"),
+        ("{", "}"),
+        ("<", ">"),
+    ):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : len(text) - len(closing)]
             if not _balanced(inner):
@@ -560,7 +656,11 @@ def _bracketed(opening: str, closing: str, inner: str) -> Any:
         values = read(inner) if len(items) == 1 else None
         if isinstance(values, Many) and values.kind == "list":  # \{\pm 2\}
             return Many("set", values.items)
-        if len(items) == 1 and isinstance(values, (Interval, Union, Named, Relation)) and not getattr(values, "pair", False):
+        if (
+            len(items) == 1
+            and isinstance(values, (Interval, Union, Named, Relation))
+            and not getattr(values, "pair", False)
+        ):
             if isinstance(values, Named) and not isinstance(values.value, (Interval, Union)):
                 return Many("set", (values.value,))
             raise Unreadable
@@ -601,18 +701,28 @@ def _interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
         if not low_open and not high_open:
             return Many("tuple", (low, high))
         raise Unreadable
-    ends = [None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end for end in (low, high)]
+    ends = [
+        None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end
+        for end in (low, high)
+    ]
     if ends[0] is None and not low.text.strip().startswith("-"):
         return Many("tuple", (low, high))
     if ends[1] is None and high.text.strip().startswith("-"):
         return Many("tuple", (low, high))
-    return Interval(*ends, low_open, high_open, pair=low_open and high_open and None not in ends)
+    return Interval(ends[0], ends[1], low_open, high_open, pair=low_open and high_open and None not in ends)
 
 
 def _matrix(text: str) -> Any:
+    if match := re.fullmatch(r"(.*\\end\{.*)\^\s*\{?(?:T|\\top|\\text\{T\}|\\intercal)\}?", text, re.DOTALL):
+        turned = _matrix(match[1])
+        return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
     match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
     if match is None:
-        match = re.fullmatch(r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]", text, re.DOTALL)
+        match = re.fullmatch(
+            r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]",
+            text,
+            re.DOTALL,
+        )
         if match is None:
             return None
     elif match[2] in ("vmatrix", "Vmatrix"):
@@ -651,7 +761,9 @@ def _components(text: str) -> Many:
 # -- a number with its unit
 
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
-_WITH_TEXT = re.compile(r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL)
+_WITH_TEXT = re.compile(
+    r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
+)
 _WITH_WORD = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL)
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
@@ -659,7 +771,7 @@ _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\
 def quantity(text: str) -> Scalar:
     """Return an expression, with the unit behind it where it has one."""
     if match := _MODULUS.fullmatch(text):
-        head, modulus = [group for group in match.groups() if group]
+        head, modulus = [group for group in match.groups() if group is not None]
         return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
     if (match := _CURRENCY.match(text)) and match.end() < len(text):
         unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
@@ -676,7 +788,9 @@ def quantity(text: str) -> Scalar:
     if match := _WITH_TEXT.fullmatch(text):
         if (sum_ := _together(text)) is not None:
             return sum_
-        inside = match[2].startswith("^") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1])  # the degrees of a sine
+        inside = match[2].startswith("^") and re.search(
+            r"\\(?:sin|cos|tan|cot|sec|csc)", match[1]
+        )  # the degrees of a sine
         found = None if inside else read_unit(match[2])
         if found is not None:
             return _with(match[1], found[0], found[1])

@@ -3,6 +3,7 @@
 The rules of each class are the table in docs/evaluation.md.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,6 +27,8 @@ from bupo.rewards.values import (
     symbols,
 )  # fmt: skip
 
+_NOTHING = re.compile(r"[\s?.,;:!'_…]*")
+
 
 class Judged(NamedTuple):
     """The strict verdict of an answer, the text of its final answer, and why there is no verdict on its value."""
@@ -36,16 +39,16 @@ class Judged(NamedTuple):
 
 
 def is_empty(gold: str) -> bool:
-    """Whether a gold answer holds nothing that an answer could be compared with."""
-    return not text_key(_gold(gold))
+    """Return whether a gold answer holds nothing that an answer could be compared with, or punctuation only."""
+    return _NOTHING.fullmatch(text_key(_gold(gold))) is not None
 
 
 def judge(answer: str, gold: str) -> Judged:
     """Return the strict verdict of a completion."""
     text, reason = final_answer(answer)
-    wanted = _gold(gold)
-    if not text_key(wanted):
+    if is_empty(gold):
         return Judged("no_gold", text, None)
+    wanted = _gold(gold)
     if text is None:
         return Judged("unparsable", None, reason)
     try:
@@ -87,16 +90,14 @@ def compare(gold: str, answer: str) -> Equality:
 
 
 def readings(text: str, gold: str | None = None) -> list:
-    """What a text may mean: its value, and a number with a unit where letters follow one.
+    """Return the meanings of a text: its value, and a number with a unit where letters follow one.
 
     Raises:
         Unreadable: if it means nothing.
     """
     values = []
-    try:
+    with contextlib.suppress(Unreadable, RecursionError):
         values.append(read(text))
-    except (Unreadable, RecursionError):
-        pass
     if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
         values.append(number)
     if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)", text)) and re.search(r"\d?\.\d|frac|/", gold):
@@ -112,9 +113,9 @@ def readings(text: str, gold: str | None = None) -> list:
 def _same_choice(gold: str, answer: str) -> Equality | None:
     """Choices by their letter; None where the gold answer is none."""
     wanted = read_choice(gold)
-    if wanted is None or (not (gold.strip("() .") == wanted[0] or re.match(r"\(?[A-J]\)?[.):]", gold)) and not re.fullmatch(r"\([a-j]\)", gold)):
-        return None
-    if wanted[1] and not re.match(r"\(?[A-J][).:]", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold)):
+    flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold).strip()
+    marked = re.match(r"\([A-Ja-j]\)|[A-J][.):]", flat)
+    if wanted is None or not (marked or flat == wanted[0]):
         return None
     given = read_choice(answer)
     if given is None or given[0] != wanted[0]:
@@ -124,8 +125,14 @@ def _same_choice(gold: str, answer: str) -> Equality | None:
         return Equality.SAME
     if wanted[1]:
         return Equality.SAME if text_key(plain(more)) == text_key(plain(wanted[1])) else Equality.OTHER
-    hedges = re.search(r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b", more)
-    marked = re.match(r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])", re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip())
+    hedges = re.search(
+        r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b",
+        more,
+    )
+    marked = re.match(
+        r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])",
+        re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip(),
+    )
     return Equality.OTHER if hedges or not marked else Equality.SAME
 
 
@@ -145,7 +152,9 @@ def _same_kind(gold: str, answer: str) -> Equality | None:
         except Unreadable:
             return Equality.OTHER
         if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(wanted[2]):
-            return _as_same(re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2])))
+            return _as_same(
+                re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2]))
+            )
         return Equality.OTHER
     if given is None:
         return Equality.OTHER
@@ -179,16 +188,36 @@ def _as_same(same: bool) -> Equality:
 
 def equal(gold: Any, answer: Any) -> Equality:
     """Return whether two values are the same answer."""
-    if isinstance(gold, Named) and isinstance(answer, Relation) and gold.left is not None and isinstance(gold.value, Scalar):
-        same = same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value) if answer.sign == "=" else False
+    if (
+        isinstance(gold, Named)
+        and isinstance(answer, Relation)
+        and gold.left is not None
+        and isinstance(gold.value, Scalar)
+    ):
+        same = (
+            same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value)
+            if answer.sign == "="
+            else False
+        )
         return _as_same(same) if not same or symbols(gold.value.value) else Equality.LEFT_TO_DO
-    if isinstance(answer, Named) and isinstance(gold, Relation) and answer.left is not None and isinstance(answer.value, Scalar):
+    if (
+        isinstance(answer, Named)
+        and isinstance(gold, Relation)
+        and answer.left is not None
+        and isinstance(answer.value, Scalar)
+    ):
         same = gold.sign == "=" and same_equation(gold.left.value, gold.right.value, answer.left, answer.value.value)
         return _as_same(same)
     if isinstance(gold, Named) and isinstance(answer, Named):
         if _same_name(gold.name, answer.name):
             return equal(gold.value, answer.value)
-        lefts = None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
+        if all(
+            re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", name.replace(" ", "")) for name in (gold.name, answer.name)
+        ) and "y" in (gold.name, answer.name):
+            return equal(gold.value, answer.value)  # y and f(x)
+        lefts = (
+            None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
+        )
         if lefts and symbols(gold.value.value) and symbols(answer.value.value):
             return _as_same(same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
         return Equality.OTHER
@@ -206,7 +235,11 @@ def equal(gold: Any, answer: Any) -> Equality:
         return equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         shapes = [(len(matrix.rows), len(matrix.rows[0])) for matrix in (gold, answer)]
-        return _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True)) if shapes[0] == shapes[1] else Equality.OTHER
+        return (
+            _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True))
+            if shapes[0] == shapes[1]
+            else Equality.OTHER
+        )
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relation(gold, answer)
     if isinstance(gold, Interval) and isinstance(answer, Interval):
@@ -214,6 +247,13 @@ def equal(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Union) or isinstance(answer, Union):
         parts = [value.parts if isinstance(value, Union) else (value,) for value in (gold, answer)]
         return _matched(*parts)
+    gold, answer = _without_braces(gold, answer), _without_braces(answer, gold)
+    if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+        return same_scalar(gold, answer)
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        return _same_interval(gold, answer)
+    if isinstance(gold, Scalar) and isinstance(answer, Many) and answer.kind == "list" and answer.items:
+        return _all((gold, item) for item in answer.items)  # one value in several forms
     ordered = [_in_order(value) for value in (gold, answer)]
     if isinstance(gold, Many) and isinstance(answer, Many):
         if {gold.kind, answer.kind} <= {"list", "set"}:
@@ -226,11 +266,15 @@ def equal(gold: Any, answer: Any) -> Equality:
         if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
             return Equality.OTHER  # (0, 1) may be an interval
         return _all(zip(ordered[0], ordered[1], strict=True)) if len(ordered[0]) == len(ordered[1]) else Equality.OTHER
-    if isinstance(gold, Many) and gold.kind == "set" and len(gold.items) == 1 and isinstance(answer, Scalar):
-        return equal(gold.items[0], answer)
-    if isinstance(answer, Many) and answer.kind == "set" and len(answer.items) == 1 and isinstance(gold, Scalar):
-        return equal(gold, answer.items[0])
     return Equality.OTHER
+
+
+def _without_braces(value: Any, other: Any) -> Any:
+    """The only element of a set, where the other value is a number or a pair."""
+    if isinstance(value, Many) and value.kind == "set" and (isinstance(other, Scalar) or getattr(other, "pair", False)):
+        items = _distinct(value)
+        return items[0] if len(items) == 1 else value
+    return value
 
 
 def _in_order(value: Any) -> tuple | None:
@@ -256,6 +300,9 @@ def _same_names(gold: Any, answer: Any) -> Equality:
     names, other = (gold, answer) if isinstance(gold, Names) else (answer, gold)
     values = [value for _, value in sorted(names.values.items())]
     items = _in_order(other)
+    stems = {name.partition("_")[0].strip() for name in names.values}
+    if isinstance(other, Many) and other.kind in ("list", "set") and len(stems) == 1:  # x_1 = 2, x_2 = 3
+        return _matched(other.items, values) if names is answer else _matched(values, other.items)
     if items is None or len(items) != len(values) or (isinstance(other, Many) and other.kind != "tuple"):
         return Equality.OTHER
     return _all(zip(items, values, strict=True) if names is answer else zip(values, items, strict=True))
@@ -269,7 +316,7 @@ def _all(pairs: Any) -> Equality:
 
 
 def _matched(gold: Sequence, answer: Sequence) -> Equality:
-    """Whether each value has a partner of its own among the others."""
+    """Return whether each value has its own partner among the others."""
     rest, worst = list(answer), Equality.SAME
     if len(gold) != len(rest) or len(rest) > 200:
         return Equality.OTHER

@@ -1,4 +1,4 @@
-"""The final answer of a completion: its last complete box outside the thinking, or what it names as its answer."""
+"""The final answer of a completion: its last complete box outside the thinking, or the text after "the answer is"."""
 
 import re
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Extracted(NamedTuple):
 
 
 EMPTY, NO_ANSWER, UNCLOSED, EMPTY_BOX = "empty", "no box or final answer", "unclosed box", "empty box"
-THINKING, TAKEN_BACK = "unfinished thinking", "the answer is taken back"
+THINKING, TAKEN_BACK, SEVERAL = "unfinished thinking", "the answer is taken back", "several answers"
 
 # how models open and close the text that is no part of their answer
 _THINKING = (
@@ -31,18 +31,33 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BETWEEN = re.compile(  # boxes so joined are one answer
     r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
-_NOT = r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|\\neq?\b)"
+_NOT = (
+    r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
+    r"\\neq?\b)"
+)
 _FILLER = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
 )
-_DENIED_BEFORE = re.compile(rf"(?i){_NOT}[\s:,*]*(?:{_FILLER}[\s:,*]+){{0,8}}[\s$\\(\[*:=]*$")
+_DENIED_BEFORE = re.compile(
+    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was))[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+)
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
     r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
     r"(?:not\b|n't|n’t|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
+)
+# boxes of one sentence between which the answer does not decide
+_UNDECIDED = re.compile(
+    r"(?i)\b(?:or|otherwise|maybe|perhaps|possibly|probably|alternatively|else|depending|if|unless)\b"
+)
+_AGREE = re.compile(
+    r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
+)
+_OR_ANOTHER = re.compile(
+    r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
 _TAKES_BACK = re.compile(
     r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
@@ -52,8 +67,9 @@ _TAKES_BACK = re.compile(
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)"
-    r"\s*:?|答案(?:是|为|：|:)|\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
+    r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?"
+    r"(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)\s*:?|答案(?:是|为|：|:)|"
+    r"\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
     r"\b(?:antwort|lösung)\s+(?:ist|lautet)\b:?"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
@@ -61,6 +77,11 @@ _LAST_FORMULA = re.compile(
     r"(?i)\b(?:is|are|=|equals|get|gives|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
     r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?:\*\*)?\s*[.!]?\s*$"
 )
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL
+)
+_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
+_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
 _LONGEST = 2000  # characters of a final answer that is in no box
 
@@ -68,9 +89,10 @@ _LONGEST = 2000  # characters of a final answer that is in no box
 def final_answer(completion: str) -> Extracted:
     """Return the final answer of a completion.
 
-    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that the
-    sentence denies ("the answer is not") does not count, and no earlier one stands in for a box that is cut off. Without a box, the text
-    after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion of one line.
+    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that
+    the sentence denies ("the answer is not") does not count, and no earlier one replaces a box that is cut off. Without a box,
+    the text after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion
+    of one short line.
     """
     if not completion.strip():
         return Extracted(None, EMPTY)
@@ -120,7 +142,24 @@ def _boxed(text: str) -> Extracted:
         start, _, inner = kept.pop()
         answers.insert(0, _innermost(inner))
     answers = list(dict.fromkeys(answers))
+    if _is_undecided(text, start, kept, boxes[-1][1], answers):
+        return Extracted(None, SEVERAL)
     return Extracted(", ".join(answers)) if any(answers) else Extracted(None, EMPTY_BOX)
+
+
+def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
+    """Return whether the sentence of the final box offers another answer."""
+    if _OR_ANOTHER.match(text, end):
+        return True
+    if not earlier or _innermost(earlier[-1][2]) in answers:
+        return False
+    between = text[earlier[-1][1] : start]
+    sentence_ends = re.search(r"\n\s*\n|[.!?;]\W*\s", between)
+    return (
+        not sentence_ends
+        and bool(_UNDECIDED.search(between + text[end : end + 40].partition(".")[0]))
+        and not _AGREE.search(between)
+    )
 
 
 def _end(text: str, start: int) -> int | None:
@@ -155,17 +194,21 @@ def _unboxed(text: str) -> Extracted:
         last = phrases[-1]
         rest = text[last.end() :].lstrip(" \n*_:")
         end = _SENTENCE_END.search(rest)
-        clause = re.split(r"(?<=\$)\s+(?=[a-z])", rest[: end.start()] if end else rest)[0]
+        formula = _FORMULA.match(rest)
+        clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
+        clause = _REASON.split(clause)[0]
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
-        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(text, last.end()):
+        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(
+            text, last.end()
+        ):
             return Extracted(None, TAKEN_BACK)
         return _stated(clause)
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if len(lines) == 1 and len(text) <= _LONGEST:
         formula = _LAST_FORMULA.search(text)
-        if formula is None:
+        if formula is None and len(_WORDS.findall(text)) <= 8 and not re.search(rf"(?i){_NOT}", text):
             return _stated(text)
     formula = _LAST_FORMULA.search(lines[-1][-_LONGEST:])
     if formula and not re.search(rf"(?i){_NOT}", lines[-1][: formula.start()]):

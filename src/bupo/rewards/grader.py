@@ -31,8 +31,8 @@ class Verdict(StrEnum):
     """What became of an answer. Only `correct` earns a reward; the others are counted apart.
 
     `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
-    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is empty, or,
-    of math-verify's own verdict, holds no expression that it can read.
+    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is
+    empty, or, of math-verify's own verdict, holds no expression that it can read.
     """
 
     CORRECT = "correct"
@@ -50,8 +50,8 @@ class Grade(NamedTuple):
         verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
         value (`str`, *optional*): the text of the final answer, at most 200 characters; None where there is none.
         strict ([`Verdict`]): the reward's: the final answer compared within the gold answer's class.
-        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box, empty box,
-            unfinished thinking, the answer is taken back, not readable.
+        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box,
+            empty box, unfinished thinking, the answer is taken back, several answers, not readable.
     """
 
     verdict: Verdict
@@ -379,5 +379,5 @@ def check_golds(golds: Sequence[str], where: str) -> None:
     for row, gold in enumerate(golds):
         if len(gold) < 1000 and is_empty(gold):
             raise UserError(
-                f"{where}, row {row}: the gold answer {gold!r} is empty: give the problem an answer, or leave it out"
+                f"{where}, row {row}: the gold answer {gold!r} is no answer: give the problem one, or leave it out"
             )

@@ -11,10 +11,12 @@ _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃�
 _LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789+-()n" * 2)
 _GREEK = {
     letter: f"\\{name} "
-    for letter, name in zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"],
-        strict=True,
+    for letter, name in re.findall(
+        r"(\w)(\w+)",
+        """
+        αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta ιiota κkappa λlambda μmu νnu ξxi πpi ρrho σsigma τtau υupsilon
+        φphi χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi ΣSigma ΦPhi ΨPsi ΩOmega
+        """,
     )
 }
 _CHARACTERS = str.maketrans(
@@ -25,27 +27,35 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u200b\u2061\u2062\u2063\u200e\u200f\ufeff", "")
     | dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
     | {
-        "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∞": "\\infty ",
-        "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ",
-        "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ", "º": "^\\circ ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}",
-        "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "⟨": "\\langle ", "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
-        "∧": "\\land ", "∨": "\\lor ", "∖": "\\setminus ", "…": "\\ldots ", "。": ".", "、": ",", "∠": "\\angle ", "µ": "\\mu ", "⌊": "\\lfloor ",
+        "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ",
+        "∞": "\\infty ",
+        "≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ",
+        "∩": "\\cap ",
+        "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ", "º": "^\\circ ", "ℝ": "\\mathbb{R}",
+        "ℤ": "\\mathbb{Z}",
+        "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "⟨": "\\langle ", "⟩": "\\rangle ",
+        "〈": "\\langle ", "〉": "\\rangle ",
+        "∧": "\\land ", "∨": "\\lor ", "∖": "\\setminus ", "…": "\\ldots ", "。": ".", "、": ",", "∠": "\\angle ", "µ": "\\mu ",
+        "⌊": "\\lfloor ",
         "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "′": "'", "″": "''", "ℯ": "e", "∣": "|",
     }
 )  # fmt: skip
 
-# in this order: a pattern, and what stands in its stead
+# applied in this order: a pattern and its replacement
 _COMMANDS = [
     (re.compile(pattern), known)
     for pattern, known in [
         (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
-        (r"\\(?:left|right|[bB]ig{1,2}[lrm]?|middle|displaystyle|textstyle|limits|nolimits|mathstrut|strut)(?![a-zA-Z])\s*", ""),
+        (r"\\(?:left|right|[bB]ig{1,2}[lrm]?|middle)(?![a-zA-Z])\s*", ""),
+        (r"\\(?:displaystyle|textstyle|limits|nolimits|mathstrut|strut)(?![a-zA-Z])\s*", ""),
         (r"\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}", " "),
         (r"\\\\\[[^\]]*\]", r"\\\\"),  # the gap between two rows
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"(?<=\d)\s*(?:\.\.\.+|\\[lc]?dots(?![a-zA-Z]))", r"\\ldots "),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\(?:rm|bf|it)\s", ""),
-        (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|mbox|mathrm|mathit|mathsf|mathtt|operatorname\*?|hbox|emph|textup|underline)\s*\{", r"\\text{"),
+        (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|textup|mbox|hbox|emph|underline)\s*\{", r"\\text{"),
+        (r"\\(?:mathrm|mathit|mathsf|mathtt|operatorname\*?)\s*\{", r"\\text{"),
         (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
         (r"\\(?:boldsymbol|bm|mathbf)\s*\{(?![ijk]\})", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
@@ -87,9 +97,11 @@ _SAID_FIRST = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answe
 _SYNONYMS = {
     phrase: wanted
     for wanted, phrases in {
-        "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "no real solution", "no real solutions", "{}"],
+        "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
+                         "no real solutions"],
         "does not exist": ["dne", "doesn't exist", "undefined", "not defined"],
-        "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)", "the real numbers", "\\text{R}"],
+        "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
+                        "the real numbers", "\\text{R}"],
     }.items()
     for phrase in phrases
 }  # fmt: skip
@@ -100,7 +112,9 @@ def plain(text: str) -> str:
     text = re.sub(f"[{_RAISED}]+", lambda match: f"^{{{match[0].translate(_LEVEL)}}}", text)
     text = re.sub(f"[{_LOWERED}]+", lambda match: f"_{{{match[0].translate(_LEVEL)}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
-    text = _SAID_FIRST.sub(lambda match: "\\text{" if match[0].strip().startswith("\\text{") and "}" not in match[0] else "", text)
+    text = _SAID_FIRST.sub(
+        lambda match: "\\text{" if match[0].strip().startswith("\\text{") and "}" not in match[0] else "", text
+    )
     for pattern, known in _COMMANDS:
         text = pattern.sub(known, text)
     return unwrapped(text)
@@ -124,7 +138,8 @@ def text_key(text: str) -> str:
 
     Spaces count between two words only, and capitals in single letters only.
     """
-    text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])|(?<!\w)'|'(?!\w)", "", text))
+    text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])", "", text))
+    text = re.sub(r"^'([^']*)'$", r"\1", text.strip())
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))

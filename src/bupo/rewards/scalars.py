@@ -9,9 +9,11 @@ from typing import Any
 from bupo.rewards.units import Unit
 from bupo.rewards.values import Scalar, Unreadable
 
-DIGITS = 6  # significant digits that a decimal needs to stand for a number that is longer
+DIGITS = 6  # significant digits that a rounded decimal needs
 _PRECISION = 50  # digits to which irrational numbers are compared
 _CLOSE = Fraction(1, 10**40)  # relative
+_FLOAT = Fraction(2, 10**16)  # the relative error that a number in floating point may have
+_LARGEST = 10**6  # of an exponent, and of a number whose factorial is taken, that are worked out
 # at these values of their letters, expressions are compared: of both signs and several sizes
 _POINTS = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
 
@@ -30,7 +32,7 @@ def same_scalar(gold: Scalar, answer: Scalar) -> Equality:
 
 
 def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
-    """The pairs of numbers of which one has to be equal for the answer to be right."""
+    """Return the pairs of numbers to compare: the answer is right if one pair is equal."""
     ours, theirs = gold.unit, answer.unit
     if ours == theirs:
         return [(gold, answer)]
@@ -48,7 +50,12 @@ def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
             pairs.append((_radians(gold), _radians(answer)))
             if _has_pi(gold.value) or _has_pi(answer.value):
                 return pairs
-        if unit is not None and any(name.startswith("mod") for name, _ in unit.bases) and ours is None and not isinstance(gold.value, Fraction):
+        if (
+            unit is not None
+            and any(name.startswith("mod") for name, _ in unit.bases)
+            and ours is None
+            and not isinstance(gold.value, Fraction)
+        ):
             return []
         return [*pairs, (gold, answer)]
     if ours.bases == theirs.bases:
@@ -103,7 +110,7 @@ def quotient(above: Scalar, below: Scalar) -> Scalar:
 
 
 def is_zero(scalar: Scalar) -> bool:
-    """Whether a number is zero."""
+    """Return whether a number is zero."""
     return scalar.value == 0
 
 
@@ -130,18 +137,26 @@ def same_number(gold: Scalar, answer: Scalar) -> bool:
             if step is None or abs(decimal) < 10 ** (DIGITS - 1) * step:
                 return _same_irrational(exact, _sympy(decimal))
             number = exact.evalf(_PRECISION)
-            return bool(number.is_Float and abs(number - _sympy(decimal)) <= _sympy(step) / 2)
+            return bool(
+                number.is_Float and abs(number - _sympy(decimal)) <= max(_sympy(step) / 2, abs(number) * _sympy(_FLOAT))
+            )
     return same_expression(_sympy(ours), _sympy(theirs))
 
 
 def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
-    """Whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
+    """Return whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
+    if any(step is None and number.denominator == 1 for number, step in ((ours, our_step), (theirs, their_step))):
+        return False  # an integer is exact
     if our_step is None and their_step is None:
         return False
     ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)
     step = our_step if ours_is_coarser else their_step
     coarse = ours if ours_is_coarser else theirs
-    return step is not None and abs(coarse) >= 10 ** (DIGITS - 1) * step and abs(ours - theirs) <= step / 2
+    return (
+        step is not None
+        and abs(coarse) >= 10 ** (DIGITS - 1) * step
+        and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT)
+    )
 
 
 def _exact(value: Any) -> Any:
@@ -154,8 +169,29 @@ def _exact(value: Any) -> Any:
     value = value.xreplace(floats) if floats else value
     if value.free_symbols:
         return value
+    _check_size(value)
     value = _rebuilt(_real_roots(value).doit())
     return Fraction(int(value.p), int(value.q)) if value.is_Rational else value
+
+
+def _check_size(value: Any) -> None:
+    """Refuse numbers of too many digits to be worked out.
+
+    Raises:
+        Unreadable: for an exponent or factorial beyond any answer.
+    """
+    import sympy
+
+    for part in sympy.postorder_traversal(value):
+        sizes = (
+            [part.exp]
+            if part.is_Pow
+            else list(part.args)
+            if isinstance(part, (sympy.factorial, sympy.binomial))
+            else []
+        )
+        if any(size.is_number and not abs(size.evalf(5)) < _LARGEST for size in sizes):
+            raise Unreadable
 
 
 def _rebuilt(value: Any) -> Any:
@@ -168,7 +204,14 @@ def _real_roots(value: Any) -> Any:
     import sympy
 
     def is_root(part: Any) -> bool:
-        return part.is_Pow and part.exp.is_Rational and part.exp.p == 1 and part.exp.q % 2 == 1 and part.base.is_Integer and part.base < 0
+        return (
+            part.is_Pow
+            and part.exp.is_Rational
+            and part.exp.p == 1
+            and part.exp.q % 2 == 1
+            and part.base.is_Integer
+            and part.base < 0
+        )
 
     return value.replace(is_root, lambda part: -sympy.Pow(-part.base, part.exp)) if value.has(sympy.Pow) else value
 
@@ -192,32 +235,46 @@ def same_expression(gold: Any, answer: Any) -> bool:
         return _same_irrational(gold, answer)
     if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         return False
-    pairs = list(zip(_sampled(gold, letters), _sampled(answer, letters), strict=True))
-    real = [pair for pair in pairs if pair[0] is not None and pair[0].is_real]
-    pairs = real or [pair for pair in pairs if pair[0] is not None]
-    if len(pairs) < 2:
-        return False
-    return all(answer is not None and _near(gold, answer) for gold, answer in pairs)
+    others, real = [], 0
+    for point in _points(letters):
+        wanted = _value(gold, point)
+        if wanted is not None and wanted.is_real:
+            given = _value(answer, point)
+            if given is None or not _near(wanted, given):
+                return False
+            real += 1
+        elif wanted is not None:
+            others.append((wanted, point))
+    if real >= 2:
+        return True
+    pairs = [(wanted, _value(answer, point)) for wanted, point in others]
+    return real + len(pairs) >= 2 and all(given is not None and _near(wanted, given) for wanted, given in pairs)
 
 
-def _sampled(tree: Any, letters: set) -> list:
-    """The values of an expression at each of the points; None where it has none."""
+def _points(letters: set) -> list[dict]:
+    """The points at which expressions are compared: a number for each letter."""
     import sympy
 
-    values = []
     ordered = sorted(letters, key=str)
-    for turn in range(len(_POINTS)):
-        at = {
+    return [
+        {
             letter: sympy.Float(_POINTS[(turn + 3 * place) % len(_POINTS)], _PRECISION) * (1 + sympy.Rational(place, 7))
             for place, letter in enumerate(ordered)
         }
-        value = tree.evalf(30, subs=at)
-        known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
-        if known and not value.is_Float and not value.is_Rational:
-            value = value.evalf(30)
-            known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
-        values.append(value if known else None)
-    return values
+        for turn in range(len(_POINTS))
+    ]
+
+
+def _value(tree: Any, point: dict) -> Any:
+    """The value of an expression at a point; None where it has none."""
+    import sympy
+
+    value = tree.evalf(30, subs=point)
+    known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
+    if known and not value.is_Float and not value.is_Rational:
+        value = value.evalf(30)
+        known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+    return value if known else None
 
 
 def _near(one: Any, other: Any) -> bool:
@@ -238,7 +295,7 @@ def _same_irrational(one: Any, other: Any) -> bool:
 
 
 def _is_noise(one: Any, other: Any) -> bool:
-    """Whether both numbers are zero to the last digit that was computed."""
+    """Return whether both numbers are zero to the last digit that was computed."""
     return all(number == 0 or (number.is_Float and number._prec == 1) for number in (one, other))
 
 
@@ -249,11 +306,12 @@ _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
 def left_to_do(gold: Scalar, answer: Scalar) -> bool:
-    """Whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
+    """Return whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
 
-    That is a sum, product or chain of quotients where the gold answer is a number, and a `\\sum`, integral, limit or derivative where it
-    holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for it learns to repeat the question. A single fraction
-    is a number, reduced or not (`84/2`), and so are decimals, `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}` and `\\sqrt{4}`.
+    That is a sum, product, logarithm, remainder or chain of quotients where the gold answer is a number, and a `\\sum`,
+    integral, limit or derivative where it holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for
+    it learns to repeat the question. A single fraction is a number, reduced or not (`84/2`), and so are decimals,
+    `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}`, `5!` and `\\sqrt{4}`.
     """
     import sympy
 
@@ -265,13 +323,17 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
         return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
     if not isinstance(_exact(gold.value), Fraction):
         return False
-    if all(atom.is_Number for atom in expression.atoms()) and (_DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1):
+    if all(atom.is_Number for atom in expression.atoms()) and (
+        _DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
+    ):
         return True  # which sympy may have carried out already
-    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(sympy.log, sympy.Mod)
+    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
+        sympy.log, sympy.Mod
+    )
 
 
 def _operation(part: Any) -> bool:
-    """Whether a part of an expression is a sum or product of numbers, but for a fraction, and an angle such as 5 pi / 6."""
+    """Return whether a part of an expression is a sum or product of numbers: no fraction, and no angle (5 pi / 6)."""
     import sympy
 
     if part.is_Add:
@@ -286,7 +348,7 @@ def _operation(part: Any) -> bool:
 
 
 def _operand(factor: Any) -> bool:
-    """Whether a factor is a number or a power of one. Powers of ten are a way to write it."""
+    """Return whether a factor is a number or a power of one. Powers of ten are a way to write it."""
     if factor.is_Number:
         return True
     return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Integer and factor.base != 10
@@ -296,7 +358,7 @@ def _operand(factor: Any) -> bool:
 
 
 def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
-    """Whether two equations are the same up to their sides and a constant factor, which is positive for an inequality."""
+    """Return whether two equations are the same up to sides and a constant factor, positive for an inequality."""
     import sympy
 
     gold, answer = _sympy(left) - _sympy(right), _sympy(other_left) - _sympy(other_right)
@@ -304,12 +366,15 @@ def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, posi
     if not letters or letters != answer.free_symbols:
         return False
     factors = []
-    for values in zip(*(_sampled(tree, letters) for tree in (gold, answer)), strict=True):
-        if None in values or not all(value.is_number for value in values):
+    for point in _points(letters):
+        values = [_value(tree, point) for tree in (gold, answer)]
+        if None in values:
             continue
         if abs(values[1]) < 1e-30 or abs(values[0]) < 1e-30:
             return False
         factors.append(sympy.N(values[0] / values[1], 30))
-    if len(factors) < 3 or any(abs(factor - factors[0]) > abs(factors[0]) * sympy.Float("1e-20") for factor in factors):
+        if abs(factors[-1] - factors[0]) > abs(factors[0]) * sympy.Float("1e-20"):
+            return False
+    if len(factors) < 3:
         return False
     return not positive or bool(factors[0].is_real and factors[0] > 0)

@@ -16,15 +16,23 @@ class Unit(NamedTuple):
 _NAMES: dict[str, tuple[str, Fraction]] = {}
 
 
+_PREFIXES = {
+    "k": (3, "kilo"), "c": (-2, "centi"), "m": (-3, "milli"), "d": (-1, "deci"), "μ": (-6, "micro"), "n": (-9, "nano"),
+    "M": (6, "mega"), "G": (9, "giga"), "h": (2, "hecto"),
+}  # fmt: skip
+
+
 def _add(base: str, factor: object, *names: str, prefixes: str = "") -> None:
     for name in names:
         _NAMES[name] = (base, Fraction(str(factor)))
-    powers = {"k": (3, "kilo"), "c": (-2, "centi"), "m": (-3, "milli"), "d": (-1, "deci"), "μ": (-6, "micro"), "n": (-9, "nano"), "M": (6, "mega"), "G": (9, "giga"), "h": (2, "hecto")}  # fmt: skip
     for prefix in prefixes:
-        power, long = powers[prefix]
+        power, long = _PREFIXES[prefix]
         for name in names:
             if name.isascii():
-                _NAMES[(prefix if len(name) <= 3 else long) + name] = (base, Fraction(str(factor)) * Fraction(10) ** power)
+                _NAMES[(prefix if len(name) <= 3 else long) + name] = (
+                    base,
+                    Fraction(str(factor)) * Fraction(10) ** power,
+                )
 
 
 _add("m", 1, "m", "meter", "metre", "米", prefixes="kcmdμn")
@@ -73,22 +81,42 @@ _add("cny", 1, "元", "yuan", "CNY", "RMB", "rmb", "人民币", "块")
 _add("yen", 1, "¥", "yen", "JPY", "円", "日元")
 _add("rupee", 1, "₹", "rupee", "Rs", "INR", "rs")
 _add("%", 1, "%", "percent")
-_NAMES |= {"mph": ("mph", Fraction(1)), "kph": ("kph", Fraction(1)), "kmh": ("kph", Fraction(1)), "kmph": ("kph", Fraction(1))}
-_COMPOUND = {"mph": ("m", "s", Fraction("1609.344") / 3600), "kph": ("m", "s", Fraction(1000) / 3600)}
+_NAMES |= {
+    "mph": ("mph", Fraction(1)),
+    "kph": ("kph", Fraction(1)),
+    "kmh": ("kph", Fraction(1)),
+    "kmph": ("kph", Fraction(1)),
+}
+_COMPOUND: dict[str, tuple[str, str | None, Fraction]] = {
+    "mph": ("m", "s", Fraction("1609.344") / 3600),
+    "kph": ("m", "s", Fraction(1000) / 3600),
+}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "平方": 2, "立方": 3}
 _MANY = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 # words behind a number by which it is another number, no number, or not the answer
-_NO_UNIT = set(
-    ["or", "and", "not", "no", "nor", "to", "from", "minus", "plus", "times", "divided", "over", "mod", "modulo", "less", "more", "than", "least", "most", "about", "approximately", "around", "wrong", "incorrect", "false", "is", "isn", "are", "was", "be", "but", "if", "else", "maybe", "either", "neither", "half", "halves", "third", "thirds", "quarter", "quarters", "fifth", "tenth", "tenths", "hundredths", "thousandths", "squared", "cubed", "factorial", "twice", "double", "triple", "pairs", "pair", "point", "negative", "positive", "the", "answer", "base", "between", "up", "down", "unless", "except", "without", "instead", "rather", "greater", "smaller", "fewer", "otherwise", "when", "where", "for", "all", "any", "some", "each", "every", "different", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "zero"]
+_NO_UNIT = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        or and not no nor to from minus plus times divided over mod modulo less more than least most about approximately
+        around wrong incorrect false is isn are was be but if else maybe either neither half halves third thirds quarter
+        quarters fifth tenth tenths hundredths thousandths squared cubed factorial twice double triple pairs pair point
+        negative positive the answer base between up down unless except without instead rather greater smaller fewer
+        otherwise when where for all any some each every different one two three four five six seven eight nine ten
+        eleven twelve zero
+        """,
+    )
 )
-_TOKEN = re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|([^\W\d_]+)|(/|\bper\b)|(\S)", re.UNICODE)
+_TOKEN = re.compile(
+    r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)"
+)
 
 
 def is_known(word: str) -> bool:
-    """Whether a word is a unit's name."""
+    """Return whether a word is a unit's name."""
     return _name(word) is not None
 
 
@@ -102,10 +130,19 @@ def _name(word: str) -> tuple[str, Fraction] | None:
 def read_unit(text: str) -> tuple[Unit, int] | None:
     """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
 
-    Words that are in no table are units of their own, such as "apples": up to four, without any that changes the number.
+    Words that are in no table count as units, such as "apples": up to four, without any that changes the number.
     """
-    text = text.replace("\\text", " ").replace("{", " { ").replace("^\\circ", "°").replace("\\cdot", " ").replace("\\mu", "μ")
-    text = re.sub(r"\{\s*(-?\d)\s*\}", r"\1", text).replace("{", " ").replace("}", " ").replace("*", " ").replace("⋅", " ")
+    text = (
+        text.replace("\\text", " ")
+        .replace("{", " { ")
+        .replace("^\\circ", "°")
+        .replace("\\cdot", " ")
+        .replace("\\mu", "μ")
+    )
+    text = (
+        re.sub(r"\{\s*(-?\d)\s*\}", r"\1", text).replace("{", " ").replace("}", " ").replace("*", " ").replace("⋅", " ")
+    )
+    text = text.replace("(s)", "")
     text = re.sub(r"\b([ap])\.\s*m\b", "or", text)  # a time of day is no unit
     bases: dict[str, int] = {}
     factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
@@ -113,11 +150,11 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
 
     def times(name: str, scale: Fraction, exponent: int) -> None:
         nonlocal factor
-        for base, size, way in ((name, scale, 1),) if name not in _COMPOUND else (
-            (_COMPOUND[name][0], _COMPOUND[name][2] * scale, 1), (_COMPOUND[name][1], Fraction(1), -1)
-        ):  # fmt: skip
-            bases[base] = bases.get(base, 0) + way * exponent
-            factor *= size**exponent
+        above, below, rate = _COMPOUND.get(name, (name, None, Fraction(1)))
+        bases[above] = bases.get(above, 0) + exponent
+        if below is not None:
+            bases[below] = bases.get(below, 0) - exponent
+        factor *= (scale * rate) ** exponent
 
     for raised, sign_of, scale_of, word, slash, other in _TOKEN.findall(text):
         if raised:
@@ -127,7 +164,7 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
             last = None
         elif slash:
             sign = -1
-        elif other in (".", "(", ")"):
+        elif other == ".":
             continue
         elif other:
             return None
@@ -144,9 +181,13 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
                 continue
             if name.lower() in _NO_UNIT or words >= 4:
                 return None
+            if _name(name) is None and len(name) == 1 and name.isascii():
+                return None  # a letter is a factor
             last = _name(name) or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)
             power = 1
     kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    if words > 1 and "%" in bases:
+        return None
     return (Unit(kept, factor), many) if kept or many != 1 else None

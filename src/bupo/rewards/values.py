@@ -18,7 +18,7 @@ class Scalar:
     Attributes:
         value: a fraction where the text is a number, else a tree of sympy, not evaluated.
         step: one in the last place of a decimal; None where the number is exact.
-        unit: what stands behind it.
+        unit: the unit that follows it.
         text: as it was read, plain.
     """
 

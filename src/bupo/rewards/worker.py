@@ -1,12 +1,12 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"number": ..., "answer": ..., "gold": ..., "problem": ..., "deadline": ...}` is answered by one of `number`, `verdict`, `value`,
-`strict` and `reason`. `problem` names a problem whose task has a scorer (`bupo.rewards.task_scorers`), else it is null. A line without
-`answer` makes the problem, which may be slow the first time. The parent keeps the deadline, so math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a
-swapping machine.
+One line `{"number": ..., "answer": ..., "gold": ..., "problem": ..., "deadline": ...}` is answered by one of `number`, `verdict`,
+`value`, `strict` and `reason`. `problem` names a problem whose task has a scorer (`bupo.rewards.task_scorers`), else it is null. A
+line without `answer` makes the problem, which may be slow the first time. The parent keeps the deadline, so math-verify's own
+alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
 
-The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed ones and the
-files beside this one is imported. It is told where math-verify is where that is no installed package.
+The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed
+ones and the files beside this one is imported. It is told where math-verify is where that is no installed package.
 """
 
 import functools
@@ -32,8 +32,9 @@ def _find_siblings() -> None:
 def grade(answer: str, gold: str) -> dict[str, str | None]:
     """Return the grade of an answer: `verdict`, `value`, `strict` and `reason`.
 
-    `verdict` is math-verify's own, of the text as it stands: its authors' `verify(parse(gold), parse(answer))`, the gold answer in a box.
-    The others are of `bupo.rewards.equality.judge`: the final answer, at most 200 characters of it, the strict verdict, and why there is none.
+    `verdict` is math-verify's own, of the text as it stands: its authors' `verify(parse(gold), parse(answer))`, the gold answer
+    in a box. The others come from `bupo.rewards.equality.judge`: at most 200 characters of the final answer, the strict
+    verdict, and why there is none.
     """
     from bupo.rewards import equality
 
