@@ -259,8 +259,8 @@ class MathGrader:
 
         Args:
             answers, golds (`list[str]`): completions and gold answers.
-            problems (`list[str | None]`, *optional*): names of problems whose tasks have a scorer, which then gives both verdicts
-                ([`bupo.rewards.task_scorers`]).
+            problems (`list[str | None]`, *optional*): names of problems whose tasks have a scorer, which then gives both
+                verdicts ([`bupo.rewards.task_scorers`]).
 
         Raises:
             UserError: if the lengths differ.

@@ -1,9 +1,9 @@
 """The child process that grades: JSON lines in, JSON lines out. Whatever hangs or eats memory in here is killed.
 
-One line `{"number": ..., "answer": ..., "gold": ..., "problem": ..., "deadline": ...}` is answered by one of `number`, `verdict`,
-`value`, `strict` and `reason`. `problem` names a problem whose task has a scorer (`bupo.rewards.task_scorers`), else it is null. A
-line without `answer` makes the problem, which may be slow the first time. The parent keeps the deadline, so math-verify's own
-alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
+One line `{"number": ..., "answer": ..., "gold": ..., "problem": ..., "deadline": ...}` is answered by one of `number`,
+`verdict`, `value`, `strict` and `reason`. `problem` names a problem whose task has a scorer (`bupo.rewards.task_scorers`), else
+it is null. A line without `answer` makes the problem, which may be slow the first time. The parent keeps the deadline, so
+math-verify's own alarms are off. A memory limit turns `9**9**9` into an error instead of a swapping machine.
 
 The parent starts this file by its path, in an isolated Python with an empty environment, so that no module but the installed
 ones and the files beside this one is imported. It is told where math-verify is where that is no installed package.
