@@ -206,7 +206,9 @@ def test_both_grades_stand_side_by_side(tmp_path, capsys):
     table = graded(problems, [[Answer(text, 3, False)] for text in texts])
     assert table["verdict"].tolist() == ["correct", "correct", "unparsable", "unparsable"]
     assert table["strict"].tolist() == ["unevaluated", "correct", "correct", "unparsable"]
-    assert table["value"][1:3].tolist() == problems[1:3]["answer"] and table["value"].isna().tolist() == [False] * 3 + [True]
+    assert table["value"][1:3].tolist() == problems[1:3]["answer"] and table["value"].isna().tolist() == [False] * 3 + [
+        True
+    ]
     table = graded(problems, [[Answer(text, 3, False)] for text in texts[:1] * 3 + texts[-1:]])
     found = summarize(table)
     assert (found["avg@k"], found["strict_avg@k"]) == (0.25, 0.0)  # the question's sum is the first one's answer only
