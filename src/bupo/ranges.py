@@ -1,8 +1,8 @@
 """What an option may be: its type, its words and its numbers, refused in the same line for every command and from Python.
 
 Ranges are written as intervals: `[0, 1)` holds 0 and not 1, `(0, inf]` also infinity, and `whole` comes before those of whole
-numbers. No whole number lies beyond `LARGEST`, and no range holds NaN. Other numbers are computed with in fp32: those that it
-does not hold, which torch refuses or takes for 0 or infinite, are in no range.
+numbers. No whole number lies beyond `LARGEST`, and no range holds NaN. Other numbers are computed with in fp32: those near its
+ends, whose products and quotients torch refuses or takes for 0 or infinite, are in no range.
 """
 
 import reprlib
@@ -21,7 +21,7 @@ from bupo.errors import UserError
 ANY, WHOLE = "(-inf, inf)", "whole (-inf, inf)"
 COUNT, FROM_0 = "whole [1, inf)", "whole [0, inf)"
 SHARE, NOT_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
-SMALLEST_NORMAL, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32
+FINEST, GREATEST = 1e-30, 1e30  # sizes of numbers that are not whole; fp32 ends at 1e-38 and 3e38
 COLDEST = 1e-6  # temperature: logits over less of it leave fp32
 LARGEST = 2**32 - 1  # seeds reach as far; nobody counts further
 LONGEST = 200  # characters of a value in a message
@@ -71,7 +71,7 @@ class Range(NamedTuple):
             and isfinite(value)
             and not in_fp32(float(value))
         ):
-            return f"be a number that fp32 holds ({SMALLEST_NORMAL:.2g} to {LARGEST_FLOAT:.2g} in size)"
+            return f"be 0, or from {FINEST:g} to {GREATEST:g} in size, which fp32 can compute with"
         if self.low == -inf:
             return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
         if self.high != inf:
@@ -85,8 +85,8 @@ class Range(NamedTuple):
 
 
 def in_fp32(value: float) -> bool:
-    """Whether fp32 holds a number, if rounded: it is 0, a normal number or infinite."""
-    return value == 0 or SMALLEST_NORMAL <= abs(value) <= LARGEST_FLOAT or abs(value) == inf
+    """Return whether fp32 can compute with a number: it is 0, infinite, or far from the ends of fp32."""
+    return value == 0 or FINEST <= abs(value) <= GREATEST or abs(value) == inf
 
 
 def abridged(value: Any) -> str:

@@ -59,10 +59,10 @@ RANGES = {
     "adam_epsilon": NOT_NEGATIVE,
     "max_grad_norm": "[-inf, inf]",  # 0 or less: gradients are not clipped
     "label_smoothing_factor": ANY,
-    "neftune_noise_alpha": ANY,
+    "neftune_noise_alpha": NOT_NEGATIVE,
     # sampling
     "max_completion_length": COUNT,
-    "temperature": f"[{COLDEST}, inf)",
+    "temperature": POSITIVE,
     "top_p": "(0, 1]",
     "top_k": "whole [-1, inf)",
     "min_p": SHARE,
@@ -156,6 +156,8 @@ def check_training(config: Any) -> None:
     check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*NONE_TOO})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
+    if config.temperature < COLDEST:
+        raise UserError(f"temperature must be {COLDEST:g} or more, got {abridged(config.temperature)}")
     for name, words in WORDS.items():
         check_word(name, getattr(config, name), words)
     for name, hint in hints.items():
