@@ -186,9 +186,6 @@ WEIGHTS_WRONG = {
 }
 # of what generation_config.json says
 GENERATION_WRONG = {
-    "several sequences": generation("num_return_sequences must be 1", num_return_sequences=3),
-    "no sequence": generation("num_return_sequences must be 1", num_return_sequences=0),
-    "a dictionary": generation("return_dict_in_generate must be false", return_dict_in_generate=True),
     "text as the end": generation("eos_token_id must be a token's id", eos_token_id="<|im_end|>"),
     "text among the ends": generation("eos_token_id must be a token's id", eos_token_id=[1, "2"]),
     "an end beyond all numbers": generation("eos_token_id must be a token's id", eos_token_id=10**30),

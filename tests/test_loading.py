@@ -260,7 +260,7 @@ SOME = {
     "renamed": WEIGHTS_WRONG["all under other names"],
     "nan": WEIGHTS_WRONG["nan"],
     "int8": WEIGHTS_WRONG["int8"],
-    "generation": GENERATION_WRONG["several sequences"],
+    "generation": GENERATION_WRONG["text as the end"],
     "tokenizer": TOKENIZER_WRONG["no files, Gemma's type"],
     "vocabulary": TOKENIZER_WRONG["a token more"],
 }

@@ -341,10 +341,6 @@ def _wanted(setting: str, value: Any) -> str | None:
         known = (isinstance(token, int) and not isinstance(token, bool) and -1 <= token < 2**31 for token in ids)
         if not ids or not all(known):  # -1 stands for none in old files
             return "a token's id" if setting != "eos_token_id" else "a token's id, or a list of them"
-    if setting == "num_return_sequences" and value != 1:
-        return "1, since each prompt is sampled as often as the options say"
-    if setting == "return_dict_in_generate" and value:
-        return "false, since sampling reads plain token ids"
     return None
 
 
