@@ -79,7 +79,7 @@ def test_finished_runs_of_other_contents(tmp_path, change):
 @pytest.mark.parametrize("name", [name for name in ANY | TEXT if name not in ("missing", "null")])
 def test_summaries(tmp_path, name):
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"schema_version": 3, "benchmarks": {"a": NUMBERS}, "meta": {}}))
+    path.write_text(json.dumps({"schema_version": 4, "benchmarks": {"a": NUMBERS}, "meta": {}}))
     assert read_summary(str(tmp_path))["benchmarks"]["a"] == NUMBERS
     (ANY | TEXT)[name](path)
     damaged(path, lambda: table_of([str(tmp_path)]))
@@ -90,7 +90,7 @@ def test_summaries(tmp_path, name):
 )
 def test_summaries_of_other_numbers(tmp_path, numbers):
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"schema_version": 3, "benchmarks": {"a": numbers}}))
+    path.write_text(json.dumps({"schema_version": 4, "benchmarks": {"a": numbers}}))
     summary = read_summary(str(tmp_path))
     assert "a: " in damaged(path, lambda: check_numbers(str(tmp_path), summary, ["a"]))
 

@@ -335,7 +335,15 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
 
 def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
     (tmp_path / "global_step4").mkdir()
-    torch.save({"layout": {"processes": 2}}, tmp_path / STATE_FILE)
+    state = {
+        "passes": 4,
+        "layout": {"processes": 2, "micro_steps": 2},
+        "planned": [],
+        "metrics": {},
+        "numbers": {},
+        "parts": {},
+    }
+    torch.save({**state, "completions": None}, tmp_path / STATE_FILE)
     trainer: Any = SimpleNamespace(
         is_fsdp_enabled=False, is_deepspeed_enabled=True, accelerator=SimpleNamespace(num_processes=1)
     )

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -185,6 +186,11 @@ def test_policies_of_a_masked_model(writing):
 
 class Ids:
     """A tokenizer that writes a token as its id."""
+
+    added_tokens_decoder: ClassVar[dict] = {}
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
 
     def decode(self, ids):
         return str(ids[0])

@@ -29,7 +29,7 @@ def words(folder, **changes):
         "model": "embedded",
         "dataset": "arithmetic",
         "size": 64,
-        "max_new_tokens": 20,
+        "max_new_tokens": 28,
         "output": folder,
         **OPTIONS,
     }
@@ -51,7 +51,7 @@ def commanded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    config = bupo.BuPOConfig(str(tmp_path_factory.mktemp("runs") / "python"), max_completion_length=20, **OPTIONS)
+    config = bupo.BuPOConfig(str(tmp_path_factory.mktemp("runs") / "python"), max_completion_length=28, **OPTIONS)
     return bupo.train("embedded", config, bupo.TrainOptions(dataset="arithmetic", size=64))
 
 

@@ -247,7 +247,7 @@ def unreadable(folder, name):
     """A folder that is none of these, by what is wrong with it."""
     if name == "cut-summary":
         evaluate(folder, "embedded", math=50)
-        (folder / "summary.json").write_text('{"schema_version": 3, "meta": {"mod')
+        (folder / "summary.json").write_text('{"schema_version": 4, "meta": {"mod')
     elif name == "no-config":
         train(folder, 1)
         (folder / "config.yaml").unlink()

@@ -11,7 +11,7 @@ from bupo.report.scoreboard import method_of, scoreboard, wide
 
 def summary(k=16, problems=2, **scores):
     found = {name: {"avg@k": score, "k": k, "problems": problems} for name, score in scores.items()}
-    return {"schema_version": 3, "meta": {}, "benchmarks": found, "harness": {}}
+    return {"schema_version": 4, "meta": {}, "benchmarks": found, "harness": {}}
 
 
 SEEDS = (("bupo", summary(a=0.50, b=0.20)), ("bupo", summary(a=0.60, b=0.40)), ("bupo", summary(a=0.70, b=0.30)))

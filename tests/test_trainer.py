@@ -460,7 +460,7 @@ def test_weights_that_have_diverged_are_named(tmp_path):
     model = model_of()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"residual|differ"):  # refused on load
+    with pytest.raises(UserError, match="logits are not finite"):  # refused on load
         trainer_of(model, config(tmp_path))
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
@@ -560,5 +560,5 @@ def test_a_run_that_graded_nothing_does_not_pass_for_a_trained_one(tmp_path, cap
     with lines.closing(), pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
         trainer.train()
     assert not changed(before, model)
-    assert [row["reward"] for row in trainer.state.log_history if "phase" in row] == [None]
+    assert [row.get("reward") for row in trainer.state.log_history if "phase" in row] == [None]
     assert "1 layer 2" in capsys.readouterr().out

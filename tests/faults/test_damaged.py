@@ -125,7 +125,7 @@ def test_a_damaged_file_is_one_line(base, tmp_path, monkeypatch, capfd, command,
 def test_all_of_a_report_is_left_out_by_name(base, tmp_path, monkeypatch, capsys):
     copied(base, tmp_path, "run ev an")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ev" / "summary.json").write_text('{"schema_version": 3, "meta"')
+    (tmp_path / "ev" / "summary.json").write_text('{"schema_version": 4, "meta"')
     shutil.copyfile(tmp_path / "ev" / "summary.json", tmp_path / "an" / "layers.parquet")
     assert main(REPORT) == 0
     left_out = next(line for line in capsys.readouterr().out.split("page:")[:1])

@@ -168,6 +168,7 @@ def _results(history: list[dict]) -> str:
     """The first and the last rollout batch that were logged."""
     rows = [numbers(row) for row in history]
     rows = [row for row in rows if "rollout_batch" in row]
+    rows = [row for row in rows if "completions/mean_length" in row] or rows  # a batch's first log holds its rewards
     shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
     table = [
         {"of rollout batch": f"{batch:g}"} | {what: _result(row, name) for name, what in SHOWN.items()}

@@ -156,7 +156,7 @@ def check_training(config: Any) -> None:
     check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*NONE_TOO})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
-    if config.temperature < COLDEST:
+    if 0 < config.temperature < COLDEST:
         raise UserError(f"temperature must be {COLDEST:g} or more, got {abridged(config.temperature)}")
     for name, words in WORDS.items():
         check_word(name, getattr(config, name), words)

@@ -217,7 +217,6 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
     """
     if trainer.reads_images:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
-    check_evaluations(trainer)
     if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
         raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
     if args.deepspeed and not trainer.is_deepspeed_enabled:

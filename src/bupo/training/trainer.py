@@ -77,6 +77,7 @@ class BuPOTrainer(TRLTrainer):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.loaded_dtype = loaded(self.model, self.ref_model, half, args)
         check_run(self, args := self.args)
+        check_evaluations(self)
         set_up_generation(self, args)
         without_dropout(self.model, args, probe_tokens(self.model))
         self.given = of_given(self)
