@@ -56,7 +56,12 @@ _COMMANDS = [
         (r"\\(?:rm|bf|it)\s", ""),
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|textup|mbox|hbox|emph|underline)\s*\{", r"\\text{"),
         (r"\\(?:mathrm|mathit|mathsf|mathtt|operatorname\*?)\s*\{", r"\\text{"),
-        (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (
+            r"\\frac\s*\{\s*\\text\{([^{}]*)\}(\^\d)?\s*\}\s*\{\s*\\text\{([^{}]*)\}(\^\{?\d\}?)?\s*\}",
+            r"\\text{\1\2/\3}\4",
+        ),
+        (r"\\(?:text)?(?:pounds|sterling)(?![a-zA-Z])", "£"),
+        (r"\\(?:text)?euro(?![a-zA-Z])", "€"),
         (r"\\(?:boldsymbol|bm|mathbf)\s*\{(?![ijk]\})", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
         (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\!|\{,\}|\{\\,\}|\{\\ \})(?=\d{3}(?!\d))", ","),  # 10\,000
@@ -77,7 +82,7 @@ _COMMANDS = [
         (r"\\(?:textdegree|degree|deg)(?![a-zA-Z])", r"^\\circ "),
         (r"\^\s*\{?\s*\^?\\circ\s*\}?", r"^\\circ "),
         (r"\\(?:mathbb|Bbb)\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
-        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"\\text\{\s*([ie])\s*\}|(?<=\d)\\text\{E\}(?=\s*[-+\d])", lambda match: match[1] or "e"),
         (r"\\(?:imath|jmath|ii)(?![a-zA-Z])", "i"),
         (r"\\(?:cdotp|bullet|ast)(?![a-zA-Z])", r"\\cdot "),
         (r"\\(?:lnot|neg)(?![a-zA-Z])", "¬"),
