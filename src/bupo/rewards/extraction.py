@@ -29,11 +29,13 @@ _THINKING = (
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BETWEEN = re.compile(  # boxes so joined are one answer
-    r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
+    r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _NOT = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
-    r"\\neq?\b)"
+    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|\bunlikely|\bimpossible|\bden(?:y|ies|ied)|"
+    r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|\bexcept(?: for)?|"
+    r"n['’]est pas|\bnicht|\bkein\w*|\bno (?:es|son|puede ser)|\bnon è|\bnão é|\bне|不是|并非|不等于)"
 )
 _FILLER = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
@@ -48,6 +50,8 @@ _DENIED_AFTER = re.compile(
     r"(?:not\b|n't|n’t|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
+    r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
+    r"\b(?:mistaken|wrong(?:ly)?|incorrect(?:ly)?|false|untrue|not (?:true|right|correct)|an? (?:error|mistake))"
 )
 # boxes of one sentence between which the answer does not decide
 _UNDECIDED = re.compile(
@@ -59,10 +63,19 @@ _AGREE = re.compile(
 _OR_ANOTHER = re.compile(
     r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
+# a second possibility in the same sentence
+_POSSIBLE_TOO = re.compile(
+    r"(?i)[^.!?\n]{0,60}?\b(?:though|although|but|while|and)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$\\(]*-?\d[^.!?\n]{0,30}?"
+    r"\b(?:possible|plausible|likely|might|may|could|also|too|as well|works|valid)\b"
+)
 _TAKES_BACK = re.compile(
     r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
     r"\b(?:answer|result|it|value|that|box)\b.{0,30}?\b(?:is|be|was|equals|should|wrong|incorrect)\b",
     re.DOTALL,
+)
+_DISREGARDED = re.compile(
+    r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|I made an? (?:mistake|error)|"
+    r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b)"
 )
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
@@ -107,14 +120,33 @@ def final_answer(completion: str) -> Extracted:
     return _boxed(spoken) if _BOX.search(spoken) else _unboxed(spoken)
 
 
+def later_answer(completion: str) -> str | None:
+    """Return the number, formula or letter that is stated as "the answer is" behind the last box; None where none is."""
+    spoken = _without_thinking(completion)
+    boxes = list(_BOX.finditer(spoken))
+    end = _end(spoken, boxes[-1].end()) if boxes else None
+    if end is None or len(spoken) - end > _LONGEST:
+        return None
+    for phrase in reversed(list(_PHRASE.finditer(spoken, end))):
+        clause = _clause(spoken, phrase.end())
+        sentence = re.split(r"[.;!?\n]\s*", spoken[end : phrase.end()])[-1]
+        doubted = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NOT}", sentence)
+        if doubted or not re.match(r"[\s*$(\\\[]*(?:[-+−]?[\d.√]|[-+]?\\(?:frac|sqrt|pi)|[A-Z]\b(?!\s+[a-z]))", clause):
+            continue
+        return _stated(clause).text
+    return None
+
+
 def _without_thinking(text: str) -> str:
     for opening, closing in _THINKING:
-        if closing in text:  # the prompt may have opened it
-            before, _, text = text.rpartition(closing)
-            if opening not in before and opening in text:
-                text = text.partition(opening)[0]
-        elif opening in text:
-            return text.partition(opening)[0] if opening != "<|channel|>analysis" else ""
+        low = text.lower() if len(text.lower()) == len(text) else text
+        if (end := low.rfind(closing.lower())) >= 0:  # the prompt may have opened it
+            before, text = low[:end], text[end + len(closing) :]
+            start = low.find(opening.lower(), end)
+            if opening.lower() not in before and start >= 0:
+                text = text[: start - end - len(closing)]
+        elif (start := low.find(opening.lower())) >= 0:
+            return text[:start] if opening != "<|channel|>analysis" else ""
     return text
 
 
@@ -134,7 +166,7 @@ def _boxed(text: str) -> Extracted:
             denied.add(inner)
         else:
             kept.append((start, end, inner))
-    if not kept or kept[-1][2] in denied or _TAKES_BACK.search(text, kept[-1][1]):
+    if not kept or kept[-1][2] in denied or _DISREGARDED.match(text, kept[-1][1]) or _TAKES_BACK.search(text, kept[-1][1]):
         return Extracted(None, TAKEN_BACK)
     start, _, inner = kept.pop()
     answers = [_innermost(inner)]
@@ -149,7 +181,7 @@ def _boxed(text: str) -> Extracted:
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
-    if _OR_ANOTHER.match(text, end):
+    if _OR_ANOTHER.match(text, end) or _POSSIBLE_TOO.match(text, end):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:
         return False
@@ -192,11 +224,7 @@ def _unboxed(text: str) -> Extracted:
         return _stated(hashes[-1])
     if phrases := list(_PHRASE.finditer(text)):
         last = phrases[-1]
-        rest = text[last.end() :].lstrip(" \n*_:")
-        end = _SENTENCE_END.search(rest)
-        formula = _FORMULA.match(rest)
-        clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
-        clause = _REASON.split(clause)[0]
+        clause = _clause(text, last.end())
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
@@ -214,6 +242,15 @@ def _unboxed(text: str) -> Extracted:
     if formula and not re.search(rf"(?i){_NOT}", lines[-1][: formula.start()]):
         return _stated(next(filter(None, formula.groups())))
     return Extracted(None, NO_ANSWER)
+
+
+def _clause(text: str, start: int) -> str:
+    """The formula or the words that follow "the answer is"."""
+    rest = text[start:].lstrip(" \n*_:")
+    end = _SENTENCE_END.search(rest)
+    formula = _FORMULA.match(rest)
+    clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
+    return _REASON.split(clause)[0]
 
 
 def _stated(text: str) -> Extracted:

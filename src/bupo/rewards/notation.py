@@ -104,6 +104,13 @@ _SYNONYMS = {
     for wanted, phrases in {
         "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
                          "no real solutions"],
+        **{
+            f"{day}day": short.split()
+            for day, short in {
+                "mon": "mon", "tues": "tue tues", "wednes": "wed", "thurs": "thu thur thurs", "fri": "fri", "satur": "sat",
+                "sun": "sun",
+            }.items()
+        },
         "does not exist": ["dne", "doesn't exist", "undefined", "not defined"],
         "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
                         "the real numbers", "\\text{R}"],
@@ -138,6 +145,49 @@ def unwrapped(text: str) -> str:
         text = shorter
 
 
+def _folded(word: re.Match) -> str:
+    """A word without capitals. Two or three letters may be a product, where `ab` is not `AB`: only what can be read as a word."""
+    return word[0].casefold() if len(word[0]) > 3 or word[0].lower() in _SHORT_WORDS or re.fullmatch(r"[A-Z][a-z]{2}", word[0]) else word[0]
+
+
+_SHORT_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a am an and are as at be big boy bus by car cat dne day dog eat end few fox go he hot if in is it its man may me my "
+        "new no not now odd of off on one or our out pen pi red run she so sum sun ten the to two up us we yes you",
+    )
+)
+_UNITS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen".split()
+    )
+} | {
+    word: 10 * value
+    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
+
+
+def in_words(text: str) -> int | None:
+    """Return the number below a million that English words write; None for another text."""
+    words = re.sub(r"\\text\{([^{}]*)\}|-", lambda match: match[1] or " ", text).strip().lower().split()
+    total, part, last = 0, 0, 1000
+    for word in words:
+        if word in _UNITS:
+            value = _UNITS[word]
+            if value >= last or (last == 20 and value > 9) or (value == 0 and len(words) > 1):
+                return None
+            part, last = part + value, 1 if value < 20 else 10
+        elif word == "hundred" and 0 < part < 10:
+            part, last = 100 * part, 100
+        elif word == "thousand" and part and not total:
+            total, part, last = 1000 * part, 0, 1000
+        elif word != "and" or last != 100:
+            return None
+    return total + part if words and words[-1] != "and" else None
+
+
 def text_key(text: str) -> str:
     """Return what has to be the same of two texts that are plain: their words, letters and signs, in order.
 
@@ -148,5 +198,6 @@ def text_key(text: str) -> str:
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
-    text = _CLOSING.sub("", _WORD.sub(lambda match: match[0].casefold(), text))
+    text = _CLOSING.sub("", _WORD.sub(_folded, text))
+    text = re.sub(r"^(?:a|an|the) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)
