@@ -129,8 +129,6 @@ def _same_choice(gold: str, answer: str) -> Equality | None:
     if wanted is None or not (marked or flat == wanted[0]):
         return None
     given = read_choice(answer)
-    if given is None and wanted[1]:  # the value of the option
-        return compare(plain(wanted[1]), answer)
     if given is None or given[0] != wanted[0]:
         return Equality.OTHER
     more = given[1]

@@ -33,8 +33,8 @@ _BETWEEN = re.compile(  # boxes so joined are one answer
 )
 _NOT = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
-    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|\bunlikely|\bimpossible|\bden(?:y|ies|ied)|"
-    r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|\bexcept(?: for)?|"
+    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|\bunlikely (?:that|to)|\bimpossible (?:that|for)|\bden(?:y|ies|ied)|"
+    r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|"
     r"n['’]est pas|\bnicht|\bkein\w*|\bno (?:es|son|puede ser)|\bnon è|\bnão é|\bне|不是|并非|不等于)"
 )
 _FILLER = (

@@ -95,6 +95,7 @@ _WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+
 _CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\)+$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_ONLY_WORDS = re.compile(r"[^\d+*/=<>^_\\()]*")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SAID_FIRST = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
 
@@ -145,18 +146,6 @@ def unwrapped(text: str) -> str:
         text = shorter
 
 
-def _folded(word: re.Match) -> str:
-    """A word without capitals. Two or three letters may be a product, where `ab` is not `AB`: only what can be read as a word."""
-    return word[0].casefold() if len(word[0]) > 3 or word[0].lower() in _SHORT_WORDS or re.fullmatch(r"[A-Z][a-z]{2}", word[0]) else word[0]
-
-
-_SHORT_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a am an and are as at be big boy bus by car cat dne day dog eat end few fox go he hot if in is it its man may me my "
-        "new no not now odd of off on one or our out pen pi red run she so sum sun ten the to two up us we yes you",
-    )
-)
 _UNITS = {
     word: value
     for value, word in enumerate(
@@ -198,6 +187,7 @@ def text_key(text: str) -> str:
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
-    text = _CLOSING.sub("", _WORD.sub(_folded, text))
+    longer = 2 if _ONLY_WORDS.fullmatch(text) else 4  # in a formula, xy is not XY
+    text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= longer else word[0], text))
     text = re.sub(r"^(?:a|an|the) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)

@@ -122,7 +122,7 @@ _NOUNS = frozenset(
     re.findall(
         r"\w+",
         """
-        people persons person children child men man women woman mice geese sheep fish teeth feet dice cattle deer
+        st nd rd th people persons person children child men man women woman mice geese sheep fish teeth feet dice cattle deer
         unit way solution point apple student triple integer number digit element case term factor step edge side vertex
         vertices matrices indices tile coin marble ball card box book page game team player ticket piece cup spoon glass bag
         bottle pencil tree flower car house room day night time turn trip move member subset function graph path triangle
