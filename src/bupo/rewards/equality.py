@@ -4,6 +4,7 @@ The rules of each class are the table in docs/evaluation.md.
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from bupo.rewards.values import (
     symbols,
 )  # fmt: skip
 
+_RECURRING = re.compile(r"\.\d*\\(?:overline|bar|overbar|dot)|\d\s*\\ldots|\.\d*\(\d+\)")
 _NOTHING = re.compile(r"[\s?.,;:!'_…]*")
 
 
@@ -84,8 +86,10 @@ def compare(gold: str, answer: str) -> Equality:
         wanted = readings(gold)
     except Unreadable:
         return Equality.OTHER  # a text, and another one
-    best = Equality.OTHER
+    best, recurs = Equality.OTHER, _RECURRING.search(gold)
     for value in readings(answer, gold):
+        if recurs and isinstance(value, Scalar):  # a period that is cut off is another number
+            value = dataclasses.replace(value, step=None)
         for each in wanted:
             verdict = equal(each, value)
             if verdict == Equality.SAME:
