@@ -244,7 +244,7 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{1,3}\d|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{1,3}\d|--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
 
 
 def parsed(text: str) -> Any:
@@ -447,8 +447,10 @@ def _read(text: str) -> Any:
 
 
 def _intersection(text: str) -> Any:
-    """The interval of `x > 1 and x < 2`; None where a text is no such pair."""
+    """The interval of `x > 1 and x < 2`, or the union of `x < 1, x > 2`; None where a text is no such pair."""
     ands, _ = split_top(text, _AND)
+    both = len(ands) == 2
+    ands = ands if both else split_top(text, _COMMA)[0]
     if len(ands) != 2 or not all(re.search(r"[<>]|\\[lg]eq", part) for part in ands):
         return None
     values = [read(part.strip(" ,;")) for part in ands]
@@ -460,6 +462,12 @@ def _intersection(text: str) -> Any:
     above, below = ends if ends[1].low is None else ends[::-1]
     if below.high is None or above.high is not None:
         return None
+    if not both:  # a comma is "and" where the two overlap, and "or" where they do not
+        low, high = above.low.value, below.high.value
+        if not isinstance(low, Fraction) or not isinstance(high, Fraction) or low == high:
+            return None
+        if low > high:
+            return Named(values[0].name, Union((below, above)))
     return Named(values[0].name, Interval(above.low, below.high, above.low_open, below.high_open))
 
 
@@ -812,7 +820,7 @@ def _matrix(text: str) -> Any:
         raise Unreadable
     factor = re.sub(r"\\cdot|\\times|\*", "", match[1]).strip()
     named = re.fullmatch(r"(.*?)=\s*", factor)
-    if named and is_name(named[1]):
+    if named and (is_name(named[1]) or re.fullmatch(r"[A-Z]\s*\^\s*\{?(?:-?\d+|[nkTt])\}?\s*", named[1])):
         factor = ""
     if factor:
         scale = Scalar(Fraction(-1)) if factor == "-" else _only(factor)
@@ -899,8 +907,8 @@ def quantity(text: str) -> Scalar:
 def unit_letter(text: str) -> Scalar | None:
     """Return a number with a letter behind it as a number with a unit (`5m`), not as a product; None where it is none."""
     match = re.fullmatch(r"(.*\d\}?)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
-    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]):
-        return None
+    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
+        return None  # 15K may be 15,000
     number, unit = read_number(match[1]), read_unit(match[2])
     return Scalar(number.value, number.step, unit[0], match[1]) if number and unit else None
 

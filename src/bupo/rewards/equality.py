@@ -29,6 +29,7 @@ from bupo.rewards.values import (
     symbols,
 )  # fmt: skip
 
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+")
 _RECURRING = re.compile(r"\.\d*\\(?:overline|bar|overbar|dot)|\d\s*\\ldots|\.\d*\(\d+\)")
 _NOTHING = re.compile(r"[\s?.,;:!'_…]*")
 
@@ -76,7 +77,8 @@ def compare(gold: str, answer: str) -> Equality:
     Raises:
         Unreadable: if the gold answer is mathematics, and the answer is none.
     """
-    if text_key(gold) == text_key(answer):
+    is_list = _GROUPED.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
+    if text_key(gold) == text_key(answer) and not is_list:
         return Equality.SAME
     for same in (_same_choice, _same_letters, _same_boolean, _same_kind):
         verdict = same(gold, answer)

@@ -29,7 +29,7 @@ _THINKING = (
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BETWEEN = re.compile(  # boxes so joined are one answer
-    r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
+    r"[\s$,;&]*(?:,|;|\b(?:and|or|und|oder|et|ou|y|e|o|и|или)\b|\\text\{\s*(?:and|or)\s*\}|和|或者?)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _NOT = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
@@ -42,12 +42,12 @@ _FILLER = (
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
 )
 _DENIED_BEFORE = re.compile(
-    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was))[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|\b(?:assume|suppose|imagine|pretend)d?)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
     r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
-    r"(?:not\b|n't|n’t|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
+    r"(?:not\b|n't|n’t|(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
     r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
@@ -61,7 +61,7 @@ _AGREE = re.compile(
     r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
 )
 _OR_ANOTHER = re.compile(
-    r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
+    r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
 # a second possibility in the same sentence
 _POSSIBLE_TOO = re.compile(
@@ -75,7 +75,8 @@ _TAKES_BACK = re.compile(
 )
 _DISREGARDED = re.compile(
     r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|I made an? (?:mistake|error)|"
-    r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b)"
+    r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
+    r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
 )
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
@@ -228,7 +229,8 @@ def _unboxed(text: str) -> Extracted:
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
-        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(
+        end = text.find(clause, last.end()) + len(clause)
+        if _DENIED_AFTER.match(text, end) or _DISREGARDED.match(text, end) or _TAKES_BACK.search(
             text, last.end()
         ):
             return Extracted(None, TAKEN_BACK)

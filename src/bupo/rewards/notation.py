@@ -66,6 +66,10 @@ _COMMANDS = [
         (r"\\text\s+\{", r"\\text{"),
         (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\!|\{,\}|\{\\,\}|\{\\ \})(?=\d{3}(?!\d))", ","),  # 10\,000
         (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),
+        (
+            r"(?<![\d.,'])\d{1,3}(?:(?:\.\d{3}){2,}|(?:'\d{3})+)(?![\d,']|\.\d)",
+            lambda match: re.sub(r"[.']", ",", match[0]),
+        ),
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:thinspace|space|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\{\s*([,.:])\s*\}", r"\1"),
         (r"\\colon(?![a-zA-Z])\s*", ":"),
@@ -92,7 +96,7 @@ _COMMANDS = [
     ]
 ]  # fmt: skip
 _WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
-_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\)+$")
+_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\|(?<!\\)\\(?=\s*$))+$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _ONLY_WORDS = re.compile(r"[^\d+*/=<>^_\\()]*")
@@ -159,7 +163,10 @@ _UNITS = {
 
 
 def in_words(text: str) -> int | None:
-    """Return the number below a million that English words write; None for another text."""
+    """Return the number below a million that English words write, with its sign; None for another text."""
+    negative = re.match(r"(?i)\s*(?:\\text\{)?\s*(?:minus|negative) ", text)
+    if negative:
+        text = text[negative.end() :].replace("}", "")
     words = re.sub(r"\\text\{([^{}]*)\}|-", lambda match: match[1] or " ", text).strip().lower().split()
     total, part, last = 0, 0, 1000
     for word in words:
@@ -174,7 +181,8 @@ def in_words(text: str) -> int | None:
             total, part, last = 1000 * part, 0, 1000
         elif word != "and" or last != 100:
             return None
-    return total + part if words and words[-1] != "and" else None
+    number = total + part
+    return (-number if negative else number) if words and words[-1] != "and" else None
 
 
 def text_key(text: str) -> str:
@@ -189,5 +197,5 @@ def text_key(text: str) -> str:
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
     longer = 2 if _ONLY_WORDS.fullmatch(text) else 4  # in a formula, xy is not XY
     text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= longer else word[0], text))
-    text = re.sub(r"^(?:a|an|the) (?=[a-z]{3,}$)", "", text)
+    text = re.sub(r"^(?:a|an|the|on|in|at) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)

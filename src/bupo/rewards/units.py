@@ -111,7 +111,7 @@ _NO_UNIT = frozenset(
         percents percentage additional further remaining missing excluding including inclusive exclusive maximum
         minimum max average total rounded exactly nearly almost too also only just under above below upper lower
         wrongly false true right correct possible answers guesses options choices unless possibly probably doubtful log ln
-        sin cos tan root roots reciprocal inverse opposite complement remainder factorials exponents powers squares cubes
+        sin cos tan root roots reciprocal inverse opposite complement remainder factorials exponents powers 
         hundreds thousands millions billions fails works equals holds makes gives seems looks appears
         satisfies contradicts exceeds becomes has have had does did would could should will may might must can cannot many much gross couple couples twins trios
         """,
@@ -122,7 +122,7 @@ _NOUNS = frozenset(
     re.findall(
         r"\w+",
         """
-        st nd rd th people persons person children child men man women woman mice geese sheep fish teeth feet dice cattle deer
+        st nd rd th paths lengths widths depths youths births deaths moths people persons person children child men man women woman mice geese sheep fish teeth feet dice cattle deer
         unit way solution point apple student triple integer number digit element case term factor step edge side vertex
         vertices matrices indices tile coin marble ball card box book page game team player ticket piece cup spoon glass bag
         bottle pencil tree flower car house room day night time turn trip move member subset function graph path triangle
@@ -130,6 +130,7 @@ _NOUNS = frozenset(
         """,
     )
 ) - {"zero", "number", "square", "time", "triple"}
+_DIMENSIONS = frozenset({"old", "high", "long", "wide", "tall", "deep", "away", "apart"})  # behind "metres" or "years"
 _NO_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
 
 
@@ -138,7 +139,7 @@ def _is_noun(word: str) -> bool:
     word = word.lower()
     if not word.isascii():
         return len(word) <= 6 and not _NO_CJK.search(word)
-    plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways)$", word)
+    plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways|ths)$", word)
     return word in _NOUNS or word == "ways" or plural is not None
 _TOKEN = re.compile(
     r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)"
@@ -155,13 +156,6 @@ def _name(word: str) -> tuple[str, Fraction] | None:
         if form in _NAMES:
             return _NAMES[form]
     return _NAMES.get(word.lower().removesuffix("s")) if len(word) > 4 else None
-
-
-def _is_measured(text: str) -> bool:
-    """Return whether a known unit comes first and then what is measured: "litres of water"."""
-    first, _, rest = text.strip().partition(" of ")
-    words = first.split()
-    return bool(rest and words and is_known(words[-1]) and re.fullmatch(r"[a-z]{3,}", rest.strip()))
 
 
 def read_unit(text: str) -> tuple[Unit, int] | None:
@@ -185,7 +179,10 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
     bases: dict[str, int] = {}
     factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
     last: tuple[str, Fraction] | None = None
+    of = False  # a noun was named, and words follow of which it is
     is_open = False  # an adjective waits for its noun
+    if re.match(r"\s*(?:per\b|/)", text):
+        return None
 
     def times(name: str, scale: Fraction, exponent: int) -> None:
         nonlocal factor
@@ -222,18 +219,22 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
                 return None
             if _name(name) is None and len(name) == 1 and name.isascii():
                 return None  # a letter is a factor
+            if words and not is_open and name.lower() in _DIMENSIONS:
+                continue
             known = _name(name)
             if known is None and not name.isascii() and not _is_noun(name):
                 return None
-            is_open = known is None and not _is_noun(name) and name.lower() != "of"
-            if name.lower() == "of" and not words:
-                return None
+            if name.lower() == "of":
+                if not words or is_open:
+                    return None
+                of = True
+            is_open = not of and known is None and not _is_noun(name)
             last = known or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)
             power = 1
     kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
-    if is_open and not _is_measured(text):
+    if is_open:
         return None
     if words > 1 and "%" in bases:
         return None
