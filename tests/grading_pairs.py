@@ -682,7 +682,6 @@ A | \text{ and } | W
 REFUSED = r"""
 xy=1 | y=\frac1x | C
 F=ma | a=\frac{F}{m} | C
-CO_2 | CO2 | C
 \begin{pmatrix}2\\0\end{pmatrix} | \binom{2}{0} | C
 """
 

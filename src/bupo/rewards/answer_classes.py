@@ -58,7 +58,7 @@ _CODE = re.compile(
 # words and letters in a row, which are no products; `ad - bc` is one
 _WORDS_ONLY = re.compile(
     r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s,;'\".&]+[^\W\d_]+)*[\s,;'\".]*|[a-zA-Z](?:\s+[a-zA-Z])+|(?=.*[^\W\d_]{3})[^\W\d_]+(?:-[^\W\d_]+)+"
-    r"|(?=.*[A-Za-z]\d+[A-Za-z]{2})[A-Za-z0-9]+"
+    r"|(?=.*[A-Za-z]\d+[A-Za-z])[A-Za-z0-9]+"
 )
 
 
@@ -244,7 +244,7 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{1,3}\d|--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(r"--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
 
 
 def parsed(text: str) -> Any:
@@ -259,6 +259,7 @@ def parsed(text: str) -> Any:
     )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
     text = _fixed(text.replace("**", "^"))
+    text = re.sub(r"(?<![\\a-zA-Z{])([a-zA-Z]{1,3})(\d+)", r"\1_{\2}", text)  # x1 is x_1, neither a product nor a power
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
     text = re.sub(r"\\log(?![a-zA-Z])(?!\s*_)", r"\\ln", text)
     text = re.sub(r"(\\log)\s*_\s*(\w)\s*", r"\1_{\2} ", text)

@@ -140,7 +140,7 @@ def _is_noun(word: str) -> bool:
     if not word.isascii():
         return len(word) <= 6 and not _NO_CJK.search(word)
     plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways|ths)$", word)
-    return word in _NOUNS or word == "ways" or plural is not None
+    return word in _NOUNS or word == "ways" or bool(plural)
 _TOKEN = re.compile(
     r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)"
 )
