@@ -70,6 +70,7 @@ def read_text(text: str) -> tuple | None:
     """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
     flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
+    flat = re.sub(r"^(\d?\d(?::[0-5]\d)+) ?(?:h|hrs?|hours|Uhr|o'clock)$", r"\1", flat)
     flat = re.sub(r"(\d) (?:in the (?:morning|(after)noon|(eve)ning))$", _half_of_day, flat)
     flat = re.sub(r"(\d)\s*(?:,|\()?\s*(?:in )?base[ -](\w+)\)?$", r"\1_\2", flat)
     for pattern in _DATES:
@@ -219,10 +220,10 @@ def _braced(text: str) -> str:
 
 def _brace_end(text: str, start: int) -> int | None:
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
+    for brace in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return place + 1
+            return brace.end()
     return None
 
 
@@ -320,6 +321,9 @@ def _tree(text: str) -> Any:
         raise Unreadable from error
     if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
         raise Unreadable
+    ends = (sympy.oo, -sympy.oo, sympy.Mul(-1, sympy.oo, evaluate=False))
+    if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
+        raise Unreadable  # infinity is no number to reckon with
     capital = sympy.Symbol("I")
     return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
 
@@ -417,6 +421,7 @@ def _read(text: str) -> Any:
         return family
     if matrix := _matrix(text):
         return matrix
+    text = re.sub(r"^(\([^()]*,[^()]*\))\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|\\intercal)\s*\}?$", r"\1", text)
     if _VECTOR.search(text):
         return _components(text)
     ors, _ = split_top(text, _OR)
@@ -846,6 +851,7 @@ def _components(text: str) -> Many:
 
 # -- a number with its unit
 
+_SIZES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "m": 10**6, "B": 10**9, "bn": 10**9}  # behind an amount of money
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
 _WITH_TEXT = re.compile(
     r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
@@ -873,6 +879,8 @@ def quantity(text: str) -> Scalar:
         number = read_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
             again = read_unit(many[2])
+            if size := _SIZES.get(many[2]):
+                again = Unit((), Fraction(1)), size
             number = _scaled(many[1], again[1]) if again and not again[0].bases else None
             if number is None and again and again[0] == unit[0]:  # $5 dollars
                 number = read_number(many[1])

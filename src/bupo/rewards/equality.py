@@ -29,6 +29,7 @@ from bupo.rewards.values import (
     symbols,
 )  # fmt: skip
 
+_CONSTANT = re.compile(r"\+\s*C\s*$")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+")
 _RECURRING = re.compile(r"\.\d*\\(?:overline|bar|overbar|dot)|\d\s*\\ldots|\.\d*\(\d+\)")
 _NOTHING = re.compile(r"[\s?.,;:!'_…]*")
@@ -80,7 +81,7 @@ def compare(gold: str, answer: str) -> Equality:
     is_list = _GROUPED.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
     if text_key(gold) == text_key(answer) and not is_list:
         return Equality.SAME
-    for same in (_same_choice, _same_letters, _same_boolean, _same_kind):
+    for same in (_same_choice, _same_letters, _same_words, _same_boolean, _same_kind):
         verdict = same(gold, answer)
         if verdict is not None:
             return verdict
@@ -88,6 +89,8 @@ def compare(gold: str, answer: str) -> Equality:
         wanted = readings(gold)
     except Unreadable:
         return Equality.OTHER  # a text, and another one
+    if _CONSTANT.search(gold) and len(re.findall(r"(?<![\\a-zA-Z])[cC](?![a-zA-Z])", answer)) == 1:
+        answer = re.sub(r"\+\s*c\s*$", "+ C", answer)  # the constant of an integral
     best, recurs = Equality.OTHER, _RECURRING.search(gold)
     for value in readings(answer, gold):
         if recurs and isinstance(value, Scalar):  # a period that is cut off is another number
@@ -111,12 +114,15 @@ def readings(text: str, gold: str | None = None) -> list:
         values.append(read(text))
     if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
         values.append(number)
-    if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)", text)) and re.search(r"\d?\.\d|frac|/", gold
+    if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)([^\d,;]*)", text)) and re.search(r"\d?\.\d|frac|/", gold
     ) and (len(match[2]) != 3 or match[1].lstrip("-+") == "0"):
-        values.append(read_number(f"{match[1]}.{match[2]}"))  # a decimal comma
+        with contextlib.suppress(Unreadable):
+            values.append(read(f"{match[1]}.{match[2]}{match[3]}"))  # a decimal comma
     if gold is not None and gold.startswith("(") and (point := re.fullmatch(r"[A-Z]\s*(\(.*,.*\))", text)):
         with contextlib.suppress(Unreadable):
             values.append(read(point[1]))
+    if gold is not None and not gold.startswith("(") and (match := re.fullmatch(r"C\s*\((\w+),\s*(\w+)\)", text)):
+        values.append(read(f"\\binom{{{match[1]}}}{{{match[2]}}}"))
     if gold is not None and (number := in_words(text)) is not None and read_number(gold):
         values.append(Scalar(Fraction(number), text=text))
     if not values:
@@ -161,6 +167,17 @@ def _same_letters(gold: str, answer: str) -> Equality | None:
     if not re.fullmatch(r"[A-Z](?:(?:\s|,|->|\\to(?![a-zA-Z])|\\rightarrow(?![a-zA-Z]))*[A-Z])+", answer):
         return None
     return _as_same(re.findall(r"[A-Z]", answer) == re.findall(r"[A-Z]", gold))
+
+
+def _same_words(gold: str, answer: str) -> Equality | None:
+    """Words in order, however they are set apart; None where one of the two is no row of words."""
+    rows = []
+    for text in (gold, answer):
+        flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("\\to ", ",").replace("->", ",")
+        if not re.fullmatch(r"\[?(?:[\s,;'\"]*[^\W\d_]{3,})(?:[\s,;'\"]+[^\W\d_]{2,})+[\s,;'\"]*\]?", flat):
+            return None
+        rows.append(re.findall(r"\w+", flat.lower()))
+    return Equality.SAME if rows[0] == [word for word in rows[1] if word != "then" or word in rows[0]] else None
 
 
 _BOOLEANS = re.compile(r"(yes|no|true|false)(?:\s*[,;.:]\s*(.*))?", re.DOTALL)

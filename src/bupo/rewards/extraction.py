@@ -94,7 +94,7 @@ _LAST_FORMULA = re.compile(
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL
 )
-_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
+_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
 _LONGEST = 2000  # characters of a final answer that is in no box

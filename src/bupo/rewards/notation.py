@@ -64,6 +64,14 @@ _COMMANDS = [
         (r"\\(?:text)?euro(?![a-zA-Z])", "€"),
         (r"\\(?:boldsymbol|bm|mathbf)\s*\{(?![ijk]\})", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"\\(?:hat|vec)\s*\{\s*\\(?:mathbf|text)\s*\{\s*\\?([ijk])(?:math)?\s*\}\s*\}", r"\\mathbf{\1}"),
+        (r"\\text\{\s*(Rs\.?|USD|EUR|GBP|INR|JPY|US|\\?\$|US\\?\$)\s*\}", r"\1"),
+        (r"\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d)", "-"),
+        (r"\\text\{\s*(?:negative|minus) infinity\s*\}|\b(?:negative|minus) infinity\b", r"-\\infty "),
+        (r"\\text\{\s*(?:positive|plus) infinity\s*\}|\b(?:positive|plus) infinity\b", r"\\infty "),
+        (r"\\nexists(?![a-zA-Z])", "does not exist"),
+        (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"(?:\{\})?[_^]\s*\{?\s*(\w+)\s*\}?\s*C\s*_\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
         (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\!|\{,\}|\{\\,\}|\{\\ \})(?=\d{3}(?!\d))", ","),  # 10\,000
         (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),
         (
@@ -116,7 +124,7 @@ _SYNONYMS = {
                 "sun": "sun",
             }.items()
         },
-        "does not exist": ["dne", "doesn't exist", "undefined", "not defined"],
+        "does not exist": ["the limit does not exist", "limit does not exist", "dne", "doesn't exist", "undefined", "not defined"],
         "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
                         "the real numbers", "\\text{R}"],
     }.items()

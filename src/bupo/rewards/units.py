@@ -131,6 +131,7 @@ _NOUNS = frozenset(
     )
 ) - {"zero", "number", "square", "time", "triple"}
 _DIMENSIONS = frozenset({"old", "high", "long", "wide", "tall", "deep", "away", "apart"})  # behind "metres" or "years"
+_ADJECTIVES = frozenset({"different", "possible", "positive", "negative", "remaining", "total"})  # "different ways"
 _NO_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
 
 
@@ -215,7 +216,10 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
             if name in _MANY or name.lower() in _MANY or name.lower().removesuffix("s") in _MANY:
                 many *= _MANY.get(name) or _MANY.get(name.lower()) or _MANY[name.lower().removesuffix("s")]
                 continue
-            if name.lower() in _NO_UNIT or words >= 4:
+            if of and name.lower() in ("the", "a", "an", "its", "their"):
+                continue
+            adjective = name.lower() in _ADJECTIVES or (is_open and name.lower() in ("pairs", "roots", "triples"))
+            if (name.lower() in _NO_UNIT and not adjective) or words >= 4:
                 return None
             if _name(name) is None and len(name) == 1 and name.isascii():
                 return None  # a letter is a factor
@@ -224,11 +228,11 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
             known = _name(name)
             if known is None and not name.isascii() and not _is_noun(name):
                 return None
-            if name.lower() == "of":
+            if name.lower() in ("of", "in", "on"):
                 if not words or is_open:
                     return None
                 of = True
-            is_open = not of and known is None and not _is_noun(name)
+            is_open = not of and known is None and (not _is_noun(name) or name.lower() in _ADJECTIVES)
             last = known or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)
