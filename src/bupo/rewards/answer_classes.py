@@ -245,7 +245,9 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(
+    r"--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d"
+)
 
 
 def parsed(text: str) -> Any:
@@ -686,7 +688,9 @@ def _grouped(text: str) -> Any:
     """A set, tuple, interval or a value in brackets; None where the text is not one pair of brackets."""
     if re.fullmatch(r"\\mathbb\{R\}", text):
         return Interval(None, None, True, True)
-    if match := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\}|[(\[][^()\[\]]*[)\]])", text):
+    if match := re.fullmatch(
+        r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\}|[(\[][^()\[\]]*[)\]])", text
+    ):
         holes = read(match[1])
         if isinstance(holes, Many) and all(isinstance(hole, Scalar) for hole in holes.items):
             return without(*in_order(holes.items))
@@ -851,7 +855,15 @@ def _components(text: str) -> Many:
 
 # -- a number with its unit
 
-_SIZES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "m": 10**6, "B": 10**9, "bn": 10**9}  # behind an amount of money
+_SIZES = {
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "mn": 10**6,
+    "m": 10**6,
+    "B": 10**9,
+    "bn": 10**9,
+}  # behind an amount of money
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
 _WITH_TEXT = re.compile(
     r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL

@@ -114,8 +114,12 @@ def readings(text: str, gold: str | None = None) -> list:
         values.append(read(text))
     if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
         values.append(number)
-    if gold is not None and (match := re.fullmatch(r"([-+]?\d+),(\d+)([^\d,;]*)", text)) and re.search(r"\d?\.\d|frac|/", gold
-    ) and (len(match[2]) != 3 or match[1].lstrip("-+") == "0"):
+    if (
+        gold is not None
+        and (match := re.fullmatch(r"([-+]?\d+),(\d+)([^\d,;]*)", text))
+        and re.search(r"\d?\.\d|frac|/", gold)
+        and (len(match[2]) != 3 or match[1].lstrip("-+") == "0")
+    ):
         with contextlib.suppress(Unreadable):
             values.append(read(f"{match[1]}.{match[2]}{match[3]}"))  # a decimal comma
     if gold is not None and gold.startswith("(") and (point := re.fullmatch(r"[A-Z]\s*(\(.*,.*\))", text)):
@@ -181,12 +185,16 @@ def _same_words(gold: str, answer: str) -> Equality | None:
 
 
 _BOOLEANS = re.compile(r"(yes|no|true|false)(?:\s*[,;.:]\s*(.*))?", re.DOTALL)
-_NOT_SURE = re.compile(r"\b(?:yes|no|not|true|false|but|or|maybe|unless|if|only|wrong|incorrect|never|except|however|n't)\b|n't")
+_NOT_SURE = re.compile(
+    r"\b(?:yes|no|not|true|false|but|or|maybe|unless|if|only|wrong|incorrect|never|except|however|n't)\b|n't"
+)
 
 
 def _same_boolean(gold: str, answer: str) -> Equality | None:
     """Yes, no, true or false with a reason behind a comma; None where the gold answer is none of them."""
-    wanted, given = (_BOOLEANS.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()) for text in (gold, answer))
+    wanted, given = (
+        _BOOLEANS.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()) for text in (gold, answer)
+    )
     if wanted is None or wanted[2] or given is None:
         return None
     return _as_same(given[1] == wanted[1] and not _NOT_SURE.search(given[2] or ""))
@@ -310,6 +318,8 @@ def equal(gold: Any, answer: Any) -> Equality:
             return Equality.OTHER  # n for n = m
         return equal(gold.value, answer)
     if isinstance(answer, Named):
+        if isinstance(answer.value, Scalar) and answer.left in symbols(answer.value.value):
+            return Equality.OTHER  # x = 2x + 3 is an equation
         return equal(gold, answer.value)
     if isinstance(gold, Names) or isinstance(answer, Names):
         return _same_names(gold, answer)
@@ -343,10 +353,10 @@ def equal(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Scalar) and isinstance(answer, Many) and answer.kind == "list" and _are_forms(answer.items):
         return _all((gold, item) for item in answer.items)  # one value in several forms
     ordered = [_in_order(value) for value in (gold, answer)]
-    for one, other in ((0, 1), (1, 0)):
-        if getattr((gold, answer)[one], "kind", "") == "components" and len(ordered[other] or ()) == 2:
-            *plane, height = ordered[one]
-            ordered[one] = tuple(plane) if is_zero(height) else ordered[one]
+    for place, value in enumerate((gold, answer)):
+        entries = ordered[place]
+        if getattr(value, "kind", "") == "components" and entries and len(ordered[1 - place] or ()) == 2:
+            ordered[place] = entries[:2] if is_zero(entries[2]) else entries  # in the plane
     if isinstance(gold, Many) and isinstance(answer, Many):
         if {gold.kind, answer.kind} <= {"list", "set"}:
             return _matched(_distinct(gold), _distinct(answer))

@@ -42,7 +42,7 @@ _FILLER = (
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
 )
 _DENIED_BEFORE = re.compile(
-    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|\b(?:assume|suppose|imagine|pretend)d?)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
@@ -50,6 +50,7 @@ _DENIED_AFTER = re.compile(
     r"(?:not\b|n't|n’t|(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
+    r"|[\s$*)\]\\.]*(?:[✗✘❌]|\(\s*(?:wrong|incorrect|false|not\b|no\b))"
     r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
     r"\b(?:mistaken|wrong(?:ly)?|incorrect(?:ly)?|false|untrue|not (?:true|right|correct)|an? (?:error|mistake))"
 )
@@ -88,7 +89,7 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
 _LAST_FORMULA = re.compile(
-    r"(?i)\b(?:is|are|=|equals|get|gives|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
+    r"(?i)\b(?:is|are|=|equals|get|gives|conclude that|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
     r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?:\*\*)?\s*[.!]?\s*$"
 )
 _FORMULA = re.compile(
@@ -167,7 +168,12 @@ def _boxed(text: str) -> Extracted:
             denied.add(inner)
         else:
             kept.append((start, end, inner))
-    if not kept or kept[-1][2] in denied or _DISREGARDED.match(text, kept[-1][1]) or _TAKES_BACK.search(text, kept[-1][1]):
+    if (
+        not kept
+        or kept[-1][2] in denied
+        or _DISREGARDED.match(text, kept[-1][1])
+        or _TAKES_BACK.search(text, kept[-1][1])
+    ):
         return Extracted(None, TAKEN_BACK)
     start, _, inner = kept.pop()
     answers = [_innermost(inner)]
@@ -230,9 +236,7 @@ def _unboxed(text: str) -> Extracted:
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
         end = text.find(clause, last.end()) + len(clause)
-        if _DENIED_AFTER.match(text, end) or _DISREGARDED.match(text, end) or _TAKES_BACK.search(
-            text, last.end()
-        ):
+        if _DENIED_AFTER.match(text, end) or _DISREGARDED.match(text, end) or _TAKES_BACK.search(text, last.end()):
             return Extracted(None, TAKEN_BACK)
         return _stated(clause)
     lines = [line for line in text.strip().splitlines() if line.strip()]

@@ -117,13 +117,8 @@ _SYNONYMS = {
     for wanted, phrases in {
         "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
                          "no real solutions"],
-        **{
-            f"{day}day": short.split()
-            for day, short in {
-                "mon": "mon", "tues": "tue tues", "wednes": "wed", "thurs": "thu thur thurs", "fri": "fri", "satur": "sat",
-                "sun": "sun",
-            }.items()
-        },
+"monday": ["mon"], "tuesday": ["tue", "tues"], "wednesday": ["wed"], "thursday": ["thu", "thur", "thurs"],
+        "friday": ["fri"], "saturday": ["sat"], "sunday": ["sun"],
         "does not exist": ["the limit does not exist", "limit does not exist", "dne", "doesn't exist", "undefined", "not defined"],
         "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
                         "the real numbers", "\\text{R}"],
@@ -158,15 +153,14 @@ def unwrapped(text: str) -> str:
         text = shorter
 
 
-_UNITS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
-    )
-} | {
-    word: 10 * value
-    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+_ONES = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen",
+)
+_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
+_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
+    word: 10 * value for value, word in enumerate(_TENS, 2)
 }
 
 
@@ -178,8 +172,8 @@ def in_words(text: str) -> int | None:
     words = re.sub(r"\\text\{([^{}]*)\}|-", lambda match: match[1] or " ", text).strip().lower().split()
     total, part, last = 0, 0, 1000
     for word in words:
-        if word in _UNITS:
-            value = _UNITS[word]
+        if word in _NUMBER_WORDS:
+            value = _NUMBER_WORDS[word]
             if value >= last or (last == 20 and value > 9) or (value == 0 and len(words) > 1):
                 return None
             part, last = part + value, 1 if value < 20 else 10

@@ -102,18 +102,19 @@ _NO_UNIT = frozenset(
     re.findall(
         r"\w+",
         """
-        or and not no nor to from minus plus times divided over mod modulo less more than least most about approximately
-        around wrong incorrect false is isn are was be but if else maybe either neither half halves third thirds quarter
-        quarters fifth tenth tenths hundredths thousandths squared cubed factorial twice double triple pairs pair point
-        negative positive the answer base between up down unless except without instead rather greater smaller fewer
-        otherwise when where for all any some each every different one two three four five six seven eight nine ten
-        eleven twelve zero few perhaps always sometimes besides besides plus minus zeros zeroes ones twos tens dozens scores
-        percents percentage additional further remaining missing excluding including inclusive exclusive maximum
-        minimum max average total rounded exactly nearly almost too also only just under above below upper lower
-        wrongly false true right correct possible answers guesses options choices unless possibly probably doubtful log ln
-        sin cos tan root roots reciprocal inverse opposite complement remainder factorials exponents powers 
-        hundreds thousands millions billions fails works equals holds makes gives seems looks appears
-        satisfies contradicts exceeds becomes has have had does did would could should will may might must can cannot many much gross couple couples twins trios
+        or and not no nor to from minus plus times divided over mod modulo less more than least most about
+        approximately around wrong incorrect false is isn are was be but if else maybe either neither half
+        halves third thirds quarter quarters fifth tenth tenths hundredths thousandths squared cubed factorial
+        twice double triple pairs pair point negative positive the answer base between up down unless except
+        without instead rather greater smaller fewer otherwise when where for all any some each every different
+        one two three four five six seven eight nine ten eleven twelve zero few perhaps always sometimes besides
+        zeros zeroes ones twos tens dozens scores percents percentage additional further remaining missing
+        excluding including inclusive exclusive maximum minimum max average total rounded exactly nearly almost
+        too also only just under above below upper lower wrongly true right correct possible answers guesses
+        options choices possibly probably doubtful log ln sin cos tan root roots reciprocal inverse opposite
+        complement remainder factorials exponents powers hundreds thousands millions billions fails works equals
+        holds makes gives seems looks appears satisfies contradicts exceeds becomes has have had does did would
+        could should will may might must can cannot many much gross couple couples twins trios
         """,
     )
 )
@@ -122,11 +123,12 @@ _NOUNS = frozenset(
     re.findall(
         r"\w+",
         """
-        st nd rd th paths lengths widths depths youths births deaths moths people persons person children child men man women woman mice geese sheep fish teeth feet dice cattle deer
-        unit way solution point apple student triple integer number digit element case term factor step edge side vertex
-        vertices matrices indices tile coin marble ball card box book page game team player ticket piece cup spoon glass bag
-        bottle pencil tree flower car house room day night time turn trip move member subset function graph path triangle
-        rectangle square circle line segment region zero arrangement permutation combination
+        st nd rd th paths lengths widths depths youths births deaths moths people persons person children child
+        men man women woman mice geese sheep fish teeth feet dice cattle deer unit way solution point apple
+        student triple integer number digit element case term factor step edge side vertex vertices matrices
+        indices tile coin marble ball card box book page game team player ticket piece cup spoon glass bag
+        bottle pencil tree flower car house room day night time turn trip move member subset function graph path
+        triangle rectangle square circle line segment region zero arrangement permutation combination
         """,
     )
 ) - {"zero", "number", "square", "time", "triple"}
@@ -142,6 +144,8 @@ def _is_noun(word: str) -> bool:
         return len(word) <= 6 and not _NO_CJK.search(word)
     plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways|ths)$", word)
     return word in _NOUNS or word == "ways" or bool(plural)
+
+
 _TOKEN = re.compile(
     r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)"
 )
