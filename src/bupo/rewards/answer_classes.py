@@ -429,8 +429,8 @@ def _read(text: str) -> Any:
     ors, _ = split_top(text, _OR)
     if len(ors) > 1:
         return _either([read(part.strip(" ,;")) for part in ors])
-    if (both := _intersection(text)) is not None:
-        return both
+    if (interval := _intersection(text)) is not None:
+        return interval
     items, _ = split_top(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
         return _listed(items)  # refuses what has no text between two commas
@@ -891,8 +891,8 @@ def quantity(text: str) -> Scalar:
         number = read_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
             again = read_unit(many[2])
-            if size := _SIZES.get(many[2]):
-                again = Unit((), Fraction(1)), size
+            if thousands := _SIZES.get(many[2]):
+                again = Unit((), Fraction(1)), thousands
             number = _scaled(many[1], again[1]) if again and not again[0].bases else None
             if number is None and again and again[0] == unit[0]:  # $5 dollars
                 number = read_number(many[1])

@@ -126,9 +126,10 @@ def readings(text: str, gold: str | None = None) -> list:
         with contextlib.suppress(Unreadable):
             values.append(read(point[1]))
     if gold is not None and not gold.startswith("(") and (match := re.fullmatch(r"C\s*\((\w+),\s*(\w+)\)", text)):
-        values.append(read(f"\\binom{{{match[1]}}}{{{match[2]}}}"))
-    if gold is not None and (number := in_words(text)) is not None and read_number(gold):
-        values.append(Scalar(Fraction(number), text=text))
+        with contextlib.suppress(Unreadable):
+            values.append(read(f"\\binom{{{match[1]}}}{{{match[2]}}}"))
+    if gold is not None and (integer := in_words(text)) is not None and read_number(gold):
+        values.append(Scalar(Fraction(integer), text=text))
     if not values:
         raise Unreadable
     return values
@@ -247,10 +248,12 @@ def _is_cancelled(gold: str, wanted: Sequence[Scalar], given: Sequence[Scalar]) 
     parts = [part.value for part in (*wanted, *given)]
     if re.fullmatch(r"\d?\d(?::[0-5]\d)+", gold):
         return False
-    if not all(isinstance(part, Fraction) and part.denominator == 1 and part > 0 for part in parts):
+    if len(wanted) != len(given) or not all(isinstance(part, Fraction) and part > 0 for part in parts):
+        return False
+    if any(part.denominator != 1 for part in parts):
         return False
     size = math.gcd(*(part.numerator for part in parts[: len(wanted)]))
-    return size > 1 and all(part == size * other for part, other in zip(parts, parts[len(wanted) :]))
+    return size > 1 and all(part == size * other for part, other in zip(parts, parts[len(wanted) :], strict=False))
 
 
 def _is_binary(gold: str, given: tuple) -> bool:
@@ -326,8 +329,8 @@ def equal(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
         return same_scalar(gold, answer)
     if isinstance(gold, Family) and isinstance(answer, Family):
-        same = equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
-        return same if same == Equality.SAME else _as_same(_same_steps(gold, answer))
+        verdict = equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
+        return verdict if verdict == Equality.SAME else _as_same(_same_steps(gold, answer))
     if isinstance(gold, Family) != isinstance(answer, Family):
         one, other = (_of_remainder(value) for value in (gold, answer))
         return _as_same(one is not None and other is not None and _same_steps(one, other))
@@ -441,7 +444,9 @@ def _same_steps(gold: Family, answer: Family) -> bool:
     if letter is None or any(tree.free_symbols != {letter} for tree in trees):
         return False
     steps, starts = [tree.coeff(letter, 1) for tree in trees], [tree.subs(letter, 0) for tree in trees]
-    if any(sympy.expand(tree - step * letter - start) != 0 for tree, step, start in zip(trees, steps, starts)):
+    if any(
+        sympy.expand(tree - step * letter - start) != 0 for tree, step, start in zip(trees, steps, starts, strict=True)
+    ):
         return False
     shift = sympy.nsimplify((starts[0] - starts[1]) / steps[0]) if steps[0] else None
     return bool(shift is not None and abs(steps[0]) == abs(steps[1]) and shift.is_Integer)

@@ -33,7 +33,8 @@ _BETWEEN = re.compile(  # boxes so joined are one answer
 )
 _NOT = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
-    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|\bunlikely (?:that|to)|\bimpossible (?:that|for)|\bden(?:y|ies|ied)|"
+    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|"
+    r"\bunlikely (?:that|to)|\bimpossible (?:that|for)|\bden(?:y|ies|ied)|"
     r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|"
     r"n['’]est pas|\bnicht|\bkein\w*|\bno (?:es|son|puede ser)|\bnon è|\bnão é|\bне|不是|并非|不等于)"
 )
@@ -42,12 +43,15 @@ _FILLER = (
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
 )
 _DENIED_BEFORE = re.compile(
-    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
+    rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
     r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
-    r"(?:not\b|n't|n’t|(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
+    r"(?:not\b|n't|n’t|"
+    r"(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|"
+    r"the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
     r"|[\s$*)\]\\.]*(?:[✗✘❌]|\(\s*(?:wrong|incorrect|false|not\b|no\b))"
@@ -75,7 +79,8 @@ _TAKES_BACK = re.compile(
     re.DOTALL,
 )
 _DISREGARDED = re.compile(
-    r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|I made an? (?:mistake|error)|"
+    r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|"
+    r"I made an? (?:mistake|error)|"
     r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
     r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
 )

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from typing import Any
 
 _FRACTIONS = {
     "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5),
@@ -42,7 +43,7 @@ _CHARACTERS = str.maketrans(
 )  # fmt: skip
 
 # applied in this order: a pattern and its replacement
-_COMMANDS = [
+_COMMANDS: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), known)
     for pattern, known in [
         (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
@@ -117,9 +118,10 @@ _SYNONYMS = {
     for wanted, phrases in {
         "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
                          "no real solutions"],
-"monday": ["mon"], "tuesday": ["tue", "tues"], "wednesday": ["wed"], "thursday": ["thu", "thur", "thurs"],
+        "monday": ["mon"], "tuesday": ["tue", "tues"], "wednesday": ["wed"], "thursday": ["thu", "thur", "thurs"],
         "friday": ["fri"], "saturday": ["sat"], "sunday": ["sun"],
-        "does not exist": ["the limit does not exist", "limit does not exist", "dne", "doesn't exist", "undefined", "not defined"],
+        "does not exist": ["the limit does not exist", "limit does not exist", "dne", "doesn't exist",
+                           "undefined", "not defined"],
         "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
                         "the real numbers", "\\text{R}"],
     }.items()
