@@ -29,7 +29,10 @@ from bupo.rewards.values import (
 # -- texts that look like mathematics
 
 _MONTHS = re.findall(r"\w+", "jan feb mar apr may jun jul aug sep oct nov dec")
-_MONTH = "(?P<month>" + "|".join(f"{name}[a-z]*" for name in _MONTHS) + r")\.?"
+_MONTH = (  # not "marbles" or "decimals"
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:t(?:ember)?)?|"
+    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -670,7 +673,8 @@ def _near(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
     """The letter and the two ends of `|x - 2| < 3`; None where the inside is not linear in one letter."""
     import sympy
 
-    end, tree = read_number(radius), sympy.expand(parsed(inside))
+    end, tree = read_number(radius), parsed(inside)
+    tree = sympy.expand(tree.xreplace({number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}))
     if end is None or end.value <= 0 or len(tree.free_symbols) != 1:
         return None
     (letter,) = tree.free_symbols
