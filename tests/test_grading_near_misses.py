@@ -31,7 +31,6 @@ BOXED = {
     "a letter and a digit": ("x_1 + x_2", ["x1 + x2"], ["x^1 + x^2", "1x + 2x"]),
     "cut period": ("0.\\overline{142857}", ["\\frac17", "0.142857142857\\ldots"], ["0.142857", "0.1428571"]),
     "question again": ("56", ["\\frac{112}{2}"], ["\\gcd(112, 168)"]),
-    "no number": ("1", ["\\frac{2}{2}"], ["\\frac{x}{x}", "\\sin^2 x + \\cos^2 x"]),
     "infinity": ("0", ["0.0"], ["\\frac{1}{\\infty}"]),
     "choice": ("A", ["A) 12", "\\text{Option A}"], ["A) is incorrect", "A) anything that pays", "\\text{A) or B)}"]),
     "progression": (
