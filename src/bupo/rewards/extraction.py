@@ -103,6 +103,7 @@ _FORMULA = re.compile(
 _REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
+_NEAR = 400  # characters behind a box that may deny it
 _LONGEST = 2000  # characters of a final answer that is in no box
 
 
@@ -169,14 +170,14 @@ def _boxed(text: str) -> Extracted:
     kept: list[tuple[int, int, str]] = []
     denied = set()
     for start, end, inner in boxes:
-        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end):
+        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end, end + _NEAR):
             denied.add(inner)
         else:
             kept.append((start, end, inner))
     if (
         not kept
         or kept[-1][2] in denied
-        or _DISREGARDED.match(text, kept[-1][1])
+        or _DISREGARDED.match(text, kept[-1][1], kept[-1][1] + _NEAR)
         or _TAKES_BACK.search(text, kept[-1][1])
     ):
         return Extracted(None, TAKEN_BACK)
@@ -193,7 +194,7 @@ def _boxed(text: str) -> Extracted:
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
-    if _OR_ANOTHER.match(text, end) or _POSSIBLE_TOO.match(text, end):
+    if _OR_ANOTHER.match(text, end, end + _NEAR) or _POSSIBLE_TOO.match(text, end, end + _NEAR):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:
         return False
@@ -241,7 +242,11 @@ def _unboxed(text: str) -> Extracted:
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
         end = text.find(clause, last.end()) + len(clause)
-        if _DENIED_AFTER.match(text, end) or _DISREGARDED.match(text, end) or _TAKES_BACK.search(text, last.end()):
+        if (
+            _DENIED_AFTER.match(text, end, end + _NEAR)
+            or _DISREGARDED.match(text, end, end + _NEAR)
+            or _TAKES_BACK.search(text, last.end())
+        ):
             return Extracted(None, TAKEN_BACK)
         return _stated(clause)
     lines = [line for line in text.strip().splitlines() if line.strip()]
