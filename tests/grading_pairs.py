@@ -281,8 +281,8 @@ x^{10} | x^10 | C
 1000 | 10^3 | C
 1000 | 1e3 | C
 1.5 \times 10^{3} | 1500 | C
-42 | forty-two | W
-42 | \text{forty-two} | W
+42 | forty-two | C
+42 | \text{forty-two} | C
 42 | 24 | W
 42 | 042 | C
 42 | 42.0 | C
@@ -367,7 +367,7 @@ x^2+y^2=4 | 4 | W
 17 | 17\pi | W
 17 | 17!  | W
 17 | 17e | W
-17 | 17_{10} | W
+17 | 17_{10} | C
 17 | 0x17 | W
 17 | 17/1 | C
 17 | 34/2 | C
@@ -682,7 +682,6 @@ A | \text{ and } | W
 REFUSED = r"""
 xy=1 | y=\frac1x | C
 F=ma | a=\frac{F}{m} | C
-CO_2 | CO2 | C
 \begin{pmatrix}2\\0\end{pmatrix} | \binom{2}{0} | C
 """
 

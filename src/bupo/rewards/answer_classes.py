@@ -29,7 +29,10 @@ from bupo.rewards.values import (
 # -- texts that look like mathematics
 
 _MONTHS = re.findall(r"\w+", "jan feb mar apr may jun jul aug sep oct nov dec")
-_MONTH = "(?P<month>" + "|".join(f"{name}[a-z]*" for name in _MONTHS) + r")\.?"
+_MONTH = (  # not "marbles" or "decimals"
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:t(?:ember)?)?|"
+    r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -58,14 +61,21 @@ _CODE = re.compile(
 # words and letters in a row, which are no products; `ad - bc` is one
 _WORDS_ONLY = re.compile(
     r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s,;'\".&]+[^\W\d_]+)*[\s,;'\".]*|[a-zA-Z](?:\s+[a-zA-Z])+|(?=.*[^\W\d_]{3})[^\W\d_]+(?:-[^\W\d_]+)+"
-    r"|(?=.*[A-Za-z]\d+[A-Za-z]{2})[A-Za-z0-9]+"
+    r"|(?=.*[A-Za-z]\d+[A-Za-z])[A-Za-z0-9]+"
 )
+
+
+def _half_of_day(match: re.Match) -> str:
+    return f"{match[1]} {'pm' if match[2] or match[3] else 'am'}"
 
 
 def read_text(text: str) -> tuple | None:
     """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
     flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
+    flat = re.sub(r"^(\d?\d(?::[0-5]\d)+) ?(?:h|hrs?|hours|Uhr|o'clock)$", r"\1", flat)
+    flat = re.sub(r"(\d) (?:in the (?:morning|(after)noon|(eve)ning))$", _half_of_day, flat)
+    flat = re.sub(r"(\d)\s*(?:,|\()?\s*(?:in )?base[ -](\w+)\)?$", r"\1_\2", flat)
     for pattern in _DATES:
         if match := pattern.fullmatch(flat):
             parts = match.groupdict()
@@ -185,14 +195,39 @@ def _signed(sign: str, value: Fraction) -> Fraction:
 
 def _fixed(text: str) -> str:
     """Fractions and roots with braces around their arguments, which LaTeX does not need: `\\frac12`, `\\sqrt3`."""
-    argument = r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\d|\\[a-zA-Z]+|[a-zA-Z])"
-
-    def braced(match: re.Match) -> str:
-        return match[1] + "".join(part if part.startswith("{") else f"{{{part}}}" for part in match.groups()[1:])
-
-    text = re.sub(rf"(\\(?:frac|binom)){argument}{argument}", braced, text)
+    text = _braced(text)
     text = re.sub(r"(\\sqrt)\s*(?:(\d+|[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z{(])))", r"\1{\2}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+
+
+_ARGUMENT = re.compile(r"\s*(\d|\\[a-zA-Z]+|[a-zA-Z])")
+
+
+def _braced(text: str) -> str:
+    """Both arguments of each fraction and binomial in braces, from the innermost on."""
+    starts = [match.end() for match in re.finditer(r"\\(?:frac|binom)(?![a-zA-Z])", text)]
+    for start in reversed(starts[:200]):
+        position = start
+        for _ in range(2):
+            if token := _ARGUMENT.match(text, position):
+                text = f"{text[:position]}{{{token[1]}}}{text[token.end() :]}"
+                position += len(token[1]) + 2
+                continue
+            opening = re.compile(r"\s*(?=\{)").match(text, position)
+            end = _brace_end(text, opening.end()) if opening else None
+            if end is None:
+                break
+            position = end
+    return text
+
+
+def _brace_end(text: str, start: int) -> int | None:
+    depth = 0
+    for brace in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
+    return None
 
 
 # -- expressions
@@ -213,7 +248,9 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(r"['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d")
+_REFUSED = re.compile(
+    r"--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d"
+)
 
 
 def parsed(text: str) -> Any:
@@ -228,6 +265,7 @@ def parsed(text: str) -> Any:
     )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
     text = _fixed(text.replace("**", "^"))
+    text = re.sub(r"(?<![\\a-zA-Z{])([a-zA-Z]{1,3})(\d+)", r"\1_{\2}", text)  # x1 is x_1, neither a product nor a power
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
     text = re.sub(r"\\log(?![a-zA-Z])(?!\s*_)", r"\\ln", text)
     text = re.sub(r"(\\log)\s*_\s*(\w)\s*", r"\1_{\2} ", text)
@@ -288,6 +326,9 @@ def _tree(text: str) -> Any:
         raise Unreadable from error
     if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
         raise Unreadable
+    ends = (sympy.oo, -sympy.oo, sympy.Mul(-1, sympy.oo, evaluate=False))
+    if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
+        raise Unreadable  # infinity is no number to reckon with
     capital = sympy.Symbol("I")
     return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
 
@@ -385,11 +426,14 @@ def _read(text: str) -> Any:
         return family
     if matrix := _matrix(text):
         return matrix
+    text = re.sub(r"^(\([^()]*,[^()]*\))\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|\\intercal)\s*\}?$", r"\1", text)
     if _VECTOR.search(text):
         return _components(text)
     ors, _ = split_top(text, _OR)
     if len(ors) > 1:
         return _either([read(part.strip(" ,;")) for part in ors])
+    if (interval := _intersection(text)) is not None:
+        return interval
     items, _ = split_top(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
         return _listed(items)  # refuses what has no text between two commas
@@ -411,6 +455,31 @@ def _read(text: str) -> Any:
             ),
         )
     return quantity(text)
+
+
+def _intersection(text: str) -> Any:
+    """The interval of `x > 1 and x < 2`, or the union of `x < 1, x > 2`; None where a text is no such pair."""
+    ands, _ = split_top(text, _AND)
+    both = len(ands) == 2
+    ands = ands if both else split_top(text, _COMMA)[0]
+    if len(ands) != 2 or not all(re.search(r"[<>]|\\[lg]eq", part) for part in ands):
+        return None
+    values = [read(part.strip(" ,;")) for part in ands]
+    if not all(isinstance(value, Named) and isinstance(value.value, Interval) for value in values):
+        return None
+    ends = [value.value for value in values]
+    if values[0].name != values[1].name or [end.low is None for end in ends].count(True) != 1:
+        return None
+    above, below = ends if ends[1].low is None else ends[::-1]
+    if below.high is None or above.high is not None:
+        return None
+    if not both:  # a comma is "and" where the two overlap, and "or" where they do not
+        low, high = above.low.value, below.high.value
+        if not isinstance(low, Fraction) or not isinstance(high, Fraction) or low == high:
+            return None
+        if low > high:
+            return Named(values[0].name, Union((below, above)))
+    return Named(values[0].name, Interval(above.low, below.high, above.low_open, below.high_open))
 
 
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -584,12 +653,9 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
         return Named(sides[1], Interval(low, high, low is None or signs[0] == "<", high is None or signs[1] == "<"))
     if len(sides) != 2:
         raise Unreadable
-    if absolute := re.fullmatch(r"\|\s*([a-z])\s*\|", sides[0]):
-        end = _only(sides[1])
-        if isinstance(end.value, Fraction) and end.value > 0:
-            return Named(
-                absolute[1], Interval(product(Scalar(Fraction(-1)), end), end, signs[0] == "<", signs[0] == "<")
-            )
+    if (absolute := re.fullmatch(r"\|([^|]*[a-z][^|]*)\|", sides[0])) and (near := _near(absolute[1], sides[1])):
+        letter, low, high = near
+        return Named(letter, Interval(low, high, signs[0] == "<", signs[0] == "<"))
     if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
         end = _only(sides[1 - names[0]])
         below = names[0] == 0
@@ -603,14 +669,37 @@ def _ordered(sides: list[str], signs: list[str]) -> Any:
     return Relation(signs[0], left, right)
 
 
+def _near(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
+    """The letter and the two ends of `|x - 2| < 3`; None where the inside is not linear in one letter."""
+    import sympy
+
+    end, tree = read_number(radius), parsed(inside)
+    tree = sympy.expand(tree.xreplace({number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}))
+    if end is None or end.value <= 0 or len(tree.free_symbols) != 1:
+        return None
+    (letter,) = tree.free_symbols
+    slope, offset = tree.coeff(letter, 1), tree.coeff(letter, 0)
+    if not (slope.is_Rational and offset.is_Rational and slope) or sympy.expand(tree - slope * letter - offset) != 0:
+        return None
+    ends = [
+        (sign * end.value - Fraction(int(offset.p), int(offset.q))) / Fraction(int(slope.p), int(slope.q))
+        for sign in (-1, 1)
+    ]
+    return str(letter), Scalar(min(ends)), Scalar(max(ends))
+
+
 def _grouped(text: str) -> Any:
     """A set, tuple, interval or a value in brackets; None where the text is not one pair of brackets."""
     if re.fullmatch(r"\\mathbb\{R\}", text):
         return Interval(None, None, True, True)
-    if match := re.fullmatch(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\})", text):
+    if match := re.fullmatch(
+        r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\}|[(\[][^()\[\]]*[)\]])", text
+    ):
         holes = read(match[1])
         if isinstance(holes, Many) and all(isinstance(hole, Scalar) for hole in holes.items):
             return without(*in_order(holes.items))
+        if isinstance(holes, Interval):
+            return _complement(holes)
         raise Unreadable
     if re.fullmatch(r"\\emptyset|\\\{\s*\\\}", text):
         return Many("set", ())
@@ -634,6 +723,15 @@ def _grouped(text: str) -> Any:
                 continue
             return _bracketed(opening, closing, inner.strip())
     return None
+
+
+def _complement(interval: Interval) -> Any:
+    below = Interval(None, interval.low, True, not interval.low_open)
+    above = Interval(interval.high, None, not interval.high_open, True)
+    parts = [part for part, end in ((below, interval.low), (above, interval.high)) if end is not None]
+    if not parts:
+        raise Unreadable
+    return parts[0] if len(parts) == 1 else Union(tuple(parts))
 
 
 def _balanced(text: str) -> bool:
@@ -716,6 +814,9 @@ def _matrix(text: str) -> Any:
     if match := re.fullmatch(r"(.*\\end\{.*)\^\s*\{?(?:T|\\top|\\text\{T\}|\\intercal)\}?", text, re.DOTALL):
         turned = _matrix(match[1])
         return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
+    if re.fullmatch(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]", text):
+        rows = re.findall(r"\[([^\[\]]*)\]", text)
+        text = "\\begin{matrix}" + " \\\\ ".join(row.replace(",", " & ") for row in rows) + "\\end{matrix}"
     match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
     if match is None:
         match = re.fullmatch(
@@ -733,7 +834,7 @@ def _matrix(text: str) -> Any:
         raise Unreadable
     factor = re.sub(r"\\cdot|\\times|\*", "", match[1]).strip()
     named = re.fullmatch(r"(.*?)=\s*", factor)
-    if named and is_name(named[1]):
+    if named and (is_name(named[1]) or re.fullmatch(r"[A-Z]\s*\^\s*\{?(?:-?\d+|[nkTt])\}?\s*", named[1])):
         factor = ""
     if factor:
         scale = Scalar(Fraction(-1)) if factor == "-" else _only(factor)
@@ -753,23 +854,38 @@ def _components(text: str) -> Many:
     parts = [tree.coeff(unit) for unit in units]
     if sympy.expand(tree - sum(part * unit for part, unit in zip(parts, units, strict=True))) != 0:
         raise Unreadable
-    if not parts[2]:
-        parts.pop()
-    return Many("tuple", tuple(Scalar(part, text=str(part)) for part in parts))
+    return Many("components", tuple(Scalar(part, text=str(part)) for part in parts))
 
 
 # -- a number with its unit
 
+_SIZES = {
+    "k": 10**3,
+    "K": 10**3,
+    "M": 10**6,
+    "mn": 10**6,
+    "m": 10**6,
+    "B": 10**9,
+    "bn": 10**9,
+}  # behind an amount of money
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
 _WITH_TEXT = re.compile(
     r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
 )
 _WITH_WORD = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL)
+_PRIME = r"(?:'|\^\s*\{?\s*\\prime\s*\}?)"
+_ARC = re.compile(rf"(-)?\s*(\d+)\s*\^\\circ\s*(\d+)\s*{_PRIME}(?:\s*(\d+)\s*{_PRIME}\s*{_PRIME})?")
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
 
 def quantity(text: str) -> Scalar:
     """Return an expression, with the unit behind it where it has one."""
+    if match := _ARC.fullmatch(text):
+        degrees, minutes, seconds = (Fraction(part or "0") for part in match.group(2, 3, 4))
+        if minutes >= 60 or seconds >= 60:
+            raise Unreadable
+        size = degrees + minutes / 60 + seconds / 3600
+        return Scalar(-size if match[1] else size, None, Unit((("deg", 1),), Fraction(1)), text)
     if match := _MODULUS.fullmatch(text):
         head, modulus = [group for group in match.groups() if group is not None]
         return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
@@ -779,6 +895,8 @@ def quantity(text: str) -> Scalar:
         number = read_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
             again = read_unit(many[2])
+            if thousands := _SIZES.get(many[2]):
+                again = Unit((), Fraction(1)), thousands
             number = _scaled(many[1], again[1]) if again and not again[0].bases else None
             if number is None and again and again[0] == unit[0]:  # $5 dollars
                 number = read_number(many[1])
@@ -813,9 +931,9 @@ def quantity(text: str) -> Scalar:
 
 def unit_letter(text: str) -> Scalar | None:
     """Return a number with a letter behind it as a number with a unit (`5m`), not as a product; None where it is none."""
-    match = re.fullmatch(r"([-+]?[\d.,]*\d)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
-    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]):
-        return None
+    match = re.fullmatch(r"(.*\d\}?)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
+    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
+        return None  # 15K may be 15,000
     number, unit = read_number(match[1]), read_unit(match[2])
     return Scalar(number.value, number.step, unit[0], match[1]) if number and unit else None
 
@@ -843,6 +961,7 @@ def _scaled(head: str, many: int) -> Scalar | None:
 def _together(text: str) -> Scalar | None:
     """The sum of `2 hours 30 minutes`; None where a text is no such sum."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    flat = re.sub(r"(\d\s*h(?:rs?|ours?)?\s*,?\s*\d+\s*)m\b", r"\1min", flat)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", flat)
     if len(parts) < 2 or re.sub(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", "", flat).strip():
         return None

@@ -29,25 +29,34 @@ _THINKING = (
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BETWEEN = re.compile(  # boxes so joined are one answer
-    r"[\s$,;&]*(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|和|或)[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
+    r"[\s$,;&]*(?:,|;|\b(?:and|or|und|oder|et|ou|y|e|o|и|или)\b|\\text\{\s*(?:and|or)\s*\}|和|或者?)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _NOT = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
-    r"\\neq?\b)"
+    r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|"
+    r"\bunlikely (?:that|to)|\bimpossible (?:that|for)|\bden(?:y|ies|ied)|"
+    r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|"
+    r"n['’]est pas|\bnicht|\bkein\w*|\bno (?:es|son|puede ser)|\bnon è|\bnão é|\bне|不是|并非|不等于)"
 )
 _FILLER = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
 )
 _DENIED_BEFORE = re.compile(
-    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was))[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
+    rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
     r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
-    r"(?:not\b|n't|n’t|the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
+    r"(?:not\b|n't|n’t|"
+    r"(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|"
+    r"the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
+    r"|[\s$*)\]\\.]*(?:[✗✘❌]|\(\s*(?:wrong|incorrect|false)\b)"
+    r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
+    r"\b(?:mistaken|wrong(?:ly)?|incorrect(?:ly)?|false|untrue|not (?:true|right|correct)|an? (?:error|mistake))"
 )
 # boxes of one sentence between which the answer does not decide
 _UNDECIDED = re.compile(
@@ -57,12 +66,23 @@ _AGREE = re.compile(
     r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
 )
 _OR_ANOTHER = re.compile(
-    r"(?i)[\s$*)\]]*,?\s*(?:or|and/or)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
+    r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
+)
+# a second possibility in the same sentence
+_POSSIBLE_TOO = re.compile(
+    r"(?i)[^.!?\n]{0,60}?\b(?:though|although|but|while|and)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$\\(]*-?\d[^.!?\n]{0,30}?"
+    r"\b(?:possible|plausible|likely|might|may|could|also|too|as well|works|valid)\b"
 )
 _TAKES_BACK = re.compile(
     r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
     r"\b(?:answer|result|it|value|that|box)\b.{0,30}?\b(?:is|be|was|equals|should|wrong|incorrect)\b",
     re.DOTALL,
+)
+_DISREGARDED = re.compile(
+    r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|"
+    r"I made an? (?:mistake|error)|"
+    r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
+    r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
 )
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
@@ -74,15 +94,16 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|[.!?。](?=\s|$)|(?<=\$)[.,](?=\s|$)")
 _LAST_FORMULA = re.compile(
-    r"(?i)\b(?:is|are|=|equals|get|gives|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
+    r"(?i)\b(?:is|are|=|equals|get|gives|conclude that|so|thus|therefore|hence|be)[:,]?\s*(?:\*\*)?"
     r"(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?:\*\*)?\s*[.!]?\s*$"
 )
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL
 )
-_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
+_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
+_NEAR = 400  # characters behind a box that may deny it
 _LONGEST = 2000  # characters of a final answer that is in no box
 
 
@@ -107,14 +128,33 @@ def final_answer(completion: str) -> Extracted:
     return _boxed(spoken) if _BOX.search(spoken) else _unboxed(spoken)
 
 
+def later_answer(completion: str) -> str | None:
+    """Return the number, formula or letter that is stated as "the answer is" behind the last box; None where none is."""
+    spoken = _without_thinking(completion)
+    boxes = list(_BOX.finditer(spoken))
+    end = _end(spoken, boxes[-1].end()) if boxes else None
+    if end is None or len(spoken) - end > _LONGEST:
+        return None
+    for phrase in reversed(list(_PHRASE.finditer(spoken, end))):
+        clause = _clause(spoken, phrase.end())
+        sentence = re.split(r"[.;!?\n]\s*", spoken[end : phrase.end()])[-1]
+        doubted = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NOT}", sentence)
+        if doubted or not re.match(r"[\s*$(\\\[]*(?:[-+−]?[\d.√]|[-+]?\\(?:frac|sqrt|pi)|[A-Z]\b(?!\s+[a-z]))", clause):
+            continue
+        return _stated(clause).text
+    return None
+
+
 def _without_thinking(text: str) -> str:
     for opening, closing in _THINKING:
-        if closing in text:  # the prompt may have opened it
-            before, _, text = text.rpartition(closing)
-            if opening not in before and opening in text:
-                text = text.partition(opening)[0]
-        elif opening in text:
-            return text.partition(opening)[0] if opening != "<|channel|>analysis" else ""
+        low = text.lower() if len(text.lower()) == len(text) else text
+        if (end := low.rfind(closing.lower())) >= 0:  # the prompt may have opened it
+            before, text = low[:end], text[end + len(closing) :]
+            start = low.find(opening.lower(), end)
+            if opening.lower() not in before and start >= 0:
+                text = text[: start - end - len(closing)]
+        elif (start := low.find(opening.lower())) >= 0:
+            return text[:start] if opening != "<|channel|>analysis" else ""
     return text
 
 
@@ -130,11 +170,16 @@ def _boxed(text: str) -> Extracted:
     kept: list[tuple[int, int, str]] = []
     denied = set()
     for start, end, inner in boxes:
-        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end):
+        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end, end + _NEAR):
             denied.add(inner)
         else:
             kept.append((start, end, inner))
-    if not kept or kept[-1][2] in denied or _TAKES_BACK.search(text, kept[-1][1]):
+    if (
+        not kept
+        or kept[-1][2] in denied
+        or _DISREGARDED.match(text, kept[-1][1], kept[-1][1] + _NEAR)
+        or _TAKES_BACK.search(text, kept[-1][1])
+    ):
         return Extracted(None, TAKEN_BACK)
     start, _, inner = kept.pop()
     answers = [_innermost(inner)]
@@ -149,7 +194,7 @@ def _boxed(text: str) -> Extracted:
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
-    if _OR_ANOTHER.match(text, end):
+    if _OR_ANOTHER.match(text, end, end + _NEAR) or _POSSIBLE_TOO.match(text, end, end + _NEAR):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:
         return False
@@ -192,16 +237,15 @@ def _unboxed(text: str) -> Extracted:
         return _stated(hashes[-1])
     if phrases := list(_PHRASE.finditer(text)):
         last = phrases[-1]
-        rest = text[last.end() :].lstrip(" \n*_:")
-        end = _SENTENCE_END.search(rest)
-        formula = _FORMULA.match(rest)
-        clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
-        clause = _REASON.split(clause)[0]
+        clause = _clause(text, last.end())
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
         if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
             return Extracted(None, TAKEN_BACK)
-        if _DENIED_AFTER.match(text, text.find(clause, last.end()) + len(clause)) or _TAKES_BACK.search(
-            text, last.end()
+        end = text.find(clause, last.end()) + len(clause)
+        if (
+            _DENIED_AFTER.match(text, end, end + _NEAR)
+            or _DISREGARDED.match(text, end, end + _NEAR)
+            or _TAKES_BACK.search(text, last.end())
         ):
             return Extracted(None, TAKEN_BACK)
         return _stated(clause)
@@ -214,6 +258,15 @@ def _unboxed(text: str) -> Extracted:
     if formula and not re.search(rf"(?i){_NOT}", lines[-1][: formula.start()]):
         return _stated(next(filter(None, formula.groups())))
     return Extracted(None, NO_ANSWER)
+
+
+def _clause(text: str, start: int) -> str:
+    """The formula or the words that follow "the answer is"."""
+    rest = text[start:].lstrip(" \n*_:")
+    end = _SENTENCE_END.search(rest)
+    formula = _FORMULA.match(rest)
+    clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
+    return _REASON.split(clause)[0]
 
 
 def _stated(text: str) -> Extracted:

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 from bupo.errors import UserError
 from bupo.rewards import worker
 from bupo.rewards.equality import is_empty
-from bupo.rewards.extraction import final_answer
+from bupo.rewards.extraction import final_answer, later_answer
 from bupo.signals import unheard
 
 
@@ -93,6 +93,8 @@ def _integer_grade(answer: str, gold: str) -> Grade | None:
     if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
         return None
     verdict = Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
+    if later_answer(answer) is not None:
+        return None
     text, reason = final_answer(answer)
     if text is None:
         return Grade(verdict, None, Verdict.UNPARSABLE, reason)

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from typing import Any
 
 _FRACTIONS = {
     "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5),
@@ -42,7 +43,7 @@ _CHARACTERS = str.maketrans(
 )  # fmt: skip
 
 # applied in this order: a pattern and its replacement
-_COMMANDS = [
+_COMMANDS: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), known)
     for pattern, known in [
         (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
@@ -56,11 +57,28 @@ _COMMANDS = [
         (r"\\(?:rm|bf|it)\s", ""),
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|textup|mbox|hbox|emph|underline)\s*\{", r"\\text{"),
         (r"\\(?:mathrm|mathit|mathsf|mathtt|operatorname\*?)\s*\{", r"\\text{"),
-        (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (
+            r"\\frac\s*\{\s*\\text\{([^{}]*)\}(\^\d)?\s*\}\s*\{\s*\\text\{([^{}]*)\}(\^\{?\d\}?)?\s*\}",
+            r"\\text{\1\2/\3}\4",
+        ),
+        (r"\\(?:text)?(?:pounds|sterling)(?![a-zA-Z])", "£"),
+        (r"\\(?:text)?euro(?![a-zA-Z])", "€"),
         (r"\\(?:boldsymbol|bm|mathbf)\s*\{(?![ijk]\})", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"\\(?:hat|vec)\s*\{\s*\\(?:mathbf|text)\s*\{\s*\\?([ijk])(?:math)?\s*\}\s*\}", r"\\mathbf{\1}"),
+        (r"\\text\{\s*(Rs\.?|USD|EUR|GBP|INR|JPY|US|\\?\$|US\\?\$)\s*\}", r"\1"),
+        (r"\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d)", "-"),
+        (r"\\text\{\s*(?:negative|minus) infinity\s*\}|\b(?:negative|minus) infinity\b", r"-\\infty "),
+        (r"\\text\{\s*(?:positive|plus) infinity\s*\}|\b(?:positive|plus) infinity\b", r"\\infty "),
+        (r"\\nexists(?![a-zA-Z])", "does not exist"),
+        (r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
+        (r"(?:\{\})?[_^]\s*\{?\s*(\w+)\s*\}?\s*C\s*_\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
         (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\!|\{,\}|\{\\,\}|\{\\ \})(?=\d{3}(?!\d))", ","),  # 10\,000
         (r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),
+        (
+            r"(?<![\d.,'])\d{1,3}(?:(?:\.\d{3}){2,}|(?:'\d{3})+)(?![\d,']|\.\d)",
+            lambda match: re.sub(r"[.']", ",", match[0]),
+        ),
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:thinspace|space|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\{\s*([,.:])\s*\}", r"\1"),
         (r"\\colon(?![a-zA-Z])\s*", ":"),
@@ -77,7 +95,7 @@ _COMMANDS = [
         (r"\\(?:textdegree|degree|deg)(?![a-zA-Z])", r"^\\circ "),
         (r"\^\s*\{?\s*\^?\\circ\s*\}?", r"^\\circ "),
         (r"\\(?:mathbb|Bbb)\s*\{?\s*([RZNQC])\s*\}?", r"\\mathbb{\1}"),
-        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"\\text\{\s*([ie])\s*\}|(?<=\d)\\text\{E\}(?=\s*[-+\d])", lambda match: match[1] or "e"),
         (r"\\(?:imath|jmath|ii)(?![a-zA-Z])", "i"),
         (r"\\(?:cdotp|bullet|ast)(?![a-zA-Z])", r"\\cdot "),
         (r"\\(?:lnot|neg)(?![a-zA-Z])", "¬"),
@@ -87,9 +105,10 @@ _COMMANDS = [
     ]
 ]  # fmt: skip
 _WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
-_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\)+$")
+_CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\|(?<!\\)\\(?=\s*$))+$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
+_ONLY_WORDS = re.compile(r"[^\d+*/=<>^_\\()]*")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SAID_FIRST = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
 
@@ -99,7 +118,10 @@ _SYNONYMS = {
     for wanted, phrases in {
         "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
                          "no real solutions"],
-        "does not exist": ["dne", "doesn't exist", "undefined", "not defined"],
+        "monday": ["mon"], "tuesday": ["tue", "tues"], "wednesday": ["wed"], "thursday": ["thu", "thur", "thurs"],
+        "friday": ["fri"], "saturday": ["sat"], "sunday": ["sun"],
+        "does not exist": ["the limit does not exist", "limit does not exist", "dne", "doesn't exist",
+                           "undefined", "not defined"],
         "\\mathbb{R}": ["all real numbers", "all reals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)",
                         "the real numbers", "\\text{R}"],
     }.items()
@@ -133,6 +155,40 @@ def unwrapped(text: str) -> str:
         text = shorter
 
 
+_ONES = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen",
+)
+_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
+_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
+    word: 10 * value for value, word in enumerate(_TENS, 2)
+}
+
+
+def in_words(text: str) -> int | None:
+    """Return the number below a million that English words write, with its sign; None for another text."""
+    negative = re.match(r"(?i)\s*(?:\\text\{)?\s*(?:minus|negative) ", text)
+    if negative:
+        text = text[negative.end() :].replace("}", "")
+    words = re.sub(r"\\text\{([^{}]*)\}|-", lambda match: match[1] or " ", text).strip().lower().split()
+    total, part, last = 0, 0, 1000
+    for word in words:
+        if word in _NUMBER_WORDS:
+            value = _NUMBER_WORDS[word]
+            if value >= last or (last == 20 and value > 9) or (value == 0 and len(words) > 1):
+                return None
+            part, last = part + value, 1 if value < 20 else 10
+        elif word == "hundred" and 0 < part < 10:
+            part, last = 100 * part, 100
+        elif word == "thousand" and part and not total:
+            total, part, last = 1000 * part, 0, 1000
+        elif word != "and" or last != 100:
+            return None
+    number = total + part
+    return (-number if negative else number) if words and words[-1] != "and" else None
+
+
 def text_key(text: str) -> str:
     """Return what has to be the same of two texts that are plain: their words, letters and signs, in order.
 
@@ -143,5 +199,7 @@ def text_key(text: str) -> str:
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
-    text = _CLOSING.sub("", _WORD.sub(lambda match: match[0].casefold(), text))
+    longer = 2 if _ONLY_WORDS.fullmatch(text) else 4  # in a formula, xy is not XY
+    text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= longer else word[0], text))
+    text = re.sub(r"^(?:a|an|the|on|in|at) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)

@@ -42,17 +42,17 @@ _add("m", "0.3048", "ft", "foot", "feet")
 _add("m", "0.0254", "in", "inch", "inches")
 _add("m", "1609.344", "mi", "mile", "英里")
 _add("m", "0.9144", "yd", "yard")
-_add("s", 1, "s", "sec", "second", "秒", prefixes="mnμ")
+_add("s", 1, "s", "sec", "secs", "second", "秒", prefixes="mnμ")
 _add("s", 60, "min", "mins", "minute", "分钟")
-_add("s", 3600, "h", "hr", "hour", "小时", "Stunden", "Stunde")
+_add("s", 3600, "h", "hr", "hrs", "hour", "小时", "Stunden", "Stunde")
 _add("s", 86400, "d", "day", "天", "日")
 _add("s", 604800, "week", "wk", "周")
 _add("month", 1, "month", "个月")
-_add("month", 12, "year", "yr", "年")
+_add("month", 12, "year", "yr", "yrs", "年")
 _add("g", 1, "g", "gram", "gramme", "克", prefixes="kcmdμn")
 _add("g", 1000, "公斤", "千克")
 _add("g", 1000000, "tonne")
-_add("g", "453.59237", "lb", "pound")
+_add("g", "453.59237", "lb", "lbs", "pound")
 _add("g", "28.349523125", "oz", "ounce")
 _add("L", 1, "L", "l", "liter", "litre", "升", prefixes="mcd")
 _add("K", 1, "K", "kelvin")
@@ -75,6 +75,7 @@ _add("celsius", 1, "°C", "℃", "celsius")
 _add("fahrenheit", 1, "°F", "℉", "fahrenheit")
 _add("usd", 1, "dollar", "usd", "USD", "$", "bucks", "美元")
 _add("usd", Fraction(1, 100), "cent", "¢")
+_add("gbp", Fraction(1, 100), "pence", "penny")
 _add("eur", 1, "€", "euro", "eur", "EUR", "欧元")
 _add("gbp", 1, "£", "GBP", "gbp")
 _add("cny", 1, "元", "yuan", "CNY", "RMB", "rmb", "人民币", "块")
@@ -101,15 +102,50 @@ _NO_UNIT = frozenset(
     re.findall(
         r"\w+",
         """
-        or and not no nor to from minus plus times divided over mod modulo less more than least most about approximately
-        around wrong incorrect false is isn are was be but if else maybe either neither half halves third thirds quarter
-        quarters fifth tenth tenths hundredths thousandths squared cubed factorial twice double triple pairs pair point
-        negative positive the answer base between up down unless except without instead rather greater smaller fewer
-        otherwise when where for all any some each every different one two three four five six seven eight nine ten
-        eleven twelve zero
+        or and not no nor to from minus plus times divided over mod modulo less more than least most about
+        approximately around wrong incorrect false is isn are was be but if else maybe either neither half
+        halves third thirds quarter quarters fifth tenth tenths hundredths thousandths squared cubed factorial
+        twice double triple pairs pair point negative positive the answer base between up down unless except
+        without instead rather greater smaller fewer otherwise when where for all any some each every different
+        one two three four five six seven eight nine ten eleven twelve zero few perhaps always sometimes besides
+        zeros zeroes ones twos tens dozens scores percents percentage additional further remaining missing
+        excluding including inclusive exclusive maximum minimum max average total rounded exactly nearly almost
+        too also only just under above below upper lower wrongly true right correct possible answers guesses
+        options choices possibly probably doubtful log ln sin cos tan root roots reciprocal inverse opposite
+        complement remainder factorials exponents powers hundreds thousands millions billions fails works equals
+        holds makes gives seems looks appears satisfies contradicts exceeds becomes has have had does did would
+        could should will may might must can cannot many much gross couple couples twins trios
         """,
     )
 )
+# nouns of what is counted that do not end in s, in singular or plural
+_NOUNS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        st nd rd th paths lengths widths depths youths births deaths moths people persons person children child
+        men man women woman mice geese sheep fish teeth feet dice cattle deer unit way solution point apple
+        student triple integer number digit element case term factor step edge side vertex vertices matrices
+        indices tile coin marble ball card box book page game team player ticket piece cup spoon glass bag
+        bottle pencil tree flower car house room day night time turn trip move member subset function graph path
+        triangle rectangle square circle line segment region zero arrangement permutation combination
+        """,
+    )
+) - {"zero", "number", "square", "time", "triple"}
+_DIMENSIONS = frozenset({"old", "high", "long", "wide", "tall", "deep", "away", "apart"})  # behind "metres" or "years"
+_ADJECTIVES = frozenset({"different", "possible", "positive", "negative", "remaining", "total"})  # "different ways"
+_NO_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
+
+
+def _is_noun(word: str) -> bool:
+    """Return whether a word behind a number looks like the name of what is counted: "apples", "people"."""
+    word = word.lower()
+    if not word.isascii():
+        return len(word) <= 6 and not _NO_CJK.search(word)
+    plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways|ths)$", word)
+    return word in _NOUNS or word == "ways" or bool(plural)
+
+
 _TOKEN = re.compile(
     r"\^\s*\{?\s*(-?\d)\s*\}?|(%|[°℃℉€£¥₹$¢Ω])(?:\s*([CF])(?![a-zA-Z]))?|(?!per\b)([^\W\d_]+)|(/|per\b)|(\S)"
 )
@@ -130,7 +166,8 @@ def _name(word: str) -> tuple[str, Fraction] | None:
 def read_unit(text: str) -> tuple[Unit, int] | None:
     """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
 
-    Words that are in no table count as units, such as "apples": up to four, without any that changes the number.
+    Words that are in no table count as units where the last of them looks like a noun of what is counted, such as "apples" or
+    "red marbles": up to four, without any that changes the number.
     """
     text = (
         text.replace("\\text", " ")
@@ -147,6 +184,10 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
     bases: dict[str, int] = {}
     factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
     last: tuple[str, Fraction] | None = None
+    of = False  # a noun was named, and words follow of which it is
+    is_open = False  # an adjective waits for its noun
+    if re.match(r"\s*(?:per\b|/)", text):
+        return None
 
     def times(name: str, scale: Fraction, exponent: int) -> None:
         nonlocal factor
@@ -179,15 +220,30 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
             if name in _MANY or name.lower() in _MANY or name.lower().removesuffix("s") in _MANY:
                 many *= _MANY.get(name) or _MANY.get(name.lower()) or _MANY[name.lower().removesuffix("s")]
                 continue
-            if name.lower() in _NO_UNIT or words >= 4:
+            if of and name.lower() in ("the", "a", "an", "its", "their"):
+                continue
+            adjective = name.lower() in _ADJECTIVES or (is_open and name.lower() in ("pairs", "roots", "triples"))
+            if (name.lower() in _NO_UNIT and not adjective) or words >= 4:
                 return None
             if _name(name) is None and len(name) == 1 and name.isascii():
                 return None  # a letter is a factor
-            last = _name(name) or (name.lower().removesuffix("s"), Fraction(1))
+            if words and not is_open and name.lower() in _DIMENSIONS:
+                continue
+            known = _name(name)
+            if known is None and not name.isascii() and not _is_noun(name):
+                return None
+            if name.lower() in ("of", "in", "on"):
+                if not words or is_open:
+                    return None
+                of = True
+            is_open = not of and known is None and (not _is_noun(name) or name.lower() in _ADJECTIVES)
+            last = known or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)
             power = 1
     kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    if is_open:
+        return None
     if words > 1 and "%" in bases:
         return None
     return (Unit(kept, factor), many) if kept or many != 1 else None
