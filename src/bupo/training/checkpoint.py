@@ -20,6 +20,7 @@ from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 from bupo.training.sharding import load_whole_weights, whole_weights
+from bupo.training.stored_weights import misfit
 from bupo.training.whole import check_shared, decided, updates_of
 
 
@@ -65,9 +66,15 @@ def check_same_run(trainer: TRLTrainer, found: Path, say: Callable[[str], None])
     """Hold a run against the checkpoint that it goes on from.
 
     Raises:
-        UserError: if it was made under another kind of launch, or with options that decide the run and differ.
+        UserError: if it was made under another kind of launch, with options that decide the run and differ, or of another
+            model.
     """
     _check_kind(trainer, found)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not sharded and (wrong := misfit(trainer.model, found)):
+        raise UserError(
+            f"resume_from_checkpoint: {found} cannot be gone on with: {wrong}; go on from another checkpoint"
+        )
     compare(trainer, found, say)
     if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
         same_phase(_state(found, mmap=True)["planned"], trainer.args.first_phase, found)
