@@ -77,13 +77,26 @@ def changed(change):
     return make
 
 
-def moments(change):
+def state(name, change):
     def make(folder):
-        state = torch.load(folder / "optimizer.pt", weights_only=True)
-        change(state["state"][3])
-        torch.save(state, folder / "optimizer.pt")
+        path = folder / name
+        values = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=False)
+        change(values)
+        path.write_text(json.dumps(values)) if path.suffix == ".json" else torch.save(values, path)
 
     return make
+
+
+def moments(change):
+    return state("optimizer.pt", lambda values: change(values["state"][3]))
+
+
+def random_numbers(**changes):
+    return state("rng_state.pth", lambda values: values.update(changes))
+
+
+def progress(**changes):
+    return state("trainer_state.json", lambda values: values.update(changes))
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +115,20 @@ def run(tmp_path_factory):
         (changed(lambda t: t.update({"other": t.pop(UP)})), f"its files lack 1 of the 39 tensors.*{UP}"),
         (moments(lambda s: s.update(exp_avg=torch.zeros(3))), r"optimizer.pt holds exp_avg \(3,\) of a parameter"),
         (moments(lambda s: s.update(exp_avg_sq="x")), "optimizer.pt holds exp_avg_sq str"),
+        (state("optimizer.pt", lambda s: s["param_groups"][0].pop("betas")), "optimizer.pt lacks betas"),
+        (state("scheduler.pt", lambda s: s.update(last_epoch="x")), "scheduler.pt is damaged: last_epoch is 'x'"),
+        (random_numbers(cpu=torch.zeros(3, dtype=torch.uint8)), "its random numbers .* cannot be loaded: RuntimeError"),
+        (random_numbers(python=(1, 2, 3)), "its random numbers .* cannot be loaded: ValueError"),
+        (progress(global_step=3), "trainer_state.json is of 3 updates, and its bupo.pt of 2 passes"),
+        (progress(global_step=0), "trainer_state.json is of 0 updates"),
+        (progress(train_batch_size="x"), "trainer_state.json cannot be read .*train_batch_size is 'x'"),
+        (state("bupo.pt", lambda s: s.update(metrics={"reward": "xy"})), "bupo.pt is damaged: .* hold 'xy'"),
+        (state("rollouts_0.pt", lambda s: s["numbers"].update(since_log="x")), "rollouts_0.pt is damaged: .* hold 'x'"),
     ],
-    ids=["missing", "shape", "integers", "renamed", "moments", "text"],
+    ids=[
+        *("missing", "shape", "integers", "renamed", "moments", "text", "betas", "schedule", "random", "python"),
+        *("other updates", "no updates", "batch", "metrics", "loss"),
+    ],
 )
 def test_a_checkpoint_of_other_weights_is_refused(make, says, run, tmp_path):
     """Without a manifest, which tells changed files; a missing tensor used to keep its value of before the run."""

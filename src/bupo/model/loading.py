@@ -300,8 +300,8 @@ def check_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
-            f"the tokenizer of model {name!r} has no end token and no padding token, so no batch can be filled up: set eos_token "
-            "in its tokenizer_config.json, or tokenizer.eos_token in Python"
+            f"the tokenizer of model {name!r} has no end token and no padding token, so no batch can be filled up: set "
+            "eos_token in its tokenizer_config.json, or tokenizer.eos_token in Python"
         )
 
 

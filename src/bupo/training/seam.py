@@ -463,14 +463,14 @@ class TRLTrainer(GRPOTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._loaded_by_other_names(resume_from_checkpoint):
+        if not self.loads_other_names(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not self._loaded_by_other_names(self.state.best_model_checkpoint):
+        if not self.loads_other_names(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _loaded_by_other_names(self, checkpoint: str) -> bool:
+    def loads_other_names(self, checkpoint: str) -> bool:
         """Load the weights of a checkpoint that transformers' Trainer would leave out, if it would; return whether."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not has_other_names(self.model, Path(checkpoint)):
@@ -538,7 +538,8 @@ class TRLTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         if self.random_state_is_set:
             self.random_state_is_set = False
-        else:
+            return
+        with others(f"{checkpoint} is damaged: its random numbers (rng_state*.pth) cannot be loaded"):
             super()._load_rng_state(checkpoint)
 
     def get_train_dataloader(self):

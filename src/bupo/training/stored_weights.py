@@ -124,12 +124,15 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Refuse an optimizer whose loaded states are of other parameters: a fused one would read beyond them.
+    """Refuse an optimizer that has lost options, or whose loaded states are of other parameters: a fused one would read beyond
+    them.
 
     Raises:
-        UserError: with the first such state.
+        UserError: with the first such option or state.
     """
     for group in optimizer.param_groups:
+        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+            raise UserError(f"{folder} is damaged: its optimizer.pt lacks {missing[0]}: go on from another checkpoint")
         for values in group["params"]:
             state = optimizer.state.get(values, {})
             for name in MOMENTS:

@@ -29,7 +29,7 @@ _STATES: dict[str, Keys] = {
     "rollouts_*.pt": {"pieces": object, "numbers": dict},
     "optimizer.pt": {"state": dict, "param_groups": list},
     "optimizer.bin": {"state": dict},
-    "scheduler.pt": {},
+    "scheduler.pt": {"last_epoch": (int, NULL)},
     "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
 }
 Found = TypeVar("Found")
@@ -129,7 +129,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
         Damaged: if it is missing or no such state.
     """
     path = checkpoint / TRAINER_STATE_NAME
-    found = read_json(path, {"global_step": int, "log_history": (list, NULL), "epoch": (float, NULL)})
+    numbers = dict.fromkeys(("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"), (float, NULL))
+    numbers |= dict.fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NULL))
+    found = read_json(path, {"global_step": int, "log_history": (list, NULL), **numbers})
     try:
         if found["global_step"] < 0:
             raise ValueError(f"global_step is {found['global_step']}")
