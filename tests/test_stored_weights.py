@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,14 @@ def trained(folder, family="llama", resume=None, phase=1, seed=0, **changes):
     """Train a tiny model, whose weights before a resume are those of a seed; return its state dict."""
     torch.manual_seed(seed)
     model = tiny_model(family, vocab_size=262)
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1}
-    first = {"internal_layer": 2, "internal_steps": 1} if phase == 1 else {"internal_steps": 0}
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
+    first: dict[str, Any] = {"internal_layer": 2, "internal_steps": 1} if phase == 1 else {"internal_steps": 0}
     adapter = changes.pop("peft_config", None)
     evaluation = {"eval_dataset": ROWS.select([0, 1])} if "eval_strategy" in changes else {}
     trainer = BuPOTrainer(
@@ -48,7 +55,7 @@ def trained(folder, family="llama", resume=None, phase=1, seed=0, **changes):
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_weights_that_are_saved_under_other_names_are_resumed(family, phase, tmp_path):
-    """GPT-NeoX' head and the experts of mixtures were left as they were at the start: the run went on with both mixed."""
+    """The head of GPT-NeoX and the experts of mixtures kept the values of before the run, beside trained other weights."""
     _, whole = trained(tmp_path, family, phase=phase)
     trainer, again = trained(tmp_path, family, tmp_path / "checkpoint-2", phase)
     saved = set(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))

@@ -90,7 +90,7 @@ def misfit(model: nn.Module, folder: Path) -> str | None:
 
 
 def _lacking(model: nn.Module, stored: dict[str, Stored]) -> list[str]:
-    """Parameters of which the files hold no name: a tied one has several."""
+    """Return parameters whose names are absent from the files: a tied one has several names."""
     names: dict[int, list[str]] = {}
     for name, values in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(values), []).append(name)
@@ -98,7 +98,7 @@ def _lacking(model: nn.Module, stored: dict[str, Stored]) -> list[str]:
 
 
 def has_other_names(model: nn.Module, folder: Path) -> bool:
-    """Whether a checkpoint of a whole model lacks parameters by name, so that the Trainer would leave them as they are."""
+    """Return whether a whole model's checkpoint lacks parameters by name: the Trainer would keep their present values."""
     if not isinstance(model, PreTrainedModel):
         return False
     stored = stored_tensors(folder)

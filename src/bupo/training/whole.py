@@ -19,7 +19,7 @@ from bupo.analysis.over_training import STATE_FILE
 from bupo.errors import UserError, first_line
 from bupo.files import write_json
 from bupo.folders import outside, there
-from bupo.run_files import BROKEN, NULL, Damaged, Keys, check, read_json, read_state
+from bupo.run_files import BROKEN, NULL, Damaged, Keys, Kind, check, read_json, read_state
 
 MANIFEST_FILE = "manifest.json"
 HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
@@ -129,8 +129,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
         Damaged: if it is missing or no such state.
     """
     path = checkpoint / TRAINER_STATE_NAME
-    numbers = dict.fromkeys(("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"), (float, NULL))
-    numbers |= dict.fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NULL))
+    places = ("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+    numbers: dict[str, Kind] = dict.fromkeys(places, (float, NULL))
+    numbers |= dict[str, Kind].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NULL))
     found = read_json(path, {"global_step": int, "log_history": (list, NULL), **numbers})
     try:
         if found["global_step"] < 0:
