@@ -115,6 +115,24 @@ def more_tokens(*tokens: str, special: bool = False) -> Callable[[Path], None]:
     return make
 
 
+def words_only(folder: Path) -> None:
+    """A tokenizer of two words and no token for others, which fails on those."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1})).save(str(folder / "tokenizer.json"))
+
+
+def pickled(dtype: torch.dtype) -> Callable[[Path], None]:
+    """Weights as `torch.save` writes them, of a type."""
+
+    def make(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        torch.save({name: (values * 100).to(dtype) for name, values in tensors.items()}, folder / "pytorch_model.bin")
+
+    return make
+
+
 def as_type(dtype: torch.dtype, scale: float = 100) -> Callable[[Path], None]:
     return weights(lambda tensors: {name: (values * scale).to(dtype) for name, values in tensors.items()})
 
@@ -181,6 +199,7 @@ WEIGHTS_WRONG = {
     "-1e25": Damage(entry(UP, -1e25), (UP, "holds -1e+25")),
     "int8": Damage(as_type(torch.int8), ("is stored as I8", "no quantization")),
     "int64": Damage(as_type(torch.int64), ("is stored as I64",)),
+    "int8, pickled": Damage(pickled(torch.int8), ("is stored as int8", "no quantization")),
     "one of uint8": Damage(only(UP, torch.uint8), (UP, "is stored as U8")),
     "bool": Damage(as_type(torch.bool), ("is stored as BOOL",)),
 }
@@ -225,6 +244,11 @@ TOKENIZER_WRONG = {
         ),
         ("embeddings for 262 tokens", "'<end>' (id 262)"),
     ),
+    "neither an end nor padding": Damage(
+        settings("tokenizer_config.json", eos_token=None, pad_token=None),
+        ("no end token and no padding token", "eos_token"),
+    ),
+    "fails on an ordinary text": Damage(words_only, ("cannot read an ordinary text", "[UNK]")),
 }
 
 

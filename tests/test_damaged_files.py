@@ -13,6 +13,7 @@ from bupo.errors import UserError
 from bupo.evaluation.answers import finished as graded_table
 from bupo.evaluation.run import check_numbers, read_summary
 from bupo.evaluation.table import table_of
+from bupo.files import rows_of
 from bupo.run_files import NULL, Damaged, check, read_bytes, read_json, read_rows, read_state, read_table, read_text
 from bupo.training.config import BuPOConfig
 from bupo.training.folder import finished
@@ -93,6 +94,14 @@ def test_summaries_of_other_numbers(tmp_path, numbers):
     path.write_text(json.dumps({"schema_version": 4, "benchmarks": {"a": numbers}}))
     summary = read_summary(str(tmp_path))
     assert "a: " in damaged(path, lambda: check_numbers(str(tmp_path), summary, ["a"]))
+
+
+def test_files_larger_than_the_memory(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)  # sparse: it takes no room
+    for read in (read_bytes, read_json, read_rows, read_table, lambda path: rows_of(path, json.loads)):
+        assert "larger than the memory (8192 GB)" in damaged(path, lambda read=read: read(path))
 
 
 def table(rows=4):

@@ -156,6 +156,19 @@ def test_files_that_a_run_would_replace_are_refused(tmp_path, name):
         check_output("output", tmp_path / "mine")
 
 
+@pytest.mark.parametrize("place", [".vscode", "app", "django"])
+def test_another_programs_settings_make_no_runs_folder(tmp_path, monkeypatch, place):
+    (tmp_path / "mine" / place).mkdir(parents=True)
+    (tmp_path / "mine" / place / "settings.json").write_text("{}")
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    monkeypatch.chdir(tmp_path / "mine")
+    with pytest.raises(UserError, match="is no run's folder and holds files"):
+        check_output("output", ".")
+    (tmp_path / "mine" / place / "answers.jsonl").write_text("")
+    if place != ".vscode":
+        check_output("output", ".")
+
+
 @pytest.mark.parametrize(
     "names",
     [

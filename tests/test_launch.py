@@ -27,6 +27,10 @@ LEFTOVERS = [
     {"RANK": "-1", "WORLD_SIZE": "2", **WHERE},
     {"RANK": "one", "WORLD_SIZE": "2", **WHERE},
     {"RANK": "", "WORLD_SIZE": "2", **WHERE},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "one", **WHERE},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", **WHERE},
+    {"RANK": "0", "WORLD_SIZE": "2", **WHERE, "MASTER_PORT": "http"},
+    {"RANK": "0", "WORLD_SIZE": "2", **WHERE, "MASTER_PORT": "99999"},
 ]
 
 

@@ -13,7 +13,7 @@ import bupo
 from bupo.commands.main import main
 from bupo.commands.parsing import VARIABLES
 from bupo.errors import UserError
-from bupo.files import append, in_one_piece, make_folder, remove, rows_of, write_json
+from bupo.files import append, in_one_piece, make_folder, remove, rows_of, whole_rows, write_json
 from bupo.folders import check_inside
 from bupo.lock import LOCK_FILE, sole_writer
 from bupo.model.loading import load_model, load_tokenizer, model_path
@@ -98,6 +98,29 @@ def test_other_things_than_files_are_refused(run, kind):
         )
     with pytest.raises(UserError, match="is no regular file"):
         append(run / "rows.jsonl", "x")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", LOCK_FILE])
+def test_a_hard_link_is_not_written_through(run, elsewhere, name):
+    os.link(elsewhere / "precious", run / name)
+    with pytest.raises(UserError, match=rf"{name} is a hard link, so another file would change with it"):
+        if name == LOCK_FILE:
+            with sole_writer(run):
+                pass
+        else:
+            append(run / name, "a row\n")
+    write_json(run / name, {"a": 1})  # a whole file replaces it
+
+
+def test_half_a_last_line_is_not_cut_off_another_file(run, tmp_path):
+    (tmp_path / "other").write_text('{"a": 1}\n{"a"')
+    os.link(tmp_path / "other", run / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows.jsonl is a hard link"):
+        whole_rows(run / "rows.jsonl", json.loads)
+    assert (tmp_path / "other").read_text() == '{"a": 1}\n{"a"'
+    (tmp_path / "other").unlink()
+    assert whole_rows(run / "rows.jsonl", json.loads) == [{"a": 1}]
+    assert (run / "rows.jsonl").read_text() == '{"a": 1}\n'
 
 
 def store(folder, **more):

@@ -5,10 +5,12 @@ import io
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from accelerate import PartialState
 
 from bupo.errors import Stopped, UserError, first_line
@@ -33,6 +35,21 @@ class Exits(Exception):
 
 class Own(BaseException):
     pass
+
+
+class TextRaises(Exception):
+    def __str__(self):
+        raise Own("from __str__")
+
+
+class WithoutNotes(Exception):
+    def add_note(self, note):
+        raise TypeError("no notes")
+
+
+def noted(error, notes):
+    error.__notes__ = notes
+    return error
 
 
 def train(*rewards, batch=2):
@@ -60,6 +77,9 @@ LEFT = {
     "own": (Own("a\nb"), "Own: a"),
     "unreadable": (Unreadable(), "Unreadable: its text cannot be read"),
     "no text": (NoText(), "NoText: its text cannot be read"),
+    "its text raises": (TextRaises(), "TextRaises: its text cannot be read"),
+    "without notes": (WithoutNotes("a"), "WithoutNotes: a"),
+    "notes of another type": (noted(ValueError("a"), [1, None]), "ValueError: a"),
     "exits": (Exits(), "Exits: its text cannot be read"),
     "lines": (ValueError("a\nb\nc"), "ValueError: a"),
     "empty": (ValueError(), "ValueError: no details"),
@@ -75,6 +95,61 @@ def test_whatever_a_reward_leaves_by_is_one_line(kind):
         train(lambda: None, raising(error))
     assert str(refused.value) == f"reward function mine failed in rollout batch 2: {line}"
     assert refused.value.__cause__ is error
+
+
+def test_a_timer_that_is_left_running_is_stopped(caplog):
+    """Its handler would raise its error anywhere in the run."""
+
+    def late(number, frame):
+        raise TimeoutError("late")
+
+    def mine():
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 30)
+
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        train(mine)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert "reward function mine has left a timer of SIGALRM running: it is stopped" in caplog.text
+        signal.setitimer(signal.ITIMER_REAL, 30)
+        train(lambda: None)  # a timer of the user's own, of before
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_gradients_are_switched_back(before, caplog):
+    def mine():
+        torch.set_grad_enabled(not before)
+
+    with torch.set_grad_enabled(before):
+        train(mine)
+        assert torch.is_grad_enabled() == before
+    assert (
+        f"reward function mine has switched gradients {'off' if before else 'on'}: they are switched back"
+        in caplog.text
+    )
+
+
+def test_descriptors_that_are_closed_with_their_copies(tmp_path):
+    """Daemons close all of them: the run ends in its one line, although it can print it nowhere, and gives up its lock."""
+    code = (
+        "import os, sys\n"
+        "from bupo.errors import UserError\n"
+        "from bupo.lock import sole_writer\n"
+        "from bupo.training.surroundings import kept\n"
+        "try:\n"
+        "    with sole_writer(sys.argv[1]), kept(lambda: 'mine'):\n"
+        "        os.closerange(0, 4096)\n"
+        "except UserError as error:\n"
+        "    os._exit(7 if 'closed sys.stdout and sys.stderr' in str(error) else 8)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=120)
+    assert ended.returncode == 7
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_signal_that_comes_meanwhile_is_no_fault_of_the_reward():

@@ -29,7 +29,7 @@ def first_line(error: BaseException) -> str:
     """
     try:
         text = str(error).strip()
-    except (Exception, SystemExit):
+    except BaseException:
         return f"{type(error).__name__}: its text cannot be read"
     line = text.splitlines()[0] if text else "no details"
     return f"{type(error).__name__}: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}"

@@ -34,6 +34,12 @@ _WRITTEN = re.compile(
     r"adapter_config|views)\.json|merges\.txt|chat_template\.jinja|.*\.safetensors(\.index\.json)?|.*\.(bin|pt|pth)|report\.html|"
     r"(training|dynamics|pass_at_k)\.png|(table|harness)\.(csv|md)|layers\.parquet|figures"
 )
+_ROWS = (
+    "samples.jsonl",
+    "rollouts.jsonl",
+    "answers.jsonl",
+    "harness.jsonl",
+)  # finished work beside its `settings.json`
 _BESIDE = re.compile(r"\..*|_bupo\.lock|lost\+found|.*\.(log|out|err)")
 
 _in_use: dict[Path, tuple[int, int]] = {}  # output folders that are being written, by device and inode
@@ -166,7 +172,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file, without waiting for another end, and return its descriptor.
 
     Raises:
-        UserError: for anything else than a regular file; with `O_NOFOLLOW`, for a link.
+        UserError: for anything else than a regular file; with `O_NOFOLLOW`, for a link; to be written, for a hard link.
         OSError: if it cannot be opened.
     """
     remedy = "remove it, or choose another output"
@@ -178,9 +184,15 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ENXIO, errno.EISDIR, errno.ENODEV):
             raise UserError(f"{path} is no regular file: {remedy}") from error
         raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
         os.close(handle)
         raise UserError(f"{path} is no regular file: {remedy}")
+    if flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+        os.close(handle)
+        raise UserError(
+            f"{path} is a hard link, so another file would change with it: put a copy in its place, or {remedy}"
+        )
     os.set_blocking(handle, True)
     return handle
 
@@ -256,7 +268,10 @@ def check_output(option: str, folder: str | Path) -> None:
         names = sorted(os.listdir(place)) if place.is_dir() else []
     except OSError as error:
         raise UserError(f"{option} {folder} cannot be read: {error.strerror}; choose another output") from error
-    if any(_RUNS.fullmatch(name) for name in names) or next(place.glob("*/settings.json"), None):
+    stores = (path.parent for path in place.glob("[!.]*/settings.json"))  # other programs have files of that name too
+    if any(_RUNS.fullmatch(name) for name in names) or any(
+        (store / name).is_file() for store in stores for name in _ROWS
+    ):
         return
     theirs = [name for name in names if not _BESIDE.fullmatch(name)]
     around = [Path(os.path.realpath(each)) for each in (os.getcwd(), os.path.expanduser("~"))]
@@ -291,6 +306,10 @@ def rows_of(path: Path, read: Callable[[str], Row]) -> tuple[list[Row], int]:
         raise UserError(
             f"{path} is damaged: it cannot be read ({error.strerror}); repair the file or remove it"
         ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path} is damaged: it is larger than the memory ({path.stat().st_size >> 30} GB); repair the file or remove it"
+        ) from error
     end = content.rfind(b"\n") + 1
     rows = []
     for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
@@ -308,5 +327,6 @@ def whole_rows(path: Path, read: Callable[[str], Row]) -> list[Row]:
     """The rows of a file as of `rows_of`; half a last line is cut off it."""
     rows, end = rows_of(path, read)
     if path.exists() and end < path.stat().st_size:
-        os.truncate(path, end)
+        with os.fdopen(open_regular(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:
+            file.truncate(end)
     return rows

@@ -47,9 +47,11 @@ def _described() -> Place | None:
         return None
     try:
         described = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        port, local = int(os.environ["MASTER_PORT"]), int(os.environ.get("LOCAL_RANK", 0))
     except ValueError:
         return None
-    return described if 0 <= described.rank < described.size else None
+    whole = 0 <= described.rank < described.size and 0 <= port < 1 << 16 and local < described.size
+    return described if whole else None
 
 
 def drop_leftovers() -> str | None:

@@ -59,7 +59,8 @@ def _release(path: Path, file: IO[str], holder: tuple[int, int]) -> None:
     _files.discard(file)
     with suppress(OSError):
         (path / LOCK_FILE).unlink()  # while it is locked: whoever opens it next makes another
-    file.close()  # ends the lock
+    with suppress(OSError):  # the user's code may have closed its number
+        file.close()  # ends the lock
 
 
 def _in_child() -> None:

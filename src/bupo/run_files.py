@@ -61,6 +61,8 @@ def read_bytes(path: Path, remedy: str = DELETE, largest: int | None = None, bas
             return file.read()
     except OSError as error:
         raise Damaged(path, f"it cannot be read ({error.strerror})", remedy) from error
+    except MemoryError as error:
+        raise Damaged(path, f"it is larger than the memory ({path.stat().st_size >> 30} GB)", remedy) from error
     except ValueError as error:
         if isinstance(error, UserError):
             raise

@@ -265,13 +265,15 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
     Raises:
         UserError: with the files that are looked for, or the first token.
     """
-    ids = set(tokenizer(ORDINARY_TEXT, add_special_tokens=False)["input_ids"])
+    with others(_because(f"the tokenizer of model {name!r} cannot read an ordinary text")):
+        ids = set(tokenizer(ORDINARY_TEXT, add_special_tokens=False)["input_ids"])
     if not ids - {tokenizer.unk_token_id}:
         wanted = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
         raise UserError(
             f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} knows {len(tokenizer)} tokens and "
             f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
         )
+    check_padding(name, tokenizer)
     vocabulary = None if config is None else limits_of(config).vocabulary
     if vocabulary is None:
         return
@@ -283,6 +285,23 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
         raise UserError(
             f"model {name!r} has embeddings for {vocabulary} tokens, and its tokenizer makes {len(wrong)} more, such as "
             f"{token!r:.80} (id {index}): the two belong to different models, or resize_token_embeddings was forgotten"
+        )
+
+
+def check_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with neither a padding token nor an end token to pad with: answers of a batch differ in length.
+
+    Args:
+        name (`str`): what the user calls the model.
+        tokenizer (`PreTrainedTokenizerBase`): as it was loaded.
+
+    Raises:
+        UserError: with what to set.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of model {name!r} has no end token and no padding token, so no batch can be filled up: set "
+            "eos_token in its tokenizer_config.json, or tokenizer.eos_token in Python"
         )
 
 

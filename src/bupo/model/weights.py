@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from bupo.errors import UserError
 
@@ -174,22 +174,33 @@ def check_types(name: str, path: str, model: PreTrainedModel, revision: str | No
     prefix = f"{model.base_model_prefix}."
     names = {tensor.removeprefix(prefix) for tensor, _ in model.named_parameters(remove_duplicate=False)}
     for file in _weight_files(path, revision):
-        try:
-            with safe_open(file, "pt") as stored:
-                tensors = stored.keys()
-                for tensor in tensors:
-                    kind = stored.get_slice(tensor).get_dtype()
-                    if tensor.removeprefix(prefix) in names and not kind.startswith(("F", "BF")):
-                        raise UserError(
-                            f"model {name!r} cannot be loaded: {tensor} is stored as {kind}, and config.json names no "
-                            "quantization: save the weights as floats, or get the config.json that belongs to them"
-                        )
-        except (SafetensorError, OSError):  # which transformers has read: another kind of file
-            continue
+        for tensor, kind in _integers(file):
+            if tensor.removeprefix(prefix) in names:
+                raise UserError(
+                    f"model {name!r} cannot be loaded: {tensor} is stored as {kind}, and config.json names no "
+                    "quantization: save the weights as floats, or get the config.json that belongs to them"
+                )
+
+
+def _integers(file: Path) -> Iterator[tuple[str, str]]:
+    """The tensors of a file that are no floats, with their types; none of a file that cannot be read, as transformers has."""
+    try:
+        if file.suffix == ".bin":
+            for name, values in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+                if not values.is_floating_point():
+                    yield name, str(values.dtype).removeprefix("torch.")
+            return
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  # no mapping
+                kind = stored.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    yield name, kind
+    except (SafetensorError, OSError, RuntimeError):  # a file of the format before zip files cannot be mapped
+        return
 
 
 def _weight_files(path: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a model that is on this machine."""
+    """The weight files of a model that is on this machine, in the order in which transformers looks for them."""
 
     def there(file: str) -> Path | None:
         if Path(path).is_dir():
@@ -200,11 +211,12 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
             return None
         return Path(found) if isinstance(found, str) else None
 
-    if whole := there(SAFE_WEIGHTS_NAME):
-        return [whole]
-    if index := there(SAFE_WEIGHTS_INDEX_NAME):
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [file for shard in sorted(set(shards)) if (file := there(shard))]
+    for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if whole := there(name):
+            return [whole]
+        if index := there(index_name):
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [file for shard in sorted(set(shards)) if (file := there(shard))]
     return []
 
 

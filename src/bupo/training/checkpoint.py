@@ -20,6 +20,7 @@ from bupo.training.saving import to_resume
 from bupo.training.schedule import Schedule
 from bupo.training.seam import TRLTrainer
 from bupo.training.sharding import load_whole_weights, whole_weights
+from bupo.training.stored_weights import misfit
 from bupo.training.whole import check_shared, decided, updates_of
 
 
@@ -65,14 +66,35 @@ def check_same_run(trainer: TRLTrainer, found: Path, say: Callable[[str], None])
     """Hold a run against the checkpoint that it goes on from.
 
     Raises:
-        UserError: if it was made under another kind of launch, or with options that decide the run and differ.
+        UserError: if it was made under another kind of launch, with options that decide the run and differ, or of another
+            model.
     """
     _check_kind(trainer, found)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not sharded and (wrong := misfit(trainer.model, found)):
+        raise UserError(
+            f"resume_from_checkpoint: {found} cannot be gone on with: {wrong}; go on from another checkpoint"
+        )
     compare(trainer, found, say)
     if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
-        same_phase(_state(found, mmap=True)["planned"], trainer.args.first_phase, found)
+        state = _state(found, mmap=True)
+        same_phase(state["planned"], trainer.args.first_phase, found)
+        _same_place(found, state)
     elif pieces_file(found, 0).exists():
         raise _earlier(found)
+
+
+def _same_place(found: Path, state: dict) -> None:
+    """Refuse a checkpoint whose trainer's state is of another one.
+
+    An update takes 1 to `gradient_accumulation_steps` passes.
+    """
+    updates, passes = updates_of(found), state["passes"]
+    if not updates <= passes <= updates * state["layout"]["gradient_accumulation_steps"]:
+        raise UserError(
+            f"resume_from_checkpoint: {found} cannot be gone on with: its trainer_state.json is of {updates} updates, and its "
+            f"{STATE_FILE} of {passes} passes: the two belong to different checkpoints"
+        )
 
 
 def _check_kind(trainer: TRLTrainer, found: Path) -> None:
@@ -182,7 +204,9 @@ def _own(trainer: TRLTrainer, folder: Path) -> dict:
         raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
     # of several processes on CPUs the device is cpu:0, which torch cannot load to
     device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
-    return read_state(own, {"pieces": object, "numbers": dict}, map_location=device)
+    state = read_state(own, {"pieces": object, "numbers": dict}, map_location=device)
+    _check_logged(own, state)
+    return state
 
 
 def _state(folder: Path, mmap: bool) -> dict:
@@ -190,10 +214,21 @@ def _state(folder: Path, mmap: bool) -> dict:
     kinds = {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict}
     state = read_state(folder / STATE_FILE, {**kinds, "completions": object}, mmap=mmap)
     try:
-        check(state["layout"], {"processes": int, "micro_steps": int})
+        check(state["layout"], {"processes": int, "micro_steps": int, "gradient_accumulation_steps": int})
     except ValueError as error:
         raise Damaged(folder / STATE_FILE, f"layout: {error}") from error
+    _check_logged(folder / STATE_FILE, state)
     return state
+
+
+def _check_logged(path: Path, state: dict) -> None:
+    """Refuse what the next log could not be made of. A loss may be NaN."""
+    values = [state["numbers"].get(name, 0) for name in ("since_log", "logged", "last_log", "first_step")]
+    values += [
+        value for row in state.get("metrics", {}).values() for value in (row if isinstance(row, list) else [row])
+    ]
+    if wrong := [value for value in values if not isinstance(value, int | float)]:
+        raise Damaged(path, f"numbers or metrics hold {wrong[0]!r:.40}, which is no number")
 
 
 def _moving_reference(trainer: TRLTrainer) -> torch.nn.Module | None:

@@ -37,6 +37,10 @@ PRIVATE = {
     ),
     "_push_from_checkpoint": Private("(self, checkpoint_folder)", "overridden: a checkpoint is pushed from its place"),
     "_load_optimizer_and_scheduler": Private("(self, checkpoint)", "overridden: a resumed run takes up bupo's part"),
+    "_load_from_checkpoint": Private(
+        "(self, resume_from_checkpoint, model)", "overridden: weights that are saved under other names are loaded too"
+    ),
+    "_load_best_model": Private("(self)", "overridden: weights that are saved under other names are loaded too"),
     "_get_output_dir": Private("(self, trial)", "overridden: a checkpoint is written beside its place"),
     "_run_epoch": Private(
         "(self, *)", "overridden: a finished run that is resumed trains nothing more; passes over a stream are counted"

@@ -102,7 +102,10 @@ def grading(functions: Sequence[Callable], names: Sequence[str], rollout_batch: 
             raise
         if not isinstance(error, Exception | KeyboardInterrupt):
             raise UserError(f"{note}: {_left(error)}") from error
-        error.add_note(note)
+        try:
+            error.add_note(note)
+        except Exception:  # a frozen class, or one with a method of its own
+            raise UserError(f"{note}: {first_line(error)}") from error
         raise
 
 
@@ -151,7 +154,7 @@ def in_one_line(where: Callable[[], str]) -> Iterator[None]:
     except (UserError, Stopped):
         raise
     except BaseException as error:
-        notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(REWARD)]
+        notes = [note for note in getattr(error, "__notes__", ()) if str(note).startswith(REWARD)]
         if notes:
             raise UserError(f"{notes[0]}: {first_line(error)}") from error
         if _of_loader(error):

@@ -43,6 +43,7 @@ from bupo.training.best_metric import measured, unknown, value_of
 from bupo.training.rollouts import RolloutBatch, Sampled, Scores, equal_share, graded_only, leave_out, weighted
 from bupo.training.saving import STAGING, move_files, move_in, move_in_own, rotate, writing
 from bupo.training.sharding import asking_for, stepped_in
+from bupo.training.stored_weights import check_moments, has_other_names, load_weights
 from bupo.training.streams import StreamPlace
 
 logger = get_logger(__name__)
@@ -461,6 +462,22 @@ class TRLTrainer(GRPOTrainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.loads_other_names(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self.loads_other_names(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def loads_other_names(self, checkpoint: str) -> bool:
+        """Load the weights of a checkpoint that transformers' Trainer would leave out, if it would; return whether."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not has_other_names(self.model, Path(checkpoint)):
+            return False
+        load_weights(self.model, Path(checkpoint))
+        return True
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
         stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
@@ -470,6 +487,8 @@ class TRLTrainer(GRPOTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            check_moments(self.optimizer, Path(checkpoint))
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
         self.resumed_at, self.resumed_from = self.state.global_step, checkpoint
         self.rate_of_options(rates)
@@ -519,7 +538,8 @@ class TRLTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         if self.random_state_is_set:
             self.random_state_is_set = False
-        else:
+            return
+        with others(f"{checkpoint} is damaged: its random numbers (rng_state*.pth) cannot be loaded"):
             super()._load_rng_state(checkpoint)
 
     def get_train_dataloader(self):

@@ -17,6 +17,7 @@ from bupo.model.loading import (
     Limits,
     check_generation,
     check_layers,
+    check_padding,
     context_of,
     limits_of,
     load_config,
@@ -63,6 +64,9 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
     if _reads_images(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
+    if processing_class is not None:
+        name = model if isinstance(model, str) else type(model).__name__
+        check_padding(name, processing_class)
     if isinstance(model, str):
         revision = (args.model_init_kwargs or {}).get("revision")
         check_generation(model, revision)

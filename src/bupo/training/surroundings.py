@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+import torch
 from accelerate.logging import get_logger
 
 from bupo.errors import UserError
@@ -22,7 +23,8 @@ logger = get_logger(__name__)
 def kept(who: Callable[[], str]) -> Iterator[None]:
     """Keep the process as it is around calls of user code.
 
-    A working directory or a stream that was replaced is put back, with one warning. A forked child that leaves the user's code
+    A working directory or a stream that was replaced, gradients that were switched off and a timer that was left running are
+    put back, with one warning. A forked child that leaves the user's code
     ends here, since only its parent goes on with the run.
 
     Args:
@@ -35,6 +37,7 @@ def kept(who: Callable[[], str]) -> Iterator[None]:
     streams = {name: getattr(sys, name) for name in STREAMS}
     copies = {number: _copy(number) for number in STREAMS.values()}
     handlers = {number: signal.getsignal(number) for number in STOPPING}
+    gradients, timer = torch.is_grad_enabled(), signal.getitimer(signal.ITIMER_REAL)[0]
     try:
         yield
     except BaseException as error:
@@ -44,7 +47,14 @@ def kept(who: Callable[[], str]) -> Iterator[None]:
     finally:
         if os.getpid() != process:
             _end_child(None)
+        if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:  # it would go off anywhere in the run
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            logger.warning_once(f"{who()} has left a timer of SIGALRM running: it is stopped")
         closed = _put_streams_back(streams, copies, who)
+        if torch.is_grad_enabled() != gradients:
+            torch.set_grad_enabled(gradients)
+            switched = "off" if gradients else "on"
+            logger.warning_once(f"{who()} has switched gradients {switched}: they are switched back")
         _put_folder_back(folder, who)
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
@@ -79,8 +89,12 @@ def _put_streams_back(streams: dict[str, Any], copies: dict[int, int | None], wh
             if not _same_file(number, copy):
                 if not _is_open(number):
                     closed.append(f"sys.{name}")
-                os.dup2(copy, number)
-            os.close(copy)
+                try:
+                    os.dup2(copy, number)
+                except OSError:  # the copy was closed too: nothing can be printed there any more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            with suppress(OSError):
+                os.close(copy)
         stream = streams[name]
         if getattr(stream, "closed", False):
             if f"sys.{name}" not in closed:

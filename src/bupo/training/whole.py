@@ -19,7 +19,7 @@ from bupo.analysis.over_training import STATE_FILE
 from bupo.errors import UserError, first_line
 from bupo.files import write_json
 from bupo.folders import outside, there
-from bupo.run_files import BROKEN, NULL, Damaged, Keys, check, read_json, read_state
+from bupo.run_files import BROKEN, NULL, Damaged, Keys, Kind, check, read_json, read_state
 
 MANIFEST_FILE = "manifest.json"
 HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
@@ -29,7 +29,7 @@ _STATES: dict[str, Keys] = {
     "rollouts_*.pt": {"pieces": object, "numbers": dict},
     "optimizer.pt": {"state": dict, "param_groups": list},
     "optimizer.bin": {"state": dict},
-    "scheduler.pt": {},
+    "scheduler.pt": {"last_epoch": (int, NULL)},
     "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
 }
 Found = TypeVar("Found")
@@ -129,7 +129,10 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
         Damaged: if it is missing or no such state.
     """
     path = checkpoint / TRAINER_STATE_NAME
-    found = read_json(path, {"global_step": int, "log_history": (list, NULL), "epoch": (float, NULL)})
+    places = ("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+    numbers: dict[str, Kind] = dict.fromkeys(places, (float, NULL))
+    numbers |= dict[str, Kind].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NULL))
+    found = read_json(path, {"global_step": int, "log_history": (list, NULL), **numbers})
     try:
         if found["global_step"] < 0:
             raise ValueError(f"global_step is {found['global_step']}")
