@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftType
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig
@@ -220,6 +221,17 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
     check_evaluations(trainer)
     if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
         raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
+    if trainer.optimizer is not None and (args.slow_above_layer is not None or args.layer_rates is not None):
+        option = "layer_rates" if args.layer_rates is not None else "slow_above_layer"
+        raise UserError(
+            f"{option} is set, and an optimizer was given, whose learning rates are its own: give its groups their rates and "
+            f"leave {option} out, or choose the optimizer by optim"
+        )
+    kinds = {config.peft_type for config in getattr(trainer.model, "peft_config", {}).values()}
+    if PeftType.PREFIX_TUNING in kinds and args.gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing computes layers again without the learned prefix (PEFT's prefix tuning): set it to false"
+        )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         kind = trainer.accelerator.distributed_type.value
         raise UserError(
