@@ -261,7 +261,7 @@ def check_evaluations(trainer: TRLTrainer) -> None:
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else None
     others = (["aux_loss"] if trainer.aux_loss_enabled else []) + (["tools/"] if trainer.tools else [])
     names, callbacks = trainer.reward_func_names, trainer.callback_handler.callbacks
-    check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others)
+    check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others, type(trainer))
 
 
 def check_scoring(trainer: TRLTrainer) -> None:
