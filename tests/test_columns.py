@@ -164,7 +164,7 @@ SERIALIZED = [
     '\u200b\n [{"role": "user", "content": "1+1="}]\u200b\n',
     "array([{'content': '1+1=', 'role': 'user'}], dtype=object)",
     "array([{'content': '1+1=', 'role': 'user'}],\n      dtype=object)",
-    "b'[{\"role\": \"user\", \"content\": \"1+1=\"}]'",
+    'b\'[{"role": "user", "content": "1+1="}]\'',
     "[ChatMessage(role='user', content='1+1=')]",
     '[{"type": "text", "text": "1+1="}]',
 ]

@@ -192,7 +192,12 @@ def test_options_that_are_set_stay_and_are_named_once(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_return_sequences": 2}, {"return_dict_in_generate": True}, {"stop_strings": ["7"]}, {"prompt_lookup_num_tokens": 2}],
+    [
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["7"]},
+        {"prompt_lookup_num_tokens": 2},
+    ],
 )
 def test_options_with_which_nothing_can_be_sampled_are_refused(tmp_path, options):
     with pytest.raises(UserError, match=f"generation_kwargs has {next(iter(options))} .*, with which no run samples"):

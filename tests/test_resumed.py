@@ -152,7 +152,9 @@ def drawn():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: numbers(8).skip(1), pytest.param(lambda: numbers(4), marks=pytest.mark.slow), drawn], ids=["skipped", "fewer", "drawn"]
+    "make",
+    [lambda: numbers(8).skip(1), pytest.param(lambda: numbers(4), marks=pytest.mark.slow), drawn],
+    ids=["skipped", "fewer", "drawn"],
 )
 def test_a_stream_that_gives_other_rows_is_refused(tmp_path, make):
     """Another one, a shorter one, and one that is random."""

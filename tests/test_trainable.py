@@ -185,7 +185,7 @@ def test_an_optimizer_with_a_rate_of_zero(tmp_path, caplog):
 
 def test_a_learned_prefix_and_layers_that_are_computed_again(tmp_path):
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(UserError, match="prefix.*set it to false"):
+    with pytest.raises(UserError, match=r"prefix.*set it to false"):
         trainer_of(model_of("qwen2"), config(tmp_path), peft_config=prefix)
     trainer = trainer_of(model_of("qwen2"), config(tmp_path, gradient_checkpointing=False), peft_config=prefix)
     before = snapshot(trainer.model)

@@ -11,9 +11,7 @@ from bupo.errors import UserError
 _UNSEEN = "\ufeff\u200b\u2060"  # byte order mark and characters without width
 _OPENING = re.compile(rf"""[\s{_UNSEEN}]*(?:array\()?b?["']?[\s{_UNSEEN}]*(\[|\{{)""")
 _CLOSING = re.compile(rf"""[\]\}}](?:\s*,\s*dtype=object)?\)?[\s{_UNSEEN}]*["']*[\s{_UNSEEN}]*$""")
-_KEYS = tuple(
-    re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value")
-)
+_KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value"))
 _PARTS = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
 
 

@@ -306,6 +306,8 @@ def hands_on(plain: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return "custom_generate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def own_loop(model: nn.Module, reason: str) -> None:
     """Warn once that transformers' own loop samples where the faster one was expected to."""
     warn_once(

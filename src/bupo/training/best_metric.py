@@ -83,7 +83,7 @@ def check_best_metric(
     begins += [GRADING] if math_reward in functions else []
     if name in known or any(name == each or (each.endswith("/") and name.startswith(each)) for each in begins):
         return
-    written = [getattr(trainer, name, None) for name in EVALUATING]  # by the user, in a class of their own
+    written = [getattr(trainer, name, None) for name in EVALUATING]  # in a class that a user has derived
     written += [getattr(type(callback), "on_evaluate", None) for callback in callbacks]
     if any(map(may_log, functions)) or any(map(_of_the_user, written)):
         return  # by TRL's `log_metric`, or into the metrics of an evaluation: the first evaluation tells

@@ -109,7 +109,9 @@ def is_sharded(args: BuPOConfig) -> bool:
 def adapter_weights(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of a model's adapter layers, which take states of any dtype and give them back in it."""
     kinds = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers = [module for module in kinds if not isinstance(module, LNTuningLayer)]  # copies of norms give back their dtype
+    layers = [
+        module for module in kinds if not isinstance(module, LNTuningLayer)
+    ]  # copies of norms give back their dtype
     parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     parts.append(getattr(model, "prompt_encoder", None))  # a learned prompt
     return {parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}

@@ -288,8 +288,8 @@ class Moved(TrainerCallback):
             self.without += bool(differ)
             if self.without == PATIENCE:
                 logger.warning(
-                    f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: what trains "
-                    "does not change the answers' probabilities, as an adapter of lora_alpha 0"
+                    f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: what "
+                    "trains does not change the answers' probabilities, as an adapter of lora_alpha 0"
                 )
             return
         self.without = 0
