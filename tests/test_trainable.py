@@ -321,6 +321,19 @@ def test_a_callback_that_freezes(tmp_path, update, trained, where, checkpointing
     assert trainer.state.global_step == update
 
 
+def test_an_update_that_is_skipped_has_had_a_gradient(tmp_path, caplog):
+    """A gradient that is not finite is set to none before the optimizer steps."""
+    trainer = trainer_of(model_of(), config(tmp_path))
+    plain = trainer.loss
+
+    def loss(model, inputs):
+        return plain(model, inputs) * (float("nan") if trainer.state.global_step in (0, 5) else 1.0)
+
+    trainer.loss = loss
+    trainer.train()
+    assert trainer.state.global_step == 8 and caplog.text.count("is skipped: its gradient is not finite") == 2
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_adapter_that_changes_nothing(tmp_path, caplog, steps):
     """It is in the graph, and its gradient is 0: a scale of 0."""

@@ -197,8 +197,20 @@ def _layers_of(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[in
     return [layer for layer in layers if not parameters.isdisjoint(stream.block(layer).parameters())]
 
 
+def check_gradient(trainer: Any) -> None:
+    """Refuse to go on where a backward pass, which has just been made, has left no gradient.
+
+    Raises:
+        UserError: with the rollout batch.
+    """
+    if trainer.is_fsdp_enabled or partitions(trainer.accelerator):  # which hold gradients elsewhere
+        return
+    if all(parameter.grad is None for parameter in trainer.model.parameters()):
+        raise UserError(frozen_since(trainer.where(trainer.last_batch)))
+
+
 def frozen_since(where: str) -> str:
-    """Return the message about an update whose loss has no gradient, of a run that `check_trainable` has let begin."""
+    """Return the message about a loss without a gradient, of a run that `check_trainable` has let begin."""
     return (
         f"nothing trains in {where}: no parameter has a gradient, those that the loss reaches were frozen since the run began; "
         "leave requires_grad alone while a run trains"
@@ -256,12 +268,9 @@ class Moved(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if partitions(self.accelerator):  # DeepSpeed holds the gradients, and weights in fp32 that are not the model's
-            return
-        if all(parameter.grad is None for parameter in model.parameters()):
-            raise UserError(frozen_since(self.phase()[1]))
+        # DeepSpeed holds the gradients, and weights in fp32 that are not the model's
         warming = state.global_step < args.get_warmup_steps(state.max_steps)
-        if self.phase()[0] in self.seen or warming:
+        if self.phase()[0] in self.seen or warming or partitions(self.accelerator):
             return
         if not any(group["lr"] > 0 for group in optimizer.param_groups if group["params"]) and _held_by(optimizer):
             return  # the rate is 0 now

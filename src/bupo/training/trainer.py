@@ -37,7 +37,7 @@ from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import EpochEnds, TRLTrainer, checked_models
 from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
-from bupo.training.trainable import Moved, check_layer, check_trainable, frozen_since
+from bupo.training.trainable import Moved, check_gradient, check_layer, check_trainable, frozen_since
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -199,6 +199,7 @@ class BuPOTrainer(TRLTrainer):
         """As TRL's; a critic steps with the policy."""
         with self.alignment.kept():
             loss = super().training_step(*args, **kwargs)
+        check_gradient(self)
         self.alignment.keep_above(self.watch.schedule.stage(self.last_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
