@@ -125,6 +125,30 @@ def test_a_metric_that_a_reward_logs_itself_is_taken(tmp_path):
         trainer.train()
 
 
+class Adds(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_kindness"] = 0.25
+
+
+class Measures(BuPOTrainer):
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs) | {"eval_kindness": 0.75}
+
+
+@pytest.mark.parametrize("way", ["callback", "class"])
+def test_a_metric_that_the_users_code_adds_is_taken(tmp_path, monkeypatch, way):
+    """As TRL takes it: by a callback, or by a class made of the trainer's."""
+    if way == "class":
+        monkeypatch.setitem(globals(), "BuPOTrainer", Measures)
+    callbacks = [Adds()] if way == "callback" else []
+    trainer = trainer_of(tmp_path, callbacks=callbacks, metric_for_best_model="eval_kindness", max_steps=2)
+    trainer.train()
+    assert trainer.state.best_metric == (0.25 if way == "callback" else 0.75)
+    trainer = trainer_of(tmp_path / "b", callbacks=callbacks, metric_for_best_model="rudeness", max_steps=2)
+    with pytest.raises(UserError, match="metric_for_best_model 'rudeness' is not what an evaluation measures"):
+        trainer.train()
+
+
 def test_what_may_log():
     def handed_on(**kwargs):
         return logging_reward(**kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from bupo import BuPOConfig, TrainOptions, UserError, load_problems
 from bupo.data.columns import dataset_of, with_columns
@@ -159,6 +160,13 @@ SERIALIZED = [
     json.dumps({"messages": MESSAGES}),
     json.dumps([{"from": "human", "value": "q"}]),
     "[{'content': 'a', 'role': 'system'}\n {'content': 'b', 'role': 'user'}]",  # as numpy prints a column of a parquet file
+    '\ufeff[{"role": "user", "content": "1+1="}]',
+    '\u200b\n [{"role": "user", "content": "1+1="}]\u200b\n',
+    "array([{'content': '1+1=', 'role': 'user'}], dtype=object)",
+    "array([{'content': '1+1=', 'role': 'user'}],\n      dtype=object)",
+    'b\'[{"role": "user", "content": "1+1="}]\'',
+    "[ChatMessage(role='user', content='1+1=')]",
+    '[{"type": "text", "text": "1+1="}]',
 ]
 IN_WORDS = [
     "1+1",
@@ -167,6 +175,9 @@ IN_WORDS = [
     '{"a": 1, "content": 2}',
     "{x : x > 0}",
     'Mend this JSON: {"role": "user", "content": }',
+    '{"type": "review", "text": "a fine book"}',
+    "f(role='x') = [content='y']",
+    '[{"role": "user", "content": "x"}] is a list of how many messages?',
     "",
 ]
 
@@ -205,6 +216,20 @@ def test_the_checksum_counts_every_column(tmp_path):
     sums = {problems_sha256(load_problems(written(tmp_path, rows))) for rows in (ROWS, ROWS[:-1])}
     changed = [*ROWS[:-1], {**ROWS[-1], "meta": {"source": {"book": "b", "page": 12}}}]
     assert len(sums | {problems_sha256(load_problems(written(tmp_path, changed)))}) == 3
+
+
+def test_the_checksum_is_that_of_the_values():
+    """Of images and arrays too, whose texts hold an address in memory, or leave numbers out."""
+    rows = {"prompt": ["1+1="], "pixels": [[[0.0] * 64] * 64]}
+
+    def problems(colour, pixel=0.0, kind="torch"):
+        values = [[[0.0] * 64] * 63 + [[pixel] * 64]]
+        picture = Image.new("RGB", (4, 4), (colour, 0, 0))
+        return Dataset.from_dict({**rows, "pixels": values, "picture": [picture]}).with_format(kind, ["pixels"], True)
+
+    same = {problems_sha256(problems(1)) for _ in range(3)}
+    assert len(same) == 1
+    assert len(same | {problems_sha256(problems(2)), problems_sha256(problems(1, 1.0))}) == 3
 
 
 SEEN: list[dict] = []

@@ -139,3 +139,31 @@ def test_what_is_not_found_by_its_name_is_found_by_what_it_does(tmp_path, caplog
     model.model.layers[1].mlp = Noise(model.model.layers[1].mlp)
     trainer_of(model, config(tmp_path))
     assert "random while it trains" in caplog.text
+
+
+class DropPath(torch.nn.Module):
+    """Leaves out the writes of whole rows, as stochastic depth does."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, states):
+        kept = torch.rand(len(states), 1, 1) >= self.p
+        return states * kept if self.training else states
+
+
+class Skips(DropPath):
+    """The same under a name that says nothing."""
+
+
+@pytest.mark.parametrize("kind", [DropPath, Skips])
+def test_noise_that_drops_whole_rows(tmp_path, caplog, kind):
+    """One row is the same in two passes more often than not."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = model_of()
+        model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, kind(0.3))
+        trainer_of(model, config(tmp_path / str(seed)))
+    said = "dropout is turned off" if kind is DropPath else "passes are random"
+    assert caplog.text.count(said) == 3 and ("random" in caplog.text) == (kind is Skips)

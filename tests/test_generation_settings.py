@@ -22,7 +22,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from bupo import BuPOTrainer, InternalPolicies
+from bupo import BuPOTrainer, InternalPolicies, UserError
 from bupo.commands.main import main
 from bupo.evaluation.vllm import VllmEngine
 from bupo.model.generation_settings import end_tokens, own_settings_unused, stored_ends, unaccounted, warn_once
@@ -188,6 +188,24 @@ def test_options_that_are_set_stay_and_are_named_once(tmp_path, caplog):
     for named in ("top_p=0.9", "min_p=0.02", "repetition_penalty=1.2", "no_repeat_ngram_size=3", "temperature=0.5"):
         assert named in said[0]
     assert "renormalize" not in said[0] and "max_time" not in said[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["7"]},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_options_with_which_nothing_can_be_sampled_are_refused(tmp_path, options):
+    with pytest.raises(UserError, match=f"generation_kwargs has {next(iter(options))} .*, with which no run samples"):
+        BuPOTrainer(model_of(), token_reward, config(tmp_path, generation_kwargs=options), train_dataset=PROBLEMS,
+                    processing_class=TOKENIZER)  # fmt: skip
+    unset = {"num_return_sequences": 1, "return_dict_in_generate": False, "stop_strings": None}
+    BuPOTrainer(model_of(), token_reward, config(tmp_path, generation_kwargs=unset), train_dataset=PROBLEMS,
+                processing_class=TOKENIZER)  # fmt: skip
 
 
 def test_settings_that_change_nothing_are_not_named(tmp_path, caplog):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -180,3 +180,28 @@ def test_options_serve_for_several_models(tmp_path):
 
 def test_options():
     assert BuPOConfig("x", internal_layer=1).fp32_master_weights is True
+
+
+# adapters that train parameters of the model's own modules, whose layers take no states of another dtype
+OWN = {
+    "all biases": lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all"),
+    "biases of its layers": lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="lora_only"),
+    "norms": lambda: LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("name", OWN)
+def test_an_adapter_that_trains_the_models_own_parameters(tmp_path, name, loaded):
+    model = half_model(family="qwen2")
+    if loaded:
+        model, adapter = get_peft_model(model, OWN[name]()), None
+    else:
+        adapter = OWN[name]()
+    options = {**SLOW, "internal_layer": 4, "internal_steps": 1, "max_steps": 8, "learning_rate": 1e-5}
+    trainer = trainer_of(model, config(tmp_path, **options), peft_config=adapter)
+    before = {name: value for name, value in snapshot(trainer.model).items() if "lora_A" not in name}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    trains = {name: value for name, value in before.items() if after[name].requires_grad}
+    assert {after[name].dtype for name in trains} == {torch.float32} and moved(trains, after) > 0.85

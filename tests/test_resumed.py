@@ -164,6 +164,12 @@ def test_a_stream_that_gives_other_rows_is_refused(tmp_path, make):
         train(tmp_path, tmp_path / "checkpoint-5", problems=make(), max_steps=7)
 
 
+def test_messages_as_text_in_a_stream_are_refused(tmp_path):
+    rows = [{"prompt": "1+1="}, {"prompt": "1+2="}, {"prompt": '[{"role": "user", "content": "1+3="}]'}]
+    with pytest.raises(UserError, match=r"a stream, row \d: the prompt is messages written as text"):
+        train(tmp_path, problems=IterableDataset.from_generator(lambda: iter(rows)))
+
+
 def test_a_place_is_that_of_the_rows_that_were_trained_on():
     """A loader reads ahead; the checksum is that of the batches before the place, whatever was read after."""
     rows = [[{"prompt": str(n), "image": object(), "array": [n]}] for n in range(9)]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import TrainerCallback
 
 from bupo import BuPOTrainer, UserError, train
 from bupo.model.residual import ResidualStream, Site
@@ -146,6 +147,52 @@ def test_an_optimizer_of_another_model(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("first", [{}, {"internal_layer": None, "internal_steps": 0}], ids=["two phases", "one phase"])
+def test_a_rate_of_zero_where_the_adapters_are(tmp_path, first):
+    options = {"internal_layer": 3, "slow_above_layer": 2, "slow_factor": 0.0, **first}
+    refused(tmp_path / "run", model_of(), "slow_factor is 0.*above layer 2", LoraConfig(**ABOVE), **options)
+    trainer = trainer_of(model_of(), config(tmp_path / "a", **options, max_steps=4))
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert not any(f"layers.{layer}." in name for name in changed(before, trainer.model) for layer in (2, 3))
+
+
+def test_layers_that_the_options_freeze_are_named(tmp_path):
+    below = LoraConfig(**{**ABOVE, "layers_to_transform": [0, 1]})
+    options = {"internal_layer": 3, "layer_rates": [0, 0, 1, 1]}
+    refused(tmp_path / "run", model_of(), "layer_rates freezes the layers 1, 2", below, **options)
+
+
+def test_rates_of_layers_and_an_optimizer_of_the_user(tmp_path):
+    for options in ({"layer_rates": [1, 1, 0.5, 0.5]}, {"slow_above_layer": 2}):
+        model = model_of()
+        steps = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(UserError, match=f"{next(iter(options))} is set, and an optimizer was given"):
+            trainer_of(model, config(tmp_path, **options), optimizers=(steps, None))
+
+
+def test_an_optimizer_with_a_rate_of_zero(tmp_path, caplog):
+    model = model_of()
+    steps = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer_of(model, config(tmp_path, max_steps=1), optimizers=(steps, None)).train()
+    assert caplog.text.count("the optimizer that was given is 0") == 1
+    model = model_of()
+    steps = torch.optim.SGD(model.parameters(), lr=0.1)
+    warmup = torch.optim.lr_scheduler.LambdaLR(steps, lambda step: step / 10)
+    trainer_of(model, config(tmp_path, max_steps=1), optimizers=(steps, warmup)).train()
+    assert caplog.text.count("the optimizer that was given is 0") == 1
+
+
+def test_a_learned_prefix_and_layers_that_are_computed_again(tmp_path):
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UserError, match=r"prefix.*set it to false"):
+        trainer_of(model_of("qwen2"), config(tmp_path), peft_config=prefix)
+    trainer = trainer_of(model_of("qwen2"), config(tmp_path, gradient_checkpointing=False), peft_config=prefix)
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert changed(before, trainer.model)
+
+
 def test_a_model_whose_stream_is_not_known(tmp_path):
     model = tiny_model("bloom", vocab_size=262, n_layer=2, n_head=4, pad_token_id=0, eos_token_id=1)
     refused(tmp_path / "run", freeze(model), "no parameter", internal_steps=0, internal_layer=None)
@@ -220,7 +267,7 @@ def test_an_update_without_any_advantage_is_no_sign(tmp_path, caplog):
     before = snapshot(equal.model)
     equal.train()
     assert not changed(before, equal.model) and equal.moved.seen == []
-    assert "did not move" not in caplog.text
+    assert "did not move" not in caplog.text and "was 0 in" not in caplog.text
 
 
 def test_warmup_is_no_sign(tmp_path, caplog):
@@ -242,6 +289,58 @@ def test_a_gradient_and_nothing_that_steps(tmp_path):
     trainer.rollout = rollout
     with pytest.raises(UserError, match="the optimizer steps none of them"):
         trainer.train()
+
+
+class Freezes(TrainerCallback):
+    """Leaves only some parameters to train, from an update on."""
+
+    def __init__(self, update, *trained):
+        self.update, self.trained = update, trained
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.update == 0:
+            freeze(model, *self.trained)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if 0 < self.update == state.global_step:
+            freeze(model, *self.trained)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("update", "trained", "where"),
+    [(0, (), "batch 1 .the policy of layer 2"), (0, ("layers.3.",), "batch 1 .the policy of layer 2"),
+     (1, ("layers.3.",), "batch 1 .the policy of layer 2"), (10, (), "batch 3 .the whole policy")],
+)  # fmt: skip
+def test_a_callback_that_freezes(tmp_path, update, trained, where, checkpointing):
+    model = model_of("llama")  # whose embedding is not its head
+    args = config(tmp_path, max_steps=16, gradient_checkpointing=checkpointing)
+    trainer = trainer_of(model, args, callbacks=[Freezes(update, *trained)])
+    with pytest.raises(UserError, match=f"nothing trains in rollout {where}.*frozen since"):
+        trainer.train()
+    assert trainer.state.global_step == update
+
+
+def test_an_update_that_is_skipped_has_had_a_gradient(tmp_path, caplog):
+    """A gradient that is not finite is set to none before the optimizer steps."""
+    trainer = trainer_of(model_of(), config(tmp_path))
+    plain = trainer.loss
+
+    def loss(model, inputs):
+        return plain(model, inputs) * (float("nan") if trainer.state.global_step in (0, 5) else 1.0)
+
+    trainer.loss = loss
+    trainer.train()
+    assert trainer.state.global_step == 8 and caplog.text.count("is skipped: its gradient is not finite") == 2
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_adapter_that_changes_nothing(tmp_path, caplog, steps):
+    """It is in the graph, and its gradient is 0: a scale of 0."""
+    none = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=0, task_type="CAUSAL_LM")
+    first = {"internal_layer": None} if steps == 0 else {}
+    trainer_of(model_of(), config(tmp_path, internal_steps=steps, **first), peft_config=none).train()
+    assert caplog.text.count("the gradient of all weights was 0 in 4 updates") == 1
 
 
 def test_fp32_weights_that_are_too_large_for_the_rate(tmp_path, caplog):

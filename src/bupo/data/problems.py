@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.table import InMemoryTable
@@ -188,8 +189,15 @@ def problems_sha256(problems: Dataset) -> str:
         columns = problems[start : start + _AT_ONCE]
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
-            found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+            found.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
     return found.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON knows it: arrays whole, and images by their pixels, whose text is an address in memory."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
 def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:

@@ -6,9 +6,13 @@ from typing import Any
 
 from bupo.errors import UserError
 
-# a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped
-_OPENING = re.compile(r"""\s*["']?\s*(\[|\{)""")
-_KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:""") for key in ("role", "content", "from", "value"))
+# a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped. Python prints
+# objects with `role='user'`, bytes with a b before their quote, and NumPy's arrays as `array([...], dtype=object)`
+_UNSEEN = "\ufeff\u200b\u2060"  # byte order mark and characters without width
+_OPENING = re.compile(rf"""[\s{_UNSEEN}]*(?:array\()?b?["']?[\s{_UNSEEN}]*(\[|\{{)""")
+_CLOSING = re.compile(rf"""[\]\}}](?:\s*,\s*dtype=object)?\)?[\s{_UNSEEN}]*["']*[\s{_UNSEEN}]*$""")
+_KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value"))
+_PARTS = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
 
 
 def is_serialized(prompt: str) -> bool:
@@ -16,8 +20,8 @@ def is_serialized(prompt: str) -> bool:
     if not _OPENING.match(prompt):
         return False
     role, content, sender, value = (key.search(prompt) is not None for key in _KEYS)
-    closed = prompt.rstrip().rstrip("\"'").rstrip().endswith(("]", "}"))
-    return closed and ((role and content) or (sender and value))
+    closed = _CLOSING.search(prompt.rstrip()[-100:]) is not None
+    return closed and ((role and content) or (sender and value) or _PARTS.search(prompt) is not None)
 
 
 def check_text(prompt: Any, name: str, row: int) -> None:

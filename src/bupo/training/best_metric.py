@@ -33,6 +33,8 @@ CLIPPED = tuple(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_m
 BY_LOSS = {"cispo": ("cispo_clip_ratio",), "vespo": ("vespo/phi_seq_mean",), "sapo": ()}  # others: `CLIPPED`
 ADAPTIVE = ("reduce_lr_on_plateau", "greedy")
 GRADING = "grading/"  # metrics of `math_reward`
+EVALUATING = ("evaluate", "evaluation_loop", "prediction_step", "compute_loss", "log")  # methods that may measure more
+LIBRARIES = ("transformers", "trl", "bupo", "accelerate", "peft")
 SHOWN = ("loss", "reward", "entropy", "completions/mean_length")  # in messages
 
 
@@ -43,6 +45,7 @@ def check_best_metric(
     callbacks: Iterable[Any],
     sets: Mapping[str, Any] | None = None,
     others: Sequence[str] = ("aux_loss",),
+    trainer: type | None = None,
 ) -> None:
     """Refuse options and callbacks that need a metric which no evaluation of the run will measure.
 
@@ -52,10 +55,12 @@ def check_best_metric(
         callbacks (`list`): of the run.
         sets (`dict`, *optional*): the evaluation problems by name, where there are several sets.
         others (`list[str]`, *optional*): further metrics, or the first part of their names up to a slash.
+        trainer (`type`, *optional*): the trainer's class.
 
     Raises:
         UserError: with the option, and what to do.
     """
+    callbacks = list(callbacks)
     kinds = {type(callback).__name__ for callback in callbacks if isinstance(callback, EarlyStoppingCallback)}
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     needing = [f"{name}" for name in sorted(kinds)]
@@ -78,8 +83,10 @@ def check_best_metric(
     begins += [GRADING] if math_reward in functions else []
     if name in known or any(name == each or (each.endswith("/") and name.startswith(each)) for each in begins):
         return
-    if any(map(may_log, functions)):
-        return  # by TRL's `log_metric`: the first evaluation tells
+    written = [getattr(trainer, name, None) for name in EVALUATING]  # in a class that a user has derived
+    written += [getattr(type(callback), "on_evaluate", None) for callback in callbacks]
+    if any(map(may_log, functions)) or any(map(_of_the_user, written)):
+        return  # by TRL's `log_metric`, or into the metrics of an evaluation: the first evaluation tells
     raise UserError(unknown(args, name, known))
 
 
@@ -122,6 +129,11 @@ def _mentions(code: types.CodeType) -> bool:
     calls = [step for step in dis.get_instructions(code) if step.opname == "CALL_FUNCTION_EX"]
     hands_on = code.co_flags & inspect.CO_VARKEYWORDS and any(step.arg is None or step.arg & 1 for step in calls)
     return "log_metric" in words or bool(hands_on) or any(map(_mentions, inner))
+
+
+def _of_the_user(function: Any) -> bool:
+    """Return whether a method comes from none of the libraries, which are known to add no metric."""
+    return function is not None and getattr(function, "__module__", "").split(".")[0] not in LIBRARIES
 
 
 def value_of(args: Any, metrics: Mapping[str, Any]) -> Any:

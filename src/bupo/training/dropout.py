@@ -16,6 +16,8 @@ from bupo.training.config import BuPOConfig
 logger = get_logger(__name__)
 
 SAME = 1e-3  # largest relative difference of two passes, which a GPU may sum in another order
+NOISY = ("dropout", "droppath", "stochasticdepth")  # of the names of modules whose rate is `p`
+ROWS, TOKENS = 8, 16  # of a pass that is tried; some noise drops whole rows
 PARTS = ("drop", "jitter")  # of the names that models give to rates of random noise
 
 
@@ -54,7 +56,7 @@ def turn_off(model: nn.Module) -> dict[str, float]:
         found[name] = max(rate, found.get(name, 0.0))
 
     for path, module in model.named_modules():
-        if "Dropout" in type(module).__name__:  # torch's, and those of adapters
+        if any(part in type(module).__name__.lower() for part in NOISY):  # torch's, and those of adapters
             rate = getattr(module, "p", 0.0)
             if isinstance(rate, float | int) and rate > 0:
                 note(next(word for word in reversed(path.split(".")) if word != "default" and not word.isdigit()), rate)
@@ -85,6 +87,7 @@ def is_random(model: nn.Module, ids: torch.Tensor) -> bool:
         model (`nn.Module`): whole on this process.
         ids (`torch.Tensor` of shape `(1, time)`): tokens.
     """
+    ids = ids[:, :TOKENS].repeat(ROWS, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:

@@ -4,12 +4,22 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
+from bupo.errors import UserError
 from bupo.model.generation_settings import describe, end_tokens, merged_ends, unaccounted
 from bupo.model.residual import causal_lm
 from bupo.training.config import BuPOConfig
 from bupo.training.seam import TRLTrainer
 
 SAMPLING_OPTIONS = ("top_p", "top_k", "min_p", "repetition_penalty")
+
+# options of `generate` that do not end in one answer a prompt, or that it refuses for several prompts
+UNUSABLE = {
+    "num_return_sequences": "num_generations says how many answers a prompt gets",
+    "return_dict_in_generate": "answers are taken as tokens",
+    "stop_strings": "they need a tokenizer, which TRL does not hand on; end an answer by eos_token_id",
+    "prompt_lookup_num_tokens": "it decodes one prompt at a time",
+    "assistant_model": "it decodes one prompt at a time",
+}
 
 logger = get_logger(__name__)
 
@@ -19,8 +29,15 @@ def set_up_generation(trainer: TRLTrainer, args: BuPOConfig) -> None:
 
     TRL itself does not look at the end tokens of the model's configuration. The model's generation config gets the end tokens
     that it lacks, so that a saved model ends its answers as it was trained to.
+
+    Raises:
+        UserError: for an option of `generate` with which TRL cannot sample.
     """
     own, chosen = causal_lm(trainer.model).generation_config, args.generation_kwargs or {}
+    for name, reason in {} if args.use_vllm else UNUSABLE.items():
+        value = chosen.get(name)
+        if value not in (None, False) and (name, value) != ("num_return_sequences", 1):
+            raise UserError(f"generation_kwargs has {name} {value!r:.80}, with which no run samples: {reason}")
     ends = end_tokens(trainer.model, trainer.processing_class)
     if set(ends) - {trainer.processing_class.eos_token_id, *merged_ends(own.eos_token_id)}:
         own.eos_token_id = ends

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftConfig
+from peft import LNTuningConfig, PeftConfig
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig
@@ -74,8 +75,7 @@ def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | 
         args ([`~bupo.BuPOConfig`]): of the run.
         adapter (`PeftConfig`, *optional*): that is put on the model.
     """
-    alone = adapter is not None and not getattr(adapter, "modules_to_save", None) and not is_sharded(args)
-    if not args.fp32_master_weights or alone:
+    if not args.fp32_master_weights or (adapter is not None and is_apart(adapter) and not is_sharded(args)):
         return None
     if not isinstance(model, str):
         adapters = set() if is_sharded(args) else adapter_weights(model)
@@ -92,6 +92,15 @@ def computed_in(model: str | nn.Module, args: BuPOConfig, adapter: PeftConfig | 
     return dtype if dtype in HALF else None
 
 
+def is_apart(adapter: PeftConfig) -> bool:
+    """Return whether all that trains of an adapter is its own layers', which take states of any dtype.
+
+    Copies of the model's modules, its norms and its biases give states back in their dtype, or refuse those of another.
+    """
+    biases = getattr(adapter, "bias", "none") not in ("none", None)
+    return not (biases or getattr(adapter, "modules_to_save", None) or isinstance(adapter, LNTuningConfig))
+
+
 def is_sharded(args: BuPOConfig) -> bool:
     """Return whether FSDP is to shard the run, by its options or by the launch."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -99,7 +108,10 @@ def is_sharded(args: BuPOConfig) -> bool:
 
 def adapter_weights(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of a model's adapter layers, which take states of any dtype and give them back in it."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    kinds = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [
+        module for module in kinds if not isinstance(module, LNTuningLayer)
+    ]  # copies of norms give back their dtype
     parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     parts.append(getattr(model, "prompt_encoder", None))  # a learned prompt
     return {parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftType
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig
@@ -223,6 +224,17 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
     if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
         raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
+    if trainer.optimizer is not None and (args.slow_above_layer is not None or args.layer_rates is not None):
+        option = "layer_rates" if args.layer_rates is not None else "slow_above_layer"
+        raise UserError(
+            f"{option} is set, and an optimizer was given, whose learning rates are its own: give its groups their rates and "
+            f"leave {option} out, or choose the optimizer by optim"
+        )
+    kinds = {config.peft_type for config in getattr(trainer.model, "peft_config", {}).values()}
+    if PeftType.PREFIX_TUNING in kinds and args.gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing computes layers again without the learned prefix (PEFT's prefix tuning): set it to false"
+        )
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         kind = trainer.accelerator.distributed_type.value
         raise UserError(
@@ -252,7 +264,7 @@ def check_evaluations(trainer: TRLTrainer) -> None:
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else None
     others = (["aux_loss"] if trainer.aux_loss_enabled else []) + (["tools/"] if trainer.tools else [])
     names, callbacks = trainer.reward_func_names, trainer.callback_handler.callbacks
-    check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others)
+    check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others, type(trainer))
 
 
 def check_scoring(trainer: TRLTrainer) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from bupo.data.prompts import check_text
 from bupo.errors import UserError
 
 KEPT = 4096  # checksums of the last batches: data loaders read a few ahead of what is trained on
@@ -48,6 +49,8 @@ class StreamPlace:
         return collated
 
     def _see(self, rows: list) -> None:
+        for number, row in enumerate(rows):
+            check_text(row.get("prompt"), "train_dataset, a stream", self.read * len(rows) + number)
         text = json.dumps(rows, sort_keys=True, default=_plain)
         self.read, self.sum = self.read + 1, hashlib.sha256((self.sum + text).encode()).hexdigest()
         self.sums.append((self.read, self.sum))

@@ -16,7 +16,7 @@ from bupo.errors import UserError
 from bupo.model.meta import name_of
 from bupo.model.residual import ResidualStream
 from bupo.training.config import BuPOConfig
-from bupo.training.layers import moved_by, reached
+from bupo.training.layers import kept_still, moved_by, rate_factors, reached
 from bupo.training.precision import HALF
 from bupo.training.sharding import held
 from bupo.training.zero import partitions
@@ -25,6 +25,7 @@ logger = get_logger(__name__)
 
 SAMPLED = 4096  # values of a parameter that are looked at, evenly spaced
 MOST = 0.5  # share of updates that rounding may swallow without a warning
+PATIENCE = 4  # updates without any gradient, although advantages differ, until that is a sign
 
 
 # -- before sampling -----------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def check_trainable(trainer: Any) -> None:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
         raise UserError(
-            f"nothing would train: no parameter of {name_of(model)} requires a gradient; {_unfrozen(model)}"
+            f"nothing would train: no parameter of {name_of(model)} requires a gradient; {_unfrozen(model, args)}"
         )
     steps = _held_by(trainer.optimizer)
     if steps is not None and steps.isdisjoint(named.values()):
@@ -53,12 +54,20 @@ def check_trainable(trainer: Any) -> None:
             "nothing would train: the optimizer that was given holds no parameter of the model that requires a gradient: make "
             "it from this model's parameters, or leave it out"
         )
-    if args.learning_rate == 0:
+    if args.learning_rate == 0 and steps is None:
         logger.warning("learning_rate is 0: the weights stay as they are")
+    if steps and not any(group.get("initial_lr", group["lr"]) > 0 for group in trainer.optimizer.param_groups):
+        logger.warning("the learning rate of the optimizer that was given is 0: the weights stay as they are")
+    still = {parameter for parameter, rate in rate_factors(trainer.stream, args).items() if rate == 0}
     for phase, layer in _phases(trainer):
         found = _reached_in(trainer, layer)
         if not (found if steps is None else found & steps):
             raise UserError(_refusal(trainer, phase, layer, named))
+        if found <= still:
+            raise UserError(
+                f"{phase} would train nothing: slow_factor is 0, and of what requires a gradient its loss reaches only what "
+                f"lies above layer {args.slow_above_layer}; give slow_factor a value above 0, or train layers below too"
+            )
         # a few tokens meet few of a mixture's experts
         idle = [name for name, parameter in named.items() if parameter not in found and "expert" not in name]
         if layer is None and idle:
@@ -140,8 +149,11 @@ def _held_by(optimizer: Any) -> set[nn.Parameter] | None:
     return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _unfrozen(model: nn.Module) -> str:
+def _unfrozen(model: nn.Module, args: BuPOConfig) -> str:
     """How to have a model train that is frozen as a whole."""
+    if kept_still(args):
+        option = "frozen_up_to_layer" if args.frozen_up_to_layer else "layer_rates"
+        return f"{option} freezes the layers {', '.join(map(str, kept_still(args)))}: let more of them train"
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()) or getattr(model, "prompt_encoder", None):
         return "its adapter was loaded for inference: load it by PeftModel.from_pretrained(base, folder, is_trainable=True)"
     return "it was frozen by hand: call requires_grad_(True) on what is to train, or pass a peft_config"
@@ -185,6 +197,26 @@ def _layers_of(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[in
     return [layer for layer in layers if not parameters.isdisjoint(stream.block(layer).parameters())]
 
 
+def check_gradient(trainer: Any) -> None:
+    """Refuse to go on where a backward pass, which has just been made, has left no gradient.
+
+    Raises:
+        UserError: with the rollout batch.
+    """
+    if trainer.is_fsdp_enabled or partitions(trainer.accelerator):  # which hold gradients elsewhere
+        return
+    if all(parameter.grad is None for parameter in trainer.model.parameters()):
+        raise UserError(frozen_since(trainer.where(trainer.last_batch)))
+
+
+def frozen_since(where: str) -> str:
+    """Return the message about a loss without a gradient, of a run that `check_trainable` has let begin."""
+    return (
+        f"nothing trains in {where}: no parameter has a gradient, those that the loss reaches were frozen since the run began; "
+        "leave requires_grad alone while a run trains"
+    )
+
+
 # -- after the first update of each phase --------------------------------------------------------------------------------
 
 
@@ -209,16 +241,20 @@ class Moved(TrainerCallback):
     Args:
         accelerator (`Accelerator`): the trainer's.
         phase (`Callable`): gives a number for the phase of the update, and its name for messages.
+        differ (`Callable`): tells whether any answer of this process' rollout batch has an advantage.
         seen (`list`): phases that were looked at.
         warned (`bool`): whether it was said that rounding swallows updates.
+        without (`int`): updates in a row whose gradient was zero, although answers had advantages.
     """
 
     accelerator: Accelerator
     phase: Callable[[], tuple[Any, str]]
+    differ: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
         self.seen: list[Any] = []
         self.warned = False
+        self.without = 0
         self.samples: list[Sample] | None = None
         self.stepped = True
 
@@ -248,16 +284,24 @@ class Moved(TrainerCallback):
         samples, self.samples = self.samples, None
         if samples is None or getattr(optimizer, "step_was_skipped", False):
             return
-        counts = torch.zeros(3, dtype=torch.float64)  # values with a gradient, those that stayed, and those of 16 bits
+        # values with a gradient, those that stayed, and those of 16 bits; processes whose answers have advantages
+        counts = torch.tensor([0, 0, 0, self.differ()], dtype=torch.float64)
         for parameter, places, before in samples:
             stayed = held(parameter.detach()).flatten()[places] == before
             half = parameter.dtype in HALF
-            counts += torch.tensor([len(before), int(stayed.sum()), len(before) * half], dtype=torch.float64)
+            counts += torch.tensor([len(before), int(stayed.sum()), len(before) * half, 0], dtype=torch.float64)
         counts = self.accelerator.reduce(counts.float().to(self.accelerator.device), "sum")
-        count, stayed, halves = counts.tolist()
-        if count == 0:  # as where all advantages are zero: nothing is to move
-            return
+        count, stayed, halves, differ = counts.tolist()
         phase, where = self.phase()
+        if count == 0:  # as where all advantages are zero: nothing is to move
+            self.without += bool(differ)
+            if self.without == PATIENCE:
+                logger.warning(
+                    f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: what "
+                    "trains does not change the answers' probabilities, as an adapter of lora_alpha 0"
+                )
+            return
+        self.without = 0
         self.seen.append(phase)
         if not self.stepped:
             raise UserError(

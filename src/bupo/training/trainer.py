@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
+from bupo.errors import UserError
 from bupo.model.proof import probe_tokens
 from bupo.model.residual import Family, ResidualStream, Site
 from bupo.training import asked, card, checkpoint, messages
@@ -36,7 +37,7 @@ from bupo.training.rollouts import OLD, RolloutBatch, weighted
 from bupo.training.schedule import Stage
 from bupo.training.seam import EpochEnds, TRLTrainer, checked_models
 from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
-from bupo.training.trainable import Moved, check_layer, check_trainable
+from bupo.training.trainable import Moved, check_gradient, check_layer, check_trainable, frozen_since
 from bupo.training.watch import Watch
 from bupo.training.zero import step_only_reached
 
@@ -93,7 +94,7 @@ class BuPOTrainer(TRLTrainer):
         self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
         self.add_callback(self.finite)
         self.add_callback(EpochEnds(self))
-        self.moved = Moved(self.accelerator, lambda: self.phase_of(self.last_batch))
+        self.moved = Moved(self.accelerator, lambda: self.phase_of(self.last_batch), self.advantages_differ)
         self.add_callback(self.moved)
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
         self.parts |= {"critic": self.critic} if self.critic else {}
@@ -120,6 +121,11 @@ class BuPOTrainer(TRLTrainer):
         """A number for the stage that a rollout batch belongs to, -1 in the second phase; and where that is, in words."""
         place = self.watch.schedule.place(batch)
         return -1 if place is None else place, self.where(batch)
+
+    def advantages_differ(self) -> bool:
+        """Return whether any answer of this process that is trained on has an advantage."""
+        pieces = map(RolloutBatch, self.pieces or [])
+        return any(bool((piece.by_answer(piece.tensors["advantages"]) * piece.mask.any(1)).any()) for piece in pieces)
 
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
@@ -184,6 +190,8 @@ class BuPOTrainer(TRLTrainer):
             else:
                 loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
             self.alignment.log(batch, speaker, self.stage, metrics)
+        if not loss.requires_grad:
+            raise UserError(frozen_since(self.where(self.rollout_batch)))
         last = (self.passes_done + 1) % self.passes_a_batch == 0
         self.watch.after_pass(self.rollout_batch, metrics if measured else {}, metrics, last)
         return loss
@@ -192,6 +200,7 @@ class BuPOTrainer(TRLTrainer):
         """As TRL's; a critic steps with the policy."""
         with self.alignment.kept():
             loss = super().training_step(*args, **kwargs)
+        check_gradient(self)
         self.alignment.keep_above(self.watch.schedule.stage(self.last_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
