@@ -273,7 +273,7 @@ PER_LAYER = {
 WHOLE: dict[str, dict] = {
     "phi": TWO,
     "cohere": TWO | {"logit_scale": 0.25},
-    "opt": TWO | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": TWO | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "gptj": BARE | {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4, "n_positions": 128},
     "mpt": BARE | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "expansion_ratio": 2},
     "bloom": TWO | {"n_head": 4, "n_layer": 2},

@@ -99,6 +99,8 @@ class BuPOTrainer(TRLTrainer):
         self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
         self.parts |= {"critic": self.critic} if self.critic else {}
         self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
+        # transformers would put new callbacks in their place, which start with the states they are made with
+        args.restore_callback_states_from_checkpoint = False
         if args.eval_benchmarks:
             self.add_callback(Evaluations(self, benchmarks))
 
