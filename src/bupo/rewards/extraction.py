@@ -21,6 +21,9 @@ _THINKING = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<reflection>", "</reflection>"),
+    ("<analysis>", "</analysis>"),
+    ("<draft>", "</draft>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
@@ -46,6 +49,37 @@ _DENIED_BEFORE = re.compile(
     rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
     rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
+_MISTAKEN_BEFORE = re.compile(
+    r"(?i)\b(?:mistakes?|errors?|traps?|pitfalls?|fallacy|miscount\w*|oversight)\b[^.;:!?\n]{0,30}?"
+    r"\b(?:leads? to|gives?|yields?|produces?|is|would be)[\s$(]*$|"
+    r"\b(?:many|most|some|several|other)\s+(?:students|people|pupils|solvers|candidates|authors)\b[^.;:!?\n]{0,30}[\s$(]$|"
+    r"\b(?:test|check|try|see|ask|verify|examine|decide|determine|wonder)\s+(?:whether|if)\b[\s$(]*$|"
+    r"\b(?:naive|tempting|wrong|mistaken|faulty|hasty)\s+\w+(?:\s+(?:is|was|gives?|would be))?[\s$(]*$"
+)
+# another answer, or a bound, in front of the box
+_OPEN_BEFORE = re.compile(
+    r"(?i)(?:\b(?:more|less|greater|fewer|larger|smaller|higher|lower|bigger|shorter|longer)\s+than|"
+    r"\b(?:is|are|was|were|be|just|well|costs?)\s+(?:under|over|below|above)|"
+    r"\bbetween\b[^.;!?\n]{0,30}\d[^.;!?\n\w]{0,4}\s+and|"
+    r"\b(?:somewhere|anywhere|rang(?:es?|ing))\s+from\b[^.;!?\n]{0,40}\bto|"
+    r"\b(?:either|whether)\b[^.;!?\n]{0,60}\bor|[\d$)}\]]\s+or(?:\s+(?:maybe|perhaps|possibly|even))?|"
+    r"\b(?:candidates|possibilities|options|guesses)\s+(?:are|remain)\b[^.;!?\n]{0,60}\b(?:and|or)|"
+    r"\bor (?:maybe|perhaps|possibly))(?:\s+(?:an?|the|it is))?[\s$(*]*$"
+)
+_OPEN_AFTER = re.compile(
+    r"(?i)[\s$*)\],;(.]*(?:give or take|plus or minus|\\?pm\b|±|or (?:so|near|nearby|thereabouts|close|more|less|fewer|a bit)\b|"
+    r"(?:(?:it|this|that)\s+)?(?:could|might|may) (?:also|as well|equally|just as well)\b|"
+    r"(?:but |and |though )?I(?:['’]m| am| cannot| can['’]?t| could not| couldn['’]?t| can not) "
+    r"(?:not sure|unsure|tell|decide|determine|choose))"
+)
+# a number that is stated behind the box as the value in place of it
+_REPLACED = re.compile(
+    r"(?i)(?:\b(?:final|corrected|correct|actual|true|revised|updated|right|real|proper)\s+"
+    r"(?:result|total|value|count|number|figure|sum|answer)\s+(?:is|was|should be|must be)|"
+    r"\bthe (?:result|answer) (?:is|was|should be|must be)|"
+    r"\b(?:now|actually|instead|here|really)\b\s+(?:\w+\s+){0,2}?(?:is|are|count|get|find|found|obtain|have|counted|gives?)|"
+    r"\b(?:found|got|obtained|counted)|\bgives)\s*[$\\(]*(-?\d+(?:\.\d+)?)(?![\d.]*\s*[-+*/^<>=\\])"
+)
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
     r"(?:is|was|were|would be|can|could|does|must|should|cannot|can't|isn't|wasn't)(?:\s*(?:n't|n’t|not|never))?\s*(?:be\s*)?"
@@ -53,6 +87,11 @@ _DENIED_AFTER = re.compile(
     r"(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|"
     r"the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
+    r"|[\s$.,;*)\]]*(?:is|was|would be|seems|turns out)\s+(?:far\s+|much\s+|slightly\s+)?(?:too (?:large|small|big|high|low|many|few)|"
+    r"(?:only|just|merely|at best) an? (?:\w+ )?(?:bound|estimate|guess|approximation)|an? (?:over|under)(?:count|estimate)|off by|"
+    r"(?:the|an?) \w+ (?:for the (?:larger|smaller|other|original|wrong)|if)|(?:right|correct|true) (?:only|if))"
+    r"|[\s$*)\]]*,?\s*(?:which|that|but this|but that)\s+(?:overlooks|ignores|misses|forgets|neglects|omits|overcounts|undercounts|"
+    r"double[- ]counts)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
     r"|[\s$*)\]\\.]*(?:[✗✘❌]|\(\s*(?:wrong|incorrect|false)\b)"
     r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
@@ -83,6 +122,10 @@ _DISREGARDED = re.compile(
     r"I made an? (?:mistake|error)|"
     r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
     r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
+)
+_SUPPOSED = re.compile(
+    r"(?i)\b(?:suppose|assume|imagine|pretend|if|whether)\b|"
+    r"\b(?:naive|tempting|obvious|common|popular|incomplete|hasty|student['’]s|students['’]?|his|her|their)\s+(?:final\s+)?answer"
 )
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
@@ -170,7 +213,8 @@ def _boxed(text: str) -> Extracted:
     kept: list[tuple[int, int, str]] = []
     denied = set()
     for start, end, inner in boxes:
-        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end, end + _NEAR):
+        before = text[max(0, start - 120) : start]
+        if _DENIED_BEFORE.search(before) or _MISTAKEN_BEFORE.search(before) or _DENIED_AFTER.match(text, end, end + _NEAR):
             denied.add(inner)
         else:
             kept.append((start, end, inner))
@@ -187,6 +231,10 @@ def _boxed(text: str) -> Extracted:
         start, _, inner = kept.pop()
         answers.insert(0, _innermost(inner))
     answers = list(dict.fromkeys(answers))
+    if len(answers) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?", answers[0]):
+        later = _REPLACED.findall(text, boxes[-1][1], boxes[-1][1] + _NEAR)
+        if later and later[-1] != answers[0]:
+            return Extracted(None, TAKEN_BACK)
     if _is_undecided(text, start, kept, boxes[-1][1], answers):
         return Extracted(None, SEVERAL)
     return Extracted(", ".join(answers)) if any(answers) else Extracted(None, EMPTY_BOX)
@@ -194,6 +242,8 @@ def _boxed(text: str) -> Extracted:
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
+    if _OPEN_BEFORE.search(text[max(0, start - 120) : start]) or _OPEN_AFTER.match(text, end, end + _NEAR):
+        return True
     if _OR_ANOTHER.match(text, end, end + _NEAR) or _POSSIBLE_TOO.match(text, end, end + _NEAR):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:
@@ -244,6 +294,8 @@ def _unboxed(text: str) -> Extracted:
         end = text.find(clause, last.end()) + len(clause)
         if (
             _DENIED_AFTER.match(text, end, end + _NEAR)
+            or _SUPPOSED.search(re.split(r"[.;!?]\s", sentence)[-1])
+            or ("would" in last[0] and re.match(r"[\s$.]*(?:But|However|Yet)\b", text[end : end + _NEAR]))
             or _DISREGARDED.match(text, end, end + _NEAR)
             or _TAKES_BACK.search(text, last.end())
         ):
