@@ -331,7 +331,8 @@ def _tree(text: str) -> Any:
     if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         raise Unreadable  # infinity is no number to reckon with
     capital = sympy.Symbol("I")
-    return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
+    with sympy.evaluate(False):  # a sum of numbers stays one
+        return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
 
 
 # -- names, which stand left of an answer
@@ -637,8 +638,10 @@ def _check_rounded(value: Any, sides: list[str]) -> None:
             raise Unreadable
         if isinstance(exact, Fraction) and exact.denominator == 1 and number.value != exact:
             raise Unreadable  # an integer needs no rounding
-        if not abs(float(number.value) - float(exact)) <= float(number.step or 1) * 1.001:
-            raise Unreadable
+        step, error = float(number.step or 1), float(exact) - float(number.value)
+        is_cut = 0 <= error * (1 if float(exact) > 0 else -1) < step
+        if not abs(error) <= step * 0.5001 and not is_cut:
+            raise Unreadable  # neither rounded nor cut to its places
         if number.step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
             raise Unreadable
 

@@ -337,10 +337,7 @@ def _is_noise(one: Any, other: Any) -> bool:
 # -- answers that are the question again
 
 _DIVIDED = re.compile(r"÷|\\div(?![a-zA-Z])")
-_LEFT_OVER = re.compile(
-    r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod|max|min|lfloor|lceil)(?![a-zA-Z])|\||-\s*[({]\s*-\s*\d|"
-    r"\\?(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])"
-)
+_LEFT_OVER = re.compile(r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod)(?![a-zA-Z])")
 _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
@@ -385,6 +382,8 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
     expression = answer.value
     if isinstance(expression, Fraction):
         return False
+    if not isinstance(gold.value, Fraction) and gold.value.has(sympy.factorial) and expression.has(sympy.factorial):
+        return False  # the gold answer is not worked out, either
     if isinstance(gold.value, Fraction) and _LEFT_OVER.search(answer.text):
         return True  # sympy may have carried it out already
     calculus = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
@@ -400,9 +399,24 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
         _DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
     ):
         return True  # which sympy may have carried out already
+    if _is_multinomial(expression):
+        return False
     return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
         sympy.log, sympy.Mod
     )
+
+
+def _is_multinomial(tree: Any) -> bool:
+    """Return whether a number is a factorial over a product of factorials, as a binomial is written out."""
+    import sympy
+
+    factors = _flattened(tree, sympy.Mul) if tree.is_Mul else []
+    above = [factor for factor in factors if isinstance(factor, sympy.factorial)]
+    below = [factor.base for factor in factors if factor.is_Pow and factor.exp == -1]
+    if len(factors) != 2 or len(above) != 1 or len(below) != 1:
+        return False
+    parts = _flattened(below[0], sympy.Mul) if below[0].is_Mul else below
+    return all(isinstance(part.base if part.is_Pow else part, sympy.factorial) for part in parts)
 
 
 def _operation(part: Any) -> bool:
@@ -411,25 +425,28 @@ def _operation(part: Any) -> bool:
 
     if part.is_Add:
         return sum(term.is_number and not term.has(sympy.pi) for term in part.args) > 1
-    if not part.is_Mul or part.has(sympy.pi):
+    angles = sympy.functions.elementary.trigonometric.TrigonometricFunction
+    if not part.is_Mul or any(factor.has(sympy.pi) and not isinstance(factor, angles) for factor in part.args):
         return False
     factors = [factor for factor in part.args if factor != -1]  # a sign
     below = [factor for factor in factors if factor.is_Pow and factor.exp == -1 and factor.base.is_Number]
     if len(factors) == 2 and len(below) == 1 and any(factor.is_Number for factor in factors):
         return False
-    return sum(map(_operand, factors)) > 1
+    roots = [factor for factor in factors if factor.is_Pow and factor.base.is_Integer and not factor.exp.is_Integer]
+    return sum(map(_operand, factors)) > 1 or len(roots) > 1
 
 
 def _operand(factor: Any) -> bool:
-    """Return whether a factor is a number, or a power, root, factorial or binomial of one.
+    """Return whether a factor is a number, or a power, factorial, binomial or trigonometric function of one.
 
     Powers of ten are a way to write a number.
     """
     import sympy
+    from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-    if factor.is_Number or isinstance(factor, (sympy.factorial, sympy.binomial)):
+    if factor.is_Number or isinstance(factor, (sympy.factorial, sympy.binomial, TrigonometricFunction)):
         return True
-    return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Rational and factor.base != 10
+    return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Integer and factor.base != 10
 
 
 # -- equations
