@@ -55,6 +55,20 @@ BOXED = {
     "yes and no": ("Yes", ["\\text{yes, it exists}"], ["\\text{yes and no}", "\\text{yes, but not always}"]),
     "words in a row": ("left right left", ["\\text{left, right, left}"], ["\\text{left, left, right}"]),
     "pounds": ("£8.50", ["8.50\\text{ pounds}", "850\\text{ pence}"], ["8.50\\text{ dollars}", "8.50\\text{ kg}"]),
+    "pounds of two kinds": ("£8", ["8 \\text{ pounds}"], ["8 \\text{ lb}", "8 \\text{ lbs}"]),
+    "dollars": ("\\$8", ["8 \\text{ dollars}"], ["C\\$8", "A\\$8"]),
+    "far from zero": ("|x - 40|", ["|40 - x|", "\\sqrt{(x-40)^2}"], ["40 - x", "|x| - 40"]),
+    "steps": ("\\lfloor n/2 \\rfloor", ["-\\lceil -n/2 \\rceil"], ["\\lceil n/2 \\rceil - 1", "n/2"]),
+    "undone radicals": ("6\\sqrt{5}", ["\\sqrt{180}"], ["2 \\cdot 3\\sqrt{5}", "4\\sqrt{5} + 2\\sqrt{5}"]),
+    "undone complex": ("3 + 4i", ["4i + 3"], ["(2 + i)^2", "(1 + i) + (2 + 3i)"]),
+    "conditions": ("No", ["\\text{No, since 4 is even}"], ["\\text{No, for odd } n", "\\text{No, probably}"]),
+    "rounding": ("\\frac{2}{3}", ["\\frac{2}{3} \\approx 0.67"], ["\\frac{2}{3} \\approx 0.68"]),
+    "weekday": ("Friday, May 4, 2018", ["\\text{Fri, May 4, 2018}"], ["\\text{Thursday, May 4, 2018}"]),
+    "some of a family": (
+        "k\\pi, k \\in \\mathbb{Z}",
+        ["k\\pi \\text{ for all } k \\in \\mathbb{Z}"],
+        ["k\\pi \\text{ for odd } k \\in \\mathbb{Z}"],
+    ),
     "ratio": ("12:8", ["3:2"], ["2:3", "24:16"]),
 }
 COMPLETIONS = [
@@ -78,6 +92,18 @@ COMPLETIONS = [
     ("64", "<THINK>\\boxed{65}</THINK> \\boxed{64}", True),
     ("64", "~~\\boxed{64}~~", False),
     ("64", "\\boxed{64} (wrong)", False),
+    ("64", "It is more than \\boxed{64}.", False),
+    ("64", "It is either 63 or \\boxed{64}.", False),
+    ("64", "$x > \\boxed{64}$", False),
+    ("64", "$\\boxed{64} + 1$", False),
+    ("64", "$3 \\cdot \\boxed{64}$", False),
+    ("64", "\\boxed{64}. The corrected total is 62.", False),
+    ("64", "\\boxed{64}, plus or minus one.", False),
+    ("64", "The naive answer is 64.", False),
+    ("64", "Suppose the answer is 64. Then a row is empty.", False),
+    ("64", "Since it exceeds 60, it is \\boxed{64}.", True),
+    ("64", "Problem 3 - \\boxed{64}", True),
+    ("64", "$8 \\cdot 8 = \\boxed{64}$. Half of it is 32.", True),
 ]
 
 
@@ -94,7 +120,7 @@ def test_words_around_a_box_decide(gold, completion, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["development", "development_2"])
+@pytest.mark.parametrize("name", ["development", "development_2", "development_3", "development_4"])
 def test_precision_and_recall_on_the_pairs_that_were_looked_at(name):
     table = pairs.read_pairs(pairs.FOLDER / f"{name}.jsonl")
     counts = pairs.counted(table, [judge(pair.answer, pair.gold).verdict == "correct" for pair in table])

@@ -33,12 +33,13 @@ _MONTH = (  # not "marbles" or "decimals"
     r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:t(?:ember)?)?|"
     r"oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
 )
+_WEEKDAY = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
 _DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(?P<year>\d{4})([-/.])(?P<number>\d{1,2})\2(?P<day>\d{1,2})",
-        rf"(?:\w+day,?\s+)?{_MONTH}\s+(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(?P<year>\d{{4}}))?",
-        rf"(?:\w+day,?\s+)?(?:the\s+)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:\s+of)?\s+{_MONTH}(?:,?\s+(?P<year>\d{{4}}))?",
+        rf"(?:{_WEEKDAY},?\s+)?{_MONTH}\s+(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(?P<year>\d{{4}}))?",
+        rf"(?:{_WEEKDAY},?\s+)?(?:the\s+)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:\s+of)?\s+{_MONTH}(?:,?\s+(?P<year>\d{{4}}))?",
         r"(?P<year>\d{4})年(?P<number>\d{1,2})月(?P<day>\d{1,2})日",
     )
 ]
@@ -330,7 +331,8 @@ def _tree(text: str) -> Any:
     if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         raise Unreadable  # infinity is no number to reckon with
     capital = sympy.Symbol("I")
-    return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
+    with sympy.evaluate(False):  # a sum of numbers stays one
+        return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
 
 
 # -- names, which stand left of an answer
@@ -484,7 +486,7 @@ def _intersection(text: str) -> Any:
 
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _FAMILY = re.compile(
-    r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)[^{}]*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?"
+    r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)(?:\s+(?:all|any|every|each|some|an?|integers?))*\s*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?"
 )
 
 
@@ -634,7 +636,13 @@ def _check_rounded(value: Any, sides: list[str]) -> None:
         exact = value.value if isinstance(value, Scalar) else None
         if number is None or exact is None or symbols(exact):
             raise Unreadable
-        if not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
+        if isinstance(exact, Fraction) and exact.denominator == 1 and number.value != exact:
+            raise Unreadable  # an integer needs no rounding
+        step, error = float(number.step or 1), float(exact) - float(number.value)
+        is_cut = 0 <= error * (1 if float(exact) > 0 else -1) < step
+        if not abs(error) <= step * 0.5001 and not is_cut:
+            raise Unreadable  # neither rounded nor cut to its places
+        if number.step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
             raise Unreadable
 
 
@@ -891,6 +899,8 @@ def quantity(text: str) -> Scalar:
         return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
     if (match := _CURRENCY.match(text)) and match.end() < len(text):
         unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
+        if unit and (foreign := re.match(r"[-+\s]*([AC])\\?\$", text)):  # Australian and Canadian dollars
+            unit = Unit((("usd" + foreign[1], 1),), Fraction(1)), unit[1]
         rest = match[1] + text[match.end() :]
         number = read_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):

@@ -5,6 +5,7 @@ The rules of each class are the table in docs/evaluation.md.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -81,6 +82,10 @@ def compare(gold: str, answer: str) -> Equality:
     is_list = _GROUPED.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
     if text_key(gold) == text_key(answer) and not is_list:
         return Equality.SAME
+    if gold == "\\phi" or "\\emptyset" in text_key(gold):
+        answer = re.sub(r"\\phi\s*$", r"\\emptyset ", answer) if gold != "\\phi" else answer
+        if text_key(gold) == text_key(answer):
+            return Equality.SAME
     for same in (_same_choice, _same_letters, _same_words, _same_boolean, _same_kind):
         verdict = same(gold, answer)
         if verdict is not None:
@@ -155,7 +160,9 @@ def _same_choice(gold: str, answer: str) -> Equality | None:
         return Equality.SAME if text_key(plain(more)) == text_key(plain(wanted[1])) else Equality.OTHER
     hedges = re.search(
         r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe|is|isn.?t|are|was|would|cannot|can.?t|wrong|incorrect\w*|false\w*|except|but|"
-        r"unless|if|perhaps|possibly|probably|anything|something|whatever|guess\w*)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b",
+        r"unless|if|perhaps|possibl[ey]|probabl[ey]|anything|something|whatever|guess\w*|(?:un)?likely|eliminat\w*|reject\w*|ruled|"
+        r"exclud\w*|confiden\w*|fails?|failed|impossible|unsure|sure|doubt\w*|contradict\w*|discard\w*|crossed|too|"
+        r"invalid|mistake\w*|almost|seems?)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b",
         more,
     )
     marked = re.match(
@@ -187,7 +194,10 @@ def _same_words(gold: str, answer: str) -> Equality | None:
 
 _BOOLEANS = re.compile(r"(yes|no|true|false)(?:\s*[,;.:]\s*(.*))?", re.DOTALL)
 _NOT_SURE = re.compile(
-    r"\b(?:yes|no|not|true|false|but|or|maybe|unless|if|only|wrong|incorrect|never|except|however|n't)\b|n't"
+    r"\b(?:yes|no|not|true|false|but|or|maybe|unless|if|only|wrong|incorrect|never|except|however|n't|when\w*|for|provided|"
+    r"assum\w+|given|suppos\w+|in (?:most|some|many|general|part)|most(?:ly)?|part(?:ly|ially)|usually|sometimes|often|"
+    r"probabl[ey]|perhaps|possibl[ey]|likely|almost|nearly|guess\w*|unsure|uncertain|depend\w*|as long as|under|seems?|think|"
+    r"although|though|otherwise|doubt\w*|typically|generally|until|while)\b|n't"
 )
 
 
@@ -199,6 +209,9 @@ def _same_boolean(gold: str, answer: str) -> Equality | None:
     if wanted is None or wanted[2] or given is None:
         return None
     return _as_same(given[1] == wanted[1] and not _NOT_SURE.search(given[2] or ""))
+
+
+_WEEKDAY = re.compile(r"\s*(mon|tue|wed|thu|fri|sat|sun)[a-z]*\b")
 
 
 def _same_kind(gold: str, answer: str) -> Equality | None:
@@ -238,7 +251,13 @@ def _same_kind(gold: str, answer: str) -> Equality | None:
         return _as_same(len(clock) > 1 and (clock[0] >= 12 or clock[0] == 0) and [*clock, 0][:3] == list(time[1:]))
     if kind != given[0] or len(wanted) != len(given):
         return Equality.OTHER
+    if kind == "date":
+        days = [_WEEKDAY.match(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()) for text in (gold, answer)]
+        if None not in days and days[0][1] != days[1][1]:  # type: ignore[index]
+            return Equality.OTHER
     if kind == "ratio":
+        if any((part.unit is None) != (other.unit is None) for part, other in itertools.pairwise(given[1:])):
+            return Equality.OTHER
         return _as_same(all(map(same_number, wanted[1:], given[1:])) or _is_cancelled(gold, wanted[1:], given[1:]))
     return _as_same(wanted == given)
 
@@ -307,7 +326,7 @@ def equal(gold: Any, answer: Any) -> Equality:
         if renamed := _renamed(gold.name, answer):
             return equal(gold.value, renamed)
         if all(
-            re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", name.replace(" ", "")) for name in (gold.name, answer.name)
+            re.fullmatch(r"y|[a-zA-Z]\([a-xz]\)", name.replace(" ", "")) for name in (gold.name, answer.name)
         ) and "y" in (gold.name, answer.name):
             return equal(gold.value, answer.value)  # y and f(x)
         lefts = (
@@ -483,6 +502,8 @@ def _matched(gold: Sequence, answer: Sequence) -> Equality:
         return Equality.OTHER
     for value in gold:
         for place, other in enumerate(rest):
+            if _is_set(value) != _is_set(other) and (isinstance(value, Scalar) or isinstance(other, Scalar)):
+                continue  # a number is no set of one number
             verdict = equal(value, other)
             if verdict != Equality.OTHER:
                 worst = worst if verdict == Equality.SAME else verdict
@@ -491,6 +512,10 @@ def _matched(gold: Sequence, answer: Sequence) -> Equality:
         else:
             return Equality.OTHER
     return worst
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, Many) and value.kind == "set"
 
 
 def _distinct(many: Many) -> tuple:

@@ -21,6 +21,9 @@ _THINKING = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<reflection>", "</reflection>"),
+    ("<analysis>", "</analysis>"),
+    ("<draft>", "</draft>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
@@ -40,11 +43,62 @@ _NOT = (
 )
 _FILLER = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
-    r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|=)"
+    r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|possibly|"
+    r"ever|even|necessarily|=)"
 )
 _DENIED_BEFORE = re.compile(
     rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
     rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+)
+_MISTAKEN_BEFORE = re.compile(
+    r"(?i)\b(?:mistakes?|errors?|traps?|pitfalls?|fallacy|miscount\w*|oversight)\b[^.;:!?\n]{0,30}?"
+    r"\b(?:leads? to|gives?|yields?|produces?|is|would be)[\s$(]*$|"
+    r"\b(?:many|most|some|several|other)\s+(?:students|people|pupils|solvers|candidates|authors)\b[^.;:!?\n]{0,30}[\s$(]$|"
+    r"\b(?:test|check|try|see|ask|verify|examine|decide|determine|wonder)\s+(?:whether|if)\b[\s$(]*$|"
+    r"\b(?:nobody|no one|none of \w+)\b[^.,;:!?\n]{0,30}[\s$(]$|"
+    r"\b(?:twice|thrice|half(?: of)?|minus|negative|plus|times|(?:square|square root|reciprocal|opposite) of|exceeds?)[\s$(]*$|"
+    r"\ban? (?:\w+ )?(?:bound|estimate|guess|approximation)\s+(?:is|of|would be)[\s$(]*$|"
+    r"\b(?:naive|tempting|wrong|mistaken|faulty|hasty)\s+\w+(?:\s+(?:is|was|gives?|would be))?[\s$(]*$"
+)
+# another answer, or a bound, in front of the box
+_OPEN_BEFORE = re.compile(
+    r"(?i)(?:\b(?:more|less|greater|fewer|larger|smaller|higher|lower|bigger|shorter|longer)\s+than|"
+    r"\b(?:any\w*|values?|numbers?)\s+up to|"
+    r"\b(?:is|are|was|were|be|just|well|costs?|strictly)\s+(?:under|over|below|above)|"
+    r"\bbetween\b[^.;!?\n]{0,30}\d[^.;!?\n\w]{0,4}\s+and|"
+    r"\b(?:somewhere|anywhere|rang(?:es?|ing))\s+from\b[^.;!?\n]{0,40}\bto|"
+    r"\b(?:either|whether)\b[^.;!?\n]{0,60}\bor|[\d$)}\]]\s+or(?:\s+(?:maybe|perhaps|possibly|even))?|"
+    r"\b(?:candidates|possibilities|options|guesses)\s+(?:are|remain)\b[^.;!?\n]{0,60}\b(?:and|or)|"
+    r"\bor (?:maybe|perhaps|possibly))(?:\s+(?:an?|the|it is))?[\s$(*]*(?:[a-zA-Z]\s*=\s*)?$"
+)
+_OPEN_AFTER = re.compile(
+    r"(?i)[\s$*)\]]*(?:\?(?![^\n]{0,60}\b(?:yes|indeed|correct|right|works|okay)\b)|"
+    r"\b(?:minus|plus|times(?= *(?:[$\\\d]|two|three|the\b))|squared|cubed|divided|factorial|if(?! and only))\b|"
+    r"is what (?:we|you|one|I)\b[^.\n]{0,30}\bif\b)|"
+    r"[\s$*)\],;(.]*(?:give or take|plus or minus|\\?pm\b|±|or (?:so|near|nearby|thereabouts|close|more|less|fewer|a bit)\b|"
+    r"(?:(?:it|this|that)\s+)?(?:could|might|may) (?:also|as well|equally|just as well)\b|"
+    r"(?:but |and |though )?I(?:['’]m| am| cannot| can['’]?t| could not| couldn['’]?t| can not) "
+    r"(?:not sure|unsure|tell|decide|determine|choose))"
+)
+# a formula of which the box is a part only
+_SIGN_BEFORE = re.compile(r"(?:(?<!\\)\$|=|\\\(|\\\[|[\w})])\s*[-+*/]\s*(?:\{|\()*\s*$")  # in a formula
+_PART_BEFORE = re.compile(
+    r"(?:[\w})]\s*(?<![-=])[<>]|\^|\\(?:cdot|times|div|pm|mp|neq?|leq?|geq?|l|g|"
+    r"leqslant|geqslant|not|sqrt|frac|[dt]frac|ln|log|sin|cos|tan|lfloor|lceil)(?![a-zA-Z])|[≠<>≤≥×·])\s*(?:\{|\()*\s*$"
+)
+_PART_AFTER = re.compile(
+    r"[ \t]*(?:\^(?!\s*\{?\s*(?:\\circ|°|\\degree))|[+/]\s*[\w\\(]|-\s*[\d\\(]|!\s*(?:\$|\\[)\]])|"
+    r"\\(?:cdot|times|div|pm|mp)(?![a-zA-Z]))"
+)
+# a number that is stated behind the box as the value in place of it
+_REPLACED = re.compile(
+    r"(?i)(?:\b(?:final|corrected|correct|actual|true|revised|updated|right|real|proper)\s+"
+    r"(?:result|total|value|count|number|figure|sum|answer)\s+(?:is|was|should be|must be)|"
+    r"\bthe (?:result|answer) (?:is|was|should be|must be)|"
+    r"\b(?:the|its|their) (?:total|sum|count|value|result|number|answer) (?:should|must) be|"
+    r"\b(?:now|actually|instead|here|really)\b\s+(?:\w+\s+){0,2}?(?:is|are|count|get|find|found|obtain|have|counted|gives?)|"
+    r"\b(?:found|got|obtained|counted)(?=[^.\n]{0,15}(?:in the end|instead|finally|at last|eventually)))\s*[$\\(]*"
+    r"(-?\d+(?:\.\d+)?)(?![\d.]*\s*[-+*/^<>=\\])"
 )
 _DENIED_AFTER = re.compile(
     r"(?i)[\s$.,;:*)\]\\]*(?:but\s+)?(?:(?:which|that|this|it)\s+)?(?:"
@@ -53,6 +107,19 @@ _DENIED_AFTER = re.compile(
     r"(?:my|the|our|an?|his|her|their) (?:first|initial|original|naive|tempting|common|earlier)|"
     r"the wrong|an? (?:wrong|incorrect)|wrong|incorrect|false|a mistake|impossible|ruled out)"
     r"|(?:isn't|isn’t|wasn't|can't be|cannot be|is not|was not|must not|could not be)\b)"
+    r"|[\s$.,;*)\]]*(?:is|was|would be|seems|turns out)\s+(?:far\s+|much\s+|slightly\s+)?"
+    r"(?:too (?:large|small|big|high|low|many|few)|"
+    r"(?:only|just|merely|at best) an? (?:\w+ )?(?:bound|estimate|guess|approximation)|"
+    r"an? (?:over|under)(?:count|estimate)|off by|"
+    r"(?:the|an?) \w+ (?:for the (?:larger|smaller|other|original|wrong)|if)|(?:right|correct|true) (?:only|if))"
+    r"|[\s$*)\]]*,?\s*(?:which|that|but this|but that)\s+"
+    r"(?:overlooks|ignores|misses|forgets|neglects|omits|overcounts|undercounts|"
+    r"double[- ]counts)"
+    r"|[\s$*)\]]*,\s*(?:and|but|from which)\s+(?:then\s+)?(?:we|I|you)\s+[^.!?\n]{0,40}\bto (?:get|obtain|give)\b"
+    r"|[\s$*)\]]*(?:fails?|failed|contradicts?|violates?|breaks)\b"
+    r"|[\s$*)\]]*(?:turned out|turns out|proved|proves)(?: to be)? (?:wrong|incorrect|false|mistaken|too)"
+    r"|[\s$*)\]]*[,;—-]*\s*(?:and |but )?(?:that|this|which|it|both|all|they)\s+(?:must be|has to be|is|are|was|were|seems?)\s+"
+    r"(?:an? (?:misprint|typo|error|mistake|miscount|slip)|flawed|mistaken|invalid|wrong|incorrect|impossible)"
     r"|[\s$*)\]\\]*\?\s*(?:no|wrong|not)\b"
     r"|[\s$*)\]\\.]*(?:[✗✘❌]|\(\s*(?:wrong|incorrect|false)\b)"
     r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
@@ -66,7 +133,7 @@ _AGREE = re.compile(
     r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
 )
 _OR_ANOTHER = re.compile(
-    r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
+    r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|perhaps\b|maybe\b|possibly\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
 # a second possibility in the same sentence
 _POSSIBLE_TOO = re.compile(
@@ -83,6 +150,10 @@ _DISREGARDED = re.compile(
     r"I made an? (?:mistake|error)|"
     r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
     r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
+)
+_SUPPOSED = re.compile(
+    r"(?i)\b(?:suppose|assume|imagine|pretend|if|whether)\b|"
+    r"\b(?:naive|tempting|obvious|common|popular|incomplete|hasty|student['’]s|students['’]?|his|her|their)\s+(?:final\s+)?answer"
 )
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
@@ -170,7 +241,12 @@ def _boxed(text: str) -> Extracted:
     kept: list[tuple[int, int, str]] = []
     denied = set()
     for start, end, inner in boxes:
-        if _DENIED_BEFORE.search(text[max(0, start - 120) : start]) or _DENIED_AFTER.match(text, end, end + _NEAR):
+        before = text[max(0, start - 120) : start]
+        if (
+            _DENIED_BEFORE.search(before)
+            or _MISTAKEN_BEFORE.search(before)
+            or _DENIED_AFTER.match(text, end, end + _NEAR)
+        ):
             denied.add(inner)
         else:
             kept.append((start, end, inner))
@@ -187,6 +263,10 @@ def _boxed(text: str) -> Extracted:
         start, _, inner = kept.pop()
         answers.insert(0, _innermost(inner))
     answers = list(dict.fromkeys(answers))
+    if len(answers) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?", answers[0]):
+        later = _REPLACED.findall(text, boxes[-1][1], boxes[-1][1] + _NEAR)
+        if later and later[-1] != answers[0]:
+            return Extracted(None, TAKEN_BACK)
     if _is_undecided(text, start, kept, boxes[-1][1], answers):
         return Extracted(None, SEVERAL)
     return Extracted(", ".join(answers)) if any(answers) else Extracted(None, EMPTY_BOX)
@@ -194,6 +274,14 @@ def _boxed(text: str) -> Extracted:
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
+    before = text[max(0, start - 120) : start]
+    if _OPEN_BEFORE.search(before) or _OPEN_AFTER.match(text, end, end + _NEAR):
+        return True
+    before = re.sub(r"</?[\w|]*>", "", before)
+    if _PART_BEFORE.search(before) or _PART_AFTER.match(text, end):
+        return True
+    if _SIGN_BEFORE.search(before) and _in_formula(text, start):
+        return True
     if _OR_ANOTHER.match(text, end, end + _NEAR) or _POSSIBLE_TOO.match(text, end, end + _NEAR):
         return True
     if not earlier or _innermost(earlier[-1][2]) in answers:
@@ -204,6 +292,15 @@ def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], en
         not sentence_ends
         and bool(_UNDECIDED.search(between + text[end : end + 40].partition(".")[0]))
         and not _AGREE.search(between)
+    )
+
+
+def _in_formula(text: str, place: int) -> bool:
+    """Return whether a formula of LaTeX is open at a place in a text."""
+    is_open = len(re.findall(r"(?<!\\)\$", text[:place].replace("$$", "$"))) % 2 == 1
+    return is_open or any(
+        text.rfind(opening, 0, place) > text.rfind(closing, 0, place)
+        for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"))
     )
 
 
@@ -244,6 +341,9 @@ def _unboxed(text: str) -> Extracted:
         end = text.find(clause, last.end()) + len(clause)
         if (
             _DENIED_AFTER.match(text, end, end + _NEAR)
+            or re.match(r"[\s$*)]*\?", text[end : end + _NEAR])
+            or _SUPPOSED.search(re.split(r"[.;!?]\s", sentence)[-1])
+            or ("would" in last[0] and re.match(r"[\s$.]*(?:But|However|Yet)\b", text[end : end + _NEAR]))
             or _DISREGARDED.match(text, end, end + _NEAR)
             or _TAKES_BACK.search(text, last.end())
         ):

@@ -46,6 +46,7 @@ _CHARACTERS = str.maketrans(
 _COMMANDS: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), known)
     for pattern, known in [
+        (r"^\s*~\s*(?=[\d.$])", r"\\approx "),
         (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
         (r"\\(?:left|right|[bB]ig{1,2}[lrm]?|middle)(?![a-zA-Z])\s*", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|mathstrut|strut)(?![a-zA-Z])\s*", ""),
@@ -88,7 +89,7 @@ _COMMANDS: list[tuple[re.Pattern, Any]] = [
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\simeq(?![a-zA-Z])|\\approxeq(?![a-zA-Z])|\\sim(?![a-zA-Z])|~=", r"\\approx "),
-        (r"\\varnothing(?![a-zA-Z])|\\empty(?![a-zA-Z])|\\phi\s*$", r"\\emptyset "),
+        (r"\\varnothing(?![a-zA-Z])|\\empty(?![a-zA-Z])", r"\\emptyset "),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\l?r?vert(?![a-zA-Z])", "|"),
@@ -198,8 +199,9 @@ def text_key(text: str) -> str:
     text = re.sub(r"^'([^']*)'$", r"\1", text.strip())
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
-    text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{2})!+$", "", text))
-    longer = 2 if _ONLY_WORDS.fullmatch(text) else 4  # in a formula, xy is not XY
+    text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{4})!+$|(?<=\b[Yy]es)!+$|(?<=\b[Nn]o)!+$", "", text))
+    is_product = re.fullmatch(r"[b-df-hj-np-tv-z]{2,3}|[B-DF-HJ-NP-TV-Z]{2,3}", text)  # of letters: no vowel
+    longer = 2 if _ONLY_WORDS.fullmatch(text) and not is_product else 4  # in a formula, xy is not XY
     text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= longer else word[0], text))
     text = re.sub(r"^(?:a|an|the|on|in|at) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)

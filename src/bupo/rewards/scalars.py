@@ -36,6 +36,11 @@ def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
     ours, theirs = gold.unit, answer.unit
     if ours == theirs:
         return [(gold, answer)]
+    if ours is not None and theirs is not None:
+        for meaning in (_WEIGHT, _STERLING):
+            read = [_as_unit(unit, meaning) for unit in (ours, theirs)]
+            if read != [ours, theirs] and read[0].bases == read[1].bases:
+                return [(_times(gold, read[0].factor), _times(answer, read[1].factor))]
     pairs = []
     if ours is None or theirs is None:
         unit = ours or theirs
@@ -60,8 +65,6 @@ def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
         return [*pairs, (gold, answer)]
     if ours.bases == theirs.bases:
         return [(_times(gold, ours.factor), _times(answer, theirs.factor))]
-    if {ours.bases, theirs.bases} == {_STERLING.bases, _WEIGHT.bases} and _WEIGHT in (ours, theirs):
-        return [(gold, answer)] if _STERLING in (ours, theirs) else []  # "pounds" is both
     if {ours.bases, theirs.bases} == {_DEGREES.bases, (("rad", 1),)}:
         return [(_radians(gold), _radians(answer))]
     return []
@@ -71,6 +74,18 @@ _PERCENT = Unit((("%", 1),), Fraction(1))
 _STERLING = Unit((("gbp", 1),), Fraction(1))
 _WEIGHT = Unit((("g", 1),), Fraction("453.59237"))
 _DEGREES = Unit((("deg", 1),), Fraction(1))
+
+
+def _as_unit(unit: Unit, meaning: Unit) -> Unit:
+    """Return a unit with "pound" in it read as a weight or as an amount of money."""
+    power = dict(unit.bases).get("pound", 0)
+    if not power:
+        return unit
+    ((name, _),) = meaning.bases
+    bases = {base: exponent for base, exponent in unit.bases if base != "pound"}
+    bases[name] = bases.get(name, 0) + power
+    kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    return Unit(kept, unit.factor * meaning.factor**power)
 
 
 def _has_pi(value: Any) -> bool:
@@ -240,7 +255,7 @@ def same_expression(gold: Any, answer: Any) -> bool:
     if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         return False
     others, real = [], 0
-    for point in _points(letters):
+    for point in _points(letters) + (_more_points(letters) if gold.has(*_stepped()) or answer.has(*_stepped()) else []):
         wanted = _value(gold, point)
         if wanted is not None and wanted.is_real:
             given = _value(answer, point)
@@ -267,6 +282,22 @@ def _points(letters: set) -> list[dict]:
         }
         for turn in range(len(_POINTS))
     ]
+
+
+def _stepped() -> tuple:
+    """Return the functions that change at integers or at one place only, which may be far from the other points."""
+    import sympy
+
+    return sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign
+
+
+def _more_points(letters: set) -> list[dict]:
+    """Return integer points, and points of either sign that are larger than the numbers in most answers."""
+    import sympy
+
+    ordered = sorted(letters, key=str)
+    rows = [(6, 3, 8, 5), (7, 4, 2, 9), (9301, 7877, 6421, 5023), (-9203, -8111, -6337, -4993), (98, 47, 31, 83)]
+    return [{letter: sympy.Integer(row[place % 4]) for place, letter in enumerate(ordered)} for row in rows]
 
 
 def _value(tree: Any, point: dict) -> Any:
@@ -310,6 +341,34 @@ _LEFT_OVER = re.compile(r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod)(?![a-zA-Z])")
 _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
+def _is_undone(tree: Any) -> bool:
+    """Return whether an irrational number holds an operation on numbers that leaves fewer terms or factors when it is done.
+
+    These are a sum of terms whose quotient is rational, a product of integers or of sums, and a power of a sum.
+    """
+    import sympy
+
+    for part in sympy.preorder_traversal(tree):
+        if part.is_Add:
+            terms = _flattened(part, sympy.Add)
+            quotients = (one / other for place, one in enumerate(terms) for other in terms[:place] if other != 0)
+            if any(quotient.doit().is_Rational for quotient in quotients):
+                return True
+        elif part.is_Mul:
+            factors = [factor for factor in _flattened(part, sympy.Mul) if factor not in (1, -1)]
+            integers = [factor for factor in factors if factor.is_Integer]
+            if len(integers) > 1 or sum(factor.is_Add for factor in factors) > 1:
+                return True
+        elif part.is_Pow and part.base.is_Add and part.exp.is_Integer and part.exp > 1:
+            return True
+    return False
+
+
+def _flattened(tree: Any, kind: type) -> list:
+    """Return the terms of a sum or the factors of a product, with those of its parts of the same kind."""
+    return [inner for part in tree.args for inner in (_flattened(part, kind) if isinstance(part, kind) else [part])]
+
+
 def left_to_do(gold: Scalar, answer: Scalar) -> bool:
     """Return whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
 
@@ -323,20 +382,41 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
     expression = answer.value
     if isinstance(expression, Fraction):
         return False
+    if not isinstance(gold.value, Fraction) and gold.value.has(sympy.factorial) and expression.has(sympy.factorial):
+        return False  # the gold answer is not worked out, either
     if isinstance(gold.value, Fraction) and _LEFT_OVER.search(answer.text):
         return True  # sympy may have carried it out already
     calculus = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     if expression.has(*calculus):
         return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
     if not isinstance(_exact(gold.value), Fraction):
-        return False
+        if gold.value.free_symbols or expression.free_symbols:
+            return False
+        if _LEFT_OVER.search(answer.text) and not _LEFT_OVER.search(gold.text):
+            return True
+        return _is_undone(expression) and not _is_undone(gold.value)
     if all(atom.is_Number for atom in expression.atoms()) and (
         _DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
     ):
         return True  # which sympy may have carried out already
+    if _is_multinomial(expression):
+        return False
     return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
         sympy.log, sympy.Mod
     )
+
+
+def _is_multinomial(tree: Any) -> bool:
+    """Return whether a number is a factorial over a product of factorials, as a binomial is written out."""
+    import sympy
+
+    factors = _flattened(tree, sympy.Mul) if tree.is_Mul else []
+    above = [factor for factor in factors if isinstance(factor, sympy.factorial)]
+    below = [factor.base for factor in factors if factor.is_Pow and factor.exp == -1]
+    if len(factors) != 2 or len(above) != 1 or len(below) != 1:
+        return False
+    parts = _flattened(below[0], sympy.Mul) if below[0].is_Mul else below
+    return all(isinstance(part.base if part.is_Pow else part, sympy.factorial) for part in parts)
 
 
 def _operation(part: Any) -> bool:
@@ -345,18 +425,26 @@ def _operation(part: Any) -> bool:
 
     if part.is_Add:
         return sum(term.is_number and not term.has(sympy.pi) for term in part.args) > 1
-    if not part.is_Mul or part.has(sympy.pi):
+    angles = sympy.functions.elementary.trigonometric.TrigonometricFunction
+    if not part.is_Mul or any(factor.has(sympy.pi) and not isinstance(factor, angles) for factor in part.args):
         return False
     factors = [factor for factor in part.args if factor != -1]  # a sign
     below = [factor for factor in factors if factor.is_Pow and factor.exp == -1 and factor.base.is_Number]
     if len(factors) == 2 and len(below) == 1 and any(factor.is_Number for factor in factors):
         return False
-    return sum(map(_operand, factors)) > 1
+    roots = [factor for factor in factors if factor.is_Pow and factor.base.is_Integer and not factor.exp.is_Integer]
+    return sum(map(_operand, factors)) > 1 or len(roots) > 1
 
 
 def _operand(factor: Any) -> bool:
-    """Return whether a factor is a number or a power of one. Powers of ten are a way to write it."""
-    if factor.is_Number:
+    """Return whether a factor is a number, or a power, factorial, binomial or trigonometric function of one.
+
+    Powers of ten are a way to write a number.
+    """
+    import sympy
+    from sympy.functions.elementary.trigonometric import TrigonometricFunction
+
+    if factor.is_Number or isinstance(factor, (sympy.factorial, sympy.binomial, TrigonometricFunction)):
         return True
     return factor.is_Pow and factor.base.is_Integer and factor.exp.is_Integer and factor.base != 10
 

@@ -52,7 +52,8 @@ _add("month", 12, "year", "yr", "yrs", "年")
 _add("g", 1, "g", "gram", "gramme", "克", prefixes="kcmdμn")
 _add("g", 1000, "公斤", "千克")
 _add("g", 1000000, "tonne")
-_add("g", "453.59237", "lb", "lbs", "pound")
+_add("g", "453.59237", "lb", "lbs")
+_add("pound", 1, "pound")  # a weight or an amount of money
 _add("g", "28.349523125", "oz", "ounce")
 _add("L", 1, "L", "l", "liter", "litre", "升", prefixes="mcd")
 _add("K", 1, "K", "kelvin")
@@ -114,7 +115,10 @@ _NO_UNIT = frozenset(
         options choices possibly probably doubtful log ln sin cos tan root roots reciprocal inverse opposite
         complement remainder factorials exponents powers hundreds thousands millions billions fails works equals
         holds makes gives seems looks appears satisfies contradicts exceeds becomes has have had does did would
-        could should will may might must can cannot many much gross couple couples twins trios
+        could should will may might must can cannot many much gross couple couples twins trios duos triplets
+        lakh lakhs crore crores quadrillion quadrillions quintillion quintillions sextillions zillions myriads
+        debt error excess doubt deficit arrears vain lower higher owed owing short shy percentile percentiles
+        rejected excluded eliminated lost
         """,
     )
 )
