@@ -126,3 +126,11 @@ def test_precision_and_recall_on_the_pairs_that_were_looked_at(name):
     counts = pairs.counted(table, [judge(pair.answer, pair.gold).verdict == "correct" for pair in table])
     assert counts.precision[0] >= 0.995 * counts.precision[1]
     assert counts.recall[0] >= 0.95 * counts.recall[1]
+
+
+def test_precision_and_recall_on_the_held_out_pairs():
+    table = pairs.read_pairs(pairs.FOLDER / "heldout.jsonl")
+    counts = pairs.counted(table, [judge(pair.answer, pair.gold).verdict == "correct" for pair in table])
+    assert len(table) == 481
+    assert counts.precision[0] >= 0.995 * counts.precision[1]
+    assert counts.recall[0] >= 0.92 * counts.recall[1]
