@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from bupo import BuPOConfig, TrainOptions, UserError, load_problems
 from bupo.data.columns import dataset_of, with_columns
 from bupo.data.problems import check_columns, problems_sha256
-from bupo.data.prompts import is_serialized, message_text
+from bupo.data.prompts import check_text, is_serialized, message_text
 from bupo.data.templates import plain_text, prompt_ids
 from bupo.training.run import train
 from tests.test_trainer import TOKENIZER, model_of
@@ -272,3 +273,10 @@ def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phas
         assert row.pop("prompt") == (prompt if template else source["problem"] + "\n")
         assert row.pop("answer") == str(source["answer"])
         assert row == {name: source[name] for name in row}
+
+
+def test_a_prompt_of_blanks_is_looked_through_once():
+    started = time.perf_counter()
+    for text in ("  " * 1_500_000 + "1", "\ufeff " * 1_000_000 + "'" + " " * 1_000_000 + "1"):
+        check_text(text, "problems", 0)
+    assert time.perf_counter() - started < 5

@@ -112,6 +112,8 @@ def table(rows=4):
             "question": ["q"] * rows,
             "verdict": ["correct"] * rows,
             "strict": ["correct"] * rows,
+            "reason": [None] * rows,
+            "answer_class": pd.array([0] * rows, dtype="Int64"),
         }
     )
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from bupo import UserError
 from bupo.analysis.over_training import STATE_FILE
 from bupo.model.residual import ResidualStream, Site
-from bupo.training.checkpoint import check_same_run
+from bupo.training.checkpoint import _check_kind
 from bupo.training.metrics_file import read_metrics
 from bupo.training.setup import check_run
 from bupo.training.zero import REACHED_BY, StepsOfReached, check_zero, group_by_reach, stepped
@@ -326,8 +326,9 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
         "reads_images": False,
         "is_fsdp_enabled": False,
         "optimizer": None,
+        "model": None,
     } | trainer
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, **args})
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "slow_above_layer": None, "layer_rates": None, **args})
     made: Any = SimpleNamespace(accelerator=accelerator, **trainer)
     with pytest.raises(UserError, match=refused):
         check_run(made, args)
@@ -337,7 +338,7 @@ def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
     (tmp_path / "global_step4").mkdir()
     state = {
         "passes": 4,
-        "layout": {"processes": 2, "micro_steps": 2},
+        "layout": {"processes": 2, "micro_steps": 2, "gradient_accumulation_steps": 1},
         "planned": [],
         "metrics": {},
         "numbers": {},
@@ -345,15 +346,17 @@ def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
     }
     torch.save({**state, "completions": None}, tmp_path / STATE_FILE)
     trainer: Any = SimpleNamespace(
-        is_fsdp_enabled=False, is_deepspeed_enabled=True, accelerator=SimpleNamespace(num_processes=1)
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(num_processes=1),
     )
     with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
-        check_same_run(trainer, tmp_path, print)
+        _check_kind(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
-    check_same_run(trainer, tmp_path, print)  # keeps no options that could differ
+    _check_kind(trainer, tmp_path)  # keeps no options that could differ
     trainer.is_deepspeed_enabled = False
     with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
-        check_same_run(trainer, tmp_path, print)
+        _check_kind(trainer, tmp_path)
 
 
 TRAIN = {

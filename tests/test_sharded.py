@@ -197,6 +197,8 @@ def trainer_under(version, kind="FULL_STATE_DICT"):
         reads_images=False,
         is_fsdp_enabled=True,
         is_deepspeed_enabled=False,
+        optimizer=None,
+        model=None,
         accelerator=accelerator,
     )
 

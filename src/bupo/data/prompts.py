@@ -9,7 +9,8 @@ from bupo.errors import UserError
 # a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped. Python prints
 # objects with `role='user'`, bytes with a b before their quote, and NumPy's arrays as `array([...], dtype=object)`
 _UNSEEN = "\ufeff\u200b\u2060"  # byte order mark and characters without width
-_OPENING = re.compile(rf"""[\s{_UNSEEN}]*(?:array\()?b?["']?[\s{_UNSEEN}]*(\[|\{{)""")
+# possessive runs: a prompt of a million spaces is looked through once
+_OPENING = re.compile(rf"""[\s{_UNSEEN}]*+(?:array\()?b?["']?[\s{_UNSEEN}]*+(\[|\{{)""")
 _CLOSING = re.compile(rf"""[\]\}}](?:\s*,\s*dtype=object)?\)?[\s{_UNSEEN}]*["']*[\s{_UNSEEN}]*$""")
 _KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value"))
 _PARTS = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
