@@ -322,7 +322,7 @@ def test_long_answers_are_folded(opened, tables):
 def test_what_is_left_out_is_said(open_file, tmp_path, monkeypatch):
     monkeypatch.setattr("bupo.report.samples.BUDGET", 20_000)
     path = write(tmp_path / "report.html", {"one": answers(3, 2, lambda problem, sample: "x" * 9_000)})
-    kept = data_of(path)["problems"][0]["answers"][0][-2]
+    kept = data_of(path)["problems"][0]["answers"][0][-4]
     page = open_file(path, ".answer")
     answer = page.locator(".answer").first
     total = len(kept["head"]) + len(kept["tail"])
