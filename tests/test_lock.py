@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,8 +162,14 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
         run.kill()
         run.wait()
         os.kill(child, 0)  # is there still
-        with sole_writer(tmp_path / "run"):
-            pass
+        end = time.monotonic() + 20
+        while True:  # a child that was forked a moment ago has yet to close its copy
+            try:
+                with sole_writer(tmp_path / "run"):
+                    break
+            except UserError:
+                assert time.monotonic() < end, "the child keeps the lock"
+                time.sleep(0.1)
     finally:
         run.kill()
         os.kill(child, signal.SIGKILL)
