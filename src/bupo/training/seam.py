@@ -105,10 +105,8 @@ class TRLTrainer(GRPOTrainer):
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     staging: Path | None = None  # where a checkpoint is being written
     epoch_ended = False  # whether the logs, evaluation and checkpoint of an epoch's end are being made, or were
-    last_update: tuple[Any, float | None] = (
-        None,
-        None,
-    )  # gradient norm and learning rate, which an epoch's log repeats
+    # gradient norm and learning rate, which an epoch's log repeats
+    last_update: tuple[Any, float | None] = (None, None)
     control: TrainerControl
     data_collator: Any
     problem_stream: StreamPlace | None = None  # where the run is in its problems, if they are a stream
