@@ -235,7 +235,6 @@ x=1\pm i | x=1+i, x=1-i | C
 1010_2 | 1010 | C
 1010_2 | 10 | W
 1010_2 | 1010_3 | W
-FF | ff | C
 FF_{16} | \text{FF}_{16} | C
 0xff | 0xFF | C
 3:30 \text{ PM} | 3:30 pm | C
@@ -683,6 +682,7 @@ REFUSED = r"""
 xy=1 | y=\frac1x | C
 F=ma | a=\frac{F}{m} | C
 \begin{pmatrix}2\\0\end{pmatrix} | \binom{2}{0} | C
+FF | ff | C
 """
 
 

@@ -130,8 +130,10 @@ def check_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     Raises:
         UserError: with the first such option or state.
     """
+    # torch adds `differentiable` to the defaults, not to the groups, when it loads a state (Optimizer.__setstate__)
+    options = optimizer.defaults.keys() - {"differentiable"}
     for group in optimizer.param_groups:
-        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+        if missing := sorted(options - group.keys()):
             raise UserError(f"{folder} is damaged: its optimizer.pt lacks {missing[0]}: go on from another checkpoint")
         for values in group["params"]:
             state = optimizer.state.get(values, {})
