@@ -37,7 +37,7 @@ test-slow: $(INSTALLED)  # the rest: more cases, processes that are killed, seve
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-fsdp2: $(INSTALLED)  # one process, DDP and FSDP2 on CPUs end alike, everything on; among test-slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/test_sharded.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/training/test_fsdp2.py
 
 test-faults: $(INSTALLED)  # runs that are killed, hung and fed rubbish; BUPO_FAULTS=short is the form of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(FLAGS)
@@ -54,7 +54,7 @@ test-deepspeed: $(DEEPSPEED)  # ZeRO over two processes on this CPU, against one
 test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the newest that the package index has
 	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade trl transformers "$(TORCH)"
 	$(NEWEST_VENV)/bin/pip list --disable-pip-version-check | grep -E "^(trl|transformers|accelerate|torch) "
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest tests/test_contract.py
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest tests/training/test_trl_contract.py
 
 test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
 	$(BIN)/python -m pytest -m browser

@@ -5,7 +5,7 @@
 Work: answers of 128 to 512 tokens; per layer five projections (what ATTN and FFN read, what they write, the layer's
 output), and all statistics of `bupo analyze` on them. Three rates are compared, each projection counted once:
 
-- `bupo`: `bupo.analysis.measure`, in tokens a second;
+- `bupo`: `bupo.analysis.measures`, in tokens a second;
 - `baseline`: the paper's published way: hooks that keep every activation, then for each module's input and output, and for
   each layer's, one head product, softmax, log_softmax and a sum, over all positions, each projected again;
 - `floor`: one plain matrix product of the best row-block size in this process: the arithmetic that cannot be saved.
@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from bupo.analysis.measure import measure
-from bupo.model.loading import load_model
-from bupo.model.residual import ResidualStream, Site
+from bupo.analysis.measures import measure
+from bupo.models.loading import load_model
+from bupo.models.residual_stream import ResidualStream, Site
 
 
 def answers(stream, lengths, seed=0):

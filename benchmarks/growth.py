@@ -24,8 +24,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.result import Result, Table, options
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Rollouts, Trainers, made_up, trainers
-from bupo.model.loading import load_config
-from bupo.report.figures.style import BLUE, GREY, ORANGE, legend, panels, save, trim
+from bupo.models.loading import load_config
+from bupo.reports.figures.style import BLUE, GREY, ORANGE, legend, panels, save, trim
 
 ALL = (TRL, FIRST, SECOND)
 COLOURS = {TRL: GREY, FIRST: ORANGE, SECOND: BLUE}

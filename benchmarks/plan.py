@@ -32,12 +32,12 @@ from benchmarks.result import Result, Table, Target, options
 from benchmarks.turns import Rollouts, made_up, reward
 from bupo import BuPOConfig, BuPOTrainer
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.model.loading import EMBEDDED, load_config, load_model, load_tokenizer
-from bupo.model.scoring import score_tokens
+from bupo.models.loading import EMBEDDED, load_config, load_model, load_tokenizer
+from bupo.models.token_scoring import score_tokens
 from bupo.planning.memory import activations, lasting
 from bupo.planning.options import PlanOptions
 from bupo.planning.plan import Plan, setting_of
-from bupo.training.inputs import TrainOptions
+from bupo.training.train_data import TrainOptions
 
 MARK = "plan: "
 WARM = 1  # rollout batches of each phase that are not looked at: the first has no optimizer's state

@@ -14,7 +14,7 @@ import torch
 import transformers
 import trl
 
-from bupo.text import markdown_table
+from bupo.utils.sanitize import markdown_table
 from bupo.version import VERSION
 
 

@@ -35,9 +35,9 @@ from trl import GRPOTrainer, ModelConfig
 import bupo
 from benchmarks.result import Result, Table, Target, middle, options, ratios
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Update, profiles_of, trainers
-from bupo.commands.parsing import parse
-from bupo.model.packing import Layout
-from bupo.model.residual import causal_lm
+from bupo.cli.parsing import parse
+from bupo.models.packing import Layout
+from bupo.models.residual_stream import causal_lm
 
 ROWS, GROUP, MAX_NEW_TOKENS = 32, 8, 64
 RECIPE = Path(bupo.__file__).parent / "recipes" / "cpu" / "embedded-bupo.yaml"

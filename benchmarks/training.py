@@ -20,10 +20,10 @@ import bupo
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample
 from bupo.evaluation.metrics import avg_at_k, paired_difference
-from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
-from bupo.report.figures import guard_figure
-from bupo.sampling import TransformersEngine
-from bupo.training.metrics_file import METRICS_FILE, read_metrics
+from bupo.generation.seeded_sampling import TransformersEngine
+from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.reports.figures import guard_figure
+from bupo.training.callbacks.metrics_file import METRICS_FILE, read_metrics
 
 RECIPES = Path(bupo.__file__).parent / "recipes" / "cpu"
 PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 512, 8, 32
@@ -37,7 +37,7 @@ def trained(recipe: Path, folder: Path, *flags: str) -> Path:
         command = [
             sys.executable,
             "-m",
-            "bupo.commands.main",
+            "bupo.cli.main",
             "train",
             "--config",
             str(recipe),

@@ -31,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.analysis import PeakMemory
 from bupo import BuPOConfig, BuPOTrainer
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.model.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
 
 TRL, FIRST, SECOND, PUBLISHED = "TRL", "BuPO, phase 1", "BuPO, phase 2", "phase 1 as published"
 
@@ -69,7 +69,7 @@ class Job:
     """A training run, one update a rollout batch.
 
     Attributes:
-        model (`str` or `dict`): as of [`~bupo.model.loading.load_model`], or the configuration of one with random weights.
+        model (`str` or `dict`): as of [`~bupo.models.loading.load_model`], or the configuration of one with random weights.
         layers (`tuple[int, ...]`): of each rollout batch, the layer that phase 1 optimises; the first is the published way's.
         rollouts (`tuple[Rollouts, ...]`, *optional*): of each rollout batch; without them, answers to sums are sampled.
         rows (`int`): sequences of a rollout batch.

@@ -34,7 +34,7 @@ from benchmarks.turns import (
     profiles_of,
     trainers,
 )
-from bupo.model.loading import load_config
+from bupo.models.loading import load_config
 
 PROMPT, ANSWER, ROWS, GROUP = 44, 12, 32, 8
 SHORTEST, MEDIAN, SIGMA, LONGEST = 8, 96, 0.9, 512

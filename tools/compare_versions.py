@@ -104,7 +104,7 @@ class Versions:
 
         def one(version: int) -> str:
             own = self.folders[version]
-            done = _python(self.trees[version], own, "-m", "bupo.commands.main", *arguments)
+            done = _python(self.trees[version], own, "-m", "bupo.cli.main", *arguments)
             (own / f"{name}.log").write_text(done.stdout + done.stderr)
             lines = done.stderr.strip().splitlines()
             return "" if done.returncode == 0 else f"exit status {done.returncode}: {lines[-1] if lines else ''}"

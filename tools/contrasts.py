@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from gains import BASE
 
-from bupo.reproduction.outputs.outcomes import CURVE
-from bupo.reproduction.outputs.table import APART, NOT_APART, NOTHING, p_text, text_of
-from bupo.seeds import OverSeeds, holm, over_seeds, paired_p
+from bupo.experiments.outputs.comparison_table import APART, NOT_APART, NOTHING, p_text, text_of
+from bupo.experiments.outputs.outcomes import CURVE
+from bupo.utils.statistics import OverSeeds, holm, over_seeds, paired_p
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 NOTHING_STORED = "No run of it is stored yet."

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bupo.commands.catalogue import COMMANDS, Option, groups, options_of
+from bupo.cli.help import COMMANDS, Option, groups, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")  # from docs/ up: what is in the repository, not on the site
@@ -69,6 +69,6 @@ def one_file() -> str:
     text = (ROOT / "examples" / "bottom_up.py").read_text()
     about = (
         "`examples/bottom_up.py` is the method in plain torch, without TRL. Its losses are `BuPOTrainer`'s, to 1e-5 in both "
-        "phases (`pytest tests/test_example.py`)."
+        "phases (`pytest tests/project/test_example.py`)."
     )
     return f"# The method in one file\n\n{about}\n\n```python\n{text}```\n"

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bupo.report.figures.style import BLUE, GREY, ORANGE, panels, trim
-from bupo.reproduction.outputs.table import p_text
-from bupo.seeds import holm, paired
+from bupo.experiments.outputs.comparison_table import p_text
+from bupo.reports.figures.style import BLUE, GREY, ORANGE, panels, trim
+from bupo.utils.statistics import holm, paired
 
 BASE = "GRPO"
 MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points: a run's end, and all of it

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import reasoning_gym
 
-PROBLEMS = Path(__file__).resolve().parent.parent / "src" / "bupo" / "reproduction" / "problems"
+PROBLEMS = Path(__file__).resolve().parent.parent / "src" / "bupo" / "experiments" / "problems"
 SIZES = {"sums": 192, "sums-held-out": 128}
 
 

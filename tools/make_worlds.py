@@ -24,7 +24,7 @@ import torch
 from make_embedded_model import make_model, make_tokenizer, save, train
 from transformers import Qwen3ForCausalLM
 
-from bupo.model.loading import fingerprint
+from bupo.models.loading import fingerprint
 
 EMBEDDED = Path(__file__).parents[1] / "src/bupo/embedded/model"
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from bupo.errors import UserError
-from bupo.reproduction.experiment import names_at, read_experiment
-from bupo.reproduction.result import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
+from bupo.experiments.experiment import names_at, read_experiment
+from bupo.experiments.result_page import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
+from bupo.utils.errors import UserError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LARGEST = 60_000  # bytes of a picture

@@ -27,13 +27,13 @@ from contrasts import NOTHING_STORED, contrasts_table, over_worlds
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
-from bupo.errors import UserError
-from bupo.reproduction.experiment import Cell, Experiment, names_at, read_experiment
-from bupo.reproduction.jobs import Places, state_of
-from bupo.reproduction.outputs import Finished
-from bupo.reproduction.outputs.outcomes import compared, outcome
-from bupo.reproduction.outputs.table import Output, text_of
-from bupo.seeds import over_seeds, paired
+from bupo.experiments.experiment import Cell, Experiment, names_at, read_experiment
+from bupo.experiments.jobs import Places, state_of
+from bupo.experiments.outputs import Finished
+from bupo.experiments.outputs.comparison_table import Output, text_of
+from bupo.experiments.outputs.outcomes import compared, outcome
+from bupo.utils.errors import UserError
+from bupo.utils.statistics import over_seeds, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"

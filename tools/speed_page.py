@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bupo.text import markdown_table
+from bupo.utils.sanitize import markdown_table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAMES = ("update", "step", "growth")

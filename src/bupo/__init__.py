@@ -9,28 +9,28 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from bupo.analysis.options import AnalyzeOptions as AnalyzeOptions
     from bupo.analysis.run import analyze as analyze
     from bupo.data.problems import load_problems as load_problems
-    from bupo.errors import UserError as UserError
     from bupo.evaluation.options import EvalOptions as EvalOptions
     from bupo.evaluation.run import evaluate as evaluate
-    from bupo.model.loading import load_model as load_model
-    from bupo.model.loading import load_tokenizer as load_tokenizer
-    from bupo.model.policy import InternalPolicies as InternalPolicies
-    from bupo.model.policy import InternalPolicy as InternalPolicy
-    from bupo.model.residual import Family as Family
-    from bupo.model.scoring import score_tokens as score_tokens
+    from bupo.experiments.run import ReproduceOptions as ReproduceOptions
+    from bupo.experiments.run import reproduce as reproduce
+    from bupo.models.internal_policy import InternalPolicies as InternalPolicies
+    from bupo.models.internal_policy import InternalPolicy as InternalPolicy
+    from bupo.models.loading import load_model as load_model
+    from bupo.models.loading import load_tokenizer as load_tokenizer
+    from bupo.models.residual_stream import Family as Family
+    from bupo.models.token_scoring import score_tokens as score_tokens
     from bupo.planning.options import PlanOptions as PlanOptions
     from bupo.planning.plan import Plan as Plan
     from bupo.planning.plan import plan as plan
-    from bupo.report.runs_page import report_runs as report_runs
-    from bupo.reproduction.run import ReproduceOptions as ReproduceOptions
-    from bupo.reproduction.run import reproduce as reproduce
+    from bupo.reports.runs_page import report_runs as report_runs
     from bupo.rewards.grader import MathGrader as MathGrader
     from bupo.rewards.math_reward import math_reward as math_reward
     from bupo.training.config import BuPOConfig as BuPOConfig
-    from bupo.training.inputs import TrainOptions as TrainOptions
     from bupo.training.run import TrainingRun as TrainingRun
     from bupo.training.run import train as train
+    from bupo.training.train_data import TrainOptions as TrainOptions
     from bupo.training.trainer import BuPOTrainer as BuPOTrainer
+    from bupo.utils.errors import UserError as UserError
 
 __version__ = VERSION
 
@@ -39,26 +39,26 @@ _EXPORTS = {
     "BuPOConfig": "bupo.training.config",
     "BuPOTrainer": "bupo.training.trainer",
     "EvalOptions": "bupo.evaluation.options",
-    "Family": "bupo.model.residual",
-    "InternalPolicies": "bupo.model.policy",
-    "InternalPolicy": "bupo.model.policy",
+    "Family": "bupo.models.residual_stream",
+    "InternalPolicies": "bupo.models.internal_policy",
+    "InternalPolicy": "bupo.models.internal_policy",
     "MathGrader": "bupo.rewards.grader",
     "Plan": "bupo.planning.plan",
     "PlanOptions": "bupo.planning.options",
-    "ReproduceOptions": "bupo.reproduction.run",
-    "TrainOptions": "bupo.training.inputs",
+    "ReproduceOptions": "bupo.experiments.run",
+    "TrainOptions": "bupo.training.train_data",
     "TrainingRun": "bupo.training.run",
-    "UserError": "bupo.errors",
+    "UserError": "bupo.utils.errors",
     "analyze": "bupo.analysis.run",
     "evaluate": "bupo.evaluation.run",
-    "load_model": "bupo.model.loading",
+    "load_model": "bupo.models.loading",
     "load_problems": "bupo.data.problems",
-    "load_tokenizer": "bupo.model.loading",
+    "load_tokenizer": "bupo.models.loading",
     "math_reward": "bupo.rewards.math_reward",
     "plan": "bupo.planning.plan",
-    "report_runs": "bupo.report.runs_page",
-    "reproduce": "bupo.reproduction.run",
-    "score_tokens": "bupo.model.scoring",
+    "report_runs": "bupo.reports.runs_page",
+    "reproduce": "bupo.experiments.run",
+    "score_tokens": "bupo.models.token_scoring",
     "train": "bupo.training.run",
 }
 __all__ = ["__version__", *_EXPORTS]

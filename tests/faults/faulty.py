@@ -12,8 +12,8 @@ import accelerate.state
 import torch
 
 import bupo.training.run
-from bupo.commands.leaving import leave
-from bupo.commands.main import main
+from bupo.cli.main import main
+from bupo.cli.process_exit import leave
 from bupo.training.trainer import BuPOTrainer
 
 calls = 0

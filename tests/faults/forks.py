@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from bupo.commands.leaving import leave
+from bupo.cli.process_exit import leave
 from tests.faults.faulty import run
 
 
@@ -55,7 +55,7 @@ def wait(wait, deadline):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in ("train", "eval", "analyze", "sample", "demo"):
-        importlib.import_module(f"bupo.commands.{module}")
+        importlib.import_module(f"bupo.cli.{module}")
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(wait(**request) if "wait" in request else start(**request)), flush=True)

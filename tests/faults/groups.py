@@ -7,7 +7,7 @@ from accelerate import Accelerator  # noqa: F401  as a run has it
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from bupo.training.stopping import close
+from bupo.training.callbacks.stop_on_signal import close
 
 
 def once(rank, file):

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bupo.training.metrics_file import read_metrics
-from bupo.training.whole import checkpoints
+from bupo.training.callbacks.metrics_file import read_metrics
+from bupo.training.checkpoints.integrity import checkpoints
 
 ROOT = Path(__file__).parents[2]
 KILLED = -9

@@ -2,7 +2,7 @@
 
 import resource
 
-from bupo.training.seam import TRLTrainer
+from bupo.training.trl_internals import TRLTrainer
 
 
 def _full_from_the_second_save(size: int) -> None:

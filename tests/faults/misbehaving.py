@@ -96,6 +96,6 @@ async def exits_in_the_loop(completion_ids, **kwargs):
 
 def short_grace():
     """Called before a run: its process has seconds to end."""
-    from bupo.commands import leaving
+    from bupo.cli import process_exit
 
-    leaving.GRACE, leaving.WATCHED = 6.0, 1.0
+    process_exit.GRACE, process_exit.WATCHED = 6.0, 1.0

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from bupo import BuPOConfig, BuPOTrainer
 from tests.faults.harness import timeless
-from tests.resumed import OPTIONS, Seen, streams
-from tests.test_trainer import TOKENIZER, model_of
+from tests.helpers.resumed_runs import OPTIONS, Seen, streams
+from tests.training.test_trainer import TOKENIZER, model_of
 
 
 class Kill(TrainerCallback):

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from bupo.commands.main import main
-from tests.damages import ANALYZE, EVAL, TRAIN, copied, damages_of, make_runs, seen
+from bupo.cli.main import main
 from tests.faults.harness import SHORT
+from tests.helpers.damages import ANALYZE, EVAL, TRAIN, copied, damages_of, make_runs, seen
 
 pytestmark = pytest.mark.faults
 

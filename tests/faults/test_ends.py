@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bupo.commands import leaving
-from bupo.training.whole import checkpoints
+from bupo.cli import process_exit
+from bupo.training.checkpoints.integrity import checkpoints
 from tests.faults.harness import KILLED, ROOT, SHORT, words
 
 pytestmark = pytest.mark.faults
@@ -48,7 +48,7 @@ def train(zygote, folder, reward=None, **changes):
 
 def ended_well(output, folder, ended):
     assert LATE not in output, output
-    assert time.time() - (folder / "run" / "finished.json").stat().st_mtime < leaving.GRACE
+    assert time.time() - (folder / "run" / "finished.json").stat().st_mtime < process_exit.GRACE
     assert ended == 0, output
 
 
@@ -71,7 +71,7 @@ def test_real_interpreters_end_beside_each_other(tmp_path, number):
         folder = tmp_path / str(place)
         folder.mkdir()
         argv = words(**RUN | SETTINGS[(number + place) % len(SETTINGS)])
-        command = [sys.executable, "-m", "bupo.commands.main", "train", *argv]
+        command = [sys.executable, "-m", "bupo.cli.main", "train", *argv]
         done = subprocess.run(command, cwd=folder, env=os.environ | ENV, capture_output=True, text=True, timeout=500)
         ended_well(done.stderr, folder, done.returncode)
 
@@ -175,7 +175,7 @@ def test_two_evaluations_of_one_folder_are_not_mixed(tmp_path):
         "output": "run",
     }
     argv = ["eval", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
-    command = [sys.executable, "-m", "bupo.commands.main", *argv]
+    command = [sys.executable, "-m", "bupo.cli.main", *argv]
     both = [
         subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENV | {"RANK": "1"}, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from bupo.training.whole import checkpoints, damage
+from bupo.training.checkpoints.integrity import checkpoints, damage
 from tests.faults.harness import COMMON, KILLED, ROOT, SHORT, differences, unequal, words
 
 pytestmark = pytest.mark.faults
@@ -125,12 +125,12 @@ MOMENTS = {  # updates and files are counted from each start on; checkpoints com
     "in the second epoch": [after_update(14)],
     "at the phase switch": [after_update(9)],
     "in the first rollout batch of phase 2": [after_update(10)],
-    "in the last save": [{"call": "bupo.training.saving.write_manifest", "number": 5, "when": "before"}],
+    "in the last save": [{"call": "bupo.training.checkpoints.writer.write_manifest", "number": 5, "when": "before"}],
     # each of the last two saves moves the new one in and an older one out
     "while an older checkpoint is deleted": [{"call": "os.rename", "number": 5, "when": "after"}],
     "before the last checkpoint is in its place": [{"call": "os.rename", "number": 6, "when": "before"}],
     "between the last checkpoint and the model": [
-        {"call": "bupo.training.seam.move_files", "number": 1, "when": "before"}
+        {"call": "bupo.training.trl_internals.move_files", "number": 1, "when": "before"}
     ],
     "before the figures": [{"call": "bupo.training.run.draw", "number": 1, "when": "before"}],
     "before it is marked as finished": [{"call": "bupo.training.run.mark_finished", "number": 1, "when": "before"}],
@@ -154,12 +154,12 @@ def test_a_run_killed_at_a_moment_ends_as_the_whole_one(zygote, wholes, tmp_path
         (
             "eval",
             {"benchmarks": "arithmetic", "size": 12, "k": 2, "max_new_tokens": 12, "batch_size": 6, "output": "run"},
-            [("bupo.store.Store.add", 4), ("bupo.store.Store.add", 17)],
+            [("bupo.run_files.result_cache.Store.add", 4), ("bupo.run_files.result_cache.Store.add", 17)],
         ),
         (
             "analyze",
             {"model": "embedded", "size": 12, "max_new_tokens": 12, "batch_size": 4, "output": "run"},
-            [("bupo.store.Store.add", 3), ("bupo.store.Store.add", 15)],
+            [("bupo.run_files.result_cache.Store.add", 3), ("bupo.run_files.result_cache.Store.add", 15)],
         ),
     ],
 )
@@ -215,7 +215,7 @@ def test_two_processes_go_on_as_they_would_have(tmp_path):
 
     def launched(name):
         (tmp_path / name).mkdir(exist_ok=True)
-        command = [*launch, "-m", "bupo.commands.main", "train", *words(**changes)]
+        command = [*launch, "-m", "bupo.cli.main", "train", *words(**changes)]
         done = subprocess.run(command, cwd=tmp_path / name, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 

@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 
-from bupo.model.loading import load_model
-from tests.damaged_models import (
+from bupo.models.loading import load_model
+from tests.faults.harness import SHORT
+from tests.helpers.damaged_models import (
     GENERATION_WRONG,
     MODEL,
     TOKENIZER_WRONG,
@@ -24,7 +25,6 @@ from tests.damaged_models import (
     weights,
     without,
 )
-from tests.faults.harness import SHORT
 
 pytestmark = pytest.mark.faults
 

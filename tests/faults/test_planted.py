@@ -5,12 +5,12 @@ import random
 import shutil
 from pathlib import Path
 
+import bupo.files
 import pytest
 
-import bupo.files
-from bupo.commands.main import main
-from tests.damages import ANALYZE, EVAL, TRAIN, copied, make_runs, seen
+from bupo.cli.main import main
 from tests.faults.harness import SHORT
+from tests.helpers.damages import ANALYZE, EVAL, TRAIN, copied, make_runs, seen
 
 pytestmark = pytest.mark.faults
 
@@ -91,7 +91,7 @@ def test_nothing_elsewhere_is_written_or_deleted(base, tmp_path, monkeypatch, ca
 def test_a_folder_that_vanishes_at_a_write(base, tmp_path, monkeypatch, capfd, run, number, how):
     copied(base, tmp_path, run)
     monkeypatch.chdir(tmp_path)
-    check, calls = bupo.files.check_in_use, []
+    check, calls = bupo.utils.files.check_in_use, []
 
     def vanishing(path: Path) -> None:
         calls.append(path)
@@ -99,7 +99,7 @@ def test_a_folder_that_vanishes_at_a_write(base, tmp_path, monkeypatch, capfd, r
             shutil.rmtree(run) if how == "deleted" else os.rename(run, "other")
         check(path)
 
-    monkeypatch.setattr(bupo.files, "check_in_use", vanishing)
+    monkeypatch.setattr(bupo.utils.files, "check_in_use", vanishing)
     status = main(list(AGAIN[run]))
     lines = complaint(capfd)
     if len(calls) < number:

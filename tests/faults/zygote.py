@@ -80,13 +80,13 @@ def child(order: dict) -> None:
             owner, name = located(before)
             getattr(owner, name)()
         arm(order.get("kill"))
-        status = importlib.import_module("bupo.commands.main").main(order["argv"])
+        status = importlib.import_module("bupo.cli.main").main(order["argv"])
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         importlib.import_module("traceback").print_exc()
     finally:
-        importlib.import_module("bupo.commands.leaving").leave(status)
+        importlib.import_module("bupo.cli.process_exit").leave(status)
 
 
 def wait(pid: int, seconds: float) -> int:
@@ -103,7 +103,7 @@ def wait(pid: int, seconds: float) -> int:
 
 
 def main() -> None:
-    for name in ("torch", "trl", "peft", "bupo", "bupo.commands.train", "bupo.commands.analyze", "bupo.commands.eval"):
+    for name in ("torch", "trl", "peft", "bupo", "bupo.cli.train", "bupo.cli.analyze", "bupo.cli.eval"):
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

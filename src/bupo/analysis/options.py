@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import get_args
 
-from bupo.errors import UserError
-from bupo.evaluation.preset import SAMPLING, Preset
-from bupo.model.policy import Lens
-from bupo.options import (
+from bupo.evaluation.paper_preset import SAMPLING, Preset
+from bupo.models.internal_policy import Lens
+from bupo.options.groups import (
     BatchedSamplingOptions,
     ColumnOptions,
     DatasetOptions,
@@ -15,7 +14,8 @@ from bupo.options import (
     RunOptions,
     check_values,
 )
-from bupo.ranges import COUNT, POSITIVE
+from bupo.options.ranges import COUNT, POSITIVE
+from bupo.utils.errors import UserError
 
 # of what is neither given nor a run's own
 OTHERWISE = {
@@ -31,7 +31,7 @@ PAPER = {**SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # 
 
 @dataclass
 class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
-    """Options of `bupo.analyze` and `bupo analyze`; those that other commands have too are told of in `bupo.options`.
+    """Options of `bupo.analyze` and `bupo analyze`; those that other commands have too are told of in `bupo.options.groups`.
 
     Parameters:
         model (`list[str]`): models or checkpoints: hub ids, folders, `.gguf` files, or `embedded`.

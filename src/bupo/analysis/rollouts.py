@@ -12,12 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.templates import prompt_ids
-from bupo.errors import UserError, others
+from bupo.data.chat_templates import prompt_ids
 from bupo.evaluation.answers import SAMPLES_FILE
-from bupo.run_files import check
-from bupo.sampling import Request, TransformersEngine, seed_of
-from bupo.store import Store
+from bupo.generation.seeded_sampling import Request, TransformersEngine, seed_of
+from bupo.run_files.reading import check
+from bupo.run_files.result_cache import Store
+from bupo.utils.errors import UserError, others
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ def sampled_rollouts(
     An answer depends on `seed` and the prompt's place only, so an interrupted sampling ends like a whole one.
 
     Args:
-        engine ([`~bupo.sampling.TransformersEngine`]): samples.
+        engine ([`~bupo.generation.seeded_sampling.TransformersEngine`]): samples.
         prompts (`list[tuple[int, ...]]`): token ids.
-        store ([`~bupo.store.Store`]): of the answers, by their prompt's place.
+        store ([`~bupo.run_files.result_cache.Store`]): of the answers, by their prompt's place.
         seed (`int`, *optional*, defaults to `0`): of the sampling.
         on_done (`Callable`, *optional*): called with the number of answers just finished.
     """

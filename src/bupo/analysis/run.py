@@ -11,33 +11,33 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bupo.analysis.answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
-from bupo.analysis.measure import MEASURES
+from bupo.analysis.checkpoint_series import Course, course_of, write_course
+from bupo.analysis.measured_answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
+from bupo.analysis.measures import MEASURES
 from bupo.analysis.options import OTHERWISE, PAPER, AnalyzeOptions
-from bupo.analysis.over_training import Course, course_of, write_course
-from bupo.analysis.report import AnalysisReport, ModelReport, model_report, write_report
+from bupo.analysis.results import AnalysisReport, ModelReport, model_report, write_report
 from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
 from bupo.analysis.tables import AnswerSums
-from bupo.analysis.views import token_views
-from bupo.data.as_trained import Asking, as_trained
+from bupo.analysis.token_view import token_views
+from bupo.data.chat_templates import check_context, check_size, check_template, prompt_ids
 from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.templates import check_context, check_size, check_template, prompt_ids
-from bupo.errors import UserError
+from bupo.data.prompt_settings import Asking, as_trained
 from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
-from bupo.evaluation.preset import asked_as
-from bupo.files import check_output, refuse_links
-from bupo.lock import sole_writer
-from bupo.model.loading import context_of, fingerprint, limits_of, load_config, load_on_device, load_tokenizer
-from bupo.model.meta import model_meta, name_of
-from bupo.model.policy import InternalPolicies
-from bupo.model.residual import evaluating
-from bupo.options import changed
-from bupo.progress import task
-from bupo.provenance import note_run
-from bupo.ranges import abridged
-from bupo.sampling import TransformersEngine
-from bupo.store import Store, inside
-from bupo.text import printable
+from bupo.evaluation.paper_preset import asked_as
+from bupo.generation.seeded_sampling import TransformersEngine
+from bupo.models.internal_policy import InternalPolicies
+from bupo.models.loading import context_of, fingerprint, limits_of, load_config, load_on_device, load_tokenizer
+from bupo.models.metadata import model_meta, name_of
+from bupo.models.residual_stream import evaluating
+from bupo.options.groups import changed
+from bupo.options.ranges import abridged
+from bupo.run_files.provenance import note_run
+from bupo.run_files.result_cache import Store, inside
+from bupo.utils.errors import UserError
+from bupo.utils.files import check_output, refuse_links
+from bupo.utils.lock import sole_writer
+from bupo.utils.progress import task
+from bupo.utils.sanitize import printable
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 
@@ -147,7 +147,7 @@ class _Given:
 
     Attributes:
         source (`str`): where problems or rollouts are from.
-        asking ([`~bupo.data.as_trained.Asking`]): how the models are asked.
+        asking ([`~bupo.data.prompt_settings.Asking`]): how the models are asked.
         objects (`list[str]`): names of what came from Python.
         noted (`dict`): what `config.yaml` holds.
     """

@@ -5,7 +5,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from bupo.analysis.measure import MEASURES
+from bupo.analysis.measures import MEASURES
 from bupo.analysis.tables import AnswerSums, Resampled
 
 TOLERANCE = 0.05  # nats: an entropy change within it is integration

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bupo.analysis.measure import MEASURES, AnswerMeasures
-from bupo.run_files import check
+from bupo.analysis.measures import MEASURES, AnswerMeasures
+from bupo.run_files.reading import check
 
 RESAMPLES = 2000
 ARRAYS = ("total", "squares", "similarity", "kl")  # of an answer's sums

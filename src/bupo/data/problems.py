@@ -22,8 +22,8 @@ from pyarrow.parquet import read_table
 from bupo.data.arithmetic import arithmetic_problem
 from bupo.data.columns import dataset_of, with_columns
 from bupo.data.prompts import check_text, messages_of
-from bupo.errors import UserError, first_line, others
 from bupo.rewards.task_scorers import SCORED_BY, answer_of, has_scorer, reference
+from bupo.utils.errors import UserError, first_line, others
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")

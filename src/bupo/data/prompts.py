@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bupo.errors import UserError
+from bupo.utils.errors import UserError
 
 # a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped. Python prints
 # objects with `role='user'`, bytes with a b before their quote, and NumPy's arrays as `array([...], dtype=object)`

@@ -13,16 +13,16 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from bupo.data.chat_templates import prompt_ids
 from bupo.data.problems import prompt_digests
 from bupo.data.prompts import message_text
-from bupo.data.templates import prompt_ids
-from bupo.errors import UserError
 from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
+from bupo.generation.seeded_sampling import Answer, Engine, Request, seed_of
 from bupo.rewards.grader import Grade, MathGrader, Verdict
 from bupo.rewards.task_scorers import SCORED_BY
-from bupo.run_files import Damaged, Keys, check, read_table
-from bupo.sampling import Answer, Engine, Request, seed_of
-from bupo.store import Store
+from bupo.run_files.reading import Damaged, Keys, check, read_table
+from bupo.run_files.result_cache import Store
+from bupo.utils.errors import UserError
 
 SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
 GRADE_AGAIN = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
@@ -51,7 +51,7 @@ def samples(
         settings (`dict`): what every answer depends on.
         problems (`Dataset`): with `prompt` (messages).
         prompts (`list[tuple[int, ...]]`, *optional*): token ids by problem, where answers will be sampled.
-        options: of [`~bupo.store.Store`].
+        options: of [`~bupo.run_files.result_cache.Store`].
     """
 
     def write(key: Key, answer: Answer) -> str:
@@ -93,7 +93,7 @@ def sample(
         prompts (`list[tuple[int, ...]]`): token ids by problem.
         k (`int`): answers a problem.
         seed (`int`, *optional*, defaults to `0`): of the run.
-        kept ([`~bupo.store.Store`], *optional*): finished answers, not sampled again; new ones are added as they come.
+        kept ([`~bupo.run_files.result_cache.Store`], *optional*): finished answers, not sampled again; new ones are added as they come.
         on_answer (`Callable`, *optional*): called with the number of answers just finished.
 
     Returns:

@@ -11,11 +11,11 @@ from datasets import Dataset
 
 from bupo.data.columns import with_columns
 from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems, procedural
-from bupo.errors import UserError, others
-from bupo.evaluation.tasks import PREFIX, is_harness
-from bupo.ranges import COUNT, check_number
+from bupo.evaluation.lm_eval_tasks import PREFIX, is_harness
+from bupo.options.ranges import COUNT, check_number
 from bupo.rewards.grader import check_golds
-from bupo.store import inside
+from bupo.run_files.result_cache import inside
+from bupo.utils.errors import UserError, others
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from bupo.seeds import LEVEL, student_interval
+from bupo.utils.statistics import LEVEL, student_interval
 
 _GOLD = -1  # the class of the answers that equal the gold answer
 

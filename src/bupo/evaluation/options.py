@@ -4,14 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from bupo import launch
-from bupo.errors import UserError
 from bupo.evaluation.answers import DEADLINE
 from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, split_names, without_k
-from bupo.evaluation.preset import ANSWERS, SAMPLING, Preset
-from bupo.evaluation.tasks import HARNESS, is_harness
-from bupo.model.policy import Lens
-from bupo.options import (
+from bupo.evaluation.lm_eval_tasks import HARNESS, is_harness
+from bupo.evaluation.paper_preset import ANSWERS, SAMPLING, Preset
+from bupo.models.internal_policy import Lens
+from bupo.options.groups import (
     BatchedSamplingOptions,
     ColumnOptions,
     ModelOptions,
@@ -19,7 +17,9 @@ from bupo.options import (
     RunOptions,
     check_values,
 )
-from bupo.ranges import COUNT
+from bupo.options.ranges import COUNT
+from bupo.utils import distributed_launch
+from bupo.utils.errors import UserError
 
 K = 16
 # of what is neither given nor a run's own
@@ -36,13 +36,13 @@ EngineName = Literal["transformers", "vllm", "server", "kept"]
 
 @dataclass
 class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
-    """Options of `bupo.evaluate` and `bupo eval`; those that other commands have too are told of in `bupo.options`.
+    """Options of `bupo.evaluate` and `bupo eval`; those that other commands have too are told of in `bupo.options.groups`.
 
     Parameters:
         model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
         benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and of lm-eval-harness
             `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`. `aime24:32` gives 32 answers a problem.
-        preset (`str`, *optional*): `paper`: its benchmarks, answers a problem and sampling ([`~bupo.evaluation.preset`]).
+        preset (`str`, *optional*): `paper`: its benchmarks, answers a problem and sampling ([`~bupo.evaluation.paper_preset`]).
         size (`int`, *optional*): the first so many problems of each benchmark (of each task, in the harness).
         prompt_column, answer_column (`str`, *optional*): of files and hub ids among the benchmarks.
         k (`int`, *optional*): answers a problem, where its benchmark says none; by default 16.
@@ -126,7 +126,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
                 raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
-        if launch.several():  # every process would sample everything into the same files
+        if distributed_launch.several():  # every process would sample everything into the same files
             raise UserError(
                 "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
             )

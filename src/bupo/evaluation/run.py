@@ -13,10 +13,10 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.as_trained import Asking, as_trained, settled
+from bupo.data.chat_templates import check_context, check_size, check_template
 from bupo.data.problems import check_columns
-from bupo.data.templates import check_context, check_size, check_template
-from bupo.errors import UserError
+from bupo.data.prompt_settings import Asking, as_trained, settled
+from bupo.evaluation.answer_source import Source, kept_meta, kept_settings, kept_system_prompt
 from bupo.evaluation.answers import (
     GRADE_AGAIN,
     GRADED_FILE,
@@ -30,25 +30,25 @@ from bupo.evaluation.answers import (
     summarize,
 )
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.evaluation.harness import HarnessRun, check_task, harness_run, run_task
+from bupo.evaluation.lm_eval import HarnessRun, check_task, harness_run, run_task
+from bupo.evaluation.lm_eval_tasks import is_harness, label_of
 from bupo.evaluation.metrics import paired_difference
 from bupo.evaluation.options import OTHERWISE, PAPER, EvalOptions
-from bupo.evaluation.preset import asked_as
-from bupo.evaluation.source import Source, kept_meta, kept_settings, kept_system_prompt
-from bupo.evaluation.tasks import is_harness, label_of
-from bupo.files import check_output, in_one_piece, write_json
-from bupo.lock import sole_writer
-from bupo.model.loading import EMBEDDED
-from bupo.options import changed
-from bupo.progress import task
-from bupo.provenance import note_run
-from bupo.report.samples import write_samples_page
-from bupo.report.scores import write_scores
+from bupo.evaluation.paper_preset import asked_as
+from bupo.generation.seeded_sampling import Answer, TransformersEngine
+from bupo.models.loading import EMBEDDED
+from bupo.options.groups import changed
+from bupo.reports.evaluation_scores import write_scores
+from bupo.reports.samples_page import write_samples_page
 from bupo.rewards.grader import check_golds
-from bupo.run_files import NULL, Damaged, check, read_json
-from bupo.sampling import Answer, TransformersEngine
-from bupo.store import Store, inside
-from bupo.text import printable
+from bupo.run_files.provenance import note_run
+from bupo.run_files.reading import NULL, Damaged, check, read_json
+from bupo.run_files.result_cache import Store, inside
+from bupo.utils.errors import UserError
+from bupo.utils.files import check_output, in_one_piece, write_json
+from bupo.utils.lock import sole_writer
+from bupo.utils.progress import task
+from bupo.utils.sanitize import printable
 
 SUMMARY_FILE, SCHEMA = "summary.json", 4  # majority votes of equal answers since 4
 KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
@@ -165,7 +165,7 @@ class _Work:
         label (`str`), problems (`Dataset`), k (`int`): the benchmark, and answers a problem.
         prompts (`list[tuple[int, ...]]`): token ids; none where answers are only graded.
         prompt (`str`): the first, as the model reads it.
-        store ([`~bupo.store.Store`]): of the answers.
+        store ([`~bupo.run_files.result_cache.Store`]): of the answers.
     """
 
     label: str

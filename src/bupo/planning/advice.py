@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bupo.planning.memory import HALF, memory, syncs_each_batch
-from bupo.planning.setting import Setting, Target
+from bupo.planning.planned_run import Setting, Target
 
 STEP = 0.05  # of vLLM's share of a device
 ROOM = 1.1  # of what vLLM's weights and one answer take: its own activations

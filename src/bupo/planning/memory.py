@@ -9,8 +9,8 @@ its end.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bupo.model.scoring import ROWS_PER_TILE, VOCABULARY_PER_TILE
-from bupo.planning.setting import Setting
+from bupo.models.token_scoring import ROWS_PER_TILE, VOCABULARY_PER_TILE
+from bupo.planning.planned_run import Setting
 
 Moment = dict[str, float]  # bytes by part
 

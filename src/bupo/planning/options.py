@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass, field
 
-from bupo.errors import UserError
-from bupo.options import check_values
-from bupo.ranges import COUNT, FROM_0, POSITIVE, check_word
+from bupo.options.groups import check_values
+from bupo.options.ranges import COUNT, FROM_0, POSITIVE, check_word
+from bupo.utils.errors import UserError
 
 SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2")
 GB = 1e9

@@ -5,25 +5,25 @@ from pathlib import Path
 
 from trl import ModelConfig
 
+from bupo.data.chat_templates import prompt_ids
 from bupo.data.problems import FILE_KINDS, load_problems, procedural
-from bupo.data.templates import prompt_ids
-from bupo.errors import UserError
-from bupo.model.loading import load_tokenizer
-from bupo.options import DTYPES
+from bupo.models.loading import load_tokenizer
+from bupo.options.groups import DTYPES
+from bupo.options.ranges import check_options, check_word
 from bupo.planning.advice import Advice, advice_for
-from bupo.planning.arithmetic import Flops, flops
-from bupo.planning.batches import Lengths
+from bupo.planning.flops import Flops, flops
 from bupo.planning.memory import Memory, memory
+from bupo.planning.micro_batches import Lengths
+from bupo.planning.model_sizes import Sizes, meta_model, sizes_of
 from bupo.planning.options import PlanOptions
-from bupo.planning.setting import Setting, Target
-from bupo.planning.sizes import Sizes, meta_model, sizes_of
-from bupo.planning.times import Seconds, seconds, too_little
-from bupo.ranges import check_options, check_word
+from bupo.planning.planned_run import Setting, Target
+from bupo.planning.runtime import Seconds, seconds, too_little
 from bupo.training.config import BuPOConfig
-from bupo.training.inputs import TrainOptions
-from bupo.training.ranges import MODEL_RANGES
-from bupo.training.schedule import recommended
-from bupo.training.setup import check_deepspeed, check_named, sources
+from bupo.training.objective.phases import recommended
+from bupo.training.train_data import TrainOptions
+from bupo.training.validation.arguments import check_deepspeed, check_named, sources
+from bupo.training.validation.option_ranges import MODEL_RANGES
+from bupo.utils.errors import UserError
 
 PROMPT_TOKENS = 256  # where no data set is at hand
 LOOKED_AT = 256  # prompts of a data set

@@ -20,11 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bupo.errors import UserError
-from bupo.rewards import worker
-from bupo.rewards.equality import is_empty
-from bupo.rewards.extraction import final_answer, later_answer
-from bupo.signals import unheard
+from bupo.rewards import grader_worker
+from bupo.rewards.answers.equality import is_empty
+from bupo.rewards.answers.extraction import final_answer, later_answer
+from bupo.utils.errors import UserError
+from bupo.utils.signals import unheard
 
 
 class Verdict(StrEnum):
@@ -120,7 +120,7 @@ def _command() -> list[str]:
     found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _LIBRARIES]
     packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
     places = dict.fromkeys(str(Path(place).parent) for place in packages)
-    return [sys.executable, "-I", str(Path(worker.__file__).resolve()), *places]
+    return [sys.executable, "-I", str(Path(grader_worker.__file__).resolve()), *places]
 
 
 def _environment() -> dict[str, str]:

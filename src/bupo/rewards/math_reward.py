@@ -3,8 +3,8 @@
 import atexit
 import functools
 
-from bupo.errors import UserError
 from bupo.rewards.grader import MathGrader, Verdict
+from bupo.utils.errors import UserError
 
 
 @functools.cache

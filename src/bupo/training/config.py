@@ -7,14 +7,14 @@ from typing import Any, Literal, cast, get_args
 import torch
 from trl import GRPOConfig
 
-from bupo.errors import UserError, first_line, others
-from bupo.model.policy import Lens
-from bupo.provenance import without_secrets
-from bupo.ranges import COUNT, NOT_NEGATIVE, check_number, check_word
-from bupo.training.estimators import ESTIMATORS, WITH_CRITIC
-from bupo.training.ranges import check_training
-from bupo.training.schedule import Schedule, Stage
-from bupo.training.seam import accepted
+from bupo.models.internal_policy import Lens
+from bupo.options.ranges import COUNT, NOT_NEGATIVE, check_number, check_word
+from bupo.run_files.provenance import without_secrets
+from bupo.training.objective.advantages import ESTIMATORS, WITH_CRITIC
+from bupo.training.objective.phases import Schedule, Stage
+from bupo.training.trl_internals import accepted
+from bupo.training.validation.option_ranges import check_training
+from bupo.utils.errors import UserError, first_line, others
 
 Module = Literal["layer", "attn", "ffn"]
 Objective = Literal["layer", "policy", "permuted"]
@@ -37,7 +37,7 @@ class BuPOConfig(GRPOConfig):
         internal_steps (`int`, *optional*):
             Length of the first phase (s_inter of the paper), in rollout batches, whatever the number of optimizer
             updates a batch is used for. 0 is no first phase. By default 20, and with `internal_layer` `auto` what is
-            recommended for the run's length ([`~bupo.training.schedule.recommended`]).
+            recommended for the run's length ([`~bupo.training.objective.phases.recommended`]).
         internal_schedule (`list[list[int]]`, *optional*):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
         internal_objective (`str`, *optional*, defaults to `"layer"`):
@@ -57,7 +57,7 @@ class BuPOConfig(GRPOConfig):
             final norm (`final_norm`, the logit lens).
         internal_guard (`bool`, *optional*, defaults to `True`):
             End a stage of the first phase early when it harms the model, and go on from its best weights
-            ([`~bupo.training.guard.Guard`]).
+            ([`~bupo.training.callbacks.early_stopping.Guard`]).
         probe_every (`int`, *optional*):
             Rollout batches between two probes. By default as often as 3 % of a batch's arithmetic allows while
             there is a layer to look at; 0 is never.
@@ -65,7 +65,7 @@ class BuPOConfig(GRPOConfig):
             Answers of the probe set, taken from the first rollout batch.
         eval_benchmarks (`list[str]`, *optional*):
             Benchmarks to evaluate on while the run goes, as `bupo eval --benchmarks` names them
-            ([`~bupo.training.evaluations.Evaluations`]).
+            ([`~bupo.training.callbacks.benchmark_evaluation.Evaluations`]).
         eval_every (`int`, *optional*, defaults to `10`):
             Rollout batches between two of these evaluations; there is one before training and one after it too.
         eval_k (`int`, *optional*, defaults to `4`), eval_problems (`int`, *optional*):

@@ -15,17 +15,17 @@ from transformers import TrainerCallback, set_seed
 from bupo.data.problems import ARITHMETIC, load_problems
 from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
 from bupo.evaluation.metrics import paired_difference
-from bupo.files import check_output, write_json
-from bupo.lock import sole_writer
-from bupo.model.loading import EMBEDDED, check_layers, load_model, load_tokenizer
-from bupo.options import check_values
-from bupo.ranges import COUNT, FROM_0
+from bupo.generation.seeded_sampling import TransformersEngine
+from bupo.models.loading import EMBEDDED, check_layers, load_model, load_tokenizer
+from bupo.options.groups import check_values
+from bupo.options.ranges import COUNT, FROM_0
 from bupo.rewards.math_reward import math_reward
-from bupo.sampling import TransformersEngine
 from bupo.training.config import BuPOConfig
-from bupo.training.folder import begin
-from bupo.training.inputs import TrainOptions
 from bupo.training.run import NotedRun, train
+from bupo.training.run_directory import begin
+from bupo.training.train_data import TrainOptions
+from bupo.utils.files import check_output, write_json
+from bupo.utils.lock import sole_writer
 from bupo.version import VERSION
 
 PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch

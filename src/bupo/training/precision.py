@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig
 
-from bupo.files import write_json
 from bupo.training.config import BuPOConfig
-from bupo.training.estimators import WITH_CRITIC
+from bupo.training.objective.advantages import WITH_CRITIC
+from bupo.utils.files import write_json
 
 logger = get_logger(__name__)
 

@@ -18,39 +18,39 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from bupo.data.templates import said_of_template, template_options
-from bupo.errors import first_line, others
-from bupo.files import check_output, refuse_links
-from bupo.lock import sole_writer
-from bupo.model.loading import fingerprint, load_model
-from bupo.options import changed
-from bupo.provenance import note_run
-from bupo.run_files import read_table
-from bupo.training import messages
-from bupo.training.best_metric import check_best_metric
-from bupo.training.checkpoint import check_same_run
+from bupo.data.chat_templates import said_of_template, template_options
+from bupo.models.loading import fingerprint, load_model
+from bupo.options.groups import changed
+from bupo.run_files.provenance import note_run
+from bupo.run_files.reading import read_table
+from bupo.training import failure_messages
+from bupo.training.callbacks.best_metric import check_best_metric
+from bupo.training.callbacks.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from bupo.training.callbacks.probe_series import DYNAMICS_FILE
+from bupo.training.callbacks.stop_on_signal import ending
+from bupo.training.callbacks.tensorboard_resume import continue_events
+from bupo.training.checkpoints.integrity import updates_of
+from bupo.training.checkpoints.resume import deciding, hold, same_phase
+from bupo.training.checkpoints.trainer_state import check_same_run
+from bupo.training.checkpoints.writer import writing
 from bupo.training.config import BuPOConfig
-from bupo.training.dynamics import DYNAMICS_FILE
-from bupo.training.folder import (
+from bupo.training.objective.phases import Schedule
+from bupo.training.run_directory import (
     begin,
     clear,
     draw,
     mark_finished,
     wants_to_resume,
 )
-from bupo.training.inputs import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of, within
-from bupo.training.metrics_file import METRICS_FILE, MetricsFile, read_metrics
-from bupo.training.rehearsal import rehearse
-from bupo.training.resuming import deciding, hold, same_phase
-from bupo.training.reward_signatures import as_list
-from bupo.training.saving import writing
-from bupo.training.schedule import Schedule
-from bupo.training.setup import check_model, check_prompts, said_of_phases, sources
-from bupo.training.stopping import ending
-from bupo.training.trackers import continue_events
-from bupo.training.trainable import check_trainable
+from bupo.training.train_data import Problems, Reward, TrainOptions, check_rewards, problems_of, reward_of, within
 from bupo.training.trainer import BuPOTrainer
-from bupo.training.whole import updates_of
+from bupo.training.validation.arguments import check_model, check_prompts, said_of_phases, sources
+from bupo.training.validation.dry_run import rehearse
+from bupo.training.validation.reward_signatures import as_list
+from bupo.training.validation.trainable_parameters import check_trainable
+from bupo.utils.errors import first_line, others
+from bupo.utils.files import check_output, refuse_links
+from bupo.utils.lock import sole_writer
 
 # by which libraries refuse, while a run goes, what they were given
 REFUSALS = (ValueError, ImportError, NotImplementedError)
@@ -65,7 +65,7 @@ class TrainingRun:
     Attributes:
         folder (`Path`): with the model, `metrics.jsonl`, `dynamics.parquet` and the figures.
         model (`PreTrainedModel` or `PeftModel`), tokenizer: what was trained.
-        schedule ([`~bupo.training.schedule.Schedule`]): the first phase as it was, `auto` and the guard's decisions included.
+        schedule ([`~bupo.training.objective.phases.Schedule`]): the first phase as it was, `auto` and the guard's decisions included.
         metrics (`list[dict]`): the rows of `metrics.jsonl`.
     """
 
@@ -203,7 +203,7 @@ def _trained(trainer: BuPOTrainer, checkpoint: str | None, title: str | None, sa
             if wants_to_resume(trainer.args):
                 continue_events(trainer.callback_handler.callbacks, folder, updates_of(checkpoint))
         refusal = others(lambda error: f"{trainer.where(trainer.last_batch)}: {first_line(error)}", *REFUSALS)
-        with refusal, messages.in_one_line(lambda: trainer.where(trainer.last_batch)):
+        with refusal, failure_messages.in_one_line(lambda: trainer.where(trainer.last_batch)):
             trainer.train_from(checkpoint)
         if checkpoint and trainer.resumed_at >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at} updates are done, nothing more is trained")

@@ -14,39 +14,53 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.errors import UserError
-from bupo.model.proof import probe_tokens
-from bupo.model.residual import Family, ResidualStream, Site
-from bupo.training import asked, card, checkpoint, messages
-from bupo.training.alignment import Alignment, Speaker
-from bupo.training.callback_states import CallbackStates
+from bupo.models.residual_stream import Family, ResidualStream, Site
+from bupo.models.verification import probe_tokens
+from bupo.training import failure_messages, model_card, prompt_settings
+from bupo.training.callbacks.benchmark_evaluation import Evaluations
+from bupo.training.callbacks.nonfinite_updates import FiniteUpdates
+from bupo.training.callbacks.phase_controller import Watch
+from bupo.training.callbacks.probes import repetition
+from bupo.training.checkpoints import trainer_state
+from bupo.training.checkpoints.callback_states import CallbackStates
+from bupo.training.checkpoints.resume import of_given
 from bupo.training.config import BuPOConfig
-from bupo.training.critic import critic_of
+from bupo.training.distributed.deepspeed import step_only_reached
 from bupo.training.dropout import without_dropout
-from bupo.training.estimators import estimate
-from bupo.training.evaluations import Evaluations
-from bupo.training.finite import FiniteUpdates
-from bupo.training.generation import set_up_generation
-from bupo.training.head import Read
-from bupo.training.layers import freeze, kept_still, rate_factors, scale_rates
+from bupo.training.objective.advantages import estimate
+from bupo.training.objective.critic import critic_of
+from bupo.training.objective.layer_parameters import freeze, kept_still, rate_factors, scale_rates
+from bupo.training.objective.phases import Stage
+from bupo.training.objective.policy_head import Read
+from bupo.training.objective.policy_scoring import Alignment, Speaker
+from bupo.training.objective.rollout_batch import OLD, RolloutBatch, weighted
 from bupo.training.precision import loaded, masters, say_dtype
-from bupo.training.probes import repetition
-from bupo.training.resuming import of_given
-from bupo.training.reward_signatures import check_inputs
-from bupo.training.rollouts import OLD, RolloutBatch, weighted
-from bupo.training.schedule import Stage
-from bupo.training.seam import EpochEnds, TRLTrainer, checked_models
-from bupo.training.setup import check_arguments, check_evaluations, check_run, check_scoring, open_stream, positions_of
-from bupo.training.trainable import Moved, check_gradient, check_layer, check_trainable, frozen_since
-from bupo.training.watch import Watch
-from bupo.training.zero import step_only_reached
+from bupo.training.rollout_generation import set_up_generation
+from bupo.training.trl_internals import EpochEnds, TRLTrainer, checked_models
+from bupo.training.validation.arguments import (
+    check_arguments,
+    check_evaluations,
+    check_run,
+    check_scoring,
+    open_stream,
+    positions_of,
+)
+from bupo.training.validation.reward_signatures import check_inputs
+from bupo.training.validation.trainable_parameters import (
+    Moved,
+    check_gradient,
+    check_layer,
+    check_trainable,
+    frozen_since,
+)
+from bupo.utils.errors import UserError
 
 
 class BuPOTrainer(TRLTrainer):
     """Trainer for Bottom-up Policy Optimization: a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
     It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
-    `probe/...`, `warning/...` ([`~bupo.training.symptoms.Symptoms`]), in phase 1 `internal/layer` and `internal/entropy`, and
+    `probe/...`, `warning/...` ([`~bupo.training.callbacks.failure_detection.Symptoms`]), in phase 1 `internal/layer` and `internal/entropy`, and
     where two policies are optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 at
     the rollout), clip ratios and `kl_old` (half the mean squared log ratio to the sampling policy) are of the policy in force.
 
@@ -82,7 +96,7 @@ class BuPOTrainer(TRLTrainer):
         set_up_generation(self, args)
         without_dropout(self.model, args, probe_tokens(self.model))
         self.given = of_given(self)
-        self.guard_asynchronous_rewards(messages.without_exits)
+        self.guard_asynchronous_rewards(failure_messages.without_exits)
         self.stream = open_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
         self.alignment = Alignment(self, self.stream, reference, args)
@@ -96,7 +110,7 @@ class BuPOTrainer(TRLTrainer):
         self.add_callback(EpochEnds(self))
         self.moved = Moved(self.accelerator, lambda: self.phase_of(self.last_batch), self.advantages_differ)
         self.add_callback(self.moved)
-        self.parts: dict[str, checkpoint.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
+        self.parts: dict[str, trainer_state.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
         self.parts |= {"critic": self.critic} if self.critic else {}
         self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         # transformers would put new callbacks in their place, which start with the states they are made with
@@ -137,7 +151,7 @@ class BuPOTrainer(TRLTrainer):
         started, metrics = time.perf_counter(), self.train_metrics
         self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
         voices = self.alignment.voices(self.stage, self.watch.mixed(self.rollout_batch))
-        with messages.sampling(self.where(self.rollout_batch)):
+        with failure_messages.sampling(self.where(self.rollout_batch)):
             sampled = self.sampled(inputs, voices)
         rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
@@ -157,7 +171,7 @@ class BuPOTrainer(TRLTrainer):
         return self.alignment.arranged(pieces)
 
     def grading(self):
-        return messages.grading(self.reward_funcs, self.reward_func_names, self.rollout_batch)
+        return failure_messages.grading(self.reward_funcs, self.reward_func_names, self.rollout_batch)
 
     def _estimate(self, batch: RolloutBatch) -> None:
         """Put the estimator's advantages where TRL has put GRPO's."""
@@ -220,7 +234,7 @@ class BuPOTrainer(TRLTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
         check_trainable(self)
-        return self.train_from(checkpoint.chosen(self, resume_from_checkpoint), *args, **kwargs)
+        return self.train_from(trainer_state.chosen(self, resume_from_checkpoint), *args, **kwargs)
 
     def train_from(self, found: str | None, *args, **kwargs):
         """`train`, from a checkpoint that is known to be whole and of the same run."""
@@ -228,7 +242,7 @@ class BuPOTrainer(TRLTrainer):
         self.ended_early = False
         result = super().train(found, *args, **kwargs)
         if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
-            messages.repeat_last(self.state.log_history)
+            failure_messages.repeat_last(self.state.log_history)
         self.watch.after_training(self.rollout_batch, self.inside_batch)
         return result
 
@@ -236,13 +250,13 @@ class BuPOTrainer(TRLTrainer):
         super().save_model(output_dir, *args, **kwargs)
         if self.loaded_dtype and self.args.should_save:
             say_dtype(Path(output_dir or self.args.output_dir), self.loaded_dtype)
-        for beside in (asked, card):
+        for beside in (prompt_settings, model_card):
             beside.write(self, Path(output_dir or self.args.output_dir))
 
-    create_model_card = card.create
+    create_model_card = model_card.create
 
     def save_parts(self, folder: Path) -> None:
-        checkpoint.save(self, folder, self.args.first_phase, self.parts)
+        trainer_state.save(self, folder, self.args.first_phase, self.parts)
 
     def load_parts(self, folder: Path) -> None:
-        checkpoint.load(self, folder, self.args.first_phase, self.parts)
+        trainer_state.load(self, folder, self.args.first_phase, self.parts)

@@ -1,0 +1,201 @@
+"""Training dynamics afterwards (fig. 5): the checkpoints of a run, analysed on the same answers, as the run's own probes.
+
+A run whose parameters are sharded cannot measure itself while it goes; it leaves its probe set and its checkpoints.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bupo.analysis.results import DYNAMICS_FILE, AnalysisReport, ModelReport
+from bupo.models.loading import check_layers
+from bupo.reports.figures import dynamics_figure
+from bupo.run_files.provenance import CONFIG_FILE
+from bupo.run_files.reading import BROKEN, read_json, read_state
+from bupo.utils.errors import UserError
+from bupo.utils.files import in_one_piece
+from bupo.utils.safe_read import LARGEST_CONFIG, Unreadable, content, there
+
+COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
+STATE_FILE, FINISHED_FILE = "bupo.pt", "finished.json"  # of a checkpoint; of a finished run, written last of all
+MOST_BATCHES = 1e9
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weights of a folder stand in a run.
+
+    Attributes:
+        run (`Path`): the run's folder.
+        batches (`float`): rollout batches that were done; no whole number inside of one.
+        schedule (`list[tuple[int, int]]`): layers and rollout batches of the first phase, as it was decided by then.
+    """
+
+    run: Path
+    batches: float
+    schedule: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run by its weights at several places.
+
+    Attributes:
+        run (`Path`): the run's folder.
+        batches (`list[float]`): rollout batches done, of each model that is analysed.
+        layers (`list[int]`): whose course it is.
+        first_phase (`int`): its length in rollout batches.
+    """
+
+    run: Path
+    batches: list[float]
+    layers: list[int]
+    first_phase: int
+
+
+def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loading) -> Course | None:
+    """The run that all models are of, if they are of one: its checkpoints, its finished model, the model that it began with.
+
+    Args:
+        names (`list[str]`): the models.
+        layer (`int`, *optional*): whose course is asked for; by default that of each layer of the run's first phase, or,
+            without one, of its `internal_layer`.
+        output (`str`): the analysis' folder.
+        loading: of [`load_config`].
+
+    Raises:
+        UserError: if a layer is asked for that there is not, or of models that are not of one run, or `output` is that run, or
+            its files say what no run has done.
+    """
+    found = [_place(Path(name)) for name in names]
+    places = [place for place in found if place is not None]
+    runs = {place.run for place in places}
+    config = _config(places[0].run) if places else {}
+    begun = config.get("model", config.get("model_name_or_path"))
+    strange = [name for name, place in zip(names, found, strict=True) if place is None and name != begun]
+    if len(names) < 2 or len(runs) != 1 or strange:
+        if layer is None:
+            return None
+        why = f"{strange[0]} is none" if strange else "there is one model" if len(names) < 2 else "these are of several"
+        raise UserError(
+            f"layer {layer} is for checkpoints of one run, measured on the same rollouts, and {why}: leave it out"
+        )
+    (run,) = runs
+    if Path(output).resolve() == run:
+        raise UserError(f"output {output} is the run that is analysed: choose another")
+    last = _last(places)
+    staged = {one for one, _ in last.schedule}
+    layers = [config.get("internal_layer")] if layer is None else [layer]
+    layers = sorted(staged) if staged and layer is None else layers
+    layers = [one for one in layers if type(one) is int and one > 0]
+    for name in names if layers else ():
+        check_layers(name, {"layer": max(layers)}, **loading)
+    first_phase = min(sum(batches for _, batches in last.schedule), int(last.batches))
+    return Course(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
+
+
+def _last(places: Sequence[Place]) -> Place:
+    """Where most is done. Raises [`UserError`] for what no run has done."""
+    for place in places:
+        if not 0 <= place.batches < MOST_BATCHES:
+            raise UserError(
+                f"{place.run} says that {place.batches} rollout batches are done, which no run has: its files are damaged; "
+                "analyse its models one by one"
+            )
+    return max(places, key=lambda place: place.batches)
+
+
+def _place(folder: Path) -> Place | None:
+    """Where a folder's weights stand, if they are a run's; what cannot be read is none's."""
+    try:
+        if _CHECKPOINT.fullmatch(folder.name) and there(folder, TRAINER_STATE_NAME) and there(folder, STATE_FILE):
+            state = read_state(folder / STATE_FILE, {"passes": float, "layout": dict, "parts": dict}, mmap=True)
+            batches = float(state["passes"] / state["layout"]["micro_steps"])
+            return Place(folder.resolve().parent, batches, _stages(state["parts"]["watch"]["schedule"]))
+        if there(folder, FINISHED_FILE):
+            done = read_json(folder / FINISHED_FILE, {"rollout_batches": object, "schedule": list})
+            return Place(folder.resolve(), float(done["rollout_batches"]), _stages(done["schedule"]))
+    except BROKEN:  # damaged, or of other contents
+        pass
+    return None
+
+
+def _stages(schedule: Sequence[Sequence]) -> list[tuple[int, int]]:
+    """The stages whose layer is decided."""
+    return [(int(layer), int(batches)) for layer, batches in schedule if layer is not None]
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """What a run was asked for, as far as its folder says."""
+    if not there(run, CONFIG_FILE):
+        return {}
+    try:
+        found = yaml.safe_load(content(run, CONFIG_FILE, LARGEST_CONFIG).decode())
+    except (Unreadable, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def rows_of(model: ModelReport, layers: Sequence[int]) -> list[Row]:
+    """What an analysis says of a model, in the rows of a probe ([`~bupo.training.callbacks.probes.probe`])."""
+    rows = [_row("entropy", model.entropy_language_model), _row("perplexity", model.perplexity)]
+    means = model.table.set_index(["measure", "layer"])["mean"]
+    for layer in layers:
+        rows += [
+            _row(name, means[name, layer], layer) for name in ("entropy_layer", "d_entropy_layer", "kl_language_model")
+        ]
+        for later in range(layer + 1, len(model.stages) + 1):
+            for name, matrix in (("kl", model.kl), ("cosine", model.similarity)):
+                if matrix is not None:
+                    rows.append(_row(name, matrix[layer - 1][later - 1], layer, later))
+    return rows
+
+
+def _row(measure: str, value: float, layer: int | None = None, later: int | None = None) -> Row:
+    return {"measure": measure, "layer": layer, "later_layer": later, "value": float(value)}
+
+
+def write_series(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> pd.DataFrame:
+    """`dynamics.parquet`: `rollout_batch` (how many are done), `measure`, `layer`, `later_layer` (both empty where they do not
+    apply) and `value`; `meta` goes into the file's metadata."""
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"meta": json.dumps(meta).encode()})
+    with in_one_piece(path) as part:
+        pq.write_table(arrow, part)
+    return table
+
+
+def write_course(report: AnalysisReport, course: Course | None) -> None:
+    """`dynamics.parquet` and `figures/dynamics` of a course, in the stead of an earlier one's.
+
+    Of several models at one place, such as the last checkpoint and the finished run, the last one counts.
+    """
+    figures = [report.folder / "figures" / f"dynamics.{kind}" for kind in ("png", "pdf")]
+    if course is None:
+        for path in (report.folder / DYNAMICS_FILE, *figures) if figures[0].exists() else ():
+            path.unlink(missing_ok=True)
+        return
+    by_batch = dict(zip(course.batches, report.models, strict=True))
+    whole = all(batches == int(batches) for batches in by_batch)
+    rows = [
+        {"rollout_batch": int(batches) if whole else batches, **row}
+        for batches in sorted(by_batch)
+        for row in rows_of(by_batch[batches], course.layers)
+    ]
+    table = write_series(report.folder / DYNAMICS_FILE, rows, report.models[-1].meta | {"run": str(course.run)})
+    for path in figures:
+        dynamics_figure(table, course.first_phase, path, course.run.name)

@@ -1,0 +1,62 @@
+"""What every layer would have said at each position of an answer."""
+
+from functools import cache, partial
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bupo.analysis.rollouts import Rollout
+from bupo.data.token_text import token_text
+from bupo.models.internal_policy import InternalPolicies
+from bupo.models.residual_stream import Site
+
+VIEW_ANSWERS, VIEW_TOKENS, VIEW_TOP = 6, 96, 5  # of the token x layer view
+
+
+@torch.no_grad()
+def top_tokens(
+    policies: InternalPolicies,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    answer: list[int],
+    top: int = VIEW_TOP,
+) -> dict:
+    """What every layer's policy would say at each answer position.
+
+    Returns:
+        `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by [`~bupo.data.token_text.token_text`]), and
+        by layer 1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text
+        and probability, most likely first) and `top_ids` (the ids of these). Compare tokens by id: several may have one text.
+    """
+    stream = policies.stream
+    layers = range(1, stream.num_layers + 1)
+    first = len(prompt) - 1
+    device = stream.model.get_input_embeddings().weight.device
+    ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
+    states = stream.run([Site("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
+    targets = torch.tensor(answer)[:, None]
+    show = cache(partial(token_text, tokenizer))
+    view: dict = {"ids": list(answer), "tokens": [show(t) for t in answer]}
+    view |= {"entropy": [], "chosen": [], "top": [], "top_ids": []}
+    for layer in layers:
+        rows: dict[str, list] = {"entropy": [], "chosen": [], "top": [], "top_ids": []}
+        x = stream.lensed(states[Site("layer", layer)], policies.lens)
+        for piece, target in zip(x.split(32), targets.split(32), strict=True):
+            log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
+            rows["entropy"] += [round(h, 3) for h in torch.special.entr(log_p.exp()).sum(-1).tolist()]
+            rows["chosen"] += [round(p, 4) for p in log_p.gather(1, target)[:, 0].exp().tolist()]
+            best = log_p.topk(min(top, log_p.size(1)))
+            for values, tokens in zip(best.values.exp().tolist(), best.indices.tolist(), strict=True):
+                rows["top"].append([[show(t), round(p, 4)] for t, p in zip(tokens, values, strict=True)])
+                rows["top_ids"].append(tokens)
+        for name, values in rows.items():
+            view[name].append(values)
+    return view
+
+
+def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]) -> list[dict]:
+    """The token x layer views of the first few answers, with their prompts."""
+    return [
+        {"prompt": r.prompt, **top_tokens(policies, tokenizer, r.prompt_ids, r.completion_ids[:VIEW_TOKENS])}
+        for r in rollouts[:VIEW_ANSWERS]
+    ]

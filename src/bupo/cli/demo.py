@@ -1,0 +1,54 @@
+"""`bupo demo`: the whole method on this machine in minutes, with the embedded model and its arithmetic."""
+
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from bupo.cli.parsing import parse_given
+from bupo.training.callbacks.console import ConsoleLines
+from bupo.training.demo import DemoOptions, demonstrate
+from bupo.utils.progress import progress
+from bupo.utils.sanitize import printable_line
+
+OPTIONS = (DemoOptions,)
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, run and show."""
+    (options,), given = parse_given(OPTIONS, arguments, "bupo demo")
+    console = Console()
+    disable_progress_bar()  # of loading and saving, which take no time here
+    lines, say = ConsoleLines(console), partial(console.print, highlight=False)  # in rich's markup
+    with lines.closing():
+        summary = demonstrate(options, given, partial(progress, console), [lines], say)
+    console.print(_table(summary))
+    files = "training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors"
+    console.print(printable_line(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
+
+
+def _table(summary: dict) -> Table:
+    def percent(value: float, interval: tuple[float, float]) -> str:
+        return f"{100 * value:.1f} %  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+    first, second = summary["phase_1_rollout_batches"], summary["phase_2_rollout_batches"]
+    table = Table(title=f"held-out accuracy at temperature 1, {summary['problems']} problems", title_style="bold")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row(
+        "accuracy  [95 % interval]",
+        percent(summary["accuracy_before"], summary["accuracy_before_interval"]),
+        percent(summary["accuracy_after"], summary["accuracy_after_interval"]),
+    )
+    points = [100 * x for x in (summary["gain"], *summary["gain_interval"])]
+    table.add_row("gain in points", "", f"{points[0]:+.1f}  [{points[1]:+.1f}, {points[2]:+.1f}]")
+    table.add_row("entropy, nats per token", f"{summary['entropy_first']:.3f}", f"{summary['entropy_last']:.3f}")
+    table.add_row("answer length, tokens", f"{summary['length_before']:.1f}", f"{summary['length_after']:.1f}")
+    phases = f"1 to {first}, layer {summary['internal_layer']}" if first else "none"
+    table.add_row("phase 1, in batches", "", phases)
+    table.add_row("phase 2, in batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none")
+    table.add_row("rollouts, updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s")
+    table.add_row("time in all", "", f"{summary['seconds']:.0f} s")
+    return table

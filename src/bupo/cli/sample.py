@@ -1,0 +1,132 @@
+"""`bupo sample`: text from an internal policy, and what every layer would have said at each position."""
+
+from dataclasses import dataclass, field
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from bupo.analysis.token_view import top_tokens
+from bupo.cli.parsing import parse
+from bupo.data.chat_templates import check_context, check_size, check_template, prompt_ids
+from bupo.data.prompt_settings import Asking, as_trained, settled
+from bupo.models.internal_policy import InternalPolicies, InternalPolicy, Lens
+from bupo.models.loading import Limits, check_layers, limits_of, load_on_device, load_tokenizer
+from bupo.options.groups import ModelOptions, PromptOptions, SamplingOptions, check_values
+from bupo.options.ranges import COUNT
+from bupo.utils.errors import UserError
+from bupo.utils.sanitize import printable
+
+COLUMNS = 12  # positions a table holds
+OTHERWISE = {"system_prompt": None, "temperature": 1.0, "top_p": 1.0}
+KINDS = ("layer", "attn", "ffn")
+
+
+@dataclass
+class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
+    """Options of `bupo sample`. At most one of layer, attn and ffn; by default the whole model speaks.
+
+    Parameters:
+        prompt (`str`): what the user says; it goes through the chat template where there is one.
+        layer, attn, ffn (`int`, *optional*): whose policy is sampled, counted from 1.
+    """
+
+    prompt: str | None = field(default=None, metadata={"help": "What the user says."})
+    layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
+    attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
+    ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
+    max_new_tokens: int | None = field(default=24, metadata={"help": "Longest answer."})
+    top: int = field(default=1, metadata={"help": "Most likely tokens to show in each cell."})
+    lens: Lens = field(
+        default="raw",
+        metadata={"help": "raw (the paper's) or final_norm (the logit lens).", "choices": ["raw", "final_norm"]},
+    )
+    raw_prompt: bool = field(default=False, metadata={"help": "Give the prompt without the chat template."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
+        check_values(self, attn=COUNT, ffn=COUNT, top=COUNT)
+        chosen = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
+        if not self.prompt:
+            raise UserError("prompt is not set: give --prompt 'some text'")
+        if self.raw_prompt and (self.system_prompt or self.chat_template):
+            raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
+        check_template(self.chat_template)
+
+
+OPTIONS = (SampleOptions,)
+
+
+def run(arguments: list[str]) -> None:
+    """Sample and show."""
+    (options,) = parse(OPTIONS, arguments, "bupo sample")
+    options.check()
+    options, asking = settled(options, as_trained(options.model, options.adapter), OTHERWISE)
+    config = check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
+    tokenizer = load_tokenizer(options.model, **options.loading())
+    asking.give_template(tokenizer)
+    prompt = _prompt(tokenizer, options, asking, limits_of(config))
+    model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
+    policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
+    policy: InternalPolicy = policies.language_model
+    for kind in KINDS:
+        if getattr(options, kind) is not None:
+            policy = getattr(policies, kind)(getattr(options, kind))
+    answer = _answer(policy, tokenizer, prompt, options)
+    console = Console()
+    if asking.line and not options.raw_prompt:
+        console.print(printable(asking.line), highlight=False, markup=False)
+    console.print(f"[bold]{policy}[/]", highlight=False)
+    console.print(Text(printable(tokenizer.decode(answer))))
+    view = top_tokens(policies, tokenizer, prompt, answer, options.top)
+    for start in range(0, len(answer), COLUMNS):
+        console.print(_table(view, slice(start, start + COLUMNS)))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: Asking, limits: Limits) -> list[int]:
+    """The prompt's token ids, if the model can read so many."""
+    check_size([str(options.prompt)], limits, "")
+    if options.raw_prompt:
+        ids = prompt_ids(tokenizer, str(options.prompt))
+    else:
+        system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+        messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
+        ids = prompt_ids(tokenizer, messages, **asking.template_options)
+    check_context([ids], limits, "")
+    return ids
+
+
+def _answer(
+    policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
+) -> list[int]:
+    torch.manual_seed(options.seed)
+    longest, temperature, top_p = options.sampling
+    sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False}
+    ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
+    out = policy.generate(
+        ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, max_new_tokens=longest, **sampling
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def _table(view: dict, columns: slice) -> Table:
+    """Layers as rows, the last first; positions as columns. A cell holds the layer's most likely tokens, bold where the first
+    of them is the token that was sampled."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
+    for token in view["tokens"][columns]:
+        table.add_column(Text(printable(token)), no_wrap=True)
+    for layer in range(len(view["top"]), 0, -1):
+        texts, ids = view["top"][layer - 1][columns], view["top_ids"][layer - 1][columns]
+        cells = [
+            Text("\n".join(printable(text) for text, _ in cell), style="bold" if best == sampled else "dim")
+            for cell, (best, *_), sampled in zip(texts, ids, view["ids"][columns], strict=True)
+        ]
+        table.add_row(str(layer), *cells)
+    return table

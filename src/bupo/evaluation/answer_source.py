@@ -1,0 +1,163 @@
+"""Where an evaluation's answers come from: a model and its engine, or the answers that a folder holds."""
+
+import copy
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from bupo.data.prompt_settings import Asking
+from bupo.evaluation.options import EvalOptions
+from bupo.generation.seeded_sampling import Engine, TransformersEngine
+from bupo.generation.vllm_engines import ServerEngine, VllmEngine
+from bupo.models.generation_settings import stored_ends
+from bupo.models.internal_policy import InternalPolicies
+from bupo.models.loading import Limits, check_layers, fingerprint, limits_of, load_on_device, load_tokenizer
+from bupo.models.metadata import model_meta, name_of
+from bupo.run_files.reading import Damaged
+from bupo.run_files.result_cache import SETTINGS_FILE, read_settings
+from bupo.utils.errors import UserError
+from bupo.version import VERSION
+
+NOTED = ("model", "revision", "adapter")  # for people, where the weights tell models apart
+SAMPLING = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
+# of the settings in a benchmark's folder, what stands in the summary of answers that are graded again
+SUMMARY = ("weights", "served", "engine", "dtype", "layer", "lens", "template", *SAMPLING, *NOTED)
+
+
+class Source:
+    """The model: what samples, what its answers depend on, and what must stand beside the numbers.
+
+    Args:
+        model (`str` or `PreTrainedModel`): a name, or a loaded model.
+        options ([`EvalOptions`]): how it is loaded and sampled, all of it settled.
+        asking ([`~bupo.data.prompt_settings.Asking`]): its template, and which options are the run's own.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): with the template that was chosen.
+        template_options (`dict`): arguments of the template besides the usual ones.
+        engine (`Engine`): samples.
+        settings, noted (`dict`): what an answer depends on, and what is noted beside it.
+        meta (`dict`): model, template, sampling, versions.
+        context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
+        limits ([`~bupo.models.loading.Limits`]): the texts that it can read, where that is known.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        options: EvalOptions,
+        asking: Asking,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        name = model if isinstance(model, str) else name_of(model)
+        if options.adapter and not isinstance(model, str):
+            raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
+        if isinstance(model, str) and options.engine == "transformers":
+            check_layers(name, {"layer": options.layer}, **options.loading())
+        if tokenizer is not None:
+            tokenizer = copy.deepcopy(tokenizer)  # it is given a template
+        elif isinstance(model, str):
+            tokenizer = load_tokenizer(name, **options.loading())
+        else:
+            raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+        self.tokenizer, self.template_options = tokenizer, asking.template_options
+        chosen = {"engine": options.engine, "template": asking.give_template(tokenizer)}
+        chosen |= {name: getattr(options, name) for name in SAMPLING}
+        self.engine: Engine
+        self.context, self.limits = 0, Limits()
+        if options.engine == "transformers":
+            known = self._open(name, model, options)
+        else:
+            if not isinstance(model, str):
+                raise UserError(f"engine {options.engine} takes a model by its name, not a loaded one")
+            known = self._connect(name, options)
+        layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
+        self.settings: dict[str, Any] = known | chosen | layer
+        self.noted = {name: self.meta.get(name) for name in NOTED if name not in known}
+        self.meta |= chosen | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
+        self.meta |= asking.noted
+
+    def _open(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
+        """By transformers: the weights are seen. Returns what answers depend on."""
+        opened = (
+            model
+            if isinstance(model, nn.Module)
+            else load_on_device(model, options.dtype, options.device_map, options.adapter, **options.loading())
+        )
+        policies = InternalPolicies(opened, lens=options.lens, temperature=options.temperature or 1.0)
+        stream = policies.stream
+        self.engine = TransformersEngine(
+            stream.model,
+            self.tokenizer,
+            *options.sampling,
+            policy=None if options.layer is None else policies.layer(options.layer),
+            batch_size=options.batch_size,
+        )
+        self.limits = limits_of(stream.model.config)
+        self.context = self.limits.context or 0
+        self.meta = model_meta(name, stream, options.lens, options.sampling[1], options.revision)
+        self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
+        return {name: self.meta[name] for name in ("dtype", "weights")}
+
+    def _connect(self, name: str, options: EvalOptions) -> dict[str, Any]:
+        """By vLLM or a server, where only names are seen. Returns what answers depend on."""
+        sampling = options.sampling
+        ends = stored_ends(name, self.tokenizer, **options.loading())
+        known: dict[str, Any] = {"model": name, "revision": options.revision}
+        if options.engine == "server":
+            server = ServerEngine(str(options.server), *sampling, ends, parallel=options.batch_size)
+            self.engine, known["served"] = server, server.model
+        else:
+            self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.loading())
+            known["dtype"] = options.dtype
+        self.meta = known | {"adapter": None, "versions": {"bupo": VERSION}}
+        return known
+
+
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a benchmark's answers, which will only be graded.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if not (folder / SETTINGS_FILE).is_file():
+        raise UserError(f"{folder} holds no answers to grade: {SETTINGS_FILE} is missing")
+    settings = read_settings(folder, "answers")
+    for name in ("problems", "prompt"):
+        if name not in settings:
+            raise UserError(
+                f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
+            )
+    if not isinstance(settings["prompt"], str) or not settings["problems"]:
+        raise Damaged(folder / SETTINGS_FILE, "prompt is no text, or problems is empty")
+    return settings
+
+
+def kept_system_prompt(folder: Path) -> str | None:
+    """The system message of the answers that an evaluation's folder holds, where it is noted."""
+    for path in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
+        with suppress(UserError):  # told of when its benchmark is graded
+            found = read_settings(path.parent, "answers").get("system_prompt")
+            return found if isinstance(found, str) else None
+    return None
+
+
+def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
+    """What the answers that a folder holds were made with.
+
+    Raises:
+        UserError: if it is not noted, or differs between the benchmarks.
+    """
+    found = []
+    for label in labels:
+        settings = kept_settings(folder / label)
+        found.append({name: settings[name] for name in SUMMARY if name in settings})
+    if any(settings != found[0] for settings in found):
+        raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
+    return (
+        {"model": "not noted", "template": "not noted"} | (found[0] if found else {}) | {"versions": {"bupo": VERSION}}
+    )

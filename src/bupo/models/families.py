@@ -1,0 +1,93 @@
+"""Where the residual stream of a causal LM is written, by model family.
+
+Every block of a decoder adds two writes to the stream, `H^l = H^(l-1) + A^l + F^l` (eq. 4 of arXiv 2512.19673, where
+`H^l` is its `H^(2l)`). What is added is not always what the attention or FFN module returns: some families normalise
+or scale it first. A [`Family`] names the modules to read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bupo.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """The modules of one model family. Paths are relative to the decoder (`layers`, `norm`) or to a block (the rest).
+
+    Args:
+        layers (`str`): the list of blocks.
+        norm (`str`): the norm between the last block and the head.
+        attn, ffn (`str`): the two modules of a block; their inputs are what they read, after any norm.
+        attn_write, ffn_write (`str`, *optional*): the modules whose outputs are added to the stream, where it is not
+            the module's own output.
+        middle (`str`, *optional*): a module whose *input* is the stream between the two writes. Where set, the writes
+            are differences of the stream, `A = middle - in`, `F = out - middle`, which costs precision in 16 bits.
+        write_scale (`str`, *optional*): the config's entry that multiplies both writes.
+        logit_scale, logit_divisor, softcap (`str`, *optional*): the config's entries for the head.
+    """
+
+    layers: str = "layers"
+    norm: str = "norm"
+    attn: str = "self_attn"
+    ffn: str = "mlp"
+    attn_write: str | None = None
+    ffn_write: str | None = None
+    middle: str | None = None
+    write_scale: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    softcap: str | None = "final_logit_softcapping"
+
+
+_SANDWICH = Family(attn_write="post_attention_layernorm", ffn_write="post_feedforward_layernorm")
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "qwen3_moe", "deepseek_v3"), Family()),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _SANDWICH),
+    "glm4": Family(attn_write="post_self_attn_layernorm", ffn_write="post_mlp_layernorm"),
+    "granite": Family(write_scale="residual_multiplier", logit_divisor="logits_scaling"),
+    "cohere2": Family(logit_scale="logit_scale"),
+    "gpt_neox": Family(norm="final_layer_norm", attn="attention"),
+    "gpt2": Family(layers="h", norm="ln_f", attn="attn"),
+}
+
+# What an unknown family may call its parts, tried in this order.
+USUAL_NAMES = {
+    "layers": ("layers", "h", "blocks"),
+    "norm": ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f"),
+    "attn": ("self_attn", "attn", "attention", "self_attention"),
+    "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"),
+}
+
+
+def module_at(root: Any, path: str) -> Any:
+    """The module at a path, or None."""
+    for name in path.split("."):
+        root = getattr(root, name, None)
+        if not isinstance(root, nn.Module):
+            return None
+    return root
+
+
+def guess_family(model: PreTrainedModel) -> Family:
+    """Names of an unknown family's parts; `middle` is found by a trace.
+
+    Raises:
+        UserError: if some part has none of the usual names.
+    """
+    decoder = model.get_decoder()
+    found: dict[str, str] = {}
+    for part, names in USUAL_NAMES.items():
+        root = decoder if part in ("layers", "norm") else module_at(decoder, found["layers"])[0]
+        present = [name for name in names if module_at(root, name) is not None]
+        if not present:
+            raise UserError(
+                f"unknown model family {model.config.model_type!r}: none of {', '.join(names)} in "
+                f"{type(root).__name__}; pass family=bupo.Family(...) with the names of its parts"
+            )
+        found[part] = present[0]
+    return Family(**found)

@@ -1,0 +1,124 @@
+"""The micro-batches of a rollout batch as a run would cut and pack them: how many prompts stand in each, and which pairs of
+tokens meet in attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bupo.models.packing import Layout
+from bupo.planning.options import PlanOptions
+from bupo.training.config import BuPOConfig
+from bupo.training.objective.micro_batches import arranged, rows_may_move
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt and of an answer."""
+
+    prompt: int
+    answer: int
+
+    @property
+    def row(self) -> int:
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass.
+
+    Attributes:
+        rows, prompts (`int`): answers, and the distinct prompts among them.
+        lengths ([`Lengths`]): of each prompt and answer.
+        packed, blocks (`bool`): whether rows stand in one row; whether attention leaves out what no token sees
+            (FlexAttention's block mask) or computes whole rectangles (segments).
+    """
+
+    rows: int
+    prompts: int
+    lengths: Lengths
+    packed: bool
+    blocks: bool
+
+    @property
+    def tokens(self) -> int:
+        """That the layers compute."""
+        if not self.packed:
+            return self.rows * self.lengths.row
+        return self.prompts * self.lengths.prompt + self.rows * self.lengths.answer
+
+    @property
+    def answer_tokens(self) -> int:
+        """That meet the unembedding."""
+        return self.rows * self.lengths.answer
+
+    def pairs(self, window: int | None = None) -> float:
+        """Of a query and a key that attention multiplies; `window`: how far back a token sees."""
+        prompt, answer = self.lengths.prompt, self.lengths.answer
+        if not self.packed:
+            return float(self.rows * self.lengths.row**2)
+        if not self.blocks:
+            return float(self.prompts * prompt**2 + self.rows * answer * (prompt + answer))
+        whole = _seen(prompt, window)
+        return self.prompts * whole + self.rows * (_seen(prompt + answer, window) - whole)
+
+    def layout(self) -> Layout | tuple[int, int]:
+        """On the meta device: the segments of a packed row on a CPU, one row under a block mask, or rows."""
+        if not self.packed:
+            return self.rows, self.lengths.row
+        if self.blocks:
+            return 1, self.tokens
+        ids = torch.ones(self.rows, self.lengths.row, dtype=torch.long)
+        for row in range(self.rows):  # answers of one prompt one after another, some more of the first ones
+            ids[row, 0] = 2 + row % self.prompts
+        real = Layout.of(ids, torch.ones_like(ids), self.lengths.prompt)
+        assert real is not None, "these rows have prompts"
+        return Layout(real.ids.to("meta"), real.positions.to("meta"), real.places.to("meta"), real.segments)
+
+
+def _seen(length: int, window: int | None) -> float:
+    """Pairs in a causal row."""
+    if window is None or window >= length:
+        return length * (length + 1) / 2
+    return window * (window + 1) / 2 + (length - window) * window
+
+
+def packs(config: BuPOConfig, attention: str | None) -> bool:
+    """Whether a run packs rows, as far as its options tell."""
+    return not (config.torch_compile or config.neftune_noise_alpha) and attention in (None, "sdpa", "eager")
+
+
+def micro_batches(
+    config: BuPOConfig, lengths: Lengths, on: PlanOptions, packed: bool, seed: int = 0
+) -> list[MicroBatch]:
+    """Those of one device and rollout batch, shuffled, cut and arranged as a run does it."""
+    group, size, count = config.num_generations, config.per_device_train_batch_size, config.steps_per_generation
+    prompts = torch.arange(size * count) // group
+    prompts = prompts[torch.randperm(size * count, generator=torch.Generator().manual_seed(seed))]
+    pieces = [
+        {
+            "prompt_ids": part[:, None],
+            "prompt_mask": torch.ones_like(part)[:, None],
+            "completion_mask": torch.full_like(part, lengths.answer)[:, None],  # its sum is what is looked at
+        }
+        for part in prompts.split(size)
+    ]
+    if packed and rows_may_move(config, balances_experts=False):
+        pieces = arranged(pieces, config.gradient_accumulation_steps)
+    distinct = [len(piece["prompt_ids"].unique()) for piece in pieces]
+    return [MicroBatch(size, found, lengths, packed, not on.cpu) for found in distinct]
+
+
+def fullest(config: BuPOConfig, longest: Lengths, on: PlanOptions, packed: bool) -> MicroBatch:
+    """The micro-batch that takes the most memory: of the longest answers, to as many prompts as there may be."""
+    found = micro_batches(config, longest, on, packed)
+    return max(found, key=lambda batch: batch.prompts)
+
+
+def scored_batch(config: BuPOConfig, lengths: Lengths, on: PlanOptions, packed: bool) -> list[MicroBatch]:
+    """The passes that score a rollout batch before its updates: rows as they were sampled, answers of a prompt together."""
+    size, count, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
+    starts = range(0, size * count, size)
+    prompts = [-(-(start + size) // group) - start // group for start in starts]
+    return [MicroBatch(size, found, lengths, packed, not on.cpu) for found in prompts]

@@ -1,0 +1,163 @@
+"""A run as its parts count it: options, devices, the model's sizes, lengths, and what a micro-batch keeps."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import nn
+from trl import ModelConfig
+
+from bupo.planning.micro_batches import Lengths, MicroBatch, fullest, micro_batches, packs, scored_batch
+from bupo.planning.model_sizes import Sizes, blocks_of
+from bupo.planning.options import PlanOptions
+from bupo.planning.saved_activations import Head, Kept, kept_by
+from bupo.training.config import BuPOConfig
+from bupo.training.objective.advantages import WITH_CRITIC
+
+
+class Target(NamedTuple):
+    """What rollout batches optimise.
+
+    Attributes:
+        layer (`int`, *optional*): of the first phase's stage; None in the second phase.
+        besides (`int`, *optional*): a layer whose objective stands in the loss besides the whole policy's.
+    """
+
+    layer: int | None
+    besides: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What everything is counted from.
+
+    Attributes:
+        config ([`~bupo.BuPOConfig`]), on ([`PlanOptions`]), loading (`ModelConfig`): of the run.
+        model (`nn.Module`), sizes ([`Sizes`]): on the meta device.
+        mean, longest ([`Lengths`]): texts as they are in the mean, for time, and at their longest, for memory.
+        passes (`dict`): what forward passes keep that were counted already, also for what this one was changed from.
+    """
+
+    config: BuPOConfig
+    on: PlanOptions
+    loading: ModelConfig
+    model: nn.Module
+    sizes: Sizes
+    mean: Lengths
+    longest: Lengths
+    passes: dict[tuple[MicroBatch, str], Kept] = field(default_factory=dict)
+
+    def changed(self, on: dict[str, Any] | None = None, **options: Any) -> "Setting":
+        """With other options of the run, or other devices."""
+        config = self.config.__copy__()
+        for name, value in options.items():
+            setattr(config, name, value)
+        return replace(self, config=config, on=replace(self.on, **on or {}))
+
+    @property
+    def half(self) -> bool:
+        """Whether products are of 16-bit numbers."""
+        return bool(self.config.bf16 or self.config.fp16) or self._loaded_half
+
+    @property
+    def _loaded_half(self) -> bool:
+        return str(self.loading.dtype) in ("bfloat16", "float16")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight. One in 16 bits stays so below an adapter, or where weights in fp32 are not wanted for training."""
+        return 2 if self._loaded_half and (self.loading.use_peft or not self.config.fp32_master_weights) else 4
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a weight that trains, of its gradient and of each moment of its optimizer."""
+        return 2 if self._loaded_half and not self.config.fp32_master_weights else 4
+
+    @property
+    def precision(self) -> str:
+        """That states are computed in. Sharding gathers weights in 16 bits; without it autocast copies them."""
+        if not self.half:
+            return "float32"
+        whole = self.weight_bytes == 4 and self.on.shared in ("one", "ddp")
+        return "autocast" if whole else "bfloat16"
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a number of the residual stream."""
+        return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def packed(self) -> bool:
+        return packs(self.config, self.loading.attn_implementation)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether an update is of several micro-batches."""
+        return self.config.gradient_accumulation_steps > 1
+
+    @property
+    def copied_critic(self) -> bool:
+        return self.config.advantage_estimator in WITH_CRITIC and self.config.critic_backbone == "copy"
+
+    def read(self, layer: int | None) -> int | None:
+        """The layer whose policy a stage optimises, and so the last that runs in an update; None: all do."""
+        return None if self.config.internal_objective == "policy" else layer
+
+    def moved(self, layer: int | None) -> int:
+        """Parameters that an update moves in a stage of this layer, or in the second phase."""
+        return self.sizes.moved(layer, self.read(layer) is not None and self.config.internal_lens == "final_norm")
+
+    @property
+    def reference(self) -> bool:
+        """Whether a second model is kept for a KL penalty; an adapter's is the model itself."""
+        return self.config.beta != 0 and not self.loading.use_peft
+
+    @cached_property
+    def fullest(self) -> MicroBatch:
+        return fullest(self.config, self.longest, self.on, self.packed)
+
+    @cached_property
+    def batches(self) -> list[MicroBatch]:
+        """Micro-batches of a device and rollout batch, in the mean."""
+        return micro_batches(self.config, self.mean, self.on, self.packed)
+
+    @cached_property
+    def scored(self) -> list[MicroBatch]:
+        """Passes that score a rollout batch of a device."""
+        return scored_batch(self.config, self.mean, self.on, self.packed)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """By the fullest micro-batch's forward pass."""
+        key = (self.fullest, self.precision)
+        if key not in self.passes:
+            self.passes[key] = kept_by(self.model, list(blocks_of(self.model)), self.fullest.layout(), self.precision)
+        return self.passes[key]
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        """Of each layer's attention."""
+        called = self.kept.heads
+        return called[:: max(1, len(called) // self.sizes.layers)]
+
+    @property
+    def answers(self) -> int:
+        """That a device samples for a rollout batch."""
+        return self.config.per_device_train_batch_size * self.config.steps_per_generation
+
+    @property
+    def prompts(self) -> float:
+        """Of a device's rollout batch."""
+        return self.answers / self.config.num_generations
+
+    @property
+    def updates(self) -> float:
+        """Optimizer updates of a rollout batch."""
+        config = self.config
+        return config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of a token."""
+        size = 2 if self.config.use_vllm or self.precision == "bfloat16" else 4
+        return size * sum(head.kv_heads * (head.key + head.value) for head in self.heads)

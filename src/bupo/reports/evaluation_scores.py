@@ -1,0 +1,142 @@
+"""The numbers of an evaluation for people: rows, a table for the terminal, files for a paper. They read `summary.json` only."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from bupo.reports.figures import pass_figure
+from bupo.utils.files import in_one_piece, write_text
+from bupo.utils.sanitize import csv_cell, markdown_cell, markdown_table, printable
+
+VERDICT_COLUMNS = ("no answer", "not worked out", "timed out", "why no answer")
+TEXTS = ("benchmark", "metric", "task", "why no answer")  # columns that are no numbers of ours
+DIFFERENCE = "difference [95 %]"
+
+
+def percent(value: float, interval: tuple[float, float]) -> str:
+    """A share and its interval, in percent."""
+    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def score_rows(summary: dict) -> list[dict[str, str]]:
+    """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's.
+
+    Columns are named by the number of answers a problem, `avg@16`; where benchmarks have different ones, that is a column, `k`.
+    """
+    at, rows = _at(summary), []
+    for label, found in summary["benchmarks"].items():
+        k, verdicts = found["k"], found["verdicts"]
+        row = {"benchmark": label, "n": str(found["problems"])}
+        row |= {"k": str(k)} if at == "k" else {}
+        row |= {f"avg@{at} [95 %]": percent(found["avg@k"], found["avg@k_interval"])}
+        row["strict"] = f"{100 * found['strict_avg@k']:.1f}"
+        if at != "1":  # of one answer all three are the same
+            row[f"pass@{at}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
+            row[f"maj@{at}"] = f"{100 * found['majority@k']:.1f}"
+        row |= {
+            "tokens": f"{found['mean_tokens']:.0f}",
+            "cut": f"{100 * found['truncated'] / (found['problems'] * k):.1f} %",
+            "no answer": str(verdicts["unparsable"]),
+            "not worked out": str(found["strict_verdicts"]["unevaluated"]),
+            "timed out": str(verdicts["timeout"]),
+            "why no answer": ", ".join(f"{count} {reason}" for reason, count in found["no_answer_reasons"].items()),
+        }
+        if "difference" in found:
+            row[DIFFERENCE] = percent(found["difference"], found["difference_interval"])
+        rows.append(row)
+    return rows
+
+
+def _at(summary: dict) -> str:
+    """What stands behind avg@: the answers a problem, or `k` where benchmarks have different ones."""
+    ks = {str(found["k"]) for found in summary["benchmarks"].values()}
+    return ks.pop() if len(ks) == 1 else "k"
+
+
+def average_row(summary: dict) -> list[dict[str, str]]:
+    """The mean of several benchmarks' avg@k, each with the same weight as in the paper's table 1. No row for one.
+
+    Its interval takes the benchmarks' to be independent: the root of the summed squares of their half widths.
+    """
+    found = list(summary["benchmarks"].values())
+    if len(found) < 2:
+        return []
+    mean = sum(row["avg@k"] for row in found) / len(found)
+    half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
+    strict = sum(row["strict_avg@k"] for row in found) / len(found)
+    interval = (max(0.0, mean - half), min(1.0, mean + half))
+    average = {"benchmark": "average", f"avg@{_at(summary)} [95 %]": percent(mean, interval)}
+    return [average | {"strict": f"{100 * strict:.1f}"}]
+
+
+def harness_rows(summary: dict) -> list[dict[str, str]]:
+    """One row a benchmark of the harness."""
+    return [
+        {
+            "benchmark": label,
+            "n": str(found["problems"]),
+            "score [95 %]": _harness_score(found["score"], found["interval"]),
+            "metric": found["metric"],
+            "task": found["task"],
+        }
+        for label, found in summary["harness"].items()
+    ]
+
+
+def _harness_score(score: float, interval: tuple[float, float] | None) -> str:
+    """In percent, unless the metric is no share (a perplexity)."""
+    if not 0 <= score <= 1:
+        return f"{score:.4g} (no share)"
+    low, high = interval or (0.0, 1.0)
+    return percent(score, (max(0.0, low), min(1.0, high)))
+
+
+def score_tables(summary: dict) -> list[Table]:
+    """For the terminal, each within 80 columns: the numbers, what became of answers that are neither right nor wrong, the
+    difference to another run, and the harness' numbers.
+    """
+    layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
+    rows, title = score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
+    verdicts = [name for name in VERDICT_COLUMNS if any(row[name] not in ("0", "") for row in rows)]
+    left_out = (*VERDICT_COLUMNS, DIFFERENCE, "maj@k")  # the last beside a column of k would not fit
+    numbers = [name for name in (rows[0] if rows else ()) if name not in left_out]
+    parts = [
+        (title, [*rows, *average_row(summary)], numbers),
+        ("neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),
+        (f"less {summary.get('compared_with')}", [r for r in rows if DIFFERENCE in r], ["benchmark", DIFFERENCE]),
+        (f"{title}, by lm-eval-harness", harness_rows(summary), ["benchmark", "n", "score [95 %]", "metric", "task"]),
+    ]
+    return [_table(*part) for part in parts if part[1]]
+
+
+def _table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
+    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name != "why no answer")
+    for row in rows:
+        table.add_row(*(Text(printable(row.get(name, ""))) for name in names))
+    return table
+
+
+def write_scores(summary: dict, folder: Path) -> None:
+    """`table.md`, `table.csv`, the same of the harness' benchmarks, and `pass_at_k.png`."""
+    for name, rows in (("table", score_rows(summary) + average_row(summary)), ("harness", harness_rows(summary))):
+        if rows:
+            table = pd.DataFrame(rows).fillna("")
+            with in_one_piece(folder / f"{name}.csv") as part:
+                _written(table, csv_cell).to_csv(part, index=False)
+            write_text(folder / f"{name}.md", markdown_table(_written(table, markdown_cell).to_dict("records")))
+    found = summary["benchmarks"]
+    if found:
+        others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}
+        pass_figure({label: row["pass@k"] for label, row in found.items()}, folder / "pass_at_k.png", others)
+
+
+def _written(table: pd.DataFrame, cell: Callable[[str], str]) -> pd.DataFrame:
+    """The table with the names of others as they may stand in a file."""
+    return table.assign(**{name: table[name].map(cell) for name in TEXTS if name in table})

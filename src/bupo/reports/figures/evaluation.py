@@ -1,0 +1,45 @@
+"""An evaluation's numbers, from its `summary.json`."""
+
+import itertools
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bupo.reports.figures.style import COLOURS, GREY, legend, panels, save, trim
+from bupo.utils.sanitize import plain_label
+
+
+def pass_figure(
+    curves: dict[str, dict[str, float]], path: str | Path, others: dict[str, dict[str, float]] | None = None
+) -> Figure:
+    """pass@K over K by benchmark (fig. 6 and 15).
+
+    Args:
+        curves (`dict[str, dict[str, float]]`): by label, pass@K by K.
+        path (`str`): the PNG or PDF to write.
+        others (`dict[str, dict[str, float]]`, *optional*): the same of another run, drawn as dashed lines.
+    """
+    others = others or {}
+    figure, axes = panels(1, 1, (5.5, 3.6))
+    axis = axes[0, 0]
+    for (label, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        axis.plot(*_points(curve), color=colour, marker=".", label=plain_label(label))
+        if label in others:
+            axis.plot(*_points(others[label]), color=colour, marker=".", ls="--", alpha=0.7)
+    if others:
+        axis.plot([], [], color=GREY, ls="--", label="compared with")
+    axis.set_xscale("log", base=2)
+    ticks = sorted({int(k) for curve in (*curves.values(), *others.values()) for k in curve})
+    axis.set_xticks(ticks, [str(k) for k in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("K")
+    axis.set_ylabel("pass@K (%)")
+    axis.set_ylim(0, 102)
+    trim(axis)
+    legend(axis, fontsize=8)
+    return save(figure, path)
+
+
+def _points(curve: dict[str, float]) -> tuple[list[int], list[float]]:
+    """K and pass@K in percent."""
+    return [int(k) for k in curve], [100 * share for share in curve.values()]

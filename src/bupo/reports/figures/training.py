@@ -1,0 +1,129 @@
+"""Training over rollout batches, from a run's `metrics.jsonl`. A row may lack a metric: a line is of the rows that have it."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bupo.reports.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, legend, mark_first_phase, panels, save, trim
+from bupo.utils.log_values import numbers
+from bupo.utils.sanitize import plain_label
+
+GUARD_TITLES = {
+    "right": "phase 1 of the right length",
+    "long": "four times too long",
+    "guarded": "four times too long, with the guard",
+}
+
+
+def training_figure(rows: Sequence[dict], path: str | Path, title: str) -> Figure:
+    """Reward, entropy, response length and, where there are any, evaluations over rollout batches, with the phases marked.
+
+    Args:
+        rows (`list[dict]`): of a run's `metrics.jsonl`.
+        path (`str`): the PNG or PDF to write.
+        title (`str`): above the panels.
+    """
+    rows = [numbers(row) for row in rows]
+    evaluations = [row for row in rows if "eval/rollout_batches" in row]
+    rows = [row for row in rows if "rollout_batch" in row]
+    number = 4 if evaluations else 3
+    figure, axes = panels(1, number, (4 * number, 3.4))
+    reward, entropy, length = axes[0, :3]
+    _reward(reward, rows)
+    _entropy(entropy, rows)
+    _line(length, rows, "completions/mean_length", color=BLUE)
+    length.set_ylim(bottom=0)
+    length.set_title("response length (tokens)")
+    if evaluations:
+        _evaluations(axes[0, 3], evaluations)
+    for axis in axes.flat:
+        axis.set_xlabel("rollout batch")
+        axis.margins(x=0.01)
+        trim(axis)
+    _phases(axes[0], rows)
+    figure.suptitle(plain_label(title), fontsize=11)
+    return save(figure, path)
+
+
+def _line(axis: Axes, rows: Sequence[dict], name: str, **style: Any) -> None:
+    rows = [row for row in rows if name in row]
+    axis.plot([row["rollout_batch"] for row in rows], [row[name] for row in rows], **style)
+
+
+def _in_first_phase(row: dict) -> bool:
+    return row.get("phase", 2) < 1.5
+
+
+def _reward(axis: Axes, rows: Sequence[dict]) -> None:
+    _line(axis, rows, "reward", color=BLUE)
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    axis.set_ylim(1.1 * min([0, *rewards]), 1.1 * max([1, *rewards]))
+    axis.set_title("reward")
+
+
+def _entropy(axis: Axes, rows: Sequence[dict]) -> None:
+    _line(axis, rows, "entropy", color=BLUE, label="language model policy")
+    if any("internal/entropy" in row for row in rows):
+        _line(axis, rows, "internal/entropy", color=ORANGE, label="layer policy")
+        legend(axis, fontsize=8)
+    axis.set_ylim(bottom=0)
+    axis.set_title("entropy (nats per token)")
+
+
+def _evaluations(axis: Axes, rows: Sequence[dict]) -> None:
+    """avg@k of each benchmark with its interval, over the rollout batches that were done."""
+    shares = list(
+        dict.fromkeys(name for row in rows for name in row if "/avg@" in name)
+    )  # a resume may have changed them
+    for name, colour in zip(shares, itertools.cycle(COLOURS), strict=False):
+        label, here = name.split("/")[1], [row for row in rows if name in row]
+        done = [row["eval/rollout_batches"] for row in here]
+        axis.plot(done, [100 * row[name] for row in here], color=colour, marker=".", label=plain_label(label))
+        low, high = ([100 * row.get(f"eval/{label}/{end}", math.nan) for row in here] for end in ("low", "high"))
+        axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
+    legend(axis, fontsize=8)
+    axis.set_ylim(0, 102)
+    kinds = {name.split("/")[-1] for name in shares}
+    axis.set_title(f"{kinds.pop() if len(kinds) == 1 else 'avg@k'} (%)" if shares else "evaluation")
+
+
+def _phases(axes: Sequence[Axes], rows: Sequence[dict]) -> None:
+    """Phase 1 shaded in every panel; both phases named in the first."""
+    batches = [row["rollout_batch"] for row in rows]
+    first_phase = [row["rollout_batch"] for row in rows if _in_first_phase(row)]
+    if not first_phase:
+        return
+    for axis in axes:
+        mark_first_phase(axis, min(batches) - 0.5, max(first_phase) + 0.5)
+    top = axes[0].get_ylim()[1]
+    axes[0].text(min(batches), top * 0.97, "phase 1", color=ORANGE, fontsize=8, va="top")
+    if batches[-1] > max(first_phase):
+        axes[0].text(max(first_phase) + 1, top * 0.90, "phase 2", color=GREY, fontsize=8, va="top")
+
+
+def guard_figure(runs: Mapping[str, Sequence[dict]], path: str | Path) -> Figure:
+    """Reward over rollout batches of runs named `KIND-SEED`: one panel a kind, one line a seed, the end of phase 1 dotted.
+
+    Args:
+        runs (`dict[str, list[dict]]`): rows of each run's `metrics.jsonl`.
+        path (`str`): the PNG or PDF to write.
+    """
+    figure, axes = panels(1, len(GUARD_TITLES), (12, 3.4), sharey=True)
+    for axis, (kind, title) in zip(axes.flat, GUARD_TITLES.items(), strict=True):
+        names = [name for name in runs if name.rpartition("-")[0] == kind]
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN), strict=False):
+            rows = [row for row in map(numbers, runs[name]) if "rollout_batch" in row]
+            _line(axis, rows, "reward", color=colour, lw=1.2)
+            axis.axvline(sum(map(_in_first_phase, rows)) + 0.5, color=colour, lw=1.0, ls=":")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("rollout batch")
+        axis.set_ylim(0, 1.05)
+        axis.margins(x=0.01)
+        trim(axis)
+    axes[0, 0].set_ylabel("reward")
+    return save(figure, path)

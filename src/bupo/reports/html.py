@@ -1,0 +1,58 @@
+"""What the HTML pages share: templates, styles and scripts, and data that may stand inside a page."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from bupo.utils.files import in_one_piece
+
+STATIC = Path(__file__).parent / "static"
+
+
+def inlined(text: str) -> Markup:
+    """A script or style as it may stand in its element: in a string, `</script>` would end it and `<!--` hide its end."""
+    text = re.sub("<(?=/(script|style))", r"<\\", text, flags=re.IGNORECASE)
+    return Markup(text.replace("<!--", r"\x3c!--"))
+
+
+def _static(name: str) -> Markup:
+    return inlined((STATIC / name).read_text(encoding="utf-8"))
+
+
+_TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("bupo", "reports"), autoescape=True)
+_TEMPLATES.globals["static"] = _static
+# the page's own scripts and styles, which are inside it, and pictures made by them: nothing is loaded or sent
+_TEMPLATES.globals["policy"] = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
+    "base-uri 'none'"
+)
+
+
+def write_html(path: str | Path, template: str, **names) -> None:
+    """Render a template of this folder into one file.
+
+    Args:
+        path (`str`): the HTML file.
+        template (`str`): file name of the template. What it is given is escaped unless it says `safe`.
+        names: what the template reads.
+    """
+    with in_one_piece(Path(path)) as part:
+        part.write_text(_TEMPLATES.get_template(template).render(**names), encoding="utf-8", errors="replace")
+
+
+def script_json(data: dict) -> str:
+    """JSON that may stand inside a script element: a model may well have written `</script>`. NaN becomes null."""
+
+    def clean(value):
+        if isinstance(value, float):
+            return None if math.isnan(value) else value
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    text = json.dumps(clean(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

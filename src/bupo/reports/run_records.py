@@ -1,0 +1,292 @@
+"""Run folders as small typed records. What a run is, its own files say; what cannot be read is left out by name."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bupo.reports.run_settings import Setting, setting_of
+from bupo.reports.table_files import (
+    LONGEST,
+    MOST,
+    name_of,
+    read_config,
+    read_json,
+    read_rows,
+    read_table,
+)
+from bupo.run_files.provenance import CONFIG_FILE, RUN_FILE
+from bupo.utils.log_values import number
+from bupo.utils.safe_read import Unreadable, there
+
+# of metrics.jsonl, besides avg@k and pass@k of evaluations while training
+SERIES = (
+    "reward", "reward_std", "entropy", "internal/entropy", "completions/mean_length", "completions/clipped_ratio",
+    "completions/repetition", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", "kl_old",
+    "frac_reward_zero_std", "grad_norm", "loss", "learning_rate", "critic/value_loss", "critic/explained_variance",
+    "probe/perplexity", "probe/d_entropy_layer", "rollout_time", "step_time",
+)  # fmt: skip
+LAYER_MEASURES = ("d_entropy_ffn", "d_entropy_attn", "d_entropy_layer", "entropy_layer", "cosine_ffn", "cosine_attn")
+
+Points = dict[float, float]  # value by rollout batch
+Dynamics = dict[tuple[str, int, int], Points]  # by measure, layer and later layer
+Curve = list[tuple[float, float, float] | None]  # mean and interval by layer, from the first
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of correct answers, and its interval over problems."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training run.
+
+    Attributes:
+        folder (`Path`): as it was given.
+        setting ([`Setting`]), seed (`int`): what was asked for.
+        series (`dict[str, dict]`): logged values by measure and rollout batch.
+        first_phase (`int`): rollout batches of the first phase, as it was; the guard may have ended it early.
+        chosen (`str`): the layer that `auto` took, if it did.
+        batches (`int`): rollout batches done. finished (`bool`): whether the run is.
+        dynamics (`dict`): of `dynamics.parquet`.
+    """
+
+    folder: Path
+    setting: Setting
+    seed: int
+    series: dict[str, Points]
+    first_phase: int
+    chosen: str
+    batches: int
+    finished: bool
+    dynamics: Dynamics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation.
+
+    Attributes:
+        folder (`Path`): as it was given.
+        model (`str`), place (`Path`): what was evaluated, and where it lies if it is a folder, as seen from here.
+        policy (`str`): `policy of layer 6`, unless it was the whole model.
+        asked (`dict[str, str]`): sampling: two evaluations that differ here are not to be compared.
+        scores (`dict[tuple, Score]`): by benchmark, metric (`avg@16`) and number of problems.
+        passes (`dict[tuple, dict]`): pass@K by K, by benchmark, `64 answers each` and number of problems.
+    """
+
+    folder: Path
+    model: str
+    place: Path
+    policy: str
+    asked: dict[str, str]
+    scores: dict[tuple[str, str, int], Score]
+    passes: dict[tuple[str, str, int], dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one model of an analysis.
+
+    Attributes:
+        model (`str`), place (`Path`): as of [`Evaluated`].
+        curves (`dict[str, list]`): by measure, mean and interval of each layer.
+    """
+
+    model: str
+    place: Path
+    curves: dict[str, Curve]
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """An analysis of one model or several; of a run's checkpoints it may hold the training dynamics."""
+
+    folder: Path
+    models: list[Layers]
+    dynamics: Dynamics = field(default_factory=dict)
+
+
+Run = Trained | Evaluated | Analysed
+
+
+def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """The runs that folders hold, and the folders that are left out, each with the reason."""
+    runs: list[Run] = []
+    left_out, seen = [], set()
+    for folder in map(Path, folders):
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            runs.append(read_run(folder))
+        except Unreadable as error:
+            left_out.append((str(folder), str(error)))
+    return runs, left_out
+
+
+def read_run(folder: Path) -> Run:
+    """The run that a folder holds.
+
+    Raises:
+        Unreadable: if it holds none, or none that can be read.
+    """
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        raise Unreadable("does not exist") from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(
+            "a file" if os.path.isfile(folder) else f"cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
+    if there(folder, "metrics.jsonl"):
+        return _trained(folder)
+    summary = read_json(folder, "summary.json")
+    if isinstance(summary.get("models"), list):
+        return _analysed(folder, summary)
+    if isinstance(summary.get("benchmarks"), dict) and isinstance(summary.get("meta"), dict):
+        return _evaluated(folder, summary)
+    if any(there(each, RUN_FILE) for each in sorted(folder.iterdir())[:MOST] if os.path.isdir(each)):
+        raise Unreadable(f"holds run folders: give {folder.name}/*")
+    raise Unreadable("no run that has come to something" if there(folder, RUN_FILE) else "no run")
+
+
+def _trained(folder: Path) -> Trained:
+    note, rows = read_json(folder, RUN_FILE), list(read_rows(folder, "metrics.jsonl"))
+    config = read_config(folder)
+    if config is None:
+        raise Unreadable(f"{CONFIG_FILE} is missing")
+    setting, seed = setting_of(config, str(note.get("command")))
+    series, phase, layers = _series(rows)
+    batches = [batch for points in series.values() for batch in points]
+    if not batches:
+        raise Unreadable("no rollout batch is done")
+    return Trained(
+        folder,
+        setting,
+        seed,
+        series,
+        first_phase=sum(value < 1.5 for value in phase.values()),
+        chosen=f"{layers[0]:g}" if layers and setting.layer == "auto" else "",
+        batches=int(max(batches)),
+        finished=bool(read_json(folder, "finished.json")),
+        dynamics=_dynamics(folder),
+    )
+
+
+def _series(rows: Iterable[dict]) -> tuple[dict[str, Points], Points, list[float]]:
+    """Values by measure and rollout batch (means where there are several logs), the phases, and the first phase's layers."""
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        done = "eval/rollout_batches" in row
+        batch = number(row.get("eval/rollout_batches" if done else "rollout_batch"))
+        if batch is None or not 0 <= batch < 1e7:
+            continue
+        names = [n for n in row if n.startswith("eval/") and ("/avg@" in n or "/pass@" in n)] if done else SERIES
+        for name in (*names, *([] if done else ["phase", "internal/layer"])):
+            value = number(row.get(name))
+            if value is not None and (name in found or len(found) < MOST):
+                found[name][batch].append(value)
+    series = {name: {b: sum(v) / len(v) for b, v in sorted(of.items())} for name, of in found.items()}
+    return series, series.pop("phase", {}), list(series.pop("internal/layer", {}).values())
+
+
+def _dynamics(folder: Path) -> Dynamics:
+    """Of each layer of the first phase against later ones; 0 stands for no layer."""
+    names = ["rollout_batch", "measure", "layer", "later_layer", "value"]
+    if not there(folder, "dynamics.parquet"):
+        return {}
+    found: dict[tuple[str, int, int], Points] = defaultdict(dict)
+    for row in read_table(folder, "dynamics.parquet", names):
+        batch, value = number(row["rollout_batch"]), number(row["value"])
+        layer, later = (number(row[name]) or 0 for name in ("layer", "later_layer"))
+        if batch is not None and value is not None and max(layer, later) <= MOST:
+            found[str(row["measure"])[:LONGEST], int(layer), int(later)][batch] = value
+    return dict(found)
+
+
+def _evaluated(folder: Path, summary: dict) -> Evaluated:
+    config, meta = read_config(folder) or {}, summary["meta"]
+    model = config.get("adapter") or config.get("model") or meta.get("model") or "embedded"
+    scores: dict[tuple[str, str, int], Score] = {}
+    passes: dict[tuple[str, str, int], dict[int, float]] = {}
+    for label, found in list(summary["benchmarks"].items())[:MOST]:
+        k, value = (number(found.get(name)) for name in ("k", "avg@k")) if isinstance(found, dict) else (None, None)
+        if k is not None and value is not None:
+            scores[name_of(label), f"avg@{k:g}", _count(found)] = _score(value, found.get("avg@k_interval"))
+            curve = found.get("pass@k")
+            points = {n: number(v) for n, v in curve.items() if n.isdecimal()} if isinstance(curve, dict) else {}
+            passes[name_of(label), f"{k:g} answers each", _count(found)] = {
+                int(n[:9]): v for n, v in list(points.items())[:MOST] if v is not None
+            }
+    harness = summary.get("harness")
+    for label, found in list(harness.items())[:MOST] if isinstance(harness, dict) else ():
+        value = number(found.get("score")) if isinstance(found, dict) else None
+        if value is not None and 0 <= value <= 1:
+            scores[name_of(label), name_of(found.get("metric")), _count(found)] = _score(value, found.get("interval"))
+    if not scores:
+        raise Unreadable("no benchmark is evaluated")
+    layer = meta.get("layer")
+    asked = {name: name_of(meta[name]) for name in ("temperature", "top_p", "max_new_tokens") if name in meta}
+    policy = "" if layer is None else f"policy of layer {name_of(layer)}"
+    return Evaluated(folder, name_of(model), _place(folder, config, name_of(model)), policy, asked, scores, passes)
+
+
+def _analysed(folder: Path, summary: dict) -> Analysed:
+    config, names = read_config(folder) or {}, ["model", "measure", "layer", "mean", "low", "high"]
+    if not there(folder, "layers.parquet"):
+        raise Unreadable("layers.parquet is missing")
+    curves: dict[str, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
+    for row in read_table(folder, "layers.parquet", names):
+        numbers, layer = [number(row[name]) for name in ("mean", "low", "high")], number(row["layer"])
+        if row["measure"] in LAYER_MEASURES and layer is not None and 1 <= layer <= MOST and numbers[0] is not None:
+            ends = [numbers[0] if end is None else end for end in numbers]
+            curves[str(row["model"])][row["measure"]][int(layer)] = tuple(ends)
+    models = []
+    metas = [model.get("meta") for model in summary["models"][:MOST] if isinstance(model, dict)]
+    for meta in [meta for meta in metas if isinstance(meta, dict)]:
+        of = curves.get(str(meta.get("label")), {})
+        if of:
+            model = name_of(meta.get("adapter") or meta.get("model"))
+            lines = {name: [line.get(n) for n in range(1, max(line) + 1)] for name, line in of.items()}
+            models.append(Layers(model, _place(folder, config, model), lines))
+    if not models:
+        raise Unreadable("no model is analysed")
+    return Analysed(folder, models, _dynamics(folder))
+
+
+def _place(folder: Path, config: Mapping, model: str) -> Path:
+    """Where a model that a run names lies, if it is a folder: the run may have been started elsewhere, and moved since.
+
+    A name is relative to the folder that the run was started in (`run.json`). Where the run's folder is another than the one
+    that it was written to, the parts of the path that differ are taken to have moved together.
+    """
+    here, note = Path(os.path.abspath(folder)), read_json(folder, RUN_FILE)
+    started = Path(name_of(note.get("folder") or os.getcwd(), 4096))
+    written = Path(os.path.normpath(started / name_of(config.get("output") or config.get("output_dir") or here, 4096)))
+    model_path = Path(os.path.normpath(started / os.path.expanduser(model)))
+    same = 0
+    while same < min(len(here.parts), len(written.parts)) and here.parts[-1 - same] == written.parts[-1 - same]:
+        same += 1
+    before, now = written.parts[: len(written.parts) - same], here.parts[: len(here.parts) - same]
+    if before and same and model_path.parts[: len(before)] == before:
+        return Path(*now, *model_path.parts[len(before) :])
+    return model_path
+
+
+def _count(found: Mapping) -> int:
+    return int(number(found.get("problems")) or 0)
+
+
+def _score(value: float, interval: Any) -> Score:
+    ends = [number(end) for end in interval] if isinstance(interval, list | tuple) and len(interval) == 2 else []
+    low, high = (value if end is None else end for end in (ends if len(ends) == 2 else [None, None]))
+    return Score(value, low, high)

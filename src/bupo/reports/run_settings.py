@@ -1,0 +1,243 @@
+"""What a run was asked for, from its `config.yaml`: the words by which runs are told apart, joined and named."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from bupo.options.groups import TRL_WORDS
+from bupo.reports.table_files import deep
+from bupo.utils.sanitize import printable
+
+# BuPOConfig's and the demo's, where a config.yaml does not say
+DEFAULTS: dict[str, Any] = {
+    "advantage_estimator": "grpo",
+    "internal_layer": None,
+    "internal_steps": None,
+    "internal_schedule": None,
+    "internal_objective": "layer",
+    "internal_handover": 0,
+    "internal_mix": 0.0,
+    "internal_module": "layer",
+    "internal_lens": "raw",
+    "internal_guard": True,
+    "frozen_up_to_layer": None,
+    "slow_above_layer": None,
+    "slow_factor": 0.1,
+    "layer_rates": None,
+    "seed": 42,
+}
+STEPS = 20  # of a layer that is named; `auto` takes a length of its own
+DEMO: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
+ESTIMATORS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
+OBJECTIVES = {"policy": "upper layers still at first", "permuted": "permuted vocabulary"}
+VANILLA = "vanilla"
+# options by which two runs may differ and still be the same: where to, how often is looked, on which machine
+FREE = {
+    "output", "run_name", "project", "report_to", "disable_tqdm", "debug", "env", "overwrite", "resume_from_checkpoint",
+    "num_completions_to_print", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "use_cpu", "accelerator_config", "deepspeed", "load_best_model_at_end", "config",
+}  # fmt: skip
+FREE_KINDS = (
+    "save_",
+    "log_",
+    "logging_",
+    "eval_",
+    "hub_",
+    "push_to_hub",
+    "trackio_",
+    "dataloader_",
+    "ddp_",
+    "fsdp",
+    "probe_",
+)
+LONGEST = 60  # characters of a value that stands in a name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run was asked for but for its seed; or a model that no run of the set has trained.
+
+    Attributes:
+        model (`str`): that training began with.
+        estimator (`str`): GRPO, RLOO, REINFORCE++, PPO; of a model that is not trained, what to call it.
+        stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned; 0 where
+            `auto` chooses the length too.
+        module, lens, guard: of the first phase; as by default where there is none.
+        objective (`str`): that the first phase has: `layer`, or what stands for it in a comparison.
+        besides (`str`), handover (`int`), mix (`float`): the layer whose objective is mixed into the second phase where there
+            is no first, over how many rollout batches it fades out, and the weight that it keeps.
+        frozen (`int`), slow (`tuple`, *optional*): layers 1 to this frozen; layer above which is trained slowly, and factor.
+        rates (`str`): factors of the learning rate by layer, such as `0.1 for 1 to 4, 1 for 5 to 8`.
+        rest (`tuple`): all other options that decide a run, with their values as text, by name.
+        at (`str`): what of the run is looked at, if not its end: `update 16`, `policy of layer 6`.
+    """
+
+    model: str
+    estimator: str
+    stages: tuple[tuple[str, int], ...] = ()
+    module: str = "layer"
+    lens: str = "raw"
+    guard: bool = True
+    objective: str = "layer"
+    besides: str = ""
+    handover: int = 0
+    mix: float = 0.0
+    frozen: int | None = None
+    slow: tuple[int, float] | None = None
+    rates: str = ""
+    rest: tuple[tuple[str, str], ...] = ()
+    at: str = ""
+
+    @property
+    def method(self) -> str:
+        """Such as `BuPO`, `GRPO, layers 1 to 5 frozen`: without layer and length of the first phase."""
+        words = [self.estimator]
+        if self.stages and self.objective != "policy":
+            words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
+        words += [OBJECTIVES.get(self.objective, self.objective)] * (self.objective != "layer")
+        words += [f"hand-over of {self.handover} batch{'es' * (self.handover > 1)}"] * bool(self.handover)
+        words += [f"{self.mix:g} of the layer's objective mixed in"] * bool(self.mix)
+        words += ["final norm"] * (self.lens == "final_norm")
+        words += [f"{self.module.upper()} policy"] * (self.module != "layer")
+        words += [f"layers 1 to {self.frozen} frozen"] * (self.frozen is not None)
+        if self.slow:
+            words.append(f"{self.slow[1]:g}x above layer {self.slow[0]}")
+        words += [f"rates {self.rates}"] * bool(self.rates)
+        return ", ".join(words)
+
+    @property
+    def layer(self) -> str:
+        """The layers of the first phase, or that of what is mixed in; empty where there is none."""
+        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages)) or self.besides
+
+    @property
+    def steps(self) -> int:
+        """Planned length of the first phase, in rollout batches."""
+        return sum(batches for _, batches in self.stages)
+
+    @property
+    def name(self) -> str:
+        """Method, first phase and what is looked at."""
+        stages = [f"layer {layer}" + f" for {batches}" * bool(batches) for layer, batches in self.stages]
+        stages += [f"layer {self.besides}"] * bool(self.besides)
+        return ", ".join([self.method, *stages]) + " batches" * bool(self.steps) + (f" ({self.at})" if self.at else "")
+
+    @property
+    def baseline(self) -> "Setting":
+        """GRPO of the same options: what table 11's methods and a first phase are compared with."""
+        plain = Setting(self.model, "GRPO", rest=self.rest, at=self.at)
+        return self if self.estimator == VANILLA else plain
+
+
+def setting_of(config: Mapping[str, Any], command: str) -> tuple[Setting, int]:
+    """What a `config.yaml` of `bupo train` or `bupo demo` asks for, and the seed.
+
+    Args:
+        config (`dict`): its content.
+        command (`str`): `demo` for the demo's, whose defaults are others.
+    """
+    given = {TRL_WORDS.get(name, name): value for name, value in config.items()}
+    values = DEFAULTS | (DEMO if command == "demo" else {}) | given
+    known = {*DEFAULTS, *DEMO, *FREE}
+    rest = {
+        name: _text(value) for name, value in given.items() if name not in known and not name.startswith(FREE_KINDS)
+    }
+    estimator = _text(values["advantage_estimator"])
+    setting = Setting(
+        model=_text(values.get("model") or "a model from Python", 200),
+        estimator=ESTIMATORS.get(estimator, estimator),
+        stages=_stages(values),
+        frozen=_whole(values["frozen_up_to_layer"]),
+        rest=tuple(sorted(rest.items())),
+    )
+    above = _whole(values["slow_above_layer"])
+    if above is not None:
+        setting = replace(setting, slow=(above, _factor(values["slow_factor"])))
+    if values["layer_rates"] is not None:
+        setting = replace(setting, rates=_rates(values["layer_rates"]))
+    setting = _mixed(setting, values)
+    if setting.stages or setting.besides:
+        module, lens = _text(values["internal_module"]), _text(values["internal_lens"])
+        setting = replace(setting, module=module, lens=lens, objective=_text(values["internal_objective"]))
+    if setting.stages:
+        setting = replace(setting, guard=_text(values["internal_guard"]).lower() != "false")
+    return setting, _whole(values["seed"]) or 0
+
+
+def _mixed(setting: Setting, values: Mapping[str, Any]) -> Setting:
+    """With what of a layer's objective stands in the second phase's loss."""
+    handover, mix = _whole(values["internal_handover"]) or 0, _factor(values["internal_mix"])
+    mix = mix if math.isfinite(mix) else 0.0
+    layer = "" if values["internal_layer"] is None else _text(values["internal_layer"])
+    if not (handover or mix) or not (setting.stages or layer):
+        return setting
+    return replace(setting, besides="" if setting.stages else layer, handover=handover, mix=mix)
+
+
+def _rates(value: Any) -> str:
+    """Factors of the learning rate by layer, equal neighbours as one."""
+    if not isinstance(value, list):
+        return _text(value)
+    words, last = [], 0
+    for rate, same in groupby(map(_text, value)):
+        first, last = last + 1, last + len(list(same))
+        words.append(f"{rate} for {first}" + f" to {last}" * (last > first))
+    return _text(", ".join(words))
+
+
+def _stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The first phase. What cannot be read is none."""
+    schedule = values["internal_schedule"]
+    if schedule is not None:
+        try:
+            pairs = json.loads(schedule) if isinstance(schedule, str) else schedule
+            stages = tuple((str(_whole(layer)), _whole(batches) or 0) for layer, batches in pairs)
+        except (ValueError, TypeError, RecursionError):
+            return ()
+        return stages[:20]
+    steps, layer = _whole(values["internal_steps"]), values["internal_layer"]
+    if layer is None or (steps is not None and steps <= 0):
+        return ()
+    if steps is None:
+        steps = 0 if layer == "auto" else STEPS
+    return ((_text(layer), steps),)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, of text too; None for anything else."""
+    try:
+        number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    except ValueError:
+        return None
+    return number if number is not None and abs(number) < 1 << 40 else None
+
+
+def _factor(value: Any) -> float:
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        return float("nan")
+
+
+def _text(value: Any, longest: int = LONGEST) -> str:
+    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001; whole numbers stay whole.
+
+    Long ones are cut, and told apart by a digest.
+    """
+    whole_number = _whole(value)
+    if whole_number is not None:
+        return str(whole_number)
+    if not isinstance(value, bool):
+        try:
+            return f"{float(value):.15g}"  # all digits that a float keeps as they were written
+        except (ValueError, TypeError, OverflowError):
+            pass
+    whole = "…" if deep(value) else str(value)
+    text = printable(" ".join(whole[: 4 * longest].split()))
+    if len(text) <= longest and len(whole) <= 4 * longest:
+        return text
+    return f"{text[: longest - 9]}…{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:8]}"

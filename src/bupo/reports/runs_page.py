@@ -1,0 +1,277 @@
+"""One self-contained HTML page over any runs: curves over seeds, the paper's tables, pass@K, layers before and after training.
+
+The page joins seeds itself, for its reader may leave some out: it is given every run's curves, and the numbers of each seed.
+"""
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from bupo.reports.analysis_page import MEASURE_NAMES
+from bupo.reports.html import script_json, write_html
+from bupo.reports.paper_tables import Number, Table, tables
+from bupo.reports.run_records import LAYER_MEASURES, Analysed, Evaluated, Points, Run, Trained, read_runs
+from bupo.reports.run_settings import VANILLA
+from bupo.reports.seed_comparison import Group, benchmark_names, grouped, short_model
+from bupo.reports.table_files import name_of
+from bupo.utils.errors import UserError
+from bupo.utils.files import check_folder
+from bupo.utils.statistics import over_seeds
+
+GENERATOR = "bupo report"  # by which a page is known that may be replaced
+NUMBERS = 1 << 20  # of all curves together: some 7 MB
+FEWEST, MOST_POINTS = 40, 400  # of one curve
+SERIES_NAMES = {
+    "reward": "reward",
+    "entropy": "entropy of the language model policy (nats)",
+    "internal/entropy": "entropy of the layer policy (nats)",
+    "completions/mean_length": "response length (tokens)",
+    "clip_ratio/region_mean": "clipped ratios (share of tokens)",
+    "clip_ratio/low_mean": "ratios clipped from below (share)",
+    "clip_ratio/high_mean": "ratios clipped from above (share)",
+    "completions/clipped_ratio": "answers cut at the limit (share)",
+    "completions/repetition": "repetition in answers",
+    "reward_std": "standard deviation of the reward",
+    "frac_reward_zero_std": "prompts whose answers have one reward (share)",
+    "kl": "KL to the reference (nats)",
+    "kl_old": "KL to the policy that sampled (nats)",
+    "grad_norm": "norm of the gradient",
+    "loss": "loss",
+    "learning_rate": "learning rate",
+    "critic/value_loss": "value loss of the critic",
+    "critic/explained_variance": "explained variance of the critic",
+    "probe/perplexity": "perplexity of the probes",
+    "probe/d_entropy_layer": "dH_Layer on the probes (nats)",
+    "rollout_time": "time of sampling (s)",
+    "step_time": "time of an update (s)",
+}
+
+
+@dataclass(frozen=True)
+class RunsReport:
+    """What a set of runs says together.
+
+    Attributes:
+        groups (`list[Group]`): runs that are the same but for the seed.
+        tables (`list[Table]`): the paper's tables that they allow; each has `frame()` and `markdown()`.
+        left_out (`list[tuple[str, str]]`): folders that are no run, with the reason.
+        runs (`list[Run]`): all that was read.
+        path (`Path`): the page.
+    """
+
+    groups: list[Group]
+    tables: list[Table]
+    left_out: list[tuple[str, str]]
+    runs: list[Run]
+    path: Path
+
+    def __str__(self) -> str:
+        kinds = (("training run", Trained), ("evaluation", Evaluated), ("analysis", Analysed))
+        counts = [(sum(isinstance(run, kind) for run in self.runs), name) for name, kind in kinds]
+        plural = {"analysis": "analyses"}
+        return ", ".join(f"{n} {name if n == 1 else plural.get(name, name + 's')}" for n, name in counts if n)
+
+
+def report_runs(folders: Iterable[str | Path], output: str | Path = "runs/report.html") -> RunsReport:
+    """Write one page over run folders: training runs, evaluations and analyses, in any mix.
+
+    Args:
+        folders (`list[str]`): of the runs.
+        output (`str`): the HTML file. A page of this kind is replaced, any other file is not.
+
+    Raises:
+        UserError: if no folder holds a run, or the page cannot be written there.
+    """
+    path = Path(output)
+    check_output(path)
+    given = [folder for folder in map(Path, folders) if os.path.realpath(folder) != os.path.realpath(path)]
+    runs, left_out = read_runs(given)
+    if not runs:
+        raise UserError(f"no folder holds a run: {said(left_out) or 'give run folders, such as runs/*'}")
+    groups = grouped(runs)
+    found = RunsReport(groups, tables(groups), left_out, runs, path)
+    data = page_data(found)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_html(
+            path, "runs.html.jinja", data=script_json(data), plotly=get_plotlyjs(), shown=data, generator=GENERATOR
+        )
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"output {path} cannot be written: {error.strerror}; choose another output") from error
+    return found
+
+
+def check_output(path: Path) -> None:
+    """Raises [`UserError`] where the page would take the place of something else, or cannot be written."""
+    if not path.name:
+        raise UserError("output is empty: name the file of the page, such as runs/report.html")
+    check_folder("output", path.parent)
+    if path.is_dir():
+        raise UserError(f"output {str(path)!r} is a folder: name the file of the page, such as {path / 'report.html'}")
+    if not path.exists():
+        return
+    if not path.is_file() or path.is_symlink():
+        raise UserError(f"output {path} is no file that can be replaced: choose another output")
+    with path.open("rb") as file:
+        if f'content="{GENERATOR}"'.encode() not in file.read(1024):
+            raise UserError(f"output {path} is another file than a page of bupo report: choose another output")
+
+
+def said(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
+    """Folders that are left out, in one line."""
+    words = [f"{name_of(folder)} ({reason})" for folder, reason in left_out[:most]]
+    return ", ".join(words) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")
+
+
+def page_data(found: RunsReport) -> dict[str, Any]:
+    """What the page's script reads."""
+    trained = [run for group in found.groups for run in group.runs]
+    width = _width(trained)
+    evaluated = [name for run in trained for name in run.series if name.startswith("eval/")]
+    names = dict.fromkeys([*SERIES_NAMES, *evaluated])
+    present = [name for name in names if any(name in run.series for run in trained)]
+    most_seeds = max((len(group.seeds) for group in found.groups), default=0)
+    return {
+        "summary": str(found),
+        "left_out": [f"{name_of(folder)} ({reason})" for folder, reason in found.left_out],
+        "groups": [_group(group, found.groups) for group in found.groups],
+        "runs": [_run(run, number, width) for number, group in enumerate(found.groups) for run in group.runs],
+        "series": {name: SERIES_NAMES.get(name) or _evaluation_name(name) for name in present},
+        "width": width,
+        "tables": [_table(table, found.groups) for table in found.tables],
+        "passes": _passes(found.groups),
+        "layers": [_layers(n, seed, group) for n, group in enumerate(found.groups) for seed in group.layers],
+        "layer_names": {name: MEASURE_NAMES[name] for name in LAYER_MEASURES},
+        "dynamics": [each for n, group in enumerate(found.groups) if (each := _dynamics(n, group))],
+        "student": [None, None, *(_student(n) for n in range(2, most_seeds + 1))],
+    }
+
+
+def _student(n: int) -> float:
+    """Half the width of `over_seeds`' interval in units of `sd / sqrt(n)`, so that the page's intervals are the same."""
+    over = over_seeds([0.0] * (n - 1) + [1.0])
+    return (over.high - over.mean) / over.sd * math.sqrt(n)
+
+
+def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    setting, first = group.setting, [run.first_phase for run in group.runs if run.finished or not group.finished]
+    of = [n for n, other in enumerate(groups) if other.setting == replace(setting, at="")]
+    before = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
+    return {
+        "name": group.name,
+        "model": short_model(setting.model),
+        "method": setting.method,
+        "layer": setting.layer or "none",
+        "first": sum(first) / len(first) if first else 0,
+        "planned": setting.steps,
+        "at": setting.at,
+        "update": int(setting.at[7:]) if re.fullmatch(r"update [0-9]{1,9}", setting.at) else None,
+        "of": of[0] if of else None,
+        "vanilla": setting.estimator == VANILLA,
+        "before": before[0] if before and setting.estimator != VANILLA else None,
+    }
+
+
+def _run(run: Trained, group: int, width: int) -> dict[str, Any]:
+    kept = {name: points for name, points in run.series.items() if points}
+    return {
+        "folder": name_of(run.folder),
+        "group": group,
+        "seed": run.seed,
+        "batches": run.batches,
+        "first": run.first_phase,
+        "chosen": run.chosen,
+        "finished": run.finished,
+        "y": {name: _thinned(points, width, 100 if name.startswith("eval/") else 1) for name, points in kept.items()},
+    }
+
+
+def _width(runs: Sequence[Trained]) -> int:
+    """Rollout batches that one point of a curve stands for: as few as the page's size allows."""
+    curves = max(1, sum(len(run.series) for run in runs))
+    points = min(MOST_POINTS, max(FEWEST, NUMBERS // curves))
+    return max(1, math.ceil(max((run.batches for run in runs), default=1) / points))
+
+
+def _thinned(points: Points, width: int, scale: float = 1) -> dict[str, Any]:
+    """Means of blocks of rollout batches, the same for all runs. Evaluations are few, and stay where they are."""
+    if width > 1 and scale == 1:
+        blocks = defaultdict(list)
+        for batch, value in points.items():
+            blocks[(math.ceil(batch) - 1) // width].append(value)
+        points = {block * width + (width + 1) / 2: sum(v) / len(v) for block, v in blocks.items()}
+    y = [float(f"{scale * value:.5g}") for value in points.values()]
+    x = [int(batch) if batch == int(batch) else batch for batch in points]
+    whole = x == list(range(int(x[0]), int(x[0]) + len(x)))
+    return {"y": y, "from": int(x[0])} if whole else {"y": y, "x": x}
+
+
+def _evaluation_name(name: str) -> str:
+    _, label, metric = name.split("/", 2)
+    return f"{metric} on {name_of(label)} while training (%)"
+
+
+def _table(table: Table, groups: Sequence[Group]) -> dict[str, Any]:
+    def cell(value: str | Number | None) -> Any:
+        if not isinstance(value, Number):
+            return value
+        values = [[seed, number] for seed, number in value.values.items()]
+        return {"values": values, "problems": value.problems, "kind": value.kind}
+
+    rows = [{"group": groups.index(group), "cells": list(map(cell, cells))} for group, cells in table.rows]
+    return {"number": table.number, "title": table.title, "note": table.note, "heads": table.heads, "rows": rows}
+
+
+def _passes(groups: Sequence[Group]) -> dict[str, Any]:
+    """pass@K in percent, by benchmark, its problems and answers."""
+    found: dict[str, list] = defaultdict(list)
+    for benchmark, name in benchmark_names(groups, "passes").items():
+        for number, group in enumerate(groups):
+            for seed, curve in group.passes.get(benchmark, {}).items():
+                points = sorted((k, 100 * share) for k, share in curve.items())
+                found[name].append(
+                    {
+                        "group": number,
+                        "seed": seed,
+                        "k": [k for k, _ in points],
+                        "y": [float(f"{y:.5g}") for _, y in points],
+                    }
+                )
+    return {name: curves for name, curves in found.items() if max(len(curve["k"]) for curve in curves) > 1}
+
+
+def _layers(group: int, seed: int | None, found: Group) -> dict[str, Any]:
+    """An analysis' curves: by measure, means and both ends of the intervals; None where a layer has none."""
+
+    def column(curve, end: int) -> list[float | None]:
+        return [None if point is None else float(f"{point[end]:.5g}") for point in curve]
+
+    curves = {name: [column(curve, end) for end in range(3)] for name, curve in found.layers[seed].items()}
+    return {"group": group, "seed": seed, "curves": curves}
+
+
+def _dynamics(number: int, group: Group) -> dict[str, Any] | None:
+    """Fig. 5's cosine and KL of a layer with later ones, of one group: means over the seeds, where all were probed, thinned."""
+    found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for dynamics in group.dynamics.values():
+        for key, points in dynamics.items():
+            for batch, value in points.items():
+                found[key][batch].append(value)
+    lines: list[dict[str, Any]] = []
+    for (measure, layer, later), values in sorted(found.items()):
+        if measure in ("cosine", "kl") and layer and later:
+            most = max(map(len, values.values()))
+            batches = sorted(batch for batch in values if len(values[batch]) == most)
+            batches = batches[:: math.ceil(len(batches) / FEWEST)]
+            y = [float(f"{sum(values[batch]) / most:.4g}") for batch in batches]
+            lines.append({"measure": measure, "layer": layer, "later": later, "x": batches, "y": y})
+    return {"group": number, "lines": lines} if lines else None

@@ -1,0 +1,141 @@
+"""What a run tells people: one line a log, and below them, on a terminal, a live view."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from transformers import TrainerCallback
+
+from bupo.utils.log_values import digits, numbers
+from bupo.utils.progress import progress
+
+WATCHED = {  # in the live view: what the logs call it, and what people do
+    "reward": "reward",
+    "entropy": "entropy",
+    "internal/entropy": "  of the layer policy",
+    "completions/mean_length": "response length",
+    "completions/clipped_ratio": "  cut at the cap",
+    "probe/perplexity": "perplexity of probes",
+    "probe/kl": "KL to later layers",
+    "critic/explained_variance": "critic explains",
+}
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # of a curve, in rollout batches
+
+
+def curve(values: Sequence[float]) -> str:
+    """The last values as bars between their smallest and their largest."""
+    last = [value for value in values[-WIDTH:] if math.isfinite(value)]
+    if not last:
+        return ""
+    low, high = min(last), max(last)
+    span = high - low or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in last)
+
+
+class ConsoleLines(TrainerCallback):
+    """One line a log, and below them, on a terminal, a live view: progress and the curves of the run so far.
+
+    A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
+    model policy (and of the layer policy) in nats and the share of clipped ratios. Main process only.
+
+    Args:
+        console (`rich.console.Console`): where to.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self.bar = progress(console)
+        self.history: dict[str, list[float]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.task = self.bar.add_task("updates", total=state.max_steps, completed=state.global_step)
+            self.live = Live(get_renderable=self.view, console=self.console, transient=True, refresh_per_second=2)
+            self.live.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.live:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Stop the view; a run that failed must not leave it behind."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Inside, a run; afterwards, however it ended, the view is gone."""
+        try:
+            yield
+        finally:
+            self.close()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.live or not logs:
+            return
+        logs, evaluated = numbers(logs), "eval_loss" in logs or "eval_reward" in logs
+        if "phase" in logs:
+            for name in WATCHED:
+                if name in logs:
+                    self.history.setdefault(name, []).append(logs[name])
+            lines = [_line(logs)]
+        elif evaluated:
+            lines = [f"      [cyan]evaluation[/]  reward {digits(logs.get('eval_reward'))}"]
+        else:
+            lines = _evaluation_lines(logs) if "eval_rollout_batches" in logs else []
+        for line in lines:
+            self.console.print(line, highlight=False)
+
+    def view(self) -> Group:
+        """The progress bar and the curves, each with its last value and its range."""
+        table = Table.grid(padding=(0, 1))
+        for name, title in WATCHED.items():
+            values = self.history.get(name)
+            if values:
+                low, high = min(values[-WIDTH:]), max(values[-WIDTH:])
+                table.add_row(
+                    title, f"[cyan]{curve(values)}[/]", f"{values[-1]:.3g}", f"[dim]{low:.3g} to {high:.3g}[/]"
+                )
+        return Group(table, self.bar.get_renderable())
+
+
+def _line(logs: dict[str, float]) -> str:
+    """At most 80 columns."""
+    where = "[green]2 whole    [/]"
+    if logs["phase"] < 1.5:
+        where = f"[magenta]1 layer {digits(logs.get('internal/layer'), '.0f'):<3}[/]"
+    entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
+    if "internal/entropy" in logs:
+        entropy += f" ({logs['internal/entropy']:.3f})"
+    clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
+    sampled = "reward" in logs or "completions/ungraded_ratio" in logs  # else a log inside a rollout batch
+    parts = [
+        f"{digits(logs.get('rollout_batch'), '.0f'):>4}  {where}",
+        f"reward {digits(logs.get('reward'))}" if sampled else "",
+        f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
+        f"{entropy:21}",
+        f"clip {clipped:.3f}" if clipped is not None else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _evaluation_lines(logs: dict[str, float]) -> list[str]:
+    """One line a benchmark."""
+    lines = []
+    for name, value in logs.items():
+        label, _, metric = name.removeprefix("eval_").rpartition("/")
+        if metric.startswith("avg@"):
+            ends = [100 * logs.get(f"eval_{label}/{end}", math.nan) for end in ("low", "high")]
+            percents = f"{100 * value:.1f} % [{digits(ends[0], '.1f')}, {digits(ends[1], '.1f')}]"
+            lines.append(f"      [cyan]evaluation[/]  {escape(label)} {metric} {percents}")
+    return lines

@@ -1,0 +1,167 @@
+"""What a run may change when it goes on, and what it may not.
+
+A checkpoint's `options.json` keeps what decides the numbers of a run. On resuming, an option that differs is one of three:
+
+- of no account for what is trained (`FREE`: how often is logged, saved, evaluated and probed, where to, on which machine): it
+  holds from there on, without a word;
+- taken over (`TAKEN`): the learning rates and `max_grad_norm` hold from there on, and are said; `max_steps` and
+  `num_train_epochs` hold. The learning rate is that of the same schedule over the new rate and length, at the update where the
+  run stands;
+- refused, whatever else it is, the kind of schedule and its warmup too: by one line with the option and both values. Also
+  options that are not known here yet.
+
+Problems are told by their content, not by the names of their files; the chat template and the model likewise; rewards by where
+they are defined. A finished run keeps the same in `finished.json`, and is compared as well. The first phase and the cut of a
+rollout batch into micro-batches are compared by [`~bupo.training.checkpoints.trainer_state.load`].
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bupo.data.problems import problems_sha256
+from bupo.models.loading import fingerprint
+from bupo.run_files.provenance import without_secrets
+from bupo.run_files.reading import BROKEN, read_json
+from bupo.training.objective.phases import Schedule
+from bupo.training.trl_internals import TRLTrainer
+from bupo.utils.errors import UserError
+from bupo.utils.files import write_json
+
+OPTIONS_FILE = "options.json"
+TAKEN = ("learning_rate", "critic_learning_rate", "max_grad_norm", "max_steps", "num_train_epochs")
+ADAPTIVE = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate is their state: a new one would not take effect
+FREE = {
+    "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval",
+    "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "remove_unused_columns", "label_names",
+    "num_completions_to_print", "restore_callback_states_from_checkpoint", "include_for_metrics", "use_cache",
+    "internal_layer", "internal_steps", "internal_schedule", "per_device_train_batch_size", "steps_per_generation",
+    "gradient_accumulation_steps", "generation_batch_size", "auto_find_batch_size", "probe_every", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "prediction_loss_only", "per_device_eval_batch_size", "cache_implementation",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "use_cpu", "local_rank", "deepspeed", "accelerator_config", "parallelism_config", "tf32", "enable_jit_checkpoint",
+    "ds3_gather_for_generation", "use_liger_kernel", "liger_kernel_config", "average_tokens_across_devices",
+}  # fmt: skip
+FREE_KINDS = (
+    "save_", "log_", "logging_", "eval_", "hub_", "push_to_hub", "trackio_", "dataloader_", "ddp_", "fsdp", "torch_compile",
+    "num_generations_eval", "batch_eval", "bf16_full_eval", "fp16_full_eval", "use_vllm", "vllm_mode", "vllm_model_impl",
+    "vllm_enable_sleep", "vllm_server", "vllm_group_port", "vllm_gpu", "vllm_tensor", "vllm_max_model", "use_transformers_",
+    "transformers_continuous", "include_num_input_tokens", "full_determinism",
+)  # fmt: skip
+
+
+def _decides(name: str) -> bool:
+    return name not in FREE and not name.startswith(FREE_KINDS)
+
+
+def deciding(trainer: TRLTrainer) -> dict[str, Any]:
+    """What decides the numbers of a run, by name, as JSON knows it."""
+    args = trainer.args
+    found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
+    found |= trainer.given
+    if args.mixes and not args.first_phase.stages:  # else the first phase is compared, which holds the layer
+        found["internal_layer"] = args.internal_layer
+    found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
+    found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
+    found["answers a rollout batch"] = args.generation_batch_size
+    return json.loads(json.dumps(without_secrets(found), default=_as_text))
+
+
+def of_given(trainer: TRLTrainer) -> dict[str, Any]:
+    """What decides a run of its problems, by content, and of its model, as it is before it is trained, sharded or cast.
+
+    Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
+    stays. Under FSDP, processes do not hold them alike.
+    """
+    model, config = trainer.model, trainer.model.config
+    whole = not trainer.is_fsdp_enabled
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    found: dict[str, Any] = {"problems": _content(trainer.train_dataset)}
+    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    adapters = getattr(model, "peft_config", {})
+    found["adapters"] = sorted(adapters)
+    for adapter, peft in adapters.items():
+        own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
+        found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
+    if adapters and whole:
+        found["the base model's weights"] = fingerprint(model, without=adapters)
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model and whole:
+        found["the reference model's weights"] = fingerprint(trainer.ref_model)
+    return found
+
+
+def _reward(function: Any, name: str) -> str:
+    return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else name
+
+
+def _as_text(value: Any) -> Any:
+    return (
+        sorted(map(str, value)) if isinstance(value, set | frozenset | tuple) else str(getattr(value, "value", value))
+    )
+
+
+def _sum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _content(problems: Any) -> str:
+    """Problems by their number and their checksum, which `run.json` notes too."""
+    try:
+        number = len(problems)
+    except TypeError:  # a stream's cannot be looked at without taking from it
+        return type(problems).__name__
+    return f"{number} problems, SHA-256 {problems_sha256(problems)}"
+
+
+def same_phase(before: list, planned: Schedule, folder: Path) -> None:
+    """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
+    try:
+        former = Schedule.load(before)
+    except BROKEN as error:
+        raise UserError(f"{folder} is damaged: its first phase cannot be read ({error}); go on from another") from error
+    if former != planned:
+        raise UserError(
+            f"{folder} was made with the first phase {former}, the options say {planned}: go on with the same"
+        )
+
+
+def write_options(trainer: TRLTrainer, folder: Path) -> None:
+    """Keep in a checkpoint what decides the run."""
+    write_json(folder / OPTIONS_FILE, deciding(trainer))
+
+
+def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> None:
+    """Hold a run's options against those of the checkpoint that it goes on from, if that keeps any.
+
+    Raises:
+        UserError: for one that would change the run and is not taken over.
+    """
+    if not os.path.lexists(folder / OPTIONS_FILE):
+        return
+    hold(trainer, read_json(folder / OPTIONS_FILE), folder, say)
+
+
+def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    """Hold a run's options against those that decided it `before`, as its `folder` or checkpoint keeps them.
+
+    Raises:
+        UserError: for one that would change the run and is not taken over.
+    """
+    now = deciding(trainer)
+    adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE
+    for name in now:
+        if name not in before or before[name] == now[name]:
+            continue
+        if name in TAKEN and not (adaptive and name == "learning_rate"):
+            if name not in ("max_steps", "num_train_epochs"):
+                say(f"{name} is {now[name]} from here on; it was {before[name]}")
+            continue
+        raise UserError(
+            f"{name} is {now[name]}, but {before[name]} in {folder}: a run goes on with the same; choose another output "
+            "to start one that differs"
+        )

@@ -1,0 +1,201 @@
+"""A model's card: how it was trained, what it came to, and how to go on with it. `push_to_hub` sends it along, as TRL's."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from bupo.run_files.provenance import CONFIG_FILE
+from bupo.training.config import BuPOConfig
+from bupo.training.trl_internals import TRLTrainer
+from bupo.utils.files import make_folder, write_text
+from bupo.utils.log_values import digits, number, numbers
+from bupo.utils.sanitize import markdown_cell, markdown_table, printable
+from bupo.version import VERSION
+
+CARD = "README.md"
+TAGS = ["bupo", "trl", "generated_from_trainer"]
+PACKAGES = ("transformers", "trl", "torch")
+SHOWN = {
+    "reward": "reward",
+    "entropy": "entropy of the policy (nats)",
+    "completions/mean_length": "answer length (tokens)",
+}
+UNGRADED = "not graded"
+OBJECTIVES = {
+    "layer": "its own",
+    "policy": "the whole model's (a control)",
+    "permuted": "over a shuffled vocabulary (a control)",
+}
+CITATION = """@misc{bupo2025,
+  title         = {Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies},
+  year          = {2025},
+  eprint        = {2512.19673},
+  archivePrefix = {arXiv}
+}"""
+
+
+def create(
+    trainer: TRLTrainer, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+) -> None:
+    """As TRL's `create_model_card`, into the run's folder."""
+    write(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
+
+
+def write(
+    trainer: TRLTrainer,
+    folder: Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> None:
+    """Beside a model that has just been saved, its card."""
+    if not trainer.args.should_save:
+        return
+    make_folder(folder)
+    name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
+    found = of_model(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
+    write_text(folder / CARD, found)
+
+
+def of_model(trainer: TRLTrainer, name: str, dataset: str | None, tags: list[str]) -> str:
+    """The card as Markdown, its head as the hub reads it. Folders of this machine are not named."""
+    args, history, base = trainer.args, trainer.state.log_history, _on_the_hub(trainer.model.config.name_or_path)
+    adapter = hasattr(trainer.model, "peft_config")
+    data = ModelCardData(
+        base_model=base,
+        datasets=dataset or _on_the_hub(trainer.dataset_name),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=sorted({*TAGS, *tags}),
+    )
+    parts = [
+        f"# {markdown_cell(printable(name))}",
+        f"Trained by {_method(trainer)} with bupo {VERSION} ([arXiv 2512.19673](https://arxiv.org/abs/2512.19673)).",
+        markdown_table([{"of the run": what, "": said} for what, said in _setting(trainer).items() if said]),
+        "## What it came to",
+        _results(history) or "Nothing was logged.",
+        _evaluations(history),
+        "## Go on with it",
+        f"```\n{_commands(args, base, adapter)}\n```",
+        "## Cite",
+        f"```bibtex\n{CITATION}\n```",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def _on_the_hub(name: str | None) -> str | None:
+    """The name of a model or data set, if it is of the hub, and no folder's."""
+    if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or os.path.exists(name):
+        return None
+    return name
+
+
+def _commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
+    model = f"--model {base or 'BASE'} --adapter FOLDER" if adapter else "--model FOLDER"
+    lines = {
+        f"bupo eval {model} --benchmarks math500:16": "asked and sampled as it was trained",
+        f"bupo analyze {model}": "what every layer decides",
+    }
+    if (Path(args.output_dir) / CONFIG_FILE).exists():
+        lines[f"bupo train --config FOLDER/{CONFIG_FILE}"] = "the same run again"
+    width = max(map(len, lines)) + 4
+    return "\n".join(f"{line.ljust(width)}# {what}" for line, what in lines.items())
+
+
+def _method(trainer: TRLTrainer) -> str:
+    estimator = trainer.args.advantage_estimator.upper()
+    return f"BuPO ({estimator}'s advantages)" if _stages(trainer) or trainer.args.mixes else estimator
+
+
+def _stages(trainer: TRLTrainer) -> list[tuple[int, int]]:
+    """Layers and lengths of the first phase as it was: `auto` and the guard have decided."""
+    return [(stage.layer, stage.batches) for stage in trainer.watch.schedule.stages if stage.layer and stage.batches]
+
+
+def _count(number: int, what: str, plural: str) -> str:
+    return f"{number} {what if number == 1 else plural}"
+
+
+def _setting(trainer: TRLTrainer) -> dict[str, str]:
+    args = trainer.args
+    phases = [
+        f"layer {layer} for {_count(batches, 'rollout batch', 'rollout batches')}"
+        for layer, batches in _stages(trainer)
+    ]
+    module = "" if args.internal_module == "layer" else f", of the layer's {args.internal_module}"
+    prompts = _count(args.generation_batch_size // args.num_generations, "prompt", "prompts")
+    return {
+        "first phase": ", then ".join(phases) or "none",
+        "its objective": f"{OBJECTIVES[args.internal_objective]}{module}, lens {args.internal_lens}" if phases else "",
+        "afterwards": _afterwards(args),
+        "rollout batch": f"{prompts}, {_count(args.num_generations, 'answer', 'answers')} to each",
+        "updates": f"{trainer.state.global_step} of {trainer.state.max_steps}",
+        "loss": f"{args.loss_type}, epsilon {args.epsilon}, beta {args.beta}",
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "layers": _layers(args),
+        "sampling": f"temperature {args.temperature:g}, at most {args.max_completion_length} tokens",
+        "seed": str(args.seed),
+        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+    }
+
+
+def _afterwards(args: BuPOConfig) -> str:
+    """What stays of the layer's objective."""
+    said = []
+    if batches := args.internal_handover:
+        said.append(f"the layer's objective fades out over {_count(batches, 'rollout batch', 'rollout batches')}")
+    if args.internal_mix:
+        said.append(f"{args.internal_mix:g} of the layer's objective stays")
+    return ", ".join(said)
+
+
+def _layers(args: BuPOConfig) -> str:
+    """Those that are trained less."""
+    said = []
+    if args.frozen_up_to_layer:
+        said.append(f"1 to {args.frozen_up_to_layer} frozen")
+    if args.slow_above_layer:
+        said.append(f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate")
+    if args.layer_rates:
+        said.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
+    return "; ".join(said)
+
+
+def _results(history: list[dict]) -> str:
+    """The first and the last rollout batch that were logged."""
+    rows = [numbers(row) for row in history]
+    rows = [row for row in rows if "rollout_batch" in row]
+    rows = [row for row in rows if "completions/mean_length" in row] or rows  # a batch's first log holds its rewards
+    shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
+    table = [
+        {"of rollout batch": f"{batch:g}"} | {what: _result(row, name) for name, what in SHOWN.items()}
+        for batch, row in shown.items()
+    ]
+    return markdown_table(table) if table else ""
+
+
+def _result(row: dict[str, float], name: str) -> str:
+    """A number of a rollout batch, or why there is none."""
+    return UNGRADED if name == "reward" and row.get("completions/ungraded_ratio") == 1 else digits(row.get(name))
+
+
+def _evaluations(history: list[dict]) -> str:
+    """The first and last evaluation while training, of each benchmark."""
+    found: dict[str, list[Any]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name.startswith("eval_") and "/avg@" in name:
+                found.setdefault(name.removeprefix("eval_"), []).append(value)
+    shares = {name: [None if number(value) is None else 100 * value for value in of] for name, of in found.items()}
+    table = [
+        {
+            "benchmark": markdown_cell(printable(name)),
+            "first": digits(values[0], ".1f", " %"),
+            "last": digits(values[-1], ".1f", " %"),
+        }
+        for name, values in shares.items()
+    ]
+    return markdown_table(table) if table else ""

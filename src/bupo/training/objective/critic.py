@@ -1,0 +1,311 @@
+"""PPO's critic: a value head on a copy of the model, or on the policy's own states (arXiv 1707.06347).
+
+Values are of the language model policy's rollouts in both phases. Both backbones have one interface: `values` of a rollout
+batch, `loss` around the policy's, `step` where an accumulation window ends, `state` and `load`.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from bupo.models.packing import Layout, packing_of
+from bupo.models.residual_stream import ResidualStream, Site
+from bupo.training.distributed.deepspeed import partitions, replica
+from bupo.training.distributed.fsdp2 import load_whole_state, shard, shards, whole_state
+from bupo.training.objective.advantages import WITH_CRITIC
+from bupo.training.objective.policy_head import Read
+from bupo.training.objective.rollout_batch import RETURNS, VALUES, RolloutBatch
+
+Sums = dict[str, torch.Tensor]
+
+
+class Critic(nn.Module):
+    """V(s_t): what reward the answer is expected to get, from the tokens before o_t.
+
+    Args:
+        decoder (`PreTrainedModel`): the model without its unembedding; it is copied. The value head starts at zero.
+    """
+
+    def __init__(self, decoder: PreTrainedModel):
+        super().__init__()
+        self.decoder = copy.deepcopy(decoder)
+        self.packing = packing_of(self.decoder)
+        self.head = nn.Linear(decoder.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.to(next(decoder.parameters()).device)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
+        """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
+        layout = Layout.of(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
+        if self.packing is None or layout is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
+        else:
+            with self.packing.over(layout):
+                hidden = layout.rows(self.decoder(**layout.inputs, use_cache=False).last_hidden_state[0])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
+
+
+def value_loss(
+    values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error, the larger of that of the value and of the value clipped to `old ± clip`.
+
+    Returns:
+        `tuple`: the loss, and whether clipping made it, both of the arguments' shape.
+    """
+    plain = (values - returns).square()
+    clipped = (torch.clamp(values, old - clip, old + clip) - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+
+
+def token_sums(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[torch.Tensor, Sums]:
+    """The value loss summed over a micro-batch's tokens, and sums for the logs.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, C)`): with their graph.
+        batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): with the values and returns of the rollout.
+        clip (`float`): of `value_loss`.
+
+    Returns:
+        `tuple`: the loss, and a `dict` of `loss`, `clipped`, `error` (squared), `returns`, `squares` and `tokens`.
+    """
+    returns = batch.tensors[RETURNS]
+    per_token, clipped = value_loss(values, batch.tensors[VALUES], returns, clip)
+    sums = {
+        "loss": per_token.detach(),
+        "clipped": clipped.float(),
+        "error": (values.detach() - returns).square(),
+        "returns": returns,
+        "squares": returns.square(),
+        "tokens": torch.ones_like(returns),
+    }
+    return (per_token * batch.mask).sum(), {name: (value * batch.mask).sum() for name, value in sums.items()}
+
+
+def value_metrics(sums: Sums, accelerator: Accelerator) -> dict[str, float]:
+    """What is logged of `token_sums`, over all processes."""
+    totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+    sums = dict(zip(sums, totals, strict=True))
+    count = sums["tokens"].clamp(min=1.0)
+    found = {"value_loss": sums["loss"] / count, "clip_ratio": sums["clipped"] / count}
+    variance = sums["squares"] / count - (sums["returns"] / count) ** 2
+    if variance > 1e-6:  # else all returns are alike
+        found["explained_variance"] = 1 - sums["error"] / count / variance
+    return {f"critic/{name}": value.item() for name, value in found.items()}
+
+
+class CopiedCritic:
+    """The critic as a model of its own, its AdamW and its updates: one for each update of the policy.
+
+    Under FSDP2 it is sharded as the policy is, weights, gradients and optimizer, and its state is gathered for a checkpoint.
+    Under DeepSpeed each process holds all of it.
+
+    Args:
+        stream ([`~bupo.models.residual_stream.ResidualStream`]): of the model whose decoder the critic starts from.
+        accelerator (`Accelerator`): the trainer's.
+        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (constant), `value_clip`, and the policy's betas, weight decay,
+            gradient clipping and checkpointing.
+    """
+
+    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
+        self.accelerator, self.args, self.sharded = accelerator, args, shards(accelerator)
+        critic = Critic(stream.decoder)
+        self._kept = critic.packing.kept if critic.packing else nullcontext
+        if args.gradient_checkpointing or (self.sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
+            critic.decoder.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if self.sharded:
+            blocks = critic.decoder.get_submodule(stream.family.layers).children()
+            shard(critic, blocks, critic.head, accelerator)
+        optimizer = torch.optim.AdamW(
+            (p for p in critic.parameters() if p.requires_grad),
+            lr=args.critic_learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.weight_decay,
+        )
+        self.beside_engine = partitions(accelerator)  # of the policy's, whose backward pass is accelerate's
+        prepare = partial(replica, accelerator=accelerator) if self.beside_engine else accelerator.prepare_model
+        self.critic = critic if self.sharded else prepare(critic)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+
+    @torch.no_grad()
+    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+        """`(B, C)`: of a rollout batch, by the critic's own model."""
+        self.critic.eval()
+        size = self.args.per_device_train_batch_size
+        rows = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
+        return torch.cat([self._values(ids, mask, batch.tokens) for ids, mask in rows])
+
+    def _values(self, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
+        # where accelerate has prepared the critic, it casts by itself
+        cast = self.beside_engine and self.args.bf16
+        with torch.autocast(ids.device.type, torch.bfloat16) if cast else nullcontext():
+            return self.critic(ids, mask, answer)
+
+    def loss(
+        self,
+        batch: RolloutBatch,
+        site: Site | None,
+        share: float,
+        policy_loss: Callable[[Read | None], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's loss as it is, after one micro-batch's gradient of the critic; and what is logged of the values.
+
+        Args:
+            batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): a micro-batch.
+            site ([`~bupo.models.residual_stream.Site`], *optional*): the policy in force.
+            share (`float`): of the rollout batch, that an update takes: values are averaged over its tokens.
+            policy_loss (`Callable`): computes the policy's loss; what it is given sees the states on the way.
+        """
+        self.critic.train()
+        # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
+        reduced = self.sharded or self.accelerator.sync_gradients
+        unreduced: Any = self.critic.no_sync if self.beside_engine else partial(self.accelerator.no_sync, self.critic)
+        backward = torch.Tensor.backward if self.beside_engine else self.accelerator.backward
+        with self._kept(), nullcontext() if reduced else unreduced():
+            values = self._values(batch.input_ids, batch.attention_mask, batch.tokens)
+            loss, sums = token_sums(values, batch, self.args.value_clip)
+            backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
+        if self.accelerator.sync_gradients:
+            self._update()  # before the policy's activations are made: the gradient is as large as the model
+        return policy_loss(None), value_metrics(sums, self.accelerator)
+
+    def step(self) -> None:
+        """Nothing is left to do: `loss` has updated the critic."""
+
+    def _update(self) -> None:
+        """One step, if the gradient is finite."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict:
+        """Weights and optimizer; of a sharded critic, on the main process."""
+        if self.sharded:
+            weights, moments = whole_state(self.critic, self.optimizer.optimizer)
+        else:
+            weights, moments = self.accelerator.unwrap_model(self.critic).state_dict(), self.optimizer.state_dict()
+        return {"critic": weights, "optimizer": moments}
+
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """What `state` gave."""
+        if self.sharded:
+            load_whole_state(self.critic, self.optimizer.optimizer, state["critic"], state["optimizer"])
+        else:
+            self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        _use_rate(self.optimizer, self.args)
+
+
+class SharedCritic:
+    """A value head on the states that the policy in force gives its unembedding; the value loss trains the layers below.
+
+    In phase 1 these are the internal policy's states, so nothing above layer l is moved by values either. Each policy has a
+    head of its own, which starts at zero. States are divided by their root mean square: raw ones may be of any size.
+
+    Args:
+        stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
+        accelerator (`Accelerator`): the trainer's.
+        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (of the value head), `value_coef`, `value_clip`.
+    """
+
+    def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
+        self.stream, self.accelerator, self.args = stream, accelerator, args
+        self.linears: dict[str, nn.Linear] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def _linear(self, name: str) -> nn.Linear:
+        """The value head of a policy."""
+        if name not in self.linears:
+            weight = self.stream.head().weight
+            linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.linears[name] = linear
+            self.optimizers[name] = torch.optim.AdamW(
+                linear.parameters(), lr=self.args.critic_learning_rate, weight_decay=self.args.weight_decay
+            )
+        return self.linears[name]
+
+    def _reader(self, site: Site | None) -> tuple[Read, list[torch.Tensor]]:
+        """What reads states, and the list that it fills with values `(B, T - 1)`, with their graph."""
+        linear, values = self._linear("language_model" if site is None else f"{site.kind} {site.layer}"), []
+
+        def read(states: torch.Tensor) -> None:
+            states = states.float()
+            unit = states * states.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+            with torch.autocast(states.device.type, enabled=False):
+                values.append(linear(unit).squeeze(-1))
+
+        return read, values
+
+    @torch.no_grad()
+    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+        """`(B, C)`: of a rollout batch, on the states of a scoring pass."""
+        read, values = self._reader(site)
+        scored(read)
+        return torch.cat(values)[:, -batch.tokens :]
+
+    def loss(
+        self,
+        batch: RolloutBatch,
+        site: Site | None,
+        share: float,
+        policy_loss: Callable[[Read | None], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's loss and the weighted value loss of the same states. Arguments and result as of [`CopiedCritic`]."""
+        read, values = self._reader(site)
+        policy = policy_loss(read)
+        value, sums = token_sums(torch.cat(values)[:, -batch.tokens :], batch, self.args.value_clip)
+        tokens = batch.window_tokens(share, self.accelerator.num_processes)
+        return policy + self.args.value_coef * value / tokens, value_metrics(sums, self.accelerator)
+
+    def step(self) -> None:
+        """Update the value heads that have a gradient, with the mean of all processes'."""
+        for name, linear in self.linears.items():
+            if linear.weight.grad is None:
+                continue
+            for parameter in linear.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if torch.isfinite(linear.weight.grad).all():
+                self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+
+    def state(self) -> dict:
+        """Weights and optimizers, by policy."""
+        return {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.linears.items()}
+
+    def load(self, state: dict, rollout_batch: int) -> None:
+        """What `state` gave."""
+        for name, (weights, optimizer) in state.items():
+            self._linear(name).load_state_dict(weights)
+            self.optimizers[name].load_state_dict(optimizer)
+            _use_rate(self.optimizers[name], self.args)
+
+
+def _use_rate(optimizer, args) -> None:
+    """The options' learning rate in the stead of a loaded one."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.critic_learning_rate
+
+
+def critic_of(stream: ResidualStream | None, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic | None:
+    """The critic on the backbone that `critic_backbone` names, for a method that has one."""
+    if args.advantage_estimator not in WITH_CRITIC:
+        return None
+    assert stream is not None, "setup has opened the stream of a method with a critic"
+    if args.critic_backbone == "shared":
+        return SharedCritic(stream, accelerator, args)
+    return CopiedCritic(stream, accelerator, args)

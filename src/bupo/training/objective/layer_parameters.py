@@ -1,0 +1,124 @@
+"""What of a model lies up to a layer and what above it: for the layer-aware baselines and for what phase 1 may move."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bupo.models.residual_stream import ResidualStream, Site, evaluating
+from bupo.models.verification import probe_tokens
+from bupo.training.config import BuPOConfig
+
+
+def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
+    """Parameters above a layer: its successors' and the final norm's, which phase 1 does not reach (eq. 15).
+
+    The unembedding is not among them: it belongs to every layer's policy.
+    """
+    blocks = [stream.block(number) for number in range(layer + 1, stream.num_layers + 1)]
+    return {parameter for module in (*blocks, stream.norm) for parameter in module.parameters()}
+
+
+def kept_still(args: BuPOConfig) -> list[int]:
+    """Layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
+    rates = enumerate(args.layer_rates or [], 1)
+    return [*range(1, (args.frozen_up_to_layer or 0) + 1), *(layer for layer, rate in rates if rate == 0)]
+
+
+def freeze(stream: ResidualStream | None, layers: Collection[int]) -> None:
+    """Freeze layers, and with the first one the embedding below it, where it is not the unembedding too."""
+    if not layers:
+        return
+    assert stream is not None, "a layer is named: setup has opened the stream"
+    keep_still(stream.model, [stream.block(number) for number in range(1, stream.num_layers + 1)], layers)
+
+
+def keep_still(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
+    """`freeze`, of a causal LM whose blocks are these."""
+    for number in layers:
+        blocks[number - 1].requires_grad_(False)
+    embedding: Any = model.get_input_embeddings()
+    if 1 in layers and embedding.weight is not model.get_output_embeddings().weight:
+        embedding.requires_grad_(False)
+
+
+def rate_factors(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
+    """What the learning rate of a parameter is multiplied by, where the options say it: above a layer, or by layers."""
+    if args.slow_above_layer is None and args.layer_rates is None:
+        return {}
+    assert stream is not None, "layers are named: setup has opened the stream"
+    if args.slow_above_layer is not None:
+        return dict.fromkeys(above(stream, args.slow_above_layer), args.slow_factor)
+    rates = enumerate(args.layer_rates or [], 1)
+    return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.block(layer).parameters()}
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+    """Give parameters that have a factor groups of their own, at so many times the learning rate."""
+    for group in list(optimizer.param_groups):
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter in factors:
+                by_factor.setdefault(factors[parameter], []).append(parameter)
+        if by_factor:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in factors]
+        for factor, scaled in by_factor.items():
+            optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
+
+
+def moved_by(stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None) -> list[nn.Parameter]:
+    """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm.
+
+    `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
+    """
+    still = above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
+    return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]
+
+
+def reached(
+    stream: ResidualStream, site: Site | None, normed: bool, model: nn.Module | None = None
+) -> set[nn.Parameter]:
+    """Return the trainable parameters that the gradient of a policy's log-probs reaches: of `moved_by`, those in the graph.
+
+    One pass over a few tokens is recorded, and nothing is differentiated. Which part of a layer writes a site differs by
+    family, and a module may be left out by hand.
+
+    Args:
+        stream ([`~bupo.models.residual_stream.ResidualStream`]): whole on this process.
+        site ([`~bupo.models.residual_stream.Site`], *optional*): of an internal policy; by default the language model policy.
+        normed (`bool`): whether the internal policy is read through the final norm.
+        model (`nn.Module`, *optional*): the stream's model with PEFT around it.
+    """
+    last = Site("layer", stream.num_layers) if site is None else site
+    # a learned prompt is put before the tokens by PEFT's own forward
+    run = model if model is not None and hasattr(model, "prompt_encoder") else stream.decoder
+    inputs = {"input_ids": probe_tokens(stream.model), "use_cache": False}
+    with (
+        evaluating(stream.model),
+        torch.enable_grad(),
+        stream.record([last]) as states,
+        stream.first_layers(last.layer),
+    ):
+        run(**inputs)
+        head = stream.head()
+        read = stream.lensed(states[last], "final_norm" if site is None or normed else "raw")
+    ends = [read, head.weight, *([] if head.bias is None else [head.bias])]
+    found = in_graph(ends)
+    return found if site is None else found & set(moved_by(stream, site.layer, normed, model))
+
+
+def in_graph(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:
+    """Return the parameters that tensors were made from, by the graph that autograd has recorded."""
+    found = {end for end in ends if isinstance(end, nn.Parameter) and end.requires_grad}
+    waiting, seen = [end.grad_fn for end in ends if end.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            found.add(leaf)
+        waiting += [below for below, _ in node.next_functions if below is not None]
+    return found

@@ -1,0 +1,266 @@
+"""Internal policy alignment (IPA, eq. 9): whose log-probs meet in the ratio.
+
+In the first phase the old and the reference log-probs of a rollout batch are the internal policy's, and so are those of each
+update; the entropy that is logged, and whatever samples, stay the language model policy's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+
+from bupo.models.packing import Packing, packing_like, packing_of
+from bupo.models.residual_stream import ResidualStream, Site
+from bupo.training.config import BuPOConfig
+from bupo.training.objective.layer_parameters import above
+from bupo.training.objective.micro_batches import arranged, rows_may_move
+from bupo.training.objective.phases import Mixed, Stage
+from bupo.training.objective.policy_head import PolicyHead, PolicyScores, Read
+from bupo.training.objective.rollout_batch import BESIDES, ENTROPIES, OLD, REFERENCE, SAMPLER, RolloutBatch, Scores
+from bupo.training.trl_internals import TRLTrainer
+
+LARGEST_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
+
+
+def limited(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Log-probs whose ratio to the old ones stays within fp32. Those beyond get no gradient; all others are as they were."""
+    change = log_probs - old
+    within = old + change.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return torch.where(change.abs() > LARGEST_LOG_RATIO, within, log_probs)
+
+
+def random_order(stream: ResidualStream, seed: int) -> torch.Tensor:
+    """`(V,)`: the rows of the unembedding in an order that only the seed decides, the same in every process and start."""
+    rows = stream.head().weight.size(0)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Speaker:
+    """Answers a scoring call in a model's place.
+
+    Attributes:
+        model (`nn.Module` or `Callable`): with a [`~bupo.training.objective.policy_head.PolicyHead`] or TRL's own, and its wrappers.
+        site ([`~bupo.models.residual_stream.Site`], *optional*): the internal policy; by default the language model policy.
+        old (`torch.Tensor` of shape `(B, C)`, *optional*): old log-probs, which limit the new ones.
+        read (`Callable`, *optional*): sees the states.
+        also ([`~bupo.models.residual_stream.Site`], *optional*): an internal policy that is asked besides, in the same pass.
+        change (`torch.Tensor` of shape `(B, C)`, *optional*): the last answer's log ratio to the old ones.
+        besides (`list[PolicyScores]`): what the policy that was asked besides says, of each call.
+    """
+
+    model: Callable[..., PolicyScores]
+    site: Site | None = None
+    old: torch.Tensor | None = None
+    read: Read | None = None
+    also: Site | None = None
+    change: torch.Tensor | None = None
+    besides: list[PolicyScores] = field(default_factory=list)
+
+    def __call__(self, **inputs) -> PolicyScores:
+        asked = {"policy": self.site, "also": self.also, "read": self.read}  # without a policy head, neither is
+        scores = self.model(**inputs, **{name: value for name, value in asked.items() if value is not None})
+        if self.also:
+            self.besides.append(PolicyScores(scores.internal, scores.internal_entropy, scores.aux_loss))
+        if self.old is not None:
+            log_probs = cast(torch.Tensor, scores.log_probs)
+            scores.log_probs = limited(log_probs[:, -self.old.size(1) :], self.old)
+            self.change = scores.log_probs.detach() - self.old
+        return scores
+
+
+@contextmanager
+def under(prefix: str, metrics: dict[str, list[float]]) -> Iterator[None]:
+    """Inside, what is added to the metrics goes under names that begin so."""
+    before = {name: len(values) for name, values in metrics.items()}
+    yield
+    added = {name: values[before.get(name, 0) :] for name, values in metrics.items()}
+    for name, values in added.items():
+        if values:
+            del metrics[name][-len(values) :]
+            metrics[prefix + name].extend(values)
+        if not metrics[name]:
+            del metrics[name]
+
+
+class Voices:
+    """Speakers in the models' places while TRL scores a rollout batch: one pass gives what two policies say.
+
+    Args:
+        model (`nn.Module`): the policy; any other is the reference model.
+        site ([`~bupo.models.residual_stream.Site`], *optional*): the internal policy, if it is known yet.
+        both (`bool`): whether the language model policy is optimised besides, and its reference is wanted too.
+    """
+
+    def __init__(self, model: nn.Module, site: Site | None, both: bool = False):
+        self.model, self.site, self.both = model, site, both
+        self.speakers: list[Speaker] = []
+
+    def __call__(self, model: nn.Module) -> Speaker:
+        # of a reference model only the internal policy is wanted; an adapter's reference is the policy's model
+        mine = model is self.model or self.both
+        self.speakers.append(Speaker(model, also=self.site) if mine else Speaker(model, self.site))
+        return self.speakers[-1]
+
+
+class Alignment:
+    """The scoring of a run.
+
+    Args:
+        trainer ([`~bupo.training.trl_internals.TRLTrainer`]): its model and reference model get a policy head on each stream.
+        stream, reference ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model and of the reference model. One
+            whose layers nothing asks for may have none; then TRL's own head scores.
+        args ([`~bupo.BuPOConfig`]): lens, module and temperature.
+    """
+
+    def __init__(
+        self, trainer: TRLTrainer, stream: ResidualStream | None, reference: ResidualStream | None, args: BuPOConfig
+    ):
+        self.trainer, self.args = trainer, args
+        # a compiled model's rows are not packed, of which no two are of one length, nor where noise depends on that
+        rows = args.torch_compile or args.neftune_noise_alpha
+        self.stream = stream
+        self.packing = None if rows or stream is None else packing_of(stream.model)
+        self._give_head(stream, self.packing)
+        if reference is not None:
+            self._give_head(reference, self.packing and packing_like(self.packing, reference.model))
+
+    def _give_head(self, stream: ResidualStream | None, packing: Packing | None) -> None:
+        if stream is not None:
+            args = self.args
+            order = random_order(stream, args.seed) if args.internal_objective == "permuted" else None
+            PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing, order)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""
+        return self.packing.kept() if self.packing else nullcontext()
+
+    def arranged(self, pieces: list[dict]) -> list[dict]:
+        """A rollout batch's micro-batches, their rows exchanged where packing gains by it and the loss allows it."""
+        if self.packing is None or not rows_may_move(self.args, self.trainer.aux_loss_enabled):
+            return pieces
+        return arranged(pieces, self.args.gradient_accumulation_steps)
+
+    def site(self, layer: int | None) -> Site | None:
+        """Where the internal policy has its states that a stage on a layer optimises; None for the language model policy."""
+        if layer is None or self.args.internal_objective == "policy":
+            return None
+        return Site(self.args.internal_module, layer)
+
+    def keep_above(self, stage: Stage | None) -> None:
+        """After a backward pass of a stage that optimises the language model policy: drop the gradients above its layer.
+
+        Clipping then counts what moves, and an optimizer skips the rest, its weight decay too.
+        """
+        if stage is None or self.args.internal_objective != "policy":
+            return
+        assert self.stream is not None and stage.layer is not None, "a layer that is trained is known"
+        for parameter in above(self.stream, stage.layer):
+            parameter.grad = None
+
+    def voices(self, stage: Stage | None, mixed: Mixed | None) -> Voices | None:
+        """What speaks in the models' places while a rollout batch is scored, if an internal policy is optimised."""
+        if stage is None and mixed is None:
+            return None
+        layer = mixed.layer if mixed else stage.layer if stage else None
+        return Voices(self.trainer.model, self.site(layer), both=mixed is not None)
+
+    def scores(self, batch: RolloutBatch, site: Site | None = None, read: Read | None = None) -> Scores:
+        """`(B, C)`: of one of the model's policies on a batch's answers. Activations are kept, so this is for rollouts."""
+        return self._scores(batch, Speaker(self.trainer.model, site, read=read))
+
+    def log(self, batch: RolloutBatch, speaker: Speaker, stage: Stage | None, metrics: dict[str, list[float]]) -> None:
+        """Say the stage's layer, whose entropy it is that TRL has logged of a micro-batch, and how far its policy is from the
+        one that sampled."""
+        if stage and stage.layer:
+            metrics["internal/layer"].append(stage.layer)
+        if speaker.site:
+            metrics["internal/entropy"].append(metrics["entropy"].pop())
+            metrics["entropy"].append(batch.mean(batch.tensors[ENTROPIES], self.trainer.total))
+        if speaker.change is not None:
+            metrics["kl_old"].append(batch.mean(speaker.change.square() / 2, self.trainer.total))
+
+    def _scores(self, batch: RolloutBatch, speaker: Speaker) -> Scores:
+        size = self.args.per_device_train_batch_size
+        with self.trainer.without_checkpointing():
+            return self.trainer.score(speaker, batch.input_ids, batch.attention_mask, batch.tokens, size)
+
+    @torch.no_grad()
+    def align(self, batch: RolloutBatch, site: Site, sampled: Scores | None, voices: Voices) -> None:
+        """Put the internal policy's log-probs where the loss looks for old and reference ones, and keep pi_theta's entropy; or
+        beside pi_theta's, where both are optimised.
+
+        The log-probs of a sampler that differs from pi_theta (vLLM, a `rollout_func`) are moved by as much as the old ones:
+        what `off_policy_mask_threshold` then measures is the sampler's difference from pi_theta, and the updates since. The
+        weights that correct vLLM's sampling compare pi_theta with the sampler already, and stay.
+
+        Args:
+            batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): sampled.
+            site ([`~bupo.models.residual_stream.Site`]): the internal policy.
+            sampled ([`~bupo.training.objective.rollout_batch.Scores`], *optional*): pi_theta's, where sampling came by them.
+            voices ([`Voices`]): what has scored the batch.
+        """
+        tensors, found = batch.tensors, {}
+        moving = OLD in tensors or SAMPLER in tensors
+        theta, own = sampled, voices.speakers[0] if sampled else Speaker(self.trainer.model, also=site)
+        if theta is None and (moving or not voices.both):
+            theta = self._scores(batch, own)
+        if theta is not None and moving:
+            layer = joined(own.besides, batch.tokens) if own.besides else self.scores(batch, site).log_probs
+            if OLD in tensors:
+                found[OLD] = layer
+            if SAMPLER in tensors:
+                found[SAMPLER] = tensors[SAMPLER] + layer - theta.log_probs
+        if REFERENCE in tensors:
+            found[REFERENCE] = self._reference(batch, site, voices)
+        if voices.both:
+            found = {BESIDES + name: value for name, value in found.items()}
+        elif theta is not None:
+            tensors[ENTROPIES] = theta.entropies
+        tensors.update(found)
+
+    def _reference(self, batch: RolloutBatch, site: Site, voices: Voices) -> torch.Tensor:
+        """`(B, C)`: log-probs of the reference model's internal policy."""
+        reference = self.trainer.ref_model
+        if voices.site is None:  # the layer was not known yet
+            with self.trainer.as_reference() if reference is None else nullcontext():
+                return self._scores(batch, Speaker(reference or self.trainer.model, site)).log_probs
+        if reference is None or voices.both:
+            return joined(voices.speakers[-1].besides, batch.tokens)
+        return batch.tensors[REFERENCE]
+
+    def mixed(
+        self,
+        theta: torch.Tensor,
+        mixed: Mixed | None,
+        batch: RolloutBatch,
+        speaker: Speaker,
+        metrics: dict[str, list[float]],
+    ) -> torch.Tensor:
+        """The loss where a layer's policy is optimised besides, from the same forward pass; each policy has its own old and
+        reference log-probs. What TRL logs of the layer's goes under `internal/`.
+
+        Args:
+            theta (`torch.Tensor`): the loss of the language model policy, which stays where nothing is mixed in.
+            mixed ([`~bupo.training.objective.phases.Mixed`], *optional*): the layer, and its weight.
+            batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): the micro-batch.
+            speaker ([`Speaker`]): what has answered for both.
+        """
+        if mixed is None:
+            return theta
+        inputs = batch.tensors
+        own = {name: inputs[BESIDES + name] for name in (OLD, REFERENCE, SAMPLER) if BESIDES + name in inputs}
+        echo = Speaker(lambda **_: speaker.besides[-1], old=own.get(OLD))
+        metrics["internal/weight"].append(mixed.weight)
+        with under("internal/", metrics):
+            layer = self.trainer.policy_loss(echo, {**inputs, **own})
+            self.log(batch, echo, None, metrics)
+        return mixed.weight * layer + (1 - mixed.weight) * theta
+
+
+def joined(answers: list[PolicyScores], tokens: int) -> torch.Tensor:
+    """`(B, C)`: log-probs of the last tokens, of one answer after another."""
+    return torch.cat([cast(torch.Tensor, scores.log_probs)[:, -tokens:] for scores in answers])

@@ -1,0 +1,163 @@
+"""The process around the user's functions: they may leave it changed, exit, or come back in a forked child."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import torch
+from accelerate.logging import get_logger
+
+from bupo.utils.errors import UserError
+from bupo.utils.signals import STOPPING
+
+STREAMS = {"stdout": 1, "stderr": 2}
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def kept(who: Callable[[], str]) -> Iterator[None]:
+    """Keep the process as it is around calls of user code.
+
+    A working directory or a stream that was replaced, gradients that were switched off and a timer that was left running are
+    put back, with one warning. A forked child that leaves the user's code
+    ends here, since only its parent goes on with the run.
+
+    Args:
+        who (`Callable`): returns the name of the code, for messages.
+
+    Raises:
+        UserError: if standard output or standard error was closed, or the working directory is gone.
+    """
+    process, folder = os.getpid(), _folder()
+    streams = {name: getattr(sys, name) for name in STREAMS}
+    copies = {number: _copy(number) for number in STREAMS.values()}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    gradients, timer = torch.is_grad_enabled(), signal.getitimer(signal.ITIMER_REAL)[0]
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() != process:
+            _end_child(error)
+        raise
+    finally:
+        if os.getpid() != process:
+            _end_child(None)
+        if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:  # it would go off anywhere in the run
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            logger.warning_once(f"{who()} has left a timer of SIGALRM running: it is stopped")
+        closed = _put_streams_back(streams, copies, who)
+        if torch.is_grad_enabled() != gradients:
+            torch.set_grad_enabled(gradients)
+            switched = "off" if gradients else "on"
+            logger.warning_once(f"{who()} has switched gradients {switched}: they are switched back")
+        _put_folder_back(folder, who)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                name = signal.Signals(number).name
+                logger.warning_once(
+                    f"{who()} has replaced the handler of {name}: bupo no longer stops the run after it"
+                )
+    if closed:
+        raise UserError(f"{who()} has closed {closed}: leave it open, the run prints there")
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # deleted
+        return None
+
+
+def _copy(number: int) -> int | None:
+    try:
+        return os.dup(number)
+    except OSError:
+        return None
+
+
+def _put_streams_back(streams: dict[str, Any], copies: dict[int, int | None], who: Callable[[], str]) -> str:
+    """Restore `sys.stdout`, `sys.stderr` and their file descriptors; return the names of those that were closed."""
+    closed = []
+    for name, number in STREAMS.items():
+        copy = copies[number]
+        if copy is not None:
+            if not _same_file(number, copy):
+                if not _is_open(number):
+                    closed.append(f"sys.{name}")
+                try:
+                    os.dup2(copy, number)
+                except OSError:  # the copy was closed too: nothing can be printed there any more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            with suppress(OSError):
+                os.close(copy)
+        stream = streams[name]
+        if getattr(stream, "closed", False):
+            if f"sys.{name}" not in closed:
+                closed.append(f"sys.{name}")
+            # the error must be readable; the descriptor is open again
+            stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        redirected = getattr(sys, name) not in (stream, streams[name])
+        setattr(sys, name, stream)
+        if redirected:
+            logger.warning_once(f"{who()} has left sys.{name} redirected: it is put back")
+    return " and ".join(closed)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _same_file(one: int, other: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(one), os.fstat(other))
+    except OSError:
+        return False
+
+
+def _put_folder_back(folder: str | None, who: Callable[[], str]) -> None:
+    """Return to the working directory, which relative paths of the run are read from.
+
+    Raises:
+        UserError: if it is gone.
+    """
+    if folder is None or _folder() == folder:
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(f"{who()} has left the working directory {folder}, which is gone: {error.strerror}") from error
+    logger.warning_once(f"{who()} has changed the working directory: it is changed back to {folder}")
+
+
+def _end_child(error: BaseException | None) -> NoReturn:
+    """End a forked child with the status that it would have had, and no other trace of the run in it."""
+    status = 0 if error is None else 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        with suppress(Exception):
+            traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def exited(error: SystemExit) -> str:
+    """Describe an exit that the user's code has asked for."""
+    if error.code is None:
+        return "it has called sys.exit()"
+    try:
+        code = repr(error.code)
+    except Exception:
+        code = "..."
+    return f"it has called sys.exit({code[:200]})"

@@ -1,0 +1,234 @@
+"""What a run is given: its problems and its rewards, checked before a model is loaded."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from bupo.data.chat_templates import check_template, plain_text, prompt_ids
+from bupo.data.columns import with_columns
+from bupo.data.problems import check_columns, load_problems, problems_sha256
+from bupo.evaluation.benchmarks import load_benchmarks
+from bupo.options.groups import ColumnOptions, DatasetOptions, PromptOptions, check_values
+from bupo.options.ranges import COUNT
+from bupo.rewards.grader import check_golds
+from bupo.rewards.math_reward import math_reward
+from bupo.training.config import BuPOConfig
+from bupo.training.prompt_settings import system_prompt_of
+from bupo.training.validation.reward_signatures import check_signatures
+from bupo.utils.errors import UserError, first_line
+
+GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
+
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass
+class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
+    """The problems to train on and the reward.
+
+    Parameters:
+        dataset (`str`): a hub id, a local `.parquet`, `.jsonl` or `.json` file, `reasoning_gym:NAME`, `arithmetic`.
+        dataset_config (`str`, *optional*): the hub dataset's configuration, or a reasoning_gym task's options as JSON.
+        split, size, shuffle_seed: of the problems to train on; without a `shuffle_seed`, `size` takes the first.
+        eval_dataset (`str`, *optional*), eval_split (`str`, *optional*, defaults to `"test"`), eval_size (`int`, *optional*):
+            problems for TRL's `eval_strategy`, by default of the same dataset.
+        prompt_column, answer_column (`str`, *optional*): columns; a dot reaches into a nested one.
+        system_prompt (`str`, *optional*): put before problems that have no system message.
+        chat_template (`str`, *optional*): `qwen-math`, `octothinker` or a `.jinja` file, instead of the tokenizer's own.
+        max_prompt_tokens (`int`, *optional*): leave out problems whose prompts are longer, template included.
+        reward_funcs (`list[str]`): `math` (math-verify), or functions by dotted import path.
+    """
+
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Where evaluation problems are, if not in the dataset."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems."})
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Leave out problems whose prompts are longer, chat template included."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the run that the folder holds, checkpoints included, and start anew."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math"],
+        metadata={"help": "`math` (math-verify in killable processes), or functions by dotted import path."},
+    )
+
+    def check(self) -> None:
+        """Raises [`UserError`] for a value that is none, before anything is loaded."""
+        check_values(self, eval_size=COUNT, max_prompt_tokens=COUNT)
+        check_template(self.chat_template)
+
+    @property
+    def rewards(self) -> list[str]:
+        """The names of the reward functions, one by one."""
+        return [self.reward_funcs] if isinstance(self.reward_funcs, str) else list(self.reward_funcs)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long;
+    `system_prompt`: that those to train on share, which prompts as plain text no longer show; `name`: if they have one."""
+
+    train: Dataset
+    evaluation: Dataset | None
+    benchmarks: dict[str, Dataset]
+    left_out: int = 0
+    system_prompt: str | None = None
+    name: str | None = None
+
+    def noted(self, options: TrainOptions) -> dict[str, Any]:
+        """What a run notes of the problems it trains on."""
+        chosen = {"shuffle_seed": options.shuffle_seed, "max_prompt_tokens": options.max_prompt_tokens}
+        told = {"number": len(self.train), "sha256": problems_sha256(self.train)}
+        return told | chosen | {"left_out": self.left_out}
+
+    def as_text(self) -> "Problems":
+        """With prompts as plain text, for a model without a chat template."""
+
+        def text(problems: Dataset | None) -> Dataset | None:
+            if problems is None:
+                return None
+            prompts = [prompt if isinstance(prompt, str) else plain_text(prompt) for prompt in problems["prompt"]]
+            return with_columns(problems, {"prompt": prompts})
+
+        return replace(self, train=text(self.train), evaluation=text(self.evaluation))
+
+
+def problems_of(
+    options: TrainOptions,
+    config: BuPOConfig,
+    problems: Dataset | None,
+    eval_problems: Dataset | None,
+    rewards: Sequence[Reward],
+) -> Problems:
+    """The problems of a run, and what is cheap to refuse before a model is loaded."""
+    if problems is not None and options.shuffle_seed is not None:
+        raise UserError("shuffle_seed is for a dataset by name, and the problems came from Python: shuffle them there")
+    graded = math_reward in rewards
+    train_set = (
+        _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed, graded)
+        if problems is None
+        else problems
+    )
+    if config.eval_strategy != "no" and eval_problems is None:
+        name = options.eval_dataset or options.dataset
+        eval_problems = _problems(options, name, options.eval_split, options.eval_size, config, needs_answers=graded)
+    needed = ("prompt", "answer") if graded else ("prompt",)
+    for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
+        check_columns(rows, "problems", needed)
+    check_signatures(rewards, (train_set, eval_problems), bool(config.remove_unused_columns))
+    _check_enough(train_set, config)
+    if graded:
+        golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
+        try:
+            check_golds(golds, options.dataset or "the problems")
+        except UserError as error:
+            raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
+    names = config.eval_benchmarks or []
+    benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
+    name = options.dataset if problems is None else None
+    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set), name=name)
+
+
+def within(
+    sets: Problems,
+    options: TrainOptions,
+    config: BuPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> Problems:
+    """A run's problems as its model reads them: plain text where it has no template, and of those to train on none whose
+    prompt is longer than `max_prompt_tokens`, which is said.
+
+    Raises:
+        UserError: if too few are left for a rollout batch.
+    """
+    sets = sets if tokenizer.chat_template else sets.as_text()
+    most, whole = options.max_prompt_tokens, len(sets.train)
+    if most is None:
+        return sets
+    kwargs = config.chat_template_kwargs or {}
+    short = [
+        row for row, prompt in enumerate(sets.train["prompt"]) if len(prompt_ids(tokenizer, prompt, **kwargs)) <= most
+    ]
+    say(f"max_prompt_tokens {most}: {whole - len(short)} of {whole} problems have longer prompts and are left out")
+    train_set = sets.train.select(short) if len(short) < whole else sets.train
+    _check_enough(train_set, config, f"max_prompt_tokens {most} leaves {len(short)} of {whole} problems")
+    return replace(sets, train=train_set, left_out=whole - len(short))
+
+
+def _check_enough(problems: Dataset, config: BuPOConfig, found: str | None = None) -> None:
+    """Raises [`UserError`] for fewer problems than a rollout batch of all processes takes: TRL leaves out what fills none."""
+    needed = config.generation_batch_size // config.num_generations
+    if len(problems) < needed:
+        raise UserError(
+            f"{found or f'the dataset holds {len(problems)} problems'}, and a rollout batch takes {needed} "
+            f"(per_device_train_batch_size {config.per_device_train_batch_size} x {config.world_size} processes x "
+            f"steps_per_generation {config.steps_per_generation} / num_generations {config.num_generations}): give {needed} "
+            "or more, or a smaller batch"
+        )
+
+
+def check_rewards(rewards: Sequence[Reward], config: BuPOConfig) -> None:
+    """Raises [`UserError`] for no reward, or weights that are not one for each."""
+    weights = config.reward_weights
+    if not rewards:
+        raise UserError("reward_funcs is empty: give 'math' or a dotted import path such as my_rewards.f")
+    if weights is not None and len(weights) != len(rewards):
+        raise UserError(f"reward_weights holds {len(weights)} weights for {len(rewards)} reward_funcs: give one each")
+
+
+def _problems(
+    options: TrainOptions,
+    name: str | None,
+    split: str,
+    size: int | None,
+    config: BuPOConfig,
+    shuffle_seed: int | None = None,
+    needs_answers: bool = True,
+) -> Dataset:
+    if name is None:
+        raise UserError("dataset is not set: give a hub id, a local file, reasoning_gym:NAME or arithmetic")
+    return load_problems(
+        name,
+        split,
+        config=options.dataset_config,
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        system_prompt=options.system_prompt,
+        size=size,
+        seed=config.seed,
+        shuffle_seed=shuffle_seed,
+        needs_answers=needs_answers,
+    )
+
+
+def reward_of(name: str) -> Reward:
+    """A reward function by name: `math`, or a dotted path that is imported from the working directory too.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name == "math":
+        return math_reward
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserError(f"unknown reward function {name!r}: give 'math' or a dotted import path such as my_rewards.f")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # whatever a module of the user's raises while it is imported
+        what = str(error) if isinstance(error, ImportError | AttributeError) else first_line(error)
+        raise UserError(f"reward function {name!r} cannot be imported: {what}") from error
+    if not callable(reward):
+        raise UserError(f"reward function {name!r} is a {type(reward).__name__}: name a function in a module")
+    return reward

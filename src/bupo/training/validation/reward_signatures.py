@@ -1,0 +1,167 @@
+"""Reward functions that TRL could not call are refused before a model is loaded.
+
+TRL calls a reward function by keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set,
+`trainer_state`, `log_extra`, `log_metric`, and `environments` where there are any.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from bupo.data.problems import check_prompt_texts
+from bupo.rewards.math_reward import math_reward
+from bupo.utils.errors import UserError
+
+ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+NOT_PASSED = ("prompt", "completion")  # columns that TRL keeps to itself
+MEANT = {"prompt": "prompts", "completion": "completions", "completions_ids": "completion_ids"}
+
+
+def check_signatures(
+    rewards: Any,
+    datasets: Iterable[Any],
+    remove_unused_columns: bool = False,
+    environments: bool = False,
+    more_columns: bool = False,
+) -> None:
+    """Refuse reward functions whose parameters are not those that TRL would pass.
+
+    Reward models, names of models and callables without a signature are left to TRL.
+
+    Args:
+        rewards: a reward or a list of them, as for [`~trl.GRPOTrainer`].
+        datasets: the data sets that are trained and evaluated on; None and nested dicts are allowed. One whose columns are not
+            known, such as some streams, is not looked at.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): the option, by which TRL passes no column.
+        environments (`bool`, *optional*, defaults to `False`): whether there is an `environment_factory`.
+        more_columns (`bool`, *optional*, defaults to `False`): whether a `rollout_func` may add columns.
+
+    Raises:
+        UserError: with the function, its missing columns and the columns of the problems.
+    """
+    functions = [reward for reward in as_list(rewards) if callable(reward) and not isinstance(reward, nn.Module)]
+    for columns in filter(None, map(columns_of, _flat(datasets))):
+        passable = [] if remove_unused_columns else [column for column in columns if column not in NOT_PASSED]
+        for function in functions:
+            _check_clash(function, passable)
+            _check(function, passable, columns, environments, more_columns)
+
+
+def check_inputs(
+    rewards: Any,
+    args: Any,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    *positional: Any,
+    rollout_func: Any = None,
+    environment_factory: Any = None,
+    **others: Any,
+) -> None:
+    """Refuse data sets and rewards that a trainer could not use together, by the arguments of [`~trl.GRPOTrainer`].
+
+    Raises:
+        UserError: for prompts that are messages written as text, and for a reward that TRL could not call.
+    """
+    check_signatures(
+        rewards,
+        (train_dataset, eval_dataset),
+        bool(args.remove_unused_columns),
+        environments=environment_factory is not None,
+        more_columns=rollout_func is not None,
+    )
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for rows in _flat([dataset]):
+            if isinstance(rows, Dataset):
+                check_prompt_texts(rows, name)
+
+
+def as_list(rewards: Any) -> list:
+    """Return one reward or several as a list."""
+    if rewards is None:
+        return []
+    return list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """Return the columns of a data set's rows, None where they are not known without reading from it."""
+    names = getattr(dataset, "column_names", None)
+    format_type = (getattr(dataset, "format", None) or {}).get("type") if hasattr(dataset, "format") else None
+    return list(names) if isinstance(names, list) and format_type != "custom" else None
+
+
+def _flat(datasets: Iterable[Any]) -> Iterable[Any]:
+    for dataset in datasets:
+        if isinstance(dataset, Mapping):
+            yield from _flat(dataset.values())
+        else:
+            yield dataset
+
+
+def _name(function: Callable) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_clash(function: Callable, columns: Sequence[str]) -> None:
+    clashing = [column for column in columns if column in ("prompts", "completions")]  # TRL overwrites the others
+    if clashing:
+        raise UserError(
+            f"the problems have a column {clashing[0]}, and TRL passes {clashing[0]} of its own to reward functions such as "
+            f"{_name(function)}: rename the column"
+        )
+
+
+def _check(
+    function: Callable, columns: Sequence[str], all_columns: Sequence[str], environments: bool, more_columns: bool
+) -> None:
+    """Hold a function's parameters against the arguments of TRL's call."""
+    try:
+        # of a decorator, the parameters are its own: it may fill in what the function inside needs
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (ValueError, TypeError):  # of a built-in function
+        return
+    passed = [*ALWAYS, *columns, *(["environments"] if environments else [])]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    by_position = [p.name for p in required if p.kind is p.POSITIONAL_ONLY]
+    missing = [p.name for p in required if p.name not in passed and p.name not in by_position]
+    if function is math_reward and "answer" not in columns:
+        missing.append("answer")
+    names = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    refused = [] if open_ended else [name for name in passed if name not in names]
+    if by_position:
+        raise UserError(
+            f"reward function {_name(function)} takes {', '.join(by_position)} by position only, and TRL passes all by name: "
+            "leave out the / in its parameters"
+        )
+    if missing and not more_columns:
+        raise UserError(f"reward function {_name(function)} needs {_what(missing, columns, all_columns)}")
+    if refused:
+        raise UserError(
+            f"reward function {_name(function)} does not take {', '.join(refused)}, which TRL passes by name: add **kwargs to "
+            "its parameters"
+        )
+
+
+def _what(missing: Sequence[str], columns: Collection[str], all_columns: Sequence[str]) -> str:
+    """Return what is missing, what there is and what to do."""
+    of_trl = [name for name in missing if name in MEANT and name not in columns]
+    if of_trl:
+        meant = ", ".join(f"{MEANT[name]}, not {name}" for name in of_trl)
+        return f"an argument {', '.join(of_trl)}, which TRL does not pass: it passes {meant}; rename the parameter"
+    there = ", ".join(all_columns) or "none"
+    if set(missing) <= set(all_columns):
+        return (
+            f"the column {', '.join(missing)}, which remove_unused_columns takes out: leave that option out; "
+            f"columns: {there}"
+        )
+    kind = "column" if len(missing) == 1 else "columns"
+    return (
+        f"the {kind} {', '.join(missing)}, and the columns of the problems are {there}: rename a column or the parameter, "
+        "or give it a default value"
+    )

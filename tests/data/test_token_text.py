@@ -1,0 +1,194 @@
+"""Tokens are compared by id, and shown so that no two that differ in more than their bytes look alike."""
+
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from rich.text import Text
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bupo import InternalPolicies
+from bupo.analysis.rollouts import Rollout
+from bupo.analysis.token_view import token_views, top_tokens
+from bupo.cli import sample
+from bupo.cli.main import main
+from bupo.data.token_text import token_bytes, token_text
+from bupo.models.loading import load_model, load_tokenizer
+from tests.helpers.tiny_models import tiny_model
+
+TEXTS = ["你好,世界!😀👩‍👩‍👧", "naïve café — Ωμέγα", "  x = 3;\n\treturn\r\n", "日本語のテスト🇯🇵", "12 + 30 = 42"]
+
+
+def byte_level(merges=40):
+    """Byte-level BPE, as of GPT-2, Qwen and Llama 3, trained on a few words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=258 + merges, initial_alphabet=alphabet, special_tokens=["<pad>", "<end>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["你好 世界 hello world 😀😀"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def byte_fallback():
+    """SentencePiece with byte fallback, as of Llama 2, Mistral and Gemma."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁▁",
+        "▁the",
+        "the",
+        "你",
+        "x",
+        "=",
+    ]
+    vocabulary = {piece: place for place, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def metaspace():
+    """SentencePiece's unigrams, as of T5, XLM-R and many Japanese models."""
+    pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("the", -3.0), ("日本", -2.0), ("x", -2.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, lambda: load_tokenizer("embedded")])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(make, text):
+    """Against the text's own UTF-8, which no tokenizer's `decode` of single tokens gives."""
+    tokenizer = make()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    joined = b"".join(token_bytes(tokenizer, token) for token in ids)
+    assert joined.decode() in (text, " " + text)  # SentencePiece puts a space before a text
+
+
+def test_bytes_that_are_no_whole_character_are_shown_as_bytes():
+    for tokenizer in (byte_level(0), byte_fallback(), load_tokenizer("embedded")):
+        ids = tokenizer("界😀", add_special_tokens=False)["input_ids"]
+        shown = [token_text(tokenizer, token) for token in ids if token_text(tokenizer, token) != "␣"]
+        assert shown == [f"<{byte:02X}>" for byte in "界😀".encode()]
+
+
+def test_every_byte_looks_unlike_every_other():
+    """256 tokens of one byte each, all of which are one sign or nothing to `decode`, except for ASCII."""
+    tokenizer = byte_level(0)
+    texts = [token_text(tokenizer, token) for token in range(2, 258)]
+    assert len(set(texts)) == 256
+    assert {text for text in texts if re.fullmatch(r"<[89A-F][0-9A-F]>", text)} == {
+        f"<{b:02X}>" for b in range(128, 256)
+    }
+    assert not any(text.isspace() or not text for text in texts)
+
+
+def test_tokens_of_several_characters_and_of_a_part():
+    tokenizer = byte_level()
+    by_piece = {token_bytes(tokenizer, token): token for token in range(len(tokenizer))}
+    assert token_text(tokenizer, by_piece[b" hello"]) == "␣hello"
+    assert token_text(tokenizer, by_piece["😀".encode()]) == "😀"
+    parts = [raw for raw in by_piece if raw in ("😀".encode()[:2], "你".encode()[:2], "你".encode()[1:])]
+    assert parts and all(token_text(tokenizer, by_piece[raw]) == "".join(f"<{b:02X}>" for b in raw) for raw in parts)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
+def test_white_space_and_signs_without_a_glyph_are_visible(make):
+    tokenizer = make()
+    tokenizer.add_tokens(["\n\n", "\u00a0", "\u3000", "\u200b", "a\ufe0f", "  "])
+    for piece, shown in (
+        ("\n\n", "⏎⏎"), ("\u00a0", "<U+00A0>"), ("\u3000", "<U+3000>"), ("\u200b", "<U+200B>"), ("a\ufe0f", "a<U+FE0F>"),
+        ("  ", "␣␣"),
+    ):  # fmt: skip
+        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(piece)) == shown
+
+
+@pytest.mark.parametrize("make", [byte_fallback, metaspace])
+def test_a_space_before_a_word_is_shown(make):
+    tokenizer = make()
+    before, inside = (token_text(tokenizer, tokenizer.convert_tokens_to_ids(piece)) for piece in ("▁the", "the"))
+    assert (before, inside) == ("␣the", "the")
+    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("▁the")]) == "the"  # both alike
+
+
+def test_special_tokens_and_ids_beyond_the_vocabulary():
+    tokenizer = byte_level()
+    assert token_text(tokenizer, 1) == "<end>"
+    assert token_text(tokenizer, len(tokenizer)) == f"⟨{len(tokenizer)}⟩" and token_text(tokenizer, -1) == "⟨-1⟩"
+
+
+# -- where they are compared and shown -------------------------------------------------------------------------------
+
+
+def test_a_views_tokens_are_the_most_likely_ids():
+    """Against `argsort` of each layer's logits; the tokens are parts of Chinese characters and emoji."""
+    tokenizer = byte_level(0)
+    model = tiny_model("qwen3", vocab_size=300, seed=3)
+    policies = InternalPolicies(model)
+    ids = tokenizer("你好 世界 😀😀")["input_ids"]
+    view = top_tokens(policies, tokenizer, ids[:4], ids[4:], top=3)
+    assert view["ids"] == ids[4:] and view["tokens"] == [token_text(tokenizer, token) for token in ids[4:]]
+    for layer in range(1, 5):
+        with torch.no_grad():
+            wanted = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
+        assert view["top_ids"][layer - 1] == wanted.tolist()
+        texts = [[text for text, _ in cell] for cell in view["top"][layer - 1]]
+        assert texts == [[token_text(tokenizer, token) for token in row] for row in wanted.tolist()]
+    (page,) = token_views(policies, tokenizer, [Rollout(ids[:4], ids[4:], "p", "c")])
+    assert page["ids"] == view["ids"] and json.dumps(page)
+
+
+def cells(table):
+    """Bold or not, by layer (the last first) and position, of a table that rich has laid out."""
+    return [[str(cell.style) for cell in column.cells] for column in table.columns[1:]]
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, monkeypatch, capsys):
+    """By `bupo sample` itself, on Chinese text and emoji: every other token is a byte that `decode` shows as one sign."""
+    tokenizer = byte_level(0)
+    model = tiny_model("qwen3", vocab_size=258, pad_token_id=0, eos_token_id=1, bos_token_id=None, seed=5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    made, inner = [], sample._table
+    monkeypatch.setattr(sample, "_table", lambda *args: made.append(inner(*args)) or made[-1])
+    prompt = "你好 世界 😀"
+    options = ["--raw_prompt", "--max_new_tokens", "30", "--top", str(top), "--temperature", "0.4", "--seed", "1"]
+    assert main(["sample", "--model", str(tmp_path), "--prompt", prompt, *options]) == 0
+    styles = [column for table in made for column in cells(table)]
+
+    loaded = load_model(str(tmp_path)).eval()
+    policies, ids = InternalPolicies(loaded, temperature=0.4), tokenizer(prompt)["input_ids"]
+    torch.manual_seed(1)
+    whole = policies.language_model.generate(torch.tensor([ids]), max_new_tokens=30)
+    with torch.no_grad():
+        best = torch.stack([policies.layer(n).logits(whole)[0, len(ids) - 1 : -1].argmax(-1) for n in (4, 3, 2, 1)], 1)
+    wanted = best == whole[0, len(ids) :, None]
+    assert [[style == "bold" for style in column] for column in styles] == wanted.tolist()
+    rows = zip(best.tolist(), whole[0, len(ids) :].tolist(), strict=True)
+    alike = [[tokenizer.decode([b]) == tokenizer.decode([token]) for b in row] for row, token in rows]
+    assert 0 < wanted.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
+
+
+def test_a_table_shows_brackets_as_they_are():
+    """`<E7>` and `[bold]` are no markup of the console's."""
+    view = {"ids": [5], "tokens": ["<E7>"], "top": [[[["[bold]", 0.5]]]], "top_ids": [[[5]]]}
+    console = Console(width=60)
+    with console.capture() as captured:
+        console.print(sample._table(view, slice(0, 1)))
+    assert "<E7>" in captured.get() and "[bold]" in captured.get()
+    assert isinstance(sample._table(view, slice(0, 1)).columns[1].header, Text)

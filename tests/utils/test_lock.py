@@ -1,0 +1,216 @@
+"""One writer a folder, by real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bupo.cli.main import main
+from bupo.utils.errors import UserError
+from bupo.utils.lock import LOCK_FILE, sole_writer
+
+HOLD = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes into `run`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_writer_is_refused_and_told_who(tmp_path, holder):
+    message = rf"run is being written by process {holder.pid} on .+ since 20.+: wait"
+    with pytest.raises(UserError, match=message), sole_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / LOCK_FILE).exists()  # the holder's
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "analyze", "eval"])
+def test_every_command_that_writes_is_refused(tmp_path, holder, command, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["--model", "embedded", "--dataset", "arithmetic", "--size", "8"] if command in ("train", "analyze") else []
+    more += ["--internal_layer", "5"] if command == "train" else []
+    assert main([command, "--output", "run", *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run is being written by process {holder.pid}" in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+def test_what_a_killed_run_leaves_locks_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
+    refused = []
+
+    def other():
+        try:
+            with sole_writer(tmp_path):
+                pass
+        except UserError as error:
+            refused.append(str(error))
+
+    with sole_writer(tmp_path):
+        with sole_writer(f"{tmp_path}/../{tmp_path.name}"):
+            pass
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert (tmp_path / LOCK_FILE).exists()
+    assert len(refused) == 1 and "another thread" in refused[0]
+    other()
+    assert len(refused) == 1
+
+
+def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for where in ("a/b/c", "mine"):
+        with pytest.raises(KeyError), sole_writer(tmp_path / where):
+            raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with sole_writer(tmp_path / "a/b/c"):
+        (tmp_path / "a" / "kept").touch()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["kept"]
+
+
+def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
+    """A copy of the folder, or its upload, opens and closes the file in the same process."""
+    with sole_writer(tmp_path / "run"):
+        (tmp_path / "run" / LOCK_FILE).read_bytes()
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, tmp_path / "run"], capture_output=True, text=True, timeout=60
+        )
+        assert "is being written by process" in other.stderr and not other.stdout
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    code = "import sys, signal, resource; from bupo.utils.lock import sole_writer\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith sole_writer(sys.argv[1]): pass"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, timeout=60)
+    assert "UserError" in done.stderr and "cannot be written: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
+def test_where_nothing_can_be_written(tmp_path, where):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written: .+; choose another output"), sole_writer(tmp_path / where):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_who_comes_while_another_leaves(tmp_path):
+    """Never two at once, though the file goes and comes: counted in a file that only a holder may change."""
+    count = "import sys; from bupo.utils.errors import UserError; from bupo.utils.lock import sole_writer; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with sole_writer(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
+    (tmp_path / "n").write_text("0")
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(subprocess.run, [sys.executable, "-c", count, tmp_path], timeout=60) for _ in range(3)]
+        assert [run.result().returncode for run in runs] == [0, 0, 0]
+    assert (tmp_path / "n").read_text() == "180"
+    assert os.listdir(tmp_path) == ["n"]
+
+
+# ways in which a reward function starts a process that goes on after its parent
+CHILDREN = {
+    "fork": "pid = os.fork()\n    if pid == 0:\n        time.sleep(60); os._exit(0)",
+    "fork in a fork": "pid = os.fork()\n    if pid == 0:\n        os.fork(); time.sleep(60); os._exit(0)",
+    "multiprocessing": "p = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); p.start(); pid = p.pid",
+    "spawn": "p = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,)); p.start(); pid = p.pid",
+    "pool": "pool = ProcessPoolExecutor(1, multiprocessing.get_context('fork')); pid = pool.submit(os.getpid).result(); pool.submit(time.sleep, 60)",
+    "popen": "pid = subprocess.Popen(['sleep', '60']).pid",
+    "inherits all": "pid = subprocess.Popen(['sleep', '60'], close_fds=False).pid",
+}
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
+    code = (
+        "import multiprocessing, os, subprocess, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from bupo.utils.lock import sole_writer\n"
+        "if __name__ == '__main__':\n"
+        "  with sole_writer(sys.argv[1]):\n"
+        f"    {CHILDREN[kind]}\n    print(pid, flush=True); time.sleep(60)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    child = int(run.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=f"written by process {run.pid}"), sole_writer(tmp_path / "run"):
+            pass  # while it lives it holds the lock, children or not
+        run.kill()
+        run.wait()
+        os.kill(child, 0)  # is there still
+        end = time.monotonic() + 20
+        while True:  # a child that was forked a moment ago has yet to close its copy
+            try:
+                with sole_writer(tmp_path / "run"):
+                    break
+            except UserError:
+                assert time.monotonic() < end, "the child keeps the lock"
+                time.sleep(0.1)
+    finally:
+        run.kill()
+        os.kill(child, signal.SIGKILL)
+        run.stdout.close()
+
+
+def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
+    """As one does that ends by `sys.exit` inside the run."""
+    with sole_writer(tmp_path / "run"):
+        child = os.fork()
+        if child == 0:
+            try:
+                with sole_writer(tmp_path / "other"):
+                    pass
+                with pytest.raises(UserError, match="being written by process"), sole_writer(tmp_path / "run"):
+                    pass
+                raise KeyError
+            except BaseException as error:
+                os._exit(3 if isinstance(error, KeyError) else 4)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+        other = subprocess.run(
+            [sys.executable, "-c", HOLD, tmp_path / "run"], capture_output=True, text=True, timeout=60
+        )
+        assert "is being written by process" in other.stderr
+
+
+def test_a_child_that_unwinds_through_the_run_removes_nothing(tmp_path):
+    code = (
+        "import os, sys, time; from bupo.utils.lock import sole_writer\n"
+        "with sole_writer(sys.argv[1]):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: sys.exit(5)\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5\n"
+        "    print(os.listdir(sys.argv[1]), flush=True); time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == f"['{LOCK_FILE}']\n"
+        with pytest.raises(UserError, match="is being written"), sole_writer(tmp_path / "run"):
+            pass
+    finally:
+        run.kill()
+        run.communicate()
