@@ -4,8 +4,6 @@ import os
 import shutil
 from dataclasses import fields
 
-import bupo.cli.report
-import bupo.cli.sample
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,6 +11,8 @@ from hypothesis import strategies as st
 from trl import ModelConfig
 
 import bupo.analysis.run
+import bupo.cli.report
+import bupo.cli.sample
 import bupo.evaluation.run
 import bupo.training.demo
 import bupo.training.run

@@ -5,9 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
-import bupo.files
 import pytest
 
+import bupo.utils.files
 from bupo.cli.main import main
 from tests.faults.harness import SHORT
 from tests.helpers.damages import ANALYZE, EVAL, TRAIN, copied, make_runs, seen

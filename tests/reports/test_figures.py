@@ -209,7 +209,7 @@ PROGRAM = """
 import sys
 import bupo
 assert not [name for name in sys.modules if name.startswith("matplotlib")]
-import bupo.report.figures, bupo.report.scores
+import bupo.reports.figures, bupo.reports.evaluation_scores
 assert "matplotlib.pyplot" not in sys.modules
 import matplotlib
 matplotlib.use("svg")
