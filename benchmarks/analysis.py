@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from bupo.analysis.measures import measure
+from bupo.analysis.measures import measure_completions
 from bupo.models.loading import load_model
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.models.residual_stream import Activation, ResidualStream
 
 
 def answers(stream, lengths, seed=0):
@@ -65,11 +65,13 @@ def run_baseline(stream, rollouts):
     sums = {kind: torch.zeros(stream.num_layers, dtype=torch.float64) for kind in kinds}
     tokens, started = 0, time.perf_counter()
     for prompt, answer in rollouts:
-        sites = [Site(kind, n) for n in layers for kind in kinds if kind != "layer_input"] + [Site("layer", 0)]
+        sites = [Activation(kind, n) for n in layers for kind in kinds if kind != "layer_input"] + [
+            Activation("layer", 0)
+        ]
         states = stream.run(sites, torch.tensor([[*prompt, *answer]]))
         for n in layers:
             for kind in kinds:
-                state = states[Site("layer", n - 1) if kind == "layer_input" else Site(kind, n)]
+                state = states[Activation("layer", n - 1) if kind == "layer_input" else Activation(kind, n)]
                 logits = head(state[0])
                 entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
                 sums[kind][n - 1] += entropy[len(prompt) - 1 : -1].double().sum()
@@ -80,7 +82,7 @@ def run_baseline(stream, rollouts):
 def run_bupo(stream, rollouts):
     """bupo's way; the same means, and the seconds."""
     started = time.perf_counter()
-    found = list(measure(stream, rollouts))
+    found = list(measure_completions(stream, rollouts))
     seconds = time.perf_counter() - started
     tokens = sum(answer.tokens for answer in found)
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import pairs
 from bupo.data.problems import load_problems
-from bupo.rewards.grader import MathGrader, _integer_grade
+from bupo.rewards.grader import MathGrader, _grade_integers
 
 WORKED = [
     "We start from what is given. Let $x = {a}$ and $y = {b}$, so that $x^2 + y^2 = {c}$ and $xy = {d}$.\n\nThen\n\\[\n"
@@ -166,7 +166,7 @@ def main() -> None:
         return
     golds = golds_in(options.data) if options.data else made_golds(1000)
     answers, wanted = ordinary(golds, options.answers, each=EACH)
-    algebra = [pair for pair in zip(answers, wanted, strict=True) if _integer_grade(*pair) is None]
+    algebra = [pair for pair in zip(answers, wanted, strict=True) if _grade_integers(*pair) is None]
     print(
         f"{len(answers)} answers of {sum(map(len, answers)) / len(answers):.0f} characters, {options.processes} processes"
     )

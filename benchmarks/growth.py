@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from benchmarks.result import Result, Table, options
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Rollouts, Trainers, made_up, trainers
 from bupo.models.loading import load_config
-from bupo.reports.figures.style import BLUE, GREY, ORANGE, legend, panels, save, trim
+from bupo.reports.figures.style import BLUE, GREY, ORANGE, add_legend, create_panels, hide_spines, save_figure
 
 ALL = (TRL, FIRST, SECOND)
 COLOURS = {TRL: GREY, FIRST: ORANGE, SECOND: BLUE}
@@ -171,7 +171,7 @@ def table_of(points: Sequence[Point]) -> Table:
 
 def figure(points: Sequence[Point], path: Path, layer: int) -> None:
     """Six panels, a line a trainer."""
-    shape, axes = panels(2, 3, (12, 6.6))
+    shape, axes = create_panels(2, 3, (12, 6.6))
     for axis, (panel, value, title, label) in zip(
         axes.flat,
         (
@@ -191,14 +191,14 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
         axis.set_xlabel(label, fontsize=9)
         axis.set_ylabel("an update (s)" if value == "seconds" else "MB", fontsize=9)
         axis.set_ylim(bottom=0)
-        trim(axis)
+        hide_spines(axis)
     axes[0, 2].xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
     axes[1, 0].set_xticks(GROUPS, [str(group) for group in GROUPS])
     for axis in axes[1, 1:]:
         axis.set_xticks([1 << 15, 1 << 16, 1 << 17], ["32k", "64k", "128k"])
-    legend(axes[0, 0], fontsize=9)
+    add_legend(axes[0, 0], fontsize=9)
     shape.suptitle(f"Cost of an update; phase 1 at layer {layer} where not said otherwise", fontsize=11)
-    save(shape, path)
+    save_figure(shape, path)
 
 
 def _panel(axis: Axes, points: Sequence[Point], value: str) -> None:

@@ -100,7 +100,7 @@ def measure(folder: Path, show: bool = False, processes: int = 2) -> list[str]:
         for title, held_out in (("development", False), ("held out", True)):
             pairs = [pair for file in files if ("heldout" in file.name) == held_out for pair in read_pairs(file)]
             if pairs:
-                grades = grader.examine([pair.answer for pair in pairs], [pair.gold for pair in pairs])
+                grades = grader.get_grades([pair.answer for pair in pairs], [pair.gold for pair in pairs])
                 lines += report(title, pairs, grades, show)
     finally:
         grader.close()

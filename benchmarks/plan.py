@@ -32,11 +32,11 @@ from benchmarks.result import Result, Table, Target, options
 from benchmarks.turns import Rollouts, made_up, reward
 from bupo import BuPOConfig, BuPOTrainer
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.models.loading import EMBEDDED, load_config, load_model, load_tokenizer
+from bupo.models.loading import EMBEDDED_MODEL, load_config, load_model, load_tokenizer
 from bupo.models.token_scoring import score_tokens
-from bupo.planning.memory import activations, lasting
+from bupo.planning.memory import compute_activation_bytes, compute_persistent_memory
 from bupo.planning.options import PlanOptions
-from bupo.planning.plan import Plan, setting_of
+from bupo.planning.plan import Plan, resolve_planned_run
 from bupo.training.train_data import TrainOptions
 
 MARK = "plan: "
@@ -152,8 +152,8 @@ class Watched(TrainerCallback):
 
             return found
 
-        trainer.loss, trainer.rollout = marked, timed(trainer.rollout, "rollout")  # type: ignore[method-assign]
-        trainer.score = timed(trainer.score, "scoring")  # type: ignore[method-assign]
+        trainer.loss, trainer.generate_rollouts = marked, timed(trainer.generate_rollouts, "rollout")  # type: ignore[method-assign]
+        trainer.score_completions = timed(trainer.score_completions, "scoring")  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -332,16 +332,16 @@ def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, di
     on = on_cpu(case, rates)
     config = case.config("unused", WARM + 1)
     found = bupo.plan(name, config, on=on)
-    setting = setting_of(name, config, on=on)
+    setting = resolve_planned_run(name, config, on=on)
     parts = {}
     for phase, planned_phase in enumerate(found.phases, 1):
         layer = planned_phase.layer
-        kept = lasting(setting, layer)
+        kept = compute_persistent_memory(setting, layer)
         parts[phase] = {
             "weights": kept["weights"],
             "optimizer": kept["optimizer"],
             "gradients": 4.0 * planned_phase.trained,
-            "activations": activations(setting, layer, planned_phase.besides),
+            "activations": compute_activation_bytes(setting, layer, planned_phase.besides),
             "peak": planned_phase.memory.bytes,
         }
     return found, parts
@@ -408,7 +408,7 @@ def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Resu
     result = Result(f"python -m benchmarks.plan --model {named}", about)
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)  # a .gguf file takes its time to be read
-        name = name if name == EMBEDDED else folder
+        name = name if name == EMBEDDED_MODEL else folder
         tokenizer.save_pretrained(folder)
         memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
         seconds = [row for case in cases for row in time_rows(name, model, tokenizer, case, WARM + batches)]

@@ -14,7 +14,7 @@ import torch
 import transformers
 import trl
 
-from bupo.utils.sanitize import markdown_table
+from bupo.utils.sanitize import format_markdown_table
 from bupo.version import VERSION
 
 
@@ -85,9 +85,9 @@ class Result:
         """Print it."""
         print(self.setting, self.machine, sep="\n", end="\n\n")
         for table in self.tables:
-            print(f"{table.title}\n\n{markdown_table(table.rows)}")
+            print(f"{table.title}\n\n{format_markdown_table(table.rows)}")
         if self.targets:
-            print(markdown_table([target.line() for target in self.targets]))
+            print(format_markdown_table([target.line() for target in self.targets]))
         for name, text in self.profiles.items():
             print(f"{name}\n\n{text}\n")
         sys.stdout.flush()

@@ -35,9 +35,9 @@ from trl import GRPOTrainer, ModelConfig
 import bupo
 from benchmarks.result import Result, Table, Target, middle, options, ratios
 from benchmarks.turns import FIRST, SECOND, TRL, Job, Update, profiles_of, trainers
-from bupo.cli.parsing import parse
-from bupo.models.packing import Layout
-from bupo.models.residual_stream import causal_lm
+from bupo.cli.parsing import parse_options
+from bupo.models.packing import PackedLayout
+from bupo.models.residual_stream import unwrap_causal_lm
 
 ROWS, GROUP, MAX_NEW_TOKENS = 32, 8, 64
 RECIPE = Path(bupo.__file__).parent / "recipes" / "cpu" / "embedded-bupo.yaml"
@@ -128,13 +128,13 @@ class Clock:
                 (AcceleratedOptimizer, "zero_grad", MODEL),
             ):
                 patches.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name), part)))
-            patches.enter_context(mock.patch.object(Layout, "of", self.apart(Layout.of)))
-            patches.enter_context(mock.patch.object(Layout, "_bucket", self.apart(Layout._bucket)))
+            patches.enter_context(mock.patch.object(PackedLayout, "of", self.apart(PackedLayout.of)))
+            patches.enter_context(mock.patch.object(PackedLayout, "_bucket", self.apart(PackedLayout._bucket)))
             yield
 
     def listen_to(self, model: nn.Module) -> None:
         """Time its forward passes."""
-        for module in (model, causal_lm(model).base_model):
+        for module in (model, unwrap_causal_lm(model).base_model):
             module.register_forward_pre_hook(lambda *_: self.start(MODEL))
             module.register_forward_hook(lambda *_: self.stop(), always_call=True)
 
@@ -211,7 +211,7 @@ def small_steps(batches: int, folder: Path) -> tuple[list[dict[str, float]], lis
     """The embedded model by its recipe, for so many rollout batches of each phase: seconds of each batch by part, and shares of
     what the rest consists of. The first batch of all is left out."""
     flags = ["--config", str(RECIPE), "--output", str(folder), "--internal_steps", str(batches + 1)]
-    options, config, loading = parse((bupo.TrainOptions, bupo.BuPOConfig, ModelConfig), flags, "bupo train")
+    options, config, loading = parse_options((bupo.TrainOptions, bupo.BuPOConfig, ModelConfig), flags, "bupo train")
     updates = config.steps_per_generation
     config.max_steps = (2 * batches + 1) * updates
     clock = Clock()

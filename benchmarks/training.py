@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 
 import bupo
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.evaluation.answers import correct_of, graded, prompts_of, sample
+from bupo.evaluation.answers import get_correct, grade_completions, sample_completions, tokenize_prompts
 from bupo.evaluation.metrics import avg_at_k, paired_difference
 from bupo.generation.seeded_sampling import TransformersEngine
-from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
-from bupo.reports.figures import guard_figure
+from bupo.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from bupo.reports.figures import draw_guard_figure
 from bupo.training.callbacks.metrics_file import METRICS_FILE, read_metrics
 
 RECIPES = Path(bupo.__file__).parent / "recipes" / "cpu"
@@ -55,7 +55,9 @@ def accuracy(model: str | Path) -> np.ndarray:
     """`correct_PN` of the sampled answers to the held-out problems."""
     problems, tokenizer = load_problems(ARITHMETIC, "test", size=PROBLEMS), load_tokenizer(str(model))
     engine = TransformersEngine(load_model(str(model)), tokenizer, MAX_NEW_TOKENS, batch_size=128)
-    return correct_of(graded(problems, sample(engine, prompts_of(problems, tokenizer), SAMPLES)))
+    return get_correct(
+        grade_completions(problems, sample_completions(engine, tokenize_prompts(problems, tokenizer), SAMPLES))
+    )
 
 
 def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, dict]:
@@ -65,7 +67,7 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, 
         for name, job in jobs.items():
             job.result()
             print(f"{name}: trained", flush=True)
-    before, rows = accuracy(EMBEDDED), {}
+    before, rows = accuracy(EMBEDDED_MODEL), {}
     for name in runs:
         after = accuracy(folder / name)
         gain, interval = paired_difference(before, after)
@@ -114,7 +116,7 @@ def guard(folder: Path, seeds: int = 3) -> None:
             runs[f"{name}-{seed}"] = (recipe, flags)
     run_all(runs, folder)
     rows = {name: read_metrics(folder / name / METRICS_FILE) for name in runs}
-    guard_figure(rows, folder / "guard.png")
+    draw_guard_figure(rows, folder / "guard.png")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.analysis import PeakMemory
 from bupo import BuPOConfig, BuPOTrainer
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 
 TRL, FIRST, SECOND, PUBLISHED = "TRL", "BuPO, phase 1", "BuPO, phase 2", "phase 1 as published"
 
@@ -270,7 +270,7 @@ def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer
     }
     given: dict[str, Any] = {
         "train_dataset": _prompts(job, updates),
-        "processing_class": load_tokenizer(job.model if isinstance(job.model, str) else EMBEDDED),
+        "processing_class": load_tokenizer(job.model if isinstance(job.model, str) else EMBEDDED_MODEL),
         "callbacks": [turns],
     }
     if job.rollouts:

@@ -14,7 +14,7 @@ from importlib.resources import files
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bupo.data.arithmetic import arithmetic_problem
+from bupo.data.arithmetic import make_arithmetic_problem
 
 PROMPTS, GROUP, ANSWER = 16, 8, 32  # prompts of a rollout batch, answers of a prompt, tokens of an answer
 UPDATES = 4  # of a rollout batch, each over a quarter of it
@@ -76,7 +76,7 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def sample(model, tokenizer, batch: int, seed: int, layer: int | None) -> tuple[Rollouts, float]:
     """A rollout batch, sampled by the whole model whatever is optimised, and its mean reward."""
-    problems = [arithmetic_problem("train", seed, batch * PROMPTS + i) for i in range(PROMPTS)]
+    problems = [make_arithmetic_problem("train", seed, batch * PROMPTS + i) for i in range(PROMPTS)]
     chats = [[{"role": "user", "content": problem.question}] for problem in problems for _ in range(GROUP)]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     prompts = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)

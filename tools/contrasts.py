@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 
+from bupo.experiments.outputs.make_outcomes_output import CURVE
 from gains import BASE
 
-from bupo.experiments.outputs.comparison_table import APART, NOT_APART, NOTHING, p_text, text_of
-from bupo.experiments.outputs.outcomes import CURVE
-from bupo.utils.statistics import OverSeeds, holm, over_seeds, paired_p
+from bupo.experiments.outputs.comparison_table import (
+    EMPTY_CELL,
+    NOT_SIGNIFICANT,
+    SIGNIFICANT,
+    format_mean_interval,
+    format_p_value,
+)
+from bupo.utils.statistics import SeedStatistics, adjust_holm, compute_paired_p_value, compute_seed_statistics
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 NOTHING_STORED = "No run of it is stored yet."
@@ -64,11 +70,11 @@ def contrasts_table(tables, row: str) -> str:
     if not every:
         return NOTHING_STORED
     several = [model for model, each in every.items() if len(each.end) > 1]
-    ps = dict(zip(several, holm([_p(every[model].end) for model in several]), strict=True))
+    ps = dict(zip(several, adjust_holm([_p(every[model].end) for model in several]), strict=True))
     lines = []
     for model, each in every.items():
         end, *others = _differences(each, model in worlds)
-        base = text_of(over_seeds(list(each.base.values())))
+        base = format_mean_interval(compute_seed_statistics(list(each.base.values())))
         lines.append([model, base, end, *_said(ps.get(model)), *others, str(len(each.end))])
     if len(worlds) > 1:
         lines.append(_mean(list(worlds.values())))
@@ -87,14 +93,17 @@ def contrasts_table(tables, row: str) -> str:
 
 def _differences(each: Contrast, tenths: bool) -> list[str]:
     """A tenth is the first phase in the worlds alone."""
-    said = [text_of(over_seeds(list(getattr(each, part).values())), DIGITS.get(part, 1), "+") for part in PARTS]
-    return said if tenths else [*said[:2], NOTHING, NOTHING]
+    said = [
+        format_mean_interval(compute_seed_statistics(list(getattr(each, part).values())), DIGITS.get(part, 1), "+")
+        for part in PARTS
+    ]
+    return said if tenths else [*said[:2], EMPTY_CELL, EMPTY_CELL]
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
     """A line of the table."""
     whole = _whole(worlds)
-    said = [text_of(_over_worlds(whole, part), DIGITS.get(part, 1), "+") for part in PARTS]
+    said = [format_mean_interval(_over_worlds(whole, part), DIGITS.get(part, 1), "+") for part in PARTS]
     most = len(whole[0].end)
     return [f"mean of the {len(whole)} worlds with {most} seeds", "", said[0], "", "", *said[1:], str(most)]
 
@@ -105,10 +114,10 @@ def _whole(worlds: list[Contrast]) -> list[Contrast]:
     return [each for each in worlds if len(each.end) == most]
 
 
-def _over_worlds(worlds: list[Contrast], part: str) -> OverSeeds:
+def _over_worlds(worlds: list[Contrast], part: str) -> SeedStatistics:
     """The mean over worlds, each of the same weight, over seeds."""
     apart = [getattr(each, part) for each in worlds]
-    return over_seeds([sum(one[seed] for one in apart) / len(apart) for seed in apart[0]])
+    return compute_seed_statistics([sum(one[seed] for one in apart) / len(apart) for seed in apart[0]])
 
 
 def over_worlds(tables, words: str) -> str:
@@ -117,16 +126,16 @@ def over_worlds(tables, words: str) -> str:
     row, part = (word.strip() for word in words.split("|"))
     whole = _whole(list(contrasts(tables, WORLDS, row).values()))
     if part == "highest":
-        return f"{max(over_seeds(list(each.end.values())).high for each in whole):+.1f}"
-    return text_of(_over_worlds(whole, part), DIGITS.get(part, 1), "+")
+        return f"{max(compute_seed_statistics(list(each.end.values())).high for each in whole):+.1f}"
+    return format_mean_interval(_over_worlds(whole, part), DIGITS.get(part, 1), "+")
 
 
 def _p(apart: dict[int, float]) -> float:
-    return paired_p(dict.fromkeys(apart, 0.0), apart)
+    return compute_paired_p_value(dict.fromkeys(apart, 0.0), apart)
 
 
 def _said(p: float | None) -> list[str]:
     """p, and what it says."""
     if p is None:
-        return [NOTHING, "1 seed"]
-    return [p_text(p), APART if p < 0.05 else NOT_APART]
+        return [EMPTY_CELL, "1 seed"]
+    return [format_p_value(p), SIGNIFICANT if p < 0.05 else NOT_SIGNIFICANT]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from bupo.cli.help import COMMANDS, Option, groups, options_of
+from bupo.cli.help import COMMANDS, Option, get_option_classes, group_options
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")  # from docs/ up: what is in the repository, not on the site
@@ -33,18 +33,18 @@ def on_page_markdown(markdown, page, config, files):
 def command_page(name: str) -> str:
     """A command: what it is for, examples, every option by group."""
     command = COMMANDS[name]
-    lines = [f"# bupo {name}", "", f"`bupo {name}{command.takes} [--config FILE.yaml] [--option value ...]`", ""]
+    lines = [f"# bupo {name}", "", f"`bupo {name}{command.placeholder} [--config FILE.yaml] [--option value ...]`", ""]
     lines += [command.sentence, "", "```"]
     lines += [row for line, what in command.examples.items() for row in (f"# {what}", line)]
     lines += ["```", "", "Options may stand in the YAML file of `--config` too; a flag overrides the file."]
-    for title, options in groups(options_of(name)).items():
+    for title, options in group_options(get_option_classes(name)).items():
         lines += ["", f"## {title}", "", "| option | takes | default | |", "| --- | --- | --- | --- |"]
         lines += [_row(option) for option in options]
     return "\n".join(lines) + "\n"
 
 
 def _row(option: Option) -> str:
-    takes, default = (f"`{word}`".replace("|", "/") if word else "" for word in (option.takes, option.default))
+    takes, default = (f"`{word}`".replace("|", "/") if word else "" for word in (option.placeholder, option.default))
     pieces = re.split(r"(`[^`]*`)", option.about)  # every second one is code
     pieces[::2] = [re.sub(r"([|<\[])", r"\\\1", piece) for piece in pieces[::2]]
     about = "".join(pieces)

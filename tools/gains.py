@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bupo.experiments.outputs.comparison_table import p_text
-from bupo.reports.figures.style import BLUE, GREY, ORANGE, panels, trim
-from bupo.utils.statistics import holm, paired
+from bupo.experiments.outputs.comparison_table import format_p_value
+from bupo.reports.figures.style import BLUE, GREY, ORANGE, create_panels, hide_spines
+from bupo.utils.statistics import adjust_holm, compute_paired_difference
 
 BASE = "GRPO"
 MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points: a run's end, and all of it
@@ -34,7 +34,9 @@ def gains(tables, name: str, measure: str) -> pd.DataFrame:
         shared = set.intersection(*(set(each) for (other, _), each in found.items() if other == world))
         if layer is None or (world, BASE) not in found or not shared:
             continue
-        apart = paired(*({seed: part[seed][measure] for seed in shared} for part in (found[world, BASE], seeds)))
+        apart = compute_paired_difference(
+            *({seed: part[seed][measure] for seed in shared} for part in (found[world, BASE], seeds))
+        )
         rows.append((world, int(layer), apart.mean, apart.low, apart.high, apart.n))
     return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
 
@@ -50,7 +52,7 @@ def gains_figure(tables, name: str) -> Figure:
     worlds = list(dict.fromkeys(found["avg@k"]["world"]))
     columns = min(4, len(worlds))
     lines = -(-len(worlds) // columns)
-    figure, axes = panels(lines, columns, (3.2 * columns, 3 * lines), sharey=True)
+    figure, axes = create_panels(lines, columns, (3.2 * columns, 3 * lines), sharey=True)
     for axis in axes.flat[len(worlds) :]:
         axis.set_visible(False)
     for axis, world in zip(axes.flat, worlds, strict=False):
@@ -63,7 +65,7 @@ def gains_figure(tables, name: str) -> Figure:
         axis.set_title(world, fontsize=10)
         axis.set_xlabel("layer of the first phase")
         axis.set_ylabel("points over GRPO")
-        trim(axis)
+        hide_spines(axis)
     axes.flat[0].legend(fontsize=7)
     return figure
 
@@ -116,7 +118,7 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
         pooled = stats.spearmanr(table[name], table["gain"]).statistic
         rows.append((name, pooled, _within(table, name), low, high))
     found = pd.DataFrame(rows, columns=["measure", "pooled", "within", "low", "high"])
-    return found.assign(p=holm([_permuted_p(table, name) for name in PREDICTORS]))
+    return found.assign(p=adjust_holm([_permuted_p(table, name) for name in PREDICTORS]))
 
 
 def prediction(tables) -> str:
@@ -136,7 +138,8 @@ def prediction(tables) -> str:
     ]
     for rows in zip(*found, strict=True):
         cells = [
-            f"{row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] | {p_text(row.p)} | {row.pooled:+.2f}" for row in rows
+            f"{row.within:+.2f} [{row.low:+.2f}, {row.high:+.2f}] | {format_p_value(row.p)} | {row.pooled:+.2f}"
+            for row in rows
         ]
         lines.append(f"| {PREDICTORS[rows[0].measure]} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -145,7 +148,7 @@ def prediction(tables) -> str:
 def prediction_figure(tables) -> Figure:
     """A column a predictor, a row a measure of the gain, a point a layer of a world."""
     size = (2.3 * len(PREDICTORS), 2.3 * len(MEASURES))
-    figure, axes = panels(len(MEASURES), len(PREDICTORS), size, sharey="row", sharex="col")
+    figure, axes = create_panels(len(MEASURES), len(PREDICTORS), size, sharey="row", sharex="col")
     for line, (measure, said) in enumerate(MEASURES.items()):
         table = predicted(tables, measure)
         for axis, (name, label) in zip(axes[line], PREDICTORS.items(), strict=True):
@@ -153,7 +156,7 @@ def prediction_figure(tables) -> Figure:
                 part = table[table["world"] == world]
                 axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
             axis.axhline(0, color=GREY, lw=0.8)
-            trim(axis)
+            hide_spines(axis)
             if line == len(MEASURES) - 1:
                 axis.set_xlabel(fill(label, 24), fontsize=8)
         axes[line, 0].set_ylabel(fill(f"{said}, points over GRPO", 24), fontsize=8)

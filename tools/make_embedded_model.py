@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bupo.data.arithmetic import arithmetic_problem
+from bupo.data.arithmetic import make_arithmetic_problem
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -71,7 +71,7 @@ def training_batch(tokenizer, seed, step, size, worked_share, numbers=3) -> tupl
     ids, labels = [], []
     rng = random.Random(f"style-{seed}-{step}")
     for row in range(size):
-        problem = arithmetic_problem("train", seed, step * size + row, numbers)
+        problem = make_arithmetic_problem("train", seed, step * size + row, numbers)
         answer = problem.worked if rng.random() < worked_share else problem.direct
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
@@ -102,7 +102,7 @@ def supervised(model, states, labels) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(model, tokenizer, problems=512, numbers=3) -> tuple[float, float, float]:
     """Share of exact answers, of worked answers, and mean answer length at temperature 1 on the test split."""
-    held_out = [arithmetic_problem("test", 0, i, numbers) for i in range(problems)]
+    held_out = [make_arithmetic_problem("test", 0, i, numbers) for i in range(problems)]
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": p.question}], add_generation_prompt=True, tokenize=False

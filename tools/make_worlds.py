@@ -24,7 +24,7 @@ import torch
 from make_embedded_model import make_model, make_tokenizer, save, train
 from transformers import Qwen3ForCausalLM
 
-from bupo.models.loading import fingerprint
+from bupo.models.loading import compute_weight_fingerprint
 
 EMBEDDED = Path(__file__).parents[1] / "src/bupo/embedded/model"
 
@@ -68,7 +68,7 @@ def make(world: World, folder: Path, minutes: float) -> None:
     stage = {"steps": world.mixed_steps, "peak_rate": 5e-4, "worked_share": world.worked_share, "seed": 2}
     train(model, tokenizer, name="mixed", **stage, **same)
     save(model, tokenizer, folder, world.numbers)
-    print(f"{folder.name}: weights {fingerprint(model)}", flush=True)
+    print(f"{folder.name}: weights {compute_weight_fingerprint(model)}", flush=True)
 
 
 def main():

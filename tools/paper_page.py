@@ -17,14 +17,14 @@ from typing import Any
 
 from PIL import Image
 
-from bupo.experiments.experiment import names_at, read_experiment
-from bupo.experiments.result_page import FIGURE_FILE, RESULT_FILE, TABLE_FILE, called
+from bupo.experiments.experiment import list_experiments, read_experiment
+from bupo.experiments.result_page import FIGURE_FILE, RESULT_FILE, TABLE_FILE, format_experiment_name
 from bupo.utils.errors import UserError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LARGEST = 60_000  # bytes of a picture
 WIDEST = 1000  # pixels
-NAMES = names_at("embedded")
+NAMES = list_experiments("embedded")
 AGAIN = "python tools/paper_page.py runs/reproduce"
 
 
@@ -68,7 +68,7 @@ def page(docs: Path) -> str:
         f"The figures and tables of the paper, at the scale `{scale}`: {about}.", *shared, "",
         "```", *commands, "```", "",
         f"makes all of it, this page too ([reproduce.md](reproduce.md)). By {'; '.join(versions)}.", "",
-        *(f"- [{called(name)}](#{_anchor(one)}): {one['title']}" for name, one in found.items()), "",
+        *(f"- [{format_experiment_name(name)}](#{_anchor(one)}): {one['title']}" for name, one in found.items()), "",
         *_in_short(found),
     ]  # fmt: skip
     for name, one in found.items():
@@ -90,7 +90,11 @@ def _in_short(found: dict[str, dict[str, Any]]) -> list[str]:
         ]
         said = {word: [row["row"] for row in rows if word in (row["direction"], row["verdict"])] for word in words}
         if rows:
-            cells = [called(name), rows[0]["against"], *(", ".join(dict.fromkeys(said[word])) or "-" for word in words)]
+            cells = [
+                format_experiment_name(name),
+                rows[0]["against"],
+                *(", ".join(dict.fromkeys(said[word])) or "-" for word in words),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
@@ -102,7 +106,7 @@ def _in_short(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _heading(result: dict[str, Any]) -> str:
-    return f"{called(result['name'])}: {result['title']}"
+    return f"{format_experiment_name(result['name'])}: {result['title']}"
 
 
 def _anchor(result: dict[str, Any]) -> str:

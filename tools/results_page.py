@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from bupo.experiments.outputs.make_outcomes_output import compare_outcomes, measure_outcome
 from contrasts import NOTHING_STORED, contrasts_table, over_worlds
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
 
-from bupo.experiments.experiment import Cell, Experiment, names_at, read_experiment
-from bupo.experiments.jobs import Places, state_of
-from bupo.experiments.outputs import Finished
-from bupo.experiments.outputs.comparison_table import Output, text_of
-from bupo.experiments.outputs.outcomes import compared, outcome
+from bupo.experiments.experiment import Cell, Experiment, list_experiments, read_experiment
+from bupo.experiments.jobs import RunPaths, get_run_state
+from bupo.experiments.outputs import FinishedExperiment
+from bupo.experiments.outputs.comparison_table import ExperimentOutput, format_mean_interval
 from bupo.utils.errors import UserError
-from bupo.utils.statistics import over_seeds, paired
+from bupo.utils.statistics import compute_paired_difference, compute_seed_statistics
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
@@ -51,11 +51,11 @@ def read(name: str) -> Experiment:
     return read_experiment(name, scale or "worlds", MODELS[scale or "worlds"])
 
 
-def ended(experiment: Experiment, places: Places) -> Iterator[Cell]:
+def ended(experiment: Experiment, places: RunPaths) -> Iterator[Cell]:
     """The cells whose runs have all ended, of today's options."""
     for cell in experiment.cells:
         try:
-            if all(state_of(run, places) == "finished" for run in cell.runs.values()):
+            if all(get_run_state(run, places) == "finished" for run in cell.runs.values()):
                 yield cell
         except UserError:  # made with other options than today's
             continue
@@ -70,10 +70,10 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
         revision (`str`): of the code that made the runs which do not say it themselves.
         scale (`str`): of the runs.
     """
-    places, rows, layers = Places(root), [], []
-    for name in names_at(scale):
+    places, rows, layers = RunPaths(root), [], []
+    for name in list_experiments(scale):
         experiment = read(f"{name}@{scale}")
-        finished = Finished(experiment, places.folder, places.seconds)
+        finished = FinishedExperiment(experiment, places.folder, places.seconds)
         for cell in ended(experiment, places):
             if "analyze" in cell.runs:
                 layers.append(_layers(finished, cell))
@@ -87,7 +87,7 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
                     "revision": _revision(began) or revision,
                     "world": cell.model,
                 }
-                rows.append(head | {"seed": cell.seed} | outcome(finished, cell))
+                rows.append(head | {"seed": cell.seed} | measure_outcome(finished, cell))
     docs.mkdir(parents=True, exist_ok=True)
     _merge(docs / RUNS, pd.DataFrame(rows).round(4), KEYS)
     _merge(docs / LAYERS, pd.concat(layers) if layers else pd.DataFrame(), ["world", "measure", "layer"])
@@ -102,7 +102,7 @@ def _revision(began: dict[str, Any]) -> str | None:
     return began["git"]["revision"][:7] if here else None
 
 
-def _layers(finished: Finished, cell: Cell) -> pd.DataFrame:
+def _layers(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """What the analysis of a world says of its layers."""
     run = cell.runs["analyze"]
     table = finished.frame(run, "layers.parquet")[["measure", "layer", "mean", "low", "high"]]
@@ -129,7 +129,9 @@ class Tables:
         self.known: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in self.runs.to_dict("records"):
             self.known.setdefault((row["run"], row["digest"]), []).append(row)
-        self.outputs: dict[str, Output | None] = {}  # by experiment: the page says something of one in many places
+        self.outputs: dict[
+            str, ExperimentOutput | None
+        ] = {}  # by experiment: the page says something of one in many places
 
     def experiment(self, name: str) -> Experiment:
         """By its name on the page."""
@@ -153,11 +155,11 @@ class Tables:
         last = cell.runs.get("eval", cell.runs["train"])
         return self.known.get((last.name, last.digest()), [])
 
-    def output(self, name: str) -> Output | None:
+    def output(self, name: str) -> ExperimentOutput | None:
         """None where no run is stored."""
         if name not in self.outputs:
             found = self.found(read(name))
-            self.outputs[name] = compared(read(name), found) if found else None
+            self.outputs[name] = compare_outcomes(read(name), found) if found else None
         return self.outputs[name]
 
     def shown(self, name: str) -> list[str]:
@@ -195,19 +197,21 @@ def _gain(tables: Tables, words: str) -> str:
     measured = next((part for part in more if not part.startswith("less ")), "avg@k")
     found = tables.found(experiment)
     mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
-    apart = paired(other, mine)
+    apart = compute_paired_difference(other, mine)
     output = tables.output(name)
     assert output is not None, "a row is stored"
     rows = [] if more else output.shown[0].rows
     said = [f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)]
-    return f"{text_of(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
+    return f"{format_mean_interval(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
 
 
 def _mean(tables: Tables, words: str) -> str:
     """`{mean NAME WORLD | ROW}`: a row's avg@k, in percent."""
     where, row = (part.strip() for part in words.split("|"))
     name, world = where.split()
-    return text_of(over_seeds([each["avg@k"] for each in tables.found(read(name))[world, row].values()]))
+    return format_mean_interval(
+        compute_seed_statistics([each["avg@k"] for each in tables.found(read(name))[world, row].values()])
+    )
 
 
 def _seeds(tables: Tables, name: str) -> str:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bupo.utils.sanitize import markdown_table
+from bupo.utils.sanitize import format_markdown_table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAMES = ("update", "step", "growth")
@@ -37,9 +37,9 @@ def copy(results: Path, docs: Path) -> None:
 def block(result: dict[str, Any]) -> str:
     """A result as Markdown: what was measured, its tables, its targets, and the profiles of what is missed."""
     parts = [f"`{result['command']}`: {result['setting']}.\n{result['machine']}.\n"]
-    parts += [f"{table['title']}:\n\n{markdown_table(table['rows'])}" for table in result["tables"]]
+    parts += [f"{table['title']}:\n\n{format_markdown_table(table['rows'])}" for table in result["tables"]]
     if result["targets"]:
-        parts.append(markdown_table(result["targets"]))
+        parts.append(format_markdown_table(result["targets"]))
     if any(target[""] == "missed" for target in result["targets"]):
         parts += [f"{name}:\n\n```\n{text.strip()}\n```\n" for name, text in result["profiles"].items()]
     return "\n".join(parts)

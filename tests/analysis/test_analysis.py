@@ -19,12 +19,19 @@ from peft import LoraConfig, get_peft_model
 
 import bupo
 from bupo import AnalyzeOptions, UserError
-from bupo.analysis.measures import MEASURES, measure
+from bupo.analysis.measures import MEASURES, measure_completions
 from bupo.analysis.rollouts import read_rollouts
-from bupo.analysis.stages import ranges_of, stages
-from bupo.analysis.tables import AnswerSums, Resampled, layer_table, perplexity, settled, similarity
+from bupo.analysis.stages import classify_stages, find_stage_ranges
+from bupo.analysis.tables import (
+    BootstrapMeans,
+    CompletionSums,
+    build_layer_table,
+    compute_perplexity,
+    compute_similarity,
+    has_significant_signs,
+)
 from bupo.cli.main import main
-from bupo.models.loading import load_model, load_tokenizer, model_path
+from bupo.models.loading import load_model, load_tokenizer, resolve_model_path
 from bupo.models.residual_stream import ResidualStream
 from bupo.reports.figures.style import BLUE, GREEN, ORANGE
 from tests.cli.test_commands import fails  # noqa: F401
@@ -43,7 +50,7 @@ def sums_of(means, tokens=10, spread=0.0, seed=0):
         total = np.zeros((len(MEASURES), len(means)))
         total[row] = tokens * (np.array(means) + spread * rng.standard_normal(len(means)))
         answers.append(
-            AnswerSums(
+            CompletionSums(
                 index, tokens, total, total**2 / tokens, np.eye(len(means)) * tokens, np.eye(len(means)), -2.0, 1.0
             )
         )
@@ -51,7 +58,7 @@ def sums_of(means, tokens=10, spread=0.0, seed=0):
 
 
 def test_stages_and_boundary():
-    found = stages(sums_of([1.0, 0.01, 0.6, 0.0, -0.5], spread=0.1))
+    found = classify_stages(sums_of([1.0, 0.01, 0.6, 0.0, -0.5], spread=0.1))
     assert found["stages"] == ["exploration", "integration", "exploration", "integration", "convergence"]
     assert found["boundary_layer"] == 3 and found["boundary_shares"][3] > 0.9
     assert "layer 3 is the last whose dH_FFN is positive beyond doubt: +0.6" in found["explanation"]
@@ -59,7 +66,7 @@ def test_stages_and_boundary():
 
 
 def test_a_model_without_a_boundary_says_why():
-    found = stages(sums_of([-1.0, -0.2, -0.6], spread=0.1))
+    found = classify_stages(sums_of([-1.0, -0.2, -0.6], spread=0.1))
     assert found["boundary_layer"] is None and found["boundary_shares"] == {0: 1.0}
     assert "no layer's dH_FFN is positive beyond doubt" in found["explanation"] and "in layer 2" in found["explanation"]
 
@@ -76,7 +83,7 @@ def test_a_model_without_a_boundary_says_why():
     ],
 )
 def test_ranges_and_pattern(means, ranges, pattern):
-    found = stages(sums_of([float(mean) for mean in means], spread=0.05))
+    found = classify_stages(sums_of([float(mean) for mean in means], spread=0.05))
     if means != [1, -1] * 4:  # there several cuts are as good
         assert list(found["ranges"].values()) == ranges
     assert found["pattern"] == pattern and found["verdict"].startswith(pattern)
@@ -89,7 +96,7 @@ def test_ranges_are_the_best_of_all():
     for _ in range(30):
         size = int(rng.integers(1, 9))
         own, mean = rng.integers(0, 3, size), rng.standard_normal(size)
-        ranges, fit = ranges_of(names[own].tolist(), mean)
+        ranges, fit = find_stage_ranges(names[own].tolist(), mean)
         cuts = [(a, b) for a in range(size + 1) for b in range(a, size + 1)]
         wanted = [np.repeat([0, 1, 2], [a, b - a, size - b]) for a, b in cuts]
         agree = [(own == stage).mean() for stage in wanted]
@@ -101,27 +108,29 @@ def test_ranges_are_the_best_of_all():
 
 
 def test_the_papers_rule_stands_beside():
-    found = stages(sums_of([1.0, 0.02, -0.5], spread=0.001))
+    found = classify_stages(sums_of([1.0, 0.02, -0.5], spread=0.001))
     assert (found["boundary_layer"], found["paper_boundary_layer"]) == (1, 2)
     assert "by the paper's rule, the last layer with a positive mean, it would be layer 2" in found["explanation"]
 
 
 def test_settled():
-    assert settled(sums_of([1.0, -1.0], spread=0.1))
-    assert not settled(sums_of([1.0, 0.0], spread=0.1))
-    assert not settled(sums_of([1.0, -1.0], spread=0.1)[:7])
+    assert has_significant_signs(sums_of([1.0, -1.0], spread=0.1))
+    assert not has_significant_signs(sums_of([1.0, 0.0], spread=0.1))
+    assert not has_significant_signs(sums_of([1.0, -1.0], spread=0.1)[:7])
 
 
 def test_one_answer_leaves_nothing_to_resample():
     one = sums_of([1.0, -1.0])[:1]
-    assert stages(one)["stages"] == ["undecided", "undecided"] and stages(one)["boundary_layer"] is None
-    assert layer_table(one, "m")["low"].isna().all() and not settled(one)
+    assert (
+        classify_stages(one)["stages"] == ["undecided", "undecided"] and classify_stages(one)["boundary_layer"] is None
+    )
+    assert build_layer_table(one, "m")["low"].isna().all() and not has_significant_signs(one)
 
 
 def test_intervals_respect_answers():
     """Tokens of one answer that move together: the interval is that of 40 answers, not of 400 tokens."""
     answers = sums_of([0.0], spread=1.0)
-    low, high = Resampled(answers).interval()
+    low, high = BootstrapMeans(answers).interval()
     row = MEASURES.index("d_entropy_ffn")
     means = np.array([a.total[row, 0] / a.tokens for a in answers])
     assert high[row, 0] - low[row, 0] == pytest.approx(2 * 1.96 * means.std(ddof=1) / math.sqrt(40), rel=0.1)
@@ -130,9 +139,9 @@ def test_intervals_respect_answers():
 def test_table_against_plain_means():
     stream = ResidualStream(load_model("embedded", dtype=torch.float32))
     rollouts = [([5, 6, 7], [8, 9, 10, 11]), ([12, 13], [14, 15]), ([3, 4], [9])]
-    found = list(measure(stream, rollouts))
-    answers = [AnswerSums.read(AnswerSums.of(f).line()) for f in found]
-    table = layer_table(answers, "m").set_index(["measure", "layer"])
+    found = list(measure_completions(stream, rollouts))
+    answers = [CompletionSums.read(CompletionSums.of(f).line()) for f in found]
+    table = build_layer_table(answers, "m").set_index(["measure", "layer"])
     for name in MEASURES:
         values = np.concatenate([f.values[name] for f in found], axis=1)
         for layer in (1, 5, 8):
@@ -140,8 +149,10 @@ def test_table_against_plain_means():
             np.testing.assert_allclose(row["mean"], values[layer - 1].mean(), rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(row["std"], values[layer - 1].std(ddof=1), rtol=1e-4, atol=1e-5)
             assert row["tokens"] == 7 and row["answers"] == 3
-    assert perplexity(answers) == pytest.approx(np.exp(-np.concatenate([f.log_probs for f in found]).mean()), rel=1e-6)
-    np.testing.assert_allclose(np.diag(similarity(answers)), 1, atol=1e-5)
+    assert compute_perplexity(answers) == pytest.approx(
+        np.exp(-np.concatenate([f.log_probs for f in found]).mean()), rel=1e-6
+    )
+    np.testing.assert_allclose(np.diag(compute_similarity(answers)), 1, atol=1e-5)
 
 
 def write_rollouts(path, rows):
@@ -258,7 +269,7 @@ def test_analyze_end_to_end(tmp_path, capsys):
 
 
 def test_analyze_stops_when_settled(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bupo.analysis.measured_answers.settled", lambda answers: len(answers) >= 9)
+    monkeypatch.setattr("bupo.analysis.measured_answers.has_significant_signs", lambda answers: len(answers) >= 9)
     out = tmp_path / "out"
     assert main(["analyze", "--size", "20", "--until", "settled", "--output", str(out)]) == 0
     meta = json.loads((out / "summary.json").read_text())["models"][0]["meta"]
@@ -270,7 +281,9 @@ def test_analyze_an_adapter_and_two_models(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     rollouts = write_rollouts(tmp_path / "r.jsonl", [{"prompt": f"{i}+1", "completion": str(i + 1)} for i in range(9)])
     common = ["--rollouts", rollouts, "--output"]
-    assert main(["analyze", *common, str(tmp_path / "plain"), "--model", "embedded", model_path("embedded")]) == 0
+    assert (
+        main(["analyze", *common, str(tmp_path / "plain"), "--model", "embedded", resolve_model_path("embedded")]) == 0
+    )
     assert main(["analyze", *common, str(tmp_path / "adapted"), "--adapter", str(tmp_path / "adapter")]) == 0
     plain, adapted = (pd.read_parquet(tmp_path / run / "layers.parquet") for run in ("plain", "adapted"))
     assert set(plain["model"]) == {"embedded", "model"}
@@ -326,7 +339,7 @@ def test_one_token_answers_are_answers(tmp_path):
 
 
 def read_sums(path):
-    return [AnswerSums.read(line) for line in path.read_text().split("\n")[:-1]]
+    return [CompletionSums.read(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def start_analysis(out, *more):

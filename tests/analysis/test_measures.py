@@ -6,8 +6,8 @@ import torch
 
 from bupo.analysis import measures as measure_module
 from bupo.analysis import vocab_streaming as fold_module
-from bupo.analysis.measures import MEASURES, measure
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.analysis.measures import MEASURES, measure_completions
+from bupo.models.residual_stream import Activation, ResidualStream
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 ROLLOUTS = [([5, 6, 7], [8, 9, 10, 11, 12]), ([3], [4]), ([20, 21], [22, 23, 24]), ([9] * 6, [7, 8] * 4)]
@@ -20,8 +20,8 @@ def naive(model, prompt, answer, lens="raw", temperature=1.0):
     layers = range(1, stream.num_layers + 1)
     ids = torch.tensor([[*prompt, *answer]])
     rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    sites = [Site(k, n) for n in layers for k in ("attn", "ffn", "attn_input", "ffn_input", "layer")] + [
-        Site("layer", 0)
+    sites = [Activation(k, n) for n in layers for k in ("attn", "ffn", "attn_input", "ffn_input", "layer")] + [
+        Activation("layer", 0)
     ]
     h = {site: x[0, rows] for site, x in stream.run(sites, ids).items()}
     theta = (model(ids).logits[0, rows].double() / temperature).log_softmax(-1)
@@ -45,27 +45,35 @@ def naive(model, prompt, answer, lens="raw", temperature=1.0):
     target = torch.tensor(answer)[:, None]
     found = {name: [] for name in MEASURES}
     for n in layers:
-        own, below = Site("layer", n), Site("layer", n - 1)
+        own, below = Activation("layer", n), Activation("layer", n - 1)
         for kind in ("attn_input", "attn", "ffn_input", "ffn", "layer"):
-            found[f"entropy_{kind}"].append(entropy(Site(kind, n)))
+            found[f"entropy_{kind}"].append(entropy(Activation(kind, n)))
         found["entropy_layer_input"].append(entropy(below))
         found["d_entropy_layer"].append(entropy(own) - entropy(below))
-        found["d_entropy_attn"].append(entropy(Site("attn", n)) - entropy(Site("attn_input", n)))
-        found["d_entropy_ffn"].append(entropy(Site("ffn", n)) - entropy(Site("ffn_input", n)))
+        found["d_entropy_attn"].append(entropy(Activation("attn", n)) - entropy(Activation("attn_input", n)))
+        found["d_entropy_ffn"].append(entropy(Activation("ffn", n)) - entropy(Activation("ffn_input", n)))
         last = n == stream.num_layers
         found["kl_next"].append(
-            torch.full((len(answer),), torch.nan).double() if last else kl(log_p(own), log_p(Site("layer", n + 1)))
+            torch.full((len(answer),), torch.nan).double()
+            if last
+            else kl(log_p(own), log_p(Activation("layer", n + 1)))
         )
         found["kl_language_model"].append(kl(log_p(own), theta))
         found["top1_agreement"].append((log_p(own).argmax(-1) == theta.argmax(-1)).double())
         found["log_prob"].append(log_p(own).gather(-1, target)[:, 0])
-        found["cosine_attn"].append(cosine(h[Site("attn", n)], h[below]))
-        found["cosine_ffn"].append(cosine(h[Site("ffn", n)], h[below] + h[Site("attn", n)]))
+        found["cosine_attn"].append(cosine(h[Activation("attn", n)], h[below]))
+        found["cosine_ffn"].append(cosine(h[Activation("ffn", n)], h[below] + h[Activation("attn", n)]))
     pairs = torch.stack(
-        [torch.stack([kl(log_p(Site("layer", a)), log_p(Site("layer", b))).sum() for b in layers]) for a in layers]
+        [
+            torch.stack([kl(log_p(Activation("layer", a)), log_p(Activation("layer", b))).sum() for b in layers])
+            for a in layers
+        ]
     )
     similarity = torch.stack(
-        [torch.stack([cosine(h[Site("layer", a)], h[Site("layer", b)]).sum() for b in layers]) for a in layers]
+        [
+            torch.stack([cosine(h[Activation("layer", a)], h[Activation("layer", b)]).sum() for b in layers])
+            for a in layers
+        ]
     )
     return (
         {name: torch.stack(values).double().numpy() for name, values in found.items()},
@@ -90,9 +98,9 @@ def compare(found, wanted, **tolerance):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_naive_fp64(family, pairs, monkeypatch):
-    monkeypatch.setattr(fold_module, "TILE", 13)  # many merges, and a last tile that is short
+    monkeypatch.setattr(fold_module, "CPU_TILE_SIZE", 13)  # many merges, and a last tile that is short
     model = tiny_model(family, dtype=torch.float64)
-    for rollout, found in zip(ROLLOUTS, measure(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
+    for rollout, found in zip(ROLLOUTS, measure_completions(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
         assert (found.kl is not None) == pairs
         compare(found, naive(model, *rollout), rtol=1e-6, atol=1e-6)
 
@@ -101,11 +109,11 @@ def test_agrees_with_naive_fp64(family, pairs, monkeypatch):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("size", [1, 40])  # of the head: ordinary logits, and those of hundreds
 def test_fp32_and_large_logits(monkeypatch, tile, size, pairs):
-    monkeypatch.setattr(fold_module, "TILE", tile)
+    monkeypatch.setattr(fold_module, "CPU_TILE_SIZE", tile)
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight *= size
-    for rollout, found in zip(ROLLOUTS, measure(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
+    for rollout, found in zip(ROLLOUTS, measure_completions(ResidualStream(model), ROLLOUTS, pairs=pairs), strict=True):
         # 1e-6 a token in fp32, and some of what is compared sums an answer's tokens: processors differ
         compare(found, naive(model.double(), *rollout), rtol=2e-4, atol=3e-5 * size)
         model.float()
@@ -113,16 +121,18 @@ def test_fp32_and_large_logits(monkeypatch, tile, size, pairs):
 
 def test_lens_and_temperature():
     model = tiny_model("gemma2", dtype=torch.float64)
-    found = next(measure(ResidualStream(model), ROLLOUTS[:1], lens="final_norm", temperature=0.7))
+    found = next(measure_completions(ResidualStream(model), ROLLOUTS[:1], lens="final_norm", temperature=0.7))
     compare(found, naive(model, *ROLLOUTS[0], lens="final_norm", temperature=0.7), rtol=1e-6, atol=1e-6)
 
 
 def test_blocks_and_order_change_nothing(monkeypatch):
     stream = ResidualStream(tiny_model("qwen3"))
-    together = list(measure(stream, ROLLOUTS, pairs=True))
-    backwards = list(measure(stream, ROLLOUTS[::-1], pairs=True))[::-1]
-    monkeypatch.setattr(measure_module._Block, "free", property(lambda self: min(3, self.capacity) - self.used))
-    split = list(measure(stream, ROLLOUTS, pairs=True))  # answers over several blocks, blocks over several answers
+    together = list(measure_completions(stream, ROLLOUTS, pairs=True))
+    backwards = list(measure_completions(stream, ROLLOUTS[::-1], pairs=True))[::-1]
+    monkeypatch.setattr(measure_module._PositionBlock, "free", property(lambda self: min(3, self.capacity) - self.used))
+    split = list(
+        measure_completions(stream, ROLLOUTS, pairs=True)
+    )  # answers over several blocks, blocks over several answers
     for whole, *others in zip(together, backwards, split, strict=True):
         for other in others:
             compare(
@@ -132,8 +142,8 @@ def test_blocks_and_order_change_nothing(monkeypatch):
 
 def test_sixteen_bits_stay_near():
     """bf16 rounds states to 2^-9: entropies of tiny models stay within 0.05 nats on average."""
-    exact = list(measure(ResidualStream(tiny_model("llama")), ROLLOUTS))
-    rounded = list(measure(ResidualStream(tiny_model("llama", dtype=torch.bfloat16)), ROLLOUTS))
+    exact = list(measure_completions(ResidualStream(tiny_model("llama")), ROLLOUTS))
+    rounded = list(measure_completions(ResidualStream(tiny_model("llama", dtype=torch.bfloat16)), ROLLOUTS))
     for a, b in zip(exact, rounded, strict=True):
         for kind in ("layer", "attn", "ffn"):
             assert np.abs(a.values[f"entropy_{kind}"] - b.values[f"entropy_{kind}"]).mean() < 0.05

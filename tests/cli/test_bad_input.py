@@ -19,16 +19,16 @@ from bupo.cli import parsing
 from bupo.cli.main import main
 from bupo.cli.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
-from bupo.options.groups import RANGES as SHARED
-from bupo.options.ranges import LARGEST, check_number, hints_of, kinds_of
-from bupo.planning.options import RANGES as PLANNING
+from bupo.options.groups import SHARED_RANGES as SHARED
+from bupo.options.ranges import MAX_INTEGER, check_number, get_field_types, get_non_none_types
+from bupo.planning.options import PLAN_RANGES as PLANNING
 from bupo.planning.options import PlanOptions
 from bupo.training.config import BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.train_data import TrainOptions
-from bupo.training.validation.arguments import said_of_phases
-from bupo.training.validation.dry_run import rehearse
-from bupo.training.validation.option_ranges import MODEL_RANGES, RANGES, STEPS
+from bupo.training.validation.arguments import describe_phases
+from bupo.training.validation.dry_run import dry_run_components
+from bupo.training.validation.option_ranges import MODEL_RANGES, RANGES, STEP_STRATEGIES
 from bupo.utils.errors import UserError
 from tests.helpers.bad_inputs import FILES, ROWS
 
@@ -145,7 +145,7 @@ NUMBERS_OF = (
 
 def test_every_number_has_a_range():
     """An option that a newer TRL adds shows up here."""
-    own = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEPS}  # looked at by name
+    own = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEP_STRATEGIES}  # looked at by name
     named = {*RANGES, *MODEL_RANGES, *SHARED, *PLANNING, *own}
     elsewhere = {
         "k",
@@ -159,8 +159,8 @@ def test_every_number_has_a_range():
         "max_prompt_tokens",
     }  # in the command's own check
     for options in NUMBERS_OF:
-        for name, hint in hints_of(options).items():
-            if any(kind in (int, float) for kind in kinds_of(hint)):
+        for name, hint in get_field_types(options).items():
+            if any(kind in (int, float) for kind in get_non_none_types(hint)):
                 known = name in named | elsewhere or not options.__dataclass_fields__[name].init
                 assert known, f"{options.__name__}.{name} takes any number: give it a range"
 
@@ -171,7 +171,7 @@ def test_every_number_has_a_range():
         ("[0, 1)", (0, 0.5, np.float64(0)), (1, -0.1, nan, True, "0", None)),
         ("(0, inf)", (1e-9, 10**9), (0, inf, -inf, nan)),
         ("[0, inf]", (0, inf), (-inf, nan)),
-        ("whole [1, inf)", (1, LARGEST, np.int64(3)), (0, 1.0, LARGEST + 1, True, nan, "1")),
+        ("whole [1, inf)", (1, MAX_INTEGER, np.int64(3)), (0, 1.0, MAX_INTEGER + 1, True, nan, "1")),
         ("(-inf, inf)", (0, -0.0, -1e30, 1e-30), (inf, -inf, nan, 10**400, -1e300, 3.5e38, 1e-320, -1e-40)),
         ("[0, inf]", (0, inf, 1e29), (1e39, 5e-324)),
         ("[-inf, inf]", (inf, -inf), (nan, 1e300)),
@@ -244,7 +244,7 @@ def test_a_configuration_from_python(options, says):
 )
 def test_what_trl_trains_with_is_not_refused(options):
     config = BuPOConfig("o", internal_layer=1, **options)
-    rehearse(config, ModelConfig())
+    dry_run_components(config, ModelConfig())
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_calls_from_python(tmp_path, monkeypatch, call, says):
 
 def test_a_run_that_ends_inside_its_first_phase_is_told():
     config = BuPOConfig("o", internal_layer=1, internal_steps=3, steps_per_generation=2, max_steps=5)
-    assert "takes 3 rollout batches of 2 updates, and max_steps is 5" in said_of_phases(config)
+    assert "takes 3 rollout batches of 2 updates, and max_steps is 5" in describe_phases(config)
     for changes in ({"max_steps": 6}, {"max_steps": -1}, {"internal_steps": 2}):
         given: dict = {"internal_steps": 3, "steps_per_generation": 2, "max_steps": 5, **changes}
-        assert said_of_phases(BuPOConfig("o", internal_layer=1, **given)) is None
+        assert describe_phases(BuPOConfig("o", internal_layer=1, **given)) is None

@@ -13,9 +13,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from bupo.cli.help import COMMANDS, groups, options_of
+from bupo.cli.help import COMMANDS, get_option_classes, group_options
 from bupo.cli.main import main
-from bupo.options.groups import SYNONYMS
+from bupo.options.groups import OPTION_ALIASES
 from bupo.reports.figures.style import BLUE, ORANGE
 from bupo.training.callbacks.metrics_file import read_metrics
 from tests.data.test_problems import write
@@ -178,7 +178,7 @@ def test_help_tells_every_option_once_with_its_default(command, capsys, monkeypa
         main([command, "--help"])
     text = capsys.readouterr().out
     flags = re.findall(r"^  --(\w+)", text, re.M)
-    known = [field for each in options_of(command) for field in dataclasses.fields(each) if field.init]
+    known = [field for each in get_option_classes(command) for field in dataclasses.fields(each) if field.init]
     assert stop.value.code == 0 and sorted(flags) == sorted({field.name for field in known})
     for field in known:
         if type(field.default) in (int, float):
@@ -193,8 +193,10 @@ def test_help_tells_every_option_once_with_its_default(command, capsys, monkeypa
 def test_examples_in_the_help_name_options_that_there_are(line):
     _, command, *words = line.split()
     flags = {word.removeprefix("--") for word in words if word.startswith("--")}
-    known = {option.name for each in groups(options_of(command)).values() for option in each} | {"config"}
-    assert {flag if flag in known else SYNONYMS.get(flag) for flag in flags} <= known
+    known = {option.name for each in group_options(get_option_classes(command)).values() for option in each} | {
+        "config"
+    }
+    assert {flag if flag in known else OPTION_ALIASES.get(flag) for flag in flags} <= known
 
 
 def test_completion_completes(capsys, tmp_path):

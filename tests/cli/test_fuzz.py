@@ -21,7 +21,7 @@ from bupo.cli.main import main
 from bupo.cli.report import ReportOptions
 from bupo.cli.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
-from bupo.options.ranges import hints_of, kinds_of, words_of
+from bupo.options.ranges import get_choices, get_field_types, get_non_none_types
 from bupo.training.config import BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.train_data import TrainOptions
@@ -125,7 +125,7 @@ def reached(*arguments, **options):
 def plausible(kind):
     """Values that a field of this type may well take."""
     words = str(kind)
-    choices = [str(getattr(word, "value", word)) for each in kinds_of(kind) for word in words_of(each)]
+    choices = [str(getattr(word, "value", word)) for each in get_non_none_types(kind) for word in get_choices(each)]
     if choices:
         return st.sampled_from(choices)
     if "bool" in words:
@@ -137,7 +137,7 @@ def plausible(kind):
     return TEXTS
 
 
-HINTS = {name: hint for classes in OPTIONS.values() for each in classes for name, hint in hints_of(each).items()}
+HINTS = {name: hint for classes in OPTIONS.values() for each in classes for name, hint in get_field_types(each).items()}
 
 
 @st.composite

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from bupo.analysis.options import AnalyzeOptions
 from bupo.cli.main import main
-from bupo.cli.parsing import parse, parse_given
+from bupo.cli.parsing import parse_options, parse_options_and_values
 from bupo.cli.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
 from bupo.options.groups import (
@@ -23,12 +23,12 @@ from bupo.options.groups import (
     ModelOptions,
     PromptOptions,
     RunOptions,
-    check_values,
+    check_command_options,
 )
-from bupo.run_files.provenance import SECRET, command_line, note_run
+from bupo.run_files.provenance import SECRET_NAME, record_run, redact_command_line
 from bupo.training.config import BuPOConfig
 from bupo.training.run import TrainOptions
-from bupo.utils.errors import UserError, others
+from bupo.utils.errors import UserError, wrap_library_errors
 from tests.cli.test_commands import fails  # noqa: F401
 
 
@@ -74,33 +74,33 @@ def test_trls_words_are_ours(tmp_path, capsys, theirs, ours, value):
         ["--config", str(tmp_path / "c.yaml")],
         [f"--config={tmp_path / 'c.yaml'}"],
     ):
-        (options,), given = parse_given((Short,), line, "bupo x")
+        (options,), given = parse_options_and_values((Short,), line, "bupo x")
         assert getattr(options, ours) == value and given == {ours: value}
     assert not capsys.readouterr().err
 
 
 def test_our_words_are_trls():
     line = ["--model", "m", "--revision=r", "--output", "o", "--max-new-tokens", "9", "--internal_steps", "0"]
-    (_, config, model), given = parse_given(TRAIN, line, "bupo train")
+    (_, config, model), given = parse_options_and_values(TRAIN, line, "bupo train")
     assert (model.model_name_or_path, model.model_revision) == ("m", "r")
     assert (config.output_dir, config.max_completion_length) == ("o", 9)
     wanted = {"model_name_or_path": "m", "model_revision": "r", "output_dir": "o"}
     assert given == wanted | {"max_completion_length": 9, "internal_steps": 0}
     theirs = "unknown option 'batch_size': did you mean 'per_device_train_batch_size'"  # training has several
     with pytest.raises(UserError, match=theirs):
-        parse(TRAIN, ["--internal_steps", "0", "--batch_size", "4"], "bupo train")
+        parse_options(TRAIN, ["--internal_steps", "0", "--batch_size", "4"], "bupo train")
 
 
 def test_transformers_old_word_for_overwrite():
     flags = ["--overwrite_output_dir", "true", "--internal_steps", "0"]
-    assert parse((TrainOptions, BuPOConfig, ModelConfig), flags, "bupo train")[0].overwrite
+    assert parse_options((TrainOptions, BuPOConfig, ModelConfig), flags, "bupo train")[0].overwrite
     with pytest.raises(UserError, match=r"overwrite_output_dir and overwrite are both given"):
-        parse((Short,), ["--overwrite_output_dir", "true", "--overwrite", "true"], "bupo x")
+        parse_options((Short,), ["--overwrite_output_dir", "true", "--overwrite", "true"], "bupo x")
 
 
 def test_former_words_warn(capsys):
     line = ["--dataset_size", "5", "--eval-dataset-name", "e", "--dataset_test_split", "t", "--internal_steps", "0"]
-    (options, *_) = parse(TRAIN, line, "bupo train")
+    (options, *_) = parse_options(TRAIN, line, "bupo train")
     assert (options.size, options.eval_dataset, options.eval_split) == (5, "e", "t")
     assert capsys.readouterr().err.splitlines() == [
         "bupo: warning: dataset_size is called size now",
@@ -110,12 +110,12 @@ def test_former_words_warn(capsys):
 
 def test_a_word_and_its_synonym(tmp_path):
     with pytest.raises(UserError, match=r"^model and model_name_or_path are both given and mean the same"):
-        parse((Short,), ["--model", "a", "--model-name-or-path", "b"], "bupo x")
+        parse_options((Short,), ["--model", "a", "--model-name-or-path", "b"], "bupo x")
     (tmp_path / "c.yaml").write_text("dataset_name: a\ndataset: b\n")
     with pytest.raises(UserError, match=r"^dataset_name and dataset are both given"):
-        parse((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+        parse_options((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
     (tmp_path / "c.yaml").write_text("dataset_name: a\n")
-    (options,) = parse((Short,), ["--config", str(tmp_path / "c.yaml"), "--dataset", "b"], "bupo x")
+    (options,) = parse_options((Short,), ["--config", str(tmp_path / "c.yaml"), "--dataset", "b"], "bupo x")
     assert options.dataset == "b"  # a flag goes before the file
 
 
@@ -126,7 +126,7 @@ def test_unknown_words(fails):  # noqa: F811
         ("qqqqqqqq", "unknown option 'qqqqqqqq'; see bupo x --help"),
     ):
         with pytest.raises(UserError) as raised:
-            parse((Short,), [f"--{word}", "1"], "bupo x")
+            parse_options((Short,), [f"--{word}", "1"], "bupo x")
         assert str(raised.value) == message
     for command, word, message in (
         ("eval", "dataset", "unknown option 'dataset': did you mean 'benchmarks'?"),
@@ -140,10 +140,10 @@ def test_unknown_words(fails):  # noqa: F811
 
 def test_one_word_of_a_list(tmp_path):
     (tmp_path / "c.yaml").write_text("names: abc\nmaybe: my.f\n")
-    (options,), given = parse_given((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+    (options,), given = parse_options_and_values((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
     assert options.names == ["abc"] and options.maybe == ["my.f"] and given == {"names": ["abc"], "maybe": ["my.f"]}
     (tmp_path / "c.yaml").write_text("report_to: none\ninternal_schedule: '[[2, 3]]'\neval_benchmarks: math500\n")
-    (_, config, _), given = parse_given(TRAIN, ["--config", str(tmp_path / "c.yaml")], "bupo train")
+    (_, config, _), given = parse_options_and_values(TRAIN, ["--config", str(tmp_path / "c.yaml")], "bupo train")
     assert config.internal_schedule == [[2, 3]] and config.eval_benchmarks == ["math500"]
 
 
@@ -160,7 +160,7 @@ def test_one_word_of_a_list(tmp_path):
 def test_values_of_another_type(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError) as raised:
-        parse((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+        parse_options((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
     assert message in str(raised.value)
 
 
@@ -175,38 +175,40 @@ def test_what_was_given_is_as_it_was_read(tmp_path):
         "--gradient_checkpointing_kwargs",
         '{"a": 1}',
     ]
-    _, given = parse_given(TRAIN, line, "bupo train")
+    _, given = parse_options_and_values(TRAIN, line, "bupo train")
     wanted = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "internal_layer": "3"}
     wanted["seed"] = 42  # it is 42 anyhow, but of another version it may not be
     assert given == wanted | {"gradient_checkpointing_kwargs": '{"a": 1}'}
-    note_run(tmp_path / "run", "train", given)
-    _, again = parse_given(TRAIN, ["--config", str(tmp_path / "run" / "config.yaml")], "bupo train")
+    record_run(tmp_path / "run", "train", given)
+    _, again = parse_options_and_values(TRAIN, ["--config", str(tmp_path / "run" / "config.yaml")], "bupo train")
     assert again == given
 
 
 def test_what_was_given_may_be_a_default(tmp_path):
-    _, given = parse_given((Short,), ["--batch_size", "64", "--overwrite", "--split=train"], "bupo x")
+    _, given = parse_options_and_values((Short,), ["--batch_size", "64", "--overwrite", "--split=train"], "bupo x")
     assert given == {"batch_size": 64, "overwrite": True, "split": "train"}
     line = ["--per_device_train_batch_size", "8", "--model", "m", "--per_device_eval_batch_size", "2"]
-    _, given = parse_given(TRAIN, [*line, "--internal_steps", "0"], "bupo train")
+    _, given = parse_options_and_values(TRAIN, [*line, "--internal_steps", "0"], "bupo train")
     assert given["per_device_train_batch_size"] == 8
-    note_run(tmp_path, "train", given)
+    record_run(tmp_path, "train", given)
     noted = yaml.safe_load((tmp_path / "config.yaml").read_text())
     wanted = {"model": "m", "per_device_eval_batch_size": 2, "per_device_train_batch_size": 8, "internal_steps": 0}
     assert wanted.items() <= noted.items()  # in bupo's own words, where training has them
-    assert parse_given(TRAIN, ["--config", str(tmp_path / "config.yaml")], "bupo train")[1] == given
+    assert parse_options_and_values(TRAIN, ["--config", str(tmp_path / "config.yaml")], "bupo train")[1] == given
 
 
 def test_the_environment_of_a_file_is_noted(tmp_path, monkeypatch):
     for name in ("BUPO_TEST_X", "BUPO_TEST_API_KEY"):
         monkeypatch.setenv(name, "")
     (tmp_path / "c.yaml").write_text("env: {BUPO_TEST_X: 1, BUPO_TEST_API_KEY: s3cret}\nsize: 3\n")
-    _, given = parse_given((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
+    _, given = parse_options_and_values((Short,), ["--config", str(tmp_path / "c.yaml")], "bupo x")
     assert os.environ["BUPO_TEST_X"] == "1" and os.environ["BUPO_TEST_API_KEY"] == "s3cret"
-    note_run(tmp_path / "run", "x", given)
+    record_run(tmp_path / "run", "x", given)
     noted = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert noted == {"size": 3, "env": {"BUPO_TEST_X": "1"}}
-    (options,), again = parse_given((Short,), ["--config", str(tmp_path / "run" / "config.yaml")], "bupo x")
+    (options,), again = parse_options_and_values(
+        (Short,), ["--config", str(tmp_path / "run" / "config.yaml")], "bupo x"
+    )
     assert options.size == 3 and again == noted
 
 
@@ -225,14 +227,14 @@ def test_the_environment_of_a_file_is_noted(tmp_path, monkeypatch):
 def test_values_out_of_range(change, message):
     options = Short(**change)
     with pytest.raises(UserError) as raised:
-        check_values(options)
+        check_command_options(options)
     assert str(raised.value) == message
 
 
 def test_a_run_notes_itself(tmp_path):
     given = {"model": "m", "hub_token": "s3cret", "api_key": "s3cret", "overwrite": True, "tuple": (1, 2.5)}
     given |= {"path": Path("a/b"), "nested": {"token": "s3cret", "x": None}, "json": '{"token": "s3cret", "b": 1}'}
-    note_run(tmp_path / "run", "analyze", given)
+    record_run(tmp_path / "run", "analyze", given)
     text = (tmp_path / "run" / "config.yaml").read_text()
     again = f"# bupo analyze --config {tmp_path}/run/config.yaml starts this run again, in {os.getcwd()}\n"
     assert text.startswith(f"{again}# started by: ")
@@ -244,7 +246,7 @@ def test_a_run_notes_itself(tmp_path):
     }
     assert all(first["versions"].values()) and first["command"] == "analyze" and first["earlier"] == []
     assert first["folder"] == os.getcwd()
-    note_run(tmp_path / "run", "analyze", {})
+    record_run(tmp_path / "run", "analyze", {})
     second = json.loads((tmp_path / "run" / "run.json").read_text())
     assert second["earlier"] == [{name: value for name, value in first.items() if name != "earlier"}]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == {}
@@ -252,20 +254,20 @@ def test_a_run_notes_itself(tmp_path):
 
 def test_a_command_line_without_secrets():
     line = ["bupo", "train", "--hub_token", "s3cret", "--api-key=s3cret", "--x", '{"hf_token": "s3cret"}', "--y", "a b"]
-    assert "s3cret" not in command_line(line) and command_line(line).endswith("--y 'a b'")
-    assert command_line(["--system_prompt", "the key: think"]) == "--system_prompt 'the key: think'"
-    assert command_line(["--per_token", "true", "--per-token=true"]) == "--per_token true --per-token=true"
+    assert "s3cret" not in redact_command_line(line) and redact_command_line(line).endswith("--y 'a b'")
+    assert redact_command_line(["--system_prompt", "the key: think"]) == "--system_prompt 'the key: think'"
+    assert redact_command_line(["--per_token", "true", "--per-token=true"]) == "--per_token true --per-token=true"
     for word in ("--server=http://me:s3cret@host/v1", '{"password": "s3cret"}', '{"a": {"api_secret": "s3cret"}}'):
-        assert "s3cret" not in command_line(["--x", word])
+        assert "s3cret" not in redact_command_line(["--x", word])
 
 
 def test_what_is_a_secret():
     classes = (AnalyzeOptions, EvalOptions, SampleOptions, TrainOptions, BuPOConfig, ModelConfig)
     names = {option.name for each in classes for option in fields(each)}
-    assert {name for name in names if SECRET.search(name)} == {"hub_token"}
+    assert {name for name in names if SECRET_NAME.search(name)} == {"hub_token"}
     for name in ("WANDB_API_KEY", "HF_TOKEN", "aws_secret", "db-password", "key", "token"):
-        assert SECRET.search(name)
-    assert not any(SECRET.search(name) for name in ("eos_token", "per-token", "max_tokens", "keys", "monkey"))
+        assert SECRET_NAME.search(name)
+    assert not any(SECRET_NAME.search(name) for name in ("eos_token", "per-token", "max_tokens", "keys", "monkey"))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_what_is_a_secret():
 )
 def test_a_secret_is_left_out_not_starred(tmp_path, value, noted):
     """Stars would be sent as the secret by the run that the file starts."""
-    note_run(tmp_path, "eval", {"x": value})
+    record_run(tmp_path, "eval", {"x": value})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"x": noted}
 
 
@@ -307,16 +309,22 @@ def test_the_git_revision(tmp_path):
 
 
 def test_whose_fault_an_error_is():
-    with pytest.raises(UserError, match=r"^it fails: JSONDecodeError: Expecting value"), others("it fails"):
+    with (
+        pytest.raises(UserError, match=r"^it fails: JSONDecodeError: Expecting value"),
+        wrap_library_errors("it fails"),
+    ):
         json.loads("x")
-    with pytest.raises(UserError, match=r"^so: Expecting value"), others(lambda error: f"so: {error}", ValueError):
+    with (
+        pytest.raises(UserError, match=r"^so: Expecting value"),
+        wrap_library_errors(lambda error: f"so: {error}", ValueError),
+    ):
         json.loads("x")
-    with pytest.raises(json.JSONDecodeError), others("it fails", OSError):
+    with pytest.raises(json.JSONDecodeError), wrap_library_errors("it fails", OSError):
         json.loads("x")
-    with pytest.raises(UserError, match=r"^mine$"), others("it fails"):
+    with pytest.raises(UserError, match=r"^mine$"), wrap_library_errors("it fails"):
         raise UserError("mine")
-    with pytest.raises(TypeError), others("it fails"):
-        parse((Short,), None, "bupo x")  # a fault in this package stays one
+    with pytest.raises(TypeError), wrap_library_errors("it fails"):
+        parse_options((Short,), None, "bupo x")  # a fault in this package stays one
 
 
 def test_the_traceback_is_shown_when_asked_for(capsys):

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from bupo.cli.main import main
-from bupo.cli.stdout_guard import lasting_output
-from bupo.utils.progress import progress, task
+from bupo.cli.stdout_guard import guard_standard_streams
+from bupo.utils.progress import add_progress_task, create_progress
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def printing_to(monkeypatch):
     def put(descriptor, encoding="utf-8"):
         opened.append(io.TextIOWrapper(os.fdopen(descriptor, "wb"), encoding=encoding, write_through=True))
         monkeypatch.setattr(sys, "stdout", opened[-1])
-        lasting_output()
+        guard_standard_streams()
 
     yield put
     for stream in opened:
@@ -104,9 +104,9 @@ def test_where_no_bar_is_drawn_lines_tell_the_time_left(monkeypatch, terminal, t
     monkeypatch.setenv("TERM", term)
     clock, stream = [100.0], io.StringIO()
     monkeypatch.setattr("bupo.utils.progress.time.monotonic", lambda: clock[0])
-    with progress(Console(file=stream, force_terminal=terminal, width=100)) as bar:
+    with create_progress(Console(file=stream, force_terminal=terminal, width=100)) as bar:
         bar.get_time = lambda: clock[0]
-        done = task(bar, "answers [of] x", 200)
+        done = add_progress_task(bar, "answers [of] x", 200)
         for _ in range(20):
             done(5)
             clock[0] += 10

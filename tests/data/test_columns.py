@@ -10,10 +10,10 @@ from datasets import Dataset
 from PIL import Image
 
 from bupo import BuPOConfig, TrainOptions, UserError, load_problems
-from bupo.data.chat_templates import plain_text, prompt_ids
-from bupo.data.columns import dataset_of, with_columns
-from bupo.data.problems import check_columns, problems_sha256
-from bupo.data.prompts import check_text, is_serialized, message_text
+from bupo.data.chat_templates import join_messages, tokenize_prompt
+from bupo.data.columns import make_dataset, replace_columns
+from bupo.data.problems import check_problems, compute_problems_sha256
+from bupo.data.prompts import check_not_serialized, get_message_text, is_serialized_messages
 from bupo.training.run import train
 from tests.training.test_trainer import TOKENIZER, model_of
 
@@ -72,10 +72,10 @@ def test_values_come_back_from_any_column():
         "lists": [[1, "x"], [], None],
         "plain": [1, 2, 3],
     }
-    rows = dataset_of(columns)
+    rows = make_dataset(columns)
     for name, values in columns.items():
         assert json.dumps(list(rows[name])) == json.dumps(values)
-    replaced = with_columns(rows.select([2, 0]), {"plain": ["a", {"b": 1}], "new": [None, 1]})
+    replaced = replace_columns(rows.select([2, 0]), {"plain": ["a", {"b": 1}], "new": [None, 1]})
     assert list(replaced["plain"]) == ["a", {"b": 1}] and list(replaced["new"]) == [None, 1]
     assert list(replaced["dicts"]) == [None, {"a": 1}]
 
@@ -130,7 +130,7 @@ def test_messages_keep_all_fields(tmp_path, suffix):
 
 
 def test_messages_of_parquet_have_no_fields_that_arrow_has_added(tmp_path):
-    simple = [[{**message, "content": message_text(message)} for message in prompt] for prompt in CONVERSATIONS]
+    simple = [[{**message, "content": get_message_text(message)} for message in prompt] for prompt in CONVERSATIONS]
     simple[1][2]["tool_calls"] = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     path = written(tmp_path, [{"prompt": prompt, "answer": "1"} for prompt in simple], ".parquet")
     assert list(load_problems(path)["prompt"]) == simple
@@ -145,9 +145,9 @@ def test_a_call_without_content_gets_an_empty_one(tmp_path):
 
 
 def test_messages_of_parts_are_read_as_text_where_there_is_no_template():
-    assert plain_text(CONVERSATIONS[1]) == "s\n\n1+1\n\n\n\n2\n"
+    assert join_messages(CONVERSATIONS[1]) == "s\n\n1+1\n\n\n\n2\n"
     plain = TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer)
-    assert prompt_ids(plain, CONVERSATIONS[1]) == prompt_ids(plain, "s\n\n1+1\n\n\n\n2\n")
+    assert tokenize_prompt(plain, CONVERSATIONS[1]) == tokenize_prompt(plain, "s\n\n1+1\n\n\n\n2\n")
 
 
 MESSAGES = [{"role": "user", "content": 'a "b"'}]
@@ -185,7 +185,7 @@ IN_WORDS = [
 
 @pytest.mark.parametrize("prompt", SERIALIZED)
 def test_messages_as_text_are_refused(tmp_path, prompt):
-    assert is_serialized(prompt)
+    assert is_serialized_messages(prompt)
     path = written(tmp_path, [{"prompt": "1+1", "answer": "1"}, {"prompt": prompt, "answer": "1"}])
     with pytest.raises(
         UserError, match=r"row 1: the prompt is messages written as text, .* store them as a list"
@@ -193,12 +193,12 @@ def test_messages_as_text_are_refused(tmp_path, prompt):
         load_problems(path)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="problems, row 0: the prompt is messages written as text"):
-        check_columns(Dataset.from_dict({"prompt": [prompt]}), "problems", ("prompt",))
+        check_problems(Dataset.from_dict({"prompt": [prompt]}), "problems", ("prompt",))
 
 
 @pytest.mark.parametrize("prompt", IN_WORDS)
 def test_text_with_brackets_is_a_prompt(prompt):
-    assert not is_serialized(prompt)
+    assert not is_serialized_messages(prompt)
 
 
 def test_problems_without_answers_are_for_rewards_that_need_none(tmp_path):
@@ -214,9 +214,9 @@ def test_problems_without_answers_are_for_rewards_that_need_none(tmp_path):
 
 
 def test_the_checksum_counts_every_column(tmp_path):
-    sums = {problems_sha256(load_problems(written(tmp_path, rows))) for rows in (ROWS, ROWS[:-1])}
+    sums = {compute_problems_sha256(load_problems(written(tmp_path, rows))) for rows in (ROWS, ROWS[:-1])}
     changed = [*ROWS[:-1], {**ROWS[-1], "meta": {"source": {"book": "b", "page": 12}}}]
-    assert len(sums | {problems_sha256(load_problems(written(tmp_path, changed)))}) == 3
+    assert len(sums | {compute_problems_sha256(load_problems(written(tmp_path, changed)))}) == 3
 
 
 def test_the_checksum_is_that_of_the_values():
@@ -228,9 +228,9 @@ def test_the_checksum_is_that_of_the_values():
         picture = Image.new("RGB", (4, 4), (colour, 0, 0))
         return Dataset.from_dict({**rows, "pixels": values, "picture": [picture]}).with_format(kind, ["pixels"], True)
 
-    same = {problems_sha256(problems(1)) for _ in range(3)}
+    same = {compute_problems_sha256(problems(1)) for _ in range(3)}
     assert len(same) == 1
-    assert len(same | {problems_sha256(problems(2)), problems_sha256(problems(1, 1.0))}) == 3
+    assert len(same | {compute_problems_sha256(problems(2)), compute_problems_sha256(problems(1, 1.0))}) == 3
 
 
 SEEN: list[dict] = []
@@ -253,7 +253,7 @@ OPTIONS: dict = {
 @pytest.mark.parametrize(("phase", "template"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)])
 def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phase, template):
     """Name the file and the functions, TRL's own reward that needs `solution` among them; with prompts as text too."""
-    monkeypatch.setattr("bupo.training.run.draw", lambda *a: None)
+    monkeypatch.setattr("bupo.training.run.draw_figures", lambda *a: None)
     SEEN.clear()
     tokenizer = TOKENIZER if template else TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer)
     tokenizer.pad_token, tokenizer.eos_token = TOKENIZER.pad_token, TOKENIZER.eos_token
@@ -278,5 +278,5 @@ def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phas
 def test_a_prompt_of_blanks_is_looked_through_once():
     started = time.perf_counter()
     for text in ("  " * 1_500_000 + "1", "\ufeff " * 1_000_000 + "'" + " " * 1_000_000 + "1"):
-        check_text(text, "problems", 0)
+        check_not_serialized(text, "problems", 0)
     assert time.perf_counter() - started < 5

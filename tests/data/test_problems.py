@@ -13,15 +13,15 @@ import pytest
 from datasets import Dataset
 
 from bupo import UserError, load_problems
-from bupo.data.arithmetic import arithmetic_problem
-from bupo.data.problems import problems_sha256, shuffled
+from bupo.data.arithmetic import make_arithmetic_problem
+from bupo.data.problems import compute_problems_sha256, shuffle_indices
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def test_arithmetic_is_right_and_depends_on_its_arguments_only():
     for index in range(300):
-        problem = arithmetic_problem("train", 3, index)
+        problem = make_arithmetic_problem("train", 3, index)
         value = eval(problem.question)  # the expression of digits, + and - just made
         assert problem.answer == str(value) and problem.direct == f"\\boxed{{{value}}}"
         *steps, last = problem.worked.split(";")
@@ -29,14 +29,14 @@ def test_arithmetic_is_right_and_depends_on_its_arguments_only():
         for step in steps:
             left, right = step.split("=")
             assert eval(left) == int(right)
-        assert problem == arithmetic_problem("train", 3, index)
+        assert problem == make_arithmetic_problem("train", 3, index)
     with pytest.raises(ValueError, match="'train' or 'test', got 'dev'"):
-        arithmetic_problem("dev", 0, 0)
+        make_arithmetic_problem("dev", 0, 0)
 
 
 def test_train_and_test_share_no_question():
-    train = {arithmetic_problem("train", seed, i).question for seed in range(3) for i in range(2000)}
-    test = {arithmetic_problem("test", seed, i).question for seed in range(3) for i in range(2000)}
+    train = {make_arithmetic_problem("train", seed, i).question for seed in range(3) for i in range(2000)}
+    test = {make_arithmetic_problem("test", seed, i).question for seed in range(3) for i in range(2000)}
     assert not train & test and min(len(train), len(test)) > 5900
 
 
@@ -88,14 +88,14 @@ def test_files(tmp_path, suffix):
 )
 @pytest.mark.parametrize("size", [None, 4, 99])
 def test_a_random_subset_is_the_same_anywhere(tmp_path, seed, order, size):
-    assert shuffled(10, seed) == order
+    assert shuffle_indices(10, seed) == order
     path = write(tmp_path / "p.jsonl", [{"problem": f"{i}+1", "answer": i + 1} for i in range(10)])
     problems = load_problems(path, size=size, shuffle_seed=seed)
     assert problems["answer"] == [str(number + 1) for number in order[:size]]
 
 
 def test_a_shuffle_is_even():
-    firsts = [shuffled(4, seed)[0] for seed in range(400)]
+    firsts = [shuffle_indices(4, seed)[0] for seed in range(400)]
     assert all(60 < firsts.count(number) < 140 for number in range(4))  # 100 +- 4.6 standard deviations
 
 
@@ -110,17 +110,17 @@ def test_the_checksum_of_problems(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"problem": f"1+{i} \u00e9", "answer": i + 1} for i in (1, 2)])
     known = "96d8cdc7ad25fd3e98121e07da68539a5ef3d0ac4de51a300557e9106356f8b5"
     problems = load_problems(path).select_columns(["prompt", "answer"])
-    assert problems_sha256(problems) == known
-    assert problems_sha256(problems.select([1, 0])) != known
+    assert compute_problems_sha256(problems) == known
+    assert compute_problems_sha256(problems.select([1, 0])) != known
     row = '{"answer": "%s", "problem": "1+%s \\u00e9", "prompt": [{"content": "1+%s \\u00e9", "role": "user"}]}\n'
     lines = "".join(row % (number + 1, number, number) for number in (1, 2))  # every column counts
-    assert problems_sha256(load_problems(path)) == hashlib.sha256(lines.encode()).hexdigest()
+    assert compute_problems_sha256(load_problems(path)) == hashlib.sha256(lines.encode()).hexdigest()
     rows = [{"prompt": str(i), "answer": "1"} for i in range(2500)]
-    whole = problems_sha256(Dataset.from_list(rows))
+    whole = compute_problems_sha256(Dataset.from_list(rows))
     lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     assert whole == hashlib.sha256(lines.encode()).hexdigest()
     rows[1234]["answer"] = "2"
-    assert problems_sha256(Dataset.from_list(rows)) != whole
+    assert compute_problems_sha256(Dataset.from_list(rows)) != whole
 
 
 def test_nested_columns_and_messages(tmp_path):

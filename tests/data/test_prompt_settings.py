@@ -14,20 +14,27 @@ import bupo
 from bupo import AnalyzeOptions, BuPOConfig, UserError
 from bupo.analysis.run import _load_problems as load_the_problems
 from bupo.cli.main import main
-from bupo.data.chat_templates import BOXED, TEMPLATES, prompt_ids
-from bupo.data.prompt_settings import EVALUATION_FILE, LARGEST, TEMPLATE_FILE, AsTrained, as_trained, settled
-from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, without_k
-from bupo.evaluation.options import OTHERWISE, EvalOptions
-from bupo.evaluation.paper_preset import asked_as
-from bupo.generation.seeded_sampling import Request, TransformersEngine, seed_of
-from bupo.models.loading import load_model, load_tokenizer, model_path
+from bupo.data.chat_templates import BOXED_INSTRUCTION, CHAT_TEMPLATES, tokenize_prompt
+from bupo.data.prompt_settings import (
+    EVALUATION_FILE,
+    MAX_SETTINGS_BYTES,
+    TEMPLATE_FILE,
+    TrainingPromptSettings,
+    read_training_prompt_settings,
+    resolve_defaults,
+)
+from bupo.evaluation.benchmarks import BENCHMARKS, get_k_by_label, split_k
+from bupo.evaluation.options import FALLBACK_OPTIONS, EvalOptions
+from bupo.evaluation.paper_preset import resolve_preset
+from bupo.generation.seeded_sampling import CompletionRequest, TransformersEngine, derive_seed
+from bupo.models.loading import load_model, load_tokenizer, resolve_model_path
 from bupo.rewards.math_reward import math_reward
-from bupo.training.prompt_settings import system_prompt_of
+from bupo.training.prompt_settings import get_shared_system_prompt
 from bupo.training.trainer import BuPOTrainer
 from tests.analysis.test_analysis import fails  # noqa: F401
 
 OWN = {"system_prompt": "Think.", "max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9}
-MODEL = Path(model_path("embedded"))
+MODEL = Path(resolve_model_path("embedded"))
 
 
 def a_run(folder, **values):
@@ -107,17 +114,19 @@ def test_two_runs_that_were_trained_in_two_ways(tmp_path, fails):  # noqa: F811
 
 
 def test_arguments_of_the_template():
-    own = AsTrained(chat_template_kwargs={"enable_thinking": True}, max_new_tokens=3)
+    own = TrainingPromptSettings(chat_template_kwargs={"enable_thinking": True}, max_new_tokens=3)
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %} at once{% endif %}"
-    _, asking = settled(EvalOptions(), own, OTHERWISE)
-    assert asking.template_options == {"enable_thinking": True}
-    assert asking.give_template(tokenizer) == 'the model\'s own, with {"enable_thinking": true}'
-    _, asking = settled(EvalOptions(chat_template="octothinker"), own, OTHERWISE)
-    assert asking.template_options == {} and asking.give_template(tokenizer).startswith("octothinker, ")
-    _, asking = settled(EvalOptions(), AsTrained(chat_template_kwargs={"enable_thinking": False}), OTHERWISE)
+    _, asking = resolve_defaults(EvalOptions(), own, FALLBACK_OPTIONS)
+    assert asking.template_kwargs == {"enable_thinking": True}
+    assert asking.set_template(tokenizer) == 'the model\'s own, with {"enable_thinking": true}'
+    _, asking = resolve_defaults(EvalOptions(chat_template="octothinker"), own, FALLBACK_OPTIONS)
+    assert asking.template_kwargs == {} and asking.set_template(tokenizer).startswith("octothinker, ")
+    _, asking = resolve_defaults(
+        EvalOptions(), TrainingPromptSettings(chat_template_kwargs={"enable_thinking": False}), FALLBACK_OPTIONS
+    )
     tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %} at once{% endif %}"
-    assert asking.give_template(tokenizer) == "the model's own, no thinking"
+    assert asking.set_template(tokenizer) == "the model's own, no thinking"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content):
     path = tmp_path / EVALUATION_FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): mend it, or remove it") as raised:
-        as_trained(str(tmp_path))
+        read_training_prompt_settings(str(tmp_path))
     assert len(str(raised.value)) < 1000 and "\n" not in str(raised.value)
 
 
@@ -156,22 +165,22 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path, name):
     """A pipe would hang, a link show what lies elsewhere, a file without end fill memory."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    AsTrained().write(folder)
+    TrainingPromptSettings().write(folder)
     (folder / TEMPLATE_FILE).write_text("{{ messages }}")
-    assert as_trained(None, str(folder)).template == "{{ messages }}"
+    assert read_training_prompt_settings(None, str(folder)).template == "{{ messages }}"
     path, elsewhere = folder / name, tmp_path / name
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
     with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is no regular file of its folder"):
-        as_trained(None, str(folder))
+        read_training_prompt_settings(None, str(folder))
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is no regular file of its folder"):
-        as_trained(None, str(folder))
+        read_training_prompt_settings(None, str(folder))
     path.unlink()
-    path.write_bytes(b" " * (LARGEST + 1))
+    path.write_bytes(b" " * (MAX_SETTINGS_BYTES + 1))
     with pytest.raises(UserError, match=rf"{name} cannot be .*{name} is larger than 1024 KB"):
-        as_trained(None, str(folder))
+        read_training_prompt_settings(None, str(folder))
 
 
 def test_the_hubs_cache_is_read_through_its_links(tmp_path):
@@ -179,19 +188,19 @@ def test_the_hubs_cache_is_read_through_its_links(tmp_path):
     folder, blobs = tmp_path / "models--a--b" / "snapshots" / "f00", tmp_path / "models--a--b" / "blobs"
     folder.mkdir(parents=True)
     blobs.mkdir()
-    AsTrained(temperature=0.6).write(blobs)
+    TrainingPromptSettings(temperature=0.6).write(blobs)
     (folder / EVALUATION_FILE).symlink_to(f"../../blobs/{EVALUATION_FILE}")
-    assert as_trained(str(folder)).temperature == 0.6
+    assert read_training_prompt_settings(str(folder)).temperature == 0.6
     (blobs / EVALUATION_FILE).rename(blobs.parent / EVALUATION_FILE)
     (folder / EVALUATION_FILE).unlink()
     (folder / EVALUATION_FILE).symlink_to(f"../../{EVALUATION_FILE}")
     with pytest.raises(UserError, match="no regular file of its folder"):
-        as_trained(str(folder))
+        read_training_prompt_settings(str(folder))
 
 
 def test_most_models_say_nothing(tmp_path):
     for name in ("embedded", "Qwen/Qwen3-4B", str(tmp_path), "x" * 5000, "a\0b", "", None, 7):
-        assert as_trained(name) is None
+        assert read_training_prompt_settings(name) is None
 
 
 # -- who writes it
@@ -218,19 +227,23 @@ def test_a_trainer_saves_it_with_every_model(tmp_path):
     made = trainer(tmp_path / "run", problems=problems, max_completion_length=24, temperature=0.7, top_k=5)
     made.args.chat_template_kwargs = {"enable_thinking": False}
     made.save_model(str(tmp_path / "model"))
-    assert as_trained(str(tmp_path / "model")) == AsTrained(
+    assert read_training_prompt_settings(str(tmp_path / "model")) == TrainingPromptSettings(
         "Think.", {"enable_thinking": False}, 24, 0.7, 1.0, {"top_k": 5}, str(tmp_path / "model")
     )
     assert (
-        system_prompt_of(Dataset.from_list([*problems, {"prompt": problems[0]["prompt"][1:], "answer": "1"}])) is None
+        get_shared_system_prompt(Dataset.from_list([*problems, {"prompt": problems[0]["prompt"][1:], "answer": "1"}]))
+        is None
     )
-    assert system_prompt_of(Dataset.from_list([{"prompt": "1+1="}])) is None and system_prompt_of(iter(())) is None
+    assert (
+        get_shared_system_prompt(Dataset.from_list([{"prompt": "1+1="}])) is None
+        and get_shared_system_prompt(iter(())) is None
+    )
 
 
 def test_an_adapter_brings_its_template(tmp_path):
     """The base model's tokenizer has another; the adapter's folder holds that of the run."""
     tokenizer = load_tokenizer("embedded")
-    tokenizer.chat_template = TEMPLATES["octothinker"]
+    tokenizer.chat_template = CHAT_TEMPLATES["octothinker"]
     made = trainer(tmp_path / "run", tokenizer, LoraConfig(target_modules="all-linear"), max_completion_length=6)
     made.save_model(str(tmp_path / "adapter"))
     _, settings = evaluated(tmp_path / "eval", "--adapter", str(tmp_path / "adapter"))
@@ -264,14 +277,14 @@ def test_an_adapter_brings_its_template(tmp_path):
     ],
 )
 def test_the_number_behind_a_name(name, bare, k):
-    assert without_k(name) == (bare, k)
+    assert split_k(name) == (bare, k)
 
 
 def test_answers_by_label():
     names = ["aime24:32,math500", "mine=a.parquet", "reasoning_gym:chain_sum:2", "mmlu-pro"]
-    assert answers_by_label(names, None) == {"aime24": 32, "math500": 16, "mine": 16, "chain_sum": 2}
-    assert answers_by_label(names, 4) == {"aime24": 32, "math500": 4, "mine": 4, "chain_sum": 2}
-    assert answers_by_label(names, None, {"mine": 7, "aime24": 9}, 3)["mine"] == 7
+    assert get_k_by_label(names, None) == {"aime24": 32, "math500": 16, "mine": 16, "chain_sum": 2}
+    assert get_k_by_label(names, 4) == {"aime24": 32, "math500": 4, "mine": 4, "chain_sum": 2}
+    assert get_k_by_label(names, None, {"mine": 7, "aime24": 9}, 3)["mine"] == 7
     paper = EvalOptions(preset="paper", benchmarks=["math500=a.parquet,aime25=b.parquet,mine=c.parquet"])
     assert paper.ks() == {"math500": 16, "aime25": 32, "mine": 16}
 
@@ -306,7 +319,9 @@ def test_benchmarks_of_different_k(tmp_path, capsys):
 
 def papers(**options):
     given = EvalOptions(preset="paper", **options)
-    return asked_as(given, None, ["embedded"], None, OTHERWISE, {"temperature": 1.0, "benchmarks": ["math500"]})[0]
+    return resolve_preset(
+        given, None, ["embedded"], None, FALLBACK_OPTIONS, {"temperature": 1.0, "benchmarks": ["math500"]}
+    )[0]
 
 
 def test_the_papers_answer_length(monkeypatch):
@@ -333,14 +348,14 @@ def test_the_papers_system_message_is_for_models_that_may_think(monkeypatch):
     thinking = load_tokenizer("embedded")
     thinking.chat_template = "{{ messages[0].content }}{{ enable_thinking }}"
     monkeypatch.setattr("bupo.evaluation.paper_preset.load_tokenizer", lambda name, **given: thinking)
-    assert papers().system_prompt == BOXED and papers(system_prompt="").system_prompt == ""
-    own = AsTrained("Think.", max_new_tokens=9, temperature=0.5)
+    assert papers().system_prompt == BOXED_INSTRUCTION and papers(system_prompt="").system_prompt == ""
+    own = TrainingPromptSettings("Think.", max_new_tokens=9, temperature=0.5)
     given = EvalOptions(preset="paper")
-    options, asking = asked_as(
-        given, own, ["embedded"], None, OTHERWISE, {"temperature": 1.0, "benchmarks": ["math500"]}
+    options, asking = resolve_preset(
+        given, own, ["embedded"], None, FALLBACK_OPTIONS, {"temperature": 1.0, "benchmarks": ["math500"]}
     )
     assert (options.system_prompt, options.max_new_tokens, options.temperature) == ("Think.", 9, 1.0)
-    assert asking.taken == ("system_prompt", "max_new_tokens", "top_p")
+    assert asking.inherited == ("system_prompt", "max_new_tokens", "top_p")
 
 
 def problem_file(path, count=3):
@@ -371,9 +386,9 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
     """The same measures as those of the tokens that the engine samples, sampled once more and given in a file."""
     evaluated(tmp_path / "eval", "--max_new_tokens", "20", "--k", "3")
     tokenizer, problems = load_tokenizer("embedded"), bupo.load_problems("arithmetic", "test", size=2)
-    prompts = [tuple(prompt_ids(tokenizer, messages)) for messages in problems["prompt"]]
+    prompts = [tuple(tokenize_prompt(tokenizer, messages)) for messages in problems["prompt"]]
     engine = TransformersEngine(load_model("embedded"), tokenizer, 20)
-    wanted = [Request(p, n, prompts[p], seed_of(0, p, n)) for n in range(3) for p in range(2)]
+    wanted = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
     sampled = dict(engine.token_ids(wanted))
     rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in wanted]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from bupo import InternalPolicies
 from bupo.analysis.rollouts import Rollout
-from bupo.analysis.token_view import token_views, top_tokens
+from bupo.analysis.token_view import build_token_views, get_top_tokens
 from bupo.cli import sample
 from bupo.cli.main import main
-from bupo.data.token_text import token_bytes, token_text
+from bupo.data.token_text import format_token, get_token_bytes
 from bupo.models.loading import load_model, load_tokenizer
 from tests.helpers.tiny_models import tiny_model
 
@@ -75,21 +75,21 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(make, text):
     """Against the text's own UTF-8, which no tokenizer's `decode` of single tokens gives."""
     tokenizer = make()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    joined = b"".join(token_bytes(tokenizer, token) for token in ids)
+    joined = b"".join(get_token_bytes(tokenizer, token) for token in ids)
     assert joined.decode() in (text, " " + text)  # SentencePiece puts a space before a text
 
 
 def test_bytes_that_are_no_whole_character_are_shown_as_bytes():
     for tokenizer in (byte_level(0), byte_fallback(), load_tokenizer("embedded")):
         ids = tokenizer("界😀", add_special_tokens=False)["input_ids"]
-        shown = [token_text(tokenizer, token) for token in ids if token_text(tokenizer, token) != "␣"]
+        shown = [format_token(tokenizer, token) for token in ids if format_token(tokenizer, token) != "␣"]
         assert shown == [f"<{byte:02X}>" for byte in "界😀".encode()]
 
 
 def test_every_byte_looks_unlike_every_other():
     """256 tokens of one byte each, all of which are one sign or nothing to `decode`, except for ASCII."""
     tokenizer = byte_level(0)
-    texts = [token_text(tokenizer, token) for token in range(2, 258)]
+    texts = [format_token(tokenizer, token) for token in range(2, 258)]
     assert len(set(texts)) == 256
     assert {text for text in texts if re.fullmatch(r"<[89A-F][0-9A-F]>", text)} == {
         f"<{b:02X}>" for b in range(128, 256)
@@ -99,11 +99,11 @@ def test_every_byte_looks_unlike_every_other():
 
 def test_tokens_of_several_characters_and_of_a_part():
     tokenizer = byte_level()
-    by_piece = {token_bytes(tokenizer, token): token for token in range(len(tokenizer))}
-    assert token_text(tokenizer, by_piece[b" hello"]) == "␣hello"
-    assert token_text(tokenizer, by_piece["😀".encode()]) == "😀"
+    by_piece = {get_token_bytes(tokenizer, token): token for token in range(len(tokenizer))}
+    assert format_token(tokenizer, by_piece[b" hello"]) == "␣hello"
+    assert format_token(tokenizer, by_piece["😀".encode()]) == "😀"
     parts = [raw for raw in by_piece if raw in ("😀".encode()[:2], "你".encode()[:2], "你".encode()[1:])]
-    assert parts and all(token_text(tokenizer, by_piece[raw]) == "".join(f"<{b:02X}>" for b in raw) for raw in parts)
+    assert parts and all(format_token(tokenizer, by_piece[raw]) == "".join(f"<{b:02X}>" for b in raw) for raw in parts)
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
@@ -114,21 +114,21 @@ def test_white_space_and_signs_without_a_glyph_are_visible(make):
         ("\n\n", "⏎⏎"), ("\u00a0", "<U+00A0>"), ("\u3000", "<U+3000>"), ("\u200b", "<U+200B>"), ("a\ufe0f", "a<U+FE0F>"),
         ("  ", "␣␣"),
     ):  # fmt: skip
-        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(piece)) == shown
+        assert format_token(tokenizer, tokenizer.convert_tokens_to_ids(piece)) == shown
 
 
 @pytest.mark.parametrize("make", [byte_fallback, metaspace])
 def test_a_space_before_a_word_is_shown(make):
     tokenizer = make()
-    before, inside = (token_text(tokenizer, tokenizer.convert_tokens_to_ids(piece)) for piece in ("▁the", "the"))
+    before, inside = (format_token(tokenizer, tokenizer.convert_tokens_to_ids(piece)) for piece in ("▁the", "the"))
     assert (before, inside) == ("␣the", "the")
     assert tokenizer.decode([tokenizer.convert_tokens_to_ids("▁the")]) == "the"  # both alike
 
 
 def test_special_tokens_and_ids_beyond_the_vocabulary():
     tokenizer = byte_level()
-    assert token_text(tokenizer, 1) == "<end>"
-    assert token_text(tokenizer, len(tokenizer)) == f"⟨{len(tokenizer)}⟩" and token_text(tokenizer, -1) == "⟨-1⟩"
+    assert format_token(tokenizer, 1) == "<end>"
+    assert format_token(tokenizer, len(tokenizer)) == f"⟨{len(tokenizer)}⟩" and format_token(tokenizer, -1) == "⟨-1⟩"
 
 
 # -- where they are compared and shown -------------------------------------------------------------------------------
@@ -140,15 +140,15 @@ def test_a_views_tokens_are_the_most_likely_ids():
     model = tiny_model("qwen3", vocab_size=300, seed=3)
     policies = InternalPolicies(model)
     ids = tokenizer("你好 世界 😀😀")["input_ids"]
-    view = top_tokens(policies, tokenizer, ids[:4], ids[4:], top=3)
-    assert view["ids"] == ids[4:] and view["tokens"] == [token_text(tokenizer, token) for token in ids[4:]]
+    view = get_top_tokens(policies, tokenizer, ids[:4], ids[4:], top=3)
+    assert view["ids"] == ids[4:] and view["tokens"] == [format_token(tokenizer, token) for token in ids[4:]]
     for layer in range(1, 5):
         with torch.no_grad():
             wanted = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
         assert view["top_ids"][layer - 1] == wanted.tolist()
         texts = [[text for text, _ in cell] for cell in view["top"][layer - 1]]
-        assert texts == [[token_text(tokenizer, token) for token in row] for row in wanted.tolist()]
-    (page,) = token_views(policies, tokenizer, [Rollout(ids[:4], ids[4:], "p", "c")])
+        assert texts == [[format_token(tokenizer, token) for token in row] for row in wanted.tolist()]
+    (page,) = build_token_views(policies, tokenizer, [Rollout(ids[:4], ids[4:], "p", "c")])
     assert page["ids"] == view["ids"] and json.dumps(page)
 
 
@@ -164,8 +164,8 @@ def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, mon
     model = tiny_model("qwen3", vocab_size=258, pad_token_id=0, eos_token_id=1, bos_token_id=None, seed=5)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    made, inner = [], sample._table
-    monkeypatch.setattr(sample, "_table", lambda *args: made.append(inner(*args)) or made[-1])
+    made, inner = [], sample._make_table
+    monkeypatch.setattr(sample, "_make_table", lambda *args: made.append(inner(*args)) or made[-1])
     prompt = "你好 世界 😀"
     options = ["--raw_prompt", "--max_new_tokens", "30", "--top", str(top), "--temperature", "0.4", "--seed", "1"]
     assert main(["sample", "--model", str(tmp_path), "--prompt", prompt, *options]) == 0
@@ -189,6 +189,6 @@ def test_a_table_shows_brackets_as_they_are():
     view = {"ids": [5], "tokens": ["<E7>"], "top": [[[["[bold]", 0.5]]]], "top_ids": [[[5]]]}
     console = Console(width=60)
     with console.capture() as captured:
-        console.print(sample._table(view, slice(0, 1)))
+        console.print(sample._make_table(view, slice(0, 1)))
     assert "<E7>" in captured.get() and "[bold]" in captured.get()
-    assert isinstance(sample._table(view, slice(0, 1)).columns[1].header, Text)
+    assert isinstance(sample._make_table(view, slice(0, 1)).columns[1].header, Text)

@@ -19,12 +19,19 @@ from scipy import stats
 
 from bupo.cli.main import main
 from bupo.data import problems as problems_module
-from bupo.data.chat_templates import choose_template, prompt_ids, template_options
+from bupo.data.chat_templates import get_template_kwargs, set_chat_template, tokenize_prompt
 from bupo.data.problems import load_problems
-from bupo.evaluation.answers import correct_of, finished, graded, sample, samples, summarize
+from bupo.evaluation.answers import (
+    get_correct,
+    grade_completions,
+    open_sample_cache,
+    read_graded_table,
+    sample_completions,
+    summarize,
+)
 from bupo.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from bupo.evaluation.metrics import avg_at_k
-from bupo.generation.seeded_sampling import Answer
+from bupo.generation.seeded_sampling import SampledCompletion
 from bupo.models.loading import load_model, load_tokenizer
 from bupo.reports.figures.style import BLUE
 from bupo.utils.errors import UserError
@@ -48,7 +55,7 @@ class Counting:
             if self.stop is not None and len(self.asked) == self.stop:
                 raise KeyboardInterrupt
             self.asked.append((request.problem, request.sample))
-            yield request, Answer(f"{request.seed}", 3, False)
+            yield request, SampledCompletion(f"{request.seed}", 3, False)
 
 
 def test_nothing_is_sampled_twice(tmp_path):
@@ -56,22 +63,22 @@ def test_nothing_is_sampled_twice(tmp_path):
     problems = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in "abc"]})
 
     def kept():
-        store = samples(tmp_path, {"model": "m"}, problems)
+        store = open_sample_cache(tmp_path, {"model": "m"}, problems)
         store.begin()
         return store
 
-    whole = sample(Counting(), prompts, 4)
+    whole = sample_completions(Counting(), prompts, 4)
     first = Counting(stop=5)
     with pytest.raises(KeyboardInterrupt):
-        sample(first, prompts, 4, 0, kept())
+        sample_completions(first, prompts, 4, 0, kept())
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"problem": 1, "sample": 3, "te')  # killed while it wrote
     second = Counting()
-    assert sample(second, prompts, 4, 0, kept()) == whole
+    assert sample_completions(second, prompts, 4, 0, kept()) == whole
     assert len(second.asked) == 7 and not set(first.asked) & set(second.asked)
     more = Counting()
-    assert [row[:4] for row in sample(more, prompts, 6, 0, kept())] == whole and len(more.asked) == 6
-    assert sample(Counting(stop=0), prompts, 2, 0, kept()) == [row[:2] for row in whole]
+    assert [row[:4] for row in sample_completions(more, prompts, 6, 0, kept())] == whole and len(more.asked) == 6
+    assert sample_completions(Counting(stop=0), prompts, 2, 0, kept()) == [row[:2] for row in whole]
     before = (tmp_path / "samples.jsonl").read_bytes()
     row = b'{"problem": 0, "sample": 9, "text": "", "tokens": 1, "truncated": false, "more": 1}\n'
     for broken, message in ((before + row, "line 19 cannot"), (b"[1]\n" + before, "line 1 cannot be read")):
@@ -171,7 +178,7 @@ def test_grades_are_those_of_math_verify_called_directly(tmp_path):
     assert "unevaluated" not in set(table["verdict"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     found = summary["benchmarks"]["arithmetic"]
-    correct = correct_of(finished(tmp_path / "arithmetic"))
+    correct = get_correct(read_graded_table(tmp_path / "arithmetic"))
     assert found["avg@k"] == pytest.approx(np.mean(direct)) == pytest.approx(avg_at_k(correct)[0])
     assert correct.shape == (48, 4) and sum(found["verdicts"].values()) == sum(found["strict_verdicts"].values()) == 192
     assert found["strict_avg@k"] == pytest.approx((table["strict"] == "correct").mean())
@@ -185,7 +192,9 @@ def test_two_runs_compared(tmp_path, capsys):
     assert main(evaluation(tmp_path / "layer", "--layer", "6", "--compare", str(tmp_path / "whole"))) == 0
     summary = json.loads((tmp_path / "layer" / "summary.json").read_text())
     found = summary["benchmarks"]["arithmetic"]
-    first, second = (correct_of(finished(tmp_path / name / "arithmetic")).mean(1) for name in ("whole", "layer"))
+    first, second = (
+        get_correct(read_graded_table(tmp_path / name / "arithmetic")).mean(1) for name in ("whole", "layer")
+    )
     assert found["difference"] == pytest.approx((second - first).mean())
     low, high = stats.ttest_rel(second, first).confidence_interval(0.95)
     assert found["difference_interval"] == pytest.approx([low, high])
@@ -203,13 +212,13 @@ def test_both_grades_stand_side_by_side(tmp_path, capsys):
         f"\\fbox{{{problems[2]['answer']}}}",
         "",
     ]
-    table = graded(problems, [[Answer(text, 3, False)] for text in texts])
+    table = grade_completions(problems, [[SampledCompletion(text, 3, False)] for text in texts])
     assert table["verdict"].tolist() == ["correct", "correct", "unparsable", "unparsable"]
     assert table["strict"].tolist() == ["unevaluated", "correct", "correct", "unparsable"]
     assert table["value"][1:3].tolist() == problems[1:3]["answer"] and table["value"].isna().tolist() == [False] * 3 + [
         True
     ]
-    table = graded(problems, [[Answer(text, 3, False)] for text in texts[:1] * 3 + texts[-1:]])
+    table = grade_completions(problems, [[SampledCompletion(text, 3, False)] for text in texts[:1] * 3 + texts[-1:]])
     found = summarize(table)
     assert (found["avg@k"], found["strict_avg@k"]) == (0.25, 0.0)  # the question's sum is the first one's answer only
     assert found["verdicts"]["wrong"] == found["strict_verdicts"]["wrong"] == 2
@@ -238,7 +247,7 @@ def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, ca
         in capsys.readouterr().err
     )
     with pytest.raises(UserError, match="graded by an earlier version"):
-        finished(tmp_path / "old" / "arithmetic")
+        read_graded_table(tmp_path / "old" / "arithmetic")
     assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "kept")) == 0
     assert pd.read_parquet(graded_file).equals(table) and '"schema_version": 4' in summary.read_text()
 
@@ -476,8 +485,8 @@ def test_the_template_is_chosen_by_the_model():
     def chosen(template, name="m", wanted=None):
         tokenizer = load_tokenizer("embedded")
         tokenizer.chat_template, tokenizer.name_or_path = template, name
-        shown = choose_template(tokenizer, wanted)
-        return shown, tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": "2+3"}]))
+        shown = set_chat_template(tokenizer, wanted)
+        return shown, tokenizer.decode(tokenize_prompt(tokenizer, [{"role": "user", "content": "2+3"}]))
 
     thinks = (
         "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %}9{% else %}0{% endif %}"
@@ -489,7 +498,7 @@ def test_the_template_is_chosen_by_the_model():
     shown, text = chosen(None, "OctoThinker/OctoThinker-3B-Hybrid-Base")
     assert shown == "octothinker, as in the paper's code" and text.endswith("\\boxed{} tag.\n2+3\nAssistant:")
     tokenizer = load_tokenizer("embedded")
-    choose_template(tokenizer, "octothinker")
+    set_chat_template(tokenizer, "octothinker")
     talk = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "1"), ("assistant", "2"), ("user", "3"))]
     text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     asked = (
@@ -503,8 +512,10 @@ def test_the_template_is_chosen_by_the_model():
     assert shown == "qwen-math" and "step by step" in text
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = thinks
-    assert template_options(tokenizer) == {"enable_thinking": False}
-    assert tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": "2"}], enable_thinking=True)) == "29"
+    assert get_template_kwargs(tokenizer) == {"enable_thinking": False}
+    assert (
+        tokenizer.decode(tokenize_prompt(tokenizer, [{"role": "user", "content": "2"}], enable_thinking=True)) == "29"
+    )
 
 
 @pytest.mark.parametrize(

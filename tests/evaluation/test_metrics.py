@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo.evaluation.metrics import avg_at_k, majority_at_k, paired_difference, pass_at_k, pass_curve, wilson
+from bupo.evaluation.metrics import (
+    avg_at_k,
+    majority_at_k,
+    paired_difference,
+    pass_at_k,
+    pass_at_k_curve,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -31,8 +38,10 @@ def test_pass_at_k_is_exact_for_many_answers(n, data):
 def test_pass_at_k_by_hand():
     assert pass_at_k(300, 0, 256) == 0 and pass_at_k(300, 300, 1) == 1 and pass_at_k(300, 45, 256) == 1
     assert pass_at_k(4, 1, 2) == pytest.approx(0.5)
-    assert pass_curve(np.array([[1, 0, 0, 0, 0, 0], [0] * 6])) == pytest.approx({1: 1 / 12, 2: 1 / 6, 4: 1 / 3, 6: 0.5})
-    assert list(pass_curve(np.ones((1, 300)))) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    assert pass_at_k_curve(np.array([[1, 0, 0, 0, 0, 0], [0] * 6])) == pytest.approx(
+        {1: 1 / 12, 2: 1 / 6, 4: 1 / 3, 6: 0.5}
+    )
+    assert list(pass_at_k_curve(np.ones((1, 300)))) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(3, 1, 4), (3, 4, 1), (3, -1, 1), (3, 1, 0)])
@@ -59,7 +68,7 @@ def test_an_interval_where_nothing_varies():
     """Ten problems, all wrong: Wilson's upper end is z^2 / (n + z^2) = 0.2775."""
     assert avg_at_k(np.zeros((10, 4)))[1] == pytest.approx((0, 0.27753), abs=1e-4)
     assert avg_at_k(np.ones((10, 1)))[1] == pytest.approx((0.72247, 1), abs=1e-4)
-    assert wilson(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-4)
+    assert wilson_interval(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-4)
     with pytest.raises(ValueError, match="no answers"):
         avg_at_k(np.zeros((0, 4)))
 

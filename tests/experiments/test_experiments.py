@@ -21,22 +21,22 @@ from trl import ModelConfig
 
 from bupo.analysis.options import AnalyzeOptions
 from bupo.cli.main import main
-from bupo.cli.parsing import parse
+from bupo.cli.parsing import parse_options
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.evaluation.options import EvalOptions
 from bupo.experiments import experiment as experiments
-from bupo.experiments.experiment import RECIPES, Run, names_at, read_experiment, scales
-from bupo.experiments.jobs import Jobs, Places, remove_stale, state_of
-from bupo.experiments.run import ReproduceOptions, commands, forecast, plan
-from bupo.models.loading import EMBEDDED
+from bupo.experiments.experiment import RECIPES_FOLDER, CommandRun, list_experiments, read_experiment, read_scales
+from bupo.experiments.jobs import JobScheduler, RunPaths, get_run_state, remove_stale_run
+from bupo.experiments.run import ReproduceOptions, estimate_reproduction, format_commands, plan_reproduction
+from bupo.models.loading import EMBEDDED_MODEL
 from bupo.training.config import BuPOConfig
 from bupo.training.train_data import TrainOptions
 from bupo.utils.errors import UserError
 from tests.helpers.script_runs import child, starts
 
 CLASSES = {"train": (TrainOptions, BuPOConfig, ModelConfig), "eval": (EvalOptions,), "analyze": (AnalyzeOptions,)}
-SCALES = tuple(scales())
-NAMES = names_at("embedded")
+SCALES = tuple(read_scales())
+NAMES = list_experiments("embedded")
 
 
 def place(name):
@@ -44,7 +44,7 @@ def place(name):
 
 
 def all_runs(scale):
-    return plan(["all"], ReproduceOptions(scale=scale)).runs
+    return plan_reproduction(["all"], ReproduceOptions(scale=scale)).runs
 
 
 def test_every_figure_and_table_is_there():
@@ -53,18 +53,22 @@ def test_every_figure_and_table_is_there():
         "table1", "table2", "table3", "table5", "table7", "table9", "table10", "table11",
     )  # fmt: skip
     assert SCALES == ("embedded", "small", "paper", "tiny", "worlds")
-    assert all(names_at(scale) == NAMES for scale in ("paper", "tiny")) and not set(names_at("worlds")) & set(NAMES)
-    assert set(names_at("small")) == {*NAMES, "compare"}
+    assert all(list_experiments(scale) == NAMES for scale in ("paper", "tiny")) and not set(
+        list_experiments("worlds")
+    ) & set(NAMES)
+    assert set(list_experiments("small")) == {*NAMES, "compare"}
 
 
-@pytest.mark.parametrize(("scale", "name"), [(scale, name) for scale in SCALES for name in names_at(scale)])
+@pytest.mark.parametrize(("scale", "name"), [(scale, name) for scale in SCALES for name in list_experiments(scale)])
 def test_a_name_is_whole_at_every_scale(name, scale):
     read = read_experiment(name, scale)
     assert read.title and read.cells and read.runs and (read.source or scale == "worlds")
     afterwards = (
         {"analyze"} if (name, scale) == ("fig5", "paper") else set()
     )  # sharded runs have no probes of their own
-    assert {command for cell in read.cells for command in cell.runs} <= {*experiments.KINDS[read.kind]} | afterwards
+    assert {command for cell in read.cells for command in cell.runs} <= {
+        *experiments.COMMANDS_BY_KIND[read.kind]
+    } | afterwards
     names = [run.name for run in read.runs]
     assert len(set(names)) == len(names)
     for place, run in enumerate(read.runs):  # what is needed comes first
@@ -87,7 +91,7 @@ def test_every_command_line_is_one(scale, monkeypatch):
         if kind in seen:  # they differ in numbers only
             continue
         seen.add(kind)
-        parsed = parse(CLASSES[run.command], [word for word in command[1:] if word != "small"], "bupo")
+        parsed = parse_options(CLASSES[run.command], [word for word in command[1:] if word != "small"], "bupo")
         if run.command != "train":
             parsed[0].check()
         elif "internal_steps" in run.options:
@@ -98,7 +102,7 @@ def test_every_command_line_is_one(scale, monkeypatch):
 def test_a_name_is_one_run(scale):
     """Experiments share a run only where it is the same to the last option."""
     digests = {}
-    for name in names_at(scale):
+    for name in list_experiments(scale):
         for run in read_experiment(name, scale).runs:
             assert digests.setdefault(run.name, run.digest()) == run.digest()
     assert len(set(digests.values())) == len(digests)  # and none is run twice under two names
@@ -119,17 +123,17 @@ def test_table_2_is_the_papers():
         ("Qwen3-4B", "50 of 300"): ("qwen3-4b/bupo", {"internal_steps": 50}),
         ("Qwen3-4B", "70 of 300"): ("qwen3-4b/bupo", {"internal_steps": 70}),
     }
-    recipe = yaml.safe_load((RECIPES / "qwen3-4b/bupo.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES_FOLDER / "qwen3-4b/bupo.yaml").read_text())
     assert (recipe["internal_steps"], recipe["internal_layer"], recipe["max_steps"]) == (30, 6, 4 * 300)
     here = [options["internal_steps"] for _, options in of("table2", "embedded").values()]
-    batches = yaml.safe_load((RECIPES / "cpu/embedded-bupo.yaml").read_text())["max_steps"] // 4
+    batches = yaml.safe_load((RECIPES_FOLDER / "cpu/embedded-bupo.yaml").read_text())["max_steps"] // 4
     assert here[:3] == [round(share * batches / 300) for share in (30, 50, 70)]
 
 
 def test_table_3_is_the_papers():
     layers = {model: {} for model in ("Qwen3-4B", "Qwen3-8B", "OctoThinker-3B")}
     for (model, row), (recipe, options) in of("table3", "paper").items():
-        named = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["internal_layer"]
+        named = yaml.safe_load((RECIPES_FOLDER / f"{recipe}.yaml").read_text())["internal_layer"]
         layers[model][row] = options.get("internal_layer", named)
     assert [list(rows.values()) for rows in layers.values()] == [[6, 26, 35], [6, 21, 35], [27, 16, 6]]
 
@@ -146,7 +150,7 @@ def test_table_1_is_every_method_of_every_model():
     assert of("table1", "paper") == wanted
     vanilla = [cell for cell in read_experiment("table1", "paper").cells if cell.row == "vanilla"]
     assert [cell.runs["eval"].options["model"] for cell in vanilla] == [
-        yaml.safe_load((RECIPES / f"{stem}/bupo.yaml").read_text())["model"] for stem in models.values()
+        yaml.safe_load((RECIPES_FOLDER / f"{stem}/bupo.yaml").read_text())["model"] for stem in models.values()
     ]
 
 
@@ -164,7 +168,7 @@ def test_fewer_seeds_and_another_model():
 
 def test_the_problems_are_right():
     """By Python's own arithmetic; of the embedded model's form only those of its test split are among them."""
-    for path in sorted(experiments.PROBLEMS.glob("*.jsonl")):
+    for path in sorted(experiments.PROBLEMS_FOLDER.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len({row["problem"] for row in rows}) == len(rows) >= 64 - 10
         for row in rows:
@@ -172,7 +176,7 @@ def test_the_problems_are_right():
             assert int(row["answer"]) == eval(question)
             if re.fullmatch(r"\d\d[+-]\d\d[+-]\d\d=?", row["problem"]):
                 assert zlib.crc32(question.encode()) % 8 == 0
-    assert len(list(experiments.PROBLEMS.glob("*.jsonl"))) == 8
+    assert len(list(experiments.PROBLEMS_FOLDER.glob("*.jsonl"))) == 8
     assert load_benchmarks([f"mine={path}"])["mine"].num_rows == len(rows)
 
 
@@ -180,7 +184,7 @@ def test_profiles_of_rates_are_what_their_rows_say():
     """The stored analysis, rounded; the same turned around and shuffled; their mean times the rate of the rows."""
     table = pd.read_csv(Path(__file__).parents[2] / "docs" / "results" / "layers.csv")
     agreement = table[table["measure"] == "top1_agreement"].set_index(["world", "layer"])["mean"]
-    worlds = {name: words for name, words in scales()["worlds"]["models"].items() if "agreement" in words}
+    worlds = {name: words for name, words in read_scales()["worlds"]["models"].items() if "agreement" in words}
     assert set(worlds) == {cell.model for cell in read_experiment("rates", "worlds").cells}
     for name, words in worlds.items():
         rates = words["agreement"]
@@ -192,21 +196,24 @@ def test_profiles_of_rates_are_what_their_rows_say():
 def test_held_out_sums_are_not_trained_on():
     """And both files are what their command writes."""
     trained, held_out = (
-        {json.loads(line)["problem"] for line in (experiments.PROBLEMS / f"{name}.jsonl").read_text().splitlines()}
+        {
+            json.loads(line)["problem"]
+            for line in (experiments.PROBLEMS_FOLDER / f"{name}.jsonl").read_text().splitlines()
+        }
         for name in ("sums", "sums-held-out")
     )
     assert not trained & held_out
     tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_problems.py"))
     for name, rows in tool["problems"]().items():
-        assert (experiments.PROBLEMS / f"{name}.jsonl").read_text() == tool["text"](rows)
+        assert (experiments.PROBLEMS_FOLDER / f"{name}.jsonl").read_text() == tool["text"](rows)
 
 
 def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
-    shutil.copytree(RECIPES, recipes)
-    first = Run("a", "train", {"seed": 1}, recipe="cpu/embedded-bupo")
+    shutil.copytree(RECIPES_FOLDER, recipes)
+    first = CommandRun("a", "train", {"seed": 1}, recipe="cpu/embedded-bupo")
     before = first.digest()
-    monkeypatch.setattr(experiments, "RECIPES", recipes)
+    monkeypatch.setattr(experiments, "RECIPES_FOLDER", recipes)
     path = recipes / "cpu" / "embedded-bupo.yaml"
     assert first.digest() == before  # elsewhere, and with another comment
     path.write_text(f"# another comment\n{path.read_text()}")
@@ -214,25 +221,25 @@ def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace("epsilon: 0.2", "epsilon: 0.3"))
     assert first.digest() != before
     assert (
-        Run("a", "train", {"seed": 2}, recipe="cpu/embedded-grpo").digest()
-        != Run("a", "train", {"seed": 1}, recipe="cpu/embedded-grpo").digest()
+        CommandRun("a", "train", {"seed": 2}, recipe="cpu/embedded-grpo").digest()
+        != CommandRun("a", "train", {"seed": 1}, recipe="cpu/embedded-grpo").digest()
     )
 
 
 def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
     """An evaluation is of weights: where the recipe has changed, training and evaluation are made again, and nothing else."""
     recipes = tmp_path / "recipes"
-    shutil.copytree(RECIPES, recipes)
-    monkeypatch.setattr(experiments, "RECIPES", recipes)
-    places, todo = Places(tmp_path / "out"), plan(["table10"], ReproduceOptions(seeds=1)).runs
+    shutil.copytree(RECIPES_FOLDER, recipes)
+    monkeypatch.setattr(experiments, "RECIPES_FOLDER", recipes)
+    places, todo = RunPaths(tmp_path / "out"), plan_reproduction(["table10"], ReproduceOptions(seeds=1)).runs
     for run in todo:
         places.folder(run.name).mkdir(parents=True)
         places.note(run.name).write_text(json.dumps({"digest": run.digest(), "finished": True, "seconds": 1.0}))
     path = recipes / "cpu" / "embedded-bupo.yaml"
     path.write_text(path.read_text().replace("epsilon: 0.2", "epsilon: 0.3"))
     for run in todo:
-        remove_stale(run, places)
-    states = {run.name: state_of(run, places) for run in todo}
+        remove_stale_run(run, places)
+    states = {run.name: get_run_state(run, places) for run in todo}
     assert {name for name, state in states.items() if state == "to do"} == {name for name in states if "bupo" in name}
     assert len(states) == 4
 
@@ -240,8 +247,8 @@ def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
 def test_the_problems_of_an_evaluation_decide_it(tmp_path, monkeypatch):
     run = next(run for run in read_experiment("table9", "embedded").runs if run.command == "eval")
     before = run.digest()
-    shutil.copytree(experiments.PROBLEMS, tmp_path / "problems")
-    monkeypatch.setattr(experiments, "PROBLEMS", tmp_path / "problems")
+    shutil.copytree(experiments.PROBLEMS_FOLDER, tmp_path / "problems")
+    monkeypatch.setattr(experiments, "PROBLEMS_FOLDER", tmp_path / "problems")
     assert run.digest() == before
     with (tmp_path / "problems" / "differences.jsonl").open("a") as file:
         file.write('{"problem": "1-1", "answer": "0"}\n')
@@ -251,7 +258,7 @@ def test_the_problems_of_an_evaluation_decide_it(tmp_path, monkeypatch):
 def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
     """They are there: the recipe saves as often, and the first is where phase 1 ends."""
     cell = read_experiment("fig5", "paper").cells[0]
-    recipe = yaml.safe_load((RECIPES / f"{cell.runs['train'].recipe}.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES_FOLDER / f"{cell.runs['train'].recipe}.yaml").read_text())
     _, *numbers, end = cell.runs["analyze"].options["model"]
     wanted = list(range(recipe["save_steps"], recipe["max_steps"], recipe["save_steps"]))
     assert [int(name.removeprefix("{run}/checkpoint-")) for name in numbers] == wanted and end == "{run}"
@@ -268,14 +275,14 @@ def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
 
 
 def test_runs_are_run_once_and_in_order(tmp_path):
-    places, said, finished = Places(tmp_path), [], []
+    places, said, finished = RunPaths(tmp_path), [], []
     first = child("first")
     second = child("second", then="assert (folder.parent / 'first' / 'done').exists()", needs=first)
-    Jobs(places, 2, said.append, lambda run: finished.append(run.name)).execute([second, first])
+    JobScheduler(places, 2, said.append, lambda run: finished.append(run.name)).execute([second, first])
     assert finished == ["first", "second"] and [starts(places, name) for name in finished] == [1, 1]
     assert "hello from first" in places.log("first").read_text()
-    assert places.seconds("first") > 0 and state_of(first, places) == "finished"
-    Jobs(places, 1, said.append, lambda run: finished.append(run.name)).execute([first, second])
+    assert places.seconds("first") > 0 and get_run_state(first, places) == "finished"
+    JobScheduler(places, 1, said.append, lambda run: finished.append(run.name)).execute([first, second])
     assert finished == ["first", "second"] * 2 and starts(places, "first") == 1
 
 
@@ -283,25 +290,25 @@ def test_two_go_side_by_side(tmp_path):
     """Each waits until the other is there."""
     wait = "while not (folder.parent / '{}' / 'starts').exists(): time.sleep(0.01)"
     runs = [child("a", wait.format("b")), child("b", wait.format("a"))]
-    Jobs(Places(tmp_path), 2, lambda line: None, lambda run: None).execute(runs)
+    JobScheduler(RunPaths(tmp_path), 2, lambda line: None, lambda run: None).execute(runs)
     assert all((tmp_path / "runs" / name / "done").exists() for name in "ab")
 
 
 def test_a_run_that_fails_stops_only_what_needs_it(tmp_path):
-    places, said, finished = Places(tmp_path), [], []
+    places, said, finished = RunPaths(tmp_path), [], []
     bad = child("bad", then="print('bupo: error: the reason', file=sys.stderr); sys.exit(2)")
     good = child("good")
     runs = [bad, child("of-bad", needs=bad), good, child("of-good", needs=good)]
     with pytest.raises(
         UserError, match=r"run bad failed \(2 runs in all\): exit status 2, the reason; its log is .*bad\.log"
     ):
-        Jobs(places, 1, said.append, lambda run: finished.append(run.name)).execute(runs)
+        JobScheduler(places, 1, said.append, lambda run: finished.append(run.name)).execute(runs)
     assert finished == ["good", "of-good"] and starts(places, "of-bad") == 0
-    assert state_of(bad, places) == "begun" and places.seconds("bad") is None
+    assert get_run_state(bad, places) == "begun" and places.seconds("bad") is None
 
 
 def test_what_cannot_be_drawn_stops_no_run(tmp_path):
-    places, finished = Places(tmp_path), []
+    places, finished = RunPaths(tmp_path), []
 
     def draw(run):
         finished.append(run.name)
@@ -309,25 +316,25 @@ def test_what_cannot_be_drawn_stops_no_run(tmp_path):
             raise UserError("a cannot be read")
 
     with pytest.raises(UserError, match="a cannot be read"):
-        Jobs(places, 1, lambda line: None, draw).execute([child("a"), child("b")])
+        JobScheduler(places, 1, lambda line: None, draw).execute([child("a"), child("b")])
     assert finished == ["a", "b"]
 
 
 @pytest.mark.parametrize("text", ['{"seconds": "x"}', "[]", '{"digest": "d", "finished": true, "seconds": null}', "{"])
 def test_a_note_that_is_none_is_no_note(tmp_path, text):
-    places = Places(tmp_path)
+    places = RunPaths(tmp_path)
     places.note("a").parent.mkdir(parents=True)
     places.note("a").write_text(text)
-    assert state_of(child("a"), places) == "to do" and places.seconds("a") is None
+    assert get_run_state(child("a"), places) == "to do" and places.seconds("a") is None
 
 
 def test_a_run_of_other_options_is_refused(tmp_path):
-    places = Places(tmp_path)
-    Jobs(places, 1, lambda line: None, lambda run: None).execute([child("a")])
+    places = RunPaths(tmp_path)
+    JobScheduler(places, 1, lambda line: None, lambda run: None).execute([child("a")])
     with pytest.raises(
         UserError, match="was made with other options than today's: choose another output, or --overwrite"
     ):
-        state_of(child("a", seed=2), places)
+        get_run_state(child("a", seed=2), places)
 
 
 PARENT = """
@@ -360,14 +367,14 @@ def test_a_parent_that_is_killed(tmp_path, number, status):
     ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    places, finished = Places(tmp_path), []
+    places, finished = RunPaths(tmp_path), []
     runs = [
         child("quick"),
         child("slow", then="(folder / 'pid').write_text(str(__import__('os').getpid())); time.sleep(600)"),
     ]
-    assert [state_of(run, places) for run in runs] == ["finished", "begun"]
+    assert [get_run_state(run, places) for run in runs] == ["finished", "begun"]
     places.note("slow").unlink()
-    Jobs(places, 1, lambda line: None, lambda run: finished.append(run.name)).execute([runs[0], child("slow")])
+    JobScheduler(places, 1, lambda line: None, lambda run: finished.append(run.name)).execute([runs[0], child("slow")])
     assert finished == ["quick", "slow"] and [starts(places, name) for name in finished] == [1, 2]
 
 
@@ -384,16 +391,16 @@ def test_a_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_costs_are_of_what_is_left(tmp_path):
-    todo = plan(["table2"], ReproduceOptions(scale="paper", output=str(tmp_path)))
-    rows, line = forecast(todo, 1)
+    todo = plan_reproduction(["table2"], ReproduceOptions(scale="paper", output=str(tmp_path)))
+    rows, line = estimate_reproduction(todo, 1)
     assert line == "6 runs at scale paper: some 324 GPU hours" and rows[0]["cost"] == "324 GPU hours"  # 3 x (106 + 2)
-    todo = plan(["table2"], ReproduceOptions(output=str(tmp_path)))
+    todo = plan_reproduction(["table2"], ReproduceOptions(output=str(tmp_path)))
     run = todo.runs[0]
     todo.places.note(run.name).parent.mkdir(parents=True)
     todo.places.folder(run.name).mkdir()
     todo.places.note(run.name).write_text(json.dumps({"digest": run.digest(), "finished": True, "seconds": 60.0}))
     trainings, evaluations = (sum(each.command == c for each in todo.runs) for c in ("train", "eval"))
-    rows, line = forecast(todo, 2)
+    rows, line = estimate_reproduction(todo, 2)
     seconds = ((trainings - 1) * 60 + evaluations * 30) / 2  # of the scale, but where one has been measured
     assert (
         rows[0]["finished"] == "1"
@@ -402,8 +409,8 @@ def test_costs_are_of_what_is_left(tmp_path):
 
 
 def test_lines_are_the_commands():
-    todo = plan(["table2", "fig3"], ReproduceOptions(scale="paper"))
-    lines = commands(todo, "lines").split("\n")
+    todo = plan_reproduction(["table2", "fig3"], ReproduceOptions(scale="paper"))
+    lines = format_commands(todo, "lines").split("\n")
     assert len(lines) == len(todo.runs) == 10
     for line, run in zip(lines, sorted(todo.runs, key=lambda run: bool(run.needs)), strict=True):
         assert line == f"{run.line(todo.places.folder)} && echo {run.digest()} > {todo.places.mark(run.name)}"
@@ -425,13 +432,13 @@ def test_slurm_runs_every_command_once(tmp_path):
     )
     fake.chmod(0o755)
     script = tmp_path / "runs.sh"
-    todo = plan(["table2", "fig2"], ReproduceOptions(scale="embedded", output=str(tmp_path / "it's here")))
+    todo = plan_reproduction(["table2", "fig2"], ReproduceOptions(scale="embedded", output=str(tmp_path / "it's here")))
     for run in todo.runs:
         object.__setattr__(run, "launch", ("printf", "%s\\n", "--"))  # prints its words instead of running them
-    script.write_text(commands(todo, "slurm"))
+    script.write_text(format_commands(todo, "slurm"))
     for run in todo.runs:
         todo.places.folder(run.name).mkdir(parents=True)
-        assert state_of(run, todo.places) == "to do"
+        assert get_run_state(run, todo.places) == "to do"
     log = tmp_path / "log"
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(log)}
     done = subprocess.run(["bash", script, "--gres=gpu:8"], env=environment, capture_output=True, text=True)
@@ -440,7 +447,7 @@ def test_slurm_runs_every_command_once(tmp_path):
     wanted = [run.words(todo.places.folder)[3:] for run in sorted(todo.runs, key=lambda run: bool(run.needs))]
     assert [[word for word in words if word] for words in ran] == wanted
     options = (tmp_path / "log.options").read_text().splitlines()
-    assert {state_of(run, todo.places) for run in todo.runs} == {"finished"}
+    assert {get_run_state(run, todo.places) for run in todo.runs} == {"finished"}
     assert "--gres=gpu:8" in options[0] and "--dependency=afterany:77" in options[1] and "afterany" not in options[0]
 
 
@@ -456,4 +463,4 @@ def test_two_of_them_in_small(tmp_path, name, monkeypatch, capsys):
     started = {path: path.stat().st_mtime for path in (folder.parent / "runs").glob("*.log")}
     assert main(["reproduce", name, "--scale", "tiny"]) == 0  # nothing is run again
     assert started == {path: path.stat().st_mtime for path in (folder.parent / "runs").glob("*.log")}
-    assert f"{EMBEDDED}" in capsys.readouterr().out
+    assert f"{EMBEDDED_MODEL}" in capsys.readouterr().out

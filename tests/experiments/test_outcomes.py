@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from bupo.experiments.outputs.make_outcomes_output import compare_outcomes, measure_outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from bupo.experiments.experiment import read_experiment
-from bupo.experiments.jobs import Places
-from bupo.experiments.outputs import OUTPUTS, Finished
-from bupo.experiments.outputs.outcomes import compared, outcome
-from bupo.utils.statistics import holm, paired_p
+from bupo.experiments.jobs import RunPaths
+from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.utils.statistics import adjust_holm, compute_paired_p_value
 from tests.experiments.test_outputs import cells_of, experiment, made, output, scored, write
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_holm_is_closed_testing(ps):
     """Adjusted: the largest Bonferroni p of any set of hypotheses that one belongs to."""
-    for place, adjusted in enumerate(holm(ps)):
+    for place, adjusted in enumerate(adjust_holm(ps)):
         sets = [s for n in range(1, len(ps) + 1) for s in itertools.combinations(range(len(ps)), n) if place in s]
         assert adjusted == pytest.approx(max(min(1.0, len(s) * min(ps[i] for i in s)) for s in sets))
 
@@ -38,8 +38,11 @@ def test_holm_is_closed_testing(ps):
 def test_a_paired_p_value_by_hand():
     first, second = {1: 50.0, 2: 52.0, 3: 54.0, 4: 99.0}, {1: 53.0, 2: 56.0, 3: 59.0, 5: 0.0}
     t = 4 / (1 / math.sqrt(3))  # differences 3, 4, 5
-    assert paired_p(first, second) == pytest.approx(2 * stats.t.sf(t, 2))
-    assert paired_p({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}) == 1 and paired_p({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0}) == 0
+    assert compute_paired_p_value(first, second) == pytest.approx(2 * stats.t.sf(t, 2))
+    assert (
+        compute_paired_p_value({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}) == 1
+        and compute_paired_p_value({1: 1.0, 2: 2.0}, {1: 2.0, 2: 3.0}) == 0
+    )
 
 
 def write_training(folder, run, rewards, entropies, lengths):
@@ -66,7 +69,9 @@ SHARES = {"GRPO": (0.50, 0.52, 0.54), "BuPO": (0.53, 0.56, 0.59), "PPO": (0.51, 
 def test_the_measures_of_a_run_by_hand(tmp_path):
     write_runs(tmp_path, {"GRPO": (0.5,)})
     what = experiment("outcomes", ["GRPO"], seeds=(1,))
-    found = outcome(Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None), what.cells[0])
+    found = measure_outcome(
+        FinishedExperiment(what, lambda name: tmp_path / "runs" / name, lambda name: None), what.cells[0]
+    )
     assert found == pytest.approx({
         **{f"curve {tenth}": 10.0 * (tenth - 1) for tenth in range(1, 11)},
         "area": 45, "reward": 90, "entropy": 0.2, "length": 25, "avg@k": 50, "pass@16": 90,
@@ -89,9 +94,9 @@ def test_differences_are_told_apart_by_holms_p(tmp_path):
 def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
     write_runs(tmp_path, SHARES)
     what = experiment("curves", SHARES, draw={"measures": ["reward"]})
-    finished = Finished(what, lambda name: tmp_path / "runs" / name, lambda name: None)
-    assert "avg@k" not in outcome(finished, what.cells[0])
-    assert OUTPUTS["outcomes"](finished).shown[0].caption == "reward of the last tenth, in percent:"
+    finished = FinishedExperiment(what, lambda name: tmp_path / "runs" / name, lambda name: None)
+    assert "avg@k" not in measure_outcome(finished, what.cells[0])
+    assert OUTPUT_MAKERS["outcomes"](finished).shown[0].caption == "reward of the last tenth, in percent:"
 
 
 def test_each_row_counts_its_own_seeds():
@@ -103,14 +108,14 @@ def test_each_row_counts_its_own_seeds():
         }
         for row, seeds in {"GRPO": 3, "BuPO": 2}.items()
     }
-    shown = compared(what, found).shown
+    shown = compare_outcomes(what, found).shown
     assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2 of 3"], ["3", "2"], ["2"]]
 
 
 def test_a_row_of_which_nothing_is_stored_says_so():
     what = experiment("outcomes", ["GRPO", "BuPO", "PPO"], draw={"against": "GRPO"}, seeds=(1, 2))
     found = {(what.cells[0].model, "GRPO"): {seed: {"avg@k": 50.0 + seed, "curve 1": 40.0} for seed in (1, 2)}}
-    rows = compared(what, found).shown[0].rows
+    rows = compare_outcomes(what, found).shown[0].rows
     assert [(row["method"], row["seeds"]) for row in rows] == [("GRPO", "2"), ("BuPO", "not run"), ("PPO", "not run")]
     assert {row["mean [95 %]"] for row in rows[1:]} == {"-"}
 
@@ -132,7 +137,7 @@ def test_beside_the_curves_stands_what_they_are_over_the_other_rows():
         (model, row): {seed: {"avg@k": x, **{f"curve {t}": x + t for t in range(1, 11)}} for seed, x in seeds.items()}
         for row, seeds in level.items()
     }
-    grpo, bupo = compared(what, found).figure.axes[1].get_lines()[:2]
+    grpo, bupo = compare_outcomes(what, found).figure.axes[1].get_lines()[:2]
     assert np.asarray(grpo.get_ydata()) == pytest.approx([0] * 10)
     assert np.asarray(bupo.get_ydata()) == pytest.approx([4] * 10)
 
@@ -151,7 +156,7 @@ def tool():
 
 def write_stored(root, seeds, gain=2.0):
     """Runs of the experiment `compare` in one world that have ended."""
-    places = Places(root)
+    places = RunPaths(root)
     for cell in read_experiment("compare", "worlds", "embedded").cells:
         if cell.seed not in seeds:
             continue

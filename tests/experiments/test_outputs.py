@@ -8,18 +8,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from bupo.experiments.outputs.make_curves_output import MEASURES as CURVES
+from bupo.experiments.outputs.make_layers_output import MEASURES as LAYERS
 from PIL import Image
 
-from bupo.experiments.experiment import KINDS, Cell, Experiment, Run, names_at, read_experiment
-from bupo.experiments.outputs import OUTPUTS, Finished
-from bupo.experiments.outputs.curves import MEASURES as CURVES
-from bupo.experiments.outputs.layers import MEASURES as LAYERS
-from bupo.experiments.result_page import make
+from bupo.experiments.experiment import (
+    COMMANDS_BY_KIND,
+    Cell,
+    CommandRun,
+    Experiment,
+    list_experiments,
+    read_experiment,
+)
+from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.experiments.result_page import make_result
 from bupo.utils.errors import UserError
 from tests.helpers.figure_reading import drawn
 
 ROOT = Path(__file__).parents[2]
-NAMES = names_at("embedded")
+NAMES = list_experiments("embedded")
 MODEL, PAPERS = "embedded", "Qwen3-4B"
 
 
@@ -29,7 +36,9 @@ def experiment(kind, rows, seeds=(1, 2, 3), printed=None, draw=None, options=Non
     for row in rows:
         for seed in seeds:
             own = (options or {}).get(row, {})
-            runs = {name: Run(f"{name}-{row}-{seed}", name, {**own, "seed": seed}) for name in KINDS[kind]}
+            runs = {
+                name: CommandRun(f"{name}-{row}-{seed}", name, {**own, "seed": seed}) for name in COMMANDS_BY_KIND[kind]
+            }
             cells.append(Cell(MODEL, row, seed, own, runs))
     return Experiment(
         "table1", "A title", "table 1", kind, "embedded", "a scale", printed or {}, draw or {}, tuple(cells)
@@ -46,7 +55,7 @@ def write(folder, name, run, content):
 
 
 def made(folder, what, seconds=None):
-    result = make(what, lambda name: folder / "runs" / name, folder / "out", (seconds or {}).get)
+    result = make_result(what, lambda name: folder / "runs" / name, folder / "out", (seconds or {}).get)
     assert sorted(path.name for path in result.folder.iterdir()) == sorted([*result.files, "result.json"])
     return result
 
@@ -55,14 +64,14 @@ def drawn_and_made(folder, what):
     """What is drawn, and the result that it was written as."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        kind = OUTPUTS[what.kind]
-        patch.setitem(OUTPUTS, what.kind, lambda finished: kept.append(kind(finished)) or kept[0])
+        kind = OUTPUT_MAKERS[what.kind]
+        patch.setitem(OUTPUT_MAKERS, what.kind, lambda finished: kept.append(kind(finished)) or kept[0])
         result = made(folder, what)
     return kept[0].figure, result
 
 
 def output(folder, what):
-    return OUTPUTS[what.kind](Finished(what, lambda name: folder / "runs" / name, lambda name: None))
+    return OUTPUT_MAKERS[what.kind](FinishedExperiment(what, lambda name: folder / "runs" / name, lambda name: None))
 
 
 def cells_of(result, table=0):
@@ -419,7 +428,7 @@ def test_a_bad_folder_is_one_line_that_names_the_run(tmp_path, kind, run, name, 
 
 def test_every_experiment_can_be_drawn():
     """What the experiments ask of the outputs is there."""
-    assert set(OUTPUTS) == set(KINDS)
+    assert set(OUTPUT_MAKERS) == set(COMMANDS_BY_KIND)
     for name in NAMES:
         for scale in ("embedded", "paper"):
             what = read_experiment(name, scale)

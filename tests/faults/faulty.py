@@ -13,7 +13,7 @@ import torch
 
 import bupo.training.run
 from bupo.cli.main import main
-from bupo.cli.process_exit import leave
+from bupo.cli.process_exit import exit_process
 from bupo.training.trainer import BuPOTrainer
 
 calls = 0
@@ -45,7 +45,7 @@ def fault(kind, batch):
 
 
 def with_faults():
-    plain = BuPOTrainer.rollout
+    plain = BuPOTrainer.generate_rollouts
 
     def rollout(self, inputs):
         if os.environ.get("BUPO_FSDP2"):
@@ -53,7 +53,7 @@ def with_faults():
         fault(os.environ.get("BUPO_FAULT"), self.rollout_batch)
         return plain(self, inputs)
 
-    BuPOTrainer.rollout = rollout
+    BuPOTrainer.generate_rollouts = rollout
     if os.environ.get("BUPO_FAULT") == "loading":
         bupo.training.run.load_model = lambda *args, **kwargs: (print("loading", flush=True), time.sleep(60))
 
@@ -80,4 +80,4 @@ def run(arguments):
 
 
 if __name__ == "__main__":
-    leave(run(sys.argv[1:]))
+    exit_process(run(sys.argv[1:]))

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from bupo.cli.process_exit import leave
+from bupo.cli.process_exit import exit_process
 from tests.faults.faulty import run
 
 
@@ -34,7 +34,7 @@ def start(argv, ranks, log, env):
             os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
             os.dup2(file, number)
-        leave(run(argv))
+        exit_process(run(argv))
     return started
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from bupo.training.callbacks.metrics_file import read_metrics
-from bupo.training.checkpoints.integrity import checkpoints
+from bupo.training.checkpoints.integrity import list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 KILLED = -9
@@ -158,4 +158,4 @@ def timeless_names(values: dict) -> dict:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    return checkpoints(folder)[-1]
+    return list_checkpoints(folder)[-1]

@@ -2,12 +2,12 @@
 
 import resource
 
-from bupo.training.trl_internals import TRLTrainer
+from bupo.training.trl_internals import GRPOTrainerHooks
 
 
 def _full_from_the_second_save(size: int) -> None:
     """No file may grow beyond so many bytes from the second checkpoint on, as on a disk that is full."""
-    inner, calls = TRLTrainer._save_checkpoint, []
+    inner, calls = GRPOTrainerHooks._save_checkpoint, []
 
     def saving(self, model, trial):
         calls.append(1)
@@ -15,7 +15,7 @@ def _full_from_the_second_save(size: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         return inner(self, model, trial)
 
-    TRLTrainer._save_checkpoint = saving
+    GRPOTrainerHooks._save_checkpoint = saving
 
 
 def no_room_for_the_model() -> None:

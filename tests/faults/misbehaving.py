@@ -98,4 +98,4 @@ def short_grace():
     """Called before a run: its process has seconds to end."""
     from bupo.cli import process_exit
 
-    process_exit.GRACE, process_exit.WATCHED = 6.0, 1.0
+    process_exit.GRACE_SECONDS, process_exit.MEASURED_SECONDS = 6.0, 1.0

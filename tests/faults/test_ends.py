@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bupo.cli import process_exit
-from bupo.training.checkpoints.integrity import checkpoints
+from bupo.training.checkpoints.integrity import list_checkpoints
 from tests.faults.harness import KILLED, ROOT, SHORT, words
 
 pytestmark = pytest.mark.faults
@@ -48,7 +48,7 @@ def train(zygote, folder, reward=None, **changes):
 
 def ended_well(output, folder, ended):
     assert LATE not in output, output
-    assert time.time() - (folder / "run" / "finished.json").stat().st_mtime < process_exit.GRACE
+    assert time.time() - (folder / "run" / "finished.json").stat().st_mtime < process_exit.GRACE_SECONDS
     assert ended == 0, output
 
 
@@ -114,7 +114,7 @@ def test_a_reward_that_leaves_is_one_line(zygote, tmp_path, reward):
     lines = [line for line in ended.output.splitlines() if line.startswith("bupo: ")]
     assert ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output, ended.output
     assert lines[0].startswith(f"bupo: error: {LEAVES[reward]}")
-    assert len(checkpoints(tmp_path / "run")) == (0 if "loop" in reward else 1)
+    assert len(list_checkpoints(tmp_path / "run")) == (0 if "loop" in reward else 1)
     assert not (tmp_path / "run" / "finished.json").exists()
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from bupo.training.checkpoints.integrity import checkpoints, damage
+from bupo.training.checkpoints.integrity import find_damage, list_checkpoints
 from tests.faults.harness import COMMON, KILLED, ROOT, SHORT, differences, unequal, words
 
 pytestmark = pytest.mark.faults
@@ -132,7 +132,7 @@ MOMENTS = {  # updates and files are counted from each start on; checkpoints com
     "between the last checkpoint and the model": [
         {"call": "bupo.training.trl_internals.move_files", "number": 1, "when": "before"}
     ],
-    "before the figures": [{"call": "bupo.training.run.draw", "number": 1, "when": "before"}],
+    "before the figures": [{"call": "bupo.training.run.draw_figures", "number": 1, "when": "before"}],
     "before it is marked as finished": [{"call": "bupo.training.run.mark_finished", "number": 1, "when": "before"}],
 }
 
@@ -154,12 +154,12 @@ def test_a_run_killed_at_a_moment_ends_as_the_whole_one(zygote, wholes, tmp_path
         (
             "eval",
             {"benchmarks": "arithmetic", "size": 12, "k": 2, "max_new_tokens": 12, "batch_size": 6, "output": "run"},
-            [("bupo.run_files.result_cache.Store.add", 4), ("bupo.run_files.result_cache.Store.add", 17)],
+            [("bupo.run_files.result_cache.ResultCache.add", 4), ("bupo.run_files.result_cache.ResultCache.add", 17)],
         ),
         (
             "analyze",
             {"model": "embedded", "size": 12, "max_new_tokens": 12, "batch_size": 4, "output": "run"},
-            [("bupo.run_files.result_cache.Store.add", 3), ("bupo.run_files.result_cache.Store.add", 15)],
+            [("bupo.run_files.result_cache.ResultCache.add", 3), ("bupo.run_files.result_cache.ResultCache.add", 15)],
         ),
     ],
 )
@@ -200,8 +200,8 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on(zygote, wholes, tmp
     lines = [line for line in ended.output.splitlines() if line.startswith("bupo: error:")]
     assert ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output, ended.output
     assert "checkpoint-8" in lines[0] and "go on with --resume_from_checkpoint true" in lines[0]
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
-    assert damage(tmp_path / "run" / "checkpoint-4") is None and not (tmp_path / "run" / "_saving").exists()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    assert find_damage(tmp_path / "run" / "checkpoint-4") is None and not (tmp_path / "run" / "_saving").exists()
     assert zygote.run(*argv, folder=tmp_path).status == 0
     assert differences(whole / "run", tmp_path / "run") == []
 

@@ -91,7 +91,7 @@ def test_nothing_elsewhere_is_written_or_deleted(base, tmp_path, monkeypatch, ca
 def test_a_folder_that_vanishes_at_a_write(base, tmp_path, monkeypatch, capfd, run, number, how):
     copied(base, tmp_path, run)
     monkeypatch.chdir(tmp_path)
-    check, calls = bupo.utils.files.check_in_use, []
+    check, calls = bupo.utils.files.check_guarded_folder, []
 
     def vanishing(path: Path) -> None:
         calls.append(path)
@@ -99,7 +99,7 @@ def test_a_folder_that_vanishes_at_a_write(base, tmp_path, monkeypatch, capfd, r
             shutil.rmtree(run) if how == "deleted" else os.rename(run, "other")
         check(path)
 
-    monkeypatch.setattr(bupo.utils.files, "check_in_use", vanishing)
+    monkeypatch.setattr(bupo.utils.files, "check_guarded_folder", vanishing)
     status = main(list(AGAIN[run]))
     lines = complaint(capfd)
     if len(calls) < number:

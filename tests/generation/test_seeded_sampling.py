@@ -5,18 +5,18 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
-from bupo.data.chat_templates import prompt_ids
+from bupo.data.chat_templates import tokenize_prompt
 from bupo.data.problems import load_problems
-from bupo.generation.seeded_sampling import Request, SeededSampling, TransformersEngine, seed_of
+from bupo.generation.seeded_sampling import CompletionRequest, SeededLogitsProcessor, TransformersEngine, derive_seed
 from bupo.models.internal_policy import InternalPolicies
 from bupo.models.loading import load_model, load_tokenizer
 
 TOKENIZER = load_tokenizer("embedded")
-PROMPTS = [tuple(prompt_ids(TOKENIZER, row["prompt"])) for row in load_problems("arithmetic", "test", size=12)]
+PROMPTS = [tuple(tokenize_prompt(TOKENIZER, row["prompt"])) for row in load_problems("arithmetic", "test", size=12)]
 
 
 def requests(k, prompts=PROMPTS, run=0):
-    return [Request(p, n, ids, seed_of(run, p, n)) for p, ids in enumerate(prompts) for n in range(k)]
+    return [CompletionRequest(p, n, ids, derive_seed(run, p, n)) for p, ids in enumerate(prompts) for n in range(k)]
 
 
 def answers(engine, wanted):
@@ -36,7 +36,7 @@ def test_tokens_are_sampled_from_the_policy(temperature, top_p):
     """20,000 rows of one distribution, chi-squared against its probabilities."""
     scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0])
     rows = 20_000
-    processor = SeededSampling([seed_of(0, i, 0) for i in range(rows)], 3, 1, temperature, top_p)
+    processor = SeededLogitsProcessor([derive_seed(0, i, 0) for i in range(rows)], 3, 1, temperature, top_p)
     chosen = processor(torch.zeros(rows, 3, dtype=torch.long), scores.expand(rows, -1).clone()).argmax(-1)
     expected = (scores / temperature).double().softmax(-1)
     if top_p < 1:
@@ -51,7 +51,7 @@ def test_tokens_are_sampled_from_the_policy(temperature, top_p):
 
 
 def test_each_token_has_a_number_of_its_own():
-    processor = SeededSampling([1, 2], 0, 50, 1.0, 1.0)
+    processor = SeededLogitsProcessor([1, 2], 0, 50, 1.0, 1.0)
     flat = torch.zeros(2, 1000)
     chosen = torch.stack([processor(torch.zeros(2, t, dtype=torch.long), flat.clone()).argmax(-1) for t in range(50)])
     assert len(set(chosen[:, 0].tolist())) > 40 and not torch.equal(chosen[:, 0], chosen[:, 1])
@@ -77,7 +77,7 @@ def test_the_batch_does_not_matter(model, batch_size):
 def test_where_the_loop_does_not_suit_the_answers_are_the_same(model, monkeypatch):
     """By `generate` with every row's own prompt, instead of one that is shared."""
     looped = answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3))
-    monkeypatch.setattr("bupo.models.cpu_decoding.suits", lambda *_: False)
+    monkeypatch.setattr("bupo.models.cpu_decoding.supports_fast_generate", lambda *_: False)
     assert answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3)) == looped
 
 

@@ -6,9 +6,9 @@ import subprocess
 import pytest
 
 from bupo.cli.main import main
-from bupo.evaluation.answers import correct_of, finished, prompts_of
+from bupo.evaluation.answers import get_correct, read_graded_table, tokenize_prompts
 from bupo.evaluation.benchmarks import load_benchmark
-from bupo.generation.seeded_sampling import Request, TransformersEngine, seed_of
+from bupo.generation.seeded_sampling import CompletionRequest, TransformersEngine, derive_seed
 from bupo.models.loading import load_model, load_tokenizer
 from tests.helpers.real_models import real_model
 from tests.helpers.vllm_serving import PYTHON, environment, serving
@@ -69,7 +69,7 @@ def test_a_real_server_says_what_transformers_says(folder, sums, server, tmp_pat
     greedy = ["--k", "1", "--temperature", "0"]
     assert main(evaluation(folder, sums, tmp_path / "server", *greedy, "--engine", "server", "--server", server)) == 0
     assert main(evaluation(folder, sums, tmp_path / "own", *greedy)) == 0
-    theirs, ours = (finished(tmp_path / name / "sums") for name in ("server", "own"))
+    theirs, ours = (read_graded_table(tmp_path / name / "sums") for name in ("server", "own"))
     assert (theirs["text"] == ours["text"]).mean() >= 0.95  # ties apart
     assert (theirs["tokens"] == ours["tokens"]).mean() >= 0.95
 
@@ -88,7 +88,9 @@ def test_a_real_server_agrees_within_the_interval(folder, sums, server, tmp_path
     assert ours["avg@k_interval"][0] <= found["avg@k"] <= ours["avg@k_interval"][1]
     assert 0.1 < found["avg@k"] < 0.9  # else there was nothing to agree on
     assert found["mean_tokens"] == pytest.approx(ours["mean_tokens"], rel=0.2)
-    assert (correct_of(finished(theirs / "sums")) != correct_of(finished(own / "sums"))).any()  # other numbers
+    assert (
+        get_correct(read_graded_table(theirs / "sums")) != get_correct(read_graded_table(own / "sums"))
+    ).any()  # other numbers
     (theirs / "summary.json").unlink()
     assert main(evaluation(folder, sums, theirs, *sampled)) == 0  # and nothing is sampled twice
     assert len((theirs / "sums" / "samples.jsonl").read_text().splitlines()) == PROBLEMS * K
@@ -96,8 +98,8 @@ def test_a_real_server_agrees_within_the_interval(folder, sums, server, tmp_path
 
 def test_vllm_offline(folder, sums):
     tokenizer, problems = load_tokenizer(str(folder)), load_benchmark(str(sums), size=16)[1]
-    prompts = prompts_of(problems, tokenizer)
-    requests = [Request(p, n, ids, seed_of(0, p, n)) for p, ids in enumerate(prompts) for n in range(2)]
+    prompts = tokenize_prompts(problems, tokenizer)
+    requests = [CompletionRequest(p, n, ids, derive_seed(0, p, n)) for p, ids in enumerate(prompts) for n in range(2)]
     asked = {
         "model": str(folder),
         "tokens": TOKENS,

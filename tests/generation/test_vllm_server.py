@@ -48,7 +48,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(vllm_engines, "PAUSE", 0.01)
+    monkeypatch.setattr(vllm_engines, "RETRY_DELAY", 0.01)
     FakeServer.seen, FakeServer.failed, FakeServer.broken = [], set(), False
     running = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=running.serve_forever, daemon=True).start()

@@ -41,7 +41,7 @@ def trainer_of(folder, options):
     trainer = BuPOTrainer(model, reward, args, **data)
     sampling: dict[int, dict] = {}
 
-    def rollout(inputs, inner=trainer.rollout):
+    def rollout(inputs, inner=trainer.generate_rollouts):
         found = inner(inputs)
         sampling[trainer.rollout_batch] = snapshot(trainer.model)
         return found
@@ -49,7 +49,7 @@ def trainer_of(folder, options):
     def loss(model, inputs, inner=trainer.loss):
         return inner(model, inputs) * (float("nan") if trainer.state.global_step in (broken or ()) else 1)
 
-    trainer.rollout, trainer.loss = rollout, loss
+    trainer.generate_rollouts, trainer.loss = rollout, loss
     return trainer, sampling
 
 
@@ -69,7 +69,7 @@ def one(folder, options):
     own = {
         "kind": str(trainer.accelerator.distributed_type),
         "log": trainer.state.log_history,
-        "stages": trainer.watch.schedule.state(),
+        "stages": trainer.phase_controller.schedule.state(),
         "moments": moments / 2 / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "refused": refused,
     }
@@ -83,7 +83,7 @@ def one(folder, options):
     torch.save(
         {"start": start, "end": snapshot(trainer.model) | heads, "sampling": sampling}, folder / f"rank{rank}.pt"
     )
-    trainer.save_whole(folder / "saved")
+    trainer.save_model_atomically(folder / "saved")
 
 
 def _torchs(optimizer):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from bupo.evaluation.answers import prompts_of, sample
+from bupo.evaluation.answers import sample_completions, tokenize_prompts
 from bupo.evaluation.benchmarks import load_benchmarks
 from bupo.generation.seeded_sampling import TransformersEngine
-from bupo.training.callbacks.benchmark_evaluation import Evaluations
+from bupo.training.callbacks.benchmark_evaluation import BenchmarkCallback
 from tests.training.test_trainer import config, model_of, snapshot, trainer_of
 
 folder = Path(sys.argv[1])
@@ -35,7 +35,7 @@ trainer = trainer_of(model, args)
 after_first = {}
 
 
-def on_batch(batch=trainer.rollout):
+def on_batch(batch=trainer.generate_rollouts):
     def generate(inputs):
         if trainer.rollout_batch == 3 and not after_first:
             after_first.update(snapshot(model))
@@ -44,15 +44,15 @@ def on_batch(batch=trainer.rollout):
     return generate
 
 
-trainer.rollout = on_batch()
+trainer.generate_rollouts = on_batch()
 trainer.train()
 rank = trainer.accelerator.process_index
 problems = load_benchmarks(["arithmetic"], 5, seed=args.seed)["arithmetic"]
 engine = TransformersEngine(model, trainer.processing_class, args.max_completion_length, batch_size=4)
-prompts = prompts_of(problems, trainer.processing_class)
-alone = sample(engine, prompts, 3, args.seed)
-(callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, Evaluations)]
-shared = sample(callback._shared(engine), prompts, 3, args.seed)
+prompts = tokenize_prompts(problems, trainer.processing_class)
+alone = sample_completions(engine, prompts, 3, args.seed)
+(callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, BenchmarkCallback)]
+shared = sample_completions(callback._split_across_processes(engine), prompts, 3, args.seed)
 evaluations = [row for row in trainer.state.log_history if "eval_rollout_batches" in row]
 result = {
     "world": trainer.accelerator.num_processes,
@@ -69,5 +69,5 @@ critic = {}
 if backbone == "copy":
     critic = trainer.accelerator.unwrap_model(trainer.critic.critic).state_dict()
 elif backbone == "shared":
-    critic = {name: linear.weight.detach() for name, linear in trainer.critic.linears.items()}
+    critic = {name: linear.weight.detach() for name, linear in trainer.critic.value_heads.items()}
 torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from bupo.evaluation.metrics import avg_at_k
-from bupo.training.callbacks.probe_series import Dynamics
+from bupo.training.callbacks.probe_series import DynamicsWriter
 
 BUPO: dict[str, Any] = {"internal_layer": 5, "internal_steps": 3}
 GRPO: dict[str, Any] = {"internal_steps": 0}
@@ -43,7 +43,7 @@ def train(folder, seed, options=GRPO, batches=6, finished=True, reward=lambda ba
 
 def probed(folder, layers=(6, 7, 8), batches=(0, 2, 4)):
     """`dynamics.parquet`, by the class that writes it."""
-    dynamics = Dynamics(folder, {})
+    dynamics = DynamicsWriter(folder, {})
     for batch in batches:
         rows = [{"measure": "perplexity", "layer": None, "later_layer": None, "value": 2.0}]
         rows += [

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bupo import BuPOTrainer
-from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
+from bupo.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from tests.faults.faulty import with_fsdp2_on_cpus
 from tests.helpers.sharded_run import answers
 from tests.planning.test_plan import config
@@ -71,11 +71,11 @@ def main(folder, options):
         **options,
     )
     trainer = BuPOTrainer(
-        load_model(EMBEDDED),
+        load_model(EMBEDDED_MODEL),
         token_reward,
         args,
         train_dataset=PROBLEMS,
-        processing_class=load_tokenizer(EMBEDDED),
+        processing_class=load_tokenizer(EMBEDDED_MODEL),
         rollout_func=answers,
         callbacks=[held],
     )

@@ -2,7 +2,7 @@
 
 import sys
 
-from bupo.experiments.experiment import Run
+from bupo.experiments.experiment import CommandRun
 
 CHILD = """
 import pathlib, sys, time
@@ -18,7 +18,7 @@ print("hello from", folder.name)
 
 def child(name, then="", needs=None, **options):  # needs: a child
     script = CHILD.format(then=then)
-    return Run(name, "train", options, needs=needs, launch=(sys.executable, "-c", script))
+    return CommandRun(name, "train", options, needs=needs, launch=(sys.executable, "-c", script))
 
 
 def starts(places, name):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from bupo import BuPOTrainer
-from bupo.training.callbacks.stop_on_signal import close
+from bupo.training.callbacks.stop_on_signal import leave_process_group
 from bupo.training.objective.critic import CopiedCritic
 from tests.faults.faulty import with_fsdp2_on_cpus
 from tests.training.test_probes import FALLING, RewardByBatch, built
@@ -145,7 +145,7 @@ def run(folder, case, checkpoint=None):
         "kind": str(trainer.accelerator.distributed_type),
         "rows": trainer.state.log_history,
         "held": held(trainer.model_wrapped.parameters()),
-        "schedule": trainer.watch.schedule.state(),
+        "schedule": trainer.phase_controller.schedule.state(),
     }
     state: dict[str, Any] = {"policy": whole(trainer.model_wrapped)}
     if second:
@@ -153,11 +153,11 @@ def run(folder, case, checkpoint=None):
         own["critic"] = [held(second.critic.parameters()), held(moments)]
         state["critic"] = whole(second.critic)
     elif trainer.critic:
-        state["critic"] = {name: linear.weight.detach() for name, linear in trainer.critic.linears.items()}
+        state["critic"] = {name: linear.weight.detach() for name, linear in trainer.critic.value_heads.items()}
     (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(own))
     if trainer.accelerator.is_main_process:
         torch.save(state, folder / "end.pt")
-    trainer.save_whole(folder / "model")
+    trainer.save_model_atomically(folder / "model")
 
 
 if __name__ == "__main__":
@@ -167,4 +167,4 @@ if __name__ == "__main__":
     checkpoint = named.pop() if "checkpoint-" in named[-1] else None
     for case in named:
         run(Path(base) / case, case, checkpoint)
-    close()
+    leave_process_group()

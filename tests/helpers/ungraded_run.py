@@ -33,7 +33,7 @@ for estimator, changes in json.loads(sys.argv[3]):
     trainer = BuPOTrainer(model_of(num_hidden_layers=3), reward, args, PROBLEMS, processing_class=TOKENIZER)
     assert trainer.accelerator.process_index == rank
     trainer.model.train()
-    output = trainer.rollout([PROBLEMS[(6 * rank + n) // 4] for n in range(6)])
+    output = trainer.generate_rollouts([PROBLEMS[(6 * rank + n) // 4] for n in range(6)])
     metrics = {name: listed[-1] for name, listed in trainer.train_metrics.items()}
     found.append(
         {

@@ -58,7 +58,7 @@ def main(folder, options):
         processing_class=load_tokenizer("embedded"), peft_config=adapter,
     )  # fmt: skip
     seen = []
-    generate, rollout, loss = trainer.vllm_generation.generate, trainer.rollout, trainer.loss
+    generate, rollout, loss = trainer.vllm_generation.generate, trainer.generate_rollouts, trainer.loss
 
     def generated(**asked):
         seen.append({"weights": weights(trainer.model)})
@@ -75,11 +75,11 @@ def main(folder, options):
 
     def lost(model, inputs):
         value = loss(model, inputs)
-        if trainer.passes_done % trainer.passes_a_batch == 0:
+        if trainer.micro_steps_done % trainer.micro_steps_per_rollout_batch == 0:
             seen[-1] |= {"loss": value.item(), "of": {name: inputs[name].clone() for name in GIVEN}}
         return value
 
-    trainer.vllm_generation.generate, trainer.rollout, trainer.loss = generated, rolled, lost
+    trainer.vllm_generation.generate, trainer.generate_rollouts, trainer.loss = generated, rolled, lost
     trainer.train()
     torch.save(seen, folder / "seen.pt")
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Qwen3ForCausalLM
 
 from bupo import InternalPolicies, UserError
-from bupo.models.class_methods import class_function, class_method
-from bupo.models.cpu_decoding import generate, quick
+from bupo.models.class_methods import get_class_function, get_class_method
+from bupo.models.cpu_decoding import fast_generate, generate
 from tests.helpers.tiny_models import SIZES, random_ids, tiny_model
 from tests.training.test_trainer import config, model_of, trainer_of
 
@@ -93,7 +93,7 @@ def test_a_generate_on_the_class_gets_its_own_arguments(kind, monkeypatch):
     kwargs: dict[str, Any] = {} if kind == "short" else {"do_sample": False}
     model.generation_config.do_sample = False
     assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), wanted)
-    with quick(model):
+    with fast_generate(model):
         assert torch.equal(model.generate(ids, max_new_tokens=3, **kwargs), wanted)
     assert len(calls) == 2 and "generate" not in vars(model)
 
@@ -127,8 +127,8 @@ def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
 
     found = {"partial": functools.partial(bound), "object": Callable_(), "staticmethod": staticmethod(bound)}[kind]
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", found)
-    assert list(inspect.signature(class_method(model, "forward")).parameters) == before
-    assert list(inspect.signature(class_function(model, "forward").__get__(model)).parameters) == before
+    assert list(inspect.signature(get_class_method(model, "forward")).parameters) == before
+    assert list(inspect.signature(get_class_function(model, "forward").__get__(model)).parameters) == before
     policies = InternalPolicies(model)
     with policies.layer(2).speaking():
         assert list(inspect.signature(model.forward).parameters) == before

@@ -19,9 +19,19 @@ from transformers import (
 )
 
 from bupo.models import cpu_decoding
-from bupo.models.cpu_decoding import Decoder, Unsuited, check, decode, exponential, generate, quick, shares, suits
+from bupo.models.cpu_decoding import (
+    IncrementalDecoder,
+    UnsupportedGeneration,
+    can_share_prompts,
+    check_supported_options,
+    fast_generate,
+    generate,
+    run_decoding_loop,
+    sample_exponential,
+    supports_fast_generate,
+)
 from bupo.models.generation_settings import warn_once
-from bupo.models.kv_cache import ROOM, shared_prompts
+from bupo.models.kv_cache import MIN_BUFFER_GROWTH, share_prompt_cache
 from tests.helpers.tiny_models import FAMILIES, SIZES, random_ids, tiny_model
 
 LENGTHS = (9, 5, 7)
@@ -44,20 +54,20 @@ def looped(monkeypatch):
     """How often the loop came to an end."""
     ended = []
 
-    @functools.wraps(decode)  # generate reads the signature
+    @functools.wraps(run_decoding_loop)  # generate reads the signature
     def counted(*args, **kwargs):
-        out = decode(*args, **kwargs)
+        out = run_decoding_loop(*args, **kwargs)
         ended.append(out)
         return out
 
-    monkeypatch.setattr(cpu_decoding, "decode", counted)
+    monkeypatch.setattr(cpu_decoding, "run_decoding_loop", counted)
     return ended
 
 
 @pytest.fixture(params=["copied", "shared"])
 def prompts_are(request, monkeypatch):
     """Whether keys and values of prompts are copied for their answers, or shared, whatever the length."""
-    monkeypatch.setattr(cpu_decoding, "LONG", 0 if request.param == "shared" else 1000)
+    monkeypatch.setattr(cpu_decoding, "MIN_SHARED_PROMPT_LENGTH", 0 if request.param == "shared" else 1000)
     return request.param
 
 
@@ -134,9 +144,11 @@ def test_logits_are_those_of_whole_sequences(family, share):
     ids = torch.cat([inputs["input_ids"], written], 1)
     mask_after = torch.cat([mask, torch.ones_like(written)], 1)
     positions = (mask_after.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad(), shared_prompts():
+    with torch.no_grad(), share_prompt_cache():
         wanted = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
-        decoder = Decoder(model, inputs["input_ids"], positions[:, :9], mask, share=share and shares(model))
+        decoder = IncrementalDecoder(
+            model, inputs["input_ids"], positions[:, :9], mask, share=share and can_share_prompts(model)
+        )
         rows = torch.arange(6)
         for step in range(6):
             torch.testing.assert_close(decoder.logits, wanted[rows, 8 + step], rtol=1e-5, atol=1e-5)
@@ -154,7 +166,7 @@ def test_a_prompt_is_read_once_and_ended_answers_leave():
     model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    suits(model)
+    supports_fast_generate(model)
     shapes.clear()
     generate(model, **prompts(8), generation_config=options(do_sample=True))
     rows = [shape[0] for shape in shapes[1:]]
@@ -167,12 +179,12 @@ def test_a_prompts_keys_and_values_are_kept_once():
     plain = AttentionInterface()["sdpa"]
     for family in ("qwen3", "gpt2", "gemma2", "deepseek_v3"):
         model, inputs = tiny_model(family), prompts(4)
-        assert shares(model) == (family not in ("gemma2", "deepseek_v3"))
-        with torch.no_grad(), shared_prompts():
+        assert can_share_prompts(model) == (family not in ("gemma2", "deepseek_v3"))
+        with torch.no_grad(), share_prompt_cache():
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            decoder = Decoder(model, inputs["input_ids"], positions, inputs["attention_mask"], share=True)
+            decoder = IncrementalDecoder(model, inputs["input_ids"], positions, inputs["attention_mask"], share=True)
             layer = decoder.cache.layers[0]
-            assert layer.prompt[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, ROOM)
+            assert layer.prompt[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, MIN_BUFFER_GROWTH)
             decoder.keep(torch.tensor([0, 2, 11]))  # no answer of the second prompt is left
             assert layer.prompt[0].size(0) == 2 and layer.keys.size(0) == 3
     assert AttentionInterface()["sdpa"] is plain
@@ -183,7 +195,7 @@ def test_exponential_numbers_are_torchs():
         torch.manual_seed(4)
         wanted, after = torch.empty(4, 700).exponential_()[rows], torch.rand(1)
         torch.manual_seed(4)
-        assert torch.equal(exponential(4, 700, torch.tensor(rows)), wanted) and torch.equal(torch.rand(1), after)
+        assert torch.equal(sample_exponential(4, 700, torch.tensor(rows)), wanted) and torch.equal(torch.rand(1), after)
 
 
 def test_a_large_unembedding_is_the_same_in_blocks(looped):
@@ -240,13 +252,13 @@ def test_a_streamer_hears_every_token(looped):
 
 def test_a_proof_is_of_the_model_as_it_is(looped):
     model = tiny_model("qwen3")
-    assert suits(model)
+    assert supports_fast_generate(model)
     model.set_attn_implementation("eager")
     torch.manual_seed(0)
     wanted = model.generate(**prompts(4), generation_config=options(8))
     torch.manual_seed(0)
     assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), wanted)
-    assert not suits(model.to(torch.bfloat16))
+    assert not supports_fast_generate(model.to(torch.bfloat16))
 
 
 def test_a_filled_cache_goes_generates_way(looped):
@@ -271,7 +283,7 @@ def test_a_model_with_other_memory_than_keys_and_values_is_not_proven(kind, loop
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZES, **RECURRENT[kind])
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert not suits(model)
+    assert not supports_fast_generate(model)
     assert same(model, prompts(2), options(6))[0] and not looped
 
 
@@ -284,20 +296,20 @@ def test_a_model_that_is_not_told_positions_goes_generates_way(looped):
 
 def test_sixteen_bits_are_for_seeded_sampling_only():
     model = tiny_model("qwen3", dtype=torch.bfloat16)
-    assert suits(model, seeded=True) and not suits(model)
+    assert supports_fast_generate(model, seeded=True) and not supports_fast_generate(model)
 
 
 def test_dropout_goes_generates_way(looped):
     """Its numbers are drawn by row: TRL samples from a model that trains."""
     for family in ("phi3", "gpt2"):
         model = tiny_model(family).train()
-        assert not suits(model) and suits(model.eval())
-    assert suits(tiny_model("qwen3").train())
+        assert not supports_fast_generate(model) and supports_fast_generate(model.eval())
+    assert supports_fast_generate(tiny_model("qwen3").train())
 
 
 def test_probabilities_that_are_not_finite_are_torchs_error():
     model = tiny_model("qwen3")
-    suits(model)
+    supports_fast_generate(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="probability tensor contains"):
@@ -336,34 +348,36 @@ def test_the_cache_is_given_by_the_name_that_the_model_has_for_it(name):
     model = renamed(name)
     ids, positions = random_ids(2, 9), torch.arange(9).expand(2, -1)
     with torch.no_grad():
-        decoder = Decoder(model, ids[:, :8], positions[:, :8])
+        decoder = IncrementalDecoder(model, ids[:, :8], positions[:, :8])
         wanted = tiny_model("qwen3")(ids, use_cache=False).logits
         torch.testing.assert_close(decoder.logits, wanted[:, 7], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(decoder.step(ids[:, 8]), wanted[:, 8], rtol=1e-5, atol=1e-5)
     assert len(decoder.cache.layers) == 4 and decoder.cache.get_seq_length() == 9
-    assert suits(model)
+    assert supports_fast_generate(model)
 
 
 def test_a_cache_is_one_by_its_type_and_not_by_its_name():
     processors = LogitsProcessorList()
     inputs = {"position_ids": torch.zeros(1), "attention_mask": None, "use_cache": True}
     for name in ("cache", "past_key_values", "memory_of_2030"):
-        check(options(do_sample=True, num_beams=1, use_cache=True), processors, inputs | {name: DynamicCache()})
-    with pytest.raises(Unsuited) as refused:
-        check(options(num_beams=1, use_cache=True), processors, inputs | {"news": torch.ones(1)})
-    assert refused.value.unknown == "news"
+        check_supported_options(
+            options(do_sample=True, num_beams=1, use_cache=True), processors, inputs | {name: DynamicCache()}
+        )
+    with pytest.raises(UnsupportedGeneration) as refused:
+        check_supported_options(options(num_beams=1, use_cache=True), processors, inputs | {"news": torch.ones(1)})
+    assert refused.value.unknown_inputs == "news"
 
 
 def test_an_argument_that_the_loop_has_never_heard_of_is_told_of_once(looped, caplog, monkeypatch):
     warn_once.cache_clear()
     model = tiny_model("qwen3")
-    plain = cpu_decoding.decode
+    plain = cpu_decoding.run_decoding_loop
 
     @functools.wraps(plain)
     def handed_more(*args, **kwargs):
         return plain(*args, **kwargs, rope_state=torch.ones(1))
 
-    monkeypatch.setattr(cpu_decoding, "decode", handed_more)
+    monkeypatch.setattr(cpu_decoding, "run_decoding_loop", handed_more)
     for _ in range(2):
         generate(model, **prompts(2), generation_config=options(4, do_sample=True))
     assert (
@@ -382,19 +396,19 @@ def test_an_option_that_is_not_the_loops_is_no_news(looped, caplog):
 def test_a_loop_that_fails_is_told_of_once_where_it_should_not(looped, caplog, monkeypatch):
     """As where the interface of a cache's layer has changed; a recurrent model has another memory, which is no news."""
     warn_once.cache_clear()
-    monkeypatch.setattr("bupo.models.kv_cache.Slots.update", lambda self, keys: None)
+    monkeypatch.setattr("bupo.models.kv_cache.KVCacheLayer.update", lambda self, keys: None)
     model = tiny_model("qwen3")
     for _ in range(2):
         assert same(model, prompts(2), options(4, do_sample=True))[0]
     assert not looped and len(said(caplog)) == 1 and "bupo's fails with TypeError" in said(caplog)[0]
     caplog.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(cpu_decoding, "measured", lambda *_: 1e-3)
-    assert not suits(tiny_model("qwen3")) and "differ from the model's by 0.001" in said(caplog)[0]
+    monkeypatch.setattr(cpu_decoding, "measure_logit_error", lambda *_: 1e-3)
+    assert not supports_fast_generate(tiny_model("qwen3")) and "differ from the model's by 0.001" in said(caplog)[0]
     caplog.clear()
     monkeypatch.undo()
     recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **SIZES, **RECURRENT["lfm2"])).eval()
-    assert not suits(recurrent) and said(caplog) == []
+    assert not supports_fast_generate(recurrent) and said(caplog) == []
 
 
 # -- in others' code -------------------------------------------------------------------------------------------------
@@ -404,13 +418,13 @@ def test_inside_quick_the_models_own_generate_is_quick(looped):
     model = tiny_model("qwen3")
     wanted = model.generate(**prompts(2), generation_config=options())
     assert not looped
-    with quick(model):
+    with fast_generate(model):
         assert torch.equal(model.generate(**prompts(2), generation_config=options()), wanted)
         assert torch.equal(
             model.generate(random_ids(2, 9), options()), type(model).generate(model, random_ids(2, 9), options())
         )
     assert len(looped) == 2
-    with pytest.raises(ZeroDivisionError), quick(model):
+    with pytest.raises(ZeroDivisionError), fast_generate(model):
         raise ZeroDivisionError
     assert "generate" not in vars(model)
 
@@ -421,7 +435,7 @@ def test_an_adapter_is_sampled_with_unless_it_is_a_prompt(looped):
         torch.manual_seed(1)
         wanted = model.generate(**prompts(2), generation_config=options(8, do_sample=True))
         torch.manual_seed(1)
-        with quick(model):
+        with fast_generate(model):
             assert torch.equal(model.generate(**prompts(2), generation_config=options(8, do_sample=True)), wanted)
         assert len(looped) == loops
 
@@ -432,6 +446,6 @@ PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 def test_a_models_own_generate_is_left_alone(looped):
     model = tiny_model("qwen3")
     own = model.generate = lambda **_: "mine"
-    with quick(model):
+    with fast_generate(model):
         assert model.generate is own
     assert isinstance(model, nn.Module) and model.generate is own

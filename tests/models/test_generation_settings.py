@@ -24,10 +24,16 @@ from transformers import (
 
 from bupo import BuPOTrainer, InternalPolicies, UserError
 from bupo.cli.main import main
-from bupo.generation.seeded_sampling import Request, TransformersEngine
+from bupo.generation.seeded_sampling import CompletionRequest, TransformersEngine
 from bupo.generation.vllm_engines import VllmEngine
-from bupo.models.generation_settings import end_tokens, own_settings_unused, stored_ends, unaccounted, warn_once
-from bupo.models.loading import load_model, load_tokenizer, model_path
+from bupo.models.generation_settings import (
+    find_unaccounted_settings,
+    get_eos_token_ids,
+    policy_generation_config,
+    read_eos_token_ids,
+    warn_once,
+)
+from bupo.models.loading import load_model, load_tokenizer, resolve_model_path
 from bupo.training.rollout_generation import set_up_generation
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
@@ -213,9 +219,11 @@ def test_settings_that_change_nothing_are_not_named(tmp_path, caplog):
     args = config(tmp_path, temperature=0.7, top_k=-1, min_p=0.0, generation_kwargs=kwargs)
     BuPOTrainer(model_of(), token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     assert not [record for record in caplog.records if "do not account for" in record.getMessage()]
-    assert unaccounted({"forced_eos_token_id": 0}) and unaccounted({"suppress_tokens": [0]})
-    assert unaccounted({"of_a_later_version": True}) and not unaccounted({"of_a_later_version": None})
-    assert unaccounted({"do_sample": False}, 1.0) and not unaccounted({"do_sample": False})
+    assert find_unaccounted_settings({"forced_eos_token_id": 0}) and find_unaccounted_settings({"suppress_tokens": [0]})
+    assert find_unaccounted_settings({"of_a_later_version": True}) and not find_unaccounted_settings(
+        {"of_a_later_version": None}
+    )
+    assert find_unaccounted_settings({"do_sample": False}, 1.0) and not find_unaccounted_settings({"do_sample": False})
 
 
 def test_a_saved_model_keeps_its_own_settings(tmp_path):
@@ -247,7 +255,7 @@ def ends_apart():
 def test_every_end_ends_an_answer_while_training(tmp_path, compared):
     found, now = compared
     model, now["ends"] = ends_apart()
-    assert set(end_tokens(model, TOKENIZER)) == now["ends"]
+    assert set(get_eos_token_ids(model, TOKENIZER)) == now["ends"]
     args = config(tmp_path, max_completion_length=16, max_steps=8, internal_steps=1)
     trainer = BuPOTrainer(model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     ended = []
@@ -287,9 +295,9 @@ def test_every_end_ends_an_answer_of_an_internal_policy_and_of_an_engine(tmp_pat
     assert torch.equal(policy.generate(ids, max_new_tokens=24), wanted)
     assert (wanted[:, 5:] == 0).any()
     assert TransformersEngine(model, TOKENIZER, 8).ends == ends
-    assert set(stored_ends(str(tmp_path), TOKENIZER)) == ends
+    assert set(read_eos_token_ids(str(tmp_path), TOKENIZER)) == ends
     (tmp_path / "generation_config.json").unlink()
-    assert set(stored_ends(str(tmp_path), TOKENIZER)) == {1, *range(60, 100)}
+    assert set(read_eos_token_ids(str(tmp_path), TOKENIZER)) == {1, *range(60, 100)}
 
 
 # -- internal policies, `bupo sample`, `bupo eval` and `bupo analyze` --------------------------------------------------
@@ -320,7 +328,7 @@ def test_settings_in_the_model_configuration_do_not_matter():
     torch.manual_seed(4)
     assert torch.equal(policy.generate(ids, max_new_tokens=9), wanted)
     engine = TransformersEngine(model, TOKENIZER, 4)
-    assert len(list(engine([Request(0, 0, (5, 6), 1)]))) == 1
+    assert len(list(engine([CompletionRequest(0, 0, (5, 6), 1)]))) == 1
 
 
 def test_arguments_of_a_policys_generate_stay_and_are_named_once(caplog):
@@ -350,7 +358,7 @@ def test_an_engine_takes_the_tokens_of_its_random_numbers(name):
     """`bupo eval` and `bupo analyze` sample so: token t is where the cumulative probability passes the t-th number."""
     model = tiny_model("qwen3", vocab_size=262, eos_token_id=1)
     hostile(model, name)
-    requests = [Request(0, n, (5, 9, 40 + n), 1000 + n) for n in range(3)]
+    requests = [CompletionRequest(0, n, (5, 9, 40 + n), 1000 + n) for n in range(3)]
     for request, answer in TransformersEngine(model, TOKENIZER, 6, temperature=0.8)(requests):
         numbers = torch.rand(6, generator=torch.Generator().manual_seed(request.seed)).double()
         ids = list(request.prompt_ids)
@@ -397,7 +405,7 @@ def test_nothing_of_the_model_is_left_to_the_loop():
     for name in HOSTILE:
         hostile(model, name)
         for temperature, wanted in ((1.0, []), (0.5, ["TemperatureLogitsWarper"])):
-            with own_settings_unused(model, TOKENIZER, temperature=temperature, max_new_tokens=3) as settings:
+            with policy_generation_config(model, TOKENIZER, temperature=temperature, max_new_tokens=3) as settings:
                 model.generate(random_ids(2, 5), generation_config=settings, custom_generate=loop)
             assert handed["processors"] == wanted, name
             assert not hasattr(handed["settings"], "sampler_of_2030")
@@ -406,7 +414,7 @@ def test_nothing_of_the_model_is_left_to_the_loop():
 def test_the_own_settings_are_back_after_an_error():
     model = tiny_model("qwen3")
     own = hostile(model, "min_p")
-    with pytest.raises(ZeroDivisionError), own_settings_unused(model):
+    with pytest.raises(ZeroDivisionError), policy_generation_config(model):
         assert model.generation_config.min_p is None
         raise ZeroDivisionError
     assert model.generation_config is own and own.min_p == 0.9
@@ -420,7 +428,7 @@ def test_vllm_gets_the_same_settings(monkeypatch):
 
     class LLM:
         def __init__(self, path, **kwargs):
-            assert path == model_path("embedded")
+            assert path == resolve_model_path("embedded")
 
         def generate(self, prompts, settings, use_tqdm):
             given.extend(settings)
@@ -428,9 +436,9 @@ def test_vllm_gets_the_same_settings(monkeypatch):
             return [SimpleNamespace(outputs=[said]) for _ in prompts]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options))
-    ends = stored_ends("embedded", TOKENIZER)
+    ends = read_eos_token_ids("embedded", TOKENIZER)
     engine = VllmEngine("embedded", 9, 0.7, 1.0, ends)
-    ((_, answer),) = engine([Request(0, 0, (5,), 3)])
+    ((_, answer),) = engine([CompletionRequest(0, 0, (5,), 3)])
     assert not answer.truncated and ends == [1]
     neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     wanted = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 9, "seed": 3, "stop_token_ids": [1]}

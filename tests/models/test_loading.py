@@ -16,9 +16,9 @@ import bupo
 from bupo import InternalPolicies, UserError
 from bupo.analysis.options import AnalyzeOptions
 from bupo.cli.main import main
-from bupo.data.chat_templates import check_context, check_size, prompt_ids
+from bupo.data.chat_templates import check_prompt_characters, check_prompt_tokens, tokenize_prompt
 from bupo.evaluation.options import EvalOptions
-from bupo.models.loading import Limits, limits_of, load_model, load_on_device, load_tokenizer
+from bupo.models.loading import ModelLimits, get_model_limits, load_model, load_on_device, load_tokenizer
 from bupo.training.config import BuPOConfig
 from bupo.training.train_data import TrainOptions
 from bupo.training.trainer import BuPOTrainer
@@ -119,7 +119,7 @@ def test_the_heads_bias_may_mask(value, tmp_path, monkeypatch):
         model.lm_head.bias[50:] = value
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (model, REPORT))
     model.save_pretrained(tmp_path)
-    assert InternalPolicies(load_model(str(tmp_path))).identity.worst < 1e-5
+    assert InternalPolicies(load_model(str(tmp_path))).identity_errors.max_error < 1e-5
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = value
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds"):
@@ -161,7 +161,7 @@ def test_float16_that_overflows_on_the_way(layer, phase, tmp_path):
         BuPOTrainer(model, lambda **columns: [], args, ROWS, processing_class=load_tokenizer("embedded"))
     model.float()
     if layer:
-        assert InternalPolicies(model).identity.worst < 1e-4
+        assert InternalPolicies(model).identity_errors.max_error < 1e-4
 
 
 def test_bfloat16_that_is_not_finite_is_damaged():
@@ -330,9 +330,13 @@ def test_a_trainer_of_a_name_trains_what_its_files_hold(tmp_path):
 
 
 def test_limits_of_models():
-    assert limits_of(tiny_model("llama").config) == Limits(128, False, 97)
-    assert limits_of(tiny_model("gpt2").config) == Limits(128, True, 97)
-    assert Limits(128, True).longest == 128 and Limits(128, False).longest == 512 and Limits().longest is None
+    assert get_model_limits(tiny_model("llama").config) == ModelLimits(128, False, 97)
+    assert get_model_limits(tiny_model("gpt2").config) == ModelLimits(128, True, 97)
+    assert (
+        ModelLimits(128, True).longest == 128
+        and ModelLimits(128, False).longest == 512
+        and ModelLimits().longest is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,19 +351,19 @@ def test_limits_of_models():
     ],
 )
 def test_prompts_that_a_model_can_read(prompt, learned, refused):
-    limits = Limits(128, learned, 97)
+    limits = ModelLimits(128, learned, 97)
     if refused is None:
-        check_context([[1], prompt], limits, "problems")
+        check_prompt_tokens([[1], prompt], limits, "problems")
     else:
         with pytest.raises(UserError, match=f"problems, row 1: the prompt .*{refused}"):
-            check_context([[1], prompt], limits, "problems")
+            check_prompt_tokens([[1], prompt], limits, "problems")
 
 
 def test_a_long_prompt_is_refused_before_it_is_tokenized():
     message = [{"role": "system", "content": "x" * 5000}, {"role": "user", "content": "y" * 5000}]
-    check_size(["x" * 8192, message[:1]], Limits(128), "problems")
+    check_prompt_characters(["x" * 8192, message[:1]], ModelLimits(128), "problems")
     with pytest.raises(UserError, match="problems, row 7: the prompt has 10000 characters"):
-        check_size(["x", message], Limits(128), "problems", 6)
+        check_prompt_characters(["x", message], ModelLimits(128), "problems", 6)
 
 
 def long_problems(folder):
@@ -397,11 +401,11 @@ def test_a_template_without_a_system_message_names_the_remedy():
     tokenizer.chat_template = NO_SYSTEM
     user = [{"role": "user", "content": "1+1"}]
     with pytest.raises(UserError, match=r"System role not supported.*--system_prompt '' \(system_prompt: '' in YAML\)"):
-        prompt_ids(tokenizer, [{"role": "system", "content": "Think."}, *user])
-    assert prompt_ids(tokenizer, user)
+        tokenize_prompt(tokenizer, [{"role": "system", "content": "Think."}, *user])
+    assert tokenize_prompt(tokenizer, user)
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(UserError) as error:
-        prompt_ids(tokenizer, [{"role": "system", "content": "Think."}, *user])
+        tokenize_prompt(tokenizer, [{"role": "system", "content": "Think."}, *user])
     assert "system_prompt" not in str(error.value)
 
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from bupo import InternalPolicies, UserError
 from bupo.analysis import vocab_streaming as fold_module
-from bupo.analysis.measures import MEASURES, measure
-from bupo.analysis.token_view import top_tokens
+from bupo.analysis.measures import MEASURES, measure_completions
+from bupo.analysis.token_view import get_top_tokens
 from bupo.models import token_scoring
-from bupo.models.cpu_decoding import errors_of
+from bupo.models.cpu_decoding import get_logit_errors
 from bupo.models.loading import load_tokenizer
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.models.residual_stream import Activation, ResidualStream
 from bupo.models.token_scoring import score_tokens
 from bupo.training.config import BuPOConfig
 from bupo.training.trainer import BuPOTrainer
@@ -115,7 +115,7 @@ def naive(model, entries, prompt, answer, lens):
     layers = range(1, stream.num_layers + 1)
     rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
     kinds = ("attn_input", "attn", "ffn_input", "ffn", "layer")
-    sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in kinds]
+    sites = [Activation("layer", 0)] + [Activation(kind, layer) for layer in layers for kind in kinds]
     states = {site: x[0, rows] for site, x in stream.run(sites, torch.tensor([[*prompt, *answer]])).items()}
     head = model.get_output_embeddings()
     weight, bias = head.weight[entries].double(), head.bias[entries].double()
@@ -129,10 +129,10 @@ def naive(model, entries, prompt, answer, lens):
     def kl(p, q):
         return (p.exp() * (p - q)).sum(-1)
 
-    theta = log_p(Site("layer", stream.num_layers), "final_norm")
-    by_layer = [log_p(Site("layer", layer)) for layer in layers]
+    theta = log_p(Activation("layer", stream.num_layers), "final_norm")
+    by_layer = [log_p(Activation("layer", layer)) for layer in layers]
     target = torch.tensor([entries.index(token) for token in answer])[:, None]
-    policies = {kind: [log_p(Site(kind, layer)) for layer in layers] for kind in kinds}
+    policies = {kind: [log_p(Activation(kind, layer)) for layer in layers] for kind in kinds}
     found = {f"entropy_{kind}": torch.stack([-(p.exp() * p).sum(-1) for p in each]) for kind, each in policies.items()}
     found["kl_language_model"] = torch.stack([kl(p, theta) for p in by_layer])
     found["log_prob"] = torch.stack([p.gather(1, target)[:, 0] for p in by_layer])
@@ -146,12 +146,12 @@ def naive(model, entries, prompt, answer, lens):
 @pytest.mark.parametrize("places", ["the first tile", "many", "all before and all behind"])
 @pytest.mark.parametrize("writing", ["infinite", "lowest", "mixed"])
 def test_an_analysis_is_that_of_the_kept_entries(writing, places, tile, lens, monkeypatch):
-    monkeypatch.setattr(fold_module, "TILE", tile)
+    monkeypatch.setattr(fold_module, "CPU_TILE_SIZE", tile)
     entries = kept(PLACES[places])
     model = with_bias(tiny_model("llama"), bias_of(writing, PLACES[places]))
     stream = ResidualStream(model)
     for pairs in (False, True):
-        for rollout, found in zip(ROLLOUTS, measure(stream, ROLLOUTS, lens=lens, pairs=pairs), strict=True):
+        for rollout, found in zip(ROLLOUTS, measure_completions(stream, ROLLOUTS, lens=lens, pairs=pairs), strict=True):
             wanted, kl, entropy = naive(model, entries, *rollout, lens)
             for name, values in wanted.items():
                 mine = found.values[name][: len(values)]
@@ -179,7 +179,7 @@ def test_policies_of_a_masked_model(writing):
     assert all(torch.isfinite(p.grad).all() for p in model.model.layers.parameters() if p.grad is not None)
     sampled = policies.layer(2).generate(ids, max_new_tokens=40, pad_token_id=0)[0, 6:].tolist()
     assert sampled and set(sampled) <= set(entries)
-    view = top_tokens(policies, Ids(), [5], [6, 7, 8, 9, 10], top=97)
+    view = get_top_tokens(policies, Ids(), [5], [6, 7, 8, 9, 10], top=97)
     np.testing.assert_allclose(view["entropy"], wanted["entropy_layer"], atol=2e-3)
     assert all(p == 0 for cell in view["top"][0] for token, p in cell if int(token) not in entries)
 
@@ -200,8 +200,8 @@ class Ids:
 def test_a_wrong_head_is_seen_beside_masked_entries(writing):
     """The lowest float is no size that other differences may be small beside."""
     model = with_bias(tiny_model("llama"), bias_of(writing, PLACES["many"]))
-    assert ResidualStream(model).identity.head < 1e-5
-    assert errors_of(model)[0] < 1e-5  # the decoding loop is used, too
+    assert ResidualStream(model).identity_errors.head < 1e-5
+    assert get_logit_errors(model)[0] < 1e-5  # the decoding loop is used, too
     plain = model.lm_head.forward
     model.lm_head.forward = lambda x: plain(1.02 * x)
     with pytest.raises(UserError, match="unembedding give logits that differ from the model's own by"):
@@ -218,7 +218,7 @@ def test_an_answer_with_a_masked_token_is_refused():
     model = with_bias(tiny_model("llama"), bias_of("infinite", PLACES["many"]))
     masked = PLACES["many"][0]
     with pytest.raises(UserError, match=rf"rollout 1: token 2 of its answer \(id {masked}\) has probability 0"):
-        list(measure(ResidualStream(model), [ROLLOUTS[0], ([5], [6, masked, 7])]))
+        list(measure_completions(ResidualStream(model), [ROLLOUTS[0], ([5], [6, masked, 7])]))
 
 
 @pytest.mark.parametrize("phase", [1, 2])

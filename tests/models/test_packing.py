@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig
 
-from bupo.models.packing import Layout, PackedMask, attend, packing_of
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.models.packing import PackedLayout, PackedMask, build_packed_decoder, packed_attention_forward
+from bupo.models.residual_stream import Activation, ResidualStream
 from bupo.training.objective import critic, policy_scoring
-from bupo.training.objective.micro_batches import arranged, places_of, rows_may_move
+from bupo.training.objective.micro_batches import arrange_micro_batches, assign_rows, can_reorder_rows
 from bupo.training.objective.policy_head import PolicyHead
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 from tests.training.test_trainer import config, model_of, trainer_of
 
-LAYER = Site("layer", 2)
+LAYER = Activation("layer", 2)
 
 
 def rows_of(prompts, answers, vocabulary=97, seed=0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,10 +63,10 @@ def gradients(model, loss):
 
 
 def assert_as_alone(model, site=None, rows=ROWS):
-    packing = packing_of(model)
+    packing = build_packed_decoder(model)
     assert packing is not None
     asked = copy.deepcopy(model)
-    PolicyHead(ResidualStream(asked), 1.0, "raw", packing=packing_of(asked))
+    PolicyHead(ResidualStream(asked), 1.0, "raw", packing=build_packed_decoder(asked))
     scores = asked(
         input_ids=rows[0],
         attention_mask=rows[1],
@@ -105,12 +105,12 @@ WINDOWS = {
 def test_windows_slide_over_positions_not_places(family):
     model = tiny_model(family, **WINDOWS[family])
     assert_as_alone(model)
-    layout = Layout.of(ROWS[0], ROWS[1], 9)
+    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
     wide = tiny_model(family, **{**WINDOWS[family], "sliding_window": 64})
     with torch.no_grad():
         states = []
         for each in (model, wide):
-            with packing_of(each).over(layout):
+            with build_packed_decoder(each).over(layout):
                 states.append(each.base_model(**layout.inputs, use_cache=False).last_hidden_state)
     assert not torch.allclose(states[0], states[1], atol=1e-3), "the window must matter here"
 
@@ -123,7 +123,7 @@ def test_eager_attention_is_packed_too():
 
 def test_the_attention_of_before_is_back():
     model = tiny_model("llama")
-    packing, layout = packing_of(model), Layout.of(ROWS[0], ROWS[1], 9)
+    packing, layout = build_packed_decoder(model), PackedLayout.of(ROWS[0], ROWS[1], 9)
     with pytest.raises(RuntimeError, match="inside"), packing.over(layout):
         assert model.config._attn_implementation != "sdpa"
         raise RuntimeError("inside")
@@ -137,7 +137,7 @@ def test_the_attention_of_before_is_back():
 
 def test_attention_is_back_after_a_pass_that_fails():
     model = tiny_model("llama")
-    packing, layout = packing_of(model), Layout.of(ROWS[0], ROWS[1], 9)
+    packing, layout = build_packed_decoder(model), PackedLayout.of(ROWS[0], ROWS[1], 9)
     with pytest.raises(RuntimeError, match="inside"), packing.kept():
         raise RuntimeError("inside")
     with packing.over(layout):
@@ -149,18 +149,18 @@ def test_a_row_without_a_prompt_is_not_packed():
     """Nothing stands before its answer; what TRL's rows make of it stays."""
     ids, mask, labels = (x.clone() for x in ROWS)
     mask[2, :9] = 0
-    assert Layout.of(ids, mask, 9) is None
+    assert PackedLayout.of(ids, mask, 9) is None
     found = []
     for packs in (True, False):
         model = tiny_model("llama")
-        PolicyHead(ResidualStream(model), 1.0, "raw", packing=packing_of(model) if packs else None)
+        PolicyHead(ResidualStream(model), 1.0, "raw", packing=build_packed_decoder(model) if packs else None)
         found.append(model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs)
     assert torch.equal(*found)
 
 
 def test_long_segments_go_alone(monkeypatch):
-    monkeypatch.setattr("bupo.models.packing.PAIRS", 1)
-    layout = Layout.of(ROWS[0], ROWS[1], 9)
+    monkeypatch.setattr("bupo.models.packing.MAX_QUERY_KEY_PAIRS", 1)
+    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
     assert all(len(bucket.queries) == 1 for bucket in layout.buckets) and len(layout.buckets) == 9
     assert_as_alone(tiny_model("gemma3_text", sliding_window=4))
 
@@ -169,7 +169,7 @@ def test_experts_are_balanced_over_the_rows_tokens():
     found = []
     for packs in (True, False):
         model = tiny_model("qwen3_moe", output_router_logits=True)
-        PolicyHead(ResidualStream(model), 1.0, "raw", packing=packing_of(model) if packs else None)
+        PolicyHead(ResidualStream(model), 1.0, "raw", packing=build_packed_decoder(model) if packs else None)
         scores = model(input_ids=ROWS[0], attention_mask=ROWS[1], labels=ROWS[2], fused_lm_head=True)
         found.append((scores.aux_loss, gradients(model, scores.aux_loss)))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_a_family_whose_tokens_meet_elsewhere_is_not_packed(kind, sizes, caplog)
     caplog.set_level(logging.INFO)
     model = tiny_model(kind, **sizes)
     before = model.config._attn_implementation
-    assert packing_of(model) is None
+    assert build_packed_decoder(model) is None
     assert model.config._attn_implementation == before
 
 
@@ -198,13 +198,13 @@ def test_an_answer_that_is_masked_costs_nothing_and_scores_nothing():
     ids, mask, labels = (x.clone() for x in ROWS)
     mask[2, 9:], labels[2, 9:] = 0, -100
     model = tiny_model("llama")
-    assert len(Layout.of(ids, mask, 9).ids) == len(Layout.of(ROWS[0], ROWS[1], 9).ids) - 12
+    assert len(PackedLayout.of(ids, mask, 9).ids) == len(PackedLayout.of(ROWS[0], ROWS[1], 9).ids) - 12
     assert_as_alone(model, rows=(ids, mask, labels))
 
 
 def test_rows_without_an_answer_are_a_differentiable_zero():
     model = tiny_model("llama")
-    PolicyHead(ResidualStream(model), 1.0, "raw", packing=packing_of(model))
+    PolicyHead(ResidualStream(model), 1.0, "raw", packing=build_packed_decoder(model))
     scores = model(input_ids=ROWS[0], attention_mask=ROWS[1], labels=torch.full_like(ROWS[2], -100), fused_lm_head=True)
     assert not scores.log_probs.any()
     scores.log_probs.sum().backward()
@@ -238,7 +238,7 @@ def seen_in_buckets(layout, sees):
 @given(layouts(), st.sampled_from([1, 3, 100]))
 def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
     (ids, mask), width = made
-    layout = Layout.of(ids, mask, width)
+    layout = PackedLayout.of(ids, mask, width)
 
     def sees(batch, head, query, key):
         return (key <= query) & (key > query - window)
@@ -265,15 +265,15 @@ def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
 @pytest.mark.slow
 def test_flex_attention_by_blocks_is_attention_by_buckets():
     """On a CPU it is compiled, and knows no backward pass."""
-    layout = Layout.of(ROWS[0], ROWS[1], 9)
+    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
     block = tiny_model("qwen3").model.layers[0].self_attn
     segments, blocks = (PackedMask(layout, lambda batch, head, query, key: key <= query, x) for x in ("sdpa", None))
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, len(layout.ids), 16, generator=generator)
     key, value = (torch.randn(1, 2, len(layout.ids), 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        wanted, _ = attend(block, query, key, value, segments, scaling=0.25)
-        found, _ = attend(block, query, key, value, blocks, scaling=0.25)
+        wanted, _ = packed_attention_forward(block, query, key, value, segments, scaling=0.25)
+        found, _ = packed_attention_forward(block, query, key, value, blocks, scaling=0.25)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -284,8 +284,8 @@ def trained(folder, packs, monkeypatch, peft=None, **changes):
     """Parameters and metrics of a run of two rollout batches, with or without packing, from the same weights and seed."""
     with monkeypatch.context() as patch:
         if not packs:
-            patch.setattr(policy_scoring, "packing_of", lambda model: None)
-            patch.setattr(critic, "packing_of", lambda model: None)
+            patch.setattr(policy_scoring, "build_packed_decoder", lambda model: None)
+            patch.setattr(critic, "build_packed_decoder", lambda model: None)
         options: dict = {
             "internal_steps": 1,
             "steps_per_generation": 4,
@@ -305,7 +305,7 @@ def trained(folder, packs, monkeypatch, peft=None, **changes):
             model.save_pretrained(folder / "start")
             model = str(folder / "start")
         trainer = trainer_of(model, config(folder, **{**options, **changes}), peft_config=peft)
-        assert (trainer.alignment.packing is not None) == packs
+        assert (trainer.policy_alignment.packing is not None) == packs
         trainer.train()
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer.state.log_history
 
@@ -363,7 +363,7 @@ def test_prompt_learning_keeps_its_rows(tmp_path):
         peft_config=peft,
     )
     asked = []
-    trainer.alignment.packing.over = lambda layout: asked.append(layout)
+    trainer.policy_alignment.packing.over = lambda layout: asked.append(layout)
     trainer.train()
     assert not asked
 
@@ -418,7 +418,7 @@ def test_rows_are_dealt_whole(groups, group, micro, seed):
     order = torch.randperm(count, generator=generator).tolist()
     prompts = [(row // group,) * 5 for row in order]
     lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    found = places_of(prompts, lengths, rows)
+    found = assign_rows(prompts, lengths, rows)
     assert sorted(place for places in found for place in places) == list(range(count))
     assert all(len(places) == rows for places in found)
     if rows % group == 0:  # whole groups fit
@@ -428,7 +428,7 @@ def test_rows_are_dealt_whole(groups, group, micro, seed):
 def test_tokens_are_balanced():
     """Two long groups and two short ones, in two micro-batches of two groups: one of each."""
     prompts = [(g,) for g in range(4) for _ in range(4)]
-    found = places_of(prompts, [50] * 4 + [60] * 4 + [5] * 4 + [6] * 4, 8)
+    found = assign_rows(prompts, [50] * 4 + [60] * 4 + [5] * 4 + [6] * 4, 8)
     tokens = [sum(([50] * 4 + [60] * 4 + [5] * 4 + [6] * 4)[p] for p in places) for places in found]
     assert sorted(tokens) == [200 + 24, 240 + 20]
 
@@ -449,14 +449,14 @@ def test_rows_stay_within_an_update():
     for piece in pieces:
         piece["prompt_ids"][0] = 9  # the first rows of all belong together
     for accumulated, windows in ((1, [[0], [1], [2], [3]]), (2, [[0, 1], [2, 3]]), (8, [[0, 1, 2, 3]])):
-        found = arranged(pieces, accumulated)
+        found = arrange_micro_batches(pieces, accumulated)
         for window in windows:
             rows = sorted(row for index in window for row in found[index]["row"].tolist())
             assert rows == sorted(row for index in window for row in pieces[index]["row"].tolist())
         assert all(f["names"] == [f"{row // 2}{'ab'[row % 2]}" for row in f["row"].tolist()] for f in found)
         assert all(f["num_items_in_batch"] == 7 for f in found)
         assert [f["no_row"].tolist() for f in found] == [[p, p + 1, p + 2] for p in range(4)]
-    assert {tuple(f["prompt_ids"][:, 0].tolist()) for f in arranged(pieces, 2)[:2]} == {(9, 9), (0, 1)}
+    assert {tuple(f["prompt_ids"][:, 0].tolist()) for f in arrange_micro_batches(pieces, 2)[:2]} == {(9, 9), (0, 1)}
 
 
 def test_rows_move_only_where_the_loss_is_a_sum_over_rows(tmp_path):
@@ -467,5 +467,5 @@ def test_rows_move_only_where_the_loss_is_a_sum_over_rows(tmp_path):
         ({"entropy_coef": 0.1}, False),
         ({"top_entropy_quantile": 0.5}, False),
     ):
-        assert rows_may_move(config(tmp_path, **changes), False) == moves
-    assert not rows_may_move(config(tmp_path), True)
+        assert can_reorder_rows(config(tmp_path, **changes), False) == moves
+    assert not can_reorder_rows(config(tmp_path), True)

@@ -8,9 +8,9 @@ import torch
 from math_verify import parse, verify
 
 from bupo import InternalPolicies
-from bupo.analysis.measures import measure
+from bupo.analysis.measures import measure_completions
 from bupo.cli.main import main
-from bupo.evaluation.answers import finished
+from bupo.evaluation.answers import read_graded_table
 from bupo.models.residual_stream import ResidualStream
 from tests.analysis.test_measures import naive
 from tests.evaluation.test_evaluation import FILES, SHARED, killed_in
@@ -26,7 +26,7 @@ def test_every_layer_policy_is_that_of_the_hooked_states():
     text = "Add 57 and 23. Then subtract 41. The sum is 80, and 80 - 41 = 39, so the answer is \\boxed{39}."
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     policies = InternalPolicies(model)
-    assert policies.num_layers == 30 and policies.identity.worst < 1e-5
+    assert policies.num_layers == 30 and policies.identity_errors.max_error < 1e-5
     states, logits = hooked_states(model, ids)
     for layer in range(1, 31):
         wanted = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
@@ -66,7 +66,7 @@ def test_measures_are_the_naive_ones():
     prompt, answer = (
         tokenizer(text)["input_ids"] for text in ("What is 57 + 23 - 41?", "57 + 23 = 80, and 80 - 41 = 39.")
     )
-    found = next(measure(ResidualStream(model), [(prompt, answer)]))
+    found = next(measure_completions(ResidualStream(model), [(prompt, answer)]))
     values, _, _, log_probs, _ = naive(model, prompt, answer)
     for name, wanted in values.items():
         np.testing.assert_allclose(found.values[name], wanted, rtol=1e-3, atol=1e-3, err_msg=name)
@@ -101,7 +101,7 @@ def test_evaluation_of_the_problem_files(tmp_path):
     for name in ("summary.json", "table.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
     for name in FILES:
-        table = finished(tmp_path / "a" / name)
+        table = read_graded_table(tmp_path / "a" / name)
         direct = [
             verify(parse(f"\\boxed{{{gold}}}"), parse(text)) for gold, text in zip(table.gold, table.text, strict=True)
         ]

@@ -8,20 +8,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bupo import Family, InternalPolicies, UserError
 from bupo.models.families import FAMILIES as RULES
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.models.residual_stream import Activation, ResidualStream
 from tests.helpers.tiny_models import FAMILIES, random_ids, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writes_add_up_in_every_layer(family):
     stream = ResidualStream(tiny_model(family))
-    assert len(stream.identity.layers) == stream.num_layers == 4
-    assert stream.identity.worst < 1e-5
+    assert len(stream.identity_errors.layers) == stream.num_layers == 4
+    assert stream.identity_errors.max_error < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writes_in_sixteen_bits(family):
-    assert ResidualStream(tiny_model(family, dtype=torch.bfloat16)).identity.worst < 3e-2
+    assert ResidualStream(tiny_model(family, dtype=torch.bfloat16)).identity_errors.max_error < 3e-2
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "olmo3", "glm4", "granite"])
@@ -65,7 +65,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
         model = tiny_model(family)
         kind = model.config.model_type
         ids = random_ids()
-        sites = [Site(kind, layer) for layer in (1, 3) for kind in ("attn", "ffn", "attn_input", "ffn_input")]
+        sites = [Activation(kind, layer) for layer in (1, 3) for kind in ("attn", "ffn", "attn_input", "ffn_input")]
         known = ResidualStream(model).run(sites, ids)
         with monkeypatch.context() as patch:
             patch.delitem(RULES, kind)
@@ -89,7 +89,7 @@ def test_unknown_parallel_family_is_refused(monkeypatch):
 def test_a_user_can_name_the_parts_of_an_unknown_family(monkeypatch):
     monkeypatch.delitem(RULES, "cohere2")
     policies = InternalPolicies(tiny_model("cohere2"), family=Family(logit_scale="logit_scale"))
-    assert policies.identity.worst < 1e-5
+    assert policies.identity_errors.max_error < 1e-5
     with pytest.raises(UserError, match=r"no module 'attend'.*pass family="):
         InternalPolicies(tiny_model("llama"), family=Family(attn="attend"))
     with pytest.raises(UserError, match="has no 'blocks' in its decoder"):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bupo.models import token_scoring
-from bupo.models.token_scoring import IGNORED, score_tokens
+from bupo.models.token_scoring import IGNORE_INDEX, score_tokens
 from bupo.models.unembedding import Unembedding
 
 
@@ -19,7 +19,7 @@ def naive(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperatu
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_p = (logits / temperature).log_softmax(-1)
-    keep = targets != IGNORED
+    keep = targets != IGNORE_INDEX
     log_probs = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return torch.where(keep, log_probs, 0.0), torch.where(keep, -(log_p.exp() * log_p).sum(-1), 0.0)
 
@@ -39,7 +39,7 @@ def problems(draw):
     if draw(st.booleans()):
         weight[torch.randint(v, (v,), generator=generator)] = weight[0].clone()  # ties
     targets = torch.randint(v, (n,), generator=generator)
-    targets[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))] = IGNORED
+    targets[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))] = IGNORE_INDEX
     options = {
         "bias": torch.randn(v, generator=generator) if draw(st.booleans()) else None,
         "scale": draw(st.sampled_from([1.0, 0.25, 3.0])),
@@ -130,7 +130,7 @@ def test_sixteen_bit_inputs_lose_nothing_further(dtype):
 def test_gradcheck_in_fp64():
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5, 3), (7, 3), (7,)))
-    targets = torch.tensor([0, 6, IGNORED, 3, 3])
+    targets = torch.tensor([0, 6, IGNORE_INDEX, 3, 3])
 
     def both(h, w, b):
         return tuple(score_tokens(h, w, targets, bias=b, scale=0.5, softcap=2.0, temperature=0.8))
@@ -142,7 +142,7 @@ def test_unscored_positions_are_not_computed(monkeypatch):
     seen = []
     real = Unembedding.logits
     monkeypatch.setattr(Unembedding, "logits", lambda head, h: seen.append(h.size(0)) or real(head, h))
-    targets = torch.full((4, 25), IGNORED)
+    targets = torch.full((4, 25), IGNORE_INDEX)
     targets[:, -3:] = 5
     hidden = torch.randn(4, 25, 8, requires_grad=True)
     scores = score_tokens(hidden, torch.randn(11, 8), targets)

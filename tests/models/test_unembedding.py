@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bupo
-from bupo.analysis.vocab_streaming import Fold
+from bupo.analysis.vocab_streaming import StreamedPolicies
 from bupo.models.token_scoring import score_states
 from bupo.models.unembedding import Unembedding
 
@@ -60,8 +60,8 @@ def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
     log_p = wanted.log_softmax(-1)
     chosen, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     scores = score_states(hidden, head, targets)
-    fold = Fold([states], spoken=1, pairs=False)
-    fold.take_all(head, targets)
+    fold = StreamedPolicies([states], spoken=1, pairs=False)
+    fold.accumulate(head, targets)
     for found in (scores, (fold.chosen_logit[0] - fold.z[0], fold.entropy[0])):
         torch.testing.assert_close(found[0].double(), chosen, **near)
         torch.testing.assert_close(found[1].double(), entropy, **near)

@@ -21,17 +21,17 @@ import bupo
 from benchmarks import plan as benchmark
 from bupo import BuPOConfig, PlanOptions, UserError
 from bupo.cli.main import main
-from bupo.cli.parsing import parse
-from bupo.cli.plan import config_of
-from bupo.models.loading import EMBEDDED, load_model, load_tokenizer
-from bupo.models.packing import Layout, Packing
+from bupo.cli.parsing import parse_options
+from bupo.cli.plan import make_planned_config
+from bupo.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
+from bupo.models.packing import PackedDecoder, PackedLayout
 from bupo.models.residual_stream import ResidualStream
-from bupo.planning.flops import flops, layers, layers_backward
-from bupo.planning.memory import memory, moments
-from bupo.planning.micro_batches import Lengths, MicroBatch, micro_batches
-from bupo.planning.plan import setting_of
-from bupo.planning.runtime import optimizer_traffic, sampling_steps, too_little
-from bupo.training.objective.layer_parameters import freeze, moved_by
+from bupo.planning.flops import count_flops, count_layers_backward, count_layers_forward
+from bupo.planning.memory import compute_peak_memory, iterate_moments
+from bupo.planning.micro_batches import MicroBatch, SequenceLengths, build_micro_batches
+from bupo.planning.plan import resolve_planned_run
+from bupo.planning.runtime import compute_optimizer_traffic, count_sampling_steps, describe_vllm_shortage
+from bupo.training.objective.layer_parameters import freeze_layers, get_parameters_up_to
 from bupo.training.train_data import TrainOptions
 from tests.faults.test_launches import FSDP2
 from tests.helpers.real_models import real_model
@@ -95,7 +95,7 @@ ON_CPU = PlanOptions(gpus=0, tflops=0.1, bandwidth=0.01, prompt_tokens=20, answe
 
 
 def embedded(on=ON_CPU, loading=None, **changes):
-    return setting_of(EMBEDDED, config(**changes), on=on, loading=loading)
+    return resolve_planned_run(EMBEDDED_MODEL, config(**changes), on=on, loading=loading)
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def embedded(on=ON_CPU, loading=None, **changes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_number(models, name):
-    found = setting_of(str(models / name), config(internal_layer=1), on=ON_CPU).sizes
+    found = resolve_planned_run(str(models / name), config(internal_layer=1), on=ON_CPU).sizes
     assert found.weights / 1e9 == pytest.approx(MODELS[name][2], abs=0.005)
     assert found.layers == MODELS[name][1]["num_hidden_layers"]
     d, wide = MODELS[name][1]["hidden_size"], MODELS[name][1]["intermediate_size"]
@@ -121,13 +121,13 @@ RATES: dict[str, Any] = {"layer_rates": [0, 0, 1, 0, 0.1, 1, 1, 0]}
     [({}, []), ({"internal_lens": "final_norm"}, []), ({"frozen_up_to_layer": 3}, [1, 2, 3]), (RATES, [1, 2, 4, 8])],
 )
 def test_what_moves_is_what_the_trainer_moves(options, still):
-    model = load_model(EMBEDDED)
+    model = load_model(EMBEDDED_MODEL)
     stream = ResidualStream(model)
-    freeze(stream, still)
+    freeze_layers(stream, still)
     sizes = embedded(**options).sizes
     normed = "internal_lens" in options
     assert sizes.weights == sum(p.numel() for p in model.parameters())
-    assert sizes.moved(5, normed) == sum(p.numel() for p in moved_by(stream, 5, normed))
+    assert sizes.moved(5, normed) == sum(p.numel() for p in get_parameters_up_to(stream, 5, normed))
     assert sizes.moved(None, normed) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -138,7 +138,9 @@ def test_an_adapter_trains_alone():
     assert setting.sizes.moved(None, True) == 8 * rank * ((d + 4 * 32) + (wide + d))
     assert setting.sizes.head.trained == 0
     whole = embedded()
-    assert flops(setting, None).backward < 0.75 * flops(whole, None).backward  # no gradient of a frozen weight
+    assert (
+        count_flops(setting, None).backward < 0.75 * count_flops(whole, None).backward
+    )  # no gradient of a frozen weight
     assert sum(setting.kept.blocks) < sum(whole.kept.blocks)  # nor what it would need
 
 
@@ -148,26 +150,28 @@ def test_an_adapter_trains_alone():
 @pytest.mark.parametrize("count", [5, 8])
 def test_flops_are_those_that_torch_counts(count):
     """Of a packed micro-batch through the embedded model's own code. torch counts no attention of a CPU: its eager one is products."""
-    model = load_model(EMBEDDED, attn_implementation="eager").train()
+    model = load_model(EMBEDDED_MODEL, attn_implementation="eager").train()
     setting = embedded()
-    batch = MicroBatch(8, 2, Lengths(20, 12), packed=True, blocks=False)
+    batch = MicroBatch(8, 2, SequenceLengths(20, 12), packed=True, blocks=False)
     ids = torch.randint(3, 262, (8, 32))
     ids[:, :20] = ids[torch.arange(8) // 4 * 4, :20]
-    layout = Layout.of(ids, torch.ones_like(ids), 20)
-    packing, stream = Packing(model), ResidualStream(model)
-    with FlopCounterMode(display=False) as forward, packing.over(layout), stream.first_layers(count):
+    layout = PackedLayout.of(ids, torch.ones_like(ids), 20)
+    packing, stream = PackedDecoder(model), ResidualStream(model)
+    with FlopCounterMode(display=False) as forward, packing.over(layout), stream.truncate_layers(count):
         states = model.base_model(**layout.inputs, use_cache=False).last_hidden_state
-    assert forward.get_total_flops() == layers(setting, batch, count)
+    assert forward.get_total_flops() == count_layers_forward(setting, batch, count)
     with FlopCounterMode(display=False) as backward:
         states.sum().backward()
-    attention = layers(setting, batch, count) - 2 * batch.tokens * sum(b.met for b in setting.sizes.blocks[:count])
+    attention = count_layers_forward(setting, batch, count) - 2 * batch.tokens * sum(
+        b.met for b in setting.sizes.blocks[:count]
+    )
     # eager attention keeps its probabilities and computes nothing again: 2 where flash attention has 2.5
-    assert backward.get_total_flops() == layers_backward(setting, batch, count) - 0.5 * attention
+    assert backward.get_total_flops() == count_layers_backward(setting, batch, count) - 0.5 * attention
 
 
 def test_phase_1_by_hand():
     """A rollout batch of 32 answers to 4 prompts in one update: matrices, pairs, head; each as often as a run computes it."""
-    found, batches = flops(embedded(), 5), embedded().batches
+    found, batches = count_flops(embedded(), 5), embedded().batches
     tokens = sum(batch.tokens for batch in batches)
     assert tokens == 4 * 20 + 32 * 12  # a group of 8 stands in one micro-batch of 16
     matrices = 128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 256
@@ -178,11 +182,11 @@ def test_phase_1_by_hand():
     assert found.backward == 5 * (2 * 2 * matrices * tokens + 2.5 * 2 * 4 * 64 * pairs) + 3 * head
     assert found.scoring == 8 * layer + 2 * head
     assert found.recomputed == found.critic == 0
-    assert flops(embedded(gradient_checkpointing=True), 5).recomputed == 4 * layer  # layer 5 keeps its own
-    assert flops(embedded(gradient_checkpointing=True), None).recomputed == 8 * layer
-    assert flops(embedded(), None).scoring == 0  # one update a rollout batch: its own old policy
-    assert flops(embedded(gradient_accumulation_steps=1), None).scoring > 0
-    assert flops(embedded(num_iterations=3), 5).update == 3 * found.update
+    assert count_flops(embedded(gradient_checkpointing=True), 5).recomputed == 4 * layer  # layer 5 keeps its own
+    assert count_flops(embedded(gradient_checkpointing=True), None).recomputed == 8 * layer
+    assert count_flops(embedded(), None).scoring == 0  # one update a rollout batch: its own old policy
+    assert count_flops(embedded(gradient_accumulation_steps=1), None).scoring > 0
+    assert count_flops(embedded(num_iterations=3), 5).update == 3 * found.update
 
 
 # the unembedding's backward pass adds to what is there already, which torch's counter does not know
@@ -192,7 +196,7 @@ ADDED = {torch.ops.aten.addmm_: lambda total, left, right, **kwargs: 2 * left[0]
 def counted(trainer):
     """FLOPs that torch counts of a run's passes, of one micro-batch an update: of what comes before each, and of the pass."""
     before, passes = [0], []
-    rollout, step = trainer.rollout, trainer.training_step
+    rollout, step = trainer.generate_rollouts, trainer.training_step
 
     def scored(*args, **kwargs):
         with FlopCounterMode(display=False, custom_mapping=ADDED) as counter:
@@ -207,7 +211,7 @@ def counted(trainer):
         before.append(0)
         return found
 
-    trainer.rollout, trainer.training_step = scored, stepped
+    trainer.generate_rollouts, trainer.training_step = scored, stepped
     trainer.train()
     return before, passes
 
@@ -230,17 +234,19 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, options):
     options = dict(options)
     sizes = {"rows": 32, "prompt": 20, "answer": 12, "checkpointing": options.pop("checkpointing", False)}
     case = benchmark.Case("counted", 5, **sizes, more=options)
-    model = load_model(EMBEDDED, attn_implementation="eager")
-    trainer = benchmark.trained(model, load_tokenizer(EMBEDDED), case, str(tmp_path), 1, benchmark.Watched())
+    model = load_model(EMBEDDED_MODEL, attn_implementation="eager")
+    trainer = benchmark.trained(model, load_tokenizer(EMBEDDED_MODEL), case, str(tmp_path), 1, benchmark.Watched())
     before, passes = counted(trainer)
-    setting = setting_of(EMBEDDED, case.config("unused", 1), on=ON_CPU)
+    setting = resolve_planned_run(EMBEDDED_MODEL, case.config("unused", 1), on=ON_CPU)
     mixed = 5 if "internal_mix" in options or "internal_handover" in options else None
     for place, target in enumerate([(5,), (None, mixed)]):
-        planned = flops(setting, *target)
+        planned = count_flops(setting, *target)
         (batch,) = setting.batches
         # eager attention has a backward pass of 2 where flash attention has 2.5
         seen = 8 if target[0] is None or options.get("internal_objective") == "policy" else 5
-        attention = layers(setting, batch, seen) - 2 * batch.tokens * sum(b.met for b in setting.sizes.blocks[:seen])
+        attention = count_layers_forward(setting, batch, seen) - 2 * batch.tokens * sum(
+            b.met for b in setting.sizes.blocks[:seen]
+        )
         assert before[place] == planned.scoring
         # a layer is computed again up to its last product; one whose states are read (5, in both phases) is not
         last = 2 * 256 * 128 * batch.tokens * (seen - 1 if case.checkpointing else 0)
@@ -249,11 +255,13 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, options):
 
 def test_ppo_adds_a_second_model_and_a_reference_model_a_pass():
     plain, ppo = embedded(), embedded(advantage_estimator="ppo")
-    assert flops(ppo, 5).critic == flops(plain, None).forward + flops(plain, None).backward - 4 * _head(plain)
-    assert flops(embedded(advantage_estimator="ppo", critic_backbone="shared"), 5).critic == 0
-    held, held_plain = memory(ppo, 5).largest, memory(plain, 5).largest
+    assert count_flops(ppo, 5).critic == count_flops(plain, None).forward + count_flops(
+        plain, None
+    ).backward - 4 * _head(plain)
+    assert count_flops(embedded(advantage_estimator="ppo", critic_backbone="shared"), 5).critic == 0
+    held, held_plain = compute_peak_memory(ppo, 5).largest, compute_peak_memory(plain, 5).largest
     assert held["critic"] > 3 * held_plain["weights"] and "critic" not in held_plain
-    assert memory(embedded(beta=0.1), 5).largest["reference model"] == held_plain["weights"]
+    assert compute_peak_memory(embedded(beta=0.1), 5).largest["reference model"] == held_plain["weights"]
 
 
 def _head(setting):
@@ -265,15 +273,16 @@ def test_packing_shares_what_shuffling_leaves():
     given = config(per_device_train_batch_size=8, gradient_accumulation_steps=4, steps_per_generation=16)
     gpu = PlanOptions()
     counts = [
-        sum(batch.prompts for batch in micro_batches(given, Lengths(9, 9), gpu, True, seed)) for seed in range(20)
+        sum(batch.prompts for batch in build_micro_batches(given, SequenceLengths(9, 9), gpu, True, seed))
+        for seed in range(20)
     ]
     assert 50 < sum(counts) / 20 < 64 and min(counts) >= 16
-    rows = micro_batches(given, Lengths(9, 9), gpu, packed=False)
+    rows = build_micro_batches(given, SequenceLengths(9, 9), gpu, packed=False)
     assert all(batch.tokens == 8 * 18 for batch in rows)
 
 
 def test_pairs_of_a_window():
-    batch = MicroBatch(1, 1, Lengths(3, 4), packed=True, blocks=True)
+    batch = MicroBatch(1, 1, SequenceLengths(3, 4), packed=True, blocks=True)
     seen = [[key for key in range(query + 1) if query - key < 2] for query in range(7)]
     assert batch.pairs() == 28 and batch.pairs(2) == sum(map(len, seen)) and batch.pairs(100) == 28
 
@@ -298,14 +307,14 @@ def test_bytes_a_parameter(sharding):
     gpus = 1 if sharding == "one" else 4
     on = PlanOptions(gpus=gpus, sharding=sharding, prompt_tokens=20, answer_tokens=12)
     setting = embedded(on=on, bf16=True)
-    parts = dict(moments(setting, None))["the optimizer steps"]
+    parts = dict(iterate_moments(setting, None))["the optimizer steps"]
     count = setting.sizes.weights
     assert parts == {part: size * count for part, size in SHARED[sharding].items()}
 
 
 def test_phase_1_has_no_state_above_its_layer():
     setting = embedded()
-    first, second = memory(setting, 5).largest, memory(setting, None).largest
+    first, second = compute_peak_memory(setting, 5).largest, compute_peak_memory(setting, None).largest
     above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.rest.weights
     assert second["optimizer"] - first["optimizer"] == 8 * above
     assert second["weights"] == first["weights"]
@@ -315,11 +324,11 @@ def test_phase_1_has_no_state_above_its_layer():
 def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     """And has a state of what it moves only."""
     setting, layerwise = embedded(internal_objective="policy"), embedded()
-    first, second = memory(setting, 5).largest, memory(setting, None).largest
-    assert first["activations"] == second["activations"] > memory(layerwise, 5).largest["activations"]
-    assert first["optimizer"] == memory(layerwise, 5).largest["optimizer"] < second["optimizer"]
-    assert flops(setting, 5) == flops(setting, None) == flops(layerwise, None)
-    assert optimizer_traffic(setting, 5) == optimizer_traffic(layerwise, 5)
+    first, second = compute_peak_memory(setting, 5).largest, compute_peak_memory(setting, None).largest
+    assert first["activations"] == second["activations"] > compute_peak_memory(layerwise, 5).largest["activations"]
+    assert first["optimizer"] == compute_peak_memory(layerwise, 5).largest["optimizer"] < second["optimizer"]
+    assert count_flops(setting, 5) == count_flops(setting, None) == count_flops(layerwise, None)
+    assert compute_optimizer_traffic(setting, 5) == compute_optimizer_traffic(layerwise, 5)
     lens = embedded(internal_objective="policy", internal_lens="final_norm")
     assert lens.moved(5) == setting.moved(5)  # the norm stays with all above the layer
 
@@ -339,25 +348,25 @@ def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     ],
 )
 def test_what_the_rollout_batches_optimise(options, parts):
-    found = bupo.plan(EMBEDDED, config(**{"max_steps": 10, **options}), on=ON_CPU)
+    found = bupo.plan(EMBEDDED_MODEL, config(**{"max_steps": 10, **options}), on=ON_CPU)
     assert {phase.name: phase.batches for phase in found.phases} == parts
 
 
 def test_a_mixed_batch_that_does_not_fit_gets_advice():
     """Of what it takes itself, which is more than the second phase without it."""
     given = config(max_steps=10, internal_mix=0.1)
-    plain = bupo.plan(EMBEDDED, config(max_steps=10), on=ON_CPU).bytes
+    plain = bupo.plan(EMBEDDED_MODEL, config(max_steps=10), on=ON_CPU).bytes
     tight = PlanOptions(gpus=0, gpu_memory=plain / 1e9, prompt_tokens=20, answer_tokens=12)
-    found = bupo.plan(EMBEDDED, given, on=tight)
+    found = bupo.plan(EMBEDDED_MODEL, given, on=tight)
     assert not found.fits and found.advice
     checkpointed = next(each for each in found.advice.each if each.options == "gradient_checkpointing true")
-    again = bupo.plan(EMBEDDED, config(max_steps=10, internal_mix=0.1, gradient_checkpointing=True), on=tight)
+    again = bupo.plan(EMBEDDED_MODEL, config(max_steps=10, internal_mix=0.1, gradient_checkpointing=True), on=tight)
     assert checkpointed.bytes == again.bytes < found.bytes
 
 
 def test_what_other_options_take_and_leave():
     gpu = PlanOptions(gpus=4, gpu_memory=40, prompt_tokens=20, answer_tokens=12)
-    plain = memory(embedded(on=gpu, bf16=True), None)
+    plain = compute_peak_memory(embedded(on=gpu, bf16=True), None)
     smaller = {"per_device_train_batch_size": 8, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
     tried: list[tuple[dict[str, Any], str]] = [
         ({"gradient_checkpointing": True}, "activations"),
@@ -366,12 +375,12 @@ def test_what_other_options_take_and_leave():
         (SYNCED, "gradients"),
     ]
     for options, part in tried:
-        changed = memory(embedded(on=gpu, bf16=True, **options), None)
+        changed = compute_peak_memory(embedded(on=gpu, bf16=True, **options), None)
         assert changed.largest[part] < plain.largest[part], options
-    reserved = memory(embedded(on=gpu, bf16=True, use_vllm=True, vllm_mode="colocate"), None)
+    reserved = compute_peak_memory(embedded(on=gpu, bf16=True, use_vllm=True, vllm_mode="colocate"), None)
     assert reserved.at_once["vLLM"] == 0.3 * 40e9
     asleep: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
-    assert memory(embedded(on=gpu, bf16=True, **asleep), None).moment == "answers are sampled"
+    assert compute_peak_memory(embedded(on=gpu, bf16=True, **asleep), None).moment == "answers are sampled"
 
 
 def test_autocast_copies_weights_and_sharding_does_not():
@@ -380,7 +389,10 @@ def test_autocast_copies_weights_and_sharding_does_not():
     spread = embedded(on=PlanOptions(gpus=2), **bf16)
     assert (alone.precision, spread.precision, embedded().precision) == ("autocast", "bfloat16", "float32")
     sizes = alone.sizes
-    copies = memory(alone, None).largest["activations"] - memory(spread, None).largest["activations"]
+    copies = (
+        compute_peak_memory(alone, None).largest["activations"]
+        - compute_peak_memory(spread, None).largest["activations"]
+    )
     assert copies > 2 * sizes.linear
     assert 2 * spread.kept.stream == alone.kept.stream
 
@@ -390,25 +402,25 @@ def test_autocast_copies_weights_and_sharding_does_not():
 
 def test_seconds_follow_from_the_stated_rates():
     given = config(gradient_accumulation_steps=1)
-    found = bupo.plan(EMBEDDED, given, on=ON_CPU)
+    found = bupo.plan(EMBEDDED_MODEL, given, on=ON_CPU)
     for phase in found.phases:
         assert phase.seconds.scoring == phase.flops.scoring / 1e11
         adam = 2 * 4 + 4 * 5 + 2 * 8  # weights read and written, gradients five times, two moments read and written
         assert phase.seconds.update == pytest.approx(phase.flops.update / 1e11 + 2 * adam * phase.trained / 1e10)
-    twice = bupo.plan(EMBEDDED, given, on=replace(ON_CPU, tflops=0.2, bandwidth=0.02))
+    twice = bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=0.2, bandwidth=0.02))
     assert twice.seconds == pytest.approx(found.seconds / 2)
-    assert bupo.plan(EMBEDDED, given, on=replace(ON_CPU, tflops=None, bandwidth=None)).seconds is None
+    assert bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=None, bandwidth=None)).seconds is None
     assert [phase.batches for phase in found.phases] == [2]  # four updates are two rollout batches, both of phase 1
 
 
 def test_sampling_lasts_as_long_as_its_longest_answer(models):
     given = config(internal_layer=6, use_vllm=True, vllm_mode="colocate", bf16=True, max_completion_length=7168)
     on = PlanOptions(gpus=8, prompt_tokens=300, answer_tokens=1000)
-    setting = setting_of(str(models / "qwen3-4b"), given, on=on)
-    assert setting.cache_bytes == 2 * 36 * 2 * 8 * 128
-    assert sampling_steps(setting) == 7168 and too_little(setting) is None
-    small = setting_of(str(models / "qwen3-4b"), given, on=replace(on, gpu_memory=24))
-    assert "vLLM has no room" in too_little(small)
+    setting = resolve_planned_run(str(models / "qwen3-4b"), given, on=on)
+    assert setting.kv_cache_bytes == 2 * 36 * 2 * 8 * 128
+    assert count_sampling_steps(setting) == 7168 and describe_vllm_shortage(setting) is None
+    small = resolve_planned_run(str(models / "qwen3-4b"), given, on=replace(on, gpu_memory=24))
+    assert "vLLM has no room" in describe_vllm_shortage(small)
 
 
 # -- against runs ----------------------------------------------------------------------------------------------------
@@ -437,7 +449,7 @@ def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
     for rank in range(2):
         measured = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for batch, layer in ((1, 5), (3, None)):  # the second rollout batch of each phase
-            at = dict(moments(setting, layer))
+            at = dict(iterate_moments(setting, layer))
             step, between = at["the optimizer steps"], at["the unembedding is differentiated"]
             assert measured[batch] == {
                 "weights": step["weights"],
@@ -465,14 +477,14 @@ CONTROLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", benchmark.embedded_cases() + CONTROLS, ids=lambda case: case.name)
 def test_memory_of_the_embedded_model_is_as_planned(case):
-    rows = benchmark.memory_rows(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
+    rows = benchmark.memory_rows(EMBEDDED_MODEL, load_model(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL), case)
     assert len(rows) == 2 * len(benchmark.PARTS) and not apart(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", benchmark.embedded_cases()[::2], ids=lambda case: case.name)
 def test_time_of_the_embedded_model_is_as_planned(case):
-    rows = in_time(EMBEDDED, load_model(EMBEDDED), load_tokenizer(EMBEDDED), case)
+    rows = in_time(EMBEDDED_MODEL, load_model(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL), case)
     assert len(rows) == 3
 
 
@@ -506,10 +518,10 @@ def in_time(name, model, tokenizer, case):
 
 
 def recipe_plan(recipe, models, on, flags=()):
-    classes = (TrainOptions, config_of(on.processes), ModelConfig)
-    options, given, loading = parse(classes, ["--config", str(ROOT / recipe), *flags], "bupo plan")
+    classes = (TrainOptions, make_planned_config(on.processes), ModelConfig)
+    options, given, loading = parse_options(classes, ["--config", str(ROOT / recipe), *flags], "bupo plan")
     name = loading.model_name_or_path
-    if name != EMBEDDED:
+    if name != EMBEDDED_MODEL:
         name = str(models / ("smollm2" if recipe.parts[0] == "cpu" else recipe.parts[0]))
     return bupo.plan(name, given, options, loading=loading, on=on)
 
@@ -583,11 +595,11 @@ def test_what_a_run_would_refuse():
     ]
     for changes, on, message in refused:
         with pytest.raises(UserError, match=message):
-            bupo.plan(EMBEDDED, config(**changes), on=PlanOptions(**on))
+            bupo.plan(EMBEDDED_MODEL, config(**changes), on=PlanOptions(**on))
     with pytest.raises(UserError, match="quantised"):
-        bupo.plan(EMBEDDED, config(), loading=ModelConfig(load_in_4bit=True))
+        bupo.plan(EMBEDDED_MODEL, config(), loading=ModelConfig(load_in_4bit=True))
     for devices in (ON_CPU, PlanOptions(gpus=2), PlanOptions(gpus=2, sharding="zero2")):
-        found = bupo.plan(EMBEDDED, config(internal_layer="auto"), on=devices)
+        found = bupo.plan(EMBEDDED_MODEL, config(internal_layer="auto"), on=devices)
         assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
 
 
@@ -621,8 +633,8 @@ def test_a_critic_of_its_own_takes_its_own_time():
     for kind in ("ddp", "zero2", "fsdp2"):
         for estimator in ("grpo", "ppo"):
             on = PlanOptions(gpus=4, sharding=kind)
-            setting = setting_of(EMBEDDED, config(advantage_estimator=estimator, **options), on=on)
-            times[kind, estimator] = [optimizer_traffic(setting, layer) for layer in (1, None)]
+            setting = resolve_planned_run(EMBEDDED_MODEL, config(advantage_estimator=estimator, **options), on=on)
+            times[kind, estimator] = [compute_optimizer_traffic(setting, layer) for layer in (1, None)]
     critic = {
         kind: [a - b for a, b in zip(times[kind, "ppo"], times[kind, "grpo"], strict=True)]
         for kind in ("ddp", "zero2", "fsdp2")
@@ -637,7 +649,7 @@ def test_a_critic_beside_deepspeeds_engine_is_whole():
     """As under DDP: weights, gradients to be reduced, two moments."""
     ppo = config(advantage_estimator="ppo")
     ddp, zero, fsdp = (
-        bupo.plan(EMBEDDED, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.largest["critic"]
+        bupo.plan(EMBEDDED_MODEL, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.largest["critic"]
         for kind in ("ddp", "zero2", "fsdp2")
     )
     assert ddp == zero == pytest.approx(20 / (16 / 4) * fsdp)

@@ -94,14 +94,14 @@ def test_advantages_are_the_trainers(tmp_path, example):
     """Of rewards that differ within groups, and of groups in which they do not."""
     trainer, seen = trainer_of(tmp_path, 0), []
 
-    def rollout(inputs, inner=trainer.rollout):
+    def rollout(inputs, inner=trainer.generate_rollouts):
         tensors = inner(inputs)
         texts = trainer.processing_class.batch_decode(tensors["completion_ids"], skip_special_tokens=True)
         rewards = [example.reward(text, row["answer"]) for text, row in zip(texts, inputs, strict=True)]
         seen.append((torch.tensor(rewards), tensors["advantages"].clone()))
         return tensors
 
-    trainer.rollout = rollout
+    trainer.generate_rollouts = rollout
     trainer.train()
     assert any(0 < rewards.mean() < 1 for rewards, _ in seen)
     for rewards, theirs in seen:

@@ -9,9 +9,9 @@ import yaml
 from trl import ModelConfig
 
 from bupo import load_problems
-from bupo.cli.help import COMMANDS, groups, options_of
-from bupo.cli.parsing import parse
-from bupo.options.groups import SYNONYMS
+from bupo.cli.help import COMMANDS, get_option_classes, group_options
+from bupo.cli.parsing import parse_options
+from bupo.options.groups import OPTION_ALIASES
 from bupo.training.config import BuPOConfig
 from bupo.training.train_data import TrainOptions
 
@@ -35,7 +35,7 @@ def test_the_example_is_the_recipe(tmp_path):
     recipe = ROOT / "recipes" / "qwen3-4b" / "bupo.yaml"
     assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == yaml.safe_load(recipe.read_text())
     arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "2e-6"]
-    problems, config, model = parse((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
+    problems, config, model = parse_options((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
     assert config.learning_rate == 2e-6 and config.generation_batch_size == 8 * 16 and config.logging_steps == 4
     assert problems.shuffle_seed == 0 and model.model_name_or_path == "Qwen/Qwen3-4B"
     assert f"--config {recipe.relative_to(ROOT)}" in README
@@ -67,9 +67,11 @@ def test_commands_of_the_guides_name_options_that_there_are(guide):
         command, rest = line
         if command not in COMMANDS:
             continue
-        known = {option.name for each in groups(options_of(command)).values() for option in each} | {"config"}
+        known = {option.name for each in group_options(get_option_classes(command)).values() for option in each} | {
+            "config"
+        }
         for flag in re.findall(r"--(\w+)", rest):
-            assert flag in known or SYNONYMS.get(flag) in known, f"{guide.name}: bupo {command} --{flag}"
+            assert flag in known or OPTION_ALIASES.get(flag) in known, f"{guide.name}: bupo {command} --{flag}"
         for recipe in re.findall(r"--config (recipes/\S+)", rest):
             assert (ROOT / recipe).exists(), recipe
 
@@ -88,6 +90,8 @@ def test_the_guides_problems_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "problems.jsonl").write_text(re.search(r"```\n(\{.*?)```", text, re.S)[1])
     (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n# run.yaml\n(.*?)```", text, re.S)[1])
-    options, config, model = parse((TrainOptions, BuPOConfig, ModelConfig), ["--config", "run.yaml"], "bupo train")
+    options, config, model = parse_options(
+        (TrainOptions, BuPOConfig, ModelConfig), ["--config", "run.yaml"], "bupo train"
+    )
     rows = load_problems(options.dataset, prompt_column=options.prompt_column, answer_column=options.answer_column)
     assert rows[0]["answer"] == "155" and config.internal_layer == 6 and model.model_name_or_path == "Qwen/Qwen3-4B"

@@ -10,9 +10,9 @@ import yaml
 from trl import GRPOTrainer, ModelConfig
 
 from bupo.cli.main import main
-from bupo.cli.parsing import parse
-from bupo.data.chat_templates import TEMPLATES, chat_template, said_of_template
-from bupo.models.loading import EMBEDDED, load_tokenizer
+from bupo.cli.parsing import parse_options
+from bupo.data.chat_templates import CHAT_TEMPLATES, describe_chat_template, load_chat_template
+from bupo.models.loading import EMBEDDED_MODEL, load_tokenizer
 from bupo.training.callbacks.metrics_file import read_metrics
 from bupo.training.config import BuPOConfig
 from bupo.training.train_data import TrainOptions
@@ -31,7 +31,7 @@ def read(recipe):
 
 
 def parsed(recipe):
-    return parse((TrainOptions, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train")
+    return parse_options((TrainOptions, BuPOConfig, ModelConfig), ["--config", str(ROOT / recipe)], "bupo train")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -72,13 +72,13 @@ def test_a_recipe_runs(tmp_path, recipe):
         small["internal_steps"] = 1
     if config.internal_layer == "auto":  # two prompts do not show a boundary; tests/training/test_probes.py shows it
         small["internal_layer"] = 5
-    if options["model"] != EMBEDDED:
+    if options["model"] != EMBEDDED_MODEL:
         family = "qwen3" if "qwen3" in str(recipe) else "llama"
         stand_in = tiny_model(
             family, vocab_size=262, num_hidden_layers=LAYERS[recipe.parts[0]], bos_token_id=None, eos_token_id=1
         )
         stand_in.save_pretrained(tmp_path / "model")
-        load_tokenizer(EMBEDDED).save_pretrained(tmp_path / "model")
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(tmp_path / "model")
         small["model_name_or_path"] = str(tmp_path / "model")
         if not options["dataset"].startswith("reasoning_gym"):
             rows = [{"question": f"{i}+1", "final_answer": str(i + 1)} for i in range(9)]
@@ -203,15 +203,15 @@ def test_the_documents_tables_are_the_recipes():
 
 
 def test_templates():
-    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
-    tokenizer.chat_template = chat_template("qwen-math")
+    tokenizer.chat_template = load_chat_template("qwen-math")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (  # Qwen2.5-Math's
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
     )
-    tokenizer.chat_template = chat_template("octothinker")
+    tokenizer.chat_template = load_chat_template("octothinker")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (  # `orz_base` of rl_dataset.py in the paper's public code, [PROMPT] filled
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
@@ -219,19 +219,19 @@ def test_templates():
         "your answer inside \\boxed{} and Your final answer will be extracted automatically by the \\boxed{} tag.\n"
         "What is 2 + 3?\nAssistant:"
     )
-    assert set(TEMPLATES) == {"qwen-math", "octothinker"}
-    assert said_of_template(tokenizer) == "chat template: the model's own"  # of a model that was trained with it
-    assert said_of_template(tokenizer, "qwen-math") == "chat template: qwen-math"
+    assert set(CHAT_TEMPLATES) == {"qwen-math", "octothinker"}
+    assert describe_chat_template(tokenizer) == "chat template: the model's own"  # of a model that was trained with it
+    assert describe_chat_template(tokenizer, "qwen-math") == "chat template: qwen-math"
     tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking %}{% endif %}"
-    assert said_of_template(tokenizer) == "chat template: the model's own, no thinking"  # the paper's for Qwen3
+    assert describe_chat_template(tokenizer) == "chat template: the model's own, no thinking"  # the paper's for Qwen3
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert said_of_template(tokenizer) == "chat template: the model's own; its wording is not the paper's"
+    assert describe_chat_template(tokenizer) == "chat template: the model's own; its wording is not the paper's"
     with pytest.raises(
         UserError, match=r"chat_template must be qwen-math, octothinker or a \.jinja file, got 'chatml'"
     ):
-        chat_template("chatml")
+        load_chat_template("chatml")
 
 
 def test_a_template_from_a_file(tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
-    assert chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}!"
+    assert load_chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}!"

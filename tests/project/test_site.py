@@ -15,7 +15,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 import bupo
-from bupo.cli.help import COMMANDS, options_of
+from bupo.cli.help import COMMANDS, get_option_classes
 from bupo.training.model_card import CITATION
 
 pytestmark = pytest.mark.docs
@@ -99,7 +99,7 @@ def test_every_public_name_has_an_entry_with_its_text(site):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_row(site, command):
     page = (site / "reference" / f"{command}.html").read_text()
-    for each in options_of(command):
+    for each in get_option_classes(command):
         for field in dataclasses.fields(each):
             if field.init:
                 assert page.count(f"<code>--{field.name}</code>") >= 1, field.name

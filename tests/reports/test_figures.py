@@ -10,7 +10,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from bupo.reports.figures import analysis_figures, dynamics_figure, guard_figure, pass_figure, training_figure
+from bupo.reports.figures import (
+    draw_analysis_figures,
+    draw_dynamics_figure,
+    draw_guard_figure,
+    draw_pass_figure,
+    draw_training_figure,
+)
 from bupo.reports.figures.style import BLUE, GREEN, GREY, ORANGE, RED
 from tests.helpers.figure_reading import drawn
 
@@ -45,7 +51,7 @@ def titles(figure):
 
 def test_training_draws_the_rows(tmp_path):
     rows = metrics()
-    figure = training_figure(rows, tmp_path / "training.png", "a run")
+    figure = draw_training_figure(rows, tmp_path / "training.png", "a run")
     reward, entropy, length, evaluation = figure.axes
     assert figure.get_suptitle() == "a run"
     assert titles(figure) == ["reward", "entropy (nats per token)", "response length (tokens)", "avg@4 (%)"]
@@ -66,7 +72,7 @@ def test_training_draws_the_rows(tmp_path):
 
 def test_training_without_phases_and_evaluations(tmp_path):
     rows = [row for row in metrics(first_phase=0) if "rollout_batch" in row]
-    figure = training_figure(rows, tmp_path / "training.pdf", "GRPO")
+    figure = draw_training_figure(rows, tmp_path / "training.pdf", "GRPO")
     assert len(figure.axes) == 3 and not any(axis.patches or axis.texts for axis in figure.axes)
     assert figure.axes[1].get_legend() is None
     assert (tmp_path / "training.pdf").read_bytes().startswith(b"%PDF")
@@ -77,7 +83,7 @@ def test_training_draws_what_a_resumed_run_has(tmp_path, lacking):
     rows = metrics()
     del rows[1][lacking]
     rest = [row["rollout_batch"] for row in rows if "rollout_batch" in row and row is not rows[1]]
-    reward, entropy, length, _ = training_figure(rows, tmp_path / "training.png", "resumed").axes
+    reward, entropy, length, _ = draw_training_figure(rows, tmp_path / "training.png", "resumed").axes
     for axis, name in ((reward, "reward"), (entropy, "entropy"), (length, "completions/mean_length")):
         assert [x for x, _ in lines(axis)[0]] == (rest if name == lacking else [1, 2, 3, 4, 5, 6])
     assert len(lines(entropy)[1]) == (1 if lacking == "internal/entropy" else 2)
@@ -94,24 +100,24 @@ def test_training_draws_what_a_resumed_run_has(tmp_path, lacking):
     ],
 )
 def test_no_figure_dies_of_what_is_missing(tmp_path, rows):
-    training_figure(rows, tmp_path / "training.png", "little")
-    guard_figure({"right-0": rows, "long-0": rows}, tmp_path / "guard.png")
+    draw_training_figure(rows, tmp_path / "training.png", "little")
+    draw_guard_figure({"right-0": rows, "long-0": rows}, tmp_path / "guard.png")
     empty = pd.DataFrame({name: [] for name in ("rollout_batch", "measure", "layer", "later_layer", "value")})
-    dynamics_figure(empty, 0, tmp_path / "dynamics.png", "little")
+    draw_dynamics_figure(empty, 0, tmp_path / "dynamics.png", "little")
     for name, size in (("guard", (1800, 510)), ("dynamics", (1800, 900))):
         assert drawn(tmp_path / f"{name}.png")[0] == size
 
 
 def test_negative_rewards_are_in_sight(tmp_path):
     rows = [{"rollout_batch": batch, "reward": -1.0 - batch} for batch in (1, 2)]
-    low, high = training_figure(rows, tmp_path / "training.png", "").axes[0].get_ylim()
+    low, high = draw_training_figure(rows, tmp_path / "training.png", "").axes[0].get_ylim()
     assert low < -3 and high >= 1
 
 
 def test_guard_draws_one_panel_a_kind_and_one_line_a_seed(tmp_path):
     runs = {f"{kind}-{seed}": metrics(first_phase=3) for kind in ("right", "long", "guarded") for seed in range(2)}
     del runs["long-1"][4]["reward"]
-    figure = guard_figure(runs, tmp_path / "guard.png")
+    figure = draw_guard_figure(runs, tmp_path / "guard.png")
     assert titles(figure)[1:] == ["four times too long", "four times too long, with the guard"]
     for axis in figure.axes:
         assert len(lines(axis)) == 2
@@ -133,7 +139,7 @@ def test_dynamics_draws_one_line_a_later_layer(tmp_path):
         for measure, layer, laters in (("cosine", 5, (6, 7, 8)), ("perplexity", None, (None,)), ("kl", 3, (4,)))
         for later in laters
     ]
-    figure = dynamics_figure(pd.DataFrame(rows), 2, tmp_path / "dynamics.png", "a run")
+    figure = draw_dynamics_figure(pd.DataFrame(rows), 2, tmp_path / "dynamics.png", "a run")
     assert titles(figure) == ["cosine of $H^{5}$ with later layers", "perplexity of the probes"]  # not of layer 3
     cosine, perplexity = figure.axes
     assert lines(cosine) == [[[batch, batch + later] for batch in range(3)] for later in (6, 7, 8)]
@@ -144,7 +150,7 @@ def test_dynamics_draws_one_line_a_later_layer(tmp_path):
 
 def test_pass_draws_both_runs(tmp_path):
     curves = {"one": {"1": 0.2, "2": 0.3, "4": 0.4}, "two": {"1": 0.5}}
-    (axis,) = pass_figure(curves, tmp_path / "pass.png", {"one": {"1": 0.1, "2": 0.2}}).axes
+    (axis,) = draw_pass_figure(curves, tmp_path / "pass.png", {"one": {"1": 0.1, "2": 0.2}}).axes
     assert [points for points in lines(axis) if points] == [[[1, 20], [2, 30], [4, 40]], [[1, 10], [2, 20]], [[1, 50]]]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["one", "two", "compared with"]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "4"]
@@ -169,7 +175,7 @@ def layers_table(layers=4):
 
 def test_analysis_draws_the_table(tmp_path):
     table, model = layers_table()
-    figures = analysis_figures(table, [model], tmp_path)
+    figures = draw_analysis_figures(table, [model], tmp_path)
     values = {str(name): rows[["layer", "mean"]].to_numpy().tolist() for name, rows in table.groupby("measure")}
     (flow,) = figures["entropy_flow"].axes
     through = [[0, values["entropy_layer_input"][0][1]]]  # one line: H^0, then each layer's three
@@ -200,7 +206,7 @@ def test_analysis_draws_what_there_is(tmp_path):
     table, model = layers_table(layers=1)
     model |= {"similarity": None, "kl": None, "boundary_layer": None}
     table = table[~table["measure"].isin(["entropy_attn", "cosine_ffn", "d_entropy_ffn"])]
-    figures = analysis_figures(table, [model, model], tmp_path)
+    figures = draw_analysis_figures(table, [model, model], tmp_path)
     assert len(figures["kl_similarity"].axes) == 2  # the first panel of each model
     assert len(lines(figures["entropy_flow"].axes[1])[0]) == 3  # H^0, F^1 and H^1
 
@@ -213,7 +219,7 @@ import bupo.reports.figures, bupo.reports.evaluation_scores
 assert "matplotlib.pyplot" not in sys.modules
 import matplotlib
 matplotlib.use("svg")
-bupo.reports.figures.pass_figure({"one": {"1": 0.5}}, sys.argv[1])
+bupo.reports.figures.draw_pass_figure({"one": {"1": 0.5}}, sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules and matplotlib.get_backend() == "svg"
 """
 

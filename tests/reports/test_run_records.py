@@ -11,17 +11,25 @@ import shutil
 import pandas as pd
 import pytest
 
-from bupo.reports.paper_tables import Number, tables
-from bupo.reports.run_records import Analysed, Evaluated, Trained, read_run, read_runs
-from bupo.reports.run_settings import DEFAULTS, DEMO, ESTIMATORS, FREE, FREE_KINDS, STEPS, setting_of
-from bupo.reports.seed_comparison import benchmark_names, grouped
-from bupo.training.checkpoints.resume import _decides
-from bupo.training.config import DEFAULT_STEPS, BuPOConfig
+from bupo.reports.paper_tables import SeedStatistic, build_paper_tables
+from bupo.reports.run_records import AnalysisRecord, EvaluationRecord, TrainingRecord, read_run, read_runs
+from bupo.reports.run_settings import (
+    ASSUMED_STEPS,
+    DEFAULT_CONFIG,
+    DEMO_CONFIG,
+    ESTIMATOR_NAMES,
+    IGNORED_OPTIONS,
+    IGNORED_PREFIXES,
+    parse_run_settings,
+)
+from bupo.reports.seed_comparison import get_benchmark_names, group_runs
+from bupo.training.checkpoints.resume import _affects_training
+from bupo.training.config import DEFAULT_INTERNAL_STEPS, BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.objective.advantages import ESTIMATORS as TRAINED_BY
 from bupo.training.train_data import TrainOptions
-from bupo.utils.safe_read import Unreadable
-from bupo.utils.statistics import over_seeds, paired
+from bupo.utils.safe_read import UnreadableFolderError
+from bupo.utils.statistics import compute_paired_difference, compute_seed_statistics
 from tests.helpers.made_runs import BUPO, GRPO, analyze, evaluate, probed, train
 
 
@@ -41,11 +49,11 @@ def read(kind, folder):
 def groups_of(*folders):
     found, left_out = read_runs(folders)
     assert left_out == []
-    return grouped(found)
+    return group_runs(found)
 
 
 def table(number, *folders):
-    (found,) = [t for t in tables(groups_of(*folders)) if t.number == number]
+    (found,) = [t for t in build_paper_tables(groups_of(*folders)) if t.number == number]
     return found
 
 
@@ -59,10 +67,12 @@ def texts(found):
 
 def test_defaults_are_those_of_training():
     plain = BuPOConfig("x", internal_layer=1).to_dict() | {"internal_layer": None}
-    assert {name: plain[name] for name in DEFAULTS} == DEFAULTS and STEPS == DEFAULT_STEPS
+    assert {name: plain[name] for name in DEFAULT_CONFIG} == DEFAULT_CONFIG and ASSUMED_STEPS == DEFAULT_INTERNAL_STEPS
     demo = dataclasses.asdict(DemoOptions())
-    assert {name: demo[name] for name in DEMO if name != "model"} == {n: v for n, v in DEMO.items() if n != "model"}
-    assert ESTIMATORS.keys() == TRAINED_BY.keys()
+    assert {name: demo[name] for name in DEMO_CONFIG if name != "model"} == {
+        n: v for n, v in DEMO_CONFIG.items() if n != "model"
+    }
+    assert ESTIMATOR_NAMES.keys() == TRAINED_BY.keys()
 
 
 def test_what_is_free_when_a_run_goes_on_parts_no_runs():
@@ -70,9 +80,9 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
     names = {field.name for field in dataclasses.fields(BuPOConfig)} | {
         f.name for f in dataclasses.fields(TrainOptions)
     }
-    free = {name for name in names if name in FREE or name.startswith(FREE_KINDS)}
+    free = {name for name in names if name in IGNORED_OPTIONS or name.startswith(IGNORED_PREFIXES)}
     assert {"save_steps", "eval_benchmarks", "report_to", "probe_every", "logging_steps", "ddp_backend"} <= free
-    assert {name for name in free if _decides(name)} <= {"probe_answers", "overwrite", "log_unique_prompts"}
+    assert {name for name in free if _affects_training(name)} <= {"probe_answers", "overwrite", "log_unique_prompts"}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +150,7 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
     ],
 )
 def test_a_setting_has_a_name(options, method, name):
-    setting, seed = setting_of({"model": "m", **options}, "train")
+    setting, seed = parse_run_settings({"model": "m", **options}, "train")
     assert (setting.method, setting.name, seed) == (method, name, 42)
 
 
@@ -157,27 +167,30 @@ def test_the_controls_are_compared_with_grpo_of_the_same_options():
         {"layer_rates": [0, 1]},
         {"layer_rates": [0, 0.5]},
     ]
-    grpo, settings = setting_of(plain, "train")[0], [setting_of(plain | each, "train")[0] for each in controls]
+    grpo, settings = (
+        parse_run_settings(plain, "train")[0],
+        [parse_run_settings(plain | each, "train")[0] for each in controls],
+    )
     assert len({grpo, *settings}) == 1 + len(controls)
     assert all(setting.baseline == grpo for setting in settings)
 
 
 def test_two_spellings_are_one_setting():
-    first = setting_of(
+    first = parse_run_settings(
         {"model": "m", "learning_rate": "1e-4", "internal_steps": 0, "output": "a", "save_steps": 7}, "train"
     )
-    other = setting_of(
+    other = parse_run_settings(
         {"model_name_or_path": "m", "learning_rate": 0.0001, "internal_steps": 0, "output_dir": "b", "seed": 42},
         "train",
     )
     assert first == other
-    assert setting_of({"model": "m", "learning_rate": 2e-4, "internal_steps": 0}, "train") != first
-    assert setting_of({"output": "runs/demo"}, "demo")[0].name == "BuPO, layer 5 for 10 batches"
+    assert parse_run_settings({"model": "m", "learning_rate": 2e-4, "internal_steps": 0}, "train") != first
+    assert parse_run_settings({"output": "runs/demo"}, "demo")[0].name == "BuPO, layer 5 for 10 batches"
 
 
 def test_numbers_that_differ_in_a_late_digit_are_two_settings():
     def of(**options):
-        return setting_of({"model": "m"} | options, "train")[0]
+        return parse_run_settings({"model": "m"} | options, "train")[0]
 
     assert dict(of(shuffle_seed=20250101).rest) == {"shuffle_seed": "20250101"}
     assert of(shuffle_seed=20250101) == of(shuffle_seed="20250101") == of(shuffle_seed=20250101.0)
@@ -190,7 +203,7 @@ def test_numbers_that_differ_in_a_late_digit_are_two_settings():
 
 
 def test_a_training_run(runs):
-    run = read(Trained, probed(train(runs / "a", 3, BUPO)))
+    run = read(TrainingRecord, probed(train(runs / "a", 3, BUPO)))
     assert (run.seed, run.first_phase, run.batches, run.finished, run.setting.layer) == (3, 3, 6, True, "5")
     assert run.series["reward"] == {batch: pytest.approx(0.1 * batch) for batch in range(1, 7)}
     assert run.series["internal/entropy"] == {1: 0.5, 2: 0.5, 3: 0.5}
@@ -210,13 +223,13 @@ def test_several_logs_of_a_batch_are_averaged_and_broken_lines_left_out(runs):
             '{"rollout_batch": 1e300, "reward": 0.1}\n{"rollout_batch": true, "reward": 0.2}\n{"eval/rollout_batches": 4, '
         )
         file.write('"eval/a/avg@4": 0.5, "eval/a/low": 0.4}')
-    run = read(Trained, folder)
+    run = read(TrainingRecord, folder)
     assert run.series["reward"] == {1: pytest.approx(0.6), 4: 0.9}
     assert run.series["eval/a/avg@4"] == {4: 0.5} and "eval/a/low" not in run.series and "loss" not in run.series
 
 
 def test_an_evaluation_finds_the_run_that_it_is_of(runs):
-    run = read(Evaluated, evaluate(runs / "eval", "runs/a", math=80))
+    run = read(EvaluationRecord, evaluate(runs / "eval", "runs/a", math=80))
     assert run.place == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
     assert run.passes == {("math", "10 answers each", 10): {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
 
@@ -228,15 +241,15 @@ def test_runs_that_have_moved_find_each_other(runs, tmp_path):
     elsewhere = tmp_path / "another" / "place"
     shutil.move(runs, elsewhere / "runs")
     for name in ("eval", "absolute"):
-        assert read(Evaluated, elsewhere / "runs" / name).place == elsewhere / "runs" / "a"
-    assert read(Evaluated, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).place.parts[-2:] == (
+        assert read(EvaluationRecord, elsewhere / "runs" / name).place == elsewhere / "runs" / "a"
+    assert read(EvaluationRecord, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).place.parts[-2:] == (
         "Qwen",
         "Qwen3-4B",
     )
 
 
 def test_an_analysis(runs):
-    run = read(Analysed, analyze(runs / "layers", "embedded", "runs/a/checkpoint-8"))
+    run = read(AnalysisRecord, analyze(runs / "layers", "embedded", "runs/a/checkpoint-8"))
     before, after = run.models
     assert (before.model, after.place) == ("embedded", runs / "a" / "checkpoint-8")
     assert before.curves["d_entropy_ffn"][:2] == [(1.0, 0.9, 1.1), (0.75, 0.65, 0.85)]
@@ -298,15 +311,15 @@ def test_only_regular_files_of_the_folder_are_read(runs, tmp_path):
     folder = train(runs / "linked", 1)
     (folder / "config.yaml").unlink()
     (folder / "config.yaml").symlink_to(tmp_path / "secret.yaml")
-    with pytest.raises(Unreadable, match=r"config.yaml is missing"):
+    with pytest.raises(UnreadableFolderError, match=r"config.yaml is missing"):
         read_run(folder)
     for name in ("metrics.jsonl", "summary.json"):
         (runs / name).mkdir()
         os.mkfifo(runs / name / name)
-        with pytest.raises(Unreadable, match="no run"):
+        with pytest.raises(UnreadableFolderError, match="no run"):
             read_run(runs / name)
     (tmp_path / "link").symlink_to(train(runs / "whole", 2))  # a folder may well be given by a link
-    assert read(Trained, tmp_path / "link").seed == 2
+    assert read(TrainingRecord, tmp_path / "link").seed == 2
 
 
 def test_a_number_without_end_is_read_past(runs):
@@ -314,7 +327,7 @@ def test_a_number_without_end_is_read_past(runs):
     folder = train(runs / "a", 1)
     with (folder / "config.yaml").open("a") as file:
         file.write(f"shuffle_seed: 0x{'f' * 6000}\n? 0x{'f' * 6000}\n: 1\n")
-    assert dict(read(Trained, folder).setting.rest)["shuffle_seed"] == "…"
+    assert dict(read(TrainingRecord, folder).setting.rest)["shuffle_seed"] == "…"
 
 
 # -- over seeds
@@ -368,8 +381,11 @@ def test_benchmarks_of_other_sampling_are_other_columns(runs):
         summary["meta"] |= change
         (folder / "summary.json").write_text(json.dumps(summary))
     (group,) = groups_of(*folders)
-    assert sorted(benchmark_names([group]).values()) == ["math avg@10, temperature 0.6", "math avg@10, temperature 1.0"]
-    by_name = {name: group.scores[b][None].value for b, name in benchmark_names([group]).items()}
+    assert sorted(get_benchmark_names([group]).values()) == [
+        "math avg@10, temperature 0.6",
+        "math avg@10, temperature 1.0",
+    ]
+    by_name = {name: group.scores[b][None].value for b, name in get_benchmark_names([group]).items()}
     assert by_name["math avg@10, temperature 1.0"] == pytest.approx(0.2)  # two evaluations of one model: their mean
     assert group.name == "as given"
 
@@ -382,7 +398,7 @@ def test_curves_of_other_problems_or_answers_are_their_own_and_repeated_ones_are
         summary["benchmarks"]["math"] |= {"problems": problems, "k": k, "pass@k": {"1": first, str(k): last}}
         (folder / "summary.json").write_text(json.dumps(summary))
     (group,) = groups_of(*folders)
-    names = benchmark_names([group], "passes")
+    names = get_benchmark_names([group], "passes")
     assert {name: group.passes[benchmark][None] for benchmark, name in names.items()} == {
         "math, 128 problems, 64 answers each": {1: pytest.approx(0.2), 64: pytest.approx(0.65)},
         "math, 512 problems, 8 answers each": {1: 0.2, 8: 0.6},
@@ -422,7 +438,7 @@ def test_table_1_and_10(runs):
     found = table(10, *folders)
     (cells,) = [cells for group, cells in found.rows if group.setting.stages]
     difference = cells[found.heads.index("math avg@10, less GRPO")].over
-    assert dataclasses.astuple(difference) == pytest.approx(dataclasses.astuple(paired(grpo, own)))
+    assert dataclasses.astuple(difference) == pytest.approx(dataclasses.astuple(compute_paired_difference(grpo, own)))
 
 
 def test_equal_scores_differ_by_nothing(runs):
@@ -455,7 +471,9 @@ def test_tables_2_3_5_and_11(runs):
     assert column(5, "lens") == (["none", "raw", "final norm"], [70, 80, 75])
     names, values = column(11, None)
     assert values[:3] == [70, 55, 58] and "GRPO, layers 1 to 5 frozen" in names and len(values) == 8
-    assert [t.number for t in tables(groups_of(*folders[:2]))] == [1]  # where nothing differs there is no other
+    assert [t.number for t in build_paper_tables(groups_of(*folders[:2]))] == [
+        1
+    ]  # where nothing differs there is no other
 
 
 def test_evaluations_while_training_stand_in(runs):
@@ -478,13 +496,13 @@ def test_a_table_as_a_file(runs):
     frame = found.frame()
     rows = list(csv.DictReader(io.StringIO(frame.to_csv(index=False))))
     assert len(rows) == 4 and rows[0]["column"] == "math avg@10" and float(rows[0]["mean"]) == 72
-    assert math.isclose(frame["low"][0], over_seeds([70.0, 74.0]).low)
+    assert math.isclose(frame["low"][0], compute_seed_statistics([70.0, 74.0]).low)
     lines = found.markdown().splitlines()
     assert len(lines) == 4 and "| 72.0 [46.6, 97.4] n=2 |" in lines[2]
     assert r"@SUM(1)\|\<b\>" in lines[3] and rows[3]["method"].startswith("'@SUM")
 
 
 def test_a_number_says_what_its_interval_is():
-    assert str(Number({1: 50.0}, problems=(40.0, 60.0))) == "50.0 [40.0, 60.0] n=1"
-    assert str(Number({1: 50.0})) == "50.0 n=1" and str(Number({1: 50.0}, "sd")) == "50.0 n=1"
-    assert str(Number({1: -1.0, 2: 3.0}, "difference")) == "+1.0 [-24.4, 26.4] n=2"
+    assert str(SeedStatistic({1: 50.0}, problems=(40.0, 60.0))) == "50.0 [40.0, 60.0] n=1"
+    assert str(SeedStatistic({1: 50.0})) == "50.0 n=1" and str(SeedStatistic({1: 50.0}, "sd")) == "50.0 n=1"
+    assert str(SeedStatistic({1: -1.0, 2: 3.0}, "difference")) == "+1.0 [-24.4, 26.4] n=2"

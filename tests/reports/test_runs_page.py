@@ -13,13 +13,20 @@ import pytest
 import bupo
 from bupo import UserError
 from bupo.cli.main import main
-from bupo.cli.report import _flagged
-from bupo.reports.html import script_json
-from bupo.reports.run_records import SERIES, Trained
-from bupo.reports.run_settings import Setting
-from bupo.reports.runs_page import SERIES_NAMES, RunsReport, _thinned, _width, page_data, report_runs
-from bupo.reports.seed_comparison import Group
-from bupo.utils.statistics import over_seeds
+from bupo.cli.report import _add_folders_flag
+from bupo.reports.html import dump_script_json
+from bupo.reports.run_records import SERIES_METRICS, TrainingRecord
+from bupo.reports.run_settings import RunSettings
+from bupo.reports.runs_page import (
+    SERIES_NAMES,
+    RunsReport,
+    _get_block_width,
+    _thin_points,
+    build_runs_data,
+    report_runs,
+)
+from bupo.reports.seed_comparison import SeedGroup
+from bupo.utils.statistics import compute_seed_statistics
 from tests.helpers.made_runs import BUPO, GRPO, analyze, evaluate, probed, train
 from tests.helpers.pages import in_every_look, wait_until
 from tests.reports.test_samples_page import HOSTILE, data_of
@@ -81,29 +88,29 @@ def test_every_run_and_number_is_in_the_page(report):
     (one,) = [table for table in data["tables"] if table["number"] == 1]
     cell = one["rows"][1]["cells"][one["heads"].index("math avg@10")]
     assert dict(cell["values"]) == {1: pytest.approx(76), 2: pytest.approx(79), 3: pytest.approx(84)}
-    over = over_seeds([0.0, 1.0, 5.0])
+    over = compute_seed_statistics([0.0, 1.0, 5.0])
     assert data["student"][3] * over.sd / 3**0.5 == pytest.approx(over.high - over.mean)
     (line,) = [each for each in data["dynamics"][0]["lines"] if (each["measure"], each["later"]) == ("kl", 7)]
     assert line["x"] == [0, 2, 4] and line["y"] == [7.0, 7.2, 7.4]
 
 
 def test_every_series_has_a_name():
-    assert set(SERIES) == SERIES_NAMES.keys()
+    assert set(SERIES_METRICS) == SERIES_NAMES.keys()
 
 
 def test_many_long_runs_fit(tmp_path):
     """Runs of 300 rollout batches with every series; a point is the mean of several batches where there are more."""
     points = {float(batch): batch + 0.123456 for batch in range(1, 301)}
-    run = Trained(tmp_path, Setting("m", "GRPO"), 1, dict.fromkeys(SERIES, points), 0, "", 300, True)
-    group = Group(run.setting, "GRPO", "GRPO", [run] * 20)
-    data = page_data(RunsReport([group], [], [], [run] * 20, tmp_path / "page.html"))
+    run = TrainingRecord(tmp_path, RunSettings("m", "GRPO"), 1, dict.fromkeys(SERIES_METRICS, points), 0, "", 300, True)
+    group = SeedGroup(run.setting, "GRPO", "GRPO", [run] * 20)
+    data = build_runs_data(RunsReport([group], [], [], [run] * 20, tmp_path / "page.html"))
     assert data["width"] == 1 and data["runs"][19]["y"]["reward"]["y"][:2] == [1.1235, 2.1235]
-    assert len(script_json(data)) < 50_000 * 20  # 100 of them make 5 MB
-    assert _thinned(points, 3)["x"] == list(range(2, 300, 3))
-    assert _thinned(points, 3)["y"] == [pytest.approx(2.1235 + 3 * n, abs=1e-2) for n in range(100)]
-    assert _width([dataclasses.replace(run, batches=1200)]) == 3  # 400 points
-    assert _width([run] * 1000) == 7  # 47 points of each of 22,000 curves
-    assert _width([]) == 1
+    assert len(dump_script_json(data)) < 50_000 * 20  # 100 of them make 5 MB
+    assert _thin_points(points, 3)["x"] == list(range(2, 300, 3))
+    assert _thin_points(points, 3)["y"] == [pytest.approx(2.1235 + 3 * n, abs=1e-2) for n in range(100)]
+    assert _get_block_width([dataclasses.replace(run, batches=1200)]) == 3  # 400 points
+    assert _get_block_width([run] * 1000) == 7  # 47 points of each of 22,000 curves
+    assert _get_block_width([]) == 1
 
 
 # -- the command
@@ -127,10 +134,10 @@ def test_the_command_writes_the_page(tmp_path, capsys, monkeypatch):
 
 def test_folders_stand_wherever_they_like():
     wanted = ["--output", "x.html", "--folders", "a", "b", "c"]
-    assert _flagged(["a", "--output", "x.html", "b", "c"]) == wanted
-    assert _flagged(["--folders", "a", "b", "--output", "x.html", "c"]) == wanted
-    assert _flagged(["--output=x.html", "a"]) == ["--output=x.html", "--folders", "a"]
-    assert _flagged(["--help"]) == ["--help"] and _flagged([]) == []
+    assert _add_folders_flag(["a", "--output", "x.html", "b", "c"]) == wanted
+    assert _add_folders_flag(["--folders", "a", "b", "--output", "x.html", "c"]) == wanted
+    assert _add_folders_flag(["--output=x.html", "a"]) == ["--output=x.html", "--folders", "a"]
+    assert _add_folders_flag(["--help"]) == ["--help"] and _add_folders_flag([]) == []
 
 
 def test_only_a_page_of_its_own_is_replaced(tmp_path):
@@ -213,7 +220,7 @@ def test_bands_are_over_seeds(opened):
     (place,) = [n for n, trace in enumerate(lines) if trace["name"] == "GRPO"]
     line, band = lines[place], bands[place]
     for n, batch in enumerate(range(1, 7)):
-        over = over_seeds([round(0.1 * batch + 0.03 * seed * seed + 0.02 * 3, 6) for seed in (1, 2, 3)])
+        over = compute_seed_statistics([round(0.1 * batch + 0.03 * seed * seed + 0.02 * 3, 6) for seed in (1, 2, 3)])
         assert line["x"][n] == batch and line["y"][n] == pytest.approx(over.mean, abs=1e-4)
         assert (band["y"][n], band["y"][-1 - n]) == pytest.approx((over.high, over.low), abs=1e-3)
     assert number > 0 and band["fill"] == "toself"
@@ -252,7 +259,7 @@ def test_filters(opened, report):
     for seed in ("1", "2"):
         page.locator(f"input[name=seed][value='{seed}']").check()
     assert "12 of 18" in page.locator("#count").inner_text()
-    over = over_seeds([76.0, 79.0])
+    over = compute_seed_statistics([76.0, 79.0])
     assert cells_of(page, 1)["GRPO"][0] == f"{over.mean:.1f} [{over.low:.1f}, {over.high:.1f}] n=2"
     assert cells_of(page, 1)["vanilla"][0].startswith("30.0 [")  # of no training, and no seed
     assert page.locator("#runs tbody tr").count() == 12

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from bupo.evaluation.answers import summarize
-from bupo.reports.evaluation_scores import VERDICT_COLUMNS, score_rows
-from bupo.reports.html import script_json
-from bupo.reports.samples_page import BUDGET, SHORTEST, VERDICT_NAMES, shortened, write_samples_page
+from bupo.reports.evaluation_scores import VERDICT_COLUMNS, build_score_rows
+from bupo.reports.html import dump_script_json
+from bupo.reports.samples_page import MAX_PAGE_BYTES, MIN_TEXT_LENGTH, VERDICT_NAMES, shorten_text, write_samples_page
 from tests.helpers.pages import in_every_look, wait_until
 
 HOSTILE = (
@@ -99,7 +99,7 @@ def test_the_page_is_written_in_one_piece(tmp_path):
 @pytest.mark.parametrize("text", ["", "a", "abcde" * 7, HOSTILE])
 @pytest.mark.parametrize("limit", [1, 2, 7, 34, 1000])
 def test_shortened_keeps_as_much_as_it_may(text, limit):
-    kept = shortened(text, limit)
+    kept = shorten_text(text, limit)
     if isinstance(kept, str):
         assert kept == text and len(text) <= limit
     else:
@@ -117,7 +117,7 @@ def test_many_long_answers_fit(tmp_path, letter):
         return letter * lengths[problem, sample]
 
     path = write(tmp_path / "report.html", {"one": answers(120, 16, text)})
-    assert 0.8 * BUDGET < path.stat().st_size < BUDGET + (1 << 17)
+    assert 0.8 * MAX_PAGE_BYTES < path.stat().st_size < MAX_PAGE_BYTES + (1 << 17)
     data = data_of(path)
     for problem in data["problems"]:
         for sample, *_, kept, _, _, _ in problem["answers"]:
@@ -132,14 +132,14 @@ def test_many_long_answers_fit(tmp_path, letter):
 
 
 def test_more_answers_than_the_budget_holds_keep_a_little(tmp_path, monkeypatch):
-    monkeypatch.setattr("bupo.reports.samples_page.BUDGET", 1000)
+    monkeypatch.setattr("bupo.reports.samples_page.MAX_PAGE_BYTES", 1000)
     data = data_of(write(tmp_path / "report.html", {"one": answers(3, 4, lambda problem, sample: "x" * 500)}))
     kept = data["problems"][0]["answers"][0][-4]
-    assert len(kept["head"]) + len(kept["tail"]) == SHORTEST and kept["left_out"] == 500 - SHORTEST
+    assert len(kept["head"]) + len(kept["tail"]) == MIN_TEXT_LENGTH and kept["left_out"] == 500 - MIN_TEXT_LENGTH
 
 
 def test_what_a_script_element_may_not_hold_is_escaped():
-    text = script_json({"text": HOSTILE, "none": float("nan")})
+    text = dump_script_json({"text": HOSTILE, "none": float("nan")})
     assert "<" not in text and "\u2028" not in text and "\u2029" not in text
     assert json.loads(text) == {"text": HOSTILE, "none": None}
 
@@ -151,7 +151,7 @@ def test_numbers_and_meta_are_in_the_page(tmp_path):
     write_samples_page({"one": table}, summary, {"one": "a"}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "org/model &lt;i&gt;7B&lt;/i&gt;, layer 6" in page and "of layer 6, raw lens" in page
-    (row,) = score_rows(summary)
+    (row,) = build_score_rows(summary)
     assert row["difference [95 %]"] == "3.1 [0.4, 5.8]" and ">runs/before<" in page
     for name in set(row) - set(VERDICT_COLUMNS):
         assert f">{name}<" in page and f">{row[name]}<" in page
@@ -320,7 +320,7 @@ def test_long_answers_are_folded(opened, tables):
 
 @pytest.mark.browser
 def test_what_is_left_out_is_said(open_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("bupo.reports.samples_page.BUDGET", 20_000)
+    monkeypatch.setattr("bupo.reports.samples_page.MAX_PAGE_BYTES", 20_000)
     path = write(tmp_path / "report.html", {"one": answers(3, 2, lambda problem, sample: "x" * 9_000)})
     kept = data_of(path)["problems"][0]["answers"][0][-4]
     page = open_file(path, ".answer")

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bupo.cli.main import main
-from bupo.reports.scoreboard import method_of, scoreboard, wide
+from bupo.reports.scoreboard import build_scoreboard, pivot_scoreboard, strip_seed_suffix
 
 
 def summary(k=16, problems=2, **scores):
@@ -21,7 +21,7 @@ SEEDS = (("bupo", summary(a=0.50, b=0.20)), ("bupo", summary(a=0.60, b=0.40)), (
 
 
 def test_means_deviations_and_intervals():
-    board = scoreboard([*SEEDS, ("grpo", summary(a=0.25, b=0.75))]).set_index(["method", "benchmark"])
+    board = build_scoreboard([*SEEDS, ("grpo", summary(a=0.25, b=0.75))]).set_index(["method", "benchmark"])
     a = board.loc[("bupo", "a")]
     assert (a["mean"], a["sd"], a["seeds"]) == (pytest.approx(60), pytest.approx(10), 3)
     assert (a["low"], a["high"]) == pytest.approx((60 - 24.8414, 60 + 24.8414), abs=1e-3)  # 4.30265 x 10 / sqrt(3)
@@ -29,24 +29,24 @@ def test_means_deviations_and_intervals():
     assert (average["mean"], average["sd"]) == (pytest.approx(45), pytest.approx(75**0.5))
     alone = board.loc[("grpo", "average")]
     assert (alone["mean"], alone["seeds"]) == (pytest.approx(50), 1) and alone["sd"] != alone["sd"]
-    assert wide(board.reset_index()) == [
+    assert pivot_scoreboard(board.reset_index()) == [
         {"method": "bupo", "seeds": "3", "a avg@16": "60.00 ± 10.00", "b avg@16": "30.00 ± 10.00", "average": "45.00 ± 8.66"},
         {"method": "grpo", "seeds": "1", "a avg@16": "25.00", "b avg@16": "75.00", "average": "50.00"},
     ]  # fmt: skip
 
 
 def test_a_method_that_lacks_a_benchmark_has_no_average():
-    board = scoreboard([("one", summary(a=0.5, b=0.1)), ("two", summary(b=0.3))])
-    assert wide(board)[1] == {"method": "two", "a avg@16": "", "b avg@16": "30.00", "average": ""}
-    assert "average" not in wide(scoreboard([("one", summary(a=0.5))]))[0]
+    board = build_scoreboard([("one", summary(a=0.5, b=0.1)), ("two", summary(b=0.3))])
+    assert pivot_scoreboard(board)[1] == {"method": "two", "a avg@16": "", "b avg@16": "30.00", "average": ""}
+    assert "average" not in pivot_scoreboard(build_scoreboard([("one", summary(a=0.5))]))[0]
 
 
 def test_what_cannot_be_compared():
     for other in (summary(k=4, a=0.5), summary(problems=3, a=0.5)):
         with pytest.raises(ValueError, match=r"a has .* and 2 of 16 before: a table compares the same"):
-            scoreboard([("one", summary(a=0.5)), ("two", other)])
+            build_scoreboard([("one", summary(a=0.5)), ("two", other)])
     with pytest.raises(ValueError, match="there is no benchmark"):
-        scoreboard([("one", summary())])
+        build_scoreboard([("one", summary())])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_cannot_be_compared():
     ],
 )
 def test_the_method_is_the_name_without_its_seed(name, method):
-    assert method_of(name) == method
+    assert strip_seed_suffix(name) == method
 
 
 def test_from_the_command_line(tmp_path, capsys):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bupo.reports.figures.analysis import STAGE_COLOURS
-from bupo.reports.html import STATIC, inlined
+from bupo.reports.html import STATIC_DIR, escape_inline
 from bupo.reports.samples_page import VERDICT_NAMES
 
 PAGES = ["page", "samples", "runs"]
@@ -13,14 +13,14 @@ SHARED = ["base", "plots", "over"]  # scripts of several pages
 
 
 def style_of(page):
-    return "".join((STATIC / f"{name}.css").read_text(encoding="utf-8") for name in ("base", page))
+    return "".join((STATIC_DIR / f"{name}.css").read_text(encoding="utf-8") for name in ("base", page))
 
 
 def source_of(page):
     """The page's template and scripts."""
-    template = STATIC.parent / f"{page}.html.jinja"
+    template = STATIC_DIR.parent / f"{page}.html.jinja"
     shared = [name for name in SHARED if f'static("{name}.js")' in template.read_text(encoding="utf-8")]
-    paths = [*(STATIC / f"{name}.js" for name in (*shared, page)), template]
+    paths = [*(STATIC_DIR / f"{name}.js" for name in (*shared, page)), template]
     return "".join(path.read_text(encoding="utf-8") for path in paths)
 
 
@@ -35,13 +35,13 @@ def source_of(page):
     ],
 )
 def test_what_would_end_the_element_is_spelled_otherwise(text, wanted):
-    assert inlined(text) == wanted
+    assert escape_inline(text) == wanted
 
 
-@pytest.mark.parametrize("path", sorted(STATIC.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(STATIC_DIR.iterdir()), ids=lambda path: path.name)
 def test_ours_stand_in_a_page_as_they_are(path):
     text = path.read_text(encoding="utf-8")
-    assert inlined(text) == text and path.suffix in (".css", ".js")
+    assert escape_inline(text) == text and path.suffix in (".css", ".js")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -51,7 +51,7 @@ def test_every_rule_styles_something(page):
     selectors = re.sub(r"\{[^{}]*\}", "{}", style)
     names = set(re.findall(r"[.#]([a-z_]\w*)", selectors)) - {*VERDICT_NAMES, *STAGE_COLOURS}
     assert len(names) > 8
-    shared = (STATIC / "base.css").read_text(encoding="utf-8")  # of which a page may use a part
+    shared = (STATIC_DIR / "base.css").read_text(encoding="utf-8")  # of which a page may use a part
     sources = {name: "".join(map(source_of, PAGES)) if f".{name} " in shared else source_of(page) for name in names}
     assert {name for name, source in sources.items() if not re.search(rf"\b{name}\b", source)} == set()
 

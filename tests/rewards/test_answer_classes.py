@@ -10,11 +10,11 @@ import pytest
 
 from bupo import MathGrader, math_reward
 from bupo.rewards import grader_worker
-from bupo.rewards.answers.equality import judge
-from bupo.rewards.answers.extraction import final_answer
-from bupo.rewards.answers.notation import plain
-from bupo.rewards.answers.parsing import Unreadable, parsed, read
-from bupo.rewards.grader import _integer_grade, check_golds
+from bupo.rewards.answers.equality import get_strict_verdict
+from bupo.rewards.answers.extraction import extract_final_answer
+from bupo.rewards.answers.notation import normalize_notation
+from bupo.rewards.answers.parsing import UnreadableAnswer, parse_expression, parse_value
+from bupo.rewards.grader import _grade_integers, check_gold_answers
 from tests.helpers.grading_pairs import PAIRS, REFUSED, rows
 
 
@@ -66,14 +66,14 @@ def test_a_box_that_is_no_answer_is_not_paid(completion, gold):
 def test_texts_are_gold_answers():
     """They had no expression and gave no reward; only an empty one does now."""
     assert math_reward(["\\boxed{\\text{hello}}", "\\boxed{1}"], answer=["hello", ""]) == [1.0, None]
-    check_golds(["hello", "2024-12-05", "+"], "mine")
+    check_gold_answers(["hello", "2024-12-05", "+"], "mine")
 
 
 # -- the table of pairs
 
 
 def judged(gold: str, answer: str) -> str:
-    return judge(f"So it is $\\boxed{{{answer}}}$.", gold).verdict
+    return get_strict_verdict(f"So it is $\\boxed{{{answer}}}$.", gold).verdict
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
@@ -115,7 +115,7 @@ def test_letters_in_another_order_are_never_paid(word):
     for _ in range(30):
         letters = draw.sample(word, len(word))
         other = "".join(letters).strip()
-        if plain(other).casefold().split() != word.casefold().split() and sorted(other) == sorted(word):
+        if normalize_notation(other).casefold().split() != word.casefold().split() and sorted(other) == sorted(word):
             assert judged(word, other) != "correct", other
 
 
@@ -137,8 +137,8 @@ def test_letters_in_another_order_are_never_paid(word):
     ],
 )
 def test_code_is_not_read(text):
-    with pytest.raises(Unreadable):
-        parsed(text)
+    with pytest.raises(UnreadableAnswer):
+        parse_expression(text)
 
 
 def test_nothing_is_evaluated_as_python(monkeypatch):
@@ -172,8 +172,8 @@ def test_what_is_read_is_read_whole():
         "= 4",
         "7 \\quad 8 9",
     ):
-        with pytest.raises(Unreadable):
-            read(plain(text))
+        with pytest.raises(UnreadableAnswer):
+            parse_value(normalize_notation(text))
 
 
 # -- the final answer
@@ -263,9 +263,9 @@ FINAL = [
 
 @pytest.mark.parametrize(("completion", "wanted"), FINAL)
 def test_the_final_answer(completion, wanted):
-    text, reason = final_answer(completion)
+    text, reason = extract_final_answer(completion)
     assert (text is None) == (wanted is None) and (text is None) == (reason is not None)
-    assert wanted is None or plain(text) == plain(wanted)
+    assert wanted is None or normalize_notation(text) == normalize_notation(wanted)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_the_final_answer(completion, wanted):
     ],
 )
 def test_a_grade_says_why_there_is_no_answer(grader, completion, reason):
-    (grade,) = grader.examine([completion], ["1"])
+    (grade,) = grader.get_grades([completion], ["1"])
     assert (grade.strict, grade.reason) == ("unparsable", reason)
     assert grade.value == ("@" if reason == "not readable" else None)
 
 
 def test_the_value_is_the_text_of_the_final_answer(grader):
-    grades = grader.examine(["so \\boxed{x = \\frac12}", "\\boxed{007}", "the answer is 12 cm."], ["0.5", "7", "12"])
+    grades = grader.get_grades(["so \\boxed{x = \\frac12}", "\\boxed{007}", "the answer is 12 cm."], ["0.5", "7", "12"])
     assert [(grade.value, grade.strict) for grade in grades] == [
         ("x = \\frac12", "correct"),
         ("007", "correct"),
@@ -304,10 +304,10 @@ def test_integers_without_a_process_follow_the_same_extraction():
         "\\boxed{3} or 4",
         "<think>\\boxed{3}",
     ):
-        grade = _integer_grade(answer, "3")
-        assert grade is None or grade._asdict() == grader_worker.grade(answer, "3"), answer
-    assert _integer_grade("not \\boxed{3}", "3") == ("correct", None, "unparsable", "the answer is taken back")
-    assert _integer_grade("\\boxed{101}", "0101") is None  # digits with a zero in front are a code
+        grade = _grade_integers(answer, "3")
+        assert grade is None or grade._asdict() == grader_worker.grade_answer(answer, "3"), answer
+    assert _grade_integers("not \\boxed{3}", "3") == ("correct", None, "unparsable", "the answer is taken back")
+    assert _grade_integers("\\boxed{101}", "0101") is None  # digits with a zero in front are a code
 
 
 # -- long and hostile texts
@@ -333,8 +333,8 @@ def test_extraction_of_long_texts_is_quick(text):
     done = threading.Event()
 
     def work():
-        final_answer(text[:50_000] + "\\boxed{1}")
-        final_answer("\\boxed{1}" + text[:50_000])
+        extract_final_answer(text[:50_000] + "\\boxed{1}")
+        extract_final_answer("\\boxed{1}" + text[:50_000])
         done.set()
 
     threading.Thread(target=work, daemon=True).start()

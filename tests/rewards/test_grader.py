@@ -94,7 +94,7 @@ def test_verdicts(grader, answer, gold, verdict):
 @pytest.fixture(scope="module")
 def case_grades(grader):
     answers, golds, _ = zip(*grading_cases.CASES, strict=True)
-    return grader.examine(answers, golds)
+    return grader.get_grades(answers, golds)
 
 
 def test_verdicts_are_a_mathematicians(case_grades):
@@ -134,7 +134,7 @@ def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
     direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold in zip(answers, golds, strict=True)]
     verdicts = grader.grade(answers, golds)
     assert [verdict in ("correct", "unevaluated") for verdict in verdicts] == direct
-    assert [grade.verdict == "correct" for grade in grader.examine(answers, golds)] == direct
+    assert [grade.verdict == "correct" for grade in grader.get_grades(answers, golds)] == direct
     assert 150 < sum(direct) < 350
 
 
@@ -152,8 +152,8 @@ def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypa
         seconds.append(time.monotonic() - started)
         return reply
 
-    grade_in_child = grader_module._Child.grade
-    monkeypatch.setattr(grader_module._Child, "grade", timed)
+    grade_in_child = grader_module._WorkerProcess.grade
+    monkeypatch.setattr(grader_module._WorkerProcess, "grade", timed)
     answers = hostile(tmp_path / "touched")
     attacks = [answers[kind] for kind in kinds or answers]
     rows = [row for attack in attacks for row in ((attack, "\\frac{1}{3}"), ("\\boxed{\\frac{1}{2}}", "0.5"))]
@@ -195,7 +195,7 @@ def test_a_child_that_dies_is_replaced():
 
 
 def test_integers_need_no_child(monkeypatch):
-    monkeypatch.setattr(grader_module, "_Child", lambda: pytest.fail("a child was started"))
+    monkeypatch.setattr(grader_module, "_WorkerProcess", lambda: pytest.fail("a child was started"))
     assert MathGrader().grade(["\\boxed{39}", "a=1;\\boxed{-4}"], ["39", "4"]) == ["correct", "wrong"]
 
 
@@ -214,10 +214,10 @@ def test_integers_that_need_no_child_get_the_same_grade_from_one():
         gold = draw.choice([number, number, "7", "5", " 3 ", "-3", "300", "1"])
         before, after = ("".join(draw.choices(SOUP, k=draw.randint(0, 5))) for _ in range(2))
         answer = f"{before}\\boxed{{{number}}}{after}"
-        grade = grader_module._integer_grade(answer, gold)
+        grade = grader_module._grade_integers(answer, gold)
         if grade is not None:
             alone += 1
-            assert grade._asdict() == grader_worker.grade(answer, gold), (answer, gold)
+            assert grade._asdict() == grader_worker.grade_answer(answer, gold), (answer, gold)
     assert alone > 400
     for answer, gold in (  # where it looks elsewhere
         ("\\boxed{3}. So the final answer is 7", "7"),
@@ -225,15 +225,15 @@ def test_integers_that_need_no_child_get_the_same_grade_from_one():
         ("$\\boxed{100}$%", "1"),
         ("\\boxed{３}", "3"),
     ):
-        assert grader_module._integer_grade(answer, gold) is None
-        assert grader_worker.grade(answer, gold)["verdict"] == ("wrong" if "３" in answer else "correct")
+        assert grader_module._grade_integers(answer, gold) is None
+        assert grader_worker.grade_answer(answer, gold)["verdict"] == ("wrong" if "３" in answer else "correct")
 
 
 def test_a_gold_answer_is_parsed_once_for_answers_in_a_row(monkeypatch):
-    grader_worker._parsed_gold.cache_clear()
+    grader_worker._parse_gold.cache_clear()
     for answer in ("\\boxed{\\frac{2}{4}}", "\\boxed{0.5}", "\\boxed{0.25}"):
-        grader_worker.grade(answer, "\\frac{1}{2}")
-    assert grader_worker._parsed_gold.cache_info()[:2] == (2, 1)
+        grader_worker.grade_answer(answer, "\\frac{1}{2}")
+    assert grader_worker._parse_gold.cache_info()[:2] == (2, 1)
 
 
 def test_the_record_is_math_verifys_on_every_case(case_grades):
@@ -272,8 +272,8 @@ def test_where_the_two_verdicts_differ_stands_in_the_docs(case_grades):
 
 
 def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):
-    monkeypatch.setattr(equality, "judge", lambda answer, gold: 1 / 0)
-    grade = grader_worker.grade("\\boxed{1/2}", "0.5")
+    monkeypatch.setattr(equality, "get_strict_verdict", lambda answer, gold: 1 / 0)
+    grade = grader_worker.grade_answer("\\boxed{1/2}", "0.5")
     assert grade == {"verdict": "correct", "value": None, "strict": "unparsable", "reason": "not readable"}
 
 
@@ -293,7 +293,7 @@ def test_bad_calls(grader):
     assert grader.grade(["\\boxed{1}"], [""]) == ["no_gold"]
     assert math_reward(["\\boxed{1}", "\\boxed{2}"], answer=["", "2"]) == [None, 1.0]
     with pytest.raises(UserError, match="mine, row 1: the gold answer '' is no answer"):
-        grader_module.check_golds(["1", ""], "mine")
+        grader_module.check_gold_answers(["1", ""], "mine")
     with pytest.raises(UserError, match="2 answers were given with 1 gold"):
         grader.grade(["a", "b"], ["c"])
     with pytest.raises(UserError, match="no column 'answer'"):

@@ -60,14 +60,14 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, alone):
 
 def test_libraries_that_are_on_an_absolute_path_only_are_found(tmp_path, monkeypatch, alone):
     """As where a cluster installs packages by `pip install --target` and names the folder in `PYTHONPATH`."""
-    places = dict.fromkeys(grader_module._command()[3:])
+    places = dict.fromkeys(grader_module._get_worker_command()[3:])
     assert places and all(os.path.isabs(place) for place in places)
     bare = tmp_path / "bare.py"  # an interpreter without site packages: only what it is told of is there
     bare.write_text(
         f"import sys\nassert not any('site-packages' in p for p in sys.path)\nimport runpy\n"
         f"runpy.run_path({grader_worker.__file__!r}, run_name='__main__')\n"
     )
-    monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, "-I", "-S", str(bare), *places])
+    monkeypatch.setattr(grader_module, "_get_worker_command", lambda: [sys.executable, "-I", "-S", str(bare), *places])
     assert alone.grade(*HALF) == ["correct"]
 
 
@@ -86,7 +86,7 @@ def test_a_child_has_no_secret_no_files_and_little_time(monkeypatch, alone):
     with open(f"{here}/limits") as file:
         limits = {line[:26].strip(): line[26:].split()[:2] for line in file}
     assert limits["Max file size"] == limits["Max core file size"] == limits["Max processes"] == ["0", "0"]
-    assert limits["Max address space"] == [str(grader_worker.MEMORY)] * 2
+    assert limits["Max address space"] == [str(grader_worker.MAX_MEMORY_BYTES)] * 2
     with open(f"{here}/stat") as file:
         spent = sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
     assert spent + 5 < int(limits["Max cpu time"][0]) <= spent + 11
@@ -102,11 +102,11 @@ def test_a_child_has_no_secret_no_files_and_little_time(monkeypatch, alone):
 )
 def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone, program, longest, said):
     (tmp_path / "child.py").write_text(program)
-    monkeypatch.setattr(grader_module, "_START_SECONDS", longest)
-    monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, str(tmp_path / "child.py")])
+    monkeypatch.setattr(grader_module, "_STARTUP_TIMEOUT", longest)
+    monkeypatch.setattr(grader_module, "_get_worker_command", lambda: [sys.executable, str(tmp_path / "child.py")])
     with pytest.raises(UserError, match=f"the grading process cannot start: {said}"):
         alone.grade(*HALF)
-    monkeypatch.setattr(grader_module, "_command", lambda: [str(tmp_path / "nowhere")])
+    monkeypatch.setattr(grader_module, "_get_worker_command", lambda: [str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"cannot start: .*No such file"):
         alone.grade(*HALF)
     monkeypatch.undo()
@@ -114,7 +114,9 @@ def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone
 
 
 def test_without_math_verify_the_line_says_so(monkeypatch, alone):
-    monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, "-I", "-S", grader_worker.__file__])
+    monkeypatch.setattr(
+        grader_module, "_get_worker_command", lambda: [sys.executable, "-I", "-S", grader_worker.__file__]
+    )
     with pytest.raises(UserError, match="cannot start: ModuleNotFoundError: No module named 'math_verify'"):
         alone.grade(*HALF)
 
@@ -146,7 +148,7 @@ def test_a_reply_that_is_late_or_none_is_a_time_out(tmp_path, monkeypatch, reply
     """And is not taken for the next answer's."""
     (tmp_path / "child.py").write_text(LATE.replace("REPLY", reply))
     grader = MathGrader(deadline=1.0, processes=1)
-    monkeypatch.setattr(grader_module, "_command", lambda: [sys.executable, str(tmp_path / "child.py")])
+    monkeypatch.setattr(grader_module, "_get_worker_command", lambda: [sys.executable, str(tmp_path / "child.py")])
     assert grader.grade(*HALF) == ["timeout"]
     if "sleep" in reply:
         monkeypatch.undo()

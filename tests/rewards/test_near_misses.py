@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import pairs
-from bupo.rewards.answers.equality import judge
+from bupo.rewards.answers.equality import get_strict_verdict
 
 BOXED = {
     "words behind a number": (
@@ -110,27 +110,30 @@ COMPLETIONS = [
 @pytest.mark.parametrize("rule", BOXED)
 def test_a_rule_pays_other_spellings_and_no_near_miss(rule):
     gold, right, wrong = BOXED[rule]
-    paid = {answer: judge(f"So it is \\boxed{{{answer}}}.", gold).verdict == "correct" for answer in right + wrong}
+    paid = {
+        answer: get_strict_verdict(f"So it is \\boxed{{{answer}}}.", gold).verdict == "correct"
+        for answer in right + wrong
+    }
     assert paid == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
 
 
 @pytest.mark.parametrize("gold, completion, right", COMPLETIONS)
 def test_words_around_a_box_decide(gold, completion, right):
-    assert (judge(completion, gold).verdict == "correct") is right
+    assert (get_strict_verdict(completion, gold).verdict == "correct") is right
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["development", "development_2", "development_3", "development_4"])
 def test_precision_and_recall_on_the_pairs_that_were_looked_at(name):
     table = pairs.read_pairs(pairs.FOLDER / f"{name}.jsonl")
-    counts = pairs.counted(table, [judge(pair.answer, pair.gold).verdict == "correct" for pair in table])
+    counts = pairs.counted(table, [get_strict_verdict(pair.answer, pair.gold).verdict == "correct" for pair in table])
     assert counts.precision[0] >= 0.995 * counts.precision[1]
     assert counts.recall[0] >= 0.95 * counts.recall[1]
 
 
 def test_precision_and_recall_on_the_held_out_pairs():
     table = pairs.read_pairs(pairs.FOLDER / "heldout.jsonl")
-    counts = pairs.counted(table, [judge(pair.answer, pair.gold).verdict == "correct" for pair in table])
+    counts = pairs.counted(table, [get_strict_verdict(pair.answer, pair.gold).verdict == "correct" for pair in table])
     assert len(table) == 481
     assert counts.precision[0] >= 0.995 * counts.precision[1]
     assert counts.recall[0] >= 0.92 * counts.recall[1]

@@ -6,11 +6,11 @@ import pytest
 import reasoning_gym
 
 from bupo.data.problems import load_problems
-from bupo.evaluation.answers import graded, summarize
-from bupo.generation.seeded_sampling import Answer
+from bupo.evaluation.answers import grade_completions, summarize
+from bupo.generation.seeded_sampling import SampledCompletion
 from bupo.rewards.grader import MathGrader
 from bupo.rewards.math_reward import math_reward
-from bupo.rewards.task_scorers import ANY_SOLUTION, SCORED_BY, answer_of
+from bupo.rewards.task_scorers import ANY_SOLUTION, SCORED_BY_COLUMN, get_gold_answer
 
 SIZE = 6
 
@@ -24,7 +24,7 @@ def grader():
 
 def verdicts(grader, problems, answers):
     texts = [f"I think that it is \\boxed{{{answer}}}" for answer in answers]
-    return [str(grade.strict) for grade in grader.examine(texts, problems["answer"], problems[SCORED_BY])]
+    return [str(grade.strict) for grade in grader.get_grades(texts, problems["answer"], problems[SCORED_BY_COLUMN])]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_copied_word_is_not_paid():
     problems = load_problems("reasoning_gym:spell_backward", size=37)
     words = [row["metadata"]["word"] for row in reasoning_gym.create_dataset("spell_backward", size=37, seed=0)]
     completions = [f"Backwards that is \\boxed{{{word}}}." for word in words]
-    rewards = math_reward(completions, **{name: problems[name] for name in ("answer", SCORED_BY)})
+    rewards = math_reward(completions, **{name: problems[name] for name in ("answer", SCORED_BY_COLUMN)})
     assert rewards == [float(word == word[::-1]) for word in words]
 
 
@@ -72,11 +72,12 @@ def test_any_solution_of_a_task_is_paid(grader):
         json.dumps({str(node): colour for node, colour in row["metadata"]["possible_answer"].items()}) for row in own
     ]
     assert [own.score_answer(text, row) for text, row in zip(solved, own, strict=True)] == [1.0, 1.0]
-    assert [answer_of(row) for row in own] == [ANY_SOLUTION] * 2
+    assert [get_gold_answer(row) for row in own] == [ANY_SOLUTION] * 2
     texts = [f"<answer>{text}</answer>" for text in solved]
-    assert grader.grade(texts, colours["answer"], colours[SCORED_BY]) == ["correct"] * 2
+    assert grader.grade(texts, colours["answer"], colours[SCORED_BY_COLUMN]) == ["correct"] * 2
     assert (
-        grader.grade([f"<answer>{ANY_SOLUTION}</answer>"] * 2, colours["answer"], colours[SCORED_BY]) == ["wrong"] * 2
+        grader.grade([f"<answer>{ANY_SOLUTION}</answer>"] * 2, colours["answer"], colours[SCORED_BY_COLUMN])
+        == ["wrong"] * 2
     )
 
 
@@ -98,7 +99,7 @@ def test_no_scorer_runs_an_answer(grader, task, tmp_path):
     ]
     for answer in answers:
         text = f"<answer>{answer}</answer>"
-        assert grader.grade([text], problems["answer"], problems[SCORED_BY]) != ["correct"]
+        assert grader.grade([text], problems["answer"], problems[SCORED_BY_COLUMN]) != ["correct"]
     assert listed.is_dir() and not list(listed.iterdir())
     assert verdicts(grader, problems, problems["answer"]) == ["correct"]  # the scorer is as it was
 
@@ -118,7 +119,7 @@ def test_equal_answers_vote_together(grader):
         [],
         [None, None],
     ]
-    assert grader.equal_answers(answers) == [
+    assert grader.group_equal_answers(answers) == [
         [0, 0, 0, 1, 1],
         [0, 0, None, 0, 1],
         [0, 0, 1, 2, 3],
@@ -130,17 +131,17 @@ def test_equal_answers_vote_together(grader):
 def test_a_majority_of_spellings_wins():
     problems = load_problems("arithmetic", size=1).remove_columns("answer").add_column("answer", ["39"])
     texts = ["\\boxed{39}", "\\boxed{39.0}", "\\boxed{x=39}", "\\boxed{40}", "\\boxed{40}"]
-    table = graded(problems, [[Answer(text, 5, False) for text in texts]])
+    table = grade_completions(problems, [[SampledCompletion(text, 5, False) for text in texts]])
     assert summarize(table)["majority@k"] == 1.0
-    other = graded(problems, [[Answer(text.replace("39", "41"), 5, False) for text in texts]])
+    other = grade_completions(problems, [[SampledCompletion(text.replace("39", "41"), 5, False) for text in texts]])
     assert summarize(other)["majority@k"] == 0.0 and other["answer_class"].nunique() == 2
 
 
 def test_why_there_is_no_answer():
     problems = load_problems("arithmetic", size=1)
     texts = ["", "so the box is \\boxed{12", "I do not know.\nThis is hard.\nIt is.", "\\boxed{}", "\\boxed{7}"]
-    answers = [Answer(text, 5, False) for text in texts] + [Answer("we compute", 5, True)]
-    table = graded(problems, [answers])
+    answers = [SampledCompletion(text, 5, False) for text in texts] + [SampledCompletion("we compute", 5, True)]
+    table = grade_completions(problems, [answers])
     assert list(table["reason"][[0, 1, 3, 5]]) == ["empty", "unclosed box", "empty box", "cut at the limit"]
     assert table["reason"].isna().tolist() == [False, False, False, False, True, False]
     reasons = summarize(table)["no_answer_reasons"]

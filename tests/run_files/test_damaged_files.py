@@ -8,27 +8,27 @@ import pandas as pd
 import pytest
 import torch
 
-from bupo.analysis.tables import AnswerSums
-from bupo.evaluation.answers import finished as graded_table
-from bupo.evaluation.comparison_table import table_of
-from bupo.evaluation.run import check_numbers, read_summary
+from bupo.analysis.tables import CompletionSums
+from bupo.evaluation.answers import read_graded_table as graded_table
+from bupo.evaluation.comparison_table import read_scoreboard
+from bupo.evaluation.run import check_scores, read_summary
 from bupo.run_files.reading import (
-    NULL,
-    Damaged,
-    check,
+    NONE_TYPE,
+    DamagedFileError,
+    check_keys,
     read_bytes,
     read_json,
+    read_parquet,
     read_rows,
-    read_state,
-    read_table,
     read_text,
+    read_torch_file,
 )
 from bupo.training.callbacks.metrics_file import read_metrics
-from bupo.training.checkpoints.integrity import damage
+from bupo.training.checkpoints.integrity import find_damage
 from bupo.training.config import BuPOConfig
-from bupo.training.run_directory import finished
+from bupo.training.run_directory import read_finished_run
 from bupo.utils.errors import UserError
-from bupo.utils.files import rows_of
+from bupo.utils.files import read_appended_rows
 from tests.helpers.damages import ANY, STATE, TABLE, TEXT
 
 DONE = {
@@ -70,10 +70,10 @@ def test_finished_runs(tmp_path, name):
     path = tmp_path / "finished.json"
     path.write_text(json.dumps(DONE))
     config = BuPOConfig(str(tmp_path), internal_layer=2, internal_steps=1, max_steps=4, resume_from_checkpoint="true")
-    assert finished(config) == {part: DONE[part] for part in ("schedule", "planned", "options")}
+    assert read_finished_run(config) == {part: DONE[part] for part in ("schedule", "planned", "options")}
     (ANY | TEXT)[name](path)
     before = os.listdir(tmp_path)
-    assert "delete it, and the run goes on" in damaged(path, lambda: finished(config))
+    assert "delete it, and the run goes on" in damaged(path, lambda: read_finished_run(config))
     assert os.listdir(tmp_path) == before
 
 
@@ -84,7 +84,7 @@ def test_finished_runs_of_other_contents(tmp_path, change):
     path = tmp_path / "finished.json"
     path.write_text(json.dumps(DONE | change))
     config = BuPOConfig(str(tmp_path), internal_layer=2, internal_steps=1, max_steps=4, resume_from_checkpoint="true")
-    damaged(path, lambda: finished(config))
+    damaged(path, lambda: read_finished_run(config))
 
 
 @pytest.mark.parametrize("name", [name for name in ANY | TEXT if name not in ("missing", "null")])
@@ -93,7 +93,7 @@ def test_summaries(tmp_path, name):
     path.write_text(json.dumps({"schema_version": 4, "benchmarks": {"a": NUMBERS}, "meta": {}}))
     assert read_summary(str(tmp_path))["benchmarks"]["a"] == NUMBERS
     (ANY | TEXT)[name](path)
-    damaged(path, lambda: table_of([str(tmp_path)]))
+    damaged(path, lambda: read_scoreboard([str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_summaries_of_other_numbers(tmp_path, numbers):
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"schema_version": 4, "benchmarks": {"a": numbers}}))
     summary = read_summary(str(tmp_path))
-    assert "a: " in damaged(path, lambda: check_numbers(str(tmp_path), summary, ["a"]))
+    assert "a: " in damaged(path, lambda: check_scores(str(tmp_path), summary, ["a"]))
 
 
 def test_files_larger_than_the_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
         file.truncate(1 << 43)  # sparse: it takes no room
-    for read in (read_bytes, read_json, read_rows, read_table, lambda path: rows_of(path, json.loads)):
+    for read in (read_bytes, read_json, read_rows, read_parquet, lambda path: read_appended_rows(path, json.loads)):
         assert "larger than the memory (8192 GB)" in damaged(path, lambda read=read: read(path))
 
 
@@ -159,9 +159,9 @@ def test_states(tmp_path, name):
     path = tmp_path / "bupo.pt"
     keys = {"passes": int, "layout": dict}
     torch.save({"passes": 1, "layout": {}, "tensor": torch.ones(3), "numbers": np.ones(2, dtype=np.uint32)}, path)
-    assert read_state(path, keys)["passes"] == 1
+    assert read_torch_file(path, keys)["passes"] == 1
     (ANY | STATE)[name](path)
-    assert damaged(path, lambda: read_state(path, keys)).startswith(f"{path} is damaged: ")
+    assert damaged(path, lambda: read_torch_file(path, keys)).startswith(f"{path} is damaged: ")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -180,7 +180,7 @@ def checkpoint(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.arange(100.0)}, folder / "model.safetensors")
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     return folder
 
 
@@ -188,14 +188,16 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in ANY if kind != "a link to itself"])
 def test_a_checkpoint_without_a_manifest(checkpoint, name, kind):
     ANY[kind](checkpoint / name)
-    assert (name in damage(checkpoint) or "weights" in damage(checkpoint)) and "\n" not in damage(checkpoint)
+    assert (name in find_damage(checkpoint) or "weights" in find_damage(checkpoint)) and "\n" not in find_damage(
+        checkpoint
+    )
     assert not (checkpoint / "exploded").exists()
 
 
 @pytest.mark.parametrize("kind", ANY | TEXT)
 def test_the_state_of_a_checkpoint(checkpoint, kind):
     (ANY | TEXT)[kind](checkpoint / "trainer_state.json")
-    assert "trainer_state.json" in damage(checkpoint) and "\n" not in damage(checkpoint)
+    assert "trainer_state.json" in find_damage(checkpoint) and "\n" not in find_damage(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_the_state_of_a_checkpoint(checkpoint, kind):
 )
 def test_the_state_of_a_checkpoint_of_other_contents(checkpoint, state):
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    assert "trainer_state.json" in damage(checkpoint)
+    assert "trainer_state.json" in find_damage(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +226,9 @@ def test_measures_of_other_shapes(change):
 
     row = {"index": 0, "tokens": 2, "log_prob": -1.0, "entropy": 0.5, "similarity": [[1.0, 0.5], [0.5, 1.0]]}
     row |= {name: [[1.0, 2.0]] * len(MEASURES) for name in ("total", "squares")}
-    assert AnswerSums.read(json.dumps(row)).tokens == 2
+    assert CompletionSums.read(json.dumps(row)).tokens == 2
     with pytest.raises((ValueError, TypeError)):
-        AnswerSums.read(json.dumps(row | change))
+        CompletionSums.read(json.dumps(row | change))
 
 
 def test_rows_and_texts(tmp_path):
@@ -237,7 +239,7 @@ def test_rows_and_texts(tmp_path):
     assert "line 2: a is 'b', not int" in damaged(path, lambda: read_rows(path, {"a": int}))
     path.write_bytes(b"caf\xe9")
     assert "no UTF-8" in damaged(path, lambda: read_text(path))
-    with pytest.raises(Damaged, match="larger than 1 KB"):
+    with pytest.raises(DamagedFileError, match="larger than 1 KB"):
         read_bytes(path.with_name("large"), largest=1 << 10) if path.with_name("large").write_bytes(
             b"x" * 2000
         ) else None
@@ -259,14 +261,14 @@ def test_what_leads_out_of_the_folder_is_not_read(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "secret.parquet").write_text("hunter2")
     (tmp_path / "a" / "x.parquet").symlink_to(tmp_path / "secret.parquet")
-    for read in (read_json, read_rows, read_table, read_state):
+    for read in (read_json, read_rows, read_parquet, read_torch_file):
         assert "hunter2" not in damaged(
             tmp_path / "a" / "x.parquet", lambda read=read: read(tmp_path / "a" / "x.parquet")
         )
 
 
 def test_types():
-    assert check({"a": 1, "b": None}, {"a": float, "b": (str, NULL), "c": (int, NULL)})
+    assert check_keys({"a": 1, "b": None}, {"a": float, "b": (str, NONE_TYPE), "c": (int, NONE_TYPE)})
     for value, kind in (
         (True, int),
         (True, float),
@@ -277,4 +279,4 @@ def test_types():
         ("1", int),
     ):
         with pytest.raises(ValueError, match="a is"):
-            check({"a": value}, {"a": kind})
+            check_keys({"a": value}, {"a": kind})

@@ -15,7 +15,7 @@ import bupo
 from bupo import AnalyzeOptions, EvalOptions, UserError
 from bupo.analysis.rollouts import read_rollouts
 from bupo.cli.main import main
-from bupo.run_files.result_cache import Store, inside
+from bupo.run_files.result_cache import ResultCache, get_label_folder
 from tests.cli.test_commands import fails  # noqa: F401
 
 
@@ -39,7 +39,7 @@ def lost(before, after, *rewritten):
 
 def numbers(folder, settings, places=(), **options):
     """A store of numbers by name."""
-    return Store(
+    return ResultCache(
         folder,
         "rows.jsonl",
         "numbers",
@@ -144,17 +144,17 @@ def test_long_values_are_shown_where_they_differ(tmp_path):
 
 
 def test_labels_stay_inside(tmp_path):
-    assert inside(tmp_path, "math500") == tmp_path / "math500"
+    assert get_label_folder(tmp_path, "math500") == tmp_path / "math500"
     for label in ("", ".", "..", "../x", "/abs", "a/b", "a\\b", "x" * 200):
         with pytest.raises(UserError, match="names no folder inside"):
-            inside(tmp_path, label)
+            get_label_folder(tmp_path, label)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_figures():
     """They take most of the time of a short analysis, and are looked at elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bupo.analysis.results.analysis_figures", lambda table, summary, folder: None)
+        patch.setattr("bupo.analysis.results.draw_analysis_figures", lambda table, summary, folder: None)
         yield
 
 

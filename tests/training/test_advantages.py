@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trl import RLOOConfig, RLOOTrainer
 
 from bupo import BuPOTrainer
-from bupo.training.objective.advantages import generalized, last_token, leave_one_out, whitened
-from bupo.training.objective.critic import value_loss
+from bupo.training.objective.advantages import compute_leave_one_out, gae, masked_whiten, put_on_last_token
+from bupo.training.objective.critic import compute_value_loss
 from bupo.training.objective.rollout_batch import RolloutBatch
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward, trainer_of
 
@@ -21,18 +21,18 @@ rewards_lists = st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=24)
 def test_leave_one_out_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0])
     by_hand = [1 - 1 / 3, 0 - 2 / 3, 0 - 2 / 3, 1 - 1 / 3, 0, 0, 0, 0]
-    torch.testing.assert_close(leave_one_out(rewards, 4), torch.tensor(by_hand))
+    torch.testing.assert_close(compute_leave_one_out(rewards, 4), torch.tensor(by_hand))
 
 
 def test_leave_one_out_passes_over_what_nothing_graded():
-    found = leave_one_out(torch.tensor([1.0, math.nan, 0.0, 2.0, math.nan, math.nan]), 3)
+    found = compute_leave_one_out(torch.tensor([1.0, math.nan, 0.0, 2.0, math.nan, math.nan]), 3)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0]))
 
 
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 10_000))
 def test_leave_one_out_is_the_mean_of_the_others(prompts, group, seed):
     rewards = np.random.default_rng(seed).normal(size=prompts * group)
-    found = leave_one_out(torch.tensor(rewards), group).numpy()
+    found = compute_leave_one_out(torch.tensor(rewards), group).numpy()
     for i, reward in enumerate(rewards):
         first = i // group * group
         others = [rewards[j] for j in range(first, first + group) if j != i]
@@ -41,7 +41,7 @@ def test_leave_one_out_is_the_mean_of_the_others(prompts, group, seed):
 
 def test_last_token():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1]])  # the last row has a tool's token inside
-    found = last_token(torch.tensor([1.0, 2.0, 3.0, math.nan]), mask)
+    found = put_on_last_token(torch.tensor([1.0, 2.0, 3.0, math.nan]), mask)
     assert found.tolist() == [[0, 1, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]]
 
 
@@ -52,7 +52,7 @@ def test_gae_by_hand():
     second = deltas[1] + 0.72 * third
     first = deltas[0] + 0.72 * second
     rewards, values = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.6, 0.7, 9.0]])
-    advantages, returns = generalized(rewards, values, torch.tensor([[1, 1, 1, 0]]), 0.9, 0.8)
+    advantages, returns = gae(rewards, values, torch.tensor([[1, 1, 1, 0]]), 0.9, 0.8)
     torch.testing.assert_close(advantages, torch.tensor([[first, second, third, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[first + 0.5, second + 0.6, third + 0.7, 0.0]]))
 
@@ -65,7 +65,7 @@ def test_gae_is_its_sum(tokens, seed, gamma, lam):
     rewards, values = rng.normal(size=tokens), rng.normal(size=tokens)
     mask = rng.random(tokens) < 0.7
     rewards_BT, values_BT, mask_BT = (torch.tensor(x)[None] for x in (rewards, values, mask.astype(int)))
-    found, _ = generalized(rewards_BT, values_BT, mask_BT, gamma, lam)
+    found, _ = gae(rewards_BT, values_BT, mask_BT, gamma, lam)
     real = np.flatnonzero(mask)
     deltas = [
         rewards[t] + gamma * (values[real[i + 1]] if i + 1 < len(real) else 0) - values[t] for i, t in enumerate(real)
@@ -78,7 +78,7 @@ def test_gae_is_its_sum(tokens, seed, gamma, lam):
 
 def test_gae_without_discount_is_reward_minus_value():
     rewards, values, mask = torch.tensor([[0.0, 0.0, 1.0]]), torch.rand(1, 3), torch.ones(1, 3)
-    advantages, returns = generalized(rewards, values, mask, 1.0, 1.0)
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
     torch.testing.assert_close(advantages, 1 - values)
     torch.testing.assert_close(returns, torch.ones(1, 3))
 
@@ -86,7 +86,7 @@ def test_gae_without_discount_is_reward_minus_value():
 def test_reinforce_plus_plus_by_hand():
     """Answers of 1 and 3 tokens with rewards 1 and 0: over tokens the mean is 1/4 and the unbiased variance 1/4."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
-    found = whitened(torch.tensor([[1.0], [0.0]]) * mask, mask)
+    found = masked_whiten(torch.tensor([[1.0], [0.0]]) * mask, mask)
     torch.testing.assert_close(found, torch.tensor([[1.5, 0, 0], [-0.5, -0.5, -0.5]]), atol=1e-6, rtol=0)
 
 
@@ -101,14 +101,14 @@ def test_whitening_over_processes_is_whitening_of_all(rows, columns, seed):
     count, total = mask.sum(), values[mask].sum()
     squares = ((values[mask] - total / count) ** 2).sum()
     answers = iter([torch.tensor([count, total]), torch.tensor([squares])] * 2)
-    found = np.concatenate([whitened(v, m, lambda sums: next(answers)).numpy() for v, m in parts])
+    found = np.concatenate([masked_whiten(v, m, lambda sums: next(answers)).numpy() for v, m in parts])
     expected = np.where(mask, (values - values[mask].mean()) / np.sqrt(values[mask].var(ddof=1) + 1e-8), 0)
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
 def test_value_loss_by_hand():
     values, old, returns = torch.tensor([1.0, 0.9, 0.2]), torch.tensor([0.0, 0.8, 0.3]), torch.tensor([1.0, 1.0, 1.0])
-    loss, clipped = value_loss(values, old, returns, 0.5)
+    loss, clipped = compute_value_loss(values, old, returns, 0.5)
     # the first moved by 1.0: its value is clipped to 0.5, which is farther from its return
     torch.testing.assert_close(loss, 0.5 * torch.tensor([0.25, 0.01, 0.64]))
     assert clipped.tolist() == [True, False, False]
@@ -147,7 +147,7 @@ def test_rloo_agrees_with_trls_trainer(tmp_path):
     for output in (rollout_of(theirs), rollout_of(mine)):  # they sample differently: each by the other's formula
         rewards = torch.tensor(batch_rewards(output), dtype=torch.float32)
         assert output["advantages"].abs().max() > 0.1
-        torch.testing.assert_close(output["advantages"], leave_one_out(rewards, 4), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(output["advantages"], compute_leave_one_out(rewards, 4), atol=1e-6, rtol=1e-5)
 
 
 def batch_rewards(output):
@@ -217,7 +217,7 @@ def test_the_loss_is_a_token_mean_with_dual_clip(tmp_path, estimator):
         inputs = {**inputs, "old_per_token_logps": inputs["old_per_token_logps"] + 2 * noise}
         loss = inner(model, inputs)
         with torch.no_grad():
-            logps = trainer.alignment.scores(RolloutBatch(inputs)).log_probs
+            logps = trainer.policy_alignment.scores(RolloutBatch(inputs)).log_probs
         seen.append((inputs, logps.double(), loss.item()))
         return loss
 

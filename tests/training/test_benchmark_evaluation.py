@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from bupo import BuPOConfig, UserError, load_problems
 from bupo.cli.main import main
-from bupo.data.prompt_settings import AsTrained, as_trained
+from bupo.data.prompt_settings import TrainingPromptSettings, read_training_prompt_settings
 from bupo.training.callbacks.metrics_file import read_metrics
 from bupo.training.run import train
 
@@ -102,7 +102,9 @@ def test_the_same_as_bupo_eval(tmp_path, watched):
 def test_checkpoints_know_how_they_are_evaluated(watched):
     folder, *_ = watched
     for place in (folder, *folder.glob("checkpoint-*")):
-        assert as_trained(str(place)) == AsTrained(None, {}, 24, 1.0, 1.0, {}, str(place))
+        assert read_training_prompt_settings(str(place)) == TrainingPromptSettings(
+            None, {}, 24, 1.0, 1.0, {}, str(place)
+        )
     assert len(list(folder.glob("checkpoint-*"))) == 3
     listed = json.loads((folder / "checkpoint-4" / "manifest.json").read_text())["files"]
     assert listed["evaluation.json"]["bytes"] == (folder / "checkpoint-4" / "evaluation.json").stat().st_size

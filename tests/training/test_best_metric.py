@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from bupo import BuPOTrainer, TrainOptions, UserError, train
 from bupo.models.loading import load_model
 from bupo.rewards.math_reward import math_reward
-from bupo.training.callbacks.best_metric import may_log, measured
+from bupo.training.callbacks.best_metric import can_log_metrics, list_eval_metrics
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of
 
 FEW = PROBLEMS.select(range(2))
@@ -113,7 +113,7 @@ def test_the_names_are_those_of_an_evaluation(tmp_path, changes):
         trainer = trainer_of(tmp_path, evaluation=sets, **changes)
         found = {name.removeprefix("eval_") for name in trainer.evaluate()} - {"epoch"}
         found = {name for name in found if not name.endswith("model_preparation_time")}  # of the first one only
-        assert found == set(measured(trainer.args, ["length"], sets if isinstance(sets, dict) else None))
+        assert found == set(list_eval_metrics(trainer.args, ["length"], sets if isinstance(sets, dict) else None))
 
 
 def test_a_metric_that_a_reward_logs_itself_is_taken(tmp_path):
@@ -157,8 +157,10 @@ def test_what_may_log():
         def __call__(self, completions, **kwargs):
             kwargs["log_metric"]("a", 1.0)
 
-    assert all(map(may_log, (logging_reward, handed_on, functools.partial(logging_reward), Logs())))
-    assert not any(map(may_log, (length, math_reward, functools.partial(length), lambda completions, **kwargs: [1.0])))
+    assert all(map(can_log_metrics, (logging_reward, handed_on, functools.partial(logging_reward), Logs())))
+    assert not any(
+        map(can_log_metrics, (length, math_reward, functools.partial(length), lambda completions, **kwargs: [1.0]))
+    )
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "reduce_lr_on_plateau", "greedy"])

@@ -18,13 +18,18 @@ from trl import ModelConfig
 from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training.callbacks import tensorboard_resume
 from bupo.training.callbacks.metrics_file import read_metrics
-from bupo.training.callbacks.nonfinite_updates import FiniteUpdates
+from bupo.training.callbacks.nonfinite_updates import SkipNonFiniteUpdatesCallback
 from bupo.training.checkpoints import integrity
-from bupo.training.checkpoints.integrity import checkpoints, damage, newest_whole
-from bupo.training.checkpoints.resume import compare, of_given, write_options
-from bupo.training.checkpoints.writer import STAGING, move_in_own, recover, rotate
+from bupo.training.checkpoints.integrity import find_damage, find_newest_intact_checkpoint, list_checkpoints
+from bupo.training.checkpoints.resume import check_checkpoint_options, fingerprint_inputs, write_options
+from bupo.training.checkpoints.writer import (
+    STAGING_DIR,
+    commit_node_checkpoint,
+    delete_old_checkpoints,
+    recover_interrupted_save,
+)
 from bupo.training.run import train
-from bupo.training.run_directory import clear
+from bupo.training.run_directory import clear_run_directory
 from bupo.training.trainer import BuPOTrainer
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -58,7 +63,8 @@ def quick():
     """Figures take as long as these runs: `make test-faults` compares them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "bupo.training.run.draw", lambda folder, rows, title: (folder / "training.png").write_text(str(rows))
+            "bupo.training.run.draw_figures",
+            lambda folder, rows, title: (folder / "training.png").write_text(str(rows)),
         )
         yield
 
@@ -96,16 +102,16 @@ FILES = [
 def test_what_is_missing_cut_or_altered_is_named(folder, name):
     checkpoint = folder / "checkpoint-6"
     path, content = checkpoint / name, (checkpoint / name).read_bytes()
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     place = len(content) // 2
     for harmed in (None, content[:place], content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]):
         path.unlink() if harmed is None else path.write_bytes(harmed)
         said: list[str] = []
-        assert newest_whole(folder, said.append) == folder / "checkpoint-4"
+        assert find_newest_intact_checkpoint(folder, said.append) == folder / "checkpoint-4"
         assert len(said) == 1 and "checkpoint-6 is passed over: " in said[0]
         assert name in said[0] or name == "manifest.json"  # whose entry of another file is altered
         path.write_bytes(content)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_the_one_before_a_damaged_checkpoint_is_gone_on_with(finished, folder):
@@ -116,7 +122,7 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_with(finished, folder):
     said = run(folder, resume_from_checkpoint=True, save_total_limit=2)
     assert any("checkpoint-6 is passed over: optimizer.pt has 4 bytes" in line for line in said)
     assert any(line == f"going on from {folder}/checkpoint-4" for line in said)
-    assert same(finished, folder) and damage(folder / "checkpoint-6") is None
+    assert same(finished, folder) and find_damage(folder / "checkpoint-6") is None
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-4",
         "checkpoint-6",
@@ -126,17 +132,17 @@ def test_the_one_before_a_damaged_checkpoint_is_gone_on_with(finished, folder):
 
 def test_true_begins_where_there_is_no_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    (folder / STAGING / "checkpoint-2").mkdir(parents=True)  # as a kill in the first save leaves it
+    (folder / STAGING_DIR / "checkpoint-2").mkdir(parents=True)  # as a kill in the first save leaves it
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0}\n{"step')
     said = run(folder, resume_from_checkpoint=True)
     assert f"{folder} holds no checkpoint yet: the run starts from the beginning" in said
     rows, expected = read_metrics(folder / "metrics.jsonl"), read_metrics(finished / "metrics.jsonl")
     assert [row.get("loss") for row in rows] == [row.get("loss") for row in expected]
-    assert same(finished, folder) and not (folder / STAGING).exists()
+    assert same(finished, folder) and not (folder / STAGING_DIR).exists()
 
 
 def test_a_folder_without_a_whole_checkpoint_is_not_begun_anew(folder):
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         (path / "manifest.json").unlink()
     with pytest.raises(
         UserError, match=r"no checkpoint in .* is whole: name one of them to go on from it all the same"
@@ -158,7 +164,7 @@ def test_going_on_from_an_earlier_checkpoint_does_not_mix_two_runs(finished, fol
     ):
         run(folder, resume_from_checkpoint=earlier)
     run(folder, resume_from_checkpoint=earlier, overwrite=True, max_steps=3)
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
     run(tmp_path / "elsewhere", resume_from_checkpoint=earlier)
     assert same(finished, tmp_path / "elsewhere")
     steps = [
@@ -173,7 +179,7 @@ def test_going_on_from_another_runs_checkpoint_leaves_nothing_of_the_former(fini
         run(folder, resume_from_checkpoint=str(foreign))
     (folder / "metrics.jsonl").write_text('{"step": 1, "former": 1}')
     run(folder, resume_from_checkpoint=str(foreign), overwrite=True)
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6"] and damage(foreign) is None
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6"] and find_damage(foreign) is None
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 6]
     assert "former" not in (folder / "metrics.jsonl").read_text() and same(finished, folder)
 
@@ -181,14 +187,14 @@ def test_going_on_from_another_runs_checkpoint_leaves_nothing_of_the_former(fini
 def test_what_is_deleted_is_never_what_the_run_goes_on_from(tmp_path):
     for name in ("checkpoint-2", "checkpoint-4", "old/checkpoint-6"):
         (tmp_path / "run" / name).mkdir(parents=True)
-    clear(tmp_path / "run", str(tmp_path / "run" / "old" / "checkpoint-6"))
-    assert len(checkpoints(tmp_path / "run")) == 2
+    clear_run_directory(tmp_path / "run", str(tmp_path / "run" / "old" / "checkpoint-6"))
+    assert len(list_checkpoints(tmp_path / "run")) == 2
     (tmp_path / "elsewhere" / "checkpoint-6").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-6").symlink_to(tmp_path / "elsewhere" / "checkpoint-6")
-    clear(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"))
-    assert len(checkpoints(tmp_path / "run")) == 3 and (tmp_path / "run" / "old" / "checkpoint-6").is_dir()
-    clear(tmp_path / "run", str(tmp_path / "elsewhere" / "checkpoint-6"))
-    assert not checkpoints(tmp_path / "run") and (tmp_path / "elsewhere" / "checkpoint-6").is_dir()
+    clear_run_directory(tmp_path / "run", str(tmp_path / "run" / "checkpoint-6"))
+    assert len(list_checkpoints(tmp_path / "run")) == 3 and (tmp_path / "run" / "old" / "checkpoint-6").is_dir()
+    clear_run_directory(tmp_path / "run", str(tmp_path / "elsewhere" / "checkpoint-6"))
+    assert not list_checkpoints(tmp_path / "run") and (tmp_path / "elsewhere" / "checkpoint-6").is_dir()
 
 
 FINISHED_OTHERWISE: list[tuple[dict, str]] = [
@@ -203,7 +209,7 @@ def test_a_finished_run_is_finished(finished, tmp_path):
     said = run(copy, resume_from_checkpoint=True)
     assert said[1:] == [f"the run is finished: {copy} holds all of it, nothing more is trained"]
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
-    for path in checkpoints(copy):
+    for path in list_checkpoints(copy):
         shutil.rmtree(path)
     assert run(copy, resume_from_checkpoint=True) == said  # also without checkpoints
     with pytest.raises(UserError, match="holds a finished run without checkpoints to go on from"):
@@ -220,7 +226,7 @@ def test_what_was_left_undone_is_done(finished, folder):
     said = run(folder, resume_from_checkpoint=True)
     assert "the run is finished: all 6 updates are done, nothing more is trained" in said
     assert same(finished, folder) and (folder / "finished.json").exists() and (folder / "training.png").exists()
-    assert [path.name for path in checkpoints(folder)][-1] == "checkpoint-6"
+    assert [path.name for path in list_checkpoints(folder)][-1] == "checkpoint-6"
     assert (folder / "checkpoint-6" / "manifest.json").read_bytes() == kept
     losses = [read_metrics(path / "metrics.jsonl")[-1]["train_loss"] for path in (finished, folder)]
     assert losses[0] == losses[1]
@@ -290,26 +296,26 @@ def test_weights_that_no_checkpoint_holds_are_told_apart(tmp_path):
     torch.manual_seed(1)
     write_options(trainer_on(tmp_path, model_of(), lora()), tmp_path)
     torch.manual_seed(2)  # the adapter's are in the checkpoint
-    compare(trainer_on(tmp_path, model_of(), lora()), tmp_path, print)
+    check_checkpoint_options(trainer_on(tmp_path, model_of(), lora()), tmp_path, print)
     with pytest.raises(UserError, match="the base model's weights is "):
-        compare(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
+        check_checkpoint_options(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
     trainer = trainer_on(tmp_path, model_of())
     trainer.ref_model = model_of()
-    trainer.given = of_given(trainer)
+    trainer.given = fingerprint_inputs(trainer)
     write_options(trainer, tmp_path)
     trainer.ref_model = other_model()
-    trainer.given = of_given(trainer)
+    trainer.given = fingerprint_inputs(trainer)
     with pytest.raises(UserError, match="the reference model's weights is "):
-        compare(trainer, tmp_path, print)
+        check_checkpoint_options(trainer, tmp_path, print)
     trainer.args.sync_ref_model = True  # then they are in the checkpoint
-    assert "the reference model's weights" not in of_given(trainer)
+    assert "the reference model's weights" not in fingerprint_inputs(trainer)
 
 
 def test_the_models_dtype_is_that_of_the_one_given(tmp_path):
     trainer = trainer_on(tmp_path, model_of())
     trainer.model.bfloat16()  # as a wrapped one may say
     write_options(trainer, tmp_path)
-    compare(trainer_on(tmp_path, model_of()), tmp_path, print)
+    check_checkpoint_options(trainer_on(tmp_path, model_of()), tmp_path, print)
 
 
 def test_options_that_are_kept_hold_no_secret(tmp_path):
@@ -320,7 +326,7 @@ def test_options_that_are_kept_hold_no_secret(tmp_path):
     kept = (tmp_path / "options.json").read_text()
     assert "hf_secret" not in kept and json.loads(kept)["model_init_kwargs"] == {"revision": "main"}
     kwargs["token"] = "hf_newer"
-    compare(trainer, tmp_path, print)
+    check_checkpoint_options(trainer, tmp_path, print)
 
 
 def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
@@ -330,15 +336,17 @@ def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "learning_rate" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 6]  # the cadence of logs and checkpoints is free
     assert rows[-1]["learning_rate"] == pytest.approx(1e-5 / 6)
-    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{n}" for n in (2, 4, 5, 6)]
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{n}" for n in (2, 4, 5, 6)]
     state = torch.load(folder / "checkpoint-5" / "optimizer.pt", weights_only=True)
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-5 / 6)
 
 
 def test_a_checkpoint_is_looked_at_and_compared_once(folder, monkeypatch, capsys):
     summed: list[str] = []
-    real = integrity._sum
-    monkeypatch.setattr(integrity, "_sum", lambda path: summed.append(f"{path.parent.name}/{path.name}") or real(path))
+    real = integrity._hash_file
+    monkeypatch.setattr(
+        integrity, "_hash_file", lambda path: summed.append(f"{path.parent.name}/{path.name}") or real(path)
+    )
     run(folder, learning_rate=1e-5, save_strategy="no", resume_from_checkpoint=True)
     assert summed and len(set(summed)) == len(summed) and all("checkpoint-6/" in name for name in summed)
     assert capsys.readouterr().out.count("learning_rate is 1e-05 from here on") == 1
@@ -346,15 +354,15 @@ def test_a_checkpoint_is_looked_at_and_compared_once(folder, monkeypatch, capsys
 
 def test_what_another_process_does_not_see_is_refused(folder, monkeypatch):
     checkpoint = folder / "checkpoint-6"
-    integrity.check_shared(checkpoint)
+    integrity.check_visible_to_all(checkpoint)
     monkeypatch.setattr(integrity, "PartialState", lambda: SimpleNamespace(is_main_process=False))
-    monkeypatch.setattr(integrity, "_sum", lambda path: pytest.fail("sums are the main process' business"))
-    integrity.check_shared(checkpoint)
+    monkeypatch.setattr(integrity, "_hash_file", lambda path: pytest.fail("sums are the main process' business"))
+    integrity.check_visible_to_all(checkpoint)
     shutil.rmtree(checkpoint)
     with pytest.raises(
         UserError, match=r"finds .*checkpoint-6 otherwise \(there is no such folder\): share output_dir"
     ):
-        integrity.check_shared(checkpoint)
+        integrity.check_visible_to_all(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -377,50 +385,52 @@ def test_a_full_disk_leaves_the_former_checkpoints(tmp_path, monkeypatch, error)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"checkpoint-4 cannot be written .*go on with --resume_from_checkpoint true"):
         run(tmp_path / "run")
-    assert calls and [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
-    assert damage(tmp_path / "run" / "checkpoint-2") is None and not (tmp_path / "run" / STAGING).exists()
+    assert calls and [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert find_damage(tmp_path / "run" / "checkpoint-2") is None and not (tmp_path / "run" / STAGING_DIR).exists()
 
 
 def test_what_a_kill_leaves_is_removed_and_what_it_moved_is_put_back(folder):
-    (folder / STAGING / "former").mkdir(parents=True)
-    (folder / "checkpoint-6").rename(folder / STAGING / "former" / "checkpoint-6")  # killed before the new one came in
-    shutil.copytree(folder / "checkpoint-4", folder / STAGING / "checkpoint-8")
-    recover(folder)
-    assert damage(folder / "checkpoint-6") is None and not (folder / STAGING).exists()
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    (folder / STAGING_DIR / "former").mkdir(parents=True)
+    (folder / "checkpoint-6").rename(
+        folder / STAGING_DIR / "former" / "checkpoint-6"
+    )  # killed before the new one came in
+    shutil.copytree(folder / "checkpoint-4", folder / STAGING_DIR / "checkpoint-8")
+    recover_interrupted_save(folder)
+    assert find_damage(folder / "checkpoint-6") is None and not (folder / STAGING_DIR).exists()
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 @pytest.mark.parametrize(("limit", "left"), [(None, [2, 4, 6]), (0, [2, 4, 6]), (-1, [2, 4, 6]), (2, [4, 6]), (1, [6])])
 def test_a_limit_that_is_not_positive_is_none(tmp_path, limit, left):
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path, limit, tmp_path / "checkpoint-6")
-    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    delete_old_checkpoints(tmp_path, limit, tmp_path / "checkpoint-6")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_another_node_leaves_what_the_main_process_has_moved(tmp_path, monkeypatch):
     """On a shared disk a node may see the written folder for a while after it was moved."""
-    staged, place = tmp_path / STAGING / "checkpoint-2", tmp_path / "checkpoint-2"
+    staged, place = tmp_path / STAGING_DIR / "checkpoint-2", tmp_path / "checkpoint-2"
     staged.mkdir(parents=True)
     (staged / "rng_state_1.pth").write_text("1")
     shutil.copytree(staged, place)
     (place / "trainer_state.json").write_text('{"global_step": 2}')
-    move_in_own(staged, place)
+    commit_node_checkpoint(staged, place)
     assert (place / "trainer_state.json").exists() and staged.exists()
-    move_in_own(staged, tmp_path / "own" / "checkpoint-2")  # there is no such folder: as if it were gone
+    commit_node_checkpoint(staged, tmp_path / "own" / "checkpoint-2")  # there is no such folder: as if it were gone
     shutil.rmtree(place)
-    shutil.rmtree(tmp_path / STAGING)
+    shutil.rmtree(tmp_path / STAGING_DIR)
     for content in ("1", "2"):  # its own disk, and again in the stead of its former part
         staged.mkdir(parents=True)
         (staged / "rng_state_1.pth").write_text(content)
-        move_in_own(staged, place)
+        commit_node_checkpoint(staged, place)
         assert (place / "rng_state_1.pth").read_text() == content and not staged.exists()
 
 
 def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, monkeypatch):
     pushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, damage(Path(path)) is None))
+        Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, find_damage(Path(path)) is None))
     )
     args = BuPOConfig(
         str(tmp_path),
@@ -441,7 +451,7 @@ def test_the_best_checkpoint_is_kept_pushed_and_loaded_from_its_place(tmp_path, 
     assert trainer.state.best_model_checkpoint == str(best)
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
     assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4, 6)]
-    assert [path.name for path in checkpoints(tmp_path)] == [
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
         "checkpoint-4"
     ]  # and transformers deletes the last, at the end
     saved = load_file(best / "model.safetensors")
@@ -469,7 +479,7 @@ class Stopped(TrainerCallback):
 def test_a_run_that_is_stopped_inside_a_rollout_batch_goes_on(finished, tmp_path):
     folder = tmp_path / "run"
     run(folder, callbacks=[Stopped()])
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
     assert not (folder / "finished.json").exists()
     run(folder, resume_from_checkpoint=True)
     assert same(finished, folder) and (folder / "finished.json").exists()
@@ -482,10 +492,10 @@ def test_a_run_that_is_stopped_inside_a_rollout_batch_goes_on(finished, tmp_path
 
 
 def test_updates_skipped_in_a_row_are_counted_on():
-    counted, again = FiniteUpdates(lambda: ""), FiniteUpdates(lambda: "")
-    counted.skipped = 2
+    counted, again = SkipNonFiniteUpdatesCallback(lambda: ""), SkipNonFiniteUpdatesCallback(lambda: "")
+    counted.consecutive_skips = 2
     again.load(counted.state(), 1)
-    assert again.skipped == 2
+    assert again.consecutive_skips == 2
 
 
 def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
@@ -493,19 +503,19 @@ def test_tensorboards_events_go_on_in_their_folder(tmp_path, monkeypatch):
     asked: list[tuple[str, int]] = []
     monkeypatch.setattr(
         tensorboard_resume,
-        "_writer",
+        "_get_summary_writer_class",
         lambda: lambda log_dir, purge_step: asked.append((log_dir, purge_step)) or "writer",
     )
     callback = TensorBoardCallback.__new__(TensorBoardCallback)
     callback.tb_writer = callback.logging_dir = None
-    tensorboard_resume.continue_events([callback], tmp_path, 8)
+    tensorboard_resume.resume_tensorboard([callback], tmp_path, 8)
     assert callback.tb_writer is None and not asked  # no events yet: transformers names a folder
     (tmp_path / "runs" / "Nov24_host").mkdir(parents=True)
     (tmp_path / "runs" / "Nov24_host" / "events.out.1").touch()
-    tensorboard_resume.continue_events([callback], tmp_path, 8)
+    tensorboard_resume.resume_tensorboard([callback], tmp_path, 8)
     assert callback.tb_writer == "writer" and asked == [(str(tmp_path / "runs" / "Nov24_host"), 9)]
     callback.tb_writer, callback.logging_dir = None, "/logs"
-    tensorboard_resume.continue_events([callback], tmp_path, 0)
+    tensorboard_resume.resume_tensorboard([callback], tmp_path, 0)
     assert asked[-1] == ("/logs", 0)
 
 

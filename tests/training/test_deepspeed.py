@@ -19,10 +19,16 @@ from safetensors.torch import load_file
 
 from bupo import UserError
 from bupo.analysis.checkpoint_series import STATE_FILE
-from bupo.models.residual_stream import ResidualStream, Site
+from bupo.models.residual_stream import Activation, ResidualStream
 from bupo.training.callbacks.metrics_file import read_metrics
-from bupo.training.checkpoints.trainer_state import _check_kind
-from bupo.training.distributed.deepspeed import REACHED_BY, StepsOfReached, check_zero, group_by_reach, stepped
+from bupo.training.checkpoints.trainer_state import _check_sharding
+from bupo.training.distributed.deepspeed import (
+    REACHED_BY,
+    ReachedGroupsCallback,
+    check_deepspeed_config,
+    get_stepped_parameters,
+    split_groups_by_layer,
+)
 from bupo.training.validation.arguments import check_run
 from tests.training.test_probes import FALLING
 from tests.training.test_trainer import assert_only_below, model_of
@@ -171,8 +177,8 @@ def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
 def test_what_the_attention_of_a_layer_writes_is_reached_without_its_ffn():
     stream = ResidualStream(model_of())
     names = {parameter: name for name, parameter in stream.model.named_parameters()}
-    whole = {names[p] for p in stepped(stream, Site("layer", 2), False)}
-    attention = {names[p] for p in stepped(stream, Site("attn", 2), False)}
+    whole = {names[p] for p in get_stepped_parameters(stream, Activation("layer", 2), False)}
+    attention = {names[p] for p in get_stepped_parameters(stream, Activation("attn", 2), False)}
     assert whole - attention == {f"model.layers.1.{part}.weight" for part in (
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"
     )} and attention < whole  # fmt: skip
@@ -182,13 +188,13 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
     """As DeepSpeed calls it: a group at a time, each with a gradient, though it may be zero."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.1}], weight_decay=0.5)
-    group_by_reach(optimizer, {1: {weights[0]}, 2: set(weights[:2])})
+    split_groups_by_layer(optimizer, {1: {weights[0]}, 2: set(weights[:2])})
     assert [(g["params"], g[REACHED_BY], g["lr"]) for g in optimizer.param_groups] == [
         ([weights[0]], [1, 2], 0.1), ([weights[1]], [2], 0.1), ([weights[2]], [], 0.1),
     ]  # fmt: skip
     in_force: list[int | None] = []
     wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
-    StepsOfReached(lambda: in_force[-1]).on_train_begin(None, None, None, optimizer=wrapped)
+    ReachedGroupsCallback(lambda: in_force[-1]).on_train_begin(None, None, None, optimizer=wrapped)
     stepped = []
     for layer in (1, 2, None):
         in_force.append(layer)
@@ -302,10 +308,10 @@ def test_what_does_not_run_is_refused_by_name(stage, more, asked, refused):
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=zero(stage, **more))
     args = SimpleNamespace(**{"deepspeed_plugin": plugin, "fp16": False, "bf16": False, **asked})
     with pytest.raises(UserError, match=f"DeepSpeed.*{refused}"):
-        check_zero(args)
+        check_deepspeed_config(args)
     plugin.zero_stage, plugin.deepspeed_config = 2, zero(2, bf16={"enabled": "auto"})
     args.fp16 = False
-    check_zero(args)
+    check_deepspeed_config(args)
 
 
 @pytest.mark.parametrize(
@@ -351,12 +357,12 @@ def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
         accelerator=SimpleNamespace(num_processes=1),
     )
     with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
-        _check_kind(trainer, tmp_path)
+        _check_sharding(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
-    _check_kind(trainer, tmp_path)  # keeps no options that could differ
+    _check_sharding(trainer, tmp_path)  # keeps no options that could differ
     trainer.is_deepspeed_enabled = False
     with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
-        _check_kind(trainer, tmp_path)
+        _check_sharding(trainer, tmp_path)
 
 
 TRAIN = {

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bupo.training.dropout import is_random, turn_off
+from bupo.training.dropout import disable_dropout_in_model, is_forward_random
 from tests.helpers.tiny_models import tiny_model
 from tests.training.test_trainer import RatioWatch, config, model_of, trainer_of
 
@@ -115,8 +115,8 @@ def test_every_way_in_which_families_drop_out(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes(kind))).train()
     before = model.config.to_dict()
-    assert is_random(model, IDS)
-    assert turn_off(model)
+    assert is_forward_random(model, IDS)
+    assert disable_dropout_in_model(model)
     assert model.training and model.config.to_dict() == before
     training = [model(input_ids=IDS, use_cache=False).logits for _ in range(3)]
     whole = model.eval()(input_ids=IDS, use_cache=False).logits

@@ -9,8 +9,8 @@ import torch
 
 from bupo import BuPOConfig, BuPOTrainer, UserError, load_problems
 from bupo.models.loading import load_model, load_tokenizer
-from bupo.training.callbacks.failure_detection import PATIENCE, Symptoms
-from bupo.training.failure_messages import SYMPTOMS, warn
+from bupo.training.callbacks.failure_detection import PATIENCE, FailureDetector
+from bupo.training.failure_messages import FAILURE_MESSAGES, warn_of_failure
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
 
 HEALTHY = {
@@ -64,11 +64,11 @@ def batch(symptoms, changes):
     """One rollout batch and its updates; returns the news."""
     rollouts = {**HEALTHY, **{name: value for name, value in changes.items() if name in HEALTHY}}
     updates = {**UPDATES, **{name: value for name, value in changes.items() if name in UPDATES}}
-    return symptoms.see_rollouts(rollouts) + symptoms.see_updates(updates)
+    return symptoms.record_rollouts(rollouts) + symptoms.record_updates(updates)
 
 
 def test_every_symptom_has_a_patience_words_and_a_case():
-    assert set(PATIENCE) == set(SYMPTOMS) == set(SICK) == set(ALMOST)
+    assert set(PATIENCE) == set(FAILURE_MESSAGES) == set(SICK) == set(ALMOST)
 
 
 def test_the_doc_shows_every_symptom_and_its_patience():
@@ -79,18 +79,18 @@ def test_the_doc_shows_every_symptom_and_its_patience():
 
 @pytest.mark.parametrize("name", SICK)
 def test_a_symptom_is_told_once_when_it_has_lasted(name):
-    symptoms = Symptoms()
+    symptoms = FailureDetector()
     assert batch(symptoms, {}) == []
     news = [batch(symptoms, SICK[name]) for _ in range(6)]
     assert news == [[name] if i + 1 == PATIENCE[name] else [] for i in range(6)]
-    assert symptoms.present == [name]
-    assert batch(symptoms, {}) == [] and symptoms.present == []
-    assert [batch(symptoms, SICK[name]) for _ in range(6)] == [[]] * 6 and symptoms.present == [name]
+    assert symptoms.active_failures == [name]
+    assert batch(symptoms, {}) == [] and symptoms.active_failures == []
+    assert [batch(symptoms, SICK[name]) for _ in range(6)] == [[]] * 6 and symptoms.active_failures == [name]
 
 
 @pytest.mark.parametrize("name", [name for name in SICK if PATIENCE[name] > 1])
 def test_chance_is_no_symptom(name):
-    symptoms = Symptoms()
+    symptoms = FailureDetector()
     for _ in range(5):
         for _ in range(PATIENCE[name] - 1):
             assert batch(symptoms, SICK[name]) == []
@@ -99,13 +99,13 @@ def test_chance_is_no_symptom(name):
 
 @pytest.mark.parametrize("name", ALMOST)
 def test_what_is_almost_a_symptom_is_none(name):
-    symptoms = Symptoms()
+    symptoms = FailureDetector()
     batch(symptoms, {})
     assert [batch(symptoms, ALMOST[name]) for _ in range(6)] == [[]] * 6
 
 
 def test_an_entropy_that_is_no_number_is_a_jump():
-    symptoms = Symptoms()
+    symptoms = FailureDetector()
     batch(symptoms, {})
     assert [batch(symptoms, {"entropy": NAN}) for _ in range(2)] == [[], ["entropy_jump"]]
 
@@ -113,11 +113,11 @@ def test_an_entropy_that_is_no_number_is_a_jump():
 @pytest.mark.parametrize("name", SICK)
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_run_decides_as_one_that_was_not_stopped(name, stop):
-    whole, resumed = Symptoms(), Symptoms()
+    whole, resumed = FailureDetector(), FailureDetector()
     news, again = [], []
     for number in range(5):
         if number == stop:
-            resumed = Symptoms(**json.loads(json.dumps(resumed.state())))
+            resumed = FailureDetector(**json.loads(json.dumps(resumed.state())))
         changes = SICK[name] if number else {}
         news.append(batch(whole, changes))
         again.append(batch(resumed, changes))
@@ -128,7 +128,7 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(name, stop):
 def test_a_warning_names_what_to_change(name, tmp_path, caplog):
     args = BuPOConfig(str(tmp_path), internal_layer=1, max_completion_length=32, mask_truncated_completions=True)
     with caplog.at_level(logging.WARNING):
-        warn(name, "rollout batch 7", {**HEALTHY, **UPDATES, **SICK[name]}, 3, False, args)
+        warn_of_failure(name, "rollout batch 7", {**HEALTHY, **UPDATES, **SICK[name]}, 3, False, args)
     (text,) = said_in(caplog)
     assert text.startswith("rollout batch 7: ") and "{" not in text and "\n" not in text
     remedies = ("learning_rate", "reward function", "a reward", "max_completion_length")
@@ -137,7 +137,7 @@ def test_a_warning_names_what_to_change(name, tmp_path, caplog):
 
 def test_a_healthy_run_of_the_embedded_model_shows_nothing():
     """The logged rollout batches of recipes/cpu/embedded-bupo.yaml: the first, the steepest, the flattest, the last."""
-    symptoms = Symptoms()
+    symptoms = FailureDetector()
     names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "kl_old")
     for row in (
         (0.22, 0.42, 0.25, 11.4, 0.353, 0.381),
@@ -148,7 +148,7 @@ def test_a_healthy_run_of_the_embedded_model_shows_nothing():
         *((0.92, 0.27, 0.94, 25.4, 0.008, 0.000),) * 6,
     ):
         assert batch(symptoms, dict(zip(names, row, strict=True))) == []
-    assert symptoms.present == []
+    assert symptoms.active_failures == []
 
 
 def run(tmp_path, reward, caplog, model=None, tokenizer=TOKENIZER, problems=PROBLEMS, **changes):
@@ -189,7 +189,7 @@ def test_a_reward_that_is_always_zero_is_said_once_also_by_a_resumed_run(tmp_pat
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert "all rewards were 0" not in caplog.text
     assert trainer.state.log_history[-2]["warning/zero_reward"] == 1.0
-    assert trainer.watch.symptoms.in_a_row["zero_reward"] == 5
+    assert trainer.phase_controller.failure_detector.consecutive_batches["zero_reward"] == 5
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def trainer_under(version, kind="FULL_STATE_DICT"):
     plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=version)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     return SimpleNamespace(
-        reads_images=False,
+        is_vlm=False,
         is_fsdp_enabled=True,
         is_deepspeed_enabled=False,
         optimizer=None,

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
-from bupo.training.objective.phases import Schedule, Stage
+from bupo.training.objective.phases import PhaseSchedule, Stage
 from tests.training.test_trainer import (
     PROBLEMS,
     REENTRANT,
@@ -121,8 +121,8 @@ def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpoint
     trainer.critic.values = values
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
-    assert not seen[0].any() and set(trainer.critic.linears) == {"layer 2"}
-    assert trainer.critic.linears["layer 2"].weight.abs().max() > 0
+    assert not seen[0].any() and set(trainer.critic.value_heads) == {"layer 2"}
+    assert trainer.critic.value_heads["layer 2"].weight.abs().max() > 0
 
 
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
@@ -272,26 +272,32 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
 
 
 def test_stages_by_rollout_batch():
-    schedule = Schedule.read("[[6, 2], [12, 3]]")
-    assert schedule == Schedule((Stage(6, 2), Stage(12, 3))) == Schedule.read([[6, 2], [12, 3]])
+    schedule = PhaseSchedule.read("[[6, 2], [12, 3]]")
+    assert schedule == PhaseSchedule((Stage(6, 2), Stage(12, 3))) == PhaseSchedule.read([[6, 2], [12, 3]])
     assert [schedule.place(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
     assert schedule.stage(3) == Stage(12, 3) and schedule.stage(6) is None
-    assert schedule.cut_short(2) == Schedule((Stage(6, 1), Stage(12, 3)))
-    assert schedule.cut_short(4) == Schedule((Stage(6, 2), Stage(12, 1)))
-    assert schedule.cut_short(6) == schedule == Schedule.load(schedule.state())
-    assert Schedule().place(1) is None and Schedule().batches == 0 and schedule.batches == 5
+    assert schedule.end_stage_before(2) == PhaseSchedule((Stage(6, 1), Stage(12, 3)))
+    assert schedule.end_stage_before(4) == PhaseSchedule((Stage(6, 2), Stage(12, 1)))
+    assert schedule.end_stage_before(6) == schedule == PhaseSchedule.load(schedule.state())
+    assert PhaseSchedule().place(1) is None and PhaseSchedule().batches == 0 and schedule.batches == 5
 
 
 def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
-    auto = Schedule((Stage(None, 2), Stage(4, 1)))
-    assert auto.undecided and auto.layers == [4] and str(auto) == "[['auto', 2], [4, 1]]"
-    assert auto.decided(3, 9) == Schedule((Stage(3, 2), Stage(4, 1))) and not auto.decided(3, 9).undecided
+    auto = PhaseSchedule((Stage(None, 2), Stage(4, 1)))
+    assert auto.is_undecided and auto.layers == [4] and str(auto) == "[['auto', 2], [4, 1]]"
+    assert (
+        auto.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 2), Stage(4, 1)))
+        and not auto.resolve_auto(3, 9).is_undecided
+    )
     open_ended = BuPOConfig("x", internal_layer="auto").first_phase
-    assert open_ended == Schedule((Stage(None, None),)) == Schedule.load(open_ended.state()) and open_ended.undecided
-    assert open_ended.place(1) == 0 and open_ended.decided(3, 9) == Schedule((Stage(3, 9),))
+    assert (
+        open_ended == PhaseSchedule((Stage(None, None),)) == PhaseSchedule.load(open_ended.state())
+        and open_ended.is_undecided
+    )
+    assert open_ended.place(1) == 0 and open_ended.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 9),))
     assert str(open_ended) == "[['auto', 'auto']]"
-    assert BuPOConfig("x", internal_layer=3).first_phase == Schedule((Stage(3, 20),))
-    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == Schedule((Stage(None, 7),))
+    assert BuPOConfig("x", internal_layer=3).first_phase == PhaseSchedule((Stage(3, 20),))
+    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == PhaseSchedule((Stage(None, 7),))
 
 
 @pytest.mark.parametrize(

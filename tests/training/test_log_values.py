@@ -11,11 +11,11 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from bupo import TrainOptions, report_runs, train
-from bupo.reports.figures import training_figure
+from bupo.reports.figures import draw_training_figure
 from bupo.training import model_card
-from bupo.training.callbacks.console import ConsoleLines
-from bupo.training.callbacks.metrics_file import METRICS_FILE, MetricsFile, read_metrics
-from bupo.utils.log_values import digits, number
+from bupo.training.callbacks.console import ConsoleCallback
+from bupo.training.callbacks.metrics_file import METRICS_FILE, MetricsFileCallback, read_metrics
+from bupo.utils.log_values import format_number, get_number
 from tests.helpers import made_runs
 from tests.training.test_trainer import config, model_of, trainer_of
 
@@ -32,8 +32,14 @@ HISTORY = st.lists(LOGS, min_size=1, max_size=5)
 
 
 def test_numbers_are_finite_and_anything_else_is_a_dash():
-    assert [number(value) for value in (1, 0.5, True, "1", None, math.nan, math.inf, 1e16)] == [1.0, 0.5] + [None] * 6
-    assert digits(0.25) == "0.250" and digits(25, ".1f", " %") == "25.0 %" and digits(math.nan) == digits("x") == "-"
+    assert [get_number(value) for value in (1, 0.5, True, "1", None, math.nan, math.inf, 1e16)] == [1.0, 0.5] + [
+        None
+    ] * 6
+    assert (
+        format_number(0.25) == "0.250"
+        and format_number(25, ".1f", " %") == "25.0 %"
+        and format_number(math.nan) == format_number("x") == "-"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def trainer(tmp_path_factory):
 @given(HISTORY)
 def test_the_card_takes_any_log(trainer, history):
     trainer.state.log_history = history
-    text = model_card.of_model(trainer, "run", None, [])
+    text = model_card.render_model_card(trainer, "run", None, [])
     table = [line for line in text.partition("## What it came to")[2].splitlines() if line.startswith("|")]
     assert not {"nan", "inf", "None", "1e+16"} & {cell.strip() for line in table for cell in line.split("|")}
 
@@ -54,7 +60,7 @@ def test_the_card_takes_any_log(trainer, history):
 @given(HISTORY)
 def test_the_console_takes_any_log(history):
     written = io.StringIO()
-    lines = ConsoleLines(Console(file=written, width=80, force_terminal=False))
+    lines = ConsoleCallback(Console(file=written, width=80, force_terminal=False))
     state, control = TrainerState(is_world_process_zero=True, max_steps=9), TrainerControl()
     lines.on_train_begin(None, state, control)
     try:
@@ -71,12 +77,12 @@ def test_the_console_takes_any_log(history):
 def test_files_figures_and_the_report_take_any_log(tmp_path_factory, history):
     folder = tmp_path_factory.mktemp("logs")
     run = made_runs.train(folder / "runs" / "run", 1, batches=1)
-    writer, state = MetricsFile(run), TrainerState(is_world_process_zero=True, global_step=1)
+    writer, state = MetricsFileCallback(run), TrainerState(is_world_process_zero=True, global_step=1)
     for logs in history:
         writer.on_log(None, state, None, logs=logs)
     for line in (run / METRICS_FILE).read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    training_figure(read_metrics(run / METRICS_FILE), run / "training.png", "a run")
+    draw_training_figure(read_metrics(run / METRICS_FILE), run / "training.png", "a run")
     report_runs([run], folder / "report.html")
 
 
@@ -98,7 +104,7 @@ def test_a_run_with_ungraded_batches_is_saved_shown_and_reported(tmp_path, batch
         internal_steps=steps, internal_layer=1 if steps else None,
     )  # fmt: skip
     written = io.StringIO()
-    lines = ConsoleLines(Console(file=written, width=80))
+    lines = ConsoleCallback(Console(file=written, width=80))
     run = train("embedded", args, TrainOptions(dataset="arithmetic", size=16), reward_funcs=[reward], callbacks=[lines])
     cards = {n: (run.folder / f"checkpoint-{n}" / "README.md").read_text() for n in range(1, 5)} | {
         5: (run.folder / "README.md").read_text()

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import Trainer
 
 from bupo import BuPOConfig, TrainOptions, train
-from bupo.training.model_card import CARD
+from bupo.training.model_card import CARD_FILE
 from bupo.version import VERSION
 from tests.training.test_trainer import config, model_of, trainer_of
 
@@ -27,7 +27,7 @@ def trained(folder, **changes):
     trainer = trainer_of(model_of(), config(folder, **changes))
     trainer.train()
     trainer.save_model()
-    return trainer, ModelCard.load(folder / CARD)
+    return trainer, ModelCard.load(folder / CARD_FILE)
 
 
 def test_it_says_what_the_run_was_and_came_to(tmp_path):
@@ -63,7 +63,7 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
 def test_methods_have_their_words(tmp_path, changes, method, row):
     trainer = trainer_of(model_of(), config(tmp_path, **changes))
     trainer.save_model()
-    card = ModelCard.load(tmp_path / CARD)
+    card = ModelCard.load(tmp_path / CARD_FILE)
     assert method in card.text and list(row) in table_of(card.text) and "Nothing was logged." in card.text
 
 
@@ -74,7 +74,7 @@ def test_a_run_of_the_command_has_one_with_its_data_set(tmp_path, monkeypatch):
         max_completion_length=4, report_to="none", eval_benchmarks=["arithmetic"], eval_problems=4, eval_k=2,
     )  # fmt: skip
     run = train("embedded", args, TrainOptions(dataset="arithmetic", size=8))
-    card = ModelCard.load(run.folder / CARD)
+    card = ModelCard.load(run.folder / CARD_FILE)
     assert card.data.datasets is None and card.data.base_model is None
     assert "bupo train --config FOLDER/config.yaml" in card.text and "bupo eval --model FOLDER " in card.text
     (evaluated,) = [row for row in table_of(card.text) if row[0].startswith("arithmetic/avg@2")]
@@ -82,18 +82,18 @@ def test_a_run_of_the_command_has_one_with_its_data_set(tmp_path, monkeypatch):
     trainer = trainer_of(model_of(), config(tmp_path / "two"))
     trainer.model.config.name_or_path, trainer.dataset_name = "Qwen/Qwen3-4B", "zwhe99/DeepMath-103K"
     trainer.save_model()
-    card = ModelCard.load(tmp_path / "two" / CARD)
+    card = ModelCard.load(tmp_path / "two" / CARD_FILE)
     assert card.data.base_model == "Qwen/Qwen3-4B" and card.data.datasets == "zwhe99/DeepMath-103K"
     monkeypatch.chdir(tmp_path)
     os.makedirs("Qwen/Qwen3-4B")
     trainer.save_model()
-    assert ModelCard.load(tmp_path / "two" / CARD).data.base_model is None
+    assert ModelCard.load(tmp_path / "two" / CARD_FILE).data.base_model is None
 
 
 def test_an_adapters_card_is_pefts(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path), peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     trainer.save_model()
-    card = ModelCard.load(tmp_path / CARD)
+    card = ModelCard.load(tmp_path / CARD_FILE)
     assert card.data.library_name == "peft" and "bupo eval --model BASE --adapter FOLDER" in card.text
     assert "config.yaml" not in card.text  # of a script's trainer there is none
 
@@ -102,7 +102,7 @@ def test_names_of_others_steer_nothing(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path / "x|y](a)\n# z <b>"))
     trainer.state.log_history = [{"eval_a|b\n| c |/avg@2": 0.5}, {"eval_a|b\n| c |/avg@2": 0.75}]
     trainer.save_model()
-    text = ModelCard.load(next(tmp_path.iterdir()) / CARD).text
+    text = ModelCard.load(next(tmp_path.iterdir()) / CARD_FILE).text
     assert text.strip().splitlines()[0] == r"# x\|y\](a) # z \<b\>"
     assert [r"a\|b \| c \|/avg@2", "50.0 %", "75.0 %"] in table_of(text)
 
@@ -115,6 +115,6 @@ def test_push_to_hub_sends_it_along(tmp_path, monkeypatch):
     trainer, _ = trained(tmp_path)
     trainer.hub_model_id = None
     trainer.push_to_hub(dataset_name="gsm8k", tags=["math"])
-    card = ModelCard.load(tmp_path / CARD)
+    card = ModelCard.load(tmp_path / CARD_FILE)
     assert sent["repo_id"] == "me/mine" and str(sent["folder_path"]) == str(tmp_path)
     assert card.data.datasets == "gsm8k" and {"math", "bupo"} <= set(card.data.tags)

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bupo import BuPOConfig, BuPOTrainer, UserError
-from bupo.cli.parsing import parse
-from bupo.training.objective.phases import Schedule
+from bupo.cli.parsing import parse_options
+from bupo.training.objective.phases import PhaseSchedule
 from bupo.training.validation.arguments import check_arguments
 from tests.training.test_layer_methods import logged
 from tests.training.test_probes import built
@@ -140,7 +140,7 @@ def test_the_policys_objective_with_a_critic(tmp_path, backbone):
     trainer = trainer_of(model, config(tmp_path, internal_objective="policy", num_iterations=2, **ppo))
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
-    assert backbone == "copy" or set(trainer.critic.linears) == {"language_model"}
+    assert backbone == "copy" or set(trainer.critic.value_heads) == {"language_model"}
 
 
 def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
@@ -242,13 +242,13 @@ def test_a_resumed_control_is_the_uninterrupted_one(tmp_path, objective):
 
 
 def test_weights_by_rollout_batch():
-    schedule = Schedule.read([[6, 2], [12, 1]])
+    schedule = PhaseSchedule.read([[6, 2], [12, 1]])
     assert [schedule.weight(batch, 0, 0.0) for batch in range(1, 7)] == [1, 1, 1, 0, 0, 0]
     assert [schedule.weight(batch, 3, 0.0) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert [schedule.weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
     assert [schedule.weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
-    assert [Schedule().weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
-    ended = schedule.cut_short(3)  # by the guard: the hand-over begins where the first phase ends
+    assert [PhaseSchedule().weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
+    ended = schedule.end_stage_before(3)  # by the guard: the hand-over begins where the first phase ends
     assert [ended.weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
 
 
@@ -462,7 +462,7 @@ def test_a_measured_layer_is_handed_over(tmp_path):
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
     assert logged(trainer, "internal/weight") == [0.5] * 4
-    assert trainer.watch.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
+    assert trainer.phase_controller.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
 
 
 def test_one_update_a_rollout_batch(tmp_path):
@@ -597,7 +597,7 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
     names = ("internal_objective", "internal_handover", "internal_mix", "layer_rates")
-    (read,) = parse((BuPOConfig,), line, "bupo train")
+    (read,) = parse_options((BuPOConfig,), line, "bupo train")
     assert [getattr(read, name) for name in names] == ["permuted", 3, 0.1, [1, 0.5, 0, 2]]
     flags = [
         "--internal_objective",
@@ -610,9 +610,9 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
         "0.5",
         "1",
     ]
-    (read,) = parse((BuPOConfig,), [*line, *flags], "bupo train")
+    (read,) = parse_options((BuPOConfig,), [*line, *flags], "bupo train")
     assert [getattr(read, name) for name in names] == ["layer", 0, 0.5, [0.5, 1.0]]
-    (read,) = parse((BuPOConfig,), ["--output_dir", "o", "--internal_layer", "2"], "bupo train")
+    (read,) = parse_options((BuPOConfig,), ["--output_dir", "o", "--internal_layer", "2"], "bupo train")
     assert [getattr(read, name) for name in names] == ["layer", 0, 0.0, None]
 
 

@@ -11,17 +11,22 @@ import torch
 
 from bupo import BuPOTrainer, UserError
 from bupo.analysis import results as analysis_report
-from bupo.analysis.checkpoint_series import Course, course_of, write_course
-from bupo.analysis.measures import MEASURES, measure
+from bupo.analysis.checkpoint_series import CheckpointSeries, find_checkpoint_series, write_checkpoint_series
+from bupo.analysis.measures import MEASURES, measure_completions
 from bupo.analysis.results import AnalysisReport
 from bupo.cli.main import main
 from bupo.models.residual_stream import ResidualStream
-from bupo.run_files.provenance import note_run
+from bupo.run_files.provenance import record_run
 from bupo.training.callbacks import probes as probes_module
-from bupo.training.callbacks.early_stopping import CAPPED, KL, PERPLEXITY, Guard
-from bupo.training.callbacks.probes import default_cadence, probe, repetition
+from bupo.training.callbacks.early_stopping import (
+    MAX_CLIPPED_INCREASE,
+    MAX_KL_RATIO,
+    MAX_PERPLEXITY_RATIO,
+    EarlyStoppingMonitor,
+)
+from bupo.training.callbacks.probes import compute_repetition, get_default_probe_interval, probe_layers
 from bupo.training.objective import auto_layer, phases
-from bupo.training.objective.phases import recommended
+from bupo.training.objective.phases import recommend_first_phase_batches
 from tests.analysis.test_measures import ROLLOUTS
 from tests.cli.test_commands import flags
 from tests.helpers.tiny_models import tiny_model
@@ -39,12 +44,14 @@ def value(rows, name, layer=None, later=None):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere2", "gpt2"])
 def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     """Every series against `measure`, which folds the vocabulary in fp64, and whose own check is naive fp64."""
-    monkeypatch.setattr(probes_module, "ROWS", 7)  # several chunks of rows
-    monkeypatch.setattr(probes_module, "STATES", 4000)  # several forward passes
+    monkeypatch.setattr(probes_module, "ROWS_PER_CHUNK", 7)  # several chunks of rows
+    monkeypatch.setattr(probes_module, "MAX_STATE_ELEMENTS", 4000)  # several forward passes
     stream = ResidualStream(tiny_model(family))
     layers = [1, 3]
-    rows = probe(stream, ROLLOUTS, layers, lens, temperature)
-    found = list(measure(ResidualStream(tiny_model(family).double()), ROLLOUTS, lens, temperature, pairs=True))
+    rows = probe_layers(stream, ROLLOUTS, layers, lens, temperature)
+    found = list(
+        measure_completions(ResidualStream(tiny_model(family).double()), ROLLOUTS, lens, temperature, pairs=True)
+    )
     tokens = sum(answer.tokens for answer in found)
 
     def mean(of):
@@ -93,7 +100,7 @@ def probed_run(tmp_path_factory):
 
 def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, capsys, monkeypatch):
     """Figure 5 afterwards: the same table as the run's own probes, from the model it began with to the finished run."""
-    monkeypatch.setattr(analysis_report, "analysis_figures", lambda *args: (tmp_path / "out" / "figures").mkdir())
+    monkeypatch.setattr(analysis_report, "draw_analysis_figures", lambda *args: (tmp_path / "out" / "figures").mkdir())
     run, out = probed_run, tmp_path / "out"
     models = ["embedded", str(run / "checkpoint-6"), str(run / "checkpoint-2"), str(run)]
     options = ["--rollouts", str(run / "probes.jsonl"), "--output", str(out)]
@@ -110,16 +117,16 @@ def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, 
     assert all(path.stat().st_size > 10_000 for path in figures)
     meta = json.loads(pq.read_schema(out / "dynamics.parquet").metadata[b"meta"])
     assert meta["lens"] == "raw" and meta["run"] == str(run)
-    write_course(report := AnalysisReport((), out), None)  # as another analysis does in the same folder
+    write_checkpoint_series(report := AnalysisReport((), out), None)  # as another analysis does in the same folder
     assert report.dynamics is None and not any(path.exists() for path in figures)
 
 
 def test_which_models_are_a_runs_and_of_which_layer(tmp_path, probed_run):
     run, twin = probed_run, tmp_path / "twin"
     first, last, end = (str(run / name) for name in ("checkpoint-2", "checkpoint-8", ""))
-    found = course_of(["embedded", first, last, end], None, tmp_path)
-    assert found == Course(run, [0, 1, 4, 4], [5], 2)
-    assert course_of([last, first], 7, tmp_path).layers == [7]
+    found = find_checkpoint_series(["embedded", first, last, end], None, tmp_path)
+    assert found == CheckpointSeries(run, [0, 1, 4, 4], [5], 2)
+    assert find_checkpoint_series([last, first], 7, tmp_path).layers == [7]
     shutil.copytree(run / "checkpoint-2", twin / "checkpoint-2")
     (twin / "checkpoint-2" / "manifest.json").write_text("of another run")
     foreign = str(twin / "checkpoint-2")
@@ -131,16 +138,16 @@ def test_which_models_are_a_runs_and_of_which_layer(tmp_path, probed_run):
         (first, str(tmp_path / "checkpoint-4")): "checkpoint-4 is none",
         (first, foreign): "these are of several",
     }.items():
-        assert course_of(names, None, tmp_path) is None
+        assert find_checkpoint_series(names, None, tmp_path) is None
         with pytest.raises(UserError, match=f"layer 5 is for checkpoints of one run, .*{why}: leave it out"):
-            course_of(names, 5, tmp_path)
+            find_checkpoint_series(names, 5, tmp_path)
     with pytest.raises(UserError, match=r"layer: layer 9 does not exist: .* has layers 1 to 8"):
-        course_of([first, last], 9, tmp_path)
+        find_checkpoint_series([first, last], 9, tmp_path)
     with pytest.raises(UserError, match=f"output {run} is the run that is analysed"):
-        course_of([first, last], None, run)
+        find_checkpoint_series([first, last], None, run)
     for name in ("bupo.pt", "trainer_state.json"):  # of another trainer; of no checkpoint at all
         (twin / "checkpoint-2" / name).unlink()
-        assert course_of([foreign, foreign], None, tmp_path) is None
+        assert find_checkpoint_series([foreign, foreign], None, tmp_path) is None
 
 
 def test_inside_a_rollout_batch_and_without_a_first_phase(tmp_path):
@@ -150,8 +157,8 @@ def test_inside_a_rollout_batch_and_without_a_first_phase(tmp_path):
     )
     trainer_of(model_of(), args).train()
     names = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (3, 6)]
-    note_run(tmp_path / "run", "train", {"internal_layer": 3})
-    assert course_of(names, None, tmp_path) == Course(tmp_path / "run", [0.75, 1.5], [3], 0)
+    record_run(tmp_path / "run", "train", {"internal_layer": 3})
+    assert find_checkpoint_series(names, None, tmp_path) == CheckpointSeries(tmp_path / "run", [0.75, 1.5], [3], 0)
 
 
 def test_a_run_keeps_and_logs_its_series(probed_run):
@@ -219,17 +226,17 @@ def test_a_run_without_a_first_phase_is_probed_at_the_layer_it_names(tmp_path):
 def test_cadence_follows_the_arithmetic():
     stream = ResidualStream(model_of())
     answers = [([5] * 10, [6] * 10)] * 8
-    assert default_cadence(stream, answers, [2], 10**9) == 1
-    often, seldom = (default_cadence(stream, answers, [2], n) for n in (2_000, 200))
+    assert get_default_probe_interval(stream, answers, [2], 10**9) == 1
+    often, seldom = (get_default_probe_interval(stream, answers, [2], n) for n in (2_000, 200))
     assert often > 1 and seldom == pytest.approx(10 * often, abs=10)
-    assert default_cadence(stream, answers, [4], 200) < seldom  # fewer layers above it
+    assert get_default_probe_interval(stream, answers, [4], 200) < seldom  # fewer layers above it
 
 
 def test_repetition():
-    assert repetition([[1, 2, 3, 4]]) == 0
-    assert repetition([[1, 2, 3]]) == 0  # no 4-gram
-    assert repetition([[7] * 8]) == pytest.approx(1 - 1 / 5)
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4]]) == pytest.approx(0.5 * (1 - 4 / 5))
+    assert compute_repetition([[1, 2, 3, 4]]) == 0
+    assert compute_repetition([[1, 2, 3]]) == 0  # no 4-gram
+    assert compute_repetition([[7] * 8]) == pytest.approx(1 - 1 / 5)
+    assert compute_repetition([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4]]) == pytest.approx(0.5 * (1 - 4 / 5))
 
 
 # -- guard -----------------------------------------------------------------------------------------------------------
@@ -237,12 +244,12 @@ def test_repetition():
 
 def fed(rewards, error=0.02, capped=0.0, perplexity=lambda i: 1.2, kl=lambda i: 5.0):
     """A guard after these batches, and after how many of them it first says why."""
-    guard, first = Guard(), None
+    guard, first = EarlyStoppingMonitor(), None
     for i, reward in enumerate(rewards):
-        guard.see_probe(perplexity(i), kl(i))
-        if guard.turned() and first is None:
+        guard.record_probe(perplexity(i), kl(i))
+        if guard.get_stop_reason() and first is None:
             first = i
-        guard.see_rollouts(reward, error, capped if i else 0.0)
+        guard.record_rollouts(reward, error, capped if i else 0.0)
     return guard, first
 
 
@@ -258,20 +265,20 @@ def test_the_guard_lets_a_healthy_phase_be():
 def test_the_guard_sees_the_reward_fall_and_keeps_the_best():
     rewards = [0.2, 0.4, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.4, 0.2, 0.1, 0.0, 0.0]
     guard, first = fed(rewards)
-    assert guard.best == 7  # the last of the best five in a row
+    assert guard.best_batch == 7  # the last of the best five in a row
     assert 9 <= first <= 11
-    assert "the reward fell from 0.7" in guard.turned()
+    assert "the reward fell from 0.7" in guard.get_stop_reason()
     assert fed(rewards, error=0.5)[1] is None  # it may be chance
 
 
 def test_the_guard_sees_answers_run_into_the_cap_and_alignment_turn():
     flat = [0.5] * 6 + [0.49] * 6
-    guard, _ = fed(flat, capped=CAPPED + 0.1)
-    assert "run into the cap" in guard.turned()
-    guard, _ = fed(flat, perplexity=lambda i: 1.2 if i < 9 else 1.3 * PERPLEXITY)
-    assert "perplexity of the probes rose from 1.2" in guard.turned()
-    guard, _ = fed(flat, kl=lambda i: 5.0 if i < 9 else 5.1 * KL)
-    assert "KL to later layers of the probes rose from 5" in guard.turned()
+    guard, _ = fed(flat, capped=MAX_CLIPPED_INCREASE + 0.1)
+    assert "run into the cap" in guard.get_stop_reason()
+    guard, _ = fed(flat, perplexity=lambda i: 1.2 if i < 9 else 1.3 * MAX_PERPLEXITY_RATIO)
+    assert "perplexity of the probes rose from 1.2" in guard.get_stop_reason()
+    guard, _ = fed(flat, kl=lambda i: 5.0 if i < 9 else 5.1 * MAX_KL_RATIO)
+    assert "KL to later layers of the probes rose from 5" in guard.get_stop_reason()
 
 
 class RewardByBatch:
@@ -298,14 +305,14 @@ def guarded_run(folder, model, resume=None, **changes):
     reward.calls = calls
     trainer = BuPOTrainer(model, reward, config(folder, **options), train_dataset=PROBLEMS, processing_class=TOKENIZER)
     sampled = {}
-    real = trainer.rollout
+    real = trainer.generate_rollouts
 
     def note(inputs):
         output = real(inputs)
         sampled[trainer.rollout_batch] = snapshot(model)
         return output
 
-    trainer.rollout = note
+    trainer.generate_rollouts = note
     trainer.train(resume_from_checkpoint=resume)
     return trainer, sampled
 
@@ -315,7 +322,7 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     rows = [row for row in trainer.state.log_history if "phase" in row]
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
     assert 8 <= last <= 10
-    assert trainer.watch.schedule.stages[0].batches == last
+    assert trainer.phase_controller.schedule.stages[0].batches == last
     ended = [row["rollout_batch"] for row in rows if "internal/ended_by_guard" in row]
     assert ended == [last + 1]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
@@ -337,7 +344,7 @@ def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
     second, _ = guarded_run(tmp_path, resumed, resume=str(tmp_path / f"checkpoint-{stop}"), **saving)
-    assert first.watch.schedule == second.watch.schedule != first.args.first_phase
+    assert first.phase_controller.schedule == second.phase_controller.schedule != first.args.first_phase
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -357,7 +364,7 @@ def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
     args = config(tmp_path, probe_every=1, **options)
     trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     trainer.train()
-    assert trainer.watch.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
+    assert trainer.phase_controller.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------
@@ -378,7 +385,7 @@ def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     args = config(tmp_path, internal_layer="auto", max_steps=12, learning_rate=1e-3)
     trainer = trainer_of(model, args)
     trainer.train()
-    assert trainer.watch.schedule.layers == [clear]
+    assert trainer.phase_controller.schedule.layers == [clear]
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows] == [clear] * 8 + [None] * 4
     printed = capsys.readouterr().out
@@ -396,7 +403,7 @@ def test_auto_finds_a_clear_boundary(tmp_path, capsys, clear):
     ("batches", "steps"), [(1, 1), (4, 1), (15, 2), (50, 5), (200, 20), (300, 30), (310, 30), (5000, 30)]
 )
 def test_a_recommended_length_is_a_tenth_of_the_run_and_thirty_at_most(batches, steps):
-    assert recommended(batches) == steps < 50  # of the paper's 300, 50 harm (table 2)
+    assert recommend_first_phase_batches(batches) == steps < 50  # of the paper's 300, 50 harm (table 2)
 
 
 @pytest.mark.parametrize(
@@ -404,11 +411,11 @@ def test_a_recommended_length_is_a_tenth_of_the_run_and_thirty_at_most(batches, 
 )
 def test_auto_takes_the_recommended_length_unless_one_is_given(tmp_path, capsys, monkeypatch, length):
     """Three rollout batches, by updates or by epochs; with a share of two thirds."""
-    monkeypatch.setattr(phases, "SHARE", 2 / 3)
+    monkeypatch.setattr(phases, "FIRST_PHASE_SHARE", 2 / 3)
     args = config(tmp_path, internal_layer="auto", internal_steps=None, learning_rate=1e-3, **length)
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
-    assert trainer.watch.schedule == phases.Schedule((phases.Stage(2, 2),))
+    assert trainer.phase_controller.schedule == phases.PhaseSchedule((phases.Stage(2, 2),))
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row.get("internal/layer") for row in rows[::4]] == [2, 2, None]
     assert "internal_steps: 2, a tenth of the run's 3 rollout batches" in capsys.readouterr().out
@@ -439,7 +446,7 @@ def test_auto_stops_before_training_where_there_is_no_boundary(tmp_path):
 def test_auto_stops_where_resamples_disagree(tmp_path, monkeypatch):
     monkeypatch.setattr(
         auto_layer,
-        "stages",
+        "classify_stages",
         lambda sums: {"boundary_layer": 2, "boundary_shares": {2: 0.6, 4: 0.4}, "explanation": "", "stages": []},
     )
     trainer = trainer_of(model_of(), config(tmp_path, internal_layer="auto"))
@@ -459,7 +466,7 @@ def test_a_resumed_auto_run_keeps_its_layer(tmp_path):
     trainer_of(whole, config(tmp_path, **common)).train()
     trainer = trainer_of(resumed, config(tmp_path, **common))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert trainer.watch.schedule.stages[0].layer == 2
+    assert trainer.phase_controller.schedule.stages[0].layer == 2
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 

@@ -11,8 +11,8 @@ from datasets import IterableDataset
 from trl import ModelConfig
 
 from bupo import BuPOConfig, BuPOTrainer, UserError
-from bupo.training.checkpoints.stream_position import StreamPlace
-from bupo.training.validation.dry_run import rehearse
+from bupo.training.checkpoints.stream_position import StreamPosition
+from bupo.training.validation.dry_run import dry_run_components
 from tests.helpers.resumed_runs import OPTIONS, ROWS, CutAfter, differences, streams, train
 from tests.training.test_trainer import TOKENIZER, model_of
 
@@ -173,25 +173,25 @@ def test_messages_as_text_in_a_stream_are_refused(tmp_path):
 def test_a_place_is_that_of_the_rows_that_were_trained_on():
     """A loader reads ahead; the checksum is that of the batches before the place, whatever was read after."""
     rows = [[{"prompt": str(n), "image": object(), "array": [n]}] for n in range(9)]
-    one, other, third = StreamPlace(), StreamPlace(), StreamPlace()
+    one, other, third = StreamPosition(), StreamPosition(), StreamPosition()
     one.begin(2, 100, 0)
     for batch in rows[:5]:
-        assert one.collating(lambda batch: batch)(batch) is batch
+        assert one.wrap_collator(lambda batch: batch)(batch) is batch
     state = one.state(103, ended=False)
     assert (state["pass"], state["batches"]) == (2, 3)
     assert one.state(105, ended=True) == {"pass": 3, "batches": 0, "sum": ""}
     other.load(state)
     other.begin(2, 103, other.resume("checkpoint"))
     for batch in rows[:3]:
-        other.collating(list)(batch)
-    other.check_read()
+        other.wrap_collator(list)(batch)
+    other.check_position_reached()
     third.load(state)
     third.begin(2, 103, 3)
     with pytest.raises(UserError, match="does not give the rows again"):
         for batch in [*rows[:2], rows[4]]:
-            third.collating(list)(batch)
+            third.wrap_collator(list)(batch)
     with pytest.raises(UserError, match="does not say where the run was in its stream"):
-        StreamPlace().resume("checkpoint")
+        StreamPosition().resume("checkpoint")
 
 
 # -- refused before the run begins ---------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_an_option_that_keeps_a_run_from_resuming_is_refused_at_the_start(tmp_pa
     with pytest.raises(UserError, match=f"{name} is .*leave the option out"):
         BuPOTrainer(model_of(), len, args, train_dataset=ROWS, processing_class=TOKENIZER)
     with pytest.raises(UserError, match=f"{name} is "):
-        rehearse(args, ModelConfig())
+        dry_run_components(args, ModelConfig())
     assert not (tmp_path / "run").exists()
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from bupo.training.failure_messages import grading, in_one_line, without_exits
+from bupo.training.failure_messages import wrap_async_reward, wrap_reward_errors, wrap_training_errors
 from bupo.training.reward_environment import logger
-from bupo.utils.errors import Stopped, UserError, first_line
+from bupo.utils.errors import SignalInterrupt, UserError, summarize_error
 
 
 class Unreadable(Exception):
@@ -55,7 +55,7 @@ def noted(error, notes):
 def train(*rewards, batch=2):
     """Call rewards as a run does."""
     names = [reward.__name__ for reward in rewards]
-    with in_one_line(lambda: f"rollout batch {batch}"), grading(rewards, names, batch):
+    with wrap_training_errors(lambda: f"rollout batch {batch}"), wrap_reward_errors(rewards, names, batch):
         for reward in rewards:
             reward()
 
@@ -153,13 +153,13 @@ def test_descriptors_that_are_closed_with_their_copies(tmp_path):
 
 
 def test_a_signal_that_comes_meanwhile_is_no_fault_of_the_reward():
-    with pytest.raises(Stopped):
-        train(raising(Stopped("stopped by SIGTERM", signal.SIGTERM)))
+    with pytest.raises(SignalInterrupt):
+        train(raising(SignalInterrupt("stopped by SIGTERM", signal.SIGTERM)))
 
 
 def test_an_error_keeps_its_type_outside_a_run():
     error = LookupError("x")
-    with pytest.raises(LookupError) as raised, grading([f := raising(error)], ["mine"], 3):
+    with pytest.raises(LookupError) as raised, wrap_reward_errors([f := raising(error)], ["mine"], 3):
         f()
     assert raised.value is error and error.__notes__ == ["reward function mine failed in rollout batch 3"]
 
@@ -173,8 +173,8 @@ def test_an_asynchronous_reward_does_not_end_the_loop(error):
 
     loop = asyncio.new_event_loop()
     with pytest.raises(UserError, match="reward function mine failed: "):
-        loop.run_until_complete(without_exits(mine)())
-    assert without_exits(mine).__name__ == "mine" and asyncio.iscoroutinefunction(without_exits(mine))
+        loop.run_until_complete(wrap_async_reward(mine)())
+    assert wrap_async_reward(mine).__name__ == "mine" and asyncio.iscoroutinefunction(wrap_async_reward(mine))
     loop.close()
 
 
@@ -187,7 +187,7 @@ def test_a_killed_worker_of_a_data_loader_is_one_line(where):
     ):
         if where == "reward":
             train(raising(error))
-        with in_one_line(lambda: "rollout batch 2"):
+        with wrap_training_errors(lambda: "rollout batch 2"):
             raise error
 
 
@@ -199,14 +199,14 @@ def test_a_callback_that_exits_is_named():
         pytest.raises(
             UserError, match=r"^batch 4: the run was left in test_reward_faults.py, line \d+, in callback: it has"
         ),
-        in_one_line(lambda: "batch 4"),
+        wrap_training_errors(lambda: "batch 4"),
     ):
         callback()
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\u2028b", " \n ", "\r\nx"])
 def test_the_first_line_of_any_text(text):
-    assert "\n" not in first_line(ValueError(text))
+    assert "\n" not in summarize_error(ValueError(text))
 
 
 # -- the process around it -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import bupo
 from bupo.cli.main import main
-from bupo.models.loading import fingerprint, load_model, load_tokenizer
+from bupo.models.loading import compute_weight_fingerprint, load_model, load_tokenizer
 from tests.cli.test_commands import fails  # noqa: F401
 
 OPTIONS: dict = {
@@ -103,8 +103,8 @@ def test_a_run_starts_again_from_its_folder(commanded, tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
     run = json.loads((commanded / "run.json").read_text())
     assert run["command"] == "train" and {"bupo", "torch", "trl", "transformers", "python"} <= set(run["versions"])
-    assert run["weights"] == fingerprint(load_model("embedded"))  # before training, not after
-    assert run["weights"] != fingerprint(load_model(str(commanded)))
+    assert run["weights"] == compute_weight_fingerprint(load_model("embedded"))  # before training, not after
+    assert run["weights"] != compute_weight_fingerprint(load_model(str(commanded)))
     files = [path for path in commanded.rglob("*") if path.is_file()]  # training_args.bin among them
     assert [path.name for path in files if b"hf_secret" in path.read_bytes()] == []
 

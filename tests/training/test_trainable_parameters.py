@@ -6,9 +6,9 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from transformers import TrainerCallback
 
 from bupo import BuPOTrainer, UserError, train
-from bupo.models.residual_stream import ResidualStream, Site
-from bupo.training.objective.layer_parameters import reached
-from bupo.training.validation.trainable_parameters import Moved
+from bupo.models.residual_stream import Activation, ResidualStream
+from bupo.training.objective.layer_parameters import find_reached_parameters
+from bupo.training.validation.trainable_parameters import WeightChangeCallback
 from tests.helpers.tiny_models import tiny_model
 from tests.training.test_probes import built
 from tests.training.test_trainer import (
@@ -214,7 +214,9 @@ def test_auto(tmp_path):
     refused(tmp_path / "run", model, "first phase.*would train nothing", **auto)
     lora = LoraConfig(**adapter, layers_to_transform=[3])
     trainer = trainer_of(built([40.0, 40.0, 1e-3, 1e-3]), config(tmp_path / "b", **auto), peft_config=lora)
-    trainer.watch.decide = lambda *args: setattr(trainer.watch, "schedule", trainer.watch.schedule.decided(2, 1))
+    trainer.phase_controller.choose_auto_layer = lambda *args: setattr(
+        trainer.phase_controller, "schedule", trainer.phase_controller.schedule.resolve_auto(2, 1)
+    )
     before = snapshot(trainer.model)
     with pytest.raises(UserError, match=r"layer 2.*they lie in layer 4"):
         trainer.train()
@@ -255,10 +257,10 @@ def test_what_is_reached_is_what_gets_a_gradient(family, kind):
     """Against autograd itself: a loss of the site's states and the unembedding."""
     model = tiny_model(family)
     stream = ResidualStream(model)
-    found = reached(stream, Site(kind, 2), normed=False)
-    with stream.record([Site(kind, 2)]) as states:
+    found = find_reached_parameters(stream, Activation(kind, 2), normed=False)
+    with stream.record([Activation(kind, 2)]) as states:
         model(input_ids=torch.arange(3, 60)[None], use_cache=False)
-    stream.logits(states[Site(kind, 2)]).square().mean().backward()
+    stream.logits(states[Activation(kind, 2)]).square().mean().backward()
     wanted = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     names = {name for name, p in model.named_parameters() if p in found}
     # a bias of keys moves all scores of a query alike: it is in the graph, and its gradient is rounding or zero
@@ -289,13 +291,13 @@ def test_a_gradient_and_nothing_that_steps(tmp_path):
     """Something that is unfrozen while the run goes has a gradient, and the optimizer does not know it."""
     model = freeze(model_of(), "layers.0.")
     trainer = trainer_of(model, config(tmp_path, internal_layer=None, internal_steps=0))
-    plain = trainer.rollout
+    plain = trainer.generate_rollouts
 
     def rollout(inputs):
         freeze(trainer.model, "layers.1.")
         return plain(inputs)
 
-    trainer.rollout = rollout
+    trainer.generate_rollouts = rollout
     with pytest.raises(UserError, match="the optimizer steps none of them"):
         trainer.train()
 
@@ -366,6 +368,6 @@ def test_a_rate_of_zero(tmp_path, caplog):
 def test_what_was_seen_goes_into_a_checkpoint(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=12, save_strategy="steps", save_steps=10))
     trainer.train()
-    again = Moved(trainer.accelerator, lambda: (0, ""))
+    again = WeightChangeCallback(trainer.accelerator, lambda: (0, ""))
     again.load(trainer.moved.state(), 1)
     assert again.seen == [0, -1] and not again.warned

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError, load_problems
 from bupo.models.loading import load_model, load_tokenizer
-from bupo.training.callbacks.console import ConsoleLines
-from bupo.training.callbacks.nonfinite_updates import FiniteUpdates
+from bupo.training.callbacks.console import ConsoleCallback
+from bupo.training.callbacks.nonfinite_updates import SkipNonFiniteUpdatesCallback
 from tests.helpers.tiny_models import tiny_model
 
 TOKENIZER = load_tokenizer("embedded")
@@ -115,7 +115,7 @@ class RatioWatch(TrainerCallback):
         self.rows = []
 
     def attach(self, trainer):
-        def policy_loss(policy, inputs, inner=trainer.policy_loss):
+        def policy_loss(policy, inputs, inner=trainer.compute_policy_loss):
             def asked(**question):
                 scores = policy(**question)
                 old, mask = inputs["old_per_token_logps"], inputs["completion_mask"]
@@ -125,7 +125,7 @@ class RatioWatch(TrainerCallback):
 
             return inner(asked, inputs)
 
-        trainer.policy_loss = policy_loss
+        trainer.compute_policy_loss = policy_loss
         return self
 
 
@@ -434,13 +434,13 @@ def test_no_gradient_that_is_not_finite_passes(values):
     """Whatever its numbers add up to."""
     PartialState()  # for the warning
     model = torch.nn.Linear(2, 1, bias=False)
-    updates = FiniteUpdates(lambda: "here")
+    updates = SkipNonFiniteUpdatesCallback(lambda: "here")
     model.weight.grad = torch.tensor([[3e38, -3e38]])
     updates.on_pre_optimizer_step(None, None, None, model=model)
-    assert updates.skipped == 0 and model.weight.grad is not None
+    assert updates.consecutive_skips == 0 and model.weight.grad is not None
     model.weight.grad = torch.tensor([values])
     updates.on_pre_optimizer_step(None, None, None, model=model)
-    assert updates.skipped == 1 and model.weight.grad is None
+    assert updates.consecutive_skips == 1 and model.weight.grad is None
 
 
 def test_the_last_update_of_a_batch_is_named_as_its_own(tmp_path, caplog):
@@ -555,9 +555,9 @@ def test_a_run_that_graded_nothing_does_not_pass_for_a_trained_one(tmp_path, cap
         train_dataset=PROBLEMS,
         processing_class=TOKENIZER,
     )
-    lines = ConsoleLines(Console())
+    lines = ConsoleCallback(Console())
     trainer.add_callback(lines)
-    with lines.closing(), pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
+    with lines.close_on_exit(), pytest.raises(UserError, match="no answer of 1 rollout batches was graded"):
         trainer.train()
     assert not changed(before, model)
     assert [row.get("reward") for row in trainer.state.log_history if "phase" in row] == [None]

@@ -17,19 +17,26 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from bupo import BuPOConfig, BuPOTrainer
-from bupo.generation.seeded_sampling import SeededSampling
+from bupo.generation.seeded_sampling import SeededLogitsProcessor
 from bupo.models import cpu_decoding
 from bupo.models.generation_settings import warn_once
 from bupo.training import trl_internals
-from bupo.training.trl_contract import METRICS, OF_ACCELERATE, PRIVATE, ROLLOUT_KEYS, STATE, UNDOCUMENTED
-from bupo.training.trl_internals import accepted
+from bupo.training.trl_contract import (
+    ACCELERATE_PRIVATE_NAMES,
+    PRIVATE_NAMES,
+    ROLLOUT_KEYS,
+    TRAINER_ATTRIBUTES,
+    TRL_METRICS,
+    UNDOCUMENTED_FUNCTIONS,
+)
+from bupo.training.trl_internals import get_accepted_values
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
 SOURCE = Path(trl_internals.__file__).parents[2]
 SEAM = Path(trl_internals.__file__)
-METHODS = {name: private for name, private in PRIVATE.items() if private.signature}
-ATTRIBUTES = [name for name, private in PRIVATE.items() if not private.signature]
+METHODS = {name: private for name, private in PRIVATE_NAMES.items() if private.signature}
+ATTRIBUTES = [name for name, private in PRIVATE_NAMES.items() if not private.signature]
 
 
 def differs(name, owner=GRPOTrainer):
@@ -169,26 +176,26 @@ def test_the_loss_asks_its_model_for_nothing_but_scores(run):
 def test_metrics_are_logged_under_the_names_that_are_read(run):
     trainer, _ = run
     logged = {name for row in trainer.state.log_history for name in row}
-    missing = [name for name in METRICS if name not in logged]
+    missing = [name for name in TRL_METRICS if name not in logged]
     assert not missing, f"GRPOTrainer logs no {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("path", UNDOCUMENTED)
+@pytest.mark.parametrize("path", UNDOCUMENTED_FUNCTIONS)
 def test_an_undocumented_function_has_the_parameters_that_are_relied_on(path):
     module, _, name = path.rpartition(".")
     function = getattr(importlib.import_module(module), name)
     parameters = ", ".join(inspect.signature(function).parameters)
-    assert f"({parameters})" == UNDOCUMENTED[path], f"{path} takes ({parameters})"
+    assert f"({parameters})" == UNDOCUMENTED_FUNCTIONS[path], f"{path} takes ({parameters})"
 
 
-@pytest.mark.parametrize("name", STATE)
+@pytest.mark.parametrize("name", TRAINER_ATTRIBUTES)
 def test_a_public_attribute_is_there(run, name):
     assert hasattr(run[0], name), f"GRPOTrainer has no {name}"
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_a_private_attribute_is_there(run, name):
-    assert hasattr(run[0], name), f"GRPOTrainer has no {name} ({PRIVATE[name].reason})"
+    assert hasattr(run[0], name), f"GRPOTrainer has no {name} ({PRIVATE_NAMES[name].reason})"
 
 
 def test_state_has_the_kinds_that_are_relied_on(run):
@@ -202,10 +209,10 @@ def test_state_has_the_kinds_that_are_relied_on(run):
 
 
 def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
-    assert {"grpo", "dapo", "dr_grpo"} <= set(accepted("loss_type"))
-    assert set(accepted("importance_sampling_level")) >= {"token", "sequence"}
-    assert accepted("no_such_option") == ()
-    for loss in accepted("loss_type"):
+    assert {"grpo", "dapo", "dr_grpo"} <= set(get_accepted_values("loss_type"))
+    assert set(get_accepted_values("importance_sampling_level")) >= {"token", "sequence"}
+    assert get_accepted_values("no_such_option") == ()
+    for loss in get_accepted_values("loss_type"):
         assert BuPOConfig(str(tmp_path), internal_layer=1, loss_type=loss).loss_type == loss
 
 
@@ -215,7 +222,7 @@ def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
 @pytest.fixture
 def looped(monkeypatch):
     """How many answers the loop has written, and a warning that it is not used is given again."""
-    rows, decode = [], cpu_decoding.decode
+    rows, decode = [], cpu_decoding.run_decoding_loop
 
     @functools.wraps(decode)  # generate reads the signature
     def counted(*args, **kwargs):
@@ -223,7 +230,7 @@ def looped(monkeypatch):
         rows.append(len(out))
         return out
 
-    monkeypatch.setattr(cpu_decoding, "decode", counted)
+    monkeypatch.setattr(cpu_decoding, "run_decoding_loop", counted)
     warn_once.cache_clear()
     return rows
 
@@ -232,14 +239,16 @@ def looped(monkeypatch):
 def test_generate_hands_the_loop_all_that_it_knows(family, looped, caplog):
     """Names of arguments, the cache's interface and the attention's: `generate`'s own loop would be taken in their absence."""
     model = tiny_model(family)
-    for seeded in (None, SeededSampling([1, 2, 3], 5, 4, 1.0, 1.0)):
+    for seeded in (None, SeededLogitsProcessor([1, 2, 3], 5, 4, 1.0, 1.0)):
         settings = GenerationConfig(max_new_tokens=4, do_sample=seeded is None, pad_token_id=0)
         out = cpu_decoding.generate(model, input_ids=random_ids(3, 5), generation_config=settings, seeded=seeded)
         assert out.shape == (3, 9)
-    assert looped == [3, 3] and cpu_decoding.suits(model), (
+    assert looped == [3, 3] and cpu_decoding.supports_fast_generate(model), (
         "the decoding loop of bupo.models.cpu_decoding is not used any more"
     )
-    assert cpu_decoding.shares(model), "prompts are copied for their answers: attention or cache have changed"
+    assert cpu_decoding.can_share_prompts(model), (
+        "prompts are copied for their answers: attention or cache have changed"
+    )
     assert not [record for record in caplog.records if "slower decoding loop" in record.getMessage()]
 
 
@@ -316,15 +325,17 @@ def test_no_private_name_of_another_library_outside_the_seam(path):
         return
     own = set(defined_names(path)) | (set(OF_GRADING) if path.parent.name == "rewards" else set())
     strange = [f"{name} (line {line})" for name, line in private_names(path) if is_private(name) and name not in own]
-    overridden = [name for name in own if name in PRIVATE and path.parent.name == "training"]  # where TRL's trainer is
+    overridden = [
+        name for name in own if name in PRIVATE_NAMES and path.parent.name == "training"
+    ]  # where TRL's trainer is
     assert not strange and not overridden, f"{path.name} uses {', '.join(strange + overridden)}"
 
 
 def test_every_private_name_of_the_seam_stands_in_its_list():
     names = {name for name, _ in private_names(SEAM)} | set(defined_names(SEAM)) - {"_heard"}
-    assert {name for name in names if is_private(name)} == set(PRIVATE) | set(OF_ACCELERATE)
-    assert all(hasattr(AcceleratorState, name) for name in OF_ACCELERATE)
-    assert all(private.reason for private in PRIVATE.values())
+    assert {name for name in names if is_private(name)} == set(PRIVATE_NAMES) | set(ACCELERATE_PRIVATE_NAMES)
+    assert all(hasattr(AcceleratorState, name) for name in ACCELERATE_PRIVATE_NAMES)
+    assert all(private.reason for private in PRIVATE_NAMES.values())
 
 
 def test_the_check_sees_a_private_name(tmp_path):

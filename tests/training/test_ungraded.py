@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from bupo import BuPOTrainer, UserError
 from bupo.models.loading import load_model
-from bupo.training.objective.advantages import ESTIMATORS, estimate
-from bupo.training.objective.rollout_batch import RolloutBatch, graded_only, weighted
+from bupo.training.objective.advantages import ESTIMATORS, set_advantages
+from bupo.training.objective.rollout_batch import RolloutBatch, mask_ungraded_rewards, sum_weighted_rewards
 from tests.helpers import ungraded_reference as reference
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, snapshot
 
@@ -54,9 +54,9 @@ def tensor_of(rows):
 )
 def test_the_rule(row, weights, expected):
     rewards = tensor_of([row])
-    (found,) = weighted(rewards, torch.tensor(weights)).tolist()
+    (found,) = sum_weighted_rewards(rewards, torch.tensor(weights)).tolist()
     assert found == pytest.approx(expected, nan_ok=True, rel=1e-6)
-    kept = graded_only(rewards, torch.tensor(weights))
+    kept = mask_ungraded_rewards(rewards, torch.tensor(weights))
     assert not kept.isinf().any() and bool(kept.isnan().all()) == math.isnan(expected)
 
 
@@ -75,7 +75,7 @@ def test_every_estimator_is_as_on_the_answers_that_are_left(values, group, seed)
     for name in [name for name, estimator in ESTIMATORS.items() if estimator]:
         batch = RolloutBatch({"completion_ids": mask, "completion_mask": mask}, tensor_of([[v] for v in values])[:, 0])
         batch._rewards = batch._rewards.double()
-        estimate(name, batch, group, lambda sums: sums, guesses, 0.9, 0.8)
+        set_advantages(name, batch, group, lambda sums: sums, guesses, 0.9, 0.8)
         found = batch.tensors["advantages"]
         assert found.isfinite().all()
         check_advantages(name, found, rewards, lengths, group, guesses.tolist(), (0.9, 0.8))
@@ -171,7 +171,7 @@ def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group
         steps_per_generation=1, num_iterations=2, internal_steps=steps, gae_gamma=0.9, gae_lambda=0.8, **changes,
     )  # fmt: skip
     trainer.model.train()
-    output = trainer.rollout([PROBLEMS[n // group] for n in range(count)])
+    output = trainer.generate_rollouts([PROBLEMS[n // group] for n in range(count)])
     rewards = [reference.reward_of(row, [1.0, 0.5]) for row in rows]
     graded = torch.tensor([reward is not None for reward in rewards])
     assert 3 <= graded.sum() < count
@@ -214,7 +214,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
         internal_steps=steps, loss_type=loss, entropy_coef=0.0 if loss == "grpo" else 0.05,
     )  # fmt: skip
     trainer.model.train()
-    inputs = trainer.rollout([PROBLEMS[n // 4] for n in range(8)])
+    inputs = trainer.generate_rollouts([PROBLEMS[n // 4] for n in range(8)])
     with torch.no_grad():  # as after an update, so that ratios are not 1
         for parameter in trainer.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -261,13 +261,13 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
     model = saved_model(tmp_path)
     trainer = BuPOTrainer(model, reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     weights = []
-    real = trainer.rollout
+    real = trainer.generate_rollouts
 
     def rollout(inputs):
         weights.append(snapshot(model))
         return real(inputs)
 
-    trainer.rollout = rollout
+    trainer.generate_rollouts = rollout
     trainer.train()
     assert all(torch.equal(weights[1][name], weights[3][name]) for name in weights[1])
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -10,7 +10,7 @@ import pytest
 from bupo.cli.main import main
 from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
-from bupo.utils.lock import LOCK_FILE, sole_writer
+from bupo.utils.lock import LOCK_FILE, folder_lock
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MPI = ("PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
@@ -51,24 +51,26 @@ def environment(monkeypatch):
 def test_leftovers_make_no_launch(environment, left):
     environment(left)
     assert (
-        distributed_launch.place() == (0, 1) and distributed_launch.number() == 0 and not distributed_launch.several()
+        distributed_launch.get_process_info() == (0, 1)
+        and distributed_launch.get_rank() == 0
+        and not distributed_launch.is_distributed()
     )
-    line = distributed_launch.drop_leftovers()
+    line = distributed_launch.drop_leftover_variables()
     assert all(f"{name}={value}" in line for name, value in left.items() if name not in WHERE)
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
-    assert distributed_launch.drop_leftovers() is None
+    assert distributed_launch.drop_leftover_variables() is None
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_complete_launch_stays(environment, rank):
     environment(values := {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", **WHERE})
-    assert distributed_launch.place() == (rank, 3) and distributed_launch.several()
-    assert distributed_launch.drop_leftovers() is None and values.items() <= os.environ.items()
+    assert distributed_launch.get_process_info() == (rank, 3) and distributed_launch.is_distributed()
+    assert distributed_launch.drop_leftover_variables() is None and values.items() <= os.environ.items()
 
 
 def test_a_launch_of_mpi_stays(environment):
     environment({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "LOCAL_RANK": "1"})
-    assert distributed_launch.drop_leftovers() is None and os.environ["LOCAL_RANK"] == "1"
+    assert distributed_launch.drop_leftover_variables() is None and os.environ["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize("left", [{}, {"RANK": "1"}, {"RANK": "5", "WORLD_SIZE": "9", **WHERE}])
@@ -91,7 +93,7 @@ def test_a_process_group_is_believed(tmp_path, left):
 @pytest.mark.parametrize("left", LEFTOVERS[:4], ids=str)
 def test_a_leftover_locks_as_a_single_process(environment, tmp_path, left):
     environment(left)
-    with sole_writer(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["process"] == os.getpid()
 
 
@@ -114,7 +116,7 @@ def test_a_command_warns_once_and_is_a_single_process(environment, tmp_path, lef
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_command_of_one_process_is_refused_in_a_launch(environment, tmp_path, command, rank, capsys, monkeypatch):
     environment({"RANK": rank, "WORLD_SIZE": "2", **WHERE})
-    monkeypatch.setattr(distributed_launch, "first_to_fail", lambda lost: True)  # there is no other process to ask
+    monkeypatch.setattr(distributed_launch, "is_first_to_fail", lambda lost: True)  # there is no other process to ask
     monkeypatch.chdir(tmp_path)
     assert main([command]) == 2
     assert f"bupo: error: bupo {command} is one process" in capsys.readouterr().err

@@ -18,21 +18,27 @@ from datasets import Dataset
 from rich.console import Console
 
 from bupo import UserError
-from bupo.analysis.checkpoint_series import course_of
+from bupo.analysis.checkpoint_series import find_checkpoint_series
 from bupo.cli.main import main
-from bupo.data.chat_templates import prompt_ids
-from bupo.evaluation.answers import graded, summarize
-from bupo.evaluation.lm_eval import _kept_as_json, _without_secrets
-from bupo.generation.seeded_sampling import Answer
-from bupo.models.loading import load_model, load_tokenizer, model_path
-from bupo.reports.analysis_page import write_page
-from bupo.reports.evaluation_scores import score_tables, write_scores
-from bupo.reports.html import script_json
+from bupo.data.chat_templates import tokenize_prompt
+from bupo.evaluation.answers import grade_completions, summarize
+from bupo.evaluation.lm_eval import _hiding_secret_variables, _storing_responses_as_json
+from bupo.generation.seeded_sampling import SampledCompletion
+from bupo.models.loading import load_model, load_tokenizer, resolve_model_path
+from bupo.reports.analysis_page import write_analysis_page
+from bupo.reports.evaluation_scores import render_score_tables, write_scores
+from bupo.reports.html import dump_script_json
 from bupo.reports.runs_page import report_runs
 from bupo.reports.samples_page import write_samples_page
-from bupo.run_files.result_cache import inside
-from bupo.training.callbacks.console import ConsoleLines
-from bupo.utils.sanitize import csv_cell, markdown_cell, plain_label, printable, shown
+from bupo.run_files.result_cache import get_label_folder
+from bupo.training.callbacks.console import ConsoleCallback
+from bupo.utils.sanitize import (
+    escape_csv_cell,
+    escape_figure_label,
+    escape_markdown_cell,
+    escape_text,
+    sanitize_message,
+)
 from tests.helpers.made_runs import analyze, evaluate, probed, train
 from tests.reports.test_samples_page import META, answers, data_of
 
@@ -64,11 +70,11 @@ def touched(tmp_path):
 
 
 def test_what_steers_a_terminal_is_written_as_an_escape():
-    text = printable(ESCAPES)
+    text = escape_text(ESCAPES)
     assert not STEERING.search(text) and r"\x1b[2J" in text and r"\u202eevil\u2066" in text and r"\udc80" in text
     kept = "é 数\n\tnaïve 🙂 \u3000\xa0½"
-    assert printable(kept) == kept
-    assert plain_label(r"a$\frac$") == r"a\$\frac\$"
+    assert escape_text(kept) == kept
+    assert escape_figure_label(r"a$\frac$") == r"a\$\frac\$"
 
 
 def test_an_error_line_shows_no_token(capsys):
@@ -77,22 +83,22 @@ def test_an_error_line_shows_no_token(capsys):
     assert main(["eval", "--server", f"http://me:{token}@host", "--traceback", "--model", "embedded"]) == 2
     err = capsys.readouterr().err
     assert "bupo: error: " in err and "Traceback" in err and token not in err and not STEERING.search(err)
-    assert shown("http://me:pass@host/x is wrong") == "http://***@host/x is wrong"
+    assert sanitize_message("http://me:pass@host/x is wrong") == "http://***@host/x is wrong"
     names = "task_name, hf_model, sk-learn and hf-internal-testing/tiny-random-LlamaForCausalLM"
-    assert shown(names) == names
-    assert shown("github_pat_" + "1aB2_" * 9) == "***"
+    assert sanitize_message(names) == names
+    assert sanitize_message("github_pat_" + "1aB2_" * 9) == "***"
 
 
 @pytest.mark.parametrize("text", ["@SUM(1+1)", "=1+1", "+1+1", "-1+1", "\t=1", "\r=1", " =1", "=cmd|' /C calc'!A0"])
 def test_a_formula_is_text_in_a_spreadsheet(text):
-    assert csv_cell(text) == f"'{text}"
+    assert escape_csv_cell(text) == f"'{text}"
 
 
 def test_numbers_and_names_stay_as_they_are():
     for text in ("-5", "+1.5e-3", "0", "aime24", "a=b", "33.6 [29.6, 37.8]", "-inf", ""):
-        assert csv_cell(text) == text
-    assert markdown_cell("chain_sum") == "chain_sum"
-    assert markdown_cell("a|b\n| c [x](http://h) <b> `d`") == r"a\|b \| c \[x\](http://h) \<b\> \`d\`"
+        assert escape_csv_cell(text) == text
+    assert escape_markdown_cell("chain_sum") == "chain_sum"
+    assert escape_markdown_cell("a|b\n| c [x](http://h) <b> `d`") == r"a\|b \| c \[x\](http://h) \<b\> \`d\`"
 
 
 # -- pages, tables and lines of an evaluation
@@ -129,9 +135,9 @@ def test_hostile_labels_do_nothing_in_tables(tmp_path):
 def test_hostile_names_do_nothing_in_a_terminal():
     _, summary = summary_of(MARKUP, "plain")
     console = Console(width=300, file=open(os.devnull, "w"), record=True, force_terminal=True)  # noqa: SIM115
-    for table in score_tables(summary):
+    for table in render_score_tables(summary):
         console.print(table)
-    lines = ConsoleLines(console)
+    lines = ConsoleCallback(console)
     lines.live = object()  # type: ignore[assignment]
     logs = {"eval_rollout_batches": 1} | {f"eval_{MARKUP}/{name}": 0.5 for name in ("avg@4", "low", "high")}
     lines.on_log(None, None, None, logs)
@@ -202,7 +208,7 @@ def analysis_page(folder, label):
         "chosen": [[0.5], [0.5]],
         "top": [[c] for c in cell],
     }
-    write_page(table, [model], {label: [view]}, folder / "report.html")
+    write_analysis_page(table, [model], {label: [view]}, folder / "report.html")
     return folder / "report.html"
 
 
@@ -281,7 +287,7 @@ def test_hostile_run_folders_do_nothing_in_a_page(tmp_path, capsys, monkeypatch)
 
 
 def test_json_in_a_script_cannot_end_it():
-    assert "<" not in script_json({SCRIPT: [SCRIPT], "<!--": SCRIPT})
+    assert "<" not in dump_script_json({SCRIPT: [SCRIPT], "<!--": SCRIPT})
 
 
 def test_hostile_questions_are_graded_as_text(touched):
@@ -298,7 +304,7 @@ def test_hostile_questions_are_graded_as_text(touched):
     ]
     prompts = [[{"role": "user", "content": f"{text} 1+1"}] for text in texts]
     problems = Dataset.from_dict({"prompt": prompts, "answer": ["2"] * len(texts)})
-    table = graded(problems, [[Answer(text, 1, False)] for text in texts])
+    table = grade_completions(problems, [[SampledCompletion(text, 1, False)] for text in texts])
     assert set(table["verdict"]) <= {"wrong", "unparsable"} and len(table) == len(texts)
 
 
@@ -310,7 +316,7 @@ def test_hostile_questions_are_graded_as_text(touched):
 )
 def test_a_label_stays_inside_its_folder(label, tmp_path):
     with pytest.raises(UserError, match="names no folder inside"):
-        inside(tmp_path, label)
+        get_label_folder(tmp_path, label)
 
 
 @pytest.mark.parametrize("label", ["../x", "a\x1b[2Jb"])
@@ -348,7 +354,7 @@ def test_a_config_runs_nothing(tag, command, tmp_path, touched, capsys):
 
 @pytest.fixture
 def model_folder(tmp_path):
-    shutil.copytree(model_path("embedded"), tmp_path / "model")
+    shutil.copytree(resolve_model_path("embedded"), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -403,7 +409,7 @@ def test_a_chat_template_reaches_nothing(template, model_folder, touched, capsys
     tokenizer = load_tokenizer(str(model_folder))
     messages = [{"role": "user", "content": "1+1"}]
     with pytest.raises(Exception) as caught:
-        prompt_ids(tokenizer, messages)
+        tokenize_prompt(tokenizer, messages)
     assert type(caught.value).__module__.startswith(("jinja2", "bupo")) or isinstance(caught.value, OverflowError)
     assert messages == [{"role": "user", "content": "1+1"}]
 
@@ -475,7 +481,7 @@ def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched
     (checkpoint / "trainer_state.json").write_text("{}")
     UNREAD[kind](checkpoint / "bupo.pt", Bomb(touched))
     (tmp_path / "run" / "finished.json").write_text(json.dumps(FINISHED))
-    assert course_of([str(checkpoint), str(tmp_path / "run")], None, tmp_path) is None
+    assert find_checkpoint_series([str(checkpoint), str(tmp_path / "run")], None, tmp_path) is None
     for text in (
         "7",
         "[]",
@@ -485,7 +491,7 @@ def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched
         json.dumps(FINISHED | {"rollout_batches": []}),
     ):
         (tmp_path / "run" / "finished.json").write_text(text)
-        assert course_of([str(tmp_path / "run")] * 2, None, tmp_path) is None
+        assert find_checkpoint_series([str(tmp_path / "run")] * 2, None, tmp_path) is None
 
 
 @pytest.mark.parametrize("batches", ["NaN", "1e400", "-1", "-Infinity"])
@@ -494,7 +500,7 @@ def test_a_run_that_has_done_what_none_does_is_one_line(tmp_path, batches):
     with pytest.raises(
         UserError, match=r"says that \S+ rollout batches are done, which no run has: its files are damaged"
     ):
-        course_of([str(tmp_path)] * 2, None, tmp_path / "out")
+        find_checkpoint_series([str(tmp_path)] * 2, None, tmp_path / "out")
 
 
 def test_a_layer_that_a_later_model_does_not_have_is_found_before_it_is_measured(tmp_path):
@@ -503,7 +509,7 @@ def test_a_layer_that_a_later_model_does_not_have_is_found_before_it_is_measured
     (tmp_path / "config.yaml").write_text("model: embedded")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 4}')
     with pytest.raises(UserError, match=rf"layer: layer 5 does not exist: {tmp_path} has layers 1 to 4$"):
-        course_of(["embedded", str(tmp_path)], None, tmp_path / "out")
+        find_checkpoint_series(["embedded", str(tmp_path)], None, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["finished.json", "config.yaml"])
@@ -517,7 +523,7 @@ def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
     (run / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 8}')
 
     def seen():
-        found = course_of([str(run)] * 2, None, tmp_path / "out")
+        found = find_checkpoint_series([str(run)] * 2, None, tmp_path / "out")
         return found and found.layers
 
     assert seen() == [5]
@@ -545,14 +551,14 @@ def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
 def test_a_run_whose_config_cannot_be_read_names_no_layer(tmp_path, config):
     (tmp_path / "finished.json").write_text(json.dumps(FINISHED | {"schedule": []}))
     (tmp_path / "config.yaml").write_text(config)
-    assert course_of([str(tmp_path)] * 2, None, tmp_path / "out").layers == []
+    assert find_checkpoint_series([str(tmp_path)] * 2, None, tmp_path / "out").layers == []
 
 
 def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):
     """The harness' own cache would run what a copied folder holds."""
     sqlitedict = pytest.importorskip("sqlitedict")
     kept = tmp_path / "responses_rank0.db"
-    with _kept_as_json(tmp_path), sqlitedict.SqliteDict(str(kept), autocommit=True) as cache:
+    with _storing_responses_as_json(tmp_path), sqlitedict.SqliteDict(str(kept), autocommit=True) as cache:
         cache["a"], cache["b"] = "text", (-1.5, True)
         cache.commit()
         assert (cache["a"], cache["b"]) == ("text", (-1.5, True))
@@ -561,7 +567,7 @@ def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):
     rows.commit()
     rows.close()
     with (
-        _kept_as_json(tmp_path),
+        _storing_responses_as_json(tmp_path),
         sqlitedict.SqliteDict(str(kept)) as cache,
         pytest.raises(UserError, match="pickled: choose another"),
     ):
@@ -575,9 +581,9 @@ def test_code_that_a_model_wrote_sees_no_secret(monkeypatch):
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "DB_PASSWORD"):
         monkeypatch.setenv(name, "s3cret")
     before = dict(os.environ)
-    with _without_secrets(False):
+    with _hiding_secret_variables(False):
         assert dict(os.environ) == before
-    with pytest.raises(KeyboardInterrupt), _without_secrets(True):
+    with pytest.raises(KeyboardInterrupt), _hiding_secret_variables(True):
         assert "s3cret" not in os.environ.values() and os.environ["PATH"]
         raise KeyboardInterrupt
     assert dict(os.environ) == before

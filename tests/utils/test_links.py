@@ -11,18 +11,26 @@ import pytest
 
 import bupo
 from bupo.cli.main import main
-from bupo.cli.parsing import VARIABLES
-from bupo.models.loading import load_model, load_tokenizer, model_path
-from bupo.reports.scoreboard import write_board
-from bupo.run_files.provenance import git_state
-from bupo.run_files.result_cache import Store, inside
-from bupo.training.checkpoints.integrity import damage
-from bupo.training.checkpoints.writer import recover, rotate
-from bupo.training.run_directory import clear
+from bupo.cli.parsing import ALLOWED_VARIABLES
+from bupo.models.loading import load_model, load_tokenizer, resolve_model_path
+from bupo.reports.scoreboard import write_scoreboard
+from bupo.run_files.provenance import get_git_state
+from bupo.run_files.result_cache import ResultCache, get_label_folder
+from bupo.training.checkpoints.integrity import find_damage
+from bupo.training.checkpoints.writer import delete_old_checkpoints, recover_interrupted_save
+from bupo.training.run_directory import clear_run_directory
 from bupo.utils.errors import UserError
-from bupo.utils.files import append, in_one_piece, make_folder, remove, rows_of, whole_rows, write_json
-from bupo.utils.lock import LOCK_FILE, sole_writer
-from bupo.utils.safe_read import check_inside
+from bupo.utils.files import (
+    append_text,
+    atomic_write,
+    make_folder,
+    read_appended_rows,
+    remove_path,
+    repair_appended_rows,
+    write_json,
+)
+from bupo.utils.lock import LOCK_FILE, folder_lock
+from bupo.utils.safe_read import check_model_folder
 
 
 @pytest.fixture
@@ -63,7 +71,7 @@ def test_a_whole_file_replaces_a_pipe_and_not_a_folder(run, place):
     os.mkfifo(run / place)
     write_json(run / "summary.json", {})
     (run / "other.json").mkdir()
-    with pytest.raises(UserError, match=r"other.json is a folder"), in_one_piece(run / "other.json") as part:
+    with pytest.raises(UserError, match=r"other.json is a folder"), atomic_write(run / "other.json") as part:
         part.write_text("x")
     assert os.listdir(run / "other.json") == []
 
@@ -74,12 +82,12 @@ def test_lines_and_locks_are_refused_by_a_link_or_a_pipe(run, elsewhere, make, n
     make(run / name, elsewhere)
     with pytest.raises(UserError, match=rf"{name} is (a link|no regular file)"):
         if name == LOCK_FILE:
-            with sole_writer(run):
+            with folder_lock(run):
                 pass
         else:
-            append(run / name, "a row\n")
+            append_text(run / name, "a row\n")
     with pytest.raises(UserError, match=rf"{name} is (a link|no regular file)"):
-        rows_of(run / name, json.loads)
+        read_appended_rows(run / name, json.loads)
 
 
 @pytest.mark.parametrize("kind", ["socket", "device"])
@@ -97,7 +105,7 @@ def test_other_things_than_files_are_refused(run, kind):
             "root makes devices"
         )
     with pytest.raises(UserError, match="is no regular file"):
-        append(run / "rows.jsonl", "x")
+        append_text(run / "rows.jsonl", "x")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", LOCK_FILE])
@@ -105,10 +113,10 @@ def test_a_hard_link_is_not_written_through(run, elsewhere, name):
     os.link(elsewhere / "precious", run / name)
     with pytest.raises(UserError, match=rf"{name} is a hard link, so another file would change with it"):
         if name == LOCK_FILE:
-            with sole_writer(run):
+            with folder_lock(run):
                 pass
         else:
-            append(run / name, "a row\n")
+            append_text(run / name, "a row\n")
     write_json(run / name, {"a": 1})  # a whole file replaces it
 
 
@@ -116,27 +124,29 @@ def test_half_a_last_line_is_not_cut_off_another_file(run, tmp_path):
     (tmp_path / "other").write_text('{"a": 1}\n{"a"')
     os.link(tmp_path / "other", run / "rows.jsonl")
     with pytest.raises(UserError, match=r"rows.jsonl is a hard link"):
-        whole_rows(run / "rows.jsonl", json.loads)
+        repair_appended_rows(run / "rows.jsonl", json.loads)
     assert (tmp_path / "other").read_text() == '{"a": 1}\n{"a"'
     (tmp_path / "other").unlink()
-    assert whole_rows(run / "rows.jsonl", json.loads) == [{"a": 1}]
+    assert repair_appended_rows(run / "rows.jsonl", json.loads) == [{"a": 1}]
     assert (run / "rows.jsonl").read_text() == '{"a": 1}\n'
 
 
 def store(folder, **more):
-    return Store(folder, "rows.jsonl", "rows", lambda line: (line, line), lambda key, row: row, {"x": 1}, **more)
+    return ResultCache(folder, "rows.jsonl", "rows", lambda line: (line, line), lambda key, row: row, {"x": 1}, **more)
 
 
 def test_a_store_stays_in_its_folder(run, elsewhere):
     (run / "label").symlink_to(elsewhere)
     with pytest.raises(UserError, match="label is a link, which is not followed"):
-        inside(run, "label")
+        get_label_folder(run, "label")
     own = run / "own"
     store(own).begin()
     (own / "rows.jsonl").symlink_to(elsewhere / "precious")
     with pytest.raises(UserError, match=r"rows.jsonl is a link"):
         store(own)
-    other = Store(own, "rows.jsonl", "rows", lambda line: (line, line), lambda key, row: row, {"x": 2}, overwrite=True)
+    other = ResultCache(
+        own, "rows.jsonl", "rows", lambda line: (line, line), lambda key, row: row, {"x": 2}, overwrite=True
+    )
     other.begin()  # deletes the link, not its target
     other.add("a", "a")
     assert not (own / "rows.jsonl").is_symlink() and (own / "rows.jsonl").read_text() == "a\n"
@@ -151,22 +161,22 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused(run, elsewhere):
 
 def test_staged_checkpoints_of_a_link_are_left_alone(run, elsewhere):
     (run / "_saving").symlink_to(elsewhere)
-    recover(run)
+    recover_interrupted_save(run)
     assert os.listdir(run) == []
     (run / "_saving").mkdir()
     (run / "_saving" / "former").symlink_to(elsewhere / "former")
-    recover(run)
+    recover_interrupted_save(run)
     assert os.listdir(run) == []
 
 
 def test_checkpoints_that_are_links_are_unlinked(run, elsewhere):
     for number in (1, 2, 3):
         (run / f"checkpoint-{number}").symlink_to(elsewhere)
-    rotate(run, 1)
+    delete_old_checkpoints(run, 1)
     assert os.listdir(run) == ["checkpoint-3"]
     (run / "_saving").symlink_to(elsewhere)
     (run / "finished.json").symlink_to(elsewhere / "precious")
-    clear(run)
+    clear_run_directory(run)
     assert os.listdir(run) == []
 
 
@@ -174,9 +184,9 @@ def test_deleting_follows_no_link(run, elsewhere):
     (run / "inner").mkdir()
     for place in (run / "link", run / "inner" / "link"):
         place.symlink_to(elsewhere)
-    remove(run / "link")
-    remove(run / "inner")
-    remove(run / "nothing")
+    remove_path(run / "link")
+    remove_path(run / "inner")
+    remove_path(run / "nothing")
     assert os.listdir(run) == []
 
 
@@ -194,7 +204,7 @@ def test_tables_replace_links(run, elsewhere):
         "low": 0.1,
         "high": 0.9,
     }
-    write_board(pd.DataFrame([row]), run)
+    write_scoreboard(pd.DataFrame([row]), run)
     assert not any(path.is_symlink() for path in run.iterdir())
 
 
@@ -202,8 +212,8 @@ def test_the_output_folder_and_those_above_may_be_links(tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "one").symlink_to(tmp_path / "disk" / "deep")
-    with sole_writer(tmp_path / "runs" / "one"):
-        made = inside(tmp_path / "runs" / "one", "label")
+    with folder_lock(tmp_path / "runs" / "one"):
+        made = get_label_folder(tmp_path / "runs" / "one", "label")
         first = store(made)
         first.begin()
         first.add("a", "a")
@@ -216,7 +226,7 @@ def test_the_output_folder_and_those_above_may_be_links(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(model_path("embedded"), folder)
+    shutil.copytree(resolve_model_path("embedded"), folder)
     return folder
 
 
@@ -238,7 +248,7 @@ def damage_of_checkpoint(model, index):
     torch.save({"state": {}, "param_groups": []}, model / "optimizer.pt")
     torch.save({}, model / "scheduler.pt")
     torch.save({"python": (), "numpy": (), "cpu": torch.ones(1)}, model / "rng_state.pth")
-    return damage(model)
+    return find_damage(model)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "[" * 100_000])
@@ -306,11 +316,11 @@ def test_the_hubs_cache_is_made_of_links(model, tmp_path):
         shutil.copyfile(path, repository / "blobs" / str(number))
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
     (snapshot / "additional_chat_templates" / "t.jinja").symlink_to("../../../blobs/0")
-    check_inside(snapshot)
+    check_model_folder(snapshot)
     assert load_tokenizer(str(snapshot))("1+1")["input_ids"]
     (snapshot / "more.json").symlink_to("../../../elsewhere.json")
     with pytest.raises(UserError, match=r"more.json"):
-        check_inside(snapshot)
+        check_model_folder(snapshot)
 
 
 # -- programs --------------------------------------------------------------------------------------------------------
@@ -362,7 +372,7 @@ def test_a_configuration_chooses_no_program(tmp_path, monkeypatch, capsys, name)
     "name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_PROJECT", "NCCL_DEBUG", "HF_HUB_OFFLINE"]
 )
 def test_what_chooses_none_may_be_set(name):
-    assert VARIABLES.fullmatch(name)
+    assert ALLOWED_VARIABLES.fullmatch(name)
 
 
 def git(*words, folder):
@@ -402,13 +412,13 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_git_runs_no_program_of_a_repository(repository):
-    state = git_state()
+    state = get_git_state()
     assert len(state["revision"]) == 40 and state["dirty"] is False
     (repository / "a.txt").write_text("two\n")
-    assert git_state()["dirty"] is True
+    assert get_git_state()["dirty"] is True
 
 
 def test_git_is_that_of_the_path_at_the_start(repository, monkeypatch):
     shutil.copy(repository / "program", repository / "git")
     monkeypatch.setenv("PATH", os.pathsep.join(["", ".", str(repository), os.environ["PATH"]]))
-    assert git_state()["revision"]
+    assert get_git_state()["revision"]

@@ -12,7 +12,7 @@ import pytest
 
 from bupo.cli.main import main
 from bupo.utils.errors import UserError
-from bupo.utils.lock import LOCK_FILE, sole_writer
+from bupo.utils.lock import LOCK_FILE, folder_lock
 
 HOLD = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
@@ -29,7 +29,7 @@ def holder(tmp_path):
 
 def test_a_second_writer_is_refused_and_told_who(tmp_path, holder):
     message = rf"run is being written by process {holder.pid} on .+ since 20.+: wait"
-    with pytest.raises(UserError, match=message), sole_writer(tmp_path / "run"):
+    with pytest.raises(UserError, match=message), folder_lock(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / LOCK_FILE).exists()  # the holder's
 
@@ -49,7 +49,7 @@ def test_what_a_killed_run_leaves_locks_nothing(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / LOCK_FILE).exists()
-    with sole_writer(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         pass
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
@@ -59,13 +59,13 @@ def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
 
     def other():
         try:
-            with sole_writer(tmp_path):
+            with folder_lock(tmp_path):
                 pass
         except UserError as error:
             refused.append(str(error))
 
-    with sole_writer(tmp_path):
-        with sole_writer(f"{tmp_path}/../{tmp_path.name}"):
+    with folder_lock(tmp_path):
+        with folder_lock(f"{tmp_path}/../{tmp_path.name}"):
             pass
         thread = threading.Thread(target=other)
         thread.start()
@@ -79,10 +79,10 @@ def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
 def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
     (tmp_path / "mine").mkdir()
     for where in ("a/b/c", "mine"):
-        with pytest.raises(KeyError), sole_writer(tmp_path / where):
+        with pytest.raises(KeyError), folder_lock(tmp_path / where):
             raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    with sole_writer(tmp_path / "a/b/c"):
+    with folder_lock(tmp_path / "a/b/c"):
         (tmp_path / "a" / "kept").touch()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["kept"]
 
@@ -90,14 +90,14 @@ def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
 def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with sole_writer(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
     """A copy of the folder, or its upload, opens and closes the file in the same process."""
-    with sole_writer(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         (tmp_path / "run" / LOCK_FILE).read_bytes()
         other = subprocess.run(
             [sys.executable, "-c", HOLD, tmp_path / "run"], capture_output=True, text=True, timeout=60
@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 @pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
 def test_where_nothing_can_be_written(tmp_path, where):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be written: .+; choose another output"), sole_writer(tmp_path / where):
+    with pytest.raises(UserError, match=r"cannot be written: .+; choose another output"), folder_lock(tmp_path / where):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -157,7 +157,7 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
     run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     child = int(run.stdout.readline())
     try:
-        with pytest.raises(UserError, match=f"written by process {run.pid}"), sole_writer(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"written by process {run.pid}"), folder_lock(tmp_path / "run"):
             pass  # while it lives it holds the lock, children or not
         run.kill()
         run.wait()
@@ -165,7 +165,7 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
         end = time.monotonic() + 20
         while True:  # a child that was forked a moment ago has yet to close its copy
             try:
-                with sole_writer(tmp_path / "run"):
+                with folder_lock(tmp_path / "run"):
                     break
             except UserError:
                 assert time.monotonic() < end, "the child keeps the lock"
@@ -178,13 +178,13 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
 
 def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
     """As one does that ends by `sys.exit` inside the run."""
-    with sole_writer(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         child = os.fork()
         if child == 0:
             try:
-                with sole_writer(tmp_path / "other"):
+                with folder_lock(tmp_path / "other"):
                     pass
-                with pytest.raises(UserError, match="being written by process"), sole_writer(tmp_path / "run"):
+                with pytest.raises(UserError, match="being written by process"), folder_lock(tmp_path / "run"):
                     pass
                 raise KeyError
             except BaseException as error:
@@ -209,7 +209,7 @@ def test_a_child_that_unwinds_through_the_run_removes_nothing(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     try:
         assert run.stdout.readline() == f"['{LOCK_FILE}']\n"
-        with pytest.raises(UserError, match="is being written"), sole_writer(tmp_path / "run"):
+        with pytest.raises(UserError, match="is being written"), folder_lock(tmp_path / "run"):
             pass
     finally:
         run.kill()

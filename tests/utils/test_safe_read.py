@@ -12,15 +12,15 @@ from transformers import TrainerCallback
 
 import bupo
 from bupo.cli.main import main
-from bupo.cli.parsing import parse_given
+from bupo.cli.parsing import parse_options_and_values
 from bupo.evaluation.options import EvalOptions
 from bupo.options.groups import DatasetOptions
 from bupo.reports.run_records import read_runs
-from bupo.run_files.provenance import note_run
+from bupo.run_files.provenance import record_run
 from bupo.utils.errors import UserError
-from bupo.utils.files import append, check_output, expanded, make_folder, write_json
-from bupo.utils.lock import sole_writer
-from bupo.utils.sanitize import one_line, printable_line
+from bupo.utils.files import append_text, check_output_folder, expand_user_path, make_folder, write_json
+from bupo.utils.lock import folder_lock
+from bupo.utils.sanitize import collapse_whitespace, escape_line
 from tests.helpers.made_runs import evaluate
 
 EVAL = ["eval", "--benchmarks", "arithmetic", "--size", "1", "--k", "1", "--max_new_tokens", "2"]
@@ -55,7 +55,7 @@ def line_of(capsys):
     "write",
     [
         lambda path: write_json(path / "a.json", {}),
-        lambda path: append(path / "a.jsonl", "x"),
+        lambda path: append_text(path / "a.jsonl", "x"),
         lambda path: make_folder(path / "a" / "b"),
         lambda path: (path / "a").write_text("of a library"),
     ],
@@ -63,7 +63,7 @@ def line_of(capsys):
 )
 def test_a_folder_that_is_gone_is_one_line_and_not_made_anew(tmp_path, lose, write):
     run = tmp_path / "runs" / "one"
-    with pytest.raises(UserError, match="one was deleted or renamed while it was written"), sole_writer(run):
+    with pytest.raises(UserError, match="one was deleted or renamed while it was written"), folder_lock(run):
         lose(run)
         write(run)
     assert not run.exists()
@@ -71,7 +71,7 @@ def test_a_folder_that_is_gone_is_one_line_and_not_made_anew(tmp_path, lose, wri
 
 def test_a_folder_of_the_same_name_is_another(tmp_path):
     run = tmp_path / "one"
-    with pytest.raises(UserError, match="deleted or renamed"), sole_writer(run):
+    with pytest.raises(UserError, match="deleted or renamed"), folder_lock(run):
         run.rename(tmp_path / "former")
         run.mkdir()
         (run / "b.txt").write_text("another's")
@@ -153,7 +153,7 @@ def test_files_that_a_run_would_replace_are_refused(tmp_path, name):
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
     (tmp_path / "mine" / name).write_text("mine")
     with pytest.raises(UserError, match="is no run's folder and holds files"):
-        check_output("output", tmp_path / "mine")
+        check_output_folder("output", tmp_path / "mine")
 
 
 @pytest.mark.parametrize("place", [".vscode", "app", "django"])
@@ -163,10 +163,10 @@ def test_another_programs_settings_make_no_runs_folder(tmp_path, monkeypatch, pl
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     monkeypatch.chdir(tmp_path / "mine")
     with pytest.raises(UserError, match="is no run's folder and holds files"):
-        check_output("output", ".")
+        check_output_folder("output", ".")
     (tmp_path / "mine" / place / "answers.jsonl").write_text("")
     if place != ".vscode":
-        check_output("output", ".")
+        check_output_folder("output", ".")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_run_folders_and_what_stands_beside_are_not(tmp_path, names):
     for name in names:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("x")
-    check_output("output", tmp_path / "run")
+    check_output_folder("output", tmp_path / "run")
 
 
 def test_a_run_in_the_working_folder_goes_on(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_run_in_the_working_folder_goes_on(tmp_path, monkeypatch):
 )
 def test_homes(monkeypatch, text, found):
     monkeypatch.setenv("HOME", "/home/me")
-    assert expanded("output", text) == found.replace("HOME", "/home/me")
+    assert expand_user_path("output", text) == found.replace("HOME", "/home/me")
 
 
 def test_homes_behind_an_equals_sign_and_in_a_file(tmp_path, monkeypatch):
@@ -223,11 +223,11 @@ def test_homes_behind_an_equals_sign_and_in_a_file(tmp_path, monkeypatch):
         ["--output=~/out", "--benchmarks=math500=~/f.jsonl,~/g.jsonl", "--system_prompt", "~/no path"],
         ["--output", "~/out", "--benchmarks", "math500=~/f.jsonl", "~/g.jsonl", "--system_prompt=~/no path"],
     ):
-        (options,), given = parse_given([EvalOptions], words, "bupo eval")
+        (options,), given = parse_options_and_values([EvalOptions], words, "bupo eval")
         assert options.output == f"{tmp_path}/out" == given["output"]
         assert options.names == [f"math500={tmp_path}/f.jsonl", f"{tmp_path}/g.jsonl"]
         assert options.system_prompt == "~/no path"
-    (data,), _ = parse_given([DatasetOptions], ["--dataset=~/p.jsonl"], "bupo train")
+    (data,), _ = parse_options_and_values([DatasetOptions], ["--dataset=~/p.jsonl"], "bupo train")
     assert data.dataset == f"{tmp_path}/p.jsonl"
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_names_such_a_user_is_reported(tmp_path):
 def test_a_strange_name_breaks_no_file(tmp_path, monkeypatch, name):
     folder = tmp_path / name
     monkeypatch.setattr("sys.orig_argv", ["bupo", "eval", "--output", name])
-    note_run(folder, "eval", {"output": name, "model": "embedded"})
+    record_run(folder, "eval", {"output": name, "model": "embedded"})
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(text) == {"output": name, "model": "embedded"}
     assert all(line.isprintable() for line in text.split("\n"))
@@ -279,7 +279,7 @@ def test_a_strange_name_is_shown_in_one_line(tmp_path, monkeypatch, capsys, name
     assert line_of(capsys).isprintable()
     assert main(["report", name]) == 2
     assert line_of(capsys).isprintable()
-    assert one_line(name).isprintable() and printable_line(name).isprintable()
+    assert collapse_whitespace(name).isprintable() and escape_line(name).isprintable()
 
 
 @pytest.mark.parametrize("name", ["new\nline", "sep\u2028arator"])

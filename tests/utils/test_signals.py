@@ -11,15 +11,15 @@ from contextlib import nullcontext
 
 import pytest
 
-from bupo.utils.errors import Stopped
-from bupo.utils.signals import STOPPING, Heard, at_once, unheard
+from bupo.utils.errors import SignalInterrupt
+from bupo.utils.signals import STOP_SIGNALS, SignalRecorder, blocked_signals, raise_on_signal
 
 
 @pytest.fixture(autouse=True)
 def plain():
     """As in a process that a terminal has started; afterwards the handlers are those from before."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before.items():
@@ -32,35 +32,35 @@ def send(number):
 
 
 def handlers():
-    return [signal.getsignal(number) for number in STOPPING]
+    return [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_at_once(number):
     before = handlers()
-    with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped, at_once():
+    with pytest.raises(SignalInterrupt, match=f"stopped by {number.name}") as stopped, raise_on_signal():
         send(number)
     assert stopped.value.signal == number and handlers() == before
 
 
 def test_one_press_of_ctrl_c_may_come_twice():
-    with at_once():
-        with pytest.raises(Stopped):
+    with raise_on_signal():
+        with pytest.raises(SignalInterrupt):
             send(signal.SIGINT)
         send(signal.SIGINT)
 
 
 def test_signals_are_heard_and_handlers_given_back():
     before, said = handlers(), []
-    with at_once():
+    with raise_on_signal():
         outer = handlers()
-        with Heard(said.append) as heard:
+        with SignalRecorder(said.append) as heard:
             send(signal.SIGTERM)
             send(signal.SIGINT)
             send(signal.SIGTERM)
             assert heard.first == signal.SIGTERM
         assert handlers() == outer
-        with Heard(said.append) as heard:
+        with SignalRecorder(said.append) as heard:
             send(signal.SIGINT)
             assert heard.first == signal.SIGINT and len(said) == 1
     assert handlers() == before
@@ -70,7 +70,7 @@ def test_ignored_and_foreign_handlers_stay():
     theirs = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, lambda number, frame: theirs.append(number))
-    with at_once(), Heard() as heard:
+    with raise_on_signal(), SignalRecorder() as heard:
         send(signal.SIGINT)
         send(signal.SIGUSR1)
         assert heard.first == 0 and theirs == [signal.SIGUSR1]
@@ -81,7 +81,7 @@ def test_a_handler_that_python_does_not_know_of_stays(tmp_path):
     with (tmp_path / "stacks").open("w") as file:
         faulthandler.register(signal.SIGUSR1, file)
         try:
-            with at_once(), Heard() as heard:
+            with raise_on_signal(), SignalRecorder() as heard:
                 send(signal.SIGUSR1)
                 assert heard.first == 0
             send(signal.SIGUSR1)  # would end the process, if it were given back
@@ -94,7 +94,7 @@ def test_another_thread_than_the_main_one_sets_no_handlers():
     before, seen = handlers(), []
 
     def work():
-        with at_once(), Heard() as heard:
+        with raise_on_signal(), SignalRecorder() as heard:
             seen.append((handlers(), heard.first))
 
     thread = threading.Thread(target=work)
@@ -129,7 +129,7 @@ def test_the_second_ctrl_c_needs_no_main_thread(main_thread):
 
 def test_forked_children_end_by_their_parents_hand():
     """A SIGTERM ends them, and their parent does not take it for its own; a Ctrl-C ends neither."""
-    with at_once(), Heard() as heard:
+    with raise_on_signal(), SignalRecorder() as heard:
         child = os.fork()
         if child == 0:
             time.sleep(60)
@@ -144,13 +144,13 @@ def test_forked_children_end_by_their_parents_hand():
         assert heard.first == 0
 
 
-@pytest.mark.parametrize("within", [unheard, nullcontext])
+@pytest.mark.parametrize("within", [blocked_signals, nullcontext])
 def test_what_is_started_unheard_goes_on(within):
     with within():
         process = subprocess.Popen([sys.executable, "-c", "print('ready', flush=True); input()"], stdin=-1, stdout=-1)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
-    if within is unheard:
+    if within is blocked_signals:
         time.sleep(0.2)
         assert process.poll() is None
     else:
@@ -169,8 +169,8 @@ def test_with_nothing_left_to_finish_sigterm_ends():
 
 def test_a_handler_that_others_set_inside_stays_theirs():
     theirs = []
-    with at_once():
+    with raise_on_signal():
         signal.signal(signal.SIGTERM, lambda number, frame: theirs.append(number))
-        with Heard() as heard:
+        with SignalRecorder() as heard:
             send(signal.SIGTERM)
             assert heard.first == 0 and theirs == [signal.SIGTERM]

@@ -18,24 +18,24 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.analysis.results import DYNAMICS_FILE, AnalysisReport, ModelReport
-from bupo.models.loading import check_layers
-from bupo.reports.figures import dynamics_figure
+from bupo.models.loading import check_layers_exist
+from bupo.reports.figures import draw_dynamics_figure
 from bupo.run_files.provenance import CONFIG_FILE
-from bupo.run_files.reading import BROKEN, read_json, read_state
+from bupo.run_files.reading import PARSE_ERRORS, read_json, read_torch_file
 from bupo.utils.errors import UserError
-from bupo.utils.files import in_one_piece
-from bupo.utils.safe_read import LARGEST_CONFIG, Unreadable, content, there
+from bupo.utils.files import atomic_write
+from bupo.utils.safe_read import MAX_CONFIG_BYTES, UnreadableFolderError, has_regular_file, read_file_bytes
 
-COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
+DYNAMICS_COLUMNS = ("rollout_batch", "measure", "layer", "later_layer", "value")
 STATE_FILE, FINISHED_FILE = "bupo.pt", "finished.json"  # of a checkpoint; of a finished run, written last of all
-MOST_BATCHES = 1e9
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+MAX_ROLLOUT_BATCHES = 1e9
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
-Row = dict[str, Any]
+DynamicsRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointPosition:
     """Where the weights of a folder stand in a run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Course:
+class CheckpointSeries:
     """A run by its weights at several places.
 
     Attributes:
@@ -66,7 +66,9 @@ class Course:
     first_phase: int
 
 
-def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loading) -> Course | None:
+def find_checkpoint_series(
+    names: Sequence[str], layer: int | None, output: str | Path, **loading
+) -> CheckpointSeries | None:
     """The run that all models are of, if they are of one: its checkpoints, its finished model, the model that it began with.
 
     Args:
@@ -80,10 +82,10 @@ def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loa
         UserError: if a layer is asked for that there is not, or of models that are not of one run, or `output` is that run, or
             its files say what no run has done.
     """
-    found = [_place(Path(name)) for name in names]
+    found = [_read_position(Path(name)) for name in names]
     places = [place for place in found if place is not None]
     runs = {place.run for place in places}
-    config = _config(places[0].run) if places else {}
+    config = _read_run_config(places[0].run) if places else {}
     begun = config.get("model", config.get("model_name_or_path"))
     strange = [name for name, place in zip(names, found, strict=True) if place is None and name != begun]
     if len(names) < 2 or len(runs) != 1 or strange:
@@ -96,21 +98,21 @@ def course_of(names: Sequence[str], layer: int | None, output: str | Path, **loa
     (run,) = runs
     if Path(output).resolve() == run:
         raise UserError(f"output {output} is the run that is analysed: choose another")
-    last = _last(places)
+    last = _get_last_position(places)
     staged = {one for one, _ in last.schedule}
     layers = [config.get("internal_layer")] if layer is None else [layer]
     layers = sorted(staged) if staged and layer is None else layers
     layers = [one for one in layers if type(one) is int and one > 0]
     for name in names if layers else ():
-        check_layers(name, {"layer": max(layers)}, **loading)
+        check_layers_exist(name, {"layer": max(layers)}, **loading)
     first_phase = min(sum(batches for _, batches in last.schedule), int(last.batches))
-    return Course(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
+    return CheckpointSeries(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
 
 
-def _last(places: Sequence[Place]) -> Place:
+def _get_last_position(places: Sequence[CheckpointPosition]) -> CheckpointPosition:
     """Where most is done. Raises [`UserError`] for what no run has done."""
     for place in places:
-        if not 0 <= place.batches < MOST_BATCHES:
+        if not 0 <= place.batches < MAX_ROLLOUT_BATCHES:
             raise UserError(
                 f"{place.run} says that {place.batches} rollout batches are done, which no run has: its files are damaged; "
                 "analyse its models one by one"
@@ -118,68 +120,77 @@ def _last(places: Sequence[Place]) -> Place:
     return max(places, key=lambda place: place.batches)
 
 
-def _place(folder: Path) -> Place | None:
+def _read_position(folder: Path) -> CheckpointPosition | None:
     """Where a folder's weights stand, if they are a run's; what cannot be read is none's."""
     try:
-        if _CHECKPOINT.fullmatch(folder.name) and there(folder, TRAINER_STATE_NAME) and there(folder, STATE_FILE):
-            state = read_state(folder / STATE_FILE, {"passes": float, "layout": dict, "parts": dict}, mmap=True)
+        if (
+            _CHECKPOINT_NAME.fullmatch(folder.name)
+            and has_regular_file(folder, TRAINER_STATE_NAME)
+            and has_regular_file(folder, STATE_FILE)
+        ):
+            state = read_torch_file(folder / STATE_FILE, {"passes": float, "layout": dict, "parts": dict}, mmap=True)
             batches = float(state["passes"] / state["layout"]["micro_steps"])
-            return Place(folder.resolve().parent, batches, _stages(state["parts"]["watch"]["schedule"]))
-        if there(folder, FINISHED_FILE):
+            return CheckpointPosition(
+                folder.resolve().parent, batches, _get_decided_stages(state["parts"]["watch"]["schedule"])
+            )
+        if has_regular_file(folder, FINISHED_FILE):
             done = read_json(folder / FINISHED_FILE, {"rollout_batches": object, "schedule": list})
-            return Place(folder.resolve(), float(done["rollout_batches"]), _stages(done["schedule"]))
-    except BROKEN:  # damaged, or of other contents
+            return CheckpointPosition(
+                folder.resolve(), float(done["rollout_batches"]), _get_decided_stages(done["schedule"])
+            )
+    except PARSE_ERRORS:  # damaged, or of other contents
         pass
     return None
 
 
-def _stages(schedule: Sequence[Sequence]) -> list[tuple[int, int]]:
+def _get_decided_stages(schedule: Sequence[Sequence]) -> list[tuple[int, int]]:
     """The stages whose layer is decided."""
     return [(int(layer), int(batches)) for layer, batches in schedule if layer is not None]
 
 
-def _config(run: Path) -> dict[str, Any]:
+def _read_run_config(run: Path) -> dict[str, Any]:
     """What a run was asked for, as far as its folder says."""
-    if not there(run, CONFIG_FILE):
+    if not has_regular_file(run, CONFIG_FILE):
         return {}
     try:
-        found = yaml.safe_load(content(run, CONFIG_FILE, LARGEST_CONFIG).decode())
-    except (Unreadable, ValueError, RecursionError, yaml.YAMLError):
+        found = yaml.safe_load(read_file_bytes(run, CONFIG_FILE, MAX_CONFIG_BYTES).decode())
+    except (UnreadableFolderError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def rows_of(model: ModelReport, layers: Sequence[int]) -> list[Row]:
-    """What an analysis says of a model, in the rows of a probe ([`~bupo.training.callbacks.probes.probe`])."""
-    rows = [_row("entropy", model.entropy_language_model), _row("perplexity", model.perplexity)]
+def build_dynamics_rows(model: ModelReport, layers: Sequence[int]) -> list[DynamicsRow]:
+    """What an analysis says of a model, in the rows of a probe ([`~bupo.training.callbacks.probes.probe_layers`])."""
+    rows = [_build_row("entropy", model.entropy_language_model), _build_row("perplexity", model.perplexity)]
     means = model.table.set_index(["measure", "layer"])["mean"]
     for layer in layers:
         rows += [
-            _row(name, means[name, layer], layer) for name in ("entropy_layer", "d_entropy_layer", "kl_language_model")
+            _build_row(name, means[name, layer], layer)
+            for name in ("entropy_layer", "d_entropy_layer", "kl_language_model")
         ]
         for later in range(layer + 1, len(model.stages) + 1):
             for name, matrix in (("kl", model.kl), ("cosine", model.similarity)):
                 if matrix is not None:
-                    rows.append(_row(name, matrix[layer - 1][later - 1], layer, later))
+                    rows.append(_build_row(name, matrix[layer - 1][later - 1], layer, later))
     return rows
 
 
-def _row(measure: str, value: float, layer: int | None = None, later: int | None = None) -> Row:
+def _build_row(measure: str, value: float, layer: int | None = None, later: int | None = None) -> DynamicsRow:
     return {"measure": measure, "layer": layer, "later_layer": later, "value": float(value)}
 
 
-def write_series(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> pd.DataFrame:
+def write_dynamics(path: Path, rows: Sequence[DynamicsRow], meta: dict[str, Any]) -> pd.DataFrame:
     """`dynamics.parquet`: `rollout_batch` (how many are done), `measure`, `layer`, `later_layer` (both empty where they do not
     apply) and `value`; `meta` goes into the file's metadata."""
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
+    table = pd.DataFrame(rows, columns=list(DYNAMICS_COLUMNS)).astype({"layer": "Int64", "later_layer": "Int64"})
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"meta": json.dumps(meta).encode()})
-    with in_one_piece(path) as part:
+    with atomic_write(path) as part:
         pq.write_table(arrow, part)
     return table
 
 
-def write_course(report: AnalysisReport, course: Course | None) -> None:
+def write_checkpoint_series(report: AnalysisReport, course: CheckpointSeries | None) -> None:
     """`dynamics.parquet` and `figures/dynamics` of a course, in the stead of an earlier one's.
 
     Of several models at one place, such as the last checkpoint and the finished run, the last one counts.
@@ -194,8 +205,8 @@ def write_course(report: AnalysisReport, course: Course | None) -> None:
     rows = [
         {"rollout_batch": int(batches) if whole else batches, **row}
         for batches in sorted(by_batch)
-        for row in rows_of(by_batch[batches], course.layers)
+        for row in build_dynamics_rows(by_batch[batches], course.layers)
     ]
-    table = write_series(report.folder / DYNAMICS_FILE, rows, report.models[-1].meta | {"run": str(course.run)})
+    table = write_dynamics(report.folder / DYNAMICS_FILE, rows, report.models[-1].meta | {"run": str(course.run)})
     for path in figures:
-        dynamics_figure(table, course.first_phase, path, course.run.name)
+        draw_dynamics_figure(table, course.first_phase, path, course.run.name)

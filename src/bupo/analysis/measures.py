@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bupo.analysis.vocab_streaming import Fold, tile_size
-from bupo.models.residual_stream import Lens, ResidualStream, Site
-from bupo.models.token_scoring import MASKED
+from bupo.analysis.vocab_streaming import StreamedPolicies, get_tile_size
+from bupo.models.residual_stream import Activation, Lens, ResidualStream
+from bupo.models.token_scoring import MASKED_LOGIT
 from bupo.utils.errors import UserError
 
-ROWS = 1024  # positions that share a product with a tile of the vocabulary
-BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a tile
+MAX_BLOCK_ROWS = 1024  # positions that share a product with a tile of the vocabulary
+MAX_BLOCK_BYTES = 400 << 20  # of a block's states, and of the layers' logits on a tile
 
 # Per layer 1..L and token. Entropies and KLs in nats.
-ENTROPIES = ("attn_input", "attn", "ffn_input", "ffn", "layer")
+ENTROPY_KINDS = ("attn_input", "attn", "ffn_input", "ffn", "layer")
 MEASURES = (
     "entropy_layer_input",  # of H^(l-1), which the layer reads: fig. 2 begins with H^0
-    *(f"entropy_{kind}" for kind in ENTROPIES),
+    *(f"entropy_{kind}" for kind in ENTROPY_KINDS),
     "d_entropy_layer",  # H(H^l) - H(H^(l-1)), eq. 11
     "d_entropy_attn",  # H(A^l) - H(what the attention reads), eq. 12
     "d_entropy_ffn",  # H(F^l) - H(what the FFN reads), eq. 13
@@ -40,7 +40,7 @@ MEASURES = (
 
 
 @dataclass
-class AnswerMeasures:
+class CompletionMeasures:
     """All measures of one answer of T tokens.
 
     Attributes:
@@ -65,13 +65,13 @@ class AnswerMeasures:
 
 
 @torch.no_grad()
-def measure(
+def measure_completions(
     stream: ResidualStream,
     rollouts: Iterable[tuple[Sequence[int], Sequence[int]]],
     lens: Lens = "raw",
     temperature: float = 1.0,
     pairs: bool = False,
-) -> Iterator[AnswerMeasures]:
+) -> Iterator[CompletionMeasures]:
     """Measure the answers of rollouts, in order.
 
     Args:
@@ -83,17 +83,17 @@ def measure(
         pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's, for a few per cent more time.
 
     Yields:
-        [`AnswerMeasures`]: as soon as an answer's last token is measured.
+        [`CompletionMeasures`]: as soon as an answer's last token is measured.
 
     Raises:
         UserError: for an answer with a token that the model masks.
     """
-    block = _Block(stream, lens, temperature, pairs)
-    waiting: list[_Pending] = []
+    block = _PositionBlock(stream, lens, temperature, pairs)
+    waiting: list[_PendingCompletion] = []
     for index, (prompt, answer) in enumerate(rollouts):
         if not prompt or not answer:
             raise ValueError(f"rollout {index} has an empty {'answer' if prompt else 'prompt'}")
-        waiting.append(_Pending(index, answer))
+        waiting.append(_PendingCompletion(index, answer))
         start = 0
         while start < len(answer):
             stop = min(len(answer), start + block.free)
@@ -108,7 +108,7 @@ def measure(
         yield waiting.pop(0).result()
 
 
-class _Pending:
+class _PendingCompletion:
     """An answer whose pieces come in from blocks."""
 
     def __init__(self, index: int, answer: Sequence[int]):
@@ -119,20 +119,20 @@ class _Pending:
     def done(self) -> bool:
         return sum(piece["log_prob_theta"].size(-1) for piece in self.pieces) == self.tokens
 
-    def result(self) -> AnswerMeasures:
+    def result(self) -> CompletionMeasures:
         def joined(name: str) -> np.ndarray:
             return torch.cat([piece[name] for piece in self.pieces], dim=-1).double().cpu().numpy()
 
         def summed(name: str) -> np.ndarray:
             return torch.stack([piece[name].double() for piece in self.pieces]).sum(0).cpu().numpy()
 
-        masked = (joined("log_prob_theta") < MASKED / 2).nonzero()[0]
+        masked = (joined("log_prob_theta") < MASKED_LOGIT / 2).nonzero()[0]
         if len(masked):
             raise UserError(
                 f"rollout {self.index}: token {masked[0] + 1} of its answer (id {self.answer[masked[0]]}) has probability 0: "
                 "the unembedding's bias masks it; leave this answer out"
             )
-        return AnswerMeasures(
+        return CompletionMeasures(
             index=self.index,
             values={name: joined(name) for name in MEASURES},
             similarity=summed("similarity"),
@@ -142,38 +142,40 @@ class _Pending:
         )
 
 
-class _Block:
+class _PositionBlock:
     """The states of up to `capacity` answer positions at all sites, and their measures."""
 
     def __init__(self, stream: ResidualStream, lens: Lens, temperature: float, pairs: bool):
         self.stream, self.lens, self.temperature, self.pairs = stream, lens, temperature, pairs
         layers = range(1, stream.num_layers + 1)
-        self.sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ENTROPIES]
+        self.activations = [Activation("layer", 0)] + [
+            Activation(kind, layer) for layer in layers for kind in ENTROPY_KINDS
+        ]
         weight = stream.head().weight
         self.device, self.kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
         width = weight.size(1)
-        numbers_a_row = (len(self.sites) + 1) * width
+        numbers_a_row = (len(self.activations) + 1) * width
         if pairs:
-            numbers_a_row += 2 * (stream.num_layers + 2) * tile_size(self.device)
+            numbers_a_row += 2 * (stream.num_layers + 2) * get_tile_size(self.device)
         bytes_a_row = numbers_a_row * (8 if self.kind == torch.float64 else 4)
-        self.capacity = max(64, min(ROWS, BLOCK_BYTES // bytes_a_row))
-        self.states = torch.empty(len(self.sites), self.capacity, width, dtype=self.kind, device=self.device)
+        self.capacity = max(64, min(MAX_BLOCK_ROWS, MAX_BLOCK_BYTES // bytes_a_row))
+        self.states = torch.empty(len(self.activations), self.capacity, width, dtype=self.kind, device=self.device)
         self.targets = torch.empty(self.capacity, dtype=torch.long, device=self.device)
-        self.pieces: list[tuple[_Pending, int]] = []
+        self.pieces: list[tuple[_PendingCompletion, int]] = []
         self.used = 0
 
     @property
     def free(self) -> int:
         return self.capacity - self.used
 
-    def add(self, answer: _Pending, prompt: Sequence[int], ids: Sequence[int], start: int, stop: int) -> None:
+    def add(self, answer: _PendingCompletion, prompt: Sequence[int], ids: Sequence[int], start: int, stop: int) -> None:
         """Run the model on the prefix and keep the states that predict answer tokens start..stop - 1."""
         here = slice(self.used, self.used + stop - start)
         first = len(prompt) + start - 1
         device = self.stream.model.get_input_embeddings().weight.device
         input_ids = torch.tensor([[*prompt, *ids[: stop - 1]]], device=device)
-        states = self.stream.run(self.sites, input_ids, select=lambda x: x[0, first:].to(self.device, self.kind))
-        for number, site in enumerate(self.sites):
+        states = self.stream.run(self.activations, input_ids, select=lambda x: x[0, first:].to(self.device, self.kind))
+        for number, site in enumerate(self.activations):
             self.states[number, here] = states.pop(site)
         self.targets[here] = torch.tensor(ids[start:stop], device=self.device)
         self.pieces.append((answer, stop - start))
@@ -183,9 +185,9 @@ class _Block:
         """Measure what is held, hand the pieces out, and be empty again."""
         if not self.used:
             return
-        states = {site: self.states[i, : self.used] for i, site in enumerate(self.sites)}
-        found = _geometry(states, self.stream.num_layers)  # before a lens changes the states
-        found |= _series(self._policies(states, self.targets[: self.used]), self.stream.num_layers)
+        states = {site: self.states[i, : self.used] for i, site in enumerate(self.activations)}
+        found = _compute_cosines(states, self.stream.num_layers)  # before a lens changes the states
+        found |= _compute_layer_measures(self._policies(states, self.targets[: self.used]), self.stream.num_layers)
         similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs", None)
         start = 0
         for answer, rows in self.pieces:
@@ -198,7 +200,7 @@ class _Block:
             start += rows
         self.pieces, self.used = [], 0
 
-    def _policies(self, states: dict[Site, torch.Tensor], targets: torch.Tensor) -> Fold:
+    def _policies(self, states: dict[Activation, torch.Tensor], targets: torch.Tensor) -> StreamedPolicies:
         """Every policy, folded: pi_theta, the layers L..0, then what modules read and write, each from layer 1 on.
 
         Norms the states in place where the lens asks for it.
@@ -206,25 +208,25 @@ class _Block:
         num_layers, head = self.stream.num_layers, self.stream.head(self.temperature)
 
         def normed(x: torch.Tensor) -> torch.Tensor:
-            return self.stream.lensed(x.to(head.weight.dtype), "final_norm").to(self.device, self.kind)
+            return self.stream.apply_lens(x.to(head.weight.dtype), "final_norm").to(self.device, self.kind)
 
-        theta = normed(states[Site("layer", num_layers)])
+        theta = normed(states[Activation("layer", num_layers)])
         if self.lens != "raw":
             for site, x in states.items():
                 if site.kind in ("layer", "attn", "ffn"):
                     x.copy_(normed(x))
-        layers = [states[Site("layer", layer)] for layer in range(num_layers, -1, -1)]
-        others = [states[Site(kind, layer)] for kind in ENTROPIES[:-1] for layer in range(1, num_layers + 1)]
-        fold = Fold([theta, *layers, *others], spoken=num_layers + 2, pairs=self.pairs)
-        fold.take_all(head, targets)
+        layers = [states[Activation("layer", layer)] for layer in range(num_layers, -1, -1)]
+        others = [states[Activation(kind, layer)] for kind in ENTROPY_KINDS[:-1] for layer in range(1, num_layers + 1)]
+        fold = StreamedPolicies([theta, *layers, *others], spoken=num_layers + 2, pairs=self.pairs)
+        fold.accumulate(head, targets)
         return fold
 
 
-def _series(fold: Fold, num_layers: int) -> dict[str, torch.Tensor]:
+def _compute_layer_measures(fold: StreamedPolicies, num_layers: int) -> dict[str, torch.Tensor]:
     """What the policies of a block say, `(L, rows)` each. They were folded in the order of `_Block._policies`."""
     ascending = slice(1, num_layers + 2)  # of what was folded: layers L..0
     entropy = {"layer": fold.entropy[ascending].flip(0)[1:]}
-    for kind, values in zip(ENTROPIES[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
+    for kind, values in zip(ENTROPY_KINDS[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
         entropy[kind] = values
     below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
     to_theta, to_next, pairs = fold.kl()
@@ -245,15 +247,15 @@ def _series(fold: Fold, num_layers: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _geometry(states: dict[Site, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+def _compute_cosines(states: dict[Activation, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
     """Everything that needs the states only."""
     cosine = torch.nn.functional.cosine_similarity
     attn, ffn = [], []
     for layer in range(1, num_layers + 1):
-        below, write = states[Site("layer", layer - 1)], states[Site("attn", layer)]
+        below, write = states[Activation("layer", layer - 1)], states[Activation("attn", layer)]
         attn.append(cosine(write, below, dim=-1))
-        ffn.append(cosine(states[Site("ffn", layer)], below + write, dim=-1))
-    outputs = torch.stack([states[Site("layer", layer)] for layer in range(1, num_layers + 1)])
+        ffn.append(cosine(states[Activation("ffn", layer)], below + write, dim=-1))
+    outputs = torch.stack([states[Activation("layer", layer)] for layer in range(1, num_layers + 1)])
     return {
         "cosine_attn": torch.stack(attn),
         "cosine_ffn": torch.stack(ffn),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import get_args
 
-from bupo.evaluation.paper_preset import SAMPLING, Preset
+from bupo.evaluation.paper_preset import PAPER_SAMPLING, Preset
 from bupo.models.internal_policy import Lens
 from bupo.options.groups import (
     BatchedSamplingOptions,
@@ -12,13 +12,13 @@ from bupo.options.groups import (
     ModelOptions,
     PromptOptions,
     RunOptions,
-    check_values,
+    check_command_options,
 )
-from bupo.options.ranges import COUNT, POSITIVE
+from bupo.options.ranges import POSITIVE, POSITIVE_INTEGER
 from bupo.utils.errors import UserError
 
 # of what is neither given nor a run's own
-OTHERWISE = {
+FALLBACK_OPTIONS = {
     "system_prompt": None,
     "max_new_tokens": 256,
     "temperature": 1.0,
@@ -26,7 +26,7 @@ OTHERWISE = {
     "size": 32,
     "max_tokens": 20_000,
 }
-PAPER = {**SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # every answer, all of it
+PAPER_OPTIONS = {**PAPER_SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # every answer, all of it
 
 
 @dataclass
@@ -110,8 +110,8 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        check_values(
-            self, max_tokens=COUNT, temperature=POSITIVE, layer=COUNT
+        check_command_options(
+            self, max_tokens=POSITIVE_INTEGER, temperature=POSITIVE, layer=POSITIVE_INTEGER
         )  # every policy's logits are divided by the temperature
         if self.dataset and self.rollouts:
             raise UserError(

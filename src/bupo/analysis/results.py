@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from bupo.analysis.measured_answers import Measured
-from bupo.analysis.stages import stages
-from bupo.analysis.tables import divergence, layer_table, perplexity, similarity
-from bupo.reports.analysis_page import write_page
-from bupo.reports.figures import analysis_figures
-from bupo.run_files.reading import read_table
+from bupo.analysis.measured_answers import MeasuredRollouts
+from bupo.analysis.stages import classify_stages
+from bupo.analysis.tables import build_layer_table, compute_kl, compute_perplexity, compute_similarity
+from bupo.reports.analysis_page import write_analysis_page
+from bupo.reports.figures import draw_analysis_figures
+from bupo.run_files.reading import read_parquet
 from bupo.utils.errors import UserError
-from bupo.utils.files import in_one_piece, write_json
+from bupo.utils.files import atomic_write, write_json
 
 DYNAMICS_FILE = "dynamics.parquet"
 
@@ -98,7 +98,7 @@ class AnalysisReport:
     def dynamics(self) -> pd.DataFrame | None:
         """`dynamics.parquet`: the training dynamics (fig. 5), of several checkpoints of one run on the same rollouts."""
         path = self.folder / DYNAMICS_FILE
-        return read_table(path) if path.exists() else None
+        return read_parquet(path) if path.exists() else None
 
     @property
     def only(self) -> ModelReport:
@@ -127,9 +127,11 @@ class AnalysisReport:
         return self.only.meta
 
 
-def model_report(label: str, meta: dict[str, Any], found: Measured, views: list[dict], folder: Path) -> ModelReport:
+def build_model_report(
+    label: str, meta: dict[str, Any], found: MeasuredRollouts, views: list[dict], folder: Path
+) -> ModelReport:
     """Tables and stages from measured answers."""
-    answers, kl = found.answers, divergence(found.answers)
+    answers, kl = found.answers, compute_kl(found.answers)
     tokens = sum(a.tokens for a in answers)
     meta = meta | {
         "label": label,
@@ -140,11 +142,11 @@ def model_report(label: str, meta: dict[str, Any], found: Measured, views: list[
     }
     return ModelReport(
         label=label,
-        table=layer_table(answers, label),
-        **stages(answers),
-        similarity=similarity(answers).round(6).tolist(),
+        table=build_layer_table(answers, label),
+        **classify_stages(answers),
+        similarity=compute_similarity(answers).round(6).tolist(),
         kl=None if kl is None else kl.round(6).tolist(),
-        perplexity=perplexity(answers),
+        perplexity=compute_perplexity(answers),
         entropy_language_model=sum(a.entropy for a in answers) / tokens,
         meta=meta,
         views=views,
@@ -155,11 +157,11 @@ def model_report(label: str, meta: dict[str, Any], found: Measured, views: list[
 def write_report(report: AnalysisReport) -> None:
     """Tables, figures and the page of all models."""
     folder, table = report.folder, report.table
-    with in_one_piece(folder / "layers.parquet") as part:
+    with atomic_write(folder / "layers.parquet") as part:
         table.to_parquet(part)
     summary = [model.summary() for model in report.models]
     views = {model.label: model.views for model in report.models}
     write_json(folder / "summary.json", {"schema_version": 1, "models": summary})
     write_json(folder / "views.json", views)
-    analysis_figures(table, summary, folder / "figures")
-    write_page(table, summary, views, folder / "report.html")
+    draw_analysis_figures(table, summary, folder / "figures")
+    write_analysis_page(table, summary, views, folder / "report.html")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.chat_templates import prompt_ids
+from bupo.data.chat_templates import tokenize_prompt
 from bupo.evaluation.answers import SAMPLES_FILE
-from bupo.generation.seeded_sampling import Request, TransformersEngine, seed_of
-from bupo.run_files.reading import check
-from bupo.run_files.result_cache import Store
-from bupo.utils.errors import UserError, others
+from bupo.generation.seeded_sampling import CompletionRequest, TransformersEngine, derive_seed
+from bupo.run_files.reading import check_keys
+from bupo.run_files.result_cache import ResultCache
+from bupo.utils.errors import UserError, wrap_library_errors
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,25 @@ def read_rollouts(
     Raises:
         UserError: if the file is missing or malformed, or a row has no prompt, no answer, or is too long.
     """
-    path = _file(Path(path))
-    with others(f"{path} cannot be read", OSError, UnicodeDecodeError):
+    path = _find_rollouts_file(Path(path))
+    with wrap_library_errors(f"{path} cannot be read", OSError, UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 ends no line of JSON
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no rollouts")
     if path.name == SAMPLES_FILE:
-        numbered.sort(key=lambda numbered: _place(numbered[1]))
+        numbered.sort(key=lambda numbered: _get_sample_order(numbered[1]))
     read = partial(
-        _rollout, tokenizer=tokenizer, context=context, vocabulary=vocabulary or len(tokenizer), template=template
+        _parse_line, tokenizer=tokenizer, context=context, vocabulary=vocabulary or len(tokenizer), template=template
     )
     return [read(*row) for row in numbered]
 
 
-def _file(path: Path) -> Path:
+def _find_rollouts_file(path: Path) -> Path:
     """The file of rollouts, which a folder may hold."""
-    with others(f"rollouts {str(path)!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+    with wrap_library_errors(
+        f"rollouts {str(path)!r:.200} cannot be looked for", OSError, ValueError
+    ):  # too long a name, or none
         if path.is_file():
             return path
         if (path / SAMPLES_FILE).is_file():
@@ -89,7 +91,7 @@ def _file(path: Path) -> Path:
     )
 
 
-def _place(line: str) -> tuple[int, int]:
+def _get_sample_order(line: str) -> tuple[int, int]:
     """Where an evaluation's answer stands: by sample, then by problem. What is no answer comes first, to be refused."""
     try:
         row = json.loads(line)
@@ -98,11 +100,11 @@ def _place(line: str) -> tuple[int, int]:
         return -1, -1
 
 
-def _rollout(
+def _parse_line(
     where: str, line: str, tokenizer: PreTrainedTokenizerBase, context: int | None, vocabulary: int, template: dict
 ) -> Rollout:
     try:
-        rollout = _from_row(json.loads(line), tokenizer, vocabulary, template)
+        rollout = _build_rollout(json.loads(line), tokenizer, vocabulary, template)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where} is no rollout ({type(error).__name__}: {error}): a row holds messages, or prompt and completion, or "
@@ -119,7 +121,7 @@ def _rollout(
     return rollout
 
 
-def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: dict) -> Rollout:
+def _build_rollout(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: dict) -> Rollout:
     if "prompt_ids" in row:
         prompt, answer = list(row["prompt_ids"]), list(row["completion_ids"])
         for token in (*prompt, *answer):
@@ -139,17 +141,17 @@ def _from_row(row: dict, tokenizer: PreTrainedTokenizerBase, vocabulary: int, te
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(completion, list):
             completion = completion[-1]["content"]
-    ids = prompt_ids(tokenizer, prompt, **template)
+    ids = tokenize_prompt(tokenizer, prompt, **template)
     answer = list(tokenizer(completion, add_special_tokens=False)["input_ids"]) if completion else []
     if answer and tokenizer.eos_token_id is not None:
         answer.append(tokenizer.eos_token_id)  # the model's own decision to stop is part of its answer
     return Rollout(ids, answer, tokenizer.decode(ids), completion)
 
 
-def sampled_rollouts(
+def sample_rollouts(
     engine: TransformersEngine,
     prompts: Sequence[tuple[int, ...]],
-    store: Store[int, Rollout],
+    store: ResultCache[int, Rollout],
     seed: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
@@ -160,11 +162,13 @@ def sampled_rollouts(
     Args:
         engine ([`~bupo.generation.seeded_sampling.TransformersEngine`]): samples.
         prompts (`list[tuple[int, ...]]`): token ids.
-        store ([`~bupo.run_files.result_cache.Store`]): of the answers, by their prompt's place.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): of the answers, by their prompt's place.
         seed (`int`, *optional*, defaults to `0`): of the sampling.
         on_done (`Callable`, *optional*): called with the number of answers just finished.
     """
-    requests = [Request(i, 0, ids, seed_of(seed, i, 0)) for i, ids in enumerate(prompts) if i not in store.rows]
+    requests = [
+        CompletionRequest(i, 0, ids, derive_seed(seed, i, 0)) for i, ids in enumerate(prompts) if i not in store.rows
+    ]
     on_done(len(prompts) - len(requests))
     for start in range(0, len(requests), engine.batch_size):
         batch = requests[start : start + engine.batch_size]
@@ -177,22 +181,22 @@ def sampled_rollouts(
     return [store.rows[i] for i in range(len(prompts))]
 
 
-def rollout_line(problem: int, rollout: Rollout) -> str:
+def rollout_to_json(problem: int, rollout: Rollout) -> str:
     """As JSON, which `read_rollouts` takes too."""
     return json.dumps({"problem": problem, **asdict(rollout)})
 
 
-def read_rollout(line: str) -> tuple[int, Rollout]:
+def rollout_from_json(line: str) -> tuple[int, Rollout]:
     """A line back into its problem's place and the rollout."""
     kinds = {"problem": int, "prompt_ids": list, "completion_ids": list, "prompt": str, "completion": str}
-    row = check(json.loads(line), kinds)
+    row = check_keys(json.loads(line), kinds)
     for name in ("prompt_ids", "completion_ids"):
         if not row[name] or not all(type(token) is int and 0 <= token < 1 << 31 for token in row[name]):
             raise ValueError(f"{name} holds what is no token")
     return row.pop("problem"), Rollout(**row)
 
 
-def digest(rollout: Rollout) -> str:
+def hash_rollout(rollout: Rollout) -> str:
     """Tells rollouts apart."""
     ids = json.dumps([rollout.prompt_ids, rollout.completion_ids])
     return hashlib.sha256(ids.encode()).hexdigest()[:12]

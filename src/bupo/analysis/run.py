@@ -11,37 +11,51 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bupo.analysis.checkpoint_series import Course, course_of, write_course
-from bupo.analysis.measured_answers import ANSWERS_FILE, TOKENS_FILE, Measured, measured
+from bupo.analysis.checkpoint_series import CheckpointSeries, find_checkpoint_series, write_checkpoint_series
+from bupo.analysis.measured_answers import ANSWERS_FILE, TOKENS_FILE, MeasuredRollouts, measure_with_cache
 from bupo.analysis.measures import MEASURES
-from bupo.analysis.options import OTHERWISE, PAPER, AnalyzeOptions
-from bupo.analysis.results import AnalysisReport, ModelReport, model_report, write_report
-from bupo.analysis.rollouts import Rollout, digest, read_rollout, read_rollouts, rollout_line, sampled_rollouts
-from bupo.analysis.tables import AnswerSums
-from bupo.analysis.token_view import token_views
-from bupo.data.chat_templates import check_context, check_size, check_template, prompt_ids
-from bupo.data.problems import ARITHMETIC, check_columns, load_problems, prompt_digests
-from bupo.data.prompt_settings import Asking, as_trained
-from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, without_k
-from bupo.evaluation.paper_preset import asked_as
+from bupo.analysis.options import FALLBACK_OPTIONS, PAPER_OPTIONS, AnalyzeOptions
+from bupo.analysis.results import AnalysisReport, ModelReport, build_model_report, write_report
+from bupo.analysis.rollouts import (
+    Rollout,
+    hash_rollout,
+    read_rollouts,
+    rollout_from_json,
+    rollout_to_json,
+    sample_rollouts,
+)
+from bupo.analysis.tables import CompletionSums
+from bupo.analysis.token_view import build_token_views
+from bupo.data.chat_templates import check_chat_template, check_prompt_characters, check_prompt_tokens, tokenize_prompt
+from bupo.data.problems import ARITHMETIC, check_problems, compute_prompt_digests, load_problems
+from bupo.data.prompt_settings import PromptSettings, read_training_prompt_settings
+from bupo.evaluation.benchmarks import is_benchmark, load_benchmark, split_k
+from bupo.evaluation.paper_preset import resolve_preset
 from bupo.generation.seeded_sampling import TransformersEngine
 from bupo.models.internal_policy import InternalPolicies
-from bupo.models.loading import context_of, fingerprint, limits_of, load_config, load_on_device, load_tokenizer
-from bupo.models.metadata import model_meta, name_of
-from bupo.models.residual_stream import evaluating
-from bupo.options.groups import changed
-from bupo.options.ranges import abridged
-from bupo.run_files.provenance import note_run
-from bupo.run_files.result_cache import Store, inside
+from bupo.models.loading import (
+    compute_weight_fingerprint,
+    get_context_length,
+    get_model_limits,
+    load_config,
+    load_on_device,
+    load_tokenizer,
+)
+from bupo.models.metadata import get_model_metadata, get_model_name
+from bupo.models.residual_stream import eval_mode
+from bupo.options.groups import get_changed_options
+from bupo.options.ranges import abbreviate
+from bupo.run_files.provenance import record_run
+from bupo.run_files.result_cache import ResultCache, get_label_folder
 from bupo.utils.errors import UserError
-from bupo.utils.files import check_output, refuse_links
-from bupo.utils.lock import sole_writer
-from bupo.utils.progress import task
-from bupo.utils.sanitize import printable
+from bupo.utils.files import check_output_folder, refuse_links
+from bupo.utils.lock import folder_lock
+from bupo.utils.progress import add_progress_task
+from bupo.utils.sanitize import escape_text
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 
-Prompts = list[tuple[int, ...]]
+PromptIds = list[tuple[int, ...]]
 
 
 def analyze(
@@ -68,42 +82,52 @@ def analyze(
     Raises:
         UserError: for bad options, a model or problems that cannot be read, or a folder with work of other settings.
     """
-    names = [model] if isinstance(model, str) else [name_of(model)] if isinstance(model, nn.Module) else list(model)
+    names = (
+        [model] if isinstance(model, str) else [get_model_name(model)] if isinstance(model, nn.Module) else list(model)
+    )
     options = replace(options or AnalyzeOptions(), model=names)
     options.check()
-    check_output("output", options.output)
-    check_template(options.chat_template)
-    labels = _labels(names, options.output)
-    noted, loaded = changed(options) if noted is None else noted, model if isinstance(model, nn.Module) else None
-    options, asking = _settled(options, loaded, tokenizer)
-    given = _given(loaded, tokenizer, problems, rollouts, options, asking, noted)
+    check_output_folder("output", options.output)
+    check_chat_template(options.chat_template)
+    labels = _build_labels(names, options.output)
+    noted, loaded = (
+        get_changed_options(options) if noted is None else noted,
+        model if isinstance(model, nn.Module) else None,
+    )
+    options, asking = _resolve_options(options, loaded, tokenizer)
+    given = _collect_inputs(loaded, tokenizer, problems, rollouts, options, asking, noted)
     if bar and asking.line:
-        bar.console.print(printable(asking.line), highlight=False, markup=False)
-    _look_ahead(names, given, options)
-    return _analysis(names, labels, given, *_over_training(names, given, options), bar)
+        bar.console.print(escape_text(asking.line), highlight=False, markup=False)
+    _check_inputs(names, given, options)
+    return _analyze_models(names, labels, given, *_find_series(names, given, options), bar)
 
 
-def _analysis(
-    names: list[str], labels: list[str], given: "_Given", options: AnalyzeOptions, course: Course | None, bar
+def _analyze_models(
+    names: list[str],
+    labels: list[str],
+    given: "_AnalysisInputs",
+    options: AnalyzeOptions,
+    course: CheckpointSeries | None,
+    bar,
 ) -> AnalysisReport:
     """As of `analyze`, in a folder of its own."""
     reports: list[ModelReport] = []
-    with sole_writer(options.output):
+    with folder_lock(options.output):
         for name, label in zip(names, labels, strict=True):
-            reports.append(_reported(name, label, given, options, bar, first=not reports))
+            reports.append(_analyze_model(name, label, given, options, bar, first=not reports))
         report = AnalysisReport(tuple(reports), Path(options.output))
         write_report(report)
-        write_course(report, course)
+        write_checkpoint_series(report, course)
     return report
 
 
-def _settled(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[AnalyzeOptions, Asking]:
+def _resolve_options(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[AnalyzeOptions, PromptSettings]:
     """Options with all that is not given, and how the models are asked: all in the same way.
 
     Raises:
         UserError: if they were trained in different ways and it is not given in which of them they are asked.
     """
-    owns = [as_trained(name, options.adapter) for name in options.model] if model is None else []
+    owns = [read_training_prompt_settings(name, options.adapter) for name in options.model] if model is None else []
     trained = [own for own in owns if own is not None]
     for own in trained[1:]:
         for name in ("system_prompt", "max_new_tokens", "temperature", "top_p", "chat_template_kwargs"):
@@ -111,28 +135,30 @@ def _settled(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[AnalyzeOpt
             values = getattr(trained[0], name), getattr(own, name)
             if getattr(options, option) is None and values[0] != values[1]:
                 raise UserError(
-                    f"{trained[0].folder} was trained with {name} {abridged(values[0])}, {own.folder} with "
-                    f"{abridged(values[1])}: give {option}, or analyse them one by one"
+                    f"{trained[0].folder} was trained with {name} {abbreviate(values[0])}, {own.folder} with "
+                    f"{abbreviate(values[1])}: give {option}, or analyse them one by one"
                 )
-    first = {name: value for name, value in PAPER.items() if name != "dataset" or not options.rollouts}
+    first = {name: value for name, value in PAPER_OPTIONS.items() if name != "dataset" or not options.rollouts}
     models = options.model if model is None else [model]
-    return asked_as(options, trained[0] if trained else None, models, tokenizer, OTHERWISE, first)
+    return resolve_preset(options, trained[0] if trained else None, models, tokenizer, FALLBACK_OPTIONS, first)
 
 
-def _look_ahead(names: list[str], given: "_Given", options: AnalyzeOptions) -> None:
+def _check_inputs(names: list[str], given: "_AnalysisInputs", options: AnalyzeOptions) -> None:
     """What is missing or refused is found before the first model is loaded and measured."""
     for name in names if given.model is None else ():
         tokenizer = load_tokenizer(name, **options.loading())
-        given.asking.give_template(tokenizer)
+        given.prompt_settings.set_template(tokenizer)
         config = load_config(name, **options.loading())
         if options.rollouts and name == names[0]:
-            _read(options, tokenizer, config, given.asking)
+            _read_rollouts(options, tokenizer, config, given.prompt_settings)
 
 
-def _over_training(names: list[str], given: "_Given", options: AnalyzeOptions) -> tuple[AnalyzeOptions, Course | None]:
+def _find_series(
+    names: list[str], given: "_AnalysisInputs", options: AnalyzeOptions
+) -> tuple[AnalyzeOptions, CheckpointSeries | None]:
     """The run whose checkpoints are analysed on the same answers, if they are of one; then with the KL of all pairs."""
     if given.model is None and given.problems is None:
-        course = course_of(names, options.layer, options.output, **options.loading())
+        course = find_checkpoint_series(names, options.layer, options.output, **options.loading())
         return replace(options, kl_pairs=options.kl_pairs or course is not None), course
     if options.layer:
         raise UserError(
@@ -142,12 +168,12 @@ def _over_training(names: list[str], given: "_Given", options: AnalyzeOptions) -
 
 
 @dataclass(frozen=True)
-class _Given:
+class _AnalysisInputs:
     """What is analysed besides names: as of `analyze`, with the problems loaded where they are answered.
 
     Attributes:
         source (`str`): where problems or rollouts are from.
-        asking ([`~bupo.data.prompt_settings.Asking`]): how the models are asked.
+        asking ([`~bupo.data.prompt_settings.PromptSettings`]): how the models are asked.
         objects (`list[str]`): names of what came from Python.
         noted (`dict`): what `config.yaml` holds.
     """
@@ -157,14 +183,14 @@ class _Given:
     problems: Dataset | None
     rollouts: Sequence[Rollout] | None
     source: str
-    asking: Asking
-    objects: list[str]
+    prompt_settings: PromptSettings
+    python_arguments: list[str]
     noted: dict[str, Any]
 
 
-def _given(
-    model, tokenizer, problems, rollouts, options: AnalyzeOptions, asking: Asking, noted: dict[str, Any]
-) -> _Given:
+def _collect_inputs(
+    model, tokenizer, problems, rollouts, options: AnalyzeOptions, asking: PromptSettings, noted: dict[str, Any]
+) -> _AnalysisInputs:
     """Refuses what contradicts itself, and bad problems, before a model is loaded."""
     values = {"model": model, "problems": problems, "rollouts": rollouts}
     objects = [name for name, value in values.items() if value is not None]
@@ -180,12 +206,12 @@ def _given(
     if rollouts is not None and not len(rollouts):
         raise UserError("rollouts is empty: give some, or leave it out")
     if problems is not None:
-        check_columns(problems, "problems", ("prompt",))
-    return _Given(model, tokenizer, problems, rollouts, source, asking, objects, noted)
+        check_problems(problems, "problems", ("prompt",))
+    return _AnalysisInputs(model, tokenizer, problems, rollouts, source, asking, objects, noted)
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _LoadedModel:
     """A model that is analysed, opened up, and its folder."""
 
     label: str
@@ -195,7 +221,7 @@ class _Subject:
     folder: Path
 
 
-def _subject(name: str, label: str, given: _Given, options: AnalyzeOptions) -> _Subject:
+def _load_model(name: str, label: str, given: _AnalysisInputs, options: AnalyzeOptions) -> _LoadedModel:
     if given.tokenizer is not None:
         tokenizer = copy.deepcopy(given.tokenizer)  # it is given a template
     else:
@@ -203,56 +229,56 @@ def _subject(name: str, label: str, given: _Given, options: AnalyzeOptions) -> _
     model = given.model
     if model is None:
         model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.loading())
-    template, temperature = given.asking.give_template(tokenizer), options.sampling[1]
+    template, temperature = given.prompt_settings.set_template(tokenizer), options.sampling[1]
     policies = InternalPolicies(model, lens=options.lens, temperature=temperature)
-    meta = model_meta(name, policies.stream, options.lens, temperature, options.revision) | {
+    meta = get_model_metadata(name, policies.stream, options.lens, temperature, options.revision) | {
         "adapter": options.adapter,
         "seed": options.seed,
         "template": template,
-        "weights": fingerprint(policies.stream.model),
+        "weights": compute_weight_fingerprint(policies.stream.model),
         "kl_pairs": options.kl_pairs,
-        **given.asking.noted,
+        **given.prompt_settings.noted,
     }
     meta |= {"preset": options.preset} if options.preset else {}
-    return _Subject(label, policies, tokenizer, meta, inside(options.output, label))
+    return _LoadedModel(label, policies, tokenizer, meta, get_label_folder(options.output, label))
 
 
-def _reported(
-    name: str, label: str, given: _Given, options: AnalyzeOptions, bar: Progress | None, first: bool
+def _analyze_model(
+    name: str, label: str, given: _AnalysisInputs, options: AnalyzeOptions, bar: Progress | None, first: bool
 ) -> ModelReport:
     """One model: rollouts, measures, and what the tables and the page need. Other work in the folder is refused first."""
-    subject = _subject(name, label, given, options)
-    answers, prompts, rollouts = None, Prompts(), []
+    subject = _load_model(name, label, given, options)
+    answers, prompts, rollouts = None, PromptIds(), []
     if given.problems is None:
         rollouts = (
             list(given.rollouts)
             if given.rollouts is not None
-            else _read(options, subject.tokenizer, subject.policies.stream.config, given.asking)
+            else _read_rollouts(options, subject.tokenizer, subject.policies.stream.config, given.prompt_settings)
         )
     else:
-        asked, limits = given.asking.template_options, limits_of(subject.policies.stream.config)
-        check_size(given.problems["prompt"], limits, given.source)
-        prompts = [tuple(prompt_ids(subject.tokenizer, problem["prompt"], **asked)) for problem in given.problems]
-        check_context(prompts, limits, given.source)
-        answers = _answers(subject, options, given.problems, prompts)
-    _measures(subject, options, rollouts, sampled=answers is not None)
+        asked, limits = given.prompt_settings.template_kwargs, get_model_limits(subject.policies.stream.config)
+        check_prompt_characters(given.problems["prompt"], limits, given.source)
+        prompts = [tuple(tokenize_prompt(subject.tokenizer, problem["prompt"], **asked)) for problem in given.problems]
+        check_prompt_tokens(prompts, limits, given.source)
+        answers = _open_rollout_cache(subject, options, given.problems, prompts)
+    _open_measure_cache(subject, options, rollouts, sampled=answers is not None)
     if first:
-        note_run(options.output, "analyze", given.noted, given.objects)
-    with evaluating(subject.policies.stream.model):
+        record_run(options.output, "analyze", given.noted, given.python_arguments)
+    with eval_mode(subject.policies.stream.model):
         if answers is not None:
-            rollouts = _sampled(subject, options, answers, prompts, bar)
-        found = _measured(subject, options, rollouts, answers is not None, bar)
-        views = token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
-    return model_report(label, subject.meta | {"dataset": given.source}, found, views, subject.folder)
+            rollouts = _sample_rollouts(subject, options, answers, prompts, bar)
+        found = _measure_rollouts(subject, options, rollouts, answers is not None, bar)
+        views = build_token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
+    return build_model_report(label, subject.meta | {"dataset": given.source}, found, views, subject.folder)
 
 
-def _measured(
-    subject: _Subject, options: AnalyzeOptions, rollouts: list[Rollout], sampled: bool, bar: Progress | None
-) -> Measured:
-    store = _measures(subject, options, rollouts, sampled)
+def _measure_rollouts(
+    subject: _LoadedModel, options: AnalyzeOptions, rollouts: list[Rollout], sampled: bool, bar: Progress | None
+) -> MeasuredRollouts:
+    store = _open_measure_cache(subject, options, rollouts, sampled)
     store.begin()
     total = sum(len(r.completion_ids) for r in rollouts)
-    return measured(
+    return measure_with_cache(
         subject.policies,
         rollouts,
         store,
@@ -260,39 +286,43 @@ def _measured(
         max_tokens=options.max_tokens,
         per_token=options.per_token,
         pairs=options.kl_pairs,
-        on_tokens=task(bar, f"{subject.label}: tokens", min(options.max_tokens or total, total)),
+        on_tokens=add_progress_task(bar, f"{subject.label}: tokens", min(options.max_tokens or total, total)),
     )
 
 
-def _read(
-    options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asking: Asking
+def _read_rollouts(
+    options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asking: PromptSettings
 ) -> list[Rollout]:
     config = config.get_text_config()
-    most = context_of(config), getattr(config, "vocab_size", None)
-    return read_rollouts(str(options.rollouts), tokenizer, *most, **asking.template_options)
+    most = get_context_length(config), getattr(config, "vocab_size", None)
+    return read_rollouts(str(options.rollouts), tokenizer, *most, **asking.template_kwargs)
 
 
-def _answers(subject: _Subject, options: AnalyzeOptions, problems: Dataset, prompts: Prompts) -> Store[int, Rollout]:
+def _open_rollout_cache(
+    subject: _LoadedModel, options: AnalyzeOptions, problems: Dataset, prompts: PromptIds
+) -> ResultCache[int, Rollout]:
     """Where the sampled answers are kept. They do not depend on the lens, nor on what is measured."""
     sampling = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: subject.meta[name] for name in ("dtype", "weights", "template")}
     settings |= {name: getattr(options, name) for name in sampling}
     settings |= {"engine": "transformers", "prompt": subject.tokenizer.decode(prompts[0])}
-    return Store(
+    return ResultCache(
         subject.folder,
         ROLLOUTS_FILE,
         "answers",
-        read_rollout,
-        rollout_line,
+        rollout_from_json,
+        rollout_to_json,
         settings,
-        prompt_digests(problems),
+        compute_prompt_digests(problems),
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
         beside=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
         overwrite=options.overwrite,
     )
 
 
-def _sampled(subject: _Subject, options: AnalyzeOptions, store: Store, prompts: Prompts, bar) -> list[Rollout]:
+def _sample_rollouts(
+    subject: _LoadedModel, options: AnalyzeOptions, store: ResultCache, prompts: PromptIds, bar
+) -> list[Rollout]:
     store.begin()
     engine = TransformersEngine(
         subject.policies.stream.model,
@@ -300,25 +330,25 @@ def _sampled(subject: _Subject, options: AnalyzeOptions, store: Store, prompts: 
         *options.sampling,
         batch_size=options.batch_size,
     )
-    done = task(bar, f"{subject.label}: answers", len(prompts))
-    return sampled_rollouts(engine, prompts, store, options.seed, done)
+    done = add_progress_task(bar, f"{subject.label}: answers", len(prompts))
+    return sample_rollouts(engine, prompts, store, options.seed, done)
 
 
-def _measures(
-    subject: _Subject, options: AnalyzeOptions, rollouts: Sequence[Rollout], sampled: bool
-) -> Store[int, AnswerSums]:
+def _open_measure_cache(
+    subject: _LoadedModel, options: AnalyzeOptions, rollouts: Sequence[Rollout], sampled: bool
+) -> ResultCache[int, CompletionSums]:
     """Where the measures are kept: a folder for each lens, with or without the KL of all pairs, of sampled or given answers."""
     names = ("dtype", "weights", "lens", "temperature", "kl_pairs")
     folder = subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * (not sampled))
     refuse_links(folder, Path(options.output))
-    return Store(
+    return ResultCache(
         folder,
         ANSWERS_FILE,
         "measures",
-        _read_sums,
+        _parse_sums,
         lambda index, sums: sums.line(),
         {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
-        [digest(rollout) for rollout in rollouts],
+        [hash_rollout(rollout) for rollout in rollouts],
         "answers",
         noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
         beside=[TOKENS_FILE],
@@ -326,15 +356,15 @@ def _measures(
     )
 
 
-def _read_sums(line: str) -> tuple[int, AnswerSums]:
-    sums = AnswerSums.read(line)
+def _parse_sums(line: str) -> tuple[int, CompletionSums]:
+    sums = CompletionSums.read(line)
     return sums.index, sums
 
 
 def _load_problems(options: AnalyzeOptions) -> Dataset:
     name = options.dataset or ARITHMETIC
     if is_benchmark(name):
-        if without_k(name)[1]:
+        if split_k(name)[1]:
             raise UserError(
                 f"dataset {name}: an analysis takes one answer a problem, so leave out the number behind it"
             )
@@ -364,11 +394,11 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
     )
 
 
-def _labels(names: list[str], output: str) -> list[str]:
+def _build_labels(names: list[str], output: str) -> list[str]:
     """Short names of the models, each its own."""
     if not names:
         raise UserError("model is empty: give the folder of a model, a hub id or 'embedded'")
     labels = [Path(name).stem if name.endswith(".gguf") else Path(name).name for name in names]
     for label in labels:
-        inside(output, label)
+        get_label_folder(output, label)
     return [label if labels.count(label) == 1 else f"{i + 1}-{label}" for i, label in enumerate(labels)]

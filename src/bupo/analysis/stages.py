@@ -6,15 +6,15 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from bupo.analysis.measures import MEASURES
-from bupo.analysis.tables import AnswerSums, Resampled
+from bupo.analysis.tables import BootstrapMeans, CompletionSums
 
-TOLERANCE = 0.05  # nats: an entropy change within it is integration
-STAGES = ("exploration", "integration", "convergence")
-FIT = 2 / 3  # share of layers that must be in their range's stage, for a pattern
-LATE = 8  # a convergence that takes no more than an eighth of the layers is abrupt
+ENTROPY_TOLERANCE = 0.05  # nats: an entropy change within it is integration
+REASONING_STAGES = ("exploration", "integration", "convergence")
+MIN_STAGE_FIT = 2 / 3  # share of layers that must be in their range's stage, for a pattern
+ABRUPT_DIVISOR = 8  # a convergence that takes no more than an eighth of the layers is abrupt
 
 
-def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
+def classify_stages(answers: Sequence[CompletionSums], tolerance: float = ENTROPY_TOLERANCE) -> dict:
     """Stages, boundary and pattern from `dH_FFN`.
 
     A layer explores where the whole 95 % interval of its mean `dH_FFN` lies above the tolerance, converges where it lies
@@ -26,9 +26,9 @@ def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
         which it is the last above the tolerance; 0 stands for none), `paper_boundary_layer` (by the paper's rule),
         `tolerance` (nats), `explanation`; `ranges` and `fit` of `ranges_of`, `pattern` and `verdict` of `pattern_of`.
     """
-    resampled, row = Resampled(answers), MEASURES.index("d_entropy_ffn")
+    resampled, row = BootstrapMeans(answers), MEASURES.index("d_entropy_ffn")
     mean, (low, high) = resampled.mean[row], (bound[row] for bound in resampled.interval())
-    boundary, paper = _last(low > tolerance), _last(mean > 0)
+    boundary, paper = _find_last_layer(low > tolerance), _find_last_layer(mean > 0)
     if np.isnan(low).any():
         names, shares = ["undecided"] * len(mean), dict[int, float]()
         explanation = "one answer leaves nothing to resample: measure more answers"
@@ -37,11 +37,13 @@ def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
             "exploration" if a > tolerance else "convergence" if b < -tolerance else "integration"
             for a, b in zip(low, high, strict=True)
         ]
-        last = np.array([_last(draw > tolerance) or 0 for draw in resampled.draws[:, row]])
+        last = np.array([_find_last_layer(draw > tolerance) or 0 for draw in resampled.draws[:, row]])
         shares = {int(layer): float(np.mean(last == layer)) for layer in np.unique(last)}
-        explanation = _explained(boundary, shares, mean, low, high, tolerance) + _by_the_papers_rule(boundary, paper)
-    ranges, fit = ranges_of(names, mean)
-    pattern, verdict = pattern_of(ranges, fit, len(mean))
+        explanation = _describe_boundary(boundary, shares, mean, low, high, tolerance) + _describe_paper_boundary(
+            boundary, paper
+        )
+    ranges, fit = find_stage_ranges(names, mean)
+    pattern, verdict = classify_pattern(ranges, fit, len(mean))
     return {
         "stages": names,
         "boundary_layer": boundary,
@@ -56,13 +58,13 @@ def stages(answers: Sequence[AnswerSums], tolerance: float = TOLERANCE) -> dict:
     }
 
 
-def _last(holds: np.ndarray) -> int | None:
+def _find_last_layer(holds: np.ndarray) -> int | None:
     """The last layer for which `(L,)` something holds, from 1."""
     places = np.flatnonzero(holds)
     return int(places[-1]) + 1 if len(places) else None
 
 
-def _explained(boundary: int | None, shares: dict[int, float], mean, low, high, tolerance: float) -> str:
+def _describe_boundary(boundary: int | None, shares: dict[int, float], mean, low, high, tolerance: float) -> str:
     """The boundary in words, from dH_FFN by layer: means and the bounds of their intervals."""
     layer = boundary or int(mean.argmax()) + 1
     number = f"{mean[layer - 1]:+.3f} nats [{low[layer - 1]:+.3f}, {high[layer - 1]:+.3f}]"
@@ -76,13 +78,13 @@ def _explained(boundary: int | None, shares: dict[int, float], mean, low, high, 
     )
 
 
-def _by_the_papers_rule(boundary: int | None, paper: int | None) -> str:
+def _describe_paper_boundary(boundary: int | None, paper: int | None) -> str:
     if boundary == paper:
         return ""
     return f"; by the paper's rule, the last layer with a positive mean, it would be {f'layer {paper}' if paper else 'none'}"
 
 
-def ranges_of(names: Sequence[str], mean: np.ndarray) -> tuple[dict[str, list[int] | None], float]:
+def find_stage_ranges(names: Sequence[str], mean: np.ndarray) -> tuple[dict[str, list[int] | None], float]:
     """Three contiguous ranges of layers that explore, integrate and converge, as the paper gives them (Qwen3-4B: 1 to 6, 7 to
     26, 27 to 36).
 
@@ -99,17 +101,21 @@ def ranges_of(names: Sequence[str], mean: np.ndarray) -> tuple[dict[str, list[in
     size = len(names)
 
     def merit(cuts: tuple[int, int]) -> tuple[int, float]:
-        wanted = [STAGES[0]] * cuts[0] + [STAGES[1]] * (cuts[1] - cuts[0]) + [STAGES[2]] * (size - cuts[1])
+        wanted = (
+            [REASONING_STAGES[0]] * cuts[0]
+            + [REASONING_STAGES[1]] * (cuts[1] - cuts[0])
+            + [REASONING_STAGES[2]] * (size - cuts[1])
+        )
         agree = sum(own == other for own, other in zip(names, wanted, strict=True))
         return agree, -float(np.abs(mean[cuts[0] : cuts[1]]).sum())
 
     first, second = max(combinations_with_replacement(range(size + 1), 2), key=merit)
-    ends = zip(STAGES, (0, first, second), (first, second, size), strict=True)
+    ends = zip(REASONING_STAGES, (0, first, second), (first, second, size), strict=True)
     ranges = {stage: [start + 1, stop] if stop > start else None for stage, start, stop in ends}
     return ranges, merit((first, second))[0] / size
 
 
-def pattern_of(ranges: dict[str, list[int] | None], fit: float, layers: int) -> tuple[str, str]:
+def classify_pattern(ranges: dict[str, list[int] | None], fit: float, layers: int) -> tuple[str, str]:
     """The pattern by name, and in words with the numbers that it rests on.
 
     `progressive`: exploration, integration and convergence one after another, as Qwen's. `abrupt`: convergence in the last
@@ -118,9 +124,9 @@ def pattern_of(ranges: dict[str, list[int] | None], fit: float, layers: int) -> 
     parts = [f"{stage} {bounds[0]} to {bounds[1]}" for stage, bounds in ranges.items() if bounds]
     numbers = f"{', '.join(parts)}; {100 * fit:.0f} % of the layers agree"
     end = ranges["convergence"]
-    if fit < FIT:
+    if fit < MIN_STAGE_FIT:
         return "neither", f"neither progressive nor abrupt: no three ranges fit (best: {numbers})"
-    if end and end[1] - end[0] + 1 <= max(1, layers // LATE):
+    if end and end[1] - end[0] + 1 <= max(1, layers // ABRUPT_DIVISOR):
         return "abrupt", f"abrupt: converges in the last layers only ({numbers})"
     if all(ranges.values()):
         return "progressive", f"progressive: explores, integrates, converges ({numbers})"

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bupo.analysis.measures import MEASURES, AnswerMeasures
-from bupo.run_files.reading import check
+from bupo.analysis.measures import MEASURES, CompletionMeasures
+from bupo.run_files.reading import check_keys
 
-RESAMPLES = 2000
-ARRAYS = ("total", "squares", "similarity", "kl")  # of an answer's sums
-SETTLED = 0.99  # level of the intervals that `--until settled` looks at
-SETTLED_ANSWERS = 8  # fewer answers settle nothing
+NUM_RESAMPLES = 2000
+ARRAY_FIELDS = ("total", "squares", "similarity", "kl")  # of an answer's sums
+STOPPING_LEVEL = 0.99  # level of the intervals that `--until settled` looks at
+MIN_STOPPING_COMPLETIONS = 8  # fewer answers settle nothing
 
 
 @dataclass
-class AnswerSums:
+class CompletionSums:
     """What of an answer goes into the tables: sums over its T tokens.
 
     Attributes:
@@ -43,7 +43,7 @@ class AnswerSums:
     entropy: float
 
     @classmethod
-    def of(cls, answer: AnswerMeasures) -> "AnswerSums":
+    def of(cls, answer: CompletionMeasures) -> "CompletionSums":
         values = np.stack([answer.values[name] for name in MEASURES])
         return cls(
             answer.index,
@@ -57,7 +57,7 @@ class AnswerSums:
         )
 
     @classmethod
-    def joined(cls, answers: Sequence["AnswerSums"]) -> "AnswerSums":
+    def merge(cls, answers: Sequence["CompletionSums"]) -> "CompletionSums":
         """The sums of several answers, such as those to one prompt, which resampling must not part."""
         names = [field.name for field in fields(cls) if field.name != "index"]
         sums = {name: sum(getattr(a, name) for a in answers) for name in names if getattr(answers[0], name) is not None}
@@ -69,15 +69,17 @@ class AnswerSums:
         def rounded(array: np.ndarray) -> list:
             return [[float(f"{x:.9g}") for x in row] for row in array]
 
-        arrays = {name: rounded(getattr(self, name)) for name in ARRAYS if getattr(self, name) is not None}
+        arrays = {name: rounded(getattr(self, name)) for name in ARRAY_FIELDS if getattr(self, name) is not None}
         rest = {"log_prob": self.log_prob, "entropy": self.entropy}
         return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
 
     @classmethod
-    def read(cls, line: str) -> "AnswerSums":
+    def read(cls, line: str) -> "CompletionSums":
         kinds = {"index": int, "tokens": int, "log_prob": float, "entropy": float}
-        row: dict[str, Any] = check(json.loads(line), kinds | dict.fromkeys(("total", "squares", "similarity"), list))
-        arrays = {name: np.array(row[name], dtype=float) for name in ARRAYS if name in row}
+        row: dict[str, Any] = check_keys(
+            json.loads(line), kinds | dict.fromkeys(("total", "squares", "similarity"), list)
+        )
+        arrays = {name: np.array(row[name], dtype=float) for name in ARRAY_FIELDS if name in row}
         layers = arrays["similarity"].shape[-1]
         shapes = {"total": (len(MEASURES), layers), "squares": (len(MEASURES), layers)}
         for name, array in arrays.items():
@@ -86,7 +88,7 @@ class AnswerSums:
         return cls(**{"kl": None, **row, **arrays})
 
 
-class Resampled:
+class BootstrapMeans:
     """Bootstrap means of every measure and layer.
 
     Attributes:
@@ -94,14 +96,14 @@ class Resampled:
         draws (`np.ndarray` of shape `(RESAMPLES, len(MEASURES), L)`): means of the resamples; empty for one answer.
     """
 
-    def __init__(self, answers: Sequence[AnswerSums], seed: int = 0):
+    def __init__(self, answers: Sequence[CompletionSums], seed: int = 0):
         self.answers, self.tokens = len(answers), sum(a.tokens for a in answers)
         total = np.stack([a.total for a in answers])
         self.mean = total.sum(0) / self.tokens
         variance = np.stack([a.squares for a in answers]).sum(0) / self.tokens - self.mean**2
-        self.deviation = np.sqrt(np.maximum(variance, 0) * self.tokens / max(1, self.tokens - 1))
+        self.std = np.sqrt(np.maximum(variance, 0) * self.tokens / max(1, self.tokens - 1))
         n = len(answers)
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES if n > 1 else 0)
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES if n > 1 else 0)
         counts = drawn @ np.array([a.tokens for a in answers])
         self.draws = (drawn @ total.reshape(n, -1)).reshape(len(drawn), *self.mean.shape) / counts[:, None, None]
 
@@ -113,9 +115,9 @@ class Resampled:
         return low, high
 
 
-def layer_table(answers: Sequence[AnswerSums], model: str) -> pd.DataFrame:
+def build_layer_table(answers: Sequence[CompletionSums], model: str) -> pd.DataFrame:
     """Tidy: one row a measure and layer, with mean, standard deviation over tokens, count and 95 % interval."""
-    resampled = Resampled(answers)
+    resampled = BootstrapMeans(answers)
     low, high = resampled.interval()
     rows = [
         {
@@ -123,7 +125,7 @@ def layer_table(answers: Sequence[AnswerSums], model: str) -> pd.DataFrame:
             "measure": name,
             "layer": layer + 1,
             "mean": resampled.mean[m, layer],
-            "std": resampled.deviation[m, layer],
+            "std": resampled.std[m, layer],
             "low": low[m, layer],
             "high": high[m, layer],
             "tokens": resampled.tokens,
@@ -135,25 +137,25 @@ def layer_table(answers: Sequence[AnswerSums], model: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def settled(answers: Sequence[AnswerSums]) -> bool:
+def has_significant_signs(answers: Sequence[CompletionSums]) -> bool:
     """Whether the sign of `dH_FFN` is settled in every layer: at least 8 answers, no 99 % interval that holds zero."""
-    if len(answers) < SETTLED_ANSWERS:
+    if len(answers) < MIN_STOPPING_COMPLETIONS:
         return False
-    low, high = (bound[MEASURES.index("d_entropy_ffn")] for bound in Resampled(answers).interval(SETTLED))
+    low, high = (bound[MEASURES.index("d_entropy_ffn")] for bound in BootstrapMeans(answers).interval(STOPPING_LEVEL))
     return bool(((low > 0) | (high < 0)).all())
 
 
-def similarity(answers: Sequence[AnswerSums]) -> np.ndarray:
+def compute_similarity(answers: Sequence[CompletionSums]) -> np.ndarray:
     """`(L, L)`: mean cosine of H^l and H^m."""
     return np.stack([a.similarity for a in answers]).sum(0) / sum(a.tokens for a in answers)
 
 
-def divergence(answers: Sequence[AnswerSums]) -> np.ndarray | None:
+def compute_kl(answers: Sequence[CompletionSums]) -> np.ndarray | None:
     """`(L, L)`: mean KL(pi_Layer^l || pi_Layer^m) in nats, if it was measured."""
     sums = [a.kl for a in answers if a.kl is not None]
     return np.stack(sums).sum(0) / sum(a.tokens for a in answers) if len(sums) == len(answers) else None
 
 
-def perplexity(answers: Sequence[AnswerSums]) -> float:
+def compute_perplexity(answers: Sequence[CompletionSums]) -> float:
     """Of the answers under pi_theta: exp of the mean negative log-probability of a token."""
     return float(np.exp(-sum(a.log_prob for a in answers) / sum(a.tokens for a in answers)))

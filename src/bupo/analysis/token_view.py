@@ -6,25 +6,25 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bupo.analysis.rollouts import Rollout
-from bupo.data.token_text import token_text
+from bupo.data.token_text import format_token
 from bupo.models.internal_policy import InternalPolicies
-from bupo.models.residual_stream import Site
+from bupo.models.residual_stream import Activation
 
-VIEW_ANSWERS, VIEW_TOKENS, VIEW_TOP = 6, 96, 5  # of the token x layer view
+MAX_VIEW_ROLLOUTS, MAX_VIEW_TOKENS, VIEW_TOP_K = 6, 96, 5  # of the token x layer view
 
 
 @torch.no_grad()
-def top_tokens(
+def get_top_tokens(
     policies: InternalPolicies,
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],
     answer: list[int],
-    top: int = VIEW_TOP,
+    top: int = VIEW_TOP_K,
 ) -> dict:
     """What every layer's policy would say at each answer position.
 
     Returns:
-        `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by [`~bupo.data.token_text.token_text`]), and
+        `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by [`~bupo.data.token_text.format_token`]), and
         by layer 1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text
         and probability, most likely first) and `top_ids` (the ids of these). Compare tokens by id: several may have one text.
     """
@@ -33,14 +33,14 @@ def top_tokens(
     first = len(prompt) - 1
     device = stream.model.get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
-    states = stream.run([Site("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
+    states = stream.run([Activation("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
     targets = torch.tensor(answer)[:, None]
-    show = cache(partial(token_text, tokenizer))
+    show = cache(partial(format_token, tokenizer))
     view: dict = {"ids": list(answer), "tokens": [show(t) for t in answer]}
     view |= {"entropy": [], "chosen": [], "top": [], "top_ids": []}
     for layer in layers:
         rows: dict[str, list] = {"entropy": [], "chosen": [], "top": [], "top_ids": []}
-        x = stream.lensed(states[Site("layer", layer)], policies.lens)
+        x = stream.apply_lens(states[Activation("layer", layer)], policies.lens)
         for piece, target in zip(x.split(32), targets.split(32), strict=True):
             log_p = stream.logits(piece, policies.temperature).log_softmax(-1).cpu()
             rows["entropy"] += [round(h, 3) for h in torch.special.entr(log_p.exp()).sum(-1).tolist()]
@@ -54,9 +54,11 @@ def top_tokens(
     return view
 
 
-def token_views(policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]) -> list[dict]:
+def build_token_views(
+    policies: InternalPolicies, tokenizer: PreTrainedTokenizerBase, rollouts: list[Rollout]
+) -> list[dict]:
     """The token x layer views of the first few answers, with their prompts."""
     return [
-        {"prompt": r.prompt, **top_tokens(policies, tokenizer, r.prompt_ids, r.completion_ids[:VIEW_TOKENS])}
-        for r in rollouts[:VIEW_ANSWERS]
+        {"prompt": r.prompt, **get_top_tokens(policies, tokenizer, r.prompt_ids, r.completion_ids[:MAX_VIEW_TOKENS])}
+        for r in rollouts[:MAX_VIEW_ROLLOUTS]
     ]

@@ -15,15 +15,15 @@ import math
 
 import torch
 
-from bupo.models.token_scoring import ALL_MASKED, MASKED
+from bupo.models.token_scoring import ALL_MASKED_MESSAGE, MASKED_LOGIT
 from bupo.models.unembedding import Unembedding
 from bupo.utils.errors import UserError
 
-TILE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
-LARGEST_TOTAL = 1e30  # of a tile's exponentials: beyond it their products with logits leave fp32
+CPU_TILE_SIZE = 512  # vocabulary entries of a tile: all that is done to it finds it in cache
+MAX_EXP_SUM = 1e30  # of a tile's exponentials: beyond it their products with logits leave fp32
 
 
-class Fold:
+class StreamedPolicies:
     """Policies folded tile by tile: log-normalisers and entropies, `(policies, rows)`.
 
     The first `spoken` policies also keep the logit of the chosen token and the most likely token. The first is pi_theta, the
@@ -45,12 +45,12 @@ class Fold:
         every = torch.arange(spoken, device=device).expand(spoken - 1, -1)
         self.others = every if pairs else torch.stack([torch.zeros_like(layers), layers - 1], 1)
         self.mean = zeros(*self.others.shape, rows)
-        self.tile = tile_size(states[0].device)
+        self.tile = get_tile_size(states[0].device)
         self.buffers = [zeros(rows, self.tile) for _ in range(4)]
         if pairs:
-            self.spoken_logits, self.spoken_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
+            self.compared_logits, self.compared_exps = zeros(rows, spoken, self.tile), zeros(rows, spoken, self.tile)
 
-    def take_all(self, head: Unembedding, targets: torch.Tensor) -> None:
+    def accumulate(self, head: Unembedding, targets: torch.Tensor) -> None:
         """Fold the whole vocabulary in; `targets` `(rows,)` are the chosen tokens.
 
         Raises:
@@ -60,8 +60,8 @@ class Fold:
         for start in range(0, entries, self.tile):
             columns = slice(start, min(start + self.tile, entries))
             self._take(head.tile(columns, head.state_dtype), targets, columns)
-        if bool((self.z < MASKED / 2).any()):
-            raise UserError(ALL_MASKED)
+        if bool((self.z < MASKED_LOGIT / 2).any()):
+            raise UserError(ALL_MASKED_MESSAGE)
 
     def _take(self, head: Unembedding, targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
@@ -73,26 +73,26 @@ class Fold:
         width = columns.stop - columns.start
         dot = torch.empty_like(self.mean)
         masking = head.bias is not None  # finite weights alone mask no entry
-        unset = self.z < MASKED / 2  # rows whose entries so far are all masked, or none
+        unset = self.z < MASKED_LOGIT / 2  # rows whose entries so far are all masked, or none
         for i, states in enumerate(self.states):
             x, exps = self._buffers(i, width)
             head.logits(states.to(head.weight.dtype), x)
             if masking:
-                x.clamp_(min=MASKED)
+                x.clamp_(min=MASKED_LOGIT)
             if i < self.spoken:
                 self.chosen_logit[i, hit] = x[hit, place]
-                best[i], token[i] = _row_best(x)
+                best[i], token[i] = _find_row_maxima(x)
             if columns.start == 0:
                 reference[i] = x.amax(1)
             elif masking and bool(unset[i].any()):
                 reference[i] = torch.where(unset[i], x.amax(1), reference[i])
-            total[i] = _shifted_exponentials(x, exps, reference[i])
+            total[i] = _shift_and_exponentiate(x, exps, reference[i])
             moment[i] = torch.linalg.vecdot(exps, x)
             if not self.pairs and 0 < i < self.spoken:
                 for column, other in enumerate((0, i - 1)):
                     dot[i - 1, column] = torch.linalg.vecdot(exps, self._buffers(other, width)[0])
         if self.pairs:
-            weights, logits = self.spoken_exps[:, 1:, :width], self.spoken_logits[..., :width]
+            weights, logits = self.compared_exps[:, 1:, :width], self.compared_logits[..., :width]
             dot = torch.bmm(weights, logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
         self._merge(reference, total, moment, dot)
         better = best > self.best_logit
@@ -102,7 +102,7 @@ class Fold:
     def _buffers(self, policy: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a policy's logits and their exponentials stand. The logits of pi_theta and of the policy before stay."""
         if self.pairs and policy < self.spoken:
-            return self.spoken_logits[:, policy, :width], self.spoken_exps[:, policy, :width]
+            return self.compared_logits[:, policy, :width], self.compared_exps[:, policy, :width]
         place = 1 + policy % 2 if 0 < policy < self.spoken else 0  # few buffers stay in the cache
         return self.buffers[place][:, :width], self.buffers[3][:, :width]
 
@@ -131,34 +131,34 @@ class Fold:
         return found[:, 0], found.diagonal().T, found[:, 1:]
 
 
-def tile_size(device: torch.device) -> int:
+def get_tile_size(device: torch.device) -> int:
     """An accelerator wants fewer, larger products."""
-    return TILE if device.type == "cpu" else 4 * TILE
+    return CPU_TILE_SIZE if device.type == "cpu" else 4 * CPU_TILE_SIZE
 
 
-def _shifted_exponentials(x: torch.Tensor, exps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def _shift_and_exponentiate(x: torch.Tensor, exps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Subtract the reference `(rows,)` from the logits, write their exponentials and return these' sums by row.
 
     A tile far above its reference moves it.
     """
     x -= reference[:, None]
-    total = _exponentials(x, exps)
-    if not total.max() < LARGEST_TOTAL:
+    total = _exponentiate(x, exps)
+    if not total.max() < MAX_EXP_SUM:
         higher = x.amax(1)
         x -= higher[:, None]
         reference += higher
-        total = _exponentials(x, exps)
+        total = _exponentiate(x, exps)
     return total
 
 
-def _exponentials(x: torch.Tensor, exps: torch.Tensor) -> torch.Tensor:
+def _exponentiate(x: torch.Tensor, exps: torch.Tensor) -> torch.Tensor:
     """Write `exp(x)` and return its sum by row. What is below `e^-80` is taken as that: nothing in any sum, and no denormal
     numbers, which a CPU computes many times as slowly."""
     torch.clamp(x, min=-80, out=exps)
     return exps.exp_().sum(1)
 
 
-def _row_best(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_row_maxima(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest entry of each row of `(rows, n)` and its first place.
 
     A maximum with places is some fifty times as slow as one without, so the place is looked for in 64 entries only.

@@ -10,32 +10,32 @@ from rich.table import Table
 from bupo.analysis.options import AnalyzeOptions
 from bupo.analysis.results import ModelReport
 from bupo.analysis.run import analyze
-from bupo.cli.interrupt import keeping
-from bupo.cli.parsing import parse_given
-from bupo.utils.progress import progress
-from bupo.utils.sanitize import printable, printable_line
+from bupo.cli.interrupt import reported_interrupts
+from bupo.cli.parsing import parse_options_and_values
+from bupo.utils.progress import create_progress
+from bupo.utils.sanitize import escape_line, escape_text
 
-COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
+STAGE_COLOURS = {"exploration": "green", "convergence": "red", "integration": "dim", "undecided": "dim"}
 
 OPTIONS = (AnalyzeOptions,)
 
 
 def run(arguments: list[str]) -> None:
     """Analyse each model and print its layers."""
-    (options,), given = parse_given(OPTIONS, arguments, "bupo analyze")
+    (options,), given = parse_options_and_values(OPTIONS, arguments, "bupo analyze")
     console = Console()
-    with keeping(Path(options.output)), progress(console) as bar:
+    with reported_interrupts(Path(options.output)), create_progress(console) as bar:
         report = analyze(options.model, options, noted=given, bar=bar)
     for model in report.models:
-        console.print(_table(model))
+        console.print(_make_table(model))
         for line in (f"template {model.meta['template']}", model.explanation, model.verdict):
-            console.print(printable(f"{model.meta['model']}: {line}"), highlight=False, markup=False)
+            console.print(escape_text(f"{model.meta['model']}: {line}"), highlight=False, markup=False)
     files = "report.html, layers.parquet, summary.json, figures/, config.yaml"
     files += ", dynamics.parquet" * (report.dynamics is not None)
-    console.print(printable_line(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
+    console.print(escape_line(f"run folder: {report.folder}  ({files})"), highlight=False, markup=False)
 
 
-def _table(model: ModelReport) -> Table:
+def _make_table(model: ModelReport) -> Table:
     """The layers in the terminal, with the numbers of `layers.parquet`: H and dH in nats, KL and top-1 to pi_theta."""
     meta, rows = model.meta, model.table.set_index(["measure", "layer"])
     title = f"{escape(model.label)}: {meta['answers']} answers, {meta['tokens']:,} tokens, lens {meta['lens']}"
@@ -52,6 +52,6 @@ def _table(model: ModelReport) -> Table:
             f"{ffn['mean']:+.2f} [{ffn['low']:+.2f}, {ffn['high']:+.2f}]",
             f"{mean['kl_language_model']:.2f}",
             f"{100 * mean['top1_agreement']:.0f} %",
-            f"[{COLOURS[stage]}]{stage}[/]",
+            f"[{STAGE_COLOURS[stage]}]{stage}[/]",
         )
     return table

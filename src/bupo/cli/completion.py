@@ -4,12 +4,12 @@ import argparse
 
 import shtab
 
-from bupo.cli.help import COMMANDS, groups, options_of
-from bupo.experiments.experiment import NAMES
+from bupo.cli.help import COMMANDS, get_option_classes, group_options
+from bupo.experiments.experiment import EXPERIMENT_NAMES
 from bupo.utils.errors import UserError
 
 SHELLS = ("bash", "zsh")
-FILES = {
+COMPLETED_PATH_OPTIONS = {
     "config", "output", "output_dir", "model", "model_name_or_path", "adapter", "dataset", "rollouts", "eval_dataset",
     "chat_template", "folders", "table", "compare", "resume_from_checkpoint",
 }  # fmt: skip
@@ -28,31 +28,31 @@ def run(arguments: list[str]) -> None:
         return
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         raise UserError(f"completion takes one shell, {' or '.join(SHELLS)}, got {' '.join(arguments) or 'none'}")
-    print(shtab.complete(parser(), arguments[0]))
+    print(shtab.complete(build_parser(), arguments[0]))
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The commands and options as shtab reads them; bupo's own parser stays TRL's."""
     whole = argparse.ArgumentParser("bupo")
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
         each = commands.add_parser(name, help=command.about)
-        _add(each, "--config", "YAML file of a run", ())
-        for options in groups(options_of(name)).values():
+        _add_argument(each, "--config", "YAML file of a run", ())
+        for options in group_options(get_option_classes(name)).values():
             for option in options:
-                choices = option.choices or (("true", "false") if option.takes == "true|false" else ())
+                choices = option.choices or (("true", "false") if option.placeholder == "true|false" else ())
                 for spelling in filter(None, (option.name, option.also)):
-                    _add(each, f"--{spelling}", option.about.split(". ")[0], choices)
+                    _add_argument(each, f"--{spelling}", option.about.split(". ")[0], choices)
         if name == "report":
-            _add(each, "folders", "run folders", ())
+            _add_argument(each, "folders", "run folders", ())
         if name == "reproduce":
-            _add(each, "names", "figures and tables", ("all", *NAMES))
+            _add_argument(each, "names", "figures and tables", ("all", *EXPERIMENT_NAMES))
     commands.add_parser("completion", help="print a script that completes").add_argument("shell", choices=SHELLS)
     return whole
 
 
-def _add(command: argparse.ArgumentParser, flag: str, about: str, choices: tuple[str, ...]) -> None:
+def _add_argument(command: argparse.ArgumentParser, flag: str, about: str, choices: tuple[str, ...]) -> None:
     several = None if flag.startswith("--") else "*"
     added = command.add_argument(flag, nargs=several, choices=choices or None, help=about.replace("%", "%%"))
-    if flag.removeprefix("--") in FILES:
+    if flag.removeprefix("--") in COMPLETED_PATH_OPTIONS:
         added.complete = shtab.FILE  # type: ignore[attr-defined]

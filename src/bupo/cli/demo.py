@@ -6,29 +6,29 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from bupo.cli.parsing import parse_given
-from bupo.training.callbacks.console import ConsoleLines
-from bupo.training.demo import DemoOptions, demonstrate
-from bupo.utils.progress import progress
-from bupo.utils.sanitize import printable_line
+from bupo.cli.parsing import parse_options_and_values
+from bupo.training.callbacks.console import ConsoleCallback
+from bupo.training.demo import DemoOptions, run_demo
+from bupo.utils.progress import create_progress
+from bupo.utils.sanitize import escape_line
 
 OPTIONS = (DemoOptions,)
 
 
 def run(arguments: list[str]) -> None:
     """Parse, run and show."""
-    (options,), given = parse_given(OPTIONS, arguments, "bupo demo")
+    (options,), given = parse_options_and_values(OPTIONS, arguments, "bupo demo")
     console = Console()
     disable_progress_bar()  # of loading and saving, which take no time here
-    lines, say = ConsoleLines(console), partial(console.print, highlight=False)  # in rich's markup
-    with lines.closing():
-        summary = demonstrate(options, given, partial(progress, console), [lines], say)
-    console.print(_table(summary))
+    lines, say = ConsoleCallback(console), partial(console.print, highlight=False)  # in rich's markup
+    with lines.close_on_exit():
+        summary = run_demo(options, given, partial(create_progress, console), [lines], say)
+    console.print(_make_table(summary))
     files = "training.png, metrics.jsonl, summary.json, config.yaml, model.safetensors"
-    console.print(printable_line(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
+    console.print(escape_line(f"run folder: {options.output}  ({files})"), highlight=False, markup=False)
 
 
-def _table(summary: dict) -> Table:
+def _make_table(summary: dict) -> Table:
     def percent(value: float, interval: tuple[float, float]) -> str:
         return f"{100 * value:.1f} %  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 

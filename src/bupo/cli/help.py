@@ -9,13 +9,13 @@ from inspect import get_annotations
 from typing import Any, get_args, get_origin
 
 import bupo
-from bupo.options.groups import OUR_WORDS, TRL_WORDS
-from bupo.options.ranges import hints_of, kinds_of, words_of
+from bupo.options.groups import BUPO_TO_TRL_NAMES, TRL_ALIASES
+from bupo.options.ranges import get_choices, get_field_types, get_non_none_types
 
-MANY = 6  # so many choices are told in the help's text, not beside the flag
-INDENT, COLUMN, WIDEST = 2, 30, 100
-LIBRARIES = {"trl": "TRL's", "transformers": "transformers'"}
-VALUES = {int: "N", float: "X", bool: "true|false", dict: "JSON", list: "JSON"}
+MAX_INLINE_CHOICES = 6  # so many choices are told in the help's text, not beside the flag
+INDENT, TEXT_COLUMN, MAX_WIDTH = 2, 30, 100
+LIBRARY_NAMES = {"trl": "TRL's", "transformers": "transformers'"}
+TYPE_PLACEHOLDERS = {int: "N", float: "X", bool: "true|false", dict: "JSON", list: "JSON"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Command:
 
     about: str
     examples: dict[str, str]
-    takes: str = ""
+    placeholder: str = ""
 
     @property
     def sentence(self) -> str:
@@ -87,7 +87,7 @@ COMMANDS = {
         " NAME ...",
     ),
 }
-PURPOSES = {
+COMMAND_GROUPS = {
     "Look inside": ("analyze", "sample"),
     "Train": ("train", "plan", "demo"),
     "Measure and compare": ("eval", "report", "reproduce"),
@@ -108,69 +108,71 @@ class Option:
     """
 
     name: str
-    takes: str
+    placeholder: str
     default: str
     about: str
     choices: tuple[str, ...]
     also: str
 
 
-def options_of(command: str) -> tuple[type, ...]:
+def get_option_classes(command: str) -> tuple[type, ...]:
     """The dataclasses of a command's options."""
     return importlib.import_module(f"bupo.cli.{command}").OPTIONS
 
 
-def groups(classes: tuple[type, ...]) -> dict[str, list[Option]]:
+def group_options(classes: tuple[type, ...]) -> dict[str, list[Option]]:
     """Options by the title of the class that first has them; what only the command has comes first."""
     found: dict[str, list[Option]] = {}
     for each in classes:
-        hints, mine = hints_of(each), {field.name: field for field in fields(each) if field.init}
+        hints, mine = get_field_types(each), {field.name: field for field in fields(each) if field.init}
         for owner in each.__mro__:
             names = [name for name in get_annotations(owner) if name in mine]
-            first = [name for name in names if owner is _first(each, name)]
+            first = [name for name in names if owner is _find_declaring_class(each, name)]
             if first:
-                found.setdefault(_title(owner), []).extend(_option(mine[name], hints[name]) for name in first)
+                found.setdefault(_get_group_title(owner), []).extend(
+                    _make_option(mine[name], hints[name]) for name in first
+                )
     return found
 
 
-def _first(each: type, name: str) -> type:
+def _find_declaring_class(each: type, name: str) -> type:
     """The class that declares a field before those that give it another default."""
     return [owner for owner in each.__mro__ if name in get_annotations(owner)][-1]
 
 
-def _title(owner: type) -> str:
+def _get_group_title(owner: type) -> str:
     package = owner.__module__.split(".")[0]
-    if package in LIBRARIES:
-        return f"{LIBRARIES[package]} {owner.__name__.lstrip('_')}"
+    if package in LIBRARY_NAMES:
+        return f"{LIBRARY_NAMES[package]} {owner.__name__.lstrip('_')}"
     return re.split(r"[.:;](?=\s|$)", owner.__doc__ or owner.__name__)[0].replace("`", "")
 
 
-def _option(field: Field, hint: Any) -> Option:
+def _make_option(field: Field, hint: Any) -> Option:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     about = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
-    choices = tuple(str(word) for word in field.metadata.get("choices") or _words(hint))
-    also = TRL_WORDS[field.name] if field.name in OUR_WORDS.values() else ""
-    if len(choices) > MANY:
+    choices = tuple(str(word) for word in field.metadata.get("choices") or _get_option_choices(hint))
+    also = TRL_ALIASES[field.name] if field.name in BUPO_TO_TRL_NAMES.values() else ""
+    if len(choices) > MAX_INLINE_CHOICES:
         about += f" One of {', '.join(choices)}."
     if also:
         about += f" Also --{also}."
-    takes = "|".join(choices) if 0 < len(choices) <= MANY else _value(hint)
-    return Option(field.name, takes, _typed(default), about, choices, also)
+    takes = "|".join(choices) if 0 < len(choices) <= MAX_INLINE_CHOICES else _get_placeholder(hint)
+    return Option(field.name, takes, _format_default(default), about, choices, also)
 
 
-def _words(hint: Any) -> tuple:
-    return tuple(word for kind in kinds_of(hint) for word in words_of(kind))
+def _get_option_choices(hint: Any) -> tuple:
+    return tuple(word for kind in get_non_none_types(hint) for word in get_choices(kind))
 
 
-def _value(hint: Any) -> str:
-    kinds = kinds_of(hint)
-    items = {VALUES.get(get_args(kind)[0], "WORD") for kind in kinds if get_origin(kind) is list}
+def _get_placeholder(hint: Any) -> str:
+    kinds = get_non_none_types(hint)
+    items = {TYPE_PLACEHOLDERS.get(get_args(kind)[0], "WORD") for kind in kinds if get_origin(kind) is list}
     if items:
         return f"{'|'.join(sorted(items))} ..."
-    return "|".join(dict.fromkeys(VALUES.get(get_origin(kind) or kind, "TEXT") for kind in kinds))
+    return "|".join(dict.fromkeys(TYPE_PLACEHOLDERS.get(get_origin(kind) or kind, "TEXT") for kind in kinds))
 
 
-def _typed(default: Any) -> str:
+def _format_default(default: Any) -> str:
     """As it is typed on a command line."""
     if default is None or default == "" or default is MISSING:
         return ""
@@ -181,11 +183,11 @@ def _typed(default: Any) -> str:
     return str(getattr(default, "value", default))
 
 
-def usage() -> str:
+def format_usage() -> str:
     """`bupo --help`."""
     lines = ["usage: bupo COMMAND [--option value ...]", ""]
     lines += [bupo.__doc__ or ""]
-    for purpose, names in PURPOSES.items():
+    for purpose, names in COMMAND_GROUPS.items():
         lines += ["", purpose, *(f"  {name:11}{COMMANDS[name].about}" for name in names)]
     lines += ["", "Examples", *(f"  {next(iter(command.examples))}" for command in COMMANDS.values())]
     lines += [
@@ -198,11 +200,11 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def help_of(command: str, classes: tuple[type, ...]) -> str:
+def format_command_help(command: str, classes: tuple[type, ...]) -> str:
     """`bupo COMMAND --help`, as wide as the terminal."""
-    width = min(WIDEST, shutil.get_terminal_size().columns)
+    width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
     known = COMMANDS[command]
-    lines = [f"usage: bupo {command}{known.takes} [--config FILE.yaml] [--option value ...]"]
+    lines = [f"usage: bupo {command}{known.placeholder} [--config FILE.yaml] [--option value ...]"]
     lines += ["", known.sentence, "", "Examples"]
     for line, what in known.examples.items():
         lines += [f"  {line}", f"      {what}"]
@@ -211,17 +213,17 @@ def help_of(command: str, classes: tuple[type, ...]) -> str:
         "Options may stand in the YAML file of --config too; a flag overrides the file.",
         "[ ] holds the default.",
     ]
-    for title, options in groups(classes).items():
-        lines += ["", title, *(row for option in options for row in _rows(option, width))]
+    for title, options in group_options(classes).items():
+        lines += ["", title, *(row for option in options for row in _format_option(option, width))]
     return "\n".join(lines)
 
 
-def _rows(option: Option, width: int) -> list[str]:
+def _format_option(option: Option, width: int) -> list[str]:
     """A flag and what it takes, then its text in a column beside or below."""
-    flag = f"{' ' * INDENT}--{option.name} {option.takes}"
+    flag = f"{' ' * INDENT}--{option.name} {option.placeholder}"
     text = option.about + f" [{option.default}]" * bool(option.default)
-    wrapped = textwrap.wrap(text, max(20, width - COLUMN), break_long_words=False, break_on_hyphens=False)
-    rows = [" " * COLUMN + row for row in wrapped]
-    if len(flag) < COLUMN - 1 and rows:
-        return [flag.ljust(COLUMN) + rows[0].lstrip(), *rows[1:]]
+    wrapped = textwrap.wrap(text, max(20, width - TEXT_COLUMN), break_long_words=False, break_on_hyphens=False)
+    rows = [" " * TEXT_COLUMN + row for row in wrapped]
+    if len(flag) < TEXT_COLUMN - 1 and rows:
+        return [flag.ljust(TEXT_COLUMN) + rows[0].lstrip(), *rows[1:]]
     return [flag, *rows]

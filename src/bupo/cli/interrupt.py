@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bupo.utils.errors import Stopped, UserError
-from bupo.utils.files import CLOSED, FULL
+from bupo.utils.errors import SignalInterrupt, UserError
+from bupo.utils.files import DISK_FULL_ERRNOS, WRITE_DENIED_ERRNOS
 
-_NO_FOLDER = (*CLOSED, errno.ENOTDIR, errno.EEXIST)  # or none to write into
+_FOLDER_ERRNOS = (*WRITE_DENIED_ERRNOS, errno.ENOTDIR, errno.EEXIST)  # or none to write into
 
 
 @contextmanager
-def keeping(folder: Path, what: str = "answers") -> Iterator[None]:
+def reported_interrupts(folder: Path, what: str = "answers") -> Iterator[None]:
     """Inside, answers (or what it is) are kept in the folder as they finish.
 
     Raises:
@@ -23,16 +23,16 @@ def keeping(folder: Path, what: str = "answers") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL + _NO_FOLDER:
+        if error.errno not in DISK_FULL_ERRNOS + _FOLDER_ERRNOS:
             raise
         full = f"{error.filename or folder} cannot be written: {error.strerror}"
-        if error.errno in _NO_FOLDER:
+        if error.errno in _FOLDER_ERRNOS:
             raise UserError(f"{full}; choose another output") from error
         raise UserError(
             f"{full}; finished {what} are kept in {folder}, and the same command goes on from them"
         ) from error
     except KeyboardInterrupt as error:
-        by = error.signal if isinstance(error, Stopped) else signal.SIGINT
-        raise Stopped(
+        by = error.signal if isinstance(error, SignalInterrupt) else signal.SIGINT
+        raise SignalInterrupt(
             f"interrupted: finished {what} are kept in {folder}; the same command goes on from them", by
         ) from None

@@ -6,36 +6,36 @@ import sys
 import warnings
 
 import bupo
-from bupo.cli.exit_status import ended
-from bupo.cli.help import COMMANDS, usage
-from bupo.cli.process_exit import leave
-from bupo.cli.stdout_guard import lasting_output
+from bupo.cli.exit_status import run_to_exit_status
+from bupo.cli.help import COMMANDS, format_usage
+from bupo.cli.process_exit import exit_process
+from bupo.cli.stdout_guard import guard_standard_streams
 from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
-from bupo.utils.sanitize import shown
+from bupo.utils.sanitize import sanitize_message
 
-TRACEBACK = "--traceback"
-ONE_PROCESS = (
+TRACEBACK_FLAG = "--traceback"
+SINGLE_PROCESS_COMMANDS = (
     "analyze",
     "demo",
     "report",
     "reproduce",
 )  # commands that write; `eval` refuses a launch with its own remedy
 # what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own are lines there
-BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+PROGRESS_BAR_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status. Without `argv`, run this process' own and end the process."""
     if argv is None:
-        leave(_own(sys.argv[1:]))
-    return _run(argv)
+        exit_process(_get_process_status(sys.argv[1:]))
+    return _run_command_line(argv)
 
 
-def _own(argv: list[str]) -> int:
+def _get_process_status(argv: list[str]) -> int:
     """Return the status that the interpreter would end with."""
     try:
-        return _run(argv)
+        return _run_command_line(argv)
     except SystemExit as error:
         if error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
@@ -46,16 +46,16 @@ def _own(argv: list[str]) -> int:
         return 1
 
 
-def _run(given: list[str]) -> int:
-    lasting_output()
-    if line := distributed_launch.drop_leftovers():
-        print(f"bupo: warning: {shown(line)}", file=sys.stderr)
+def _run_command_line(given: list[str]) -> int:
+    guard_standard_streams()
+    if line := distributed_launch.drop_leftover_variables():
+        print(f"bupo: warning: {sanitize_message(line)}", file=sys.stderr)
     if not sys.stderr.isatty():
-        for bars in BARS:
+        for bars in PROGRESS_BAR_VARIABLES:
             os.environ.setdefault(bars, "1")
-    argv = [word for word in given if word != TRACEBACK]
+    argv = [word for word in given if word != TRACEBACK_FLAG]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(format_usage())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"bupo {bupo.__version__}")
@@ -63,33 +63,33 @@ def _run(given: list[str]) -> int:
     name, *options = argv
     if name not in COMMANDS and name != "completion":
         print(
-            f"bupo: error: unknown command {shown(repr(name))}: choose {', '.join(COMMANDS)}, completion",
+            f"bupo: error: unknown command {sanitize_message(repr(name))}: choose {', '.join(COMMANDS)}, completion",
             file=sys.stderr,
         )
         return 2
-    if not _here():
+    if not _has_working_folder():
         print("bupo: error: the working folder is gone: change to one that exists", file=sys.stderr)
         return 2
     # transformers warns its own callers of names it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return ended(lambda: _command(name, options), TRACEBACK in given)
+    return run_to_exit_status(lambda: _run_command(name, options), TRACEBACK_FLAG in given)
 
 
-def _command(name: str, options: list[str]) -> None:
+def _run_command(name: str, options: list[str]) -> None:
     """Run a command.
 
     Raises:
         UserError: if several processes were launched for one that would do everything once in each of them.
     """
-    if name in ONE_PROCESS and distributed_launch.several():
+    if name in SINGLE_PROCESS_COMMANDS and distributed_launch.is_distributed():
         raise UserError(
-            f"bupo {name} is one process, and this is {distributed_launch.number() + 1} of {distributed_launch.place().size} by RANK and WORLD_SIZE: "
+            f"bupo {name} is one process, and this is {distributed_launch.get_rank() + 1} of {distributed_launch.get_process_info().size} by RANK and WORLD_SIZE: "
             "start it without a launcher, or unset them"
         )
     importlib.import_module(f"bupo.cli.{name}").run(options)
 
 
-def _here() -> bool:
+def _has_working_folder() -> bool:
     """Whether the working folder exists: torch does not even load without one."""
     try:
         return bool(os.getcwd())

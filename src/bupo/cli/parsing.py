@@ -13,22 +13,22 @@ from typing import Any, get_origin
 import yaml
 from trl import TrlParser
 
-from bupo.cli.help import help_of
-from bupo.options.groups import ELSEWHERE, FORMER_WORDS, SYNONYMS
-from bupo.options.ranges import abridged, hints_of, kinds_of
-from bupo.utils.errors import UserError, others
-from bupo.utils.files import expanded, open_regular
+from bupo.cli.help import format_command_help
+from bupo.options.groups import FORMER_NAMES, OPTION_ALIASES, SUGGESTED_OPTIONS
+from bupo.options.ranges import abbreviate, get_field_types, get_non_none_types
+from bupo.utils.errors import UserError, wrap_library_errors
+from bupo.utils.files import expand_user_path, open_regular_file
 
-CONFIG = "--config"
+CONFIG_FLAG = "--config"
 # options that are a path, or may be one
-PATHS = {
+PATH_OPTIONS = {
     "output", "output_dir", "model", "model_name_or_path", "adapter", "dataset", "dataset_name", "eval_dataset", "rollouts",
     "chat_template", "folders", "table", "compare", "resume_from_checkpoint", "benchmarks", "eval_benchmarks", "logging_dir",
     "deepspeed", "chat_template_path", "vllm_model",
 }  # fmt: skip
 # environment variables that a file may set: counts, switches and names, but none that chooses a program, code, a library, a
 # server or a folder that one of these is read from
-VARIABLES = re.compile(
+ALLOWED_VARIABLES = re.compile(
     r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|(HIP|ROCR|ASCEND_RT)_VISIBLE_DEVICES|"
     r"ZE_AFFINITY_MASK|PYTORCH_(CUDA_)?ALLOC_CONF|PYTORCH_ENABLE_MPS_FALLBACK|(OMP|MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|"
     r"TOKENIZERS_PARALLELISM|(HF_HUB|HF_DATASETS|TRANSFORMERS)_OFFLINE|HF_HUB_(DISABLE_[A-Z_]+|ENABLE_HF_TRANSFER|"
@@ -42,7 +42,7 @@ VARIABLES = re.compile(
     r"(HF|HUGGING_FACE_HUB)_TOKEN|(WANDB|COMET)_API_KEY|BUPO_[A-Z0-9_]+"
 )
 # what a YAML file may give where an option is one value
-SCALARS = {
+SCALAR_TYPES = {
     int: (int, str),
     float: (int, float, str),
     bool: (bool, int, str),
@@ -55,7 +55,7 @@ class _Parser(TrlParser):
         raise UserError(message)
 
     def format_help(self) -> str:
-        return help_of(self.prog.split()[1], tuple(self.dataclass_types)) + "\n"
+        return format_command_help(self.prog.split()[1], tuple(self.dataclass_types)) + "\n"
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,61 +74,61 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse(classes: Sequence[type], arguments: list[str], prog: str) -> tuple:
+def parse_options(classes: Sequence[type], arguments: list[str], prog: str) -> tuple:
     """Instances of the dataclasses from a command line and the YAML file it may name.
 
     Raises:
         UserError: for an unknown flag or key, one that is given under two names, a value of the wrong type or one that a
             configuration refuses, or a file that is missing or malformed.
     """
-    return parse_given(classes, arguments, prog)[0]
+    return parse_options_and_values(classes, arguments, prog)[0]
 
 
-def parse_given(classes: Sequence[type], arguments: list[str], prog: str) -> tuple[tuple, dict[str, Any]]:
+def parse_options_and_values(classes: Sequence[type], arguments: list[str], prog: str) -> tuple[tuple, dict[str, Any]]:
     """As `parse`, and besides what the flags and the file named, as it was read, be it a default: defaults may change.
 
     Returns:
         `tuple[tuple, dict]`: the instances, and values by the dataclasses' own names; `env`, if the file sets variables.
     """
     known = {field.name for each in classes for field in dataclasses.fields(each) if field.init}
-    arguments, path = _without_config(arguments)
-    flags = _with_homes(_translated_flags(arguments, known))
-    config, variables = _read(path, known) if path else ({}, {})
+    arguments, path = _split_config_flag(arguments)
+    flags = _expand_flag_paths(_translate_flags(arguments, known))
+    config, variables = _read_config(path, known) if path else ({}, {})
     parser = _Parser(list(classes), prog=prog, allow_abbrev=False)
     defaults = vars(parser.parse_known_args([])[0])
-    with others(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
-        unknown = parser.set_defaults_with_config(**_typed(config, classes)) if config else []
+    with wrap_library_errors(str, ValueError, TypeError, AttributeError):  # a configuration refuses a value
+        unknown = parser.set_defaults_with_config(**_convert_types(config, classes)) if config else []
         namespace, rest = parser.parse_known_args(flags)
         unknown = [word for word in (*unknown, *rest) if word.startswith("--")] or rest
         if unknown:
-            raise UserError(_did_you_mean(unknown[0].removeprefix("--").partition("=")[0], known, prog))
+            raise UserError(_suggest_option(unknown[0].removeprefix("--").partition("=")[0], known, prog))
         *parsed, _ = parser.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
     named = config.keys() | {flag.removeprefix("--").partition("=")[0] for flag in flags}
     given = {name: value for name, value in vars(namespace).items() if name in named or value != defaults[name]}
     return tuple(parsed), given | ({"env": variables} if variables else {})
 
 
-def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
+def _split_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
     """The command line without its `--config FILE`, and the file."""
     rest, path, words = [], None, iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag != CONFIG:
+        if flag != CONFIG_FLAG:
             rest.append(word)
             continue
         if path is not None:
-            raise UserError(f"{CONFIG} is given twice: a run has one file, and flags beside it")
+            raise UserError(f"{CONFIG_FLAG} is given twice: a run has one file, and flags beside it")
         path = value if equals else next(words, "")
         if not path:
-            raise UserError(f"{CONFIG} names no file: give the YAML file of a run")
+            raise UserError(f"{CONFIG_FLAG} names no file: give the YAML file of a run")
     return rest, path
 
 
-def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_config(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The options of a YAML file, and its `env`, which sets environment variables, as TRL's parser does."""
-    path = expanded(CONFIG, path)
+    path = expand_user_path(CONFIG_FLAG, path)
     try:
-        handle = open_regular(Path(path))
+        handle = open_regular_file(Path(path))
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     except UserError as error:
@@ -152,56 +152,58 @@ def _read(path: str, known: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     variables = config.pop("env", {})
     if not isinstance(variables, dict):
         raise UserError(
-            f"env of config file {path} must be a mapping of environment variables, got {abridged(variables)}"
+            f"env of config file {path} must be a mapping of environment variables, got {abbreviate(variables)}"
         )
     variables = {str(name): str(value) for name, value in variables.items()}
     for name in variables:
-        if not VARIABLES.fullmatch(name):
+        if not ALLOWED_VARIABLES.fullmatch(name):
             raise UserError(
-                f"env of config file {path} sets {abridged(name)}, which a file may not, for it could choose programs, code or "
+                f"env of config file {path} sets {abbreviate(name)}, which a file may not, for it could choose programs, code or "
                 "servers: set it before the command"
             )
-    with others(f"env of config file {path} sets what no environment can hold", ValueError, OSError):
+    with wrap_library_errors(f"env of config file {path} sets what no environment can hold", ValueError, OSError):
         os.environ.update(variables)
-    names = _translated(map(str, config), known)
-    return {name: _at_home(name, value) for name, value in zip(names, config.values(), strict=True)}, variables
+    names = _translate_names(map(str, config), known)
+    return {
+        name: _expand_option_path(name, value) for name, value in zip(names, config.values(), strict=True)
+    }, variables
 
 
-def _with_homes(flags: list[str]) -> list[str]:
+def _expand_flag_paths(flags: list[str]) -> list[str]:
     """A command line whose paths have no `~`, wherever it stands: behind `=` no shell expands it."""
     found, option = [], ""
     for word in flags:
         if word.startswith("--"):
             option, equals, value = word.removeprefix("--").partition("=")
-            found.append(f"--{option}={_at_home(option, value)}" if equals else word)
+            found.append(f"--{option}={_expand_option_path(option, value)}" if equals else word)
         else:
-            found.append(_at_home(option, word))
+            found.append(_expand_option_path(option, word))
     return found
 
 
-def _at_home(option: str, value: Any) -> Any:
+def _expand_option_path(option: str, value: Any) -> Any:
     """The value of an option, without the `~` of a path."""
-    if option not in PATHS:
+    if option not in PATH_OPTIONS:
         return value
     if isinstance(value, list):
-        return [_at_home(option, item) for item in value]
+        return [_expand_option_path(option, item) for item in value]
     if not isinstance(value, str) or "~" not in value:
         return value
     names = value.split(",") if option in ("benchmarks", "eval_benchmarks") else [value]
-    return ",".join(expanded(option, name) for name in names)
+    return ",".join(expand_user_path(option, name) for name in names)
 
 
-def _translated_flags(arguments: list[str], known: set[str]) -> list[str]:
+def _translate_flags(arguments: list[str], known: set[str]) -> list[str]:
     """A command line in the words of the command's own dataclasses."""
     places = [i for i, word in enumerate(arguments) if word.startswith("--") and len(word) > 2]
     words = [arguments[i].removeprefix("--").partition("=") for i in places]
     flags = list(arguments)
-    for i, (_, equals, value), name in zip(places, words, _translated((w[0] for w in words), known), strict=True):
+    for i, (_, equals, value), name in zip(places, words, _translate_names((w[0] for w in words), known), strict=True):
         flags[i] = f"--{name}{equals}{value}"
     return flags
 
 
-def _translated(words: Iterable[str], known: set[str]) -> list[str]:
+def _translate_names(words: Iterable[str], known: set[str]) -> list[str]:
     """Each word, or what the command calls it. Says so where it was a name of ours before.
 
     Raises:
@@ -211,10 +213,10 @@ def _translated(words: Iterable[str], known: set[str]) -> list[str]:
     said: dict[str, str] = {}
     for word in words:
         name = word.replace("-", "_")
-        if name not in known and SYNONYMS.get(name) in known:
-            if name in FORMER_WORDS:
-                print(f"bupo: warning: {name} is called {SYNONYMS[name]} now", file=sys.stderr)
-            name, word = SYNONYMS[name], name
+        if name not in known and OPTION_ALIASES.get(name) in known:
+            if name in FORMER_NAMES:
+                print(f"bupo: warning: {name} is called {OPTION_ALIASES[name]} now", file=sys.stderr)
+            name, word = OPTION_ALIASES[name], name
         elif name not in known:
             name = word
         before = said.setdefault(name, word.replace("-", "_"))
@@ -224,29 +226,33 @@ def _translated(words: Iterable[str], known: set[str]) -> list[str]:
     return names
 
 
-def _typed(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
+def _convert_types(config: dict[str, Any], classes: Sequence[type]) -> dict[str, Any]:
     """In the types of the options: text where one is text, and a list of one where it takes a list and the file gives a word.
 
     Raises:
         UserError: for a value that is no number or text where an option is one; text is read as on a command line.
     """
-    hints = {name: hint for each in classes for name, hint in hints_of(each).items()}
+    hints = {name: hint for each in classes for name, hint in get_field_types(each).items()}
     found = {}
     for name, value in config.items():
-        kinds = kinds_of(hints.get(name))
+        kinds = get_non_none_types(hints.get(name))
         lists = kinds != [None] and all(get_origin(kind) is list for kind in kinds)
         if lists and isinstance(value, str | int | float):
             value = [value]
-        allowed = SCALARS.get(kinds[0]) if len(kinds) == 1 else None
+        allowed = SCALAR_TYPES.get(kinds[0]) if len(kinds) == 1 else None
         whole = not (isinstance(value, bool) and kinds[0] in (int, float)) if allowed else True
         if allowed and value is not None and not (isinstance(value, allowed) and whole):
-            raise UserError(f"{name} must be one {kinds[0].__name__}, got {abridged(value)}")
+            raise UserError(f"{name} must be one {kinds[0].__name__}, got {abbreviate(value)}")
         found[name] = str(value) if kinds == [str] and isinstance(value, int | float | date) else value
     return found
 
 
-def _did_you_mean(name: str, known: set[str], prog: str) -> str:
+def _suggest_option(name: str, known: set[str], prog: str) -> str:
     name = name.replace("-", "_")
-    words = known | {word for word, ours in SYNONYMS.items() if ours in known and word not in FORMER_WORDS}
-    close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in known else difflib.get_close_matches(name, sorted(words), n=1)
+    words = known | {word for word, ours in OPTION_ALIASES.items() if ours in known and word not in FORMER_NAMES}
+    close = (
+        [SUGGESTED_OPTIONS[name]]
+        if SUGGESTED_OPTIONS.get(name) in known
+        else difflib.get_close_matches(name, sorted(words), n=1)
+    )
     return f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else f"; see {prog} --help")

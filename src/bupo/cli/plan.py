@@ -7,16 +7,16 @@ from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
-from bupo.cli.parsing import parse
-from bupo.planning.advice import Advice
+from bupo.cli.parsing import parse_options
+from bupo.planning.advice import MemoryAdvice
 from bupo.planning.options import GB, PlanOptions
 from bupo.planning.plan import PhasePlan, Plan, plan
 from bupo.training.config import BuPOConfig
 from bupo.training.train_data import TrainOptions
 from bupo.utils.errors import UserError
-from bupo.utils.sanitize import printable
+from bupo.utils.sanitize import escape_text
 
-FLOPS = {
+FLOP_LABELS = {
     "sampling": "sampling",
     "scoring": "scoring",
     "forward": "update, forward",
@@ -26,26 +26,28 @@ FLOPS = {
     "total": "total",
 }
 OPTIONS = (PlanOptions, TrainOptions, BuPOConfig, ModelConfig)
-TIGHT = 0.9  # of a device: CUDA and its allocator take some, too
+TIGHT_FRACTION = 0.9  # of a device: CUDA and its allocator take some, too
 
 
 def run(arguments: list[str]) -> None:
     """Parse, count and show."""
-    said = _gpus(arguments)
-    on, options, config, loading = _parsed(arguments, said)
+    said = _read_process_count(arguments)
+    on, options, config, loading = _parse_plan_options(arguments, said)
     on.check()
     if on.processes != said:  # a file says it
-        on, options, config, loading = _parsed(arguments, on.processes)
+        on, options, config, loading = _parse_plan_options(arguments, on.processes)
     if loading.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")
-    show(plan(loading.model_name_or_path, config, options, loading=loading, on=on), Console())
+    print_plan(plan(loading.model_name_or_path, config, options, loading=loading, on=on), Console())
 
 
-def _parsed(arguments: list[str], processes: int) -> tuple:
-    return parse((PlanOptions, TrainOptions, config_of(processes), ModelConfig), arguments, "bupo plan")
+def _parse_plan_options(arguments: list[str], processes: int) -> tuple:
+    return parse_options(
+        (PlanOptions, TrainOptions, make_planned_config(processes), ModelConfig), arguments, "bupo plan"
+    )
 
 
-def config_of(processes: int) -> type[BuPOConfig]:
+def make_planned_config(processes: int) -> type[BuPOConfig]:
     """`BuPOConfig` of a run of so many processes: what of a batch must be divided by what depends on them."""
 
     class Planned(BuPOConfig):
@@ -54,18 +56,18 @@ def config_of(processes: int) -> type[BuPOConfig]:
     return Planned
 
 
-def _gpus(arguments: list[str]) -> int:
+def _read_process_count(arguments: list[str]) -> int:
     """The processes that a command line asks for; what is no number is refused when it is parsed."""
     words = [part for word in arguments for part in word.split("=", 1)]
     given = next((after for word, after in pairwise(words) if word == "--gpus"), "1")
     return max(1, int(given)) if given.isdecimal() else 1
 
 
-def show(found: Plan, console: Console) -> None:
+def print_plan(found: Plan, console: Console) -> None:
     """One page."""
 
     def say(line: str) -> None:
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(escape_text(line), highlight=False, markup=False)
 
     on = found.on
     devices = (
@@ -74,16 +76,21 @@ def show(found: Plan, console: Console) -> None:
     say(f"{found.model} ({found.sizes.kind}) on {devices}")
     answers, prompts, updates = found.answers, found.answers // found.group, found.updates
     say(f"a rollout batch: {answers:,} answers to {prompts:,} prompts, {updates:g} update{'s' * (updates != 1)}")
-    for table in (_parameters(found), _flops(found), _memory(found), _seconds(found)):
+    for table in (
+        _make_parameter_table(found),
+        _make_flop_table(found),
+        _make_memory_table(found),
+        _make_time_table(found),
+    ):
         console.print(table)
-    for line in (*_saved(found), *_length(found), *_verdict(found)):
+    for line in (*_describe_savings(found), *_describe_run_length(found), *_describe_fit(found)):
         say(line)
     say("assumed:")
     for line in found.assumptions:
         say(f"- {line}")
 
 
-def _table(title: str, phases: list[PhasePlan]) -> Table:
+def _make_phase_table(title: str, phases: list[PhasePlan]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("")
     for phase in phases:
@@ -91,7 +98,7 @@ def _table(title: str, phases: list[PhasePlan]) -> Table:
     return table
 
 
-def _parameters(found: Plan) -> Table:
+def _make_parameter_table(found: Plan) -> Table:
     """By part, and how many of all move in each phase."""
     sizes = found.sizes
     table = Table(title="parameters, millions", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
@@ -107,41 +114,43 @@ def _parameters(found: Plan) -> Table:
     }
     for name, (weights, trained) in rows.items():
         if weights:
-            table.add_row(name, _millions(weights), _millions(trained))
+            table.add_row(name, _format_millions(weights), _format_millions(trained))
     for phase in found.phases:
-        table.add_row(f"moved in {phase.name}", "", _millions(phase.trained))
+        table.add_row(f"moved in {phase.name}", "", _format_millions(phase.trained))
     return table
 
 
-def _millions(count: int) -> str:
+def _format_millions(count: int) -> str:
     return f"{count / 1e6:,.3f}" if count < 1e6 else f"{count / 1e6:,.1f}"
 
 
-def _flops(found: Plan) -> Table:
+def _make_flop_table(found: Plan) -> Table:
     """Of a device and rollout batch."""
-    unit, name = _unit(max(phase.flops.total for phase in found.phases), {1e15: "PFLOP", 1e12: "TFLOP"}, (1e9, "GFLOP"))
-    table = _table(f"{name} of a rollout batch, a device", found.phases)
-    for part, title in FLOPS.items():
+    unit, name = _choose_unit(
+        max(phase.flops.total for phase in found.phases), {1e15: "PFLOP", 1e12: "TFLOP"}, (1e9, "GFLOP")
+    )
+    table = _make_phase_table(f"{name} of a rollout batch, a device", found.phases)
+    for part, title in FLOP_LABELS.items():
         values = [getattr(phase.flops, part) / unit for phase in found.phases]
         if any(values):
-            table.add_row(title, *map(_digits, values))
+            table.add_row(title, *map(_format_digits, values))
     return table
 
 
-def _unit(most: float, units: dict[float, str], least: tuple[float, str]) -> tuple[float, str]:
+def _choose_unit(most: float, units: dict[float, str], least: tuple[float, str]) -> tuple[float, str]:
     """The largest that leaves a number before the point."""
     return next(((unit, name) for unit, name in units.items() if most >= unit), least)
 
 
-def _digits(value: float) -> str:
+def _format_digits(value: float) -> str:
     """Three of them."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _memory(found: Plan) -> Table:
+def _make_memory_table(found: Plan) -> Table:
     """Of a device."""
-    unit, name = _unit(max(phase.memory.bytes for phase in found.phases), {GB: "GB"}, (1e6, "MB"))
-    table = _table(f"{name} of a device, each part at its largest", found.phases)
+    unit, name = _choose_unit(max(phase.memory.bytes for phase in found.phases), {GB: "GB"}, (1e6, "MB"))
+    table = _make_phase_table(f"{name} of a device, each part at its largest", found.phases)
     for part in dict.fromkeys(part for phase in found.phases for part in phase.memory.largest):
         table.add_row(part, *(f"{phase.memory.largest.get(part, 0.0) / unit:.1f}" for phase in found.phases))
     table.add_row("most at once", *(f"{phase.memory.bytes / unit:.1f}" for phase in found.phases))
@@ -149,16 +158,16 @@ def _memory(found: Plan) -> Table:
     return table
 
 
-def _seconds(found: Plan) -> Table:
+def _make_time_table(found: Plan) -> Table:
     """Of a rollout batch."""
-    table = _table("time of a rollout batch", found.phases)
+    table = _make_phase_table("time of a rollout batch", found.phases)
     for part in ("sampling", "scoring", "update", "total"):
-        table.add_row(part, *(in_words(getattr(phase.seconds, part)) for phase in found.phases))
+        table.add_row(part, *(format_duration(getattr(phase.seconds, part)) for phase in found.phases))
     table.add_row("rollout batches", *("?" if phase.batches is None else str(phase.batches) for phase in found.phases))
     return table
 
 
-def in_words(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """A time for people."""
     if seconds is None:
         return "?"
@@ -167,7 +176,7 @@ def in_words(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _saved(found: Plan) -> list[str]:
+def _describe_savings(found: Plan) -> list[str]:
     """What an update of each part of the run takes of one of its end."""
     second = found.phases[-1]
     if second.layer is not None:
@@ -188,30 +197,34 @@ def _saved(found: Plan) -> list[str]:
     return lines
 
 
-def _length(found: Plan) -> list[str]:
+def _describe_run_length(found: Plan) -> list[str]:
     """Of the whole run."""
     if found.seconds is None:
         return []
     batches = sum(phase.batches or 0 for phase in found.phases)
     hours = "" if found.on.cpu else f", {found.seconds * found.on.gpus / 3600:,.1f} GPU hours"
-    return [f"the run: {batches} rollout batches, {in_words(found.seconds)}{hours}"]
+    return [f"the run: {batches} rollout batches, {format_duration(found.seconds)}{hours}"]
 
 
-def _verdict(found: Plan) -> list[str]:
+def _describe_fit(found: Plan) -> list[str]:
     needed, there = found.bytes / GB, found.on.memory / GB
-    lines = [found.sampler] if found.sampler else []
+    lines = [found.vllm_shortage] if found.vllm_shortage else []
     if found.advice:
         return [
             *lines,
             f"it does not fit: a device needs {needed:.1f} GB and has {there:.1f}",
-            *_advice(found.advice, found),
+            *_describe_advice(found.advice, found),
         ]
-    tight = " (tight: CUDA and its allocator take some, too)" if needed > TIGHT * there and not found.on.cpu else ""
-    fits = f"{'the rest' if found.sampler else 'it'} fits"
+    tight = (
+        " (tight: CUDA and its allocator take some, too)"
+        if needed > TIGHT_FRACTION * there and not found.on.cpu
+        else ""
+    )
+    fits = f"{'the rest' if found.vllm_shortage else 'it'} fits"
     return [*lines, f"{fits}: a device needs {needed:.{1 if needed >= 1 else 3}f} GB of {there:.1f}{tight}"]
 
 
-def _advice(advice: Advice, found: Plan) -> list[str]:
+def _describe_advice(advice: MemoryAdvice, found: Plan) -> list[str]:
     lines = ["what would help, each alone:"]
     lines += [f"- {change.options}: {change.bytes / GB:.1f} GB" for change in advice.each]
     if advice.together and not advice.gpus:

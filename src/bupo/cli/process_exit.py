@@ -20,15 +20,17 @@ from typing import NoReturn
 
 import psutil
 
-from bupo.utils.sanitize import shown
+from bupo.utils.sanitize import sanitize_message
 
-GRACE = 60.0  # seconds from the end of the command's work
-BACKSTOP = 15.0  # seconds later the process ends with status 1, where a C library does not let any Python code run
-WATCHED = 5.0  # seconds before the report in which work is measured
-FRAMES, LINES = 4, 12  # of a thread's stack; of the report
+GRACE_SECONDS = 60.0  # seconds from the end of the command's work
+FORCED_EXIT_SECONDS = (
+    15.0  # seconds later the process ends with status 1, where a C library does not let any Python code run
+)
+MEASURED_SECONDS = 5.0  # seconds before the report in which work is measured
+MAX_FRAMES, MAX_LINES = 4, 12  # of a thread's stack; of the report
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process: join its threads, run its exit handlers, write its files, and exit.
 
     A tracker's upload is part of the command's work and is waited for. What takes longer than `GRACE` afterwards is reported on
@@ -40,14 +42,14 @@ def leave(status: int) -> NoReturn:
     with suppress(Exception):
         _finish_uploads(status)
     _flush((sys.stdout, sys.stderr))  # a reader such as `less` may take its time
-    threading.Thread(target=_watch, args=(status,), name="bupo-end", daemon=True).start()
-    faulthandler.dump_traceback_later(GRACE + BACKSTOP, exit=True, file=2)
+    threading.Thread(target=_exit_after_grace, args=(status,), name="bupo-end", daemon=True).start()
+    faulthandler.dump_traceback_later(GRACE_SECONDS + FORCED_EXIT_SECONDS, exit=True, file=2)
     if not (hasattr(threading, "_shutdown") and hasattr(atexit, "_run_exitfuncs")):
         sys.exit(status)  # a Python that has renamed them: slower, and the report stays
     with suppress(KeyboardInterrupt):  # ends the wait
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter does first at its end
         atexit._run_exitfuncs()
-    _exit(status)
+    _exit_now(status)
 
 
 def _finish_uploads(status: int) -> None:
@@ -57,7 +59,7 @@ def _finish_uploads(status: int) -> None:
         wandb.finish(exit_code=status)  # type: ignore[union-attr]
 
 
-def _exit(status: int) -> NoReturn:
+def _exit_now(status: int) -> NoReturn:
     """Exit now. Files that Python code has left open are written, as the teardown would."""
     objects = gc.get_objects()
     for kind in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):  # text goes through a buffer of bytes
@@ -73,27 +75,29 @@ def _flush(streams: tuple) -> None:
                 stream.flush()
 
 
-def _watch(status: int) -> None:
+def _exit_after_grace(status: int) -> None:
     """Report and exit after `GRACE` seconds, unless the process has ended before."""
-    time.sleep(max(0.0, GRACE - WATCHED))
-    before, seconds = _work(), min(GRACE, WATCHED)
+    time.sleep(max(0.0, GRACE_SECONDS - MEASURED_SECONDS))
+    before, seconds = _measure_work(), min(GRACE_SECONDS, MEASURED_SECONDS)
     time.sleep(seconds)
-    _at_most(2.0, lambda: os.write(2, report(status, before, seconds).encode(errors="replace")))
+    _call_with_timeout(
+        2.0, lambda: os.write(2, describe_hanging_threads(status, before, seconds).encode(errors="replace"))
+    )
     for child in multiprocessing.active_children():  # which the exit handler of multiprocessing would join
         with suppress(Exception):
             child.kill()
-    _at_most(5.0, lambda: _exit(status))
+    _call_with_timeout(5.0, lambda: _exit_now(status))
     os._exit(status)
 
 
-def _at_most(seconds: float, call: Callable[[], object]) -> None:
+def _call_with_timeout(seconds: float, call: Callable[[], object]) -> None:
     """Call in a thread of its own, and wait no longer than that: a pipe may be full, a file locked by a thread that hangs."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
-def _work() -> tuple[float, int]:
+def _measure_work() -> tuple[float, int]:
     """Return the CPU seconds and the bytes read and written of this process and its children, as far as they are known."""
     cpu, moved = 0.0, 0
     with suppress(Exception):
@@ -107,7 +111,7 @@ def _work() -> tuple[float, int]:
     return cpu, moved
 
 
-def report(status: int, before: tuple[float, int], seconds: float) -> str:
+def describe_hanging_threads(status: int, before: tuple[float, int], seconds: float) -> str:
     """Return the lines that name the threads, exit handlers and child processes that keep this process from its end.
 
     Args:
@@ -119,47 +123,47 @@ def report(status: int, before: tuple[float, int], seconds: float) -> str:
     threads = [thread for thread in threading.enumerate() if thread not in (mine, threading.main_thread())]
     threads = sorted((thread for thread in threads if thread.name != "bupo-end"), key=lambda thread: thread.daemon)
     lines = [
-        f"bupo: warning: the work is done, but the process has not ended in {GRACE:.0f} s; it exits now with status "
+        f"bupo: warning: the work is done, but the process has not ended in {GRACE_SECONDS:.0f} s; it exits now with status "
         f"{status}. Still there:"
     ]
-    lines += [_of_main(frames.get(threading.main_thread().ident or 0))]
+    lines += [_describe_main_thread(frames.get(threading.main_thread().ident or 0))]
     for thread in threads:
         kind = "daemon thread" if thread.daemon else "thread"
-        lines.append(f"{kind} {thread.name!r}: {_stack(frames.get(thread.ident or 0))}")
+        lines.append(f"{kind} {thread.name!r}: {_format_stack(frames.get(thread.ident or 0))}")
     with suppress(Exception):
         for child in psutil.Process().children():
             with suppress(Exception):
                 lines.append(f"child process {child.pid}: {' '.join(child.cmdline())[:160]} ({child.status()})")
-    if len(lines) > LINES:
-        lines[LINES:] = [f"and {len(lines) - LINES} more"]
-    cpu, moved = (after - former for after, former in zip(_work(), before, strict=True))
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES:] = [f"and {len(lines) - MAX_LINES} more"]
+    cpu, moved = (after - former for after, former in zip(_measure_work(), before, strict=True))
     if cpu > 0.1 * seconds or moved > 1 << 16:
         lines.append(
             f"in the last {seconds:.0f} s they used {cpu:.1f} s of CPU and moved {moved / 1e6:.1f} MB: what they were doing, "
             "such as an upload, may be incomplete"
         )
-    return "\n  ".join(shown(line) for line in lines) + "\n"
+    return "\n  ".join(sanitize_message(line) for line in lines) + "\n"
 
 
-def _of_main(frame: FrameType | None) -> str:
+def _describe_main_thread(frame: FrameType | None) -> str:
     """Describe what the main thread waits for: other threads, or an exit handler."""
     inside, stack = [], frame
-    while stack is not None and stack.f_code is not leave.__code__:
+    while stack is not None and stack.f_code is not exit_process.__code__:
         inside.append(stack)
         stack = stack.f_back
     if not inside:
-        return f"the main thread: {_stack(frame)}"
-    if inside[-1].f_code is _exit.__code__:
-        return f"the main thread writes files that were left open: {_stack(frame)}"
+        return f"the main thread: {_format_stack(frame)}"
+    if inside[-1].f_code is _exit_now.__code__:
+        return f"the main thread writes files that were left open: {_format_stack(frame)}"
     if inside[-1].f_code is threading._shutdown.__code__:  # type: ignore[attr-defined]
-        return f"the main thread waits for threads: {_stack(frame)}"
-    return f"the exit handler {inside[-1].f_code.co_qualname}: {_stack(frame)}"
+        return f"the main thread waits for threads: {_format_stack(frame)}"
+    return f"the exit handler {inside[-1].f_code.co_qualname}: {_format_stack(frame)}"
 
 
-def _stack(frame: FrameType | None) -> str:
+def _format_stack(frame: FrameType | None) -> str:
     """Return the innermost frames of a stack."""
     places: list[str] = []
-    while frame is not None and len(places) < FRAMES and frame.f_code is not leave.__code__:
+    while frame is not None and len(places) < MAX_FRAMES and frame.f_code is not exit_process.__code__:
         code = frame.f_code
         places.append(f"{code.co_name} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno})")
         frame = frame.f_back

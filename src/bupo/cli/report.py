@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from bupo.cli.parsing import CONFIG, parse
+from bupo.cli.parsing import CONFIG_FLAG, parse_options
 from bupo.options.ranges import check_options
-from bupo.reports.runs_page import report_runs, said
+from bupo.reports.runs_page import describe_skipped, report_runs
 from bupo.utils.errors import UserError
-from bupo.utils.sanitize import printable_line
+from bupo.utils.sanitize import escape_line
 
 
 @dataclass
@@ -37,28 +37,28 @@ OPTIONS = (ReportOptions,)
 
 def run(arguments: list[str]) -> None:
     """Read, write the page, and say what it holds."""
-    (options,) = parse(OPTIONS, _flagged(arguments), "bupo report")
+    (options,) = parse_options(OPTIONS, _add_folders_flag(arguments), "bupo report")
     options.check()
     found = report_runs(options.folders, options.output)
     console = Console()
 
     def say(line: str) -> None:
-        console.print(printable_line(line), highlight=False, markup=False)
+        console.print(escape_line(line), highlight=False, markup=False)
 
     if found.left_out:
-        say(f"left out: {said(found.left_out)}")
+        say(f"left out: {describe_skipped(found.left_out)}")
     numbers = ", ".join(str(table.number) for table in found.tables)
     held = f"{found}" + (f"; table{'s' * (len(found.tables) > 1)} {numbers}" if numbers else "")
     say(f"page: {found.path}  ({held}; {found.path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _flagged(arguments: list[str]) -> list[str]:
+def _add_folders_flag(arguments: list[str]) -> list[str]:
     """The command line with `--folders` before the folders, wherever they stand."""
     folders, flags, words = [], [], iter(arguments)
     for word in words:
         if not word.startswith("-"):
             folders.append(word)
         elif word != "--folders":
-            takes_next = word.removeprefix("--") in ("output", CONFIG.removeprefix("--"))
+            takes_next = word.removeprefix("--") in ("output", CONFIG_FLAG.removeprefix("--"))
             flags += [word, *([value] if takes_next and (value := next(words, None)) is not None else [])]
     return [*flags, *(["--folders", *folders] if folders else [])]

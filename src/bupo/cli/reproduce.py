@@ -5,13 +5,20 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from bupo.cli.interrupt import keeping
-from bupo.cli.parsing import parse_given
-from bupo.experiments.cost_estimates import estimates
-from bupo.experiments.jobs import state_of
-from bupo.experiments.run import ReproduceOptions, Reproduction, carried_out, commands, forecast, plan
-from bupo.utils.progress import progress
-from bupo.utils.sanitize import printable_line
+from bupo.cli.interrupt import reported_interrupts
+from bupo.cli.parsing import parse_options_and_values
+from bupo.experiments.cost_estimates import estimate_costs
+from bupo.experiments.jobs import get_run_state
+from bupo.experiments.run import (
+    ReproduceOptions,
+    Reproduction,
+    estimate_reproduction,
+    format_commands,
+    plan_reproduction,
+    run_reproduction,
+)
+from bupo.utils.progress import create_progress
+from bupo.utils.sanitize import escape_line
 
 OPTIONS = (ReproduceOptions,)
 
@@ -22,38 +29,38 @@ def run(arguments: list[str]) -> None:
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments[0])
         arguments = arguments[1:]
-    (options,), given = parse_given(OPTIONS, arguments, "bupo reproduce NAME…")
+    (options,), given = parse_options_and_values(OPTIONS, arguments, "bupo reproduce NAME…")
     names = [name for word in names for name in word.split(",") if name]
-    todo = plan(names, options)
+    todo = plan_reproduction(names, options)
     console = Console()
     if options.print_commands:
-        print(commands(todo, options.print_commands))
+        print(format_commands(todo, options.print_commands))
     elif options.dry_run:
-        _show(todo, options.jobs, console)
+        _print_experiments(todo, options.jobs, console)
     else:
-        _run(options, given, todo, console)
+        _run_experiments(options, given, todo, console)
 
 
-def _run(options: ReproduceOptions, given: dict, todo: Reproduction, console: Console) -> None:
-    whole = sum(each.amount for each in estimates(todo.runs, todo.places, todo.unit).values())
-    with keeping(todo.places.root, "runs"), progress(console) as bar:
+def _run_experiments(options: ReproduceOptions, given: dict, todo: Reproduction, console: Console) -> None:
+    whole = sum(each.amount for each in estimate_costs(todo.runs, todo.places, todo.unit).values())
+    with reported_interrupts(todo.places.root, "runs"), create_progress(console) as bar:
         number = bar.add_task(f"cost in {todo.unit}", total=round(whole))
-        results = carried_out(
+        results = run_reproduction(
             todo,
             options,
             given,
-            say=lambda line: console.print(printable_line(line), highlight=False, markup=False),
+            say=lambda line: console.print(escape_line(line), highlight=False, markup=False),
             advance=lambda amount: bar.advance(number, amount),
         )
     for name in results:
         console.print(Markdown((todo.places.root / name / "result.md").read_text(encoding="utf-8")))
     console.print(
-        printable_line(f"results: {todo.places.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
+        escape_line(f"results: {todo.places.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
     )
 
 
-def _show(todo: Reproduction, jobs: int, console: Console) -> None:
-    rows, line = forecast(todo, jobs)
+def _print_experiments(todo: Reproduction, jobs: int, console: Console) -> None:
+    rows, line = estimate_reproduction(todo, jobs)
     table = Table(
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"scale {todo.experiments[0].scale}: {todo.experiments[0].about}"
     )
@@ -63,6 +70,6 @@ def _show(todo: Reproduction, jobs: int, console: Console) -> None:
         table.add_row(*row.values())
     console.print(table)
     for each in todo.runs:
-        state = state_of(each, todo.places)
-        console.print(printable_line(f"{state:8} {each.name}"), highlight=False, markup=False)
+        state = get_run_state(each, todo.places)
+        console.print(escape_line(f"{state:8} {each.name}"), highlight=False, markup=False)
     console.print(line, highlight=False)

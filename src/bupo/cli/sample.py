@@ -9,20 +9,20 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from bupo.analysis.token_view import top_tokens
-from bupo.cli.parsing import parse
-from bupo.data.chat_templates import check_context, check_size, check_template, prompt_ids
-from bupo.data.prompt_settings import Asking, as_trained, settled
+from bupo.analysis.token_view import get_top_tokens
+from bupo.cli.parsing import parse_options
+from bupo.data.chat_templates import check_chat_template, check_prompt_characters, check_prompt_tokens, tokenize_prompt
+from bupo.data.prompt_settings import PromptSettings, read_training_prompt_settings, resolve_defaults
 from bupo.models.internal_policy import InternalPolicies, InternalPolicy, Lens
-from bupo.models.loading import Limits, check_layers, limits_of, load_on_device, load_tokenizer
-from bupo.options.groups import ModelOptions, PromptOptions, SamplingOptions, check_values
-from bupo.options.ranges import COUNT
+from bupo.models.loading import ModelLimits, check_layers_exist, get_model_limits, load_on_device, load_tokenizer
+from bupo.options.groups import ModelOptions, PromptOptions, SamplingOptions, check_command_options
+from bupo.options.ranges import POSITIVE_INTEGER
 from bupo.utils.errors import UserError
-from bupo.utils.sanitize import printable
+from bupo.utils.sanitize import escape_text
 
-COLUMNS = 12  # positions a table holds
-OTHERWISE = {"system_prompt": None, "temperature": 1.0, "top_p": 1.0}
-KINDS = ("layer", "attn", "ffn")
+COLUMNS_PER_TABLE = 12  # positions a table holds
+DEFAULTS = {"system_prompt": None, "temperature": 1.0, "top_p": 1.0}
+POLICY_KINDS = ("layer", "attn", "ffn")
 
 
 @dataclass
@@ -49,15 +49,15 @@ class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        check_values(self, attn=COUNT, ffn=COUNT, top=COUNT)
-        chosen = [kind for kind in KINDS if getattr(self, kind) is not None]
+        check_command_options(self, attn=POSITIVE_INTEGER, ffn=POSITIVE_INTEGER, top=POSITIVE_INTEGER)
+        chosen = [kind for kind in POLICY_KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
         if not self.prompt:
             raise UserError("prompt is not set: give --prompt 'some text'")
         if self.raw_prompt and (self.system_prompt or self.chat_template):
             raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
-        check_template(self.chat_template)
+        check_chat_template(self.chat_template)
 
 
 OPTIONS = (SampleOptions,)
@@ -65,44 +65,48 @@ OPTIONS = (SampleOptions,)
 
 def run(arguments: list[str]) -> None:
     """Sample and show."""
-    (options,) = parse(OPTIONS, arguments, "bupo sample")
+    (options,) = parse_options(OPTIONS, arguments, "bupo sample")
     options.check()
-    options, asking = settled(options, as_trained(options.model, options.adapter), OTHERWISE)
-    config = check_layers(options.model, {kind: getattr(options, kind) for kind in KINDS}, **options.loading())
+    options, asking = resolve_defaults(options, read_training_prompt_settings(options.model, options.adapter), DEFAULTS)
+    config = check_layers_exist(
+        options.model, {kind: getattr(options, kind) for kind in POLICY_KINDS}, **options.loading()
+    )
     tokenizer = load_tokenizer(options.model, **options.loading())
-    asking.give_template(tokenizer)
-    prompt = _prompt(tokenizer, options, asking, limits_of(config))
+    asking.set_template(tokenizer)
+    prompt = _tokenize_prompt(tokenizer, options, asking, get_model_limits(config))
     model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model
-    for kind in KINDS:
+    for kind in POLICY_KINDS:
         if getattr(options, kind) is not None:
             policy = getattr(policies, kind)(getattr(options, kind))
-    answer = _answer(policy, tokenizer, prompt, options)
+    answer = _sample_completion(policy, tokenizer, prompt, options)
     console = Console()
     if asking.line and not options.raw_prompt:
-        console.print(printable(asking.line), highlight=False, markup=False)
+        console.print(escape_text(asking.line), highlight=False, markup=False)
     console.print(f"[bold]{policy}[/]", highlight=False)
-    console.print(Text(printable(tokenizer.decode(answer))))
-    view = top_tokens(policies, tokenizer, prompt, answer, options.top)
-    for start in range(0, len(answer), COLUMNS):
-        console.print(_table(view, slice(start, start + COLUMNS)))
+    console.print(Text(escape_text(tokenizer.decode(answer))))
+    view = get_top_tokens(policies, tokenizer, prompt, answer, options.top)
+    for start in range(0, len(answer), COLUMNS_PER_TABLE):
+        console.print(_make_table(view, slice(start, start + COLUMNS_PER_TABLE)))
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: Asking, limits: Limits) -> list[int]:
+def _tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: PromptSettings, limits: ModelLimits
+) -> list[int]:
     """The prompt's token ids, if the model can read so many."""
-    check_size([str(options.prompt)], limits, "")
+    check_prompt_characters([str(options.prompt)], limits, "")
     if options.raw_prompt:
-        ids = prompt_ids(tokenizer, str(options.prompt))
+        ids = tokenize_prompt(tokenizer, str(options.prompt))
     else:
         system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
         messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
-        ids = prompt_ids(tokenizer, messages, **asking.template_options)
-    check_context([ids], limits, "")
+        ids = tokenize_prompt(tokenizer, messages, **asking.template_kwargs)
+    check_prompt_tokens([ids], limits, "")
     return ids
 
 
-def _answer(
+def _sample_completion(
     policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
 ) -> list[int]:
     torch.manual_seed(options.seed)
@@ -115,17 +119,17 @@ def _answer(
     return out[0, len(prompt) :].tolist()
 
 
-def _table(view: dict, columns: slice) -> Table:
+def _make_table(view: dict, columns: slice) -> Table:
     """Layers as rows, the last first; positions as columns. A cell holds the layer's most likely tokens, bold where the first
     of them is the token that was sampled."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for token in view["tokens"][columns]:
-        table.add_column(Text(printable(token)), no_wrap=True)
+        table.add_column(Text(escape_text(token)), no_wrap=True)
     for layer in range(len(view["top"]), 0, -1):
         texts, ids = view["top"][layer - 1][columns], view["top_ids"][layer - 1][columns]
         cells = [
-            Text("\n".join(printable(text) for text, _ in cell), style="bold" if best == sampled else "dim")
+            Text("\n".join(escape_text(text) for text, _ in cell), style="bold" if best == sampled else "dim")
             for cell, (best, *_), sampled in zip(texts, ids, view["ids"][columns], strict=True)
         ]
         table.add_row(str(layer), *cells)

@@ -5,7 +5,7 @@ import sys
 from typing import TextIO
 
 
-def lasting_output() -> None:
+def guard_standard_streams() -> None:
     """Let this process print whatever it likes wherever it is started, and go on when nobody reads it any longer.
 
     `bupo train | head` would else end a run in the middle of an update, and a closed standard output would give its number to
@@ -21,11 +21,11 @@ def lasting_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
-    if not isinstance(sys.stdout, _Lasting):
-        sys.stdout = _Lasting(sys.stdout)  # type: ignore[assignment]
+    if not isinstance(sys.stdout, _GuardedStream):
+        sys.stdout = _GuardedStream(sys.stdout)  # type: ignore[assignment]
 
 
-class _Lasting:
+class _GuardedStream:
     """A stream that goes nowhere once it cannot be written. It says so on standard error, unless its reader has gone."""
 
     def __init__(self, stream: TextIO):
@@ -38,16 +38,16 @@ class _Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._lost(error)
+            self._discard_output(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._lost(error)
+            self._discard_output(error)
 
-    def _lost(self, error: OSError) -> None:
+    def _discard_output(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):
             print(
                 f"bupo: warning: standard output cannot be written ({error.strerror}): no more is shown",

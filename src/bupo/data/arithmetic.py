@@ -8,7 +8,7 @@ import random
 import zlib
 from dataclasses import dataclass
 
-TEST_SHARE = 8  # one problem in eight belongs to the test split, whatever the seed
+TEST_SPLIT_DIVISOR = 8  # one problem in eight belongs to the test split, whatever the seed
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class ArithmeticProblem:
     direct: str
 
 
-def _split_of(question: str) -> str:
+def _get_split(question: str) -> str:
     """The split a question belongs to: a property of its text, so no seed can leak a test problem into training."""
-    return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
+    return "test" if zlib.crc32(question.encode()) % TEST_SPLIT_DIVISOR == 0 else "train"
 
 
-def _draw(rng: random.Random, numbers: int) -> ArithmeticProblem:
+def _draw_problem(rng: random.Random, numbers: int) -> ArithmeticProblem:
     first, *rest = [rng.randint(10, 99) for _ in range(numbers)]
     question, total, steps = str(first), first, []
     for number in rest:
@@ -39,7 +39,7 @@ def _draw(rng: random.Random, numbers: int) -> ArithmeticProblem:
     return ArithmeticProblem(question, str(total), "".join(steps) + boxed, boxed)
 
 
-def arithmetic_problem(split: str, seed: int, index: int, numbers: int = 3) -> ArithmeticProblem:
+def make_arithmetic_problem(split: str, seed: int, index: int, numbers: int = 3) -> ArithmeticProblem:
     """Problem number `index` of a seeded stream; it depends on the arguments only.
 
     Args:
@@ -55,6 +55,6 @@ def arithmetic_problem(split: str, seed: int, index: int, numbers: int = 3) -> A
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = random.Random(f"{split}-{seed}-{index}")
     while True:
-        problem = _draw(rng, numbers)
-        if _split_of(problem.question) == split:
+        problem = _draw_problem(rng, numbers)
+        if _get_split(problem.question) == split:
             return problem

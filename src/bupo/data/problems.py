@@ -19,21 +19,21 @@ from datasets import Dataset, load_dataset
 from datasets.table import InMemoryTable
 from pyarrow.parquet import read_table
 
-from bupo.data.arithmetic import arithmetic_problem
-from bupo.data.columns import dataset_of, with_columns
-from bupo.data.prompts import check_text, messages_of
-from bupo.rewards.task_scorers import SCORED_BY, answer_of, has_scorer, reference
-from bupo.utils.errors import UserError, first_line, others
+from bupo.data.arithmetic import make_arithmetic_problem
+from bupo.data.columns import make_dataset, replace_columns
+from bupo.data.prompts import check_not_serialized, normalize_messages
+from bupo.rewards.task_scorers import SCORED_BY_COLUMN, encode_problem_reference, get_gold_answer, has_scorer
+from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "solution")
 ARITHMETIC = "arithmetic"
 REASONING_GYM = "reasoning_gym:"
-FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_NUMBERS = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5`: of five numbers
+FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_ARITHMETIC_NAME = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5`: of five numbers
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
-_MOST_MADE = 10_000_000  # problems of a procedural task, all of them in memory
-_AT_ONCE = 1000  # rows that are read together
+_MAX_GENERATED_PROBLEMS = 10_000_000  # problems of a procedural task, all of them in memory
+_ROWS_PER_READ = 1000  # rows that are read together
 # arguments that TRL gives to every reward function: a column of such a name cannot be passed, or would be overwritten
 REWARD_ARGUMENTS = (
     "prompts",
@@ -80,31 +80,31 @@ def load_problems(
         size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
         revision (`str`, *optional*): of a hub dataset.
         seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
-        shuffle_seed (`int`, *optional*): shuffle a file's or hub dataset's problems by [`shuffled`] before `size` are taken.
+        shuffle_seed (`int`, *optional*): shuffle a file's or hub dataset's problems by [`shuffle_indices`] before `size` are taken.
         needs_answers (`bool`, *optional*, defaults to `True`): refuse problems without gold answers. Without, `answer` is made
             only where `answer_column` names a column, or a usual one holds an answer in every row.
 
     Raises:
         UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
     """
-    rows = _rows(name, split, config, size, revision, seed, shuffle_seed)
-    prompt_source, prompts = _column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    rows = _load_rows(name, split, config, size, revision, seed, shuffle_seed)
+    prompt_source, prompts = _find_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     filled = Path(name).suffix not in (".json", ".jsonl")  # Arrow gives all messages of a column the same fields
     columns: dict[str, list] = {
-        "prompt": [messages_of(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]
+        "prompt": [normalize_messages(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]
     }
     sources = {"prompt": prompt_source}
     try:
-        sources["answer"], answers = _column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
-        columns["answer"] = [_answer(a, name, i) for i, a in enumerate(answers)]
+        sources["answer"], answers = _find_column(rows, name, "answer", answer_column, ANSWER_COLUMNS)
+        columns["answer"] = [_format_answer(a, name, i) for i, a in enumerate(answers)]
     except UserError:
         if needs_answers or answer_column:
             raise
         sources.pop("answer", None)
-    return with_columns(_passable(_kept_under_other_names(rows, name, sources), name), columns)
+    return replace_columns(_drop_unsupported_columns(_rename_original_columns(rows, name, sources), name), columns)
 
 
-def _kept_under_other_names(rows: Dataset, name: str, sources: Mapping[str, str]) -> Dataset:
+def _rename_original_columns(rows: Dataset, name: str, sources: Mapping[str, str]) -> Dataset:
     """Return rows whose columns `prompt` and `answer` are renamed where the values of these names come from other columns."""
     for column, source in sources.items():
         if column in rows.column_names and source != column:
@@ -116,7 +116,7 @@ def _kept_under_other_names(rows: Dataset, name: str, sources: Mapping[str, str]
     return rows
 
 
-def _passable(rows: Dataset, name: str) -> Dataset:
+def _drop_unsupported_columns(rows: Dataset, name: str) -> Dataset:
     """Return rows without the columns that TRL cannot pass to a reward function, or would read as images."""
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
     images = [
@@ -134,7 +134,7 @@ def _passable(rows: Dataset, name: str) -> Dataset:
     return rows.remove_columns([*images, *taken])
 
 
-def _rows(
+def _load_rows(
     name: str,
     split: str,
     config: str | None,
@@ -146,21 +146,23 @@ def _rows(
     """The rows as their source has them."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
-    made = procedural(name)
-    if made and (size or 0) > _MOST_MADE:
-        raise UserError(f"size must be at most {_MOST_MADE} for {name}, whose problems are made, got {size}")
+    made = is_procedural(name)
+    if made and (size or 0) > _MAX_GENERATED_PROBLEMS:
+        raise UserError(
+            f"size must be at most {_MAX_GENERATED_PROBLEMS} for {name}, whose problems are made, got {size}"
+        )
     if made and shuffle_seed is not None:
         raise UserError(
             f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
         )
-    if numbers := _NUMBERS.fullmatch(name):
-        rows = _arithmetic(_known_split(name, split), size, seed, int(numbers[1] or 3))
+    if numbers := _ARITHMETIC_NAME.fullmatch(name):
+        rows = _generate_arithmetic(_check_split(name, split), size, seed, int(numbers[1] or 3))
     elif name.startswith(REASONING_GYM):
-        rows = _reasoning_gym(name, _known_split(name, split), size, seed, config)
+        rows = _generate_reasoning_gym(name, _check_split(name, split), size, seed, config)
     else:
-        rows = _from_file(Path(name)) if _is_file(name) else _from_hub(name, config, split, revision)
+        rows = _load_from_file(Path(name)) if _is_file(name) else _load_from_hub(name, config, split, revision)
         if shuffle_seed is not None:
-            table = rows.with_format("arrow")[shuffled(len(rows), shuffle_seed)[:size]]
+            table = rows.with_format("arrow")[shuffle_indices(len(rows), shuffle_seed)[:size]]
             rows = Dataset(InMemoryTable(table), info=rows.info)
         elif size is not None:
             rows = rows.select(range(min(size, len(rows))))
@@ -169,12 +171,12 @@ def _rows(
     return rows
 
 
-def procedural(name: str) -> bool:
+def is_procedural(name: str) -> bool:
     """Whether the problems of a name are made, not read."""
-    return name.startswith(REASONING_GYM) or _NUMBERS.fullmatch(name) is not None
+    return name.startswith(REASONING_GYM) or _ARITHMETIC_NAME.fullmatch(name) is not None
 
 
-def shuffled(count: int, seed: int) -> list[int]:
+def shuffle_indices(count: int, seed: int) -> list[int]:
     """The numbers from 0 in a random order that is the same on any machine and with any version of a library.
 
     Number i stands where the SHA-256 of the text `SEED i` sorts it.
@@ -182,25 +184,25 @@ def shuffled(count: int, seed: int) -> list[int]:
     return sorted(range(count), key=lambda number: hashlib.sha256(f"{seed} {number}".encode()).digest())
 
 
-def problems_sha256(problems: Dataset) -> str:
+def compute_problems_sha256(problems: Dataset) -> str:
     """SHA-256 of problems in their order: of one line of JSON each, its keys sorted, as `json.dumps` writes it."""
     found = hashlib.sha256()
-    for start in range(0, len(problems), _AT_ONCE):
-        columns = problems[start : start + _AT_ONCE]
+    for start in range(0, len(problems), _ROWS_PER_READ):
+        columns = problems[start : start + _ROWS_PER_READ]
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
-            found.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
+            found.update(json.dumps(row, sort_keys=True, default=_to_json_value).encode() + b"\n")
     return found.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """Return a value as JSON knows it: arrays whole, and images by their pixels, whose text is an address in memory."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
-def check_columns(problems: Dataset, name: str, columns: Sequence[str]) -> None:
+def check_problems(problems: Dataset, name: str, columns: Sequence[str]) -> None:
     """Refuse problems that came from Python and are no data set, lack a column, are none, or hold messages as text.
 
     Raises:
@@ -228,73 +230,80 @@ def check_prompt_texts(problems: Dataset, name: str) -> None:
     """
     if "prompt" in problems.column_names:
         for row, prompt in enumerate(problems["prompt"]):
-            check_text(prompt, name, row)
+            check_not_serialized(prompt, name, row)
 
 
-def prompt_digests(problems: Dataset) -> list[str]:
+def compute_prompt_digests(problems: Dataset) -> list[str]:
     """What tells problems apart: a digest of each one's messages."""
     return [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12] for messages in problems["prompt"]]
 
 
-def _known_split(name: str, split: str) -> str:
+def _check_split(name: str, split: str) -> str:
     if split not in _PROCEDURAL_SIZES:
         raise UserError(f"{name} has the splits train and test, not {split!r}")
     return split
 
 
-def _arithmetic(split: str, size: int | None, seed: int, numbers: int) -> Dataset:
-    problems = [arithmetic_problem(split, seed, i, numbers) for i in range(size or _PROCEDURAL_SIZES[split])]
+def _generate_arithmetic(split: str, size: int | None, seed: int, numbers: int) -> Dataset:
+    problems = [make_arithmetic_problem(split, seed, i, numbers) for i in range(size or _PROCEDURAL_SIZES[split])]
     return Dataset.from_dict({"prompt": [p.question for p in problems], "answer": [p.answer for p in problems]})
 
 
-def _reasoning_gym(name: str, split: str, size: int | None, seed: int, config: str | None) -> Dataset:
+def _generate_reasoning_gym(name: str, split: str, size: int | None, seed: int, config: str | None) -> Dataset:
     import reasoning_gym
 
     # a task draws problem i from seed + i: the splits lie far apart
     start = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
     # a task's own assertions, unknown options, malformed JSON
-    with others(f"{name} cannot be made{f' with {config}' if config else ''}"):
+    with wrap_library_errors(f"{name} cannot be made{f' with {config}' if config else ''}"):
         options = json.loads(config) if config else {}
         named, count = name.removeprefix(REASONING_GYM), size or _PROCEDURAL_SIZES[split]
         task = reasoning_gym.create_dataset(named, size=count, seed=start, **options)
         entries = list(task)
-    columns = {"prompt": [entry["question"] for entry in entries], "answer": [answer_of(entry) for entry in entries]}
+    columns = {
+        "prompt": [entry["question"] for entry in entries],
+        "answer": [get_gold_answer(entry) for entry in entries],
+    }
     if has_scorer(task):
-        columns[SCORED_BY] = [reference(named, count, start, index, options) for index in range(len(entries))]
+        columns[SCORED_BY_COLUMN] = [
+            encode_problem_reference(named, count, start, index, options) for index in range(len(entries))
+        ]
     return Dataset.from_dict(columns)
 
 
 def _is_file(name: str) -> bool:
-    with others(f"dataset {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
-        return Path(name).suffix in FILE_KINDS or Path(name).exists()
+    with wrap_library_errors(
+        f"dataset {name!r:.200} cannot be looked for", OSError, ValueError
+    ):  # too long a name, or none
+        return Path(name).suffix in FILE_FORMATS or Path(name).exists()
 
 
-def _from_file(path: Path) -> Dataset:
-    with others(f"{path} cannot be read", OSError):  # of a folder that is another's
+def _load_from_file(path: Path) -> Dataset:
+    with wrap_library_errors(f"{path} cannot be read", OSError):  # of a folder that is another's
         regular = path.is_file()
     if not regular:
         raise UserError(f"{path} is no file: give a .parquet, .jsonl or .json file, a hub id or {REASONING_GYM}NAME")
-    if path.suffix not in FILE_KINDS:
-        raise UserError(f"{path} is no {', '.join(FILE_KINDS)} file")
+    if path.suffix not in FILE_FORMATS:
+        raise UserError(f"{path} is no {', '.join(FILE_FORMATS)} file")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read: it is not yours to read")
     # not by load_dataset, which keeps a copy in the home folder and logs tracebacks of its own
-    with others(f"{path} cannot be read as {path.suffix[1:]}"):
+    with wrap_library_errors(f"{path} cannot be read as {path.suffix[1:]}"):
         if path.suffix == ".parquet":
             return Dataset(InMemoryTable(read_table(path, partitioning=None)))
-        columns = _columns(_rows_of(path))
-        return dataset_of(columns) if columns else Dataset.from_dict({})
+        columns = _transpose_rows(_read_json_rows(path))
+        return make_dataset(columns) if columns else Dataset.from_dict({})
 
 
-def _columns(rows: list[dict]) -> dict[str, list]:
+def _transpose_rows(rows: list[dict]) -> dict[str, list]:
     """Rows as columns; what a row lacks is None."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _rows_of(path: Path) -> list[dict]:
+def _read_json_rows(path: Path) -> list[dict]:
     """The rows of a JSON file: one a line, or a list of them.
 
     Raises:
@@ -321,18 +330,18 @@ def _rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
+def _load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
     def message(error: Exception) -> str:
         return (
-            f"dataset {name!r} (split {split!r}) cannot be loaded: {first_line(error)}; give a hub id you can reach, a local "
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {summarize_error(error)}; give a hub id you can reach, a local "
             f".parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
         )
 
-    with others(message):
+    with wrap_library_errors(message):
         return load_dataset(name, config, split=split, revision=revision)
 
 
-def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> tuple[str, list]:
+def _find_column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> tuple[str, list]:
     """Return the path of the column that holds the prompts or the answers, and its values."""
     for path in (wanted,) if wanted else usual:
         top, *rest = path.split(".")
@@ -351,7 +360,7 @@ def _column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tupl
     )
 
 
-def _answer(answer, name: str, row: int) -> str:
+def _format_answer(answer, name: str, row: int) -> str:
     if isinstance(answer, list):  # of several values, such as OlympiadBench's
         answer = ", ".join(map(str, answer))
     if answer is None or not str(answer).strip():

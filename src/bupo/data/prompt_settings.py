@@ -14,24 +14,24 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.chat_templates import choose_template, template_options
-from bupo.models.loading import EMBEDDED
-from bupo.options.ranges import COUNT, POSITIVE, abridged, check_options
+from bupo.data.chat_templates import get_template_kwargs, set_chat_template
+from bupo.models.loading import EMBEDDED_MODEL
+from bupo.options.ranges import POSITIVE, POSITIVE_INTEGER, abbreviate, check_options
 from bupo.utils.errors import UserError
 from bupo.utils.files import write_json
-from bupo.utils.safe_read import Unreadable, content, there
+from bupo.utils.safe_read import UnreadableFolderError, has_regular_file, read_file_bytes
 
-EVALUATION_FILE, SCHEMA = "evaluation.json", 1
+EVALUATION_FILE, SCHEMA_VERSION = "evaluation.json", 1
 TEMPLATE_FILE = "chat_template.jinja"  # as a tokenizer saves it
-LARGEST = 1 << 20  # bytes
-RANGES = {"max_new_tokens": COUNT, "temperature": POSITIVE, "top_p": "(0, 1]"}
-OPTIONS = ("system_prompt", *RANGES)
+MAX_SETTINGS_BYTES = 1 << 20  # bytes
+SETTING_RANGES = {"max_new_tokens": POSITIVE_INTEGER, "temperature": POSITIVE, "top_p": "(0, 1]"}
+INHERITED_OPTIONS = ("system_prompt", *SETTING_RANGES)
 
 Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
-class AsTrained:
+class TrainingPromptSettings:
     """How a run's rollouts were asked for and sampled.
 
     Attributes:
@@ -56,106 +56,108 @@ class AsTrained:
     def write(self, folder: Path) -> None:
         """Into `evaluation.json`, in one piece."""
         values = {name: value for name, value in asdict(self).items() if name not in ("folder", "template")}
-        write_json(folder / EVALUATION_FILE, json.loads(json.dumps({"schema_version": SCHEMA, **values}, default=str)))
+        write_json(
+            folder / EVALUATION_FILE, json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **values}, default=str))
+        )
 
 
-def as_trained(model: Any, adapter: str | None = None) -> AsTrained | None:
+def read_training_prompt_settings(model: Any, adapter: str | None = None) -> TrainingPromptSettings | None:
     """What the folder of an adapter, or else of a model, says of how it was trained; None where it says nothing.
 
     Raises:
         UserError: if it cannot be read, or holds what is no such setting.
     """
     for name in (adapter, model):
-        if not isinstance(name, str) or name == EMBEDDED:
+        if not isinstance(name, str) or name == EMBEDDED_MODEL:
             continue
         path, found = Path(name) / EVALUATION_FILE, False
         with suppress(OSError, ValueError):  # too long a name, or none: who loads the model says so
             found = path.exists()
         if found:
-            return _beside(_read(path), path.parent) if name == adapter else _read(path)
+            return _add_adapter_template(_read_settings(path), path.parent) if name == adapter else _read_settings(path)
     return None
 
 
-def _beside(own: AsTrained, folder: Path) -> AsTrained:
+def _add_adapter_template(own: TrainingPromptSettings, folder: Path) -> TrainingPromptSettings:
     """With the template that lies beside an adapter, whose tokenizer is otherwise its base model's."""
     path = folder / TEMPLATE_FILE
     if not path.exists():
         return own
     try:
-        return replace(own, template=_text(path))
-    except (Unreadable, ValueError) as error:
+        return replace(own, template=_read_text(path))
+    except (UnreadableFolderError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """Raises `Unreadable` or `ValueError` for what is no text of usual size in its own folder."""
-    if not there(path.parent, path.name):
-        raise Unreadable(f"{path.name} is no regular file of its folder")
-    return content(path.parent, path.name, LARGEST).decode()
+    if not has_regular_file(path.parent, path.name):
+        raise UnreadableFolderError(f"{path.name} is no regular file of its folder")
+    return read_file_bytes(path.parent, path.name, MAX_SETTINGS_BYTES).decode()
 
 
-def _read(path: Path) -> AsTrained:
+def _read_settings(path: Path) -> TrainingPromptSettings:
     remedy = "mend it, or remove it and give the options"
     try:
-        found = json.loads(_text(path))
+        found = json.loads(_read_text(path))
         if not isinstance(found, dict):
             raise ValueError("it is no mapping")
-        known = [name for name in (*OPTIONS, "chat_template_kwargs", "besides") if name in found]
-        own = AsTrained(**{name: found[name] for name in known}, folder=str(path.parent))
-        check_options(own, RANGES)
-        _check_template_options(own.chat_template_kwargs)
+        known = [name for name in (*INHERITED_OPTIONS, "chat_template_kwargs", "besides") if name in found]
+        own = TrainingPromptSettings(**{name: found[name] for name in known}, folder=str(path.parent))
+        check_options(own, SETTING_RANGES)
+        _check_template_kwargs(own.chat_template_kwargs)
         if not isinstance(own.besides, dict):
-            raise ValueError(f"besides must be a mapping, got {abridged(own.besides)}")
-    except (Unreadable, ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
+            raise ValueError(f"besides must be a mapping, got {abbreviate(own.besides)}")
+    except (UnreadableFolderError, ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} cannot be used ({str(error)[:300]}): {remedy}") from error
     return own
 
 
-def _check_template_options(options: Any) -> None:
+def _check_template_kwargs(options: Any) -> None:
     """Raises `ValueError` for what is no variable of a template: an argument of the call would change what it returns."""
     if not isinstance(options, dict):
-        raise ValueError(f"chat_template_kwargs must be a mapping, got {abridged(options)}")
+        raise ValueError(f"chat_template_kwargs must be a mapping, got {abbreviate(options)}")
     taken = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
     for name in options:
         if not name.isidentifier() or name in taken:
-            raise ValueError(f"chat_template_kwargs holds {abridged(name)}, which is no variable of a chat template")
+            raise ValueError(f"chat_template_kwargs holds {abbreviate(name)}, which is no variable of a chat template")
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptSettings:
     """How a model is asked, once it is settled which options are given, the run's own or the defaults.
 
     Attributes:
-        own ([`AsTrained`], *optional*): how the model was trained.
+        own ([`TrainingPromptSettings`], *optional*): how the model was trained.
         taken (`tuple[str, ...]`): options that are the run's own.
         wanted (`str`, *optional*): the template that is given.
     """
 
-    own: AsTrained | None = None
-    taken: tuple[str, ...] = ()
+    own: TrainingPromptSettings | None = None
+    inherited: tuple[str, ...] = ()
     wanted: str | None = None
 
     @property
-    def template_options(self) -> dict[str, Any]:
+    def template_kwargs(self) -> dict[str, Any]:
         """Arguments of the chat template; none of the run's for another template than the run's."""
         return dict(self.own.chat_template_kwargs) if self.own and not self.wanted else {}
 
-    def give_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def set_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Give a tokenizer its template. Returns the choice, for people."""
         if self.own and self.own.template is not None and not self.wanted:
             tokenizer.chat_template = self.own.template
-        chosen, usual = choose_template(tokenizer, self.wanted), template_options(tokenizer)
-        if usual | self.template_options == usual:
+        chosen, usual = set_chat_template(tokenizer, self.wanted), get_template_kwargs(tokenizer)
+        if usual | self.template_kwargs == usual:
             return chosen
-        return f"{chosen.removesuffix(', no thinking')}, with {json.dumps(self.template_options, sort_keys=True)}"
+        return f"{chosen.removesuffix(', no thinking')}, with {json.dumps(self.template_kwargs, sort_keys=True)}"
 
     @property
     def noted(self) -> dict[str, Any]:
         """For a summary's `meta`: where the settings came from, and which."""
-        if not self.own or not (self.taken or self.template_options):
+        if not self.own or not (self.inherited or self.template_kwargs):
             return {}
-        values = {name: getattr(self.own, name) for name in self.taken}
-        values |= {"chat_template_kwargs": self.template_options} if self.template_options else {}
+        values = {name: getattr(self.own, name) for name in self.inherited}
+        values |= {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
         return {"as_trained": {"folder": self.own.folder, **values}}
 
     @property
@@ -165,21 +167,24 @@ class Asking:
             return None
         assert self.own
         values = {name: value for name, value in self.noted["as_trained"].items() if name != "folder"}
-        said = [f"{name} {abridged(value) if isinstance(value, str) else value}" for name, value in values.items()]
+        said = [f"{name} {abbreviate(value) if isinstance(value, str) else value}" for name, value in values.items()]
         said = [f"no {name}" if values[name] is None else words for name, words in zip(values, said, strict=True)]
         besides = ", ".join(f"{name} {value}" for name, value in self.own.besides.items())
         more = f"; its rollouts also had {besides:.200}, which is left out" if besides else ""
         return f"as {self.own.folder} was trained: {', '.join(said)}{more}"
 
 
-def settled(
-    options: Options, own: AsTrained | None, otherwise: Mapping[str, Any], first: Mapping[str, Any] | None = None
-) -> tuple[Options, Asking]:
+def resolve_defaults(
+    options: Options,
+    own: TrainingPromptSettings | None,
+    otherwise: Mapping[str, Any],
+    first: Mapping[str, Any] | None = None,
+) -> tuple[Options, PromptSettings]:
     """Options without those that are None, which stands for "not given".
 
     Args:
         options: a dataclass of options, with `chat_template`.
-        own ([`AsTrained`], *optional*): how the model was trained.
+        own ([`TrainingPromptSettings`], *optional*): how the model was trained.
         otherwise (`dict`): what options are that neither are given nor the run's own.
         first (`dict`, *optional*): what comes before the run's own.
     """
@@ -189,10 +194,14 @@ def settled(
             continue
         if name in first:
             values[name] = first[name]
-        elif own is not None and name in OPTIONS and (name == "system_prompt" or getattr(own, name) is not None):
+        elif (
+            own is not None
+            and name in INHERITED_OPTIONS
+            and (name == "system_prompt" or getattr(own, name) is not None)
+        ):
             values[name] = getattr(own, name)
             taken.append(name)
         else:
             values[name] = usual
     wanted = getattr(options, "chat_template", None)
-    return replace(options, **values), Asking(own, tuple(taken), wanted)  # type: ignore[type-var]
+    return replace(options, **values), PromptSettings(own, tuple(taken), wanted)  # type: ignore[type-var]

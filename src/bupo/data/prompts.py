@@ -8,37 +8,43 @@ from bupo.utils.errors import UserError
 
 # a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped. Python prints
 # objects with `role='user'`, bytes with a b before their quote, and NumPy's arrays as `array([...], dtype=object)`
-_UNSEEN = "\ufeff\u200b\u2060"  # byte order mark and characters without width
+_INVISIBLE_CHARACTERS = "\ufeff\u200b\u2060"  # byte order mark and characters without width
 # possessive runs: a prompt of a million spaces is looked through once
-_OPENING = re.compile(rf"""[\s{_UNSEEN}]*+(?:array\()?b?["']?[\s{_UNSEEN}]*+(\[|\{{)""")
-_CLOSING = re.compile(rf"""[\]\}}](?:\s*,\s*dtype=object)?\)?[\s{_UNSEEN}]*["']*[\s{_UNSEEN}]*$""")
-_KEYS = tuple(re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value"))
-_PARTS = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
+_OPENING_BRACKET = re.compile(
+    rf"""[\s{_INVISIBLE_CHARACTERS}]*+(?:array\()?b?["']?[\s{_INVISIBLE_CHARACTERS}]*+(\[|\{{)"""
+)
+_CLOSING_BRACKET = re.compile(
+    rf"""[\]\}}](?:\s*,\s*dtype=object)?\)?[\s{_INVISIBLE_CHARACTERS}]*["']*[\s{_INVISIBLE_CHARACTERS}]*$"""
+)
+_MESSAGE_KEYS = tuple(
+    re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value")
+)
+_TEXT_PART = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
 
 
-def is_serialized(prompt: str) -> bool:
+def is_serialized_messages(prompt: str) -> bool:
     """Return whether a text is messages written as JSON, or as Python prints them, instead of a prompt in words."""
-    if not _OPENING.match(prompt):
+    if not _OPENING_BRACKET.match(prompt):
         return False
-    role, content, sender, value = (key.search(prompt) is not None for key in _KEYS)
-    closed = _CLOSING.search(prompt.rstrip()[-100:]) is not None
-    return closed and ((role and content) or (sender and value) or _PARTS.search(prompt) is not None)
+    role, content, sender, value = (key.search(prompt) is not None for key in _MESSAGE_KEYS)
+    closed = _CLOSING_BRACKET.search(prompt.rstrip()[-100:]) is not None
+    return closed and ((role and content) or (sender and value) or _TEXT_PART.search(prompt) is not None)
 
 
-def check_text(prompt: Any, name: str, row: int) -> None:
+def check_not_serialized(prompt: Any, name: str, row: int) -> None:
     """Refuse a prompt that is the text of messages.
 
     Raises:
         UserError: with the row and what to do.
     """
-    if isinstance(prompt, str) and is_serialized(prompt):
+    if isinstance(prompt, str) and is_serialized_messages(prompt):
         raise UserError(
             f"{name}, row {row}: the prompt is messages written as text, {prompt!r:.80}: store them as a list of messages "
             "(json.loads of the text), or the question alone as plain text"
         )
 
 
-def message_text(message: Mapping[str, Any]) -> str:
+def get_message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a message, whose content may be text, a list of parts, or nothing."""
     content = message.get("content")
     if isinstance(content, list):
@@ -46,7 +52,7 @@ def message_text(message: Mapping[str, Any]) -> str:
     return content or ""
 
 
-def messages_of(prompt: Any, system_prompt: str | None, name: str, row: int, filled: bool = False) -> list[dict]:
+def normalize_messages(prompt: Any, system_prompt: str | None, name: str, row: int, filled: bool = False) -> list[dict]:
     """Return a prompt as messages with all their fields.
 
     A message without `content`, such as a call of a tool, gets an empty one: TRL reads it of every message.
@@ -61,20 +67,20 @@ def messages_of(prompt: Any, system_prompt: str | None, name: str, row: int, fil
     Raises:
         UserError: for what is no prompt, an empty one, and messages written as text.
     """
-    check_text(prompt, name, row)
+    check_not_serialized(prompt, name, row)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, Sequence) or not messages or not all(map(_is_message, messages)):
-        raise _malformed(prompt, name, row)
-    messages = [_completed(_without_none(message) if filled else dict(message)) for message in messages]
+        raise _make_prompt_error(prompt, name, row)
+    messages = [_fill_content(_drop_none(message) if filled else dict(message)) for message in messages]
     last = messages[-1]
-    if not (message_text(last).strip() or last.get("tool_calls") or _has_parts(last)):
-        raise _malformed(prompt, name, row)
+    if not (get_message_text(last).strip() or last.get("tool_calls") or _has_non_text_parts(last)):
+        raise _make_prompt_error(prompt, name, row)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
 
 
-def _malformed(prompt: Any, name: str, row: int) -> UserError:
+def _make_prompt_error(prompt: Any, name: str, row: int) -> UserError:
     return UserError(f"{name}, row {row}: the prompt is no text and no list of messages, or is empty: {prompt!r:.80}")
 
 
@@ -86,19 +92,19 @@ def _is_message(message: Any) -> bool:
     return isinstance(content, str) or parts or (content is None and bool(message.get("tool_calls")))
 
 
-def _has_parts(message: Mapping[str, Any]) -> bool:
+def _has_non_text_parts(message: Mapping[str, Any]) -> bool:
     """Return whether a message holds something else than text, such as an image."""
     content = message.get("content")
     return isinstance(content, list) and any(isinstance(part, Mapping) and "text" not in part for part in content)
 
 
-def _completed(message: dict) -> dict:
+def _fill_content(message: dict) -> dict:
     return message if message.get("content") is not None else {**message, "content": ""}
 
 
-def _without_none(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+        return {key: _drop_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(inner) for inner in value]
+        return [_drop_none(inner) for inner in value]
     return value

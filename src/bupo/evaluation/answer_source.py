@@ -8,32 +8,39 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.prompt_settings import Asking
+from bupo.data.prompt_settings import PromptSettings
 from bupo.evaluation.options import EvalOptions
 from bupo.generation.seeded_sampling import Engine, TransformersEngine
 from bupo.generation.vllm_engines import ServerEngine, VllmEngine
-from bupo.models.generation_settings import stored_ends
+from bupo.models.generation_settings import read_eos_token_ids
 from bupo.models.internal_policy import InternalPolicies
-from bupo.models.loading import Limits, check_layers, fingerprint, limits_of, load_on_device, load_tokenizer
-from bupo.models.metadata import model_meta, name_of
-from bupo.run_files.reading import Damaged
+from bupo.models.loading import (
+    ModelLimits,
+    check_layers_exist,
+    compute_weight_fingerprint,
+    get_model_limits,
+    load_on_device,
+    load_tokenizer,
+)
+from bupo.models.metadata import get_model_metadata, get_model_name
+from bupo.run_files.reading import DamagedFileError
 from bupo.run_files.result_cache import SETTINGS_FILE, read_settings
 from bupo.utils.errors import UserError
 from bupo.version import VERSION
 
-NOTED = ("model", "revision", "adapter")  # for people, where the weights tell models apart
-SAMPLING = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
+METADATA_KEYS = ("model", "revision", "adapter")  # for people, where the weights tell models apart
+SAMPLING_KEYS = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
 # of the settings in a benchmark's folder, what stands in the summary of answers that are graded again
-SUMMARY = ("weights", "served", "engine", "dtype", "layer", "lens", "template", *SAMPLING, *NOTED)
+SUMMARY_KEYS = ("weights", "served", "engine", "dtype", "layer", "lens", "template", *SAMPLING_KEYS, *METADATA_KEYS)
 
 
-class Source:
+class EvaluatedModel:
     """The model: what samples, what its answers depend on, and what must stand beside the numbers.
 
     Args:
         model (`str` or `PreTrainedModel`): a name, or a loaded model.
         options ([`EvalOptions`]): how it is loaded and sampled, all of it settled.
-        asking ([`~bupo.data.prompt_settings.Asking`]): its template, and which options are the run's own.
+        asking ([`~bupo.data.prompt_settings.PromptSettings`]): its template, and which options are the run's own.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
 
     Attributes:
@@ -43,45 +50,45 @@ class Source:
         settings, noted (`dict`): what an answer depends on, and what is noted beside it.
         meta (`dict`): model, template, sampling, versions.
         context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
-        limits ([`~bupo.models.loading.Limits`]): the texts that it can read, where that is known.
+        limits ([`~bupo.models.loading.ModelLimits`]): the texts that it can read, where that is known.
     """
 
     def __init__(
         self,
         model: str | nn.Module,
         options: EvalOptions,
-        asking: Asking,
+        asking: PromptSettings,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        name = model if isinstance(model, str) else name_of(model)
+        name = model if isinstance(model, str) else get_model_name(model)
         if options.adapter and not isinstance(model, str):
             raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
         if isinstance(model, str) and options.engine == "transformers":
-            check_layers(name, {"layer": options.layer}, **options.loading())
+            check_layers_exist(name, {"layer": options.layer}, **options.loading())
         if tokenizer is not None:
             tokenizer = copy.deepcopy(tokenizer)  # it is given a template
         elif isinstance(model, str):
             tokenizer = load_tokenizer(name, **options.loading())
         else:
             raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
-        self.tokenizer, self.template_options = tokenizer, asking.template_options
-        chosen = {"engine": options.engine, "template": asking.give_template(tokenizer)}
-        chosen |= {name: getattr(options, name) for name in SAMPLING}
+        self.tokenizer, self.template_kwargs = tokenizer, asking.template_kwargs
+        chosen = {"engine": options.engine, "template": asking.set_template(tokenizer)}
+        chosen |= {name: getattr(options, name) for name in SAMPLING_KEYS}
         self.engine: Engine
-        self.context, self.limits = 0, Limits()
+        self.context, self.limits = 0, ModelLimits()
         if options.engine == "transformers":
-            known = self._open(name, model, options)
+            known = self._load_transformers(name, model, options)
         else:
             if not isinstance(model, str):
                 raise UserError(f"engine {options.engine} takes a model by its name, not a loaded one")
-            known = self._connect(name, options)
+            known = self._connect_vllm(name, options)
         layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
         self.settings: dict[str, Any] = known | chosen | layer
-        self.noted = {name: self.meta.get(name) for name in NOTED if name not in known}
+        self.noted = {name: self.meta.get(name) for name in METADATA_KEYS if name not in known}
         self.meta |= chosen | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
         self.meta |= asking.noted
 
-    def _open(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
+    def _load_transformers(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
         """By transformers: the weights are seen. Returns what answers depend on."""
         opened = (
             model
@@ -97,16 +104,16 @@ class Source:
             policy=None if options.layer is None else policies.layer(options.layer),
             batch_size=options.batch_size,
         )
-        self.limits = limits_of(stream.model.config)
+        self.limits = get_model_limits(stream.model.config)
         self.context = self.limits.context or 0
-        self.meta = model_meta(name, stream, options.lens, options.sampling[1], options.revision)
-        self.meta |= {"weights": fingerprint(stream.model), "adapter": options.adapter}
+        self.meta = get_model_metadata(name, stream, options.lens, options.sampling[1], options.revision)
+        self.meta |= {"weights": compute_weight_fingerprint(stream.model), "adapter": options.adapter}
         return {name: self.meta[name] for name in ("dtype", "weights")}
 
-    def _connect(self, name: str, options: EvalOptions) -> dict[str, Any]:
+    def _connect_vllm(self, name: str, options: EvalOptions) -> dict[str, Any]:
         """By vLLM or a server, where only names are seen. Returns what answers depend on."""
         sampling = options.sampling
-        ends = stored_ends(name, self.tokenizer, **options.loading())
+        ends = read_eos_token_ids(name, self.tokenizer, **options.loading())
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
             server = ServerEngine(str(options.server), *sampling, ends, parallel=options.batch_size)
@@ -118,7 +125,7 @@ class Source:
         return known
 
 
-def kept_settings(folder: Path) -> dict[str, Any]:
+def read_cached_settings(folder: Path) -> dict[str, Any]:
     """The settings of a benchmark's answers, which will only be graded.
 
     Raises:
@@ -133,11 +140,11 @@ def kept_settings(folder: Path) -> dict[str, Any]:
                 f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
             )
     if not isinstance(settings["prompt"], str) or not settings["problems"]:
-        raise Damaged(folder / SETTINGS_FILE, "prompt is no text, or problems is empty")
+        raise DamagedFileError(folder / SETTINGS_FILE, "prompt is no text, or problems is empty")
     return settings
 
 
-def kept_system_prompt(folder: Path) -> str | None:
+def read_cached_system_prompt(folder: Path) -> str | None:
     """The system message of the answers that an evaluation's folder holds, where it is noted."""
     for path in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
         with suppress(UserError):  # told of when its benchmark is graded
@@ -146,7 +153,7 @@ def kept_system_prompt(folder: Path) -> str | None:
     return None
 
 
-def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
+def read_cached_metadata(folder: Path, labels: list[str]) -> dict[str, Any]:
     """What the answers that a folder holds were made with.
 
     Raises:
@@ -154,8 +161,8 @@ def kept_meta(folder: Path, labels: list[str]) -> dict[str, Any]:
     """
     found = []
     for label in labels:
-        settings = kept_settings(folder / label)
-        found.append({name: settings[name] for name in SUMMARY if name in settings})
+        settings = read_cached_settings(folder / label)
+        found.append({name: settings[name] for name in SUMMARY_KEYS if name in settings})
     if any(settings != found[0] for settings in found):
         raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
     return (

@@ -13,35 +13,35 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.chat_templates import prompt_ids
-from bupo.data.problems import prompt_digests
-from bupo.data.prompts import message_text
-from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_curve
-from bupo.generation.seeded_sampling import Answer, Engine, Request, seed_of
+from bupo.data.chat_templates import tokenize_prompt
+from bupo.data.problems import compute_prompt_digests
+from bupo.data.prompts import get_message_text
+from bupo.evaluation.metrics import avg_at_k, majority_at_k, pass_at_k_curve
+from bupo.generation.seeded_sampling import CompletionRequest, Engine, SampledCompletion, derive_seed
 from bupo.rewards.grader import Grade, MathGrader, Verdict
-from bupo.rewards.task_scorers import SCORED_BY
-from bupo.run_files.reading import Damaged, Keys, check, read_table
-from bupo.run_files.result_cache import Store
+from bupo.rewards.task_scorers import SCORED_BY_COLUMN
+from bupo.run_files.reading import DamagedFileError, KeyTypes, check_keys, read_parquet
+from bupo.run_files.result_cache import ResultCache
 from bupo.utils.errors import UserError
 
 SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
-GRADE_AGAIN = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
-DEADLINE = 5.0  # seconds, of grading an answer
-GRADED_AT_ONCE = 256
+REGRADE_HINT = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
+GRADING_DEADLINE = 5.0  # seconds, of grading an answer
+GRADING_BATCH_SIZE = 256
 
-ROW: Keys = {"problem": int, "sample": int, "text": str, "tokens": int, "truncated": bool}
-COLUMNS = {"problem": "number", "sample": "number", "question": "text", "verdict": "text"}
+SAMPLE_FIELDS: KeyTypes = {"problem": int, "sample": int, "text": str, "tokens": int, "truncated": bool}
+GRADED_COLUMNS = {"problem": "number", "sample": "number", "question": "text", "verdict": "text"}
 
-Key = tuple[int, int]  # problem, sample
+SampleKey = tuple[int, int]  # problem, sample
 
 
-def samples(
+def open_sample_cache(
     folder: Path,
     settings: Mapping[str, Any],
     problems: Dataset,
     prompts: Sequence[tuple[int, ...]] = (),
     **options,
-) -> Store[Key, Answer]:
+) -> ResultCache[SampleKey, SampledCompletion]:
     """The store of a benchmark's answers, by problem and sample.
 
     A row also holds the tokens of prompt and answer, by which it is a rollout that an analysis reads; they stay on the disk.
@@ -51,41 +51,43 @@ def samples(
         settings (`dict`): what every answer depends on.
         problems (`Dataset`): with `prompt` (messages).
         prompts (`list[tuple[int, ...]]`, *optional*): token ids by problem, where answers will be sampled.
-        options: of [`~bupo.run_files.result_cache.Store`].
+        options: of [`~bupo.run_files.result_cache.ResultCache`].
     """
 
-    def write(key: Key, answer: Answer) -> str:
-        row = {"problem": key[0], "sample": key[1], **_without_ids(answer)}
+    def write(key: SampleKey, answer: SampledCompletion) -> str:
+        row = {"problem": key[0], "sample": key[1], **_get_text_fields(answer)}
         tokens = {"prompt_ids": prompts[key[0]], "completion_ids": answer.ids} if answer.ids and prompts else {}
         return json.dumps(row | tokens)
 
-    return Store(folder, SAMPLES_FILE, "answers", _read, write, settings, prompt_digests(problems), **options)
+    return ResultCache(
+        folder, SAMPLES_FILE, "answers", _parse_sample, write, settings, compute_prompt_digests(problems), **options
+    )
 
 
-def _read(line: str) -> tuple[Key, Answer]:
-    row = check(json.loads(line), ROW)
+def _parse_sample(line: str) -> tuple[SampleKey, SampledCompletion]:
+    row = check_keys(json.loads(line), SAMPLE_FIELDS)
     for tokens in ("prompt_ids", "completion_ids"):
         row.pop(tokens, None)
-    return (row.pop("problem"), row.pop("sample")), Answer(**row)
+    return (row.pop("problem"), row.pop("sample")), SampledCompletion(**row)
 
 
-def _without_ids(answer: Answer) -> dict[str, Any]:
+def _get_text_fields(answer: SampledCompletion) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
 
 
-def prompts_of(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
+def tokenize_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
     """Token ids of each problem's prompt. Options are the chat template's."""
-    return [tuple(prompt_ids(tokenizer, messages, **options)) for messages in problems["prompt"]]
+    return [tuple(tokenize_prompt(tokenizer, messages, **options)) for messages in problems["prompt"]]
 
 
-def sample(
+def sample_completions(
     engine: Engine,
     prompts: Sequence[tuple[int, ...]],
     k: int,
     seed: int = 0,
-    kept: Store[Key, Answer] | None = None,
+    kept: ResultCache[SampleKey, SampledCompletion] | None = None,
     on_answer: Callable[[int], None] = lambda done: None,
-) -> list[list[Answer]]:
+) -> list[list[SampledCompletion]]:
     """k answers to each prompt.
 
     Args:
@@ -93,7 +95,7 @@ def sample(
         prompts (`list[tuple[int, ...]]`): token ids by problem.
         k (`int`): answers a problem.
         seed (`int`, *optional*, defaults to `0`): of the run.
-        kept ([`~bupo.run_files.result_cache.Store`], *optional*): finished answers, not sampled again; new ones are added as they come.
+        kept ([`~bupo.run_files.result_cache.ResultCache`], *optional*): finished answers, not sampled again; new ones are added as they come.
         on_answer (`Callable`, *optional*): called with the number of answers just finished.
 
     Returns:
@@ -101,7 +103,7 @@ def sample(
     """
     found = {} if kept is None else kept.rows
     wanted = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
-    missing = [Request(p, n, prompts[p], seed_of(seed, p, n)) for p, n in wanted if (p, n) not in found]
+    missing = [CompletionRequest(p, n, prompts[p], derive_seed(seed, p, n)) for p, n in wanted if (p, n) not in found]
     on_answer(len(wanted) - len(missing))
     for request, answer in engine(missing):
         key = request.problem, request.sample
@@ -112,10 +114,10 @@ def sample(
     return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
 
 
-def graded(
+def grade_completions(
     problems: Dataset,
-    answers: list[list[Answer]],
-    deadline: float = DEADLINE,
+    answers: list[list[SampledCompletion]],
+    deadline: float = GRADING_DEADLINE,
     on_graded: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
     """Return one row an answer: problem, sample, question, gold, text, tokens, truncated, and its grade.
@@ -133,9 +135,9 @@ def graded(
         {
             "problem": p,
             "sample": n,
-            "question": message_text(problems[p]["prompt"][-1]),
+            "question": get_message_text(problems[p]["prompt"][-1]),
             "gold": problems[p]["answer"],
-            **_without_ids(a),
+            **_get_text_fields(a),
         }
         for p, samples in enumerate(answers)
         for n, a in enumerate(samples)
@@ -143,26 +145,26 @@ def graded(
     table = pd.DataFrame(rows)
     for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
         table[column] = [text.encode(errors="replace").decode() for text in table[column]]
-    scored_by = problems[SCORED_BY] if SCORED_BY in problems.column_names else [None] * len(problems)
+    scored_by = problems[SCORED_BY_COLUMN] if SCORED_BY_COLUMN in problems.column_names else [None] * len(problems)
     grader, grades = MathGrader(deadline=deadline), []
     try:
-        for start in range(0, len(table), GRADED_AT_ONCE):
-            part = table[start : start + GRADED_AT_ONCE]
+        for start in range(0, len(table), GRADING_BATCH_SIZE):
+            part = table[start : start + GRADING_BATCH_SIZE]
             names = [scored_by[problem] for problem in part["problem"]]
-            grades += grader.examine(list(part["text"]), list(part["gold"]), names)
+            grades += grader.get_grades(list(part["text"]), list(part["gold"]), names)
             on_graded(len(part))
         values = np.array([g.value for g in grades], dtype=object).reshape(len(answers), -1).tolist()
-        classes = [number for numbers in grader.equal_answers(values) for number in numbers]
+        classes = [number for numbers in grader.group_equal_answers(values) for number in numbers]
     finally:
         grader.close()
     table["verdict"], table["value"] = [str(g.verdict) for g in grades], [g.value for g in grades]
     table["strict"] = [str(g.strict) for g in grades]
-    table["reason"] = [_reason(*row) for row in zip(grades, table["truncated"], strict=True)]
+    table["reason"] = [_get_no_answer_reason(*row) for row in zip(grades, table["truncated"], strict=True)]
     table["answer_class"] = pd.array(classes, dtype="Int64")
     return table
 
 
-def _reason(grade: Grade, truncated: bool) -> str | None:
+def _get_no_answer_reason(grade: Grade, truncated: bool) -> str | None:
     """Return why an answer holds no final answer, or none that can be read; None where it does."""
     if Verdict.UNPARSABLE not in (grade.verdict, grade.strict):
         return None
@@ -174,11 +176,11 @@ def summarize(table: pd.DataFrame) -> dict:
 
     All by math-verify's own verdict; `strict_avg@k`, its interval and `strict_verdicts` by the strict one.
     """
-    correct = correct_of(table)
+    correct = get_correct(table)
     problems, k = correct.shape
     classes = table["answer_class"].astype(object).to_numpy().reshape(problems, k)
     mean, interval = avg_at_k(correct)
-    strict_mean, strict_interval = avg_at_k(correct_of(table, "strict"))
+    strict_mean, strict_interval = avg_at_k(get_correct(table, "strict"))
     return {
         "problems": problems,
         "k": k,
@@ -186,28 +188,28 @@ def summarize(table: pd.DataFrame) -> dict:
         "avg@k_interval": interval,
         "strict_avg@k": strict_mean,
         "strict_avg@k_interval": strict_interval,
-        "pass@k": {str(size): share for size, share in pass_curve(correct).items()},
+        "pass@k": {str(size): share for size, share in pass_at_k_curve(correct).items()},
         "majority@k": majority_at_k([[None if pd.isna(c) else c for c in row] for row in classes], correct),
         "mean_tokens": float(table["tokens"].mean()),
         "truncated": int(table["truncated"].sum()),
-        "verdicts": _counted(table["verdict"]),
-        "strict_verdicts": _counted(table["strict"]),
+        "verdicts": _count_verdicts(table["verdict"]),
+        "strict_verdicts": _count_verdicts(table["strict"]),
         "no_answer_reasons": table.loc[table["verdict"] == Verdict.UNPARSABLE, "reason"].value_counts().to_dict(),
         "graded_by": f"math-verify {version('math-verify')}",
     }
 
 
-def _counted(verdicts: pd.Series) -> dict[str, int]:
+def _count_verdicts(verdicts: pd.Series) -> dict[str, int]:
     return {str(verdict): int((verdicts == verdict).sum()) for verdict in Verdict}
 
 
-def correct_of(table: pd.DataFrame, by: str = "verdict") -> np.ndarray:
+def get_correct(table: pd.DataFrame, by: str = "verdict") -> np.ndarray:
     """`correct_PN` of a graded table, by `verdict` or by `strict`."""
     correct = (table[by] == Verdict.CORRECT).to_numpy()
     return correct.reshape(table["problem"].nunique(), -1)
 
 
-def finished(folder: Path, base: Path | None = None) -> pd.DataFrame:
+def read_graded_table(folder: Path, base: Path | None = None) -> pd.DataFrame:
     """The graded table of a finished benchmark's folder.
 
     Args:
@@ -220,11 +222,11 @@ def finished(folder: Path, base: Path | None = None) -> pd.DataFrame:
     path = folder / GRADED_FILE
     if not os.path.lexists(path):
         raise UserError(f"{folder} holds no finished evaluation ({GRADED_FILE} is missing)")
-    remedy = f"delete it, and {GRADE_AGAIN}"
-    table = read_table(path, COLUMNS, remedy, base)
+    remedy = f"delete it, and {REGRADE_HINT}"
+    table = read_parquet(path, GRADED_COLUMNS, remedy, base)
     counts = table["problem"].value_counts()
     if table.empty or counts.nunique() != 1:
-        raise Damaged(path, "its problems have no or unequal numbers of answers", remedy)
+        raise DamagedFileError(path, "its problems have no or unequal numbers of answers", remedy)
     if not {"strict", "reason", "answer_class"} <= set(table):
-        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
+        raise UserError(f"{folder} was graded by an earlier version: {REGRADE_HINT}")
     return table

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from bupo.data.columns import with_columns
-from bupo.data.problems import ARITHMETIC, FILE_KINDS, REASONING_GYM, load_problems, procedural
-from bupo.evaluation.lm_eval_tasks import PREFIX, is_harness
-from bupo.options.ranges import COUNT, check_number
-from bupo.rewards.grader import check_golds
-from bupo.run_files.result_cache import inside
-from bupo.utils.errors import UserError, others
+from bupo.data.columns import replace_columns
+from bupo.data.problems import ARITHMETIC, FILE_FORMATS, REASONING_GYM, is_procedural, load_problems
+from bupo.evaluation.lm_eval_tasks import HARNESS_PREFIX, is_harness_task
+from bupo.options.ranges import POSITIVE_INTEGER, check_number
+from bupo.rewards.grader import check_gold_answers
+from bupo.run_files.result_cache import get_label_folder
+from bupo.utils.errors import UserError, wrap_library_errors
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Benchmark:
     prompt_column: str | None = None
     answer_column: str | None = None
     config: str | None = None
-    answer_after: str | None = None  # what the gold answer stands behind, in a worked solution
+    answer_delimiter: str | None = None  # what the gold answer stands behind, in a worked solution
 
 
 BENCHMARKS = {
@@ -40,7 +40,12 @@ BENCHMARKS = {
     ),
     "minerva": Benchmark("math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96", "question", "answer"),
     "gsm8k": Benchmark(
-        "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "question", "answer", "main", answer_after="####"
+        "openai/gsm8k",
+        "740312add88f781978c0658806c59bc2815b9866",
+        "question",
+        "answer",
+        "main",
+        answer_delimiter="####",
     ),
 }
 
@@ -67,7 +72,7 @@ def load_benchmark(
     Raises:
         UserError: if there is no such benchmark, or it cannot be loaded.
     """
-    label, known = _named(without_k(name)[0], prompt_column, answer_column)
+    label, known = _resolve_benchmark(split_k(name)[0], prompt_column, answer_column)
     problems = load_problems(
         known.hub,
         "test",
@@ -79,19 +84,19 @@ def load_benchmark(
         revision=known.revision,
         seed=seed,
     )
-    if known.answer_after:
-        answers = [answer.rpartition(known.answer_after)[2].strip() for answer in problems["answer"]]
-        problems = with_columns(problems, {"answer": answers})
+    if known.answer_delimiter:
+        answers = [answer.rpartition(known.answer_delimiter)[2].strip() for answer in problems["answer"]]
+        problems = replace_columns(problems, {"answer": answers})
     return label, problems
 
 
-def _named(name: str, prompt_column: str | None, answer_column: str | None) -> tuple[str, Benchmark]:
+def _resolve_benchmark(name: str, prompt_column: str | None, answer_column: str | None) -> tuple[str, Benchmark]:
     """A benchmark's label, and where its problems are."""
     label, _, where = name.partition("=")
     known = BENCHMARKS.get(label)
     source, _, revision = (where or label).partition("@")
-    made = procedural(source)
-    if not (known or made or "/" in source or source.endswith(tuple(FILE_KINDS))):
+    made = is_procedural(source)
+    if not (known or made or "/" in source or source.endswith(tuple(FILE_FORMATS))):
         raise UserError(
             f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
             "local file"
@@ -99,8 +104,8 @@ def _named(name: str, prompt_column: str | None, answer_column: str | None) -> t
     if known and not where:
         return label, known
     columns = (None, None) if made else (prompt_column, answer_column)
-    own = Benchmark(source, revision or None, *columns, answer_after=known.answer_after if known else None)
-    return (label if where else _short(source)), own
+    own = Benchmark(source, revision or None, *columns, answer_delimiter=known.answer_delimiter if known else None)
+    return (label if where else _shorten_source(source)), own
 
 
 def split_names(names: str | Sequence[str]) -> list[str]:
@@ -111,11 +116,13 @@ def split_names(names: str | Sequence[str]) -> list[str]:
 
 def is_benchmark(name: str) -> bool:
     """Whether a dataset's name is a benchmark's: one of `BENCHMARKS`, or `LABEL=FILE` and no file itself."""
-    with others(f"dataset {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
+    with wrap_library_errors(
+        f"dataset {name!r:.200} cannot be looked for", OSError, ValueError
+    ):  # too long a name, or none
         return name in BENCHMARKS or ("=" in name and "/" not in name.partition("=")[0] and not Path(name).exists())
 
 
-def without_k(name: str) -> tuple[str, int | None]:
+def split_k(name: str) -> tuple[str, int | None]:
     """A benchmark's name and the number of answers behind it, if there is one: `aime24:32` is `aime24` and 32.
 
     The number stands behind the last colon, alone: in `reasoning_gym:chain_sum`, `harness:TASK` and `C:/problems.parquet` there
@@ -125,24 +132,24 @@ def without_k(name: str) -> tuple[str, int | None]:
         UserError: if it is none that can be given, or the benchmark is one of lm-eval-harness, which answers once.
     """
     found = re.fullmatch(r"(.+):([0-9]{1,12})", name, re.DOTALL)
-    if found is None or f"{found[1]}:" in (REASONING_GYM, PREFIX):
+    if found is None or f"{found[1]}:" in (REASONING_GYM, HARNESS_PREFIX):
         return name, None
-    check_number(f"the number of answers in benchmark {name!r}", int(found[2]), COUNT)
-    if is_harness(found[1]):
+    check_number(f"the number of answers in benchmark {name!r}", int(found[2]), POSITIVE_INTEGER)
+    if is_harness_task(found[1]):
         raise UserError(f"benchmark {name!r} is lm-eval-harness', which answers once: leave out :{found[2]}")
     return found[1], int(found[2])
 
 
-def answers_by_label(
+def get_k_by_label(
     names: str | Sequence[str], k: int | None, usual: Mapping[str, int] | None = None, otherwise: int = 16
 ) -> dict[str, int]:
     """How many answers each problem of a benchmark is given, by label: the number behind its name, else `k`, else what is usual
     for its label, else `otherwise`. Benchmarks of lm-eval-harness have none."""
     found = {}
     for name in split_names(names):
-        if not is_harness(name):
-            bare, own = without_k(name)
-            label = _named(bare, None, None)[0]
+        if not is_harness_task(name):
+            bare, own = split_k(name)
+            label = _resolve_benchmark(bare, None, None)[0]
             found[label] = own or k or (usual or {}).get(label, otherwise)
     return found
 
@@ -168,12 +175,12 @@ def load_benchmarks(
     if len(benchmarks) < len(names):
         raise UserError(f"benchmarks {', '.join(names)} have one label twice: write LABEL=FILE for one of them")
     for label, problems in benchmarks.items():
-        inside("the run", label)
-        check_golds(problems["answer"], label)
+        get_label_folder("the run", label)
+        check_gold_answers(problems["answer"], label)
     return benchmarks
 
 
-def _short(source: str) -> str:
+def _shorten_source(source: str) -> str:
     """A label of a file or hub id."""
     return (
         source.removeprefix(REASONING_GYM)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from bupo.evaluation.run import check_numbers, read_summary
-from bupo.reports.scoreboard import method_of, scoreboard
-from bupo.utils.errors import UserError, first_line
+from bupo.evaluation.run import check_scores, read_summary
+from bupo.reports.scoreboard import build_scoreboard, strip_seed_suffix
+from bupo.utils.errors import UserError, summarize_error
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TableOptions:
     )
 
 
-def table_of(folders: Sequence[str]) -> pd.DataFrame:
+def read_scoreboard(folders: Sequence[str]) -> pd.DataFrame:
     """The scoreboard of finished evaluations.
 
     Args:
@@ -42,12 +42,12 @@ def table_of(folders: Sequence[str]) -> pd.DataFrame:
     for word in folders:
         method, equals, folder = word.partition("=")
         if not equals or os.path.isdir(word):
-            method, folder = method_of(Path(word).name), word
+            method, folder = strip_seed_suffix(Path(word).name), word
         summary = read_summary(folder)
-        check_numbers(folder, summary, summary["benchmarks"])
+        check_scores(folder, summary, summary["benchmarks"])
         found.append((method, summary))
     try:
-        return scoreboard(found)
+        return build_scoreboard(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of a summary that lacks numbers
-        what = str(error) if isinstance(error, ValueError) else f"a summary lacks numbers ({first_line(error)})"
+        what = str(error) if isinstance(error, ValueError) else f"a summary lacks numbers ({summarize_error(error)})"
         raise UserError(f"table {', '.join(folders)}: {what}") from error

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo.data.chat_templates import template_options
-from bupo.evaluation.lm_eval_tasks import Task, label_of, task_named
+from bupo.data.chat_templates import get_template_kwargs
+from bupo.evaluation.lm_eval_tasks import HarnessTask, get_task, get_task_label
 from bupo.evaluation.options import EvalOptions
 from bupo.generation.seeded_sampling import TransformersEngine
-from bupo.run_files.reading import check
-from bupo.run_files.result_cache import REMEDY, Store, inside
-from bupo.utils.errors import UserError, others
+from bupo.run_files.reading import check_keys
+from bupo.run_files.result_cache import OTHER_SETTINGS_REMEDY, ResultCache, get_label_folder
+from bupo.utils.errors import UserError, wrap_library_errors
 from bupo.utils.files import refuse_links
 
 RESULTS_FILE, RESPONSES_FILE = "harness.jsonl", "responses"
 # what its responses depend on, of what sampled answers do
-SETTINGS = ("weights", "dtype", "layer", "lens", "template", "max_new_tokens")
-SECRET = re.compile(r"(?i)token|key|secret|password|credential")  # in an environment variable's name
+RESPONSE_SETTINGS = ("weights", "dtype", "layer", "lens", "template", "max_new_tokens")
+SECRET_VARIABLE = re.compile(r"(?i)token|key|secret|password|credential")  # in an environment variable's name
 Z95 = 1.959964
 
 
@@ -48,32 +48,34 @@ def check_task(name: str, chat: bool, run_code: bool) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"{name} needs lm-eval-harness: pip install 'bupo[harness]'")
     if name == "humaneval" and not run_code:
-        raise _needs_leave(name)
+        raise _make_unsafe_code_error(name)
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for leave once more
-    task = task_named(name)
+    task = get_task(name)
     wanted = task.for_model(chat and task.template)
-    with others(f"lm-eval-harness cannot load {wanted!r}"):  # of a hundred tasks, their data and their code
-        loaded = _manager(task).load([wanted])
+    with wrap_library_errors(
+        f"lm-eval-harness cannot load {wanted!r}"
+    ):  # of a hundred tasks, their data and their code
+        loaded = _get_task_manager(task).load([wanted])
     if wanted not in loaded["tasks"] and wanted not in loaded["groups"]:
         raise UserError(f"{name} stands for several tasks, {', '.join(loaded['tasks'])}: name one of them, or a group")
     if not run_code and any(part.get_config("unsafe_code") for part in loaded["tasks"].values()):
-        raise _needs_leave(name)
+        raise _make_unsafe_code_error(name)
 
 
-def _needs_leave(name: str) -> UserError:
+def _make_unsafe_code_error(name: str) -> UserError:
     return UserError(f"{name} runs code that the model writes, on this machine: allow it with --run_code true")
 
 
-def _manager(task: Task) -> Any:
+def _get_task_manager(task: HarnessTask) -> Any:
     """The harness' list of tasks, with those beside one's own file."""
     folder = task.file.parent if task.file else None
     files = sorted(folder.glob("*.yaml")) if folder else []
-    return _listed(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
+    return _load_task_manager(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
 
 
 @functools.cache  # to list its 12,000 takes ten seconds
-def _listed(folder: Path | None, files: tuple[tuple[Path, int], ...]) -> Any:
+def _load_task_manager(folder: Path | None, files: tuple[tuple[Path, int], ...]) -> Any:
     """The list as of these files and the times that they were written."""
     from lm_eval.tasks import TaskManager
 
@@ -85,18 +87,18 @@ class HarnessRun:
     """A benchmark of the harness in a folder.
 
     Attributes:
-        task ([`Task`]), wanted (`str`): the task, and its name for the model.
+        task ([`HarnessTask`]), wanted (`str`): the task, and its name for the model.
         chat (`bool`): whether questions go through the chat template.
-        store ([`~bupo.run_files.result_cache.Store`]): its numbers, by the task's name, beside the responses of a broken-off run.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): its numbers, by the task's name, beside the responses of a broken-off run.
     """
 
-    task: Task
+    task: HarnessTask
     wanted: str
     chat: bool
-    store: Store[str, dict[str, Any]]
+    store: ResultCache[str, dict[str, Any]]
 
 
-def harness_run(
+def prepare_harness_run(
     name: str, folder: Path, settings: Mapping[str, Any], options: EvalOptions, chat: bool, noted: Mapping[str, Any]
 ) -> HarnessRun:
     """A benchmark that `run_task` will run. Responses that its folder holds of other settings are refused here.
@@ -107,23 +109,26 @@ def harness_run(
         settings (`dict`): of the evaluation, of which the responses depend on some.
         options ([`EvalOptions`]): size, system prompt, and whether to overwrite.
         chat (`bool`): whether the model has a chat template.
-        noted (`dict`): of [`~bupo.run_files.result_cache.Store`].
+        noted (`dict`): of [`~bupo.run_files.result_cache.ResultCache`].
 
     Raises:
         UserError: if the folder holds responses of other settings.
     """
-    task = task_named(name)
+    task = get_task(name)
     chat = chat and task.template
     wanted = task.for_model(chat)
-    depends = {key: settings[key] for key in SETTINGS if key in settings} | {"size": options.size, "task": wanted}
+    depends = {key: settings[key] for key in RESPONSE_SETTINGS if key in settings} | {
+        "size": options.size,
+        "task": wanted,
+    }
     depends["system_prompt"] = options.system_prompt
     if task.file:
         depends["task_sha256"] = hashlib.sha256(task.file.read_bytes()).hexdigest()
-    store: Store[str, dict[str, Any]] = Store(
-        inside(folder, "harness") / inside(folder / "harness", label_of(name)).name,
+    store: ResultCache[str, dict[str, Any]] = ResultCache(
+        get_label_folder(folder, "harness") / get_label_folder(folder / "harness", get_task_label(name)).name,
         RESULTS_FILE,
         "responses",
-        _read,
+        _parse_result,
         lambda key, row: json.dumps(row),
         depends,
         noted=noted,
@@ -135,8 +140,8 @@ def harness_run(
     return HarnessRun(task, wanted, chat, store)
 
 
-def _read(line: str) -> tuple[str, dict[str, Any]]:
-    row = check(json.loads(line), {"task": str, "metric": str, "score": float, "problems": int})
+def _parse_result(line: str) -> tuple[str, dict[str, Any]]:
+    row = check_keys(json.loads(line), {"task": str, "metric": str, "score": float, "problems": int})
     return row["task"], row
 
 
@@ -157,7 +162,7 @@ def run_task(
     run.store.begin()
     if run.wanted in run.store.rows:
         return run.store.rows[run.wanted]
-    with others(f"lm-eval-harness cannot run {run.wanted!r}"):
+    with wrap_library_errors(f"lm-eval-harness cannot run {run.wanted!r}"):
         results = _simple_evaluate(
             engine,
             run,
@@ -166,7 +171,7 @@ def run_task(
             confirm_run_unsafe_code=options.run_code,
             system_instruction=options.system_prompt,
         )
-    run.store.add(run.wanted, _numbers(results, run.wanted, run.task.metric))
+    run.store.add(run.wanted, _extract_scores(results, run.wanted, run.task.metric))
     return run.store.rows[run.wanted]
 
 
@@ -179,17 +184,21 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
 
     # it warns of a model that it has not loaded itself
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.getMessage())
-    with engine.speaking(), _kept_as_json(run.store.folder), _without_secrets(options["confirm_run_unsafe_code"]):
+    with (
+        engine.speaking(),
+        _storing_responses_as_json(run.store.folder),
+        _hiding_secret_variables(options["confirm_run_unsafe_code"]),
+    ):
         return simple_evaluate(
             model=Model(
                 pretrained=engine.model,
                 backend="causal",
                 tokenizer=engine.tokenizer,
                 batch_size=engine.batch_size,
-                chat_template_args={**template_options(engine.tokenizer), **template},
+                chat_template_args={**get_template_kwargs(engine.tokenizer), **template},
             ),
             tasks=[run.wanted],
-            task_manager=_manager(run.task),
+            task_manager=_get_task_manager(run.task),
             apply_chat_template=run.chat,
             use_cache=str(run.store.folder / RESPONSES_FILE),
             log_samples=False,
@@ -198,7 +207,7 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
 
 
 @contextmanager
-def _kept_as_json(folder: Path) -> Iterator[None]:
+def _storing_responses_as_json(folder: Path) -> Iterator[None]:
     """Inside, the harness keeps responses as JSON: unpickled, those of a folder that was copied could run anything."""
     import sqlitedict
 
@@ -206,7 +215,9 @@ def _kept_as_json(folder: Path) -> Iterator[None]:
         try:
             found = json.loads(kept)
         except ValueError as error:
-            raise UserError(f"{folder} holds responses that an earlier version pickled: {REMEDY}") from error
+            raise UserError(
+                f"{folder} holds responses that an earlier version pickled: {OTHER_SETTINGS_REMEDY}"
+            ) from error
         return tuple(found) if isinstance(found, list) else found  # a log-likelihood, and whether it is the greatest
 
     pickling: Any = sqlitedict.SqliteDict
@@ -223,9 +234,9 @@ def _kept_as_json(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _without_secrets(run_code: bool) -> Iterator[None]:
+def _hiding_secret_variables(run_code: bool) -> Iterator[None]:
     """Inside, where a task runs what the model writes, the environment that it inherits holds no token, key or password."""
-    hidden = {name: value for name, value in os.environ.items() if run_code and SECRET.search(name)}
+    hidden = {name: value for name, value in os.environ.items() if run_code and SECRET_VARIABLE.search(name)}
     for name in hidden:
         del os.environ[name]
     try:
@@ -234,7 +245,7 @@ def _without_secrets(run_code: bool) -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _numbers(results: dict, task: str, metric: str | None) -> dict[str, Any]:
+def _extract_scores(results: dict, task: str, metric: str | None) -> dict[str, Any]:
     """The benchmark's number with its 95 % interval (normal, by the harness' standard error), and all others."""
     found = results["results"][task]
     metrics = [key for key, value in found.items() if "," in key and "_stderr" not in key and isinstance(value, float)]

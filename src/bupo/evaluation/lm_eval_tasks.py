@@ -6,11 +6,11 @@ from pathlib import Path
 
 from bupo.utils.errors import UserError
 
-PREFIX = "harness:"
+HARNESS_PREFIX = "harness:"
 
 
 @dataclass(frozen=True)
-class Task:
+class HarnessTask:
     """A task of the harness, and which of its metrics is the benchmark's number. None: the first one.
 
     Attributes:
@@ -26,38 +26,38 @@ class Task:
 
     def for_model(self, chat: bool) -> str:
         """The task's name for a model with or without a chat template; that in the file of one's own task."""
-        return _name_in(self.file) if self.file else (self.chat_name if chat else None) or self.name
+        return _read_task_name(self.file) if self.file else (self.chat_name if chat else None) or self.name
 
     @property
     def file(self) -> Path | None:
         return Path(self.name) if self.name.endswith(".yaml") else None
 
 
-HARNESS = {
-    "mmlu-pro": Task("mmlu_pro", "exact_match,custom-extract"),
-    "gpqa-diamond": Task("gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"),
-    "arc-c": Task("arc_challenge", "acc_norm,none", template=False),  # compares the answers' likelihoods
-    "bbh": Task("bbh", "exact_match,get-answer"),
-    "humaneval": Task("humaneval", "pass@1,create_test", "humaneval_instruct"),
+HARNESS_TASKS = {
+    "mmlu-pro": HarnessTask("mmlu_pro", "exact_match,custom-extract"),
+    "gpqa-diamond": HarnessTask("gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"),
+    "arc-c": HarnessTask("arc_challenge", "acc_norm,none", template=False),  # compares the answers' likelihoods
+    "bbh": HarnessTask("bbh", "exact_match,get-answer"),
+    "humaneval": HarnessTask("humaneval", "pass@1,create_test", "humaneval_instruct"),
 }
 
 
-def is_harness(name: str) -> bool:
+def is_harness_task(name: str) -> bool:
     """Whether a benchmark's name is the harness'."""
-    return name in HARNESS or name.startswith(PREFIX)
+    return name in HARNESS_TASKS or name.startswith(HARNESS_PREFIX)
 
 
-def label_of(name: str) -> str:
+def get_task_label(name: str) -> str:
     """The name without what says that it is the harness', or that it is a file."""
-    name = name.removeprefix(PREFIX)
+    name = name.removeprefix(HARNESS_PREFIX)
     return Path(name).stem if name.endswith(".yaml") else name
 
 
-def task_named(name: str) -> Task:
-    return HARNESS.get(name) or Task(name.removeprefix(PREFIX))
+def get_task(name: str) -> HarnessTask:
+    return HARNESS_TASKS.get(name) or HarnessTask(name.removeprefix(HARNESS_PREFIX))
 
 
-def _name_in(path: Path) -> str:
+def _read_task_name(path: Path) -> str:
     """The task's or group's name in its file, which may hold tags that plain YAML does not know."""
     name = re.search(r"^(?:task|group): *[\"']?([\w-]+)", path.read_text(), re.MULTILINE) if path.is_file() else None
     if name is None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from bupo.utils.statistics import LEVEL, student_interval
+from bupo.utils.statistics import CONFIDENCE_LEVEL, compute_student_interval
 
-_GOLD = -1  # the class of the answers that equal the gold answer
+_GOLD_CLASS = -1  # the class of the answers that equal the gold answer
 
 
 def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -30,14 +30,14 @@ def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
     shares = correct_PN.mean(1)
     mean, n = float(shares.mean()), len(shares)
     if correct_PN.shape[1] == 1 or n == 1 or np.ptp(shares) == 0:
-        return mean, wilson(mean, n)
-    low, high = student_interval(shares)
+        return mean, wilson_interval(mean, n)
+    low, high = compute_student_interval(shares)
     return mean, (max(0.0, low), min(1.0, high))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % score interval of a share of n independent trials."""
-    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE_LEVEL / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -58,7 +58,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
 
 
-def pass_curve(correct_PN: np.ndarray) -> dict[int, float]:
+def pass_at_k_curve(correct_PN: np.ndarray) -> dict[int, float]:
     """pass@K for K = 1, 2, 4 … and n, means over problems."""
     correct_PN = np.asarray(correct_PN, dtype=bool)
     n = correct_PN.shape[1]
@@ -76,11 +76,11 @@ def majority_at_k(classes: Sequence[Sequence[int | None]], correct_PN: np.ndarra
     """
     shares = []
     for numbers, correct in zip(classes, np.asarray(correct_PN, dtype=bool), strict=True):
-        votes = Counter(_GOLD if right else number for number, right in zip(numbers, correct, strict=True))
+        votes = Counter(_GOLD_CLASS if right else number for number, right in zip(numbers, correct, strict=True))
         votes.pop(None, None)
         most = max(votes.values(), default=0)
         leaders = [number for number, count in votes.items() if count == most]
-        shares.append((_GOLD in leaders) / len(leaders) if leaders else 0.0)
+        shares.append((_GOLD_CLASS in leaders) / len(leaders) if leaders else 0.0)
     return float(np.mean(shares))
 
 
@@ -97,4 +97,4 @@ def paired_difference(first_PN: np.ndarray, second_PN: np.ndarray) -> tuple[floa
     mean, n = float(gains.mean()), len(gains)
     if n == 1:
         return mean, (-1.0, 1.0)
-    return mean, student_interval(gains)
+    return mean, compute_student_interval(gains)

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from bupo.evaluation.answers import DEADLINE
-from bupo.evaluation.benchmarks import BENCHMARKS, answers_by_label, split_names, without_k
-from bupo.evaluation.lm_eval_tasks import HARNESS, is_harness
-from bupo.evaluation.paper_preset import ANSWERS, SAMPLING, Preset
+from bupo.evaluation.answers import GRADING_DEADLINE
+from bupo.evaluation.benchmarks import BENCHMARKS, get_k_by_label, split_k, split_names
+from bupo.evaluation.lm_eval_tasks import HARNESS_TASKS, is_harness_task
+from bupo.evaluation.paper_preset import PAPER_K, PAPER_SAMPLING, Preset
 from bupo.models.internal_policy import Lens
 from bupo.options.groups import (
     BatchedSamplingOptions,
@@ -15,22 +15,22 @@ from bupo.options.groups import (
     ModelOptions,
     PromptOptions,
     RunOptions,
-    check_values,
+    check_command_options,
 )
-from bupo.options.ranges import COUNT
+from bupo.options.ranges import POSITIVE_INTEGER
 from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
 
-K = 16
+DEFAULT_K = 16
 # of what is neither given nor a run's own
-OTHERWISE = {
+FALLBACK_OPTIONS = {
     "benchmarks": ["arithmetic"],
     "system_prompt": None,
     "max_new_tokens": 1024,
     "temperature": 1.0,
     "top_p": 1.0,
 }
-PAPER = {**SAMPLING, "benchmarks": list(ANSWERS)}
+PAPER_OPTIONS = {**PAPER_SAMPLING, "benchmarks": list(PAPER_K)}
 EngineName = Literal["transformers", "vllm", "server", "kept"]
 
 
@@ -61,7 +61,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
         metadata={
             "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic (the "
             "default), each with :K behind it for K answers a problem (aime24:32,math500:16); by lm-eval-harness "
-            f"{', '.join(HARNESS)}, harness:TASK."
+            f"{', '.join(HARNESS_TASKS)}, harness:TASK."
         },
     )
     preset: Preset | None = field(
@@ -94,7 +94,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     compare: str | None = field(
         default=None, metadata={"help": "Folder of another evaluation, for paired differences."}
     )
-    deadline: float = field(default=DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
+    deadline: float = field(default=GRADING_DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
     run_code: bool = field(
         default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
     )
@@ -107,26 +107,26 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
 
     def ks(self, labels: Iterable[str] = ()) -> dict[str, int]:
         """Answers a problem by benchmark's label; of those that the options do not name, by `labels`."""
-        usual = ANSWERS if self.preset else {}
-        given = {label: self.k or usual.get(label, K) for label in labels}
-        return answers_by_label(self.names, self.k, usual, K) | given
+        usual = PAPER_K if self.preset else {}
+        given = {label: self.k or usual.get(label, DEFAULT_K) for label in labels}
+        return get_k_by_label(self.names, self.k, usual, DEFAULT_K) | given
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
         named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
-        check_values(replace(self, benchmarks=named), k=COUNT)
+        check_command_options(replace(self, benchmarks=named), k=POSITIVE_INTEGER)
         for name in self.names:
-            without_k(name)
+            split_k(name)
         self._check_engine()
 
-    def check_ks(self, ks: Mapping[str, int]) -> None:
+    def check_k(self, ks: Mapping[str, int]) -> None:
         """Raises [`UserError`] where answers are all the same, once it is settled how they are sampled."""
         for label, k in ks.items():
             if self.temperature == 0 and k > 1:
                 raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
-        if distributed_launch.several():  # every process would sample everything into the same files
+        if distributed_launch.is_distributed():  # every process would sample everything into the same files
             raise UserError(
                 "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
             )
@@ -138,5 +138,5 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
             raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
         if self.server and not self.model:
             raise UserError("model is not set: name the model that the server serves, for its tokenizer and template")
-        if any(is_harness(name) for name in self.names) and self.engine != "transformers":
+        if any(is_harness_task(name) for name in self.names) and self.engine != "transformers":
             raise UserError(f"lm-eval-harness runs with engine transformers here, not {self.engine}")

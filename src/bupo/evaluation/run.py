@@ -13,45 +13,50 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.chat_templates import check_context, check_size, check_template
-from bupo.data.problems import check_columns
-from bupo.data.prompt_settings import Asking, as_trained, settled
-from bupo.evaluation.answer_source import Source, kept_meta, kept_settings, kept_system_prompt
+from bupo.data.chat_templates import check_chat_template, check_prompt_characters, check_prompt_tokens
+from bupo.data.problems import check_problems
+from bupo.data.prompt_settings import PromptSettings, read_training_prompt_settings, resolve_defaults
+from bupo.evaluation.answer_source import (
+    EvaluatedModel,
+    read_cached_metadata,
+    read_cached_settings,
+    read_cached_system_prompt,
+)
 from bupo.evaluation.answers import (
-    GRADE_AGAIN,
     GRADED_FILE,
-    Key,
-    correct_of,
-    finished,
-    graded,
-    prompts_of,
-    sample,
-    samples,
+    REGRADE_HINT,
+    SampleKey,
+    get_correct,
+    grade_completions,
+    open_sample_cache,
+    read_graded_table,
+    sample_completions,
     summarize,
+    tokenize_prompts,
 )
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.evaluation.lm_eval import HarnessRun, check_task, harness_run, run_task
-from bupo.evaluation.lm_eval_tasks import is_harness, label_of
+from bupo.evaluation.lm_eval import HarnessRun, check_task, prepare_harness_run, run_task
+from bupo.evaluation.lm_eval_tasks import get_task_label, is_harness_task
 from bupo.evaluation.metrics import paired_difference
-from bupo.evaluation.options import OTHERWISE, PAPER, EvalOptions
-from bupo.evaluation.paper_preset import asked_as
-from bupo.generation.seeded_sampling import Answer, TransformersEngine
-from bupo.models.loading import EMBEDDED
-from bupo.options.groups import changed
+from bupo.evaluation.options import FALLBACK_OPTIONS, PAPER_OPTIONS, EvalOptions
+from bupo.evaluation.paper_preset import resolve_preset
+from bupo.generation.seeded_sampling import SampledCompletion, TransformersEngine
+from bupo.models.loading import EMBEDDED_MODEL
+from bupo.options.groups import get_changed_options
 from bupo.reports.evaluation_scores import write_scores
 from bupo.reports.samples_page import write_samples_page
-from bupo.rewards.grader import check_golds
-from bupo.run_files.provenance import note_run
-from bupo.run_files.reading import NULL, Damaged, check, read_json
-from bupo.run_files.result_cache import Store, inside
+from bupo.rewards.grader import check_gold_answers
+from bupo.run_files.provenance import record_run
+from bupo.run_files.reading import NONE_TYPE, DamagedFileError, check_keys, read_json
+from bupo.run_files.result_cache import ResultCache, get_label_folder
 from bupo.utils.errors import UserError
-from bupo.utils.files import check_output, in_one_piece, write_json
-from bupo.utils.lock import sole_writer
-from bupo.utils.progress import task
-from bupo.utils.sanitize import printable
+from bupo.utils.files import atomic_write, check_output_folder, write_json
+from bupo.utils.lock import folder_lock
+from bupo.utils.progress import add_progress_task
+from bupo.utils.sanitize import escape_text
 
-SUMMARY_FILE, SCHEMA = "summary.json", 4  # majority votes of equal answers since 4
-KEPT_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
+SUMMARY_FILE, SCHEMA_VERSION = "summary.json", 4  # majority votes of equal answers since 4
+CACHED_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +85,12 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
-        found = {"schema_version": SCHEMA, "meta": self.meta, "benchmarks": self.benchmarks, "harness": self.harness}
+        found = {
+            "schema_version": SCHEMA_VERSION,
+            "meta": self.meta,
+            "benchmarks": self.benchmarks,
+            "harness": self.harness,
+        }
         return found | ({"compared_with": self.compared_with} if self.compared_with else {})
 
     def write(self) -> None:
@@ -117,55 +127,59 @@ def evaluate(
     """
     options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
     options.check()
-    check_output("output", options.output)
-    check_template(options.chat_template)
-    noted = changed(options) if noted is None else noted
-    options, asking = _settled(options, model, tokenizer)
+    check_output_folder("output", options.output)
+    check_chat_template(options.chat_template)
+    noted = get_changed_options(options) if noted is None else noted
+    options, asking = _resolve_options(options, model, tokenizer)
     if bar and asking.line:
-        bar.console.print(printable(asking.line), highlight=False, markup=False)
-    with sole_writer(options.output):
-        return _evaluation(model, options, asking, tokenizer, benchmarks, noted, bar)
+        bar.console.print(escape_text(asking.line), highlight=False, markup=False)
+    with folder_lock(options.output):
+        return _evaluate(model, options, asking, tokenizer, benchmarks, noted, bar)
 
 
-def _settled(options: EvalOptions, model: str | nn.Module, tokenizer) -> tuple[EvalOptions, Asking]:
+def _resolve_options(options: EvalOptions, model: str | nn.Module, tokenizer) -> tuple[EvalOptions, PromptSettings]:
     """Options with all that is not given, and how the model is asked."""
-    own = as_trained(options.model, options.adapter)
+    own = read_training_prompt_settings(options.model, options.adapter)
     if options.engine == "kept":  # as the answers were asked for, if no model tells
-        kept = {"system_prompt": kept_system_prompt(Path(options.output))}
-        return settled(options, own, {**OTHERWISE, **kept}, PAPER if options.preset else {})
-    return asked_as(options, own, [model or EMBEDDED], tokenizer, OTHERWISE, PAPER)
+        kept = {"system_prompt": read_cached_system_prompt(Path(options.output))}
+        return resolve_defaults(options, own, {**FALLBACK_OPTIONS, **kept}, PAPER_OPTIONS if options.preset else {})
+    return resolve_preset(options, own, [model or EMBEDDED_MODEL], tokenizer, FALLBACK_OPTIONS, PAPER_OPTIONS)
 
 
-def _evaluation(model, options: EvalOptions, asking: Asking, tokenizer, benchmarks, noted: dict, bar) -> Evaluation:
+def _evaluate(
+    model, options: EvalOptions, asking: PromptSettings, tokenizer, benchmarks, noted: dict, bar
+) -> Evaluation:
     """As of `evaluate`, in a folder of its own."""
     ks = options.ks(benchmarks or ())
-    options.check_ks(ks)
-    problems, tasks = _benchmarks(options, benchmarks)
-    theirs = _finished_summary(options.compare, problems)
+    options.check_k(ks)
+    problems, tasks = _load_benchmark_problems(options, benchmarks)
+    theirs = _read_compared_summary(options.compare, problems)
     source = (
-        None if options.engine == "kept" else Source(EMBEDDED if model == "" else model, options, asking, tokenizer)
+        None
+        if options.engine == "kept"
+        else EvaluatedModel(EMBEDDED_MODEL if model == "" else model, options, asking, tokenizer)
     )
-    works = [_work(label, rows, ks[label], source, options) for label, rows in problems.items()]
-    runs = {label: _harness(name, source, options) for label, name in tasks.items()}
-    meta = source.meta if source else kept_meta(Path(options.output), list(problems))
+    works = [_prepare_benchmark(label, rows, ks[label], source, options) for label, rows in problems.items()]
+    runs = {label: _prepare_harness(name, source, options) for label, name in tasks.items()}
+    meta = source.meta if source else read_cached_metadata(Path(options.output), list(problems))
     objects = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
-    note_run(options.output, "eval", noted, objects)
+    record_run(options.output, "eval", noted, objects)
     found = Evaluation(meta, Path(options.output), options.compare)
     for work in works:
-        _evaluated(work, found, source, theirs, options, bar)
-    _harnessed(runs, found, source, options)
+        _evaluate_benchmark(work, found, source, theirs, options, bar)
+    _run_harness(runs, found, source, options)
     return found
 
 
 @dataclass(frozen=True)
-class _Work:
+class _BenchmarkRun:
     """A benchmark that will be answered.
 
     Attributes:
         label (`str`), problems (`Dataset`), k (`int`): the benchmark, and answers a problem.
         prompts (`list[tuple[int, ...]]`): token ids; none where answers are only graded.
         prompt (`str`): the first, as the model reads it.
-        store ([`~bupo.run_files.result_cache.Store`]): of the answers.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): of the answers.
     """
 
     label: str
@@ -173,21 +187,23 @@ class _Work:
     k: int
     prompts: list[tuple[int, ...]]
     prompt: str
-    store: Store[Key, Answer]
+    store: ResultCache[SampleKey, SampledCompletion]
 
 
-def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tuple[dict[str, Dataset], dict[str, str]]:
+def _load_benchmark_problems(
+    options: EvalOptions, given: Mapping[str, Dataset] | None
+) -> tuple[dict[str, Dataset], dict[str, str]]:
     """Problems by label, and the harness' benchmarks by label. What cannot be loaded or graded is refused here."""
     if given is not None:
         if not given:
             raise UserError("benchmarks is empty: give problems by label, or leave it out")
         for label, problems in given.items():
-            check_columns(problems, label, ("prompt", "answer"))
-            check_golds(problems["answer"], label)
+            check_problems(problems, label, ("prompt", "answer"))
+            check_gold_answers(problems["answer"], label)
         return dict(given), {}
-    tasks = {label_of(name): name for name in options.names if is_harness(name)}
+    tasks = {get_task_label(name): name for name in options.names if is_harness_task(name)}
     problems = load_benchmarks(
-        [name for name in options.names if not is_harness(name)],
+        [name for name in options.names if not is_harness_task(name)],
         options.size,
         options.system_prompt,
         options.seed,
@@ -198,25 +214,27 @@ def _benchmarks(options: EvalOptions, given: Mapping[str, Dataset] | None) -> tu
         named = ",".join(options.names)
         raise UserError(f"benchmarks {named!r} names none, or two of one label: write LABEL=FILE for one")
     for label in (*problems, *tasks):
-        inside(options.output, label)
+        get_label_folder(options.output, label)
     return problems, tasks
 
 
-def _work(label: str, problems: Dataset, k: int, source: Source | None, options: EvalOptions) -> _Work:
+def _prepare_benchmark(
+    label: str, problems: Dataset, k: int, source: EvaluatedModel | None, options: EvalOptions
+) -> _BenchmarkRun:
     """A benchmark and its store, which refuses answers of other settings."""
-    here = inside(options.output, label)
+    here = get_label_folder(options.output, label)
     if source is None:
-        settings = kept_settings(here)
+        settings = read_cached_settings(here)
         known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
-        store = samples(here, settings, problems.select(range(known)), remedy=KEPT_REMEDY)
-        work = _Work(label, problems, k, [], settings["prompt"], store)
+        store = open_sample_cache(here, settings, problems.select(range(known)), remedy=CACHED_REMEDY)
+        work = _BenchmarkRun(label, problems, k, [], settings["prompt"], store)
         work.store.begin()
-        _kept(work)
+        _get_cached_completions(work)
         return work
-    check_size(problems["prompt"], source.limits, label)
-    prompts = prompts_of(problems, source.tokenizer, **source.template_options)
+    check_prompt_characters(problems["prompt"], source.limits, label)
+    prompts = tokenize_prompts(problems, source.tokenizer, **source.template_kwargs)
     prompt = source.tokenizer.decode(prompts[0])
-    check_context(prompts, source.limits, label)
+    check_prompt_tokens(prompts, source.limits, label)
     longest = max(map(len, prompts)) + options.sampling[0]
     if source.context and longest > source.context:
         logger.warning(
@@ -226,59 +244,65 @@ def _work(label: str, problems: Dataset, k: int, source: Source | None, options:
             source.context,
         )
     settings = source.settings | {"prompt": prompt}
-    store = samples(here, settings, problems, prompts, noted=source.noted, overwrite=options.overwrite)
-    return _Work(label, problems, k, prompts, prompt, store)
+    store = open_sample_cache(here, settings, problems, prompts, noted=source.noted, overwrite=options.overwrite)
+    return _BenchmarkRun(label, problems, k, prompts, prompt, store)
 
 
-def _harness(name: str, source: Source | None, options: EvalOptions) -> HarnessRun:
+def _prepare_harness(name: str, source: EvaluatedModel | None, options: EvalOptions) -> HarnessRun:
     """A benchmark of the harness and its store, once its data is there."""
     assert source is not None  # the options refuse other engines
     chat = source.tokenizer.chat_template is not None
     check_task(name, chat, options.run_code)
-    return harness_run(name, Path(options.output), source.settings, options, chat, source.noted)
+    return prepare_harness_run(name, Path(options.output), source.settings, options, chat, source.noted)
 
 
-def _evaluated(
-    work: _Work,
+def _evaluate_benchmark(
+    work: _BenchmarkRun,
     found: Evaluation,
-    source: Source | None,
+    source: EvaluatedModel | None,
     theirs: dict[str, dict],
     options: EvalOptions,
     bar: Progress | None,
 ) -> None:
     """One benchmark, into what was found and into the folder."""
-    table = _answered(work, source, options, bar)
+    table = _sample_and_grade(work, source, options, bar)
     numbers = summarize(table)
     if work.label in theirs:
-        numbers |= _compared(work.label, table, theirs, options)
+        numbers |= _compare(work.label, table, theirs, options)
     found.tables[work.label], found.prompts[work.label], found.benchmarks[work.label] = table, work.prompt, numbers
     found.write()
 
 
-def _harnessed(runs: dict[str, HarnessRun], found: Evaluation, source: Source | None, options: EvalOptions) -> None:
+def _run_harness(
+    runs: dict[str, HarnessRun], found: Evaluation, source: EvaluatedModel | None, options: EvalOptions
+) -> None:
     """The harness' benchmarks, into what was found and into the folder."""
     for label, run in runs.items():
         assert source is not None and isinstance(source.engine, TransformersEngine)  # the options refuse others
-        found.harness[label] = run_task(run, source.engine, options, source.template_options)
+        found.harness[label] = run_task(run, source.engine, options, source.template_kwargs)
         found.write()
 
 
-def _answered(work: _Work, source: Source | None, options: EvalOptions, bar: Progress | None) -> pd.DataFrame:
+def _sample_and_grade(
+    work: _BenchmarkRun, source: EvaluatedModel | None, options: EvalOptions, bar: Progress | None
+) -> pd.DataFrame:
     """The benchmark's graded table, written into its folder."""
     total = len(work.problems) * work.k
     if source is None:
-        answers = _kept(work)
+        answers = _get_cached_completions(work)
     else:
         work.store.begin()
-        done = task(bar, f"{work.label}: answers", total)
-        answers = sample(source.engine, work.prompts, work.k, options.seed, work.store, done)
-    table = graded(work.problems, answers, options.deadline, task(bar, f"{work.label}: grades", total))
-    with in_one_piece(work.store.folder / GRADED_FILE) as part:
+        done = add_progress_task(bar, f"{work.label}: answers", total)
+        answers = sample_completions(source.engine, work.prompts, work.k, options.seed, work.store, done)
+    table = grade_completions(
+        work.problems, answers, options.deadline, add_progress_task(bar, f"{work.label}: grades", total)
+    )
+    with atomic_write(work.store.folder / GRADED_FILE) as part:
         table.to_parquet(part)
     return table
 
 
-def _kept(work: _Work) -> list[list[Answer]]:
+def _get_cached_completions(work: _BenchmarkRun) -> list[list[SampledCompletion]]:
     """The answers that a folder holds."""
     rows, problems, k = work.store.rows, range(len(work.problems)), work.k
     for problem in problems:
@@ -301,14 +325,14 @@ def read_summary(folder: str) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise UserError(f"{folder} holds no finished evaluation ({SUMMARY_FILE} is missing)")
     remedy = f"delete it and evaluate {folder} again"
-    summary = read_json(path, {"benchmarks": dict, "schema_version": (int, NULL)}, remedy)
+    summary = read_json(path, {"benchmarks": dict, "schema_version": (int, NONE_TYPE)}, remedy)
     version = summary.get("schema_version") or 0
-    if version < SCHEMA:
-        raise UserError(f"{folder} was graded by an earlier version: {GRADE_AGAIN}")
+    if version < SCHEMA_VERSION:
+        raise UserError(f"{folder} was graded by an earlier version: {REGRADE_HINT}")
     return summary
 
 
-def check_numbers(folder: str, summary: dict[str, Any], labels: Iterable[str]) -> None:
+def check_scores(folder: str, summary: dict[str, Any], labels: Iterable[str]) -> None:
     """Look at the numbers of some benchmarks of an evaluation.
 
     Raises:
@@ -317,14 +341,14 @@ def check_numbers(folder: str, summary: dict[str, Any], labels: Iterable[str]) -
     for label in labels:
         numbers = summary["benchmarks"][label]
         try:
-            check(numbers, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
-            check(numbers["pass@k"], dict.fromkeys(numbers["pass@k"], float))
+            check_keys(numbers, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
+            check_keys(numbers["pass@k"], dict.fromkeys(numbers["pass@k"], float))
         except ValueError as error:
             path = Path(folder) / SUMMARY_FILE
-            raise Damaged(path, f"{label}: {error}", f"delete it and evaluate {folder} again") from error
+            raise DamagedFileError(path, f"{label}: {error}", f"delete it and evaluate {folder} again") from error
 
 
-def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
+def _read_compared_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
     """The numbers of the run that is compared with, by label.
 
     Raises:
@@ -336,19 +360,19 @@ def _finished_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> 
     theirs = summary["benchmarks"]
     if not theirs.keys() & benchmarks.keys():
         raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
-    check_numbers(folder, summary, theirs.keys() & benchmarks.keys())
+    check_scores(folder, summary, theirs.keys() & benchmarks.keys())
     for label in theirs.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
-        finished(Path(folder) / label, Path(folder))
+        read_graded_table(Path(folder) / label, Path(folder))
     return theirs
 
 
-def _compared(label: str, table: pd.DataFrame, theirs: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
+def _compare(label: str, table: pd.DataFrame, theirs: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
     """The paired difference to another run, of a benchmark that both hold."""
     other = Path(options.compare or "") / label
-    before = finished(other, Path(options.compare or ""))
-    if _questions(before) != _questions(table):
+    before = read_graded_table(other, Path(options.compare or ""))
+    if _get_questions(before) != _get_questions(table):
         raise UserError(f"{other} holds other problems than {label}: a paired difference needs the same ones")
-    difference, interval = paired_difference(correct_of(before), correct_of(table))
+    difference, interval = paired_difference(get_correct(before), get_correct(table))
     return {
         "compared_pass@k": theirs[label]["pass@k"],
         "difference": difference,
@@ -356,5 +380,5 @@ def _compared(label: str, table: pd.DataFrame, theirs: dict[str, dict], options:
     }
 
 
-def _questions(table: pd.DataFrame) -> list[str]:
+def _get_questions(table: pd.DataFrame) -> list[str]:
     return table.groupby("problem", sort=True)["question"].first().tolist()

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bupo.experiments.experiment import Run
-from bupo.experiments.jobs import Places
+from bupo.experiments.experiment import CommandRun
+from bupo.experiments.jobs import RunPaths
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """Of one run.
 
     Attributes:
@@ -20,7 +20,7 @@ class Estimate:
     measured: bool
 
 
-def estimates(runs: Sequence[Run], places: Places, unit: str) -> dict[str, Estimate]:
+def estimate_costs(runs: Sequence[CommandRun], places: RunPaths, unit: str) -> dict[str, CostEstimate]:
     """By run: how long it takes. Only seconds are measured; GPU hours are the scale's.
 
     A run is like another where both are of one command and one stated cost: of a like recipe, of as many answers.
@@ -29,19 +29,19 @@ def estimates(runs: Sequence[Run], places: Places, unit: str) -> dict[str, Estim
     for run in runs:
         seconds = places.seconds(run.name) if unit == "seconds" else None
         if seconds is not None:
-            taken.setdefault(_kind(run), []).append(seconds)
+            taken.setdefault(_get_kind(run), []).append(seconds)
     found = {}
     for run in runs:
-        like = taken.get(_kind(run))
-        found[run.name] = Estimate(sum(like) / len(like) if like else run.cost, bool(like))
+        like = taken.get(_get_kind(run))
+        found[run.name] = CostEstimate(sum(like) / len(like) if like else run.cost, bool(like))
     return found
 
 
-def _kind(run: Run) -> tuple:
+def _get_kind(run: CommandRun) -> tuple:
     return run.command, run.recipe, run.cost
 
 
-def in_words(amount: float, unit: str) -> str:
+def format_cost(amount: float, unit: str) -> str:
     """An amount for people."""
     if unit != "seconds":
         return f"{amount:,.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"

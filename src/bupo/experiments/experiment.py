@@ -19,13 +19,13 @@ import yaml
 
 from bupo.utils.errors import UserError
 
-EXPERIMENTS = Path(__file__).parent / "definitions"
-RECIPES = Path(__file__).parents[1] / "recipes"
-PROBLEMS = Path(__file__).parent / "problems"
+EXPERIMENTS_FOLDER = Path(__file__).parent / "definitions"
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+PROBLEMS_FOLDER = Path(__file__).parent / "problems"
 SCALES_FILE = "scales.yaml"
-LONGEST_NAME = 120  # of a run's folder
+MAX_RUN_NAME_LENGTH = 120  # of a run's folder
 # what each kind of figure or table is drawn of
-KINDS: dict[str, tuple[str, ...]] = {
+COMMANDS_BY_KIND: dict[str, tuple[str, ...]] = {
     "scores": ("train", "eval"),
     "outcomes": ("train", "eval"),
     "layers": ("analyze",),
@@ -34,14 +34,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "passes": ("train", "eval"),
     "cost": ("train", "analyze"),
 }
-NAMES = tuple(sorted(
-    (path.stem for path in EXPERIMENTS.glob("*.yaml") if path.name != SCALES_FILE),
+EXPERIMENT_NAMES = tuple(sorted(
+    (path.stem for path in EXPERIMENTS_FOLDER.glob("*.yaml") if path.name != SCALES_FILE),
     key=lambda name: (not name.startswith("fig"), not name.startswith("table"), int("".join(filter(str.isdigit, name)) or 0)),
 ))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Run:
+class CommandRun:
     """One run of a public command.
 
     Attributes:
@@ -59,7 +59,7 @@ class Run:
     command: str
     options: dict[str, Any] = field(default_factory=dict)
     recipe: str | None = None
-    needs: "Run | None" = None
+    needs: "CommandRun | None" = None
     launch: tuple[str, ...] = ()
     cost: float = 0.0
 
@@ -70,12 +70,12 @@ class Run:
             place (`Callable`): the folder of a run, by its name.
         """
         start = list(self.launch) or [sys.executable, "-m", "bupo.cli.main"]
-        given = ["--config", str(RECIPES / f"{self.recipe}.yaml")] if self.recipe else []
+        given = ["--config", str(RECIPES_FOLDER / f"{self.recipe}.yaml")] if self.recipe else []
         of_run = {"model": str(place(self.needs.name))} if self.needs else {}
-        filled = {"run": of_run.get("model"), "problems": PROBLEMS}
+        filled = {"run": of_run.get("model"), "problems": PROBLEMS_FOLDER}
         for name, value in {**of_run, **self.options}.items():
-            texts = [item if isinstance(item, str) else json.dumps(item) for item in _several(value)]
-            given += [f"--{name}", *(_filled(text, filled) for text in texts)]
+            texts = [item if isinstance(item, str) else json.dumps(item) for item in _as_list(value)]
+            given += [f"--{name}", *(_fill_placeholders(text, filled) for text in texts)]
         going_on = ["--resume_from_checkpoint", "true"] if self.command == "train" else []
         return [*start, self.command, *given, *going_on, "--output", str(place(self.name))]
 
@@ -88,7 +88,7 @@ class Run:
         recipe = read_recipe(self.recipe) if self.recipe else None
         options = {name: str(self.options[name]) for name in sorted(self.options)}
         files = re.findall(r"\{problems\}/([^,\s]+)", " ".join(options.values()))
-        contents = [hashlib.sha256((PROBLEMS / name).read_bytes()).hexdigest() for name in files]
+        contents = [hashlib.sha256((PROBLEMS_FOLDER / name).read_bytes()).hexdigest() for name in files]
         decided = [self.command, options, recipe, self.needs.digest() if self.needs else None, *contents]
         return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -107,7 +107,7 @@ class Cell:
     row: str
     seed: int
     options: dict[str, Any]
-    runs: dict[str, Run]
+    runs: dict[str, CommandRun]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Experiment:
     given: bool = False
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[CommandRun]:
         """Each once, what another needs before it; seed by seed, so that what is done by then can be compared."""
         models = list(dict.fromkeys(cell.model for cell in self.cells))
         cells = sorted(self.cells, key=lambda cell: (models.index(cell.model), cell.seed))
@@ -150,28 +150,30 @@ class Experiment:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """A recipe's options, such as those of `cpu/embedded-bupo`."""
-    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((RECIPES_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def scales() -> dict[str, dict[str, Any]]:
+def read_scales() -> dict[str, dict[str, Any]]:
     """What `scales.yaml` says."""
-    return yaml.safe_load((EXPERIMENTS / SCALES_FILE).read_text(encoding="utf-8"))
+    return yaml.safe_load((EXPERIMENTS_FOLDER / SCALES_FILE).read_text(encoding="utf-8"))
 
 
-def names_at(scale: str) -> tuple[str, ...]:
+def list_experiments(scale: str) -> tuple[str, ...]:
     """The experiments that a scale has.
 
     Raises:
         UserError: if there is no such scale.
     """
-    known = scales()
+    known = read_scales()
     if scale not in known:
         raise UserError(f"scale must be {', '.join(known)}, got {scale!r:.80}")
-    return tuple(name for name in NAMES if known[scale].get("like", scale) in _text(name)["scales"])
+    return tuple(
+        name for name in EXPERIMENT_NAMES if known[scale].get("like", scale) in _read_experiment_file(name)["scales"]
+    )
 
 
-def _text(name: str) -> dict[str, Any]:
-    return yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8"))
+def _read_experiment_file(name: str) -> dict[str, Any]:
+    return yaml.safe_load((EXPERIMENTS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def read_experiment(name: str, scale: str, model: str | None = None, seeds: int | None = None) -> Experiment:
@@ -186,13 +188,15 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     Raises:
         UserError: if there is no such experiment or scale.
     """
-    there = names_at(scale)
+    there = list_experiments(scale)
     if name not in there:
         raise UserError(f"unknown figure or table {name!r:.80} at scale {scale}: choose {', '.join(there)}, or all")
-    text, known = _text(name), scales()
+    text, known = _read_experiment_file(name), read_scales()
     like = known[scale].get("like", scale)
     own = {key: value for key, value in text.items() if key in ("rows", "models", "draw")}
-    section = _Section({**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model)
+    section = _ScaledExperiment(
+        {**known[like], **known[scale]}, own | (text["scales"][like] or {}), text["kind"], model
+    )
     cells = tuple(section.cells(seeds))
     heads = {"title": text["title"], "source": text.get("source", ""), "kind": text["kind"]}
     return Experiment(
@@ -201,7 +205,7 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     )  # fmt: skip
 
 
-class _Section:
+class _ScaledExperiment:
     """An experiment at a scale: what the scale says, and what the experiment says there."""
 
     def __init__(self, scale: Mapping[str, Any], own: Mapping[str, Any], kind: str, model: str | None):
@@ -210,7 +214,7 @@ class _Section:
     def cells(self, most: int | None) -> Iterable[Cell]:
         """Every model, row and seed."""
         seeds = self.scale["seeds"] if "like" in self.scale else self.own.get("seeds", self.scale["seeds"])
-        if not {"train", "eval"} & set(KINDS[self.kind]):
+        if not {"train", "eval"} & set(COMMANDS_BY_KIND[self.kind]):
             seeds = seeds[:1]
         for label, words in self._models().items():
             for row, (recipe, options) in self._rows(words).items():
@@ -239,13 +243,15 @@ class _Section:
         for row, given in wanted.items():
             given = dict(given)
             method = self.scale["methods"][given.pop("method", "BuPO")] or {}
-            filled = {name: _filled(value, words) for name, value in {**method, **given}.items()}
+            filled = {name: _fill_placeholders(value, words) for name, value in {**method, **given}.items()}
             rows[row] = (filled.pop("recipe", None), filled)
         return rows
 
-    def _runs(self, words: Mapping[str, Any], recipe: str | None, options: dict[str, Any], seed: int) -> dict[str, Run]:
+    def _runs(
+        self, words: Mapping[str, Any], recipe: str | None, options: dict[str, Any], seed: int
+    ) -> dict[str, CommandRun]:
         runs = {}
-        if recipe and "train" in KINDS[self.kind]:
+        if recipe and "train" in COMMANDS_BY_KIND[self.kind]:
             given = self._options("train", words) | options
             for name, most in self.scale.get("at_most", {}).items():
                 value = given.get(name, read_recipe(recipe).get(name))
@@ -254,13 +260,13 @@ class _Section:
             base = {"model": words["base"]} if words.get("own_model") else {}  # in the recipe's stead
             runs["train"] = self._run("train", words, {**base, **given, "seed": seed}, recipe=recipe)
         trained = runs.get("train")
-        untrained = {name: _filled(value, words) for name, value in self.scale.get("untrained", {}).items()}
-        if "eval" in KINDS[self.kind]:
+        untrained = {name: _fill_placeholders(value, words) for name, value in self.scale.get("untrained", {}).items()}
+        if "eval" in COMMANDS_BY_KIND[self.kind]:
             about = {} if trained else {"model": words["base"], **untrained}
             runs["eval"] = self._run(
                 "eval", words, {**self._options("eval", words), **about, "seed": seed}, needs=trained
             )
-        if "analyze" in KINDS[self.kind]:
+        if "analyze" in COMMANDS_BY_KIND[self.kind]:
             runs["analyze"] = self._run("analyze", words, {"model": words["base"]} | self._options("analyze", words))
         if "checkpoints" in self.own:  # of runs that are sharded, which have no probes of their own
             places = ["{run}/checkpoint-" + str(number) for number in self.own["checkpoints"]]
@@ -272,9 +278,9 @@ class _Section:
         """Of the scale, then of the experiment; a rehearsal's own last."""
         given = {**(self.scale.get(command) or {}), **(self.own.get(command) or {})}
         given |= (self.scale.get("rehearsed") or {}).get(command, {})
-        return {name: _filled(value, words) for name, value in given.items() if value is not None}
+        return {name: _fill_placeholders(value, words) for name, value in given.items() if value is not None}
 
-    def _run(self, command: str, words: Mapping[str, Any], options: dict[str, Any], **more: Any) -> Run:
+    def _run(self, command: str, words: Mapping[str, Any], options: dict[str, Any], **more: Any) -> CommandRun:
         scale, recipe, needs = self.scale, more.get("recipe"), more.get("needs")
         subject = recipe or (needs.name if needs else str(options.get("model")))
         usual = {
@@ -282,7 +288,7 @@ class _Section:
             **scale.get("rehearsed", {}).get(command, {}),
             **scale.get("untrained", {}),
         }
-        usual = {name: _filled(value, words) for name, value in usual.items()}
+        usual = {name: _fill_placeholders(value, words) for name, value in usual.items()}
         usual |= {
             "model": read_recipe(recipe)["model"] if recipe else options.get("model"),
             "rollouts": "{run}/probes.jsonl",
@@ -290,21 +296,23 @@ class _Section:
         }
         given = {name: value for name, value in options.items() if usual.get(name) != value}
         launch = (
-            tuple(_filled(word, {"recipes": RECIPES}) for word in scale.get("launch", ())) if command == "train" else ()
+            tuple(_fill_placeholders(word, {"recipes": RECIPES_FOLDER}) for word in scale.get("launch", ()))
+            if command == "train"
+            else ()
         )
         cost = float({**scale["cost"], **words.get("cost", {}), **self.own.get("cost", {})}[command])
         if recipe and "max_steps" in options:
             cost *= options["max_steps"] / read_recipe(recipe)["max_steps"]
         if command == "eval":
             cost *= options.get("size", 1) * options.get("k", 1) / scale["cost"].get("eval_answers", 1)
-        return Run(_name(command, subject, given), command, options, launch=launch, cost=cost, **more)
+        return CommandRun(_make_run_name(command, subject, given), command, options, launch=launch, cost=cost, **more)
 
 
-def _several(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _filled(value: Any, words: Mapping[str, Any]) -> Any:
+def _fill_placeholders(value: Any, words: Mapping[str, Any]) -> Any:
     """`{late}` alone is the word as it is, in a text its text."""
     if not isinstance(value, str):
         return value
@@ -312,13 +320,13 @@ def _filled(value: Any, words: Mapping[str, Any]) -> Any:
     return words[alone[1]] if alone else re.sub(r"\{(\w+)\}", lambda found: str(words[found[1]]), value)
 
 
-def _name(command: str, subject: str, options: Mapping[str, Any]) -> str:
+def _make_run_name(command: str, subject: str, options: Mapping[str, Any]) -> str:
     """A folder's name that says what the run is: readable, and of its own."""
     own = {name: options[name] for name in sorted(options) if name != "seed"}
     parts = [command, subject.removeprefix("train_"), *(f"{name}-{value}" for name, value in own.items())]
     parts += [f"seed-{options['seed']}"] if "seed" in options else []
     text = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(map(str, parts))).strip("-.")
-    if len(text) <= LONGEST_NAME:
+    if len(text) <= MAX_RUN_NAME_LENGTH:
         return text
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{text[: LONGEST_NAME - 9]}-{digest}"
+    return f"{text[: MAX_RUN_NAME_LENGTH - 9]}-{digest}"

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bupo.experiments.cost_estimates import estimates, in_words
-from bupo.experiments.experiment import Experiment, Run, names_at, read_experiment, scales
-from bupo.experiments.jobs import Jobs, Places, remove_stale, state_of
-from bupo.experiments.result_page import Result, make
-from bupo.options.groups import changed, check_values
-from bupo.options.ranges import COUNT, check_word
-from bupo.run_files.provenance import note_run
+from bupo.experiments.cost_estimates import estimate_costs, format_cost
+from bupo.experiments.experiment import CommandRun, Experiment, list_experiments, read_experiment, read_scales
+from bupo.experiments.jobs import JobScheduler, RunPaths, get_run_state, remove_stale_run
+from bupo.experiments.result_page import ExperimentResult, make_result
+from bupo.options.groups import check_command_options, get_changed_options
+from bupo.options.ranges import POSITIVE_INTEGER, check_choice
+from bupo.run_files.provenance import record_run
 from bupo.utils.errors import UserError
-from bupo.utils.files import check_output
-from bupo.utils.lock import sole_writer
+from bupo.utils.files import check_output_folder
+from bupo.utils.lock import folder_lock
 
-ALL = "all"
-BATCH = """{after}$(sbatch --parsable --array=0-{last} "${{@}}" {wait}<<'BATCH'
+ALL_EXPERIMENTS = "all"
+SLURM_ARRAY_TEMPLATE = """{after}$(sbatch --parsable --array=0-{last} "${{@}}" {wait}<<'BATCH'
 #!/bin/bash
 commands=(
 {commands}
@@ -61,9 +61,9 @@ class ReproduceOptions:
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none."""
-        check_values(self, jobs=COUNT, seeds=COUNT)
+        check_command_options(self, jobs=POSITIVE_INTEGER, seeds=POSITIVE_INTEGER)
         if self.print_commands is not None:
-            check_word("print_commands", self.print_commands, ("lines", "slurm"))
+            check_choice("print_commands", self.print_commands, ("lines", "slurm"))
 
 
 @dataclass(frozen=True)
@@ -73,31 +73,31 @@ class Reproduction:
     Attributes:
         experiments (`list[Experiment]`): in the order of their names.
         runs (`list[Run]`): of all of them, each once, in an order in which they can be run.
-        places ([`~bupo.experiments.jobs.Places`]): where they are kept.
+        places ([`~bupo.experiments.jobs.RunPaths`]): where they are kept.
         unit (`str`): of costs.
     """
 
     experiments: list[Experiment]
-    runs: list[Run]
-    places: Places
+    runs: list[CommandRun]
+    places: RunPaths
     unit: str
 
 
-def plan(names: Sequence[str], options: ReproduceOptions) -> Reproduction:
+def plan_reproduction(names: Sequence[str], options: ReproduceOptions) -> Reproduction:
     """The experiments and their runs.
 
     Raises:
         UserError: for an unknown name or scale, or a bad option.
     """
     options.check()
-    there = names_at(options.scale)
-    wanted = list(there) if ALL in names else list(dict.fromkeys(names))
+    there = list_experiments(options.scale)
+    wanted = list(there) if ALL_EXPERIMENTS in names else list(dict.fromkeys(names))
     if not wanted:
         raise UserError(f"nothing is named: choose {', '.join(there)}, or all")
     experiments = [read_experiment(name, options.scale, options.model, options.seeds) for name in wanted]
     runs = {run.name: run for experiment in experiments for run in experiment.runs}
-    places = Places(Path(options.output) / options.scale)
-    return Reproduction(experiments, list(runs.values()), places, scales()[options.scale].get("unit", "seconds"))
+    places = RunPaths(Path(options.output) / options.scale)
+    return Reproduction(experiments, list(runs.values()), places, read_scales()[options.scale].get("unit", "seconds"))
 
 
 def reproduce(
@@ -107,7 +107,7 @@ def reproduce(
     noted: dict | None = None,
     say: Callable[[str], None] = lambda line: None,
     advance: Callable[[float], None] = lambda amount: None,
-) -> dict[str, Result]:
+) -> dict[str, ExperimentResult]:
     """Run what figures and tables need, and make them.
 
     Args:
@@ -123,60 +123,60 @@ def reproduce(
         UserError: for bad options; or after all else, if a run has failed.
     """
     options = options or ReproduceOptions()
-    noted = changed(options) if noted is None else noted
-    return carried_out(plan(names, options), options, noted, say, advance)
+    noted = get_changed_options(options) if noted is None else noted
+    return run_reproduction(plan_reproduction(names, options), options, noted, say, advance)
 
 
-def carried_out(
+def run_reproduction(
     todo: Reproduction,
     options: ReproduceOptions,
     noted: dict,
     say: Callable[[str], None],
     advance: Callable[[float], None],
-) -> dict[str, Result]:
+) -> dict[str, ExperimentResult]:
     """As of `reproduce`, of what is planned."""
-    check_output("output", todo.places.root)
-    making = _Making(todo, say, advance)
-    with sole_writer(todo.places.root):
+    check_output_folder("output", todo.places.root)
+    making = _ResultMaker(todo, say, advance)
+    with folder_lock(todo.places.root):
         for run in todo.runs:
             if options.overwrite:
-                remove_stale(run, todo.places)
-            state_of(run, todo.places)  # refused before anything is run
-        note_run(todo.places.root, "reproduce", noted)
-        Jobs(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
+                remove_stale_run(run, todo.places)
+            get_run_state(run, todo.places)  # refused before anything is run
+        record_run(todo.places.root, "reproduce", noted)
+        JobScheduler(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
     return making.results
 
 
-class _Making:
+class _ResultMaker:
     """Makes each figure and table as soon as its runs are finished, whatever becomes of the others."""
 
     def __init__(self, todo: Reproduction, say: Callable[[str], None], advance: Callable[[float], None]):
-        self.todo, self.say, self.advance = todo, say, advance
-        self.cost = estimates(todo.runs, todo.places, todo.unit)
-        self.results: dict[str, Result] = {}
+        self.reproduction, self.say, self.advance = todo, say, advance
+        self.cost = estimate_costs(todo.runs, todo.places, todo.unit)
+        self.results: dict[str, ExperimentResult] = {}
         self.finished: set[str] = set()
 
-    def on_finished(self, run: Run) -> None:
+    def on_finished(self, run: CommandRun) -> None:
         """Note a finished run, and make what waited for it."""
         self.finished.add(run.name)
         self.advance(self.cost[run.name].amount)
-        places = self.todo.places
-        for experiment in self.todo.experiments:
+        places = self.reproduction.places
+        for experiment in self.reproduction.experiments:
             needed = {each.name for each in experiment.runs}
             if run.name in needed and needed <= self.finished:
                 folder = places.root / experiment.name
-                self.results[experiment.name] = make(experiment, places.folder, folder, places.seconds)
+                self.results[experiment.name] = make_result(experiment, places.folder, folder, places.seconds)
                 self.say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
 
 
-def commands(todo: Reproduction, kind: str) -> str:
+def format_commands(todo: Reproduction, kind: str) -> str:
     """The runs' commands: `lines` in an order in which a shell can run them, or a script that hands them to Slurm.
 
     The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first. What has ended well leaves
     a mark, by which `bupo reproduce` knows it.
     """
 
-    def line(run: Run) -> str:
+    def line(run: CommandRun) -> str:
         mark = shlex.quote(str(todo.places.mark(run.name)))
         return f"{run.line(todo.places.folder)} && echo {run.digest()} > {mark}"
 
@@ -189,21 +189,23 @@ def commands(todo: Reproduction, kind: str) -> str:
             quoted = "\n".join(shlex.quote(line) for line in group)
             wait = '--dependency="afterany:$first" ' if number and lines[0] else ""
             parts.append(
-                BATCH.format(after=f"{('first', 'second')[number]}=", last=len(group) - 1, wait=wait, commands=quoted)
+                SLURM_ARRAY_TEMPLATE.format(
+                    after=f"{('first', 'second')[number]}=", last=len(group) - 1, wait=wait, commands=quoted
+                )
             )
     return "\n".join(parts)
 
 
-def forecast(todo: Reproduction, jobs: int) -> tuple[list[dict[str, str]], str]:
+def estimate_reproduction(todo: Reproduction, jobs: int) -> tuple[list[dict[str, str]], str]:
     """What is finished, what is to be done and what it costs: one row an experiment, and a line for all.
 
     A run that several experiments need is counted with the first.
     """
-    cost, counted, rows, left = estimates(todo.runs, todo.places, todo.unit), set(), [], 0.0
+    cost, counted, rows, left = estimate_costs(todo.runs, todo.places, todo.unit), set(), [], 0.0
     for experiment in todo.experiments:
         own = [run for run in experiment.runs if run.name not in counted]
         counted |= {run.name for run in own}
-        states = {run.name: state_of(run, todo.places) for run in experiment.runs}
+        states = {run.name: get_run_state(run, todo.places) for run in experiment.runs}
         amount = sum(cost[run.name].amount for run in own if states[run.name] != "finished")
         left += amount
         rows.append(
@@ -213,9 +215,9 @@ def forecast(todo: Reproduction, jobs: int) -> tuple[list[dict[str, str]], str]:
                 "runs": str(len(experiment.runs)),
                 "finished": str(sum(state == "finished" for state in states.values())),
                 "shared": str(len(experiment.runs) - len(own)),
-                "cost": in_words(amount, todo.unit),
+                "cost": format_cost(amount, todo.unit),
             }
         )
-    whole = in_words(left / (jobs if todo.unit == "seconds" else 1), todo.unit)
+    whole = format_cost(left / (jobs if todo.unit == "seconds" else 1), todo.unit)
     side = f" with {jobs} runs side by side" if jobs > 1 and todo.unit == "seconds" else ""
     return rows, f"{len(todo.runs)} runs at scale {todo.experiments[0].scale}: some {whole}{side}"

@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from bupo.models.cpu_decoding import generate
-from bupo.models.generation_settings import end_tokens, own_settings_unused
+from bupo.models.generation_settings import get_eos_token_ids, policy_generation_config
 from bupo.models.internal_policy import InternalPolicy
-from bupo.models.residual_stream import causal_lm, evaluating
+from bupo.models.residual_stream import eval_mode, unwrap_causal_lm
 
 
 @dataclass(frozen=True)
-class Request:
+class CompletionRequest:
     """One answer that is wanted.
 
     Attributes:
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledCompletion:
     """What was sampled.
 
     Attributes:
@@ -56,15 +56,15 @@ class Answer:
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
-Engine = Callable[[Sequence[Request]], Iterator[tuple[Request, Answer]]]
+Engine = Callable[[Sequence[CompletionRequest]], Iterator[tuple[CompletionRequest, SampledCompletion]]]
 
 
-def seed_of(run: int, problem: int, sample: int) -> int:
+def derive_seed(run: int, problem: int, sample: int) -> int:
     """A seed of 31 bits for one answer: more samples never change earlier ones."""
     return int.from_bytes(hashlib.sha256(f"{run}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
 
 
-class SeededSampling(LogitsProcessor):
+class SeededLogitsProcessor(LogitsProcessor):
     """Turns `generate`'s most likely token into one that is sampled with each row's own random numbers.
 
     Token t of a row is the one where the policy's cumulative probability passes the row's t-th uniform number, whatever else is
@@ -123,34 +123,34 @@ class TransformersEngine:
         policy: InternalPolicy | None = None,
         batch_size: int = 64,
     ):
-        self.model, self.tokenizer, self.policy = causal_lm(model), tokenizer, policy
+        self.model, self.tokenizer, self.policy = unwrap_causal_lm(model), tokenizer, policy
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.batch_size = batch_size
-        self.ends = set(end_tokens(self.model, tokenizer))
+        self.ends = set(get_eos_token_ids(self.model, tokenizer))
 
-    def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+    def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
         """Answers batch by batch, the shortest prompts first."""
         for request, ids in self.token_ids(requests):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            yield request, Answer(text, len(ids), not ids or ids[-1] not in self.ends, tuple(ids))
+            yield request, SampledCompletion(text, len(ids), not ids or ids[-1] not in self.ends, tuple(ids))
 
-    def token_ids(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int]]]:
+    def token_ids(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, list[int]]]:
         """Answers as token ids, the end token included."""
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.problem, r.sample))
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
-            yield from zip(batch, self._generated(batch), strict=True)
+            yield from zip(batch, self._generate_batch(batch), strict=True)
 
     @torch.no_grad()
-    def _generated(self, batch: Sequence[Request]) -> list[list[int]]:
+    def _generate_batch(self, batch: Sequence[CompletionRequest]) -> list[list[int]]:
         inputs = self.tokenizer.pad(
             {"input_ids": [list(request.prompt_ids) for request in batch]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
         start = inputs["input_ids"].size(1)
-        seeded = SeededSampling(
+        seeded = SeededLogitsProcessor(
             [request.seed for request in batch], start, self.max_new_tokens, self.temperature, self.top_p
         )
-        with evaluating(self.model), self.speaking() as settings:
+        with eval_mode(self.model), self.speaking() as settings:
             settings.max_new_tokens = self.max_new_tokens
             out = generate(
                 self.model,
@@ -165,10 +165,10 @@ class TransformersEngine:
     def speaking(self) -> Iterator[GenerationConfig]:
         """Inside, the model's `generate` samples the policy: with the yielded settings, and none of the model's own.
 
-        The most likely token of the scores is taken, which [`SeededSampling`] has put in the place of the sampled one.
+        The most likely token of the scores is taken, which [`SeededLogitsProcessor`] has put in the place of the sampled one.
         """
         with (
-            own_settings_unused(self.model, self.tokenizer, do_sample=False) as settings,
+            policy_generation_config(self.model, self.tokenizer, do_sample=False) as settings,
             self.policy.speaking() if self.policy else nullcontext(),
         ):
             yield settings

@@ -14,13 +14,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 
-from bupo.generation.seeded_sampling import Answer, Request
-from bupo.models.generation_settings import VLLM_NEUTRAL
-from bupo.models.loading import model_path
-from bupo.utils.errors import UserError, first_line, others
+from bupo.generation.seeded_sampling import CompletionRequest, SampledCompletion
+from bupo.models.generation_settings import VLLM_NEUTRAL_SAMPLING
+from bupo.models.loading import resolve_model_path
+from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
-CHUNK = 256  # requests given to vLLM at once, after which answers are kept
-TRIES, PAUSE = 4, 1.0  # of a request that a server fails, seconds before the second
+CHUNK_SIZE = 256  # requests given to vLLM at once, after which answers are kept
+MAX_ATTEMPTS, RETRY_DELAY = 4, 1.0  # of a request that a server fails, seconds before the second
 
 
 class ServerEngine:
@@ -54,17 +54,22 @@ class ServerEngine:
         if os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         self.url, self.parallel, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
-        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **VLLM_NEUTRAL}
+        self.options = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            **VLLM_NEUTRAL_SAMPLING,
+        }
         self.options |= {"stop_token_ids": list(ends)} if ends else {}
         models = self._call("/v1/models")
         if not models.get("data"):
             raise UserError(f"server {self.url} serves no model")
         self.model = models["data"][0]["id"]
 
-    def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+    def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
         """Answers as they finish. After an error no more are asked for, those under way are still given, and it is raised."""
         rest, failed = iter(requests), None
-        pending: dict[Future[Answer], Request] = {}
+        pending: dict[Future[SampledCompletion], CompletionRequest] = {}
         pool = ThreadPoolExecutor(self.parallel)
         try:
             while True:
@@ -82,12 +87,14 @@ class ServerEngine:
         if failed is not None:
             raise failed
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: CompletionRequest) -> SampledCompletion:
         body = {"model": self.model, "prompt": list(request.prompt_ids), "seed": request.seed, "n": 1, **self.options}
         reply = self._call("/v1/completions", body)
         try:
             choice = reply["choices"][0]
-            return Answer(choice["text"], reply["usage"]["completion_tokens"], choice["finish_reason"] == "length")
+            return SampledCompletion(
+                choice["text"], reply["usage"]["completion_tokens"], choice["finish_reason"] == "length"
+            )
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(
                 f"server {self.url} answered without {error}: it must give choices, with text and finish_reason, and usage"
@@ -96,30 +103,32 @@ class ServerEngine:
     def _call(self, path: str, body: dict | None = None) -> dict[str, Any]:
         """The server's JSON. Tried again where the connection breaks or the server has an error of its own."""
         data = None if body is None else json.dumps(body).encode()
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 call = urllib.request.Request(self.url + path, data, self.headers)
                 with urllib.request.urlopen(call, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                if (error.code < 500 and error.code != 429) or attempt == TRIES - 1:
-                    raise UserError(f"server {self.url} answered {error.code} to {path}: {_said(error)}") from error
+                if (error.code < 500 and error.code != 429) or attempt == MAX_ATTEMPTS - 1:
+                    raise UserError(
+                        f"server {self.url} answered {error.code} to {path}: {_read_error_body(error)}"
+                    ) from error
             except (
                 OSError,
                 ValueError,
                 http.client.HTTPException,
             ) as error:  # unreachable, broken off, no JSON, no address
                 hopeless = isinstance(error, ValueError | http.client.InvalidURL)
-                if attempt == TRIES - 1 or body is None or hopeless:
+                if attempt == MAX_ATTEMPTS - 1 or body is None or hopeless:
                     reason = getattr(error, "reason", error)
                     raise UserError(
                         f"server {self.url} cannot be reached or is no OpenAI-compatible one: {reason}"
                     ) from error
-            time.sleep(PAUSE * 2**attempt)
+            time.sleep(RETRY_DELAY * 2**attempt)
         raise AssertionError("the last try returns or raises")
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _read_error_body(error: urllib.error.HTTPError) -> str:
     """What a server gives as its reason, shortened."""
     return " ".join(error.read().decode(errors="replace").split())[:200]
 
@@ -150,20 +159,25 @@ class VllmEngine:
             import vllm
         except ImportError as error:
             raise UserError(
-                f"--engine vllm needs vLLM: {first_line(error)}; or serve the model and give --server"
+                f"--engine vllm needs vLLM: {summarize_error(error)}; or serve the model and give --server"
             ) from error
         self.vllm = vllm
-        self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, **VLLM_NEUTRAL}
+        self.options = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            **VLLM_NEUTRAL_SAMPLING,
+        }
         self.options |= {"stop_token_ids": list(ends)} if ends else {}
-        path = model_path(model)
-        with others(f"vLLM cannot load {model!r}"):
+        path = resolve_model_path(model)
+        with wrap_library_errors(f"vLLM cannot load {model!r}"):
             self.llm = vllm.LLM(path, **kwargs)
 
-    def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+    def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
         """Answers chunk by chunk, which is how often a killed evaluation has kept them."""
-        for start in range(0, len(requests), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            with others("vLLM refuses a prompt", ValueError):  # beyond the model's length
+        for start in range(0, len(requests), CHUNK_SIZE):
+            chunk = requests[start : start + CHUNK_SIZE]
+            with wrap_library_errors("vLLM refuses a prompt", ValueError):  # beyond the model's length
                 outputs = self.llm.generate(
                     [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
                     [self.vllm.SamplingParams(seed=request.seed, **self.options) for request in chunk],
@@ -172,4 +186,4 @@ class VllmEngine:
             for request, output in zip(chunk, outputs, strict=True):
                 said = output.outputs[0]
                 ids = tuple(said.token_ids)
-                yield request, Answer(said.text, len(ids), said.finish_reason == "length", ids)
+                yield request, SampledCompletion(said.text, len(ids), said.finish_reason == "length", ids)

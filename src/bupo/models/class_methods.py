@@ -8,7 +8,7 @@ from inspect import Parameter
 from typing import Any
 
 
-def class_method(model: Any, name: str) -> Callable[..., Any]:
+def get_class_method(model: Any, name: str) -> Callable[..., Any]:
     """Return `model.name` as Python looks it up, but for what the instance itself holds.
 
     A function of the class is bound to the model. A callable that is no descriptor, such as an object with `__call__`, is not;
@@ -19,12 +19,12 @@ def class_method(model: Any, name: str) -> Callable[..., Any]:
     return found if bind is None else bind(found, model, type(model))
 
 
-def class_function(model: Any, name: str) -> Callable[..., Any]:
+def get_class_function(model: Any, name: str) -> Callable[..., Any]:
     """Return a function with the signature of the class's method, `self` first, for `functools.wraps` around a replacement."""
     found = inspect.getattr_static(type(model), name)
     if isinstance(found, types.FunctionType):
         return found
-    bound = class_method(model, name)
+    bound = get_class_method(model, name)
 
     def method(self, *args, **kwargs):
         return bound(*args, **kwargs)

@@ -43,11 +43,11 @@ class Family:
     softcap: str | None = "final_logit_softcapping"
 
 
-_SANDWICH = Family(attn_write="post_attention_layernorm", ffn_write="post_feedforward_layernorm")
+_POST_NORM_FAMILY = Family(attn_write="post_attention_layernorm", ffn_write="post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "qwen3_moe", "deepseek_v3"), Family()),
-    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _SANDWICH),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORM_FAMILY),
     "glm4": Family(attn_write="post_self_attn_layernorm", ffn_write="post_mlp_layernorm"),
     "granite": Family(write_scale="residual_multiplier", logit_divisor="logits_scaling"),
     "cohere2": Family(logit_scale="logit_scale"),
@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # What an unknown family may call its parts, tried in this order.
-USUAL_NAMES = {
+COMMON_MODULE_NAMES = {
     "layers": ("layers", "h", "blocks"),
     "norm": ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f"),
     "attn": ("self_attn", "attn", "attention", "self_attention"),
@@ -64,7 +64,7 @@ USUAL_NAMES = {
 }
 
 
-def module_at(root: Any, path: str) -> Any:
+def find_module(root: Any, path: str) -> Any:
     """The module at a path, or None."""
     for name in path.split("."):
         root = getattr(root, name, None)
@@ -81,9 +81,9 @@ def guess_family(model: PreTrainedModel) -> Family:
     """
     decoder = model.get_decoder()
     found: dict[str, str] = {}
-    for part, names in USUAL_NAMES.items():
-        root = decoder if part in ("layers", "norm") else module_at(decoder, found["layers"])[0]
-        present = [name for name in names if module_at(root, name) is not None]
+    for part, names in COMMON_MODULE_NAMES.items():
+        root = decoder if part in ("layers", "norm") else find_module(decoder, found["layers"])[0]
+        present = [name for name in names if find_module(root, name) is not None]
         if not present:
             raise UserError(
                 f"unknown model family {model.config.model_type!r}: none of {', '.join(names)} in "

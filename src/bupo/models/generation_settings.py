@@ -3,7 +3,7 @@
 transformers fills every setting that a call leaves out from the model's `generation_config.json`, then from its own defaults
 (a `top_k` of 50). A repetition penalty, a truncation or a ban of tokens that a model brings along would so change what is
 sampled, and not what is scored. Training, `InternalPolicy.generate`, `bupo sample`, `bupo eval` and `bupo analyze` sample
-inside [`own_settings_unused`]; [`VLLM_NEUTRAL`] are the same settings for vLLM.
+inside [`policy_generation_config`]; [`VLLM_NEUTRAL_SAMPLING`] are the same settings for vLLM.
 """
 
 import copy
@@ -19,16 +19,16 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bupo.models.loading import load_config, model_path
-from bupo.models.residual_stream import causal_lm
+from bupo.models.loading import load_config, resolve_model_path
+from bupo.models.residual_stream import unwrap_causal_lm
 from bupo.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+NEUTRAL_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+TOKEN_ID_SETTINGS = ("eos_token_id", "pad_token_id", "bos_token_id")
 # for vLLM's `SamplingParams` and its server, which takes what a request leaves out from the model's generation_config.json
-VLLM_NEUTRAL: dict[str, Any] = {
+VLLM_NEUTRAL_SAMPLING: dict[str, Any] = {
     "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -37,8 +37,8 @@ VLLM_NEUTRAL: dict[str, Any] = {
 }
 
 # settings of transformers and vLLM that do not change the distribution of the next token; any other is reported
-ACCOUNTED = {
-    *TOKENS, "do_sample", "temperature", "renormalize_logits", "remove_invalid_values",
+DISTRIBUTION_NEUTRAL_SETTINGS = {
+    *TOKEN_ID_SETTINGS, "do_sample", "temperature", "renormalize_logits", "remove_invalid_values",
     "max_length", "max_new_tokens", "max_tokens", "max_time", "stop", "stop_strings", "stop_token_ids", "early_stopping",
     "length_penalty", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
     "low_memory", "compile_config", "disable_compile", "continuous_batching_config", "is_assistant", "use_mtp",
@@ -48,20 +48,20 @@ ACCOUNTED = {
     "output_logits", "n", "seed", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "transformers_version",
 }  # fmt: skip
-PROCESSING = (
+CUSTOM_PROCESSING_ARGUMENTS = (
     "logits_processor",
     "prefix_allowed_tokens_fn",
     "custom_generate",
 )  # arguments of `generate` that may do anything
 # where 1 changes nothing; elsewhere 0 does, except for the id of a forced token
-ONE_IS_NEUTRAL = {
+NEUTRAL_AT_ONE = {
     "top_p", "typical_p", "top_h", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams",
     "num_beam_groups",
 }  # fmt: skip
-FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+FORCED_TOKEN_SETTINGS = ("forced_bos_token_id", "forced_eos_token_id")
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
+def get_eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
     """Return the ids of the tokens that end an answer.
 
     These are the end tokens of the model's generation config, of its configuration and of its tokenizer, together.
@@ -74,14 +74,14 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = Non
     Returns:
         `list[int]`: the ids, the tokenizer's first, those of the generation config in its order, then the configuration's.
     """
-    inner = causal_lm(model)
-    own = stored_end(str(inner.name_or_path)) if tokenizer is None else tokenizer.eos_token_id
+    inner = unwrap_causal_lm(model)
+    own = read_tokenizer_eos_token_id(str(inner.name_or_path)) if tokenizer is None else tokenizer.eos_token_id
     settings, config = getattr(inner, "generation_config", None), inner.config
     sources = (own, *(getattr(source, "eos_token_id", None) for source in (settings, config, config.get_text_config())))
-    return merged_ends(*sources)
+    return merge_token_ids(*sources)
 
 
-def stored_ends(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> list[int]:
+def read_eos_token_ids(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> list[int]:
     """Return `end_tokens` of a model that is not loaded here.
 
     Args:
@@ -91,21 +91,21 @@ def stored_ends(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) ->
     sources: list[Any] = [tokenizer]
     with suppress(OSError, ValueError):  # a model without a generation config
         chosen = {key: value for key, value in kwargs.items() if key == "revision"}
-        sources.append(GenerationConfig.from_pretrained(model_path(name), **chosen))
+        sources.append(GenerationConfig.from_pretrained(resolve_model_path(name), **chosen))
     with suppress(UserError):  # a server may know models that are not known here
         config = load_config(name, **kwargs)
         sources += [config, config.get_text_config()]
-    return merged_ends(*(getattr(source, "eos_token_id", None) for source in sources))
+    return merge_token_ids(*(getattr(source, "eos_token_id", None) for source in sources))
 
 
-def merged_ends(*sources: Any) -> list[int]:
+def merge_token_ids(*sources: Any) -> list[int]:
     """Return the token ids among the sources, each an id, a list of ids or None, without repetition."""
     ids = [token for source in sources for token in (source if isinstance(source, list | tuple) else [source])]
     return list(dict.fromkeys(token for token in ids if type(token) is int and token >= 0))
 
 
 @functools.lru_cache(maxsize=16)
-def stored_end(name: str) -> int | None:
+def read_tokenizer_eos_token_id(name: str) -> int | None:
     """Return the end token of the tokenizer stored with a model, without asking the hub; None where there is none."""
     try:
         local = (Path(name) / "tokenizer_config.json").is_file() if Path(name).is_dir() else bool(name) and isinstance(
@@ -118,7 +118,7 @@ def stored_end(name: str) -> int | None:
         return None
 
 
-def policy_settings(
+def make_policy_generation_config(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **chosen: Any
 ) -> GenerationConfig:
     """Return settings that sample the policy: a new `GenerationConfig` with nothing of the model's but its token ids.
@@ -128,23 +128,23 @@ def policy_settings(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         chosen: settings that the user sets. None leaves a setting unset, except for a token id, which it removes.
     """
-    inner = causal_lm(model)
+    inner = unwrap_causal_lm(model)
     own = getattr(inner, "generation_config", None)
-    ids: dict[str, Any] = {name: _token_id(inner, own, tokenizer, name) for name in TOKENS[1:]}
+    ids: dict[str, Any] = {name: _get_token_id(inner, own, tokenizer, name) for name in TOKEN_ID_SETTINGS[1:]}
     if "eos_token_id" not in chosen:
-        ids["eos_token_id"] = end_tokens(model, tokenizer) or None
-    chosen = {name: value for name, value in chosen.items() if value is not None or name in TOKENS}
+        ids["eos_token_id"] = get_eos_token_ids(model, tokenizer) or None
+    chosen = {name: value for name, value in chosen.items() if value is not None or name in TOKEN_ID_SETTINGS}
     greedy = chosen.get("do_sample", True) is False
-    return GenerationConfig(**{**({} if greedy else SAMPLING), "use_cache": True, **ids, **chosen})
+    return GenerationConfig(**{**({} if greedy else NEUTRAL_SAMPLING), "use_cache": True, **ids, **chosen})
 
 
-def _token_id(model: PreTrainedModel, own: GenerationConfig | None, tokenizer: Any, name: str) -> int | None:
+def _get_token_id(model: PreTrainedModel, own: GenerationConfig | None, tokenizer: Any, name: str) -> int | None:
     found = (getattr(source, name, None) for source in (tokenizer, own, model.config.get_text_config()))
     return next((token for token in found if type(token) is int), None)
 
 
 @contextmanager
-def own_settings_unused(
+def policy_generation_config(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **chosen: Any
 ) -> Iterator[GenerationConfig]:
     """Keep `generate` from the model's own generation config, which is put back afterwards. Arguments: as `policy_settings`.
@@ -153,8 +153,8 @@ def own_settings_unused(
         `GenerationConfig`: a copy of the settings in its place, to be given to `generate`. Without one, `generate` refuses a
         model whose `config.json` holds settings of generation.
     """
-    settings = policy_settings(model, tokenizer, **chosen)
-    inner = causal_lm(model)
+    settings = make_policy_generation_config(model, tokenizer, **chosen)
+    inner = unwrap_causal_lm(model)
     holders = [part for part in (model, inner) if "generation_config" in vars(part) or part is inner]
     before = [(part, vars(part).get("generation_config")) for part in dict.fromkeys(holders)]
     for part, _ in before:
@@ -166,7 +166,7 @@ def own_settings_unused(
             part.generation_config = own
 
 
-def chosen_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_generation_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split arguments of `generate` into settings of generation, those of a `generation_config` among them, and the others."""
     base = arguments.get("generation_config")
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
@@ -176,7 +176,7 @@ def chosen_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return settings | {name: value for name, value in arguments.items() if name in known}, others
 
 
-def unaccounted(options: Mapping[str, Any], temperature: float | None = None) -> dict[str, Any]:
+def find_unaccounted_settings(options: Mapping[str, Any], temperature: float | None = None) -> dict[str, Any]:
     """Return the options that change what is sampled and that log-probs at a temperature do not account for.
 
     Args:
@@ -184,7 +184,11 @@ def unaccounted(options: Mapping[str, Any], temperature: float | None = None) ->
         temperature (`float`, *optional*): of the log-probs, from which answers should be sampled; None where the most likely
             tokens are wanted.
     """
-    found = {name: value for name, value in options.items() if name not in ACCOUNTED and not _neutral(name, value)}
+    found = {
+        name: value
+        for name, value in options.items()
+        if name not in DISTRIBUTION_NEUTRAL_SETTINGS and not _is_neutral(name, value)
+    }
     if temperature is not None and options.get("temperature") not in (None, temperature):
         found["temperature"] = options["temperature"]
     if temperature is not None and options.get("do_sample") is False:
@@ -192,15 +196,15 @@ def unaccounted(options: Mapping[str, Any], temperature: float | None = None) ->
     return found
 
 
-def _neutral(name: str, value: Any) -> bool:
-    if value is None or name in FORCED:
+def _is_neutral(name: str, value: Any) -> bool:
+    if value is None or name in FORCED_TOKEN_SETTINGS:
         return value is None
-    if name in ONE_IS_NEUTRAL:
+    if name in NEUTRAL_AT_ONE:
         return value == 1
     return (name == "top_k" and value == -1) or not value
 
 
-def describe(options: Mapping[str, Any], temperature: float | None = None) -> str:
+def describe_unaccounted_settings(options: Mapping[str, Any], temperature: float | None = None) -> str:
     """Return the warning for options of `unaccounted`."""
     named = ", ".join(f"{name}={str(value)[:60]}" for name, value in options.items())
     of = "softmax(logits / temperature)" + ("" if temperature is None else f" at temperature {temperature:g}")

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-Put = Callable[[torch.Tensor], None]
+TensorCallback = Callable[[torch.Tensor], None]
 
 
-def on_input(module: nn.Module, put: Put, hooks: ExitStack) -> None:
+def add_input_hook(module: nn.Module, put: TensorCallback, hooks: ExitStack) -> None:
     """Until `hooks` closes, give `put` the states that the module reads: its first argument, or `hidden_states`."""
 
     def before(_module, args, kwargs):
@@ -19,7 +19,7 @@ def on_input(module: nn.Module, put: Put, hooks: ExitStack) -> None:
     hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
 
 
-def on_output(module: nn.Module, put: Put, hooks: ExitStack) -> None:
+def add_output_hook(module: nn.Module, put: TensorCallback, hooks: ExitStack) -> None:
     """Until `hooks` closes, give `put` the tensor that the module returns, alone or first of a tuple."""
 
     def after(_module, _args, out):

@@ -20,17 +20,17 @@ from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bupo.models.class_methods import class_function
+from bupo.models.class_methods import get_class_function
 from bupo.models.generation_settings import (
-    PROCESSING,
-    chosen_settings,
-    describe,
-    own_settings_unused,
-    unaccounted,
+    CUSTOM_PROCESSING_ARGUMENTS,
+    describe_unaccounted_settings,
+    find_unaccounted_settings,
+    policy_generation_config,
+    split_generation_arguments,
     warn_once,
 )
-from bupo.models.residual_stream import Family, Identity, Lens, ResidualStream, Site, check_lens
-from bupo.models.token_scoring import IGNORED, TokenScores, score_states
+from bupo.models.residual_stream import Activation, Family, IdentityErrors, Lens, ResidualStream, check_lens
+from bupo.models.token_scoring import IGNORE_INDEX, TokenScores, score_states
 from bupo.utils.errors import UserError
 
 _ROWS_PER_TILE = 256  # positions whose two distributions are held at once for a KL divergence
@@ -43,12 +43,12 @@ class InternalPolicy:
     gradients flow into the layers the policy is made of unless you disable them.
 
     Attributes:
-        site ([`~bupo.models.residual_stream.Site`]): where its states come from.
+        site ([`~bupo.models.residual_stream.Activation`]): where its states come from.
         lens (`str`): what stands before the unembedding: nothing (`raw`) or the final norm (`final_norm`).
         temperature (`float`): divides the logits.
     """
 
-    def __init__(self, stream: ResidualStream, site: Site, lens: Lens, temperature: float):
+    def __init__(self, stream: ResidualStream, site: Activation, lens: Lens, temperature: float):
         self.stream, self.site, self.lens, self.temperature = stream, site, lens, temperature
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class InternalPolicy:
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, D)`: what meets the unembedding, normed in the lens mode `final_norm`."""
         states = self.stream.run([self.site], input_ids, attention_mask, up_to=self.site.layer)[self.site]
-        return self.stream.lensed(states, self.lens)
+        return self.stream.apply_lens(states, self.lens)
 
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, V)` in fp32, over the temperature. The one measure that holds a whole vocabulary a token."""
@@ -67,12 +67,12 @@ class InternalPolicy:
         """`(batch, time - 1)`: log-probability of each next token. Zero where the next token is padding."""
         targets = input_ids[:, 1:]
         if attention_mask is not None:
-            targets = targets.masked_fill(attention_mask[:, 1:] == 0, IGNORED)
+            targets = targets.masked_fill(attention_mask[:, 1:] == 0, IGNORE_INDEX)
         return self._scores(self.states(input_ids, attention_mask)[:, :-1], targets).log_probs
 
     def entropy(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time)`: entropy in nats of the policy at each position (eq. 7). Zero on padding."""
-        targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
+        targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
         return self._scores(self.states(input_ids, attention_mask), targets).entropy
 
     def _scores(self, states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
@@ -94,10 +94,10 @@ class InternalPolicy:
             )
         deepest = max(self.site.layer, other.site.layer)
         found = self.stream.run([self.site, other.site], input_ids, attention_mask, up_to=deepest)
-        mine, others = (self.stream.lensed(found[policy.site], policy.lens) for policy in (self, other))
+        mine, others = (self.stream.apply_lens(found[policy.site], policy.lens) for policy in (self, other))
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [
-            _kl(self.stream.logits(p, self.temperature), self.stream.logits(q, other.temperature))
+            _kl_divergence(self.stream.logits(p, self.temperature), self.stream.logits(q, other.temperature))
             for p, q in zip(mine[keep].split(_ROWS_PER_TILE), others[keep].split(_ROWS_PER_TILE), strict=True)
         ]
         return torch.zeros(keep.shape, dtype=rows[0].dtype, device=rows[0].device).masked_scatter(
@@ -129,17 +129,17 @@ class InternalPolicy:
         Returns:
             `torch.Tensor` of shape `(batch, time + new)`: prompts and answers.
         """
-        chosen, arguments = chosen_settings(kwargs)
+        chosen, arguments = split_generation_arguments(kwargs)
         sampled = chosen.get("do_sample") is not False
-        processing = {name: arguments[name] for name in PROCESSING if name in arguments}
-        if changing := unaccounted(chosen | processing, self.temperature if sampled else None):
-            warn_once(describe(changing, self.temperature))
+        processing = {name: arguments[name] for name in CUSTOM_PROCESSING_ARGUMENTS if name in arguments}
+        if changing := find_unaccounted_settings(chosen | processing, self.temperature if sampled else None):
+            warn_once(describe_unaccounted_settings(changing, self.temperature))
         if tokenizer is not None:
             arguments["tokenizer"] = tokenizer
         if sampled:
             chosen = {"temperature": self.temperature} | chosen
         model = self.stream.model
-        with self.speaking(), own_settings_unused(model, tokenizer, **chosen) as settings:
+        with self.speaking(), policy_generation_config(model, tokenizer, **chosen) as settings:
             return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **arguments)
 
     @contextmanager
@@ -147,16 +147,18 @@ class InternalPolicy:
         """Inside, the model's forward gives this policy's logits (without the temperature, which `generate` applies)."""
         stream, policy = self.stream, self
 
-        @functools.wraps(class_function(stream.model, "forward"))  # generate reads the signature
+        @functools.wraps(get_class_function(stream.model, "forward"))  # generate reads the signature
         def forward(model, input_ids=None, logits_to_keep=0, return_dict=None, **kwargs):
-            with stream.record([policy.site]) as found, stream.first_layers(policy.site.layer):
+            with stream.record([policy.site]) as found, stream.truncate_layers(policy.site.layer):
                 out = stream.decoder(input_ids=input_ids, **kwargs)
             states = found[policy.site]
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             caches = {
                 name: value for name, value in out.items() if isinstance(value, Cache)
             }  # renamed in transformers 5.24
-            return CausalLMOutputWithPast(logits=stream.logits(stream.lensed(states[:, keep], policy.lens)), **caches)
+            return CausalLMOutputWithPast(
+                logits=stream.logits(stream.apply_lens(states[:, keep], policy.lens)), **caches
+            )
 
         before = stream.model.__dict__.get("forward")
         stream.model.forward = types.MethodType(forward, stream.model)
@@ -169,7 +171,7 @@ class InternalPolicy:
                 stream.model.forward = before
 
 
-def _kl(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL in nats of two batches of logits `(N, V)`. An entry of probability 0 under the first adds 0, also where it is masked
     (-inf) in both."""
     log_p, log_q = logits.log_softmax(-1), other.to(logits.device).log_softmax(-1)
@@ -209,27 +211,27 @@ class InternalPolicies:
         return self.stream.num_layers
 
     @property
-    def identity(self) -> Identity:
+    def identity_errors(self) -> IdentityErrors:
         """The errors measured on load: of each layer's sum of writes, and of the head."""
-        return self.stream.identity
+        return self.stream.identity_errors
 
     def layer(self, layer: int) -> InternalPolicy:
         """pi_Layer^l of layer l = 1..L (eq. 5)."""
-        return self._policy("layer", layer)
+        return self._make_policy("layer", layer)
 
     def attn(self, layer: int) -> InternalPolicy:
         """pi_ATTN^l: the attention's own write in layer l (eq. 6)."""
-        return self._policy("attn", layer)
+        return self._make_policy("attn", layer)
 
     def ffn(self, layer: int) -> InternalPolicy:
         """pi_FFN^l: the FFN's own write in layer l (eq. 6)."""
-        return self._policy("ffn", layer)
+        return self._make_policy("ffn", layer)
 
     @property
     def language_model(self) -> InternalPolicy:
         """pi_theta: the last layer's states through the final norm, whatever the lens mode."""
-        return InternalPolicy(self.stream, Site("layer", self.num_layers), "final_norm", self.temperature)
+        return InternalPolicy(self.stream, Activation("layer", self.num_layers), "final_norm", self.temperature)
 
-    def _policy(self, kind: str, layer: int) -> InternalPolicy:
+    def _make_policy(self, kind: str, layer: int) -> InternalPolicy:
         self.stream.block(layer)  # refuses a layer that does not exist
-        return InternalPolicy(self.stream, Site(kind, layer), self.lens, self.temperature)
+        return InternalPolicy(self.stream, Activation(kind, layer), self.lens, self.temperature)

@@ -1,7 +1,7 @@
 """Keys and values of answers that are being written: in buffers of their own, and a prompt's once for all its answers.
 
-Both stand behind transformers' own interfaces, so a family's modelling code runs as it is: [`Slots`] is a layer of its `Cache`,
-and [`shared_prompts`] takes the place of its `sdpa` attention, where the keys are of such a layer.
+Both stand behind transformers' own interfaces, so a family's modelling code runs as it is: [`KVCacheLayer`] is a layer of its `Cache`,
+and [`share_prompt_cache`] takes the place of its `sdpa` attention, where the keys are of such a layer.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin
 
-ROOM = 64  # tokens that the buffers grow by, at least
+MIN_BUFFER_GROWTH = 64  # tokens that the buffers grow by, at least
 
 
-class Groups:
+class PromptGroups:
     """Which prompt each answer belongs to, as a rectangle of prompts by places: `(prompts, size)`.
 
     Args:
@@ -46,14 +46,14 @@ class Groups:
         return by_place.transpose(1, 2).flatten(0, 1)[self.places]
 
 
-class Slots(CacheLayerMixin):
+class KVCacheLayer(CacheLayerMixin):
     """Keys and values `(rows, heads, room, dim)` of a layer, filled in place.
 
     Attributes:
         length (`int`): tokens seen, prompts included.
         before (`int`): tokens of prompts that are shared; the buffers hold what comes after them.
         prompt (`tuple`, *optional*): keys and values of these, `(prompts, heads, before, dim)`.
-        groups ([`Groups`]): the rows of each prompt.
+        groups ([`PromptGroups`]): the rows of each prompt.
     """
 
     is_sliding = False  # a window is the mask's
@@ -62,7 +62,7 @@ class Slots(CacheLayerMixin):
         super().__init__(**kwargs)
         self.length = self.before = 0
         self.prompt: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.groups: Groups | None = None
+        self.groups: PromptGroups | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -82,7 +82,7 @@ class Slots(CacheLayerMixin):
             vars(keys)["slots"] = self  # what `shared_prompts` looks for
         return keys, self.values[:, :, :end]
 
-    def spread(self, groups: Groups, share: bool) -> None:
+    def spread(self, groups: PromptGroups, share: bool) -> None:
         """From prompts `(prompts, ...)` to their answers: `(rows, ...)`, or the prompts aside and nothing yet."""
         if not share:
             return self._move(groups.own, self.length)
@@ -90,7 +90,7 @@ class Slots(CacheLayerMixin):
         self.before = self.length
         self._move(groups.own, 0)
 
-    def keep(self, rows: torch.Tensor, prompts: torch.Tensor, groups: Groups) -> None:
+    def keep(self, rows: torch.Tensor, prompts: torch.Tensor, groups: PromptGroups) -> None:
         """Go on with these rows only, which are of these prompts, and with the new groups."""
         if self.prompt is not None:
             if len(prompts) < len(self.prompt[0]):
@@ -98,12 +98,14 @@ class Slots(CacheLayerMixin):
             self.groups = groups
         self._move(rows, self.length - self.before)
 
-    def _move(self, rows: torch.Tensor | None, filled: int, more: int = ROOM) -> None:
+    def _move(self, rows: torch.Tensor | None, filled: int, more: int = MIN_BUFFER_GROWTH) -> None:
         """These rows (all for None), with `more` slots, at least `ROOM`, behind the filled ones."""
 
         def moved(buffer: torch.Tensor) -> torch.Tensor:
             count, heads, _, dim = buffer.shape
-            made = buffer.new_empty(count if rows is None else len(rows), heads, filled + max(more, ROOM), dim)
+            made = buffer.new_empty(
+                count if rows is None else len(rows), heads, filled + max(more, MIN_BUFFER_GROWTH), dim
+            )
             made[:, :, :filled] = buffer[:, :, :filled] if rows is None else buffer[rows, :, :filled]
             return made
 
@@ -119,7 +121,9 @@ class Slots(CacheLayerMixin):
         return -1
 
 
-def attend(slots: Slots, query, key, value, mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+def shared_prompt_attention_forward(
+    slots: KVCacheLayer, query, key, value, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
     """Attention of one token a row, `(rows, heads, 1, dim)`, to the prompt and the answer: `(rows, 1, heads, dim)`."""
     assert slots.prompt is not None and slots.groups is not None
     (keys, values), groups, (rows, heads, _, dim) = slots.prompt, slots.groups, query.shape
@@ -135,15 +139,15 @@ def attend(slots: Slots, query, key, value, mask: torch.Tensor | None, scaling: 
 
 
 @contextmanager
-def shared_prompts() -> Iterator[None]:
-    """Inside, `sdpa` attention to keys of [`Slots`] that share their prompts is [`attend`]; all other is as it was."""
+def share_prompt_cache() -> Iterator[None]:
+    """Inside, `sdpa` attention to keys of [`KVCacheLayer`] that share their prompts is [`shared_prompt_attention_forward`]; all other is as it was."""
     plain = AttentionInterface()["sdpa"]
 
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         slots = getattr(key, "slots", None)
         if slots is None:
             return plain(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-        return attend(slots, query, key, value, attention_mask, scaling), None
+        return shared_prompt_attention_forward(slots, query, key, value, attention_mask, scaling), None
 
     AttentionInterface.register("sdpa", attention)
     try:

@@ -24,13 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bupo.models.weight_checks import REPORTED, check_adapter, check_weights, unreported
-from bupo.utils.errors import UserError, others
-from bupo.utils.safe_read import check_inside
+from bupo.models.weight_checks import LOADING_REPORT_KWARGS, check_adapter_weights, check_weights, suppress_load_report
+from bupo.utils.errors import UserError, wrap_library_errors
+from bupo.utils.safe_read import check_model_folder
 
-EMBEDDED = "embedded"
-ORDINARY_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
-FURTHEST = 4  # times the context that a model with computed positions names: a longer prompt would only take its time
+EMBEDDED_MODEL = "embedded"
+TOKENIZER_PROBE_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
+MAX_CONTEXT_MULTIPLE = (
+    4  # times the context that a model with computed positions names: a longer prompt would only take its time
+)
 # settings of generation, by the type that their values must have
 GENERATION_NUMBERS = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff",
@@ -41,21 +43,23 @@ GENERATION_FLAGS = ("do_sample", "use_cache", "return_dict_in_generate", "output
 GENERATION_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def model_path(name: str) -> str:
+def resolve_model_path(name: str) -> str:
     """The folder of the embedded model for `embedded`; any other name as it is.
 
     Raises:
         UserError: if the name is a local path that holds no model.
     """
-    if name == EMBEDDED:
+    if name == EMBEDDED_MODEL:
         return str(files("bupo") / "embedded" / "model")
     if not name:
-        raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED}'")
-    with others(f"model {name!r:.200} cannot be looked for", OSError, ValueError):  # too long a name, or none
-        return _path(name)
+        raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED_MODEL}'")
+    with wrap_library_errors(
+        f"model {name!r:.200} cannot be looked for", OSError, ValueError
+    ):  # too long a name, or none
+        return _check_model_path(name)
 
 
-def _path(name: str) -> str:
+def _check_model_path(name: str) -> str:
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{name} is a file: give the folder that holds config.json, a .gguf file or a hub id")
@@ -65,9 +69,9 @@ def _path(name: str) -> str:
         raise UserError(f"{name} holds no model: it has no config.json")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.exists():
-        raise UserError(f"{name} does not exist: give the folder of a model, a hub id or '{EMBEDDED}'")
+        raise UserError(f"{name} does not exist: give the folder of a model, a hub id or '{EMBEDDED_MODEL}'")
     if path.is_dir():
-        check_inside(path)
+        check_model_folder(path)
     return name
 
 
@@ -77,8 +81,8 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
     Raises:
         UserError: if there is no such model, or it is no causal LM.
     """
-    path, kwargs = _gguf(model_path(name), kwargs)
-    with others(_because(f"model {name!r} cannot be loaded")):
+    path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
+    with wrap_library_errors(_make_error_formatter(f"model {name!r} cannot be loaded")):
         config = AutoConfig.from_pretrained(
             path, **{key: kwargs[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in kwargs}
         )
@@ -94,7 +98,7 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
     return config
 
 
-def check_layers(name: str, layers: Mapping[str, int | None], **kwargs) -> PretrainedConfig:
+def check_layers_exist(name: str, layers: Mapping[str, int | None], **kwargs) -> PretrainedConfig:
     """The configuration of a causal LM that has these layers, which it says before its weights are loaded.
 
     Args:
@@ -113,26 +117,26 @@ def check_layers(name: str, layers: Mapping[str, int | None], **kwargs) -> Pretr
     return config
 
 
-def learned_positions(config: PretrainedConfig) -> int | None:
+def get_num_learned_positions(config: PretrainedConfig) -> int | None:
     """Tokens that a model has learned positions for, beyond which it fails. None where positions are computed (rotary, ALiBi):
     there a longer text is only unlike those that the model was made for."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    return None if rotary else context_of(config)
+    return None if rotary else get_context_length(config)
 
 
-def context_of(config: PretrainedConfig) -> int | None:
+def get_context_length(config: PretrainedConfig) -> int | None:
     """Tokens of the longest text that a model was made for, as it says itself; None where it says nothing."""
     named = getattr(config.get_text_config(), "max_position_embeddings", None)
     return named if isinstance(named, int) and named > 0 else None
 
 
-def _because(refusal: str) -> Callable[[Exception], str]:
+def _make_error_formatter(refusal: str) -> Callable[[Exception], str]:
     """Return a message of another library's error: all its lines, since the first alone often says only where."""
     return lambda error: f"{refusal}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
-class Limits(NamedTuple):
+class ModelLimits(NamedTuple):
     """The texts that a model can read.
 
     Attributes:
@@ -142,19 +146,19 @@ class Limits(NamedTuple):
     """
 
     context: int | None = None
-    learned: bool = False
+    has_learned_positions: bool = False
     vocabulary: int | None = None
 
     @property
     def longest(self) -> int | None:
         """Tokens beyond which a prompt is refused."""
-        return self.context if self.learned or not self.context else FURTHEST * self.context
+        return self.context if self.has_learned_positions or not self.context else MAX_CONTEXT_MULTIPLE * self.context
 
 
-def limits_of(config: PretrainedConfig) -> Limits:
+def get_model_limits(config: PretrainedConfig) -> ModelLimits:
     """The texts that a model can read, by its configuration."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    return Limits(context_of(config), learned_positions(config) is not None, vocabulary)
+    return ModelLimits(get_context_length(config), get_num_learned_positions(config) is not None, vocabulary)
 
 
 def load_model(name: str, **kwargs) -> PreTrainedModel:
@@ -168,13 +172,18 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
         UserError: if there is no such model, it is no causal LM, its files lack some of its weights, or these are no numbers
             that can be computed with.
     """
-    path, kwargs = _gguf(model_path(name), kwargs)
+    path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
     load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
-        check_generation(name, kwargs.get("revision"))
-    with others(_because(f"model {name!r} cannot be loaded as a causal language model")), unreported():
-        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | REPORTED)
-    _check_settings(f"model {name!r}: its settings of generation cannot be used", model.generation_config.to_dict())
+        check_generation_config(name, kwargs.get("revision"))
+    with (
+        wrap_library_errors(_make_error_formatter(f"model {name!r} cannot be loaded as a causal language model")),
+        suppress_load_report(),
+    ):
+        model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | LOADING_REPORT_KWARGS)
+    _check_generation_settings(
+        f"model {name!r}: its settings of generation cannot be used", model.generation_config.to_dict()
+    )
     check_weights(name, path, model, report, kwargs.get("revision"))
     if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
         for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
@@ -207,16 +216,19 @@ def load_on_device(
     from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
 
     if os.path.isdir(adapter):
-        check_inside(Path(adapter))
-    with others(_because(f"adapter {adapter!r} cannot be put on the model")), warnings.catch_warnings():
+        check_model_folder(Path(adapter))
+    with (
+        wrap_library_errors(_make_error_formatter(f"adapter {adapter!r} cannot be put on the model")),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused
         adapted = PeftModel.from_pretrained(model, adapter)
-        check_adapter(adapter, adapted)
+        check_adapter_weights(adapter, adapted)
         return adapted.eval()
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
+def compute_weight_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """Tells weights apart that have one name: a hash of some thousand evenly spaced values of every parameter.
 
     Args:
@@ -239,8 +251,8 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if there is none, it knows no ordinary text, or it has tokens that the model has no embedding for.
     """
-    path, kwargs = _gguf(model_path(name), kwargs)
-    with others(_because(f"model {name!r} has no tokenizer that can be loaded")):
+    path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
+    with wrap_library_errors(_make_error_formatter(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
     config = None
     with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
@@ -265,19 +277,19 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
     Raises:
         UserError: with the files that are looked for, or the first token.
     """
-    with others(_because(f"the tokenizer of model {name!r} cannot read an ordinary text")):
-        ids = set(tokenizer(ORDINARY_TEXT, add_special_tokens=False)["input_ids"])
+    with wrap_library_errors(_make_error_formatter(f"the tokenizer of model {name!r} cannot read an ordinary text")):
+        ids = set(tokenizer(TOKENIZER_PROBE_TEXT, add_special_tokens=False)["input_ids"])
     if not ids - {tokenizer.unk_token_id}:
         wanted = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
         raise UserError(
             f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} knows {len(tokenizer)} tokens and "
             f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
         )
-    check_padding(name, tokenizer)
-    vocabulary = None if config is None else limits_of(config).vocabulary
+    check_padding_token(name, tokenizer)
+    vocabulary = None if config is None else get_model_limits(config).vocabulary
     if vocabulary is None:
         return
-    beyond = tokens_beyond(tokenizer, vocabulary)
+    beyond = find_tokens_without_embedding(tokenizer, vocabulary)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     if wrong := sorted((index, token) for token, index in beyond.items() if token not in special or token in used):
@@ -288,7 +300,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
         )
 
 
-def check_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_padding_token(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with neither a padding token nor an end token to pad with: answers of a batch differ in length.
 
     Args:
@@ -305,12 +317,12 @@ def check_padding(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, int]:
+def find_tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, int]:
     """Tokens of a tokenizer that a model has no embedding for, with their ids."""
     return {token: index for token, index in tokenizer.get_vocab().items() if index >= vocabulary}
 
 
-def check_generation(name: str, revision: str | None = None) -> None:
+def check_generation_config(name: str, revision: str | None = None) -> None:
     """Refuse a generation_config.json that cannot be read, that holds values of another type, or that makes `generate` return
     something else than one sequence a prompt.
 
@@ -320,7 +332,7 @@ def check_generation(name: str, revision: str | None = None) -> None:
     Raises:
         UserError: with the setting.
     """
-    path = model_path(name)
+    path = resolve_model_path(name)
     file = Path(path, "generation_config.json")
     if not Path(path).is_dir():
         with suppress(ValueError):  # no name that a hub model could have
@@ -335,19 +347,19 @@ def check_generation(name: str, revision: str | None = None) -> None:
         raise UserError(f"{where}: it is no JSON ({str(error)[:100]}); mend it or remove it") from error
     if not isinstance(settings, dict):
         raise UserError(f"{where}: it is a {type(settings).__name__}, no mapping; mend it or remove it")
-    _check_settings(where, settings)
-    with others(where):
+    _check_generation_settings(where, settings)
+    with wrap_library_errors(where):
         GenerationConfig.from_dict(settings)
 
 
-def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
+def _check_generation_settings(where: str, settings: Mapping[str, Any]) -> None:
     """Raises [`UserError`] for the first setting of generation that cannot be used; they may also be of config.json."""
     for setting, value in settings.items():
-        if wanted := _wanted(setting, value):
+        if wanted := _describe_expected_value(setting, value):
             raise UserError(f"{where}: {setting} must be {wanted}, got {value!r:.80}; mend it or remove it")
 
 
-def _wanted(setting: str, value: Any) -> str | None:
+def _describe_expected_value(setting: str, value: Any) -> str | None:
     """Return how a setting of generation must be instead; None where it may stay."""
     if value is None:
         return None
@@ -363,7 +375,7 @@ def _wanted(setting: str, value: Any) -> str | None:
     return None
 
 
-def _gguf(path: str, kwargs: dict) -> tuple[str, dict]:
+def _split_gguf_path(path: str, kwargs: dict) -> tuple[str, dict]:
     """transformers takes a `.gguf` file as its folder and its name."""
     if not path.endswith(".gguf"):
         return path, kwargs

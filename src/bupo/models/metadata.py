@@ -10,11 +10,11 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from bupo.models.internal_policy import Lens
-from bupo.models.residual_stream import ResidualStream, causal_lm
+from bupo.models.residual_stream import ResidualStream, unwrap_causal_lm
 from bupo.version import VERSION
 
 
-def model_meta(
+def get_model_metadata(
     name: str, stream: ResidualStream, lens: Lens, temperature: float, revision: str | None = None
 ) -> dict[str, Any]:
     """The model, how it is read, how exactly that was proved, and the packages' versions.
@@ -28,20 +28,20 @@ def model_meta(
     return {
         "schema_version": 1,
         "model": name,
-        "revision": hub_commit(name, revision),
+        "revision": get_hub_commit(name, revision),
         "model_type": stream.config.model_type,
         "layers": stream.num_layers,
         "dtype": str(stream.model.dtype).removeprefix("torch."),
         "lens": lens,
         "temperature": temperature,
-        "identity_error": stream.identity.worst,
-        "identity_error_layers": max(stream.identity.layers),
-        "identity_error_head": stream.identity.head,
+        "identity_error": stream.identity_errors.max_error,
+        "identity_error_layers": max(stream.identity_errors.layers),
+        "identity_error_head": stream.identity_errors.head,
         "versions": {"bupo": VERSION} | {m.__name__: m.__version__ for m in (torch, transformers, accelerate)},
     }
 
 
-def hub_commit(name: str, revision: str | None = None) -> str | None:
+def get_hub_commit(name: str, revision: str | None = None) -> str | None:
     """The commit of a hub model in the cache, which is the name of its snapshot's folder. None for what is no hub model."""
     if Path(name).exists():
         return None
@@ -52,7 +52,7 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def name_of(model: nn.Module) -> str:
+def get_model_name(model: nn.Module) -> str:
     """Of a loaded model: where it was loaded from, or its kind."""
-    inner: Any = causal_lm(model)
+    inner: Any = unwrap_causal_lm(model)
     return inner.config.name_or_path or type(inner).__name__

@@ -24,14 +24,17 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 from transformers.utils import logging
 
-from bupo.models.residual_stream import evaluating
-from bupo.models.verification import name_of
+from bupo.models.residual_stream import eval_mode
+from bupo.models.verification import get_model_label
 
-PACKED = "bupo_packed"  # the name of the attention
-LIKE = 1.5  # segments go together if the longest has at most so many times the tokens of the shortest
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the proof; rounding in 16 bits reaches some hundredths
-PAIRS = 1 << 26  # of queries and keys, that go together at most: a mask has an entry for each
-BEYOND = 1 << 40  # a position after all others, of keys that only fill up
+PACKED_ATTENTION = "bupo_packed"  # the name of the attention
+MAX_LENGTH_RATIO = 1.5  # segments go together if the longest has at most so many times the tokens of the shortest
+PACKING_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+}  # of the proof; rounding in 16 bits reaches some hundredths
+MAX_QUERY_KEY_PAIRS = 1 << 26  # of queries and keys, that go together at most: a mask has an entry for each
+PADDING_POSITION = 1 << 40  # a position after all others, of keys that only fill up
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +55,7 @@ class Bucket(NamedTuple):
 
 
 @dataclass
-class Layout:
+class PackedLayout:
     """Where the tokens of rows stand in the packed row.
 
     Attributes:
@@ -67,7 +70,7 @@ class Layout:
     segments: list[Segment]
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "Layout | None":
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "PackedLayout | None":
         """Of rows `(B, T)` whose first `width` columns hold the prompts; rows with equal ones share them.
 
         None if a row has no prompt: nothing would stand before its answer.
@@ -114,7 +117,11 @@ class Layout:
         groups: list[list[Segment]] = []
         for segment in sorted(self.segments, key=lambda s: (len(s.own), len(s.prefix))):
             pairs = (len(groups[-1]) + 1) * len(segment.own) * (len(segment.prefix) + len(segment.own)) if groups else 0
-            if groups and len(segment.own) <= LIKE * len(groups[-1][0].own) and pairs <= PAIRS:
+            if (
+                groups
+                and len(segment.own) <= MAX_LENGTH_RATIO * len(groups[-1][0].own)
+                and pairs <= MAX_QUERY_KEY_PAIRS
+            ):
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
@@ -122,15 +129,15 @@ class Layout:
 
     def _bucket(self, group: list[Segment]) -> Bucket:
         device = self.ids.device
-        queries = filled([list(s.own) for s in group]).to(device)
+        queries = pad_with_last([list(s.own) for s in group]).to(device)
         keys = [[*s.prefix, *s.own] for s in group]
         lengths = torch.tensor([len(row) for row in keys], device=device)
-        places = filled(keys).to(device)
+        places = pad_with_last(keys).to(device)
         beyond = torch.arange(places.size(1), device=device) >= lengths[:, None]
-        return Bucket(queries, places, self.positions[places].masked_fill(beyond, BEYOND))
+        return Bucket(queries, places, self.positions[places].masked_fill(beyond, PADDING_POSITION))
 
     @cached_property
-    def back(self) -> torch.Tensor:
+    def inverse_indices(self) -> torch.Tensor:
         """`(N,)`: where each packed token stands among the buckets' queries, one after another."""
         queries = torch.cat([bucket.queries.flatten() for bucket in self.buckets])
         back = torch.empty_like(self.ids)
@@ -146,7 +153,7 @@ class Layout:
         return own.to(self.ids.device), earlier.repeat_interleave(lengths).to(self.ids.device)
 
 
-def filled(rows: list[list[int]]) -> torch.Tensor:
+def pad_with_last(rows: list[list[int]]) -> torch.Tensor:
     """`(len(rows), longest)`: each row, then its last entry again and again."""
     longest = max(map(len, rows))
     return torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])
@@ -156,12 +163,12 @@ class PackedMask:
     """What stands for an attention mask: who sees whom, by the family's rule `sees(batch, head, query, key)` of positions.
 
     Args:
-        layout ([`Layout`]), sees (`Callable`): the packed row, and the rule.
+        layout ([`PackedLayout`]), sees (`Callable`): the packed row, and the rule.
         plain (`str`, *optional*): the attention that segments go through; None: FlexAttention takes the row by blocks.
     """
 
-    def __init__(self, layout: Layout, sees: Callable, plain: str | None):
-        self.layout, self.sees, self.plain = layout, sees, plain
+    def __init__(self, layout: PackedLayout, sees: Callable, plain: str | None):
+        self.layout, self.mask_function, self.attn_implementation = layout, sees, plain
         self.kept: dict[int, torch.Tensor] = {}
 
     def of(self, bucket: Bucket) -> torch.Tensor:
@@ -169,8 +176,8 @@ class PackedMask:
         if id(bucket) in self.kept:
             return self.kept[id(bucket)]
         positions = self.layout.positions[bucket.queries]
-        seen = self.sees(0, 0, positions[:, None, :, None], bucket.key_positions[:, None, None, :])
-        if seen.numel() <= PAIRS // 4:
+        seen = self.mask_function(0, 0, positions[:, None, :, None], bucket.key_positions[:, None, None, :])
+        if seen.numel() <= MAX_QUERY_KEY_PAIRS // 4:
             self.kept[id(bucket)] = seen
         return seen
 
@@ -181,31 +188,39 @@ class PackedMask:
 
         def sees(batch, head, query, key):
             together = (own[key] == own[query]) | (own[key] == earlier[query])
-            return together & self.sees(batch, head, positions[query], positions[key])
+            return together & self.mask_function(batch, head, positions[query], positions[key])
 
         count = len(positions)
         return flex_attention_mask(1, count, count, mask_function=sees, device=positions.device)
 
 
-def attend(module: nn.Module, query, key, value, attention_mask: PackedMask, **kwargs):
+def packed_attention_forward(module: nn.Module, query, key, value, attention_mask: PackedMask, **kwargs):
     """An attention function of transformers, of one packed row: `(1, heads, N, d)` each, to `(1, N, heads, d)`."""
     mask, layout = attention_mask, attention_mask.layout
-    if mask.plain is None:
+    if mask.attn_implementation is None:
         return flex_attention_forward(module, query, key, value, mask.blocks, **kwargs)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    plain: Any = eager if mask.plain == "eager" else AttentionInterface().get_interface(mask.plain, eager)
+    plain: Any = (
+        eager
+        if mask.attn_implementation == "eager"
+        else AttentionInterface().get_interface(mask.attn_implementation, eager)
+    )
     found = []
     for bucket in layout.buckets:
         seen = mask.of(bucket)
-        if mask.plain == "eager":
+        if mask.attn_implementation == "eager":
             seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
-        parts = [taken(query, bucket.queries), taken(key, bucket.keys), taken(value, bucket.keys)]
+        parts = [
+            gather_tokens(query, bucket.queries),
+            gather_tokens(key, bucket.keys),
+            gather_tokens(value, bucket.keys),
+        ]
         found.append(plain(module, *parts, seen, **kwargs)[0].flatten(0, 1))  # (S C, heads, d)
     states = torch.cat(found)
-    return nn.functional.embedding(layout.back, states.flatten(1)).view(1, -1, *states.shape[1:]), None
+    return nn.functional.embedding(layout.inverse_indices, states.flatten(1)).view(1, -1, *states.shape[1:]), None
 
 
-def taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def gather_tokens(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Of `(1, heads, N, d)` those at places `(S, C)`: `(S, heads, C, d)`."""
     heads, size = states.size(1), states.size(3)
     table = states[0].transpose(0, 1).reshape(-1, heads * size)
@@ -213,19 +228,19 @@ def taken(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return nn.functional.embedding(places, table).unflatten(-1, (heads, size)).transpose(1, 2)
 
 
-_now: ContextVar[tuple[Layout, str | None]] = ContextVar("packed row")
+_current_layout: ContextVar[tuple[PackedLayout, str | None]] = ContextVar("packed row")
 
 
-def mask_of(*args, mask_function: Callable = causal_mask_function, **kwargs) -> PackedMask:
+def make_packed_mask(*args, mask_function: Callable = causal_mask_function, **kwargs) -> PackedMask:
     """A mask function of transformers: the family's rule, kept as it is."""
-    return PackedMask(_now.get()[0], mask_function, _now.get()[1])
+    return PackedMask(_current_layout.get()[0], mask_function, _current_layout.get()[1])
 
 
-AttentionInterface.register(PACKED, attend)
-AttentionMaskInterface.register(PACKED, mask_of)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, make_packed_mask)
 
 
-class Packing:
+class PackedDecoder:
     """A model's decoder over packed rows.
 
     Args:
@@ -234,7 +249,7 @@ class Packing:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: bool = False):
-        self.model, self.blocks, self.plain = model, blocks, model.config._attn_implementation
+        self.model, self.blocks, self.attn_implementation = model, blocks, model.config._attn_implementation
         self.until: ExitStack | None = None
 
     @contextmanager
@@ -247,50 +262,52 @@ class Packing:
             self.until = None
 
     @contextmanager
-    def over(self, layout: Layout) -> Iterator[None]:
+    def over(self, layout: PackedLayout) -> Iterator[None]:
         """Inside, a run of the decoder on `layout.inputs` is one of its rows."""
-        token = _now.set((layout, None if self.blocks else self.plain))
+        token = _current_layout.set((layout, None if self.blocks else self.attn_implementation))
         try:
             with ExitStack() as own:
                 stack = self.until if self.until and torch.is_grad_enabled() else own
-                if self.model.config._attn_implementation != PACKED:
-                    self.model.set_attn_implementation(PACKED)
-                    stack.callback(self.model.set_attn_implementation, self.plain)
+                if self.model.config._attn_implementation != PACKED_ATTENTION:
+                    self.model.set_attn_implementation(PACKED_ATTENTION)
+                    stack.callback(self.model.set_attn_implementation, self.attn_implementation)
                 yield
         finally:
-            _now.reset(token)
+            _current_layout.reset(token)
 
 
-def packing_of(model: PreTrainedModel) -> Packing | None:
+def build_packed_decoder(model: PreTrainedModel) -> PackedDecoder | None:
     """A model's packing, proven on a few tokens; None for a model whose tokens meet elsewhere than in attention, or whose
     attention is not transformers' to exchange. FlexAttention, on a GPU, must prove itself, too.
     """
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return None
     for blocks in (True, False) if model.device.type == "cuda" else (False,):
-        packing = Packing(model, blocks)
+        packing = PackedDecoder(model, blocks)
         try:
-            apart = difference(packing)
+            apart = measure_packing_error(packing)
         except Exception as failure:  # whatever a family's code makes of a mask that is none
-            logger.info(f"{name_of(model)}: rows are not packed: {type(failure).__name__}: {failure}")
+            logger.info(f"{get_model_label(model)}: rows are not packed: {type(failure).__name__}: {failure}")
             continue
-        if apart <= TOLERANCE.get(model.dtype, 0.1):
+        if apart <= PACKING_TOLERANCE.get(model.dtype, 0.1):
             return packing
-        logger.info(f"{name_of(model)}: rows are not packed: their states would differ by {apart:.2g} of their size")
+        logger.info(
+            f"{get_model_label(model)}: rows are not packed: their states would differ by {apart:.2g} of their size"
+        )
     return None
 
 
-def packing_like(packing: Packing, model: PreTrainedModel) -> Packing | None:
+def build_packed_decoder_like(packing: PackedDecoder, model: PreTrainedModel) -> PackedDecoder | None:
     """Another model's of the same architecture, for which the proof holds; None if it attends otherwise."""
-    same = model.config._attn_implementation == packing.plain
-    return Packing(model, packing.blocks) if same else None
+    same = model.config._attn_implementation == packing.attn_implementation
+    return PackedDecoder(model, packing.blocks) if same else None
 
 
-def difference(packing: Packing) -> float:
+def measure_packing_error(packing: PackedDecoder) -> float:
     """Of states and of a gradient, packed, from those of each row alone: the larger, as a share of their size."""
     model = packing.model
-    ids, real, width = trial(model)
-    layout = Layout.of(ids, real, width)
+    ids, real, width = make_probe_batch(model)
+    layout = PackedLayout.of(ids, real, width)
     assert layout is not None, "these rows have prompts"
     some = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
 
@@ -299,7 +316,7 @@ def difference(packing: Packing) -> float:
         gradient = torch.autograd.grad((states.float() * weights).sum(), some, allow_unused=True) if some else ()
         return [states.detach(), *(x for x in gradient if x is not None)]
 
-    with evaluating(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         with packing.over(layout):
             packed = model.base_model(**layout.inputs, use_cache=False).last_hidden_state[0]
             mine = made(torch.cat([packed[p[r]] for p, r in zip(layout.places, real.bool(), strict=True)]))
@@ -311,7 +328,7 @@ def difference(packing: Packing) -> float:
     return max((((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs), key=lambda x: (x != x, x))
 
 
-def trial(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, int]:
+def make_probe_batch(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Ids and mask `(3, 9)`, and the width of the prompts: two answers to one, another to a longer one."""
     embedding = model.get_input_embeddings().weight
     ids = torch.linspace(0, embedding.size(0) - 1, 27, device=embedding.device).long().view(3, 9)

@@ -12,10 +12,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.models.families import FAMILIES, Family, guess_family, module_at
-from bupo.models.hooks import Put, on_input, on_output
+from bupo.models.families import FAMILIES, Family, find_module, guess_family
+from bupo.models.hooks import TensorCallback, add_input_hook, add_output_hook
 from bupo.models.unembedding import Unembedding
-from bupo.models.verification import Identity, check_finite, check_head, check_layer, find_middle, name_of, probe_tokens
+from bupo.models.verification import (
+    IdentityErrors,
+    check_finite_states,
+    check_head_logits,
+    check_layer_identity,
+    find_middle_module,
+    get_model_label,
+    make_probe_tokens,
+)
 from bupo.utils.errors import UserError
 
 Lens = Literal["raw", "final_norm"]
@@ -28,7 +36,7 @@ def check_lens(lens: str) -> Lens:
     return lens  # type: ignore[return-value]
 
 
-class Site(NamedTuple):
+class Activation(NamedTuple):
     """A place of the stream. Kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (what
     the modules read)."""
 
@@ -36,7 +44,7 @@ class Site(NamedTuple):
     layer: int
 
 
-def causal_lm(model: Any) -> PreTrainedModel:
+def unwrap_causal_lm(model: Any) -> PreTrainedModel:
     """The transformers causal LM inside a PEFT, DDP or FSDP wrapper.
 
     Raises:
@@ -65,7 +73,7 @@ class ResidualStream:
     Attributes:
         model (`PreTrainedModel`): the causal LM without wrappers.
         num_layers (`int`): L.
-        identity ([`Identity`]): what the check measured.
+        identity ([`IdentityErrors`]): what the check measured.
 
     Raises:
         UserError: if the writes do not add up in some layer, or the head does not give the model's logits.
@@ -73,30 +81,32 @@ class ResidualStream:
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None, like: "ResidualStream | None" = None):
-        self.model = causal_lm(model)
+        self.model = unwrap_causal_lm(model)
         self.decoder = self.model.get_decoder()
         self.config = self.model.config.get_text_config()
         known = like.family if like else family or FAMILIES.get(self.config.model_type)
         self.family: Family = known or guess_family(self.model)
         for part in ("layers", "norm"):
-            if self.decoder is None or module_at(self.decoder, getattr(self.family, part)) is None:
+            if self.decoder is None or find_module(self.decoder, getattr(self.family, part)) is None:
                 raise UserError(
                     f"{type(self.model).__name__} has no {getattr(self.family, part)!r} in its decoder; pass "
                     "family=bupo.Family(...) with the names of its parts"
                 )
         self.num_layers = len(self._layers)
-        self.identity: Identity = like.identity if like else self._proven(guessed=known is None)
+        self.identity_errors: IdentityErrors = (
+            like.identity_errors if like else self._verify_identity(guessed=known is None)
+        )
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
     @property
     def _layers(self) -> nn.ModuleList:
-        return module_at(self.decoder, self.family.layers)
+        return find_module(self.decoder, self.family.layers)
 
     @property
     def norm(self) -> nn.Module:
         """The final norm."""
-        return module_at(self.decoder, self.family.norm)
+        return find_module(self.decoder, self.family.norm)
 
     def block(self, layer: int | None) -> nn.Module:
         """The block of a layer, counted from 1.
@@ -105,11 +115,13 @@ class ResidualStream:
             UserError: if there is no such layer.
         """
         if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= self.num_layers:
-            raise UserError(f"layer {layer!r} does not exist: {name_of(self.model)} has layers 1 to {self.num_layers}")
+            raise UserError(
+                f"layer {layer!r} does not exist: {get_model_label(self.model)} has layers 1 to {self.num_layers}"
+            )
         return self._layers[layer - 1]
 
-    def _part(self, layer: int, path: str) -> nn.Module:
-        module = module_at(self.block(layer), path)
+    def _get_block_module(self, layer: int, path: str) -> nn.Module:
+        module = find_module(self.block(layer), path)
         if module is None:
             raise UserError(
                 f"layer {layer} of {type(self.model).__name__} has no module {path!r}; pass family=bupo.Family(...) "
@@ -117,7 +129,7 @@ class ResidualStream:
             )
         return module
 
-    def lensed(self, states: torch.Tensor, lens: Lens) -> torch.Tensor:
+    def apply_lens(self, states: torch.Tensor, lens: Lens) -> torch.Tensor:
         """States `(..., D)` as they meet the unembedding: as they are (`raw`), or through the final norm (`final_norm`)."""
         if lens == "raw":
             return states
@@ -141,11 +153,11 @@ class ResidualStream:
     # -- running and recording ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def first_layers(self, count: int) -> Iterator[None]:
+    def truncate_layers(self, count: int) -> Iterator[None]:
         """Inside, the decoder computes layers 1..count only (and its final norm)."""
         self.block(count)
         parent, _, name = self.family.layers.rpartition(".")
-        owner = module_at(self.decoder, parent) if parent else self.decoder
+        owner = find_module(self.decoder, parent) if parent else self.decoder
         layers = self._layers
         setattr(owner, name, layers[:count])
         try:
@@ -155,14 +167,14 @@ class ResidualStream:
 
     @contextmanager
     def record(
-        self, sites: Iterable[Site], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
-    ) -> Iterator[dict[Site, torch.Tensor]]:
+        self, sites: Iterable[Activation], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+    ) -> Iterator[dict[Activation, torch.Tensor]]:
         """Inside, a run of the decoder fills the yielded dict: `(batch, time, D)` for each site, with its graph.
 
         `select` may keep a part of each, at once. Nothing is copied: what the model goes on to change in place changes
         here too (no family of the table does).
         """
-        states: dict[Site, torch.Tensor] = {}
+        states: dict[Activation, torch.Tensor] = {}
         with ExitStack() as hooks:
             for site in dict.fromkeys(sites):
                 self._watch(site, states, select, hooks)
@@ -170,12 +182,12 @@ class ResidualStream:
 
     def run(
         self,
-        sites: Iterable[Site],
+        sites: Iterable[Activation],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         up_to: int | None = None,
         select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
-    ) -> dict[Site, torch.Tensor]:
+    ) -> dict[Activation, torch.Tensor]:
         """One pass of the decoder over `(batch, time)` ids, through layers 1..up_to: the states of the sites.
 
         Padding may stand on either side: positions count real tokens only.
@@ -184,11 +196,11 @@ class ResidualStream:
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self.record(sites, select) as states, self.first_layers(up_to or self.num_layers):
+        with self.record(sites, select) as states, self.truncate_layers(up_to or self.num_layers):
             self.decoder(**kwargs)
         return states
 
-    def _watch(self, site: Site, states: dict, select: Callable, hooks: ExitStack) -> None:
+    def _watch(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
         """Keep what passes a site, until `hooks` closes."""
 
         def keep(value: torch.Tensor) -> None:
@@ -196,26 +208,32 @@ class ResidualStream:
 
         kind, layer = site
         if kind == "layer" and layer == 0:
-            on_input(self.block(1), keep, hooks)
+            add_input_hook(self.block(1), keep, hooks)
         elif kind == "layer":
-            on_output(self.block(layer), keep, hooks)
+            add_output_hook(self.block(layer), keep, hooks)
         elif kind in ("attn_input", "ffn_input"):
-            on_input(self._part(layer, self.family.attn if kind == "attn_input" else self.family.ffn), keep, hooks)
+            add_input_hook(
+                self._get_block_module(layer, self.family.attn if kind == "attn_input" else self.family.ffn),
+                keep,
+                hooks,
+            )
         elif kind not in ("attn", "ffn"):
             raise ValueError(f"unknown kind of site: {kind!r}")
         elif self.family.middle is None:
-            self._watch_write(site, keep, hooks)
+            self._hook_module_output(site, keep, hooks)
         else:
-            self._watch_difference(site, states, select, hooks)
+            self._hook_stream_difference(site, states, select, hooks)
 
-    def _watch_write(self, site: Site, keep: Put, hooks: ExitStack) -> None:
+    def _hook_module_output(self, site: Activation, keep: TensorCallback, hooks: ExitStack) -> None:
         """What a module returns is what is added, but for a scale."""
         family = self.family
         scale = getattr(self.config, family.write_scale) if family.write_scale else 1.0
         path = (family.attn_write or family.attn) if site.kind == "attn" else (family.ffn_write or family.ffn)
-        on_output(self._part(site.layer, path), lambda x: keep(x if scale == 1.0 else x * scale), hooks)
+        add_output_hook(
+            self._get_block_module(site.layer, path), lambda x: keep(x if scale == 1.0 else x * scale), hooks
+        )
 
-    def _watch_difference(self, site: Site, states: dict, select: Callable, hooks: ExitStack) -> None:
+    def _hook_stream_difference(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
         """What is added is the stream after the module less the stream before it."""
 
         def before(value: torch.Tensor) -> None:
@@ -224,46 +242,54 @@ class ResidualStream:
         def after(value: torch.Tensor) -> None:
             states[site] = select(value) - states[site]
 
-        block, middle = self.block(site.layer), self._part(site.layer, self.family.middle or self.family.ffn)
+        block, middle = (
+            self.block(site.layer),
+            self._get_block_module(site.layer, self.family.middle or self.family.ffn),
+        )
         if site.kind == "attn":
-            on_input(block, before, hooks)
-            on_input(middle, after, hooks)
+            add_input_hook(block, before, hooks)
+            add_input_hook(middle, after, hooks)
         else:
-            on_input(middle, before, hooks)
-            on_output(block, after, hooks)
+            add_input_hook(middle, before, hooks)
+            add_output_hook(block, after, hooks)
 
     @torch.no_grad()
-    def _proven(self, guessed: bool) -> Identity:
+    def _verify_identity(self, guessed: bool) -> IdentityErrors:
         """Prove on a few tokens that the writes add up, and that the head gives the model's own logits."""
-        with evaluating(self.model):
+        with eval_mode(self.model):
             if guessed:
                 with self.record(self._stream) as states:
-                    self.model(input_ids=probe_tokens(self.model), use_cache=False)
-                check_finite(self.model, [states[site] for site in self._stream])
-                self.family = replace(self.family, middle=find_middle(self.model, self._layers, self.family))
+                    self.model(input_ids=make_probe_tokens(self.model), use_cache=False)
+                check_finite_states(self.model, [states[site] for site in self._stream])
+                self.family = replace(self.family, middle=find_middle_module(self.model, self._layers, self.family))
             return self._verify()
 
     @property
-    def _stream(self) -> list[Site]:
+    def _stream(self) -> list[Activation]:
         """H^0 to H^L."""
-        return [Site("layer", layer) for layer in range(self.num_layers + 1)]
+        return [Activation("layer", layer) for layer in range(self.num_layers + 1)]
 
-    def _verify(self) -> Identity:
+    def _verify(self) -> IdentityErrors:
         layers = range(1, self.num_layers + 1)
-        sites = [Site("layer", 0)] + [Site(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")]
+        sites = [Activation("layer", 0)] + [
+            Activation(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")
+        ]
         with self.record(sites) as states:
-            logits = self.model(input_ids=probe_tokens(self.model), use_cache=False).logits
-        check_finite(self.model, [states[site] for site in self._stream])
+            logits = self.model(input_ids=make_probe_tokens(self.model), use_cache=False).logits
+        check_finite_states(self.model, [states[site] for site in self._stream])
         errors = []
         for layer in layers:
-            parts = [states[site] for site in (Site("layer", layer - 1), Site("attn", layer), Site("ffn", layer))]
-            errors.append(check_layer(self.model, layer, parts, states[Site("layer", layer)]))
-        mine = self.logits(self.lensed(states[Site("layer", self.num_layers)], "final_norm"))
-        return Identity(tuple(errors), check_head(self.model, mine, logits))
+            parts = [
+                states[site]
+                for site in (Activation("layer", layer - 1), Activation("attn", layer), Activation("ffn", layer))
+            ]
+            errors.append(check_layer_identity(self.model, layer, parts, states[Activation("layer", layer)]))
+        mine = self.logits(self.apply_lens(states[Activation("layer", self.num_layers)], "final_norm"))
+        return IdentityErrors(tuple(errors), check_head_logits(self.model, mine, logits))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, no dropout."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -21,12 +21,12 @@ from bupo.utils.errors import UserError
 
 ROWS_PER_TILE = 1024
 VOCABULARY_PER_TILE = 4096
-LOWEST = -80.0  # e^-80 is 2e-35: a whole vocabulary of such tokens adds nothing in fp32, nor in fp64
-MASKED = -1e12  # a logit that no model computes: entries below half of it are masked
-UNDERFLOW = -1000.0  # exp of it is 0 in fp32 and in fp64
-IGNORED = -100  # label of a position that is not scored, as in transformers
+MIN_EXPONENT = -80.0  # e^-80 is 2e-35: a whole vocabulary of such tokens adds nothing in fp32, nor in fp64
+MASKED_LOGIT = -1e12  # a logit that no model computes: entries below half of it are masked
+UNDERFLOW_EXPONENT = -1000.0  # exp of it is 0 in fp32 and in fp64
+IGNORE_INDEX = -100  # label of a position that is not scored, as in transformers
 
-ALL_MASKED = (
+ALL_MASKED_MESSAGE = (
     "every logit of a position is masked (-inf, or near the lowest float), so it has no next token: the unembedding's bias "
     "masks the whole vocabulary; leave at least one entry unmasked"
 )
@@ -39,16 +39,16 @@ class TokenScores(NamedTuple):
     entropy: torch.Tensor  # nats
 
 
-def _exp(x: torch.Tensor) -> torch.Tensor:
+def _clamped_exp(x: torch.Tensor) -> torch.Tensor:
     """`exp(x)` of what is at most 0; `x` is raised to where it stays a normal number, as others cost a CPU tenfold."""
-    return x.clamp_(min=LOWEST).exp()
+    return x.clamp_(min=MIN_EXPONENT).exp()
 
 
-def _tiles(count: int, size: int) -> list[slice]:
+def _get_tile_slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _hits(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_targets(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows whose target lies in these vocabulary entries, and its column there."""
     rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
     return rows, targets[rows] - columns.start
@@ -65,24 +65,24 @@ class _ScoreTokens(torch.autograd.Function):
         total = hidden.new_zeros(n, dtype=kind)  # s
         moment = hidden.new_zeros(n, dtype=kind)  # u
         chosen = hidden.new_zeros(n, dtype=kind)  # x_y
-        for columns in _tiles(weight.size(0), VOCABULARY_PER_TILE):
+        for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.tile(columns, dtype)
-            for rows in _tiles(n, ROWS_PER_TILE):
+            for rows in _get_tile_slices(n, ROWS_PER_TILE):
                 x = tile.logits(hidden[rows].to(dtype))
-                at, column = _hits(targets[rows], columns)
+                at, column = _find_targets(targets[rows], columns)
                 chosen[rows][at] = x[at, column]
                 new = torch.maximum(top[rows], x.amax(1))
                 finite = new.clamp(min=torch.finfo(kind).min)  # so far all logits may be -inf: -inf - -inf is nan
                 shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
                 shift = shift.clamp(
-                    min=UNDERFLOW
+                    min=UNDERFLOW_EXPONENT
                 )  # after a masked tile it is the lowest float, which times `s` is -inf
-                weights = _exp(x.sub_(finite[:, None]))
+                weights = _clamped_exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)
                 top[rows] = new
-        if bool((top < MASKED / 2).any()):
-            raise UserError(ALL_MASKED)
+        if bool((top < MASKED_LOGIT / 2).any()):
+            raise UserError(ALL_MASKED_MESSAGE)
         log_total = total.log()
         entropy = log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, top, log_total, entropy)
@@ -100,16 +100,18 @@ class _ScoreTokens(torch.autograd.Function):
         made = torch.empty_like if len(hidden) else torch.zeros_like
         inputs = zip((hidden, weight, bias), (kind, weight.dtype, kind), ctx.needs_input_grad[:3], strict=True)
         of_hidden, of_weight, of_bias = (made(x, dtype=dtype) if wanted else None for x, dtype, wanted in inputs)
-        for columns in _tiles(weight.size(0), VOCABULARY_PER_TILE):
+        for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.tile(columns)
             summed = None if of_weight is None else of_weight[columns].to(kind)  # itself, if it is of that type
-            for rows in _tiles(len(hidden), ROWS_PER_TILE):
+            for rows in _get_tile_slices(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]
                 x = tile.logits(states.to(ctx.dtype))
                 log_p = torch.sub(x, (top[rows] + log_total[rows])[:, None], out=None if head.softcap else x)
                 of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
-                grad = _logit_grad(log_p, entropy[rows], _hits(targets[rows], columns), of_log_probs, of_entropy)
-                grad = tile.product_grad(grad, x)
+                grad = _compute_logit_grad(
+                    log_p, entropy[rows], _find_targets(targets[rows], columns), of_log_probs, of_entropy
+                )
+                grad = tile.compute_product_grad(grad, x)
                 # what is first in a place writes, the others add: nothing is filled with zeros
                 if of_hidden is not None:
                     of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
@@ -123,12 +125,12 @@ class _ScoreTokens(torch.autograd.Function):
         return of_hidden, of_weight, of_bias, None, None, None
 
 
-def _logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Tensor:
+def _compute_logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Tensor:
     """The gradient of a tile's logits, `(rows, columns)`; `hits` is where the chosen tokens stand in it.
 
     d log p(y) / dx_j = [j = y] - p_j          dH / dx_j = -p_j (log p_j + H)
     """
-    grad = _exp(log_p)
+    grad = _clamped_exp(log_p)
     if grad_entropy is not None:
         slope = (log_p + entropy[:, None]).mul_(-grad_entropy[:, None])
         grad *= slope if grad_log_probs is None else slope.sub_(grad_log_probs[:, None])
@@ -143,10 +145,10 @@ def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor)
     """[`score_tokens`] of states `(..., D)` through an unembedding."""
     if head.temperature <= 0:
         raise ValueError(f"temperature must be positive, got {head.temperature}")
-    scored = targets != IGNORED
+    scored = targets != IGNORE_INDEX
     wanted = targets[scored]
     if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < head.weight.size(0):
-        raise ValueError(f"targets must be token ids below {head.weight.size(0)} or {IGNORED}")
+        raise ValueError(f"targets must be token ids below {head.weight.size(0)} or {IGNORE_INDEX}")
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -155,10 +157,10 @@ def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor)
     states = hidden[scored] if wanted.numel() < targets.numel() else hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         log_probs, entropy = _ScoreTokens.apply(states, head.weight, head.bias, wanted, rule, dtype)
-    return scattered(TokenScores(log_probs, entropy), scored)
+    return scatter_scores(TokenScores(log_probs, entropy), scored)
 
 
-def scattered(scores: TokenScores, scored: torch.Tensor) -> TokenScores:
+def scatter_scores(scores: TokenScores, scored: torch.Tensor) -> TokenScores:
     """`(n,)` scores at the n places that are scored, zeros elsewhere."""
     # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
     empty = scores.log_probs.new_zeros(scored.shape)

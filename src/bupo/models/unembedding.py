@@ -39,7 +39,7 @@ class Unembedding:
 
         The factors of the product have the states' type. Differentiable, but where `out`, `(rows, V)`, is to hold the result.
         """
-        x = _product(hidden, self.weight.to(hidden.dtype), out)
+        x = _matmul_fp32(hidden, self.weight.to(hidden.dtype), out)
         if self.bias is not None:
             x += self.bias
         if self.scale != 1.0:
@@ -52,7 +52,7 @@ class Unembedding:
             x /= self.temperature
         return x
 
-    def product_grad(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def compute_product_grad(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The gradient of `h W^T + b` from that of the logits, in place."""
         if self.softcap is not None:
             grad *= 1 - (logits * (self.temperature / self.softcap)).square()
@@ -60,7 +60,7 @@ class Unembedding:
         return grad if factor == 1.0 else grad.mul_(factor)
 
 
-def _product(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _matmul_fp32(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """`hidden @ weight.T` with fp32 accumulation and an fp32 result, whatever the factors' type."""
     if hidden.dtype in (torch.float32, torch.float64):
         return torch.matmul(hidden, weight.t(), out=out)

@@ -21,10 +21,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from bupo.utils.errors import UserError
 
-LARGEST = 1e18  # of a weight: its square, which norms compute, must stay in fp32
+MAX_WEIGHT = 1e18  # of a weight: its square, which norms compute, must stay in fp32
 # arguments of `from_pretrained`: shapes that differ are reported too, so that they can be refused with their tensor
-REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-SHOWN = 3  # tensors that a message names
+LOADING_REPORT_KWARGS = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+MAX_LISTED_TENSORS = 3  # tensors that a message names
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,14 @@ def check_weights(
     Raises:
         UserError: with the first such tensor.
     """
-    check_loaded(name, model, report)
-    check_types(name, path, model, revision)
-    check_values(f"model {name!r}", model.named_parameters(), getattr(model.get_output_embeddings(), "bias", None))
+    check_loading_report(name, model, report)
+    check_weight_dtypes(name, path, model, revision)
+    check_weight_values(
+        f"model {name!r}", model.named_parameters(), getattr(model.get_output_embeddings(), "bias", None)
+    )
 
 
-def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collection]) -> None:
+def check_loading_report(name: str, model: PreTrainedModel, report: Mapping[str, Collection]) -> None:
     """Refuse a model of which not all tensors came from its files, or whose files hold more of its layers.
 
     Args:
@@ -69,40 +71,42 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Collect
             f"config.json{more}: the two belong to different models, get both again"
         )
     if missing:
-        held = f"; they hold {_named(unexpected)} instead" if unexpected else ""
+        held = f"; they hold {_format_tensor_names(unexpected)} instead" if unexpected else ""
         raise UserError(
             f"model {name!r} cannot be loaded: its files lack {len(missing)} of the {len(model.state_dict())} tensors of "
-            f"{type(model).__name__}, which would be random: {_named(missing)}{held}; get all its files again, with the "
+            f"{type(model).__name__}, which would be random: {_format_tensor_names(missing)}{held}; get all its files again, with the "
             "config.json that belongs to them"
         )
-    if quantized(model):  # its files hold scales, too
+    if has_quantizer(model):  # its files hold scales, too
         return
-    if dropped := _parts_of_layers(model, unexpected):
+    if dropped := _find_dropped_tensors(model, unexpected):
         raise UserError(
             f"model {name!r} cannot be loaded: its files hold {len(dropped)} tensors that {type(model).__name__} with this "
-            f"config.json leaves out: {_named(dropped)}; get the config.json that belongs to them, or save the smaller model "
+            f"config.json leaves out: {_format_tensor_names(dropped)}; get the config.json that belongs to them, or save the smaller model "
             "with save_pretrained"
         )
     if unexpected:
-        logger.warning("model %r: its files also hold %s, which are not used", name, _named(unexpected))
+        logger.warning("model %r: its files also hold %s, which are not used", name, _format_tensor_names(unexpected))
 
 
-def quantized(model: PreTrainedModel) -> bool:
+def has_quantizer(model: PreTrainedModel) -> bool:
     """Whether transformers has read the weights through a quantizer. A configuration may name one that it does not know."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def _named(tensors: Collection[str]) -> str:
-    shown = sorted(tensors, key=_by_numbers)[:SHOWN]
-    return ", ".join(shown) + (f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else "")
+def _format_tensor_names(tensors: Collection[str]) -> str:
+    shown = sorted(tensors, key=_natural_sort_key)[:MAX_LISTED_TENSORS]
+    return ", ".join(shown) + (
+        f" and {len(tensors) - MAX_LISTED_TENSORS} more" if len(tensors) > MAX_LISTED_TENSORS else ""
+    )
 
 
-def _by_numbers(tensor: str) -> list:
+def _natural_sort_key(tensor: str) -> list:
     """Sorts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in tensor.split(".")]
 
 
-def _parts_of_layers(model: nn.Module, unexpected: Collection[str]) -> list[str]:
+def _find_dropped_tensors(model: nn.Module, unexpected: Collection[str]) -> list[str]:
     """Tensors of the files that belong to a layer or to a module of the model, which computes without them.
 
     A head of another kind, a tower for images or a layer of other parts (multi-token prediction) belongs to none.
@@ -130,7 +134,9 @@ def _parts_of_layers(model: nn.Module, unexpected: Collection[str]) -> list[str]
     return dropped
 
 
-def check_values(name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking: torch.Tensor | None = None) -> None:
+def check_weight_values(
+    name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking: torch.Tensor | None = None
+) -> None:
     """Refuse weights that are NaN, infinite, or too large to compute with.
 
     Args:
@@ -148,9 +154,9 @@ def check_values(name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking
         low, high = (bound.item() for bound in torch.aminmax(values.detach()))
         if values is masking and low == low:
             low = 0.0
-        if low >= -LARGEST and high <= LARGEST:  # false for NaN
+        if low >= -MAX_WEIGHT and high <= MAX_WEIGHT:  # false for NaN
             continue
-        worst = low if not low >= -LARGEST else high
+        worst = low if not low >= -MAX_WEIGHT else high
         dtype = str(values.dtype).removeprefix("torch.")
         remedy = "its files are damaged, get them again"
         if values.dtype == torch.float16 and abs(worst) == torch.inf:
@@ -158,7 +164,7 @@ def check_values(name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking
         raise UserError(f"{name} cannot be used: its tensor {tensor} holds {worst:.3g} (in {dtype}): {remedy}")
 
 
-def check_types(name: str, path: str, model: PreTrainedModel, revision: str | None = None) -> None:
+def check_weight_dtypes(name: str, path: str, model: PreTrainedModel, revision: str | None = None) -> None:
     """Refuse weights that are stored as integers: converted to floats without a scale they are not the model's.
 
     Args:
@@ -169,12 +175,12 @@ def check_types(name: str, path: str, model: PreTrainedModel, revision: str | No
     Raises:
         UserError: with the first such tensor.
     """
-    if quantized(model):
+    if has_quantizer(model):
         return
     prefix = f"{model.base_model_prefix}."
     names = {tensor.removeprefix(prefix) for tensor, _ in model.named_parameters(remove_duplicate=False)}
-    for file in _weight_files(path, revision):
-        for tensor, kind in _integers(file):
+    for file in _find_weight_files(path, revision):
+        for tensor, kind in _read_integer_tensors(file):
             if tensor.removeprefix(prefix) in names:
                 raise UserError(
                     f"model {name!r} cannot be loaded: {tensor} is stored as {kind}, and config.json names no "
@@ -182,7 +188,7 @@ def check_types(name: str, path: str, model: PreTrainedModel, revision: str | No
                 )
 
 
-def _integers(file: Path) -> Iterator[tuple[str, str]]:
+def _read_integer_tensors(file: Path) -> Iterator[tuple[str, str]]:
     """The tensors of a file that are no floats, with their types; none of a file that cannot be read, as transformers has."""
     try:
         if file.suffix == ".bin":
@@ -199,7 +205,7 @@ def _integers(file: Path) -> Iterator[tuple[str, str]]:
         return
 
 
-def _weight_files(path: str, revision: str | None) -> list[Path]:
+def _find_weight_files(path: str, revision: str | None) -> list[Path]:
     """The weight files of a model that is on this machine, in the order in which transformers looks for them."""
 
     def there(file: str) -> Path | None:
@@ -220,7 +226,7 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
     return []
 
 
-def check_adapter(name: str, model: Any) -> None:
+def check_adapter_weights(name: str, model: Any) -> None:
     """Refuse an adapter of which not all tensors came from its files, or whose files hold others.
 
     Args:
@@ -234,17 +240,17 @@ def check_adapter(name: str, model: Any) -> None:
     if not model.peft_config[adapter].is_prompt_learning:  # PEFT itself looks for the one tensor of such an adapter
         found = model.load_adapter(name, adapter)
         kinds = (("lack", found.missing_keys), ("also hold", found.unexpected_keys))
-        if said := " and ".join(f"{verb} {_named(keys)}" for verb, keys in kinds if keys):
+        if said := " and ".join(f"{verb} {_format_tensor_names(keys)}" for verb, keys in kinds if keys):
             raise UserError(
                 f"adapter {name!r} cannot be put on the model: its files {said}; give the model that it was trained on, or get "
                 "its files again"
             )
     tensors = ((tensor, values) for tensor, values in model.named_parameters() if adapter in tensor.split("."))
-    check_values(f"adapter {name!r}", tensors)
+    check_weight_values(f"adapter {name!r}", tensors)
 
 
 @contextmanager
-def unreported() -> Iterator[None]:
+def suppress_load_report() -> Iterator[None]:
     """Inside, transformers does not log its table of missing tensors, which are refused in one line."""
     theirs = logging.getLogger("transformers.modeling_utils")
 

@@ -6,14 +6,23 @@ A command's options are a dataclass of groups and of what only it has; it redefi
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from bupo.options.ranges import COLDEST, COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, abridged, check_options, check_word
+from bupo.options.ranges import (
+    MIN_TEMPERATURE,
+    NON_NEGATIVE,
+    NON_NEGATIVE_INTEGER,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    abbreviate,
+    check_choice,
+    check_options,
+)
 from bupo.utils.errors import UserError
-from bupo.utils.files import check_folder
+from bupo.utils.files import check_writable_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # TRL's words for ours: each is understood for the other, wherever a command has the other only
-TRL_WORDS = {
+TRL_ALIASES = {
     "model_name_or_path": "model",
     "model_revision": "revision",
     "dataset_name": "dataset",
@@ -24,33 +33,33 @@ TRL_WORDS = {
     "per_device_eval_batch_size": "batch_size",
 }
 # what options of ours were called before: understood, with a warning
-FORMER_WORDS = {"answers": "size", "dataset_size": "size", "eval_dataset_name": "eval_dataset"}
+FORMER_NAMES = {"answers": "size", "dataset_size": "size", "eval_dataset_name": "eval_dataset"}
 # in training, batches have several sizes: batch_size would say too little
-OUR_WORDS = {ours: theirs for theirs, ours in TRL_WORDS.items() if ours != "batch_size"}
+BUPO_TO_TRL_NAMES = {ours: theirs for theirs, ours in TRL_ALIASES.items() if ours != "batch_size"}
 # transformers' before its version 5
-OLD_WORDS = {"overwrite_output_dir": "overwrite"}
-SYNONYMS = TRL_WORDS | FORMER_WORDS | OUR_WORDS | OLD_WORDS
+OLD_TRANSFORMERS_NAMES = {"overwrite_output_dir": "overwrite"}
+OPTION_ALIASES = TRL_ALIASES | FORMER_NAMES | BUPO_TO_TRL_NAMES | OLD_TRANSFORMERS_NAMES
 # a word of other commands, and the nearest that a command without it has
-ELSEWHERE = {
+SUGGESTED_OPTIONS = {
     "dataset": "benchmarks",
     "dataset_name": "benchmarks",
     "batch_size": "per_device_train_batch_size",
     "max_prompt_length": "max_prompt_tokens",  # TRL's of before, and verl's: they cut
 }
 
-MAY_BE_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
+OPTIONS_ALLOWED_EMPTY = ("system_prompt", "prompt", "chat_template", "dataset_config")
 # of the numbers that commands share
-RANGES = {
-    "size": COUNT,
-    "shuffle_seed": FROM_0,
-    "temperature": NOT_NEGATIVE,
+SHARED_RANGES = {
+    "size": POSITIVE_INTEGER,
+    "shuffle_seed": NON_NEGATIVE_INTEGER,
+    "temperature": NON_NEGATIVE,
     "top_p": "(0, 1]",
-    "max_new_tokens": COUNT,
-    "batch_size": COUNT,
+    "max_new_tokens": POSITIVE_INTEGER,
+    "batch_size": POSITIVE_INTEGER,
     "seed": "whole [0, 4294967295]",  # numpy's
-    "layer": COUNT,
+    "layer": POSITIVE_INTEGER,
     "deadline": POSITIVE,
-    "learning_rate": NOT_NEGATIVE,
+    "learning_rate": NON_NEGATIVE,
 }
 
 
@@ -156,7 +165,7 @@ class RunOptions:
     )
 
 
-def check_values(options: Any, **ranges: str) -> None:
+def check_command_options(options: Any, **ranges: str) -> None:
     """Look at every option of a command, before anything is loaded or written.
 
     Args:
@@ -166,21 +175,21 @@ def check_values(options: Any, **ranges: str) -> None:
     Raises:
         UserError: for the first value that is refused, or a folder that cannot be written into.
     """
-    check_options(options, RANGES | ranges)
+    check_options(options, SHARED_RANGES | ranges)
     for option in fields(options):
-        if getattr(options, option.name) == "" and option.default != "" and option.name not in MAY_BE_EMPTY:
+        if getattr(options, option.name) == "" and option.default != "" and option.name not in OPTIONS_ALLOWED_EMPTY:
             raise UserError(f"{option.name} is empty: give one, or leave it out")
-    if 0 < (getattr(options, "temperature", None) or 0) < COLDEST:
+    if 0 < (getattr(options, "temperature", None) or 0) < MIN_TEMPERATURE:
         raise UserError(
-            f"temperature must be 0 (the most likely token), or {COLDEST:g} or more, got {abridged(options.temperature)}"
+            f"temperature must be 0 (the most likely token), or {MIN_TEMPERATURE:g} or more, got {abbreviate(options.temperature)}"
         )
     if hasattr(options, "dtype"):
-        check_word("dtype", options.dtype, DTYPES)
+        check_choice("dtype", options.dtype, DTYPES)
     if hasattr(options, "output"):
-        check_folder("output", options.output)
+        check_writable_folder("output", options.output)
 
 
-def changed(options: Any) -> dict[str, Any]:
+def get_changed_options(options: Any) -> dict[str, Any]:
     """The options of a dataclass that differ from their defaults, by name."""
     found = {}
     for option in fields(options):

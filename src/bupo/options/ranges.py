@@ -18,15 +18,15 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from bupo.utils.errors import UserError
 
-ANY, WHOLE = "(-inf, inf)", "whole (-inf, inf)"
-COUNT, FROM_0 = "whole [1, inf)", "whole [0, inf)"
-SHARE, NOT_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
-FINEST, GREATEST = 1e-30, 1e30  # sizes of numbers that are not whole; fp32 ends at 1e-38 and 3e38
-COLDEST = 1e-6  # temperature: logits over less of it leave fp32
-LARGEST = 2**32 - 1  # seeds reach as far; nobody counts further
-LONGEST = 200  # characters of a value in a message
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 120
+ANY_NUMBER, ANY_INTEGER = "(-inf, inf)", "whole (-inf, inf)"
+POSITIVE_INTEGER, NON_NEGATIVE_INTEGER = "whole [1, inf)", "whole [0, inf)"
+FRACTION, NON_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-30, 1e30  # sizes of numbers that are not whole; fp32 ends at 1e-38 and 3e38
+MIN_TEMPERATURE = 1e-6  # temperature: logits over less of it leave fp32
+MAX_INTEGER = 2**32 - 1  # seeds reach as far; nobody counts further
+MAX_VALUE_LENGTH = 200  # characters of a value in a message
+_VALUE_REPR = reprlib.Repr()
+_VALUE_REPR.maxstring = _VALUE_REPR.maxother = _VALUE_REPR.maxlong = 120
 
 
 class Range(NamedTuple):
@@ -44,14 +44,14 @@ class Range(NamedTuple):
         low, high = map(float, interval[1:-1].split(","))
         return cls(low, high, (interval[0] == "[", interval[-1] == "]"), whole)
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a number lies inside."""
         if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):
             return False
-        if isinstance(value, Integral) and abs(int(value)) > LARGEST:
+        if isinstance(value, Integral) and abs(int(value)) > MAX_INTEGER:
             return False
         value = float(value)  # of NaN, every comparison is false
-        if not (self.whole or in_fp32(value)):
+        if not (self.whole or is_safe_in_fp32(value)):
             return False
         above = value > self.low or (self.closed[0] and value == self.low)
         below = value < self.high or (self.closed[1] and value == self.high)
@@ -69,9 +69,9 @@ class Range(NamedTuple):
             and not self.whole
             and not isinstance(value, Integral)
             and isfinite(value)
-            and not in_fp32(float(value))
+            and not is_safe_in_fp32(float(value))
         ):
-            return f"be 0, or from {FINEST:g} to {GREATEST:g} in size, which fp32 can compute with"
+            return f"be 0, or from {MIN_MAGNITUDE:g} to {MAX_MAGNITUDE:g} in size, which fp32 can compute with"
         if self.low == -inf:
             return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
         if self.high != inf:
@@ -80,33 +80,33 @@ class Range(NamedTuple):
             return f"{f'be {kind},' if kind else 'lie'} {first}{'up ' * (not self.closed[0] and self.closed[1])}{last}"
         bound = f"{low} or more" if self.closed[0] else "positive" if self.low == 0 else f"above {low}"
         too_large = number and bool(value > 0)  # type: ignore[operator]
-        most = f" and at most {LARGEST}" if self.whole else " and finite"
+        most = f" and at most {MAX_INTEGER}" if self.whole else " and finite"
         return f"be {kind + ', ' if kind else ''}{bound}{most if too_large and not kind else ''}"
 
 
-def in_fp32(value: float) -> bool:
+def is_safe_in_fp32(value: float) -> bool:
     """Return whether fp32 can compute with a number: it is 0, infinite, or far from the ends of fp32."""
-    return value == 0 or FINEST <= abs(value) <= GREATEST or abs(value) == inf
+    return value == 0 or MIN_MAGNITUDE <= abs(value) <= MAX_MAGNITUDE or abs(value) == inf
 
 
-def abridged(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """A value for a message, however large it is."""
-    text = _SHOWN.repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    text = _VALUE_REPR.repr(value)
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
 
 
 def check_number(name: str, value: Any, interval: str, what: str | None = None) -> None:
     """Raises [`UserError`] for a value that is no number of the interval. `what` says it in words of the option's own."""
     allowed = Range.read(interval)
-    if not allowed.holds(value):
-        raise UserError(f"{name} must {f'be {what}' if what else allowed.says(value)}, got {abridged(value)}")
+    if not allowed.contains(value):
+        raise UserError(f"{name} must {f'be {what}' if what else allowed.says(value)}, got {abbreviate(value)}")
 
 
-def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, words: Sequence[Any]) -> None:
     """Raises [`UserError`] for a value that is none of the words."""
     if value not in list(words):
         *most, last = map(str, words)
-        raise UserError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {abridged(value)}")
+        raise UserError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {abbreviate(value)}")
 
 
 def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[str] = ()) -> None:
@@ -120,34 +120,34 @@ def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[
     Raises:
         UserError: for the first value that is refused.
     """
-    hints = hints_of(type(options))  # type: ignore[arg-type]
+    hints = get_field_types(type(options))  # type: ignore[arg-type]
     for option in fields(options):
         name, hint = option.name, hints[option.name]
         if not option.init:
             continue
-        value, kinds = getattr(options, name), kinds_of(hint)
+        value, kinds = getattr(options, name), get_non_none_types(hint)
         if value is None:
             if kinds == [hint] and name not in none_too:
                 raise UserError(f"{name} must be set, got None")
         elif name in ranges:
             check_number(name, value, ranges[name])
         else:
-            _check_kind(name, value, kinds, option.metadata.get("choices"))
+            _check_type(name, value, kinds, option.metadata.get("choices"))
 
 
-def _check_kind(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
+def _check_type(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
     """Words, texts and lists; what has another type is left to whoever reads it."""
-    words = [word for kind in kinds for word in words_of(kind)] or list(choices or ())
+    words = [word for kind in kinds for word in get_choices(kind)] or list(choices or ())
     if words:
-        check_word(name, value.value if isinstance(value, Enum) else value, words)
+        check_choice(name, value.value if isinstance(value, Enum) else value, words)
     elif kinds == [bool]:
         if value not in (True, False):
-            raise UserError(f"{name} must be true or false, got {abridged(value)}")
+            raise UserError(f"{name} must be true or false, got {abbreviate(value)}")
     elif kinds == [str]:
         _check_text(name, value)
     elif len(kinds) == 1 and get_origin(kinds[0]) is list:
         if not isinstance(value, list | tuple | str):
-            raise UserError(f"{name} must be a list, got {abridged(value)}")
+            raise UserError(f"{name} must be a list, got {abbreviate(value)}")
         for item in [value] if isinstance(value, str) else value:  # one word is a list of one
             _check_item(name, item, get_args(kinds[0])[0])
 
@@ -156,18 +156,18 @@ def _check_item(name: str, item: Any, kind: Any) -> None:
     if kind is str:
         _check_text(name, item)
     elif kind is float:
-        check_number(name, item, ANY)
+        check_number(name, item, ANY_NUMBER)
 
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str | PathLike):
-        raise UserError(f"{name} must be text, got {abridged(value)}")
+        raise UserError(f"{name} must be text, got {abbreviate(value)}")
     text = str(value)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{name} must be text, got {abridged(value)}, which holds a byte that is none")
+        raise UserError(f"{name} must be text, got {abbreviate(value)}, which holds a byte that is none")
 
 
-def words_of(kind: Any) -> tuple:
+def get_choices(kind: Any) -> tuple:
     """The values of a Literal or an Enum."""
     if get_origin(kind) is Literal:
         return get_args(kind)
@@ -175,12 +175,12 @@ def words_of(kind: Any) -> tuple:
 
 
 @cache
-def hints_of(options: Hashable) -> dict[str, Any]:
+def get_field_types(options: Hashable) -> dict[str, Any]:
     """The types of a dataclass' fields, which take time to look up."""
     return get_type_hints(options)
 
 
-def kinds_of(hint: Any) -> list[Any]:
+def get_non_none_types(hint: Any) -> list[Any]:
     """The types that a field takes, besides None."""
     if get_origin(hint) in (Union, UnionType):
         return [kind for kind in get_args(hint) if kind is not type(None)]

@@ -9,9 +9,9 @@ its weights; of attention, whose products are computed again, it is two and a ha
 from dataclasses import asdict, dataclass
 
 from bupo.planning.micro_batches import MicroBatch
-from bupo.planning.planned_run import Setting
+from bupo.planning.planned_run import PlannedRun
 
-ATTENTION_BACKWARD = 2.5
+ATTENTION_BACKWARD_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
@@ -34,51 +34,59 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def flops(setting: Setting, layer: int | None, besides: int | None = None) -> Flops:
+def count_flops(setting: PlannedRun, layer: int | None, besides: int | None = None) -> Flops:
     """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
     layer = setting.read(layer)
     count, policies = layer or setting.sizes.layers, 1 if besides is None else 2
     often = setting.config.num_iterations
-    forward = sum(layers(setting, batch, count) + policies * head(setting, batch) for batch in setting.batches)
-    backward = sum(
-        layers_backward(setting, batch, count) + policies * head_backward(setting, batch) for batch in setting.batches
+    forward = sum(
+        count_layers_forward(setting, batch, count) + policies * count_head_forward(setting, batch)
+        for batch in setting.batches
     )
-    recomputed = sum(_recomputed(setting, batch, count, layer or besides) for batch in setting.batches)
+    backward = sum(
+        count_layers_backward(setting, batch, count) + policies * count_head_backward(setting, batch)
+        for batch in setting.batches
+    )
+    recomputed = sum(_count_recomputed(setting, batch, count, layer or besides) for batch in setting.batches)
     return Flops(
-        sampling(setting),
-        scoring(setting, layer, besides),
+        count_sampling(setting),
+        count_scoring(setting, layer, besides),
         often * forward,
         often * backward,
         often * recomputed,
-        often * critic_updates(setting),
+        often * count_critic_updates(setting),
     )
 
 
-def _recomputed(setting: Setting, batch: MicroBatch, count: int, seen: int | None) -> float:
+def _count_recomputed(setting: PlannedRun, batch: MicroBatch, count: int, seen: int | None) -> float:
     """By gradient checkpointing, of the first so many layers: one whose states are read keeps its activations."""
     if not setting.config.gradient_checkpointing:
         return 0.0
-    kept = 0.0 if seen is None else layers(setting, batch, seen) - layers(setting, batch, seen - 1)
-    return layers(setting, batch, count) - kept
+    kept = (
+        0.0
+        if seen is None
+        else count_layers_forward(setting, batch, seen) - count_layers_forward(setting, batch, seen - 1)
+    )
+    return count_layers_forward(setting, batch, count) - kept
 
 
-def layers(setting: Setting, batch: MicroBatch, count: int) -> float:
+def count_layers_forward(setting: PlannedRun, batch: MicroBatch, count: int) -> float:
     """A forward pass of the first so many layers."""
-    return sum(_matrices(setting, batch, i) + _attention(setting, batch, i) for i in range(count))
+    return sum(_count_matmuls(setting, batch, i) + _count_attention(setting, batch, i) for i in range(count))
 
 
-def _matrices(setting: Setting, batch: MicroBatch, index: int) -> float:
+def _count_matmuls(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
     return 2.0 * setting.sizes.blocks[index].met * batch.tokens
 
 
-def _attention(setting: Setting, batch: MicroBatch, index: int) -> float:
+def _count_attention(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
     if index >= len(setting.heads):  # a layer without attention
         return 0.0
     each = setting.heads[index]
     return 2.0 * each.heads * (each.key + each.value) * batch.pairs(each.window)
 
 
-def layers_backward(setting: Setting, batch: MicroBatch, count: int) -> float:
+def count_layers_backward(setting: PlannedRun, batch: MicroBatch, count: int) -> float:
     """Down to the lowest layer that trains; weights that do not train need no gradient of theirs."""
     sizes = setting.sizes
     trains = sizes.embedding.trained > 0
@@ -86,66 +94,67 @@ def layers_backward(setting: Setting, batch: MicroBatch, count: int) -> float:
     for index, block in enumerate(sizes.blocks[:count]):
         trains = trains or block.trained > 0
         if trains:
-            found += _matrices(setting, batch, index) + 2.0 * block.met_trained * batch.tokens
-            found += ATTENTION_BACKWARD * _attention(setting, batch, index)
+            found += _count_matmuls(setting, batch, index) + 2.0 * block.active_trained * batch.tokens
+            found += ATTENTION_BACKWARD_FACTOR * _count_attention(setting, batch, index)
     return found
 
 
-def head(setting: Setting, batch: MicroBatch) -> float:
+def count_head_forward(setting: PlannedRun, batch: MicroBatch) -> float:
     """The unembedding on the answers' positions."""
     return 2.0 * setting.sizes.width * setting.sizes.vocabulary * batch.answer_tokens
 
 
-def head_backward(setting: Setting, batch: MicroBatch) -> float:
+def count_head_backward(setting: PlannedRun, batch: MicroBatch) -> float:
     """Logits are computed again, and give the states' gradient and that of the weights, if they train."""
-    return (3 if setting.sizes.head.trained else 2) * head(setting, batch)
+    return (3 if setting.sizes.head.trained else 2) * count_head_forward(setting, batch)
 
 
-def scoring(setting: Setting, layer: int | None, besides: int | None = None) -> float:
+def count_scoring(setting: PlannedRun, layer: int | None, besides: int | None = None) -> float:
     """Forward passes over the whole rollout batch: old log-probs, entropies, the reference's, PPO's values.
 
     Of a layer's policy, the whole one, or of both in one pass.
     """
     config, sizes = setting.config, setting.sizes
     batches = setting.scored
-    whole = sum(layers(setting, batch, sizes.layers) for batch in batches)
-    heads = sum(head(setting, batch) for batch in batches)
-    mine = sum(layers(setting, batch, layer or sizes.layers) for batch in batches) + heads
+    whole = sum(count_layers_forward(setting, batch, sizes.layers) for batch in batches)
+    heads = sum(count_head_forward(setting, batch) for batch in batches)
+    mine = sum(count_layers_forward(setting, batch, layer or sizes.layers) for batch in batches) + heads
     found = 0.0
     if layer is not None:
         found += whole + 2 * heads  # pi_theta's entropies and the layer's log-probs, from one pass
     elif besides is not None:
-        scored = scores_old(setting) or config.use_vllm  # a sampler's log-probs are moved by the old ones
+        scored = should_score_old_policy(setting) or config.use_vllm  # a sampler's log-probs are moved by the old ones
         found += (whole + 2 * heads) * (scored + (config.beta != 0))
-    elif scores_old(setting):
+    elif should_score_old_policy(setting):
         found += whole + heads
     if config.beta != 0 and besides is None:
         found += mine
-    if setting.copied_critic:
+    if setting.has_copied_critic:
         found += whole
     elif config.advantage_estimator == "ppo":
         found += mine
     return found
 
 
-def scores_old(setting: Setting) -> bool:
+def should_score_old_policy(setting: PlannedRun) -> bool:
     """Whether TRL scores the answers before it updates: one update a rollout batch is its own old policy."""
     config = setting.config
     aligned = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
     return not aligned or bool(config.use_vllm and config.vllm_importance_sampling_correction)
 
 
-def critic_updates(setting: Setting) -> float:
+def count_critic_updates(setting: PlannedRun) -> float:
     """Forward and backward passes of PPO's second model; a head on the policy's states costs next to nothing."""
-    if not setting.copied_critic:
+    if not setting.has_copied_critic:
         return 0.0
     count, often = setting.sizes.layers, 2 if setting.config.gradient_checkpointing else 1
     return sum(
-        often * layers(setting, batch, count) + layers_backward(setting, batch, count) for batch in setting.batches
+        often * count_layers_forward(setting, batch, count) + count_layers_backward(setting, batch, count)
+        for batch in setting.batches
     )
 
 
-def sampling(setting: Setting) -> float:
+def count_sampling(setting: PlannedRun) -> float:
     """Prompts, each once but for `generate` on a GPU, and each answer's tokens one by one."""
     lengths, sizes = setting.mean, setting.sizes
     shared = setting.config.use_vllm or setting.on.cpu

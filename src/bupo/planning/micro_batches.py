@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bupo.models.packing import Layout
+from bupo.models.packing import PackedLayout
 from bupo.planning.options import PlanOptions
 from bupo.training.config import BuPOConfig
-from bupo.training.objective.micro_batches import arranged, rows_may_move
+from bupo.training.objective.micro_batches import arrange_micro_batches, can_reorder_rows
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SequenceLengths:
     """Tokens of a prompt and of an answer."""
 
     prompt: int
@@ -30,14 +30,14 @@ class MicroBatch:
 
     Attributes:
         rows, prompts (`int`): answers, and the distinct prompts among them.
-        lengths ([`Lengths`]): of each prompt and answer.
+        lengths ([`SequenceLengths`]): of each prompt and answer.
         packed, blocks (`bool`): whether rows stand in one row; whether attention leaves out what no token sees
             (FlexAttention's block mask) or computes whole rectangles (segments).
     """
 
     rows: int
     prompts: int
-    lengths: Lengths
+    lengths: SequenceLengths
     packed: bool
     blocks: bool
 
@@ -60,10 +60,10 @@ class MicroBatch:
             return float(self.rows * self.lengths.row**2)
         if not self.blocks:
             return float(self.prompts * prompt**2 + self.rows * answer * (prompt + answer))
-        whole = _seen(prompt, window)
-        return self.prompts * whole + self.rows * (_seen(prompt + answer, window) - whole)
+        whole = _count_causal_pairs(prompt, window)
+        return self.prompts * whole + self.rows * (_count_causal_pairs(prompt + answer, window) - whole)
 
-    def layout(self) -> Layout | tuple[int, int]:
+    def layout(self) -> PackedLayout | tuple[int, int]:
         """On the meta device: the segments of a packed row on a CPU, one row under a block mask, or rows."""
         if not self.packed:
             return self.rows, self.lengths.row
@@ -72,25 +72,25 @@ class MicroBatch:
         ids = torch.ones(self.rows, self.lengths.row, dtype=torch.long)
         for row in range(self.rows):  # answers of one prompt one after another, some more of the first ones
             ids[row, 0] = 2 + row % self.prompts
-        real = Layout.of(ids, torch.ones_like(ids), self.lengths.prompt)
+        real = PackedLayout.of(ids, torch.ones_like(ids), self.lengths.prompt)
         assert real is not None, "these rows have prompts"
-        return Layout(real.ids.to("meta"), real.positions.to("meta"), real.places.to("meta"), real.segments)
+        return PackedLayout(real.ids.to("meta"), real.positions.to("meta"), real.places.to("meta"), real.segments)
 
 
-def _seen(length: int, window: int | None) -> float:
+def _count_causal_pairs(length: int, window: int | None) -> float:
     """Pairs in a causal row."""
     if window is None or window >= length:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
 
 
-def packs(config: BuPOConfig, attention: str | None) -> bool:
+def can_pack_rows(config: BuPOConfig, attention: str | None) -> bool:
     """Whether a run packs rows, as far as its options tell."""
     return not (config.torch_compile or config.neftune_noise_alpha) and attention in (None, "sdpa", "eager")
 
 
-def micro_batches(
-    config: BuPOConfig, lengths: Lengths, on: PlanOptions, packed: bool, seed: int = 0
+def build_micro_batches(
+    config: BuPOConfig, lengths: SequenceLengths, on: PlanOptions, packed: bool, seed: int = 0
 ) -> list[MicroBatch]:
     """Those of one device and rollout batch, shuffled, cut and arranged as a run does it."""
     group, size, count = config.num_generations, config.per_device_train_batch_size, config.steps_per_generation
@@ -104,19 +104,21 @@ def micro_batches(
         }
         for part in prompts.split(size)
     ]
-    if packed and rows_may_move(config, balances_experts=False):
-        pieces = arranged(pieces, config.gradient_accumulation_steps)
+    if packed and can_reorder_rows(config, balances_experts=False):
+        pieces = arrange_micro_batches(pieces, config.gradient_accumulation_steps)
     distinct = [len(piece["prompt_ids"].unique()) for piece in pieces]
     return [MicroBatch(size, found, lengths, packed, not on.cpu) for found in distinct]
 
 
-def fullest(config: BuPOConfig, longest: Lengths, on: PlanOptions, packed: bool) -> MicroBatch:
+def find_largest_micro_batch(config: BuPOConfig, longest: SequenceLengths, on: PlanOptions, packed: bool) -> MicroBatch:
     """The micro-batch that takes the most memory: of the longest answers, to as many prompts as there may be."""
-    found = micro_batches(config, longest, on, packed)
+    found = build_micro_batches(config, longest, on, packed)
     return max(found, key=lambda batch: batch.prompts)
 
 
-def scored_batch(config: BuPOConfig, lengths: Lengths, on: PlanOptions, packed: bool) -> list[MicroBatch]:
+def build_scoring_batches(
+    config: BuPOConfig, lengths: SequenceLengths, on: PlanOptions, packed: bool
+) -> list[MicroBatch]:
     """The passes that score a rollout batch before its updates: rows as they were sampled, answers of a prompt together."""
     size, count, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
     starts = range(0, size * count, size)

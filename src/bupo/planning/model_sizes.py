@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
-from bupo.models.families import FAMILIES, guess_family, module_at
-from bupo.models.residual_stream import causal_lm
-from bupo.planning.saved_activations import ATTENTION
+from bupo.models.families import FAMILIES, find_module, guess_family
+from bupo.models.residual_stream import unwrap_causal_lm
+from bupo.planning.saved_activations import ATTENTION_NAME
 from bupo.training.config import BuPOConfig
-from bupo.training.objective.layer_parameters import keep_still, kept_still
-from bupo.utils.errors import UserError, others
+from bupo.training.objective.layer_parameters import freeze_blocks, get_frozen_layers
+from bupo.utils.errors import UserError, wrap_library_errors
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterCounts:
     """Parameters of one part of a model.
 
     Attributes:
@@ -32,18 +32,18 @@ class Part:
     weights: int = 0
     trained: int = 0
     met: float = 0.0
-    met_trained: float = 0.0
+    active_trained: float = 0.0
     linear: int = 0
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """Of a causal LM.
 
     Attributes:
         kind (`str`), width, vocabulary (`int`): model type, D and V.
         tied (`bool`): whether the unembedding is the embedding; then it has no parameters of its own.
-        embedding, unembedding, rest ([`Part`]): `rest`: what stands in no block, such as the final norm.
+        embedding, unembedding, rest ([`ParameterCounts`]): `rest`: what stands in no block, such as the final norm.
         blocks (`tuple[Part]`): layers 1 to L.
     """
 
@@ -51,17 +51,17 @@ class Sizes:
     width: int
     vocabulary: int
     tied: bool
-    embedding: Part
-    blocks: tuple[Part, ...]
-    rest: Part
-    unembedding: Part
+    embedding: ParameterCounts
+    blocks: tuple[ParameterCounts, ...]
+    rest: ParameterCounts
+    unembedding: ParameterCounts
 
     @property
     def layers(self) -> int:
         return len(self.blocks)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[ParameterCounts, ...]:
         return (self.embedding, *self.blocks, self.rest, self.unembedding)
 
     @property
@@ -75,7 +75,7 @@ class Sizes:
         return sum(part.linear for part in (*self.blocks, self.rest))
 
     @property
-    def head(self) -> Part:
+    def head(self) -> ParameterCounts:
         """What the unembedding's product reads."""
         return self.embedding if self.tied else self.unembedding
 
@@ -86,7 +86,7 @@ class Sizes:
         return self.embedding.trained + self.unembedding.trained + rest + sum(block.trained for block in blocks)
 
 
-def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: ModelConfig) -> nn.Module:
+def build_meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: ModelConfig) -> nn.Module:
     """A model as a run would train it, adapters and frozen layers included, on the meta device.
 
     Args:
@@ -98,65 +98,65 @@ def meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, loading: M
     """
     if getattr(read, "quantization_config", None) is not None:  # a .gguf file's, whose weights are plain once loaded
         del read.quantization_config
-    with others(f"model {name!r} cannot be laid out"), torch.device("meta"):
+    with wrap_library_errors(f"model {name!r} cannot be laid out"), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            read, dtype=torch.float32, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
+            read, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=config.trust_remote_code
         )
         model.tie_weights()
-    with others("the adapter's options (lora_…) are refused"), torch.device("meta"):
+    with wrap_library_errors("the adapter's options (lora_…) are refused"), torch.device("meta"):
         if adapter := get_peft_config(loading):
             model = get_peft_model(model, adapter)
-    keep_still(causal_lm(model), list(blocks_of(model)), kept_still(config))
+    freeze_blocks(unwrap_causal_lm(model), list(get_blocks(model)), get_frozen_layers(config))
     return model.train()
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def get_blocks(model: nn.Module) -> nn.ModuleList:
     """A causal LM's blocks, by its family's name for them."""
-    inner = causal_lm(model)
+    inner = unwrap_causal_lm(model)
     family = FAMILIES.get(inner.config.get_text_config().model_type) or guess_family(inner)
-    found = module_at(inner.get_decoder(), family.layers)
+    found = find_module(inner.get_decoder(), family.layers)
     if not isinstance(found, nn.ModuleList):
         raise UserError(f"{type(inner).__name__} has no {family.layers!r} in its decoder: a plan counts by layers")
     return found
 
 
-def sizes_of(model: nn.Module) -> Sizes:
+def count_parameters(model: nn.Module) -> ModelSizes:
     """Count."""
-    inner: PreTrainedModel = causal_lm(model)
+    inner: PreTrainedModel = unwrap_causal_lm(model)
     config = inner.config.get_text_config()
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    asked = _share_of_experts(config)
-    blocks = list(blocks_of(model))
+    asked = _get_active_expert_share(config)
+    blocks = list(get_blocks(model))
     seen = {p for module in (embedding, head, *blocks) for p in module.parameters()}
     outside = [parameter for parameter in model.parameters() if parameter not in seen]
     tied = embedding.weight is head.weight
     weight = head.weight
-    return Sizes(
+    return ModelSizes(
         kind=config.model_type,
         width=weight.size(1),
         vocabulary=weight.size(0),
         tied=tied,
-        embedding=_part(embedding, asked),
-        blocks=tuple(_part(block, asked) for block in blocks),
-        rest=Part(sum(p.numel() for p in outside), sum(p.numel() for p in outside if p.requires_grad)),
-        unembedding=Part() if tied else _part(head, asked),
+        embedding=_count_module_parameters(embedding, asked),
+        blocks=tuple(_count_module_parameters(block, asked) for block in blocks),
+        rest=ParameterCounts(sum(p.numel() for p in outside), sum(p.numel() for p in outside if p.requires_grad)),
+        unembedding=ParameterCounts() if tied else _count_module_parameters(head, asked),
     )
 
 
-def _part(module: nn.Module, asked: float) -> Part:
+def _count_module_parameters(module: nn.Module, asked: float) -> ParameterCounts:
     parameters = list(module.parameters())
     met = {p: p.numel() * (asked if p.dim() == 3 else 1.0) for p in parameters if p.dim() > 1}
     linear = {p for each in module.modules() if isinstance(each, nn.Linear | Conv1D) for p in each.parameters()}
-    return Part(
+    return ParameterCounts(
         weights=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         met=sum(met.values()),
-        met_trained=sum(count for p, count in met.items() if p.requires_grad),
+        active_trained=sum(count for p, count in met.items() if p.requires_grad),
         linear=sum(p.numel() for p in linear),
     )
 
 
-def _share_of_experts(config: Any) -> float:
+def _get_active_expert_share(config: Any) -> float:
     """The share of a mixture's experts that a token is sent through; experts are matrices that stand in one tensor."""
     asked = getattr(config, "num_experts_per_tok", None)
     names = ("num_experts", "n_routed_experts", "num_local_experts")

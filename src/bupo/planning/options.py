@@ -3,22 +3,27 @@
 import os
 from dataclasses import dataclass, field
 
-from bupo.options.groups import check_values
-from bupo.options.ranges import COUNT, FROM_0, POSITIVE, check_word
+from bupo.options.groups import check_command_options
+from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE, POSITIVE_INTEGER, check_choice
 from bupo.utils.errors import UserError
 
 SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2")
 GB = 1e9
 # an H100's dense peaks by its data sheet, and what share of them a training run is assumed to reach
-H100_BF16, H100_FP32, H100_BANDWIDTH, SHARE = 989.0, 67.0, 3.35, {"tflops": 0.4, "bandwidth": 0.6}
-H100_MEMORY = 80.0
-RANGES = {
-    "gpus": FROM_0,
+H100_BF16_TFLOPS, H100_FP32_TFLOPS, H100_BANDWIDTH_TB, ASSUMED_UTILIZATION = (
+    989.0,
+    67.0,
+    3.35,
+    {"tflops": 0.4, "bandwidth": 0.6},
+)
+H100_MEMORY_GB = 80.0
+PLAN_RANGES = {
+    "gpus": NON_NEGATIVE_INTEGER,
     "gpu_memory": POSITIVE,
     "tflops": POSITIVE,
     "bandwidth": POSITIVE,
-    "prompt_tokens": COUNT,
-    "answer_tokens": COUNT,
+    "prompt_tokens": POSITIVE_INTEGER,
+    "answer_tokens": POSITIVE_INTEGER,
 }
 
 
@@ -62,8 +67,8 @@ class PlanOptions:
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, or devices that cannot be shared so."""
         if self.sharding is not None:
-            check_word("sharding", self.sharding, SHARDINGS)
-        check_values(self, **RANGES)
+            check_choice("sharding", self.sharding, SHARDINGS)
+        check_command_options(self, **PLAN_RANGES)
         if self.sharding not in (None, "one") and self.gpus < 2:
             raise UserError(f"sharding {self.sharding} takes several GPUs, and gpus is {self.gpus}: leave it out")
         if self.sharding == "one" and self.gpus > 1:
@@ -89,26 +94,30 @@ class PlanOptions:
             return self.gpu_memory * GB
         if self.cpu and hasattr(os, "sysconf"):
             return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return H100_MEMORY * GB
+        return H100_MEMORY_GB * GB
 
     def rate(self, half: bool) -> float | None:
         """FLOP/s of a device; `half`: whether its products are of 16-bit numbers."""
         if self.tflops is not None:
             return self.tflops * 1e12
-        return None if self.cpu else SHARE["tflops"] * (H100_BF16 if half else H100_FP32) * 1e12
+        return (
+            None
+            if self.cpu
+            else ASSUMED_UTILIZATION["tflops"] * (H100_BF16_TFLOPS if half else H100_FP32_TFLOPS) * 1e12
+        )
 
     @property
-    def bytes_a_second(self) -> float | None:
+    def bytes_per_second(self) -> float | None:
         """Of a device's memory."""
         if self.bandwidth is not None:
             return self.bandwidth * 1e12
-        return None if self.cpu else SHARE["bandwidth"] * H100_BANDWIDTH * 1e12
+        return None if self.cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12
 
     def said(self, half: bool) -> list[str]:
         """Each rate with where it comes from."""
-        peak, kind = (H100_BF16, "bf16") if half else (H100_FP32, "fp32")
+        peak, kind = (H100_BF16_TFLOPS, "bf16") if half else (H100_FP32_TFLOPS, "fp32")
         unknown = "no {} is known of this CPU: --{} gives {}"
-        rate, speed = self.rate(half), self.bytes_a_second
+        rate, speed = self.rate(half), self.bytes_per_second
         if rate is None:
             found = [unknown.format("rate", "tflops", "times")]
         elif self.tflops is None:
@@ -118,7 +127,9 @@ class PlanOptions:
         if speed is None:
             found.append(unknown.format("bandwidth", "bandwidth", "the time of sampling and of the optimizer"))
         elif self.bandwidth is None:
-            found.append(f"{speed / 1e12:.1f} TB/s of memory a GPU: 60 % of an H100's {H100_BANDWIDTH} (--bandwidth)")
+            found.append(
+                f"{speed / 1e12:.1f} TB/s of memory a GPU: 60 % of an H100's {H100_BANDWIDTH_TB} (--bandwidth)"
+            )
         else:
             found.append(f"{self.bandwidth:g} TB/s of memory a device, as given")
         return found

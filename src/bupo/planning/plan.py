@@ -5,29 +5,29 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from bupo.data.chat_templates import prompt_ids
-from bupo.data.problems import FILE_KINDS, load_problems, procedural
+from bupo.data.chat_templates import tokenize_prompt
+from bupo.data.problems import FILE_FORMATS, is_procedural, load_problems
 from bupo.models.loading import load_tokenizer
 from bupo.options.groups import DTYPES
-from bupo.options.ranges import check_options, check_word
-from bupo.planning.advice import Advice, advice_for
-from bupo.planning.flops import Flops, flops
-from bupo.planning.memory import Memory, memory
-from bupo.planning.micro_batches import Lengths
-from bupo.planning.model_sizes import Sizes, meta_model, sizes_of
+from bupo.options.ranges import check_choice, check_options
+from bupo.planning.advice import MemoryAdvice, suggest_changes
+from bupo.planning.flops import Flops, count_flops
+from bupo.planning.memory import MemoryEstimate, compute_peak_memory
+from bupo.planning.micro_batches import SequenceLengths
+from bupo.planning.model_sizes import ModelSizes, build_meta_model, count_parameters
 from bupo.planning.options import PlanOptions
-from bupo.planning.planned_run import Setting, Target
-from bupo.planning.runtime import Seconds, seconds, too_little
+from bupo.planning.planned_run import PhaseTarget, PlannedRun
+from bupo.planning.runtime import RolloutBatchSeconds, describe_vllm_shortage, estimate_seconds
 from bupo.training.config import BuPOConfig
-from bupo.training.objective.phases import recommended
+from bupo.training.objective.phases import recommend_first_phase_batches
 from bupo.training.train_data import TrainOptions
-from bupo.training.validation.arguments import check_deepspeed, check_named, sources
+from bupo.training.validation.arguments import check_deepspeed, check_named_layers, get_pretrained_kwargs
 from bupo.training.validation.option_ranges import MODEL_RANGES
 from bupo.utils.errors import UserError
 
-PROMPT_TOKENS = 256  # where no data set is at hand
-LOOKED_AT = 256  # prompts of a data set
-SHARE_OF_LONGEST = 0.5  # an answer's tokens in the mean
+DEFAULT_PROMPT_TOKENS = 256  # where no data set is at hand
+MAX_MEASURED_PROMPTS = 256  # prompts of a data set
+MEAN_LENGTH_SHARE = 0.5  # an answer's tokens in the mean
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class PhasePlan:
         batches (`int`, *optional*): rollout batches; None where the run's length is not known.
         trained (`int`): parameters that move.
         flops ([`Flops`]): of a device and rollout batch.
-        memory ([`Memory`]): bytes of a device by part.
-        seconds ([`Seconds`]): of a rollout batch.
+        memory ([`MemoryEstimate`]): bytes of a device by part.
+        seconds ([`RolloutBatchSeconds`]): of a rollout batch.
         besides (`int`, *optional*): a layer whose objective is mixed into the second phase's.
     """
 
@@ -48,8 +48,8 @@ class PhasePlan:
     batches: int | None
     trained: int
     flops: Flops
-    memory: Memory
-    seconds: Seconds
+    memory: MemoryEstimate
+    seconds: RolloutBatchSeconds
     besides: int | None = None
 
     @property
@@ -64,24 +64,24 @@ class Plan:
     """What a run will need and take.
 
     Attributes:
-        model (`str`), sizes ([`Sizes`]): what is trained.
+        model (`str`), sizes ([`ModelSizes`]): what is trained.
         on ([`PlanOptions`]): the devices.
         answers, group (`int`), updates (`float`): of a rollout batch of all devices, answers, those to one prompt, and updates.
         phases (`list[PhasePlan]`): in their order.
         sampler (`str`, *optional*): what is said where vLLM has no room for one answer.
-        advice ([`Advice`], *optional*): what to change, where a device is too small.
+        advice ([`MemoryAdvice`], *optional*): what to change, where a device is too small.
         assumptions (`list[str]`): all that was not given.
     """
 
     model: str
-    sizes: Sizes
+    sizes: ModelSizes
     on: PlanOptions
     answers: int
     group: int
     updates: float
     phases: list[PhasePlan]
-    sampler: str | None
-    advice: Advice | None
+    vllm_shortage: str | None
+    advice: MemoryAdvice | None
     assumptions: list[str]
 
     @property
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= self.on.memory and not self.sampler
+        return self.bytes <= self.on.memory and not self.vllm_shortage
 
     @property
     def seconds(self) -> float | None:
@@ -121,67 +121,69 @@ def plan(
         UserError: for what the run would refuse of a model, a layer or a sharding.
     """
     options, on = options or TrainOptions(), on or PlanOptions()
-    setting, said = _setting(model, config, options, loading, on)
-    batches, said_length = _batches(config, options, on)
-    parts, said_stages = _parts(setting, batches)
-    phases = [_phase(setting, target, length) for target, length in parts]
-    assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_said_of(setting)]
+    setting, said = _resolve_planned_run(model, config, options, loading, on)
+    batches, said_length = _count_rollout_batches(config, options, on)
+    parts, said_stages = _plan_targets(setting, batches)
+    phases = [_plan_phase(setting, target, length) for target, length in parts]
+    assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_describe_assumptions(setting)]
     size = (setting.answers * on.processes, config.num_generations, setting.updates)
-    found = Plan(model, setting.sizes, on, *size, phases, too_little(setting), None, assumed)
+    found = Plan(model, setting.sizes, on, *size, phases, describe_vllm_shortage(setting), None, assumed)
     targets = [target for target, _ in parts]
-    return replace(found, advice=advice_for(setting, targets)) if found.bytes > on.memory else found
+    return replace(found, advice=suggest_changes(setting, targets)) if found.bytes > on.memory else found
 
 
-def setting_of(
+def resolve_planned_run(
     model: str,
     config: BuPOConfig,
     options: TrainOptions | None = None,
     loading: ModelConfig | None = None,
     on: PlanOptions | None = None,
-) -> Setting:
+) -> PlannedRun:
     """What a plan counts from. Arguments as of [`plan`]."""
-    return _setting(model, config, options or TrainOptions(), loading, on or PlanOptions())[0]
+    return _resolve_planned_run(model, config, options or TrainOptions(), loading, on or PlanOptions())[0]
 
 
-def _setting(
+def _resolve_planned_run(
     model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig | None, on: PlanOptions
-) -> tuple[Setting, list[str]]:
+) -> tuple[PlannedRun, list[str]]:
     """And what was assumed of lengths."""
     loading = loading or ModelConfig()
     on.check()
     options.check()
     _check_loading(loading)
-    read = check_named(model, config, loading)
+    read = check_named_layers(model, config, loading)
     if on.shared.startswith("zero"):
         check_deepspeed(config)
-    made = meta_model(model, read, config, loading)
-    mean, longest, said = _lengths(model, config, options, loading, on)
-    return Setting(config, on, loading, made, sizes_of(made), mean, longest), said
+    made = build_meta_model(model, read, config, loading)
+    mean, longest, said = _estimate_lengths(model, config, options, loading, on)
+    return PlannedRun(config, on, loading, made, count_parameters(made), mean, longest), said
 
 
-def _phase(setting: Setting, target: Target, batches: int | None) -> PhasePlan:
-    layer, counted = target.layer, flops(setting, *target)
-    times = seconds(setting, layer, counted)
-    return PhasePlan(layer, batches, setting.moved(layer), counted, memory(setting, *target), times, target.besides)
+def _plan_phase(setting: PlannedRun, target: PhaseTarget, batches: int | None) -> PhasePlan:
+    layer, counted = target.layer, count_flops(setting, *target)
+    times = estimate_seconds(setting, layer, counted)
+    return PhasePlan(
+        layer, batches, setting.moved(layer), counted, compute_peak_memory(setting, *target), times, target.besides
+    )
 
 
 def _check_loading(loading: ModelConfig) -> None:
     """What a run refuses of how a model is loaded, before it looks for one."""
     check_options(loading, MODEL_RANGES)
     if loading.dtype is not None:
-        check_word("dtype", loading.dtype, DTYPES)
+        check_choice("dtype", loading.dtype, DTYPES)
     if loading.load_in_4bit or loading.load_in_8bit:
         raise UserError(
             "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
         )
 
 
-def _lengths(
+def _estimate_lengths(
     model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, on: PlanOptions
-) -> tuple[Lengths, Lengths, list[str]]:
+) -> tuple[SequenceLengths, SequenceLengths, list[str]]:
     """Of texts in the mean and at their longest, and what was assumed of them."""
     most = config.max_completion_length
-    found = _prompts(model, config, options, loading) if on.prompt_tokens is None else None
+    found = _measure_prompts(model, config, options, loading) if on.prompt_tokens is None else None
     said = []
     if on.prompt_tokens is not None:
         prompt = longest = on.prompt_tokens
@@ -189,24 +191,24 @@ def _lengths(
         prompt, longest = round(sum(found) / len(found)), max(found)
         said.append(f"{prompt} tokens a prompt, the longest {longest}: the first {len(found)} of {options.dataset}")
     else:
-        prompt = longest = PROMPT_TOKENS
+        prompt = longest = DEFAULT_PROMPT_TOKENS
         said.append(f"{prompt} tokens a prompt: assumed, the data set is not looked at (--prompt_tokens)")
     limit = options.max_prompt_tokens
     if limit is not None:
         prompt, longest = min(prompt, limit), (min(longest, limit) if found else limit)
-    answer = on.answer_tokens or max(1, round(SHARE_OF_LONGEST * most))
+    answer = on.answer_tokens or max(1, round(MEAN_LENGTH_SHARE * most))
     if on.answer_tokens is None:
         said.append(f"{answer} tokens an answer in the mean: half of the longest, {most} (--answer_tokens)")
     elif answer > most:
         raise UserError(f"answer_tokens is {answer}, and max_new_tokens allows {most}: give as many or fewer")
     said.append(f"memory is for prompts of {longest} and answers of {most} tokens, all in one micro-batch")
-    return Lengths(prompt, answer), Lengths(longest, most), said
+    return SequenceLengths(prompt, answer), SequenceLengths(longest, most), said
 
 
-def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
+def _measure_prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
     """Tokens of the first prompts of a data set that is made, or a file. One of the hub is not asked for."""
     name = options.dataset
-    if name is None or not (procedural(name) or Path(name).suffix in FILE_KINDS):
+    if name is None or not (is_procedural(name) or Path(name).suffix in FILE_FORMATS):
         return None
     problems = load_problems(
         name,
@@ -215,19 +217,19 @@ def _prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: Mod
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,
         system_prompt=options.system_prompt,
-        size=min(options.size or LOOKED_AT, LOOKED_AT),
+        size=min(options.size or MAX_MEASURED_PROMPTS, MAX_MEASURED_PROMPTS),
         seed=config.seed,
         needs_answers=False,  # only the prompts are looked at
     )
-    tokenizer = load_tokenizer(model, **sources(config, loading))
+    tokenizer = load_tokenizer(model, **get_pretrained_kwargs(config, loading))
     kwargs = config.chat_template_kwargs or {}
-    return [len(prompt_ids(tokenizer, prompt, **kwargs)) for prompt in problems["prompt"]]
+    return [len(tokenize_prompt(tokenizer, prompt, **kwargs)) for prompt in problems["prompt"]]
 
 
-def _batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tuple[int | None, list[str]]:
+def _count_rollout_batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tuple[int | None, list[str]]:
     """Rollout batches of a run, if its options tell."""
     if config.max_steps > 0:
-        return config.rollout_batches(config.max_steps), []
+        return config.count_rollout_batches(config.max_steps), []
     if options.size is None:
         return None, ["the run's length is not known: it has no max_steps, and the data set no size"]
     answers = config.per_device_train_batch_size * config.steps_per_generation * on.processes
@@ -235,10 +237,10 @@ def _batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tupl
     return max(1, int(config.num_train_epochs * (options.size // max(1, prompts)))), []
 
 
-def _parts(setting: Setting, batches: int | None) -> tuple[list[tuple[Target, int | None]], list[str]]:
+def _plan_targets(setting: PlannedRun, batches: int | None) -> tuple[list[tuple[PhaseTarget, int | None]], list[str]]:
     """What the run optimises and for how many rollout batches, as far as it comes; what `auto` chooses is assumed."""
     config, said = setting.config, []
-    planned: list[tuple[Target, int | None]] = []
+    planned: list[tuple[PhaseTarget, int | None]] = []
     layer = config.internal_layer if isinstance(config.internal_layer, int) else None
     for stage in config.first_phase.stages:
         layer, length = stage.layer, stage.batches
@@ -246,16 +248,18 @@ def _parts(setting: Setting, batches: int | None) -> tuple[list[tuple[Target, in
             layer = max(1, setting.sizes.layers // 2)
             said.append(f"internal_layer auto: the middle layer, {layer}; the run will measure its own")
         if length is None:
-            length = recommended(batches) if batches else None
-        planned.append((Target(layer), length))
-    if config.mixes:
-        planned.append((Target(None, layer), None if config.internal_mix else config.internal_handover))
+            length = recommend_first_phase_batches(batches) if batches else None
+        planned.append((PhaseTarget(layer), length))
+    if config.has_auxiliary_objective:
+        planned.append((PhaseTarget(None, layer), None if config.internal_mix else config.internal_handover))
     if not config.internal_mix:
-        planned.append((Target(None), None))
-    return _reached(planned, batches), said
+        planned.append((PhaseTarget(None), None))
+    return _limit_to_run_length(planned, batches), said
 
 
-def _reached(planned: list[tuple[Target, int | None]], left: int | None) -> list[tuple[Target, int | None]]:
+def _limit_to_run_length(
+    planned: list[tuple[PhaseTarget, int | None]], left: int | None
+) -> list[tuple[PhaseTarget, int | None]]:
     """Those of a run of so many rollout batches; one without a length lasts to the end."""
     found = []
     for target, length in planned:
@@ -267,7 +271,7 @@ def _reached(planned: list[tuple[Target, int | None]], left: int | None) -> list
     return found
 
 
-def _said_of(setting: Setting) -> list[str]:
+def _describe_assumptions(setting: PlannedRun) -> list[str]:
     """What the numbers leave out, and what no option tells."""
     config, found = setting.config, []
     found.append(

@@ -7,15 +7,22 @@ from typing import Any, NamedTuple
 from torch import nn
 from trl import ModelConfig
 
-from bupo.planning.micro_batches import Lengths, MicroBatch, fullest, micro_batches, packs, scored_batch
-from bupo.planning.model_sizes import Sizes, blocks_of
+from bupo.planning.micro_batches import (
+    MicroBatch,
+    SequenceLengths,
+    build_micro_batches,
+    build_scoring_batches,
+    can_pack_rows,
+    find_largest_micro_batch,
+)
+from bupo.planning.model_sizes import ModelSizes, get_blocks
 from bupo.planning.options import PlanOptions
-from bupo.planning.saved_activations import Head, Kept, kept_by
+from bupo.planning.saved_activations import AttentionShape, SavedActivations, count_saved_activations
 from bupo.training.config import BuPOConfig
-from bupo.training.objective.advantages import WITH_CRITIC
+from bupo.training.objective.advantages import CRITIC_ESTIMATORS
 
 
-class Target(NamedTuple):
+class PhaseTarget(NamedTuple):
     """What rollout batches optimise.
 
     Attributes:
@@ -28,13 +35,13 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlannedRun:
     """What everything is counted from.
 
     Attributes:
         config ([`~bupo.BuPOConfig`]), on ([`PlanOptions`]), loading (`ModelConfig`): of the run.
-        model (`nn.Module`), sizes ([`Sizes`]): on the meta device.
-        mean, longest ([`Lengths`]): texts as they are in the mean, for time, and at their longest, for memory.
+        model (`nn.Module`), sizes ([`ModelSizes`]): on the meta device.
+        mean, longest ([`SequenceLengths`]): texts as they are in the mean, for time, and at their longest, for memory.
         passes (`dict`): what forward passes keep that were counted already, also for what this one was changed from.
     """
 
@@ -42,12 +49,12 @@ class Setting:
     on: PlanOptions
     loading: ModelConfig
     model: nn.Module
-    sizes: Sizes
-    mean: Lengths
-    longest: Lengths
-    passes: dict[tuple[MicroBatch, str], Kept] = field(default_factory=dict)
+    sizes: ModelSizes
+    mean: SequenceLengths
+    longest: SequenceLengths
+    passes: dict[tuple[MicroBatch, str], SavedActivations] = field(default_factory=dict)
 
-    def changed(self, on: dict[str, Any] | None = None, **options: Any) -> "Setting":
+    def with_options(self, on: dict[str, Any] | None = None, **options: Any) -> "PlannedRun":
         """With other options of the run, or other devices."""
         config = self.config.__copy__()
         for name, value in options.items():
@@ -88,16 +95,16 @@ class Setting:
 
     @property
     def packed(self) -> bool:
-        return packs(self.config, self.loading.attn_implementation)
+        return can_pack_rows(self.config, self.loading.attn_implementation)
 
     @property
-    def accumulates(self) -> bool:
+    def is_accumulating(self) -> bool:
         """Whether an update is of several micro-batches."""
         return self.config.gradient_accumulation_steps > 1
 
     @property
-    def copied_critic(self) -> bool:
-        return self.config.advantage_estimator in WITH_CRITIC and self.config.critic_backbone == "copy"
+    def has_copied_critic(self) -> bool:
+        return self.config.advantage_estimator in CRITIC_ESTIMATORS and self.config.critic_backbone == "copy"
 
     def read(self, layer: int | None) -> int | None:
         """The layer whose policy a stage optimises, and so the last that runs in an update; None: all do."""
@@ -113,29 +120,31 @@ class Setting:
         return self.config.beta != 0 and not self.loading.use_peft
 
     @cached_property
-    def fullest(self) -> MicroBatch:
-        return fullest(self.config, self.longest, self.on, self.packed)
+    def largest_micro_batch(self) -> MicroBatch:
+        return find_largest_micro_batch(self.config, self.longest, self.on, self.packed)
 
     @cached_property
     def batches(self) -> list[MicroBatch]:
         """Micro-batches of a device and rollout batch, in the mean."""
-        return micro_batches(self.config, self.mean, self.on, self.packed)
+        return build_micro_batches(self.config, self.mean, self.on, self.packed)
 
     @cached_property
     def scored(self) -> list[MicroBatch]:
         """Passes that score a rollout batch of a device."""
-        return scored_batch(self.config, self.mean, self.on, self.packed)
+        return build_scoring_batches(self.config, self.mean, self.on, self.packed)
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> SavedActivations:
         """By the fullest micro-batch's forward pass."""
-        key = (self.fullest, self.precision)
+        key = (self.largest_micro_batch, self.precision)
         if key not in self.passes:
-            self.passes[key] = kept_by(self.model, list(blocks_of(self.model)), self.fullest.layout(), self.precision)
+            self.passes[key] = count_saved_activations(
+                self.model, list(get_blocks(self.model)), self.largest_micro_batch.layout(), self.precision
+            )
         return self.passes[key]
 
     @cached_property
-    def heads(self) -> list[Head]:
+    def heads(self) -> list[AttentionShape]:
         """Of each layer's attention."""
         called = self.kept.heads
         return called[:: max(1, len(called) // self.sizes.layers)]
@@ -157,7 +166,7 @@ class Setting:
         return config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
 
     @property
-    def cache_bytes(self) -> int:
+    def kv_cache_bytes(self) -> int:
         """Of the keys and values of a token."""
         size = 2 if self.config.use_vllm or self.precision == "bfloat16" else 4
         return size * sum(head.kv_heads * (head.key + head.value) for head in self.heads)

@@ -8,15 +8,15 @@ import math
 from dataclasses import dataclass
 
 from bupo.planning.flops import Flops
-from bupo.planning.memory import HALF, critic_weights, optimizer_bytes, vllm_bytes
-from bupo.planning.planned_run import Setting
+from bupo.planning.memory import HALF_BYTES, compute_vllm_bytes, count_critic_weights, get_optimizer_state_bytes
+from bupo.planning.planned_run import PlannedRun
 
 # readings and writings of a gradient besides the optimizer's: whether it is finite, its norm, and clipping it
-GRADIENT_PASSES, CLIPPING = 1, 3
+GRADIENT_PASSES, CLIPPING_PASSES = 1, 3
 
 
 @dataclass(frozen=True)
-class Seconds:
+class RolloutBatchSeconds:
     """Of a rollout batch. None where a rate that it takes is not known."""
 
     sampling: float | None
@@ -30,81 +30,81 @@ class Seconds:
         return sum(known) if len(known) == len(parts) else None
 
 
-def seconds(setting: Setting, layer: int | None, counted: Flops) -> Seconds:
+def estimate_seconds(setting: PlannedRun, layer: int | None, counted: Flops) -> RolloutBatchSeconds:
     """Of what `counted` is the arithmetic of."""
-    rate, speed = setting.on.rate(setting.half), setting.on.bytes_a_second
+    rate, speed = setting.on.rate(setting.half), setting.on.bytes_per_second
     if rate is None:
-        return Seconds(None, None, None)
+        return RolloutBatchSeconds(None, None, None)
     scoring = counted.scoring / rate
     if speed is None:
-        return Seconds(None, scoring, None)
-    update = counted.update / rate + setting.updates * optimizer_traffic(setting, layer) / speed
+        return RolloutBatchSeconds(None, scoring, None)
+    update = counted.update / rate + setting.updates * compute_optimizer_traffic(setting, layer) / speed
     server = setting.config.use_vllm and setting.config.vllm_mode == "server"
-    sampling = 0.0 if server else max(counted.sampling / rate, sampling_traffic(setting) / speed)
-    return Seconds(sampling, scoring, update)
+    sampling = 0.0 if server else max(counted.sampling / rate, compute_sampling_traffic(setting) / speed)
+    return RolloutBatchSeconds(sampling, scoring, update)
 
 
-def optimizer_traffic(setting: Setting, layer: int | None) -> float:
+def compute_optimizer_traffic(setting: PlannedRun, layer: int | None) -> float:
     """Bytes that one update reads and writes: weights and states, and the gradient several times."""
     count = setting.moved(layer)
     share = 1 if setting.on.shared in ("one", "ddp") else setting.on.processes
-    found = _stepped(setting, setting.config.optim.value, share) * count
-    if setting.copied_critic:  # its own AdamW, of all of it, which DeepSpeed does not share
+    found = _compute_step_traffic(setting, setting.config.optim.value, share) * count
+    if setting.has_copied_critic:  # its own AdamW, of all of it, which DeepSpeed does not share
         own = 1 if setting.on.shared.startswith("zero") else share
-        found += _stepped(setting, "adamw", own) * critic_weights(setting)
+        found += _compute_step_traffic(setting, "adamw", own) * count_critic_weights(setting)
     return found
 
 
-def _stepped(setting: Setting, optimizer: str, share: int) -> float:
+def _compute_step_traffic(setting: PlannedRun, optimizer: str, share: int) -> float:
     """Bytes a parameter that this device reads and writes where it steps one in `share` of them."""
     size = setting.trained_bytes if share == 1 else 4
-    gradient = size * (1 + GRADIENT_PASSES + (CLIPPING if setting.config.max_grad_norm else 0))
-    return (2 * size + gradient + 2 * optimizer_bytes(optimizer, size)) / share
+    gradient = size * (1 + GRADIENT_PASSES + (CLIPPING_PASSES if setting.config.max_grad_norm else 0))
+    return (2 * size + gradient + 2 * get_optimizer_state_bytes(optimizer, size)) / share
 
 
-def sampling_traffic(setting: Setting) -> float:
+def compute_sampling_traffic(setting: PlannedRun) -> float:
     """Bytes of weights and of keys and values that a device reads while it samples."""
-    size = HALF if setting.half else 4
-    weights = size * setting.sizes.weights / _tensor_parallel(setting)
+    size = HALF_BYTES if setting.half else 4
+    weights = size * setting.sizes.weights / _get_tensor_parallel_size(setting)
     length = setting.mean
     before = length.answer * (length.prompt + length.answer / 2)
-    return sampling_steps(setting) * weights + setting.answers * before * setting.cache_bytes
+    return count_sampling_steps(setting) * weights + setting.answers * before * setting.kv_cache_bytes
 
 
-def sampling_steps(setting: Setting) -> float:
+def count_sampling_steps(setting: PlannedRun) -> float:
     """Tokens that are sampled one after another: as many as the longest answer has, and more where not all fit at once."""
     longest = max(setting.longest.answer, setting.mean.answer)
     if not (setting.config.use_vllm and setting.config.vllm_mode == "colocate"):
         return longest
-    answers = setting.answers * _tensor_parallel(setting)
-    return max(longest, answers * setting.mean.answer / max(1.0, at_once(setting)))
+    answers = setting.answers * _get_tensor_parallel_size(setting)
+    return max(longest, answers * setting.mean.answer / max(1.0, count_concurrent_completions(setting)))
 
 
-def at_once(setting: Setting) -> float:
+def count_concurrent_completions(setting: PlannedRun) -> float:
     """Answers of the mean length whose keys and values vLLM has room for, beside its weights."""
-    return math.floor(vllm_room(setting) / (setting.cache_bytes * setting.mean.row))
+    return math.floor(compute_vllm_cache_bytes(setting) / (setting.kv_cache_bytes * setting.mean.row))
 
 
-def vllm_room(setting: Setting) -> float:
+def compute_vllm_cache_bytes(setting: PlannedRun) -> float:
     """Bytes for keys and values of the devices that share an engine."""
-    parts = _tensor_parallel(setting)
-    return max(0.0, parts * vllm_bytes(setting) - HALF * setting.sizes.weights)
+    parts = _get_tensor_parallel_size(setting)
+    return max(0.0, parts * compute_vllm_bytes(setting) - HALF_BYTES * setting.sizes.weights)
 
 
-def too_little(setting: Setting) -> str | None:
+def describe_vllm_shortage(setting: PlannedRun) -> str | None:
     """What is said where vLLM cannot hold its weights and the longest answer."""
     config = setting.config
     if not (config.use_vllm and config.vllm_mode == "colocate"):
         return None
-    wanted = setting.longest.row * setting.cache_bytes
-    if vllm_room(setting) >= wanted:
+    wanted = setting.longest.row * setting.kv_cache_bytes
+    if compute_vllm_cache_bytes(setting) >= wanted:
         return None
-    share = (HALF * setting.sizes.weights + wanted) / _tensor_parallel(setting) / setting.on.memory
+    share = (HALF_BYTES * setting.sizes.weights + wanted) / _get_tensor_parallel_size(setting) / setting.on.memory
     return (
         f"vLLM has no room: its weights and one answer take {share:.0%} of a device's memory, and "
         f"vllm_gpu_memory_utilization is {config.vllm_gpu_memory_utilization:g}"
     )
 
 
-def _tensor_parallel(setting: Setting) -> int:
+def _get_tensor_parallel_size(setting: PlannedRun) -> int:
     return setting.config.vllm_tensor_parallel_size if setting.config.use_vllm else 1

@@ -16,16 +16,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
-from bupo.models.hooks import on_input, on_output
-from bupo.models.packing import Layout, Packing
-from bupo.models.residual_stream import causal_lm
+from bupo.models.hooks import add_input_hook, add_output_hook
+from bupo.models.packing import PackedDecoder, PackedLayout
+from bupo.models.residual_stream import unwrap_causal_lm
 
-ATTENTION = "bupo_planned"  # the name of the attention
-SEVERAL_EXPERTS = 3  # dimensions of a parameter that holds the matrices of several
+ATTENTION_NAME = "bupo_planned"  # the name of the attention
+EXPERT_WEIGHT_DIMS = 3  # dimensions of a parameter that holds the matrices of several
 
 
 @dataclass(frozen=True)
-class Head:
+class AttentionShape:
     """An attention call's heads: its products take `2 heads (key + value)` FLOPs a pair of tokens."""
 
     heads: int
@@ -36,7 +36,7 @@ class Head:
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """Bytes that one forward pass of a decoder keeps.
 
     Attributes:
@@ -52,10 +52,10 @@ class Kept:
     blocks: list[int] = field(default_factory=list)
     stream: int = 0
     largest: int = 0
-    heads: list[Head] = field(default_factory=list)
+    heads: list[AttentionShape] = field(default_factory=list)
 
 
-class _Flash(torch.autograd.Function):
+class _FlashAttentionStub(torch.autograd.Function):
     """Keeps what flash attention keeps, and computes nothing."""
 
     @staticmethod
@@ -69,14 +69,16 @@ class _Flash(torch.autograd.Function):
         raise NotImplementedError("what is kept is counted, and nothing is differentiated")
 
 
-def _attention(heads: list[Head], dtype: torch.dtype | None) -> Callable:
+def _make_attention(heads: list[AttentionShape], dtype: torch.dtype | None) -> Callable:
     """An attention function of transformers that notes its heads; `dtype` is autocast's.
 
     With a mask it is a CPU's: heads that share keys get copies of them.
     """
 
     def attend(module: nn.Module, query, key, value, attention_mask, **kwargs):
-        heads.append(Head(query.size(1), query.size(3), value.size(3), key.size(1), kwargs.get("sliding_window")))
+        heads.append(
+            AttentionShape(query.size(1), query.size(3), value.size(3), key.size(1), kwargs.get("sliding_window"))
+        )
         if dtype:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         mask = None
@@ -84,17 +86,17 @@ def _attention(heads: list[Head], dtype: torch.dtype | None) -> Callable:
             mask = query.new_empty(attention_mask.shape)  # as numbers that are added
             copies = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (key, value))
-        return _Flash.apply(query, key, value, mask).transpose(1, 2), None
+        return _FlashAttentionStub.apply(query, key, value, mask).transpose(1, 2), None
 
     return attend
 
 
-AttentionInterface.register(ATTENTION, _attention([], None))
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION_NAME, _make_attention([], None))
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
 
 
 @contextmanager
-def _precision(model: nn.Module, precision: str) -> Iterator[None]:
+def _in_precision(model: nn.Module, precision: str) -> Iterator[None]:
     """Inside, the model's weights are of this precision, or its linear layers compute as autocast lets them."""
     half = torch.bfloat16
     with ExitStack() as stack:
@@ -102,7 +104,9 @@ def _precision(model: nn.Module, precision: str) -> Iterator[None]:
             model.to(half)
             stack.callback(model.to, torch.float32)
         elif precision == "autocast":
-            head = causal_lm(model).get_output_embeddings()  # it may be the embedding, too, and nothing runs it here
+            head = unwrap_causal_lm(
+                model
+            ).get_output_embeddings()  # it may be the embedding, too, and nothing runs it here
             for module in model.modules():
                 if isinstance(module, nn.Linear | Conv1D) and module is not head:
                     module.to(half)
@@ -112,25 +116,29 @@ def _precision(model: nn.Module, precision: str) -> Iterator[None]:
         yield
 
 
-def kept_by(model: nn.Module, blocks: Sequence[nn.Module], rows: Layout | tuple[int, int], precision: str) -> Kept:
+def count_saved_activations(
+    model: nn.Module, blocks: Sequence[nn.Module], rows: PackedLayout | tuple[int, int], precision: str
+) -> SavedActivations:
     """Run a decoder on the meta device.
 
     Args:
-        model (`nn.Module`): on the meta device, its attention [`ATTENTION`].
+        model (`nn.Module`): on the meta device, its attention [`ATTENTION_NAME`].
         blocks (`Sequence[nn.Module]`): the decoder's.
-        rows ([`~bupo.models.packing.Layout`] or `tuple[int, int]`): as segments of a packed row, or so many rows of a length.
+        rows ([`~bupo.models.packing.PackedLayout`] or `tuple[int, int]`): as segments of a packed row, or so many rows of a length.
         precision (`str`): `float32` or `bfloat16` weights, or fp32 weights under bf16 `autocast`.
     """
-    experts = any(p.dim() == SEVERAL_EXPERTS for block in blocks for p in block.parameters())
+    experts = any(p.dim() == EXPERT_WEIGHT_DIMS for block in blocks for p in block.parameters())
     if experts and precision == "float32":  # grouped products on the meta device are of 16-bit numbers
-        return _doubled(kept_by(model, blocks, rows, "bfloat16"))
-    with _precision(model, precision):
-        return _run(model, blocks, rows, torch.bfloat16 if precision == "autocast" else None)
+        return _double(count_saved_activations(model, blocks, rows, "bfloat16"))
+    with _in_precision(model, precision):
+        return _run_forward(model, blocks, rows, torch.bfloat16 if precision == "autocast" else None)
 
 
-def _run(model: nn.Module, blocks: Sequence[nn.Module], rows: Layout | tuple[int, int], dtype) -> Kept:
-    inner: Any = causal_lm(model)
-    found = Kept()
+def _run_forward(
+    model: nn.Module, blocks: Sequence[nn.Module], rows: PackedLayout | tuple[int, int], dtype
+) -> SavedActivations:
+    inner: Any = unwrap_causal_lm(model)
+    found = SavedActivations()
     weights = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[StorageWeakRef, torch.Tensor] = {}
     spent = [0] * (len(blocks) + 2)
@@ -150,14 +158,14 @@ def _run(model: nn.Module, blocks: Sequence[nn.Module], rows: Layout | tuple[int
         nonlocal place
         place, found.stream = number, states.numel() * states.element_size()
 
-    AttentionInterface.register(ATTENTION, _attention(found.heads, dtype))
+    AttentionInterface.register(ATTENTION_NAME, _make_attention(found.heads, dtype))
     with ExitStack() as stack:
         for number, block in enumerate(blocks, 1):
-            on_input(block, partial(enter, number), stack)
-        on_output(blocks[-1], partial(enter, len(blocks) + 1), stack)
+            add_input_hook(block, partial(enter, number), stack)
+        add_output_hook(blocks[-1], partial(enter, len(blocks) + 1), stack)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
-        if isinstance(rows, Layout):
-            with Packing(inner).over(rows):
+        if isinstance(rows, PackedLayout):
+            with PackedDecoder(inner).over(rows):
                 inner.base_model(**rows.inputs, use_cache=False)
         else:
             ids = torch.zeros(rows, dtype=torch.long, device="meta")
@@ -166,7 +174,7 @@ def _run(model: nn.Module, blocks: Sequence[nn.Module], rows: Layout | tuple[int
     return found
 
 
-def _doubled(kept: Kept) -> Kept:
+def _double(kept: SavedActivations) -> SavedActivations:
     """In fp32 what was counted in bf16."""
     sizes = {name: 2 * getattr(kept, name) for name in ("before", "after", "stream", "largest")}
     return replace(kept, blocks=[2 * size for size in kept.blocks], **sizes)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from bupo.reports.html import script_json, write_html
-from bupo.utils.sanitize import csv_cell
+from bupo.reports.html import dump_script_json, write_html
+from bupo.utils.sanitize import escape_csv_cell
 
 MEASURE_NAMES = {
     "entropy_layer": "entropy of the layer policy (nats)",
@@ -29,7 +29,9 @@ MEASURE_NAMES = {
 }
 
 
-def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, list[dict]], path: str | Path) -> None:
+def write_analysis_page(
+    table: pd.DataFrame, summary: Sequence[dict], views: dict[str, list[dict]], path: str | Path
+) -> None:
     """Write the page.
 
     Args:
@@ -41,28 +43,28 @@ def write_page(table: pd.DataFrame, summary: Sequence[dict], views: dict[str, li
     layers: dict[str, dict] = {}
     for (model, measure), rows in table.groupby(["model", "measure"], sort=False):
         layers.setdefault(str(model), {})[str(measure)] = {
-            column: [_number(x) for x in rows[column]] for column in ("mean", "low", "high", "std")
+            column: [_round_number(x) for x in rows[column]] for column in ("mean", "low", "high", "std")
         }
     data = {
-        "models": [model | {name: _rounded(model[name]) for name in ("similarity", "kl")} for model in summary],
+        "models": [model | {name: _round_matrix(model[name]) for name in ("similarity", "kl")} for model in summary],
         "layers": layers,
         "views": views,
         "names": MEASURE_NAMES,
-        "csv": table.assign(model=table["model"].map(csv_cell)).to_csv(index=False, float_format="%.6g"),
+        "csv": table.assign(model=table["model"].map(escape_csv_cell)).to_csv(index=False, float_format="%.6g"),
     }
     write_html(
         path,
         "page.html.jinja",
         models=summary,
-        data=script_json(data),
+        data=dump_script_json(data),
         plotly=get_plotlyjs(),
         names=MEASURE_NAMES,
     )
 
 
-def _rounded(matrix: list[list[float]] | None) -> list[list[float]] | None:
+def _round_matrix(matrix: list[list[float]] | None) -> list[list[float]] | None:
     return matrix and [[round(x, 3) for x in row] for row in matrix]
 
 
-def _number(x: float) -> float | None:
+def _round_number(x: float) -> float | None:
     return None if math.isnan(x) else float(f"{x:.5g}")

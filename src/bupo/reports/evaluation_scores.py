@@ -9,31 +9,31 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from bupo.reports.figures import pass_figure
-from bupo.utils.files import in_one_piece, write_text
-from bupo.utils.sanitize import csv_cell, markdown_cell, markdown_table, printable
+from bupo.reports.figures import draw_pass_figure
+from bupo.utils.files import atomic_write, write_text
+from bupo.utils.sanitize import escape_csv_cell, escape_markdown_cell, escape_text, format_markdown_table
 
 VERDICT_COLUMNS = ("no answer", "not worked out", "timed out", "why no answer")
-TEXTS = ("benchmark", "metric", "task", "why no answer")  # columns that are no numbers of ours
-DIFFERENCE = "difference [95 %]"
+TEXT_COLUMNS = ("benchmark", "metric", "task", "why no answer")  # columns that are no numbers of ours
+DIFFERENCE_COLUMN = "difference [95 %]"
 
 
-def percent(value: float, interval: tuple[float, float]) -> str:
+def format_percent(value: float, interval: tuple[float, float]) -> str:
     """A share and its interval, in percent."""
     return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def score_rows(summary: dict) -> list[dict[str, str]]:
+def build_score_rows(summary: dict) -> list[dict[str, str]]:
     """One row a benchmark of sampled answers. `strict` is the avg@k of the strict verdicts, all else math-verify's.
 
     Columns are named by the number of answers a problem, `avg@16`; where benchmarks have different ones, that is a column, `k`.
     """
-    at, rows = _at(summary), []
+    at, rows = _get_k_label(summary), []
     for label, found in summary["benchmarks"].items():
         k, verdicts = found["k"], found["verdicts"]
         row = {"benchmark": label, "n": str(found["problems"])}
         row |= {"k": str(k)} if at == "k" else {}
-        row |= {f"avg@{at} [95 %]": percent(found["avg@k"], found["avg@k_interval"])}
+        row |= {f"avg@{at} [95 %]": format_percent(found["avg@k"], found["avg@k_interval"])}
         row["strict"] = f"{100 * found['strict_avg@k']:.1f}"
         if at != "1":  # of one answer all three are the same
             row[f"pass@{at}"] = f"{100 * found['pass@k'][str(k)]:.1f}"
@@ -47,18 +47,18 @@ def score_rows(summary: dict) -> list[dict[str, str]]:
             "why no answer": ", ".join(f"{count} {reason}" for reason, count in found["no_answer_reasons"].items()),
         }
         if "difference" in found:
-            row[DIFFERENCE] = percent(found["difference"], found["difference_interval"])
+            row[DIFFERENCE_COLUMN] = format_percent(found["difference"], found["difference_interval"])
         rows.append(row)
     return rows
 
 
-def _at(summary: dict) -> str:
+def _get_k_label(summary: dict) -> str:
     """What stands behind avg@: the answers a problem, or `k` where benchmarks have different ones."""
     ks = {str(found["k"]) for found in summary["benchmarks"].values()}
     return ks.pop() if len(ks) == 1 else "k"
 
 
-def average_row(summary: dict) -> list[dict[str, str]]:
+def build_average_row(summary: dict) -> list[dict[str, str]]:
     """The mean of several benchmarks' avg@k, each with the same weight as in the paper's table 1. No row for one.
 
     Its interval takes the benchmarks' to be independent: the root of the summed squares of their half widths.
@@ -70,17 +70,17 @@ def average_row(summary: dict) -> list[dict[str, str]]:
     half = math.hypot(*((row["avg@k_interval"][1] - row["avg@k_interval"][0]) / 2 for row in found)) / len(found)
     strict = sum(row["strict_avg@k"] for row in found) / len(found)
     interval = (max(0.0, mean - half), min(1.0, mean + half))
-    average = {"benchmark": "average", f"avg@{_at(summary)} [95 %]": percent(mean, interval)}
+    average = {"benchmark": "average", f"avg@{_get_k_label(summary)} [95 %]": format_percent(mean, interval)}
     return [average | {"strict": f"{100 * strict:.1f}"}]
 
 
-def harness_rows(summary: dict) -> list[dict[str, str]]:
+def build_harness_rows(summary: dict) -> list[dict[str, str]]:
     """One row a benchmark of the harness."""
     return [
         {
             "benchmark": label,
             "n": str(found["problems"]),
-            "score [95 %]": _harness_score(found["score"], found["interval"]),
+            "score [95 %]": _format_harness_score(found["score"], found["interval"]),
             "metric": found["metric"],
             "task": found["task"],
         }
@@ -88,55 +88,69 @@ def harness_rows(summary: dict) -> list[dict[str, str]]:
     ]
 
 
-def _harness_score(score: float, interval: tuple[float, float] | None) -> str:
+def _format_harness_score(score: float, interval: tuple[float, float] | None) -> str:
     """In percent, unless the metric is no share (a perplexity)."""
     if not 0 <= score <= 1:
         return f"{score:.4g} (no share)"
     low, high = interval or (0.0, 1.0)
-    return percent(score, (max(0.0, low), min(1.0, high)))
+    return format_percent(score, (max(0.0, low), min(1.0, high)))
 
 
-def score_tables(summary: dict) -> list[Table]:
+def render_score_tables(summary: dict) -> list[Table]:
     """For the terminal, each within 80 columns: the numbers, what became of answers that are neither right nor wrong, the
     difference to another run, and the harness' numbers.
     """
     layer = f", layer {summary['meta']['layer']}" if summary["meta"].get("layer") else ""
-    rows, title = score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
+    rows, title = build_score_rows(summary), f"{summary['meta']['model']}{layer}, in percent"
     verdicts = [name for name in VERDICT_COLUMNS if any(row[name] not in ("0", "") for row in rows)]
-    left_out = (*VERDICT_COLUMNS, DIFFERENCE, "maj@k")  # the last beside a column of k would not fit
+    left_out = (*VERDICT_COLUMNS, DIFFERENCE_COLUMN, "maj@k")  # the last beside a column of k would not fit
     numbers = [name for name in (rows[0] if rows else ()) if name not in left_out]
     parts = [
-        (title, [*rows, *average_row(summary)], numbers),
+        (title, [*rows, *build_average_row(summary)], numbers),
         ("neither right nor wrong", rows if verdicts else [], ["benchmark", *verdicts]),
-        (f"less {summary.get('compared_with')}", [r for r in rows if DIFFERENCE in r], ["benchmark", DIFFERENCE]),
-        (f"{title}, by lm-eval-harness", harness_rows(summary), ["benchmark", "n", "score [95 %]", "metric", "task"]),
+        (
+            f"less {summary.get('compared_with')}",
+            [r for r in rows if DIFFERENCE_COLUMN in r],
+            ["benchmark", DIFFERENCE_COLUMN],
+        ),
+        (
+            f"{title}, by lm-eval-harness",
+            build_harness_rows(summary),
+            ["benchmark", "n", "score [95 %]", "metric", "task"],
+        ),
     ]
-    return [_table(*part) for part in parts if part[1]]
+    return [_render_table(*part) for part in parts if part[1]]
 
 
-def _table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
-    table = Table(title=Text(printable(title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _render_table(title: str, rows: list[dict[str, str]], names: list[str]) -> Table:
+    table = Table(title=Text(escape_text(title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name != "why no answer")
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=name != "why no answer")
     for row in rows:
-        table.add_row(*(Text(printable(row.get(name, ""))) for name in names))
+        table.add_row(*(Text(escape_text(row.get(name, ""))) for name in names))
     return table
 
 
 def write_scores(summary: dict, folder: Path) -> None:
     """`table.md`, `table.csv`, the same of the harness' benchmarks, and `pass_at_k.png`."""
-    for name, rows in (("table", score_rows(summary) + average_row(summary)), ("harness", harness_rows(summary))):
+    for name, rows in (
+        ("table", build_score_rows(summary) + build_average_row(summary)),
+        ("harness", build_harness_rows(summary)),
+    ):
         if rows:
             table = pd.DataFrame(rows).fillna("")
-            with in_one_piece(folder / f"{name}.csv") as part:
-                _written(table, csv_cell).to_csv(part, index=False)
-            write_text(folder / f"{name}.md", markdown_table(_written(table, markdown_cell).to_dict("records")))
+            with atomic_write(folder / f"{name}.csv") as part:
+                _escape_texts(table, escape_csv_cell).to_csv(part, index=False)
+            write_text(
+                folder / f"{name}.md",
+                format_markdown_table(_escape_texts(table, escape_markdown_cell).to_dict("records")),
+            )
     found = summary["benchmarks"]
     if found:
         others = {label: row["compared_pass@k"] for label, row in found.items() if "compared_pass@k" in row}
-        pass_figure({label: row["pass@k"] for label, row in found.items()}, folder / "pass_at_k.png", others)
+        draw_pass_figure({label: row["pass@k"] for label, row in found.items()}, folder / "pass_at_k.png", others)
 
 
-def _written(table: pd.DataFrame, cell: Callable[[str], str]) -> pd.DataFrame:
+def _escape_texts(table: pd.DataFrame, cell: Callable[[str], str]) -> pd.DataFrame:
     """The table with the names of others as they may stand in a file."""
-    return table.assign(**{name: table[name].map(cell) for name in TEXTS if name in table})
+    return table.assign(**{name: table[name].map(cell) for name in TEXT_COLUMNS if name in table})

@@ -8,23 +8,23 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from bupo.utils.files import in_one_piece
+from bupo.utils.files import atomic_write
 
-STATIC = Path(__file__).parent / "static"
+STATIC_DIR = Path(__file__).parent / "static"
 
 
-def inlined(text: str) -> Markup:
+def escape_inline(text: str) -> Markup:
     """A script or style as it may stand in its element: in a string, `</script>` would end it and `<!--` hide its end."""
     text = re.sub("<(?=/(script|style))", r"<\\", text, flags=re.IGNORECASE)
     return Markup(text.replace("<!--", r"\x3c!--"))
 
 
-def _static(name: str) -> Markup:
-    return inlined((STATIC / name).read_text(encoding="utf-8"))
+def _read_static(name: str) -> Markup:
+    return escape_inline((STATIC_DIR / name).read_text(encoding="utf-8"))
 
 
 _TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("bupo", "reports"), autoescape=True)
-_TEMPLATES.globals["static"] = _static
+_TEMPLATES.globals["static"] = _read_static
 # the page's own scripts and styles, which are inside it, and pictures made by them: nothing is loaded or sent
 _TEMPLATES.globals["policy"] = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
@@ -40,11 +40,11 @@ def write_html(path: str | Path, template: str, **names) -> None:
         template (`str`): file name of the template. What it is given is escaped unless it says `safe`.
         names: what the template reads.
     """
-    with in_one_piece(Path(path)) as part:
+    with atomic_write(Path(path)) as part:
         part.write_text(_TEMPLATES.get_template(template).render(**names), encoding="utf-8", errors="replace")
 
 
-def script_json(data: dict) -> str:
+def dump_script_json(data: dict) -> str:
     """JSON that may stand inside a script element: a model may well have written `</script>`. NaN becomes null."""
 
     def clean(value):

@@ -10,13 +10,20 @@ from typing import Literal
 import pandas as pd
 
 from bupo.reports.run_records import Score
-from bupo.reports.run_settings import Setting
-from bupo.reports.seed_comparison import Benchmark, Group, Seed, alike, benchmark_names, short_model
-from bupo.utils.sanitize import csv_cell, markdown_cell
-from bupo.utils.statistics import OverSeeds, over_seeds
+from bupo.reports.run_settings import RunSettings
+from bupo.reports.seed_comparison import (
+    BenchmarkKey,
+    Seed,
+    SeedGroup,
+    find_comparable_groups,
+    get_benchmark_names,
+    shorten_model_name,
+)
+from bupo.utils.sanitize import escape_csv_cell, escape_markdown_cell
+from bupo.utils.statistics import SeedStatistics, compute_seed_statistics
 
-Kind = Literal["mean", "sd", "difference"]
-AVERAGE: Benchmark = ("average", "", 0, ())
+StatisticKind = Literal["mean", "sd", "difference"]
+AVERAGE_BENCHMARK: BenchmarkKey = ("average", "", 0, ())
 SEEDS_NOTE = (
     "Mean over seeds with Student's 95 % interval, in percent; n seeds. Of one seed, or of a model that is not trained, the "
     "interval is over problems."
@@ -24,7 +31,7 @@ SEEDS_NOTE = (
 
 
 @dataclass(frozen=True)
-class Number:
+class SeedStatistic:
     """A number over seeds.
 
     Attributes:
@@ -34,13 +41,13 @@ class Number:
     """
 
     values: Mapping[Seed, float]
-    kind: Kind = "mean"
+    kind: StatisticKind = "mean"
     problems: tuple[float, float] | None = None
 
     @property
-    def over(self) -> OverSeeds:
+    def over(self) -> SeedStatistics:
         """Mean, deviation and interval."""
-        return over_seeds(list(self.values.values()))
+        return compute_seed_statistics(list(self.values.values()))
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -59,29 +66,33 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """One of the paper's tables.
 
     Attributes:
         number (`int`), title, note (`str`): of the paper's; what it shows; how to read it.
         heads (`list[str]`): of the columns.
-        rows (`list[tuple[Group, list]]`): whose row it is, and its cells: text, [`Number`] or None.
+        rows (`list[tuple[Group, list]]`): whose row it is, and its cells: text, [`SeedStatistic`] or None.
     """
 
     number: int
     title: str
     note: str
     heads: list[str]
-    rows: list[tuple[Group, list[str | Number | None]]]
+    rows: list[tuple[SeedGroup, list[str | SeedStatistic | None]]]
 
     def frame(self) -> pd.DataFrame:
         """A row a number: table, method, column, mean, sd, low, high, n, kind."""
         found = []
         for group, cells in self.rows:
             for head, cell in zip(self.heads, cells, strict=True):
-                if isinstance(cell, Number):
+                if isinstance(cell, SeedStatistic):
                     low, high = cell.interval or (math.nan, math.nan)
-                    names = {"table": self.number, "method": csv_cell(group.name), "column": csv_cell(head)}
+                    names = {
+                        "table": self.number,
+                        "method": escape_csv_cell(group.name),
+                        "column": escape_csv_cell(head),
+                    }
                     over = {"mean": cell.over.mean, "sd": cell.over.sd, "low": low, "high": high, "n": cell.over.n}
                     found.append(names | over | {"kind": cell.kind})
         return pd.DataFrame(found)
@@ -89,146 +100,156 @@ class Table:
     def markdown(self) -> str:
         """As a Markdown table."""
 
-        def shown(cell: str | Number | None) -> str:
-            return str(cell or "") if isinstance(cell, Number) else markdown_cell(cell or "")
+        def shown(cell: str | SeedStatistic | None) -> str:
+            return str(cell or "") if isinstance(cell, SeedStatistic) else escape_markdown_cell(cell or "")
 
-        lines: list[Sequence[str | Number | None]] = [self.heads, *(cells for _, cells in self.rows)]
+        lines: list[Sequence[str | SeedStatistic | None]] = [self.heads, *(cells for _, cells in self.rows)]
         text = ["| " + " | ".join(map(shown, line)) + " |" for line in lines]
         return "\n".join([text[0], "|" + "---|" * len(self.heads), *text[1:]]) + "\n"
 
 
-def tables(groups: Sequence[Group]) -> list[Table]:
+def build_paper_tables(groups: Sequence[SeedGroup]) -> list[PaperTable]:
     """The tables that these runs allow, in the paper's order."""
     scored = [group for group in groups if group.scores]
     found = [
-        _methods(scored),
-        _varied(scored, 2, "Length of the first phase", "batches", _without_length, _length),
-        _varied(scored, 3, "Layer of the first phase", "layer", _without_layer, lambda s: s.layer or "none"),
-        _varied(scored, 5, "Lens of the first phase", "lens", lambda s: replace(s, lens=""), _lens),
-        _seeds(scored),
-        _baselines(scored),
+        _build_methods_table(scored),
+        _build_ablation_table(scored, 2, "Length of the first phase", "batches", _drop_length, _get_length_label),
+        _build_ablation_table(scored, 3, "Layer of the first phase", "layer", _drop_layer, lambda s: s.layer or "none"),
+        _build_ablation_table(
+            scored, 5, "Lens of the first phase", "lens", lambda s: replace(s, lens=""), _get_lens_label
+        ),
+        _build_seeds_table(scored),
+        _build_baselines_table(scored),
     ]
     return [table for table in found if table.rows]
 
 
-def _without_length(setting: Setting) -> Setting:
+def _drop_length(setting: RunSettings) -> RunSettings:
     return replace(setting, stages=tuple((layer, 0) for layer, _ in setting.stages), guard=True)
 
 
-def _length(setting: Setting) -> str:
+def _get_length_label(setting: RunSettings) -> str:
     return "auto" if setting.stages and not setting.steps else str(setting.steps)
 
 
-def _without_layer(setting: Setting) -> Setting:
+def _drop_layer(setting: RunSettings) -> RunSettings:
     return replace(setting, stages=tuple(("", batches) for _, batches in setting.stages))
 
 
-def _lens(setting: Setting) -> str:
+def _get_lens_label(setting: RunSettings) -> str:
     return {"raw": "raw", "final_norm": "final norm"}.get(setting.lens, setting.lens) if setting.stages else "none"
 
 
-def _methods(groups: Sequence[Group]) -> Table:
+def _build_methods_table(groups: Sequence[SeedGroup]) -> PaperTable:
     """Table 1."""
-    return _table(1, "Methods and benchmarks", groups, [[] for _ in groups], [])
+    return _build_table(1, "Methods and benchmarks", groups, [[] for _ in groups], [])
 
 
-def _varied(groups, number: int, title: str, head: str, blank, value: Callable[[Setting], str]) -> Table:
+def _build_ablation_table(
+    groups, number: int, title: str, head: str, blank, value: Callable[[RunSettings], str]
+) -> PaperTable:
     """Rows that differ in one thing of the first phase, and the same without a first phase before them."""
-    rows: list[Group] = []
-    for same in alike([group for group in groups if group.setting.stages], blank):
+    rows: list[SeedGroup] = []
+    for same in find_comparable_groups([group for group in groups if group.setting.stages], blank):
         if len({value(group.setting) for group in same}) > 1:
             rows += [g for g in groups if g.setting == same[0].setting.baseline and g not in rows] + same
-    return _table(number, title, rows, [[value(group.setting)] for group in rows], [head])
+    return _build_table(number, title, rows, [[value(group.setting)] for group in rows], [head])
 
 
-def _baselines(groups: Sequence[Group]) -> Table:
+def _build_baselines_table(groups: Sequence[SeedGroup]) -> PaperTable:
     """Table 11: what is trained of the model, and a first phase, beside GRPO."""
-    rows: list[Group] = []
-    for same in alike(groups, lambda setting: setting.baseline):
+    rows: list[SeedGroup] = []
+    for same in find_comparable_groups(groups, lambda setting: setting.baseline):
         if any(group.setting.frozen is not None or group.setting.slow or group.setting.rates for group in same):
             rows += [g for g in same if g.setting.estimator == "GRPO"]
-    return _table(11, "Layers frozen or slow, and a first phase", rows, [[] for _ in rows], [])
+    return _build_table(11, "Layers frozen or slow, and a first phase", rows, [[] for _ in rows], [])
 
 
-def _table(number: int, title: str, rows: Sequence[Group], texts: list[list[str]], heads: list[str]) -> Table:
+def _build_table(
+    number: int, title: str, rows: Sequence[SeedGroup], texts: list[list[str]], heads: list[str]
+) -> PaperTable:
     """Names, texts and the scores of each row."""
-    named, names = _names(rows)
-    benchmarks = _benchmarks(rows)
+    named, names = _get_name_columns(rows)
+    benchmarks = _get_benchmark_columns(rows)
     cells = [
-        [*name, *text, *(_score(group, benchmark, benchmarks) for benchmark in benchmarks)]
+        [*name, *text, *(_get_score(group, benchmark, benchmarks) for benchmark in benchmarks)]
         for group, name, text in zip(rows, names, texts, strict=True)
     ]
-    return Table(number, title, SEEDS_NOTE, [*named, *heads, *benchmarks.values()], list(zip(rows, cells, strict=True)))
+    return PaperTable(
+        number, title, SEEDS_NOTE, [*named, *heads, *benchmarks.values()], list(zip(rows, cells, strict=True))
+    )
 
 
-def _names(rows: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+def _get_name_columns(rows: Sequence[SeedGroup]) -> tuple[list[str], list[list[str]]]:
     """The columns that name a row: the model where there are several, and the method."""
     if len({group.setting.model for group in rows}) > 1:
-        return ["model", "method"], [[short_model(group.setting.model), group.label] for group in rows]
+        return ["model", "method"], [[shorten_model_name(group.setting.model), group.label] for group in rows]
     return ["method"], [[group.label] for group in rows]
 
 
-def _benchmarks(rows: Sequence[Group]) -> dict[Benchmark, str]:
+def _get_benchmark_columns(rows: Sequence[SeedGroup]) -> dict[BenchmarkKey, str]:
     """The columns of scores: the benchmarks, and their average where there are several."""
-    names = benchmark_names(rows)
-    return names | ({AVERAGE: "average"} if len(names) > 1 else {})
+    names = get_benchmark_names(rows)
+    return names | ({AVERAGE_BENCHMARK: "average"} if len(names) > 1 else {})
 
 
-def _score(group: Group, benchmark: Benchmark, benchmarks: Mapping[Benchmark, str]) -> Number | None:
+def _get_score(
+    group: SeedGroup, benchmark: BenchmarkKey, benchmarks: Mapping[BenchmarkKey, str]
+) -> SeedStatistic | None:
     """A group's number on a benchmark. Its average is over all the table's benchmarks, of the seeds that have them all."""
-    if benchmark == AVERAGE:
-        all_of = [group.scores.get(each, {}) for each in benchmarks if each != AVERAGE]
+    if benchmark == AVERAGE_BENCHMARK:
+        all_of = [group.scores.get(each, {}) for each in benchmarks if each != AVERAGE_BENCHMARK]
         seeds = [seed for seed in all_of[0] if all(seed in of for of in all_of)]
-        by_seed = {seed: _average([of[seed] for of in all_of]) for seed in seeds}
+        by_seed = {seed: _average_benchmarks([of[seed] for of in all_of]) for seed in seeds}
     else:
         by_seed = dict(group.scores.get(benchmark, {}))
     if not by_seed:
         return None
     first = next(iter(by_seed.values()))
     problems = (100 * first.low, 100 * first.high) if len(by_seed) == 1 and first.low < first.high else None
-    return Number({seed: 100 * score.value for seed, score in by_seed.items()}, problems=problems)
+    return SeedStatistic({seed: 100 * score.value for seed, score in by_seed.items()}, problems=problems)
 
 
-def _average(scores: Sequence[Score]) -> Score:
+def _average_benchmarks(scores: Sequence[Score]) -> Score:
     """With the interval of independent benchmarks: the root of the summed squares of their half widths."""
     mean = sum(score.value for score in scores) / len(scores)
     half = math.hypot(*((score.high - score.low) / 2 for score in scores)) / len(scores)
     return Score(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def _seeds(groups: Sequence[Group]) -> Table:
+def _build_seeds_table(groups: Sequence[SeedGroup]) -> PaperTable:
     """Table 10: mean and deviation over seeds, and the difference to GRPO of the same options, paired by seed."""
     scored = [sorted({s for of in group.scores.values() for s in of if s is not None}) for group in groups]
     rows, seeds = [g for g, s in zip(groups, scored, strict=True) if len(s) > 1], [s for s in scored if len(s) > 1]
-    named, names = _names(rows)
-    benchmarks = _benchmarks(rows)
+    named, names = _get_name_columns(rows)
+    benchmarks = _get_benchmark_columns(rows)
     by_setting = {group.setting: group for group in groups}
-    cells: list[list[str | Number | None]] = []
+    cells: list[list[str | SeedStatistic | None]] = []
     for group, name, own_seeds in zip(rows, names, seeds, strict=True):
-        numbers: list[Number | None] = []
+        numbers: list[SeedStatistic | None] = []
         for benchmark in benchmarks:
-            own, other = _score(group, benchmark, benchmarks), by_setting.get(group.setting.baseline)
-            base = _score(other, benchmark, benchmarks) if other and other is not group else None
-            numbers += [own and replace(own, kind="sd", problems=None), _difference(base, own)]
-        cells.append([*name, _seed_list(own_seeds), *numbers])
+            own, other = _get_score(group, benchmark, benchmarks), by_setting.get(group.setting.baseline)
+            base = _get_score(other, benchmark, benchmarks) if other and other is not group else None
+            numbers += [own and replace(own, kind="sd", problems=None), _compute_difference(base, own)]
+        cells.append([*name, _format_seeds(own_seeds), *numbers])
     heads = [head for name in benchmarks.values() for head in (name, f"{name}, less GRPO")]
     note = (
         "Mean ± standard deviation over n seeds, in percent, and the difference to GRPO of the same options, paired by seed, "
         "with Student's 95 % interval."
     )
-    return Table(10, "Over seeds", note, [*named, "seeds", *heads], list(zip(rows, cells, strict=True)))
+    return PaperTable(10, "Over seeds", note, [*named, "seeds", *heads], list(zip(rows, cells, strict=True)))
 
 
-def _seed_list(seeds: Sequence[int]) -> str:
+def _format_seeds(seeds: Sequence[int]) -> str:
     """`1, 2, 5`; where there are many that follow one another, `1 to 20`."""
     if len(seeds) > 4 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
 
 
-def _difference(base: Number | None, own: Number | None) -> Number | None:
-    """As `bupo.utils.statistics.paired`, seed by seed. None where no seed is in both."""
+def _compute_difference(base: SeedStatistic | None, own: SeedStatistic | None) -> SeedStatistic | None:
+    """As `bupo.utils.statistics.compute_paired_difference`, seed by seed. None where no seed is in both."""
     if base is None or own is None:
         return None
     both = {seed: own.values[seed] - base.values[seed] for seed in own.values if seed in base.values}
-    return Number(both, "difference") if both else None
+    return SeedStatistic(both, "difference") if both else None

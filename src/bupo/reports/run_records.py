@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bupo.reports.run_settings import Setting, setting_of
+from bupo.reports.run_settings import RunSettings, parse_run_settings
 from bupo.reports.table_files import (
-    LONGEST,
-    MOST,
-    name_of,
+    MAX_ITEMS,
+    MAX_NAME_LENGTH,
     read_config,
-    read_json,
-    read_rows,
-    read_table,
+    read_json_lines,
+    read_json_mapping,
+    read_table_rows,
+    sanitize_name,
 )
 from bupo.run_files.provenance import CONFIG_FILE, RUN_FILE
-from bupo.utils.log_values import number
-from bupo.utils.safe_read import Unreadable, there
+from bupo.utils.log_values import get_number
+from bupo.utils.safe_read import UnreadableFolderError, has_regular_file
 
 # of metrics.jsonl, besides avg@k and pass@k of evaluations while training
-SERIES = (
+SERIES_METRICS = (
     "reward", "reward_std", "entropy", "internal/entropy", "completions/mean_length", "completions/clipped_ratio",
     "completions/repetition", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", "kl_old",
     "frac_reward_zero_std", "grad_norm", "loss", "learning_rate", "critic/value_loss", "critic/explained_variance",
@@ -32,7 +32,7 @@ LAYER_MEASURES = ("d_entropy_ffn", "d_entropy_attn", "d_entropy_layer", "entropy
 
 Points = dict[float, float]  # value by rollout batch
 Dynamics = dict[tuple[str, int, int], Points]  # by measure, layer and later layer
-Curve = list[tuple[float, float, float] | None]  # mean and interval by layer, from the first
+LayerCurve = list[tuple[float, float, float] | None]  # mean and interval by layer, from the first
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRecord:
     """A training run.
 
     Attributes:
         folder (`Path`): as it was given.
-        setting ([`Setting`]), seed (`int`): what was asked for.
+        setting ([`RunSettings`]), seed (`int`): what was asked for.
         series (`dict[str, dict]`): logged values by measure and rollout batch.
         first_phase (`int`): rollout batches of the first phase, as it was; the guard may have ended it early.
         chosen (`str`): the layer that `auto` took, if it did.
@@ -59,7 +59,7 @@ class Trained:
     """
 
     folder: Path
-    setting: Setting
+    setting: RunSettings
     seed: int
     series: dict[str, Points]
     first_phase: int
@@ -70,7 +70,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationRecord:
     """An evaluation.
 
     Attributes:
@@ -92,34 +92,34 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Layers:
+class ModelLayers:
     """The layers of one model of an analysis.
 
     Attributes:
-        model (`str`), place (`Path`): as of [`Evaluated`].
+        model (`str`), place (`Path`): as of [`EvaluationRecord`].
         curves (`dict[str, list]`): by measure, mean and interval of each layer.
     """
 
     model: str
     place: Path
-    curves: dict[str, Curve]
+    curves: dict[str, LayerCurve]
 
 
 @dataclass(frozen=True)
-class Analysed:
+class AnalysisRecord:
     """An analysis of one model or several; of a run's checkpoints it may hold the training dynamics."""
 
     folder: Path
-    models: list[Layers]
+    models: list[ModelLayers]
     dynamics: Dynamics = field(default_factory=dict)
 
 
-Run = Trained | Evaluated | Analysed
+RunRecord = TrainingRecord | EvaluationRecord | AnalysisRecord
 
 
-def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+def read_runs(folders: Iterable[str | Path]) -> tuple[list[RunRecord], list[tuple[str, str]]]:
     """The runs that folders hold, and the folders that are left out, each with the reason."""
-    runs: list[Run] = []
+    runs: list[RunRecord] = []
     left_out, seen = [], set()
     for folder in map(Path, folders):
         real = os.path.realpath(folder)
@@ -128,12 +128,12 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[tuple[str,
         seen.add(real)
         try:
             runs.append(read_run(folder))
-        except Unreadable as error:
+        except UnreadableFolderError as error:
             left_out.append((str(folder), str(error)))
     return runs, left_out
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """The run that a folder holds.
 
     Raises:
@@ -142,34 +142,34 @@ def read_run(folder: Path) -> Run:
     try:
         os.listdir(folder)
     except FileNotFoundError:
-        raise Unreadable("does not exist") from None
+        raise UnreadableFolderError("does not exist") from None
     except (OSError, ValueError) as error:
-        raise Unreadable(
+        raise UnreadableFolderError(
             "a file" if os.path.isfile(folder) else f"cannot be read: {getattr(error, 'strerror', error)}"
         ) from error
-    if there(folder, "metrics.jsonl"):
-        return _trained(folder)
-    summary = read_json(folder, "summary.json")
+    if has_regular_file(folder, "metrics.jsonl"):
+        return _read_training(folder)
+    summary = read_json_mapping(folder, "summary.json")
     if isinstance(summary.get("models"), list):
-        return _analysed(folder, summary)
+        return _read_analysis(folder, summary)
     if isinstance(summary.get("benchmarks"), dict) and isinstance(summary.get("meta"), dict):
-        return _evaluated(folder, summary)
-    if any(there(each, RUN_FILE) for each in sorted(folder.iterdir())[:MOST] if os.path.isdir(each)):
-        raise Unreadable(f"holds run folders: give {folder.name}/*")
-    raise Unreadable("no run that has come to something" if there(folder, RUN_FILE) else "no run")
+        return _read_evaluation(folder, summary)
+    if any(has_regular_file(each, RUN_FILE) for each in sorted(folder.iterdir())[:MAX_ITEMS] if os.path.isdir(each)):
+        raise UnreadableFolderError(f"holds run folders: give {folder.name}/*")
+    raise UnreadableFolderError("no run that has come to something" if has_regular_file(folder, RUN_FILE) else "no run")
 
 
-def _trained(folder: Path) -> Trained:
-    note, rows = read_json(folder, RUN_FILE), list(read_rows(folder, "metrics.jsonl"))
+def _read_training(folder: Path) -> TrainingRecord:
+    note, rows = read_json_mapping(folder, RUN_FILE), list(read_json_lines(folder, "metrics.jsonl"))
     config = read_config(folder)
     if config is None:
-        raise Unreadable(f"{CONFIG_FILE} is missing")
-    setting, seed = setting_of(config, str(note.get("command")))
-    series, phase, layers = _series(rows)
+        raise UnreadableFolderError(f"{CONFIG_FILE} is missing")
+    setting, seed = parse_run_settings(config, str(note.get("command")))
+    series, phase, layers = _collect_series(rows)
     batches = [batch for points in series.values() for batch in points]
     if not batches:
-        raise Unreadable("no rollout batch is done")
-    return Trained(
+        raise UnreadableFolderError("no rollout batch is done")
+    return TrainingRecord(
         folder,
         setting,
         seed,
@@ -177,101 +177,116 @@ def _trained(folder: Path) -> Trained:
         first_phase=sum(value < 1.5 for value in phase.values()),
         chosen=f"{layers[0]:g}" if layers and setting.layer == "auto" else "",
         batches=int(max(batches)),
-        finished=bool(read_json(folder, "finished.json")),
-        dynamics=_dynamics(folder),
+        finished=bool(read_json_mapping(folder, "finished.json")),
+        dynamics=_read_dynamics(folder),
     )
 
 
-def _series(rows: Iterable[dict]) -> tuple[dict[str, Points], Points, list[float]]:
+def _collect_series(rows: Iterable[dict]) -> tuple[dict[str, Points], Points, list[float]]:
     """Values by measure and rollout batch (means where there are several logs), the phases, and the first phase's layers."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         done = "eval/rollout_batches" in row
-        batch = number(row.get("eval/rollout_batches" if done else "rollout_batch"))
+        batch = get_number(row.get("eval/rollout_batches" if done else "rollout_batch"))
         if batch is None or not 0 <= batch < 1e7:
             continue
-        names = [n for n in row if n.startswith("eval/") and ("/avg@" in n or "/pass@" in n)] if done else SERIES
+        names = (
+            [n for n in row if n.startswith("eval/") and ("/avg@" in n or "/pass@" in n)] if done else SERIES_METRICS
+        )
         for name in (*names, *([] if done else ["phase", "internal/layer"])):
-            value = number(row.get(name))
-            if value is not None and (name in found or len(found) < MOST):
+            value = get_number(row.get(name))
+            if value is not None and (name in found or len(found) < MAX_ITEMS):
                 found[name][batch].append(value)
     series = {name: {b: sum(v) / len(v) for b, v in sorted(of.items())} for name, of in found.items()}
     return series, series.pop("phase", {}), list(series.pop("internal/layer", {}).values())
 
 
-def _dynamics(folder: Path) -> Dynamics:
+def _read_dynamics(folder: Path) -> Dynamics:
     """Of each layer of the first phase against later ones; 0 stands for no layer."""
     names = ["rollout_batch", "measure", "layer", "later_layer", "value"]
-    if not there(folder, "dynamics.parquet"):
+    if not has_regular_file(folder, "dynamics.parquet"):
         return {}
     found: dict[tuple[str, int, int], Points] = defaultdict(dict)
-    for row in read_table(folder, "dynamics.parquet", names):
-        batch, value = number(row["rollout_batch"]), number(row["value"])
-        layer, later = (number(row[name]) or 0 for name in ("layer", "later_layer"))
-        if batch is not None and value is not None and max(layer, later) <= MOST:
-            found[str(row["measure"])[:LONGEST], int(layer), int(later)][batch] = value
+    for row in read_table_rows(folder, "dynamics.parquet", names):
+        batch, value = get_number(row["rollout_batch"]), get_number(row["value"])
+        layer, later = (get_number(row[name]) or 0 for name in ("layer", "later_layer"))
+        if batch is not None and value is not None and max(layer, later) <= MAX_ITEMS:
+            found[str(row["measure"])[:MAX_NAME_LENGTH], int(layer), int(later)][batch] = value
     return dict(found)
 
 
-def _evaluated(folder: Path, summary: dict) -> Evaluated:
+def _read_evaluation(folder: Path, summary: dict) -> EvaluationRecord:
     config, meta = read_config(folder) or {}, summary["meta"]
     model = config.get("adapter") or config.get("model") or meta.get("model") or "embedded"
     scores: dict[tuple[str, str, int], Score] = {}
     passes: dict[tuple[str, str, int], dict[int, float]] = {}
-    for label, found in list(summary["benchmarks"].items())[:MOST]:
-        k, value = (number(found.get(name)) for name in ("k", "avg@k")) if isinstance(found, dict) else (None, None)
+    for label, found in list(summary["benchmarks"].items())[:MAX_ITEMS]:
+        k, value = (get_number(found.get(name)) for name in ("k", "avg@k")) if isinstance(found, dict) else (None, None)
         if k is not None and value is not None:
-            scores[name_of(label), f"avg@{k:g}", _count(found)] = _score(value, found.get("avg@k_interval"))
+            scores[sanitize_name(label), f"avg@{k:g}", _get_num_problems(found)] = _build_score(
+                value, found.get("avg@k_interval")
+            )
             curve = found.get("pass@k")
-            points = {n: number(v) for n, v in curve.items() if n.isdecimal()} if isinstance(curve, dict) else {}
-            passes[name_of(label), f"{k:g} answers each", _count(found)] = {
-                int(n[:9]): v for n, v in list(points.items())[:MOST] if v is not None
+            points = {n: get_number(v) for n, v in curve.items() if n.isdecimal()} if isinstance(curve, dict) else {}
+            passes[sanitize_name(label), f"{k:g} answers each", _get_num_problems(found)] = {
+                int(n[:9]): v for n, v in list(points.items())[:MAX_ITEMS] if v is not None
             }
     harness = summary.get("harness")
-    for label, found in list(harness.items())[:MOST] if isinstance(harness, dict) else ():
-        value = number(found.get("score")) if isinstance(found, dict) else None
+    for label, found in list(harness.items())[:MAX_ITEMS] if isinstance(harness, dict) else ():
+        value = get_number(found.get("score")) if isinstance(found, dict) else None
         if value is not None and 0 <= value <= 1:
-            scores[name_of(label), name_of(found.get("metric")), _count(found)] = _score(value, found.get("interval"))
+            scores[sanitize_name(label), sanitize_name(found.get("metric")), _get_num_problems(found)] = _build_score(
+                value, found.get("interval")
+            )
     if not scores:
-        raise Unreadable("no benchmark is evaluated")
+        raise UnreadableFolderError("no benchmark is evaluated")
     layer = meta.get("layer")
-    asked = {name: name_of(meta[name]) for name in ("temperature", "top_p", "max_new_tokens") if name in meta}
-    policy = "" if layer is None else f"policy of layer {name_of(layer)}"
-    return Evaluated(folder, name_of(model), _place(folder, config, name_of(model)), policy, asked, scores, passes)
+    asked = {name: sanitize_name(meta[name]) for name in ("temperature", "top_p", "max_new_tokens") if name in meta}
+    policy = "" if layer is None else f"policy of layer {sanitize_name(layer)}"
+    return EvaluationRecord(
+        folder, sanitize_name(model), _locate_model(folder, config, sanitize_name(model)), policy, asked, scores, passes
+    )
 
 
-def _analysed(folder: Path, summary: dict) -> Analysed:
+def _read_analysis(folder: Path, summary: dict) -> AnalysisRecord:
     config, names = read_config(folder) or {}, ["model", "measure", "layer", "mean", "low", "high"]
-    if not there(folder, "layers.parquet"):
-        raise Unreadable("layers.parquet is missing")
+    if not has_regular_file(folder, "layers.parquet"):
+        raise UnreadableFolderError("layers.parquet is missing")
     curves: dict[str, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
-    for row in read_table(folder, "layers.parquet", names):
-        numbers, layer = [number(row[name]) for name in ("mean", "low", "high")], number(row["layer"])
-        if row["measure"] in LAYER_MEASURES and layer is not None and 1 <= layer <= MOST and numbers[0] is not None:
+    for row in read_table_rows(folder, "layers.parquet", names):
+        numbers, layer = [get_number(row[name]) for name in ("mean", "low", "high")], get_number(row["layer"])
+        if (
+            row["measure"] in LAYER_MEASURES
+            and layer is not None
+            and 1 <= layer <= MAX_ITEMS
+            and numbers[0] is not None
+        ):
             ends = [numbers[0] if end is None else end for end in numbers]
             curves[str(row["model"])][row["measure"]][int(layer)] = tuple(ends)
     models = []
-    metas = [model.get("meta") for model in summary["models"][:MOST] if isinstance(model, dict)]
+    metas = [model.get("meta") for model in summary["models"][:MAX_ITEMS] if isinstance(model, dict)]
     for meta in [meta for meta in metas if isinstance(meta, dict)]:
         of = curves.get(str(meta.get("label")), {})
         if of:
-            model = name_of(meta.get("adapter") or meta.get("model"))
+            model = sanitize_name(meta.get("adapter") or meta.get("model"))
             lines = {name: [line.get(n) for n in range(1, max(line) + 1)] for name, line in of.items()}
-            models.append(Layers(model, _place(folder, config, model), lines))
+            models.append(ModelLayers(model, _locate_model(folder, config, model), lines))
     if not models:
-        raise Unreadable("no model is analysed")
-    return Analysed(folder, models, _dynamics(folder))
+        raise UnreadableFolderError("no model is analysed")
+    return AnalysisRecord(folder, models, _read_dynamics(folder))
 
 
-def _place(folder: Path, config: Mapping, model: str) -> Path:
+def _locate_model(folder: Path, config: Mapping, model: str) -> Path:
     """Where a model that a run names lies, if it is a folder: the run may have been started elsewhere, and moved since.
 
     A name is relative to the folder that the run was started in (`run.json`). Where the run's folder is another than the one
     that it was written to, the parts of the path that differ are taken to have moved together.
     """
-    here, note = Path(os.path.abspath(folder)), read_json(folder, RUN_FILE)
-    started = Path(name_of(note.get("folder") or os.getcwd(), 4096))
-    written = Path(os.path.normpath(started / name_of(config.get("output") or config.get("output_dir") or here, 4096)))
+    here, note = Path(os.path.abspath(folder)), read_json_mapping(folder, RUN_FILE)
+    started = Path(sanitize_name(note.get("folder") or os.getcwd(), 4096))
+    written = Path(
+        os.path.normpath(started / sanitize_name(config.get("output") or config.get("output_dir") or here, 4096))
+    )
     model_path = Path(os.path.normpath(started / os.path.expanduser(model)))
     same = 0
     while same < min(len(here.parts), len(written.parts)) and here.parts[-1 - same] == written.parts[-1 - same]:
@@ -282,11 +297,11 @@ def _place(folder: Path, config: Mapping, model: str) -> Path:
     return model_path
 
 
-def _count(found: Mapping) -> int:
-    return int(number(found.get("problems")) or 0)
+def _get_num_problems(found: Mapping) -> int:
+    return int(get_number(found.get("problems")) or 0)
 
 
-def _score(value: float, interval: Any) -> Score:
-    ends = [number(end) for end in interval] if isinstance(interval, list | tuple) and len(interval) == 2 else []
+def _build_score(value: float, interval: Any) -> Score:
+    ends = [get_number(end) for end in interval] if isinstance(interval, list | tuple) and len(interval) == 2 else []
     low, high = (value if end is None else end for end in (ends if len(ends) == 2 else [None, None]))
     return Score(value, low, high)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from bupo.options.groups import TRL_WORDS
-from bupo.reports.table_files import deep
-from bupo.utils.sanitize import printable
+from bupo.options.groups import TRL_ALIASES
+from bupo.reports.table_files import is_oversized
+from bupo.utils.sanitize import escape_text
 
 # BuPOConfig's and the demo's, where a config.yaml does not say
-DEFAULTS: dict[str, Any] = {
+DEFAULT_CONFIG: dict[str, Any] = {
     "advantage_estimator": "grpo",
     "internal_layer": None,
     "internal_steps": None,
@@ -30,18 +30,18 @@ DEFAULTS: dict[str, Any] = {
     "layer_rates": None,
     "seed": 42,
 }
-STEPS = 20  # of a layer that is named; `auto` takes a length of its own
-DEMO: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
-ESTIMATORS = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
-OBJECTIVES = {"policy": "upper layers still at first", "permuted": "permuted vocabulary"}
+ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
+DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
+ESTIMATOR_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
+OBJECTIVE_NAMES = {"policy": "upper layers still at first", "permuted": "permuted vocabulary"}
 VANILLA = "vanilla"
 # options by which two runs may differ and still be the same: where to, how often is looked, on which machine
-FREE = {
+IGNORED_OPTIONS = {
     "output", "run_name", "project", "report_to", "disable_tqdm", "debug", "env", "overwrite", "resume_from_checkpoint",
     "num_completions_to_print", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "use_cpu", "accelerator_config", "deepspeed", "load_best_model_at_end", "config",
 }  # fmt: skip
-FREE_KINDS = (
+IGNORED_PREFIXES = (
     "save_",
     "log_",
     "logging_",
@@ -54,11 +54,11 @@ FREE_KINDS = (
     "fsdp",
     "probe_",
 )
-LONGEST = 60  # characters of a value that stands in a name
+MAX_TEXT_LENGTH = 60  # characters of a value that stands in a name
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSettings:
     """What a run was asked for but for its seed; or a model that no run of the set has trained.
 
     Attributes:
@@ -98,7 +98,7 @@ class Setting:
         words = [self.estimator]
         if self.stages and self.objective != "policy":
             words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
-        words += [OBJECTIVES.get(self.objective, self.objective)] * (self.objective != "layer")
+        words += [OBJECTIVE_NAMES.get(self.objective, self.objective)] * (self.objective != "layer")
         words += [f"hand-over of {self.handover} batch{'es' * (self.handover > 1)}"] * bool(self.handover)
         words += [f"{self.mix:g} of the layer's objective mixed in"] * bool(self.mix)
         words += ["final norm"] * (self.lens == "final_norm")
@@ -127,87 +127,89 @@ class Setting:
         return ", ".join([self.method, *stages]) + " batches" * bool(self.steps) + (f" ({self.at})" if self.at else "")
 
     @property
-    def baseline(self) -> "Setting":
+    def baseline(self) -> "RunSettings":
         """GRPO of the same options: what table 11's methods and a first phase are compared with."""
-        plain = Setting(self.model, "GRPO", rest=self.rest, at=self.at)
+        plain = RunSettings(self.model, "GRPO", rest=self.rest, at=self.at)
         return self if self.estimator == VANILLA else plain
 
 
-def setting_of(config: Mapping[str, Any], command: str) -> tuple[Setting, int]:
+def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSettings, int]:
     """What a `config.yaml` of `bupo train` or `bupo demo` asks for, and the seed.
 
     Args:
         config (`dict`): its content.
         command (`str`): `demo` for the demo's, whose defaults are others.
     """
-    given = {TRL_WORDS.get(name, name): value for name, value in config.items()}
-    values = DEFAULTS | (DEMO if command == "demo" else {}) | given
-    known = {*DEFAULTS, *DEMO, *FREE}
+    given = {TRL_ALIASES.get(name, name): value for name, value in config.items()}
+    values = DEFAULT_CONFIG | (DEMO_CONFIG if command == "demo" else {}) | given
+    known = {*DEFAULT_CONFIG, *DEMO_CONFIG, *IGNORED_OPTIONS}
     rest = {
-        name: _text(value) for name, value in given.items() if name not in known and not name.startswith(FREE_KINDS)
+        name: _format_value(value)
+        for name, value in given.items()
+        if name not in known and not name.startswith(IGNORED_PREFIXES)
     }
-    estimator = _text(values["advantage_estimator"])
-    setting = Setting(
-        model=_text(values.get("model") or "a model from Python", 200),
-        estimator=ESTIMATORS.get(estimator, estimator),
-        stages=_stages(values),
-        frozen=_whole(values["frozen_up_to_layer"]),
+    estimator = _format_value(values["advantage_estimator"])
+    setting = RunSettings(
+        model=_format_value(values.get("model") or "a model from Python", 200),
+        estimator=ESTIMATOR_NAMES.get(estimator, estimator),
+        stages=_parse_stages(values),
+        frozen=_parse_int(values["frozen_up_to_layer"]),
         rest=tuple(sorted(rest.items())),
     )
-    above = _whole(values["slow_above_layer"])
+    above = _parse_int(values["slow_above_layer"])
     if above is not None:
-        setting = replace(setting, slow=(above, _factor(values["slow_factor"])))
+        setting = replace(setting, slow=(above, _parse_float(values["slow_factor"])))
     if values["layer_rates"] is not None:
-        setting = replace(setting, rates=_rates(values["layer_rates"]))
-    setting = _mixed(setting, values)
+        setting = replace(setting, rates=_describe_rates(values["layer_rates"]))
+    setting = _add_auxiliary_objective(setting, values)
     if setting.stages or setting.besides:
-        module, lens = _text(values["internal_module"]), _text(values["internal_lens"])
-        setting = replace(setting, module=module, lens=lens, objective=_text(values["internal_objective"]))
+        module, lens = _format_value(values["internal_module"]), _format_value(values["internal_lens"])
+        setting = replace(setting, module=module, lens=lens, objective=_format_value(values["internal_objective"]))
     if setting.stages:
-        setting = replace(setting, guard=_text(values["internal_guard"]).lower() != "false")
-    return setting, _whole(values["seed"]) or 0
+        setting = replace(setting, guard=_format_value(values["internal_guard"]).lower() != "false")
+    return setting, _parse_int(values["seed"]) or 0
 
 
-def _mixed(setting: Setting, values: Mapping[str, Any]) -> Setting:
+def _add_auxiliary_objective(setting: RunSettings, values: Mapping[str, Any]) -> RunSettings:
     """With what of a layer's objective stands in the second phase's loss."""
-    handover, mix = _whole(values["internal_handover"]) or 0, _factor(values["internal_mix"])
+    handover, mix = _parse_int(values["internal_handover"]) or 0, _parse_float(values["internal_mix"])
     mix = mix if math.isfinite(mix) else 0.0
-    layer = "" if values["internal_layer"] is None else _text(values["internal_layer"])
+    layer = "" if values["internal_layer"] is None else _format_value(values["internal_layer"])
     if not (handover or mix) or not (setting.stages or layer):
         return setting
     return replace(setting, besides="" if setting.stages else layer, handover=handover, mix=mix)
 
 
-def _rates(value: Any) -> str:
+def _describe_rates(value: Any) -> str:
     """Factors of the learning rate by layer, equal neighbours as one."""
     if not isinstance(value, list):
-        return _text(value)
+        return _format_value(value)
     words, last = [], 0
-    for rate, same in groupby(map(_text, value)):
+    for rate, same in groupby(map(_format_value, value)):
         first, last = last + 1, last + len(list(same))
         words.append(f"{rate} for {first}" + f" to {last}" * (last > first))
-    return _text(", ".join(words))
+    return _format_value(", ".join(words))
 
 
-def _stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+def _parse_stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     """The first phase. What cannot be read is none."""
     schedule = values["internal_schedule"]
     if schedule is not None:
         try:
             pairs = json.loads(schedule) if isinstance(schedule, str) else schedule
-            stages = tuple((str(_whole(layer)), _whole(batches) or 0) for layer, batches in pairs)
+            stages = tuple((str(_parse_int(layer)), _parse_int(batches) or 0) for layer, batches in pairs)
         except (ValueError, TypeError, RecursionError):
             return ()
         return stages[:20]
-    steps, layer = _whole(values["internal_steps"]), values["internal_layer"]
+    steps, layer = _parse_int(values["internal_steps"]), values["internal_layer"]
     if layer is None or (steps is not None and steps <= 0):
         return ()
     if steps is None:
-        steps = 0 if layer == "auto" else STEPS
-    return ((_text(layer), steps),)
+        steps = 0 if layer == "auto" else ASSUMED_STEPS
+    return ((_format_value(layer), steps),)
 
 
-def _whole(value: Any) -> int | None:
+def _parse_int(value: Any) -> int | None:
     """A whole number, of text too; None for anything else."""
     try:
         number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
@@ -216,19 +218,19 @@ def _whole(value: Any) -> int | None:
     return number if number is not None and abs(number) < 1 << 40 else None
 
 
-def _factor(value: Any) -> float:
+def _parse_float(value: Any) -> float:
     try:
         return float(value)
     except (ValueError, TypeError, OverflowError):
         return float("nan")
 
 
-def _text(value: Any, longest: int = LONGEST) -> str:
+def _format_value(value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
     """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001; whole numbers stay whole.
 
     Long ones are cut, and told apart by a digest.
     """
-    whole_number = _whole(value)
+    whole_number = _parse_int(value)
     if whole_number is not None:
         return str(whole_number)
     if not isinstance(value, bool):
@@ -236,8 +238,8 @@ def _text(value: Any, longest: int = LONGEST) -> str:
             return f"{float(value):.15g}"  # all digits that a float keeps as they were written
         except (ValueError, TypeError, OverflowError):
             pass
-    whole = "…" if deep(value) else str(value)
-    text = printable(" ".join(whole[: 4 * longest].split()))
+    whole = "…" if is_oversized(value) else str(value)
+    text = escape_text(" ".join(whole[: 4 * longest].split()))
     if len(text) <= longest and len(whole) <= 4 * longest:
         return text
     return f"{text[: longest - 9]}…{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:8]}"

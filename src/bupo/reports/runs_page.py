@@ -15,19 +15,27 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from bupo.reports.analysis_page import MEASURE_NAMES
-from bupo.reports.html import script_json, write_html
-from bupo.reports.paper_tables import Number, Table, tables
-from bupo.reports.run_records import LAYER_MEASURES, Analysed, Evaluated, Points, Run, Trained, read_runs
+from bupo.reports.html import dump_script_json, write_html
+from bupo.reports.paper_tables import PaperTable, SeedStatistic, build_paper_tables
+from bupo.reports.run_records import (
+    LAYER_MEASURES,
+    AnalysisRecord,
+    EvaluationRecord,
+    Points,
+    RunRecord,
+    TrainingRecord,
+    read_runs,
+)
 from bupo.reports.run_settings import VANILLA
-from bupo.reports.seed_comparison import Group, benchmark_names, grouped, short_model
-from bupo.reports.table_files import name_of
+from bupo.reports.seed_comparison import SeedGroup, get_benchmark_names, group_runs, shorten_model_name
+from bupo.reports.table_files import sanitize_name
 from bupo.utils.errors import UserError
-from bupo.utils.files import check_folder
-from bupo.utils.statistics import over_seeds
+from bupo.utils.files import check_writable_folder
+from bupo.utils.statistics import compute_seed_statistics
 
 GENERATOR = "bupo report"  # by which a page is known that may be replaced
-NUMBERS = 1 << 20  # of all curves together: some 7 MB
-FEWEST, MOST_POINTS = 40, 400  # of one curve
+MAX_NUMBERS = 1 << 20  # of all curves together: some 7 MB
+MIN_POINTS, MAX_POINTS = 40, 400  # of one curve
 SERIES_NAMES = {
     "reward": "reward",
     "entropy": "entropy of the language model policy (nats)",
@@ -66,14 +74,14 @@ class RunsReport:
         path (`Path`): the page.
     """
 
-    groups: list[Group]
-    tables: list[Table]
+    groups: list[SeedGroup]
+    tables: list[PaperTable]
     left_out: list[tuple[str, str]]
-    runs: list[Run]
+    runs: list[RunRecord]
     path: Path
 
     def __str__(self) -> str:
-        kinds = (("training run", Trained), ("evaluation", Evaluated), ("analysis", Analysed))
+        kinds = (("training run", TrainingRecord), ("evaluation", EvaluationRecord), ("analysis", AnalysisRecord))
         counts = [(sum(isinstance(run, kind) for run in self.runs), name) for name, kind in kinds]
         plural = {"analysis": "analyses"}
         return ", ".join(f"{n} {name if n == 1 else plural.get(name, name + 's')}" for n, name in counts if n)
@@ -90,19 +98,19 @@ def report_runs(folders: Iterable[str | Path], output: str | Path = "runs/report
         UserError: if no folder holds a run, or the page cannot be written there.
     """
     path = Path(output)
-    check_output(path)
+    check_page_path(path)
     given = [folder for folder in map(Path, folders) if os.path.realpath(folder) != os.path.realpath(path)]
     runs, left_out = read_runs(given)
     if not runs:
-        raise UserError(f"no folder holds a run: {said(left_out) or 'give run folders, such as runs/*'}")
-    groups = grouped(runs)
-    found = RunsReport(groups, tables(groups), left_out, runs, path)
-    data = page_data(found)
+        raise UserError(f"no folder holds a run: {describe_skipped(left_out) or 'give run folders, such as runs/*'}")
+    groups = group_runs(runs)
+    found = RunsReport(groups, build_paper_tables(groups), left_out, runs, path)
+    data = build_runs_data(found)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_html(
-            path, "runs.html.jinja", data=script_json(data), plotly=get_plotlyjs(), shown=data, generator=GENERATOR
+            path, "runs.html.jinja", data=dump_script_json(data), plotly=get_plotlyjs(), shown=data, generator=GENERATOR
         )
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -110,11 +118,11 @@ def report_runs(folders: Iterable[str | Path], output: str | Path = "runs/report
     return found
 
 
-def check_output(path: Path) -> None:
+def check_page_path(path: Path) -> None:
     """Raises [`UserError`] where the page would take the place of something else, or cannot be written."""
     if not path.name:
         raise UserError("output is empty: name the file of the page, such as runs/report.html")
-    check_folder("output", path.parent)
+    check_writable_folder("output", path.parent)
     if path.is_dir():
         raise UserError(f"output {str(path)!r} is a folder: name the file of the page, such as {path / 'report.html'}")
     if not path.exists():
@@ -126,49 +134,51 @@ def check_output(path: Path) -> None:
             raise UserError(f"output {path} is another file than a page of bupo report: choose another output")
 
 
-def said(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
+def describe_skipped(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
     """Folders that are left out, in one line."""
-    words = [f"{name_of(folder)} ({reason})" for folder, reason in left_out[:most]]
+    words = [f"{sanitize_name(folder)} ({reason})" for folder, reason in left_out[:most]]
     return ", ".join(words) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")
 
 
-def page_data(found: RunsReport) -> dict[str, Any]:
+def build_runs_data(found: RunsReport) -> dict[str, Any]:
     """What the page's script reads."""
     trained = [run for group in found.groups for run in group.runs]
-    width = _width(trained)
+    width = _get_block_width(trained)
     evaluated = [name for run in trained for name in run.series if name.startswith("eval/")]
     names = dict.fromkeys([*SERIES_NAMES, *evaluated])
     present = [name for name in names if any(name in run.series for run in trained)]
     most_seeds = max((len(group.seeds) for group in found.groups), default=0)
     return {
         "summary": str(found),
-        "left_out": [f"{name_of(folder)} ({reason})" for folder, reason in found.left_out],
-        "groups": [_group(group, found.groups) for group in found.groups],
-        "runs": [_run(run, number, width) for number, group in enumerate(found.groups) for run in group.runs],
-        "series": {name: SERIES_NAMES.get(name) or _evaluation_name(name) for name in present},
+        "left_out": [f"{sanitize_name(folder)} ({reason})" for folder, reason in found.left_out],
+        "groups": [_build_group_data(group, found.groups) for group in found.groups],
+        "runs": [
+            _build_run_data(run, number, width) for number, group in enumerate(found.groups) for run in group.runs
+        ],
+        "series": {name: SERIES_NAMES.get(name) or _describe_evaluation(name) for name in present},
         "width": width,
-        "tables": [_table(table, found.groups) for table in found.tables],
-        "passes": _passes(found.groups),
-        "layers": [_layers(n, seed, group) for n, group in enumerate(found.groups) for seed in group.layers],
+        "tables": [_build_table_data(table, found.groups) for table in found.tables],
+        "passes": _build_pass_data(found.groups),
+        "layers": [_build_layer_data(n, seed, group) for n, group in enumerate(found.groups) for seed in group.layers],
         "layer_names": {name: MEASURE_NAMES[name] for name in LAYER_MEASURES},
-        "dynamics": [each for n, group in enumerate(found.groups) if (each := _dynamics(n, group))],
-        "student": [None, None, *(_student(n) for n in range(2, most_seeds + 1))],
+        "dynamics": [each for n, group in enumerate(found.groups) if (each := _build_dynamics_data(n, group))],
+        "student": [None, None, *(_get_student_factor(n) for n in range(2, most_seeds + 1))],
     }
 
 
-def _student(n: int) -> float:
+def _get_student_factor(n: int) -> float:
     """Half the width of `over_seeds`' interval in units of `sd / sqrt(n)`, so that the page's intervals are the same."""
-    over = over_seeds([0.0] * (n - 1) + [1.0])
+    over = compute_seed_statistics([0.0] * (n - 1) + [1.0])
     return (over.high - over.mean) / over.sd * math.sqrt(n)
 
 
-def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+def _build_group_data(group: SeedGroup, groups: Sequence[SeedGroup]) -> dict[str, Any]:
     setting, first = group.setting, [run.first_phase for run in group.runs if run.finished or not group.finished]
     of = [n for n, other in enumerate(groups) if other.setting == replace(setting, at="")]
     before = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
     return {
         "name": group.name,
-        "model": short_model(setting.model),
+        "model": shorten_model_name(setting.model),
         "method": setting.method,
         "layer": setting.layer or "none",
         "first": sum(first) / len(first) if first else 0,
@@ -181,28 +191,30 @@ def _group(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _run(run: Trained, group: int, width: int) -> dict[str, Any]:
+def _build_run_data(run: TrainingRecord, group: int, width: int) -> dict[str, Any]:
     kept = {name: points for name, points in run.series.items() if points}
     return {
-        "folder": name_of(run.folder),
+        "folder": sanitize_name(run.folder),
         "group": group,
         "seed": run.seed,
         "batches": run.batches,
         "first": run.first_phase,
         "chosen": run.chosen,
         "finished": run.finished,
-        "y": {name: _thinned(points, width, 100 if name.startswith("eval/") else 1) for name, points in kept.items()},
+        "y": {
+            name: _thin_points(points, width, 100 if name.startswith("eval/") else 1) for name, points in kept.items()
+        },
     }
 
 
-def _width(runs: Sequence[Trained]) -> int:
+def _get_block_width(runs: Sequence[TrainingRecord]) -> int:
     """Rollout batches that one point of a curve stands for: as few as the page's size allows."""
     curves = max(1, sum(len(run.series) for run in runs))
-    points = min(MOST_POINTS, max(FEWEST, NUMBERS // curves))
+    points = min(MAX_POINTS, max(MIN_POINTS, MAX_NUMBERS // curves))
     return max(1, math.ceil(max((run.batches for run in runs), default=1) / points))
 
 
-def _thinned(points: Points, width: int, scale: float = 1) -> dict[str, Any]:
+def _thin_points(points: Points, width: int, scale: float = 1) -> dict[str, Any]:
     """Means of blocks of rollout batches, the same for all runs. Evaluations are few, and stay where they are."""
     if width > 1 and scale == 1:
         blocks = defaultdict(list)
@@ -215,14 +227,14 @@ def _thinned(points: Points, width: int, scale: float = 1) -> dict[str, Any]:
     return {"y": y, "from": int(x[0])} if whole else {"y": y, "x": x}
 
 
-def _evaluation_name(name: str) -> str:
+def _describe_evaluation(name: str) -> str:
     _, label, metric = name.split("/", 2)
-    return f"{metric} on {name_of(label)} while training (%)"
+    return f"{metric} on {sanitize_name(label)} while training (%)"
 
 
-def _table(table: Table, groups: Sequence[Group]) -> dict[str, Any]:
-    def cell(value: str | Number | None) -> Any:
-        if not isinstance(value, Number):
+def _build_table_data(table: PaperTable, groups: Sequence[SeedGroup]) -> dict[str, Any]:
+    def cell(value: str | SeedStatistic | None) -> Any:
+        if not isinstance(value, SeedStatistic):
             return value
         values = [[seed, number] for seed, number in value.values.items()]
         return {"values": values, "problems": value.problems, "kind": value.kind}
@@ -231,10 +243,10 @@ def _table(table: Table, groups: Sequence[Group]) -> dict[str, Any]:
     return {"number": table.number, "title": table.title, "note": table.note, "heads": table.heads, "rows": rows}
 
 
-def _passes(groups: Sequence[Group]) -> dict[str, Any]:
+def _build_pass_data(groups: Sequence[SeedGroup]) -> dict[str, Any]:
     """pass@K in percent, by benchmark, its problems and answers."""
     found: dict[str, list] = defaultdict(list)
-    for benchmark, name in benchmark_names(groups, "passes").items():
+    for benchmark, name in get_benchmark_names(groups, "passes").items():
         for number, group in enumerate(groups):
             for seed, curve in group.passes.get(benchmark, {}).items():
                 points = sorted((k, 100 * share) for k, share in curve.items())
@@ -249,7 +261,7 @@ def _passes(groups: Sequence[Group]) -> dict[str, Any]:
     return {name: curves for name, curves in found.items() if max(len(curve["k"]) for curve in curves) > 1}
 
 
-def _layers(group: int, seed: int | None, found: Group) -> dict[str, Any]:
+def _build_layer_data(group: int, seed: int | None, found: SeedGroup) -> dict[str, Any]:
     """An analysis' curves: by measure, means and both ends of the intervals; None where a layer has none."""
 
     def column(curve, end: int) -> list[float | None]:
@@ -259,7 +271,7 @@ def _layers(group: int, seed: int | None, found: Group) -> dict[str, Any]:
     return {"group": group, "seed": seed, "curves": curves}
 
 
-def _dynamics(number: int, group: Group) -> dict[str, Any] | None:
+def _build_dynamics_data(number: int, group: SeedGroup) -> dict[str, Any] | None:
     """Fig. 5's cosine and KL of a layer with later ones, of one group: means over the seeds, where all were probed, thinned."""
     found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for dynamics in group.dynamics.values():
@@ -271,7 +283,7 @@ def _dynamics(number: int, group: Group) -> dict[str, Any] | None:
         if measure in ("cosine", "kl") and layer and later:
             most = max(map(len, values.values()))
             batches = sorted(batch for batch in values if len(values[batch]) == most)
-            batches = batches[:: math.ceil(len(batches) / FEWEST)]
+            batches = batches[:: math.ceil(len(batches) / MIN_POINTS)]
             y = [float(f"{sum(values[batch]) / most:.4g}") for batch in batches]
             lines.append({"measure": measure, "layer": layer, "later": later, "x": batches, "y": y})
     return {"group": number, "lines": lines} if lines else None

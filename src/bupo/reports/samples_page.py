@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from bupo.reports.evaluation_scores import VERDICT_COLUMNS, harness_rows, score_rows
-from bupo.reports.html import script_json, write_html
+from bupo.reports.evaluation_scores import VERDICT_COLUMNS, build_harness_rows, build_score_rows
+from bupo.reports.html import dump_script_json, write_html
 
-BUDGET = 16 << 20  # bytes of the page's data
-SHORTEST = 80  # characters that a text keeps, however many texts there are
-VALUE_LIMIT = 200  # characters of what an answer comes to
+MAX_PAGE_BYTES = 16 << 20  # bytes of the page's data
+MIN_TEXT_LENGTH = 80  # characters that a text keeps, however many texts there are
+MAX_VALUE_LENGTH = 200  # characters of what an answer comes to
 
 VERDICT_NAMES = {
     "correct": "correct",
@@ -39,15 +39,15 @@ def write_samples_page(
         prompts (`dict[str, str]`): by label, the first problem's prompt as the model reads it.
         path (`str`): the HTML file.
     """
-    limit, data = _fitted(tables, summary, prompts)
-    rows = [{name: row[name] for name in row if name not in VERDICT_COLUMNS} for row in score_rows(summary)]
+    limit, data = _fit_page_data(tables, summary, prompts)
+    rows = [{name: row[name] for name in row if name not in VERDICT_COLUMNS} for row in build_score_rows(summary)]
     write_html(
         path,
         "samples.html.jinja",
         summary=summary,
         columns=list(dict.fromkeys(name for row in rows for name in row)),
         rows=rows,
-        harness=harness_rows(summary) if summary.get("harness") else [],
+        harness=build_harness_rows(summary) if summary.get("harness") else [],
         names=VERDICT_NAMES,
         answers=sum(map(len, tables.values())),
         limit=limit,
@@ -56,7 +56,7 @@ def write_samples_page(
     )
 
 
-def shortened(text: str, limit: int) -> str | dict[str, Any]:
+def shorten_text(text: str, limit: int) -> str | dict[str, Any]:
     """The text, or, where it is longer than the limit, its head and tail and how many characters are left out."""
     if len(text) <= limit:
         return text
@@ -64,19 +64,21 @@ def shortened(text: str, limit: int) -> str | dict[str, Any]:
     return {"head": text[: limit - tail], "left_out": len(text) - limit, "tail": text[len(text) - tail :]}
 
 
-def _fitted(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str]) -> tuple[int, str]:
+def _fit_page_data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str]) -> tuple[int, str]:
     """The page's data as JSON with as much of every text as fits, and the most characters a text may have."""
-    lengths = [len(text) for text in _texts(tables, prompts)]
-    limit = max(SHORTEST, _level(lengths, BUDGET))
+    lengths = [len(text) for text in _iterate_texts(tables, prompts)]
+    limit = max(MIN_TEXT_LENGTH, _find_length_limit(lengths, MAX_PAGE_BYTES))
     while True:
-        data = script_json(_data(tables, summary, prompts, limit))
+        data = dump_script_json(_build_samples_data(tables, summary, prompts, limit))
         size = len(data.encode())
-        if size <= BUDGET or limit == SHORTEST:
+        if size <= MAX_PAGE_BYTES or limit == MIN_TEXT_LENGTH:
             return limit, data
-        limit = max(SHORTEST, int(limit * min(0.95, BUDGET / size)))  # a character may take several bytes
+        limit = max(
+            MIN_TEXT_LENGTH, int(limit * min(0.95, MAX_PAGE_BYTES / size))
+        )  # a character may take several bytes
 
 
-def _texts(tables: dict[str, pd.DataFrame], prompts: dict[str, str]) -> Iterator[str]:
+def _iterate_texts(tables: dict[str, pd.DataFrame], prompts: dict[str, str]) -> Iterator[str]:
     yield from prompts.values()
     for table in tables.values():
         yield from table["text"]
@@ -85,7 +87,7 @@ def _texts(tables: dict[str, pd.DataFrame], prompts: dict[str, str]) -> Iterator
         yield from problems["gold"]
 
 
-def _level(lengths: Sequence[int], budget: int) -> int:
+def _find_length_limit(lengths: Sequence[int], budget: int) -> int:
     """The length at which texts cut to it make up the budget; that of the longest where all fit."""
     left = len(lengths)
     for length in sorted(lengths):
@@ -95,32 +97,32 @@ def _level(lengths: Sequence[int], budget: int) -> int:
     return max(lengths, default=0)
 
 
-def _data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str], limit: int) -> dict:
+def _build_samples_data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str], limit: int) -> dict:
     return {
         "names": VERDICT_NAMES,
         "passed": {label: found["pass@k"] for label, found in summary["benchmarks"].items()},
-        "prompts": {label: shortened(prompt, limit) for label, prompt in prompts.items()},
-        "problems": [problem for label, table in tables.items() for problem in _problems(label, table, limit)],
+        "prompts": {label: shorten_text(prompt, limit) for label, prompt in prompts.items()},
+        "problems": [problem for label, table in tables.items() for problem in _iterate_problems(label, table, limit)],
     }
 
 
-def _problems(label: str, table: pd.DataFrame, limit: int) -> Iterator[dict]:
+def _iterate_problems(label: str, table: pd.DataFrame, limit: int) -> Iterator[dict]:
     """Question and gold once a problem; an answer is a list, for the names of its parts would take a tenth of the page."""
     for problem, rows in table.groupby("problem", sort=False):
         first = rows.iloc[0]
         yield {
             "benchmark": label,
             "problem": int(problem),
-            "question": shortened(first["question"], limit),
-            "gold": shortened(first["gold"], limit),
+            "question": shorten_text(first["question"], limit),
+            "gold": shorten_text(first["gold"], limit),
             "answers": [
                 [
                     int(row.sample),
                     row.verdict,
-                    None if pd.isna(row.value) else shortened(row.value, VALUE_LIMIT),
+                    None if pd.isna(row.value) else shorten_text(row.value, MAX_VALUE_LENGTH),
                     int(row.tokens),
                     bool(row.truncated),
-                    shortened(row.text, limit),
+                    shorten_text(row.text, limit),
                     row.strict,
                     None if pd.isna(row.reason) else row.reason,
                     None if pd.isna(row.answer_class) else int(row.answer_class),

@@ -5,23 +5,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bupo.reports.run_records import Analysed, Curve, Dynamics, Evaluated, Run, Score, Trained
-from bupo.reports.run_settings import VANILLA, Setting
+from bupo.reports.run_records import (
+    AnalysisRecord,
+    Dynamics,
+    EvaluationRecord,
+    LayerCurve,
+    RunRecord,
+    Score,
+    TrainingRecord,
+)
+from bupo.reports.run_settings import VANILLA, RunSettings
 
 Seed = int | None  # None: of no training
 # label, metric (of pass@K: answers to each problem), problems, sampling
-Benchmark = tuple[str, str, int, tuple[tuple[str, str], ...]]
-WHILE_TRAINING = (("sampled", "while training"),)
-METHODS = (VANILLA, "PPO", "REINFORCE++", "RLOO", "GRPO", "BuPO")  # in the order of the paper's table 1
-GIVEN = "as given"  # what no run of the set has trained, or began with
+BenchmarkKey = tuple[str, str, int, tuple[tuple[str, str], ...]]
+TRAINING_EVALUATION = (("sampled", "while training"),)
+METHOD_ORDER = (VANILLA, "PPO", "REINFORCE++", "RLOO", "GRPO", "BuPO")  # in the order of the paper's table 1
+UNTRAINED = "as given"  # what no run of the set has trained, or began with
 
 
 @dataclass
-class Group:
+class SeedGroup:
     """Runs of one setting, over their seeds.
 
     Attributes:
-        setting ([`Setting`]): what they share.
+        setting ([`RunSettings`]): what they share.
         name, label (`str`): unique names; the label leaves the model out.
         runs (`list[Trained]`): the training runs.
         scores (`dict`): by benchmark and seed.
@@ -30,13 +38,13 @@ class Group:
         dynamics (`dict[Seed, dict]`): by seed, the run's own, or where it has none an analysis' of its checkpoints.
     """
 
-    setting: Setting
+    setting: RunSettings
     name: str = ""
     label: str = ""
-    runs: list[Trained] = field(default_factory=list)
-    scores: dict[Benchmark, dict[Seed, Score]] = field(default_factory=dict)
-    passes: dict[Benchmark, dict[Seed, dict[int, float]]] = field(default_factory=dict)
-    layers: dict[Seed, dict[str, Curve]] = field(default_factory=dict)
+    runs: list[TrainingRecord] = field(default_factory=list)
+    scores: dict[BenchmarkKey, dict[Seed, Score]] = field(default_factory=dict)
+    passes: dict[BenchmarkKey, dict[Seed, dict[int, float]]] = field(default_factory=dict)
+    layers: dict[Seed, dict[str, LayerCurve]] = field(default_factory=dict)
     dynamics: dict[Seed, Dynamics] = field(default_factory=dict)
 
     @property
@@ -51,49 +59,51 @@ class Group:
         return sorted(seed for seed in known if seed is not None)
 
 
-def grouped(runs: Iterable[Run]) -> list[Group]:
+def group_runs(runs: Iterable[RunRecord]) -> list[SeedGroup]:
     """Runs by setting; each evaluation and analysis with the training run whose model it looks at.
 
     In the order of the paper's table 1: by model, method, layer and length of the first phase.
     """
     runs = list(runs)
-    trained = [run for run in runs if isinstance(run, Trained)]
+    trained = [run for run in runs if isinstance(run, TrainingRecord)]
     owners = {path: run for run in trained for path in (run.folder.absolute(), run.folder.resolve())}
-    found: dict[Setting, Group] = {}
-    several: dict[tuple[Setting, Benchmark], dict[Seed, list[Score]]] = defaultdict(lambda: defaultdict(list))
-    curves: dict[tuple[Setting, Benchmark], dict[Seed, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[RunSettings, SeedGroup] = {}
+    several: dict[tuple[RunSettings, BenchmarkKey], dict[Seed, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    curves: dict[tuple[RunSettings, BenchmarkKey], dict[Seed, list[dict]]] = defaultdict(lambda: defaultdict(list))
 
-    def of(setting: Setting) -> Group:
-        return found.setdefault(setting, Group(setting))
+    def of(setting: RunSettings) -> SeedGroup:
+        return found.setdefault(setting, SeedGroup(setting))
 
     for owner in trained:
         of(owner.setting).runs.append(owner)
         if owner.dynamics:
             of(owner.setting).dynamics[owner.seed] = owner.dynamics
     for run in runs:
-        if isinstance(run, Evaluated):
-            setting, seed = _looked_at(run.model, run.place, run.policy, owners)
+        if isinstance(run, EvaluationRecord):
+            setting, seed = _find_trained_run(run.model, run.place, run.policy, owners)
             asked = tuple(run.asked.items())
             for key, score in run.scores.items():
                 several[setting, (*key, asked)][seed].append(score)
             for key, curve in run.passes.items():
                 curves[setting, (*key, asked)][seed].append(curve)
-        elif isinstance(run, Analysed):
+        elif isinstance(run, AnalysisRecord):
             for model in run.models:
-                setting, seed = _looked_at(model.model, model.place, "", owners)
+                setting, seed = _find_trained_run(model.model, model.place, "", owners)
                 of(setting).layers[seed] = model.curves
                 if run.dynamics and seed is not None:
                     of(replace(setting, at="")).dynamics.setdefault(seed, run.dynamics)
     if not any(owner.setting == setting for setting, _ in several for owner in trained):
-        _while_training(trained, several)
+        _add_training_evaluations(trained, several)
     for (setting, benchmark), by_seed in several.items():
-        of(setting).scores[benchmark] = {seed: _mean(scores) for seed, scores in by_seed.items()}
+        of(setting).scores[benchmark] = {seed: _average_scores(scores) for seed, scores in by_seed.items()}
     for (setting, benchmark), of_seed in curves.items():
-        of(setting).passes[benchmark] = {seed: _mean_curve(repeated) for seed, repeated in of_seed.items()}
-    return _named(sorted(found.values(), key=lambda group: _order(group.setting)))
+        of(setting).passes[benchmark] = {seed: _average_curves(repeated) for seed, repeated in of_seed.items()}
+    return _assign_names(sorted(found.values(), key=lambda group: _get_sort_key(group.setting)))
 
 
-def _looked_at(model: str, place: Path, policy: str, owners: Mapping[Path, Trained]) -> tuple[Setting, Seed]:
+def _find_trained_run(
+    model: str, place: Path, policy: str, owners: Mapping[Path, TrainingRecord]
+) -> tuple[RunSettings, Seed]:
     """Whose model it is: a training run's, one of its checkpoints, or what no run of the set has trained."""
     run, at = owners.get(place) or owners.get(Path(place).resolve()), policy
     if run is None and place.name.startswith("checkpoint-"):
@@ -102,42 +112,42 @@ def _looked_at(model: str, place: Path, policy: str, owners: Mapping[Path, Train
     if run is not None:
         return replace(run.setting, at=at), run.seed
     base = any(owner.setting.model == model for owner in owners.values())
-    return Setting(model, VANILLA if base else GIVEN, at=policy), None
+    return RunSettings(model, VANILLA if base else UNTRAINED, at=policy), None
 
 
-def _while_training(trained: Sequence[Trained], several: dict) -> None:
+def _add_training_evaluations(trained: Sequence[TrainingRecord], several: dict) -> None:
     """The scores of evaluations while training, before it and at its end, for sets without others."""
     for run in trained:
         for name, points in run.series.items():
             if "/avg@" in name:
                 _, label, metric = name.split("/", 2)
-                benchmark = (label, metric, 0, WHILE_TRAINING)
-                for setting, batch in ((Setting(run.setting.model, VANILLA), 0), (run.setting, run.batches)):
+                benchmark = (label, metric, 0, TRAINING_EVALUATION)
+                for setting, batch in ((RunSettings(run.setting.model, VANILLA), 0), (run.setting, run.batches)):
                     if batch in points:
                         several[setting, benchmark][run.seed].append(Score(points[batch], points[batch], points[batch]))
 
 
-def _mean(scores: Sequence[Score]) -> Score:
+def _average_scores(scores: Sequence[Score]) -> Score:
     """Of several evaluations of one model, such as with other seeds of sampling."""
     return Score(*(sum(getattr(s, name) for s in scores) / len(scores) for name in ("value", "low", "high")))
 
 
-def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+def _average_curves(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     """The same of pass@K, where all have it."""
     return {
         k: sum(curve[k] for curve in curves) / len(curves) for k in curves[0] if all(k in curve for curve in curves)
     }
 
 
-def _order(setting: Setting) -> tuple:
+def _get_sort_key(setting: RunSettings) -> tuple:
     base = "BuPO" if setting.stages and setting.objective != "policy" else setting.estimator
-    place = METHODS.index(base) if base in METHODS else len(METHODS) - 1
+    place = METHOD_ORDER.index(base) if base in METHOD_ORDER else len(METHOD_ORDER) - 1
     baselines = (setting.slow is not None, setting.frozen is not None, bool(setting.rates))
     changed = (*baselines, setting.lens != "raw", setting.module != "layer")
     controls = (setting.objective != "layer", setting.handover, setting.mix)
     stages = [(layer.zfill(6), batches) for layer, batches in setting.stages]
     return (
-        setting.estimator == GIVEN,
+        setting.estimator == UNTRAINED,
         setting.model,
         place,
         changed,
@@ -148,12 +158,12 @@ def _order(setting: Setting) -> tuple:
     )
 
 
-def _named(groups: list[Group]) -> list[Group]:
+def _assign_names(groups: list[SeedGroup]) -> list[SeedGroup]:
     """With names that tell them apart: by what else differs, where method and first phase are the same."""
-    alike: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[SeedGroup]] = defaultdict(list)
     for group in groups:
         alike[group.setting.model, group.setting.name].append(group)
-    models = {model: short_model(model) for model, _ in alike}
+    models = {model: shorten_model_name(model) for model, _ in alike}
     if len(set(models.values())) < len(models):
         models = {model: model for model in models}
     for (model, name), same in alike.items():
@@ -166,13 +176,13 @@ def _named(groups: list[Group]) -> list[Group]:
     return groups
 
 
-def short_model(model: str) -> str:
+def shorten_model_name(model: str) -> str:
     """The last part of a path; a hub id as it is."""
     local = model.startswith(("/", ".", "~")) or model.count("/") > 1
     return model.rstrip("/").rpartition("/")[2] or model if local else model
 
 
-def benchmark_names(groups: Sequence[Group], of: str = "scores") -> dict[Benchmark, str]:
+def get_benchmark_names(groups: Sequence[SeedGroup], of: str = "scores") -> dict[BenchmarkKey, str]:
     """Names of the benchmarks of all groups: label and metric, and what else tells two apart.
 
     A curve of pass@K (`of` is `passes`) is over so many problems and answers: `math, 128 problems, 64 answers each`.
@@ -184,15 +194,17 @@ def benchmark_names(groups: Sequence[Group], of: str = "scores") -> dict[Benchma
         same = [other for other in known if other[:2] == benchmark[:2]]
         words = [f"{problems} problems"] if of == "scores" and len({other[2] for other in same}) > 1 else []
         differ = {key for other in same for key, value in other[3] if dict(asked).get(key) != value}
-        words += [f"{key} {value}" for key, value in asked if key in differ or asked == WHILE_TRAINING]
+        words += [f"{key} {value}" for key, value in asked if key in differ or asked == TRAINING_EVALUATION]
         head = f"{label} {metric}" if of == "scores" else f"{label}, {problems} problems, {metric}"
         names[benchmark] = ", ".join([head, *words])
     return names
 
 
-def alike(groups: Iterable[Group], blank: Callable[[Setting], Setting]) -> list[list[Group]]:
+def find_comparable_groups(
+    groups: Iterable[SeedGroup], blank: Callable[[RunSettings], RunSettings]
+) -> list[list[SeedGroup]]:
     """Groups that are the same but for what `blank` takes away, several each."""
-    found: dict[Setting, list[Group]] = defaultdict(list)
+    found: dict[RunSettings, list[SeedGroup]] = defaultdict(list)
     for group in groups:
         found[blank(group.setting)].append(group)
     return [same for same in found.values() if len(same) > 1]

@@ -13,42 +13,52 @@ import pyarrow.parquet as pq
 import yaml
 
 from bupo.run_files import reading
-from bupo.run_files.provenance import CONFIG_FILE, without_secrets
-from bupo.utils.safe_read import LARGEST, LARGEST_CONFIG, Unreadable, content, there
-from bupo.utils.sanitize import printable
+from bupo.run_files.provenance import CONFIG_FILE, drop_secrets
+from bupo.utils.safe_read import (
+    MAX_CONFIG_BYTES,
+    MAX_FILE_BYTES,
+    UnreadableFolderError,
+    has_regular_file,
+    read_file_bytes,
+)
+from bupo.utils.sanitize import escape_text
 
-LONGEST = 200  # characters of a name
-MOST = 1000  # benchmarks, measures, layers, options or models of one folder
+MAX_NAME_LENGTH = 200  # characters of a name
+MAX_ITEMS = 1000  # benchmarks, measures, layers, options or models of one folder
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json_mapping(folder: Path, name: str) -> dict[str, Any]:
     """A mapping; of no file, an empty one."""
-    if not there(folder, name):
+    if not has_regular_file(folder, name):
         return {}
     try:
-        return reading.read_json(folder / name, largest=LARGEST)
-    except reading.Damaged as error:
+        return reading.read_json(folder / name, largest=MAX_FILE_BYTES)
+    except reading.DamagedFileError as error:
         mapping = error.why.startswith("it is no mapping")
-        raise Unreadable(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error
+        raise UnreadableFolderError(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """`config.yaml` without secrets; None where there is none."""
-    if not there(folder, CONFIG_FILE):
+    if not has_regular_file(folder, CONFIG_FILE):
         return None
     try:
-        value = yaml.safe_load(content(folder, CONFIG_FILE, LARGEST_CONFIG).decode(errors="replace"))
+        value = yaml.safe_load(read_file_bytes(folder, CONFIG_FILE, MAX_CONFIG_BYTES).decode(errors="replace"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Unreadable(f"{CONFIG_FILE} cannot be read") from error
+        raise UnreadableFolderError(f"{CONFIG_FILE} cannot be read") from error
     if not isinstance(value, dict):
-        raise Unreadable(f"{CONFIG_FILE} is no mapping")
-    plain = {name: "…" if deep(item) else item for name, item in list(value.items())[:MOST] if not deep(name)}
-    return without_secrets({str(name): item for name, item in plain.items()})
+        raise UnreadableFolderError(f"{CONFIG_FILE} is no mapping")
+    plain = {
+        name: "…" if is_oversized(item) else item
+        for name, item in list(value.items())[:MAX_ITEMS]
+        if not is_oversized(name)
+    }
+    return drop_secrets({str(name): item for name, item in plain.items()})
 
 
-def read_rows(folder: Path, name: str) -> Iterator[dict]:
+def read_json_lines(folder: Path, name: str) -> Iterator[dict]:
     """Rows of JSON. Lines that cannot be read are left out."""
-    for line in content(folder, name).decode(errors="replace").split("\n"):
+    for line in read_file_bytes(folder, name).decode(errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -57,28 +67,28 @@ def read_rows(folder: Path, name: str) -> Iterator[dict]:
             yield row
 
 
-def read_table(folder: Path, name: str, columns: list[str]) -> list[dict[str, Any]]:
+def read_table_rows(folder: Path, name: str, columns: list[str]) -> list[dict[str, Any]]:
     """The rows of a table, of these columns."""
     try:
-        with pa.BufferReader(content(folder, name)) as file:
+        with pa.BufferReader(read_file_bytes(folder, name)) as file:
             return pq.read_table(file, columns=columns).select(columns).to_pylist()
-    except (pa.ArrowException, OSError, *reading.BROKEN) as error:
-        raise Unreadable(f"{name} cannot be read") from error
+    except (pa.ArrowException, OSError, *reading.PARSE_ERRORS) as error:
+        raise UnreadableFolderError(f"{name} cannot be read") from error
 
 
-def name_of(value: Any, longest: int = LONGEST) -> str:
+def sanitize_name(value: Any, longest: int = MAX_NAME_LENGTH) -> str:
     """A short text in one line that steers no terminal."""
-    return printable(" ".join(str(value)[: 4 * longest].split()))[:longest]
+    return escape_text(" ".join(str(value)[: 4 * longest].split()))[:longest]
 
 
-def deep(value: Any, budget: int = 1000) -> bool:
+def is_oversized(value: Any, budget: int = 1000) -> bool:
     """Whether a value holds more than so many others, or a number that Python writes to nobody: YAML's anchors make few bytes
     into many, and its hexadecimal numbers know no end."""
     waiting = [value]
     while waiting:
         budget -= 1
         item = waiting.pop()
-        if budget < 0 or (isinstance(item, int) and item.bit_length() > LONGEST):
+        if budget < 0 or (isinstance(item, int) and item.bit_length() > MAX_NAME_LENGTH):
             return True
         if isinstance(item, dict):
             waiting += [*item.keys(), *item.values()]

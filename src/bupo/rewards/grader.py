@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from bupo.rewards import grader_worker
-from bupo.rewards.answers.equality import is_empty
-from bupo.rewards.answers.extraction import final_answer, later_answer
+from bupo.rewards.answers.equality import is_empty_gold
+from bupo.rewards.answers.extraction import extract_final_answer, find_later_answer
 from bupo.utils.errors import UserError
-from bupo.utils.signals import unheard
+from bupo.utils.signals import blocked_signals
 
 
 class Verdict(StrEnum):
@@ -63,12 +63,12 @@ class Grade(NamedTuple):
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*|[0-9]{1,3})")  # more digits with a zero in front are a code
 _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
-_LONG = 50_000  # characters: a longer answer is looked through in a process that can be killed
-_CLOSING = re.compile(r"[\s$*.!)\]\\]*")
-_NEAR_BOX = re.compile(r"(?i)final answer|fbox|%|percent|pct")
-_SLICE = 0.5  # seconds of one wait for a child
-_START_SECONDS = 120  # importing sympy on a busy machine
-_LIBRARIES = (
+_MAX_INLINE_LENGTH = 50_000  # characters: a longer answer is looked through in a process that can be killed
+_END_OF_SENTENCE = re.compile(r"[\s$*.!)\]\\]*")
+_MATH_VERIFY_CUES = re.compile(r"(?i)final answer|fbox|%|percent|pct")
+_POLL_SECONDS = 0.5  # seconds of one wait for a child
+_STARTUP_TIMEOUT = 120  # importing sympy on a busy machine
+_WORKER_LIBRARIES = (
     "math_verify",
     "latex2sympy2_extended",
     "sympy",
@@ -78,35 +78,37 @@ _LIBRARIES = (
 )  # what the worker imports
 
 
-def _integer_grade(answer: str, gold: str) -> Grade | None:
+def _grade_integers(answer: str, gold: str) -> Grade | None:
     """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
     elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
     """
     if (
-        len(answer) > _LONG
+        len(answer) > _MAX_INLINE_LENGTH
         or answer.count("\\boxed") != 1
         or not _INTEGER.fullmatch(gold.strip())
         or not _NUMBER.fullmatch(gold.strip())
     ):
         return None
     boxed = _BOXED_INTEGER.search(answer)
-    if boxed is None or (_NEAR_BOX.search(answer) and not _is_final(answer, boxed)):
+    if boxed is None or (_MATH_VERIFY_CUES.search(answer) and not _is_box_final(answer, boxed)):
         return None
     verdict = Verdict.CORRECT if int(boxed[1]) == int(gold) else Verdict.WRONG
-    if later_answer(answer) is not None:
+    if find_later_answer(answer) is not None:
         return None
-    text, reason = final_answer(answer)
+    text, reason = extract_final_answer(answer)
     if text is None:
         return Grade(verdict, None, Verdict.UNPARSABLE, reason)
     return Grade(verdict, text[:200], verdict) if text == boxed[1] else None
 
 
-def _is_final(answer: str, boxed: re.Match) -> bool:
+def _is_box_final(answer: str, boxed: re.Match) -> bool:
     """Whether nothing but the end of a formula or sentence follows the box."""
-    return "fbox" not in answer and "hope" not in answer.lower() and bool(_CLOSING.fullmatch(answer, boxed.end()))
+    return (
+        "fbox" not in answer and "hope" not in answer.lower() and bool(_END_OF_SENTENCE.fullmatch(answer, boxed.end()))
+    )
 
 
-def _command() -> list[str]:
+def _get_worker_command() -> list[str]:
     """The worker: this Python without the working folder, `PYTHON*` variables and the user's own start-up files.
 
     A library that is found on this process' absolute path only (a folder of `PYTHONPATH`, say) is looked for there, too, but
@@ -117,13 +119,13 @@ def _command() -> list[str]:
     except OSError:  # it was deleted meanwhile
         here = ""
     safe = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
-    found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _LIBRARIES]
+    found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _WORKER_LIBRARIES]
     packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
     places = dict.fromkeys(str(Path(place).parent) for place in packages)
     return [sys.executable, "-I", str(Path(grader_worker.__file__).resolve()), *places]
 
 
-def _environment() -> dict[str, str]:
+def _get_worker_environment() -> dict[str, str]:
     """What Python needs to start, and no more: no token, no setting."""
     kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
     return {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
@@ -144,37 +146,37 @@ class _Deadline:
         poll = select.poll()
         poll.register(pipe, event)
         while True:
-            if poll.poll(1000 * max(0.0, min(self.left, _SLICE))):
+            if poll.poll(1000 * max(0.0, min(self.left, _POLL_SECONDS))):
                 return True
             if self.left <= 0:
                 return False
             now = time.monotonic()
-            self.left -= min(now - self._last, 2 * _SLICE)  # a longer wait than that has not been ours
+            self.left -= min(now - self._last, 2 * _POLL_SECONDS)  # a longer wait than that has not been ours
             self._last = now
 
 
-class _Child:
+class _WorkerProcess:
     """One worker process and its pipe. Ctrl-C is not for it: the update that it grades for is finished and saved."""
 
-    @unheard()  # the run that it grades for decides what is finished
+    @blocked_signals()  # the run that it grades for decides what is finished
     def __init__(self):
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self.asked = 0
         self.prepared: set[str] = set()  # tasks whose problems have been made
-        alone: dict[str, Any] = {"env": _environment(), "cwd": "/", "start_new_session": True}
+        alone: dict[str, Any] = {"env": _get_worker_environment(), "cwd": "/", "start_new_session": True}
         try:
-            self.process = subprocess.Popen(_command(), stdin=pipe, stdout=pipe, stderr=nowhere, **alone)
+            self.process = subprocess.Popen(_get_worker_command(), stdin=pipe, stdout=pipe, stderr=nowhere, **alone)
         except OSError as error:  # no memory, or too many processes
             raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
-        ready = self._reply(_Deadline(_START_SECONDS))
+        ready = self._reply(_Deadline(_STARTUP_TIMEOUT))
         if ready is None or "error" in ready:
             try:
                 silent = f"it ended with status {self.process.wait(0.5)}"
             except subprocess.TimeoutExpired:
-                silent = f"no word in {_START_SECONDS} s"
+                silent = f"no word in {_STARTUP_TIMEOUT} s"
             self.kill()
             raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
 
@@ -182,15 +184,15 @@ class _Child:
         """The child's grade, or None if it missed the deadline, died, or says what is no answer to this request."""
         task = json.loads(problem)["task"] if problem else None
         if task and task not in self.prepared:
-            self._requested({"problem": problem, "deadline": _START_SECONDS})
+            self._send_request({"problem": problem, "deadline": _STARTUP_TIMEOUT})
             self.prepared.add(task)
-        reply = self._requested({"answer": answer, "gold": gold, "problem": problem, "deadline": deadline})
+        reply = self._send_request({"answer": answer, "gold": gold, "problem": problem, "deadline": deadline})
         try:
             return Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]), reply.get("reason"))
         except (KeyError, ValueError):
             return None
 
-    def _requested(self, request_fields: dict[str, Any]) -> dict[str, Any]:
+    def _send_request(self, request_fields: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return the reply; an empty one if it missed the deadline or is no reply to this request."""
         self.asked += 1
         request = memoryview(json.dumps({"number": self.asked, **request_fields}).encode() + b"\n")
@@ -221,9 +223,9 @@ class _Child:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.let_go()
+        self.close_pipes()
 
-    def let_go(self) -> None:
+    def close_pipes(self) -> None:
         """Close the pipes. The child ends once nobody holds them."""
         self.replies.close()
         self.requests.close()
@@ -241,20 +243,20 @@ class MathGrader:
 
     def __init__(self, deadline: float = 5.0, processes: int | None = None):
         self.deadline = deadline
-        self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()  # None: not started yet
+        self._free: queue.SimpleQueue[_WorkerProcess | None] = queue.SimpleQueue()  # None: not started yet
         self.processes = processes or min(8, os.cpu_count() or 1)
         for _ in range(self.processes):
             self._free.put(None)
-        self._children: set[_Child] = set()
+        self._children: set[_WorkerProcess] = set()
         _graders.add(self)
 
     def grade(
         self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
     ) -> list[Verdict]:
         """The strict verdict of each answer."""
-        return [grade.strict for grade in self.examine(answers, golds, problems)]
+        return [grade.strict for grade in self.get_grades(answers, golds, problems)]
 
-    def examine(
+    def get_grades(
         self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
     ) -> list[Grade]:
         """The grade of each answer.
@@ -271,7 +273,7 @@ class MathGrader:
         if len(answers) != len(golds):
             raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
         grades: list[Grade | None] = [
-            None if problem else _integer_grade(answer, gold)
+            None if problem else _grade_integers(answer, gold)
             for answer, gold, problem in zip(answers, golds, problems, strict=True)
         ]
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -303,7 +305,7 @@ class MathGrader:
         child, grade = self._free.get(), None
         try:
             if child is None:
-                self._children.add(child := _Child())
+                self._children.add(child := _WorkerProcess())
             grade = child.grade(answer, gold, self.deadline, problem)
         finally:
             if grade is None and child is not None:
@@ -313,7 +315,7 @@ class MathGrader:
             self._free.put(child)
         return grade or Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
 
-    def equal_answers(self, answers: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
+    def group_equal_answers(self, answers: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """Number the classes of equal answers to each problem, by the strict comparison.
 
         Args:
@@ -351,10 +353,10 @@ class MathGrader:
                 child.kill()
             self._free.put(None)
 
-    def after_fork(self) -> None:
+    def reset_after_fork(self) -> None:
         """In a forked process: leave the children to the parent, whose end they would else outlive, and start others."""
         for child in self._children:
-            child.let_go()
+            child.close_pipes()
         self._children = set()
         self._free = queue.SimpleQueue()
         for _ in range(self.processes):
@@ -364,22 +366,22 @@ class MathGrader:
 _graders: weakref.WeakSet[MathGrader] = weakref.WeakSet()
 
 
-def _in_child() -> None:
+def _reset_graders_after_fork() -> None:
     for grader in _graders:
-        grader.after_fork()
+        grader.reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_reset_graders_after_fork)
 
 
-def check_golds(golds: Sequence[str], where: str) -> None:
+def check_gold_answers(golds: Sequence[str], where: str) -> None:
     """Refuse gold answers that cannot be graded against, before a run gives no reward for hours.
 
     Raises:
         UserError: with the first such row.
     """
     for row, gold in enumerate(golds):
-        if len(gold) < 1000 and is_empty(gold):
+        if len(gold) < 1000 and is_empty_gold(gold):
             raise UserError(
                 f"{where}, row {row}: the gold answer {gold!r} is no answer: give the problem one, or leave it out"
             )

@@ -8,13 +8,13 @@ from bupo.utils.errors import UserError
 
 
 @functools.cache
-def _grader() -> MathGrader:
+def _get_grader() -> MathGrader:
     grader = MathGrader()
     atexit.register(grader.close)
     return grader
 
 
-def answer_text(completion: str | list[dict]) -> str:
+def get_completion_text(completion: str | list[dict]) -> str:
     """The text of a completion, plain or conversational: of its last message, which may hold parts, or none (a tool's call)."""
     if isinstance(completion, str):
         return completion
@@ -42,7 +42,7 @@ def math_reward(completions, answer=None, scored_by=None, log_metric=None, **kwa
     if answer is None:
         raise UserError("math_reward needs the gold answers: the dataset has no column 'answer'")
     golds = ["" if gold is None else str(gold) for gold in answer]
-    verdicts = _grader().grade([answer_text(completion) for completion in completions], golds, scored_by)
+    verdicts = _get_grader().grade([get_completion_text(completion) for completion in completions], golds, scored_by)
     if log_metric is not None:
         for verdict in (Verdict.UNEVALUATED, Verdict.UNPARSABLE, Verdict.TIMEOUT, Verdict.NO_GOLD):
             log_metric(f"grading/{verdict}", verdicts.count(verdict) / max(1, len(verdicts)))

@@ -1,6 +1,6 @@
 """Score answers by the scorers of reasoning_gym's tasks. Many of its tasks have several right answers, or compare texts.
 
-A problem is named by [`reference`]: the task, its options and the problem's number. The grading process makes the same problem
+A problem is named by [`encode_problem_reference`]: the task, its options and the problem's number. The grading process makes the same problem
 again, since a problem's metadata (sets, tuples, keys that are numbers) would not survive being written as JSON.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-SCORED_BY = "scored_by"  # the column of a data set that names problems whose task has a scorer
+SCORED_BY_COLUMN = "scored_by"  # the column of a data set that names problems whose task has a scorer
 
 # the characters of an expression that a scorer may give to sympy's parser, which evaluates Python
 _EXPRESSION = re.compile(r"[\w\s+\-*/^().,=!]*")
@@ -38,12 +38,15 @@ _FUNCTIONS = {
     ),
     *("exp", "log", "ln", "sqrt", "pi", "Abs", "abs", "oo"),
 }
-_FULL = 0.9  # a scorer that gives less than this to the task's own answer is not used
-_EVALUATING = ("reasoning_gym.algorithmic.", "reasoning_gym.games.")  # packages whose scorers call `eval` on the answer
+_MIN_FULL_SCORE = 0.9  # a scorer that gives less than this to the task's own answer is not used
+_EVAL_MODULES = (
+    "reasoning_gym.algorithmic.",
+    "reasoning_gym.games.",
+)  # packages whose scorers call `eval` on the answer
 ANY_SOLUTION = "(any solution)"  # the gold answer of tasks that name none
 
 
-def reference(task: str, size: int, seed: int, index: int, options: Mapping[str, Any]) -> str:
+def encode_problem_reference(task: str, size: int, seed: int, index: int, options: Mapping[str, Any]) -> str:
     """Return the name of a problem: what is needed to make it again, as JSON."""
     return json.dumps(
         {"task": task, "size": size, "seed": seed, "index": index, "options": dict(options)}, sort_keys=True
@@ -57,7 +60,7 @@ def has_scorer(dataset: Any) -> bool:
     return type(dataset).score_answer is not ProceduralDataset.score_answer
 
 
-def is_right(problem: str, gold: str, answer: str) -> bool | None:
+def is_correct(problem: str, gold: str, answer: str) -> bool | None:
     """Return whether a task's scorer gives an answer the full score; None where it cannot tell.
 
     Partial scores count as wrong. The full score is the one that the task's own answer gets, since some scorers never give 1.
@@ -65,34 +68,34 @@ def is_right(problem: str, gold: str, answer: str) -> bool | None:
     no longer `gold` (another version of reasoning_gym).
 
     Args:
-        problem (`str`): of [`reference`].
+        problem (`str`): of [`encode_problem_reference`].
         gold (`str`): the problem's answer.
         answer (`str`): the final answer, as the model writes it.
     """
-    dataset, entry = _problem(problem)
-    if answer_of(entry) != gold:
+    dataset, entry = _load_problem(problem)
+    if get_gold_answer(entry) != gold:
         return None
-    full = 1.0 if entry["answer"] is None else min(1.0, _score(dataset, entry, gold))
-    if full < _FULL or _score(dataset, entry, entry["question"]) >= full:
+    full = 1.0 if entry["answer"] is None else min(1.0, _compute_score(dataset, entry, gold))
+    if full < _MIN_FULL_SCORE or _compute_score(dataset, entry, entry["question"]) >= full:
         return None
-    also = _ALSO_NEEDED.get(entry["metadata"].get("source_dataset"), lambda entry, text: True)
-    return any(_score(dataset, entry, text) >= full and also(entry, text) for text in _spellings(answer))
+    also = _EXTRA_CONDITIONS.get(entry["metadata"].get("source_dataset"), lambda entry, text: True)
+    return any(_compute_score(dataset, entry, text) >= full and also(entry, text) for text in _get_spellings(answer))
 
 
-def answer_of(entry: Mapping[str, Any]) -> str:
+def get_gold_answer(entry: Mapping[str, Any]) -> str:
     """Return the gold answer of a problem; `ANY_SOLUTION` where its task names none."""
     return ANY_SOLUTION if entry["answer"] is None else entry["answer"]
 
 
-def _uses_the_numbers(entry: Mapping[str, Any], answer: str) -> bool:
+def _is_using_all_numbers(entry: Mapping[str, Any], answer: str) -> bool:
     return sorted(map(int, re.findall(r"\d+", answer))) == sorted(entry["metadata"]["numbers"])
 
 
 # conditions of the question that a scorer does not check
-_ALSO_NEEDED: dict[str, Callable[[Mapping[str, Any], str], bool]] = {"puzzle24": _uses_the_numbers}
+_EXTRA_CONDITIONS: dict[str, Callable[[Mapping[str, Any], str], bool]] = {"puzzle24": _is_using_all_numbers}
 
 
-def _spellings(answer: str) -> Iterator[str]:
+def _get_spellings(answer: str) -> Iterator[str]:
     """Yield an answer as it is written, and without the LaTeX around plain text and numbers."""
     yield answer
     plain = re.sub(r"\\(?:text|mathrm|texttt|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", answer)
@@ -102,8 +105,8 @@ def _spellings(answer: str) -> Iterator[str]:
         yield plain
 
 
-def _score(dataset: Any, entry: dict[str, Any], answer: str) -> float:
-    with _nothing_evaluated():
+def _compute_score(dataset: Any, entry: dict[str, Any], answer: str) -> float:
+    with _disabled_eval():
         try:
             return float(dataset.score_answer(answer, entry))
         except (Exception, RecursionError, MemoryError):  # an answer of another form than a scorer expects
@@ -111,26 +114,26 @@ def _score(dataset: Any, entry: dict[str, Any], answer: str) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _problem(problem: str) -> tuple[Any, dict[str, Any]]:
+def _load_problem(problem: str) -> tuple[Any, dict[str, Any]]:
     named = json.loads(problem)
-    dataset = _dataset(named["task"], named["size"], named["seed"], json.dumps(named["options"], sort_keys=True))
+    dataset = _load_dataset(named["task"], named["size"], named["seed"], json.dumps(named["options"], sort_keys=True))
     return dataset, dataset[named["index"]]
 
 
 @functools.lru_cache(maxsize=8)
-def _dataset(task: str, size: int, seed: int, options: str) -> Any:
+def _load_dataset(task: str, size: int, seed: int, options: str) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, size=size, seed=seed, **json.loads(options))
 
 
-def prepare(problem: str) -> None:
+def warm_up_problem(problem: str) -> None:
     """Make a problem, and with it everything that is slow the first time: imports, word lists."""
-    _problem(problem)
+    _load_problem(problem)
 
 
 @contextmanager
-def _nothing_evaluated() -> Iterator[None]:
+def _disabled_eval() -> Iterator[None]:
     """Keep scorers from evaluating an answer as Python: they read it as a literal or as a plain formula.
 
     Several scorers call `eval` or sympy's `parse_expr` on the text of an answer.
@@ -155,7 +158,7 @@ def _nothing_evaluated() -> Iterator[None]:
 
     for name, module in list(sys.modules.items()):
         if name.startswith("reasoning_gym.") and module is not None:
-            if name.startswith(_EVALUATING):
+            if name.startswith(_EVAL_MODULES):
                 replace(module, "eval", ast.literal_eval)
             if getattr(module, "parse_expr", None) is parse:
                 replace(module, "parse_expr", parse_formula)

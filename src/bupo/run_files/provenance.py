@@ -17,25 +17,28 @@ from typing import Any
 
 import yaml
 
-from bupo.options.groups import OUR_WORDS
-from bupo.run_files.reading import NULL, Damaged, read_json
+from bupo.options.groups import BUPO_TO_TRL_NAMES
+from bupo.run_files.reading import NONE_TYPE, DamagedFileError, read_json
 from bupo.utils.files import make_folder, write_json, write_text
-from bupo.utils.sanitize import one_line
+from bupo.utils.sanitize import collapse_whitespace
 from bupo.version import VERSION
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
 # of the name of an option, or of an environment variable; per_token and eos_token are none
-SECRET = re.compile(r"(?:^|[_-])(?:(?<!(?:per|eos|bos|pad)[_-])token|key|secret|password)$", re.IGNORECASE)
-SECRET_IN_TEXT = re.compile(  # of JSON in an option
+SECRET_NAME = re.compile(r"(?:^|[_-])(?:(?<!(?:per|eos|bos|pad)[_-])token|key|secret|password)$", re.IGNORECASE)
+SECRET_IN_JSON = re.compile(  # of JSON in an option
     r"""((?:token|key|secret|password)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""", re.IGNORECASE
 )
-USER_IN_ADDRESS = re.compile(r"(://)[^/\s@]+@")  # user:password@
-SHORT = {theirs: ours for ours, theirs in OUR_WORDS.items()}
-ONCE = ("overwrite", "resume_from_checkpoint")  # asked for this time only: the same run started again deletes nothing
+URL_CREDENTIALS = re.compile(r"(://)[^/\s@]+@")  # user:password@
+BUPO_OPTION_NAMES = {theirs: ours for ours, theirs in BUPO_TO_TRL_NAMES.items()}
+ONE_TIME_OPTIONS = (
+    "overwrite",
+    "resume_from_checkpoint",
+)  # asked for this time only: the same run started again deletes nothing
 
 
-def note_run(
+def record_run(
     folder: str | Path,
     command: str,
     given: dict[str, Any],
@@ -56,28 +59,35 @@ def note_run(
     """
     folder = Path(folder)
     make_folder(folder)
-    line, here = command_line(sys.orig_argv), os.getcwd()  # paths may be relative to it
+    line, here = redact_command_line(sys.orig_argv), os.getcwd()  # paths may be relative to it
     head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
     if objects:
         head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
-    write_text(folder / CONFIG_FILE, f"# {one_line(head)}\n# started by: {one_line(line)}\n{_options(given)}")
+    write_text(
+        folder / CONFIG_FILE,
+        f"# {collapse_whitespace(head)}\n# started by: {collapse_whitespace(line)}\n{_format_options(given)}",
+    )
     run = {
         "schema_version": 1,
         "command": command,
         "command_line": line,
         "folder": here,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "git": git_state(),
+        "versions": get_versions(),
+        "git": get_git_state(),
         **(trained or {}),
-        "earlier": _earlier(folder / RUN_FILE),
+        "earlier": _read_earlier_runs(folder / RUN_FILE),
     }
     write_json(folder / RUN_FILE, run)
 
 
-def _options(given: dict[str, Any]) -> str:
+def _format_options(given: dict[str, Any]) -> str:
     """The options of a run as YAML, in bupo's words."""
-    values = {SHORT.get(name, name): value for name, value in _plain(given).items() if name not in ONCE}
+    values = {
+        BUPO_OPTION_NAMES.get(name, name): value
+        for name, value in _to_yaml_value(given).items()
+        if name not in ONE_TIME_OPTIONS
+    }
     if not values:
         return "{}\n"
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -86,10 +96,10 @@ def _options(given: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # U+2028 and the like end a line of YAML: as escapes
 
 
-def versions() -> dict[str, str | None]:
+def get_versions() -> dict[str, str | None]:
     """Of this package, of what computes its numbers, and of Python."""
     found: dict[str, str | None] = {"bupo": VERSION}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -97,27 +107,27 @@ def versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version()}
 
 
-def git_state() -> dict[str, Any] | None:
+def get_git_state() -> dict[str, Any] | None:
     """Revision of the working folder's git repository, and whether a tracked file differs from it. None outside of one."""
-    revision = _git("rev-parse", "HEAD")
+    revision = _query_git("rev-parse", "HEAD")
     if revision is None:
         return None
     return {
         "revision": revision,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")),
+        "dirty": bool(_query_git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")),
     }
 
 
-def _programs() -> str:
+def _get_program_path() -> str:
     """Return the absolute folders of the path as this process found it; a relative one would be the working folder."""
     return os.pathsep.join(
         place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)
     )
 
 
-GIT = shutil.which("git", path=_programs())  # before a file or a run may have changed the environment
+GIT_PROGRAM = shutil.which("git", path=_get_program_path())  # before a file or a run may have changed the environment
 # a repository that somebody sent may name programs, which git would run: none of them is
-_HARMLESS = (
+_SAFE_GIT_SETTINGS = (
     "core.fsmonitor=false",
     f"core.hooksPath={os.devnull}",
     "core.sshCommand=false",
@@ -126,7 +136,7 @@ _HARMLESS = (
 )
 
 
-def _git(*arguments: str) -> str | None:
+def _query_git(*arguments: str) -> str | None:
     """Return what git prints, without any program that the repository's own configuration names; None where it fails."""
     listed = _run_git("config", "--null", "--name-only", "--show-scope", "--get-regexp", r"^filter\.")
     words = (listed or "").split("\0")
@@ -137,10 +147,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def _run_git(*arguments: str) -> str | None:
-    if GIT is None:
+    if GIT_PROGRAM is None:
         return None
-    settings = [word for setting in _HARMLESS for word in ("-c", setting)]
-    command = [GIT, "--no-optional-locks", "--no-pager", *settings, *arguments]
+    settings = [word for setting in _SAFE_GIT_SETTINGS for word in ("-c", setting)]
+    command = [GIT_PROGRAM, "--no-optional-locks", "--no-pager", *settings, *arguments]
     environment = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     try:
         done = subprocess.run(
@@ -157,61 +167,61 @@ def _run_git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def command_line(words: list[str]) -> str:
+def redact_command_line(words: list[str]) -> str:
     """A command line that may be shown: secrets are replaced by stars."""
     shown, hidden = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        secret = flag.startswith("--") and bool(SECRET.search(flag))
+        secret = flag.startswith("--") and bool(SECRET_NAME.search(flag))
         if hidden and not word.startswith("--"):
             word = "***"
         elif secret and equals:
             word = f"{flag}=***"
         hidden = secret and not equals
-        shown.append(shlex.quote(_hidden(word)))
-    return one_line(" ".join(shown))
+        shown.append(shlex.quote(_redact_text(word)))
+    return collapse_whitespace(" ".join(shown))
 
 
-def _hidden(text: str) -> str:
+def _redact_text(text: str) -> str:
     """Without the secrets of a mapping in JSON and of an address; any other text, such as a prompt, as it is."""
-    text = USER_IN_ADDRESS.sub(r"\1***@", text)
-    return SECRET_IN_TEXT.sub(r'\1"***"', text) if "{" in text[:1] or "={" in text else text
+    text = URL_CREDENTIALS.sub(r"\1***@", text)
+    return SECRET_IN_JSON.sub(r'\1"***"', text) if "{" in text[:1] or "={" in text else text
 
 
-def _without_secrets(text: str) -> str:
+def _drop_secrets_from_text(text: str) -> str:
     """As `_hidden`, for a run that is started again: a secret is left out, for stars would be sent as one."""
-    text = USER_IN_ADDRESS.sub(r"\1", text)
-    if not text.startswith("{") or not SECRET_IN_TEXT.search(text):
+    text = URL_CREDENTIALS.sub(r"\1", text)
+    if not text.startswith("{") or not SECRET_IN_JSON.search(text):
         return text
     try:
-        return json.dumps(_plain(json.loads(text)))
+        return json.dumps(_to_yaml_value(json.loads(text)))
     except ValueError:  # no JSON: whoever reads it will say so
-        return _hidden(text)
+        return _redact_text(text)
 
 
-def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+def drop_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """A mapping, and those inside it, without what is secret by its name."""
-    kept = {name: value for name, value in values.items() if not SECRET.search(str(name))}
-    return {name: without_secrets(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    kept = {name: value for name, value in values.items() if not SECRET_NAME.search(str(name))}
+    return {name: drop_secrets(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _plain(value: Any) -> Any:
+def _to_yaml_value(value: Any) -> Any:
     """As YAML knows it."""
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return _to_yaml_value(value.value)
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items() if not SECRET.search(str(name))}
+        return {str(name): _to_yaml_value(item) for name, item in value.items() if not SECRET_NAME.search(str(name))}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_yaml_value(item) for item in value]
     if isinstance(value, bool | int | float) or value is None:
         return value
-    return _without_secrets(str(value))
+    return _drop_secrets_from_text(str(value))
 
 
-def _earlier(path: Path) -> list[dict]:
+def _read_earlier_runs(path: Path) -> list[dict]:
     """The runs that a folder has seen before this one, the last first."""
     try:
-        last = read_json(path, {"earlier": (list, NULL)})
-    except Damaged:  # none, or what is no longer readable: it is replaced, as `config.yaml` is
+        last = read_json(path, {"earlier": (list, NONE_TYPE)})
+    except DamagedFileError:  # none, or what is no longer readable: it is replaced, as `config.yaml` is
         return []
     return [{name: value for name, value in last.items() if name != "earlier"}, *(last.get("earlier") or [])]

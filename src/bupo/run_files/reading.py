@@ -1,7 +1,7 @@
 """The one reader of files that a run, an evaluation or an analysis has left.
 
 A file may be cut, empty, missing or of other contents: a full disk, a broken copy or another person has left it so. The reader
-raises [`Damaged`] for all of it, in one line with the file and the remedy. It unpickles tensors and plain values only, reads
+raises [`DamagedFileError`] for all of it, in one line with the file and the remedy. It unpickles tensors and plain values only, reads
 nothing outside the folder, and waits for no pipe.
 """
 
@@ -12,32 +12,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bupo.utils.errors import UserError, first_line
-from bupo.utils.files import open_regular
-from bupo.utils.safe_read import there
-from bupo.utils.sanitize import one_line
+from bupo.utils.errors import UserError, summarize_error
+from bupo.utils.files import open_regular_file
+from bupo.utils.safe_read import has_regular_file
+from bupo.utils.sanitize import collapse_whitespace
 
-BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-DELETE = "delete it, or choose another output"
-NULL = type(None)
+PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+DELETE_REMEDY = "delete it, or choose another output"
+NONE_TYPE = type(None)
 
-Kind = type | tuple[type, ...]
-Keys = Mapping[str, Kind]
+ExpectedType = type | tuple[type, ...]
+KeyTypes = Mapping[str, ExpectedType]
 
 
-class Damaged(UserError):
+class DamagedFileError(UserError):
     """A file that a run left and that cannot be used.
 
     Args:
         path (`Path`), why (`str`), remedy (`str`): which file, what is wrong, what to do.
     """
 
-    def __init__(self, path: Path, why: str, remedy: str = DELETE):
-        self.path, self.why = path, one_line(why)[:300]
+    def __init__(self, path: Path, why: str, remedy: str = DELETE_REMEDY):
+        self.path, self.why = path, collapse_whitespace(why)[:300]
         super().__init__(f"{path} is damaged: {self.why}; {remedy}")
 
 
-def read_bytes(path: Path, remedy: str = DELETE, largest: int | None = None, base: Path | None = None) -> bytes:
+def read_bytes(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = None, base: Path | None = None) -> bytes:
     """Read a regular file.
 
     Args:
@@ -52,24 +52,26 @@ def read_bytes(path: Path, remedy: str = DELETE, largest: int | None = None, bas
     base = path.parent if base is None else base
     try:
         if not os.path.lexists(path):
-            raise Damaged(path, "it is missing", remedy)
-        if not there(base, os.path.relpath(path, base)):
-            raise Damaged(path, "it is no regular file of its folder", remedy)
-        with os.fdopen(open_regular(path), "rb") as file:
+            raise DamagedFileError(path, "it is missing", remedy)
+        if not has_regular_file(base, os.path.relpath(path, base)):
+            raise DamagedFileError(path, "it is no regular file of its folder", remedy)
+        with os.fdopen(open_regular_file(path), "rb") as file:
             if largest is not None and os.fstat(file.fileno()).st_size > largest:
-                raise Damaged(path, f"it is larger than {largest >> 10} KB", remedy)
+                raise DamagedFileError(path, f"it is larger than {largest >> 10} KB", remedy)
             return file.read()
     except OSError as error:
-        raise Damaged(path, f"it cannot be read ({error.strerror})", remedy) from error
+        raise DamagedFileError(path, f"it cannot be read ({error.strerror})", remedy) from error
     except MemoryError as error:
-        raise Damaged(path, f"it is larger than the memory ({path.stat().st_size >> 30} GB)", remedy) from error
+        raise DamagedFileError(
+            path, f"it is larger than the memory ({path.stat().st_size >> 30} GB)", remedy
+        ) from error
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise Damaged(path, f"it cannot be read ({error})", remedy) from error
+        raise DamagedFileError(path, f"it cannot be read ({error})", remedy) from error
 
 
-def read_text(path: Path, remedy: str = DELETE, largest: int | None = None) -> str:
+def read_text(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = None) -> str:
     """Read a text of UTF-8.
 
     Raises:
@@ -78,10 +80,12 @@ def read_text(path: Path, remedy: str = DELETE, largest: int | None = None) -> s
     try:
         return read_bytes(path, remedy, largest).decode()
     except UnicodeDecodeError as error:
-        raise Damaged(path, f"it is no UTF-8 text (byte {error.start})", remedy) from error
+        raise DamagedFileError(path, f"it is no UTF-8 text (byte {error.start})", remedy) from error
 
 
-def read_json(path: Path, keys: Keys | None = None, remedy: str = DELETE, largest: int | None = None) -> dict[str, Any]:
+def read_json(
+    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, largest: int | None = None
+) -> dict[str, Any]:
     """Read a mapping of JSON.
 
     Args:
@@ -94,14 +98,14 @@ def read_json(path: Path, keys: Keys | None = None, remedy: str = DELETE, larges
     """
     text = read_text(path, remedy, largest)
     if not text.strip():
-        raise Damaged(path, "it cannot be read as JSON: it is empty", remedy)
+        raise DamagedFileError(path, "it cannot be read as JSON: it is empty", remedy)
     try:
-        return check(json.loads(text), keys or {})
-    except BROKEN as error:
-        raise Damaged(path, _why(error, "JSON"), remedy) from error
+        return check_keys(json.loads(text), keys or {})
+    except PARSE_ERRORS as error:
+        raise DamagedFileError(path, _describe_parse_error(error, "JSON"), remedy) from error
 
 
-def check(value: Any, keys: Keys) -> dict[str, Any]:
+def check_keys(value: Any, keys: KeyTypes) -> dict[str, Any]:
     """Return a mapping that holds values of these types.
 
     A `float` is any finite number; an `int` is no `bool`; a key whose types include `NULL` may be missing.
@@ -113,15 +117,15 @@ def check(value: Any, keys: Keys) -> dict[str, Any]:
         raise ValueError(f"it is no mapping, but a {type(value).__name__}")
     for name, kind in keys.items():
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if name not in value and NULL not in kinds:
+        if name not in value and NONE_TYPE not in kinds:
             raise ValueError(f"{name} is missing")
-        if not any(_is(value.get(name), each) for each in kinds):
-            wanted = " or ".join("null" if each is NULL else each.__name__ for each in kinds)
-            raise ValueError(f"{name} is {_shown(value.get(name))}, not {wanted}")
+        if not any(_has_type(value.get(name), each) for each in kinds):
+            wanted = " or ".join("null" if each is NONE_TYPE else each.__name__ for each in kinds)
+            raise ValueError(f"{name} is {_describe_value(value.get(name))}, not {wanted}")
     return value
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
     if kind is int:
@@ -129,13 +133,13 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _shown(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number beyond any"
     return f"{value!r:.40}" if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
 
 
-def finite(values: Any) -> bool:
+def is_all_finite(values: Any) -> bool:
     """Return whether nested lists hold finite numbers only."""
     waiting = [values]
     while waiting:
@@ -147,7 +151,7 @@ def finite(values: Any) -> bool:
     return True
 
 
-def read_rows(path: Path, keys: Keys | None = None, remedy: str = DELETE) -> list[dict[str, Any]]:
+def read_rows(path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY) -> list[dict[str, Any]]:
     """Read mappings of JSON, one a line; half a last line, which a kill leaves, is left out.
 
     Raises:
@@ -159,14 +163,14 @@ def read_rows(path: Path, keys: Keys | None = None, remedy: str = DELETE) -> lis
         if number == len(lines) or not line.strip():
             continue
         try:
-            rows.append(check(json.loads(line), keys or {}))
-        except BROKEN as error:
-            raise Damaged(path, f"line {number}: {_why(error, 'JSON')}", remedy) from error
+            rows.append(check_keys(json.loads(line), keys or {}))
+        except PARSE_ERRORS as error:
+            raise DamagedFileError(path, f"line {number}: {_describe_parse_error(error, 'JSON')}", remedy) from error
     return rows
 
 
-def read_table(
-    path: Path, columns: Mapping[str, str] | None = None, remedy: str = DELETE, base: Path | None = None
+def read_parquet(
+    path: Path, columns: Mapping[str, str] | None = None, remedy: str = DELETE_REMEDY, base: Path | None = None
 ) -> Any:
     """Read a table of Parquet.
 
@@ -189,22 +193,24 @@ def read_table(
     try:
         with pa.BufferReader(content) as file:
             table: pd.DataFrame = pq.read_table(file).to_pandas()
-    except (pa.ArrowException, OSError, *BROKEN) as error:
-        raise Damaged(path, _why(error, "Parquet"), remedy) from error
+    except (pa.ArrowException, OSError, *PARSE_ERRORS) as error:
+        raise DamagedFileError(path, _describe_parse_error(error, "Parquet"), remedy) from error
     for name, kind in (columns or {}).items():
         if name not in table:
-            raise Damaged(path, f"the column {name} is missing", remedy)
+            raise DamagedFileError(path, f"the column {name} is missing", remedy)
         fits = {
             "number": lambda column: pd.api.types.is_numeric_dtype(column) and not column.isna().any(),
             "text": lambda column: column.map(lambda value: isinstance(value, str)).all(),
             "any": lambda column: True,
         }[kind]
         if not fits(table[name]):
-            raise Damaged(path, f"the column {name} holds other than {kind}s", remedy)
+            raise DamagedFileError(path, f"the column {name} holds other than {kind}s", remedy)
     return table
 
 
-def read_state(path: Path, keys: Keys | None = None, remedy: str = DELETE, **how: Any) -> dict[str, Any]:
+def read_torch_file(
+    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, **how: Any
+) -> dict[str, Any]:
     """Read what `torch.save` wrote: tensors and plain values; nothing else is unpickled.
 
     Args:
@@ -219,25 +225,25 @@ def read_state(path: Path, keys: Keys | None = None, remedy: str = DELETE, **how
     import torch
     from torch.serialization import safe_globals
 
-    regular = there(path.parent, path.name)
+    regular = has_regular_file(path.parent, path.name)
     if not regular:
-        raise Damaged(
+        raise DamagedFileError(
             path, "it is missing" if not os.path.lexists(path) else "it is no regular file of its folder", remedy
         )
     try:
-        with safe_globals(_arrays()):
+        with safe_globals(_get_numpy_types()):
             value = torch.load(path, **{"map_location": "cpu", **how}, weights_only=True)
-        return value if keys is None else check(value, keys)
+        return value if keys is None else check_keys(value, keys)
     except Exception as error:  # torch's own, of zip files, of pickles, of what is no file
         why = (
-            _why(error, "file of torch")
-            if isinstance(error, BROKEN)
-            else f"it cannot be read ({first_line(error)[:120]})"
+            _describe_parse_error(error, "file of torch")
+            if isinstance(error, PARSE_ERRORS)
+            else f"it cannot be read ({summarize_error(error)[:120]})"
         )
-        raise Damaged(path, why, remedy) from error
+        raise DamagedFileError(path, why, remedy) from error
 
 
-def _arrays() -> list[Any]:
+def _get_numpy_types() -> list[Any]:
     """Return the types of a state of random numbers that are no tensors."""
     import numpy as np
 
@@ -245,7 +251,7 @@ def _arrays() -> list[Any]:
     return [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
-def _why(error: BaseException, kind: str) -> str:
+def _describe_parse_error(error: BaseException, kind: str) -> str:
     if isinstance(error, RecursionError):
         return f"it cannot be read as {kind}: it is nested too deep"
     if isinstance(error, json.JSONDecodeError):

@@ -5,20 +5,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bupo.run_files.reading import NULL, read_json
+from bupo.run_files.reading import NONE_TYPE, read_json
 from bupo.utils.errors import UserError
-from bupo.utils.files import append, make_folder, refuse_links, rows_of, whole_rows, write_json
+from bupo.utils.files import (
+    append_text,
+    make_folder,
+    read_appended_rows,
+    refuse_links,
+    repair_appended_rows,
+    write_json,
+)
 
 SETTINGS_FILE = "settings.json"
-PLACES = ("problems", "answers")  # what tells the rows apart, by digests
-REMEDY = "choose another output, or --overwrite true"
-LONGEST_LABEL = 120  # characters
+DIGEST_KEYS = ("problems", "answers")  # what tells the rows apart, by digests
+OTHER_SETTINGS_REMEDY = "choose another output, or --overwrite true"
+MAX_LABEL_LENGTH = 120  # characters
 
 Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 
-class Store(Generic[Key, Row]):
+class ResultCache(Generic[Key, Row]):
     """Finished rows of one kind. Rows of other settings are neither mixed nor deleted, unless that is asked for.
 
     Nothing is written before `begin`, so that several stores can refuse before any of them changes.
@@ -56,26 +63,26 @@ class Store(Generic[Key, Row]):
         noted: Mapping[str, Any] | None = None,
         beside: Sequence[str] = (),
         overwrite: bool = False,
-        remedy: str = REMEDY,
+        remedy: str = OTHER_SETTINGS_REMEDY,
     ):
         self.folder, self.path, self.what, self.beside = folder, folder / name, what, beside
         self.read, self.write = read, write
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.places, self.of, self.noted = list(places), of, dict(noted or {})
         self.rows: dict[Key, Row] = {}
-        self.before = self._before(overwrite)
-        difference = self._difference()
-        self.anew = bool(difference) and overwrite
+        self.before = self._read_previous_settings(overwrite)
+        difference = self._describe_difference()
+        self.replaces_rows = bool(difference) and overwrite
         if difference and not overwrite:
             raise UserError(f"{folder} holds {what} {difference}: {remedy}")
-        self._whole: list[tuple[Key, Row]] | None = None
-        if not self.anew:  # damaged rows are refused before anything is written
-            self._whole = rows_of(self.path, read)[0]
+        self._checked_rows: list[tuple[Key, Row]] | None = None
+        if not self.replaces_rows:  # damaged rows are refused before anything is written
+            self._checked_rows = read_appended_rows(self.path, read)[0]
 
     def begin(self) -> None:
         """Note the settings and read the finished rows; where it was asked for, delete those of other settings first."""
-        if self.anew:
-            for path in self._held():
+        if self.replaces_rows:
+            for path in self._list_result_files():
                 path.unlink()
             self.before = {}
         make_folder(self.folder)
@@ -83,21 +90,21 @@ class Store(Generic[Key, Row]):
         if not self.before or len(self.places) > len(known):
             same = self.before or {**self.noted, **self.settings}
             write_json(self.folder / SETTINGS_FILE, same | ({self.of: self.places} if self.places else {}))
-        self.rows, self._whole = dict(whole_rows(self.path, self.read)), None
+        self.rows, self._checked_rows = dict(repair_appended_rows(self.path, self.read)), None
 
     def add(self, key: Key, row: Row) -> None:
         """Keep a row that has just finished."""
         self.rows[key] = row
-        append(self.path, self.write(key, row) + "\n")
+        append_text(self.path, self.write(key, row) + "\n")
 
-    def _held(self) -> list[Path]:
+    def _list_result_files(self) -> list[Path]:
         """Files that hold finished work."""
         others = [path for pattern in self.beside for path in sorted(self.folder.glob(pattern))]
         return [path for path in (self.path, *others) if path.is_file() and path.stat().st_size]
 
-    def _before(self, overwrite: bool) -> dict[str, Any]:
+    def _read_previous_settings(self, overwrite: bool) -> dict[str, Any]:
         """The settings that the folder's rows were made with; empty where there are no rows."""
-        if not self._held():
+        if not self._list_result_files():
             return {}
         try:
             return read_settings(self.folder, self.what)
@@ -106,7 +113,7 @@ class Store(Generic[Key, Row]):
                 return {SETTINGS_FILE: None}
             raise
 
-    def _difference(self) -> str | None:
+    def _describe_difference(self) -> str | None:
         """The first setting that rows of this folder were made with and that is another now."""
         if not self.before:
             return None
@@ -115,7 +122,7 @@ class Store(Generic[Key, Row]):
                 continue
             if name not in self.before:
                 return f"of which the {name} is not noted (an earlier version made them)"
-            return "made with another {} ({}, now {})".format(name, *_shown(self.before[name], value))
+            return "made with another {} ({}, now {})".format(name, *_abbreviate_values(self.before[name], value))
         known = self.before.get(self.of, [])
         other = [place for place, (a, b) in enumerate(zip(known, self.places, strict=False)) if a != b]
         return (
@@ -134,12 +141,12 @@ def read_settings(folder: Path, what: str) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder} holds {what}, but not what they were made with ({SETTINGS_FILE} is missing): {REMEDY}"
+            f"{folder} holds {what}, but not what they were made with ({SETTINGS_FILE} is missing): {OTHER_SETTINGS_REMEDY}"
         )
-    return read_json(path, dict.fromkeys(PLACES, (list, NULL)), f"repair it; or {REMEDY}")
+    return read_json(path, dict.fromkeys(DIGEST_KEYS, (list, NONE_TYPE)), f"repair it; or {OTHER_SETTINGS_REMEDY}")
 
 
-def inside(output: str | Path, label: str) -> Path:
+def get_label_folder(output: str | Path, label: str) -> Path:
     """The folder of a label, inside the run's.
 
     Raises:
@@ -151,7 +158,7 @@ def inside(output: str | Path, label: str) -> Path:
         or "/" in label
         or "\\" in label
         or "\0" in label
-        or len(label) > LONGEST_LABEL
+        or len(label) > MAX_LABEL_LENGTH
     ):
         raise UserError(
             f"label {label!r:.80} names no folder inside {output}: give the model by its name, a benchmark as LABEL=FILE"
@@ -160,7 +167,7 @@ def inside(output: str | Path, label: str) -> Path:
     return Path(output) / label
 
 
-def _shown(before: Any, now: Any) -> tuple[str, str]:
+def _abbreviate_values(before: Any, now: Any) -> tuple[str, str]:
     """Two values for a message: of long texts, from where they differ."""
     a, b = repr(before), repr(now)
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -8,18 +8,18 @@ import torch
 from trl import GRPOConfig
 
 from bupo.models.internal_policy import Lens
-from bupo.options.ranges import COUNT, NOT_NEGATIVE, check_number, check_word
-from bupo.run_files.provenance import without_secrets
-from bupo.training.objective.advantages import ESTIMATORS, WITH_CRITIC
-from bupo.training.objective.phases import Schedule, Stage
-from bupo.training.trl_internals import accepted
-from bupo.training.validation.option_ranges import check_training
-from bupo.utils.errors import UserError, first_line, others
+from bupo.options.ranges import NON_NEGATIVE, POSITIVE_INTEGER, check_choice, check_number
+from bupo.run_files.provenance import drop_secrets
+from bupo.training.objective.advantages import CRITIC_ESTIMATORS, ESTIMATORS
+from bupo.training.objective.phases import PhaseSchedule, Stage
+from bupo.training.trl_internals import get_accepted_values
+from bupo.training.validation.option_ranges import check_training_options
+from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
-Module = Literal["layer", "attn", "ffn"]
-Objective = Literal["layer", "policy", "permuted"]
-Backbone = Literal["copy", "shared"]
-AUTO, DEFAULT_STEPS = "auto", 20
+InternalModule = Literal["layer", "attn", "ffn"]
+InternalObjective = Literal["layer", "policy", "permuted"]
+CriticBackbone = Literal["copy", "shared"]
+AUTO, DEFAULT_INTERNAL_STEPS = "auto", 20
 
 
 @dataclass
@@ -37,7 +37,7 @@ class BuPOConfig(GRPOConfig):
         internal_steps (`int`, *optional*):
             Length of the first phase (s_inter of the paper), in rollout batches, whatever the number of optimizer
             updates a batch is used for. 0 is no first phase. By default 20, and with `internal_layer` `auto` what is
-            recommended for the run's length ([`~bupo.training.objective.phases.recommended`]).
+            recommended for the run's length ([`~bupo.training.objective.phases.recommend_first_phase_batches`]).
         internal_schedule (`list[list[int]]`, *optional*):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
         internal_objective (`str`, *optional*, defaults to `"layer"`):
@@ -57,7 +57,7 @@ class BuPOConfig(GRPOConfig):
             final norm (`final_norm`, the logit lens).
         internal_guard (`bool`, *optional*, defaults to `True`):
             End a stage of the first phase early when it harms the model, and go on from its best weights
-            ([`~bupo.training.callbacks.early_stopping.Guard`]).
+            ([`~bupo.training.callbacks.early_stopping.EarlyStoppingMonitor`]).
         probe_every (`int`, *optional*):
             Rollout batches between two probes. By default as often as 3 % of a batch's arithmetic allows while
             there is a layer to look at; 0 is never.
@@ -65,7 +65,7 @@ class BuPOConfig(GRPOConfig):
             Answers of the probe set, taken from the first rollout batch.
         eval_benchmarks (`list[str]`, *optional*):
             Benchmarks to evaluate on while the run goes, as `bupo eval --benchmarks` names them
-            ([`~bupo.training.callbacks.benchmark_evaluation.Evaluations`]).
+            ([`~bupo.training.callbacks.benchmark_evaluation.BenchmarkCallback`]).
         eval_every (`int`, *optional*, defaults to `10`):
             Rollout batches between two of these evaluations; there is one before training and one after it too.
         eval_k (`int`, *optional*, defaults to `4`), eval_problems (`int`, *optional*):
@@ -110,12 +110,12 @@ class BuPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Stages of the first phase, such as [[6, 20], [12, 10]]: layer, rollout batches."},
     )
-    internal_objective: Objective = field(
+    internal_objective: InternalObjective = field(
         default="layer",
         metadata={
             "help": "What the first phase optimises: the layer's policy, or as a control the language model policy with all "
             "above the layer kept still (`policy`), or the layer's over a shuffled vocabulary (`permuted`).",
-            "choices": get_args(Objective),
+            "choices": get_args(InternalObjective),
         },
     )
     internal_handover: int = field(
@@ -125,11 +125,11 @@ class BuPOConfig(GRPOConfig):
     internal_mix: float = field(
         default=0.0, metadata={"help": "Weight that the layer's objective keeps after the first phase, below 1."}
     )
-    internal_module: Module = field(
+    internal_module: InternalModule = field(
         default="layer",
         metadata={
             "help": "The internal policy: the layer's, its attention's or its FFN's.",
-            "choices": get_args(Module),
+            "choices": get_args(InternalModule),
         },
     )
     internal_lens: Lens = field(
@@ -161,11 +161,11 @@ class BuPOConfig(GRPOConfig):
         metadata={"help": "How rewards become advantages.", "choices": list(ESTIMATORS)},
     )
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's of PPO's critic, constant."})
-    critic_backbone: Backbone = field(
+    critic_backbone: CriticBackbone = field(
         default="copy",
         metadata={
             "help": "PPO's value head: on a copy of the model, or on the policy's own.",
-            "choices": get_args(Backbone),
+            "choices": get_args(CriticBackbone),
         },
     )
     value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss with a shared backbone."})
@@ -204,11 +204,11 @@ class BuPOConfig(GRPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """What `training_args.bin` of a checkpoint holds: no token."""
-        return without_secrets(self.__dict__)
+        return drop_secrets(self.__dict__)
 
     def __post_init__(self):
-        self._read_texts()
-        check_training(self)
+        self._parse_strings()
+        check_training_options(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # accelerate looks for CPU processes under a launcher only when told
             self.dataloader_pin_memory = False
@@ -219,7 +219,7 @@ class BuPOConfig(GRPOConfig):
         once_a_rollout = self.logging_steps is None
         if once_a_rollout:
             self.logging_steps = 1
-        with others(_refused):
+        with wrap_library_errors(_describe_refusal):
             super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
         if (self.first_phase.stages or self.internal_handover) and micro_steps % self.gradient_accumulation_steps:
@@ -232,7 +232,7 @@ class BuPOConfig(GRPOConfig):
                 1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
             )
 
-    def _read_texts(self) -> None:
+    def _parse_strings(self) -> None:
         """Values as a command line and a YAML file give them, in the types that are looked for later."""
         layer = self.internal_layer
         if isinstance(layer, str) and layer.removeprefix("-").isdecimal():
@@ -248,35 +248,35 @@ class BuPOConfig(GRPOConfig):
             self.top_k = 0  # off: -1 is vLLM's word for it
 
     @property
-    def first_phase(self) -> Schedule:
+    def first_phase(self) -> PhaseSchedule:
         """The stages that the options ask for. A layer and a length that `auto` has still to choose are None."""
         if self.internal_schedule is not None:
-            return Schedule.read(self.internal_schedule)
+            return PhaseSchedule.read(self.internal_schedule)
         if self.internal_steps == 0:
-            return Schedule()
+            return PhaseSchedule()
         if self.internal_layer == AUTO:
-            return Schedule((Stage(None, self.internal_steps),))
-        steps = DEFAULT_STEPS if self.internal_steps is None else self.internal_steps
-        return Schedule((Stage(cast(int, self.internal_layer), steps),))
+            return PhaseSchedule((Stage(None, self.internal_steps),))
+        steps = DEFAULT_INTERNAL_STEPS if self.internal_steps is None else self.internal_steps
+        return PhaseSchedule((Stage(cast(int, self.internal_layer), steps),))
 
     @property
-    def mixes(self) -> bool:
+    def has_auxiliary_objective(self) -> bool:
         """Whether rollout batches are to optimise a layer's policy and the language model policy at once."""
         return bool(self.internal_handover or self.internal_mix)
 
-    def rollout_batches(self, updates: int) -> int:
+    def count_rollout_batches(self, updates: int) -> int:
         """The rollout batches that so many optimizer updates take."""
         return math.ceil(updates * self.gradient_accumulation_steps / (self.steps_per_generation * self.num_iterations))
 
     def _check_internal_phase(self) -> None:
         if self.internal_layer not in (None, AUTO):
-            check_number("internal_layer", self.internal_layer, COUNT, "a layer from 1 up, or auto")
+            check_number("internal_layer", self.internal_layer, POSITIVE_INTEGER, "a layer from 1 up, or auto")
         if self.internal_schedule is not None and self.internal_layer is not None:
             raise UserError(
                 "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
             )
         if self.internal_schedule is not None:
-            stages = Schedule.read(self.internal_schedule).stages
+            stages = PhaseSchedule.read(self.internal_schedule).stages
             self.internal_schedule = [[stage.layer, stage.batches] for stage in stages]
         elif self.internal_steps != 0 and self.internal_layer is None:
             raise UserError(
@@ -295,9 +295,9 @@ class BuPOConfig(GRPOConfig):
                 f"internal_objective policy optimises no internal policy, and internal_module is {self.internal_module}: leave "
                 "one out"
             )
-        if self.mixes:
-            self._check_mixing()
-        named = [self.internal_layer] if self.mixes and isinstance(self.internal_layer, int) else []
+        if self.has_auxiliary_objective:
+            self._check_auxiliary_objective()
+        named = [self.internal_layer] if self.has_auxiliary_objective and isinstance(self.internal_layer, int) else []
         lowest = min([*self.first_phase.layers, *named], default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(
@@ -315,14 +315,14 @@ class BuPOConfig(GRPOConfig):
         if self.layer_rates is None:
             return
         for rate in self.layer_rates:
-            check_number("layer_rates", rate, NOT_NEGATIVE)
+            check_number("layer_rates", rate, NON_NEGATIVE)
         for name in ("frozen_up_to_layer", "slow_above_layer"):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"both layer_rates and {name} are set: layer_rates has a factor for each layer, leave {name} out"
                 )
 
-    def _check_mixing(self) -> None:
+    def _check_auxiliary_objective(self) -> None:
         """Refuse what cannot stand in one loss with a layer's objective."""
         option = "internal_handover" if self.internal_handover else "internal_mix"
         if not self.first_phase.stages and self.internal_layer is None:
@@ -331,7 +331,7 @@ class BuPOConfig(GRPOConfig):
             raise UserError(
                 f"internal_objective policy optimises no internal policy, which {option} adds: leave one out"
             )
-        if self.advantage_estimator in WITH_CRITIC:
+        if self.advantage_estimator in CRITIC_ESTIMATORS:
             raise UserError(
                 f"{option} adds a second policy's loss, and advantage_estimator {self.advantage_estimator} has the critic of "
                 "one: leave one out"
@@ -343,21 +343,21 @@ class BuPOConfig(GRPOConfig):
 
     def _check_method(self) -> None:
         for name in ("loss_type", "importance_sampling_level"):
-            if words := accepted(name):  # any, where they are not known
-                check_word(name, getattr(self, name), words)
+            if words := get_accepted_values(name):  # any, where they are not known
+                check_choice(name, getattr(self, name), words)
         if self.sync_ref_model and self.beta == 0:
             raise UserError(
                 "sync_ref_model true needs a reference model, and beta is 0: set beta above 0, or leave it out"
             )
-        if self.advantage_estimator in WITH_CRITIC and self.fp16:
+        if self.advantage_estimator in CRITIC_ESTIMATORS and self.fp16:
             raise UserError(
                 f"advantage_estimator {self.advantage_estimator} has no loss scaling for its critic: use bf16 or neither, "
                 "not fp16"
             )
         if ESTIMATORS[self.advantage_estimator] is not None:
-            self._check_own_estimator()
+            self._check_non_grpo_estimator()
 
-    def _check_own_estimator(self) -> None:
+    def _check_non_grpo_estimator(self) -> None:
         """Refuse what only GRPO's estimator, TRL's, looks at."""
         if self.scale_rewards not in ("group", True):
             raise UserError(
@@ -371,8 +371,10 @@ class BuPOConfig(GRPOConfig):
             )
 
 
-def _refused(error: Exception) -> str:
+def _describe_refusal(error: Exception) -> str:
     """TRL's words for what it refuses, and what other libraries say under it."""
     return (
-        str(error) if isinstance(error, ValueError) and str(error) else f"the run cannot be set up: {first_line(error)}"
+        str(error)
+        if isinstance(error, ValueError) and str(error)
+        else f"the run cannot be set up: {summarize_error(error)}"
     )

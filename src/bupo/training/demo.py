@@ -13,22 +13,22 @@ from rich.progress import Progress
 from transformers import TrainerCallback, set_seed
 
 from bupo.data.problems import ARITHMETIC, load_problems
-from bupo.evaluation.answers import correct_of, graded, prompts_of, sample, summarize
+from bupo.evaluation.answers import get_correct, grade_completions, sample_completions, summarize, tokenize_prompts
 from bupo.evaluation.metrics import paired_difference
 from bupo.generation.seeded_sampling import TransformersEngine
-from bupo.models.loading import EMBEDDED, check_layers, load_model, load_tokenizer
-from bupo.options.groups import check_values
-from bupo.options.ranges import COUNT, FROM_0
+from bupo.models.loading import EMBEDDED_MODEL, check_layers_exist, load_model, load_tokenizer
+from bupo.options.groups import check_command_options
+from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE_INTEGER
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
-from bupo.training.run import NotedRun, train
-from bupo.training.run_directory import begin
+from bupo.training.run import RunMetadataCallback, train
+from bupo.training.run_directory import prepare_run_directory
 from bupo.training.train_data import TrainOptions
-from bupo.utils.files import check_output, write_json
-from bupo.utils.lock import sole_writer
+from bupo.utils.files import check_output_folder, write_json
+from bupo.utils.lock import folder_lock
 from bupo.version import VERSION
 
-PROMPTS, SAMPLES, UPDATES = 16, 8, 4  # per rollout batch
+PROMPTS_PER_BATCH, NUM_GENERATIONS, UPDATES_PER_BATCH = 16, 8, 4  # per rollout batch
 MAX_NEW_TOKENS = 32
 
 
@@ -58,16 +58,16 @@ class DemoOptions:
     )
 
 
-def demo_config(options: DemoOptions) -> BuPOConfig:
+def make_demo_config(options: DemoOptions) -> BuPOConfig:
     """The run as a configuration: 16 prompts of 8 samples a rollout batch, 4 optimizer updates each."""
     return BuPOConfig(
         options.output,
         internal_layer=options.internal_layer,
         internal_steps=options.internal_steps,
-        per_device_train_batch_size=PROMPTS * SAMPLES // UPDATES,
-        steps_per_generation=UPDATES,
-        num_generations=SAMPLES,
-        max_steps=options.steps * UPDATES,
+        per_device_train_batch_size=PROMPTS_PER_BATCH * NUM_GENERATIONS // UPDATES_PER_BATCH,
+        steps_per_generation=UPDATES_PER_BATCH,
+        num_generations=NUM_GENERATIONS,
+        max_steps=options.steps * UPDATES_PER_BATCH,
         max_completion_length=MAX_NEW_TOKENS,
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
@@ -79,7 +79,7 @@ def demo_config(options: DemoOptions) -> BuPOConfig:
     )
 
 
-def demonstrate(
+def run_demo(
     options: DemoOptions,
     given: dict[str, Any],
     bar: Callable[[], Progress],
@@ -94,49 +94,57 @@ def demonstrate(
         bar (`Callable`): makes a progress bar for sampling.
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
-    check_values(options, internal_layer=COUNT, internal_steps=FROM_0, steps=COUNT, problems=COUNT)
-    check_output("output", options.output)
-    with sole_writer(options.output):
-        return _demonstrated(options, given, bar, callbacks, say)
+    check_command_options(
+        options,
+        internal_layer=POSITIVE_INTEGER,
+        internal_steps=NON_NEGATIVE_INTEGER,
+        steps=POSITIVE_INTEGER,
+        problems=POSITIVE_INTEGER,
+    )
+    check_output_folder("output", options.output)
+    with folder_lock(options.output):
+        return _run_demo(options, given, bar, callbacks, say)
 
 
-def _demonstrated(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
-    started, config = time.perf_counter(), demo_config(options)
+def _run_demo(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
+    started, config = time.perf_counter(), make_demo_config(options)
     set_seed(options.seed)
-    check_layers(EMBEDDED, {"internal_layer": options.internal_layer})
-    model, tokenizer = load_model(EMBEDDED), load_tokenizer(EMBEDDED)
+    check_layers_exist(EMBEDDED_MODEL, {"internal_layer": options.internal_layer})
+    model, tokenizer = load_model(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
     chosen = TrainOptions(overwrite=options.overwrite)
-    begin(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
+    prepare_run_directory(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
-    problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS, seed=options.seed)
+    problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS_PER_BATCH, seed=options.seed)
     say(
         f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{model.config.num_hidden_layers} layers; phase 1 optimises layer {options.internal_layer} for "
         f"{options.internal_steps} of {options.steps} rollout batches"
     )
-    before = _measured(model, tokenizer, held_out, bar(), "accuracy before")
-    title, note = "BuPO on multi-step arithmetic: the embedded model", NotedRun("demo", given)
+    before = _evaluate_problems(model, tokenizer, held_out, bar(), "accuracy before")
+    title, note = "BuPO on multi-step arithmetic: the embedded model", RunMetadataCallback("demo", given)
     own = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
     done = train(model, config, chosen, **own, callbacks=callbacks, note=note, title=title)
-    after = _measured(done.model, tokenizer, held_out, bar(), "accuracy after")
-    summary = _summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
+    after = _evaluate_problems(done.model, tokenizer, held_out, bar(), "accuracy after")
+    summary = _make_summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
     write_json(Path(options.output) / "summary.json", summary)
     return summary
 
 
-def _measured(model, tokenizer, problems, bar: Progress, what: str) -> pd.DataFrame:
+def _evaluate_problems(model, tokenizer, problems, bar: Progress, what: str) -> pd.DataFrame:
     """One graded answer to each problem."""
-    engine = TransformersEngine(model, tokenizer, MAX_NEW_TOKENS, batch_size=PROMPTS * SAMPLES)
+    engine = TransformersEngine(model, tokenizer, MAX_NEW_TOKENS, batch_size=PROMPTS_PER_BATCH * NUM_GENERATIONS)
     with bar:
         one = bar.add_task(what, total=len(problems))
-        answers = sample(engine, prompts_of(problems, tokenizer), 1, on_answer=lambda n: bar.advance(one, n))
-    return graded(problems, answers)
+        answers = sample_completions(
+            engine, tokenize_prompts(problems, tokenizer), 1, on_answer=lambda n: bar.advance(one, n)
+        )
+    return grade_completions(problems, answers)
 
 
-def _summary(
+def _make_summary(
     options: DemoOptions, before: pd.DataFrame, after: pd.DataFrame, steps: list[dict[Any, Any]], seconds: float
 ) -> dict:
-    gain, gain_interval = paired_difference(correct_of(before), correct_of(after))
+    gain, gain_interval = paired_difference(get_correct(before), get_correct(after))
     first, last = summarize(before), summarize(after)
     rollout = sum(row["rollout_time"] for row in steps)
     return {
@@ -157,7 +165,7 @@ def _summary(
         "length_before": first["mean_tokens"],
         "length_after": last["mean_tokens"],
         "rollout_seconds": rollout,
-        "update_seconds": sum(row["step_time"] * UPDATES for row in steps) - rollout,
+        "update_seconds": sum(row["step_time"] * UPDATES_PER_BATCH for row in steps) - rollout,
         "seconds": seconds,
         "max_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seed": options.seed,

@@ -15,13 +15,13 @@ from bupo.training.config import BuPOConfig
 
 logger = get_logger(__name__)
 
-SAME = 1e-3  # largest relative difference of two passes, which a GPU may sum in another order
-NOISY = ("dropout", "droppath", "stochasticdepth")  # of the names of modules whose rate is `p`
-ROWS, TOKENS = 8, 16  # of a pass that is tried; some noise drops whole rows
-PARTS = ("drop", "jitter")  # of the names that models give to rates of random noise
+RELATIVE_TOLERANCE = 1e-3  # largest relative difference of two passes, which a GPU may sum in another order
+NOISE_MODULES = ("dropout", "droppath", "stochasticdepth")  # of the names of modules whose rate is `p`
+TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # of a pass that is tried; some noise drops whole rows
+RATE_NAME_PARTS = ("drop", "jitter")  # of the names that models give to rates of random noise
 
 
-class NoDropout:
+class ConfigWithoutDropout:
     """A configuration as one module of a model reads it, without its dropout: the configuration itself is saved, and stays."""
 
     def __init__(self, config: PretrainedConfig):
@@ -31,17 +31,17 @@ class NoDropout:
         if name.startswith("__"):  # asked by `copy` before there is a configuration
             raise AttributeError(name)
         value = getattr(self.__dict__["config"], name)
-        return 0.0 if _is_rate(name, value) else value
+        return 0.0 if _is_dropout_rate(name, value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["config"], name, value)
 
 
-def _is_rate(name: str, value: Any) -> bool:
-    return isinstance(value, float) and value > 0 and any(part in name.lower() for part in PARTS)
+def _is_dropout_rate(name: str, value: Any) -> bool:
+    return isinstance(value, float) and value > 0 and any(part in name.lower() for part in RATE_NAME_PARTS)
 
 
-def turn_off(model: nn.Module) -> dict[str, float]:
+def disable_dropout_in_model(model: nn.Module) -> dict[str, float]:
     """Set every dropout of a model to 0: its modules', the rates that its modules keep, and those they read in a configuration.
 
     Args:
@@ -56,38 +56,40 @@ def turn_off(model: nn.Module) -> dict[str, float]:
         found[name] = max(rate, found.get(name, 0.0))
 
     for path, module in model.named_modules():
-        if any(part in type(module).__name__.lower() for part in NOISY):  # torch's, and those of adapters
+        if any(part in type(module).__name__.lower() for part in NOISE_MODULES):  # torch's, and those of adapters
             rate = getattr(module, "p", 0.0)
             if isinstance(rate, float | int) and rate > 0:
                 note(next(word for word in reversed(path.split(".")) if word != "default" and not word.isdigit()), rate)
                 module.p = 0.0
         for name, value in list(vars(module).items()):
-            if _is_rate(name, value):
+            if _is_dropout_rate(name, value):
                 note(name, value)
                 setattr(module, name, 0.0)
-            elif isinstance(value, dict) and any(part in name for part in PARTS):  # an adapter's rates, by its name
-                for adapter in [adapter for adapter, rate in value.items() if _is_rate(name, rate)]:
+            elif isinstance(value, dict) and any(
+                part in name for part in RATE_NAME_PARTS
+            ):  # an adapter's rates, by its name
+                for adapter in [adapter for adapter, rate in value.items() if _is_dropout_rate(name, rate)]:
                     note(name, value[adapter])
                     value[adapter] = 0.0
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-            rates = {name: value for name, value in config.to_dict().items() if _is_rate(name, value)}
+            rates = {name: value for name, value in config.to_dict().items() if _is_dropout_rate(name, value)}
             if rates:
                 for name, value in rates.items():
                     note(name, value)
-                module.config = NoDropout(config)
+                module.config = ConfigWithoutDropout(config)
     return found
 
 
 @torch.no_grad()
-def is_random(model: nn.Module, ids: torch.Tensor) -> bool:
+def is_forward_random(model: nn.Module, ids: torch.Tensor) -> bool:
     """Return whether two passes over the same tokens differ, by more than rounding, while the model trains.
 
     Args:
         model (`nn.Module`): whole on this process.
         ids (`torch.Tensor` of shape `(1, time)`): tokens.
     """
-    ids = ids[:, :TOKENS].repeat(ROWS, 1)
+    ids = ids[:, :TRIAL_TOKENS].repeat(TRIAL_ROWS, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -96,10 +98,10 @@ def is_random(model: nn.Module, ids: torch.Tensor) -> bool:
     finally:
         for module, training in modes:
             module.training = training
-    return bool((first - second).abs().max() > SAME * first.abs().max())
+    return bool((first - second).abs().max() > RELATIVE_TOLERANCE * first.abs().max())
 
 
-def without_dropout(model: nn.Module, args: BuPOConfig, ids: torch.Tensor) -> None:
+def apply_dropout_option(model: nn.Module, args: BuPOConfig, ids: torch.Tensor) -> None:
     """Turn a model's dropout off, unless `disable_dropout` is false, and warn where passes still differ.
 
     Args:
@@ -108,14 +110,14 @@ def without_dropout(model: nn.Module, args: BuPOConfig, ids: torch.Tensor) -> No
         ids (`torch.Tensor` of shape `(1, time)`): tokens to try it on.
     """
     if args.disable_dropout is not False:
-        found = turn_off(model)
+        found = disable_dropout_in_model(model)
         if found and args.disable_dropout is None:
             rates = ", ".join(f"{name} {rate:g}" for name, rate in sorted(found.items()))
             logger.warning(
                 f"dropout is turned off ({rates}): with it ratios would not start at 1; disable_dropout true says the same "
                 "without this line, disable_dropout false keeps it"
             )
-    if is_random(model, ids):
+    if is_forward_random(model, ids):
         remedy = "leave disable_dropout out" if args.disable_dropout is False else "look at the model's code"
         logger.warning(
             f"the model's passes are random while it trains (dropout, noise): old and new log-probs differ before anything is "

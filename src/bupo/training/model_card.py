@@ -9,22 +9,22 @@ from huggingface_hub import ModelCardData
 
 from bupo.run_files.provenance import CONFIG_FILE
 from bupo.training.config import BuPOConfig
-from bupo.training.trl_internals import TRLTrainer
+from bupo.training.trl_internals import GRPOTrainerHooks
 from bupo.utils.files import make_folder, write_text
-from bupo.utils.log_values import digits, number, numbers
-from bupo.utils.sanitize import markdown_cell, markdown_table, printable
+from bupo.utils.log_values import format_number, get_number, get_numbers
+from bupo.utils.sanitize import escape_markdown_cell, escape_text, format_markdown_table
 from bupo.version import VERSION
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 TAGS = ["bupo", "trl", "generated_from_trainer"]
 PACKAGES = ("transformers", "trl", "torch")
-SHOWN = {
+METRIC_LABELS = {
     "reward": "reward",
     "entropy": "entropy of the policy (nats)",
     "completions/mean_length": "answer length (tokens)",
 }
 UNGRADED = "not graded"
-OBJECTIVES = {
+OBJECTIVE_LABELS = {
     "layer": "its own",
     "policy": "the whole model's (a control)",
     "permuted": "over a shuffled vocabulary (a control)",
@@ -37,15 +37,15 @@ CITATION = """@misc{bupo2025,
 }"""
 
 
-def create(
-    trainer: TRLTrainer, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+def create_model_card(
+    trainer: GRPOTrainerHooks, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
 ) -> None:
     """As TRL's `create_model_card`, into the run's folder."""
-    write(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
+    write_model_card(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
 
 
-def write(
-    trainer: TRLTrainer,
+def write_model_card(
+    trainer: GRPOTrainerHooks,
     folder: Path,
     model_name: str | None = None,
     dataset_name: str | None = None,
@@ -56,44 +56,46 @@ def write(
         return
     make_folder(folder)
     name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
-    found = of_model(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
-    write_text(folder / CARD, found)
+    found = render_model_card(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
+    write_text(folder / CARD_FILE, found)
 
 
-def of_model(trainer: TRLTrainer, name: str, dataset: str | None, tags: list[str]) -> str:
+def render_model_card(trainer: GRPOTrainerHooks, name: str, dataset: str | None, tags: list[str]) -> str:
     """The card as Markdown, its head as the hub reads it. Folders of this machine are not named."""
-    args, history, base = trainer.args, trainer.state.log_history, _on_the_hub(trainer.model.config.name_or_path)
+    args, history, base = trainer.args, trainer.state.log_history, _get_hub_id(trainer.model.config.name_or_path)
     adapter = hasattr(trainer.model, "peft_config")
     data = ModelCardData(
         base_model=base,
-        datasets=dataset or _on_the_hub(trainer.dataset_name),
+        datasets=dataset or _get_hub_id(trainer.dataset_name),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=sorted({*TAGS, *tags}),
     )
     parts = [
-        f"# {markdown_cell(printable(name))}",
-        f"Trained by {_method(trainer)} with bupo {VERSION} ([arXiv 2512.19673](https://arxiv.org/abs/2512.19673)).",
-        markdown_table([{"of the run": what, "": said} for what, said in _setting(trainer).items() if said]),
+        f"# {escape_markdown_cell(escape_text(name))}",
+        f"Trained by {_describe_method(trainer)} with bupo {VERSION} ([arXiv 2512.19673](https://arxiv.org/abs/2512.19673)).",
+        format_markdown_table(
+            [{"of the run": what, "": said} for what, said in _describe_run(trainer).items() if said]
+        ),
         "## What it came to",
-        _results(history) or "Nothing was logged.",
-        _evaluations(history),
+        _format_results(history) or "Nothing was logged.",
+        _format_evaluations(history),
         "## Go on with it",
-        f"```\n{_commands(args, base, adapter)}\n```",
+        f"```\n{_format_commands(args, base, adapter)}\n```",
         "## Cite",
         f"```bibtex\n{CITATION}\n```",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def _on_the_hub(name: str | None) -> str | None:
+def _get_hub_id(name: str | None) -> str | None:
     """The name of a model or data set, if it is of the hub, and no folder's."""
     if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or os.path.exists(name):
         return None
     return name
 
 
-def _commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
+def _format_commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
     model = f"--model {base or 'BASE'} --adapter FOLDER" if adapter else "--model FOLDER"
     lines = {
         f"bupo eval {model} --benchmarks math500:16": "asked and sampled as it was trained",
@@ -105,54 +107,66 @@ def _commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
     return "\n".join(f"{line.ljust(width)}# {what}" for line, what in lines.items())
 
 
-def _method(trainer: TRLTrainer) -> str:
+def _describe_method(trainer: GRPOTrainerHooks) -> str:
     estimator = trainer.args.advantage_estimator.upper()
-    return f"BuPO ({estimator}'s advantages)" if _stages(trainer) or trainer.args.mixes else estimator
+    return (
+        f"BuPO ({estimator}'s advantages)"
+        if _list_stages(trainer) or trainer.args.has_auxiliary_objective
+        else estimator
+    )
 
 
-def _stages(trainer: TRLTrainer) -> list[tuple[int, int]]:
+def _list_stages(trainer: GRPOTrainerHooks) -> list[tuple[int, int]]:
     """Layers and lengths of the first phase as it was: `auto` and the guard have decided."""
-    return [(stage.layer, stage.batches) for stage in trainer.watch.schedule.stages if stage.layer and stage.batches]
+    return [
+        (stage.layer, stage.batches)
+        for stage in trainer.phase_controller.schedule.stages
+        if stage.layer and stage.batches
+    ]
 
 
-def _count(number: int, what: str, plural: str) -> str:
+def _format_count(number: int, what: str, plural: str) -> str:
     return f"{number} {what if number == 1 else plural}"
 
 
-def _setting(trainer: TRLTrainer) -> dict[str, str]:
+def _describe_run(trainer: GRPOTrainerHooks) -> dict[str, str]:
     args = trainer.args
     phases = [
-        f"layer {layer} for {_count(batches, 'rollout batch', 'rollout batches')}"
-        for layer, batches in _stages(trainer)
+        f"layer {layer} for {_format_count(batches, 'rollout batch', 'rollout batches')}"
+        for layer, batches in _list_stages(trainer)
     ]
     module = "" if args.internal_module == "layer" else f", of the layer's {args.internal_module}"
-    prompts = _count(args.generation_batch_size // args.num_generations, "prompt", "prompts")
+    prompts = _format_count(args.generation_batch_size // args.num_generations, "prompt", "prompts")
     return {
         "first phase": ", then ".join(phases) or "none",
-        "its objective": f"{OBJECTIVES[args.internal_objective]}{module}, lens {args.internal_lens}" if phases else "",
-        "afterwards": _afterwards(args),
-        "rollout batch": f"{prompts}, {_count(args.num_generations, 'answer', 'answers')} to each",
+        "its objective": f"{OBJECTIVE_LABELS[args.internal_objective]}{module}, lens {args.internal_lens}"
+        if phases
+        else "",
+        "afterwards": _describe_second_phase(args),
+        "rollout batch": f"{prompts}, {_format_count(args.num_generations, 'answer', 'answers')} to each",
         "updates": f"{trainer.state.global_step} of {trainer.state.max_steps}",
         "loss": f"{args.loss_type}, epsilon {args.epsilon}, beta {args.beta}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
-        "layers": _layers(args),
+        "layers": _describe_layer_rates(args),
         "sampling": f"temperature {args.temperature:g}, at most {args.max_completion_length} tokens",
         "seed": str(args.seed),
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
 
 
-def _afterwards(args: BuPOConfig) -> str:
+def _describe_second_phase(args: BuPOConfig) -> str:
     """What stays of the layer's objective."""
     said = []
     if batches := args.internal_handover:
-        said.append(f"the layer's objective fades out over {_count(batches, 'rollout batch', 'rollout batches')}")
+        said.append(
+            f"the layer's objective fades out over {_format_count(batches, 'rollout batch', 'rollout batches')}"
+        )
     if args.internal_mix:
         said.append(f"{args.internal_mix:g} of the layer's objective stays")
     return ", ".join(said)
 
 
-def _layers(args: BuPOConfig) -> str:
+def _describe_layer_rates(args: BuPOConfig) -> str:
     """Those that are trained less."""
     said = []
     if args.frozen_up_to_layer:
@@ -164,38 +178,38 @@ def _layers(args: BuPOConfig) -> str:
     return "; ".join(said)
 
 
-def _results(history: list[dict]) -> str:
+def _format_results(history: list[dict]) -> str:
     """The first and the last rollout batch that were logged."""
-    rows = [numbers(row) for row in history]
+    rows = [get_numbers(row) for row in history]
     rows = [row for row in rows if "rollout_batch" in row]
     rows = [row for row in rows if "completions/mean_length" in row] or rows  # a batch's first log holds its rewards
     shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
     table = [
-        {"of rollout batch": f"{batch:g}"} | {what: _result(row, name) for name, what in SHOWN.items()}
+        {"of rollout batch": f"{batch:g}"} | {what: _format_metric(row, name) for name, what in METRIC_LABELS.items()}
         for batch, row in shown.items()
     ]
-    return markdown_table(table) if table else ""
+    return format_markdown_table(table) if table else ""
 
 
-def _result(row: dict[str, float], name: str) -> str:
+def _format_metric(row: dict[str, float], name: str) -> str:
     """A number of a rollout batch, or why there is none."""
-    return UNGRADED if name == "reward" and row.get("completions/ungraded_ratio") == 1 else digits(row.get(name))
+    return UNGRADED if name == "reward" and row.get("completions/ungraded_ratio") == 1 else format_number(row.get(name))
 
 
-def _evaluations(history: list[dict]) -> str:
+def _format_evaluations(history: list[dict]) -> str:
     """The first and last evaluation while training, of each benchmark."""
     found: dict[str, list[Any]] = {}
     for row in history:
         for name, value in row.items():
             if name.startswith("eval_") and "/avg@" in name:
                 found.setdefault(name.removeprefix("eval_"), []).append(value)
-    shares = {name: [None if number(value) is None else 100 * value for value in of] for name, of in found.items()}
+    shares = {name: [None if get_number(value) is None else 100 * value for value in of] for name, of in found.items()}
     table = [
         {
-            "benchmark": markdown_cell(printable(name)),
-            "first": digits(values[0], ".1f", " %"),
-            "last": digits(values[-1], ".1f", " %"),
+            "benchmark": escape_markdown_cell(escape_text(name)),
+            "first": format_number(values[0], ".1f", " %"),
+            "last": format_number(values[-1], ".1f", " %"),
         }
         for name, values in shares.items()
     ]
-    return markdown_table(table) if table else ""
+    return format_markdown_table(table) if table else ""

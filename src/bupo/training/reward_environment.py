@@ -12,15 +12,15 @@ import torch
 from accelerate.logging import get_logger
 
 from bupo.utils.errors import UserError
-from bupo.utils.signals import STOPPING
+from bupo.utils.signals import STOP_SIGNALS
 
-STREAMS = {"stdout": 1, "stderr": 2}
+STANDARD_STREAMS = {"stdout": 1, "stderr": 2}
 
 logger = get_logger(__name__)
 
 
 @contextmanager
-def kept(who: Callable[[], str]) -> Iterator[None]:
+def process_state_restored(who: Callable[[], str]) -> Iterator[None]:
     """Keep the process as it is around calls of user code.
 
     A working directory or a stream that was replaced, gradients that were switched off and a timer that was left running are
@@ -33,29 +33,29 @@ def kept(who: Callable[[], str]) -> Iterator[None]:
     Raises:
         UserError: if standard output or standard error was closed, or the working directory is gone.
     """
-    process, folder = os.getpid(), _folder()
-    streams = {name: getattr(sys, name) for name in STREAMS}
-    copies = {number: _copy(number) for number in STREAMS.values()}
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    process, folder = os.getpid(), _get_working_dir()
+    streams = {name: getattr(sys, name) for name in STANDARD_STREAMS}
+    copies = {number: _duplicate_descriptor(number) for number in STANDARD_STREAMS.values()}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     gradients, timer = torch.is_grad_enabled(), signal.getitimer(signal.ITIMER_REAL)[0]
     try:
         yield
     except BaseException as error:
         if os.getpid() != process:
-            _end_child(error)
+            _exit_child(error)
         raise
     finally:
         if os.getpid() != process:
-            _end_child(None)
+            _exit_child(None)
         if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:  # it would go off anywhere in the run
             signal.setitimer(signal.ITIMER_REAL, 0)
             logger.warning_once(f"{who()} has left a timer of SIGALRM running: it is stopped")
-        closed = _put_streams_back(streams, copies, who)
+        closed = _restore_streams(streams, copies, who)
         if torch.is_grad_enabled() != gradients:
             torch.set_grad_enabled(gradients)
             switched = "off" if gradients else "on"
             logger.warning_once(f"{who()} has switched gradients {switched}: they are switched back")
-        _put_folder_back(folder, who)
+        _restore_working_dir(folder, who)
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 name = signal.Signals(number).name
@@ -66,27 +66,27 @@ def kept(who: Callable[[], str]) -> Iterator[None]:
         raise UserError(f"{who()} has closed {closed}: leave it open, the run prints there")
 
 
-def _folder() -> str | None:
+def _get_working_dir() -> str | None:
     try:
         return os.getcwd()
     except OSError:  # deleted
         return None
 
 
-def _copy(number: int) -> int | None:
+def _duplicate_descriptor(number: int) -> int | None:
     try:
         return os.dup(number)
     except OSError:
         return None
 
 
-def _put_streams_back(streams: dict[str, Any], copies: dict[int, int | None], who: Callable[[], str]) -> str:
+def _restore_streams(streams: dict[str, Any], copies: dict[int, int | None], who: Callable[[], str]) -> str:
     """Restore `sys.stdout`, `sys.stderr` and their file descriptors; return the names of those that were closed."""
     closed = []
-    for name, number in STREAMS.items():
+    for name, number in STANDARD_STREAMS.items():
         copy = copies[number]
         if copy is not None:
-            if not _same_file(number, copy):
+            if not _is_same_file(number, copy):
                 if not _is_open(number):
                     closed.append(f"sys.{name}")
                 try:
@@ -116,20 +116,20 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _same_file(one: int, other: int) -> bool:
+def _is_same_file(one: int, other: int) -> bool:
     try:
         return os.path.samestat(os.fstat(one), os.fstat(other))
     except OSError:
         return False
 
 
-def _put_folder_back(folder: str | None, who: Callable[[], str]) -> None:
+def _restore_working_dir(folder: str | None, who: Callable[[], str]) -> None:
     """Return to the working directory, which relative paths of the run are read from.
 
     Raises:
         UserError: if it is gone.
     """
-    if folder is None or _folder() == folder:
+    if folder is None or _get_working_dir() == folder:
         return
     try:
         os.chdir(folder)
@@ -138,7 +138,7 @@ def _put_folder_back(folder: str | None, who: Callable[[], str]) -> None:
     logger.warning_once(f"{who()} has changed the working directory: it is changed back to {folder}")
 
 
-def _end_child(error: BaseException | None) -> NoReturn:
+def _exit_child(error: BaseException | None) -> NoReturn:
     """End a forked child with the status that it would have had, and no other trace of the run in it."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
@@ -152,7 +152,7 @@ def _end_child(error: BaseException | None) -> NoReturn:
     os._exit(status)
 
 
-def exited(error: SystemExit) -> str:
+def describe_exit(error: SystemExit) -> str:
     """Describe an exit that the user's code has asked for."""
     if error.code is None:
         return "it has called sys.exit()"

@@ -4,16 +4,21 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from bupo.models.generation_settings import describe, end_tokens, merged_ends, unaccounted
-from bupo.models.residual_stream import causal_lm
+from bupo.models.generation_settings import (
+    describe_unaccounted_settings,
+    find_unaccounted_settings,
+    get_eos_token_ids,
+    merge_token_ids,
+)
+from bupo.models.residual_stream import unwrap_causal_lm
 from bupo.training.config import BuPOConfig
-from bupo.training.trl_internals import TRLTrainer
+from bupo.training.trl_internals import GRPOTrainerHooks
 from bupo.utils.errors import UserError
 
 SAMPLING_OPTIONS = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 # options of `generate` that do not end in one answer a prompt, or that it refuses for several prompts
-UNUSABLE = {
+UNSUPPORTED_OPTIONS = {
     "num_return_sequences": "num_generations says how many answers a prompt gets",
     "return_dict_in_generate": "answers are taken as tokens",
     "stop_strings": "they need a tokenizer, which TRL does not hand on; end an answer by eos_token_id",
@@ -24,7 +29,7 @@ UNUSABLE = {
 logger = get_logger(__name__)
 
 
-def set_up_generation(trainer: TRLTrainer, args: BuPOConfig) -> None:
+def set_up_generation(trainer: GRPOTrainerHooks, args: BuPOConfig) -> None:
     """End answers where `bupo sample`, `bupo eval` and `bupo analyze` end them, and name options that change the policy.
 
     TRL itself does not look at the end tokens of the model's configuration. The model's generation config gets the end tokens
@@ -33,27 +38,27 @@ def set_up_generation(trainer: TRLTrainer, args: BuPOConfig) -> None:
     Raises:
         UserError: for an option of `generate` with which TRL cannot sample.
     """
-    own, chosen = causal_lm(trainer.model).generation_config, args.generation_kwargs or {}
-    for name, reason in {} if args.use_vllm else UNUSABLE.items():
+    own, chosen = unwrap_causal_lm(trainer.model).generation_config, args.generation_kwargs or {}
+    for name, reason in {} if args.use_vllm else UNSUPPORTED_OPTIONS.items():
         value = chosen.get(name)
         if value not in (None, False) and (name, value) != ("num_return_sequences", 1):
             raise UserError(f"generation_kwargs has {name} {value!r:.80}, with which no run samples: {reason}")
-    ends = end_tokens(trainer.model, trainer.processing_class)
-    if set(ends) - {trainer.processing_class.eos_token_id, *merged_ends(own.eos_token_id)}:
+    ends = get_eos_token_ids(trainer.model, trainer.processing_class)
+    if set(ends) - {trainer.processing_class.eos_token_id, *merge_token_ids(own.eos_token_id)}:
         own.eos_token_id = ends
     if trainer.use_vllm:
         settings = trainer.vllm_generation.generation_kwargs
-        stops = merged_ends(settings.get("stop_token_ids"), ends)
+        stops = merge_token_ids(settings.get("stop_token_ids"), ends)
         trainer.vllm_generation.generation_kwargs = settings | {"stop_token_ids": stops}
     else:
-        ends = merged_ends(chosen["eos_token_id"]) if "eos_token_id" in chosen else ends
+        ends = merge_token_ids(chosen["eos_token_id"]) if "eos_token_id" in chosen else ends
         trainer.generation_config.eos_token_id = ends or None
     trainer.eos_token_ids = ends
-    if changing := unaccounted(sampling_options(args), args.temperature):
-        logger.warning(describe(changing, args.temperature))
+    if changing := find_unaccounted_settings(get_sampling_options(args), args.temperature):
+        logger.warning(describe_unaccounted_settings(changing, args.temperature))
 
 
-def sampling_options(args: BuPOConfig) -> dict[str, Any]:
+def get_sampling_options(args: BuPOConfig) -> dict[str, Any]:
     """Return the options of a run that decide how `generate` or vLLM samples."""
     options = {name: getattr(args, name) for name in SAMPLING_OPTIONS} | dict(args.generation_kwargs or {})
     if args.use_vllm:

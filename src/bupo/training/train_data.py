@@ -10,22 +10,22 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bupo.data.chat_templates import check_template, plain_text, prompt_ids
-from bupo.data.columns import with_columns
-from bupo.data.problems import check_columns, load_problems, problems_sha256
+from bupo.data.chat_templates import check_chat_template, join_messages, tokenize_prompt
+from bupo.data.columns import replace_columns
+from bupo.data.problems import check_problems, compute_problems_sha256, load_problems
 from bupo.evaluation.benchmarks import load_benchmarks
-from bupo.options.groups import ColumnOptions, DatasetOptions, PromptOptions, check_values
-from bupo.options.ranges import COUNT
-from bupo.rewards.grader import check_golds
+from bupo.options.groups import ColumnOptions, DatasetOptions, PromptOptions, check_command_options
+from bupo.options.ranges import POSITIVE_INTEGER
+from bupo.rewards.grader import check_gold_answers
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
-from bupo.training.prompt_settings import system_prompt_of
+from bupo.training.prompt_settings import get_shared_system_prompt
 from bupo.training.validation.reward_signatures import check_signatures
-from bupo.utils.errors import UserError, first_line
+from bupo.utils.errors import UserError, summarize_error
 
-GOLDS_TRIED = 32  # gold answers that must be readable before a run starts; later ones give no reward
+NUM_CHECKED_ANSWERS = 32  # gold answers that must be readable before a run starts; later ones give no reward
 
-Reward = Callable[..., list[float | None]]
+RewardFunc = Callable[..., list[float | None]]
 
 
 @dataclass
@@ -63,8 +63,8 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, before anything is loaded."""
-        check_values(self, eval_size=COUNT, max_prompt_tokens=COUNT)
-        check_template(self.chat_template)
+        check_command_options(self, eval_size=POSITIVE_INTEGER, max_prompt_tokens=POSITIVE_INTEGER)
+        check_chat_template(self.chat_template)
 
     @property
     def rewards(self) -> list[str]:
@@ -73,7 +73,7 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
 
 
 @dataclass(frozen=True)
-class Problems:
+class TrainData:
     """Problems to train on, those of TRL's evaluation, and benchmarks by label; `left_out`: how many were too long;
     `system_prompt`: that those to train on share, which prompts as plain text no longer show; `name`: if they have one."""
 
@@ -87,85 +87,87 @@ class Problems:
     def noted(self, options: TrainOptions) -> dict[str, Any]:
         """What a run notes of the problems it trains on."""
         chosen = {"shuffle_seed": options.shuffle_seed, "max_prompt_tokens": options.max_prompt_tokens}
-        told = {"number": len(self.train), "sha256": problems_sha256(self.train)}
+        told = {"number": len(self.train), "sha256": compute_problems_sha256(self.train)}
         return told | chosen | {"left_out": self.left_out}
 
-    def as_text(self) -> "Problems":
+    def to_plain_text(self) -> "TrainData":
         """With prompts as plain text, for a model without a chat template."""
 
         def text(problems: Dataset | None) -> Dataset | None:
             if problems is None:
                 return None
-            prompts = [prompt if isinstance(prompt, str) else plain_text(prompt) for prompt in problems["prompt"]]
-            return with_columns(problems, {"prompt": prompts})
+            prompts = [prompt if isinstance(prompt, str) else join_messages(prompt) for prompt in problems["prompt"]]
+            return replace_columns(problems, {"prompt": prompts})
 
         return replace(self, train=text(self.train), evaluation=text(self.evaluation))
 
 
-def problems_of(
+def load_train_data(
     options: TrainOptions,
     config: BuPOConfig,
     problems: Dataset | None,
     eval_problems: Dataset | None,
-    rewards: Sequence[Reward],
-) -> Problems:
+    rewards: Sequence[RewardFunc],
+) -> TrainData:
     """The problems of a run, and what is cheap to refuse before a model is loaded."""
     if problems is not None and options.shuffle_seed is not None:
         raise UserError("shuffle_seed is for a dataset by name, and the problems came from Python: shuffle them there")
     graded = math_reward in rewards
     train_set = (
-        _problems(options, options.dataset, options.split, options.size, config, options.shuffle_seed, graded)
+        _load_split(options, options.dataset, options.split, options.size, config, options.shuffle_seed, graded)
         if problems is None
         else problems
     )
     if config.eval_strategy != "no" and eval_problems is None:
         name = options.eval_dataset or options.dataset
-        eval_problems = _problems(options, name, options.eval_split, options.eval_size, config, needs_answers=graded)
+        eval_problems = _load_split(options, name, options.eval_split, options.eval_size, config, needs_answers=graded)
     needed = ("prompt", "answer") if graded else ("prompt",)
     for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
-        check_columns(rows, "problems", needed)
+        check_problems(rows, "problems", needed)
     check_signatures(rewards, (train_set, eval_problems), bool(config.remove_unused_columns))
-    _check_enough(train_set, config)
+    _check_enough_problems(train_set, config)
     if graded:
-        golds = train_set[: min(GOLDS_TRIED, len(train_set))]["answer"]
+        golds = train_set[: min(NUM_CHECKED_ANSWERS, len(train_set))]["answer"]
         try:
-            check_golds(golds, options.dataset or "the problems")
+            check_gold_answers(golds, options.dataset or "the problems")
         except UserError as error:
             raise UserError(f"{error}; reward_funcs takes a function of your own for such answers") from error
     names = config.eval_benchmarks or []
     benchmarks = load_benchmarks(names, config.eval_problems, options.system_prompt, config.seed)
     name = options.dataset if problems is None else None
-    return Problems(train_set, eval_problems, benchmarks, system_prompt=system_prompt_of(train_set), name=name)
+    return TrainData(train_set, eval_problems, benchmarks, system_prompt=get_shared_system_prompt(train_set), name=name)
 
 
-def within(
-    sets: Problems,
+def prepare_prompts(
+    sets: TrainData,
     options: TrainOptions,
     config: BuPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
-) -> Problems:
+) -> TrainData:
     """A run's problems as its model reads them: plain text where it has no template, and of those to train on none whose
     prompt is longer than `max_prompt_tokens`, which is said.
 
     Raises:
         UserError: if too few are left for a rollout batch.
     """
-    sets = sets if tokenizer.chat_template else sets.as_text()
+    sets = sets if tokenizer.chat_template else sets.to_plain_text()
     most, whole = options.max_prompt_tokens, len(sets.train)
     if most is None:
         return sets
     kwargs = config.chat_template_kwargs or {}
     short = [
-        row for row, prompt in enumerate(sets.train["prompt"]) if len(prompt_ids(tokenizer, prompt, **kwargs)) <= most
+        row
+        for row, prompt in enumerate(sets.train["prompt"])
+        if len(tokenize_prompt(tokenizer, prompt, **kwargs)) <= most
     ]
     say(f"max_prompt_tokens {most}: {whole - len(short)} of {whole} problems have longer prompts and are left out")
     train_set = sets.train.select(short) if len(short) < whole else sets.train
-    _check_enough(train_set, config, f"max_prompt_tokens {most} leaves {len(short)} of {whole} problems")
+    _check_enough_problems(train_set, config, f"max_prompt_tokens {most} leaves {len(short)} of {whole} problems")
     return replace(sets, train=train_set, left_out=whole - len(short))
 
 
-def _check_enough(problems: Dataset, config: BuPOConfig, found: str | None = None) -> None:
+def _check_enough_problems(problems: Dataset, config: BuPOConfig, found: str | None = None) -> None:
     """Raises [`UserError`] for fewer problems than a rollout batch of all processes takes: TRL leaves out what fills none."""
     needed = config.generation_batch_size // config.num_generations
     if len(problems) < needed:
@@ -177,7 +179,7 @@ def _check_enough(problems: Dataset, config: BuPOConfig, found: str | None = Non
         )
 
 
-def check_rewards(rewards: Sequence[Reward], config: BuPOConfig) -> None:
+def check_rewards(rewards: Sequence[RewardFunc], config: BuPOConfig) -> None:
     """Raises [`UserError`] for no reward, or weights that are not one for each."""
     weights = config.reward_weights
     if not rewards:
@@ -186,7 +188,7 @@ def check_rewards(rewards: Sequence[Reward], config: BuPOConfig) -> None:
         raise UserError(f"reward_weights holds {len(weights)} weights for {len(rewards)} reward_funcs: give one each")
 
 
-def _problems(
+def _load_split(
     options: TrainOptions,
     name: str | None,
     split: str,
@@ -211,7 +213,7 @@ def _problems(
     )
 
 
-def reward_of(name: str) -> Reward:
+def load_reward_func(name: str) -> RewardFunc:
     """A reward function by name: `math`, or a dotted path that is imported from the working directory too.
 
     Raises:
@@ -227,7 +229,7 @@ def reward_of(name: str) -> Reward:
     try:
         reward = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # whatever a module of the user's raises while it is imported
-        what = str(error) if isinstance(error, ImportError | AttributeError) else first_line(error)
+        what = str(error) if isinstance(error, ImportError | AttributeError) else summarize_error(error)
         raise UserError(f"reward function {name!r} cannot be imported: {what}") from error
     if not callable(reward):
         raise UserError(f"reward function {name!r} is a {type(reward).__name__}: name a function in a module")

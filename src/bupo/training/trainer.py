@@ -14,53 +14,58 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.models.residual_stream import Family, ResidualStream, Site
-from bupo.models.verification import probe_tokens
+from bupo.models.residual_stream import Activation, Family, ResidualStream
+from bupo.models.verification import make_probe_tokens
 from bupo.training import failure_messages, model_card, prompt_settings
-from bupo.training.callbacks.benchmark_evaluation import Evaluations
-from bupo.training.callbacks.nonfinite_updates import FiniteUpdates
-from bupo.training.callbacks.phase_controller import Watch
-from bupo.training.callbacks.probes import repetition
+from bupo.training.callbacks.benchmark_evaluation import BenchmarkCallback
+from bupo.training.callbacks.nonfinite_updates import SkipNonFiniteUpdatesCallback
+from bupo.training.callbacks.phase_controller import PhaseController
+from bupo.training.callbacks.probes import compute_repetition
 from bupo.training.checkpoints import trainer_state
 from bupo.training.checkpoints.callback_states import CallbackStates
-from bupo.training.checkpoints.resume import of_given
+from bupo.training.checkpoints.resume import fingerprint_inputs
 from bupo.training.config import BuPOConfig
-from bupo.training.distributed.deepspeed import step_only_reached
-from bupo.training.dropout import without_dropout
-from bupo.training.objective.advantages import estimate
-from bupo.training.objective.critic import critic_of
-from bupo.training.objective.layer_parameters import freeze, kept_still, rate_factors, scale_rates
+from bupo.training.distributed.deepspeed import step_reached_groups_only
+from bupo.training.dropout import apply_dropout_option
+from bupo.training.objective.advantages import set_advantages
+from bupo.training.objective.critic import make_critic
+from bupo.training.objective.layer_parameters import (
+    apply_lr_multipliers,
+    freeze_layers,
+    get_frozen_layers,
+    get_lr_multipliers,
+)
 from bupo.training.objective.phases import Stage
-from bupo.training.objective.policy_head import Read
-from bupo.training.objective.policy_scoring import Alignment, Speaker
-from bupo.training.objective.rollout_batch import OLD, RolloutBatch, weighted
-from bupo.training.precision import loaded, masters, say_dtype
+from bupo.training.objective.policy_head import StatesCallback
+from bupo.training.objective.policy_scoring import InternalPolicyAlignment, PolicyScorer
+from bupo.training.objective.rollout_batch import OLD_LOG_PROBS, RolloutBatch, sum_weighted_rewards
+from bupo.training.precision import finish_master_weights, prepare_master_weights, write_config_dtype
 from bupo.training.rollout_generation import set_up_generation
-from bupo.training.trl_internals import EpochEnds, TRLTrainer, checked_models
+from bupo.training.trl_internals import EpochEndCallback, GRPOTrainerHooks, checked_model_loading
 from bupo.training.validation.arguments import (
     check_arguments,
     check_evaluations,
     check_run,
     check_scoring,
-    open_stream,
-    positions_of,
+    get_max_positions,
+    open_residual_stream,
 )
 from bupo.training.validation.reward_signatures import check_inputs
 from bupo.training.validation.trainable_parameters import (
-    Moved,
+    WeightChangeCallback,
+    check_auto_layer,
     check_gradient,
-    check_layer,
     check_trainable,
-    frozen_since,
+    describe_missing_gradient,
 )
 from bupo.utils.errors import UserError
 
 
-class BuPOTrainer(TRLTrainer):
+class BuPOTrainer(GRPOTrainerHooks):
     """Trainer for Bottom-up Policy Optimization: a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
     It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
-    `probe/...`, `warning/...` ([`~bupo.training.callbacks.failure_detection.Symptoms`]), in phase 1 `internal/layer` and `internal/entropy`, and
+    `probe/...`, `warning/...` ([`~bupo.training.callbacks.failure_detection.FailureDetector`]), in phase 1 `internal/layer` and `internal/entropy`, and
     where two policies are optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 at
     the rollout), clip ratios and `kl_old` (half the mean squared log ratio to the sampling policy) are of the policy in force.
 
@@ -87,41 +92,49 @@ class BuPOTrainer(TRLTrainer):
         check_arguments(model, args, family, positional[2] if len(positional) > 2 else kwargs.get("processing_class"))
         check_inputs(reward_funcs, args, *positional, **kwargs)
         assert args is not None, "it was looked at"
-        args, half = masters(model, args, positional[7] if len(positional) > 7 else kwargs.get("peft_config"))
-        with checked_models():
+        args, half = prepare_master_weights(
+            model, args, positional[7] if len(positional) > 7 else kwargs.get("peft_config")
+        )
+        with checked_model_loading():
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self.loaded_dtype = loaded(self.model, self.ref_model, half, args)
+        self.loaded_dtype = finish_master_weights(self.model, self.ref_model, half, args)
         check_run(self, args := self.args)
         check_evaluations(self)
         set_up_generation(self, args)
-        without_dropout(self.model, args, probe_tokens(self.model))
-        self.given = of_given(self)
-        self.guard_asynchronous_rewards(failure_messages.without_exits)
-        self.stream = open_stream(self.model, args, family)
+        apply_dropout_option(self.model, args, make_probe_tokens(self.model))
+        self.given = fingerprint_inputs(self)
+        self.wrap_async_rewards(failure_messages.wrap_async_reward)
+        self.stream = open_residual_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
-        self.alignment = Alignment(self, self.stream, reference, args)
+        self.policy_alignment = InternalPolicyAlignment(self, self.stream, reference, args)
         check_scoring(self)
-        self.critic = critic_of(self.stream, self.accelerator, args)
-        freeze(self.stream, kept_still(args))
-        decode, positions = self.processing_class.decode, positions_of(self.model)
-        self.watch = Watch(self.model, self.stream, self.accelerator, args, decode, positions)
-        self.finite = FiniteUpdates(lambda: self.where(self.last_batch))
-        self.add_callback(self.finite)
-        self.add_callback(EpochEnds(self))
-        self.moved = Moved(self.accelerator, lambda: self.phase_of(self.last_batch), self.advantages_differ)
+        self.critic = make_critic(self.stream, self.accelerator, args)
+        freeze_layers(self.stream, get_frozen_layers(args))
+        decode, positions = self.processing_class.decode, get_max_positions(self.model)
+        self.phase_controller = PhaseController(self.model, self.stream, self.accelerator, args, decode, positions)
+        self.nonfinite_callback = SkipNonFiniteUpdatesCallback(lambda: self.where(self.last_rollout_batch))
+        self.add_callback(self.nonfinite_callback)
+        self.add_callback(EpochEndCallback(self))
+        self.moved = WeightChangeCallback(
+            self.accelerator, lambda: self.identify_stage(self.last_rollout_batch), self.has_nonzero_advantage
+        )
         self.add_callback(self.moved)
-        self.parts: dict[str, trainer_state.Part] = {"watch": self.watch, "finite": self.finite, "moved": self.moved}
+        self.parts: dict[str, trainer_state.CheckpointPart] = {
+            "watch": self.phase_controller,
+            "finite": self.nonfinite_callback,
+            "moved": self.moved,
+        }
         self.parts |= {"critic": self.critic} if self.critic else {}
         self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         # transformers would put new callbacks in their place, which start with the states they are made with
         args.restore_callback_states_from_checkpoint = False
         if args.eval_benchmarks:
-            self.add_callback(Evaluations(self, benchmarks))
+            self.add_callback(BenchmarkCallback(self, benchmarks))
 
     @property
     def stage(self) -> Stage | None:
         """The stage of the first phase that the rollout batch belongs to; None in the second."""
-        return self.watch.schedule.stage(self.rollout_batch)
+        return self.phase_controller.schedule.stage(self.rollout_batch)
 
     @property
     def phase(self) -> int:
@@ -129,73 +142,79 @@ class BuPOTrainer(TRLTrainer):
         return 1 if self.stage else 2
 
     @property
-    def site(self) -> Site | None:
+    def site(self) -> Activation | None:
         """The internal policy that is optimised, if one is. Evaluation always speaks for the language model policy."""
-        return self.alignment.site(self.stage.layer) if self.stage and self.model.training else None
+        return self.policy_alignment.site(self.stage.layer) if self.stage and self.model.training else None
 
-    def phase_of(self, batch: int) -> tuple[int, str]:
+    def identify_stage(self, batch: int) -> tuple[int, str]:
         """A number for the stage that a rollout batch belongs to, -1 in the second phase; and where that is, in words."""
-        place = self.watch.schedule.place(batch)
+        place = self.phase_controller.schedule.place(batch)
         return -1 if place is None else place, self.where(batch)
 
-    def advantages_differ(self) -> bool:
+    def has_nonzero_advantage(self) -> bool:
         """Return whether any answer of this process that is trained on has an advantage."""
         pieces = map(RolloutBatch, self.pieces or [])
-        return any(bool((piece.by_answer(piece.tensors["advantages"]) * piece.mask.any(1)).any()) for piece in pieces)
+        return any(
+            bool((piece.mean_per_completion(piece.tensors["advantages"]) * piece.mask.any(1)).any()) for piece in pieces
+        )
 
     def where(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
-        return f"rollout batch {batch} ({self.watch.optimised(batch)}, learning rate {self.learning_rate:.3g})"
+        return (
+            f"rollout batch {batch} ({self.phase_controller.optimised(batch)}, learning rate {self.learning_rate:.3g})"
+        )
 
-    def rollout(self, inputs):
+    def generate_rollouts(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
-        self.watch.before_rollouts(self.rollout_batch, self.optimizer, metrics)
-        voices = self.alignment.voices(self.stage, self.watch.mixed(self.rollout_batch))
-        with failure_messages.sampling(self.where(self.rollout_batch)):
+        self.phase_controller.before_rollouts(self.rollout_batch, self.optimizer, metrics)
+        voices = self.policy_alignment.make_rollout_scorers(self.stage, self.phase_controller.mixed(self.rollout_batch))
+        with failure_messages.wrap_sampling_errors(self.where(self.rollout_batch)):
             sampled = self.sampled(inputs, voices)
-        rewards = weighted(sampled.rewards, self.reward_weights)  # (G,), of all processes
+        rewards = sum_weighted_rewards(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
         answers = batch.answers(self.num_generations)
         if self.stage and self.stage.layer is None:
-            self.watch.decide(answers, self.state.max_steps)
-            check_layer(self, self.stage.layer)
-        self._estimate(batch)
+            self.phase_controller.choose_auto_layer(answers, self.state.max_steps)
+            check_auto_layer(self, self.stage.layer)
+        self._set_advantages(batch)
         if voices and (site := voices.site or self.site):
-            self.alignment.align(batch, site, sampled.scores, voices)
-        metrics["completions/repetition"].append(self.mean(repetition([answer for _, answer in answers])))
-        self.watch.after_rollouts(self.rollout_batch, answers, rewards, metrics)
+            self.policy_alignment.set_internal_log_probs(batch, site, sampled.scores, voices)
+        metrics["completions/repetition"].append(self.mean(compute_repetition([answer for _, answer in answers])))
+        self.phase_controller.after_rollouts(self.rollout_batch, answers, rewards, metrics)
         metrics["rollout_time"].append(time.perf_counter() - started)
         return batch.tensors
 
-    def arranged(self, pieces):
-        return self.alignment.arranged(pieces)
+    def arrange_micro_batches(self, pieces):
+        return self.policy_alignment.arrange_micro_batches(pieces)
 
     def grading(self):
-        return failure_messages.grading(self.reward_funcs, self.reward_func_names, self.rollout_batch)
+        return failure_messages.wrap_reward_errors(self.reward_funcs, self.reward_func_names, self.rollout_batch)
 
-    def _estimate(self, batch: RolloutBatch) -> None:
+    def _set_advantages(self, batch: RolloutBatch) -> None:
         """Put the estimator's advantages where TRL has put GRPO's."""
-        args, scores = self.args, partial(self.alignment.scores, batch, self.site)
+        args, scores = self.args, partial(self.policy_alignment.scores, batch, self.site)
         values = self.critic.values(batch, self.site, scores) * batch.mask if self.critic else None
         gae = (args.gae_gamma, args.gae_lambda)
-        if estimate(args.advantage_estimator, batch, self.num_generations, self.total, values, *gae):
-            self.show_advantages(batch.by_answer(batch.tensors["advantages"]))
+        if set_advantages(args.advantage_estimator, batch, self.num_generations, self.total, values, *gae):
+            self.replace_logged_advantages(batch.mean_per_completion(batch.tensors["advantages"]))
 
     def loss(self, model, inputs):
         batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
         if not self.model.training:
-            with self.measuring(batch):
-                return self.policy_loss(model, inputs)
+            with self.dropping_empty_metrics(batch):
+                return self.compute_policy_loss(model, inputs)
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-        mixed = self.watch.mixed(self.rollout_batch)
-        speaker = Speaker(model, site, inputs.get(OLD), also=mixed and self.alignment.site(mixed.layer))
+        mixed = self.phase_controller.mixed(self.rollout_batch)
+        speaker = PolicyScorer(
+            model, site, inputs.get(OLD_LOG_PROBS), also=mixed and self.policy_alignment.site(mixed.layer)
+        )
 
-        def policy_loss(read: Read | None) -> torch.Tensor:
+        def policy_loss(read: StatesCallback | None) -> torch.Tensor:
             speaker.read = read
-            return self.policy_loss(speaker, inputs)
+            return self.compute_policy_loss(speaker, inputs)
 
-        with self.measuring(batch) as measured:
+        with self.dropping_empty_metrics(batch) as measured:
             if self.critic:
                 share = (
                     self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -204,20 +223,20 @@ class BuPOTrainer(TRLTrainer):
                 for name, value in logged.items():
                     metrics[name].append(value)
             else:
-                loss = self.alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
-            self.alignment.log(batch, speaker, self.stage, metrics)
+                loss = self.policy_alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
+            self.policy_alignment.log(batch, speaker, self.stage, metrics)
         if not loss.requires_grad:
-            raise UserError(frozen_since(self.where(self.rollout_batch)))
-        last = (self.passes_done + 1) % self.passes_a_batch == 0
-        self.watch.after_pass(self.rollout_batch, metrics if measured else {}, metrics, last)
+            raise UserError(describe_missing_gradient(self.where(self.rollout_batch)))
+        last = (self.micro_steps_done + 1) % self.micro_steps_per_rollout_batch == 0
+        self.phase_controller.after_loss(self.rollout_batch, metrics if measured else {}, metrics, last)
         return loss
 
     def training_step(self, *args, **kwargs):
         """As TRL's; a critic steps with the policy."""
-        with self.alignment.kept():
+        with self.policy_alignment.kept():
             loss = super().training_step(*args, **kwargs)
         check_gradient(self)
-        self.alignment.keep_above(self.watch.schedule.stage(self.last_batch))
+        self.policy_alignment.drop_gradients_above(self.phase_controller.schedule.stage(self.last_rollout_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
         return loss
@@ -227,36 +246,41 @@ class BuPOTrainer(TRLTrainer):
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made:
-            scale_rates(optimizer, rate_factors(self.stream, self.args))
-            step_only_reached(self, optimizer)
+            apply_lr_multipliers(optimizer, get_lr_multipliers(self.stream, self.args))
+            step_reached_groups_only(self, optimizer)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As TRL's, from a whole checkpoint of the same run; the probes also see the last weights."""
         check_trainable(self)
-        return self.train_from(trainer_state.chosen(self, resume_from_checkpoint), *args, **kwargs)
+        return self.train_from_checkpoint(
+            trainer_state.select_checkpoint(self, resume_from_checkpoint), *args, **kwargs
+        )
 
-    def train_from(self, found: str | None, *args, **kwargs):
+    def train_from_checkpoint(self, found: str | None, *args, **kwargs):
         """`train`, from a checkpoint that is known to be whole and of the same run."""
         check_evaluations(self)  # callbacks may have been added
-        self.ended_early = False
+        self.stopped_by_callback = False
         result = super().train(found, *args, **kwargs)
-        if self.args.logging_steps * self.args.gradient_accumulation_steps == self.passes_a_batch:  # the default
-            failure_messages.repeat_last(self.state.log_history)
-        self.watch.after_training(self.rollout_batch, self.inside_batch)
+        if (
+            self.args.logging_steps * self.args.gradient_accumulation_steps == self.micro_steps_per_rollout_batch
+        ):  # the default
+            failure_messages.complete_last_log(self.state.log_history)
+        self.phase_controller.after_training(self.rollout_batch, self.is_inside_rollout_batch)
         return result
 
     def save_model(self, output_dir=None, *args, **kwargs):
         super().save_model(output_dir, *args, **kwargs)
         if self.loaded_dtype and self.args.should_save:
-            say_dtype(Path(output_dir or self.args.output_dir), self.loaded_dtype)
-        for beside in (prompt_settings, model_card):
-            beside.write(self, Path(output_dir or self.args.output_dir))
+            write_config_dtype(Path(output_dir or self.args.output_dir), self.loaded_dtype)
+        run_directory = Path(output_dir or self.args.output_dir)
+        prompt_settings.write_prompt_settings(self, run_directory)
+        model_card.write_model_card(self, run_directory)
 
-    create_model_card = model_card.create
+    create_model_card = model_card.create_model_card
 
-    def save_parts(self, folder: Path) -> None:
-        trainer_state.save(self, folder, self.args.first_phase, self.parts)
+    def save_extra_state(self, folder: Path) -> None:
+        trainer_state.save_state(self, folder, self.args.first_phase, self.parts)
 
-    def load_parts(self, folder: Path) -> None:
-        trainer_state.load(self, folder, self.args.first_phase, self.parts)
+    def load_extra_state(self, folder: Path) -> None:
+        trainer_state.load_state(self, folder, self.args.first_phase, self.parts)

@@ -1,6 +1,6 @@
 """The one file that knows private names of TRL, transformers and accelerate; [`bupo.training.trl_contract`] lists them.
 
-Everything else in the project uses public names only: [`TRLTrainer`] offers what it needs of the private ones as plain
+Everything else in the project uses public names only: [`GRPOTrainerHooks`] offers what it needs of the private ones as plain
 arguments and results.
 """
 
@@ -33,43 +33,50 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, is_async_callable, use_adapter
 
-from bupo.models.cpu_decoding import quick
-from bupo.models.generation_settings import own_settings_unused
-from bupo.models.residual_stream import evaluating
-from bupo.models.weight_checks import REPORTED, check_weights, unreported
-from bupo.training.callbacks.best_metric import measured, unknown, value_of
-from bupo.training.checkpoints.stream_position import StreamPlace
-from bupo.training.checkpoints.weights import check_moments, has_other_names, load_weights
-from bupo.training.checkpoints.writer import STAGING, move_files, move_in, move_in_own, rotate, writing
-from bupo.training.distributed.fsdp2 import asking_for, stepped_in
-from bupo.training.objective.rollout_batch import (
-    RolloutBatch,
-    Sampled,
-    Scores,
-    equal_share,
-    graded_only,
-    leave_out,
-    weighted,
+from bupo.models.cpu_decoding import fast_generate
+from bupo.models.generation_settings import policy_generation_config
+from bupo.models.residual_stream import eval_mode
+from bupo.models.weight_checks import LOADING_REPORT_KWARGS, check_weights, suppress_load_report
+from bupo.training.callbacks.best_metric import describe_unknown_metric, get_metric_value, list_eval_metrics
+from bupo.training.checkpoints.stream_position import StreamPosition
+from bupo.training.checkpoints.weights import check_optimizer_state, has_renamed_parameters, load_weights
+from bupo.training.checkpoints.writer import (
+    STAGING_DIR,
+    commit_checkpoint,
+    commit_node_checkpoint,
+    delete_old_checkpoints,
+    move_files,
+    wrap_write_errors,
 )
-from bupo.utils.errors import UserError, others
+from bupo.training.distributed.fsdp2 import only_trainable, read_stepped_parameters
+from bupo.training.objective.rollout_batch import (
+    CompletionScores,
+    RolloutBatch,
+    SampledRollouts,
+    get_equal_reward_ratio,
+    mask_ungraded_completions,
+    mask_ungraded_rewards,
+    sum_weighted_rewards,
+)
+from bupo.utils.errors import UserError, wrap_library_errors
 from bupo.utils.files import make_folder
 
 logger = get_logger(__name__)
 
 # metrics that say what a micro-batch is, or hold without one
-UNMEASURED = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
+BATCH_INFO_METRICS = ("phase", "rollout_batch", "internal/layer", "internal/weight", "entropy_coef")
 
 __all__ = [
-    "TRLTrainer",
-    "accepted",
-    "checked_models",
+    "GRPOTrainerHooks",
+    "checked_model_loading",
     "disable_gradient_checkpointing",
+    "get_accepted_values",
     "get_config_model_id",
     "use_adapter",
 ]
 
 
-def accepted(option: str) -> tuple[str, ...]:
+def get_accepted_values(option: str) -> tuple[str, ...]:
     """Values of an option that TRL's loss asks for by name, such as `loss_type`'s; empty where its source is not at hand.
 
     TRL itself refuses an unknown value at the first update only, after a rollout batch has been sampled.
@@ -87,14 +94,14 @@ def accepted(option: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def checked_models() -> Iterator[None]:
+def checked_model_loading() -> Iterator[None]:
     """Inside, models that TRL loads by their names, references too, are refused as those of `load_model` are: where their files
     lack tensors, or hold no usable numbers."""
     inner = grpo_trainer.create_model_from_path
 
     def create(model_id, *args, **kwargs):
-        with unreported():
-            model, report = inner(model_id, *args, **kwargs | REPORTED)
+        with suppress_load_report():
+            model, report = inner(model_id, *args, **kwargs | LOADING_REPORT_KWARGS)
         check_weights(model_id, model_id, model, report, kwargs.get("revision"))
         return model
 
@@ -105,23 +112,23 @@ def checked_models() -> Iterator[None]:
         grpo_trainer.create_model_from_path = inner
 
 
-class TRLTrainer(GRPOTrainer):
+class GRPOTrainerHooks(GRPOTrainer):
     """GRPOTrainer with public hooks (`rollout`, `loss`, `grading`, `save_parts`, `load_parts`) in place of its private methods,
     and with its private state as properties.
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
-    staging: Path | None = None  # where a checkpoint is being written
+    staging_dir: Path | None = None  # where a checkpoint is being written
     epoch_ended = False  # whether the logs, evaluation and checkpoint of an epoch's end are being made, or were
     # gradient norm and learning rate, which an epoch's log repeats
-    last_update: tuple[Any, float | None] = (None, None)
+    last_update_stats: tuple[Any, float | None] = (None, None)
     control: TrainerControl
     data_collator: Any
-    problem_stream: StreamPlace | None = None  # where the run is in its problems, if they are a stream
-    resumed_from: str | None = None
-    random_state_is_set = False  # by the end of an epoch that a resumed run has made up for
-    resumed_at = 0  # updates that were done before this start
-    ended_early = False  # a callback has ended the run that is resumed
+    stream_position: StreamPosition | None = None  # where the run is in its problems, if they are a stream
+    resumed_checkpoint: str | None = None
+    rng_state_restored = False  # by the end of an epoch that a resumed run has made up for
+    resumed_at_step = 0  # updates that were done before this start
+    stopped_by_callback = False  # a callback has ended the run that is resumed
     given: dict[str, Any]  # what decides the run of the model and the problems that were given
     system_prompt: str | None = None  # of all problems, where prompts are plain text and do not show it
     dataset_name: str | None = None  # of the problems, for the card
@@ -135,15 +142,15 @@ class TRLTrainer(GRPOTrainer):
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def rollout(self, inputs: list[dict]) -> dict[str, Any]:
+    def generate_rollouts(self, inputs: list[dict]) -> dict[str, Any]:
         """A rollout batch while training: what the loss will read."""
         return self.sampled(inputs).tensors
 
     def loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch."""
-        return self.policy_loss(model, inputs)
+        return self.compute_policy_loss(model, inputs)
 
-    def arranged(self, pieces: list[dict]) -> list[dict]:
+    def arrange_micro_batches(self, pieces: list[dict]) -> list[dict]:
         """The micro-batches of a rollout batch, in the stead of TRL's."""
         return pieces
 
@@ -151,15 +158,15 @@ class TRLTrainer(GRPOTrainer):
         """Around the reward functions."""
         return nullcontext()
 
-    def save_parts(self, folder: Path) -> None:
+    def save_extra_state(self, folder: Path) -> None:
         """What a checkpoint holds besides TRL's files, which are written after it."""
 
-    def load_parts(self, folder: Path) -> None:
+    def load_extra_state(self, folder: Path) -> None:
         """What `save_parts` wrote."""
 
     # -- what TRL does, as functions ---------------------------------------------------------------------------------
 
-    def sampled(self, inputs: list[dict], voice: Callable | None = None) -> Sampled:
+    def sampled(self, inputs: list[dict], voice: Callable | None = None) -> SampledRollouts:
         """TRL's rollout batch, with the rewards.
 
         Args:
@@ -169,22 +176,22 @@ class TRLTrainer(GRPOTrainer):
         rewards: list[torch.Tensor] = []
         scored: list[tuple] = []
         with ExitStack() as hearing:
-            hearing.enter_context(_heard(self, "_calculate_rewards", rewards.append))
+            hearing.enter_context(_intercepted_method(self, "_calculate_rewards", rewards.append))
             if voice:
                 name = "_get_per_token_logps_and_entropies"
-                hearing.enter_context(_heard(self, name, scored.append, voice, compute_entropy=True))
+                hearing.enter_context(_intercepted_method(self, name, scored.append, voice, compute_entropy=True))
             tensors = super()._generate_and_score_completions(inputs)
         # the first pass over the answers is the sampling policy's; a second would be the reference model's
         own = scored and "old_per_token_logps" in tensors
-        self.leave_out_ungraded(tensors, rewards[-1])
-        return Sampled(tensors, rewards[-1], Scores(*scored[0][:2]) if own else None)
+        self.mask_ungraded(tensors, rewards[-1])
+        return SampledRollouts(tensors, rewards[-1], CompletionScores(*scored[0][:2]) if own else None)
 
-    def leave_out_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
+    def mask_ungraded(self, tensors: dict[str, Any], rewards: torch.Tensor) -> None:
         """Mask ungraded answers out of the loss, and log their share. TRL gives them an advantage of 0.
 
         Args:
             tensors (`dict`): what the loss will read.
-            rewards (`torch.Tensor` of shape `(G, functions)`): of [`graded_only`].
+            rewards (`torch.Tensor` of shape `(G, functions)`): of [`mask_ungraded_rewards`].
         """
         metrics, training = self._metrics["train" if self.model.training else "eval"], self.model.training
         graded_G = ~rewards.isnan().all(1)
@@ -193,17 +200,19 @@ class TRLTrainer(GRPOTrainer):
             return
         size = len(tensors["completion_ids"])
         here = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
-        counted = leave_out(tensors, graded_G[here])
+        counted = mask_ungraded_completions(tensors, graded_G[here])
         tensors["num_items_in_batch"] = self.accelerator.gather(counted).sum()
         if not graded_G.any():
             metrics["frac_reward_zero_std"][-1] = math.nan
         elif self.multi_objective_aggregation == "sum_then_normalize":
             group = self.num_generations if training else self.num_generations_eval
             compared = len(rewards) if self.scale_rewards == "batch" else group
-            metrics["frac_reward_zero_std"][-1] = equal_share(weighted(rewards, self.reward_weights), compared)
+            metrics["frac_reward_zero_std"][-1] = get_equal_reward_ratio(
+                sum_weighted_rewards(rewards, self.reward_weights), compared
+            )
 
     @contextmanager
-    def measuring(self, batch: RolloutBatch) -> Iterator[bool]:
+    def dropping_empty_metrics(self, batch: RolloutBatch) -> Iterator[bool]:
         """Inside, a micro-batch is measured; one without a token to train on has no metrics, and TRL's zeros are dropped.
 
         Yields:
@@ -214,27 +223,27 @@ class TRLTrainer(GRPOTrainer):
         measured = bool(self.total(batch.mask.sum()) > 0)
         yield measured
         for name in () if measured else list(metrics):
-            if name not in UNMEASURED:
+            if name not in BATCH_INFO_METRICS:
                 del metrics[name][before.get(name, 0) :]
 
-    def score(
+    def score_completions(
         self, policy: Callable, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: int, size: int
-    ) -> Scores:
+    ) -> CompletionScores:
         """Log-probs and entropies of the last `tokens` of each row, `size` rows at a time, by TRL's scoring call of `policy`: a
         model, or what stands for one."""
         log_probs, entropies, _ = super()._get_per_token_logps_and_entropies(
             policy, input_ids, attention_mask, tokens, batch_size=size, compute_entropy=True
         )
-        return Scores(log_probs, entropies)
+        return CompletionScores(log_probs, entropies)
 
     def try_scoring(self) -> None:
         """Score two tokens as each micro-batch is scored, without a gradient, dropout or random numbers."""
         ids = torch.ones(1, 4, dtype=torch.long, device=self.accelerator.device)
         aux = {"compute_entropy": True, "compute_aux_loss": self.aux_loss_enabled}
-        with torch.no_grad(), torch.random.fork_rng(), evaluating(self.model), self.without_checkpointing():
+        with torch.no_grad(), torch.random.fork_rng(), eval_mode(self.model), self.without_gradient_checkpointing():
             super()._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), 2, batch_size=1, **aux)
 
-    def policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
+    def compute_policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of a micro-batch, with `policy` answering its scoring call.
 
         The adaptive entropy coefficient stays as it is over an update without a token to train on: TRL takes its entropy for 0.
@@ -251,11 +260,11 @@ class TRLTrainer(GRPOTrainer):
             self.train_metrics["entropy_coef"][-1] = coefficient
         return loss
 
-    def without_checkpointing(self) -> AbstractContextManager[None]:
+    def without_gradient_checkpointing(self) -> AbstractContextManager[None]:
         """Inside, the model keeps its activations: what is not differentiated needs no recomputation."""
         return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
-    def as_reference(self) -> AbstractContextManager[None]:
+    def reference_adapter(self) -> AbstractContextManager[None]:
         """Inside, a PEFT model speaks for its reference: without its adapter, or with that it started from."""
         peft = self.accelerator.unwrap_model(self.model)
         return use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None)
@@ -268,7 +277,7 @@ class TRLTrainer(GRPOTrainer):
         """Mean over processes."""
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).mean().item()
 
-    def guard_asynchronous_rewards(self, guarded: Callable[[Callable], Callable]) -> None:
+    def wrap_async_rewards(self, guarded: Callable[[Callable], Callable]) -> None:
         """Replace each asynchronous reward function by what `guarded` makes of it."""
         functions: list[Any] = self.reward_funcs or []
         self.reward_funcs: list[Any] = [guarded(each) if is_async_callable(each) else each for each in functions]
@@ -276,31 +285,31 @@ class TRLTrainer(GRPOTrainer):
     # -- TRL's private state -----------------------------------------------------------------------------------------
 
     @property
-    def passes_done(self) -> int:
+    def micro_steps_done(self) -> int:
         """Forward and backward passes so far."""
         return self._step
 
     @property
-    def passes_a_batch(self) -> int:
+    def micro_steps_per_rollout_batch(self) -> int:
         """Forward and backward passes that one rollout batch is used for."""
         return self.args.steps_per_generation * self.num_iterations
 
     @property
     def rollout_batch(self) -> int:
         """The rollout batch that is being trained on, from 1."""
-        return self._step // self.passes_a_batch + 1
+        return self._step // self.micro_steps_per_rollout_batch + 1
 
     @property
-    def last_batch(self) -> int:
+    def last_rollout_batch(self) -> int:
         """The rollout batch of the last forward and backward pass, from 1."""
-        return max(0, self._step - 1) // self.passes_a_batch + 1
+        return max(0, self._step - 1) // self.micro_steps_per_rollout_batch + 1
 
     @property
-    def inside_batch(self) -> bool:
+    def is_inside_rollout_batch(self) -> bool:
         """Whether a rollout batch has been trained on in part."""
-        return self._step % self.passes_a_batch != 0
+        return self._step % self.micro_steps_per_rollout_batch != 0
 
-    def restore_place(self, passes: int, pieces: list[dict] | None) -> None:
+    def restore_position(self, passes: int, pieces: list[dict] | None) -> None:
         """Go on after so many passes, inside a rollout batch if its pieces are given."""
         self._step, self._buffered_inputs = passes, pieces
 
@@ -319,11 +328,11 @@ class TRLTrainer(GRPOTrainer):
         return self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate
 
     @property
-    def reads_images(self) -> bool:
+    def is_vlm(self) -> bool:
         return self._is_vlm
 
     @property
-    def stream_pass_is_over(self) -> bool:
+    def is_stream_exhausted(self) -> bool:
         """Whether all rows of a pass over a stream were read; a run that stops ends an epoch in the middle of one."""
         return self.epoch_ended and not self.control.should_training_stop
 
@@ -336,8 +345,9 @@ class TRLTrainer(GRPOTrainer):
             "last_log": self._globalstep_last_logged,
             "first_step": self._initial_global_step,
             "epoch_ended": self.epoch_ended,
-            "last_update": [None if value is None else float(value) for value in self.last_update],
-            "stream": self.problem_stream and self.problem_stream.state(self.passes_done, self.stream_pass_is_over),
+            "last_update": [None if value is None else float(value) for value in self.last_update_stats],
+            "stream": self.stream_position
+            and self.stream_position.state(self.micro_steps_done, self.is_stream_exhausted),
         }
 
     @numbers.setter
@@ -346,19 +356,21 @@ class TRLTrainer(GRPOTrainer):
         self._total_loss_scalar, self._globalstep_last_logged = value["logged"], value["last_log"]
         self._initial_global_step = value["first_step"]
         self.epoch_ended = value.get("epoch_ended", True)  # checkpoints of earlier versions do not say
-        self.last_update = tuple(value.get("last_update", (None, None)))
-        if self.problem_stream and value.get("stream"):
-            self.problem_stream.load(value["stream"])
+        self.last_update_stats = tuple(value.get("last_update", (None, None)))
+        if self.stream_position and value.get("stream"):
+            self.stream_position.load(value["stream"])
 
     @property
-    def completions(self) -> str | None:
+    def completions_table(self) -> str | None:
         """TRL's table of completions as JSON, if it is shown."""
         if not self.log_completions:
             return None
-        return json.dumps({name: value for name, value in self._logs.items() if name != "images"}, default=as_list)
+        return json.dumps(
+            {name: value for name, value in self._logs.items() if name != "images"}, default=_serialize_deque
+        )
 
-    @completions.setter
-    def completions(self, table: str | None) -> None:
+    @completions_table.setter
+    def completions_table(self, table: str | None) -> None:
         for name, values in json.loads(table or "{}").items():
             if isinstance(values, dict):
                 for column, inner in values.items():
@@ -366,7 +378,7 @@ class TRLTrainer(GRPOTrainer):
             else:
                 self._logs[name].extend(values)
 
-    def show_advantages(self, by_answer: torch.Tensor) -> None:
+    def replace_logged_advantages(self, by_answer: torch.Tensor) -> None:
         """Put these, `(B,)`, into TRL's table of completions, in the stead of the last ones."""
         advantages, logged = self.accelerator.gather(by_answer).tolist(), self._logs["advantages"]
         for _ in range(min(len(advantages), len(logged))):
@@ -377,14 +389,14 @@ class TRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         # our loop of decoding computes outside the model's forward, and so outside of autocast
-        loop = quick(self.model) if self.accelerator.mixed_precision == "no" else nullcontext()
-        with own_settings_unused(self.model, self.processing_class), loop:
-            return self.rollout(inputs) if self.model.training else self.sampled(inputs).tensors
+        loop = fast_generate(self.model) if self.accelerator.mixed_precision == "no" else nullcontext()
+        with policy_generation_config(self.model, self.processing_class), loop:
+            return self.generate_rollouts(inputs) if self.model.training else self.sampled(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.grading():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return graded_only(rewards, self.reward_weights)
+        return mask_ungraded_rewards(rewards, self.reward_weights)
 
     def _compute_loss(self, model, inputs):
         return self.loss(model, inputs)
@@ -395,7 +407,7 @@ class TRLTrainer(GRPOTrainer):
         pieces = self._buffered_inputs
         if not self.model.training or pieces is None or pieces is before:
             return inputs
-        self._buffered_inputs = self.arranged(pieces)  # of a rollout batch that has just been cut
+        self._buffered_inputs = self.arrange_micro_batches(pieces)  # of a rollout batch that has just been cut
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_train_sampler(self, dataset=None):
@@ -415,19 +427,19 @@ class TRLTrainer(GRPOTrainer):
         return sampler
 
     def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self.staging is None else str(self.staging)
+        return super()._get_output_dir(trial) if self.staging_dir is None else str(self.staging_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self.staging is None:
+        if self.staging_dir is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial))
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with writing(place), self.beside(run) as staging:
+        with wrap_write_errors(place), self.beside(run) as staging:
             staged = staging / place.name
             make_folder(staged, run)
-            self.save_parts(staged)
+            self.save_extra_state(staged)
             super()._save_checkpoint(model, trial)
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best == place or best.is_dir():
@@ -435,31 +447,31 @@ class TRLTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                move_in(staged, place)
+                commit_checkpoint(staged, place)
             self.accelerator.wait_for_everyone()
             if self.is_local_process_zero() and not self.args.should_save:
-                move_in_own(staged, place)
+                commit_node_checkpoint(staged, place)
         if self.args.should_save:
-            rotate(run, self.args.save_total_limit, place, self.state.best_model_checkpoint)
+            delete_old_checkpoints(run, self.args.save_total_limit, place, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
 
     @contextmanager
     def beside(self, run: Path) -> Iterator[Path]:
         """Inside, checkpoints go into a folder beside; nothing is left of it."""
-        self.staging = run / STAGING
+        self.staging_dir = run / STAGING_DIR
         try:
-            yield self.staging
+            yield self.staging_dir
         except BaseException:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            shutil.rmtree(self.staging_dir, ignore_errors=True)
             raise
         finally:
-            self.staging = None
+            self.staging_dir = None
 
-    def save_whole(self, folder: Path) -> None:
+    def save_model_atomically(self, folder: Path) -> None:
         """Save the model and its tokenizer: each file appears at once."""
-        staged = folder / STAGING / "model"
-        with writing(folder), self.beside(folder):
+        staged = folder / STAGING_DIR / "model"
+        with wrap_write_errors(folder), self.beside(folder):
             make_folder(staged, folder)
             self.save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
@@ -469,38 +481,38 @@ class TRLTrainer(GRPOTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self.loads_other_names(resume_from_checkpoint):
+        if not self.load_renamed_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not self.loads_other_names(self.state.best_model_checkpoint):
+        if not self.load_renamed_weights(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def loads_other_names(self, checkpoint: str) -> bool:
+    def load_renamed_weights(self, checkpoint: str) -> bool:
         """Load the weights of a checkpoint that transformers' Trainer would leave out, if it would; return whether."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not has_other_names(self.model, Path(checkpoint)):
+        if sharded or not has_renamed_parameters(self.model, Path(checkpoint)):
             return False
         load_weights(self.model, Path(checkpoint))
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))  # DeepSpeed has loaded its optimizer's already
-        stepped = stepped_in(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
-        reading = others(f"{checkpoint} is damaged: its optimizer.pt or scheduler.pt cannot be loaded")
-        some = nullcontext() if stepped is None else asking_for(self.model, stepped)
+        stepped = read_stepped_parameters(Path(checkpoint)) if checkpoint and self.accelerator.is_fsdp2 else None
+        reading = wrap_library_errors(f"{checkpoint} is damaged: its optimizer.pt or scheduler.pt cannot be loaded")
+        some = nullcontext() if stepped is None else only_trainable(self.model, stepped)
         with some, reading if checkpoint else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            check_moments(self.optimizer, Path(checkpoint))
+            check_optimizer_state(self.optimizer, Path(checkpoint))
         self.state.compute_steps(self.args, self.state.max_steps)  # how often is logged and saved is the options'
-        self.resumed_at, self.resumed_from = self.state.global_step, checkpoint
-        self.rate_of_options(rates)
-        self.load_parts(Path(checkpoint))
+        self.resumed_at_step, self.resumed_checkpoint = self.state.global_step, checkpoint
+        self.apply_configured_lr(rates)
+        self.load_extra_state(Path(checkpoint))
 
-    def rate_of_options(self, rates: list[float]) -> None:
+    def apply_configured_lr(self, rates: list[float]) -> None:
         """Put the options' learning rate and schedule in the stead of the loaded ones; the same if the options are."""
         scheduler = self.lr_scheduler
         if not isinstance(scheduler, LambdaLR):
@@ -510,97 +522,97 @@ class TRLTrainer(GRPOTrainer):
         for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
             group["initial_lr"], group["lr"] = rate, lr
 
-    def resume_numbers(self, numbers: dict[str, Any]) -> None:
+    def restore_log_counters(self, numbers: dict[str, Any]) -> None:
         """Set `numbers` once training begins, where transformers sets them to zero."""
-        self.add_callback(Numbers(self, numbers))
+        self.add_callback(RestoreLogCountersCallback(self, numbers))
 
-    def end_epoch_of_checkpoint(self, train_dataloader: Any) -> None:
+    def finish_interrupted_epoch(self, train_dataloader: Any) -> None:
         """Make up for the end of an epoch (its log, evaluation and checkpoint), where a run was stopped right before it.
 
         The run goes on with the random numbers that the evaluation has left. A stream's epoch ends once it is read to its end.
         """
         done, every = self.state.global_step, self.args.gradient_accumulation_steps
         stopped = done >= self.state.max_steps
-        if self.epoch_ended or not done or (self.problem_stream and not stopped):
+        if self.epoch_ended or not done or (self.stream_position and not stopped):
             return
         if not stopped and done % max(1, -(-len(train_dataloader) // every)):
             return
-        self._load_rng_state(self.resumed_from)
+        self._load_rng_state(self.resumed_checkpoint)
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.control.should_training_stop = stopped
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         epoch = int(self.state.epoch or 0)
         self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, time.time())
-        self.random_state_is_set = not stopped
+        self.rng_state_restored = not stopped
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         if grad_norm is None and learning_rate is None:  # no update since a resume: the last one's
-            grad_norm, learning_rate = self.last_update
+            grad_norm, learning_rate = self.last_update_stats
             self.model_wrapped.train()  # or TRL would log the metrics of an evaluation
         else:
-            self.last_update = grad_norm, learning_rate
+            self.last_update_stats = grad_norm, learning_rate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
 
     def _load_rng_state(self, checkpoint):
-        if self.random_state_is_set:
-            self.random_state_is_set = False
+        if self.rng_state_restored:
+            self.rng_state_restored = False
             return
-        with others(f"{checkpoint} is damaged: its random numbers (rng_state*.pth) cannot be loaded"):
+        with wrap_library_errors(f"{checkpoint} is damaged: its random numbers (rng_state*.pth) cannot be loaded"):
             super()._load_rng_state(checkpoint)
 
     def get_train_dataloader(self):
         """TRL's. Of a stream, the rows that are read are also noted."""
         if not isinstance(self.train_dataset, IterableDataset):
-            self.problem_stream = None
+            self.stream_position = None
             return super().get_train_dataloader()
-        collate, self.problem_stream = self.data_collator, StreamPlace()
-        self.data_collator = self.problem_stream.collating(collate)
+        collate, self.stream_position = self.data_collator, StreamPosition()
+        self.data_collator = self.stream_position.wrap_collator(collate)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collate
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step >= self.state.max_steps or self.ended_early:
+        if self.state.global_step >= self.state.max_steps or self.stopped_by_callback:
             self.control.should_training_stop = True
             return
-        if stream := self.problem_stream:
+        if stream := self.stream_position:
             skipped = 0
             if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
                 skipped = kwargs["steps_trained_in_current_epoch"] = stream.resume(kwargs["resume_from_checkpoint"])
             kwargs["epoch"] += stream.first
             kwargs["epochs_trained"] += stream.first
-            stream.begin(kwargs["epoch"], self.passes_done, skipped)
+            stream.begin(kwargs["epoch"], self.micro_steps_done, skipped)
         super()._run_epoch(**kwargs)
         if stream:
-            stream.check_read()
+            stream.check_position_reached()
 
     def _evaluate(self, *args, skip_scheduler=False, **kwargs):
         if skip_scheduler and self.state.global_step:
             return None
         metrics = super()._evaluate(*args, skip_scheduler=True, **kwargs)
         if not skip_scheduler and isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR):
-            value = self.best_metric_in(metrics)
+            value = self.get_best_metric(metrics)
             if value is not None:
                 self.lr_scheduler.step(value)
         return metrics
 
     def _determine_best_metric(self, metrics, trial):
-        if self.args.metric_for_best_model is None or self.best_metric_in(metrics) is None:
+        if self.args.metric_for_best_model is None or self.get_best_metric(metrics) is None:
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    def best_metric_in(self, metrics: dict[str, Any]) -> float | None:
+    def get_best_metric(self, metrics: dict[str, Any]) -> float | None:
         """Return what `metric_for_best_model` names; None, and a warning, where this evaluation graded too little for it.
 
         Raises:
             UserError: if no evaluation measures it.
         """
-        args, value = self.args, value_of(self.args, metrics)
+        args, value = self.args, get_metric_value(self.args, metrics)
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
-        known = measured(args, self.reward_func_names, sets)
+        known = list_eval_metrics(args, self.reward_func_names, sets)
         if value is None and args.metric_for_best_model.removeprefix("eval_") not in known:
-            raise UserError(unknown(args, args.metric_for_best_model, known))
+            raise UserError(describe_unknown_metric(args, args.metric_for_best_model, known))
         if value is None:
             logger.warning(
                 f"{args.metric_for_best_model} has no value in this evaluation, whose answers were not graded"
@@ -613,24 +625,24 @@ class TRLTrainer(GRPOTrainer):
         for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
             del metrics[name]
         for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
-            logs[name] *= 1 - self.resumed_at / max(1, self.state.global_step)
+            logs[name] *= 1 - self.resumed_at_step / max(1, self.state.global_step)
         super().log(logs, start_time)
 
 
-class Numbers(TrainerCallback):
-    def __init__(self, trainer: TRLTrainer, numbers: dict[str, Any]):
+class RestoreLogCountersCallback(TrainerCallback):
+    def __init__(self, trainer: GRPOTrainerHooks, numbers: dict[str, Any]):
         self.trainer, self.numbers = trainer, numbers
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.numbers:
             self.trainer.numbers, self.numbers = self.numbers, {}
-            self.trainer.end_epoch_of_checkpoint(kwargs["train_dataloader"])
+            self.trainer.finish_interrupted_epoch(kwargs["train_dataloader"])
 
 
-class EpochEnds(TrainerCallback):
+class EpochEndCallback(TrainerCallback):
     """Tells a trainer whether it is inside an epoch. A checkpoint after an epoch's last update may be of before its end."""
 
-    def __init__(self, trainer: TRLTrainer):
+    def __init__(self, trainer: GRPOTrainerHooks):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -640,12 +652,14 @@ class EpochEnds(TrainerCallback):
         self.trainer.epoch_ended = True
 
 
-def as_list(values: Any) -> Any:
+def _serialize_deque(values: Any) -> Any:
     return list(values) if isinstance(values, deque) else str(values)
 
 
 @contextmanager
-def _heard(trainer: TRLTrainer, name: str, hear: Callable, voice: Callable | None = None, **options) -> Iterator[None]:
+def _intercepted_method(
+    trainer: GRPOTrainerHooks, name: str, hear: Callable, voice: Callable | None = None, **options
+) -> Iterator[None]:
     """Inside, each result of one of the trainer's methods is also given to `hear`; `voice` replaces the first argument of its
     calls, and `options` go into them."""
     inner, shadowed = getattr(trainer, name), trainer.__dict__.get(name)

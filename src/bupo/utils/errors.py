@@ -4,14 +4,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LONGEST_LINE = 500  # characters of another library's error
+MAX_LINE_LENGTH = 500  # characters of another library's error
 
 
 class UserError(ValueError):
     """Bad input. Its message is one line that names the value and the remedy; the command line exits with status 2."""
 
 
-class Stopped(KeyboardInterrupt):
+class SignalInterrupt(KeyboardInterrupt):
     """A signal has ended what was under way. Its message is one line; the command line exits with status 128 + `signal`.
 
     Like a plain Ctrl-C it is no `Exception`: `except Exception` lets it through.
@@ -22,7 +22,7 @@ class Stopped(KeyboardInterrupt):
         self.signal = number
 
 
-def first_line(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """Return an error of another library, or of the user's code, as one line: its type and the first line of its text.
 
     The text may be anything: too long, or not readable at all because the error's `__str__` raises.
@@ -32,11 +32,11 @@ def first_line(error: BaseException) -> str:
     except BaseException:
         return f"{type(error).__name__}: its text cannot be read"
     line = text.splitlines()[0] if text else "no details"
-    return f"{type(error).__name__}: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}"
+    return f"{type(error).__name__}: {line if len(line) <= MAX_LINE_LENGTH else line[:MAX_LINE_LENGTH] + ' ...'}"
 
 
 @contextmanager
-def others(message: str | Callable[[Exception], str], *kinds: type[Exception]) -> Iterator[None]:
+def wrap_library_errors(message: str | Callable[[Exception], str], *kinds: type[Exception]) -> Iterator[None]:
     """Inside, calls of other libraries: what they raise becomes a [`UserError`].
 
     An error that was raised in this package's own code is a fault of ours and goes through as it is.
@@ -53,13 +53,13 @@ def others(message: str | Callable[[Exception], str], *kinds: type[Exception]) -
     except UserError:
         raise
     except Exception as error:
-        if is_ours(error) or not isinstance(error, kinds or Exception):
+        if is_raised_by_bupo(error) or not isinstance(error, kinds or Exception):
             raise
-        text = f"{message}: {first_line(error)}" if isinstance(message, str) else message(error)
+        text = f"{message}: {summarize_error(error)}" if isinstance(message, str) else message(error)
         raise UserError(text) from error
 
 
-def is_ours(error: BaseException) -> bool:
+def is_raised_by_bupo(error: BaseException) -> bool:
     """Whether the error was raised in this package's own code: the innermost frame of its traceback is there."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

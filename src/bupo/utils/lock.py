@@ -15,18 +15,18 @@ from typing import IO
 
 from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
-from bupo.utils.files import in_use, open_regular
+from bupo.utils.files import guarded_folder, open_regular_file
 
 LOCK_FILE = "_bupo.lock"  # transformers pushes no name that begins so
-_UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
+_NO_LOCK_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
 
 # folders that this process writes into, and which of its threads does: a run may be part of another, as the demo's is
-_held: dict[Path, tuple[int, int]] = {}
-_files: set[IO[str]] = set()  # their locked files
+_held_folders: dict[Path, tuple[int, int]] = {}
+_lock_files: set[IO[str]] = set()  # their locked files
 
 
 @contextmanager
-def sole_writer(folder: str | Path) -> Iterator[None]:
+def folder_lock(folder: str | Path) -> Iterator[None]:
     """Inside, no other run writes into the folder. It is made if need be, and taken away again if nothing was put there.
 
     The lock is the operating system's (`flock`, also over NFS) and not the file's presence: what a killed run leaves locks
@@ -37,52 +37,52 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         UserError: if another run writes there, or nothing can be written there.
     """
     path, me = Path(folder).resolve(), (os.getpid(), threading.get_ident())
-    if distributed_launch.number() > 0 or _held.get(path) == me:
+    if distributed_launch.get_rank() > 0 or _held_folders.get(path) == me:
         yield
         return
-    if _held.get(path, (0, 0))[0] == me[0]:
+    if _held_folders.get(path, (0, 0))[0] == me[0]:
         raise UserError(f"{folder} is being written by another thread of this process: choose another output")
     made = [place for place in (path, *path.parents) if not os.path.exists(place)]  # innermost first
     with ExitStack() as afterwards:
-        afterwards.callback(_take_away, made)
-        file = _locked(Path(folder), path)
-        afterwards.callback(_release, path, file, me)
-        _held[path] = me
-        afterwards.enter_context(in_use(path))
+        afterwards.callback(_remove_empty_folders, made)
+        file = _acquire_lock(Path(folder), path)
+        afterwards.callback(_release_lock, path, file, me)
+        _held_folders[path] = me
+        afterwards.enter_context(guarded_folder(path))
         yield
 
 
-def _release(path: Path, file: IO[str], holder: tuple[int, int]) -> None:
+def _release_lock(path: Path, file: IO[str], holder: tuple[int, int]) -> None:
     if os.getpid() != holder[0]:  # a forked child that came back up to here: the lock is its parent's
         return
-    del _held[path]
-    _files.discard(file)
+    del _held_folders[path]
+    _lock_files.discard(file)
     with suppress(OSError):
         (path / LOCK_FILE).unlink()  # while it is locked: whoever opens it next makes another
     with suppress(OSError):  # the user's code may have closed its number
         file.close()  # ends the lock
 
 
-def _in_child() -> None:
+def _close_locks_in_child() -> None:
     """Close a forked child's copies: the lock would last until the last copy is closed. The parent's stays locked."""
-    for file in _files:
+    for file in _lock_files:
         with suppress(OSError):
             file.close()
-    _files.clear()
-    _held.clear()
+    _lock_files.clear()
+    _held_folders.clear()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
-def _take_away(made: list[Path]) -> None:
+def _remove_empty_folders(made: list[Path]) -> None:
     """Those folders that are empty."""
     with suppress(OSError):
         for place in made:
             place.rmdir()
 
 
-def _locked(named: Path, path: Path) -> IO[str]:
+def _acquire_lock(named: Path, path: Path) -> IO[str]:
     """The locked file, with who holds it for people."""
     while True:
         try:
@@ -90,25 +90,25 @@ def _locked(named: Path, path: Path) -> IO[str]:
             flags = (
                 os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             )  # a link is not followed, a pipe not waited for
-            file = os.fdopen(open_regular(path / LOCK_FILE, flags), "a+")
+            file = os.fdopen(open_regular_file(path / LOCK_FILE, flags), "a+")
         except OSError as error:
-            raise _refused(named, error) from error
-        _files.add(file)  # before it is locked: another thread may fork at any moment
+            raise _make_write_error(named, error) from error
+        _lock_files.add(file)  # before it is locked: another thread may fork at any moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _UNKNOWN:
+            if error.errno in _NO_LOCK_ERRNOS:
                 warnings.warn(f"{named} has no locks: two runs into it at once would mix", stacklevel=2)
             elif error.errno in (errno.EACCES, errno.EAGAIN):
-                _files.discard(file)
-                raise UserError(_who(named, file)) from error
+                _lock_files.discard(file)
+                raise UserError(_describe_holder(named, file)) from error
             else:
-                _files.discard(file)
+                _lock_files.discard(file)
                 raise UserError(f"{named} cannot be locked: {error.strerror}; choose another output") from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), (path / LOCK_FILE).stat()):
                 break
-        _files.discard(file)
+        _lock_files.discard(file)
         file.close()  # its last holder took it away meanwhile
     started = datetime.now(UTC).isoformat(timespec="seconds")
     holder = {"process": os.getpid(), "host": socket.gethostname(), "started": started}
@@ -119,16 +119,16 @@ def _locked(named: Path, path: Path) -> IO[str]:
     except OSError as error:  # a full disk
         with suppress(OSError):
             (path / LOCK_FILE).unlink()
-        _files.discard(file)
-        raise _refused(named, error) from error
+        _lock_files.discard(file)
+        raise _make_write_error(named, error) from error
     return file
 
 
-def _refused(named: Path, error: OSError) -> UserError:
+def _make_write_error(named: Path, error: OSError) -> UserError:
     return UserError(f"{named} cannot be written: {error.strerror}; choose another output")
 
 
-def _who(named: Path, file: IO[str]) -> str:
+def _describe_holder(named: Path, file: IO[str]) -> str:
     """Who writes there, as far as the file says."""
     with file:
         file.seek(0)

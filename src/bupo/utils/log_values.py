@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-LARGEST = 1e15  # nothing that a run measures is larger, and figures are not drawn of larger numbers
-MISSING = "-"
+MAX_LOGGED_VALUE = 1e15  # nothing that a run measures is larger, and figures are not drawn of larger numbers
+MISSING_TEXT = "-"
 
 
-def number(value: Any) -> float | None:
+def get_number(value: Any) -> float | None:
     """Return a finite number of usual size as a float, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return float(value) if -LARGEST < value < LARGEST else None  # type: ignore[operator]  # of NaN, comparisons are false
+    return float(value) if -MAX_LOGGED_VALUE < value < MAX_LOGGED_VALUE else None  # type: ignore[operator]  # of NaN, comparisons are false
 
 
-def numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+def get_numbers(logs: Mapping[str, Any]) -> dict[str, float]:
     """Return the entries of a log that are numbers."""
-    found = {name: number(value) for name, value in logs.items()}
+    found = {name: get_number(value) for name, value in logs.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def digits(value: Any, spec: str = ".3f", unit: str = "") -> str:
+def format_number(value: Any, spec: str = ".3f", unit: str = "") -> str:
     """Return a value as text for a table or a line.
 
     Args:
@@ -35,5 +35,5 @@ def digits(value: Any, spec: str = ".3f", unit: str = "") -> str:
     Returns:
         `str`: the number, or `MISSING` where there is none.
     """
-    known = number(value)
-    return MISSING if known is None else f"{known:{spec}}{unit}"
+    known = get_number(value)
+    return MISSING_TEXT if known is None else f"{known:{spec}}{unit}"

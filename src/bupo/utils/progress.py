@@ -16,14 +16,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-EVERY = 30.0  # seconds between two lines
-SPEED_OVER = 600.0  # seconds whose speed the time left is estimated by: what is counted may come in bursts
+LINE_INTERVAL = 30.0  # seconds between two lines
+SPEED_WINDOW = 600.0  # seconds whose speed the time left is estimated by: what is counted may come in bursts
 
 
-class Lines(Progress):
+class LogProgress(Progress):
     """A bar on a terminal; elsewhere, such as in a log file, at most every half a minute a line with what the bar would say."""
 
-    told: float | None = None
+    last_line_time: float | None = None
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
@@ -35,24 +35,24 @@ class Lines(Progress):
 
     def _tell(self, task_id: TaskID) -> None:
         now = time.monotonic()
-        if self.console.is_interactive or now - (self.told or now) < EVERY:
-            self.told = self.told or now
+        if self.console.is_interactive or now - (self.last_line_time or now) < LINE_INTERVAL:
+            self.last_line_time = self.last_line_time or now
             return
-        self.told = now
+        self.last_line_time = now
         (task,) = [task for task in self.tasks if task.id == task_id]
-        said = f"{task.description}: {task.completed:g} of {task.total:g}, {_clock(task.elapsed)} taken"
+        said = f"{task.description}: {task.completed:g} of {task.total:g}, {_to_timedelta(task.elapsed)} taken"
         if task.time_remaining is not None:
-            said += f", {_clock(task.time_remaining)} left"
+            said += f", {_to_timedelta(task.time_remaining)} left"
         self.console.print(said, highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float | None) -> timedelta:
+def _to_timedelta(seconds: float | None) -> timedelta:
     return timedelta(seconds=round(seconds or 0))
 
 
-def progress(console: Console) -> Progress:
+def create_progress(console: Console) -> Progress:
     """Counts, the time taken and an estimate of the time left, as a bar or as lines."""
-    return Lines(
+    return LogProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -61,11 +61,11 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        speed_estimate_period=SPEED_OVER,
+        speed_estimate_period=SPEED_WINDOW,
     )
 
 
-def task(bar: Progress | None, description: str, total: int) -> Callable[[int], None]:
+def add_progress_task(bar: Progress | None, description: str, total: int) -> Callable[[int], None]:
     """A task of the bar; what is returned is called with the number just done. Without a bar it does nothing."""
     if bar is None:
         return lambda done: None

@@ -7,22 +7,22 @@ from pathlib import Path
 
 from bupo.utils.errors import UserError
 
-LARGEST = 256 << 20  # bytes of a file that is read
-LARGEST_CONFIG = 256 << 10  # YAML is slow to read
+MAX_FILE_BYTES = 256 << 20  # bytes of a file that is read
+MAX_CONFIG_BYTES = 256 << 10  # YAML is slow to read
 
 
-INDEX = (".safetensors.index.json", ".bin.index.json")  # of weights in several files
+WEIGHT_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")  # of weights in several files
 # by their end, files of a model whose text reaches people; and its weights, which are numbers and may be links
-TEXTS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".yaml")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-TEMPLATES = "additional_chat_templates"
+TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".yaml")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+EXTRA_TEMPLATES_FOLDER = "additional_chat_templates"
 
 
-class Unreadable(Exception):
+class UnreadableFolderError(Exception):
     """A folder that is no run, or whose files cannot be read. Its message says which, in a few words."""
 
 
-def there(folder: Path, name: str) -> bool:
+def has_regular_file(folder: Path, name: str) -> bool:
     """Whether a folder holds a regular file of its own: no pipe, no device, no link out of the folder.
 
     A model's folder in the hub's cache (`snapshots/REVISION`) holds links to the `blobs` beside it, which are its own.
@@ -36,21 +36,25 @@ def there(folder: Path, name: str) -> bool:
     return regular and (cached or target.is_relative_to(real))
 
 
-def content(folder: Path, name: str, largest: int = LARGEST) -> bytes:
+def read_file_bytes(folder: Path, name: str, largest: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of a file that is there."""
     path = folder / name
     try:
         if path.stat().st_size > largest:
-            raise Unreadable(f"{name} is larger than {largest >> 10} KB")
+            raise UnreadableFolderError(f"{name} is larger than {largest >> 10} KB")
         return path.read_bytes()
     except OSError as error:
-        raise Unreadable(f"{name} cannot be read: {error.strerror}") from error
+        raise UnreadableFolderError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def outside(folder: Path, index: str) -> str | None:
+def describe_index_error(folder: Path, index: str) -> str | None:
     """Return what is wrong with an index of weights: it names no file of its folder, or cannot be read. None if all is well."""
     try:
-        names = json.loads(content(folder, index))["weight_map"].values() if there(folder, index) else [index]
+        names = (
+            json.loads(read_file_bytes(folder, index))["weight_map"].values()
+            if has_regular_file(folder, index)
+            else [index]
+        )
         for name in names:
             if (
                 not isinstance(name, str)
@@ -59,12 +63,12 @@ def outside(folder: Path, index: str) -> str | None:
                 or "\0" in name
             ):
                 return f"{index} names {name!r:.80}, which is no file of its folder"
-    except (Unreadable, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UnreadableFolderError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{index} cannot be read"
     return None
 
 
-def check_inside(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
     """Refuse the folder of a model or an adapter that would have files from elsewhere read, or a pipe waited for.
 
     The hub's cache is made of links to its `blobs`, which are its own.
@@ -74,18 +78,21 @@ def check_inside(folder: Path) -> None:
     """
     try:
         names = sorted(os.listdir(folder))
-        names += [f"{TEMPLATES}/{name}" for name in (os.listdir(folder / TEMPLATES) if TEMPLATES in names else ())]
+        names += [
+            f"{EXTRA_TEMPLATES_FOLDER}/{name}"
+            for name in (os.listdir(folder / EXTRA_TEMPLATES_FOLDER) if EXTRA_TEMPLATES_FOLDER in names else ())
+        ]
     except NotADirectoryError:
         return
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     for name in names:
         path = folder / name
-        if ((name.endswith(TEXTS) and not path.is_dir()) or name.startswith(f"{TEMPLATES}/")) and not there(
-            folder, name
-        ):
+        if (
+            (name.endswith(TEXT_SUFFIXES) and not path.is_dir()) or name.startswith(f"{EXTRA_TEMPLATES_FOLDER}/")
+        ) and not has_regular_file(folder, name):
             raise UserError(f"{path} is no regular file of its folder: put the file itself there, not a link to it")
-        if name.endswith(WEIGHTS) and os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        if name.endswith(WEIGHT_SUFFIXES) and os.path.lexists(path) and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is no regular file: put the file itself there")
-        if name.endswith(INDEX) and (wrong := outside(folder, name)):
+        if name.endswith(WEIGHT_INDEX_SUFFIXES) and (wrong := describe_index_error(folder, name)):
             raise UserError(f"{folder}: {wrong}: remove it, or get the model anew")

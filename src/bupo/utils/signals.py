@@ -15,34 +15,36 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from bupo.utils.errors import Stopped
+from bupo.utils.errors import SignalInterrupt
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ONE_PRESS = 1.0  # seconds: a launcher passes a terminal's Ctrl-C on, so that a process may meet one press twice
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_PRESS_SECONDS = (
+    1.0  # seconds: a launcher passes a terminal's Ctrl-C on, so that a process may meet one press twice
+)
 
-Handler = Callable[[int, FrameType | None], Any]
-_before: dict[int, Any] = {}  # the handlers that ours stand in for, by signal
-_installed: list[Handler] = []  # ours, the innermost last
+HandlerFunction = Callable[[int, FrameType | None], Any]
+_previous_handlers: dict[int, Any] = {}  # the handlers that ours stand in for, by signal
+_installed_handlers: list[HandlerFunction] = []  # ours, the innermost last
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Inside, a signal raises [`~bupo.utils.errors.Stopped`], once: a second within a moment is the same press of Ctrl-C."""
+def raise_on_signal() -> Iterator[None]:
+    """Inside, a signal raises [`~bupo.utils.errors.SignalInterrupt`], once: a second within a moment is the same press of Ctrl-C."""
     first = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if not first:
             first = time.monotonic()
-            raise Stopped(f"stopped by {signal.Signals(number).name}", number)
-        if number == signal.SIGINT and time.monotonic() - first > ONE_PRESS:
-            end(number)
+            raise SignalInterrupt(f"stopped by {signal.Signals(number).name}", number)
+        if number == signal.SIGINT and time.monotonic() - first > SAME_PRESS_SECONDS:
+            exit_by_signal(number)
 
-    with _handled(stop):
+    with _temporary_handler(stop):
         yield
 
 
-class Heard:
+class SignalRecorder:
     """Inside, signals are noted, and the second Ctrl-C ends the process, whatever its main thread waits for.
 
     Args:
@@ -54,11 +56,11 @@ class Heard:
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, lost: Callable[[], bool] = lambda: False):
-        self.say, self.lost, self.first = say, lost, 0
-        self._came = 0.0
-        self._handled = _handled(_noted)
+        self.say, self.is_finished, self.first = say, lost, 0
+        self._first_time = 0.0
+        self._handled = _temporary_handler(_recorder_handler)
 
-    def __enter__(self) -> "Heard":
+    def __enter__(self) -> "SignalRecorder":
         self._handled.__enter__()
         if threading.current_thread() is threading.main_thread():
             # the interpreter writes each signal's number there at once, while a handler waits for the main thread's next
@@ -66,7 +68,7 @@ class Heard:
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._others = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._watch = threading.Thread(target=self._hear, daemon=True)
+            self._watch = threading.Thread(target=self._listen, daemon=True)
             self._watch.start()
         return self
 
@@ -79,48 +81,48 @@ class Heard:
             os.close(self._write)
         self._handled.__exit__(kind, error, trace)
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         while True:
             select.select([self._read], [], [])
             for number in os.read(self._read, 64):
                 if number == 0:
                     return
-                if signal.getsignal(number) is _noted:  # and no one else's
+                if signal.getsignal(number) is _recorder_handler:  # and no one else's
                     self._note(number)
 
     def _note(self, number: int) -> None:
-        if number == signal.SIGTERM and self.lost():
-            end(number)
+        if number == signal.SIGTERM and self.is_finished():
+            exit_by_signal(number)
         if not self.first:
-            self.first, self._came = number, time.monotonic()
+            self.first, self._first_time = number, time.monotonic()
             if number == signal.SIGINT:  # a person waits
                 self.say("this update is finished and saved; Ctrl-C again ends the run at once")
-        elif number == signal.SIGINT and time.monotonic() - self._came > ONE_PRESS:
-            end(number)
+        elif number == signal.SIGINT and time.monotonic() - self._first_time > SAME_PRESS_SECONDS:
+            exit_by_signal(number)
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
+def blocked_signals() -> Iterator[None]:
     """Inside, what this thread starts does not hear these signals: a terminal sends Ctrl-C to all of a command's processes."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _noted(number: int, frame: FrameType | None) -> None:
-    """The handler of [`Heard`], which listens elsewhere."""
+def _recorder_handler(number: int, frame: FrameType | None) -> None:
+    """The handler of [`SignalRecorder`], which listens elsewhere."""
 
 
-def end(number: int) -> None:
+def exit_by_signal(number: int) -> None:
     """End this process now, with a signal's exit status."""
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # the cursor, which a live view hides
     os._exit(128 + number)
 
 
-def _caught(number: int) -> bool:
+def _has_system_handler(number: int) -> bool:
     """Whether the system knows of a handler, as Python may not: `faulthandler.register` sets one. On Linux only."""
     try:
         with open("/proc/self/status") as status:
@@ -131,17 +133,21 @@ def _caught(number: int) -> bool:
 
 
 @contextmanager
-def _handled(handler: Handler) -> Iterator[None]:
+def _temporary_handler(handler: HandlerFunction) -> Iterator[None]:
     """Inside, a handler of ours stands where Python's own or another of ours did."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    taken = (signal.SIG_DFL, signal.default_int_handler, *_installed)
-    outer = {number: signal.getsignal(number) for number in STOPPING if signal.getsignal(number) in taken}
-    outer = {number: before for number, before in outer.items() if before != signal.SIG_DFL or not _caught(number)}
-    added = [number for number in outer if number not in _before]
-    _before.update({number: outer[number] for number in added})
-    _installed.append(handler)
+    taken = (signal.SIG_DFL, signal.default_int_handler, *_installed_handlers)
+    outer = {number: signal.getsignal(number) for number in STOP_SIGNALS if signal.getsignal(number) in taken}
+    outer = {
+        number: before
+        for number, before in outer.items()
+        if before != signal.SIG_DFL or not _has_system_handler(number)
+    }
+    added = [number for number in outer if number not in _previous_handlers]
+    _previous_handlers.update({number: outer[number] for number in added})
+    _installed_handlers.append(handler)
     try:
         for number in outer:
             signal.signal(number, handler)
@@ -150,17 +156,17 @@ def _handled(handler: Handler) -> Iterator[None]:
         for number, former in outer.items():
             signal.signal(number, former)
         for number in added:
-            del _before[number]
-        _installed.pop()
+            del _previous_handlers[number]
+        _installed_handlers.pop()
 
 
-def _in_child() -> None:
+def _reset_handlers_in_child() -> None:
     """A forked child, such as a loader of data, has the handlers from before, and outlives a Ctrl-C as its parent does."""
-    if _before:
+    if _previous_handlers:
         signal.set_wakeup_fd(-1)
-        for number, handler in _before.items():
-            outlived = number == signal.SIGINT and signal.getsignal(number) is _noted
+        for number, handler in _previous_handlers.items():
+            outlived = number == signal.SIGINT and signal.getsignal(number) is _recorder_handler
             signal.signal(number, signal.SIG_IGN if outlived else handler)
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_reset_handlers_in_child)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class OverSeeds:
+class SeedStatistics:
     """A number over seeds.
 
     Attributes:
@@ -27,14 +27,14 @@ class OverSeeds:
     n: int
 
 
-def student_interval(values: np.ndarray) -> tuple[float, float]:
+def compute_student_interval(values: np.ndarray) -> tuple[float, float]:
     """Student's 95 % interval of the mean of two or more values."""
     n, mean = len(values), float(values.mean())
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE_LEVEL / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean - half, mean + half
 
 
-def over_seeds(values: Sequence[float]) -> OverSeeds:
+def compute_seed_statistics(values: Sequence[float]) -> SeedStatistics:
     """Mean, deviation and interval of one number a seed.
 
     Raises:
@@ -45,20 +45,20 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
         raise ValueError("there are no seeds")
     mean, n = float(array.mean()), len(array)
     if n == 1:
-        return OverSeeds(mean, math.nan, math.nan, math.nan, 1)
-    return OverSeeds(mean, float(array.std(ddof=1)), *student_interval(array), n)
+        return SeedStatistics(mean, math.nan, math.nan, math.nan, 1)
+    return SeedStatistics(mean, float(array.std(ddof=1)), *compute_student_interval(array), n)
 
 
-def paired(first: Mapping[int, float], second: Mapping[int, float]) -> OverSeeds:
+def compute_paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> SeedStatistics:
     """The second less the first, over the seeds that both have. Pairing takes out what a seed does to both.
 
     Raises:
         ValueError: if they have no seed in common.
     """
-    return over_seeds([second[seed] - first[seed] for seed in first if seed in second])
+    return compute_seed_statistics([second[seed] - first[seed] for seed in first if seed in second])
 
 
-def paired_p(first: Mapping[int, float], second: Mapping[int, float]) -> float:
+def compute_paired_p_value(first: Mapping[int, float], second: Mapping[int, float]) -> float:
     """Two-sided p value of Student's paired test that second and first do not differ, over two or more seeds that both have.
 
     Seeds that all differ by the same amount give 0, by nothing 1.
@@ -69,7 +69,7 @@ def paired_p(first: Mapping[int, float], second: Mapping[int, float]) -> float:
     return float(stats.ttest_1samp(apart, 0).pvalue)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def adjust_holm(ps: Sequence[float]) -> list[float]:
     """p values adjusted by Holm's step-down method: below 0.05, all of them are, with at most that chance of one by luck."""
     adjusted, least = [0.0] * len(ps), 0.0
     for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):

@@ -2,24 +2,24 @@
 
 from collections.abc import Callable
 
-from bupo.experiments.outputs.analysis_cost import cost
-from bupo.experiments.outputs.comparison_table import Output
-from bupo.experiments.outputs.curves import curves
-from bupo.experiments.outputs.dynamics import dynamics
-from bupo.experiments.outputs.finished_runs import Finished
-from bupo.experiments.outputs.layers import layers
-from bupo.experiments.outputs.outcomes import outcomes
-from bupo.experiments.outputs.pass_at_k import passes
-from bupo.experiments.outputs.scores import scores
+from bupo.experiments.outputs.analysis_cost import make_cost_output
+from bupo.experiments.outputs.comparison_table import ExperimentOutput
+from bupo.experiments.outputs.finished_runs import FinishedExperiment
+from bupo.experiments.outputs.make_curves_output import make_curves_output
+from bupo.experiments.outputs.make_dynamics_output import make_dynamics_output
+from bupo.experiments.outputs.make_layers_output import make_layers_output
+from bupo.experiments.outputs.make_outcomes_output import make_outcomes_output
+from bupo.experiments.outputs.make_scores_output import make_scores_output
+from bupo.experiments.outputs.pass_at_k import make_pass_at_k_output
 
-OUTPUTS: dict[str, Callable[[Finished], Output]] = {
-    "scores": scores,
-    "outcomes": outcomes,
-    "layers": layers,
-    "curves": curves,
-    "dynamics": dynamics,
-    "passes": passes,
-    "cost": cost,
+OUTPUT_MAKERS: dict[str, Callable[[FinishedExperiment], ExperimentOutput]] = {
+    "scores": make_scores_output,
+    "outcomes": make_outcomes_output,
+    "layers": make_layers_output,
+    "curves": make_curves_output,
+    "dynamics": make_dynamics_output,
+    "passes": make_pass_at_k_output,
+    "cost": make_cost_output,
 }
 
-__all__ = ["OUTPUTS", "Finished", "Output"]
+__all__ = ["OUTPUT_MAKERS", "ExperimentOutput", "FinishedExperiment"]

@@ -5,20 +5,26 @@ from collections.abc import Mapping
 import pandas as pd
 
 from bupo.experiments.experiment import Cell
-from bupo.experiments.outputs.comparison_table import Line, Output, options_of, phase_note, shown
-from bupo.experiments.outputs.finished_runs import Finished, first_phase
-from bupo.reports.figures.seeds import seeds_figure
+from bupo.experiments.outputs.comparison_table import (
+    Comparison,
+    ExperimentOutput,
+    describe_options,
+    describe_phase_1,
+    make_table,
+)
+from bupo.experiments.outputs.finished_runs import FinishedExperiment, count_phase_1_batches
+from bupo.reports.figures.seeds import draw_seeds_figure
 
 MEASURES = {  # the column of `metrics.jsonl`, the title, and the digits that are shown
     "reward": ("reward", "reward", 3),
     "entropy": ("entropy", "entropy of $\\pi_\\theta$ (nats)", 3),
     "response_length": ("completions/mean_length", "response length (tokens)", 1),
 }
-PART = 10  # the table has the means of the first and the last tenth of the rollout batches
+TENTHS = 10  # the table has the means of the first and the last tenth of the rollout batches
 COLUMNS = ["model", "row", "seed", "measure", "rollout_batch", "value"]
 
 
-def curves(finished: Finished) -> Output:
+def make_curves_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from the trainings' `metrics.jsonl`."""
     experiment, cells = finished.experiment, finished.cells("train")
     measures, parts = experiment.draw["measures"], []
@@ -26,21 +32,23 @@ def curves(finished: Finished) -> Output:
     for key, by_seed in cells.items():
         for cell in by_seed.values():
             batches = finished.metrics(cell.runs["train"])
-            parts += [_series(finished, cell, batches, measure) for measure in measures]
-            if (end := first_phase(batches)) is not None:
+            parts += [_make_series(finished, cell, batches, measure) for measure in measures]
+            if (end := count_phase_1_batches(batches)) is not None:
                 ends[key] = max(end + 0.5, ends.get(key, 0))
     data = pd.concat(parts, ignore_index=True)
-    lines = [line for measure in measures for line in _lines(data, measure, cells, experiment.draw.get("against"))]
+    lines = [
+        line for measure in measures for line in _make_comparisons(data, measure, cells, experiment.draw.get("against"))
+    ]
     titles = {measure: MEASURES[measure][1] for measure in measures}
-    window = (_tenth(data) - 1) // 2 * 2 + 1
+    window = (_count_tenth(data) - 1) // 2 * 2 + 1
     label = "rollout batch" if window == 1 else f"rollout batch (running mean of {window})"
-    figure = seeds_figure(_smoothed(data, window).rename(columns={"rollout_batch": "x"}), titles, label, ends)
-    table = shown(_caption(_tenth(data)), experiment, lines)
-    notes = [phase_note(*key, int(end)) for key, end in ends.items()]
-    return Output([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
+    figure = draw_seeds_figure(_smooth(data, window).rename(columns={"rollout_batch": "x"}), titles, label, ends)
+    table = make_table(_make_caption(_count_tenth(data)), experiment, lines)
+    notes = [describe_phase_1(*key, int(end)) for key, end in ends.items()]
+    return ExperimentOutput([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
 
 
-def _series(finished: Finished, cell: Cell, batches: pd.DataFrame, measure: str) -> pd.DataFrame:
+def _make_series(finished: FinishedExperiment, cell: Cell, batches: pd.DataFrame, measure: str) -> pd.DataFrame:
     """A measure of one run."""
     values = finished.take(cell.runs["train"], "metrics.jsonl", batches, MEASURES[measure][0])
     return pd.DataFrame({
@@ -49,30 +57,30 @@ def _series(finished: Finished, cell: Cell, batches: pd.DataFrame, measure: str)
     }, columns=COLUMNS).dropna(subset=["value"])  # fmt: skip
 
 
-def _smoothed(data: pd.DataFrame, window: int) -> pd.DataFrame:
+def _smooth(data: pd.DataFrame, window: int) -> pd.DataFrame:
     """Every run's running mean over `window` rollout batches: intervals of few seeds are wider than what is to be seen."""
     values = data.groupby(["model", "row", "seed", "measure"], sort=False)["value"]
     return data.assign(value=values.transform(lambda run: run.rolling(window, center=True, min_periods=1).mean()))
 
 
-def _caption(tenth: int) -> str:
+def _make_caption(tenth: int) -> str:
     if tenth == 1:
         return "The last rollout batch, and at first the first one:"
     return f"Means of the last {tenth} rollout batches, and at first of the first {tenth}:"
 
 
-def _tenth(data: pd.DataFrame) -> int:
-    return max(1, int(data["rollout_batch"].max()) // PART)
+def _count_tenth(data: pd.DataFrame) -> int:
+    return max(1, int(data["rollout_batch"].max()) // TENTHS)
 
 
-def _lines(
+def _make_comparisons(
     data: pd.DataFrame, measure: str, cells: Mapping[tuple[str, str], Mapping[int, Cell]], against: str | None
-) -> list[Line]:
+) -> list[Comparison]:
     """Last rollout batches of every row, beside its first ones."""
-    first, last = ({key: _ends(data, measure, key, end) for key in cells} for end in ("first", "last"))
+    first, last = ({key: _average_end(data, measure, key, end) for key in cells} for end in ("first", "last"))
     return [
-        Line(
-            model, row, options_of(next(iter(by_seed.values()))), measure.replace("_", " "), last[model, row],
+        Comparison(
+            model, row, describe_options(next(iter(by_seed.values()))), measure.replace("_", " "), last[model, row],
             against=against, others={} if row == against else last.get((model, str(against)), {}),
             before=first[model, row], digits=MEASURES[measure][2],
         )
@@ -80,9 +88,9 @@ def _lines(
     ]  # fmt: skip
 
 
-def _ends(data: pd.DataFrame, measure: str, key: tuple[str, str], end: str) -> dict[int, float]:
+def _average_end(data: pd.DataFrame, measure: str, key: tuple[str, str], end: str) -> dict[int, float]:
     """By seed, the mean of a run's first or last rollout batches."""
     part = data[(data["model"] == key[0]) & (data["row"] == key[1]) & (data["measure"] == measure)]
-    tenth = _tenth(data)
+    tenth = _count_tenth(data)
     ends = {seed: run.head(tenth) if end == "first" else run.tail(tenth) for seed, run in part.groupby("seed")}
     return {int(seed): float(run["value"].mean()) for seed, run in ends.items()}

@@ -3,9 +3,15 @@
 import pandas as pd
 
 from bupo.experiments.experiment import Cell
-from bupo.experiments.outputs.comparison_table import Line, Output, options_of, phase_note, shown
-from bupo.experiments.outputs.finished_runs import Finished, first_phase
-from bupo.reports.figures.seeds import layers_figure
+from bupo.experiments.outputs.comparison_table import (
+    Comparison,
+    ExperimentOutput,
+    describe_options,
+    describe_phase_1,
+    make_table,
+)
+from bupo.experiments.outputs.finished_runs import FinishedExperiment, count_phase_1_batches
+from bupo.reports.figures.seeds import draw_layers_figure
 
 MEASURES = {  # in the order of the paper's panels
     "cosine": "(a) cosine of $H^{{{layer}}}$ with later layers",
@@ -13,36 +19,41 @@ MEASURES = {  # in the order of the paper's panels
     "perplexity": "(c) perplexity of $\\pi_\\theta$ on the probes",
     "kl": "(d) KL of layer {layer}'s policy to later ones (nats)",
 }
-NAMES = {"cosine": "cosine with", "d_entropy_layer": "entropy change", "perplexity": "perplexity", "kl": "KL to"}
+MEASURE_LABELS = {
+    "cosine": "cosine with",
+    "d_entropy_layer": "entropy change",
+    "perplexity": "perplexity",
+    "kl": "KL to",
+}
 COLUMNS = ["model", "row", "seed", "measure", "layer", "later_layer", "rollout_batch", "value"]
 
 
-def dynamics(finished: Finished) -> Output:
+def make_dynamics_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from `dynamics.parquet` of the trainings, or of the analyses of their checkpoints."""
     experiment, parts, lines = finished.experiment, [], []
     ends: dict[tuple[str, str], float] = {}
     for (model, row), by_seed in finished.cells("train").items():
         cell = next(iter(by_seed.values()))
-        series = pd.concat([_series(finished, one) for one in by_seed.values()], ignore_index=True)
-        end = first_phase(finished.metrics(cell.runs["train"]))
+        series = pd.concat([_read_series(finished, one) for one in by_seed.values()], ignore_index=True)
+        end = count_phase_1_batches(finished.metrics(cell.runs["train"]))
         if end is not None:
             ends[model, row] = end
         parts.append(series)
-        lines += _lines(series, options_of(cell), model, row)
+        lines += _make_comparisons(series, describe_options(cell), model, row)
     data = pd.concat(parts, ignore_index=True)
-    figure = layers_figure(
+    figure = draw_layers_figure(
         data.rename(columns={"rollout_batch": "x"}),
         MEASURES,
         "rollout batches done",
         {model: end for (model, _), end in ends.items()},
     )
-    table = shown("The last probe, and at first the one before training; of the layers above, the next and the last:",
+    table = make_table("The last probe, and at first the one before training; of the layers above, the next and the last:",
                   experiment, lines)  # fmt: skip
-    notes = [phase_note(*key, end) for key, end in ends.items()]
-    return Output([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
+    notes = [describe_phase_1(*key, end) for key, end in ends.items()]
+    return ExperimentOutput([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
 
 
-def _series(finished: Finished, cell: Cell) -> pd.DataFrame:
+def _read_series(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """The panels' measures of one run, of the last layer that it trains alone."""
     run = cell.runs.get("analyze", cell.runs["train"])  # of a sharded run's checkpoints, afterwards
     table = finished.frame(run, "dynamics.parquet")
@@ -54,17 +65,17 @@ def _series(finished: Finished, cell: Cell) -> pd.DataFrame:
     return table[COLUMNS].dropna(subset=["value"])
 
 
-def _lines(series: pd.DataFrame, options: str, model: str, row: str) -> list[Line]:
+def _make_comparisons(series: pd.DataFrame, options: str, model: str, row: str) -> list[Comparison]:
     """Before training and at its end, by measure; of measures against later layers, the next and the last one."""
     lines = []
-    for measure, name in NAMES.items():
+    for measure, name in MEASURE_LABELS.items():
         part = series[series["measure"] == measure]
         later = sorted(part["later_layer"].dropna().unique())
         for number in dict.fromkeys([later[0], later[-1]]) if later else [None]:
             one = part if number is None else part[part["later_layer"] == number]
             runs = {int(seed): run.sort_values("rollout_batch")["value"] for seed, run in one.groupby("seed")}
             lines.append(
-                Line(
+                Comparison(
                     model, row, options, name if number is None else f"{name} layer {number}",
                     {seed: float(values.iloc[-1]) for seed, values in runs.items()},
                     before={seed: float(values.iloc[0]) for seed, values in runs.items()}, digits=3,

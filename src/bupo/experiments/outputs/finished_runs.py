@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from bupo.experiments.experiment import Cell, Experiment, Run
-from bupo.run_files.reading import Damaged, read_json, read_rows, read_table
+from bupo.experiments.experiment import Cell, CommandRun, Experiment
+from bupo.run_files.reading import DamagedFileError, read_json, read_parquet, read_rows
 from bupo.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedExperiment:
     """An experiment whose runs have ended.
 
     Attributes:
@@ -35,7 +35,7 @@ class Finished:
                 found.setdefault((cell.model, cell.row), {})[cell.seed] = cell
         return found
 
-    def summary(self, run: Run) -> dict[str, Any]:
+    def summary(self, run: CommandRun) -> dict[str, Any]:
         """A run's `summary.json`.
 
         Raises:
@@ -43,31 +43,31 @@ class Finished:
         """
         return self.read(run, "summary.json", read_json)
 
-    def frame(self, run: Run, name: str) -> pd.DataFrame:
+    def frame(self, run: CommandRun, name: str) -> pd.DataFrame:
         """A table of a run.
 
         Raises:
             UserError: if it is missing or no table.
         """
-        return self.read(run, name, read_table)
+        return self.read(run, name, read_parquet)
 
-    def metrics(self, run: Run) -> pd.DataFrame:
+    def metrics(self, run: CommandRun) -> pd.DataFrame:
         """A training's rows of `metrics.jsonl` that are of a rollout batch, one a batch: what several say is averaged.
 
         Raises:
             UserError: if there is none, or a line that is no row.
         """
-        return self.read(run, "metrics.jsonl", _batches)
+        return self.read(run, "metrics.jsonl", _read_batches)
 
-    def whole(self, run: Run) -> dict[str, Any]:
+    def whole(self, run: CommandRun) -> dict[str, Any]:
         """What the rows of a training's `metrics.jsonl` say together: the last that has a number counts.
 
         Raises:
             UserError: if a line is no row.
         """
-        return self.read(run, "metrics.jsonl", lambda path: {k: v for row in _rows(path) for k, v in row.items()})
+        return self.read(run, "metrics.jsonl", lambda path: {k: v for row in _read_rows(path) for k, v in row.items()})
 
-    def read(self, run: Run, name: str, how: Callable[[Path], Any]) -> Any:
+    def read(self, run: CommandRun, name: str, how: Callable[[Path], Any]) -> Any:
         """A file of a run.
 
         Raises:
@@ -79,13 +79,13 @@ class Finished:
             raise UserError(f"run {run.name} is not finished: it has no {name}; {remedy}")
         try:
             return how(path)
-        except Damaged as error:
+        except DamagedFileError as error:
             raise UserError(f"run {run.name}: {path} is damaged: {error.why}; {remedy}") from error
         except Exception as error:  # whatever a library makes of a broken file
             text = " ".join(str(error).split())
             raise UserError(f"run {run.name}: its {name} cannot be read ({text:.200}); {remedy}") from error
 
-    def take(self, run: Run, name: str, found: Any, *keys: Any) -> Any:
+    def take(self, run: CommandRun, name: str, found: Any, *keys: Any) -> Any:
         """What a file of a run holds at a place.
 
         Raises:
@@ -101,19 +101,19 @@ class Finished:
         return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     return read_rows(path)
 
 
-def _batches(path: Path) -> pd.DataFrame:
-    rows = [row for row in _rows(path) if "rollout_batch" in row]
+def _read_batches(path: Path) -> pd.DataFrame:
+    rows = [row for row in _read_rows(path) if "rollout_batch" in row]
     if not rows:
         raise ValueError("no row is of a rollout batch")
     table = pd.DataFrame(rows).select_dtypes("number")
     return table.groupby("rollout_batch", as_index=False).mean()
 
 
-def first_phase(batches: pd.DataFrame) -> int | None:
+def count_phase_1_batches(batches: pd.DataFrame) -> int | None:
     """How many rollout batches phase 1 took; None if there was none, or nothing after it."""
     if "phase" not in batches:
         return None

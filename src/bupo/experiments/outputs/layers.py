@@ -6,15 +6,24 @@ from typing import Any
 import pandas as pd
 
 from bupo.experiments.experiment import Cell, Experiment
-from bupo.experiments.outputs.comparison_table import NOTHING, Output, Shown, beside
-from bupo.experiments.outputs.finished_runs import Finished
-from bupo.reports.figures import analysis_figure
-from bupo.utils.sanitize import markdown_cell
+from bupo.experiments.outputs.comparison_table import EMPTY_CELL, ExperimentOutput, MarkdownTable, get_paper_models
+from bupo.experiments.outputs.finished_runs import FinishedExperiment
+from bupo.reports.figures import draw_analysis_figure
+from bupo.utils.sanitize import escape_markdown_cell
 
 STAGES = ("exploration", "integration", "convergence")
-BOUNDARY = "boundary layer"
-NEEDED = ("meta", "stages", "boundary_layer", "paper_boundary_layer", "ranges", "pattern", "verdict", "explanation")
-INTERVALS = "Intervals are 95 %, of the mean over answers, by a bootstrap: one analysis, and no seeds."
+BOUNDARY_LABEL = "boundary layer"
+REQUIRED_KEYS = (
+    "meta",
+    "stages",
+    "boundary_layer",
+    "paper_boundary_layer",
+    "ranges",
+    "pattern",
+    "verdict",
+    "explanation",
+)
+INTERVALS_NOTE = "Intervals are 95 %, of the mean over answers, by a bootstrap: one analysis, and no seeds."
 COLUMNS = ("measure", "layer", "mean", "low", "high")
 MEASURES = {  # that a figure draws, and what they are in a table
     "entropy_flow": {
@@ -28,23 +37,27 @@ MEASURES = {  # that a figure draws, and what they are in a table
 }
 
 
-def layers(finished: Finished) -> Output:
+def make_layers_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and stages from the analyses' `layers.parquet` and `summary.json`."""
     experiment, figure = finished.experiment, finished.experiment.draw["figure"]
     cells = [next(iter(by_seed.values())) for by_seed in finished.cells("analyze").values()]
-    found = [_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
+    found = [_read_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
     table, models = pd.concat([table for table, _ in found], ignore_index=True), [summary for _, summary in found]
-    rows = [row for part, summary in found for row in _rows(experiment, summary, part)]
-    notes = [*(_note(summary) for summary in models), INTERVALS]
-    shown = Shown(_caption(figure), [_shown(row, MEASURES[figure], several=len(models) > 1) for row in rows])
-    return Output(rows, [shown], table, analysis_figure(table, models, figure), notes)
+    rows = [row for part, summary in found for row in _make_rows(experiment, summary, part)]
+    notes = [*(_make_note(summary) for summary in models), INTERVALS_NOTE]
+    shown = MarkdownTable(
+        _make_caption(figure), [_format_row(row, MEASURES[figure], several=len(models) > 1) for row in rows]
+    )
+    return ExperimentOutput(rows, [shown], table, draw_analysis_figure(table, models, figure), notes)
 
 
-def _analysis(finished: Finished, cell: Cell, measures: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _read_analysis(
+    finished: FinishedExperiment, cell: Cell, measures: list[str]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The drawn part of the layers' table, and the summary, of a model: under the name that it has here."""
     run, file = cell.runs["analyze"], "summary.json"
     summary = finished.take(run, file, finished.summary(run), "models", 0)
-    for name in NEEDED:
+    for name in REQUIRED_KEYS:
         finished.take(run, file, summary, name)
     table = finished.frame(run, "layers.parquet")
     for name in COLUMNS:
@@ -53,61 +66,68 @@ def _analysis(finished: Finished, cell: Cell, measures: list[str]) -> tuple[pd.D
     return table, summary | {"meta": summary["meta"] | {"label": cell.model}}
 
 
-def _rows(experiment: Experiment, summary: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
+def _make_rows(experiment: Experiment, summary: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
     """Stages, boundary and pattern of a model, and what the paper prints of them."""
     model, size = summary["meta"]["label"], len(summary["stages"])
-    boundary, theirs = ([layer, layer] if (layer := summary[name]) else None for name in NEEDED[2:4])
+    boundary, theirs = ([layer, layer] if (layer := summary[name]) else None for name in REQUIRED_KEYS[2:4])
     places = [(stage, stage, summary["ranges"][stage]) for stage in STAGES]
-    places += [(BOUNDARY, BOUNDARY, boundary), (f"{BOUNDARY} by the paper's rule", BOUNDARY, theirs)]
+    places += [
+        (BOUNDARY_LABEL, BOUNDARY_LABEL, boundary),
+        (f"{BOUNDARY_LABEL} by the paper's rule", BOUNDARY_LABEL, theirs),
+    ]
     rows = [
         {
             "what": what,
-            "paper": _printed(experiment, model, key),
-            "ours": _range(bounds, size),
-            "mean": _means(table, bounds),
+            "paper": _get_paper_values(experiment, model, key),
+            "ours": _format_layer_range(bounds, size),
+            "mean": _compute_means(table, bounds),
         }
         for what, key, bounds in places
     ]
-    rows.append({"what": "pattern", "paper": _printed(experiment, model, "pattern"), "ours": summary["pattern"]})
+    rows.append(
+        {"what": "pattern", "paper": _get_paper_values(experiment, model, "pattern"), "ours": summary["pattern"]}
+    )
     return [{"scale": experiment.scale, "model": model, **row} for row in rows]
 
 
-def _printed(experiment: Experiment, model: str, key: str) -> dict[str, str | None]:
-    printed = {name: experiment.printed[name].get("", {}).get(key) for name in beside(experiment, model)}
+def _get_paper_values(experiment: Experiment, model: str, key: str) -> dict[str, str | None]:
+    printed = {name: experiment.printed[name].get("", {}).get(key) for name in get_paper_models(experiment, model)}
     return {name: None if value is None else str(value) for name, value in printed.items()}
 
 
-def _range(bounds: list[int] | None, size: int) -> str:
+def _format_layer_range(bounds: list[int] | None, size: int) -> str:
     """As the paper writes ranges of layers, with the number of all layers."""
     return "none" if not bounds else f"{'-'.join(map(str, dict.fromkeys(bounds)))} of {size}"
 
 
-def _means(table: pd.DataFrame, bounds: list[int] | None) -> dict[str, float]:
+def _compute_means(table: pd.DataFrame, bounds: list[int] | None) -> dict[str, float]:
     """Of each measure over a range of layers."""
     part = table[table["layer"].between(*bounds)] if bounds else table[:0]
     return part.groupby("measure", sort=False)["mean"].mean().round(6).to_dict()
 
 
-def _caption(figure: str) -> str:
+def _make_caption(figure: str) -> str:
     unit = "cosines" if figure == "residual_cosine" else "nats"
     return f"Stages as ranges of layers, and the means of what is drawn over these layers, in {unit}:"
 
 
-def _shown(row: Mapping[str, Any], measures: Mapping[str, str], several: bool) -> dict[str, str]:
+def _format_row(row: Mapping[str, Any], measures: Mapping[str, str], several: bool) -> dict[str, str]:
     cells = {"model": row["model"] if several else "", "layers": row["what"]}
     own = row["paper"].keys() <= {row["model"]}
     for name, value in (row["paper"] or {row["model"]: None}).items():
-        cells["paper" if own else f"paper, {name}"] = value or NOTHING
+        cells["paper" if own else f"paper, {name}"] = value or EMPTY_CELL
     cells["ours"] = row["ours"]
     means = row.get("mean", {})
     for name, label in measures.items():
         sign = "" if name.startswith("entropy") else "+"
-        cells[label] = f"{means[name]:{sign}.3f}" if name in means else NOTHING
+        cells[label] = f"{means[name]:{sign}.3f}" if name in means else EMPTY_CELL
     return cells | {"scale": row["scale"]}
 
 
-def _note(summary: Mapping[str, Any]) -> str:
+def _make_note(summary: Mapping[str, Any]) -> str:
     """The verdict in words, and what it rests on."""
     meta, why = summary["meta"], summary["explanation"]
     answers = meta.get("answers", "some")
-    return f"{markdown_cell(meta['label'])} is {summary['verdict']}. {why[:1].upper()}{why[1:]}. {answers} answers."
+    return (
+        f"{escape_markdown_cell(meta['label'])} is {summary['verdict']}. {why[:1].upper()}{why[1:]}. {answers} answers."
+    )

@@ -12,53 +12,53 @@ from matplotlib.figure import Figure
 
 from bupo.experiments.experiment import Cell, Experiment
 from bupo.experiments.outputs.comparison_table import (
-    NOT_APART,
-    NOTHING,
-    Line,
-    Output,
-    Shown,
-    options_of,
-    p_text,
-    pivot,
-    quoted,
-    shown,
-    text_of,
-    tidy,
-    told_apart,
+    EMPTY_CELL,
+    NOT_SIGNIFICANT,
+    Comparison,
+    ExperimentOutput,
+    MarkdownTable,
+    describe_options,
+    describe_significance,
+    format_mean_interval,
+    format_p_value,
+    make_pivot_table,
+    make_table,
+    make_tidy_data,
+    quote_name,
 )
-from bupo.experiments.outputs.finished_runs import Finished
-from bupo.reports.figures.seeds import seeds_figure
-from bupo.utils.statistics import holm, paired_p
+from bupo.experiments.outputs.finished_runs import FinishedExperiment
+from bupo.reports.figures.seeds import draw_seeds_figure
+from bupo.utils.statistics import adjust_holm, compute_paired_p_value
 
 TENTHS = 10  # of a run, whose mean rewards are the curve
-PASSES = [f"pass@{2**power}" for power in range(2, 10, 2)]
-MEASURES = ["avg@k", *PASSES, "area", "reward", "entropy", "length"]
-DIGITS = {"entropy": 3}  # that are shown, if not one
-WORDS = {
+PASS_AT_K_MEASURES = [f"pass@{2**power}" for power in range(2, 10, 2)]
+MEASURES = ["avg@k", *PASS_AT_K_MEASURES, "area", "reward", "entropy", "length"]
+MEASURE_DIGITS = {"entropy": 3}  # that are shown, if not one
+MEASURE_LABELS = {
     "area": "area under the curve",
     "reward": "reward of the last tenth",
     "entropy": "entropy of the last tenth",
     "length": "length of the last tenth",
 }
-MAIN = ("avg@k", "reward")  # the first that there is
-EXPLAINED = (
+MAIN_MEASURES = ("avg@k", "reward")  # the first that there is
+MEASURES_NOTE = (
     "The area under the curve is the mean reward of all rollout batches, in percent; entropy is pi_theta's, in nats; length "
     "is in tokens."
 )
 CURVE = "curve"
-CURVE_APART = "curve apart"
-Key = tuple[str, str]  # model and row
-Found = Mapping[str, float]  # a run's measures
+CURVE_DIFFERENCE = "curve apart"
+RowKey = tuple[str, str]  # model and row
+RunMeasures = Mapping[str, float]  # a run's measures
 
 
-def outcomes(finished: Finished) -> Output:
+def make_outcomes_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Tables and curves from the trainings' `metrics.jsonl` and the evaluations' `summary.json`."""
     cells = finished.cells("train")
-    found = {key: {seed: outcome(finished, cell) for seed, cell in row.items()} for key, row in cells.items()}
-    return compared(finished.experiment, found)
+    found = {key: {seed: measure_outcome(finished, cell) for seed, cell in row.items()} for key, row in cells.items()}
+    return compare_outcomes(finished.experiment, found)
 
 
-def outcome(finished: Finished, cell: Cell) -> dict[str, float]:
+def measure_outcome(finished: FinishedExperiment, cell: Cell) -> dict[str, float]:
     """The measures of a training, and of its evaluation where there is one; shares in percent. `curve 1` … are the mean rewards
     of the tenths of the run.
 
@@ -73,10 +73,10 @@ def outcome(finished: Finished, cell: Cell) -> dict[str, float]:
     found = {f"{CURVE} {tenth + 1}": float(value) for tenth, value in curve.items()}
     last = {name: float(values.tail(max(1, len(values) // TENTHS)).mean()) for name, values in series.items()}
     found |= last | {"area": 100 * float(series["reward"].mean()), "reward": 100 * last["reward"]}
-    return found | (_evaluated(finished, cell) if "eval" in cell.runs else {})
+    return found | (_read_scores(finished, cell) if "eval" in cell.runs else {})
 
 
-def _evaluated(finished: Finished, cell: Cell) -> dict[str, float]:
+def _read_scores(finished: FinishedExperiment, cell: Cell) -> dict[str, float]:
     """avg@k and pass@K of the one benchmark, in percent."""
     run, file = cell.runs["eval"], "summary.json"
     benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
@@ -86,7 +86,7 @@ def _evaluated(finished: Finished, cell: Cell) -> dict[str, float]:
     return {name: 100 * share for name, share in shares.items() if name in MEASURES}
 
 
-def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -> Output:
+def compare_outcomes(experiment: Experiment, found: Mapping[RowKey, Mapping[int, RunMeasures]]) -> ExperimentOutput:
     """Tables, data and curves.
 
     Args:
@@ -94,82 +94,97 @@ def compared(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]]) -
         found (`dict`): by model and row, then by seed, the measures of a run.
     """
     names = [name for name in MEASURES if all(name in each for row in found.values() for each in row.values())]
-    lines = {name: [_line(experiment, found, name, key) for key in found] for name in names}
-    main = next(name for name in MAIN if name in names)
-    table = shown(
-        f"{_called(experiment, main)}, in percent:", experiment, [replace(line, measure="") for line in lines[main]]
+    lines = {name: [_make_comparison(experiment, found, name, key) for key in found] for name in names}
+    main = next(name for name in MAIN_MEASURES if name in names)
+    table = make_table(
+        f"{_get_measure_label(experiment, main)}, in percent:",
+        experiment,
+        [replace(line, measure="") for line in lines[main]],
     )
     others = [line for name in names if name != main for line in lines[name]]
-    tables = [_with_p(table, lines[main], experiment), pivot("What else the runs came to:", experiment, others)]
+    tables = [
+        _add_p_values(table, lines[main], experiment),
+        make_pivot_table("What else the runs came to:", experiment, others),
+    ]
     if against := experiment.draw.get("against"):
         apart = [line for line in others if line.row != against]
-        caption = f"Less {quoted(against)}, paired by seed, not corrected for their number:"
-        tables.append(pivot(caption, experiment, apart, _difference))
+        caption = f"Less {quote_name(against)}, paired by seed, not corrected for their number:"
+        tables.append(make_pivot_table(caption, experiment, apart, _format_difference))
     every = [line for name in names for line in lines[name]]
     raw = [line.raw(experiment.scale) for line in every]
-    shorter = [Shown(table.caption, [_without(row, "scale") for row in table.rows]) for table in tables]
-    return Output(raw, shorter, tidy(every), _curves(found, against), [EXPLAINED])
+    shorter = [MarkdownTable(table.caption, [_drop_columns(row, "scale") for row in table.rows]) for table in tables]
+    return ExperimentOutput(raw, shorter, make_tidy_data(every), _draw_curves(found, against), [MEASURES_NOTE])
 
 
-def _without(row: Mapping[str, str], *names: str) -> dict[str, str]:
+def _drop_columns(row: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: text for name, text in row.items() if name not in names}
 
 
-def _called(experiment: Experiment, measure: str) -> str:
+def _get_measure_label(experiment: Experiment, measure: str) -> str:
     """A measure in words."""
     if measure != "avg@k":
-        return WORDS.get(measure, measure)
+        return MEASURE_LABELS.get(measure, measure)
     k = next(cell.runs["eval"].options.get("k") for cell in experiment.cells)
     return f"avg@{k}" if k else measure
 
 
-def _line(experiment: Experiment, found: Mapping[Key, Mapping[int, Found]], measure: str, key: Key) -> Line:
+def _make_comparison(
+    experiment: Experiment, found: Mapping[RowKey, Mapping[int, RunMeasures]], measure: str, key: RowKey
+) -> Comparison:
     """A measure of one row beside the row that it is compared with."""
     (model, row), against = key, experiment.draw.get("against")
     values = {name: {seed: each[measure] for seed, each in found[name].items()} for name in found}
     others = {} if row == against else values.get((model, str(against)), {})
     cell = next(cell for cell in experiment.cells if (cell.model, cell.row) == key)
-    return Line(
-        model, row, options_of(cell), _called(experiment, measure), values[key], against=against, others=others,
-        digits=DIGITS.get(measure, 1),
+    return Comparison(
+        model, row, describe_options(cell), _get_measure_label(experiment, measure), values[key], against=against, others=others,
+        digits=MEASURE_DIGITS.get(measure, 1),
     )  # fmt: skip
 
 
-def _with_p(table: Shown, lines: list[Line], experiment: Experiment) -> Shown:
+def _add_p_values(table: MarkdownTable, lines: list[Comparison], experiment: Experiment) -> MarkdownTable:
     """Whether a difference is told apart by Holm's p values, in the stead of one by one; the paper has no numbers here. Rows
     that have not run, or not on all seeds, say so."""
     tested = [line for line in lines if line.apart is not None and line.apart.n > 1]
-    adjusted = dict(zip(map(id, tested), holm([paired_p(line.others, line.values) for line in tested]), strict=True))
+    adjusted = dict(
+        zip(
+            map(id, tested),
+            adjust_holm([compute_paired_p_value(line.others, line.values) for line in tested]),
+            strict=True,
+        )
+    )
     rows = []
     for row, line in zip(table.rows, lines, strict=True):
-        kept = {name.replace("ours", "mean"): text for name, text in _without(row, "paper", "direction").items()}
-        kept["seeds"] = _of_meant(experiment, line) or row["seeds"]
+        kept = {name.replace("ours", "mean"): text for name, text in _drop_columns(row, "paper", "direction").items()}
+        kept["seeds"] = _describe_missing_seeds(experiment, line) or row["seeds"]
         if "from zero" in kept:
             p = adjusted.get(id(line))
-            kept["p (Holm)"] = NOTHING if p is None else p_text(p)
+            kept["p (Holm)"] = EMPTY_CELL if p is None else format_p_value(p)
             if p is not None:
-                kept["from zero"] = told_apart(line.apart) if p < 0.05 else NOT_APART
+                kept["from zero"] = describe_significance(line.apart) if p < 0.05 else NOT_SIGNIFICANT
         rows.append(kept)
-    return Shown(table.caption, rows + _not_run(experiment, lines, rows[0]))
+    return MarkdownTable(table.caption, rows + _make_missing_rows(experiment, lines, rows[0]))
 
 
-def _of_meant(experiment: Experiment, line: Line) -> str:
+def _describe_missing_seeds(experiment: Experiment, line: Comparison) -> str:
     """How many seeds there are of those that were meant, where some are missing."""
     meant = sum((cell.model, cell.row) == (line.model, line.row) for cell in experiment.cells)
-    return f"{line.ours.n} of {meant}" if line.ours.n < meant else ""
+    return f"{line.statistics.n} of {meant}" if line.statistics.n < meant else ""
 
 
-def _not_run(experiment: Experiment, lines: list[Line], like: Mapping[str, str]) -> list[dict[str, str]]:
+def _make_missing_rows(
+    experiment: Experiment, lines: list[Comparison], like: Mapping[str, str]
+) -> list[dict[str, str]]:
     """Rows of the models that are there, of which no seed is stored."""
     there = {(line.model, line.row) for line in lines}
     cells = {(cell.model, cell.row): cell for cell in experiment.cells}
     models = {model for model, _ in there}
     return [
-        dict.fromkeys(like, NOTHING)
+        dict.fromkeys(like, EMPTY_CELL)
         | {
             "model": model if like["model"] else "",
             "method": row,
-            "options": options_of(cell),
+            "options": describe_options(cell),
             "measure": "",
             "seeds": "not run",
         }
@@ -178,11 +193,11 @@ def _not_run(experiment: Experiment, lines: list[Line], like: Mapping[str, str])
     ]
 
 
-def _difference(line: Line) -> str:
-    return text_of(line.apart, line.digits, "+")
+def _format_difference(line: Comparison) -> str:
+    return format_mean_interval(line.apart, line.digits, "+")
 
 
-def _curves(found: Mapping[Key, Mapping[int, Found]], against: str | None) -> Figure:
+def _draw_curves(found: Mapping[RowKey, Mapping[int, RunMeasures]], against: str | None) -> Figure:
     """Mean rewards of the tenths of the runs, and what they are over those of the row that is compared with: lines over seeds,
     with bands."""
     rows = [
@@ -191,15 +206,15 @@ def _curves(found: Mapping[Key, Mapping[int, Found]], against: str | None) -> Fi
         for seed, each in seeds.items()
         for name, value in each.items()
         if name.startswith(CURVE)
-        for measure, zero in _zeros(found.get((model, str(against)), {}).get(seed), name)
+        for measure, zero in _get_baselines(found.get((model, str(against)), {}).get(seed), name)
     ]
     table = pd.DataFrame(rows)
-    titles = {CURVE: "reward (%)", CURVE_APART: f"reward, less {quoted(str(against))} (points)"}
-    return seeds_figure(
+    titles = {CURVE: "reward (%)", CURVE_DIFFERENCE: f"reward, less {quote_name(str(against))} (points)"}
+    return draw_seeds_figure(
         table, {name: title for name, title in titles.items() if name in set(table["measure"])}, "tenth of the run"
     )
 
 
-def _zeros(base: Found | None, name: str) -> list[tuple[str, float]]:
+def _get_baselines(base: RunMeasures | None, name: str) -> list[tuple[str, float]]:
     """What a curve is drawn over: zero, and the same seed's curve of the row that is compared with, where there is one."""
-    return [(CURVE, 0.0)] + ([] if base is None else [(CURVE_APART, base[name])])
+    return [(CURVE, 0.0)] + ([] if base is None else [(CURVE_DIFFERENCE, base[name])])

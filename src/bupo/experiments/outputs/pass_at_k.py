@@ -5,25 +5,33 @@ from dataclasses import replace
 import pandas as pd
 
 from bupo.experiments.experiment import Cell
-from bupo.experiments.outputs.comparison_table import Line, Output, options_of, pivot, quoted, text_of, told_apart
-from bupo.experiments.outputs.finished_runs import Finished
-from bupo.reports.figures.seeds import powers, seeds_figure
+from bupo.experiments.outputs.comparison_table import (
+    Comparison,
+    ExperimentOutput,
+    describe_options,
+    describe_significance,
+    format_mean_interval,
+    make_pivot_table,
+    quote_name,
+)
+from bupo.experiments.outputs.finished_runs import FinishedExperiment
+from bupo.reports.figures.seeds import draw_seeds_figure, use_power_axis
 
-MOST = 5  # Ks in the table: the first, the last and some between
+MAX_TABLE_KS = 5  # Ks in the table: the first, the last and some between
 COLUMNS = ["model", "row", "seed", "benchmark", "k", "value"]
 
 
-def passes(finished: Finished) -> Output:
+def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from the evaluations' `summary.json`, in percent."""
     experiment, cells = finished.experiment, finished.cells("eval")
     data = pd.concat(
-        [_curves(finished, cell) for by_seed in cells.values() for cell in by_seed.values()], ignore_index=True
+        [_read_curves(finished, cell) for by_seed in cells.values() for cell in by_seed.values()], ignore_index=True
     )
     benchmarks, against = list(dict.fromkeys(data["benchmark"])), experiment.draw.get("against")
     lines = [
-        _line(data, benchmark, k, key, next(iter(by_seed.values())), against)
+        _make_comparison(data, benchmark, k, key, next(iter(by_seed.values())), against)
         for benchmark in benchmarks
-        for k in _some(sorted(set(data["k"])))
+        for k in _select_ks(sorted(set(data["k"])))
         for key, by_seed in cells.items()
     ]
     tables = []
@@ -33,18 +41,22 @@ def passes(finished: Finished) -> Output:
             replace(line, measure=line.measure.removeprefix(label)) for line in lines if line.measure.startswith(label)
         ]
         caption = f"{benchmark}, in percent, with the 95 % interval over seeds; the paper prints no numbers:"
-        tables.append(pivot(caption, experiment, own))
+        tables.append(make_pivot_table(caption, experiment, own))
         if against:
             apart = [line for line in own if line.row != against]
             tables.append(
-                pivot(f"{benchmark}, less {quoted(against)}, paired by seed:", experiment, apart, _difference)
+                make_pivot_table(
+                    f"{benchmark}, less {quote_name(against)}, paired by seed:", experiment, apart, _format_difference
+                )
             )
     titles = {benchmark: f"{benchmark}: pass@K (%)" for benchmark in benchmarks}
-    figure = seeds_figure(data.rename(columns={"benchmark": "measure", "k": "x"}), titles, "K", finish=powers)
-    return Output([line.raw(experiment.scale) for line in lines], tables, data, figure)
+    figure = draw_seeds_figure(
+        data.rename(columns={"benchmark": "measure", "k": "x"}), titles, "K", finish=use_power_axis
+    )
+    return ExperimentOutput([line.raw(experiment.scale) for line in lines], tables, data, figure)
 
 
-def _curves(finished: Finished, cell: Cell) -> pd.DataFrame:
+def _read_curves(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """pass@K by benchmark and K, of one evaluation."""
     run, file = cell.runs["eval"], "summary.json"
     benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
@@ -56,23 +68,27 @@ def _curves(finished: Finished, cell: Cell) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _some(ks: list[int]) -> list[int]:
+def _select_ks(ks: list[int]) -> list[int]:
     """The first, the last, and some between."""
-    step = max(1, -(-(len(ks) - 1) // (MOST - 1)))
+    step = max(1, -(-(len(ks) - 1) // (MAX_TABLE_KS - 1)))
     return sorted({*ks[::step], ks[-1]})
 
 
-def _line(data: pd.DataFrame, benchmark: str, k: int, key: tuple[str, str], cell: Cell, against: str | None) -> Line:
+def _make_comparison(
+    data: pd.DataFrame, benchmark: str, k: int, key: tuple[str, str], cell: Cell, against: str | None
+) -> Comparison:
     """A row at one K, beside the row that it is compared with."""
     model, row = key
     at = data[(data["benchmark"] == benchmark) & (data["k"] == k) & (data["model"] == model)]
     values = {name: dict(zip(part["seed"], part["value"], strict=True)) for name, part in at.groupby("row")}
     others = {} if row == against else values.get(against, {})
-    return Line(
-        model, row, options_of(cell), f"{benchmark}, pass@{k}", values[row], against=against, others=others
+    return Comparison(
+        model, row, describe_options(cell), f"{benchmark}, pass@{k}", values[row], against=against, others=others
     )  # fmt: skip
 
 
-def _difference(line: Line) -> str:
+def _format_difference(line: Comparison) -> str:
     known = line.apart is not None and line.apart.n > 1
-    return text_of(line.apart, line.digits, "+") + (f": {told_apart(line.apart)}" if known else "")
+    return format_mean_interval(line.apart, line.digits, "+") + (
+        f": {describe_significance(line.apart)}" if known else ""
+    )

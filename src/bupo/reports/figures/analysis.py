@@ -9,14 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from bupo.reports.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, panels, save, trim
+from bupo.reports.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    add_legend,
+    create_panels,
+    hide_spines,
+    save_figure,
+)
 from bupo.utils.files import make_folder
-from bupo.utils.sanitize import plain_label
+from bupo.utils.sanitize import escape_figure_label
 
 STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, "undecided": GREY}
 
 
-def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str | Path) -> dict[str, Figure]:
+def draw_analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str | Path) -> dict[str, Figure]:
     """Draw them all, as PNG and PDF.
 
     Args:
@@ -30,48 +40,48 @@ def analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str |
     """
     folder = Path(folder)
     make_folder(folder, folder.parent)
-    figures = {name: analysis_figure(table, summary, name) for name in _KINDS}
+    figures = {name: draw_analysis_figure(table, summary, name) for name in _FIGURE_KINDS}
     for name, figure in figures.items():
         for kind in ("png", "pdf"):
-            save(figure, folder / f"{name}.{kind}")
+            save_figure(figure, folder / f"{name}.{kind}")
     return figures
 
 
-def analysis_figure(table: pd.DataFrame, summary: Sequence[dict], name: str) -> Figure:
+def draw_analysis_figure(table: pd.DataFrame, summary: Sequence[dict], name: str) -> Figure:
     """One of them, unsaved."""
-    return _drawn(table, summary, *_KINDS[name])
+    return _draw_figure(table, summary, *_FIGURE_KINDS[name])
 
 
-def _drawn(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Callable) -> Figure:
+def _draw_figure(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Callable) -> Figure:
     """A figure of one kind: `draw(axes (columns,), rows, model)` for each model."""
-    figure, axes = panels(len(summary), columns, (5.5 * columns + 1, 3.3 * len(summary)))
+    figure, axes = create_panels(len(summary), columns, (5.5 * columns + 1, 3.3 * len(summary)))
     for row, model in zip(axes, summary, strict=True):
         label = model["meta"]["label"]
         draw(row, table[table["model"] == label], model)
         for axis in (axis for axis in row if axis.figure):
             axis.set_xlabel("layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            trim(axis)
-        row[0].set_title(f"{plain_label(label)}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
+            hide_spines(axis)
+        row[0].set_title(f"{escape_figure_label(label)}  ({model['meta']['lens']} lens)", loc="left", fontsize=10)
     return figure
 
 
-def _of(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+def _select_measure(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     return rows[rows["measure"] == measure].dropna(subset=["mean"])
 
 
-def _line(axis: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str, **style: Any) -> None:
+def _draw_measure(axis: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str, **style: Any) -> None:
     """A measure over layers with its interval."""
-    part = _of(rows, measure)
+    part = _select_measure(rows, measure)
     axis.plot(part["layer"], part["mean"], color=colour, label=label, marker=".", ms=4, lw=1.2, **style)
     axis.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.18, lw=0)
 
 
-def _entropy_flow(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
+def _draw_entropy_flow(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
     """One line through the model: H^0, then ATTN's write, the FFN's and the output of each layer."""
-    steps = [_of(rows, "entropy_layer_input").iloc[:1].assign(layer=0)]
+    steps = [_select_measure(rows, "entropy_layer_input").iloc[:1].assign(layer=0)]
     for measure, ahead in (("entropy_attn", 2 / 3), ("entropy_ffn", 1 / 3), ("entropy_layer", 0)):
-        part = _of(rows, measure)
+        part = _select_measure(rows, measure)
         steps.append(part.assign(layer=part["layer"] - ahead))
     line = pd.concat(steps).sort_values("layer")
     axes[0].plot(line["layer"], line["mean"], color=GREY, lw=0.8, zorder=1)
@@ -87,12 +97,12 @@ def _entropy_flow(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None
         )
     axes[0].set_ylabel("entropy (nats)")
     axes[0].set_ylim(bottom=0)
-    legend(axes[0], fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    add_legend(axes[0], fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
-def _entropy_change(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
-    _bars(axes[0], rows, "attn", ORANGE)
-    _bars(axes[1], rows, "ffn", [STAGE_COLOURS[stage] for stage in model["stages"]])
+def _draw_entropy_change(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
+    _draw_bars(axes[0], rows, "attn", ORANGE)
+    _draw_bars(axes[1], rows, "ffn", [STAGE_COLOURS[stage] for stage in model["stages"]])
     boundary = model["boundary_layer"]
     if boundary:
         axes[1].axvline(boundary + 0.5, color=GREY, ls="--", lw=0.8)
@@ -100,11 +110,11 @@ def _entropy_change(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> No
     axes[1].set_title(note, loc="right", fontsize=8, color=GREY)
     for stage in dict.fromkeys(model["stages"]):
         axes[1].bar([0], [0], color=STAGE_COLOURS[stage], label=stage)
-    legend(axes[1], fontsize=7)
+    add_legend(axes[1], fontsize=7)
     axes[1].set_xlim(axes[0].get_xlim())
 
 
-def _bars(axis: Axes, rows: pd.DataFrame, kind: str, colours: str | list[str]) -> None:
+def _draw_bars(axis: Axes, rows: pd.DataFrame, kind: str, colours: str | list[str]) -> None:
     """The entropy change of a module in every layer, with its interval."""
     part = rows[rows["measure"] == f"d_entropy_{kind}"]
     axis.bar(part["layer"], part["mean"], color=colours, width=0.8)
@@ -114,28 +124,28 @@ def _bars(axis: Axes, rows: pd.DataFrame, kind: str, colours: str | list[str]) -
     axis.set_ylabel(f"$\\Delta H_{{{kind.upper()}}}$ (nats)")
 
 
-def _residual_cosine(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
-    _line(axes[0], rows, "cosine_attn", ORANGE, "$\\cos(A^l, H^{l-1})$")
-    _line(axes[0], rows, "cosine_ffn", GREEN, "$\\cos(F^l, H^{l-1} + A^l)$")
+def _draw_residual_cosine(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
+    _draw_measure(axes[0], rows, "cosine_attn", ORANGE, "$\\cos(A^l, H^{l-1})$")
+    _draw_measure(axes[0], rows, "cosine_ffn", GREEN, "$\\cos(F^l, H^{l-1} + A^l)$")
     axes[0].axhline(0, color="black", lw=0.6)
     axes[0].set_ylabel("cosine")
-    legend(axes[0], fontsize=7)
+    add_legend(axes[0], fontsize=7)
 
 
-def _kl_similarity(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
-    _line(axes[0], rows, "kl_next", BLUE, "to the next layer's policy")
-    _line(axes[0], rows, "kl_language_model", ORANGE, "to the language model policy")
+def _draw_kl_similarity(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
+    _draw_measure(axes[0], rows, "kl_next", BLUE, "to the next layer's policy")
+    _draw_measure(axes[0], rows, "kl_language_model", ORANGE, "to the language model policy")
     axes[0].set_ylabel("KL of the layer policy (nats)")
     axes[0].set_yscale("log")
-    legend(axes[0], fontsize=7)
-    _matrix(axes[1], model["similarity"], "$\\cos(H^l, H^m)$", vmin=-1, vmax=1, cmap="RdBu_r")
+    add_legend(axes[0], fontsize=7)
+    _draw_matrix(axes[1], model["similarity"], "$\\cos(H^l, H^m)$", vmin=-1, vmax=1, cmap="RdBu_r")
     axes[1].set_ylabel("layer")
     norm = SymLogNorm(linthresh=0.1, vmin=0)
-    _matrix(axes[2], model["kl"], "KL to the policy of layer (nats)", norm=norm, cmap="viridis")
+    _draw_matrix(axes[2], model["kl"], "KL to the policy of layer (nats)", norm=norm, cmap="viridis")
     axes[2].set_ylabel("from layer")
 
 
-def _matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **look: Any) -> None:
+def _draw_matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **look: Any) -> None:
     """Every pair of layers, from the lower left."""
     if not matrix:
         axis.remove()
@@ -146,9 +156,9 @@ def _matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **look: An
     axis.figure.colorbar(image, ax=axis, shrink=0.85)
 
 
-_KINDS = {  # columns, and what draws them
-    "entropy_flow": (1, _entropy_flow),
-    "entropy_change": (2, _entropy_change),
-    "residual_cosine": (1, _residual_cosine),
-    "kl_similarity": (3, _kl_similarity),
+_FIGURE_KINDS = {  # columns, and what draws them
+    "entropy_flow": (1, _draw_entropy_flow),
+    "entropy_change": (2, _draw_entropy_change),
+    "residual_cosine": (1, _draw_residual_cosine),
+    "kl_similarity": (3, _draw_kl_similarity),
 }

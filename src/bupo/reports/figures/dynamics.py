@@ -7,10 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bupo.reports.figures.style import BLUE, legend, mark_first_phase, panels, save, trim
-from bupo.utils.sanitize import plain_label
+from bupo.reports.figures.style import BLUE, add_legend, create_panels, hide_spines, mark_first_phase, save_figure
+from bupo.utils.sanitize import escape_figure_label
 
-TITLES = {
+PANEL_TITLES = {
     "cosine": "cosine of $H^{{{layer}}}$ with later layers",
     "d_entropy_layer": "$\\Delta H_{{Layer}}$ of layer {layer} (nats)",
     "perplexity": "perplexity of the probes",
@@ -20,7 +20,7 @@ TITLES = {
 }
 
 
-def dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path, title: str) -> Figure:
+def draw_dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path, title: str) -> Figure:
     """A run's `dynamics.parquet` as the paper's figs. 4, 5 and 7: one line a later layer where a panel compares layers.
 
     Args:
@@ -33,20 +33,20 @@ def dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path, tit
     layers = sorted(series["layer"].dropna().unique())
     layer = layers[-1] if layers else None
     series = series[series["layer"].isna() | (series["layer"] == layer)]
-    measures = [measure for measure in TITLES if (series["measure"] == measure).any()]
-    figure, axes = panels(2, max(1, (len(measures) + 1) // 2), (12, 6))
+    measures = [measure for measure in PANEL_TITLES if (series["measure"] == measure).any()]
+    figure, axes = create_panels(2, max(1, (len(measures) + 1) // 2), (12, 6))
     for axis, measure in zip(axes.flat, measures, strict=False):
-        _measure(axis, series[series["measure"] == measure])
-        axis.set_title(TITLES[measure].format(layer=layer), fontsize=9)
+        _draw_measure(axis, series[series["measure"] == measure])
+        axis.set_title(PANEL_TITLES[measure].format(layer=layer), fontsize=9)
         if first_phase:
             mark_first_phase(axis, 0, first_phase)
     for axis in axes.flat[len(measures) :]:
         axis.remove()
-    figure.suptitle(plain_label(title), fontsize=11)
-    return save(figure, path)
+    figure.suptitle(escape_figure_label(title), fontsize=11)
+    return save_figure(figure, path)
 
 
-def _measure(axis: Axes, part: pd.DataFrame) -> None:
+def _draw_measure(axis: Axes, part: pd.DataFrame) -> None:
     """A measure over rollout batches, with one line a later layer where it compares layers."""
     later = sorted(part["later_layer"].dropna().unique())
     for number in later:
@@ -56,7 +56,7 @@ def _measure(axis: Axes, part: pd.DataFrame) -> None:
         axis.plot(line["rollout_batch"], line["value"], color=colour, lw=1.1, label=label)
     if not later:
         axis.plot(part["rollout_batch"], part["value"], color=BLUE, lw=1.3)
-    legend(axis, fontsize=7)
+    add_legend(axis, fontsize=7)
     axis.margins(x=0.01)
     axis.set_xlabel("rollout batches done", fontsize=8)
-    trim(axis)
+    hide_spines(axis)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bupo.reports.figures.style import COLOURS, GREY, legend, panels, save, trim
-from bupo.utils.sanitize import plain_label
+from bupo.reports.figures.style import COLOURS, GREY, add_legend, create_panels, hide_spines, save_figure
+from bupo.utils.sanitize import escape_figure_label
 
 
-def pass_figure(
+def draw_pass_figure(
     curves: dict[str, dict[str, float]], path: str | Path, others: dict[str, dict[str, float]] | None = None
 ) -> Figure:
     """pass@K over K by benchmark (fig. 6 and 15).
@@ -20,12 +20,12 @@ def pass_figure(
         others (`dict[str, dict[str, float]]`, *optional*): the same of another run, drawn as dashed lines.
     """
     others = others or {}
-    figure, axes = panels(1, 1, (5.5, 3.6))
+    figure, axes = create_panels(1, 1, (5.5, 3.6))
     axis = axes[0, 0]
     for (label, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-        axis.plot(*_points(curve), color=colour, marker=".", label=plain_label(label))
+        axis.plot(*_get_points(curve), color=colour, marker=".", label=escape_figure_label(label))
         if label in others:
-            axis.plot(*_points(others[label]), color=colour, marker=".", ls="--", alpha=0.7)
+            axis.plot(*_get_points(others[label]), color=colour, marker=".", ls="--", alpha=0.7)
     if others:
         axis.plot([], [], color=GREY, ls="--", label="compared with")
     axis.set_xscale("log", base=2)
@@ -35,11 +35,11 @@ def pass_figure(
     axis.set_xlabel("K")
     axis.set_ylabel("pass@K (%)")
     axis.set_ylim(0, 102)
-    trim(axis)
-    legend(axis, fontsize=8)
-    return save(figure, path)
+    hide_spines(axis)
+    add_legend(axis, fontsize=8)
+    return save_figure(figure, path)
 
 
-def _points(curve: dict[str, float]) -> tuple[list[int], list[float]]:
+def _get_points(curve: dict[str, float]) -> tuple[list[int], list[float]]:
     """K and pass@K in percent."""
     return [int(k) for k in curve], [100 * share for share in curve.values()]

@@ -11,16 +11,26 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bupo.reports.figures.style import BLUE, GREEN, GREY, ORANGE, RED, legend, mark_first_phase, panels, trim
-from bupo.utils.sanitize import plain_label
-from bupo.utils.statistics import over_seeds
+from bupo.reports.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    add_legend,
+    create_panels,
+    hide_spines,
+    mark_first_phase,
+)
+from bupo.utils.sanitize import escape_figure_label
+from bupo.utils.statistics import compute_seed_statistics
 
-METHODS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # the same in every figure
-LINES = (RED, "#7c3aed", "#0891b2", "#92400e", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
-BANDS = 4  # more lines than these have none: they would hide each other
+METHOD_COLOURS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # the same in every figure
+LINE_COLOURS = (RED, "#7c3aed", "#0891b2", "#92400e", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
+MAX_BANDS = 4  # more lines than these have none: they would hide each other
 
 
-def seeds_figure(
+def draw_seeds_figure(
     table: pd.DataFrame,
     titles: Mapping[str, str],
     xlabel: str,
@@ -37,27 +47,27 @@ def seeds_figure(
         finish (`Callable`, *optional*): what makes the x axis of every panel; by default one of whole numbers.
     """
     models, rows = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["row"]))
-    others = itertools.cycle(LINES if METHODS.keys() & set(rows) else (BLUE, GREEN, *LINES))
-    colours = {row: METHODS.get(row) or next(others) for row in rows}
-    figure, axes = panels(len(models), len(titles), (max(5.5, 4 * len(titles)), 3.4 * len(models)))
+    others = itertools.cycle(LINE_COLOURS if METHOD_COLOURS.keys() & set(rows) else (BLUE, GREEN, *LINE_COLOURS))
+    colours = {row: METHOD_COLOURS.get(row) or next(others) for row in rows}
+    figure, axes = create_panels(len(models), len(titles), (max(5.5, 4 * len(titles)), 3.4 * len(models)))
     for model, line in zip(models, axes, strict=True):
         ends = {row: end for (whose, row), end in (first_phases or {}).items() if whose == model}
         for axis, (measure, title) in zip(line, titles.items(), strict=True):
             part = table[(table["model"] == model) & (table["measure"] == measure)]
             for row in rows:
-                band(axis, part[part["row"] == row], colours[row], row)
-            within(axis, part["value"])
-            mark(axis, ends, colours, float(part["x"].min()) if len(part) else 0.0)
-            axis.set_title(title if len(models) == 1 else f"{plain_label(model)}: {title}", fontsize=10)
+                draw_band(axis, part[part["row"] == row], colours[row], row)
+            fit_y_limits(axis, part["value"])
+            mark_phase_ends(axis, ends, colours, float(part["x"].min()) if len(part) else 0.0)
+            axis.set_title(title if len(models) == 1 else f"{escape_figure_label(model)}: {title}", fontsize=10)
             axis.set_xlabel(xlabel)
-            trim(axis)
-            (finish or whole)(axis)
+            hide_spines(axis)
+            (finish or use_integer_axis)(axis)
         if len(rows) > 1:
-            legend(line[0], fontsize=8)
+            add_legend(line[0], fontsize=8)
     return figure
 
 
-def layers_figure(
+def draw_layers_figure(
     table: pd.DataFrame, titles: Mapping[str, str], xlabel: str, first_phases: Mapping[str, float]
 ) -> Figure:
     """A layer against the layers above it, over training: a row of panels a model, a panel a measure, a line a later layer.
@@ -70,36 +80,36 @@ def layers_figure(
         first_phases (`dict[str, float]`): where phase 1 ends, by model.
     """
     models = list(dict.fromkeys(table["model"]))
-    figure, axes = panels(2 * len(models), len(titles) // 2, (9, 5.6 * len(models)))
+    figure, axes = create_panels(2 * len(models), len(titles) // 2, (9, 5.6 * len(models)))
     for number, model in enumerate(models):
         rows = table[table["model"] == model]
         for axis, (measure, title) in zip(axes[2 * number : 2 * number + 2].flat, titles.items(), strict=True):
             part = rows[rows["measure"] == measure]
-            _later_layers(axis, part)
-            within(axis, part["value"])
-            mark(axis, {model: first_phases[model]} if model in first_phases else {}, {}, 0)
+            _draw_later_layers(axis, part)
+            fit_y_limits(axis, part["value"])
+            mark_phase_ends(axis, {model: first_phases[model]} if model in first_phases else {}, {}, 0)
             name = title.format(layer=rows["layer"].max())
-            axis.set_title(name if len(models) == 1 else f"{plain_label(model)}: {name}", fontsize=10)
+            axis.set_title(name if len(models) == 1 else f"{escape_figure_label(model)}: {name}", fontsize=10)
             axis.set_xlabel(xlabel)
-            whole(axis)
-            trim(axis)
-            _named_at_the_end(axis)
+            use_integer_axis(axis)
+            hide_spines(axis)
+            _label_line_ends(axis)
     return figure
 
 
-def _later_layers(axis: Axes, part: pd.DataFrame) -> None:
+def _draw_later_layers(axis: Axes, part: pd.DataFrame) -> None:
     """Dark to light from the next layer to the last; many lines have no bands, and two of them a name."""
     later = sorted(part["later_layer"].dropna().unique())
     for number in later:
-        few = len(later) <= BANDS
+        few = len(later) <= MAX_BANDS
         colour = to_hex(colormaps["viridis"](0.85 * (number - later[0]) / max(1, later[-1] - later[0])))
         label = f"layer {number}" if few or number in (later[0], later[-1]) else None
-        band(axis, part[part["later_layer"] == number], colour, label, shaded=few)
+        draw_band(axis, part[part["later_layer"] == number], colour, label, shaded=few)
     if not later:
-        band(axis, part, BLUE, None)
+        draw_band(axis, part, BLUE, None)
 
 
-def _named_at_the_end(axis: Axes) -> None:
+def _label_line_ends(axis: Axes) -> None:
     """The lines' names beside their ends: a legend would lie on the lines."""
     for line in axis.get_lines():
         if not str(line.get_label()).startswith("_"):
@@ -108,17 +118,17 @@ def _named_at_the_end(axis: Axes) -> None:
                           fontsize=8, va="center", annotation_clip=False)  # fmt: skip
 
 
-def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded: bool = True) -> None:
+def draw_band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded: bool = True) -> None:
     """One line: the mean over the seeds that have a value at `x`, with its interval where there are several seeds."""
     if part.empty:
         return
-    found = [(x, over_seeds(list(values))) for x, values in part.groupby("x")["value"]]
+    found = [(x, compute_seed_statistics(list(values))) for x, values in part.groupby("x")["value"]]
     xs = [x for x, _ in found]
     axis.plot(
         xs,
         [one.mean for _, one in found],
         color=colour,
-        label=label and plain_label(label),
+        label=label and escape_figure_label(label),
         lw=1.4 if len(xs) < 100 else 0.9,
         marker="." if len(xs) < 12 else None,
     )
@@ -127,7 +137,7 @@ def band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded:
         axis.fill_between(xs, low, high, color=colour, alpha=0.16, lw=0)
 
 
-def within(axis: Axes, values: pd.Series) -> None:
+def fit_y_limits(axis: Axes, values: pd.Series) -> None:
     """Show what the seeds have, not how far an interval of two or three of them may reach."""
     low, high = float(values.min()), float(values.max())
     margin = 0.08 * (high - low) or 0.08 * abs(high) or 0.5
@@ -135,7 +145,7 @@ def within(axis: Axes, values: pd.Series) -> None:
     axis.margins(x=0.01)
 
 
-def mark(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], start: float) -> None:
+def mark_phase_ends(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], start: float) -> None:
     """The end of phase 1: shaded where it is one, dotted in the line's colour where rows have their own."""
     if len(set(ends.values())) == 1:
         end = next(iter(ends.values()))
@@ -147,12 +157,12 @@ def mark(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], star
         axis.axvline(end, color=colours[row], lw=1.0, ls=":")
 
 
-def whole(axis: Axes) -> None:
+def use_integer_axis(axis: Axes) -> None:
     """An axis of whole numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def powers(axis: Axes) -> None:
+def use_power_axis(axis: Axes) -> None:
     """An axis of powers of two, for pass@K."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:.0f}")

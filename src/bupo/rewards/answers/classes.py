@@ -7,7 +7,7 @@ from typing import Any
 from bupo.rewards.answers.units import Unit
 
 
-class Unreadable(ValueError):
+class UnreadableAnswer(ValueError):
     """A text that is no mathematics of a class that is known here."""
 
 
@@ -29,7 +29,7 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class Many:
+class ValueCollection:
     """A `list` (in any order), `letters` (in order), `tuple` or `set` of values."""
 
     kind: str
@@ -48,7 +48,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Union:
+class IntervalUnion:
     """Intervals and sets, in any order."""
 
     parts: tuple
@@ -60,7 +60,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Named:
+class Assignment:
     """`name = value`, or `name` in a set of values. `left` is the name as an expression, where it is one."""
 
     name: str
@@ -69,7 +69,7 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Names:
+class AssignmentGroup:
     """Several names with a value each."""
 
     values: dict = field(hash=False)
@@ -85,13 +85,13 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Family:
+class IntegerFamily:
     """The values of an expression for every integer (or natural number) in place of `n_0`."""
 
     value: Any
     numbers: str
 
 
-def symbols(value: Any) -> set:
+def get_symbols(value: Any) -> set:
     """Return the letters of a value."""
     return set() if isinstance(value, Fraction) else value.free_symbols

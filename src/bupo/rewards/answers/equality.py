@@ -13,30 +13,44 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from bupo.rewards.answers.classes import (
-    Family,
+    Assignment,
+    AssignmentGroup,
+    IntegerFamily,
     Interval,
-    Many,
+    IntervalUnion,
     Matrix,
-    Named,
-    Names,
     Relation,
     Scalar,
-    Union,
-    Unreadable,
-    symbols,
+    UnreadableAnswer,
+    ValueCollection,
+    get_symbols,
 )  # fmt: skip
-from bupo.rewards.answers.extraction import TAKEN_BACK, final_answer, later_answer
-from bupo.rewards.answers.notation import in_words, plain, text_key
-from bupo.rewards.answers.parsing import is_text, read, read_choice, read_number, read_text, unit_letter
-from bupo.rewards.answers.scalar_equality import Equality, is_zero, quotient, same_equation, same_number, same_scalar
+from bupo.rewards.answers.extraction import RETRACTED, extract_final_answer, find_later_answer
+from bupo.rewards.answers.notation import make_text_key, normalize_notation, parse_number_words
+from bupo.rewards.answers.parsing import (
+    is_nonmath_text,
+    parse_choice,
+    parse_formatted_text,
+    parse_letter_unit,
+    parse_number,
+    parse_value,
+)
+from bupo.rewards.answers.scalar_equality import (
+    Equality,
+    compare_scalars,
+    divide,
+    is_same_equation,
+    is_same_number,
+    is_zero,
+)
 
-_CONSTANT = re.compile(r"\+\s*C\s*$")
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+")
-_RECURRING = re.compile(r"\.\d*\\(?:overline|bar|overbar|dot)|\d\s*\\ldots|\.\d*\(\d+\)")
-_NOTHING = re.compile(r"[\s?.,;:!'_…]*")
+_INTEGRATION_CONSTANT = re.compile(r"\+\s*C\s*$")
+_GROUPED_DIGITS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+")
+_RECURRING_DECIMAL = re.compile(r"\.\d*\\(?:overline|bar|overbar|dot)|\d\s*\\ldots|\.\d*\(\d+\)")
+_ONLY_PUNCTUATION = re.compile(r"[\s?.,;:!'_…]*")
 
 
-class Judged(NamedTuple):
+class StrictVerdict(NamedTuple):
     """The strict verdict of an answer, the text of its final answer, and why there is no verdict on its value."""
 
     verdict: str
@@ -44,80 +58,80 @@ class Judged(NamedTuple):
     reason: str | None
 
 
-def is_empty(gold: str) -> bool:
+def is_empty_gold(gold: str) -> bool:
     """Return whether a gold answer holds nothing that an answer could be compared with, or punctuation only."""
-    return _NOTHING.fullmatch(text_key(_gold(gold))) is not None
+    return _ONLY_PUNCTUATION.fullmatch(make_text_key(_normalize_gold(gold))) is not None
 
 
-def judge(answer: str, gold: str) -> Judged:
+def get_strict_verdict(answer: str, gold: str) -> StrictVerdict:
     """Return the strict verdict of a completion."""
-    text, reason = final_answer(answer)
-    if is_empty(gold):
-        return Judged("no_gold", text, None)
-    wanted = _gold(gold)
+    text, reason = extract_final_answer(answer)
+    if is_empty_gold(gold):
+        return StrictVerdict("no_gold", text, None)
+    wanted = _normalize_gold(gold)
     if text is None:
-        return Judged("unparsable", None, reason)
-    if (later := later_answer(answer)) is not None:
-        with contextlib.suppress(Unreadable):
-            if compare(plain(text), plain(later)) == Equality.OTHER:
-                return Judged("unparsable", text, TAKEN_BACK)
+        return StrictVerdict("unparsable", None, reason)
+    if (later := find_later_answer(answer)) is not None:
+        with contextlib.suppress(UnreadableAnswer):
+            if compare_texts(normalize_notation(text), normalize_notation(later)) == Equality.DIFFERENT:
+                return StrictVerdict("unparsable", text, RETRACTED)
     try:
-        same = compare(wanted, plain(text))
-    except Unreadable:
-        return Judged("unparsable", text, "not readable")
-    return Judged(same, text, None)
+        same = compare_texts(wanted, normalize_notation(text))
+    except UnreadableAnswer:
+        return StrictVerdict("unparsable", text, "not readable")
+    return StrictVerdict(same, text, None)
 
 
-def _gold(gold: str) -> str:
-    text = final_answer(gold).text if "\\boxed" in gold else gold
-    return plain(text or "")
+def _normalize_gold(gold: str) -> str:
+    text = extract_final_answer(gold).text if "\\boxed" in gold else gold
+    return normalize_notation(text or "")
 
 
-def compare(gold: str, answer: str) -> Equality:
+def compare_texts(gold: str, answer: str) -> Equality:
     """Return whether two plain texts are the same answer.
 
     Raises:
         Unreadable: if the gold answer is mathematics, and the answer is none.
     """
-    is_list = _GROUPED.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
-    if text_key(gold) == text_key(answer) and not is_list:
+    is_list = _GROUPED_DIGITS.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
+    if make_text_key(gold) == make_text_key(answer) and not is_list:
         return Equality.SAME
-    if gold == "\\phi" or "\\emptyset" in text_key(gold):
+    if gold == "\\phi" or "\\emptyset" in make_text_key(gold):
         answer = re.sub(r"\\phi\s*$", r"\\emptyset ", answer) if gold != "\\phi" else answer
-        if text_key(gold) == text_key(answer):
+        if make_text_key(gold) == make_text_key(answer):
             return Equality.SAME
-    for same in (_same_choice, _same_letters, _same_words, _same_boolean, _same_kind):
+    for same in (_compare_choices, _compare_letters, _compare_words, _compare_booleans, _compare_formatted_texts):
         verdict = same(gold, answer)
         if verdict is not None:
             return verdict
     try:
-        wanted = readings(gold)
-    except Unreadable:
-        return Equality.OTHER  # a text, and another one
-    if _CONSTANT.search(gold) and len(re.findall(r"(?<![\\a-zA-Z])[cC](?![a-zA-Z])", answer)) == 1:
+        wanted = parse_readings(gold)
+    except UnreadableAnswer:
+        return Equality.DIFFERENT  # a text, and another one
+    if _INTEGRATION_CONSTANT.search(gold) and len(re.findall(r"(?<![\\a-zA-Z])[cC](?![a-zA-Z])", answer)) == 1:
         answer = re.sub(r"\+\s*c\s*$", "+ C", answer)  # the constant of an integral
-    best, recurs = Equality.OTHER, _RECURRING.search(gold)
-    for value in readings(answer, gold):
+    best, recurs = Equality.DIFFERENT, _RECURRING_DECIMAL.search(gold)
+    for value in parse_readings(answer, gold):
         if recurs and isinstance(value, Scalar):  # a period that is cut off is another number
             value = dataclasses.replace(value, step=None)
         for each in wanted:
-            verdict = equal(each, value)
+            verdict = compare_values(each, value)
             if verdict == Equality.SAME:
                 return verdict
-            best = verdict if verdict == Equality.LEFT_TO_DO else best
+            best = verdict if verdict == Equality.UNEVALUATED else best
     return best
 
 
-def readings(text: str, gold: str | None = None) -> list:
+def parse_readings(text: str, gold: str | None = None) -> list:
     """Return the meanings of a text: its value, and a number with a unit where letters follow one.
 
     Raises:
         Unreadable: if it means nothing.
     """
     values = []
-    with contextlib.suppress(Unreadable, RecursionError):
-        values.append(read(text))
-    if (gold is not None or re.search(r"\d\s", text)) and (number := unit_letter(text)) is not None:
+    with contextlib.suppress(UnreadableAnswer, RecursionError):
+        values.append(parse_value(text))
+    if (gold is not None or re.search(r"\d\s", text)) and (number := parse_letter_unit(text)) is not None:
         values.append(number)
     if (
         gold is not None
@@ -125,39 +139,43 @@ def readings(text: str, gold: str | None = None) -> list:
         and re.search(r"\d?\.\d|frac|/", gold)
         and (len(match[2]) != 3 or match[1].lstrip("-+") == "0")
     ):
-        with contextlib.suppress(Unreadable):
-            values.append(read(f"{match[1]}.{match[2]}{match[3]}"))  # a decimal comma
+        with contextlib.suppress(UnreadableAnswer):
+            values.append(parse_value(f"{match[1]}.{match[2]}{match[3]}"))  # a decimal comma
     if gold is not None and gold.startswith("(") and (point := re.fullmatch(r"[A-Z]\s*(\(.*,.*\))", text)):
-        with contextlib.suppress(Unreadable):
-            values.append(read(point[1]))
+        with contextlib.suppress(UnreadableAnswer):
+            values.append(parse_value(point[1]))
     if gold is not None and not gold.startswith("(") and (match := re.fullmatch(r"C\s*\((\w+),\s*(\w+)\)", text)):
-        with contextlib.suppress(Unreadable):
-            values.append(read(f"\\binom{{{match[1]}}}{{{match[2]}}}"))
-    if gold is not None and (integer := in_words(text)) is not None and read_number(gold):
+        with contextlib.suppress(UnreadableAnswer):
+            values.append(parse_value(f"\\binom{{{match[1]}}}{{{match[2]}}}"))
+    if gold is not None and (integer := parse_number_words(text)) is not None and parse_number(gold):
         values.append(Scalar(Fraction(integer), text=text))
     if not values:
-        raise Unreadable
+        raise UnreadableAnswer
     return values
 
 
 # -- texts
 
 
-def _same_choice(gold: str, answer: str) -> Equality | None:
+def _compare_choices(gold: str, answer: str) -> Equality | None:
     """Choices by their letter; None where the gold answer is none."""
-    wanted = read_choice(gold)
+    wanted = parse_choice(gold)
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold).strip()
     marked = re.match(r"\([A-Ja-j]\)|[A-J][.):]", flat)
     if wanted is None or not (marked or flat == wanted[0]):
         return None
-    given = read_choice(answer)
+    given = parse_choice(answer)
     if given is None or given[0] != wanted[0]:
-        return Equality.OTHER
+        return Equality.DIFFERENT
     more = given[1]
     if not more:
         return Equality.SAME
     if wanted[1]:
-        return Equality.SAME if text_key(plain(more)) == text_key(plain(wanted[1])) else Equality.OTHER
+        return (
+            Equality.SAME
+            if make_text_key(normalize_notation(more)) == make_text_key(normalize_notation(wanted[1]))
+            else Equality.DIFFERENT
+        )
     hedges = re.search(
         r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe|is|isn.?t|are|was|would|cannot|can.?t|wrong|incorrect\w*|false\w*|except|but|"
         r"unless|if|perhaps|possibl[ey]|probabl[ey]|anything|something|whatever|guess\w*|(?:un)?likely|eliminat\w*|reject\w*|ruled|"
@@ -169,19 +187,19 @@ def _same_choice(gold: str, answer: str) -> Equality | None:
         r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])",
         re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip(),
     )
-    return Equality.OTHER if hedges or not marked else Equality.SAME
+    return Equality.DIFFERENT if hedges or not marked else Equality.SAME
 
 
-def _same_letters(gold: str, answer: str) -> Equality | None:
+def _compare_letters(gold: str, answer: str) -> Equality | None:
     """Letters in order, however they are set apart; None where the gold answer is no row of single letters."""
     if not re.fullmatch(r"[A-Z](?:[\s,]+[A-Z])+", gold):
         return None
     if not re.fullmatch(r"[A-Z](?:(?:\s|,|->|\\to(?![a-zA-Z])|\\rightarrow(?![a-zA-Z]))*[A-Z])+", answer):
         return None
-    return _as_same(re.findall(r"[A-Z]", answer) == re.findall(r"[A-Z]", gold))
+    return _to_equality(re.findall(r"[A-Z]", answer) == re.findall(r"[A-Z]", gold))
 
 
-def _same_words(gold: str, answer: str) -> Equality | None:
+def _compare_words(gold: str, answer: str) -> Equality | None:
     """Words in order, however they are set apart; None where one of the two is no row of words."""
     rows = []
     for text in (gold, answer):
@@ -193,7 +211,7 @@ def _same_words(gold: str, answer: str) -> Equality | None:
 
 
 _BOOLEANS = re.compile(r"(yes|no|true|false)(?:\s*[,;.:]\s*(.*))?", re.DOTALL)
-_NOT_SURE = re.compile(
+_HEDGE = re.compile(
     r"\b(?:yes|no|not|true|false|but|or|maybe|unless|if|only|wrong|incorrect|never|except|however|n't|when\w*|for|provided|"
     r"assum\w+|given|suppos\w+|in (?:most|some|many|general|part)|most(?:ly)?|part(?:ly|ially)|usually|sometimes|often|"
     r"probabl[ey]|perhaps|possibl[ey]|likely|almost|nearly|guess\w*|unsure|uncertain|depend\w*|as long as|under|seems?|think|"
@@ -201,68 +219,70 @@ _NOT_SURE = re.compile(
 )
 
 
-def _same_boolean(gold: str, answer: str) -> Equality | None:
+def _compare_booleans(gold: str, answer: str) -> Equality | None:
     """Yes, no, true or false with a reason behind a comma; None where the gold answer is none of them."""
     wanted, given = (
         _BOOLEANS.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()) for text in (gold, answer)
     )
     if wanted is None or wanted[2] or given is None:
         return None
-    return _as_same(given[1] == wanted[1] and not _NOT_SURE.search(given[2] or ""))
+    return _to_equality(given[1] == wanted[1] and not _HEDGE.search(given[2] or ""))
 
 
 _WEEKDAY = re.compile(r"\s*(mon|tue|wed|thu|fri|sat|sun)[a-z]*\b")
 
 
-def _same_kind(gold: str, answer: str) -> Equality | None:
+def _compare_formatted_texts(gold: str, answer: str) -> Equality | None:
     """Dates, times, ratios, numbers in a base and codes; None where the gold answer is none of them."""
-    wanted, given = read_text(gold), read_text(answer)
+    wanted, given = parse_formatted_text(gold), parse_formatted_text(answer)
     if wanted is None:
-        if is_text(gold):
-            return _same_base(("base", text_key(gold).upper(), 2), given)
+        if is_nonmath_text(gold):
+            return _compare_numbers_in_base(("base", make_text_key(gold).upper(), 2), given)
         if given is not None and given[0] == "base" and given[2] == 10 and gold == given[1]:
             return Equality.SAME
-        return Equality.OTHER if given is not None and not _is_binary(gold, given) else None
+        return Equality.DIFFERENT if given is not None and not _is_binary(gold, given) else None
     kind = wanted[0]
     if kind == "base":
-        return _same_base(wanted, given, answer)
+        return _compare_numbers_in_base(wanted, given, answer)
     if kind == "ratio" and given is None and "=" in answer:
         *work, last = [side.strip() for side in answer.split("=")]
         if not all(re.fullmatch(r"[a-zA-Z]+(?:\s*:\s*[a-zA-Z]+)+", side) for side in work) and (
-            any(_same_kind(gold, side) != Equality.SAME for side in work)
+            any(_compare_formatted_texts(gold, side) != Equality.SAME for side in work)
         ):
-            return Equality.OTHER
-        return _same_kind(gold, last)
+            return Equality.DIFFERENT
+        return _compare_formatted_texts(gold, last)
     if kind == "ratio" and len(wanted) == 3 and given is None and not re.fullmatch(r"\d?\d:[0-5]\d", gold):
         try:
-            ratio = read(answer)
-        except Unreadable:
-            return Equality.OTHER
+            ratio = parse_value(answer)
+        except UnreadableAnswer:
+            return Equality.DIFFERENT
         if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(wanted[2]):
-            return _as_same(
-                re.search(r"/|frac", answer) is not None and same_number(ratio, quotient(wanted[1], wanted[2]))
+            return _to_equality(
+                re.search(r"/|frac", answer) is not None and is_same_number(ratio, divide(wanted[1], wanted[2]))
             )
-        return Equality.OTHER
+        return Equality.DIFFERENT
     if given is None:
-        return Equality.OTHER
+        return Equality.DIFFERENT
     if {kind, given[0]} == {"time", "ratio"}:  # 15:45 and 3:45 PM
         ratio, time = (wanted, given) if kind == "ratio" else (given, wanted)
         clock = [int(part.value) if isinstance(part.value, Fraction) else -1 for part in ratio[1:]]
-        return _as_same(len(clock) > 1 and (clock[0] >= 12 or clock[0] == 0) and [*clock, 0][:3] == list(time[1:]))
+        return _to_equality(len(clock) > 1 and (clock[0] >= 12 or clock[0] == 0) and [*clock, 0][:3] == list(time[1:]))
     if kind != given[0] or len(wanted) != len(given):
-        return Equality.OTHER
+        return Equality.DIFFERENT
     if kind == "date":
         days = [_WEEKDAY.match(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()) for text in (gold, answer)]
         if None not in days and days[0][1] != days[1][1]:  # type: ignore[index]
-            return Equality.OTHER
+            return Equality.DIFFERENT
     if kind == "ratio":
         if any((part.unit is None) != (other.unit is None) for part, other in itertools.pairwise(given[1:])):
-            return Equality.OTHER
-        return _as_same(all(map(same_number, wanted[1:], given[1:])) or _is_cancelled(gold, wanted[1:], given[1:]))
-    return _as_same(wanted == given)
+            return Equality.DIFFERENT
+        return _to_equality(
+            all(map(is_same_number, wanted[1:], given[1:])) or _is_reduced_ratio(gold, wanted[1:], given[1:])
+        )
+    return _to_equality(wanted == given)
 
 
-def _is_cancelled(gold: str, wanted: Sequence[Scalar], given: Sequence[Scalar]) -> bool:
+def _is_reduced_ratio(gold: str, wanted: Sequence[Scalar], given: Sequence[Scalar]) -> bool:
     """Return whether an answer is a gold ratio of integers in lowest terms; a clock time has none."""
     parts = [part.value for part in (*wanted, *given)]
     if re.fullmatch(r"\d?\d(?::[0-5]\d)+", gold):
@@ -279,136 +299,151 @@ def _is_binary(gold: str, given: tuple) -> bool:
     return given[0] == "base" and given[2] == 2 and re.fullmatch(r"[01]{3,}", gold) is not None and gold == given[1]
 
 
-def _same_base(wanted: tuple, given: tuple | None, answer: str = "") -> Equality:
+def _compare_numbers_in_base(wanted: tuple, given: tuple | None, answer: str = "") -> Equality:
     if given is not None:
-        return _as_same(given == wanted)
+        return _to_equality(given == wanted)
     if len(sides := answer.split("=")) == 2:  # with its value in another base
-        bases = [read_text(side.strip()) or ("base", side.strip(), 10) for side in sides]
+        bases = [parse_formatted_text(side.strip()) or ("base", side.strip(), 10) for side in sides]
         if all(base[0] == "base" and re.fullmatch(r"\w+", base[1]) for base in bases) and wanted in bases:
             with contextlib.suppress(ValueError):
-                return _as_same(int(bases[0][1], bases[0][2]) == int(bases[1][1], bases[1][2]))
-        return Equality.OTHER
-    return _as_same(re.sub(r"[\s{}]", "", answer).upper() == wanted[1])
+                return _to_equality(int(bases[0][1], bases[0][2]) == int(bases[1][1], bases[1][2]))
+        return Equality.DIFFERENT
+    return _to_equality(re.sub(r"[\s{}]", "", answer).upper() == wanted[1])
 
 
-def _as_same(same: bool) -> Equality:
-    return Equality.SAME if same else Equality.OTHER
+def _to_equality(same: bool) -> Equality:
+    return Equality.SAME if same else Equality.DIFFERENT
 
 
 # -- values
 
 
-def equal(gold: Any, answer: Any) -> Equality:
+def compare_values(gold: Any, answer: Any) -> Equality:
     """Return whether two values are the same answer."""
     if (
-        isinstance(gold, Named)
+        isinstance(gold, Assignment)
         and isinstance(answer, Relation)
         and gold.left is not None
         and isinstance(gold.value, Scalar)
     ):
         same = (
-            same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value)
+            is_same_equation(gold.left, gold.value.value, answer.left.value, answer.right.value)
             if answer.sign == "="
             else False
         )
-        return _as_same(same) if not same or symbols(gold.value.value) else Equality.LEFT_TO_DO
+        return _to_equality(same) if not same or get_symbols(gold.value.value) else Equality.UNEVALUATED
     if (
-        isinstance(answer, Named)
+        isinstance(answer, Assignment)
         and isinstance(gold, Relation)
         and answer.left is not None
         and isinstance(answer.value, Scalar)
     ):
-        same = gold.sign == "=" and same_equation(gold.left.value, gold.right.value, answer.left, answer.value.value)
-        return _as_same(same)
-    if isinstance(gold, Named) and isinstance(answer, Named):
-        if _same_name(gold.name, answer.name):
-            return equal(gold.value, answer.value)
-        if renamed := _renamed(gold.name, answer):
-            return equal(gold.value, renamed)
+        same = gold.sign == "=" and is_same_equation(gold.left.value, gold.right.value, answer.left, answer.value.value)
+        return _to_equality(same)
+    if isinstance(gold, Assignment) and isinstance(answer, Assignment):
+        if _is_same_name(gold.name, answer.name):
+            return compare_values(gold.value, answer.value)
+        if renamed := _rename_argument(gold.name, answer):
+            return compare_values(gold.value, renamed)
         if all(
             re.fullmatch(r"y|[a-zA-Z]\([a-xz]\)", name.replace(" ", "")) for name in (gold.name, answer.name)
         ) and "y" in (gold.name, answer.name):
-            return equal(gold.value, answer.value)  # y and f(x)
+            return compare_values(gold.value, answer.value)  # y and f(x)
         lefts = (
             None not in (gold.left, answer.left) and isinstance(gold.value, Scalar) and isinstance(answer.value, Scalar)
         )
-        if lefts and symbols(gold.value.value) and symbols(answer.value.value):
-            return _as_same(same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
-        return Equality.OTHER
-    if isinstance(gold, Named):
+        if lefts and get_symbols(gold.value.value) and get_symbols(answer.value.value):
+            return _to_equality(is_same_equation(gold.left, gold.value.value, answer.left, answer.value.value))
+        return Equality.DIFFERENT
+    if isinstance(gold, Assignment):
         if isinstance(gold.value, Scalar) and gold.left is not None and getattr(gold.value.value, "is_Symbol", False):
-            return Equality.OTHER  # n for n = m
-        return equal(gold.value, answer)
-    if isinstance(answer, Named):
-        if isinstance(answer.value, Scalar) and answer.left in symbols(answer.value.value):
-            return Equality.OTHER  # x = 2x + 3 is an equation
-        return equal(gold, answer.value)
-    if isinstance(gold, Names) or isinstance(answer, Names):
-        return _same_names(gold, answer)
+            return Equality.DIFFERENT  # n for n = m
+        return compare_values(gold.value, answer)
+    if isinstance(answer, Assignment):
+        if isinstance(answer.value, Scalar) and answer.left in get_symbols(answer.value.value):
+            return Equality.DIFFERENT  # x = 2x + 3 is an equation
+        return compare_values(gold, answer.value)
+    if isinstance(gold, AssignmentGroup) or isinstance(answer, AssignmentGroup):
+        return _compare_assignment_groups(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
-        return same_scalar(gold, answer)
-    if isinstance(gold, Family) and isinstance(answer, Family):
-        verdict = equal(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.OTHER
-        return verdict if verdict == Equality.SAME else _as_same(_same_steps(gold, answer))
-    if isinstance(gold, Family) != isinstance(answer, Family):
-        one, other = (_of_remainder(value) for value in (gold, answer))
-        return _as_same(one is not None and other is not None and _same_steps(one, other))
+        return compare_scalars(gold, answer)
+    if isinstance(gold, IntegerFamily) and isinstance(answer, IntegerFamily):
+        verdict = compare_values(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.DIFFERENT
+        return verdict if verdict == Equality.SAME else _to_equality(_is_same_progression(gold, answer))
+    if isinstance(gold, IntegerFamily) != isinstance(answer, IntegerFamily):
+        one, other = (_to_integer_family(value) for value in (gold, answer))
+        return _to_equality(one is not None and other is not None and _is_same_progression(one, other))
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         shapes = [(len(matrix.rows), len(matrix.rows[0])) for matrix in (gold, answer)]
         return (
-            _all(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True))
+            _compare_in_order(zip(sum(gold.rows, ()), sum(answer.rows, ()), strict=True))
             if shapes[0] == shapes[1]
-            else Equality.OTHER
+            else Equality.DIFFERENT
         )
     if isinstance(gold, Relation) and isinstance(answer, Relation):
-        return _same_relation(gold, answer)
+        return _compare_relations(gold, answer)
     if isinstance(gold, Interval) and isinstance(answer, Interval):
-        return _same_interval(gold, answer)
-    if isinstance(gold, Union) or isinstance(answer, Union):
-        parts = [value.parts if isinstance(value, Union) else (value,) for value in (gold, answer)]
-        return _matched(*parts)
-    gold, answer = _without_braces(gold, answer), _without_braces(answer, gold)
+        return _compare_intervals(gold, answer)
+    if isinstance(gold, IntervalUnion) or isinstance(answer, IntervalUnion):
+        parts = [value.parts if isinstance(value, IntervalUnion) else (value,) for value in (gold, answer)]
+        return _compare_unordered(*parts)
+    gold, answer = _unwrap_singleton_set(gold, answer), _unwrap_singleton_set(answer, gold)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
-        return same_scalar(gold, answer)
+        return compare_scalars(gold, answer)
     if isinstance(gold, Interval) and isinstance(answer, Interval):
-        return _same_interval(gold, answer)
-    if isinstance(gold, Scalar) and isinstance(answer, Many) and answer.kind == "list" and _are_forms(answer.items):
-        return _all((gold, item) for item in answer.items)  # one value in several forms
-    ordered = [_in_order(value) for value in (gold, answer)]
+        return _compare_intervals(gold, answer)
+    if (
+        isinstance(gold, Scalar)
+        and isinstance(answer, ValueCollection)
+        and answer.kind == "list"
+        and _has_distinct_texts(answer.items)
+    ):
+        return _compare_in_order((gold, item) for item in answer.items)  # one value in several forms
+    ordered = [_get_ordered_items(value) for value in (gold, answer)]
     for place, value in enumerate((gold, answer)):
         entries = ordered[place]
         if getattr(value, "kind", "") == "components" and entries and len(ordered[1 - place] or ()) == 2:
             ordered[place] = entries[:2] if is_zero(entries[2]) else entries  # in the plane
-    if isinstance(gold, Many) and isinstance(answer, Many):
+    if isinstance(gold, ValueCollection) and isinstance(answer, ValueCollection):
         if {gold.kind, answer.kind} <= {"list", "set"}:
-            return _matched(_distinct(gold), _distinct(answer))
+            return _compare_unordered(_get_distinct_items(gold), _get_distinct_items(answer))
         if {gold.kind, answer.kind} == {"letters", "set"}:
-            return _matched(gold.items, answer.items)
+            return _compare_unordered(gold.items, answer.items)
     if ordered[0] is not None and ordered[1] is not None:
-        if (isinstance(gold, Many) and gold.kind == "set") or (isinstance(answer, Many) and answer.kind == "set"):
-            return Equality.OTHER
-        if isinstance(gold, Interval) and isinstance(answer, Many) and answer.kind == "list":
-            return Equality.OTHER  # (0, 1) may be an interval
-        return _all(zip(ordered[0], ordered[1], strict=True)) if len(ordered[0]) == len(ordered[1]) else Equality.OTHER
-    return Equality.OTHER
+        if (isinstance(gold, ValueCollection) and gold.kind == "set") or (
+            isinstance(answer, ValueCollection) and answer.kind == "set"
+        ):
+            return Equality.DIFFERENT
+        if isinstance(gold, Interval) and isinstance(answer, ValueCollection) and answer.kind == "list":
+            return Equality.DIFFERENT  # (0, 1) may be an interval
+        return (
+            _compare_in_order(zip(ordered[0], ordered[1], strict=True))
+            if len(ordered[0]) == len(ordered[1])
+            else Equality.DIFFERENT
+        )
+    return Equality.DIFFERENT
 
 
-def _are_forms(items: Sequence) -> bool:
+def _has_distinct_texts(items: Sequence) -> bool:
     """Return whether no two items are written alike, as they may be for one value in several forms."""
     texts = [item.text for item in items if isinstance(item, Scalar)]
     return len(set(texts)) == len(items) > 1
 
 
-def _without_braces(value: Any, other: Any) -> Any:
+def _unwrap_singleton_set(value: Any, other: Any) -> Any:
     """The only element of a set, where the other value is a number or a pair."""
-    if isinstance(value, Many) and value.kind == "set" and (isinstance(other, Scalar) or getattr(other, "pair", False)):
-        items = _distinct(value)
+    if (
+        isinstance(value, ValueCollection)
+        and value.kind == "set"
+        and (isinstance(other, Scalar) or getattr(other, "pair", False))
+    ):
+        items = _get_distinct_items(value)
         return items[0] if len(items) == 1 else value
     return value
 
 
-def _in_order(value: Any) -> tuple | None:
-    if isinstance(value, Many):
+def _get_ordered_items(value: Any) -> tuple | None:
+    if isinstance(value, ValueCollection):
         return value.items
     if isinstance(value, Interval) and value.pair:
         return (value.low, value.high)
@@ -417,7 +452,7 @@ def _in_order(value: Any) -> tuple | None:
     return None
 
 
-def _renamed(name: str, answer: Named) -> Any:
+def _rename_argument(name: str, answer: Assignment) -> Any:
     """The value of a function with the gold answer's argument in place of its own (`f(t)` for `f(x)`); None elsewhere."""
     import sympy
 
@@ -431,31 +466,33 @@ def _renamed(name: str, answer: Named) -> Any:
     return Scalar(tree.xreplace({letter: wanted}), text=answer.value.text)
 
 
-def _same_name(gold: str, answer: str) -> bool:
-    return text_key(gold).replace("{", "").replace("}", "") == text_key(answer).replace("{", "").replace("}", "")
+def _is_same_name(gold: str, answer: str) -> bool:
+    return make_text_key(gold).replace("{", "").replace("}", "") == make_text_key(answer).replace("{", "").replace(
+        "}", ""
+    )
 
 
-def _of_remainder(value: Any) -> Family | None:
+def _to_integer_family(value: Any) -> IntegerFamily | None:
     """A family over the integers, also one that is written as a remainder (`2 \\pmod 3`); None for another value."""
     import sympy
 
-    if isinstance(value, Family) or not isinstance(value, Scalar) or value.unit is None:
-        return value if isinstance(value, Family) else None
+    if isinstance(value, IntegerFamily) or not isinstance(value, Scalar) or value.unit is None:
+        return value if isinstance(value, IntegerFamily) else None
     modulus = re.fullmatch(r"mod(\d+)", value.unit.bases[0][0])
     if modulus is None or len(value.unit.bases) != 1 or not isinstance(value.value, Fraction):
         return None
     tree = int(modulus[1]) * sympy.Symbol("n_0") + sympy.Rational(value.value.numerator, value.value.denominator)
-    return Family(Scalar(tree), "\\mathbb{Z}")
+    return IntegerFamily(Scalar(tree), "\\mathbb{Z}")
 
 
-def _same_steps(gold: Family, answer: Family) -> bool:
+def _is_same_progression(gold: IntegerFamily, answer: IntegerFamily) -> bool:
     """Return whether two families over the integers run through the same arithmetic progression (`3k + 2`, `3k - 1`)."""
     import sympy
 
     trees = [
         sympy.expand(family.value.value)
         for family in (gold, answer)
-        if family.numbers == "\\mathbb{Z}" and isinstance(family.value, Scalar) and symbols(family.value.value)
+        if family.numbers == "\\mathbb{Z}" and isinstance(family.value, Scalar) and get_symbols(family.value.value)
     ]
     if len(trees) != 2 or any(family.value.unit for family in (gold, answer)):
         return False
@@ -471,72 +508,72 @@ def _same_steps(gold: Family, answer: Family) -> bool:
     return bool(shift is not None and abs(steps[0]) == abs(steps[1]) and shift.is_Integer)
 
 
-def _same_names(gold: Any, answer: Any) -> Equality:
-    if isinstance(gold, Names) and isinstance(answer, Names):
-        keys = [{text_key(name): value for name, value in names.values.items()} for names in (gold, answer)]
+def _compare_assignment_groups(gold: Any, answer: Any) -> Equality:
+    if isinstance(gold, AssignmentGroup) and isinstance(answer, AssignmentGroup):
+        keys = [{make_text_key(name): value for name, value in names.values.items()} for names in (gold, answer)]
         if set(keys[0]) != set(keys[1]):
-            return Equality.OTHER
-        return _all((value, keys[1][name]) for name, value in keys[0].items())
-    names, other = (gold, answer) if isinstance(gold, Names) else (answer, gold)
+            return Equality.DIFFERENT
+        return _compare_in_order((value, keys[1][name]) for name, value in keys[0].items())
+    names, other = (gold, answer) if isinstance(gold, AssignmentGroup) else (answer, gold)
     values = [value for _, value in sorted(names.values.items())]
-    items = _in_order(other)
+    items = _get_ordered_items(other)
     stems = {name.partition("_")[0].strip() for name in names.values}
-    if isinstance(other, Many) and other.kind in ("list", "set") and len(stems) == 1:  # x_1 = 2, x_2 = 3
-        return _matched(other.items, values) if names is answer else _matched(values, other.items)
-    if items is None or len(items) != len(values) or (isinstance(other, Many) and other.kind != "tuple"):
-        return Equality.OTHER
-    return _all(zip(items, values, strict=True) if names is answer else zip(values, items, strict=True))
+    if isinstance(other, ValueCollection) and other.kind in ("list", "set") and len(stems) == 1:  # x_1 = 2, x_2 = 3
+        return _compare_unordered(other.items, values) if names is answer else _compare_unordered(values, other.items)
+    if items is None or len(items) != len(values) or (isinstance(other, ValueCollection) and other.kind != "tuple"):
+        return Equality.DIFFERENT
+    return _compare_in_order(zip(items, values, strict=True) if names is answer else zip(values, items, strict=True))
 
 
-def _all(pairs: Any) -> Equality:
-    verdicts = [equal(gold, answer) for gold, answer in pairs]
-    if Equality.OTHER in verdicts:
-        return Equality.OTHER
-    return Equality.LEFT_TO_DO if Equality.LEFT_TO_DO in verdicts else Equality.SAME
+def _compare_in_order(pairs: Any) -> Equality:
+    verdicts = [compare_values(gold, answer) for gold, answer in pairs]
+    if Equality.DIFFERENT in verdicts:
+        return Equality.DIFFERENT
+    return Equality.UNEVALUATED if Equality.UNEVALUATED in verdicts else Equality.SAME
 
 
-def _matched(gold: Sequence, answer: Sequence) -> Equality:
+def _compare_unordered(gold: Sequence, answer: Sequence) -> Equality:
     """Return whether each value has its own partner among the others."""
     rest, worst = list(answer), Equality.SAME
     if len(gold) != len(rest) or len(rest) > 200:
-        return Equality.OTHER
+        return Equality.DIFFERENT
     for value in gold:
         for place, other in enumerate(rest):
             if _is_set(value) != _is_set(other) and (isinstance(value, Scalar) or isinstance(other, Scalar)):
                 continue  # a number is no set of one number
-            verdict = equal(value, other)
-            if verdict != Equality.OTHER:
+            verdict = compare_values(value, other)
+            if verdict != Equality.DIFFERENT:
                 worst = worst if verdict == Equality.SAME else verdict
                 rest.pop(place)
                 break
         else:
-            return Equality.OTHER
+            return Equality.DIFFERENT
     return worst
 
 
 def _is_set(value: Any) -> bool:
-    return isinstance(value, Many) and value.kind == "set"
+    return isinstance(value, ValueCollection) and value.kind == "set"
 
 
-def _distinct(many: Many) -> tuple:
+def _get_distinct_items(many: ValueCollection) -> tuple:
     items: list = []
     for item in many.items[:201]:
-        if many.kind != "set" or not any(equal(other, item) == Equality.SAME for other in items):
+        if many.kind != "set" or not any(compare_values(other, item) == Equality.SAME for other in items):
             items.append(item)
     return tuple(items)
 
 
-def _same_interval(gold: Interval, answer: Interval) -> Equality:
+def _compare_intervals(gold: Interval, answer: Interval) -> Equality:
     if (gold.low_open, gold.high_open) != (answer.low_open, answer.high_open):
-        return Equality.OTHER
+        return Equality.DIFFERENT
     ends = [(gold.low, answer.low), (gold.high, answer.high)]
     if any((one is None) != (other is None) for one, other in ends):
-        return Equality.OTHER
-    return _all(pair for pair in ends if pair[0] is not None)
+        return Equality.DIFFERENT
+    return _compare_in_order(pair for pair in ends if pair[0] is not None)
 
 
-def _same_relation(gold: Relation, answer: Relation) -> Equality:
+def _compare_relations(gold: Relation, answer: Relation) -> Equality:
     if gold.sign != answer.sign:
-        return Equality.OTHER
+        return Equality.DIFFERENT
     sides = (gold.left.value, gold.right.value, answer.left.value, answer.right.value)
-    return _as_same(same_equation(*sides, positive=gold.sign != "="))
+    return _to_equality(is_same_equation(*sides, positive=gold.sign != "="))

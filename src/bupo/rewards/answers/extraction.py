@@ -4,18 +4,18 @@ import re
 from typing import NamedTuple
 
 
-class Extracted(NamedTuple):
+class ExtractedAnswer(NamedTuple):
     """The text of a final answer, or the reason why there is none."""
 
     text: str | None
     reason: str | None = None
 
 
-EMPTY, NO_ANSWER, UNCLOSED, EMPTY_BOX = "empty", "no box or final answer", "unclosed box", "empty box"
-THINKING, TAKEN_BACK, SEVERAL = "unfinished thinking", "the answer is taken back", "several answers"
+EMPTY_COMPLETION, NO_ANSWER, UNCLOSED_BOX, EMPTY_BOX = "empty", "no box or final answer", "unclosed box", "empty box"
+UNFINISHED_THINKING, RETRACTED, SEVERAL_ANSWERS = "unfinished thinking", "the answer is taken back", "several answers"
 
 # how models open and close the text that is no part of their answer
-_THINKING = (
+_THINKING_TAGS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
@@ -31,24 +31,24 @@ _THINKING = (
     ("<|channel|>analysis", "<|channel|>final"),
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BETWEEN = re.compile(  # boxes so joined are one answer
+_BOX_SEPARATOR = re.compile(  # boxes so joined are one answer
     r"[\s$,;&]*(?:,|;|\b(?:and|or|und|oder|et|ou|y|e|o|и|или)\b|\\text\{\s*(?:and|or)\s*\}|和|或者?)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
-_NOT = (
+_NEGATION = (
     r"(?:\bnot|n't|n’t|\bnever|\bneither|\bnor|\bcannot|\bincorrect(?:ly)?|\bwrong(?:ly)?|\binstead of|\brather than|≠|"
     r"\\neq?\b|\bfalse that|(?<!no )(?<!without )(?<!without a )\bdoubt(?:s|ed|ful)?|"
     r"\bunlikely (?:that|to)|\bimpossible (?:that|for)|\bden(?:y|ies|ied)|"
     r"\b(?:exclud|reject)(?:es?|ed|s|ing)|\bru(?:les?|led|ling) out|"
     r"n['’]est pas|\bnicht|\bkein\w*|\bno (?:es|son|puede ser)|\bnon è|\bnão é|\bне|不是|并非|不等于)"
 )
-_FILLER = (
+_FILLER_WORDS = (
     r"(?:be|equals?|equal to|simply|just|really|actually|the|a|an|our|my|final|correct|right|answer|result|value|option|choice|"
     r"is|was|it|to|that|think|believe|sure|certain|if|whether|say|get|possibly|"
     r"ever|even|necessarily|=)"
 )
 _DENIED_BEFORE = re.compile(
-    rf"(?i)(?:{_NOT}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
-    rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
+    rf"(?i)(?:{_NEGATION}|\bif\s+(?:it|that|this|the answer)\s+(?:were|was)|"
+    rf"\b(?:assume|suppose|imagine|pretend)d?|~~)[\s:*]*(?:{_FILLER_WORDS}[\s:*]+){{0,8}}[\s$\\(\[*:=]*$"
 )
 _MISTAKEN_BEFORE = re.compile(
     r"(?i)\b(?:mistakes?|errors?|traps?|pitfalls?|fallacy|miscount\w*|oversight)\b[^.;:!?\n]{0,30}?"
@@ -91,7 +91,7 @@ _PART_AFTER = re.compile(
     r"\\(?:cdot|times|div|pm|mp)(?![a-zA-Z]))"
 )
 # a number that is stated behind the box as the value in place of it
-_REPLACED = re.compile(
+_REPLACEMENT_AFTER = re.compile(
     r"(?i)(?:\b(?:final|corrected|correct|actual|true|revised|updated|right|real|proper)\s+"
     r"(?:result|total|value|count|number|figure|sum|answer)\s+(?:is|was|should be|must be)|"
     r"\bthe (?:result|answer) (?:is|was|should be|must be)|"
@@ -129,35 +129,35 @@ _DENIED_AFTER = re.compile(
 _UNDECIDED = re.compile(
     r"(?i)\b(?:or|otherwise|maybe|perhaps|possibly|probably|alternatively|else|depending|if|unless)\b"
 )
-_AGREE = re.compile(
+_AGREEMENT = re.compile(
     r"(?i)\b(?:equivalent(?:ly)?|equals?|that is|i\.e|in other words|same|wait|no|not|actually|correct(?:ion)?|rather|but)\b|="
 )
-_OR_ANOTHER = re.compile(
+_ALTERNATIVE_AFTER = re.compile(
     r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|perhaps\b|maybe\b|possibly\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
 # a second possibility in the same sentence
-_POSSIBLE_TOO = re.compile(
+_SECOND_POSSIBILITY = re.compile(
     r"(?i)[^.!?\n]{0,60}?\b(?:though|although|but|while|and)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$\\(]*-?\d[^.!?\n]{0,30}?"
     r"\b(?:possible|plausible|likely|might|may|could|also|too|as well|works|valid)\b"
 )
-_TAKES_BACK = re.compile(
+_RETRACTION = re.compile(
     r"(?i)\b(?:no|wait|actually|sorry|correction|scratch that|hold on|oops)\b[,:.;!—-]?.{0,200}?"
     r"\b(?:answer|result|it|value|that|box)\b.{0,30}?\b(?:is|be|was|equals|should|wrong|incorrect)\b",
     re.DOTALL,
 )
-_DISREGARDED = re.compile(
+_DISREGARD_PHRASE = re.compile(
     r"(?is).{0,200}?\b(?:on second thought|(?:disregard|ignore|scratch|forget) (?:that|this|the)\b|"
     r"I made an? (?:mistake|error)|"
     r"(?:that|this)(?:['’]s| is| was) (?:wrong|incorrect|not (?:right|correct))\b|"
     r"no, wait|\b(?:hmm+|wait|oops|hold on)\b.{0,80}?(?:\b(?:not|no|fails?|wrong|also|mistake|error)\b|n['’]t\b|contradict))"
 )
-_SUPPOSED = re.compile(
+_SUPPOSITION = re.compile(
     r"(?i)\b(?:suppose|assume|imagine|pretend|if|whether)\b|"
     r"\b(?:naive|tempting|obvious|common|popular|incomplete|hasty|student['’]s|students['’]?|his|her|their)\s+(?:final\s+)?answer"
 )
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"^\s*####\s*(.+?)\s*$", re.MULTILINE)
-_PHRASE = re.compile(
+_ANSWER_PHRASE = re.compile(
     r"(?i)\b(?:final\s+|correct\s+)?answer(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?"
     r"(?:\s+is|\s*:|\s*=|\s+would be|\s+should be|\s+must be)\s*:?|答案(?:是|为|：|:)|"
     r"\b(?:respuesta|resposta|réponse|risposta)(?:\s+(?:final\w*|correct\w*))?\s+(?:es|est|é|è)\b|"
@@ -171,14 +171,14 @@ _LAST_FORMULA = re.compile(
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$]+)\$(?!\s*(?:and|or|,|%))|\\\((.+?)\\\)(?!\s*(?:and|or|,|%))", re.DOTALL
 )
-_REASON = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
+_REASON_CLAUSE = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
-_NEAR = 400  # characters behind a box that may deny it
-_LONGEST = 2000  # characters of a final answer that is in no box
+_DENIAL_WINDOW = 400  # characters behind a box that may deny it
+_MAX_UNBOXED_LENGTH = 2000  # characters of a final answer that is in no box
 
 
-def final_answer(completion: str) -> Extracted:
+def extract_final_answer(completion: str) -> ExtractedAnswer:
     """Return the final answer of a completion.
 
     The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that
@@ -187,37 +187,37 @@ def final_answer(completion: str) -> Extracted:
     of one short line.
     """
     if not completion.strip():
-        return Extracted(None, EMPTY)
-    spoken = _without_thinking(completion)
+        return ExtractedAnswer(None, EMPTY_COMPLETION)
+    spoken = _strip_thinking(completion)
     if not spoken.strip():
-        return Extracted(None, THINKING)
-    tags = _TAG.findall(spoken) if "</answer>" in spoken.lower() else []
+        return ExtractedAnswer(None, UNFINISHED_THINKING)
+    tags = _ANSWER_TAG.findall(spoken) if "</answer>" in spoken.lower() else []
     if tags and (_BOX.search(tags[-1]) or not _BOX.search(spoken)):
         spoken = tags[-1]
         if not _BOX.search(spoken):
-            return _stated(spoken)
-    return _boxed(spoken) if _BOX.search(spoken) else _unboxed(spoken)
+            return _clean_answer(spoken)
+    return _extract_boxed(spoken) if _BOX.search(spoken) else _extract_unboxed(spoken)
 
 
-def later_answer(completion: str) -> str | None:
+def find_later_answer(completion: str) -> str | None:
     """Return the number, formula or letter that is stated as "the answer is" behind the last box; None where none is."""
-    spoken = _without_thinking(completion)
+    spoken = _strip_thinking(completion)
     boxes = list(_BOX.finditer(spoken))
-    end = _end(spoken, boxes[-1].end()) if boxes else None
-    if end is None or len(spoken) - end > _LONGEST:
+    end = _find_box_end(spoken, boxes[-1].end()) if boxes else None
+    if end is None or len(spoken) - end > _MAX_UNBOXED_LENGTH:
         return None
-    for phrase in reversed(list(_PHRASE.finditer(spoken, end))):
-        clause = _clause(spoken, phrase.end())
+    for phrase in reversed(list(_ANSWER_PHRASE.finditer(spoken, end))):
+        clause = _extract_clause(spoken, phrase.end())
         sentence = re.split(r"[.;!?\n]\s*", spoken[end : phrase.end()])[-1]
-        doubted = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NOT}", sentence)
+        doubted = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NEGATION}", sentence)
         if doubted or not re.match(r"[\s*$(\\\[]*(?:[-+−]?[\d.√]|[-+]?\\(?:frac|sqrt|pi)|[A-Z]\b(?!\s+[a-z]))", clause):
             continue
-        return _stated(clause).text
+        return _clean_answer(clause).text
     return None
 
 
-def _without_thinking(text: str) -> str:
-    for opening, closing in _THINKING:
+def _strip_thinking(text: str) -> str:
+    for opening, closing in _THINKING_TAGS:
         low = text.lower() if len(text.lower()) == len(text) else text
         if (end := low.rfind(closing.lower())) >= 0:  # the prompt may have opened it
             before, text = low[:end], text[end + len(closing) :]
@@ -229,12 +229,12 @@ def _without_thinking(text: str) -> str:
     return text
 
 
-def _boxed(text: str) -> Extracted:
+def _extract_boxed(text: str) -> ExtractedAnswer:
     boxes, position = [], 0
     while match := _BOX.search(text, position):
-        start, end = match.end(), _end(text, match.end())
+        start, end = match.end(), _find_box_end(text, match.end())
         if end is None:
-            return Extracted(None, UNCLOSED)
+            return ExtractedAnswer(None, UNCLOSED_BOX)
         inner = text[start + 1 : end - 1] if text[start] in "{" else text[start:end]
         boxes.append((match.start(), end, inner.strip()))
         position = end
@@ -245,7 +245,7 @@ def _boxed(text: str) -> Extracted:
         if (
             _DENIED_BEFORE.search(before)
             or _MISTAKEN_BEFORE.search(before)
-            or _DENIED_AFTER.match(text, end, end + _NEAR)
+            or _DENIED_AFTER.match(text, end, end + _DENIAL_WINDOW)
         ):
             denied.add(inner)
         else:
@@ -253,49 +253,51 @@ def _boxed(text: str) -> Extracted:
     if (
         not kept
         or kept[-1][2] in denied
-        or _DISREGARDED.match(text, kept[-1][1], kept[-1][1] + _NEAR)
-        or _TAKES_BACK.search(text, kept[-1][1])
+        or _DISREGARD_PHRASE.match(text, kept[-1][1], kept[-1][1] + _DENIAL_WINDOW)
+        or _RETRACTION.search(text, kept[-1][1])
     ):
-        return Extracted(None, TAKEN_BACK)
+        return ExtractedAnswer(None, RETRACTED)
     start, _, inner = kept.pop()
-    answers = [_innermost(inner)]
-    while kept and _BETWEEN.fullmatch(text, kept[-1][1], start):
+    answers = [_unwrap_nested_boxes(inner)]
+    while kept and _BOX_SEPARATOR.fullmatch(text, kept[-1][1], start):
         start, _, inner = kept.pop()
-        answers.insert(0, _innermost(inner))
+        answers.insert(0, _unwrap_nested_boxes(inner))
     answers = list(dict.fromkeys(answers))
     if len(answers) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?", answers[0]):
-        later = _REPLACED.findall(text, boxes[-1][1], boxes[-1][1] + _NEAR)
+        later = _REPLACEMENT_AFTER.findall(text, boxes[-1][1], boxes[-1][1] + _DENIAL_WINDOW)
         if later and later[-1] != answers[0]:
-            return Extracted(None, TAKEN_BACK)
+            return ExtractedAnswer(None, RETRACTED)
     if _is_undecided(text, start, kept, boxes[-1][1], answers):
-        return Extracted(None, SEVERAL)
-    return Extracted(", ".join(answers)) if any(answers) else Extracted(None, EMPTY_BOX)
+        return ExtractedAnswer(None, SEVERAL_ANSWERS)
+    return ExtractedAnswer(", ".join(answers)) if any(answers) else ExtractedAnswer(None, EMPTY_BOX)
 
 
 def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], end: int, answers: list[str]) -> bool:
     """Return whether the sentence of the final box offers another answer."""
     before = text[max(0, start - 120) : start]
-    if _OPEN_BEFORE.search(before) or _OPEN_AFTER.match(text, end, end + _NEAR):
+    if _OPEN_BEFORE.search(before) or _OPEN_AFTER.match(text, end, end + _DENIAL_WINDOW):
         return True
     before = re.sub(r"</?[\w|]*>", "", before)
     if _PART_BEFORE.search(before) or _PART_AFTER.match(text, end):
         return True
-    if _SIGN_BEFORE.search(before) and _in_formula(text, start):
+    if _SIGN_BEFORE.search(before) and _is_in_formula(text, start):
         return True
-    if _OR_ANOTHER.match(text, end, end + _NEAR) or _POSSIBLE_TOO.match(text, end, end + _NEAR):
+    if _ALTERNATIVE_AFTER.match(text, end, end + _DENIAL_WINDOW) or _SECOND_POSSIBILITY.match(
+        text, end, end + _DENIAL_WINDOW
+    ):
         return True
-    if not earlier or _innermost(earlier[-1][2]) in answers:
+    if not earlier or _unwrap_nested_boxes(earlier[-1][2]) in answers:
         return False
     between = text[earlier[-1][1] : start]
     sentence_ends = re.search(r"\n\s*\n|[.!?;]\W*\s", between)
     return (
         not sentence_ends
         and bool(_UNDECIDED.search(between + text[end : end + 40].partition(".")[0]))
-        and not _AGREE.search(between)
+        and not _AGREEMENT.search(between)
     )
 
 
-def _in_formula(text: str, place: int) -> bool:
+def _is_in_formula(text: str, place: int) -> bool:
     """Return whether a formula of LaTeX is open at a place in a text."""
     is_open = len(re.findall(r"(?<!\\)\$", text[:place].replace("$$", "$"))) % 2 == 1
     return is_open or any(
@@ -304,7 +306,7 @@ def _in_formula(text: str, place: int) -> bool:
     )
 
 
-def _end(text: str, start: int) -> int | None:
+def _find_box_end(text: str, start: int) -> int | None:
     """The end of a box's argument; None where it is cut off."""
     if start >= len(text):
         return None
@@ -319,56 +321,58 @@ def _end(text: str, start: int) -> int | None:
     return None
 
 
-def _innermost(inner: str) -> str:
+def _unwrap_nested_boxes(inner: str) -> str:
     for _ in range(3):
         match = _BOX.search(inner)
-        if match is None or (end := _end(inner, match.end())) is None:
+        if match is None or (end := _find_box_end(inner, match.end())) is None:
             break
         whole = inner[match.end() + 1 : end - 1] if inner[match.end()] == "{" else inner[match.end() : end]
         inner = f"{inner[: match.start()]}{whole}{inner[end:]}".strip()
     return inner
 
 
-def _unboxed(text: str) -> Extracted:
+def _extract_unboxed(text: str) -> ExtractedAnswer:
     if hashes := _HASHES.findall(text):
-        return _stated(hashes[-1])
-    if phrases := list(_PHRASE.finditer(text)):
+        return _clean_answer(hashes[-1])
+    if phrases := list(_ANSWER_PHRASE.finditer(text)):
         last = phrases[-1]
-        clause = _clause(text, last.end())
+        clause = _extract_clause(text, last.end())
         sentence = text[max(0, last.start() - 60) : last.end()].rpartition("\n")[2]
-        if re.search(rf"(?i){_NOT}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(rf"(?i)\s*{_NOT}", clause):
-            return Extracted(None, TAKEN_BACK)
+        if re.search(rf"(?i){_NEGATION}", re.split(r"[.;!?]\s", sentence)[-1]) or re.match(
+            rf"(?i)\s*{_NEGATION}", clause
+        ):
+            return ExtractedAnswer(None, RETRACTED)
         end = text.find(clause, last.end()) + len(clause)
         if (
-            _DENIED_AFTER.match(text, end, end + _NEAR)
-            or re.match(r"[\s$*)]*\?", text[end : end + _NEAR])
-            or _SUPPOSED.search(re.split(r"[.;!?]\s", sentence)[-1])
-            or ("would" in last[0] and re.match(r"[\s$.]*(?:But|However|Yet)\b", text[end : end + _NEAR]))
-            or _DISREGARDED.match(text, end, end + _NEAR)
-            or _TAKES_BACK.search(text, last.end())
+            _DENIED_AFTER.match(text, end, end + _DENIAL_WINDOW)
+            or re.match(r"[\s$*)]*\?", text[end : end + _DENIAL_WINDOW])
+            or _SUPPOSITION.search(re.split(r"[.;!?]\s", sentence)[-1])
+            or ("would" in last[0] and re.match(r"[\s$.]*(?:But|However|Yet)\b", text[end : end + _DENIAL_WINDOW]))
+            or _DISREGARD_PHRASE.match(text, end, end + _DENIAL_WINDOW)
+            or _RETRACTION.search(text, last.end())
         ):
-            return Extracted(None, TAKEN_BACK)
-        return _stated(clause)
+            return ExtractedAnswer(None, RETRACTED)
+        return _clean_answer(clause)
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    if len(lines) == 1 and len(text) <= _LONGEST:
+    if len(lines) == 1 and len(text) <= _MAX_UNBOXED_LENGTH:
         formula = _LAST_FORMULA.search(text)
-        if formula is None and len(_WORDS.findall(text)) <= 8 and not re.search(rf"(?i){_NOT}", text):
-            return _stated(text)
-    formula = _LAST_FORMULA.search(lines[-1][-_LONGEST:])
-    if formula and not re.search(rf"(?i){_NOT}", lines[-1][: formula.start()]):
-        return _stated(next(filter(None, formula.groups())))
-    return Extracted(None, NO_ANSWER)
+        if formula is None and len(_WORDS.findall(text)) <= 8 and not re.search(rf"(?i){_NEGATION}", text):
+            return _clean_answer(text)
+    formula = _LAST_FORMULA.search(lines[-1][-_MAX_UNBOXED_LENGTH:])
+    if formula and not re.search(rf"(?i){_NEGATION}", lines[-1][: formula.start()]):
+        return _clean_answer(next(filter(None, formula.groups())))
+    return ExtractedAnswer(None, NO_ANSWER)
 
 
-def _clause(text: str, start: int) -> str:
+def _extract_clause(text: str, start: int) -> str:
     """The formula or the words that follow "the answer is"."""
     rest = text[start:].lstrip(" \n*_:")
     end = _SENTENCE_END.search(rest)
     formula = _FORMULA.match(rest)
     clause = next(filter(None, formula.groups())) if formula else rest[: end.start()] if end else rest
-    return _REASON.split(clause)[0]
+    return _REASON_CLAUSE.split(clause)[0]
 
 
-def _stated(text: str) -> Extracted:
-    text = _EMPHASIS.sub("", text if len(text) <= _LONGEST else "").removesuffix("=").rstrip()
-    return Extracted(text) if text else Extracted(None, NO_ANSWER)
+def _clean_answer(text: str) -> ExtractedAnswer:
+    text = _EMPHASIS.sub("", text if len(text) <= _MAX_UNBOXED_LENGTH else "").removesuffix("=").rstrip()
+    return ExtractedAnswer(text) if text else ExtractedAnswer(None, NO_ANSWER)

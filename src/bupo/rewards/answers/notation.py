@@ -8,8 +8,8 @@ _FRACTIONS = {
     "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5), "⅘": (4, 5),
     "⅙": (1, 6), "⅚": (5, 6), "⅐": (1, 7), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8), "⅑": (1, 9), "⅒": (1, 10),
 }  # fmt: skip
-_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
-_LEVEL = str.maketrans(_RAISED + _LOWERED, "0123456789+-()n" * 2)
+_SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+_SCRIPT_DIGITS = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS, "0123456789+-()n" * 2)
 _GREEK = {
     letter: f"\\{name} "
     for letter, name in re.findall(
@@ -43,7 +43,7 @@ _CHARACTERS = str.maketrans(
 )  # fmt: skip
 
 # applied in this order: a pattern and its replacement
-_COMMANDS: list[tuple[re.Pattern, Any]] = [
+_COMMAND_REPLACEMENTS: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), known)
     for pattern, known in [
         (r"^\s*~\s*(?=[\d.$])", r"\\approx "),
@@ -105,13 +105,13 @@ _COMMANDS: list[tuple[re.Pattern, Any]] = [
         (r"\\overline\s*\{\s*(\d+)\s*\}", r"\\overline{\1}"),
     ]
 ]  # fmt: skip
-_WRAPS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
+_WRAPPERS = re.compile(r"\$+(.*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.+)\*\*|`+([^`]+)`+", re.DOTALL)
 _CLOSING = re.compile(r"(?:\s|(?<!\\)[.,;:。，；]|\\\\|(?<!\\)\\(?=\s*$))+$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _ONLY_WORDS = re.compile(r"[^\d+*/=<>^_\\()]*")
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_SAID_FIRST = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
+_ANSWER_PREFIX = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
 
 # texts that are one answer
 _SYNONYMS = {
@@ -130,24 +130,24 @@ _SYNONYMS = {
 }  # fmt: skip
 
 
-def plain(text: str) -> str:
+def normalize_notation(text: str) -> str:
     """Return a text in one spelling: characters of Unicode as LaTeX, without what changes no meaning."""
-    text = re.sub(f"[{_RAISED}]+", lambda match: f"^{{{match[0].translate(_LEVEL)}}}", text)
-    text = re.sub(f"[{_LOWERED}]+", lambda match: f"_{{{match[0].translate(_LEVEL)}}}", text)
+    text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(_SCRIPT_DIGITS)}}}", text)
+    text = re.sub(f"[{_SUBSCRIPTS}]+", lambda match: f"_{{{match[0].translate(_SCRIPT_DIGITS)}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
-    text = _SAID_FIRST.sub(
+    text = _ANSWER_PREFIX.sub(
         lambda match: "\\text{" if match[0].strip().startswith("\\text{") and "}" not in match[0] else "", text
     )
-    for pattern, known in _COMMANDS:
+    for pattern, known in _COMMAND_REPLACEMENTS:
         text = pattern.sub(known, text)
-    return unwrapped(text)
+    return strip_markup(text)
 
 
-def unwrapped(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Return a text without the marks of a formula or of emphasis around it, and without the end of its sentence."""
     while True:
         shorter = _CLOSING.sub("", text.strip())
-        if (match := _WRAPS.fullmatch(shorter)) and not any("$" in group for group in match.groups() if group):
+        if (match := _WRAPPERS.fullmatch(shorter)) and not any("$" in group for group in match.groups() if group):
             shorter = next((group for group in match.groups() if group), "")
         elif (match := _TEXT.fullmatch(shorter)) or (match := re.fullmatch(r"\{([^{}]*)\}", shorter)):
             shorter = match[1]
@@ -167,7 +167,7 @@ _NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
 }
 
 
-def in_words(text: str) -> int | None:
+def parse_number_words(text: str) -> int | None:
     """Return the number below a million that English words write, with its sign; None for another text."""
     negative = re.match(r"(?i)\s*(?:\\text\{)?\s*(?:minus|negative) ", text)
     if negative:
@@ -190,7 +190,7 @@ def in_words(text: str) -> int | None:
     return (-number if negative else number) if words and words[-1] != "and" else None
 
 
-def text_key(text: str) -> str:
+def make_text_key(text: str) -> str:
     """Return what has to be the same of two texts that are plain: their words, letters and signs, in order.
 
     Spaces count between two words only, and capitals in single letters only.

@@ -11,20 +11,20 @@ from fractions import Fraction
 from typing import Any
 
 from bupo.rewards.answers.classes import (
-    Family,
+    Assignment,
+    AssignmentGroup,
+    IntegerFamily,
     Interval,
-    Many,
+    IntervalUnion,
     Matrix,
-    Named,
-    Names,
     Relation,
     Scalar,
-    Union,
-    Unreadable,
-    symbols,
+    UnreadableAnswer,
+    ValueCollection,
+    get_symbols,
 )
-from bupo.rewards.answers.scalar_equality import in_order, product, same_number
-from bupo.rewards.answers.units import Unit, is_known, read_unit
+from bupo.rewards.answers.scalar_equality import is_same_number, multiply, sort_by_value
+from bupo.rewards.answers.units import Unit, is_unit_name, parse_unit
 
 # -- texts that look like mathematics
 
@@ -44,12 +44,12 @@ _DATES = [
     )
 ]
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\?text)?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
-_COLONS = re.compile(r"[^:{}]+(?::[^:]+)+")
-_BASES = {
+_RATIO = re.compile(r"[^:{}]+(?::[^:]+)+")
+_BASE_NAMES = {
     name: number for number, name in enumerate(re.findall(r"\w+", "two three four five six seven eight nine ten"), 2)
 }
-_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
-_PREFIXED = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
+_NUMBER_IN_BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*\(?(\d{1,2}|[a-z]+)\)?\s*\}?")
+_PREFIXED_NUMBER = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL
 )
@@ -66,16 +66,16 @@ _WORDS_ONLY = re.compile(
 )
 
 
-def _half_of_day(match: re.Match) -> str:
+def _to_am_pm(match: re.Match) -> str:
     return f"{match[1]} {'pm' if match[2] or match[3] else 'am'}"
 
 
-def read_text(text: str) -> tuple | None:
+def parse_formatted_text(text: str) -> tuple | None:
     """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
     flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
     flat = re.sub(r"^(\d?\d(?::[0-5]\d)+) ?(?:h|hrs?|hours|Uhr|o'clock)$", r"\1", flat)
-    flat = re.sub(r"(\d) (?:in the (?:morning|(after)noon|(eve)ning))$", _half_of_day, flat)
+    flat = re.sub(r"(\d) (?:in the (?:morning|(after)noon|(eve)ning))$", _to_am_pm, flat)
     flat = re.sub(r"(\d)\s*(?:,|\()?\s*(?:in )?base[ -](\w+)\)?$", r"\1_\2", flat)
     for pattern in _DATES:
         if match := pattern.fullmatch(flat):
@@ -86,35 +86,35 @@ def read_text(text: str) -> tuple | None:
         hour, minute, second, half = match.groups()
         if 1 <= int(hour) <= 12:
             return ("time", int(hour) % 12 + 12 * (half.lower() == "p"), int(minute or 0), int(second or 0))
-    if match := _BASE.fullmatch(flat):
-        base = int(match[2]) if match[2].isdigit() else _BASES.get(match[2])
+    if match := _NUMBER_IN_BASE.fullmatch(flat):
+        base = int(match[2]) if match[2].isdigit() else _BASE_NAMES.get(match[2])
         if base and all(int(digit, 36) < base for digit in match[1]):
             return ("base", match[1].upper(), base)
-    if match := _PREFIXED.fullmatch(flat):
+    if match := _PREFIXED_NUMBER.fullmatch(flat):
         return ("base", match[2].upper(), {"x": 16, "b": 2, "o": 8}[match[1].lower()])
-    if _COLONS.fullmatch(flat) and not re.search(r"\\in|\\mid|[<>=({\[]\s*[a-z]\s*:", flat):
+    if _RATIO.fullmatch(flat) and not re.search(r"\\in|\\mid|[<>=({\[]\s*[a-z]\s*:", flat):
         try:
-            return ("ratio", *(read_number(part) or _only(part) for part in flat.split(":")))
-        except Unreadable:
+            return ("ratio", *(parse_number(part) or _parse_scalar(part) for part in flat.split(":")))
+        except UnreadableAnswer:
             return None
     return None
 
 
-def _only(text: str) -> Scalar:
-    value = read(text)
+def _parse_scalar(text: str) -> Scalar:
+    value = parse_value(text)
     if not isinstance(value, Scalar):
-        raise Unreadable
+        raise UnreadableAnswer
     return value
 
 
-def read_choice(text: str) -> tuple[str, str] | None:
+def parse_choice(text: str) -> tuple[str, str] | None:
     """Return the letter of a choice and the text that follows it."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip()
     match = _CHOICE.fullmatch(flat)
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
-def is_text(text: str) -> bool:
+def is_nonmath_text(text: str) -> bool:
     """Return whether a text is no mathematics although its letters could be factors: words, spans and codes."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
     return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
@@ -133,70 +133,72 @@ _EXPONENT = re.compile(rf"{_SIGN}({_DECIMAL})[eE]\{{?([-+]?\d{{1,4}})\}}?")
 _QUOTIENT = re.compile(
     rf"{_SIGN}(?:\\frac\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}\s*\{{\s*{_SIGN}({_DECIMAL})\s*\}}|\{{?({_DECIMAL})\}}?\s*/\s*\{{?({_DECIMAL})\}}?)"
 )
-_MIXED = re.compile(
+_MIXED_NUMBER = re.compile(
     rf"{_SIGN}(\d+)\s*(?:(?:\\text\{{\s*)?\band\b\s*\}}?)?\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=[\s}}d])(\d+)\s*/\s*(\d+))"
 )
 # 0.1\overline{6}, 0.(3), 0.\dot{1}2\dot{3}; and 0.333..., 0.4545...
-_RECURRING = re.compile(
+_RECURRING_DECIMAL = re.compile(
     rf"{_SIGN}(\d*)\.(\d*)(\\(?:overline|bar|overbar|dot)\s*(?:\{{\s*\d+\s*\}}|\d)|\(\d+\)|\\dot\s*\{{?\d\}}?\d*\s*\\dot\s*\{{?\d\}}?)"
 )
-_GOING_ON = re.compile(rf"{_SIGN}(\d*)\.(\d*?)(?:(\d)\4{{2,}}|(\d{{2,}}?)\5+)\s*\\ldots")
+_ELLIPSIS_DECIMAL = re.compile(rf"{_SIGN}(\d*)\.(\d*?)(?:(\d)\4{{2,}}|(\d{{2,}}?)\5+)\s*\\ldots")
 
 
-def _plain_digits(text: str) -> str:
+def _strip_digit_separators(text: str) -> str:
     return text.replace(",", "").replace(" ", "")
 
 
-def _step(digits: str) -> Fraction | None:
+def _get_decimal_step(digits: str) -> Fraction | None:
     places = len(digits.partition(".")[2])
     return Fraction(1, 10**places) if places else None
 
 
-def read_number(text: str) -> Scalar | None:
+def parse_number(text: str) -> Scalar | None:
     """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None for another text."""
-    text = _fixed(text.strip())
+    text = _add_missing_braces(text.strip())
     if match := _NUMBER.fullmatch(text):
-        digits = _plain_digits(match[2])
-        return Scalar(_signed(match[1], Fraction(digits.removesuffix("."))), _step(digits), text=text)
+        digits = _strip_digit_separators(match[2])
+        return Scalar(_apply_sign(match[1], Fraction(digits.removesuffix("."))), _get_decimal_step(digits), text=text)
     if (match := _SCIENTIFIC.fullmatch(text)) or (match := _EXPONENT.fullmatch(text)):
-        digits = _plain_digits(match[2] or "1")
+        digits = _strip_digit_separators(match[2] or "1")
         power = Fraction(10) ** int(match[3] or match[4])
         places = len(digits.partition(".")[2])
         step = power / 10**places if places else None
-        return Scalar(_signed(match[1], Fraction(digits.removesuffix(".")) * power), step, text=text)
+        return Scalar(_apply_sign(match[1], Fraction(digits.removesuffix(".")) * power), step, text=text)
     if match := _QUOTIENT.fullmatch(text):
-        above, below = _plain_digits(match[3] or match[6]), _plain_digits(match[5] or match[7])
+        above, below = _strip_digit_separators(match[3] or match[6]), _strip_digit_separators(match[5] or match[7])
         if not Fraction(below):
             return None
         sign = "-" if (match[1] + (match[2] or "") + (match[4] or "")).count("-") % 2 else ""
-        return Scalar(_signed(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text)
-    if match := _MIXED.fullmatch(text):
+        return Scalar(
+            _apply_sign(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text
+        )
+    if match := _MIXED_NUMBER.fullmatch(text):
         ones, over, under = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
         if over < under:
-            return Scalar(_signed(match[1], ones + Fraction(over, under)), text=text)
+            return Scalar(_apply_sign(match[1], ones + Fraction(over, under)), text=text)
         return None
-    if match := _RECURRING.fullmatch(text):
+    if match := _RECURRING_DECIMAL.fullmatch(text):
         sign, whole, fixed, repeated = match.group(1, 2, 3, 4)
-        return _recurring(sign, whole or "0", fixed, re.sub(r"\D", "", repeated))
-    if match := _GOING_ON.fullmatch(text):
-        return _recurring(match[1], match[2] or "0", match[3], match[4] or match[5])
+        return _parse_recurring_decimal(sign, whole or "0", fixed, re.sub(r"\D", "", repeated))
+    if match := _ELLIPSIS_DECIMAL.fullmatch(text):
+        return _parse_recurring_decimal(match[1], match[2] or "0", match[3], match[4] or match[5])
     return None
 
 
-def _recurring(sign: str, whole: str, fixed: str, repeated: str) -> Scalar | None:
+def _parse_recurring_decimal(sign: str, whole: str, fixed: str, repeated: str) -> Scalar | None:
     if len(fixed) > 50 or len(repeated) > 50:
         return None
     above = int(whole + fixed + repeated) - int(whole + fixed)
-    return Scalar(_signed(sign, Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
+    return Scalar(_apply_sign(sign, Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
 
 
-def _signed(sign: str, value: Fraction) -> Fraction:
+def _apply_sign(sign: str, value: Fraction) -> Fraction:
     return -value if sign == "-" else value
 
 
-def _fixed(text: str) -> str:
+def _add_missing_braces(text: str) -> str:
     """Fractions and roots with braces around their arguments, which LaTeX does not need: `\\frac12`, `\\sqrt3`."""
-    text = _braced(text)
+    text = _brace_fraction_arguments(text)
     text = re.sub(r"(\\sqrt)\s*(?:(\d+|[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z{(])))", r"\1{\2}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
 
@@ -204,7 +206,7 @@ def _fixed(text: str) -> str:
 _ARGUMENT = re.compile(r"\s*(\d|\\[a-zA-Z]+|[a-zA-Z])")
 
 
-def _braced(text: str) -> str:
+def _brace_fraction_arguments(text: str) -> str:
     """Both arguments of each fraction and binomial in braces, from the innermost on."""
     starts = [match.end() for match in re.finditer(r"\\(?:frac|binom)(?![a-zA-Z])", text)]
     for start in reversed(starts[:200]):
@@ -215,14 +217,14 @@ def _braced(text: str) -> str:
                 position += len(token[1]) + 2
                 continue
             opening = re.compile(r"\s*(?=\{)").match(text, position)
-            end = _brace_end(text, opening.end()) if opening else None
+            end = _find_brace_end(text, opening.end()) if opening else None
             if end is None:
                 break
             position = end
     return text
 
 
-def _brace_end(text: str, start: int) -> int | None:
+def _find_brace_end(text: str, start: int) -> int | None:
     depth = 0
     for brace in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
@@ -237,7 +239,7 @@ _FUNCTIONS = re.findall(
     r"\w+",
     "sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc sin cos tan cot sec csc ln log exp max min gcd lcm det",
 )
-_KNOWN = frozenset(_FUNCTIONS) | frozenset(
+_KNOWN_COMMANDS = frozenset(_FUNCTIONS) | frozenset(
     re.findall(
         r"\w+",
         """
@@ -249,53 +251,53 @@ _KNOWN = frozenset(_FUNCTIONS) | frozenset(
 )
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
-_REFUSED = re.compile(
+_UNSUPPORTED_SYNTAX = re.compile(
     r"--|['\"&#@;:?~`]|!!|\d\s+\d|\d\s*_|[+*/^]\s*$|^\s*[*/^]|\^\s*\*|\*\*\*|\\\\|\.\s|\.$|\d\.\d+\.\d"
 )
 
 
-def parsed(text: str) -> Any:
+def parse_expression(text: str) -> Any:
     """Return the tree of an expression, not evaluated.
 
     Raises:
         Unreadable: for any sign, command or word that is in no list, and for what the parser does not read to its end.
     """
     text = re.sub(r"\\text\{\s*(-?[\d.,]+|[a-zA-Z])\s*\}", r"{\1}", text)
-    text = _fixed(
+    text = _add_missing_braces(
         re.sub(r"(?<!\\)\b(pi|infinity|inf)\b", lambda match: "\\pi " if match[1] == "pi" else "\\infty ", text)
     )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
-    text = _fixed(text.replace("**", "^"))
+    text = _add_missing_braces(text.replace("**", "^"))
     text = re.sub(r"(?<![\\a-zA-Z{])([a-zA-Z]{1,3})(\d+)", r"\1_{\2}", text)  # x1 is x_1, neither a product nor a power
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
     text = re.sub(r"\\log(?![a-zA-Z])(?!\s*_)", r"\\ln", text)
     text = re.sub(r"(\\log)\s*_\s*(\w)\s*", r"\1_{\2} ", text)
     text = re.sub(r"\\(sinh|cosh|tanh|coth|arcsin|arccos|arctan)(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"\\(bar|hat|vec|tilde|dot)\s+([a-zA-Z])", r"\\\1{\2}", text)
-    text = re.sub(r"(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", _improper, text)
+    text = re.sub(r"(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", _to_improper_fraction, text)
     text = _ANGLE.sub(r"(\\frac{\1 \\pi}{180})", text)
     text = re.sub(r"([\d)}])\s*(?=[(]|\\frac|\\ln|\\sqrt)(?<!\\)(?<=[\d)])", r"\1 \\cdot ", text)  # 2(3) is a product
     text = re.sub(r"\)\s*(?=[\da-zA-Z])", r") \\cdot ", text)
-    if _REFUSED.search(text) or not text.strip() or len(text) > 20_000:
-        raise Unreadable
-    if any(command not in _KNOWN for command in re.findall(r"\\([a-zA-Z]+|.)", text)):
-        raise Unreadable
+    if _UNSUPPORTED_SYNTAX.search(text) or not text.strip() or len(text) > 20_000:
+        raise UnreadableAnswer
+    if any(command not in _KNOWN_COMMANDS for command in re.findall(r"\\([a-zA-Z]+|.)", text)):
+        raise UnreadableAnswer
     if any(len(word) > 3 for word in _WORDS.findall(text)):
-        raise Unreadable
+        raise UnreadableAnswer
     if "," in text and not re.search(r"\\(?:max|min|gcd|lcm)|[a-zA-Z]\([^()]*,", text):
-        raise Unreadable
-    return _tree(text.strip())
+        raise UnreadableAnswer
+    return _parse_tree(text.strip())
 
 
-def _improper(match: re.Match) -> str:
+def _to_improper_fraction(match: re.Match) -> str:
     whole, above, below = map(int, match.groups())
     if not 0 < above < below:
-        raise Unreadable
+        raise UnreadableAnswer
     return f"(\\frac{{{whole * below + above}}}{{{below}}})"
 
 
 @functools.cache
-def _parser() -> type:
+def _get_parser_class() -> type:
     """Return the parser. It reads a number and the factor that follows it as a product: mixed numbers were read before."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
@@ -317,19 +319,19 @@ def _parser() -> type:
     return Parser
 
 
-def _tree(text: str) -> Any:
+def _parse_tree(text: str) -> Any:
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     try:
-        tree = _parser()(config=ConversionConfig(lowercase_symbols=False)).parse(text)
+        tree = _get_parser_class()(config=ConversionConfig(lowercase_symbols=False)).parse(text)
     except Exception as error:
-        raise Unreadable from error
+        raise UnreadableAnswer from error
     if not isinstance(tree, sympy.Expr) or isinstance(tree, sympy.MatrixBase) or tree.has(sympy.nan, sympy.zoo):
-        raise Unreadable
+        raise UnreadableAnswer
     ends = (sympy.oo, -sympy.oo, sympy.Mul(-1, sympy.oo, evaluate=False))
     if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
-        raise Unreadable  # infinity is no number to reckon with
+        raise UnreadableAnswer  # infinity is no number to reckon with
     capital = sympy.Symbol("I")
     with sympy.evaluate(False):  # a sum of numbers stays one
         return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
@@ -356,21 +358,23 @@ _NAME = re.compile(
     | \\(?:lim|int|iint|oint|sum|prod)(?![a-zA-Z]).*
     """
 )
-_NO_NAME = re.compile(r"(?i)\b(?:not|no|never|isn|wrong|incorrect|false|less|more|least|most|except|or|and|if|than)\b")
+_NOT_A_NAME = re.compile(
+    r"(?i)\b(?:not|no|never|isn|wrong|incorrect|false|less|more|least|most|except|or|and|if|than)\b"
+)
 _CONSTANTS = {"e", "i", "\\pi"}
 
 
-def is_name(text: str) -> bool:
+def is_variable_name(text: str) -> bool:
     """Return whether a text is a name, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
     text = text.strip()
-    return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
+    return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NOT_A_NAME.search(text)
 
 
 # -- everything else
 
 _RELATION = re.compile(r"\\equiv(?=.*\\pmod)|\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
 _OPENING, _CLOSING = "([{", ")]}"
-_ORDERS = {"<", ">", "\\leq", "\\geq"}
+_INEQUALITY_SIGNS = {"<", ">", "\\leq", "\\geq"}
 _OR = re.compile(r"\\text\{\s*,?\s*(?:or)\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])|或")
 _AND = re.compile(
     r"\\text\{\s*,?\s*(?:and)\s*,?\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])|和|"
@@ -380,7 +384,7 @@ _MATRIX = re.compile(r"(.*?)\\begin\{([pbBvV]?(?:small)?matrix|array)\}(?:\{[^{}
 _VECTOR = re.compile(r"\\(?:mathbf|hat|vec)\s*\{?\s*\\?(?:text\s*\{\s*)?([ijk])(?:math)?\s*\}?\}?(?![a-zA-Z])")
 
 
-def split_top(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
+def split_top_level(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
     """Return the parts of a text between the matches of a pattern outside of all brackets, and the matches."""
     parts, signs, start, depth, position = [], [], 0, 0, 0
     while position < len(text):
@@ -407,67 +411,70 @@ _COMMA = re.compile(r"[,;]")
 
 
 @functools.lru_cache(maxsize=256)
-def read(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return the value that a plain text writes.
 
     Raises:
         Unreadable: if it writes none as a whole.
     """
-    return _read(text)
+    return _parse_value_uncached(text)
 
 
-def _read(text: str) -> Any:
+def _parse_value_uncached(text: str) -> Any:
     text = re.sub(r"\\text\{\s*((?:or|and)\s)", r"\\text{ \1", text.strip())
     text = re.sub(r"^\\text\{\s*([^{}]*\d[^{}]*)\}$", r"\1", text)
     if not text or len(text) > 20_000:
-        raise Unreadable
-    if (number := read_number(text)) is not None:
+        raise UnreadableAnswer
+    if (number := parse_number(text)) is not None:
         return number
-    text = _THOUSANDS.sub(lambda match: match[0] if _depth(text[: match.start()]) else match[0].replace(",", ""), text)
-    if family := _family(text):
+    text = _THOUSANDS.sub(
+        lambda match: match[0] if _count_open_brackets(text[: match.start()]) else match[0].replace(",", ""), text
+    )
+    if family := _parse_integer_family(text):
         return family
-    if matrix := _matrix(text):
+    if matrix := _parse_matrix(text):
         return matrix
     text = re.sub(r"^(\([^()]*,[^()]*\))\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|\\intercal)\s*\}?$", r"\1", text)
     if _VECTOR.search(text):
-        return _components(text)
-    ors, _ = split_top(text, _OR)
+        return _parse_vector_components(text)
+    ors, _ = split_top_level(text, _OR)
     if len(ors) > 1:
-        return _either([read(part.strip(" ,;")) for part in ors])
-    if (interval := _intersection(text)) is not None:
+        return _combine_alternatives([parse_value(part.strip(" ,;")) for part in ors])
+    if (interval := _parse_inequality_pair(text)) is not None:
         return interval
-    items, _ = split_top(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
+    items, _ = split_top_level(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
-        return _listed(items)  # refuses what has no text between two commas
-    sides, signs = split_top(text, _RELATION)
+        return _parse_list(items)  # refuses what has no text between two commas
+    sides, signs = split_top_level(text, _RELATION)
     if signs:
-        return _related([side.strip() for side in sides], signs)
-    parts, _ = split_top(text, re.compile(r"\\cup(?![a-zA-Z])"))
+        return _parse_relation([side.strip() for side in sides], signs)
+    parts, _ = split_top_level(text, re.compile(r"\\cup(?![a-zA-Z])"))
     if len(parts) > 1:
-        return _either([read(part.strip()) for part in parts])
-    if (group := _grouped(text)) is not None:
+        return _combine_alternatives([parse_value(part.strip()) for part in parts])
+    if (group := _parse_bracketed(text)) is not None:
         return group
     if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
         if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
-            raise Unreadable
-        return Many(
+            raise UnreadableAnswer
+        return ValueCollection(
             "list",
             tuple(
-                read(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip()) for sign in "+-"
+                parse_value(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip())
+                for sign in "+-"
             ),
         )
-    return quantity(text)
+    return parse_quantity(text)
 
 
-def _intersection(text: str) -> Any:
+def _parse_inequality_pair(text: str) -> Any:
     """The interval of `x > 1 and x < 2`, or the union of `x < 1, x > 2`; None where a text is no such pair."""
-    ands, _ = split_top(text, _AND)
+    ands, _ = split_top_level(text, _AND)
     both = len(ands) == 2
-    ands = ands if both else split_top(text, _COMMA)[0]
+    ands = ands if both else split_top_level(text, _COMMA)[0]
     if len(ands) != 2 or not all(re.search(r"[<>]|\\[lg]eq", part) for part in ands):
         return None
-    values = [read(part.strip(" ,;")) for part in ands]
-    if not all(isinstance(value, Named) and isinstance(value.value, Interval) for value in values):
+    values = [parse_value(part.strip(" ,;")) for part in ands]
+    if not all(isinstance(value, Assignment) and isinstance(value.value, Interval) for value in values):
         return None
     ends = [value.value for value in values]
     if values[0].name != values[1].name or [end.low is None for end in ends].count(True) != 1:
@@ -480,208 +487,222 @@ def _intersection(text: str) -> Any:
         if not isinstance(low, Fraction) or not isinstance(high, Fraction) or low == high:
             return None
         if low > high:
-            return Named(values[0].name, Union((below, above)))
-    return Named(values[0].name, Interval(above.low, below.high, above.low_open, below.high_open))
+            return Assignment(values[0].name, IntervalUnion((below, above)))
+    return Assignment(values[0].name, Interval(above.low, below.high, above.low_open, below.high_open))
 
 
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_FAMILY = re.compile(
+_INTEGER_FAMILY = re.compile(
     r"(.*?)[,;\s(]*(?:\\text\{\s*(?:for|where|with|and)(?:\s+(?:all|any|every|each|some|an?|integers?))*\s*\}|\b(?:for|where|with)\b|\\forall|:)?\s*([a-z])\s*\\in\s*(\\mathbb\{[ZN]\}(?:\^?\+)?)\)?"
 )
 
 
-def _depth(text: str) -> int:
+def _count_open_brackets(text: str) -> int:
     return sum(
         1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text)
     )
 
 
-def _family(text: str) -> Any:
+def _parse_integer_family(text: str) -> Any:
     """The values for each integer of a parameter, as in `k\\pi, k \\in \\mathbb{Z}`; None where a text has no such end."""
-    match = _FAMILY.fullmatch(text)
+    match = _INTEGER_FAMILY.fullmatch(text)
     if match is None or not re.search(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", match[1]):
         return None
     head = re.sub(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", " n_{0} ", match[1])
-    value = read(head.strip(" ,;"))
-    name = value.name if isinstance(value, Named) else None
-    family = Family(value.value if isinstance(value, Named) else value, match[3])
-    return Named(name, family) if name else family
+    value = parse_value(head.strip(" ,;"))
+    name = value.name if isinstance(value, Assignment) else None
+    family = IntegerFamily(value.value if isinstance(value, Assignment) else value, match[3])
+    return Assignment(name, family) if name else family
 
 
-def _listed(items: list[str]) -> Any:
-    values = [read(item.strip()) for item in items]
-    if all(isinstance(value, Named) for value in values):
+def _parse_list(items: list[str]) -> Any:
+    values = [parse_value(item.strip()) for item in items]
+    if all(isinstance(value, Assignment) for value in values):
         names = [value.name for value in values]
         if len(set(names)) == len(names) > 1:
-            if any(isinstance(value.value, (Interval, Union)) for value in values):
-                raise Unreadable
-            return Names({value.name: value.value for value in values})
-    name = values[0].name if isinstance(values[0], Named) else None
+            if any(isinstance(value.value, (Interval, IntervalUnion)) for value in values):
+                raise UnreadableAnswer
+            return AssignmentGroup({value.name: value.value for value in values})
+    name = values[0].name if isinstance(values[0], Assignment) else None
     if name is not None:  # x = 2, 3
-        if any(isinstance(value, Named) and value.name != name for value in values):
-            raise Unreadable
-        values = [value.value if isinstance(value, Named) else value for value in values]
-    if any(isinstance(value, (Named, Relation, Union)) for value in values):
-        raise Unreadable
+        if any(isinstance(value, Assignment) and value.name != name for value in values):
+            raise UnreadableAnswer
+        values = [value.value if isinstance(value, Assignment) else value for value in values]
+    if any(isinstance(value, (Assignment, Relation, IntervalUnion)) for value in values):
+        raise UnreadableAnswer
     if name is not None and any(isinstance(value, Interval) for value in values):
-        raise Unreadable  # both at once
-    many = Many("letters" if all(re.fullmatch(r"\s*[a-zA-Z]\s*", item) for item in items) else "list", _flat(values))
-    return Named(name, many) if name is not None else many
+        raise UnreadableAnswer  # both at once
+    many = ValueCollection(
+        "letters" if all(re.fullmatch(r"\s*[a-zA-Z]\s*", item) for item in items) else "list", _flatten_lists(values)
+    )
+    return Assignment(name, many) if name is not None else many
 
 
-def _flat(values: list) -> tuple:
+def _flatten_lists(values: list) -> tuple:
     """The values with those of lists among them, as in `0, \\pm 1`."""
     return tuple(
         inner
         for value in values
-        for inner in (value.items if isinstance(value, Many) and value.kind == "list" else (value,))
+        for inner in (value.items if isinstance(value, ValueCollection) and value.kind == "list" else (value,))
     )
 
 
-def _either(values: list) -> Any:
-    names = {value.name for value in values if isinstance(value, Named)}
-    if len(names) > 1 or (names and not isinstance(values[0], Named)):
-        raise Unreadable
-    values = [value.value if isinstance(value, Named) else value for value in values]
-    if any(isinstance(value, (Interval, Union)) for value in values):
+def _combine_alternatives(values: list) -> Any:
+    names = {value.name for value in values if isinstance(value, Assignment)}
+    if len(names) > 1 or (names and not isinstance(values[0], Assignment)):
+        raise UnreadableAnswer
+    values = [value.value if isinstance(value, Assignment) else value for value in values]
+    if any(isinstance(value, (Interval, IntervalUnion)) for value in values):
         parts: list = []
         for value in values:
-            parts += value.parts if isinstance(value, Union) else [value]
+            parts += value.parts if isinstance(value, IntervalUnion) else [value]
         if any(
-            not isinstance(part, (Interval, Many)) or (isinstance(part, Many) and part.kind != "set") for part in parts
+            not isinstance(part, (Interval, ValueCollection))
+            or (isinstance(part, ValueCollection) and part.kind != "set")
+            for part in parts
         ):
-            raise Unreadable
-        united: Any = Union(tuple(parts))
-    elif all(isinstance(value, Many) and value.kind == "set" for value in values):
-        united = Many("set", tuple(item for value in values for item in value.items))
-    elif any(isinstance(value, (Names, Relation)) for value in values):
-        raise Unreadable
+            raise UnreadableAnswer
+        united: Any = IntervalUnion(tuple(parts))
+    elif all(isinstance(value, ValueCollection) and value.kind == "set" for value in values):
+        united = ValueCollection("set", tuple(item for value in values for item in value.items))
+    elif any(isinstance(value, (AssignmentGroup, Relation)) for value in values):
+        raise UnreadableAnswer
     else:
-        united = Many("list", _flat(values))
-    return Named(names.pop(), united) if names else united
+        united = ValueCollection("list", _flatten_lists(values))
+    return Assignment(names.pop(), united) if names else united
 
 
-def _expression(text: str) -> Any:
+def _try_parse_expression(text: str) -> Any:
     """The tree of a name, where it is an expression, too."""
     try:
-        return parsed(text)
-    except Unreadable:
+        return parse_expression(text)
+    except UnreadableAnswer:
         return None
 
 
-def _related(sides: list[str], signs: list[str]) -> Any:
+def _parse_relation(sides: list[str], signs: list[str]) -> Any:
     if not all(sides):
-        raise Unreadable
+        raise UnreadableAnswer
     if set(signs) <= {"=", "\\approx"} or signs == ["\\equiv"]:
-        return _equated(sides, signs)
-    if signs == ["\\in"] and is_name(sides[0]):
-        value = read(sides[1])
-        if isinstance(value, (Scalar, Named, Names, Relation)):
-            raise Unreadable
-        return Named(sides[0], value)
+        return _parse_equation(sides, signs)
+    if signs == ["\\in"] and is_variable_name(sides[0]):
+        value = parse_value(sides[1])
+        if isinstance(value, (Scalar, Assignment, AssignmentGroup, Relation)):
+            raise UnreadableAnswer
+        return Assignment(sides[0], value)
     if signs == ["\\neq"]:
-        name, value = (sides[0], sides[1]) if is_name(sides[0]) else (sides[1], sides[0])
-        if is_name(name):
-            return Named(name, without(_only(value)))
-    if set(signs) <= _ORDERS:
-        return _ordered(sides, signs)
-    raise Unreadable
+        name, value = (sides[0], sides[1]) if is_variable_name(sides[0]) else (sides[1], sides[0])
+        if is_variable_name(name):
+            return Assignment(name, exclude_points(_parse_scalar(value)))
+    if set(signs) <= _INEQUALITY_SIGNS:
+        return _parse_inequality(sides, signs)
+    raise UnreadableAnswer
 
 
-def without(*holes: Scalar) -> Union:
+def exclude_points(*holes: Scalar) -> IntervalUnion:
     """Return the real line without some points, which are in order."""
     ends = [None, *holes, None]
-    return Union(tuple(Interval(low, high, True, True) for low, high in itertools.pairwise(ends)))
+    return IntervalUnion(tuple(Interval(low, high, True, True) for low, high in itertools.pairwise(ends)))
 
 
-def _equated(sides: list[str], signs: list[str]) -> Any:
-    if len(sides) == 2 and signs == ["="] and is_name(sides[1]) and not is_name(sides[0]):
+def _parse_equation(sides: list[str], signs: list[str]) -> Any:
+    if len(sides) == 2 and signs == ["="] and is_variable_name(sides[1]) and not is_variable_name(sides[0]):
         sides = sides[::-1]
-    names = [side for side in sides if is_name(side)]
+    names = [side for side in sides if is_variable_name(side)]
     if len(names) == len(sides):
         if len(sides) != 2:
-            raise Unreadable
-        left, right = _expression(sides[0]), _expression(sides[1])
-        return Named(sides[0], Scalar(right, text=sides[1]), left) if None not in (left, right) else _unreadable()
+            raise UnreadableAnswer
+        left, right = _try_parse_expression(sides[0]), _try_parse_expression(sides[1])
+        return (
+            Assignment(sides[0], Scalar(right, text=sides[1]), left)
+            if None not in (left, right)
+            else _raise_unreadable()
+        )
     rounded = signs.index("\\approx") if "\\approx" in signs else len(sides) - 1
-    if not any(not is_name(side) for side in sides[: rounded + 1]):
+    if not any(not is_variable_name(side) for side in sides[: rounded + 1]):
         rounded = len(sides) - 1
-    value = read(sides[rounded])
-    if isinstance(value, (Named, Names, Relation, Family)):
-        raise Unreadable
-    _check_rounded(value, sides[rounded + 1 :])
-    if is_name(sides[0]):
+    value = parse_value(sides[rounded])
+    if isinstance(value, (Assignment, AssignmentGroup, Relation, IntegerFamily)):
+        raise UnreadableAnswer
+    _check_approximations(value, sides[rounded + 1 :])
+    if is_variable_name(sides[0]):
         for side in sides[1:rounded]:
-            if not is_name(side) and not re.search(r"\\[cl]?dots", side):
-                other = read(side)
-                numbers = isinstance(other, Scalar) and isinstance(value, Scalar) and not symbols(other.value)
-                if numbers and not symbols(value.value) and not same_number(other, value):
-                    raise Unreadable
-        return Named(sides[0], value, _expression(sides[0]) if len(sides) == 2 else None)
-    first = read(sides[0])
-    others = [first] + [read(side) for side in sides[1:rounded] if not is_name(side)]
+            if not is_variable_name(side) and not re.search(r"\\[cl]?dots", side):
+                other = parse_value(side)
+                numbers = isinstance(other, Scalar) and isinstance(value, Scalar) and not get_symbols(other.value)
+                if numbers and not get_symbols(value.value) and not is_same_number(other, value):
+                    raise UnreadableAnswer
+        return Assignment(sides[0], value, _try_parse_expression(sides[0]) if len(sides) == 2 else None)
+    first = parse_value(sides[0])
+    others = [first] + [parse_value(side) for side in sides[1:rounded] if not is_variable_name(side)]
     if not all(isinstance(other, Scalar) for other in [*others, value]):
-        raise Unreadable
-    if all(same_number(other, value) for other in others if other is not value):  # a calculation, or an identity
+        raise UnreadableAnswer
+    if all(is_same_number(other, value) for other in others if other is not value):  # a calculation, or an identity
         return next((other for other in [value, *others] if isinstance(other.value, Fraction)), value)
-    if len(sides) == 2 and symbols(first.value) | symbols(value.value):
+    if len(sides) == 2 and get_symbols(first.value) | get_symbols(value.value):
         return Relation("=", first, value)
-    raise Unreadable
+    raise UnreadableAnswer
 
 
-def _check_rounded(value: Any, sides: list[str]) -> None:
+def _check_approximations(value: Any, sides: list[str]) -> None:
     """Refuse what follows an exact value and a sign of approximation, unless it is a number near it."""
     for side in sides:
-        number = read_number(side)
+        number = parse_number(side)
         exact = value.value if isinstance(value, Scalar) else None
-        if number is None or exact is None or symbols(exact):
-            raise Unreadable
+        if number is None or exact is None or get_symbols(exact):
+            raise UnreadableAnswer
         if isinstance(exact, Fraction) and exact.denominator == 1 and number.value != exact:
-            raise Unreadable  # an integer needs no rounding
+            raise UnreadableAnswer  # an integer needs no rounding
         step, error = float(number.step or 1), float(exact) - float(number.value)
         is_cut = 0 <= error * (1 if float(exact) > 0 else -1) < step
         if not abs(error) <= step * 0.5001 and not is_cut:
-            raise Unreadable  # neither rounded nor cut to its places
+            raise UnreadableAnswer  # neither rounded nor cut to its places
         if number.step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
-            raise Unreadable
+            raise UnreadableAnswer
 
 
-def _unreadable() -> Any:
-    raise Unreadable
+def _raise_unreadable() -> Any:
+    raise UnreadableAnswer
 
 
-def _ordered(sides: list[str], signs: list[str]) -> Any:
+def _parse_inequality(sides: list[str], signs: list[str]) -> Any:
     if all(sign in (">", "\\geq") for sign in signs):
         sides, signs = sides[::-1], [{">": "<", "\\geq": "\\leq"}[sign] for sign in signs[::-1]]
     elif not all(sign in ("<", "\\leq") for sign in signs):
-        raise Unreadable
-    names = [place for place, side in enumerate(sides) if is_name(side)]
+        raise UnreadableAnswer
+    names = [place for place, side in enumerate(sides) if is_variable_name(side)]
     if len(sides) == 3 and names == [1]:
-        low, high = (None if re.fullmatch(r"[-+]?\s*\\infty", side) else _only(side) for side in (sides[0], sides[2]))
-        return Named(sides[1], Interval(low, high, low is None or signs[0] == "<", high is None or signs[1] == "<"))
+        low, high = (
+            None if re.fullmatch(r"[-+]?\s*\\infty", side) else _parse_scalar(side) for side in (sides[0], sides[2])
+        )
+        return Assignment(
+            sides[1], Interval(low, high, low is None or signs[0] == "<", high is None or signs[1] == "<")
+        )
     if len(sides) != 2:
-        raise Unreadable
-    if (absolute := re.fullmatch(r"\|([^|]*[a-z][^|]*)\|", sides[0])) and (near := _near(absolute[1], sides[1])):
+        raise UnreadableAnswer
+    if (absolute := re.fullmatch(r"\|([^|]*[a-z][^|]*)\|", sides[0])) and (
+        near := _parse_absolute_value(absolute[1], sides[1])
+    ):
         letter, low, high = near
-        return Named(letter, Interval(low, high, signs[0] == "<", signs[0] == "<"))
-    if len(names) == 1 and not symbols(_only(sides[1 - names[0]]).value):
-        end = _only(sides[1 - names[0]])
+        return Assignment(letter, Interval(low, high, signs[0] == "<", signs[0] == "<"))
+    if len(names) == 1 and not get_symbols(_parse_scalar(sides[1 - names[0]]).value):
+        end = _parse_scalar(sides[1 - names[0]])
         below = names[0] == 0
-        return Named(
+        return Assignment(
             sides[names[0]],
             Interval(
                 None if below else end, end if below else None, below or signs[0] == "<", not below or signs[0] == "<"
             ),
         )
-    left, right = _only(sides[0]), _only(sides[1])
+    left, right = _parse_scalar(sides[0]), _parse_scalar(sides[1])
     return Relation(signs[0], left, right)
 
 
-def _near(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
+def _parse_absolute_value(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
     """The letter and the two ends of `|x - 2| < 3`; None where the inside is not linear in one letter."""
     import sympy
 
-    end, tree = read_number(radius), parsed(inside)
+    end, tree = parse_number(radius), parse_expression(inside)
     tree = sympy.expand(tree.xreplace({number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}))
     if end is None or end.value <= 0 or len(tree.free_symbols) != 1:
         return None
@@ -696,25 +717,25 @@ def _near(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
     return str(letter), Scalar(min(ends)), Scalar(max(ends))
 
 
-def _grouped(text: str) -> Any:
+def _parse_bracketed(text: str) -> Any:
     """A set, tuple, interval or a value in brackets; None where the text is not one pair of brackets."""
     if re.fullmatch(r"\\mathbb\{R\}", text):
         return Interval(None, None, True, True)
     if match := re.fullmatch(
         r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-|\\)\s*(\\\{.*\\\}|[(\[][^()\[\]]*[)\]])", text
     ):
-        holes = read(match[1])
-        if isinstance(holes, Many) and all(isinstance(hole, Scalar) for hole in holes.items):
-            return without(*in_order(holes.items))
+        holes = parse_value(match[1])
+        if isinstance(holes, ValueCollection) and all(isinstance(hole, Scalar) for hole in holes.items):
+            return exclude_points(*sort_by_value(holes.items))
         if isinstance(holes, Interval):
-            return _complement(holes)
-        raise Unreadable
+            return _get_complement(holes)
+        raise UnreadableAnswer
     if re.fullmatch(r"\\emptyset|\\\{\s*\\\}", text):
-        return Many("set", ())
+        return ValueCollection("set", ())
     if match := re.fullmatch(r"\]\s*([^\[\]]+)\[|\]\s*([^\[\]]+)\]|\[\s*([^\[\]]+)\[", text):  # ]0, 1[
         inner = next(filter(None, match.groups()))
-        low, high = _two(inner)
-        return _interval(low, high, text[0] == "]", text[-1] == "[")
+        low, high = _parse_pair(inner)
+        return _make_interval(low, high, text[0] == "]", text[-1] == "[")
     for opening, closing in (
         ("\\{", "\\}"),
         ("\\langle", "\\rangle"),
@@ -727,22 +748,22 @@ def _grouped(text: str) -> Any:
     ):
         if text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : len(text) - len(closing)]
-            if not _balanced(inner):
+            if not _is_balanced(inner):
                 continue
-            return _bracketed(opening, closing, inner.strip())
+            return _make_bracketed_value(opening, closing, inner.strip())
     return None
 
 
-def _complement(interval: Interval) -> Any:
+def _get_complement(interval: Interval) -> Any:
     below = Interval(None, interval.low, True, not interval.low_open)
     above = Interval(interval.high, None, not interval.high_open, True)
     parts = [part for part, end in ((below, interval.low), (above, interval.high)) if end is not None]
     if not parts:
-        raise Unreadable
-    return parts[0] if len(parts) == 1 else Union(tuple(parts))
+        raise UnreadableAnswer
+    return parts[0] if len(parts) == 1 else IntervalUnion(tuple(parts))
 
 
-def _balanced(text: str) -> bool:
+def _is_balanced(text: str) -> bool:
     depth = 0
     for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text):
         depth += 1 if sign in ("\\langle", "(", "[", "{") else -1
@@ -751,76 +772,80 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-def _bracketed(opening: str, closing: str, inner: str) -> Any:
-    items = [item.strip() for item in split_top(inner, _COMMA)[0]]
+def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
+    items = [item.strip() for item in split_top_level(inner, _COMMA)[0]]
     if opening == "\\{" or (opening == "{" and len(items) > 1):
         if match := re.fullmatch(r"\(?\s*([a-z])\s*(?:\\in\s*\\mathbb\{R\})?\s*\)?\s*(?:\\mid|\||:)\s*(.+)", inner):
-            value = read(match[2])
-            if isinstance(value, Named) and value.name == match[1] and not isinstance(value.value, (Scalar, Named)):
+            value = parse_value(match[2])
+            if (
+                isinstance(value, Assignment)
+                and value.name == match[1]
+                and not isinstance(value.value, (Scalar, Assignment))
+            ):
                 return value.value
-            raise Unreadable
-        values = read(inner) if len(items) == 1 else None
-        if isinstance(values, Many) and values.kind == "list":  # \{\pm 2\}
-            return Many("set", values.items)
+            raise UnreadableAnswer
+        values = parse_value(inner) if len(items) == 1 else None
+        if isinstance(values, ValueCollection) and values.kind == "list":  # \{\pm 2\}
+            return ValueCollection("set", values.items)
         if (
             len(items) == 1
-            and isinstance(values, (Interval, Union, Named, Relation))
+            and isinstance(values, (Interval, IntervalUnion, Assignment, Relation))
             and not getattr(values, "pair", False)
         ):
-            if isinstance(values, Named) and not isinstance(values.value, (Interval, Union)):
-                return Many("set", (values.value,))
-            raise Unreadable
-        return Many("set", _flat([read(item) for item in items]))
+            if isinstance(values, Assignment) and not isinstance(values.value, (Interval, IntervalUnion)):
+                return ValueCollection("set", (values.value,))
+            raise UnreadableAnswer
+        return ValueCollection("set", _flatten_lists([parse_value(item) for item in items]))
     if opening in ("\\langle", "<"):
         if len(items) < 2:
-            raise Unreadable
-        return Many("tuple", tuple(read(item) for item in items))
+            raise UnreadableAnswer
+        return ValueCollection("tuple", tuple(parse_value(item) for item in items))
     if len(items) == 1:
-        value = read(inner)
+        value = parse_value(inner)
         if opening == "(" and closing == ")":
             if isinstance(value, Scalar):
                 return Scalar(value.value, value.step, value.unit, inner)
-            if isinstance(value, (Interval, Many)):
+            if isinstance(value, (Interval, ValueCollection)):
                 return None
             return value
         if opening == "{":
             return value
-        return Many("tuple", (value,)) if (opening, closing) == ("[", "]") else _unreadable()
+        return ValueCollection("tuple", (value,)) if (opening, closing) == ("[", "]") else _raise_unreadable()
     if len(items) == 2 and opening in "([" and closing in ")]":
-        return _interval(*_two(inner), opening == "(", closing == ")")
+        return _make_interval(*_parse_pair(inner), opening == "(", closing == ")")
     if opening + closing in ("()", "[]"):
-        return Many("tuple", tuple(read(item) for item in items))
-    raise Unreadable
+        return ValueCollection("tuple", tuple(parse_value(item) for item in items))
+    raise UnreadableAnswer
 
 
-def _two(inner: str) -> tuple[Any, Any]:
-    items = split_top(inner, _COMMA)[0]
+def _parse_pair(inner: str) -> tuple[Any, Any]:
+    items = split_top_level(inner, _COMMA)[0]
     if len(items) != 2:
-        raise Unreadable
-    return read(items[0].strip()), read(items[1].strip())
+        raise UnreadableAnswer
+    return parse_value(items[0].strip()), parse_value(items[1].strip())
 
 
-def _interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
+def _make_interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
     if not isinstance(low, Scalar) or not isinstance(high, Scalar):
         if low_open and high_open:
-            return Many("tuple", (low, high))
+            return ValueCollection("tuple", (low, high))
         if not low_open and not high_open:
-            return Many("tuple", (low, high))
-        raise Unreadable
+            return ValueCollection("tuple", (low, high))
+        raise UnreadableAnswer
     ends = [
         None if "\\infty" in end.text and re.fullmatch(r"[-+]?\s*\\infty", end.text.strip()) else end
         for end in (low, high)
     ]
     if ends[0] is None and not low.text.strip().startswith("-"):
-        return Many("tuple", (low, high))
+        return ValueCollection("tuple", (low, high))
     if ends[1] is None and high.text.strip().startswith("-"):
-        return Many("tuple", (low, high))
+        return ValueCollection("tuple", (low, high))
     return Interval(ends[0], ends[1], low_open, high_open, pair=low_open and high_open and None not in ends)
 
 
-def _matrix(text: str) -> Any:
+def _parse_matrix(text: str) -> Any:
     if match := re.fullmatch(r"(.*\\end\{.*)\^\s*\{?(?:T|\\top|\\text\{T\}|\\intercal)\}?", text, re.DOTALL):
-        turned = _matrix(match[1])
+        turned = _parse_matrix(match[1])
         return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
     if re.fullmatch(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]", text):
         rows = re.findall(r"\[([^\[\]]*)\]", text)
@@ -835,39 +860,39 @@ def _matrix(text: str) -> Any:
         if match is None:
             return None
     elif match[2] in ("vmatrix", "Vmatrix"):
-        raise Unreadable  # a determinant
+        raise UnreadableAnswer  # a determinant
     rows = [row for row in re.split(r"\\\\", match[3]) if row.strip() and row.strip() != "\\hline"]
-    cells = tuple(tuple(_only(cell.strip()) for cell in row.replace("\\hline", "").split("&")) for row in rows)
+    cells = tuple(tuple(_parse_scalar(cell.strip()) for cell in row.replace("\\hline", "").split("&")) for row in rows)
     if not cells or len({len(row) for row in cells}) != 1:
-        raise Unreadable
+        raise UnreadableAnswer
     factor = re.sub(r"\\cdot|\\times|\*", "", match[1]).strip()
     named = re.fullmatch(r"(.*?)=\s*", factor)
-    if named and (is_name(named[1]) or re.fullmatch(r"[A-Z]\s*\^\s*\{?(?:-?\d+|[nkTt])\}?\s*", named[1])):
+    if named and (is_variable_name(named[1]) or re.fullmatch(r"[A-Z]\s*\^\s*\{?(?:-?\d+|[nkTt])\}?\s*", named[1])):
         factor = ""
     if factor:
-        scale = Scalar(Fraction(-1)) if factor == "-" else _only(factor)
-        cells = tuple(tuple(product(scale, cell) for cell in row) for row in cells)
+        scale = Scalar(Fraction(-1)) if factor == "-" else _parse_scalar(factor)
+        cells = tuple(tuple(multiply(scale, cell) for cell in row) for row in cells)
     return Matrix(cells)
 
 
-def _components(text: str) -> Many:
+def _parse_vector_components(text: str) -> ValueCollection:
     """The components of `3\\mathbf{i} - 2\\mathbf{j}`."""
     import sympy
 
-    tree = parsed(_VECTOR.sub(lambda match: f" v_{{{'ijk'.index(match[1])}}} ", text))
+    tree = parse_expression(_VECTOR.sub(lambda match: f" v_{{{'ijk'.index(match[1])}}} ", text))
     units = [sympy.Symbol(f"v_{place}") for place in range(3)]
     if not set(units) & tree.free_symbols:
-        raise Unreadable
+        raise UnreadableAnswer
     tree = sympy.expand(tree.doit())
     parts = [tree.coeff(unit) for unit in units]
     if sympy.expand(tree - sum(part * unit for part, unit in zip(parts, units, strict=True))) != 0:
-        raise Unreadable
-    return Many("components", tuple(Scalar(part, text=str(part)) for part in parts))
+        raise UnreadableAnswer
+    return ValueCollection("components", tuple(Scalar(part, text=str(part)) for part in parts))
 
 
 # -- a number with its unit
 
-_SIZES = {
+_MAGNITUDE_SUFFIXES = {
     "k": 10**3,
     "K": 10**3,
     "M": 10**6,
@@ -877,98 +902,100 @@ _SIZES = {
     "bn": 10**9,
 }  # behind an amount of money
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
-_WITH_TEXT = re.compile(
+_NUMBER_AND_TEXT = re.compile(
     r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
 )
-_WITH_WORD = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL)
+_NUMBER_AND_WORD = re.compile(
+    r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL
+)
 _PRIME = r"(?:'|\^\s*\{?\s*\\prime\s*\}?)"
-_ARC = re.compile(rf"(-)?\s*(\d+)\s*\^\\circ\s*(\d+)\s*{_PRIME}(?:\s*(\d+)\s*{_PRIME}\s*{_PRIME})?")
+_DEGREES_AND_MINUTES = re.compile(rf"(-)?\s*(\d+)\s*\^\\circ\s*(\d+)\s*{_PRIME}(?:\s*(\d+)\s*{_PRIME}\s*{_PRIME})?")
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
 
-def quantity(text: str) -> Scalar:
+def parse_quantity(text: str) -> Scalar:
     """Return an expression, with the unit behind it where it has one."""
-    if match := _ARC.fullmatch(text):
+    if match := _DEGREES_AND_MINUTES.fullmatch(text):
         degrees, minutes, seconds = (Fraction(part or "0") for part in match.group(2, 3, 4))
         if minutes >= 60 or seconds >= 60:
-            raise Unreadable
+            raise UnreadableAnswer
         size = degrees + minutes / 60 + seconds / 3600
         return Scalar(-size if match[1] else size, None, Unit((("deg", 1),), Fraction(1)), text)
     if match := _MODULUS.fullmatch(text):
         head, modulus = [group for group in match.groups() if group is not None]
-        return _with(head, Unit((("mod" + modulus, 1),), Fraction(1)))
+        return _attach_unit(head, Unit((("mod" + modulus, 1),), Fraction(1)))
     if (match := _CURRENCY.match(text)) and match.end() < len(text):
-        unit = read_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
+        unit = parse_unit(re.sub(r"^(?:US|A|C)(?=\$)", "", match[0].replace("\\", "").strip("+- ")))
         if unit and (foreign := re.match(r"[-+\s]*([AC])\\?\$", text)):  # Australian and Canadian dollars
             unit = Unit((("usd" + foreign[1], 1),), Fraction(1)), unit[1]
         rest = match[1] + text[match.end() :]
-        number = read_number(rest) if unit else None
+        number = parse_number(rest) if unit else None
         if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
-            again = read_unit(many[2])
-            if thousands := _SIZES.get(many[2]):
+            again = parse_unit(many[2])
+            if thousands := _MAGNITUDE_SUFFIXES.get(many[2]):
                 again = Unit((), Fraction(1)), thousands
-            number = _scaled(many[1], again[1]) if again and not again[0].bases else None
+            number = _scale_scalar(many[1], again[1]) if again and not again[0].bases else None
             if number is None and again and again[0] == unit[0]:  # $5 dollars
-                number = read_number(many[1])
+                number = parse_number(many[1])
         if number is not None and unit is not None:
             return Scalar(number.value, number.step, unit[0], rest)
-        raise Unreadable
-    if match := _WITH_TEXT.fullmatch(text):
-        if (sum_ := _together(text)) is not None:
+        raise UnreadableAnswer
+    if match := _NUMBER_AND_TEXT.fullmatch(text):
+        if (sum_ := _parse_quantity_sum(text)) is not None:
             return sum_
         inside = match[2].startswith("^") and re.search(
             r"\\(?:sin|cos|tan|cot|sec|csc)", match[1]
         )  # the degrees of a sine
-        found = None if inside else read_unit(match[2])
+        found = None if inside else parse_unit(match[2])
         if found is not None:
-            return _with(match[1], found[0], found[1])
+            return _attach_unit(match[1], found[0], found[1])
     try:
-        return Scalar(parsed(text), text=text)
-    except Unreadable:
-        match = _WITH_WORD.fullmatch(text)
+        return Scalar(parse_expression(text), text=text)
+    except UnreadableAnswer:
+        match = _NUMBER_AND_WORD.fullmatch(text)
         if match is None:
             raise
-    if (sum_ := _together(text)) is not None:
+    if (sum_ := _parse_quantity_sum(text)) is not None:
         return sum_
     first = re.match(r"[^\W\d_]+", match[3])
-    if first is None or not (is_known(first[0]) or match[2] or not first[0].isascii()):
-        raise Unreadable
-    found = read_unit(match[3])
+    if first is None or not (is_unit_name(first[0]) or match[2] or not first[0].isascii()):
+        raise UnreadableAnswer
+    found = parse_unit(match[3])
     if found is None:
-        raise Unreadable
-    return _with(match[1], found[0], found[1])
+        raise UnreadableAnswer
+    return _attach_unit(match[1], found[0], found[1])
 
 
-def unit_letter(text: str) -> Scalar | None:
+def parse_letter_unit(text: str) -> Scalar | None:
     """Return a number with a letter behind it as a number with a unit (`5m`), not as a product; None where it is none."""
     match = re.fullmatch(r"(.*\d\}?)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
-    if match is None or not is_known(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
+    if match is None or not is_unit_name(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
         return None  # 15K may be 15,000
-    number, unit = read_number(match[1]), read_unit(match[2])
+    number, unit = parse_number(match[1]), parse_unit(match[2])
     return Scalar(number.value, number.step, unit[0], match[1]) if number and unit else None
 
 
-def _with(head: str, unit: Unit, many: int = 1) -> Scalar:
+def _attach_unit(head: str, unit: Unit, many: int = 1) -> Scalar:
     head = head.strip()
-    if (inner := re.fullmatch(r"\((.*)\)", head)) and _balanced(inner[1]):
+    if (inner := re.fullmatch(r"\((.*)\)", head)) and _is_balanced(inner[1]):
         head = inner[1]
-    number = _scaled(head, many)
+    number = _scale_scalar(head, many)
     if number is None:
-        tree = parsed(head)
+        tree = parse_expression(head)
         if many != 1:
-            raise Unreadable
+            raise UnreadableAnswer
         return Scalar(tree, None, unit if unit.bases else None, head)
     return Scalar(number.value, number.step, unit if unit.bases else None, head)
 
 
-def _scaled(head: str, many: int) -> Scalar | None:
-    number = read_number(head)
+def _scale_scalar(head: str, many: int) -> Scalar | None:
+    number = parse_number(head)
     if number is None or many == 1:
         return number
     return Scalar(number.value * many, None if number.step is None else number.step * many, text=head)
 
 
-def _together(text: str) -> Scalar | None:
+def _parse_quantity_sum(text: str) -> Scalar | None:
     """The sum of `2 hours 30 minutes`; None where a text is no such sum."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     flat = re.sub(r"(\d\s*h(?:rs?|ours?)?\s*,?\s*\d+\s*)m\b", r"\1min", flat)
@@ -977,7 +1004,7 @@ def _together(text: str) -> Scalar | None:
         return None
     total, bases = Fraction(0), set()
     for digits, word in parts:
-        unit = read_unit(word) if is_known(word) else None
+        unit = parse_unit(word) if is_unit_name(word) else None
         if unit is None or unit[1] != 1:
             return None
         total += Fraction(digits) * unit[0].factor

@@ -6,53 +6,53 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
-from bupo.rewards.answers.classes import Scalar, Unreadable
+from bupo.rewards.answers.classes import Scalar, UnreadableAnswer
 from bupo.rewards.answers.units import Unit
 
-DIGITS = 6  # significant digits that a rounded decimal needs
+MIN_SIGNIFICANT_DIGITS = 6  # significant digits that a rounded decimal needs
 _PRECISION = 50  # digits to which irrational numbers are compared
-_CLOSE = Fraction(1, 10**40)  # relative
-_FLOAT = Fraction(2, 10**16)  # the relative error that a number in floating point may have
-_LARGEST = 10**6  # of an exponent, and of a number whose factorial is taken, that are worked out
+_RELATIVE_TOLERANCE = Fraction(1, 10**40)  # relative
+_FLOAT_TOLERANCE = Fraction(2, 10**16)  # the relative error that a number in floating point may have
+_MAX_EXPONENT = 10**6  # of an exponent, and of a number whose factorial is taken, that are worked out
 # at these values of their letters, expressions are compared: of both signs and several sizes
-_POINTS = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
+_SAMPLE_VALUES = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
 
 
 class Equality(StrEnum):
     SAME = "correct"
-    OTHER = "wrong"
-    LEFT_TO_DO = "unevaluated"
+    DIFFERENT = "wrong"
+    UNEVALUATED = "unevaluated"
 
 
-def same_scalar(gold: Scalar, answer: Scalar) -> Equality:
+def compare_scalars(gold: Scalar, answer: Scalar) -> Equality:
     """Return whether two numbers or expressions, with their units, are the same answer."""
-    if not any(same_number(*pair) for pair in _in_one_unit(gold, answer)):
-        return Equality.OTHER
-    return Equality.LEFT_TO_DO if left_to_do(gold, answer) else Equality.SAME
+    if not any(is_same_number(*pair) for pair in _convert_to_common_unit(gold, answer)):
+        return Equality.DIFFERENT
+    return Equality.UNEVALUATED if is_unevaluated(gold, answer) else Equality.SAME
 
 
-def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
+def _convert_to_common_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
     """Return the pairs of numbers to compare: the answer is right if one pair is equal."""
     ours, theirs = gold.unit, answer.unit
     if ours == theirs:
         return [(gold, answer)]
     if ours is not None and theirs is not None:
         for meaning in (_WEIGHT, _STERLING):
-            read = [_as_unit(unit, meaning) for unit in (ours, theirs)]
+            read = [_resolve_pound(unit, meaning) for unit in (ours, theirs)]
             if read != [ours, theirs] and read[0].bases == read[1].bases:
-                return [(_times(gold, read[0].factor), _times(answer, read[1].factor))]
+                return [(_multiply_by_factor(gold, read[0].factor), _multiply_by_factor(answer, read[1].factor))]
     pairs = []
     if ours is None or theirs is None:
         unit = ours or theirs
         if unit == _PERCENT:
             # a plain number of at most 1 is a share of one: 0.5 and 50 %, never 0.5 and 0.5 %
-            pairs.append((_percent(gold), _percent(answer)))
+            pairs.append((_convert_percent(gold), _convert_percent(answer)))
             bare = gold if ours is None else answer
             if isinstance(bare.value, Fraction) and abs(bare.value) > 1:
                 pairs.append((gold, answer))
             return pairs
         if unit is not None and unit.bases == _DEGREES.bases and (ours is None or _has_pi(answer.value)):
-            pairs.append((_radians(gold), _radians(answer)))
+            pairs.append((_convert_to_radians(gold), _convert_to_radians(answer)))
             if _has_pi(gold.value) or _has_pi(answer.value):
                 return pairs
         if (
@@ -64,9 +64,9 @@ def _in_one_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
             return []
         return [*pairs, (gold, answer)]
     if ours.bases == theirs.bases:
-        return [(_times(gold, ours.factor), _times(answer, theirs.factor))]
+        return [(_multiply_by_factor(gold, ours.factor), _multiply_by_factor(answer, theirs.factor))]
     if {ours.bases, theirs.bases} == {_DEGREES.bases, (("rad", 1),)}:
-        return [(_radians(gold), _radians(answer))]
+        return [(_convert_to_radians(gold), _convert_to_radians(answer))]
     return []
 
 
@@ -76,7 +76,7 @@ _WEIGHT = Unit((("g", 1),), Fraction("453.59237"))
 _DEGREES = Unit((("deg", 1),), Fraction(1))
 
 
-def _as_unit(unit: Unit, meaning: Unit) -> Unit:
+def _resolve_pound(unit: Unit, meaning: Unit) -> Unit:
     """Return a unit with "pound" in it read as a weight or as an amount of money."""
     power = dict(unit.bases).get("pound", 0)
     if not power:
@@ -94,38 +94,38 @@ def _has_pi(value: Any) -> bool:
     return not isinstance(value, Fraction) and bool(value.has(sympy.pi))
 
 
-def _percent(scalar: Scalar) -> Scalar:
-    return _times(scalar, Fraction(1, 100)) if scalar.unit == _PERCENT else scalar
+def _convert_percent(scalar: Scalar) -> Scalar:
+    return _multiply_by_factor(scalar, Fraction(1, 100)) if scalar.unit == _PERCENT else scalar
 
 
-def _radians(scalar: Scalar) -> Scalar:
+def _convert_to_radians(scalar: Scalar) -> Scalar:
     import sympy
 
     if scalar.unit is None or scalar.unit.bases != _DEGREES.bases:
         return scalar
-    return Scalar(_sympy(scalar.value) * sympy.pi / 180, None, None, scalar.text)
+    return Scalar(_to_sympy(scalar.value) * sympy.pi / 180, None, None, scalar.text)
 
 
-def _times(scalar: Scalar, factor: Fraction) -> Scalar:
+def _multiply_by_factor(scalar: Scalar, factor: Fraction) -> Scalar:
     if factor == 1:
         return scalar
     step = None if scalar.step is None else scalar.step * factor
-    value = scalar.value * factor if isinstance(scalar.value, Fraction) else scalar.value * _sympy(factor)
+    value = scalar.value * factor if isinstance(scalar.value, Fraction) else scalar.value * _to_sympy(factor)
     return Scalar(value, step, scalar.unit, scalar.text)
 
 
-def product(one: Scalar, other: Scalar) -> Scalar:
+def multiply(one: Scalar, other: Scalar) -> Scalar:
     """Return the product of two scalars."""
     if isinstance(one.value, Fraction):
-        return _times(other, one.value)
-    return Scalar(one.value * _sympy(other.value), text=other.text)
+        return _multiply_by_factor(other, one.value)
+    return Scalar(one.value * _to_sympy(other.value), text=other.text)
 
 
-def quotient(above: Scalar, below: Scalar) -> Scalar:
+def divide(above: Scalar, below: Scalar) -> Scalar:
     """Return the quotient of two scalars."""
     if isinstance(above.value, Fraction) and isinstance(below.value, Fraction):
         return Scalar(above.value / below.value)
-    return Scalar(_sympy(above.value) / _sympy(below.value))
+    return Scalar(_to_sympy(above.value) / _to_sympy(below.value))
 
 
 def is_zero(scalar: Scalar) -> bool:
@@ -133,7 +133,7 @@ def is_zero(scalar: Scalar) -> bool:
     return scalar.value == 0
 
 
-def in_order(items: Sequence[Scalar]) -> list[Scalar]:
+def sort_by_value(items: Sequence[Scalar]) -> list[Scalar]:
     """Return numbers by size.
 
     Raises:
@@ -142,27 +142,29 @@ def in_order(items: Sequence[Scalar]) -> list[Scalar]:
     try:
         return sorted(items, key=lambda item: float(item.value))
     except TypeError as error:
-        raise Unreadable from error
+        raise UnreadableAnswer from error
 
 
-def same_number(gold: Scalar, answer: Scalar) -> bool:
-    """Return whether two values are equal: exactly, or to the digits of a decimal that has at least [`DIGITS`]."""
-    ours, theirs = _exact(gold.value), _exact(answer.value)
+def is_same_number(gold: Scalar, answer: Scalar) -> bool:
+    """Return whether two values are equal: exactly, or to the digits of a decimal that has at least [`MIN_SIGNIFICANT_DIGITS`]."""
+    ours, theirs = _to_exact(gold.value), _to_exact(answer.value)
     if isinstance(ours, Fraction) and isinstance(theirs, Fraction):
-        return ours == theirs or _rounded(ours, gold.step, theirs, answer.step)
+        return ours == theirs or _is_equal_rounded(ours, gold.step, theirs, answer.step)
     if isinstance(ours, Fraction) or isinstance(theirs, Fraction):
         exact, decimal, step = (theirs, ours, gold.step) if isinstance(ours, Fraction) else (ours, theirs, answer.step)
         if not exact.free_symbols:
-            if step is None or abs(decimal) < 10 ** (DIGITS - 1) * step:
-                return _same_irrational(exact, _sympy(decimal))
+            if step is None or abs(decimal) < 10 ** (MIN_SIGNIFICANT_DIGITS - 1) * step:
+                return _is_same_irrational(exact, _to_sympy(decimal))
             number = exact.evalf(_PRECISION)
             return bool(
-                number.is_Float and abs(number - _sympy(decimal)) <= max(_sympy(step) / 2, abs(number) * _sympy(_FLOAT))
+                number.is_Float
+                and abs(number - _to_sympy(decimal))
+                <= max(_to_sympy(step) / 2, abs(number) * _to_sympy(_FLOAT_TOLERANCE))
             )
-    return same_expression(_sympy(ours), _sympy(theirs))
+    return is_same_expression(_to_sympy(ours), _to_sympy(theirs))
 
 
-def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
+def _is_equal_rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
     """Return whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
     if any(step is None and number.denominator == 1 for number, step in ((ours, our_step), (theirs, their_step))):
         return False  # an integer is exact
@@ -173,12 +175,12 @@ def _rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_
     coarse = ours if ours_is_coarser else theirs
     return (
         step is not None
-        and abs(coarse) >= 10 ** (DIGITS - 1) * step
-        and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT)
+        and abs(coarse) >= 10 ** (MIN_SIGNIFICANT_DIGITS - 1) * step
+        and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT_TOLERANCE)
     )
 
 
-def _exact(value: Any) -> Any:
+def _to_exact(value: Any) -> Any:
     """A number as a fraction where it is rational; decimals in an expression are what is written."""
     if isinstance(value, Fraction):
         return value
@@ -189,7 +191,7 @@ def _exact(value: Any) -> Any:
     if value.free_symbols:
         return value
     _check_size(value)
-    value = _rebuilt(_real_roots(value).doit())
+    value = _evaluate_tree(_use_real_roots(value).doit())
     return Fraction(int(value.p), int(value.q)) if value.is_Rational else value
 
 
@@ -209,16 +211,16 @@ def _check_size(value: Any) -> None:
             if isinstance(part, (sympy.factorial, sympy.binomial))
             else []
         )
-        if any(size.is_number and not abs(size.evalf(5)) < _LARGEST for size in sizes):
-            raise Unreadable
+        if any(size.is_number and not abs(size.evalf(5)) < _MAX_EXPONENT for size in sizes):
+            raise UnreadableAnswer
 
 
-def _rebuilt(value: Any) -> Any:
+def _evaluate_tree(value: Any) -> Any:
     """A tree, evaluated: `doit` leaves functions that were made without evaluation."""
-    return value.func(*map(_rebuilt, value.args)) if value.args else value
+    return value.func(*map(_evaluate_tree, value.args)) if value.args else value
 
 
-def _real_roots(value: Any) -> Any:
+def _use_real_roots(value: Any) -> Any:
     """A tree in which odd roots of negative numbers are real, as in `\\sqrt[3]{-8}`."""
     import sympy
 
@@ -235,13 +237,13 @@ def _real_roots(value: Any) -> Any:
     return value.replace(is_root, lambda part: -sympy.Pow(-part.base, part.exp)) if value.has(sympy.Pow) else value
 
 
-def _sympy(value: Any) -> Any:
+def _to_sympy(value: Any) -> Any:
     import sympy
 
     return sympy.Rational(value.numerator, value.denominator) if isinstance(value, Fraction) else value
 
 
-def same_expression(gold: Any, answer: Any) -> bool:
+def is_same_expression(gold: Any, answer: Any) -> bool:
     """Return whether two expressions have the same values wherever the gold one is real, or everywhere where it is nowhere."""
     import sympy
     from math_verify.grader import unwrap_fcs
@@ -251,47 +253,50 @@ def same_expression(gold: Any, answer: Any) -> bool:
         return True
     letters = gold.free_symbols | answer.free_symbols
     if not letters:
-        return _same_irrational(gold, answer)
+        return _is_same_irrational(gold, answer)
     if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         return False
     others, real = [], 0
-    for point in _points(letters) + (_more_points(letters) if gold.has(*_stepped()) or answer.has(*_stepped()) else []):
-        wanted = _value(gold, point)
+    for point in _make_sample_points(letters) + (
+        _make_extra_points(letters) if gold.has(*_get_step_functions()) or answer.has(*_get_step_functions()) else []
+    ):
+        wanted = _evaluate_at(gold, point)
         if wanted is not None and wanted.is_real:
-            given = _value(answer, point)
-            if given is None or not _near(wanted, given):
+            given = _evaluate_at(answer, point)
+            if given is None or not _is_close(wanted, given):
                 return False
             real += 1
         elif wanted is not None:
             others.append((wanted, point))
     if real >= 2:
         return True
-    pairs = [(wanted, _value(answer, point)) for wanted, point in others]
-    return real + len(pairs) >= 2 and all(given is not None and _near(wanted, given) for wanted, given in pairs)
+    pairs = [(wanted, _evaluate_at(answer, point)) for wanted, point in others]
+    return real + len(pairs) >= 2 and all(given is not None and _is_close(wanted, given) for wanted, given in pairs)
 
 
-def _points(letters: set) -> list[dict]:
+def _make_sample_points(letters: set) -> list[dict]:
     """The points at which expressions are compared: a number for each letter."""
     import sympy
 
     ordered = sorted(letters, key=str)
     return [
         {
-            letter: sympy.Float(_POINTS[(turn + 3 * place) % len(_POINTS)], _PRECISION) * (1 + sympy.Rational(place, 7))
+            letter: sympy.Float(_SAMPLE_VALUES[(turn + 3 * place) % len(_SAMPLE_VALUES)], _PRECISION)
+            * (1 + sympy.Rational(place, 7))
             for place, letter in enumerate(ordered)
         }
-        for turn in range(len(_POINTS))
+        for turn in range(len(_SAMPLE_VALUES))
     ]
 
 
-def _stepped() -> tuple:
+def _get_step_functions() -> tuple:
     """Return the functions that change at integers or at one place only, which may be far from the other points."""
     import sympy
 
     return sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign
 
 
-def _more_points(letters: set) -> list[dict]:
+def _make_extra_points(letters: set) -> list[dict]:
     """Return integer points, and points of either sign that are larger than the numbers in most answers."""
     import sympy
 
@@ -300,7 +305,7 @@ def _more_points(letters: set) -> list[dict]:
     return [{letter: sympy.Integer(row[place % 4]) for place, letter in enumerate(ordered)} for row in rows]
 
 
-def _value(tree: Any, point: dict) -> Any:
+def _evaluate_at(tree: Any, point: dict) -> Any:
     """The value of an expression at a point; None where it has none."""
     import sympy
 
@@ -312,19 +317,21 @@ def _value(tree: Any, point: dict) -> Any:
     return value if known else None
 
 
-def _near(one: Any, other: Any) -> bool:
+def _is_close(one: Any, other: Any) -> bool:
     size = max(abs(one), abs(other))
     return bool(abs(one - other) <= size * 1e-20) or bool(size == 0)
 
 
-def _same_irrational(one: Any, other: Any) -> bool:
+def _is_same_irrational(one: Any, other: Any) -> bool:
     if one == other:
         return True
     values = [value.evalf(_PRECISION) for value in (one, other)]
     if not all(part.is_Float or part.is_Rational for value in values for part in value.as_real_imag()):
         return False
     for mine, yours in zip(*(value.as_real_imag() for value in values), strict=True):
-        if abs(mine - yours) > max(abs(mine), abs(yours)) * _sympy(_CLOSE) and not _is_noise(mine, yours):
+        if abs(mine - yours) > max(abs(mine), abs(yours)) * _to_sympy(_RELATIVE_TOLERANCE) and not _is_noise(
+            mine, yours
+        ):
             return False
     return True
 
@@ -336,12 +343,12 @@ def _is_noise(one: Any, other: Any) -> bool:
 
 # -- answers that are the question again
 
-_DIVIDED = re.compile(r"÷|\\div(?![a-zA-Z])")
-_LEFT_OVER = re.compile(r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod)(?![a-zA-Z])")
+_DIVISION_SIGN = re.compile(r"÷|\\div(?![a-zA-Z])")
+_UNEVALUATED_FUNCTION = re.compile(r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod)(?![a-zA-Z])")
 _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
-def _is_undone(tree: Any) -> bool:
+def _has_pending_operation(tree: Any) -> bool:
     """Return whether an irrational number holds an operation on numbers that leaves fewer terms or factors when it is done.
 
     These are a sum of terms whose quotient is rational, a product of integers or of sums, and a power of a sum.
@@ -350,12 +357,12 @@ def _is_undone(tree: Any) -> bool:
 
     for part in sympy.preorder_traversal(tree):
         if part.is_Add:
-            terms = _flattened(part, sympy.Add)
+            terms = _flatten_terms(part, sympy.Add)
             quotients = (one / other for place, one in enumerate(terms) for other in terms[:place] if other != 0)
             if any(quotient.doit().is_Rational for quotient in quotients):
                 return True
         elif part.is_Mul:
-            factors = [factor for factor in _flattened(part, sympy.Mul) if factor not in (1, -1)]
+            factors = [factor for factor in _flatten_terms(part, sympy.Mul) if factor not in (1, -1)]
             integers = [factor for factor in factors if factor.is_Integer]
             if len(integers) > 1 or sum(factor.is_Add for factor in factors) > 1:
                 return True
@@ -364,12 +371,12 @@ def _is_undone(tree: Any) -> bool:
     return False
 
 
-def _flattened(tree: Any, kind: type) -> list:
+def _flatten_terms(tree: Any, kind: type) -> list:
     """Return the terms of a sum or the factors of a product, with those of its parts of the same kind."""
-    return [inner for part in tree.args for inner in (_flattened(part, kind) if isinstance(part, kind) else [part])]
+    return [inner for part in tree.args for inner in (_flatten_terms(part, kind) if isinstance(part, kind) else [part])]
 
 
-def left_to_do(gold: Scalar, answer: Scalar) -> bool:
+def is_unevaluated(gold: Scalar, answer: Scalar) -> bool:
     """Return whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
 
     That is a sum, product, logarithm, remainder or chain of quotients where the gold answer is a number, and a `\\sum`,
@@ -384,24 +391,24 @@ def left_to_do(gold: Scalar, answer: Scalar) -> bool:
         return False
     if not isinstance(gold.value, Fraction) and gold.value.has(sympy.factorial) and expression.has(sympy.factorial):
         return False  # the gold answer is not worked out, either
-    if isinstance(gold.value, Fraction) and _LEFT_OVER.search(answer.text):
+    if isinstance(gold.value, Fraction) and _UNEVALUATED_FUNCTION.search(answer.text):
         return True  # sympy may have carried it out already
     calculus = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     if expression.has(*calculus):
         return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
-    if not isinstance(_exact(gold.value), Fraction):
+    if not isinstance(_to_exact(gold.value), Fraction):
         if gold.value.free_symbols or expression.free_symbols:
             return False
-        if _LEFT_OVER.search(answer.text) and not _LEFT_OVER.search(gold.text):
+        if _UNEVALUATED_FUNCTION.search(answer.text) and not _UNEVALUATED_FUNCTION.search(gold.text):
             return True
-        return _is_undone(expression) and not _is_undone(gold.value)
+        return _has_pending_operation(expression) and not _has_pending_operation(gold.value)
     if all(atom.is_Number for atom in expression.atoms()) and (
-        _DIVIDED.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
+        _DIVISION_SIGN.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
     ):
         return True  # which sympy may have carried out already
     if _is_multinomial(expression):
         return False
-    return any(_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
+    return any(_is_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
         sympy.log, sympy.Mod
     )
 
@@ -410,16 +417,16 @@ def _is_multinomial(tree: Any) -> bool:
     """Return whether a number is a factorial over a product of factorials, as a binomial is written out."""
     import sympy
 
-    factors = _flattened(tree, sympy.Mul) if tree.is_Mul else []
+    factors = _flatten_terms(tree, sympy.Mul) if tree.is_Mul else []
     above = [factor for factor in factors if isinstance(factor, sympy.factorial)]
     below = [factor.base for factor in factors if factor.is_Pow and factor.exp == -1]
     if len(factors) != 2 or len(above) != 1 or len(below) != 1:
         return False
-    parts = _flattened(below[0], sympy.Mul) if below[0].is_Mul else below
+    parts = _flatten_terms(below[0], sympy.Mul) if below[0].is_Mul else below
     return all(isinstance(part.base if part.is_Pow else part, sympy.factorial) for part in parts)
 
 
-def _operation(part: Any) -> bool:
+def _is_operation(part: Any) -> bool:
     """Return whether a part of an expression is a sum or product of numbers: no fraction, and no angle (5 pi / 6)."""
     import sympy
 
@@ -433,10 +440,10 @@ def _operation(part: Any) -> bool:
     if len(factors) == 2 and len(below) == 1 and any(factor.is_Number for factor in factors):
         return False
     roots = [factor for factor in factors if factor.is_Pow and factor.base.is_Integer and not factor.exp.is_Integer]
-    return sum(map(_operand, factors)) > 1 or len(roots) > 1
+    return sum(map(_is_operand, factors)) > 1 or len(roots) > 1
 
 
-def _operand(factor: Any) -> bool:
+def _is_operand(factor: Any) -> bool:
     """Return whether a factor is a number, or a power, factorial, binomial or trigonometric function of one.
 
     Powers of ten are a way to write a number.
@@ -452,17 +459,17 @@ def _operand(factor: Any) -> bool:
 # -- equations
 
 
-def same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
+def is_same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
     """Return whether two equations are the same up to sides and a constant factor, positive for an inequality."""
     import sympy
 
-    gold, answer = _sympy(left) - _sympy(right), _sympy(other_left) - _sympy(other_right)
+    gold, answer = _to_sympy(left) - _to_sympy(right), _to_sympy(other_left) - _to_sympy(other_right)
     letters = gold.free_symbols
     if not letters or letters != answer.free_symbols:
         return False
     factors = []
-    for point in _points(letters):
-        values = [_value(tree, point) for tree in (gold, answer)]
+    for point in _make_sample_points(letters):
+        values = [_evaluate_at(tree, point) for tree in (gold, answer)]
         if None in values:
             continue
         if abs(values[1]) < 1e-30 or abs(values[0]) < 1e-30:

@@ -13,7 +13,7 @@ class Unit(NamedTuple):
 
 
 # names of a unit -> (its base unit, factor); prefixes are added below
-_NAMES: dict[str, tuple[str, Fraction]] = {}
+_UNITS: dict[str, tuple[str, Fraction]] = {}
 
 
 _PREFIXES = {
@@ -22,84 +22,84 @@ _PREFIXES = {
 }  # fmt: skip
 
 
-def _add(base: str, factor: object, *names: str, prefixes: str = "") -> None:
+def _register_unit(base: str, factor: object, *names: str, prefixes: str = "") -> None:
     for name in names:
-        _NAMES[name] = (base, Fraction(str(factor)))
+        _UNITS[name] = (base, Fraction(str(factor)))
     for prefix in prefixes:
         power, long = _PREFIXES[prefix]
         for name in names:
             if name.isascii():
-                _NAMES[(prefix if len(name) <= 3 else long) + name] = (
+                _UNITS[(prefix if len(name) <= 3 else long) + name] = (
                     base,
                     Fraction(str(factor)) * Fraction(10) ** power,
                 )
 
 
-_add("m", 1, "m", "meter", "metre", "米", prefixes="kcmdμn")
-_add("m", 1000, "公里", "千米")
-_add("m", Fraction(1, 100), "厘米")
-_add("m", "0.3048", "ft", "foot", "feet")
-_add("m", "0.0254", "in", "inch", "inches")
-_add("m", "1609.344", "mi", "mile", "英里")
-_add("m", "0.9144", "yd", "yard")
-_add("s", 1, "s", "sec", "secs", "second", "秒", prefixes="mnμ")
-_add("s", 60, "min", "mins", "minute", "分钟")
-_add("s", 3600, "h", "hr", "hrs", "hour", "小时", "Stunden", "Stunde")
-_add("s", 86400, "d", "day", "天", "日")
-_add("s", 604800, "week", "wk", "周")
-_add("month", 1, "month", "个月")
-_add("month", 12, "year", "yr", "yrs", "年")
-_add("g", 1, "g", "gram", "gramme", "克", prefixes="kcmdμn")
-_add("g", 1000, "公斤", "千克")
-_add("g", 1000000, "tonne")
-_add("g", "453.59237", "lb", "lbs")
-_add("pound", 1, "pound")  # a weight or an amount of money
-_add("g", "28.349523125", "oz", "ounce")
-_add("L", 1, "L", "l", "liter", "litre", "升", prefixes="mcd")
-_add("K", 1, "K", "kelvin")
-_add("J", 1, "J", "joule", prefixes="kM")
-_add("W", 1, "W", "watt", prefixes="kMm")
-_add("N", 1, "N", "newton", prefixes="kM")
-_add("Pa", 1, "Pa", "pascal", prefixes="kMh")
-_add("V", 1, "V", "volt", prefixes="km")
-_add("A", 1, "A", "amp", "ampere", prefixes="m")
-_add("Hz", 1, "Hz", "hertz", prefixes="kMG")
-_add("C", 1, "C", "coulomb")
-_add("T", 1, "T", "tesla")
-_add("Ohm", 1, "Ω", "ohm", "Ohm", prefixes="k")
-_add("mol", 1, "mol", "mole", prefixes="m")
-_add("eV", 1, "eV", prefixes="kMG")
-_add("cal", 1, "cal", "calorie", prefixes="k")
-_add("deg", 1, "°", "degree", "deg", "Grad", "度", "grad")
-_add("rad", 1, "rad", "radian", "弧度")
-_add("celsius", 1, "°C", "℃", "celsius")
-_add("fahrenheit", 1, "°F", "℉", "fahrenheit")
-_add("usd", 1, "dollar", "usd", "USD", "$", "bucks", "美元")
-_add("usd", Fraction(1, 100), "cent", "¢")
-_add("gbp", Fraction(1, 100), "pence", "penny")
-_add("eur", 1, "€", "euro", "eur", "EUR", "欧元")
-_add("gbp", 1, "£", "GBP", "gbp")
-_add("cny", 1, "元", "yuan", "CNY", "RMB", "rmb", "人民币", "块")
-_add("yen", 1, "¥", "yen", "JPY", "円", "日元")
-_add("rupee", 1, "₹", "rupee", "Rs", "INR", "rs")
-_add("%", 1, "%", "percent")
-_NAMES |= {
+_register_unit("m", 1, "m", "meter", "metre", "米", prefixes="kcmdμn")
+_register_unit("m", 1000, "公里", "千米")
+_register_unit("m", Fraction(1, 100), "厘米")
+_register_unit("m", "0.3048", "ft", "foot", "feet")
+_register_unit("m", "0.0254", "in", "inch", "inches")
+_register_unit("m", "1609.344", "mi", "mile", "英里")
+_register_unit("m", "0.9144", "yd", "yard")
+_register_unit("s", 1, "s", "sec", "secs", "second", "秒", prefixes="mnμ")
+_register_unit("s", 60, "min", "mins", "minute", "分钟")
+_register_unit("s", 3600, "h", "hr", "hrs", "hour", "小时", "Stunden", "Stunde")
+_register_unit("s", 86400, "d", "day", "天", "日")
+_register_unit("s", 604800, "week", "wk", "周")
+_register_unit("month", 1, "month", "个月")
+_register_unit("month", 12, "year", "yr", "yrs", "年")
+_register_unit("g", 1, "g", "gram", "gramme", "克", prefixes="kcmdμn")
+_register_unit("g", 1000, "公斤", "千克")
+_register_unit("g", 1000000, "tonne")
+_register_unit("g", "453.59237", "lb", "lbs")
+_register_unit("pound", 1, "pound")  # a weight or an amount of money
+_register_unit("g", "28.349523125", "oz", "ounce")
+_register_unit("L", 1, "L", "l", "liter", "litre", "升", prefixes="mcd")
+_register_unit("K", 1, "K", "kelvin")
+_register_unit("J", 1, "J", "joule", prefixes="kM")
+_register_unit("W", 1, "W", "watt", prefixes="kMm")
+_register_unit("N", 1, "N", "newton", prefixes="kM")
+_register_unit("Pa", 1, "Pa", "pascal", prefixes="kMh")
+_register_unit("V", 1, "V", "volt", prefixes="km")
+_register_unit("A", 1, "A", "amp", "ampere", prefixes="m")
+_register_unit("Hz", 1, "Hz", "hertz", prefixes="kMG")
+_register_unit("C", 1, "C", "coulomb")
+_register_unit("T", 1, "T", "tesla")
+_register_unit("Ohm", 1, "Ω", "ohm", "Ohm", prefixes="k")
+_register_unit("mol", 1, "mol", "mole", prefixes="m")
+_register_unit("eV", 1, "eV", prefixes="kMG")
+_register_unit("cal", 1, "cal", "calorie", prefixes="k")
+_register_unit("deg", 1, "°", "degree", "deg", "Grad", "度", "grad")
+_register_unit("rad", 1, "rad", "radian", "弧度")
+_register_unit("celsius", 1, "°C", "℃", "celsius")
+_register_unit("fahrenheit", 1, "°F", "℉", "fahrenheit")
+_register_unit("usd", 1, "dollar", "usd", "USD", "$", "bucks", "美元")
+_register_unit("usd", Fraction(1, 100), "cent", "¢")
+_register_unit("gbp", Fraction(1, 100), "pence", "penny")
+_register_unit("eur", 1, "€", "euro", "eur", "EUR", "欧元")
+_register_unit("gbp", 1, "£", "GBP", "gbp")
+_register_unit("cny", 1, "元", "yuan", "CNY", "RMB", "rmb", "人民币", "块")
+_register_unit("yen", 1, "¥", "yen", "JPY", "円", "日元")
+_register_unit("rupee", 1, "₹", "rupee", "Rs", "INR", "rs")
+_register_unit("%", 1, "%", "percent")
+_UNITS |= {
     "mph": ("mph", Fraction(1)),
     "kph": ("kph", Fraction(1)),
     "kmh": ("kph", Fraction(1)),
     "kmph": ("kph", Fraction(1)),
 }
-_COMPOUND: dict[str, tuple[str, str | None, Fraction]] = {
+_COMPOUND_UNITS: dict[str, tuple[str, str | None, Fraction]] = {
     "mph": ("m", "s", Fraction("1609.344") / 3600),
     "kph": ("m", "s", Fraction(1000) / 3600),
 }
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "平方": 2, "立方": 3}
-_MANY = {
+_MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 # words behind a number by which it is another number, no number, or not the answer
-_NO_UNIT = frozenset(
+_NON_UNIT_WORDS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -123,7 +123,7 @@ _NO_UNIT = frozenset(
     )
 )
 # nouns of what is counted that do not end in s, in singular or plural
-_NOUNS = frozenset(
+_COUNTED_NOUNS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -136,18 +136,20 @@ _NOUNS = frozenset(
         """,
     )
 ) - {"zero", "number", "square", "time", "triple"}
-_DIMENSIONS = frozenset({"old", "high", "long", "wide", "tall", "deep", "away", "apart"})  # behind "metres" or "years"
+_DIMENSION_WORDS = frozenset(
+    {"old", "high", "long", "wide", "tall", "deep", "away", "apart"}
+)  # behind "metres" or "years"
 _ADJECTIVES = frozenset({"different", "possible", "positive", "negative", "remaining", "total"})  # "different ways"
-_NO_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
+_NON_UNIT_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
 
 
-def _is_noun(word: str) -> bool:
+def _is_counted_noun(word: str) -> bool:
     """Return whether a word behind a number looks like the name of what is counted: "apples", "people"."""
     word = word.lower()
     if not word.isascii():
-        return len(word) <= 6 and not _NO_CJK.search(word)
+        return len(word) <= 6 and not _NON_UNIT_CJK.search(word)
     plural = re.fullmatch(r"[a-z]{3,}s", word) and not re.search(r"(?:ss|us|is|ous|wards?|ways|ths)$", word)
-    return word in _NOUNS or word == "ways" or bool(plural)
+    return word in _COUNTED_NOUNS or word == "ways" or bool(plural)
 
 
 _TOKEN = re.compile(
@@ -155,19 +157,19 @@ _TOKEN = re.compile(
 )
 
 
-def is_known(word: str) -> bool:
+def is_unit_name(word: str) -> bool:
     """Return whether a word is a unit's name."""
-    return _name(word) is not None
+    return _find_unit(word) is not None
 
 
-def _name(word: str) -> tuple[str, Fraction] | None:
+def _find_unit(word: str) -> tuple[str, Fraction] | None:
     for form in (word, word.lower() if len(word) > 3 else word, word.removesuffix("s") if len(word) > 3 else word):
-        if form in _NAMES:
-            return _NAMES[form]
-    return _NAMES.get(word.lower().removesuffix("s")) if len(word) > 4 else None
+        if form in _UNITS:
+            return _UNITS[form]
+    return _UNITS.get(word.lower().removesuffix("s")) if len(word) > 4 else None
 
 
-def read_unit(text: str) -> tuple[Unit, int] | None:
+def parse_unit(text: str) -> tuple[Unit, int] | None:
     """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
 
     Words that are in no table count as units where the last of them looks like a noun of what is counted, such as "apples" or
@@ -195,7 +197,7 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
 
     def times(name: str, scale: Fraction, exponent: int) -> None:
         nonlocal factor
-        above, below, rate = _COMPOUND.get(name, (name, None, Fraction(1)))
+        above, below, rate = _COMPOUND_UNITS.get(name, (name, None, Fraction(1)))
         bases[above] = bases.get(above, 0) + exponent
         if below is not None:
             bases[below] = bases.get(below, 0) - exponent
@@ -221,26 +223,30 @@ def read_unit(text: str) -> tuple[Unit, int] | None:
                     times(*last, sign * (exponent - 1))
                 power = 1 if last is not None and name.lower() in ("squared", "cubed") else exponent
                 continue
-            if name in _MANY or name.lower() in _MANY or name.lower().removesuffix("s") in _MANY:
-                many *= _MANY.get(name) or _MANY.get(name.lower()) or _MANY[name.lower().removesuffix("s")]
+            if name in _MULTIPLIERS or name.lower() in _MULTIPLIERS or name.lower().removesuffix("s") in _MULTIPLIERS:
+                many *= (
+                    _MULTIPLIERS.get(name)
+                    or _MULTIPLIERS.get(name.lower())
+                    or _MULTIPLIERS[name.lower().removesuffix("s")]
+                )
                 continue
             if of and name.lower() in ("the", "a", "an", "its", "their"):
                 continue
             adjective = name.lower() in _ADJECTIVES or (is_open and name.lower() in ("pairs", "roots", "triples"))
-            if (name.lower() in _NO_UNIT and not adjective) or words >= 4:
+            if (name.lower() in _NON_UNIT_WORDS and not adjective) or words >= 4:
                 return None
-            if _name(name) is None and len(name) == 1 and name.isascii():
+            if _find_unit(name) is None and len(name) == 1 and name.isascii():
                 return None  # a letter is a factor
-            if words and not is_open and name.lower() in _DIMENSIONS:
+            if words and not is_open and name.lower() in _DIMENSION_WORDS:
                 continue
-            known = _name(name)
-            if known is None and not name.isascii() and not _is_noun(name):
+            known = _find_unit(name)
+            if known is None and not name.isascii() and not _is_counted_noun(name):
                 return None
             if name.lower() in ("of", "in", "on"):
                 if not words or is_open:
                     return None
                 of = True
-            is_open = not of and known is None and (not _is_noun(name) or name.lower() in _ADJECTIVES)
+            is_open = not of and known is None and (not _is_counted_noun(name) or name.lower() in _ADJECTIVES)
             last = known or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
             times(*last, sign * power)

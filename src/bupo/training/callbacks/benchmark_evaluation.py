@@ -6,14 +6,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from bupo.evaluation.answers import graded, prompts_of, sample, summarize
-from bupo.evaluation.benchmarks import answers_by_label, load_benchmarks
-from bupo.generation.seeded_sampling import Answer, Request, TransformersEngine
-from bupo.models.residual_stream import causal_lm
-from bupo.training.prompt_settings import as_asked
+from bupo.evaluation.answers import grade_completions, sample_completions, summarize, tokenize_prompts
+from bupo.evaluation.benchmarks import get_k_by_label, load_benchmarks
+from bupo.generation.seeded_sampling import CompletionRequest, SampledCompletion, TransformersEngine
+from bupo.models.residual_stream import unwrap_causal_lm
+from bupo.training.prompt_settings import get_prompt_settings
 
 
-class Evaluations(TrainerCallback):
+class BenchmarkCallback(TrainerCallback):
     """Evaluates the language model policy between rollout batches, with the sampling of the rollouts.
 
     The random numbers are the same every time, so that two evaluations differ by the weights only; training does not see them.
@@ -28,7 +28,7 @@ class Evaluations(TrainerCallback):
 
     def __init__(self, trainer, benchmarks: dict[str, Dataset] | None = None):
         args = trainer.args
-        self.trainer, self.ks = trainer, answers_by_label(args.eval_benchmarks, args.eval_k)
+        self.trainer, self.ks = trainer, get_k_by_label(args.eval_benchmarks, args.eval_k)
         self.benchmarks = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -39,15 +39,15 @@ class Evaluations(TrainerCallback):
         """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
         done = self.trainer.rollout_batch - 1
         last = state.global_step >= state.max_steps
-        if last or (not self.trainer.inside_batch and done % args.eval_every == 0):
+        if last or (not self.trainer.is_inside_rollout_batch and done % args.eval_every == 0):
             self.evaluate(done)
 
     def evaluate(self, rollout_batches: int) -> None:
         """Sample, grade and log."""
         trainer, args = self.trainer, self.trainer.args
-        own = as_asked(trainer)
+        own = get_prompt_settings(trainer)
         engine = TransformersEngine(
-            causal_lm(trainer.model),
+            unwrap_causal_lm(trainer.model),
             trainer.processing_class,
             args.max_completion_length,
             own.temperature,
@@ -56,11 +56,11 @@ class Evaluations(TrainerCallback):
         )
         logs: dict[str, float] = {"eval_rollout_batches": rollout_batches}
         for label, problems in self.benchmarks.items():
-            prompts = prompts_of(problems, trainer.processing_class, **own.chat_template_kwargs)
+            prompts = tokenize_prompts(problems, trainer.processing_class, **own.chat_template_kwargs)
             k = self.ks.get(label, args.eval_k)
-            answers = sample(self._shared(engine), prompts, k, args.seed)
+            answers = sample_completions(self._split_across_processes(engine), prompts, k, args.seed)
             if trainer.is_world_process_zero():
-                found = summarize(graded(problems, answers))
+                found = summarize(grade_completions(problems, answers))
                 low, high = found["avg@k_interval"]
                 logs |= {
                     f"eval_{label}/avg@{k}": found["avg@k"],
@@ -75,11 +75,11 @@ class Evaluations(TrainerCallback):
         Trainer.log(trainer, logs)  # not GRPOTrainer's, which would empty the training metrics into this row
         trainer.control.should_log = due
 
-    def _shared(self, engine: TransformersEngine):
+    def _split_across_processes(self, engine: TransformersEngine):
         """The engine on all processes, each with its share of the requests."""
         accelerator = self.trainer.accelerator
 
-        def share(requests: Sequence[Request]) -> Iterator[tuple[Request, Answer]]:
+        def share(requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
             mine = list(requests[accelerator.process_index :: accelerator.num_processes])
             # all sample as many, for a sharded model all have to run the same passes
             more = -(-len(requests) // accelerator.num_processes) - len(mine)

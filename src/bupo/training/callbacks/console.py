@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
-from bupo.utils.log_values import digits, numbers
-from bupo.utils.progress import progress
+from bupo.utils.log_values import format_number, get_numbers
+from bupo.utils.progress import create_progress
 
-WATCHED = {  # in the live view: what the logs call it, and what people do
+CHARTED_METRICS = {  # in the live view: what the logs call it, and what people do
     "reward": "reward",
     "entropy": "entropy",
     "internal/entropy": "  of the layer policy",
@@ -23,21 +23,23 @@ WATCHED = {  # in the live view: what the logs call it, and what people do
     "probe/kl": "KL to later layers",
     "critic/explained_variance": "critic explains",
 }
-BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # of a curve, in rollout batches
+SPARKLINE_CHARACTERS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 40  # of a curve, in rollout batches
 
 
-def curve(values: Sequence[float]) -> str:
+def format_sparkline(values: Sequence[float]) -> str:
     """The last values as bars between their smallest and their largest."""
-    last = [value for value in values[-WIDTH:] if math.isfinite(value)]
+    last = [value for value in values[-SPARKLINE_WIDTH:] if math.isfinite(value)]
     if not last:
         return ""
     low, high = min(last), max(last)
     span = high - low or 1.0
-    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in last)
+    return "".join(
+        SPARKLINE_CHARACTERS[round((value - low) / span * (len(SPARKLINE_CHARACTERS) - 1))] for value in last
+    )
 
 
-class ConsoleLines(TrainerCallback):
+class ConsoleCallback(TrainerCallback):
     """One line a log, and below them, on a terminal, a live view: progress and the curves of the run so far.
 
     A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
@@ -50,7 +52,7 @@ class ConsoleLines(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.live: Live | None = None
-        self.bar = progress(console)
+        self.bar = create_progress(console)
         self.history: dict[str, list[float]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -73,7 +75,7 @@ class ConsoleLines(TrainerCallback):
             self.live = None
 
     @contextmanager
-    def closing(self) -> Iterator[None]:
+    def close_on_exit(self) -> Iterator[None]:
         """Inside, a run; afterwards, however it ended, the view is gone."""
         try:
             yield
@@ -83,45 +85,48 @@ class ConsoleLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.live or not logs:
             return
-        logs, evaluated = numbers(logs), "eval_loss" in logs or "eval_reward" in logs
+        logs, evaluated = get_numbers(logs), "eval_loss" in logs or "eval_reward" in logs
         if "phase" in logs:
-            for name in WATCHED:
+            for name in CHARTED_METRICS:
                 if name in logs:
                     self.history.setdefault(name, []).append(logs[name])
-            lines = [_line(logs)]
+            lines = [_format_log(logs)]
         elif evaluated:
-            lines = [f"      [cyan]evaluation[/]  reward {digits(logs.get('eval_reward'))}"]
+            lines = [f"      [cyan]evaluation[/]  reward {format_number(logs.get('eval_reward'))}"]
         else:
-            lines = _evaluation_lines(logs) if "eval_rollout_batches" in logs else []
+            lines = _format_evaluations(logs) if "eval_rollout_batches" in logs else []
         for line in lines:
             self.console.print(line, highlight=False)
 
     def view(self) -> Group:
         """The progress bar and the curves, each with its last value and its range."""
         table = Table.grid(padding=(0, 1))
-        for name, title in WATCHED.items():
+        for name, title in CHARTED_METRICS.items():
             values = self.history.get(name)
             if values:
-                low, high = min(values[-WIDTH:]), max(values[-WIDTH:])
+                low, high = min(values[-SPARKLINE_WIDTH:]), max(values[-SPARKLINE_WIDTH:])
                 table.add_row(
-                    title, f"[cyan]{curve(values)}[/]", f"{values[-1]:.3g}", f"[dim]{low:.3g} to {high:.3g}[/]"
+                    title,
+                    f"[cyan]{format_sparkline(values)}[/]",
+                    f"{values[-1]:.3g}",
+                    f"[dim]{low:.3g} to {high:.3g}[/]",
                 )
         return Group(table, self.bar.get_renderable())
 
 
-def _line(logs: dict[str, float]) -> str:
+def _format_log(logs: dict[str, float]) -> str:
     """At most 80 columns."""
     where = "[green]2 whole    [/]"
     if logs["phase"] < 1.5:
-        where = f"[magenta]1 layer {digits(logs.get('internal/layer'), '.0f'):<3}[/]"
+        where = f"[magenta]1 layer {format_number(logs.get('internal/layer'), '.0f'):<3}[/]"
     entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
     if "internal/entropy" in logs:
         entropy += f" ({logs['internal/entropy']:.3f})"
     clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
     sampled = "reward" in logs or "completions/ungraded_ratio" in logs  # else a log inside a rollout batch
     parts = [
-        f"{digits(logs.get('rollout_batch'), '.0f'):>4}  {where}",
-        f"reward {digits(logs.get('reward'))}" if sampled else "",
+        f"{format_number(logs.get('rollout_batch'), '.0f'):>4}  {where}",
+        f"reward {format_number(logs.get('reward'))}" if sampled else "",
         f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
         f"{entropy:21}",
         f"clip {clipped:.3f}" if clipped is not None else "",
@@ -129,13 +134,13 @@ def _line(logs: dict[str, float]) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _evaluation_lines(logs: dict[str, float]) -> list[str]:
+def _format_evaluations(logs: dict[str, float]) -> list[str]:
     """One line a benchmark."""
     lines = []
     for name, value in logs.items():
         label, _, metric = name.removeprefix("eval_").rpartition("/")
         if metric.startswith("avg@"):
             ends = [100 * logs.get(f"eval_{label}/{end}", math.nan) for end in ("low", "high")]
-            percents = f"{100 * value:.1f} % [{digits(ends[0], '.1f')}, {digits(ends[1], '.1f')}]"
+            percents = f"{100 * value:.1f} % [{format_number(ends[0], '.1f')}, {format_number(ends[1], '.1f')}]"
             lines.append(f"      [cyan]evaluation[/]  {escape(label)} {metric} {percents}")
     return lines

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from bupo.training.distributed.fsdp2 import held
+from bupo.training.distributed.fsdp2 import get_local_shard
 
 WINDOW = 5  # rollout batches
-FALL = 3.0  # standard errors
-CAPPED = 0.25  # share of answers
-PERPLEXITY, KL = 4.0, 1.5  # factors
+MAX_REWARD_DROP = 3.0  # standard errors
+MAX_CLIPPED_INCREASE = 0.25  # share of answers
+MAX_PERPLEXITY_RATIO, MAX_KL_RATIO = 4.0, 1.5  # factors
 
 
 @dataclass
-class Guard:
+class EarlyStoppingMonitor:
     """The record of one stage.
 
     Attributes:
@@ -44,24 +44,24 @@ class Guard:
     capped: list[float] = field(default_factory=list)
     perplexities: list[float] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
-    best: int = -1
+    best_batch: int = -1
 
-    def see_rollouts(self, reward: float, error: float, capped: float) -> bool:
+    def record_rollouts(self, reward: float, error: float, capped: float) -> bool:
         """Note a rollout batch. Returns whether the weights that sampled it are the best so far."""
         self.rewards.append((reward, error))
         self.capped.append(capped)
-        best, now = self._stretch(self.best)[0], self._stretch(-1)[0]
-        if self.best < 0 or (not math.isnan(reward) and (math.isnan(best) or now >= best)):
-            self.best = len(self.rewards) - 1
+        best, now = self._average_window(self.best_batch)[0], self._average_window(-1)[0]
+        if self.best_batch < 0 or (not math.isnan(reward) and (math.isnan(best) or now >= best)):
+            self.best_batch = len(self.rewards) - 1
             return True
         return False
 
-    def see_probe(self, perplexity: float, kl: float) -> None:
+    def record_probe(self, perplexity: float, kl: float) -> None:
         """Note a probe: the perplexity of the probe set, and the mean KL to the later layers' policies, in nats."""
         self.perplexities.append(perplexity)
         self.kls.append(kl)
 
-    def _stretch(self, last: int) -> tuple[float, float]:
+    def _average_window(self, last: int) -> tuple[float, float]:
         """Mean reward and its standard error of the `WINDOW` batches that end with this one, without ungraded ones."""
         last = last % len(self.rewards)
         rows = [row for row in self.rewards[max(0, last - WINDOW + 1) : last + 1] if not math.isnan(row[0])]
@@ -69,20 +69,20 @@ class Guard:
             return math.nan, math.inf
         return sum(r for r, _ in rows) / len(rows), math.sqrt(sum(e * e for _, e in rows)) / len(rows)
 
-    def turned(self) -> str | None:
+    def get_stop_reason(self) -> str | None:
         """Why the stage must end, or None."""
         if len(self.rewards) <= WINDOW:
             return None
-        (best, best_error), (now, error) = self._stretch(self.best), self._stretch(-1)
-        if best - now > FALL * math.hypot(best_error, error):
+        (best, best_error), (now, error) = self._average_window(self.best_batch), self._average_window(-1)
+        if best - now > MAX_REWARD_DROP * math.hypot(best_error, error):
             return f"the reward fell from {best:.3f} to {now:.3f} (means of {WINDOW} rollout batches)"
         capped = sum(self.capped[-WINDOW:]) / WINDOW
-        if capped > self.capped[0] + CAPPED:
+        if capped > self.capped[0] + MAX_CLIPPED_INCREASE:
             return f"{100 * capped:.0f} % of the answers run into the cap, at first {100 * self.capped[0]:.0f} %"
-        if self.best < len(self.rewards) - 1:
+        if self.best_batch < len(self.rewards) - 1:
             for what, values, factor in (
-                ("perplexity", self.perplexities, PERPLEXITY),
-                ("KL to later layers", self.kls, KL),
+                ("perplexity", self.perplexities, MAX_PERPLEXITY_RATIO),
+                ("KL to later layers", self.kls, MAX_KL_RATIO),
             ):
                 if values and values[-1] > factor * min(values):
                     rise = f"rose from {min(values):.3g} to {values[-1]:.3g}"
@@ -90,23 +90,25 @@ class Guard:
         return None
 
 
-def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+def snapshot_weights(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """Copies on the CPU; of sharded parameters, of what this process holds."""
-    return [held(parameter.detach()).to("cpu", copy=True) for parameter in parameters]
+    return [get_local_shard(parameter.detach()).to("cpu", copy=True) for parameter in parameters]
 
 
 @torch.no_grad()
-def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def restore_weights(
+    parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     """Put a snapshot back, and stop the optimizer's momentum of these parameters, which leads where it went wrong.
 
     Second moments stay: without them Adam's first steps would be as long as the learning rate, whatever the gradient.
     """
     for parameter, values in zip(parameters, kept, strict=True):
-        held(parameter).copy_(values)
-        stop_momentum(optimizer.state.get(parameter, {}))
+        get_local_shard(parameter).copy_(values)
+        reset_momentum(optimizer.state.get(parameter, {}))
 
 
-def stop_momentum(state: Mapping[str, Any]) -> None:
+def reset_momentum(state: Mapping[str, Any]) -> None:
     """Set the momentum in a parameter's state to zero, if there is any."""
     for name in ("exp_avg", "momentum_buffer"):
         momentum = state.get(name)

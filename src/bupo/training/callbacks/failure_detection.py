@@ -21,17 +21,21 @@ PATIENCE = {
     "kl_explosion": 2,  # its estimate, exp(x) - x - 1, is ruled by single tokens
     "policy_jump": 1,
 }
-FEW = 0.5  # share of answers with a finite reward: below it, most of the sampling is wasted
-COLLAPSE = 0.05  # nats an answer: 99 of 100 answers to a prompt are one and the same, so their rewards are too
-JUMP = 2.0  # nats a token above the first batch's: 7 times as many words to choose from; exploration adds tenths
-KL = 10.0  # nats a token, of the penalty: runs that learn stay below 1
+MIN_GRADED_RATIO = 0.5  # share of answers with a finite reward: below it, most of the sampling is wasted
+MIN_COMPLETION_ENTROPY = (
+    0.05  # nats an answer: 99 of 100 answers to a prompt are one and the same, so their rewards are too
+)
+MAX_ENTROPY_INCREASE = (
+    2.0  # nats a token above the first batch's: 7 times as many words to choose from; exploration adds tenths
+)
+MAX_REFERENCE_KL = 10.0  # nats a token, of the penalty: runs that learn stay below 1
 # nats a token between the policy that sampled and the one that is updated, a log ratio of 3 on all: PPO stops at 0.02 to
 # 0.05, and a layer policy, whose raw logits are steep, starts with up to 0.4
-DRIFT = 5.0
+MAX_APPROX_KL = 5.0
 
 
 @dataclass
-class Symptoms:
+class FailureDetector:
     """The record of a run.
 
     Attributes:
@@ -43,15 +47,15 @@ class Symptoms:
         length (`float`): mean tokens of the last batch's answers.
     """
 
-    in_a_row: dict[str, int] = field(default_factory=dict)
+    consecutive_batches: dict[str, int] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     batches: int = 0
-    graded: bool = False
-    rewarded: bool = False
+    any_graded: bool = False
+    any_rewarded: bool = False
     first_entropy: float | None = None
     length: float = 0.0
 
-    def see_rollouts(self, metrics: Mapping[str, float]) -> list[str]:
+    def record_rollouts(self, metrics: Mapping[str, float]) -> list[str]:
         """Note a rollout batch as it was sampled. Returns the symptoms that are new.
 
         Args:
@@ -62,13 +66,13 @@ class Symptoms:
         """
         self.batches += 1
         self.length = metrics["completions/mean_length"]
-        self.graded |= metrics["graded"] > 0
-        self.rewarded |= metrics["graded"] > 0 and metrics["reward"] != 0
+        self.any_graded |= metrics["graded"] > 0
+        self.any_rewarded |= metrics["graded"] > 0 and metrics["reward"] != 0
         zero = metrics["reward"] == 0 and metrics["reward_std"] == 0  # neither is so where nothing is graded
-        return self._news(
+        return self._update_counts(
             {
                 "nothing_graded": metrics["graded"] == 0,
-                "few_graded": 0 < metrics["graded"] < FEW,
+                "few_graded": 0 < metrics["graded"] < MIN_GRADED_RATIO,
                 "zero_reward": zero,
                 "equal_rewards": not zero and metrics["graded"] > 0 and metrics["frac_reward_zero_std"] == 1,
                 "all_cut": metrics["completions/clipped_ratio"] == 1,
@@ -76,7 +80,7 @@ class Symptoms:
             }
         )
 
-    def see_updates(self, metrics: Mapping[str, float]) -> list[str]:
+    def record_updates(self, metrics: Mapping[str, float]) -> list[str]:
         """Note the updates of a rollout batch. Returns the symptoms that are new.
 
         Args:
@@ -86,31 +90,33 @@ class Symptoms:
         entropy = metrics["entropy"]
         if self.first_entropy is None:
             self.first_entropy = entropy
-        return self._news(
+        return self._update_counts(
             {
-                "entropy_collapse": entropy * self.length < COLLAPSE,
-                "entropy_jump": not entropy <= self.first_entropy + JUMP,  # NaN too
-                "kl_explosion": metrics.get("kl", 0.0) > KL,
-                "policy_jump": metrics.get("kl_old", 0.0) > DRIFT,
+                "entropy_collapse": entropy * self.length < MIN_COMPLETION_ENTROPY,
+                "entropy_jump": not entropy <= self.first_entropy + MAX_ENTROPY_INCREASE,  # NaN too
+                "kl_explosion": metrics.get("kl", 0.0) > MAX_REFERENCE_KL,
+                "policy_jump": metrics.get("kl_old", 0.0) > MAX_APPROX_KL,
             }
         )
 
-    def _news(self, found: Mapping[str, bool]) -> list[str]:
+    def _update_counts(self, found: Mapping[str, bool]) -> list[str]:
         """Count what a batch shows, and tell what has come to count."""
-        self.in_a_row |= {name: self.in_a_row.get(name, 0) + 1 if here else 0 for name, here in found.items()}
-        news = [name for name in self.present if name not in self.said]
+        self.consecutive_batches |= {
+            name: self.consecutive_batches.get(name, 0) + 1 if here else 0 for name, here in found.items()
+        }
+        news = [name for name in self.active_failures if name not in self.said]
         self.said += news
         return news
 
     @property
-    def present(self) -> list[str]:
+    def active_failures(self) -> list[str]:
         """The symptoms that hold now."""
-        return [name for name, batches in self.in_a_row.items() if batches >= PATIENCE[name]]
+        return [name for name, batches in self.consecutive_batches.items() if batches >= PATIENCE[name]]
 
     @property
-    def never_graded(self) -> bool:
+    def has_never_graded(self) -> bool:
         """Whether there were rollout batches, and not one answer that was graded."""
-        return self.batches > 0 and not self.graded
+        return self.batches > 0 and not self.any_graded
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

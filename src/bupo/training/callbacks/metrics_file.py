@@ -10,16 +10,16 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from bupo.run_files.reading import BROKEN, read_bytes
-from bupo.utils.files import append, in_one_piece, make_folder
+from bupo.run_files.reading import PARSE_ERRORS, read_bytes
+from bupo.utils.files import append_text, atomic_write, make_folder
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-_EVALUATION = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # of benchmarks, not of TRL's eval_dataset
+_BENCHMARK_PREFIX = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # of benchmarks, not of TRL's eval_dataset
 
 
-class MetricsFile(TrainerCallback):
+class MetricsFileCallback(TrainerCallback):
     """Appends every log to `metrics.jsonl` in the run's folder as it comes.
 
     The rows before a resume are the checkpoint's (`log_history`), whatever a kill or another run has left in the file.
@@ -32,21 +32,21 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         make_folder(self.path.parent)
-        with in_one_piece(self.path) as part:
-            part.write_text("".join(_line(row["step"], row) for row in state.log_history))
+        with atomic_write(self.path) as part:
+            part.write_text("".join(_format_row(row["step"], row) for row in state.log_history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            append(self.path, _line(state.global_step, logs))
+            append_text(self.path, _format_row(state.global_step, logs))
 
 
-def _line(step: int, logs: dict) -> str:
+def _format_row(step: int, logs: dict) -> str:
     # the name that trackers show: transformers turns `eval_` into `eval/` for them
-    named = {_EVALUATION.sub("eval/", name): _plain(value) for name, value in logs.items()}
+    named = {_BENCHMARK_PREFIX.sub("eval/", name): _to_json_value(value) for name, value in logs.items()}
     return json.dumps({"step": step, **named}, default=str) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """A value of a log as JSON knows it, which has no NaN and no infinite number: these are null."""
     if isinstance(value, Real) and not isinstance(value, int):
         return float(value) if math.isfinite(value) else None
@@ -65,7 +65,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except BROKEN:  # nested too deep and numbers beyond any, too
+        except PARSE_ERRORS:  # nested too deep and numbers beyond any, too
             row = None
         if isinstance(row, dict):
             rows.append(row)

@@ -6,32 +6,32 @@ from pathlib import Path
 
 import pandas as pd
 
-from bupo.analysis.checkpoint_series import write_series
+from bupo.analysis.checkpoint_series import write_dynamics
 from bupo.analysis.results import DYNAMICS_FILE
-from bupo.training.callbacks.probes import Answers
-from bupo.utils.files import in_one_piece, make_folder
+from bupo.training.callbacks.probes import PromptCompletionIds
+from bupo.utils.files import atomic_write, make_folder
 
 PROBES_FILE = "probes.jsonl"
 
 
-class Dynamics:
+class DynamicsWriter:
     """The series of a run on disk: `probes.jsonl` once, `dynamics.parquet` after each probe, in one piece.
 
-    The table's columns are those of [`~bupo.analysis.checkpoint_series.write_series`].
+    The table's columns are those of [`~bupo.analysis.checkpoint_series.write_dynamics`].
     """
 
     def __init__(self, folder: str | Path, meta: dict):
         self.folder, self.meta = Path(folder), meta
         self.rows: list[dict] = []
 
-    def write_answers(self, answers: Answers, decode) -> None:
+    def write_probe_set(self, answers: PromptCompletionIds, decode) -> None:
         """Keep the probe set, in the format that `bupo analyze --rollouts` reads."""
         make_folder(self.folder)
         lines = [
             json.dumps({"prompt_ids": p, "completion_ids": a, "prompt": decode(p), "completion": decode(a)}) + "\n"
             for p, a in answers
         ]
-        with in_one_piece(self.folder / PROBES_FILE) as part:
+        with atomic_write(self.folder / PROBES_FILE) as part:
             part.write_text("".join(lines))
 
     def state(self) -> str:
@@ -52,4 +52,4 @@ class Dynamics:
         self._write()
 
     def _write(self) -> None:
-        write_series(self.folder / DYNAMICS_FILE, self.rows, self.meta)
+        write_dynamics(self.folder / DYNAMICS_FILE, self.rows, self.meta)

@@ -11,20 +11,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bupo.analysis.vocab_streaming import Fold
-from bupo.models.residual_stream import Lens, ResidualStream, Site
+from bupo.analysis.vocab_streaming import StreamedPolicies
+from bupo.models.residual_stream import Activation, Lens, ResidualStream
 
-ANSWER_TOKENS = 256  # of a probe; longer answers are cut
-SHARE = 0.03  # of a rollout batch's arithmetic, for the default of probe_every
-ROWS = 1024  # answer positions that meet a tile of the vocabulary together
-STATES = 1 << 26  # numbers in the states of one forward pass
+MAX_PROBE_TOKENS = 256  # of a probe; longer answers are cut
+MAX_COMPUTE_SHARE = 0.03  # of a rollout batch's arithmetic, for the default of probe_every
+ROWS_PER_CHUNK = 1024  # answer positions that meet a tile of the vocabulary together
+MAX_STATE_ELEMENTS = 1 << 26  # numbers in the states of one forward pass
 
-Answers = Sequence[tuple[list[int], list[int]]]  # token ids of prompts and answers
+PromptCompletionIds = Sequence[tuple[list[int], list[int]]]  # token ids of prompts and answers
 
 
 @torch.no_grad()
-def probe(
-    stream: ResidualStream, answers: Answers, layers: Sequence[int], lens: Lens = "raw", temperature: float = 1.0
+def probe_layers(
+    stream: ResidualStream,
+    answers: PromptCompletionIds,
+    layers: Sequence[int],
+    lens: Lens = "raw",
+    temperature: float = 1.0,
 ) -> list[dict]:
     """Measure layers against those above them.
 
@@ -41,15 +45,17 @@ def probe(
     """
     sums: dict[tuple, float] = defaultdict(float)
     tokens = 0
-    for states, targets in _states(stream, answers, layers):
+    for states, targets in _iterate_hidden_states(stream, answers, layers):
         tokens += len(targets)
         for layer in layers:
             for later in range(layer + 1, stream.num_layers + 1):
-                pair = (states[Site("layer", layer)], states[Site("layer", later)])
+                pair = (states[Activation("layer", layer)], states[Activation("layer", later)])
                 sums["cosine", layer, later] += torch.cosine_similarity(*pair, dim=-1).double().sum().item()
-        for start in range(0, len(targets), ROWS):
-            piece = {site.layer: values[start : start + ROWS] for site, values in states.items()}
-            for key, values in _policies(stream, piece, targets[start : start + ROWS], layers, lens, temperature):
+        for start in range(0, len(targets), ROWS_PER_CHUNK):
+            piece = {site.layer: values[start : start + ROWS_PER_CHUNK] for site, values in states.items()}
+            for key, values in _measure_policies(
+                stream, piece, targets[start : start + ROWS_PER_CHUNK], layers, lens, temperature
+            ):
                 sums[key] += values.double().sum().item()
     found = [
         {"measure": measure, "layer": layer, "later_layer": later, "value": total / tokens}
@@ -61,16 +67,16 @@ def probe(
     return found
 
 
-def _policies(stream, states, targets, layers, lens, temperature) -> Iterator[tuple[tuple, torch.Tensor]]:
+def _measure_policies(stream, states, targets, layers, lens, temperature) -> Iterator[tuple[tuple, torch.Tensor]]:
     """What needs logits, `(rows,)` by measure, layer and later layer. `states` are by layer."""
     last, lowest = stream.num_layers, min(layers, default=stream.num_layers + 1) - 1
     head = stream.head(temperature)
-    theta = stream.lensed(states[last], "final_norm")
-    read = [stream.lensed(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
+    theta = stream.apply_lens(states[last], "final_norm")
+    read = [stream.apply_lens(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
     kind = torch.promote_types(theta.dtype, torch.float32)
     device = head.weight.device
-    fold = Fold([x.to(device, kind) for x in (theta, *read)], spoken=1 + len(read), pairs=True)
-    fold.take_all(head, targets.to(device))
+    fold = StreamedPolicies([x.to(device, kind) for x in (theta, *read)], spoken=1 + len(read), pairs=True)
+    fold.accumulate(head, targets.to(device))
     yield ("entropy", None, None), fold.entropy[0]
     yield ("perplexity", None, None), fold.z[0] - fold.chosen_logit[0]
     to_theta, _, between = fold.kl()
@@ -85,16 +91,16 @@ def _policies(stream, states, targets, layers, lens, temperature) -> Iterator[tu
             yield ("kl", layer, later), between[place[layer], place[later]]
 
 
-def _states(
-    stream: ResidualStream, answers: Answers, layers: Sequence[int]
-) -> Iterator[tuple[dict[Site, torch.Tensor], torch.Tensor]]:
+def _iterate_hidden_states(
+    stream: ResidualStream, answers: PromptCompletionIds, layers: Sequence[int]
+) -> Iterator[tuple[dict[Activation, torch.Tensor], torch.Tensor]]:
     """States `(rows, D)` and next tokens `(rows,)` at the answers' positions, some answers at a time."""
     first = min(layers, default=stream.num_layers + 1)
     numbers = sorted({stream.num_layers, *range(first, stream.num_layers + 1), *(layer - 1 for layer in layers)})
-    sites = [Site("layer", number) for number in numbers]
+    sites = [Activation("layer", number) for number in numbers]
     embedding = stream.model.get_input_embeddings().weight
     longest = max(len(prompt) + len(answer) for prompt, answer in answers)
-    size = max(1, STATES // (longest * len(sites) * embedding.size(1)))
+    size = max(1, MAX_STATE_ELEMENTS // (longest * len(sites) * embedding.size(1)))
     for start in range(0, len(answers), size):
         some = answers[start : start + size]
         time = max(len(prompt) + len(answer) for prompt, answer in some)
@@ -106,15 +112,17 @@ def _states(
             mask[row, :end] = 1
             here[row, len(prompt) - 1 : end - 1] = True
         targets = ids[:, 1:][here[:, :-1]]
-        select = functools.partial(_rows, here=here)
+        select = functools.partial(_select_rows, here=here)
         yield stream.run(sites, ids.to(embedding.device), mask.to(embedding.device), select=select), targets
 
 
-def _rows(states: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+def _select_rows(states: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     return states[here.to(states.device)]
 
 
-def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[int], batch_tokens: int) -> int:
+def get_default_probe_interval(
+    stream: ResidualStream, answers: PromptCompletionIds, layers: Sequence[int], batch_tokens: int
+) -> int:
     """Rollout batches between probes that keep them within `SHARE` of the run's arithmetic.
 
     A forward pass is two operations a parameter and token, a rollout batch some four forward passes (sampling, scoring,
@@ -128,10 +136,10 @@ def default_cadence(stream: ResidualStream, answers: Answers, layers: Sequence[i
     sites = stream.num_layers - min(layers) + 3
     rows = sum(len(answer) for _, answer in answers)
     cost = sum(len(p) + len(a) for p, a in answers) * forward + rows * sites * entries * (2 * width + 500)
-    return max(1, math.ceil(cost / (SHARE * 4 * max(1, batch_tokens) * forward)))
+    return max(1, math.ceil(cost / (MAX_COMPUTE_SHARE * 4 * max(1, batch_tokens) * forward)))
 
 
-def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
+def compute_repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
     """Mean share of an answer's n-grams that it has said before; answers shorter than n + 1 tokens have none."""
     shares = []
     for ids in answers:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 
-def continue_events(callbacks: Iterable[TrainerCallback], folder: Path, updates: int) -> None:
+def resume_tensorboard(callbacks: Iterable[TrainerCallback], folder: Path, updates: int) -> None:
     """Write into the folder of events that the run has begun, and take back what it noted after `updates`.
 
     Readers leave out events from `purge_step` on that were written before: no update is there twice.
@@ -19,10 +19,10 @@ def continue_events(callbacks: Iterable[TrainerCallback], folder: Path, updates:
         begun = sorted(path.parent for path in (folder / "runs").glob("*/events.*"))
         where = callback.logging_dir or (str(begun[-1]) if begun else None)
         if where:
-            callback.tb_writer = _writer()(log_dir=where, purge_step=updates + 1 if updates else 0)
+            callback.tb_writer = _get_summary_writer_class()(log_dir=where, purge_step=updates + 1 if updates else 0)
 
 
-def _writer() -> type:
+def _get_summary_writer_class() -> type:
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:

@@ -15,39 +15,43 @@ class CallbackStates:
     transformers restores them with `restore_callback_states_from_checkpoint` only, and of two of one kind the first states.
 
     Args:
-        trainer ([`~bupo.training.trl_internals.TRLTrainer`]): its callbacks, and `ended_early`.
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its callbacks, and `ended_early`.
         say (`Callable`): takes a line about callbacks that start afresh.
     """
 
     def __init__(self, trainer: Any, say: Callable[[str], None]):
         self.trainer, self.say = trainer, say
 
-    def _stateful(self) -> list[TrainerCallback]:
+    def _get_stateful_callbacks(self) -> list[TrainerCallback]:
         return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, ExportableState)]
 
     def state(self) -> dict:
         """Return what a checkpoint must hold: the states as JSON, and whether a callback has ended the run."""
-        states = [(type(each).__name__, each.state()) for each in self._stateful()]  # type: ignore[attr-defined]
+        states = [(type(each).__name__, each.state()) for each in self._get_stateful_callbacks()]  # type: ignore[attr-defined]
         unfinished = self.trainer.state.global_step < self.trainer.state.max_steps
         ended = bool(states) and unfinished and self.trainer.control.should_training_stop
-        return {"callbacks": json.dumps(states, default=_plain), "ended": ended}
+        return {"callbacks": json.dumps(states, default=_to_json_value), "ended": ended}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """Put what `state` returned into the callbacks of this run, if they are the same ones with the same options."""
-        before, now = json.loads(state["callbacks"]), self._stateful()
+        before, now = json.loads(state["callbacks"]), self._get_stateful_callbacks()
         options = [[type(each).__name__, each.state().get("args", {})] for each in now]  # type: ignore[attr-defined]
-        if json.loads(json.dumps(options, default=_plain)) != [[name, kept.get("args", {})] for name, kept in before]:
-            self.say(f"callbacks start afresh: they are {_named(options)} from here on, and were {_named(before)}")
+        if json.loads(json.dumps(options, default=_to_json_value)) != [
+            [name, kept.get("args", {})] for name, kept in before
+        ]:
+            self.say(
+                f"callbacks start afresh: they are {_format_callbacks(options)} from here on, and were {_format_callbacks(before)}"
+            )
             return
         for callback, (_, kept) in zip(now, before, strict=True):
             for name, value in kept.get("attributes", {}).items():
                 setattr(callback, name, value)
-        self.trainer.ended_early = state["ended"]
+        self.trainer.stopped_by_callback = state["ended"]
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _named(states: list) -> str:
+def _format_callbacks(states: list) -> str:
     return ", ".join(f"{name} {state.get('args', state)}" for name, state in states) or "none"

@@ -16,26 +16,35 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.analysis.checkpoint_series import STATE_FILE
-from bupo.run_files.reading import BROKEN, NULL, Damaged, Keys, Kind, check, read_json, read_state
-from bupo.utils.errors import UserError, first_line
+from bupo.run_files.reading import (
+    NONE_TYPE,
+    PARSE_ERRORS,
+    DamagedFileError,
+    ExpectedType,
+    KeyTypes,
+    check_keys,
+    read_json,
+    read_torch_file,
+)
+from bupo.utils.errors import UserError, summarize_error
 from bupo.utils.files import write_json
-from bupo.utils.safe_read import outside, there
+from bupo.utils.safe_read import describe_index_error, has_regular_file
 
 MANIFEST_FILE = "manifest.json"
-HASHED = 64 << 20  # bytes; of larger files, the size is looked at only
+MAX_HASHED_BYTES = 64 << 20  # bytes; of larger files, the size is looked at only
 # by name, what the states of a checkpoint must hold to be loaded
-_STATES: dict[str, Keys] = {
+_STATE_SCHEMAS: dict[str, KeyTypes] = {
     STATE_FILE: {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict},
     "rollouts_*.pt": {"pieces": object, "numbers": dict},
     "optimizer.pt": {"state": dict, "param_groups": list},
     "optimizer.bin": {"state": dict},
-    "scheduler.pt": {"last_epoch": (int, NULL)},
+    "scheduler.pt": {"last_epoch": (int, NONE_TYPE)},
     "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
 }
-Found = TypeVar("Found")
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+ResultT = TypeVar("ResultT")
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
-_NEEDED = {
+_REQUIRED_FILES = {
     "the model's weights": (
         "model*.safetensors",
         "pytorch_model*",
@@ -52,22 +61,22 @@ _NEEDED = {
 def write_manifest(folder: Path) -> None:
     """List a folder's files in `manifest.json`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
-    files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
+    files = {path.relative_to(folder).as_posix(): _make_manifest_entry(path) for path in paths}
     write_json(folder / MANIFEST_FILE, {"schema_version": 1, "files": files})
 
 
-def _entry(path: Path) -> dict[str, int | str | None]:
-    return {"bytes": path.stat().st_size, "sha256": _sum(path)}
+def _make_manifest_entry(path: Path) -> dict[str, int | str | None]:
+    return {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
 
 
-def _sum(path: Path) -> str | None:
-    if path.stat().st_size > HASHED:
+def _hash_file(path: Path) -> str | None:
+    if path.stat().st_size > MAX_HASHED_BYTES:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path, sums: bool = True) -> str | None:
+def find_damage(folder: Path, sums: bool = True) -> str | None:
     """What keeps a run from going on with a checkpoint, in a few words; None for a whole one.
 
     One without a manifest, by an earlier version or another trainer, is judged by the files that are needed. Without `sums`,
@@ -83,46 +92,46 @@ def damage(folder: Path, sums: bool = True) -> str | None:
     if os.path.lexists(listed):
         try:
             files = read_json(listed, {"files": dict})["files"]
-            found = next((what for name in files if (what := _altered(folder, name, files[name], sums))), None)
-        except (OSError, *BROKEN):
+            found = next((what for name in files if (what := _find_alteration(folder, name, files[name], sums))), None)
+        except (OSError, *PARSE_ERRORS):
             found = f"{MANIFEST_FILE} cannot be read"
         if found:
             return found
     if not os.path.lexists(folder / TRAINER_STATE_NAME):
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        state_of(folder)
-    except Damaged as error:
+        read_trainer_state(folder)
+    except DamagedFileError as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({error.why})"
-    for what, names in _NEEDED.items():
+    for what, names in _REQUIRED_FILES.items():
         if not any(next(folder.glob(name), None) for name in names):
             return f"{what} is missing" + (" (save_only_model)" if listed.exists() else "")
-    return unreadable(folder)
+    return find_unreadable_file(folder)
 
 
-def unreadable(folder: Path) -> str | None:
+def find_unreadable_file(folder: Path) -> str | None:
     """Return what a checkpoint's states and weights cannot be read for, by their headers only; None where they can."""
-    for pattern, keys in _STATES.items():
+    for pattern, keys in _STATE_SCHEMAS.items():
         for path in sorted(folder.glob(pattern)):
             try:
-                read_state(path, keys, mmap=True)
-            except Damaged as error:
+                read_torch_file(path, keys, mmap=True)
+            except DamagedFileError as error:
                 return f"{path.name} is damaged: {error.why}"
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            if not there(folder, path.name):
+            if not has_regular_file(folder, path.name):
                 return f"{path.name} is no regular file of its folder"
             with safe_open(path, "pt") as file:
                 file.keys()
-        except (SafetensorError, OSError, *BROKEN) as error:
-            return f"{path.name} is damaged: {first_line(error)}"
+        except (SafetensorError, OSError, *PARSE_ERRORS) as error:
+            return f"{path.name} is damaged: {summarize_error(error)}"
     for path in sorted(folder.glob("*.index.json")):
-        if wrong := outside(folder, path.name):
+        if wrong := describe_index_error(folder, path.name):
             return wrong
     return None
 
 
-def state_of(checkpoint: Path) -> dict[str, Any]:
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """Return a trainer's state, as the resumed trainer will read it.
 
     Raises:
@@ -130,49 +139,49 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / TRAINER_STATE_NAME
     places = ("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-    numbers: dict[str, Kind] = dict.fromkeys(places, (float, NULL))
-    numbers |= dict[str, Kind].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NULL))
-    found = read_json(path, {"global_step": int, "log_history": (list, NULL), **numbers})
+    numbers: dict[str, ExpectedType] = dict.fromkeys(places, (float, NONE_TYPE))
+    numbers |= dict[str, ExpectedType].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NONE_TYPE))
+    found = read_json(path, {"global_step": int, "log_history": (list, NONE_TYPE), **numbers})
     try:
         if found["global_step"] < 0:
             raise ValueError(f"global_step is {found['global_step']}")
         for row in found.get("log_history") or []:
-            check(row, {"step": int})
+            check_keys(row, {"step": int})
         TrainerState(**found)
-    except BROKEN as error:
-        raise Damaged(path, f"log_history or another entry: {error}") from error
+    except PARSE_ERRORS as error:
+        raise DamagedFileError(path, f"log_history or another entry: {error}") from error
     return found
 
 
-def _altered(folder: Path, name: str, entry: dict, sums: bool) -> str | None:
+def _find_alteration(folder: Path, name: str, entry: dict, sums: bool) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file"
-    if not there(folder, name):
+    if not has_regular_file(folder, name):
         return f"{name} is no file of the checkpoint"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
-    if sums and entry["sha256"] and _sum(path) != entry["sha256"]:
+    if sums and entry["sha256"] and _hash_file(path) != entry["sha256"]:
         return f"{name} is not what was written"
     return None
 
 
-def updates_of(checkpoint: str | Path | None) -> int:
+def get_global_step(checkpoint: str | Path | None) -> int:
     """Updates that a checkpoint was made after; 0 without one."""
-    return 0 if checkpoint is None else state_of(Path(checkpoint))["global_step"]
+    return 0 if checkpoint is None else read_trainer_state(Path(checkpoint))["global_step"]
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints, whole or not, the last last. `checkpoint-abc` is none."""
-    numbered = [(int(found[1]), path) for path in folder.glob("*") if (found := _NAME.fullmatch(path.name))]
+    numbered = [(int(found[1]), path) for path in folder.glob("*") if (found := _CHECKPOINT_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered) if path.is_dir()]
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+def find_newest_intact_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The last checkpoint of a run that is whole by its manifest; `say` is told of the later ones, and what is wrong."""
-    for path in reversed(checkpoints(folder)):
-        wrong = damage(path)
+    for path in reversed(list_checkpoints(folder)):
+        wrong = find_damage(path)
         if wrong is None and not (path / MANIFEST_FILE).exists():
             wrong = f"it has no {MANIFEST_FILE}, so it may not be whole"
         if wrong is None:
@@ -181,14 +190,14 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def to_go_on_from(folder: Path, say: Callable[[str], None]) -> Path | None:
+def resolve_newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """Where `true` goes on: the newest whole checkpoint of a run, or None where it has none yet. `say` is told which.
 
     Raises:
         UserError: if there are checkpoints and none is whole: to begin anew would delete them.
     """
-    found = newest_whole(folder, say)
-    if found is None and checkpoints(folder):
+    found = find_newest_intact_checkpoint(folder, say)
+    if found is None and list_checkpoints(folder):
         raise UserError(
             f"resume_from_checkpoint: no checkpoint in {folder} is whole: name one of them to go on from it all the same, "
             "or start anew by --overwrite true and without resume_from_checkpoint"
@@ -197,18 +206,18 @@ def to_go_on_from(folder: Path, say: Callable[[str], None]) -> Path | None:
     return found
 
 
-def usable(checkpoint: Path) -> Path:
+def require_intact(checkpoint: Path) -> Path:
     """A checkpoint that was named.
 
     Raises:
         UserError: if it is damaged.
     """
-    if wrong := damage(checkpoint):
+    if wrong := find_damage(checkpoint):
         raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on with: {wrong}")
     return checkpoint
 
 
-def decided(find: Callable[[], Found]) -> Found:
+def run_on_main_process(find: Callable[[], ResultT]) -> ResultT:
     """What the main process finds, for all processes; what it refuses, all refuse."""
     answer: list[Any] = [None, None]
     if PartialState().is_main_process:
@@ -222,11 +231,11 @@ def decided(find: Callable[[], Found]) -> Found:
     return found
 
 
-def check_shared(checkpoint: Path | None) -> None:
+def check_visible_to_all(checkpoint: Path | None) -> None:
     """Refuse a checkpoint that another process than the main one does not see, by its sizes: sums take long."""
     if checkpoint is None:
         return
-    wrong = None if PartialState().is_main_process else damage(checkpoint, sums=False)
+    wrong = None if PartialState().is_main_process else find_damage(checkpoint, sums=False)
     for found in gather_object([wrong]):
         if found:
             raise UserError(

@@ -12,7 +12,7 @@ A checkpoint's `options.json` keeps what decides the numbers of a run. On resumi
 
 Problems are told by their content, not by the names of their files; the chat template and the model likewise; rewards by where
 they are defined. A finished run keeps the same in `finished.json`, and is compared as well. The first phase and the cut of a
-rollout batch into micro-batches are compared by [`~bupo.training.checkpoints.trainer_state.load`].
+rollout batch into micro-batches are compared by [`~bupo.training.checkpoints.trainer_state.load_state`].
 """
 
 import dataclasses
@@ -24,19 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bupo.data.problems import problems_sha256
-from bupo.models.loading import fingerprint
-from bupo.run_files.provenance import without_secrets
-from bupo.run_files.reading import BROKEN, read_json
-from bupo.training.objective.phases import Schedule
-from bupo.training.trl_internals import TRLTrainer
+from bupo.data.problems import compute_problems_sha256
+from bupo.models.loading import compute_weight_fingerprint
+from bupo.run_files.provenance import drop_secrets
+from bupo.run_files.reading import PARSE_ERRORS, read_json
+from bupo.training.objective.phases import PhaseSchedule
+from bupo.training.trl_internals import GRPOTrainerHooks
 from bupo.utils.errors import UserError
 from bupo.utils.files import write_json
 
 OPTIONS_FILE = "options.json"
-TAKEN = ("learning_rate", "critic_learning_rate", "max_grad_norm", "max_steps", "num_train_epochs")
-ADAPTIVE = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate is their state: a new one would not take effect
-FREE = {
+CHANGEABLE_OPTIONS = ("learning_rate", "critic_learning_rate", "max_grad_norm", "max_steps", "num_train_epochs")
+ADAPTIVE_SCHEDULERS = (
+    "reduce_lr_on_plateau",
+    "greedy",
+)  # schedules whose rate is their state: a new one would not take effect
+NON_TRAINING_OPTIONS = {
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval",
     "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "remove_unused_columns", "label_names",
     "num_completions_to_print", "restore_callback_states_from_checkpoint", "include_for_metrics", "use_cache",
@@ -47,7 +50,7 @@ FREE = {
     "use_cpu", "local_rank", "deepspeed", "accelerator_config", "parallelism_config", "tf32", "enable_jit_checkpoint",
     "ds3_gather_for_generation", "use_liger_kernel", "liger_kernel_config", "average_tokens_across_devices",
 }  # fmt: skip
-FREE_KINDS = (
+NON_TRAINING_PREFIXES = (
     "save_", "log_", "logging_", "eval_", "hub_", "push_to_hub", "trackio_", "dataloader_", "ddp_", "fsdp", "torch_compile",
     "num_generations_eval", "batch_eval", "bf16_full_eval", "fp16_full_eval", "use_vllm", "vllm_mode", "vllm_model_impl",
     "vllm_enable_sleep", "vllm_server", "vllm_group_port", "vllm_gpu", "vllm_tensor", "vllm_max_model", "use_transformers_",
@@ -55,24 +58,26 @@ FREE_KINDS = (
 )  # fmt: skip
 
 
-def _decides(name: str) -> bool:
-    return name not in FREE and not name.startswith(FREE_KINDS)
+def _affects_training(name: str) -> bool:
+    return name not in NON_TRAINING_OPTIONS and not name.startswith(NON_TRAINING_PREFIXES)
 
 
-def deciding(trainer: TRLTrainer) -> dict[str, Any]:
+def get_resume_options(trainer: GRPOTrainerHooks) -> dict[str, Any]:
     """What decides the numbers of a run, by name, as JSON knows it."""
     args = trainer.args
-    found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _decides(f.name)}
+    found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _affects_training(f.name)}
     found |= trainer.given
-    if args.mixes and not args.first_phase.stages:  # else the first phase is compared, which holds the layer
+    if (
+        args.has_auxiliary_objective and not args.first_phase.stages
+    ):  # else the first phase is compared, which holds the layer
         found["internal_layer"] = args.internal_layer
-    found["chat_template"] = _sum(getattr(trainer.processing_class, "chat_template", None))
-    found["reward_funcs"] = list(map(_reward, trainer.reward_funcs, trainer.reward_func_names))
+    found["chat_template"] = _hash_json(getattr(trainer.processing_class, "chat_template", None))
+    found["reward_funcs"] = list(map(_get_reward_name, trainer.reward_funcs, trainer.reward_func_names))
     found["answers a rollout batch"] = args.generation_batch_size
-    return json.loads(json.dumps(without_secrets(found), default=_as_text))
+    return json.loads(json.dumps(drop_secrets(found), default=_to_json_value))
 
 
-def of_given(trainer: TRLTrainer) -> dict[str, Any]:
+def fingerprint_inputs(trainer: GRPOTrainerHooks) -> dict[str, Any]:
     """What decides a run of its problems, by content, and of its model, as it is before it is trained, sharded or cast.
 
     Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
@@ -81,7 +86,7 @@ def of_given(trainer: TRLTrainer) -> dict[str, Any]:
     model, config = trainer.model, trainer.model.config
     whole = not trainer.is_fsdp_enabled
     sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    found: dict[str, Any] = {"problems": _content(trainer.train_dataset)}
+    found: dict[str, Any] = {"problems": _describe_problems(trainer.train_dataset)}
     found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
     adapters = getattr(model, "peft_config", {})
     found["adapters"] = sorted(adapters)
@@ -89,40 +94,40 @@ def of_given(trainer: TRLTrainer) -> dict[str, Any]:
         own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
         found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
     if adapters and whole:
-        found["the base model's weights"] = fingerprint(model, without=adapters)
+        found["the base model's weights"] = compute_weight_fingerprint(model, without=adapters)
     if trainer.ref_model is not None and not trainer.args.sync_ref_model and whole:
-        found["the reference model's weights"] = fingerprint(trainer.ref_model)
+        found["the reference model's weights"] = compute_weight_fingerprint(trainer.ref_model)
     return found
 
 
-def _reward(function: Any, name: str) -> str:
+def _get_reward_name(function: Any, name: str) -> str:
     return f"{function.__module__}.{function.__qualname__}" if inspect.isfunction(function) else name
 
 
-def _as_text(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     return (
         sorted(map(str, value)) if isinstance(value, set | frozenset | tuple) else str(getattr(value, "value", value))
     )
 
 
-def _sum(value: Any) -> str:
+def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _content(problems: Any) -> str:
+def _describe_problems(problems: Any) -> str:
     """Problems by their number and their checksum, which `run.json` notes too."""
     try:
         number = len(problems)
     except TypeError:  # a stream's cannot be looked at without taking from it
         return type(problems).__name__
-    return f"{number} problems, SHA-256 {problems_sha256(problems)}"
+    return f"{number} problems, SHA-256 {compute_problems_sha256(problems)}"
 
 
-def same_phase(before: list, planned: Schedule, folder: Path) -> None:
+def check_same_schedule(before: list, planned: PhaseSchedule, folder: Path) -> None:
     """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
     try:
-        former = Schedule.load(before)
-    except BROKEN as error:
+        former = PhaseSchedule.load(before)
+    except PARSE_ERRORS as error:
         raise UserError(f"{folder} is damaged: its first phase cannot be read ({error}); go on from another") from error
     if former != planned:
         raise UserError(
@@ -130,12 +135,12 @@ def same_phase(before: list, planned: Schedule, folder: Path) -> None:
         )
 
 
-def write_options(trainer: TRLTrainer, folder: Path) -> None:
+def write_options(trainer: GRPOTrainerHooks, folder: Path) -> None:
     """Keep in a checkpoint what decides the run."""
-    write_json(folder / OPTIONS_FILE, deciding(trainer))
+    write_json(folder / OPTIONS_FILE, get_resume_options(trainer))
 
 
-def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> None:
+def check_checkpoint_options(trainer: GRPOTrainerHooks, folder: Path, say: Callable[[str], None]) -> None:
     """Hold a run's options against those of the checkpoint that it goes on from, if that keeps any.
 
     Raises:
@@ -143,21 +148,23 @@ def compare(trainer: TRLTrainer, folder: Path, say: Callable[[str], None]) -> No
     """
     if not os.path.lexists(folder / OPTIONS_FILE):
         return
-    hold(trainer, read_json(folder / OPTIONS_FILE), folder, say)
+    check_resume_options(trainer, read_json(folder / OPTIONS_FILE), folder, say)
 
 
-def hold(trainer: TRLTrainer, before: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+def check_resume_options(
+    trainer: GRPOTrainerHooks, before: dict[str, Any], folder: Path, say: Callable[[str], None]
+) -> None:
     """Hold a run's options against those that decided it `before`, as its `folder` or checkpoint keeps them.
 
     Raises:
         UserError: for one that would change the run and is not taken over.
     """
-    now = deciding(trainer)
-    adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE
+    now = get_resume_options(trainer)
+    adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE_SCHEDULERS
     for name in now:
         if name not in before or before[name] == now[name]:
             continue
-        if name in TAKEN and not (adaptive and name == "learning_rate"):
+        if name in CHANGEABLE_OPTIONS and not (adaptive and name == "learning_rate"):
             if name not in ("max_steps", "num_train_epochs"):
                 say(f"{name} is {now[name]} from here on; it was {before[name]}")
             continue

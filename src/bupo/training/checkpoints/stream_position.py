@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from bupo.data.prompts import check_text
+from bupo.data.prompts import check_not_serialized
 from bupo.utils.errors import UserError
 
-KEPT = 4096  # checksums of the last batches: data loaders read a few ahead of what is trained on
+MAX_CHECKSUMS = 4096  # checksums of the last batches: data loaders read a few ahead of what is trained on
 
 
-class StreamPlace:
+class StreamPosition:
     """The pass over a stream that a run is in, the batches of this pass that were trained on, and a checksum of their rows.
 
     A stream has no length: transformers takes all its passes for one epoch, and would skip the batches of a resumed run in the
@@ -26,12 +26,12 @@ class StreamPlace:
 
     def __init__(self) -> None:
         self.number = self.started = self.first = 0
-        self._resumed: int | None = None  # batches of the pass in which a checkpoint lies
+        self._resumed_batches: int | None = None  # batches of the pass in which a checkpoint lies
         self.sums: deque[tuple[int, str]] = deque(
-            maxlen=KEPT
+            maxlen=MAX_CHECKSUMS
         )  # after each batch of this pass: how many, and the checksum
         self.read, self.sum = 0, ""
-        self.expected: tuple[int, str] | None = None
+        self.expected_checksum: tuple[int, str] | None = None
 
     def begin(self, number: int, passes_done: int, skipped: int) -> None:
         """Begin a pass. Batches that were trained on before the run was resumed are skipped."""
@@ -39,25 +39,25 @@ class StreamPlace:
         self.read, self.sum = 0, ""
         self.sums.clear()
 
-    def collating(self, collate: Callable[[list], Any]) -> Callable[[list], Any]:
+    def wrap_collator(self, collate: Callable[[list], Any]) -> Callable[[list], Any]:
         """Return a data collator that also keeps the checksum of the rows."""
 
         def collated(rows: list) -> Any:
-            self._see(rows)
+            self._record_batch(rows)
             return collate(rows)
 
         return collated
 
-    def _see(self, rows: list) -> None:
+    def _record_batch(self, rows: list) -> None:
         for number, row in enumerate(rows):
-            check_text(row.get("prompt"), "train_dataset, a stream", self.read * len(rows) + number)
-        text = json.dumps(rows, sort_keys=True, default=_plain)
+            check_not_serialized(row.get("prompt"), "train_dataset, a stream", self.read * len(rows) + number)
+        text = json.dumps(rows, sort_keys=True, default=_to_json_value)
         self.read, self.sum = self.read + 1, hashlib.sha256((self.sum + text).encode()).hexdigest()
         self.sums.append((self.read, self.sum))
-        if self.expected is not None and self.read == self.expected[0]:
-            if self.sum != self.expected[1]:
-                raise UserError(_OTHER_ROWS)
-            self.expected = None
+        if self.expected_checksum is not None and self.read == self.expected_checksum[0]:
+            if self.sum != self.expected_checksum[1]:
+                raise UserError(_ROWS_DIFFER)
+            self.expected_checksum = None
 
     def state(self, passes_done: int, ended: bool) -> dict[str, Any]:
         """Return what a checkpoint holds.
@@ -76,8 +76,8 @@ class StreamPlace:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the place of a checkpoint."""
-        self.first, self._resumed = state["pass"], state["batches"]
-        self.expected = (state["batches"], state["sum"]) if state["sum"] else None
+        self.first, self._resumed_batches = state["pass"], state["batches"]
+        self.expected_checksum = (state["batches"], state["sum"]) if state["sum"] else None
 
     def resume(self, checkpoint: str) -> int:
         """Return how many batches of the first pass are to be skipped.
@@ -85,30 +85,30 @@ class StreamPlace:
         Raises:
             UserError: if the checkpoint does not say it.
         """
-        if self._resumed is None:
+        if self._resumed_batches is None:
             raise UserError(
                 f"{checkpoint} does not say where the run was in its stream of problems (train_dataset): it was made by "
                 "another trainer or an earlier version; start a new run from the model that it holds"
             )
-        return self._resumed
+        return self._resumed_batches
 
-    def check_read(self) -> None:
+    def check_position_reached(self) -> None:
         """Refuse a stream that has ended before the place where the run was.
 
         Raises:
             UserError: with the reason.
         """
-        if self.expected is not None:
-            raise UserError(_OTHER_ROWS)
+        if self.expected_checksum is not None:
+            raise UserError(_ROWS_DIFFER)
 
 
-_OTHER_ROWS = (
+_ROWS_DIFFER = (
     "train_dataset, a stream, does not give the rows again that it gave before the checkpoint: a run cannot go on with it; "
     "give a stream that begins anew with the same rows each time it is read, or a Dataset"
 )
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     return (
         value.tolist() if hasattr(value, "tolist") else str(value) if isinstance(value, bytes) else type(value).__name__
     )

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from bupo.models.weight_checks import REPORTED, check_loaded, unreported
-from bupo.utils.errors import UserError, others
+from bupo.models.weight_checks import LOADING_REPORT_KWARGS, check_loading_report, suppress_load_report
+from bupo.utils.errors import UserError, wrap_library_errors
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 # states of torch's optimizers that have a number for each of a parameter's; fused ones do not look at their sizes
-MOMENTS = (
+OPTIMIZER_STATE_NAMES = (
     "exp_avg",
     "exp_avg_sq",
     "max_exp_avg_sq",
@@ -34,21 +34,21 @@ MOMENTS = (
 )
 
 
-class Stored(NamedTuple):
+class TensorHeader(NamedTuple):
     """A tensor of a file: its shape, and its type in the file's words, such as `F32`."""
 
     shape: tuple[int, ...]
     kind: str
 
 
-def stored_tensors(folder: Path, adapter: bool = False) -> dict[str, Stored]:
+def read_tensor_headers(folder: Path, adapter: bool = False) -> dict[str, TensorHeader]:
     """Return the tensors of a checkpoint's safetensors files by name, from their headers; none where it has no such files.
 
     Args:
         folder (`Path`): the checkpoint, whose files can be read.
         adapter (`bool`, *optional*, defaults to `False`): of its adapter.
     """
-    whole, index = folder / (ADAPTER if adapter else SAFE_WEIGHTS_NAME), folder / SAFE_WEIGHTS_INDEX_NAME
+    whole, index = folder / (ADAPTER_FILE if adapter else SAFE_WEIGHTS_NAME), folder / SAFE_WEIGHTS_INDEX_NAME
     files = [whole] if whole.is_file() else []
     if not files and index.is_file() and not adapter:
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -57,11 +57,11 @@ def stored_tensors(folder: Path, adapter: bool = False) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  # no mapping
                 tensor = file.get_slice(name)
-                found[name] = Stored(tuple(tensor.get_shape()), tensor.get_dtype())
+                found[name] = TensorHeader(tuple(tensor.get_shape()), tensor.get_dtype())
     return found
 
 
-def misfit(model: nn.Module, folder: Path) -> str | None:
+def find_weight_mismatch(model: nn.Module, folder: Path) -> str | None:
     """Return why a checkpoint's weights are not those of a model, in a few words; None where they are or cannot be compared.
 
     Args:
@@ -70,7 +70,7 @@ def misfit(model: nn.Module, folder: Path) -> str | None:
     """
     adapter = isinstance(model, PeftModel)
     try:
-        stored = stored_tensors(folder, adapter)
+        stored = read_tensor_headers(folder, adapter)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its weights cannot be read ({error})"
     if not stored:
@@ -83,13 +83,13 @@ def misfit(model: nn.Module, folder: Path) -> str | None:
             return f"{name} has the shape {stored[name].shape} in its files and {tuple(values.shape)} in the model"
         if values.is_floating_point() and not stored[name].kind.startswith(("F", "BF")):
             return f"{name} is stored as {stored[name].kind}, and the model's is {str(values.dtype).removeprefix('torch.')}"
-    lacking = [name for name in wanted if name not in stored] if adapter else _lacking(model, stored)
+    lacking = [name for name in wanted if name not in stored] if adapter else _find_missing_parameters(model, stored)
     if lacking and (adapter or not stored.keys() - wanted.keys()):  # else they may have other names
         return f"its files lack {len(lacking)} of the {len(wanted)} tensors, such as {lacking[0]}"
     return None
 
 
-def _lacking(model: nn.Module, stored: dict[str, Stored]) -> list[str]:
+def _find_missing_parameters(model: nn.Module, stored: dict[str, TensorHeader]) -> list[str]:
     """Return parameters whose names are absent from the files: a tied one has several names."""
     names: dict[int, list[str]] = {}
     for name, values in model.named_parameters(remove_duplicate=False):
@@ -97,12 +97,12 @@ def _lacking(model: nn.Module, stored: dict[str, Stored]) -> list[str]:
     return [same[0] for same in names.values() if not stored.keys() & set(same)]
 
 
-def has_other_names(model: nn.Module, folder: Path) -> bool:
+def has_renamed_parameters(model: nn.Module, folder: Path) -> bool:
     """Return whether a whole model's checkpoint lacks parameters by name: the Trainer would keep their present values."""
     if not isinstance(model, PreTrainedModel):
         return False
-    stored = stored_tensors(folder)
-    return bool(stored) and bool(_lacking(model, stored))
+    stored = read_tensor_headers(folder)
+    return bool(stored) and bool(_find_missing_parameters(model, stored))
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -112,18 +112,18 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         UserError: if they are not all of the model's.
     """
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32  # which hold 16 bits exactly
-    with others(f"{folder} cannot be gone on with"), unreported():
+    with wrap_library_errors(f"{folder} cannot be gone on with"), suppress_load_report():
         loaded, report = type(model).from_pretrained(
-            str(folder), config=copy.deepcopy(model.config), dtype=dtype, **REPORTED
+            str(folder), config=copy.deepcopy(model.config), dtype=dtype, **LOADING_REPORT_KWARGS
         )
     try:
-        check_loaded(str(folder), loaded, report)
+        check_loading_report(str(folder), loaded, report)
     except UserError as error:
         raise UserError(f"resume_from_checkpoint: {error}") from error
     model.load_state_dict(loaded.state_dict())
 
 
-def check_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def check_optimizer_state(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Refuse an optimizer that has lost options, or whose loaded states are of other parameters: a fused one would read beyond
     them.
 
@@ -137,7 +137,7 @@ def check_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             raise UserError(f"{folder} is damaged: its optimizer.pt lacks {missing[0]}: go on from another checkpoint")
         for values in group["params"]:
             state = optimizer.state.get(values, {})
-            for name in MOMENTS:
+            for name in OPTIMIZER_STATE_NAMES:
                 moment = state.get(name) if isinstance(state, dict) else None
                 fits = moment is None or (isinstance(moment, torch.Tensor) and moment.shape == values.shape)
                 if not isinstance(state, dict) or not fits:

@@ -13,17 +13,26 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from bupo.training.checkpoints.integrity import checkpoints, to_go_on_from, usable, write_manifest
-from bupo.utils.errors import UserError, first_line
-from bupo.utils.files import CLOSED, FULL, make_folder, remove
+from bupo.training.checkpoints.integrity import (
+    list_checkpoints,
+    require_intact,
+    resolve_newest_checkpoint,
+    write_manifest,
+)
+from bupo.utils.errors import UserError, summarize_error
+from bupo.utils.files import DISK_FULL_ERRNOS, WRITE_DENIED_ERRNOS, make_folder, remove_path
 
-STAGING, _FORMER, _GONE = "_saving", "former", "gone"  # transformers pushes no name that begins with `_`
-_DISK = (*FULL, *CLOSED, errno.EIO)
-_TORCH = ("PytorchStreamWriter", "inline_container")  # torch.save's errors have no number
+STAGING_DIR, _REPLACED_DIR, _DELETED_DIR = (
+    "_saving",
+    "former",
+    "gone",
+)  # transformers pushes no name that begins with `_`
+_DISK_ERRORS = (*DISK_FULL_ERRNOS, *WRITE_DENIED_ERRNOS, errno.EIO)
+_TORCH_ERRORS = ("PytorchStreamWriter", "inline_container")  # torch.save's errors have no number
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def wrap_write_errors(place: Path) -> Iterator[None]:
     """Inside, files are written.
 
     Raises:
@@ -32,52 +41,52 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        torchs = any(name in str(error) for name in _TORCH)
-        if not (getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or torchs):
+        torchs = any(name in str(error) for name in _TORCH_ERRORS)
+        if not (getattr(error, "errno", None) in _DISK_ERRORS or isinstance(error, SafetensorError) or torchs):
             raise
-        why = getattr(error, "strerror", None) or f"disk full? {first_line(error)}"
+        why = getattr(error, "strerror", None) or f"disk full? {summarize_error(error)}"
         raise UserError(
             f"{getattr(error, 'filename', None) or place} cannot be written ({why}): what was saved before is whole; make "
             "room and go on with --resume_from_checkpoint true"
         ) from error
 
 
-def move_in(staged: Path, place: Path) -> None:
+def commit_checkpoint(staged: Path, place: Path) -> None:
     """Move a written checkpoint to its place, in the stead of one that is there."""
     write_manifest(staged)
     for path in (*staged.rglob("*"), staged):
-        _to_disk(path)
+        _fsync(path)
     if place.exists():
-        former = staged.parent / _FORMER / place.name
+        former = staged.parent / _REPLACED_DIR / place.name
         make_folder(former.parent, place.parent)
         place.rename(former)
     staged.rename(place)
-    _to_disk(place.parent)
+    _fsync(place.parent)
     shutil.rmtree(staged.parent)
 
 
-def move_in_own(staged: Path, place: Path) -> None:
+def commit_node_checkpoint(staged: Path, place: Path) -> None:
     """Move another node's part of a checkpoint to its place, where that node has a disk of its own.
 
     On a shared disk the main process has moved all, though the node may not know yet: what that has put there stays.
     """
     if staged.is_dir() and not (place / TRAINER_STATE_NAME).exists():  # which the main process alone writes
         with suppress(FileNotFoundError):  # gone after all
-            move_in(staged, place)
+            commit_checkpoint(staged, place)
 
 
 def move_files(staged: Path, place: Path) -> None:
     """Move a folder's files and folders into another, each in the stead of one of its name."""
     for path in sorted(staged.iterdir()):
         for inner in (*path.rglob("*"), path):
-            _to_disk(inner)
+            _fsync(inner)
         if path.is_dir() or (place / path.name).is_dir():
-            remove(place / path.name)
+            remove_path(place / path.name)
         path.replace(place / path.name)
     shutil.rmtree(staged.parent)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -88,19 +97,19 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def recover(folder: Path) -> None:
+def recover_interrupted_save(folder: Path) -> None:
     """Remove what a kill has left half written; a checkpoint that was about to be replaced is put back."""
-    if (folder / STAGING).is_symlink() or (
-        folder / STAGING / _FORMER
+    if (folder / STAGING_DIR).is_symlink() or (
+        folder / STAGING_DIR / _REPLACED_DIR
     ).is_symlink():  # by somebody else: it leads elsewhere
-        remove(folder / STAGING)
-    for former in (folder / STAGING / _FORMER).glob("*"):
+        remove_path(folder / STAGING_DIR)
+    for former in (folder / STAGING_DIR / _REPLACED_DIR).glob("*"):
         if not (folder / former.name).exists():
             former.rename(folder / former.name)
-    remove(folder / STAGING)
+    remove_path(folder / STAGING_DIR)
 
 
-def to_resume(folder: Path, wanted: str | bool | None, say: Callable[[str], None]) -> Path | None:
+def resolve_checkpoint(folder: Path, wanted: str | bool | None, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that a run goes on from: the one that is named, or for `True` its newest whole one, if it has one.
 
     What a kill has left half written is removed first.
@@ -108,19 +117,19 @@ def to_resume(folder: Path, wanted: str | bool | None, say: Callable[[str], None
     Raises:
         UserError: if the one that is named is damaged, or none of the run's is whole.
     """
-    recover(folder)
+    recover_interrupted_save(folder)
     if wanted is True:
-        return to_go_on_from(folder, say)
-    return None if wanted in (None, False) else usable(Path(str(wanted)))  # an empty name is one
+        return resolve_newest_checkpoint(folder, say)
+    return None if wanted in (None, False) else require_intact(Path(str(wanted)))  # an empty name is one
 
 
-def rotate(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
+def delete_old_checkpoints(folder: Path, limit: int | None, *kept_ones: Path | str | None) -> None:
     """Delete the oldest checkpoints beyond `save_total_limit`, if any, but not those to be kept. Other folders stay."""
-    found, kept = checkpoints(folder), {Path(path) for path in kept_ones if path}
+    found, kept = list_checkpoints(folder), {Path(path) for path in kept_ones if path}
     most = limit if limit and limit > 0 else len(found)
     more = len(found) - max(most, len(kept & set(found)))
     for path in [path for path in found if path not in kept][: max(0, more)]:
-        away = folder / STAGING / _GONE / path.name
+        away = folder / STAGING_DIR / _DELETED_DIR / path.name
         make_folder(away.parent, folder)
         path.rename(away)  # first, for deleting takes time: a kill must not leave a part in its place
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)

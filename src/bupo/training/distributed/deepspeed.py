@@ -16,20 +16,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from bupo.models.residual_stream import ResidualStream, Site
-from bupo.training.callbacks.early_stopping import stop_momentum
-from bupo.training.objective.layer_parameters import moved_by, reached
+from bupo.models.residual_stream import Activation, ResidualStream
+from bupo.training.callbacks.early_stopping import reset_momentum
+from bupo.training.objective.layer_parameters import find_reached_parameters, get_parameters_up_to
 from bupo.utils.errors import UserError
 
 REACHED_BY = "reached_by"  # key of an optimizer's group: the layers whose policies reach its parameters
 
 
-def partitions(accelerator: Accelerator) -> bool:
+def uses_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed holds the optimizer of this run."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def check_zero(args: Any) -> None:
+def check_deepspeed_config(args: Any) -> None:
     """Refuse what DeepSpeed is asked for and does not do here.
 
     Args:
@@ -62,18 +62,20 @@ def check_zero(args: Any) -> None:
 # -- what steps -----------------------------------------------------------------------------------------------------------
 
 
-def stepped(stream: ResidualStream, site: Site, normed: bool, model: nn.Module | None = None) -> set[nn.Parameter]:
+def get_stepped_parameters(
+    stream: ResidualStream, site: Activation, normed: bool, model: nn.Module | None = None
+) -> set[nn.Parameter]:
     """Return the trainable parameters that an update of a site's policy steps; arguments as of `reached`.
 
     Experts that a few tokens do not meet count too: of a site's own layer alone it differs which parts write it.
     """
-    found = set(moved_by(stream, site.layer, normed, model))
+    found = set(get_parameters_up_to(stream, site.layer, normed, model))
     if site.kind != "attn":
         return found
-    return found - (set(stream.block(site.layer).parameters()) - reached(stream, site, normed, model))
+    return found - (set(stream.block(site.layer).parameters()) - find_reached_parameters(stream, site, normed, model))
 
 
-def group_by_reach(optimizer: torch.optim.Optimizer, reach: Mapping[int, Collection[nn.Parameter]]) -> None:
+def split_groups_by_layer(optimizer: torch.optim.Optimizer, reach: Mapping[int, Collection[nn.Parameter]]) -> None:
     """Split an optimizer's groups, in place, by the policies that reach their parameters. Before DeepSpeed is given it.
 
     Args:
@@ -89,7 +91,7 @@ def group_by_reach(optimizer: torch.optim.Optimizer, reach: Mapping[int, Collect
     optimizer.param_groups = groups
 
 
-def step_only_reached(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+def step_reached_groups_only(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     """Under DeepSpeed, have an update leave untouched what the internal policy that is optimised does not reach.
 
     Args:
@@ -97,16 +99,18 @@ def step_only_reached(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer (`torch.optim.Optimizer`): before DeepSpeed is given it.
     """
     stream, args = trainer.stream, trainer.args
-    if not partitions(trainer.accelerator) or stream is None:
+    if not uses_deepspeed(trainer.accelerator) or stream is None:
         return
     schedule, normed = args.first_phase, args.internal_lens == "final_norm"
-    layers = range(1, stream.num_layers + 1) if schedule.undecided else schedule.layers  # auto may choose any
-    sites = [Site(args.internal_module, layer) for layer in layers]
-    group_by_reach(optimizer, {site.layer: stepped(stream, site, normed, trainer.model) for site in sites})
-    trainer.add_callback(StepsOfReached(lambda: trainer.stage.layer if trainer.stage else None))
+    layers = range(1, stream.num_layers + 1) if schedule.is_undecided else schedule.layers  # auto may choose any
+    sites = [Activation(args.internal_module, layer) for layer in layers]
+    split_groups_by_layer(
+        optimizer, {site.layer: get_stepped_parameters(stream, site, normed, trainer.model) for site in sites}
+    )
+    trainer.add_callback(ReachedGroupsCallback(lambda: trainer.stage.layer if trainer.stage else None))
 
 
-class StepsOfReached(TrainerCallback):
+class ReachedGroupsCallback(TrainerCallback):
     """Lets a group of the optimizer step only if the policy in force reaches it.
 
     Args:
@@ -130,22 +134,22 @@ class StepsOfReached(TrainerCallback):
             for parameter, gradient in held:
                 parameter.grad = gradient
 
-        base = base_of(optimizer)
+        base = unwrap_optimizer(optimizer)
         base.register_step_pre_hook(before)
         base.register_step_post_hook(after)
 
 
-def base_of(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """torch's optimizer, which steps this process' share, in accelerate's and DeepSpeed's around it."""
     return optimizer.optimizer.optimizer
 
 
-def was_left_out(optimizer: Any) -> bool:
+def has_skipped_step(optimizer: Any) -> bool:
     """Whether DeepSpeed has left out the last step, whose gradient was not finite. It steps within the backward pass."""
     return isinstance(optimizer, DeepSpeedOptimizerWrapper) and optimizer.step_was_skipped
 
 
-def replica(model: nn.Module, accelerator: Accelerator) -> DistributedDataParallel:
+def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataParallel:
     """A second model that trains beside the engine, whole on each process. accelerate, whose model the engine is, would leave
     its gradients apart."""
     devices = None if accelerator.device.type == "cpu" else [accelerator.device]
@@ -155,7 +159,7 @@ def replica(model: nn.Module, accelerator: Accelerator) -> DistributedDataParall
 # -- the guard -----------------------------------------------------------------------------------------------------------
 
 
-def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+def snapshot_weights(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """Copies of the whole fp32 weights on the CPU. Every process has to ask."""
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -163,15 +167,17 @@ def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def restore(parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimizer: Any, layer: int | None) -> None:
-    """Put a snapshot back, as [`bupo.training.callbacks.early_stopping.restore`] does: into the model and into this process' share of the fp32
+def restore_weights(
+    parameters: Iterable[nn.Parameter], kept: list[torch.Tensor], optimizer: Any, layer: int | None
+) -> None:
+    """Put a snapshot back, as [`bupo.training.callbacks.early_stopping.restore_weights`] does: into the model and into this process' share of the fp32
     weights. What loses its momentum is what the policy of this layer reaches."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for parameter, values in zip(parameters, kept, strict=True):
         parameter.copy_(values)
         safe_set_full_fp32_param(parameter, values.to(parameter.device))
-    base = base_of(optimizer)
+    base = unwrap_optimizer(optimizer)
     for group in base.param_groups:
         for share in group["params"] if layer in group[REACHED_BY] else []:
-            stop_momentum(base.state.get(share, {}))
+            reset_momentum(base.state.get(share, {}))

@@ -24,15 +24,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bupo.run_files.reading import read_state
+from bupo.run_files.reading import read_torch_file
 
 
-def shards(accelerator: Accelerator) -> bool:
+def uses_fsdp(accelerator: Accelerator) -> bool:
     """Whether FSDP shards the parameters of this run."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, accelerator: Accelerator) -> None:
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, accelerator: Accelerator) -> None:
     """Shard a model in place as the run's plugin says, with the main process' weights. Its optimizer is made afterwards.
 
     Args:
@@ -59,19 +59,19 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, accele
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def held(tensor: torch.Tensor) -> torch.Tensor:
+def get_local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: of one that is sharded its share, which is written through."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_again(model: nn.Module) -> None:
+def reshard_model(model: nn.Module) -> None:
     """Let go of what a forward pass without a backward pass has left gathered: the model's parameters are shares again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def joined(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def gather_full(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Shares as of these parameters, joined one after another, on the CPU of the main process. Every process has to ask."""
     found = []
     for like, share in zip(parameters, shares, strict=True):
@@ -84,7 +84,7 @@ def joined(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -
     return found
 
 
-def parted(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def to_shards(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """This process' shares of what `joined` gave, on any number of processes."""
     found = []
     for like, whole in zip(parameters, wholes, strict=True):
@@ -95,14 +95,14 @@ def parted(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -
     return found
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
+def get_full_weights(model: nn.Module) -> dict[str, Any]:
     """A model's weights, whole, on the main process if it is sharded. Every process has to ask."""
     if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def load_whole_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+def load_full_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """What `whole_weights` gave the main process."""
     if not isinstance(model, FSDPModule):
         model.load_state_dict(weights)
@@ -110,20 +110,20 @@ def load_whole_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+def get_full_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Weights and optimizer of a sharded model, whole, on the main process. Every process has to ask."""
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def load_whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, moments: dict) -> None:
+def load_full_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, moments: dict) -> None:
     """What `whole_state` gave the main process, of which each process takes its share."""
     options = StateDictOptions(full_state_dict=True)
-    with asking_for(model, moments["state"]):
+    with only_trainable(model, moments["state"]):
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
 
 @contextmanager
-def asking_for(model: nn.Module, stepped: Collection[str]) -> Iterator[None]:
+def only_trainable(model: nn.Module, stepped: Collection[str]) -> Iterator[None]:
     """Inside, an optimizer's state is loaded for the parameters that were `stepped` only, by name.
 
     Those above layer l have none in the first phase. torch refuses a state that lacks any, and one of zeros would count a step
@@ -141,9 +141,9 @@ def asking_for(model: nn.Module, stepped: Collection[str]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def stepped_in(checkpoint: Path) -> set[str]:
+def read_stepped_parameters(checkpoint: Path) -> set[str]:
     """The parameters that have a state in the optimizer of an FSDP2 checkpoint, as the main process finds it."""
     found: list[Any] = [None]
     if PartialState().is_main_process:
-        found[0] = set(read_state(checkpoint / f"{OPTIMIZER_NAME}.bin", {"state": dict}, mmap=True)["state"])
+        found[0] = set(read_torch_file(checkpoint / f"{OPTIMIZER_NAME}.bin", {"state": dict}, mmap=True)["state"])
     return broadcast_object_list(found)[0]

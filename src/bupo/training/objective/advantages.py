@@ -1,6 +1,6 @@
 """Advantage estimators: from rewards to advantages. GRPO's is TRL's own; here are the others of the paper's table 1.
 
-A method is a function from [`Rewarded`] to [`Advantages`] in the table `ESTIMATORS`. Suffixes give shapes: `_G` is one value an
+A method is a function from [`AdvantageInputs`] to [`Advantages`] in the table `ESTIMATORS`. Suffixes give shapes: `_G` is one value an
 answer of all processes, groups of a prompt one after another; `_B` is one an answer of this process, `_BT` one a token, padding
 masked.
 
@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from bupo.training.objective.rollout_batch import RETURNS, VALUES, RolloutBatch
+from bupo.training.objective.rollout_batch import RETURNS_KEY, VALUES_KEY, RolloutBatch
 
 EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class AdvantageInputs:
     """What an estimator may read of a rollout batch.
 
     Attributes:
@@ -35,10 +35,10 @@ class Rewarded:
 
     rewards_G: torch.Tensor
     own: slice
-    mask_BT: torch.Tensor
+    mask_BC: torch.Tensor
     group: int
     total: Callable[[torch.Tensor], torch.Tensor]
-    values_BT: torch.Tensor | None = None
+    values_BC: torch.Tensor | None = None
     gamma: float = 1.0
     lam: float = 1.0
 
@@ -47,40 +47,40 @@ class Advantages(NamedTuple):
     """What an estimator gives: `(B,)` or `(B, T)`, and with a critic the returns `(B, T)` that it learns."""
 
     advantages: torch.Tensor
-    returns_BT: torch.Tensor | None = None
+    returns_BC: torch.Tensor | None = None
 
 
-def rloo(given: Rewarded) -> Advantages:
+def rloo(given: AdvantageInputs) -> Advantages:
     """An answer's reward against the mean of the others to its prompt."""
-    return Advantages(leave_one_out(given.rewards_G, given.group)[given.own])
+    return Advantages(compute_leave_one_out(given.rewards_G, given.group)[given.own])
 
 
-def reinforce_plus_plus(given: Rewarded) -> Advantages:
+def reinforce_plus_plus(given: AdvantageInputs) -> Advantages:
     """An answer's reward on each of its tokens, whitened over the batch."""
-    on_all_BT = given.rewards_G[given.own].nan_to_num(nan=0.0)[:, None] * given.mask_BT
-    return Advantages(whitened(on_all_BT, given.mask_BT, given.total))
+    on_all_BT = given.rewards_G[given.own].nan_to_num(nan=0.0)[:, None] * given.mask_BC
+    return Advantages(masked_whiten(on_all_BT, given.mask_BC, given.total))
 
 
-def ppo(given: Rewarded) -> Advantages:
+def ppo(given: AdvantageInputs) -> Advantages:
     """GAE of a critic's values and the reward on the last token, whitened over the batch."""
-    assert given.values_BT is not None, "ppo needs a critic's values"
-    rewards_BT = last_token(given.rewards_G[given.own], given.mask_BT)
-    estimates, returns = generalized(rewards_BT, given.values_BT, given.mask_BT, given.gamma, given.lam)
-    return Advantages(whitened(estimates, given.mask_BT, given.total), returns)
+    assert given.values_BC is not None, "ppo needs a critic's values"
+    rewards_BT = put_on_last_token(given.rewards_G[given.own], given.mask_BC)
+    estimates, returns = gae(rewards_BT, given.values_BC, given.mask_BC, given.gamma, given.lam)
+    return Advantages(masked_whiten(estimates, given.mask_BC, given.total), returns)
 
 
 # by the name that `advantage_estimator` takes; None: what TRL has computed stays
-ESTIMATORS: dict[str, Callable[[Rewarded], Advantages] | None] = {
+ESTIMATORS: dict[str, Callable[[AdvantageInputs], Advantages] | None] = {
     "grpo": None,
     "rloo": rloo,
     "reinforce++": reinforce_plus_plus,
     "ppo": ppo,
 }
-WITH_CRITIC = ("ppo",)
-BY_GROUP = ("grpo", "rloo")  # compare the answers to one prompt: equal ones teach nothing
+CRITIC_ESTIMATORS = ("ppo",)
+GROUP_ESTIMATORS = ("grpo", "rloo")  # compare the answers to one prompt: equal ones teach nothing
 
 
-def estimate(
+def set_advantages(
     name: str,
     batch: RolloutBatch,
     group: int,
@@ -94,7 +94,7 @@ def estimate(
     Args:
         name (`str`): of `ESTIMATORS`.
         batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): with its rewards.
-        group, total, values_BT, gamma, lam: as of [`Rewarded`].
+        group, total, values_BT, gamma, lam: as of [`AdvantageInputs`].
     """
     estimator = ESTIMATORS[name]
     if estimator is None:
@@ -102,14 +102,14 @@ def estimate(
     graded_G = batch.rewards.isfinite()
     rewards_G = batch.rewards.masked_fill(~graded_G, torch.nan)
     mask_BT = batch.mask * graded_G[batch.own, None]
-    given = Rewarded(rewards_G, batch.own, mask_BT, group, total, values_BT, gamma, lam)
+    given = AdvantageInputs(rewards_G, batch.own, mask_BT, group, total, values_BT, gamma, lam)
     batch.tensors["advantages"], returns = estimator(given)
     if returns is not None:
-        batch.tensors |= {VALUES: values_BT, RETURNS: returns}
+        batch.tensors |= {VALUES_KEY: values_BT, RETURNS_KEY: returns}
     return True
 
 
-def leave_one_out(rewards_G: torch.Tensor, group: int) -> torch.Tensor:
+def compute_leave_one_out(rewards_G: torch.Tensor, group: int) -> torch.Tensor:
     """RLOO (arXiv 2402.14740): each reward minus the mean of the other answers' to the same prompt.
 
     Args:
@@ -123,7 +123,7 @@ def leave_one_out(rewards_G: torch.Tensor, group: int) -> torch.Tensor:
     return torch.where(others > 0, rewards - mean_of_others, 0.0).nan_to_num(nan=0.0).view(-1)
 
 
-def last_token(rewards_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+def put_on_last_token(rewards_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """`(B, T)`: an answer's reward on its last token, 0 elsewhere; NaN rewards give 0."""
     places = torch.arange(mask_BT.size(1), device=mask_BT.device)
     last = (places * mask_BT).argmax(1)
@@ -131,7 +131,7 @@ def last_token(rewards_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.where(here, rewards_B.nan_to_num(nan=0.0)[:, None], 0.0)
 
 
-def generalized(
+def gae(
     rewards_BT: torch.Tensor, values_BT: torch.Tensor, mask_BT: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantage estimation (arXiv 1506.02438, eq. 16) and the returns that a critic learns.
@@ -153,7 +153,7 @@ def generalized(
     return advantages, (advantages + values_BT) * mask_BT
 
 
-def whitened(
+def masked_whiten(
     values_BT: torch.Tensor, mask_BT: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 ) -> torch.Tensor:
     """Zero mean and unit deviation over all real tokens of the batch, 0 on padding.

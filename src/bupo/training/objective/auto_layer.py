@@ -5,24 +5,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bupo.analysis.measures import MEASURES, measure
-from bupo.analysis.stages import stages
-from bupo.analysis.tables import AnswerSums, Resampled
+from bupo.analysis.measures import MEASURES, measure_completions
+from bupo.analysis.stages import classify_stages
+from bupo.analysis.tables import BootstrapMeans, CompletionSums
 from bupo.models.internal_policy import Lens
 from bupo.models.residual_stream import ResidualStream
-from bupo.training.objective.phases import LONGEST
+from bupo.training.objective.phases import MAX_FIRST_PHASE_BATCHES
 from bupo.utils.errors import UserError
 
-TOKENS = 4096  # answer tokens that are measured, of all processes
-SURE = 0.9  # share of resamples that must name the boundary layer or a neighbour
+MAX_MEASURED_TOKENS = 4096  # answer tokens that are measured, of all processes
+MIN_AGREEMENT = 0.9  # share of resamples that must name the boundary layer or a neighbour
 
 
-def boundary_layer(
+def find_boundary_layer(
     stream: ResidualStream,
     answers: Sequence[tuple[list[int], list[int]]],
     lens: Lens,
     temperature: float,
-    tokens: int = TOKENS,
+    tokens: int = MAX_MEASURED_TOKENS,
     gather: Callable[[list], list] = lambda sums: sums,
 ) -> dict:
     """The last layer whose `dH_FFN` is positive beyond doubt, which is the layer to optimise (paper, section 5).
@@ -43,14 +43,14 @@ def boundary_layer(
     Raises:
         UserError: where no layer's is positive, or the resamples do not agree: with the row and the choices.
     """
-    prompts = _by_prompt(stream, up_to(answers, tokens), lens, temperature, gather)
+    prompts = _measure_by_prompt(stream, take_first_answers(answers, tokens), lens, temperature, gather)
     if not prompts:
         raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
-    found = stages(prompts)
-    resampled, row = Resampled(prompts), MEASURES.index("d_entropy_ffn")
+    found = classify_stages(prompts)
+    resampled, row = BootstrapMeans(prompts), MEASURES.index("d_entropy_ffn")
     low, high = (bound[row] for bound in resampled.interval())
     found["layers"] = np.stack([resampled.mean[row], low, high], 1).round(4).tolist()
-    if (why := _doubt(found)) is None:
+    if (why := _explain_ambiguity(found)) is None:
         return found
     means = ", ".join(f"{number}: {mean:+.2f}" for number, (mean, _, _) in enumerate(found["layers"], 1))
     raise UserError(
@@ -59,8 +59,10 @@ def boundary_layer(
     )
 
 
-def up_to(answers: Sequence[tuple[list[int], list[int]]], tokens: int) -> list[tuple[list[int], list[int]]]:
-    """The first answers, of which none begins after so many tokens: those that [`boundary_layer`] measures of them."""
+def take_first_answers(
+    answers: Sequence[tuple[list[int], list[int]]], tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """The first answers, of which none begins after so many tokens: those that [`find_boundary_layer`] measures of them."""
     found, spent = [], 0
     for prompt, answer in answers:
         if spent >= tokens:
@@ -70,31 +72,31 @@ def up_to(answers: Sequence[tuple[list[int], list[int]]], tokens: int) -> list[t
     return found
 
 
-def said_of_length(found: dict) -> str:
+def describe_first_phase_length(found: dict) -> str:
     """The line about a first phase's length: that which was given is kept, whatever is recommended."""
     used, of, recommended = found["internal_steps"], found["rollout_batches"], found["recommended_steps"]
-    why = f"a tenth of the run's {of} rollout batches, {LONGEST} at most (paper, table 2)"
+    why = f"a tenth of the run's {of} rollout batches, {MAX_FIRST_PHASE_BATCHES} at most (paper, table 2)"
     if used == recommended:
         return f"internal_steps: {used}, {why}"
     return f"internal_steps: {used} as given; recommended are {recommended}, {why}"
 
 
-def _by_prompt(stream, answers, lens, temperature, gather) -> list[AnswerSums]:
+def _measure_by_prompt(stream, answers, lens, temperature, gather) -> list[CompletionSums]:
     """The sums of all processes' answers, those to one prompt joined."""
-    found = zip(answers, measure(stream, answers, lens, temperature), strict=True)
-    measured = [(tuple(prompt), AnswerSums.of(answer)) for (prompt, _), answer in found]
+    found = zip(answers, measure_completions(stream, answers, lens, temperature), strict=True)
+    measured = [(tuple(prompt), CompletionSums.of(answer)) for (prompt, _), answer in found]
     by_prompt = defaultdict(list)
     for prompt, sums in gather(measured):
         by_prompt[prompt].append(sums)
-    return [AnswerSums.joined(sums) for sums in by_prompt.values()]
+    return [CompletionSums.merge(sums) for sums in by_prompt.values()]
 
 
-def _doubt(found: dict) -> str | None:
+def _explain_ambiguity(found: dict) -> str | None:
     """Why a boundary layer is none to train on."""
     layer, shares = found["boundary_layer"], found["boundary_shares"]
     if layer is None:
         return found["explanation"]
-    if sum(share for other, share in shares.items() if other and abs(other - layer) <= 1) >= SURE:
+    if sum(share for other, share in shares.items() if other and abs(other - layer) <= 1) >= MIN_AGREEMENT:
         return None
     rivals = ", ".join(f"{other or 'none'} in {100 * share:.0f} %" for other, share in shares.items())
     return f"the boundary layer is ambiguous: of the resamples, layer {rivals}"

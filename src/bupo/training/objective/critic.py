@@ -15,18 +15,18 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.models.packing import Layout, packing_of
-from bupo.models.residual_stream import ResidualStream, Site
-from bupo.training.distributed.deepspeed import partitions, replica
-from bupo.training.distributed.fsdp2 import load_whole_state, shard, shards, whole_state
-from bupo.training.objective.advantages import WITH_CRITIC
-from bupo.training.objective.policy_head import Read
-from bupo.training.objective.rollout_batch import RETURNS, VALUES, RolloutBatch
+from bupo.models.packing import PackedLayout, build_packed_decoder
+from bupo.models.residual_stream import Activation, ResidualStream
+from bupo.training.distributed.deepspeed import uses_deepspeed, wrap_in_ddp
+from bupo.training.distributed.fsdp2 import get_full_training_state, load_full_training_state, shard_model, uses_fsdp
+from bupo.training.objective.advantages import CRITIC_ESTIMATORS
+from bupo.training.objective.policy_head import StatesCallback
+from bupo.training.objective.rollout_batch import RETURNS_KEY, VALUES_KEY, RolloutBatch
 
-Sums = dict[str, torch.Tensor]
+MetricSums = dict[str, torch.Tensor]
 
 
-class Critic(nn.Module):
+class ValueModel(nn.Module):
     """V(s_t): what reward the answer is expected to get, from the tokens before o_t.
 
     Args:
@@ -36,7 +36,7 @@ class Critic(nn.Module):
     def __init__(self, decoder: PreTrainedModel):
         super().__init__()
         self.decoder = copy.deepcopy(decoder)
-        self.packing = packing_of(self.decoder)
+        self.packing = build_packed_decoder(self.decoder)
         self.head = nn.Linear(decoder.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -44,7 +44,7 @@ class Critic(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
         """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
-        layout = Layout.of(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
+        layout = PackedLayout.of(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
         if self.packing is None or layout is None:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
@@ -55,7 +55,7 @@ class Critic(nn.Module):
             return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
 
 
-def value_loss(
+def compute_value_loss(
     values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the squared error, the larger of that of the value and of the value clipped to `old ± clip`.
@@ -68,7 +68,7 @@ def value_loss(
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-def token_sums(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[torch.Tensor, Sums]:
+def sum_value_loss(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[torch.Tensor, MetricSums]:
     """The value loss summed over a micro-batch's tokens, and sums for the logs.
 
     Args:
@@ -79,8 +79,8 @@ def token_sums(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[
     Returns:
         `tuple`: the loss, and a `dict` of `loss`, `clipped`, `error` (squared), `returns`, `squares` and `tokens`.
     """
-    returns = batch.tensors[RETURNS]
-    per_token, clipped = value_loss(values, batch.tensors[VALUES], returns, clip)
+    returns = batch.tensors[RETURNS_KEY]
+    per_token, clipped = compute_value_loss(values, batch.tensors[VALUES_KEY], returns, clip)
     sums = {
         "loss": per_token.detach(),
         "clipped": clipped.float(),
@@ -92,7 +92,7 @@ def token_sums(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tuple[
     return (per_token * batch.mask).sum(), {name: (value * batch.mask).sum() for name, value in sums.items()}
 
 
-def value_metrics(sums: Sums, accelerator: Accelerator) -> dict[str, float]:
+def compute_value_metrics(sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
     """What is logged of `token_sums`, over all processes."""
     totals = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
     sums = dict(zip(sums, totals, strict=True))
@@ -118,71 +118,77 @@ class CopiedCritic:
     """
 
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
-        self.accelerator, self.args, self.sharded = accelerator, args, shards(accelerator)
-        critic = Critic(stream.decoder)
-        self._kept = critic.packing.kept if critic.packing else nullcontext
-        if args.gradient_checkpointing or (self.sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
+        self.accelerator, self.args, self.is_sharded = accelerator, args, uses_fsdp(accelerator)
+        critic = ValueModel(stream.decoder)
+        self._packed_rows_for_backward = critic.packing.kept if critic.packing else nullcontext
+        if args.gradient_checkpointing or (self.is_sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
             critic.decoder.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        if self.sharded:
+        if self.is_sharded:
             blocks = critic.decoder.get_submodule(stream.family.layers).children()
-            shard(critic, blocks, critic.head, accelerator)
+            shard_model(critic, blocks, critic.head, accelerator)
         optimizer = torch.optim.AdamW(
             (p for p in critic.parameters() if p.requires_grad),
             lr=args.critic_learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
         )
-        self.beside_engine = partitions(accelerator)  # of the policy's, whose backward pass is accelerate's
-        prepare = partial(replica, accelerator=accelerator) if self.beside_engine else accelerator.prepare_model
-        self.critic = critic if self.sharded else prepare(critic)
+        self.is_outside_deepspeed = uses_deepspeed(accelerator)  # of the policy's, whose backward pass is accelerate's
+        prepare = (
+            partial(wrap_in_ddp, accelerator=accelerator) if self.is_outside_deepspeed else accelerator.prepare_model
+        )
+        self.critic = critic if self.is_sharded else prepare(critic)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     @torch.no_grad()
-    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+    def values(
+        self, batch: RolloutBatch, site: Activation | None, scored: Callable[[StatesCallback], Any]
+    ) -> torch.Tensor:
         """`(B, C)`: of a rollout batch, by the critic's own model."""
         self.critic.eval()
         size = self.args.per_device_train_batch_size
         rows = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
-        return torch.cat([self._values(ids, mask, batch.tokens) for ids, mask in rows])
+        return torch.cat([self._compute_values(ids, mask, batch.tokens) for ids, mask in rows])
 
-    def _values(self, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
+    def _compute_values(self, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
         # where accelerate has prepared the critic, it casts by itself
-        cast = self.beside_engine and self.args.bf16
+        cast = self.is_outside_deepspeed and self.args.bf16
         with torch.autocast(ids.device.type, torch.bfloat16) if cast else nullcontext():
             return self.critic(ids, mask, answer)
 
     def loss(
         self,
         batch: RolloutBatch,
-        site: Site | None,
+        site: Activation | None,
         share: float,
-        policy_loss: Callable[[Read | None], torch.Tensor],
+        policy_loss: Callable[[StatesCallback | None], torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's loss as it is, after one micro-batch's gradient of the critic; and what is logged of the values.
 
         Args:
             batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): a micro-batch.
-            site ([`~bupo.models.residual_stream.Site`], *optional*): the policy in force.
+            site ([`~bupo.models.residual_stream.Activation`], *optional*): the policy in force.
             share (`float`): of the rollout batch, that an update takes: values are averaged over its tokens.
             policy_loss (`Callable`): computes the policy's loss; what it is given sees the states on the way.
         """
         self.critic.train()
         # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
-        reduced = self.sharded or self.accelerator.sync_gradients
-        unreduced: Any = self.critic.no_sync if self.beside_engine else partial(self.accelerator.no_sync, self.critic)
-        backward = torch.Tensor.backward if self.beside_engine else self.accelerator.backward
-        with self._kept(), nullcontext() if reduced else unreduced():
-            values = self._values(batch.input_ids, batch.attention_mask, batch.tokens)
-            loss, sums = token_sums(values, batch, self.args.value_clip)
-            backward(loss / batch.window_tokens(share, self.accelerator.num_processes))
+        reduced = self.is_sharded or self.accelerator.sync_gradients
+        unreduced: Any = (
+            self.critic.no_sync if self.is_outside_deepspeed else partial(self.accelerator.no_sync, self.critic)
+        )
+        backward = torch.Tensor.backward if self.is_outside_deepspeed else self.accelerator.backward
+        with self._packed_rows_for_backward(), nullcontext() if reduced else unreduced():
+            values = self._compute_values(batch.input_ids, batch.attention_mask, batch.tokens)
+            loss, sums = sum_value_loss(values, batch, self.args.value_clip)
+            backward(loss / batch.get_tokens_per_update(share, self.accelerator.num_processes))
         if self.accelerator.sync_gradients:
-            self._update()  # before the policy's activations are made: the gradient is as large as the model
-        return policy_loss(None), value_metrics(sums, self.accelerator)
+            self._step_optimizer()  # before the policy's activations are made: the gradient is as large as the model
+        return policy_loss(None), compute_value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
         """Nothing is left to do: `loss` has updated the critic."""
 
-    def _update(self) -> None:
+    def _step_optimizer(self) -> None:
         """One step, if the gradient is finite."""
         self.accelerator.unscale_gradients(self.optimizer)
         if self.args.max_grad_norm:
@@ -193,20 +199,20 @@ class CopiedCritic:
 
     def state(self) -> dict:
         """Weights and optimizer; of a sharded critic, on the main process."""
-        if self.sharded:
-            weights, moments = whole_state(self.critic, self.optimizer.optimizer)
+        if self.is_sharded:
+            weights, moments = get_full_training_state(self.critic, self.optimizer.optimizer)
         else:
             weights, moments = self.accelerator.unwrap_model(self.critic).state_dict(), self.optimizer.state_dict()
         return {"critic": weights, "optimizer": moments}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """What `state` gave."""
-        if self.sharded:
-            load_whole_state(self.critic, self.optimizer.optimizer, state["critic"], state["optimizer"])
+        if self.is_sharded:
+            load_full_training_state(self.critic, self.optimizer.optimizer, state["critic"], state["optimizer"])
         else:
             self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
             self.optimizer.load_state_dict(state["optimizer"])
-        _use_rate(self.optimizer, self.args)
+        _set_configured_lr(self.optimizer, self.args)
 
 
 class SharedCritic:
@@ -223,25 +229,25 @@ class SharedCritic:
 
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
         self.stream, self.accelerator, self.args = stream, accelerator, args
-        self.linears: dict[str, nn.Linear] = {}
+        self.value_heads: dict[str, nn.Linear] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def _linear(self, name: str) -> nn.Linear:
+    def _get_value_head(self, name: str) -> nn.Linear:
         """The value head of a policy."""
-        if name not in self.linears:
+        if name not in self.value_heads:
             weight = self.stream.head().weight
             linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-            self.linears[name] = linear
+            self.value_heads[name] = linear
             self.optimizers[name] = torch.optim.AdamW(
                 linear.parameters(), lr=self.args.critic_learning_rate, weight_decay=self.args.weight_decay
             )
-        return self.linears[name]
+        return self.value_heads[name]
 
-    def _reader(self, site: Site | None) -> tuple[Read, list[torch.Tensor]]:
+    def _make_states_callback(self, site: Activation | None) -> tuple[StatesCallback, list[torch.Tensor]]:
         """What reads states, and the list that it fills with values `(B, T - 1)`, with their graph."""
-        linear, values = self._linear("language_model" if site is None else f"{site.kind} {site.layer}"), []
+        linear, values = self._get_value_head("language_model" if site is None else f"{site.kind} {site.layer}"), []
 
         def read(states: torch.Tensor) -> None:
             states = states.float()
@@ -252,29 +258,31 @@ class SharedCritic:
         return read, values
 
     @torch.no_grad()
-    def values(self, batch: RolloutBatch, site: Site | None, scored: Callable[[Read], Any]) -> torch.Tensor:
+    def values(
+        self, batch: RolloutBatch, site: Activation | None, scored: Callable[[StatesCallback], Any]
+    ) -> torch.Tensor:
         """`(B, C)`: of a rollout batch, on the states of a scoring pass."""
-        read, values = self._reader(site)
+        read, values = self._make_states_callback(site)
         scored(read)
         return torch.cat(values)[:, -batch.tokens :]
 
     def loss(
         self,
         batch: RolloutBatch,
-        site: Site | None,
+        site: Activation | None,
         share: float,
-        policy_loss: Callable[[Read | None], torch.Tensor],
+        policy_loss: Callable[[StatesCallback | None], torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's loss and the weighted value loss of the same states. Arguments and result as of [`CopiedCritic`]."""
-        read, values = self._reader(site)
+        read, values = self._make_states_callback(site)
         policy = policy_loss(read)
-        value, sums = token_sums(torch.cat(values)[:, -batch.tokens :], batch, self.args.value_clip)
-        tokens = batch.window_tokens(share, self.accelerator.num_processes)
-        return policy + self.args.value_coef * value / tokens, value_metrics(sums, self.accelerator)
+        value, sums = sum_value_loss(torch.cat(values)[:, -batch.tokens :], batch, self.args.value_clip)
+        tokens = batch.get_tokens_per_update(share, self.accelerator.num_processes)
+        return policy + self.args.value_coef * value / tokens, compute_value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
         """Update the value heads that have a gradient, with the mean of all processes'."""
-        for name, linear in self.linears.items():
+        for name, linear in self.value_heads.items():
             if linear.weight.grad is None:
                 continue
             for parameter in linear.parameters():
@@ -285,25 +293,25 @@ class SharedCritic:
 
     def state(self) -> dict:
         """Weights and optimizers, by policy."""
-        return {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.linears.items()}
+        return {name: (x.state_dict(), self.optimizers[name].state_dict()) for name, x in self.value_heads.items()}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """What `state` gave."""
         for name, (weights, optimizer) in state.items():
-            self._linear(name).load_state_dict(weights)
+            self._get_value_head(name).load_state_dict(weights)
             self.optimizers[name].load_state_dict(optimizer)
-            _use_rate(self.optimizers[name], self.args)
+            _set_configured_lr(self.optimizers[name], self.args)
 
 
-def _use_rate(optimizer, args) -> None:
+def _set_configured_lr(optimizer, args) -> None:
     """The options' learning rate in the stead of a loaded one."""
     for group in optimizer.param_groups:
         group["lr"] = args.critic_learning_rate
 
 
-def critic_of(stream: ResidualStream | None, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic | None:
+def make_critic(stream: ResidualStream | None, accelerator: Accelerator, args) -> CopiedCritic | SharedCritic | None:
     """The critic on the backbone that `critic_backbone` names, for a method that has one."""
-    if args.advantage_estimator not in WITH_CRITIC:
+    if args.advantage_estimator not in CRITIC_ESTIMATORS:
         return None
     assert stream is not None, "setup has opened the stream of a method with a critic"
     if args.critic_backbone == "shared":

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bupo.models.residual_stream import ResidualStream, Site, evaluating
-from bupo.models.verification import probe_tokens
+from bupo.models.residual_stream import Activation, ResidualStream, eval_mode
+from bupo.models.verification import make_probe_tokens
 from bupo.training.config import BuPOConfig
 
 
-def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
+def get_parameters_above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
     """Parameters above a layer: its successors' and the final norm's, which phase 1 does not reach (eq. 15).
 
     The unembedding is not among them: it belongs to every layer's policy.
@@ -21,21 +21,21 @@ def above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
     return {parameter for module in (*blocks, stream.norm) for parameter in module.parameters()}
 
 
-def kept_still(args: BuPOConfig) -> list[int]:
+def get_frozen_layers(args: BuPOConfig) -> list[int]:
     """Layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
     rates = enumerate(args.layer_rates or [], 1)
     return [*range(1, (args.frozen_up_to_layer or 0) + 1), *(layer for layer, rate in rates if rate == 0)]
 
 
-def freeze(stream: ResidualStream | None, layers: Collection[int]) -> None:
+def freeze_layers(stream: ResidualStream | None, layers: Collection[int]) -> None:
     """Freeze layers, and with the first one the embedding below it, where it is not the unembedding too."""
     if not layers:
         return
     assert stream is not None, "a layer is named: setup has opened the stream"
-    keep_still(stream.model, [stream.block(number) for number in range(1, stream.num_layers + 1)], layers)
+    freeze_blocks(stream.model, [stream.block(number) for number in range(1, stream.num_layers + 1)], layers)
 
 
-def keep_still(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
+def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
     """`freeze`, of a causal LM whose blocks are these."""
     for number in layers:
         blocks[number - 1].requires_grad_(False)
@@ -44,18 +44,18 @@ def keep_still(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Coll
         embedding.requires_grad_(False)
 
 
-def rate_factors(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
+def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
     """What the learning rate of a parameter is multiplied by, where the options say it: above a layer, or by layers."""
     if args.slow_above_layer is None and args.layer_rates is None:
         return {}
     assert stream is not None, "layers are named: setup has opened the stream"
     if args.slow_above_layer is not None:
-        return dict.fromkeys(above(stream, args.slow_above_layer), args.slow_factor)
+        return dict.fromkeys(get_parameters_above(stream, args.slow_above_layer), args.slow_factor)
     rates = enumerate(args.layer_rates or [], 1)
     return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.block(layer).parameters()}
 
 
-def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
+def apply_lr_multipliers(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
     """Give parameters that have a factor groups of their own, at so many times the learning rate."""
     for group in list(optimizer.param_groups):
         by_factor: dict[float, list[nn.Parameter]] = {}
@@ -68,17 +68,19 @@ def scale_rates(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter,
             optimizer.add_param_group({**group, "params": scaled, "lr": group["lr"] * factor})
 
 
-def moved_by(stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None) -> list[nn.Parameter]:
+def get_parameters_up_to(
+    stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None
+) -> list[nn.Parameter]:
     """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm.
 
     `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
     """
-    still = above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
+    still = get_parameters_above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
     return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]
 
 
-def reached(
-    stream: ResidualStream, site: Site | None, normed: bool, model: nn.Module | None = None
+def find_reached_parameters(
+    stream: ResidualStream, site: Activation | None, normed: bool, model: nn.Module | None = None
 ) -> set[nn.Parameter]:
     """Return the trainable parameters that the gradient of a policy's log-probs reaches: of `moved_by`, those in the graph.
 
@@ -87,29 +89,29 @@ def reached(
 
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): whole on this process.
-        site ([`~bupo.models.residual_stream.Site`], *optional*): of an internal policy; by default the language model policy.
+        site ([`~bupo.models.residual_stream.Activation`], *optional*): of an internal policy; by default the language model policy.
         normed (`bool`): whether the internal policy is read through the final norm.
         model (`nn.Module`, *optional*): the stream's model with PEFT around it.
     """
-    last = Site("layer", stream.num_layers) if site is None else site
+    last = Activation("layer", stream.num_layers) if site is None else site
     # a learned prompt is put before the tokens by PEFT's own forward
     run = model if model is not None and hasattr(model, "prompt_encoder") else stream.decoder
-    inputs = {"input_ids": probe_tokens(stream.model), "use_cache": False}
+    inputs = {"input_ids": make_probe_tokens(stream.model), "use_cache": False}
     with (
-        evaluating(stream.model),
+        eval_mode(stream.model),
         torch.enable_grad(),
         stream.record([last]) as states,
-        stream.first_layers(last.layer),
+        stream.truncate_layers(last.layer),
     ):
         run(**inputs)
         head = stream.head()
-        read = stream.lensed(states[last], "final_norm" if site is None or normed else "raw")
+        read = stream.apply_lens(states[last], "final_norm" if site is None or normed else "raw")
     ends = [read, head.weight, *([] if head.bias is None else [head.bias])]
-    found = in_graph(ends)
-    return found if site is None else found & set(moved_by(stream, site.layer, normed, model))
+    found = find_graph_parameters(ends)
+    return found if site is None else found & set(get_parameters_up_to(stream, site.layer, normed, model))
 
 
-def in_graph(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:
+def find_graph_parameters(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:
     """Return the parameters that tensors were made from, by the graph that autograd has recorded."""
     found = {end for end in ends if isinstance(end, nn.Parameter) and end.requires_grad}
     waiting, seen = [end.grad_fn for end in ends if end.grad_fn is not None], set()

@@ -14,7 +14,7 @@ import torch
 from bupo.training.config import BuPOConfig
 
 
-def rows_may_move(args: BuPOConfig, balances_experts: bool) -> bool:
+def can_reorder_rows(args: BuPOConfig, balances_experts: bool) -> bool:
     """Whether nothing in the loss is a mean over a micro-batch's own tokens.
 
     Args:
@@ -25,7 +25,7 @@ def rows_may_move(args: BuPOConfig, balances_experts: bool) -> bool:
     return not (args.loss_type == "bnpo" or entropies or balances_experts)
 
 
-def arranged(pieces: list[dict[str, Any]], accumulated: int) -> list[dict[str, Any]]:
+def arrange_micro_batches(pieces: list[dict[str, Any]], accumulated: int) -> list[dict[str, Any]]:
     """A rollout batch's micro-batches with their rows arranged, each with as many as before.
 
     Args:
@@ -35,28 +35,30 @@ def arranged(pieces: list[dict[str, Any]], accumulated: int) -> list[dict[str, A
     window = gcd(len(pieces), accumulated)  # lies within one update, however the two counts meet
     found = []
     for start in range(0, len(pieces), window):
-        found += _exchanged(pieces[start : start + window])
+        found += _regroup_rows(pieces[start : start + window])
     return found
 
 
-def _exchanged(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _regroup_rows(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(pieces) == 1:
         return pieces
     count = len(pieces[0]["prompt_ids"])
     rows = {
-        name: _rows([piece[name] for piece in pieces]) for name, value in pieces[0].items() if _by_row(value, count)
+        name: _concat_rows([piece[name] for piece in pieces])
+        for name, value in pieces[0].items()
+        if _is_per_row(value, count)
     }
     prompts = [
         tuple(ids[kept.bool()].tolist()) for ids, kept in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)
     ]
     lengths = rows["completion_mask"].sum(1).tolist()
     return [
-        {**piece, **{name: _taken(value, places) for name, value in rows.items()}}
-        for piece, places in zip(pieces, places_of(prompts, lengths, count), strict=True)
+        {**piece, **{name: _take_rows(value, places) for name, value in rows.items()}}
+        for piece, places in zip(pieces, assign_rows(prompts, lengths, count), strict=True)
     ]
 
 
-def places_of(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], rows: int) -> list[list[int]]:
+def assign_rows(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Which rows go into each micro-batch: the largest groups first, each into that which has the fewest tokens.
 
     Args:
@@ -81,16 +83,16 @@ def places_of(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], rows: 
     return found
 
 
-def _by_row(value: Any, count: int) -> bool:
+def _is_per_row(value: Any, count: int) -> bool:
     return len(value) == count if isinstance(value, list) else bool(getattr(value, "ndim", 0)) and len(value) == count
 
 
-def _rows(values: list[Any]) -> Any:
+def _concat_rows(values: list[Any]) -> Any:
     """Rows of micro-batches one after another."""
     return torch.cat(values) if isinstance(values[0], torch.Tensor) else [row for part in values for row in part]
 
 
-def _taken(rows: Any, places: list[int]) -> Any:
+def _take_rows(rows: Any, places: list[int]) -> Any:
     if isinstance(rows, torch.Tensor):
         return rows[torch.tensor(places, device=rows.device)]
     return [rows[place] for place in places]

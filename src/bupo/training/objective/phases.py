@@ -7,12 +7,12 @@ from typing import NamedTuple
 from bupo.utils.errors import UserError
 
 # The paper's first phases are 20 to 30 of 300 rollout batches; 50 of them harm already, 70 destroy the model (table 2)
-SHARE, LONGEST = 0.1, 30
+FIRST_PHASE_SHARE, MAX_FIRST_PHASE_BATCHES = 0.1, 30
 
 
-def recommended(batches: int) -> int:
+def recommend_first_phase_batches(batches: int) -> int:
     """Rollout batches of a first phase in a run of so many: a tenth, and no more than what is known to help."""
-    return max(1, min(LONGEST, round(SHARE * batches)))
+    return max(1, min(MAX_FIRST_PHASE_BATCHES, round(FIRST_PHASE_SHARE * batches)))
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stage:
     batches: int | None
 
 
-class Mixed(NamedTuple):
+class AuxiliaryObjective(NamedTuple):
     """What a rollout batch optimises besides the language model policy.
 
     Attributes:
@@ -41,7 +41,7 @@ class Mixed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PhaseSchedule:
     """The first phase: its stages, one after another. Without any, every rollout batch optimises the language model policy.
 
     Rollout batches count from 1; a stage's place is its index in `stages`.
@@ -50,7 +50,7 @@ class Schedule:
     stages: tuple[Stage, ...] = ()
 
     @classmethod
-    def read(cls, value) -> "Schedule":
+    def read(cls, value) -> "PhaseSchedule":
         """From `[[6, 20], [12, 10]]`, a list or the same as text.
 
         Raises:
@@ -74,7 +74,7 @@ class Schedule:
         return sorted({stage.layer for stage in self.stages if stage.layer is not None})
 
     @property
-    def undecided(self) -> bool:
+    def is_undecided(self) -> bool:
         """Whether a layer or a length has still to be chosen."""
         return any(None in (stage.layer, stage.batches) for stage in self.stages)
 
@@ -107,25 +107,27 @@ class Schedule:
             return 1.0
         return max(mix, 1 - (rollout_batch - self.batches) / (handover + 1))
 
-    def decided(self, layer: int, batches: int) -> "Schedule":
+    def resolve_auto(self, layer: int, batches: int) -> "PhaseSchedule":
         """With this layer and this length where one had still to be chosen."""
-        return Schedule(tuple(Stage(layer if s.layer is None else s.layer, s.batches or batches) for s in self.stages))
+        return PhaseSchedule(
+            tuple(Stage(layer if s.layer is None else s.layer, s.batches or batches) for s in self.stages)
+        )
 
-    def cut_short(self, rollout_batch: int) -> "Schedule":
+    def end_stage_before(self, rollout_batch: int) -> "PhaseSchedule":
         """With the stage that covers this rollout batch ending before it."""
         index = self.place(rollout_batch)
         if index is None:
             return self
         before = self.stages[:index]
-        done = rollout_batch - 1 - Schedule(before).batches
-        return Schedule((*before, replace(self.stages[index], batches=done), *self.stages[index + 1 :]))
+        done = rollout_batch - 1 - PhaseSchedule(before).batches
+        return PhaseSchedule((*before, replace(self.stages[index], batches=done), *self.stages[index + 1 :]))
 
     def state(self) -> list[tuple[int | None, int | None]]:
         """Plain values, for a checkpoint."""
         return [(stage.layer, stage.batches) for stage in self.stages]
 
     @classmethod
-    def load(cls, state: list[tuple[int | None, int | None]]) -> "Schedule":
+    def load(cls, state: list[tuple[int | None, int | None]]) -> "PhaseSchedule":
         """What `state` gave."""
         return cls(tuple(Stage(layer, batches) for layer, batches in state))
 

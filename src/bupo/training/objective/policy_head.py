@@ -17,18 +17,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
-from bupo.models.class_methods import class_function
+from bupo.models.class_methods import get_class_function
 from bupo.models.internal_policy import Lens
-from bupo.models.packing import Layout, Packing
-from bupo.models.residual_stream import ResidualStream, Site
-from bupo.models.token_scoring import IGNORED, TokenScores, scattered, score_states
+from bupo.models.packing import PackedDecoder, PackedLayout
+from bupo.models.residual_stream import Activation, ResidualStream
+from bupo.models.token_scoring import IGNORE_INDEX, TokenScores, scatter_scores, score_states
 from bupo.models.unembedding import Unembedding
-from bupo.training.distributed.fsdp2 import sharded_again
+from bupo.training.distributed.fsdp2 import reshard_model
 
-Read = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
-Asked = tuple[Site | None, Site | None]  # the policy in force, and one that is asked besides
-States = tuple[torch.Tensor, torch.Tensor | None]
-Found = TypeVar("Found")
+StatesCallback = Callable[[torch.Tensor], None]  # sees the states that meet the unembedding, (B, T - 1, D)
+RequestedPolicies = tuple[Activation | None, Activation | None]  # the policy in force, and one that is asked besides
+PolicyStates = tuple[torch.Tensor, torch.Tensor | None]
+ReturnT = TypeVar("ReturnT")
 
 
 @dataclass
@@ -46,11 +46,11 @@ class PolicyScores(ModelOutput):
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
-    internal: torch.Tensor | None = None
+    internal_log_probs: torch.Tensor | None = None
     internal_entropy: torch.Tensor | None = None
 
 
-def within(model: nn.Module, work: Callable[[], Found]) -> Found:
+def run_inside_forward(model: nn.Module, work: Callable[[], ReturnT]) -> ReturnT:
     """What a function gives that looks at the model's layers. If FSDP2 shards them, it runs inside the model's forward, where
     what belongs to no block is gathered; all processes have to ask, and to run the same passes.
 
@@ -61,24 +61,24 @@ def within(model: nn.Module, work: Callable[[], Found]) -> Found:
     if not isinstance(model, FSDPModule):
         return work()
     found = model(inside=work)
-    sharded_again(model)  # without a backward pass the unembedding would stay gathered
+    reshard_model(model)  # without a backward pass the unembedding would stay gathered
     return found
 
 
 class PolicyHead:
     """Gives a causal LM the scoring call. Add it before the model is wrapped.
 
-    The call takes three arguments besides TRL's: `policy`, the [`~bupo.models.residual_stream.Site`] whose policy is asked (None: the
+    The call takes three arguments besides TRL's: `policy`, the [`~bupo.models.residual_stream.Activation`] whose policy is asked (None: the
     language model policy), `also`, one whose log-probs come with the language model policy's from one pass, and `read`,
     which is shown what meets the unembedding. A call with `inside` gives what that function gives, called where the model's
-    wrappers hold its parameters ready ([`within`]).
+    wrappers hold its parameters ready ([`run_inside_forward`]).
 
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
         temperature (`float`): of every policy.
         lens (`str`): of the layer policies.
         fp32 (`bool`): whether the projection runs in fp32 outside autocast (TRL's `cast_lm_head_to_fp32`).
-        packing ([`~bupo.models.packing.Packing`], *optional*): runs rows as one packed row.
+        packing ([`~bupo.models.packing.PackedDecoder`], *optional*): runs rows as one packed row.
         order (`torch.Tensor` of shape `(V,)`, *optional*): the unembedding's rows of internal policies; by default as they are.
     """
 
@@ -88,15 +88,21 @@ class PolicyHead:
         temperature: float,
         lens: Lens,
         fp32: bool = False,
-        packing: Packing | None = None,
+        packing: PackedDecoder | None = None,
         order: torch.Tensor | None = None,
     ):
-        self.stream, self.temperature, self.lens, self.fp32, self.packing = stream, temperature, lens, fp32, packing
-        self.order = order
+        self.stream, self.temperature, self.lens, self.fp32_projection, self.packing = (
+            stream,
+            temperature,
+            lens,
+            fp32,
+            packing,
+        )
+        self.vocab_order = order
         model, head = stream.model, self
         plain = model.forward
 
-        @functools.wraps(class_function(model, "forward"))  # generate checks its arguments against the signature
+        @functools.wraps(get_class_function(model, "forward"))  # generate checks its arguments against the signature
         def forward(
             model, *args, fused_lm_head=False, policy=None, also=None, read=None, inside=None, labels=None, **kwargs
         ):
@@ -108,54 +114,60 @@ class PolicyHead:
 
         model.forward = types.MethodType(forward, model)
 
-    def _score(self, model, asked: Asked, read: Read | None, labels, *args, **kwargs) -> PolicyScores:
+    def _score(
+        self, model, asked: RequestedPolicies, read: StatesCallback | None, labels, *args, **kwargs
+    ) -> PolicyScores:
         if getattr(self.stream.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        layout = self._layout(labels, args, kwargs)
+        layout = self._get_packed_layout(labels, args, kwargs)
         inputs = kwargs if layout is None else {**kwargs, **layout.inputs}
         with self.packing.over(layout) if self.packing and layout else nullcontext():
-            (states, also), out = self._states(model, asked, *args, **inputs)
+            (states, also), out = self._run_decoder(model, asked, *args, **inputs)
         head, labels = self.stream.head(self.temperature), labels[:, 1:]
-        scored = labels != IGNORED
+        scored = labels != IGNORE_INDEX
         if read:
             read((states if layout is None else layout.rows(states[0]))[:, :-1].to(head.weight.device))
 
-        def score(states: torch.Tensor, site: Site | None) -> TokenScores:
+        def score(states: torch.Tensor, site: Activation | None) -> TokenScores:
             if layout is None:
                 states = states[:, :-1][scored]
             else:  # as an embedding, whose gradient is summed by rows
                 states = nn.functional.embedding(layout.places[:, :-1][scored], states[0])
-            return self._scored(states, head, labels if site is None else self._reordered(labels), scored)
+            return self._score_states(states, head, labels if site is None else self._reorder_labels(labels), scored)
 
         found = score(states, asked[0])
         internal = (None, None) if also is None else score(also, asked[1])
-        return PolicyScores(*found, self._balance(out, layout, kwargs), *internal)
+        return PolicyScores(*found, self._compute_load_balancing_loss(out, layout, kwargs), *internal)
 
-    def _reordered(self, labels: torch.Tensor) -> torch.Tensor:
+    def _reorder_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The rows that stand for the labels where an internal policy's unembedding has an order of its own."""
-        if self.order is None:
+        if self.vocab_order is None:
             return labels
-        order = self.order.to(labels.device)
-        return torch.where(labels == IGNORED, labels, order[labels.clamp(min=0)])
+        order = self.vocab_order.to(labels.device)
+        return torch.where(labels == IGNORE_INDEX, labels, order[labels.clamp(min=0)])
 
-    def _layout(self, labels: torch.Tensor, args: tuple, kwargs: dict) -> Layout | None:
+    def _get_packed_layout(self, labels: torch.Tensor, args: tuple, kwargs: dict) -> PackedLayout | None:
         """Where the rows stand in a packed one. None where they are not packed: prompt learning adds more."""
         if self.packing is None or args or not kwargs.keys() <= {"input_ids", "attention_mask", "output_router_logits"}:
             return None
-        answers = (labels != IGNORED).any(0)
+        answers = (labels != IGNORE_INDEX).any(0)
         width = int(answers.int().argmax()) if answers.any() else labels.size(1)
-        return Layout.of(kwargs["input_ids"], kwargs["attention_mask"], width)
+        return PackedLayout.of(kwargs["input_ids"], kwargs["attention_mask"], width)
 
-    def _scored(
+    def _score_states(
         self, states: torch.Tensor, head: Unembedding, labels: torch.Tensor, scored: torch.Tensor
     ) -> TokenScores:
         """`(batch, time - 1)` each, of the states `(n, D)` at those places of the labels that are scored."""
         states, labels, scored = (x.to(head.weight.device) for x in (states, labels, scored))
-        precise = torch.autocast(states.device.type, enabled=False) if self.fp32 else nullcontext()
+        precise = torch.autocast(states.device.type, enabled=False) if self.fp32_projection else nullcontext()
         with precise:
-            return scattered(score_states(states.float() if self.fp32 else states, head, labels[scored]), scored)
+            return scatter_scores(
+                score_states(states.float() if self.fp32_projection else states, head, labels[scored]), scored
+            )
 
-    def _balance(self, out: ModelOutput, layout: Layout | None, kwargs: dict) -> torch.Tensor | None:
+    def _compute_load_balancing_loss(
+        self, out: ModelOutput, layout: PackedLayout | None, kwargs: dict
+    ) -> torch.Tensor | None:
         """The load-balancing loss, over the rows' tokens."""
         if not kwargs.get("output_router_logits"):
             return None
@@ -167,23 +179,27 @@ class PolicyHead:
         number = getattr(config, "num_experts", None) or config.num_local_experts
         return load_balancing_loss_func(routers, number, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
-    def _states(self, model, asked: Asked, *args, **kwargs) -> tuple[States, ModelOutput]:
+    def _run_decoder(self, model, asked: RequestedPolicies, *args, **kwargs) -> tuple[PolicyStates, ModelOutput]:
         """What meets the unembedding of each policy that is asked, `(batch, time, D)`, and the decoder's output."""
         (site, also), stream = asked, self.stream
         if site is None:
-            seen = nullcontext() if also is None else self._not_checkpointed(also.layer)
+            seen = nullcontext() if also is None else self._gradient_checkpointing_off(also.layer)
             with stream.record([] if also is None else [also]) as states, seen:
                 out = model.base_model(*args, use_cache=False, **kwargs)
-            return (out.last_hidden_state, None if also is None else stream.lensed(states[also], self.lens)), out
-        with stream.record([site]) as states, stream.first_layers(site.layer), self._not_checkpointed(site.layer):
+            return (out.last_hidden_state, None if also is None else stream.apply_lens(states[also], self.lens)), out
+        with (
+            stream.record([site]) as states,
+            stream.truncate_layers(site.layer),
+            self._gradient_checkpointing_off(site.layer),
+        ):
             out = model.base_model(*args, use_cache=False, **kwargs)
         block = stream.block(site.layer)
         if isinstance(block, FSDPModule) and site.kind != "layer" and torch.is_grad_enabled():
             block.unshard()  # which FSDP2 does when a gradient meets the block's output, and none will
-        return (stream.lensed(states[site], self.lens), None), out
+        return (stream.apply_lens(states[site], self.lens), None), out
 
     @contextmanager
-    def _not_checkpointed(self, layer: int) -> Iterator[None]:
+    def _gradient_checkpointing_off(self, layer: int) -> Iterator[None]:
         """Inside, this block keeps its activations: a hook in a checkpointed block sees no gradient."""
         block: Any = self.stream.block(layer)
         before = getattr(block, "gradient_checkpointing", False)

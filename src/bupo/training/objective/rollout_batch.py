@@ -10,33 +10,37 @@ from typing import Any, NamedTuple
 
 import torch
 
-ENTROPIES, VALUES, RETURNS = "language_model_entropies", "values", "returns"  # bupo's own entries
-OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"  # TRL's
-CHOSEN = "tool_mask"  # TRL's: 0 on tokens that the policy did not choose, or that are not to be trained on
-BESIDES = "internal_"  # before a name of TRL's: of the internal policy, where both are optimised
-LARGEST_REWARD = 1e18  # beyond it TRL's variances leave fp32: such a reward is taken for an infinite one
+ENTROPIES_KEY, VALUES_KEY, RETURNS_KEY = "language_model_entropies", "values", "returns"  # bupo's own entries
+OLD_LOG_PROBS, REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = (
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+)  # TRL's
+TOOL_MASK = "tool_mask"  # TRL's: 0 on tokens that the policy did not choose, or that are not to be trained on
+INTERNAL_PREFIX = "internal_"  # before a name of TRL's: of the internal policy, where both are optimised
+MAX_REWARD = 1e18  # beyond it TRL's variances leave fp32: such a reward is taken for an infinite one
 
 
-class Scores(NamedTuple):
+class CompletionScores(NamedTuple):
     """What a policy says of a rollout's answers: `(B, C)` each; entropies in nats."""
 
     log_probs: torch.Tensor
     entropies: torch.Tensor
 
 
-class Sampled(NamedTuple):
+class SampledRollouts(NamedTuple):
     """TRL's rollouts.
 
     Attributes:
         tensors (`dict`): what the loss will read.
         rewards (`torch.Tensor` of shape `(G, functions)`): of all processes' answers; NaN where a function gave none, and for
             all functions where the answer is ungraded.
-        scores ([`Scores`], *optional*): the sampling policy's, where TRL scored the answers.
+        scores ([`CompletionScores`], *optional*): the sampling policy's, where TRL scored the answers.
     """
 
     tensors: dict[str, Any]
     rewards: torch.Tensor
-    scores: Scores | None
+    scores: CompletionScores | None
 
 
 class RolloutBatch:
@@ -73,7 +77,7 @@ class RolloutBatch:
     @cached_property
     def mask(self) -> torch.Tensor:
         """`(B, C)`: the tokens that are trained on: no padding, no tool's, none of an ungraded answer."""
-        return self.tensors["completion_mask"] * self.tensors.get(CHOSEN, 1)
+        return self.tensors["completion_mask"] * self.tensors.get(TOOL_MASK, 1)
 
     @property
     def rewards(self) -> torch.Tensor:
@@ -103,11 +107,11 @@ class RolloutBatch:
         pairs = [pair for first in range(group) for pair in pairs[first::group]]
         return [(prompt, answer) for prompt, answer in pairs if answer]
 
-    def by_answer(self, values: torch.Tensor) -> torch.Tensor:
+    def mean_per_completion(self, values: torch.Tensor) -> torch.Tensor:
         """`(B,)`: of values `(B, C)` the mean over an answer's tokens; those of shape `(B,)` as they are."""
         return values if values.dim() == 1 else (values * self.mask).sum(1) / self.mask.sum(1).clamp(min=1)
 
-    def window_tokens(self, share: float, processes: int) -> torch.Tensor:
+    def get_tokens_per_update(self, share: float, processes: int) -> torch.Tensor:
         """Answer tokens of an update, a process: of a rollout batch's, which TRL counts over all processes, this share."""
         return self.tensors["num_items_in_batch"].clamp(min=1.0) / processes * share
 
@@ -117,7 +121,7 @@ class RolloutBatch:
         return (summed / count.clamp(min=1.0)).item()
 
 
-def weighted(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def sum_weighted_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the reward of each answer, and NaN for ungraded answers, which count as absent. All code asks here.
 
     A function that gives None or NaN has not graded the answer, and the others decide. An infinite reward, or one beyond
@@ -135,22 +139,22 @@ def weighted(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if (weights != 0).any():
         rewards, weights = rewards[:, weights != 0], weights[weights != 0]
     sums = (rewards * weights).nansum(1)
-    graded = ~rewards.isnan().all(1) & ~(rewards.abs() > LARGEST_REWARD).any(1) & (sums.abs() <= LARGEST_REWARD)
+    graded = ~rewards.isnan().all(1) & ~(rewards.abs() > MAX_REWARD).any(1) & (sums.abs() <= MAX_REWARD)
     return sums.masked_fill(~graded, torch.nan)
 
 
-def graded_only(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mask_ungraded_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return `(G, functions)` rewards with NaN for every function where the answer is ungraded, and for infinite rewards of
     functions of weight 0. All that are left are finite; TRL leaves NaN out of its means.
 
     Args:
-        rewards, weights: as of [`weighted`].
+        rewards, weights: as of [`sum_weighted_rewards`].
     """
-    ungraded = weighted(rewards, weights).isnan()
-    return rewards.masked_fill(ungraded[:, None] | (rewards.abs() > LARGEST_REWARD), torch.nan)
+    ungraded = sum_weighted_rewards(rewards, weights).isnan()
+    return rewards.masked_fill(ungraded[:, None] | (rewards.abs() > MAX_REWARD), torch.nan)
 
 
-def leave_out(tensors: dict[str, Any], graded_B: torch.Tensor) -> torch.Tensor:
+def mask_ungraded_completions(tensors: dict[str, Any], graded_B: torch.Tensor) -> torch.Tensor:
     """Mask ungraded answers out of the loss: TRL's token counts, KL, entropy and ratios, and a critic's values and returns.
 
     The mask is TRL's for tokens that the policy did not choose, `tool_mask`. Attention is as it was when the answers were
@@ -164,11 +168,11 @@ def leave_out(tensors: dict[str, Any], graded_B: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: tokens of this process that the loss counts.
     """
     answers = tensors["completion_mask"]
-    tensors[CHOSEN] = tensors.get(CHOSEN, torch.ones_like(answers)) * graded_B.to(answers)[:, None]
-    return (answers * tensors[CHOSEN]).sum()
+    tensors[TOOL_MASK] = tensors.get(TOOL_MASK, torch.ones_like(answers)) * graded_B.to(answers)[:, None]
+    return (answers * tensors[TOOL_MASK]).sum()
 
 
-def equal_share(rewards_G: torch.Tensor, group: int) -> float:
+def get_equal_reward_ratio(rewards_G: torch.Tensor, group: int) -> float:
     """Return the share of groups whose graded answers have one reward, among groups with a graded answer; NaN without any.
 
     Args:

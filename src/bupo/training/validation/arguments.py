@@ -12,33 +12,33 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig
 
-from bupo.data.chat_templates import check_context, check_size, prompt_ids
+from bupo.data.chat_templates import check_prompt_characters, check_prompt_tokens, tokenize_prompt
 from bupo.models.loading import (
-    Limits,
-    check_generation,
-    check_layers,
-    check_padding,
-    context_of,
-    limits_of,
+    ModelLimits,
+    check_generation_config,
+    check_layers_exist,
+    check_padding_token,
+    find_tokens_without_embedding,
+    get_context_length,
+    get_model_limits,
     load_config,
     load_tokenizer,
-    tokens_beyond,
 )
 from bupo.models.residual_stream import Family, ResidualStream
-from bupo.models.verification import NotFinite
+from bupo.models.verification import NonFiniteModelError
 from bupo.training.callbacks.best_metric import check_best_metric
 from bupo.training.config import BuPOConfig
-from bupo.training.distributed.deepspeed import check_zero
-from bupo.training.objective.advantages import WITH_CRITIC
-from bupo.training.precision import is_sharded
-from bupo.training.trl_internals import TRLTrainer, get_config_model_id
-from bupo.training.validation.resumable_options import check_resumable, without_persistent_workers
-from bupo.utils.errors import UserError, others
+from bupo.training.distributed.deepspeed import check_deepspeed_config
+from bupo.training.objective.advantages import CRITIC_ESTIMATORS
+from bupo.training.precision import is_fsdp_run
+from bupo.training.trl_internals import GRPOTrainerHooks, get_config_model_id
+from bupo.training.validation.resumable_options import check_resumable, disable_persistent_workers
+from bupo.utils.errors import UserError, wrap_library_errors
 
-LONGEST_TRIED = 8  # of the prompts, by characters: those that may be beyond the model's context
+NUM_CHECKED_PROMPTS = 8  # of the prompts, by characters: those that may be beyond the model's context
 
 # what TRL's scoring ends in on a model whose outputs it does not know
-UNSCORABLE = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+SCORING_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 logger = get_logger(__name__)
 
@@ -58,26 +58,26 @@ def check_arguments(model: Any, args: Any, family: Family | None, processing_cla
             "internal_layer=..., or internal_steps=0 for GRPO"
         )
     check_resumable(args)
-    without_persistent_workers(args)
+    disable_persistent_workers(args)
     if args.deepspeed_plugin is not None:
-        check_zero(args)
+        check_deepspeed_config(args)
         check_deepspeed(args)
-    if _reads_images(model, args, processing_class):
+    if _is_vlm(model, args, processing_class):
         name = model if isinstance(model, str) else type(model).__name__
         raise UserError(f"{name} reads images: BuPO trains text models, with a tokenizer as processing_class")
     if processing_class is not None:
         name = model if isinstance(model, str) else type(model).__name__
-        check_padding(name, processing_class)
+        check_padding_token(name, processing_class)
     if isinstance(model, str):
         revision = (args.model_init_kwargs or {}).get("revision")
-        check_generation(model, revision)
+        check_generation_config(model, revision)
         if processing_class is None:  # TRL will load the model's
             load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
-        open_stream(model, args, family)
+        open_residual_stream(model, args, family)
 
 
-def sources(config: BuPOConfig, loading: ModelConfig) -> dict[str, Any]:
+def get_pretrained_kwargs(config: BuPOConfig, loading: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the model, its configuration and its tokenizer."""
     return {"revision": loading.model_revision, "trust_remote_code": config.trust_remote_code}
 
@@ -101,11 +101,11 @@ def check_model(
         raise UserError(
             f"beta={config.beta} needs a reference model, which is not loaded from a .gguf file: save it as a folder first"
         )
-    check_named(model, config, loading)
-    return load_tokenizer(model, **sources(config, loading))
+    check_named_layers(model, config, loading)
+    return load_tokenizer(model, **get_pretrained_kwargs(config, loading))
 
 
-def check_named(model: str, config: BuPOConfig, loading: ModelConfig) -> PretrainedConfig:
+def check_named_layers(model: str, config: BuPOConfig, loading: ModelConfig) -> PretrainedConfig:
     """The configuration of a model that has the layers that the options name.
 
     Raises:
@@ -114,8 +114,8 @@ def check_named(model: str, config: BuPOConfig, loading: ModelConfig) -> Pretrai
     named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
     named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
-    read = check_layers(model, named, **sources(config, loading))
-    _check_rates(config, getattr(read.get_text_config(), "num_hidden_layers", None), model)
+    read = check_layers_exist(model, named, **get_pretrained_kwargs(config, loading))
+    _check_layer_rates(config, getattr(read.get_text_config(), "num_hidden_layers", None), model)
     return read
 
 
@@ -127,20 +127,20 @@ def check_prompts(
     Raises:
         UserError: with the first such row among the longest.
     """
-    read = load_config(model, **sources(config, loading)) if isinstance(model, str) else model.config
-    limits = limits_of(read)
-    check_size(problems["prompt"], limits, "the dataset")
-    _check_tokens(problems["prompt"], tokenizer, limits)
+    read = load_config(model, **get_pretrained_kwargs(config, loading)) if isinstance(model, str) else model.config
+    limits = get_model_limits(read)
+    check_prompt_characters(problems["prompt"], limits, "the dataset")
+    _check_special_tokens(problems["prompt"], tokenizer, limits)
     lengths = [len(str(prompt)) for prompt in problems["prompt"]]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-LONGEST_TRIED:]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-NUM_CHECKED_PROMPTS:]
     for row in sorted({0, *longest}):
-        ids = prompt_ids(tokenizer, problems[row]["prompt"], **(config.chat_template_kwargs or {}))
-        check_context([ids], limits, "the dataset", row)
+        ids = tokenize_prompt(tokenizer, problems[row]["prompt"], **(config.chat_template_kwargs or {}))
+        check_prompt_tokens([ids], limits, "the dataset", row)
 
 
-def _check_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+def _check_special_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, limits: ModelLimits) -> None:
     """Raises [`UserError`] for a prompt with a special token that the model has no embedding for, such as that of an image."""
-    beyond = tokens_beyond(tokenizer, limits.vocabulary) if limits.vocabulary else {}
+    beyond = find_tokens_without_embedding(tokenizer, limits.vocabulary) if limits.vocabulary else {}
     for row, prompt in enumerate(prompts) if beyond else ():
         if held := next((token for token in beyond if token in str(prompt)), None):
             raise UserError(
@@ -149,12 +149,12 @@ def _check_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, li
             )
 
 
-def positions_of(model: nn.Module) -> float:
+def get_max_positions(model: nn.Module) -> float:
     """Largest number of tokens that the model names as its own; infinite where it names none."""
-    return context_of(model.config) or math.inf
+    return get_context_length(model.config) or math.inf
 
 
-def _reads_images(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
+def _is_vlm(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
     """Whether TRL would take this for a model with images: by its processor, and where it would load that, by the model."""
     if processing_class is not None:
         return isinstance(processing_class, ProcessorMixin)
@@ -167,7 +167,7 @@ def _reads_images(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
     return any(hasattr(config, part) for part in ("vision_config", "audio_config"))
 
 
-def said_of_phases(config: BuPOConfig) -> str | None:
+def describe_phases(config: BuPOConfig) -> str | None:
     """What a run that ends inside its first phase is told: it may be meant so, or `internal_steps` counts other things."""
     updates = config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps
     batches = config.first_phase.batches
@@ -179,7 +179,7 @@ def said_of_phases(config: BuPOConfig) -> str | None:
     )
 
 
-def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream | None:
+def open_residual_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> ResidualStream | None:
     """The model's residual stream, proven, with every layer that the options name.
 
     None for a model whose stream is not understood, if nothing needs it: what TRL trains as a whole trains here too.
@@ -189,10 +189,10 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     """
     named = [args.internal_layer] if isinstance(args.internal_layer, int) else []
     layers = (*args.first_phase.layers, *named, args.frozen_up_to_layer, args.slow_above_layer)
-    with_critic = args.advantage_estimator in WITH_CRITIC
+    with_critic = args.advantage_estimator in CRITIC_ESTIMATORS
     try:
         stream = ResidualStream(model, family)
-    except NotFinite:
+    except NonFiniteModelError:
         raise
     except UserError as error:
         if any(layers) or args.layer_rates or args.first_phase.stages or with_critic or args.probe_every or family:
@@ -202,11 +202,11 @@ def open_stream(model: nn.Module, args: BuPOConfig, family: Family | None) -> Re
     for layer in layers:
         if layer is not None:
             stream.block(layer)
-    _check_rates(args, stream.num_layers, getattr(model.config, "name_or_path", "") or type(model).__name__)
+    _check_layer_rates(args, stream.num_layers, getattr(model.config, "name_or_path", "") or type(model).__name__)
     return stream
 
 
-def _check_rates(args: BuPOConfig, count: int | None, model: str) -> None:
+def _check_layer_rates(args: BuPOConfig, count: int | None, model: str) -> None:
     """Raises [`UserError`] unless there is a learning rate's factor for each of so many layers."""
     if args.layer_rates is not None and count is not None and len(args.layer_rates) != count:
         raise UserError(
@@ -214,13 +214,13 @@ def _check_rates(args: BuPOConfig, count: int | None, model: str) -> None:
         )
 
 
-def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
+def check_run(trainer: GRPOTrainerHooks, args: BuPOConfig) -> None:
     """Refuse what this kind of model or of distribution cannot do.
 
     Raises:
         UserError: with what to do instead.
     """
-    if trainer.reads_images:
+    if trainer.is_vlm:
         raise UserError(f"{type(trainer.model).__name__} reads images: BuPO trains text models, with a tokenizer")
     if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
         raise UserError("an optimizer was given, which DeepSpeed would replace by its own: choose it by optim")
@@ -248,14 +248,14 @@ def check_run(trainer: TRLTrainer, args: BuPOConfig) -> None:
             )
         if any(config.is_prompt_learning for config in getattr(trainer.model, "peft_config", {}).values()):
             raise UserError("a learned prompt (PEFT) cannot be looked at where FSDP shards: use LoRA, or DDP")
-    elif is_sharded(args):
+    elif is_fsdp_run(args):
         kind = trainer.accelerator.distributed_type.value
         logger.warning(
             f"FSDP was asked for, but accelerate shards on no {trainer.args.device.type}: this run is {kind}"
         )
 
 
-def check_evaluations(trainer: TRLTrainer) -> None:
+def check_evaluations(trainer: GRPOTrainerHooks) -> None:
     """Refuse options and callbacks that need a metric which no evaluation will measure.
 
     Raises:
@@ -267,7 +267,7 @@ def check_evaluations(trainer: TRLTrainer) -> None:
     check_best_metric(trainer.args, trainer.reward_funcs, names, callbacks, sets, others, type(trainer))
 
 
-def check_scoring(trainer: TRLTrainer) -> None:
+def check_scoring(trainer: GRPOTrainerHooks) -> None:
     """Refuse a model whose answers cannot be scored, before any is sampled. Of a sharded model this is not tried.
 
     Raises:
@@ -275,7 +275,9 @@ def check_scoring(trainer: TRLTrainer) -> None:
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
-    with others(f"{type(trainer.model).__name__} cannot be trained, since scoring its answers fails", *UNSCORABLE):
+    with wrap_library_errors(
+        f"{type(trainer.model).__name__} cannot be trained, since scoring its answers fails", *SCORING_ERRORS
+    ):
         trainer.try_scoring()
 
 

@@ -13,20 +13,20 @@ from typing import Any
 from transformers.debug_utils import DebugOption
 
 from bupo.options.ranges import (
-    ANY,
-    COLDEST,
-    COUNT,
-    FROM_0,
-    NOT_NEGATIVE,
+    ANY_INTEGER,
+    ANY_NUMBER,
+    FRACTION,
+    MIN_TEMPERATURE,
+    NON_NEGATIVE,
+    NON_NEGATIVE_INTEGER,
     POSITIVE,
-    SHARE,
-    WHOLE,
-    abridged,
+    POSITIVE_INTEGER,
+    abbreviate,
+    check_choice,
     check_number,
     check_options,
-    check_word,
-    hints_of,
-    kinds_of,
+    get_field_types,
+    get_non_none_types,
 )
 from bupo.utils.errors import UserError
 
@@ -34,111 +34,111 @@ PORT = "whole [0, 65535]"
 
 RANGES = {
     # how long, and in which pieces
-    "per_device_train_batch_size": COUNT,
-    "per_device_eval_batch_size": COUNT,
-    "gradient_accumulation_steps": COUNT,
+    "per_device_train_batch_size": POSITIVE_INTEGER,
+    "per_device_eval_batch_size": POSITIVE_INTEGER,
+    "gradient_accumulation_steps": POSITIVE_INTEGER,
     "num_generations": "whole [2, inf)",
-    "num_generations_eval": FROM_0,  # 0: as many as in training
-    "generation_batch_size": COUNT,
-    "steps_per_generation": COUNT,
-    "num_iterations": COUNT,
-    "num_train_epochs": ANY,  # looked at where there are no max_steps
-    "max_steps": WHOLE,
-    "eval_accumulation_steps": COUNT,
-    "eval_delay": ANY,
-    "save_total_limit": WHOLE,
-    "torch_empty_cache_steps": COUNT,
+    "num_generations_eval": NON_NEGATIVE_INTEGER,  # 0: as many as in training
+    "generation_batch_size": POSITIVE_INTEGER,
+    "steps_per_generation": POSITIVE_INTEGER,
+    "num_iterations": POSITIVE_INTEGER,
+    "num_train_epochs": ANY_NUMBER,  # looked at where there are no max_steps
+    "max_steps": ANY_INTEGER,
+    "eval_accumulation_steps": POSITIVE_INTEGER,
+    "eval_delay": ANY_NUMBER,
+    "save_total_limit": ANY_INTEGER,
+    "torch_empty_cache_steps": POSITIVE_INTEGER,
     "seed": "whole [0, 4294967295]",  # numpy's
-    "data_seed": WHOLE,
+    "data_seed": ANY_INTEGER,
     # the optimizer
-    "learning_rate": NOT_NEGATIVE,
-    "warmup_steps": NOT_NEGATIVE,  # below 1, a share of the run
-    "weight_decay": NOT_NEGATIVE,
+    "learning_rate": NON_NEGATIVE,
+    "warmup_steps": NON_NEGATIVE,  # below 1, a share of the run
+    "weight_decay": NON_NEGATIVE,
     "adam_beta1": "[0, 1)",
     "adam_beta2": "[0, 1)",
-    "adam_epsilon": NOT_NEGATIVE,
+    "adam_epsilon": NON_NEGATIVE,
     "max_grad_norm": "[-inf, inf]",  # 0 or less: gradients are not clipped
-    "label_smoothing_factor": ANY,
-    "neftune_noise_alpha": NOT_NEGATIVE,
+    "label_smoothing_factor": ANY_NUMBER,
+    "neftune_noise_alpha": NON_NEGATIVE,
     # sampling
-    "max_completion_length": COUNT,
+    "max_completion_length": POSITIVE_INTEGER,
     "temperature": POSITIVE,
     "top_p": "(0, 1]",
     "top_k": "whole [-1, inf)",
-    "min_p": SHARE,
+    "min_p": FRACTION,
     "repetition_penalty": POSITIVE,
-    "max_tool_calling_iterations": FROM_0,
+    "max_tool_calling_iterations": NON_NEGATIVE_INTEGER,
     # the loss
-    "beta": NOT_NEGATIVE,
+    "beta": NON_NEGATIVE,
     "epsilon": "[0, inf]",
     "epsilon_high": "[0, inf]",
     "delta": "(0, inf]",
     "sapo_temperature_neg": POSITIVE,
     "sapo_temperature_pos": POSITIVE,
-    "vespo_k_pos": ANY,
-    "vespo_k_neg": ANY,
-    "vespo_lambda_pos": ANY,
-    "vespo_lambda_neg": ANY,
-    "router_aux_loss_coef": NOT_NEGATIVE,
-    "ref_model_mixup_alpha": SHARE,
-    "ref_model_sync_steps": COUNT,
-    "top_entropy_quantile": SHARE,
-    "entropy_coef": ANY,
-    "entropy_coef_min": ANY,
-    "entropy_coef_max": ANY,
-    "entropy_coef_delta": ANY,
-    "entropy_target": ANY,
+    "vespo_k_pos": ANY_NUMBER,
+    "vespo_k_neg": ANY_NUMBER,
+    "vespo_lambda_pos": ANY_NUMBER,
+    "vespo_lambda_neg": ANY_NUMBER,
+    "router_aux_loss_coef": NON_NEGATIVE,
+    "ref_model_mixup_alpha": FRACTION,
+    "ref_model_sync_steps": POSITIVE_INTEGER,
+    "top_entropy_quantile": FRACTION,
+    "entropy_coef": ANY_NUMBER,
+    "entropy_coef_min": ANY_NUMBER,
+    "entropy_coef_max": ANY_NUMBER,
+    "entropy_coef_delta": ANY_NUMBER,
+    "entropy_target": ANY_NUMBER,
     "off_policy_mask_threshold": "(-inf, inf]",
     # vLLM
     "vllm_server_port": PORT,
     "vllm_group_port": PORT,
-    "vllm_server_timeout": NOT_NEGATIVE,
+    "vllm_server_timeout": NON_NEGATIVE,
     "vllm_gpu_memory_utilization": "(0, 1]",
-    "vllm_max_model_length": COUNT,
-    "vllm_tensor_parallel_size": COUNT,
+    "vllm_max_model_length": POSITIVE_INTEGER,
+    "vllm_tensor_parallel_size": POSITIVE_INTEGER,
     "vllm_importance_sampling_clip_max": "(0, inf]",
     "vllm_importance_sampling_clip_min": "[0, inf)",
     "vllm_importance_sampling_cap": "(0, inf]",
     # machinery
-    "dataloader_num_workers": FROM_0,
-    "dataloader_prefetch_factor": COUNT,
-    "ddp_bucket_cap_mb": COUNT,
-    "ddp_timeout": COUNT,
-    "local_rank": WHOLE,
-    "num_completions_to_print": WHOLE,
+    "dataloader_num_workers": NON_NEGATIVE_INTEGER,
+    "dataloader_prefetch_factor": POSITIVE_INTEGER,
+    "ddp_bucket_cap_mb": POSITIVE_INTEGER,
+    "ddp_timeout": POSITIVE_INTEGER,
+    "local_rank": ANY_INTEGER,
+    "num_completions_to_print": ANY_INTEGER,
     # the first phase, probes, evaluation while training
-    "internal_steps": FROM_0,
-    "internal_handover": FROM_0,
+    "internal_steps": NON_NEGATIVE_INTEGER,
+    "internal_handover": NON_NEGATIVE_INTEGER,
     "internal_mix": "[0, 1)",
-    "frozen_up_to_layer": COUNT,
-    "slow_above_layer": COUNT,
-    "slow_factor": SHARE,
-    "probe_every": FROM_0,
-    "probe_answers": COUNT,
-    "eval_every": COUNT,
-    "eval_k": COUNT,
-    "eval_problems": COUNT,
+    "frozen_up_to_layer": POSITIVE_INTEGER,
+    "slow_above_layer": POSITIVE_INTEGER,
+    "slow_factor": FRACTION,
+    "probe_every": NON_NEGATIVE_INTEGER,
+    "probe_answers": POSITIVE_INTEGER,
+    "eval_every": POSITIVE_INTEGER,
+    "eval_k": POSITIVE_INTEGER,
+    "eval_problems": POSITIVE_INTEGER,
     # PPO
     "critic_learning_rate": POSITIVE,
     "value_coef": POSITIVE,
     "value_clip": POSITIVE,
-    "gae_gamma": SHARE,
-    "gae_lambda": SHARE,
+    "gae_gamma": FRACTION,
+    "gae_lambda": FRACTION,
 }
-NONE_TOO = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # off, for transformers
+OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # off, for transformers
 # a share of the run below 1, else a whole number of updates; read with the strategy `steps` only
-STEPS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
+STEP_STRATEGIES = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 # words that TRL looks for at the first update, or the first rollout batch
-WORDS = {
+OPTION_CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
-FILES_TOO = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings that a JSON file may hold
+FILE_OR_MAPPING_OPTIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings that a JSON file may hold
 # options that ask for a package which is not always there
-PACKAGES = {
+REQUIRED_PACKAGES = {
     "deepspeed": "deepspeed",
     "use_vllm": "vllm",
     "use_liger_kernel": "liger_kernel",
@@ -147,41 +147,41 @@ PACKAGES = {
 }
 
 # of TRL's ModelConfig
-MODEL_RANGES = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE}
+MODEL_RANGES = {"lora_r": POSITIVE_INTEGER, "lora_alpha": POSITIVE_INTEGER, "lora_dropout": FRACTION}
 
 
-def check_training(config: Any) -> None:
+def check_training_options(config: Any) -> None:
     """Raises [`UserError`] for the first option of a run that has another type, or lies out of its range."""
-    hints = hints_of(type(config))  # type: ignore[arg-type]
-    check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*NONE_TOO})
+    hints = get_field_types(type(config))  # type: ignore[arg-type]
+    check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*OPTIONAL_NUMBERS})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
-    if 0 < config.temperature < COLDEST:
-        raise UserError(f"temperature must be {COLDEST:g} or more, got {abridged(config.temperature)}")
-    for name, words in WORDS.items():
-        check_word(name, getattr(config, name), words)
+    if 0 < config.temperature < MIN_TEMPERATURE:
+        raise UserError(f"temperature must be {MIN_TEMPERATURE:g} or more, got {abbreviate(config.temperature)}")
+    for name, words in OPTION_CHOICES.items():
+        check_choice(name, getattr(config, name), words)
     for name, hint in hints.items():
-        if {dict, str} <= {getattr(kind, "__origin__", kind) for kind in kinds_of(hint)}:
+        if {dict, str} <= {getattr(kind, "__origin__", kind) for kind in get_non_none_types(hint)}:
             _check_mapping(name, getattr(config, name))
-    for name, strategy in STEPS.items():
-        _check_steps(name, getattr(config, name), getattr(config, strategy))
+    for name, strategy in STEP_STRATEGIES.items():
+        _check_step_interval(name, getattr(config, name), getattr(config, strategy))
     if config.max_steps < 1 and not config.num_train_epochs > 0:
         raise UserError(f"num_train_epochs must be positive, got {config.num_train_epochs}, or give max_steps")
     _check_padding(config.pad_to_multiple_of)
     for word in config.debug.split() if isinstance(config.debug, str) else ():
-        check_word("debug", word, [option.value for option in DebugOption])
+        check_choice("debug", word, [option.value for option in DebugOption])
     if config.deepspeed:
         check_packages(config)
 
 
 def check_packages(options: Any) -> None:
     """Raises [`UserError`] for an option that needs a package which is not there."""
-    for option, package in PACKAGES.items():
+    for option, package in REQUIRED_PACKAGES.items():
         if getattr(options, option, None) and importlib.util.find_spec(package) is None:
             raise UserError(f"{option} needs the package {package}, which is not installed: pip install {package}")
 
 
-def _check_steps(name: str, value: Any, strategy: Any) -> None:
+def _check_step_interval(name: str, value: Any, strategy: Any) -> None:
     if value is None or getattr(strategy, "value", strategy) != "steps" or (name == "eval_steps" and value == 0):
         return
     check_number(name, value, POSITIVE)
@@ -193,16 +193,16 @@ def _check_mapping(name: str, value: Any) -> None:
     """A mapping, or its JSON text: transformers takes any other text of these for a file's name."""
     if value is None or isinstance(value, dict) or (name == "accelerator_config" and is_dataclass(value)):
         return
-    if isinstance(value, str) and name in FILES_TOO and not value.startswith("{"):
+    if isinstance(value, str) and name in FILE_OR_MAPPING_OPTIONS and not value.startswith("{"):
         if name == "accelerator_config" and not Path(value).is_file():  # the others are read where they are used only
-            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {abridged(value)}")
+            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {abbreviate(value)}")
         return
     try:
         wrong = not isinstance(json.loads(value), dict) or not value.startswith("{")
     except (ValueError, TypeError):
         wrong = True
     if wrong:
-        raise UserError(f"{name} must be a mapping, as JSON on the command line, got {abridged(value)}")
+        raise UserError(f"{name} must be a mapping, as JSON on the command line, got {abbreviate(value)}")
 
 
 def _check_padding(value: Any) -> None:
@@ -210,4 +210,4 @@ def _check_padding(value: Any) -> None:
         return
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number > 0):
-        raise UserError(f"pad_to_multiple_of must be a whole number, 1 or more, auto or none, got {abridged(value)}")
+        raise UserError(f"pad_to_multiple_of must be a whole number, 1 or more, auto or none, got {abbreviate(value)}")

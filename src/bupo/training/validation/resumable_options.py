@@ -26,7 +26,7 @@ def check_resumable(args: BuPOConfig) -> None:
         )
 
 
-def without_persistent_workers(args: BuPOConfig) -> None:
+def disable_persistent_workers(args: BuPOConfig) -> None:
     """Turn `dataloader_persistent_workers` off, with a warning.
 
     Workers that live on draw no random number when an epoch begins, and new ones draw one: a resumed run, which starts its

@@ -16,9 +16,9 @@ from bupo.data.problems import check_prompt_texts
 from bupo.rewards.math_reward import math_reward
 from bupo.utils.errors import UserError
 
-ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-NOT_PASSED = ("prompt", "completion")  # columns that TRL keeps to itself
-MEANT = {"prompt": "prompts", "completion": "completions", "completions_ids": "completion_ids"}
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+DROPPED_COLUMNS = ("prompt", "completion")  # columns that TRL keeps to itself
+NAME_SUGGESTIONS = {"prompt": "prompts", "completion": "completions", "completions_ids": "completion_ids"}
 
 
 def check_signatures(
@@ -44,11 +44,11 @@ def check_signatures(
         UserError: with the function, its missing columns and the columns of the problems.
     """
     functions = [reward for reward in as_list(rewards) if callable(reward) and not isinstance(reward, nn.Module)]
-    for columns in filter(None, map(columns_of, _flat(datasets))):
-        passable = [] if remove_unused_columns else [column for column in columns if column not in NOT_PASSED]
+    for columns in filter(None, map(get_column_names, _flatten_datasets(datasets))):
+        passable = [] if remove_unused_columns else [column for column in columns if column not in DROPPED_COLUMNS]
         for function in functions:
-            _check_clash(function, passable)
-            _check(function, passable, columns, environments, more_columns)
+            _check_column_clash(function, passable)
+            _check_parameters(function, passable, columns, environments, more_columns)
 
 
 def check_inputs(
@@ -74,7 +74,7 @@ def check_inputs(
         more_columns=rollout_func is not None,
     )
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        for rows in _flat([dataset]):
+        for rows in _flatten_datasets([dataset]):
             if isinstance(rows, Dataset):
                 check_prompt_texts(rows, name)
 
@@ -86,37 +86,37 @@ def as_list(rewards: Any) -> list:
     return list(rewards) if isinstance(rewards, list | tuple) else [rewards]
 
 
-def columns_of(dataset: Any) -> list[str] | None:
+def get_column_names(dataset: Any) -> list[str] | None:
     """Return the columns of a data set's rows, None where they are not known without reading from it."""
     names = getattr(dataset, "column_names", None)
     format_type = (getattr(dataset, "format", None) or {}).get("type") if hasattr(dataset, "format") else None
     return list(names) if isinstance(names, list) and format_type != "custom" else None
 
 
-def _flat(datasets: Iterable[Any]) -> Iterable[Any]:
+def _flatten_datasets(datasets: Iterable[Any]) -> Iterable[Any]:
     for dataset in datasets:
         if isinstance(dataset, Mapping):
-            yield from _flat(dataset.values())
+            yield from _flatten_datasets(dataset.values())
         else:
             yield dataset
 
 
-def _name(function: Callable) -> str:
+def _get_function_name(function: Callable) -> str:
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _check_clash(function: Callable, columns: Sequence[str]) -> None:
+def _check_column_clash(function: Callable, columns: Sequence[str]) -> None:
     clashing = [column for column in columns if column in ("prompts", "completions")]  # TRL overwrites the others
     if clashing:
         raise UserError(
             f"the problems have a column {clashing[0]}, and TRL passes {clashing[0]} of its own to reward functions such as "
-            f"{_name(function)}: rename the column"
+            f"{_get_function_name(function)}: rename the column"
         )
 
 
-def _check(
+def _check_parameters(
     function: Callable, columns: Sequence[str], all_columns: Sequence[str], environments: bool, more_columns: bool
 ) -> None:
     """Hold a function's parameters against the arguments of TRL's call."""
@@ -125,7 +125,7 @@ def _check(
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (ValueError, TypeError):  # of a built-in function
         return
-    passed = [*ALWAYS, *columns, *(["environments"] if environments else [])]
+    passed = [*TRL_ARGUMENTS, *columns, *(["environments"] if environments else [])]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     by_position = [p.name for p in required if p.kind is p.POSITIONAL_ONLY]
     missing = [p.name for p in required if p.name not in passed and p.name not in by_position]
@@ -136,23 +136,25 @@ def _check(
     refused = [] if open_ended else [name for name in passed if name not in names]
     if by_position:
         raise UserError(
-            f"reward function {_name(function)} takes {', '.join(by_position)} by position only, and TRL passes all by name: "
+            f"reward function {_get_function_name(function)} takes {', '.join(by_position)} by position only, and TRL passes all by name: "
             "leave out the / in its parameters"
         )
     if missing and not more_columns:
-        raise UserError(f"reward function {_name(function)} needs {_what(missing, columns, all_columns)}")
+        raise UserError(
+            f"reward function {_get_function_name(function)} needs {_describe_mismatch(missing, columns, all_columns)}"
+        )
     if refused:
         raise UserError(
-            f"reward function {_name(function)} does not take {', '.join(refused)}, which TRL passes by name: add **kwargs to "
+            f"reward function {_get_function_name(function)} does not take {', '.join(refused)}, which TRL passes by name: add **kwargs to "
             "its parameters"
         )
 
 
-def _what(missing: Sequence[str], columns: Collection[str], all_columns: Sequence[str]) -> str:
+def _describe_mismatch(missing: Sequence[str], columns: Collection[str], all_columns: Sequence[str]) -> str:
     """Return what is missing, what there is and what to do."""
-    of_trl = [name for name in missing if name in MEANT and name not in columns]
+    of_trl = [name for name in missing if name in NAME_SUGGESTIONS and name not in columns]
     if of_trl:
-        meant = ", ".join(f"{MEANT[name]}, not {name}" for name in of_trl)
+        meant = ", ".join(f"{NAME_SUGGESTIONS[name]}, not {name}" for name in of_trl)
         return f"an argument {', '.join(of_trl)}, which TRL does not pass: it passes {meant}; rename the parameter"
     there = ", ".join(all_columns) or "none"
     if set(missing) <= set(all_columns):

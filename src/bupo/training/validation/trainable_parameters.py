@@ -12,19 +12,24 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from bupo.models.metadata import name_of
+from bupo.models.metadata import get_model_name
 from bupo.models.residual_stream import ResidualStream
 from bupo.training.config import BuPOConfig
-from bupo.training.distributed.deepspeed import partitions
-from bupo.training.distributed.fsdp2 import held
-from bupo.training.objective.layer_parameters import kept_still, moved_by, rate_factors, reached
-from bupo.training.precision import HALF
+from bupo.training.distributed.deepspeed import uses_deepspeed
+from bupo.training.distributed.fsdp2 import get_local_shard
+from bupo.training.objective.layer_parameters import (
+    find_reached_parameters,
+    get_frozen_layers,
+    get_lr_multipliers,
+    get_parameters_up_to,
+)
+from bupo.training.precision import HALF_DTYPES
 from bupo.utils.errors import UserError
 
 logger = get_logger(__name__)
 
-SAMPLED = 4096  # values of a parameter that are looked at, evenly spaced
-MOST = 0.5  # share of updates that rounding may swallow without a warning
+NUM_SAMPLED_VALUES = 4096  # values of a parameter that are looked at, evenly spaced
+MAX_LOST_SHARE = 0.5  # share of updates that rounding may swallow without a warning
 PATIENCE = 4  # updates without any gradient, although advantages differ, until that is a sign
 
 
@@ -46,9 +51,9 @@ def check_trainable(trainer: Any) -> None:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
         raise UserError(
-            f"nothing would train: no parameter of {name_of(model)} requires a gradient; {_unfrozen(model, args)}"
+            f"nothing would train: no parameter of {get_model_name(model)} requires a gradient; {_suggest_unfreezing(model, args)}"
         )
-    steps = _held_by(trainer.optimizer)
+    steps = _get_optimizer_parameters(trainer.optimizer)
     if steps is not None and steps.isdisjoint(named.values()):
         raise UserError(
             "nothing would train: the optimizer that was given holds no parameter of the model that requires a gradient: make "
@@ -58,11 +63,11 @@ def check_trainable(trainer: Any) -> None:
         logger.warning("learning_rate is 0: the weights stay as they are")
     if steps and not any(group.get("initial_lr", group["lr"]) > 0 for group in trainer.optimizer.param_groups):
         logger.warning("the learning rate of the optimizer that was given is 0: the weights stay as they are")
-    still = {parameter for parameter, rate in rate_factors(trainer.stream, args).items() if rate == 0}
-    for phase, layer in _phases(trainer):
-        found = _reached_in(trainer, layer)
+    still = {parameter for parameter, rate in get_lr_multipliers(trainer.stream, args).items() if rate == 0}
+    for phase, layer in _iterate_phases(trainer):
+        found = _find_stage_parameters(trainer, layer)
         if not (found if steps is None else found & steps):
-            raise UserError(_refusal(trainer, phase, layer, named))
+            raise UserError(_describe_untrainable_phase(trainer, phase, layer, named))
         if found <= still:
             raise UserError(
                 f"{phase} would train nothing: slow_factor is 0, and of what requires a gradient its loss reaches only what "
@@ -77,7 +82,7 @@ def check_trainable(trainer: Any) -> None:
             )
 
 
-def check_layer(trainer: Any, layer: int | None) -> None:
+def check_auto_layer(trainer: Any, layer: int | None) -> None:
     """Refuse the layer that `auto` has chosen if its policy reaches nothing that trains.
 
     The model may be sharded by now: its parameters are looked at, not a graph.
@@ -87,42 +92,44 @@ def check_layer(trainer: Any, layer: int | None) -> None:
     """
     assert layer is not None, "auto has chosen"
     stream, normed = trainer.stream, trainer.args.internal_lens == "final_norm"
-    if moved_by(stream, layer, normed, trainer.model):
+    if get_parameters_up_to(stream, layer, normed, trainer.model):
         return
     named = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    raise UserError(_refusal(trainer, "the first phase", layer, named))
+    raise UserError(_describe_untrainable_phase(trainer, "the first phase", layer, named))
 
 
-def _phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
+def _iterate_phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
     """The phases that the run comes to, in words, and the layer whose policy each optimises. `auto` is known later."""
     args, first = trainer.args, 1
-    whole = args.rollout_batches(args.max_steps) if args.max_steps > 0 else None
+    whole = args.count_rollout_batches(args.max_steps) if args.max_steps > 0 else None
     for stage in args.first_phase.stages:
         if whole is not None and first > whole:
             return
         last = "" if stage.batches is None else f" to {first + stage.batches - 1}"
         if stage.layer is not None:
             yield f"the first phase (rollout batches {first}{last})", stage.layer
-        elif not any(_reached_in(trainer, layer) for layer in _candidates(trainer)):
+        elif not any(_find_stage_parameters(trainer, layer) for layer in _iterate_auto_candidates(trainer)):
             yield "the first phase", trainer.stream.num_layers
         first += stage.batches or 1
     if whole is None or whole >= first:
         yield ("the second phase" if args.first_phase.stages else "the run"), None
 
 
-def _candidates(trainer: Any) -> Iterable[int]:
+def _iterate_auto_candidates(trainer: Any) -> Iterable[int]:
     """Layers that `auto` may choose and that may train, from the last: the most is below it."""
     normed = trainer.args.internal_lens == "final_norm"
     layers = range(trainer.stream.num_layers, 0, -1)
-    return (layer for layer in layers if moved_by(trainer.stream, layer, normed, trainer.model))
+    return (layer for layer in layers if get_parameters_up_to(trainer.stream, layer, normed, trainer.model))
 
 
-def _reached_in(trainer: Any, layer: int | None) -> set[nn.Parameter]:
+def _find_stage_parameters(trainer: Any, layer: int | None) -> set[nn.Parameter]:
     """Return what trains by the loss of a layer's stage, or of the second phase."""
-    return reached_by(trainer.model, trainer.stream, trainer.alignment.site(layer), layer, trainer.args)
+    return find_trained_parameters(
+        trainer.model, trainer.stream, trainer.policy_alignment.site(layer), layer, trainer.args
+    )
 
 
-def reached_by(
+def find_trained_parameters(
     model: nn.Module, stream: ResidualStream | None, site: Any, layer: int | None, args: BuPOConfig
 ) -> set[nn.Parameter]:
     """Return what trains by the loss of a stage on a layer, or of the second phase (None).
@@ -130,36 +137,40 @@ def reached_by(
     Args:
         model (`nn.Module`): with PEFT around it.
         stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): the model's.
-        site ([`~bupo.models.residual_stream.Site`], *optional*): of the internal policy, if the stage optimises one.
+        site ([`~bupo.models.residual_stream.Activation`], *optional*): of the internal policy, if the stage optimises one.
         layer (`int`, *optional*): of the stage.
         args ([`~bupo.BuPOConfig`]): lens and objective.
     """
     normed = args.internal_lens == "final_norm"
     if stream is not None:
-        found = reached(stream, site, normed, model)
+        found = find_reached_parameters(stream, site, normed, model)
         # a stage that optimises the whole policy drops the gradients above its layer
-        return found if layer is None or site is not None else found & set(moved_by(stream, layer, False, model))
+        return (
+            found
+            if layer is None or site is not None
+            else found & set(get_parameters_up_to(stream, layer, False, model))
+        )
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def _held_by(optimizer: Any) -> set[nn.Parameter] | None:
+def _get_optimizer_parameters(optimizer: Any) -> set[nn.Parameter] | None:
     """The parameters that an optimizer steps; None without one."""
     if optimizer is None:
         return None
     return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _unfrozen(model: nn.Module, args: BuPOConfig) -> str:
+def _suggest_unfreezing(model: nn.Module, args: BuPOConfig) -> str:
     """How to have a model train that is frozen as a whole."""
-    if kept_still(args):
+    if get_frozen_layers(args):
         option = "frozen_up_to_layer" if args.frozen_up_to_layer else "layer_rates"
-        return f"{option} freezes the layers {', '.join(map(str, kept_still(args)))}: let more of them train"
+        return f"{option} freezes the layers {', '.join(map(str, get_frozen_layers(args)))}: let more of them train"
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()) or getattr(model, "prompt_encoder", None):
         return "its adapter was loaded for inference: load it by PeftModel.from_pretrained(base, folder, is_trainable=True)"
     return "it was frozen by hand: call requires_grad_(True) on what is to train, or pass a peft_config"
 
 
-def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn.Parameter]) -> str:
+def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn.Parameter]) -> str:
     """Why a phase trains nothing, and what to do."""
     some = f"{len(named)} parameters require a gradient ({next(iter(named))}{', …' if len(named) > 1 else ''})"
     if layer is None:
@@ -167,7 +178,7 @@ def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn
             f"{phase} would train nothing: {some}, and the loss of the whole policy reaches none of them; train others, such "
             "as the layers' own"
         )
-    where = _layers_of(trainer.stream, set(named.values()))
+    where = _find_layers(trainer.stream, set(named.values()))
     args = trainer.args
     policy = f"the policy of layer {layer}"
     if args.internal_module != "layer":
@@ -191,7 +202,7 @@ def _refusal(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn
     )
 
 
-def _layers_of(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[int]:
+def _find_layers(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[int]:
     """The layers that hold any of these parameters, ascending."""
     layers = range(1, stream.num_layers + 1)
     return [layer for layer in layers if not parameters.isdisjoint(stream.block(layer).parameters())]
@@ -203,13 +214,13 @@ def check_gradient(trainer: Any) -> None:
     Raises:
         UserError: with the rollout batch.
     """
-    if trainer.is_fsdp_enabled or partitions(trainer.accelerator):  # which hold gradients elsewhere
+    if trainer.is_fsdp_enabled or uses_deepspeed(trainer.accelerator):  # which hold gradients elsewhere
         return
     if all(parameter.grad is None for parameter in trainer.model.parameters()):
-        raise UserError(frozen_since(trainer.where(trainer.last_batch)))
+        raise UserError(describe_missing_gradient(trainer.where(trainer.last_rollout_batch)))
 
 
-def frozen_since(where: str) -> str:
+def describe_missing_gradient(where: str) -> str:
     """Return the message about a loss without a gradient, of a run that `check_trainable` has let begin."""
     return (
         f"nothing trains in {where}: no parameter has a gradient, those that the loss reaches were frozen since the run began; "
@@ -220,7 +231,7 @@ def frozen_since(where: str) -> str:
 # -- after the first update of each phase --------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
+class ParameterSample(NamedTuple):
     """Some values of a parameter before an update: where their gradient is not zero.
 
     Attributes:
@@ -235,7 +246,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Moved(TrainerCallback):
+class WeightChangeCallback(TrainerCallback):
     """Looks after the first update of each phase that has a gradient whether the weights have moved.
 
     Args:
@@ -249,14 +260,14 @@ class Moved(TrainerCallback):
 
     accelerator: Accelerator
     phase: Callable[[], tuple[Any, str]]
-    differ: Callable[[], bool] = bool
+    has_nonzero_advantage: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
         self.seen: list[Any] = []
         self.warned = False
         self.without = 0
-        self.samples: list[Sample] | None = None
-        self.stepped = True
+        self.samples: list[ParameterSample] | None = None
+        self.is_stepped = True
 
     def state(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -270,14 +281,18 @@ class Moved(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         # DeepSpeed holds the gradients, and weights in fp32 that are not the model's
         warming = state.global_step < args.get_warmup_steps(state.max_steps)
-        if self.phase()[0] in self.seen or warming or partitions(self.accelerator):
+        if self.phase()[0] in self.seen or warming or uses_deepspeed(self.accelerator):
             return
-        if not any(group["lr"] > 0 for group in optimizer.param_groups if group["params"]) and _held_by(optimizer):
+        if not any(
+            group["lr"] > 0 for group in optimizer.param_groups if group["params"]
+        ) and _get_optimizer_parameters(optimizer):
             return  # the rate is 0 now
         stepped = {p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
         with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        self.stepped = not with_gradient or any(parameter in stepped for parameter in with_gradient)
-        self.samples = [_sample(parameter) for parameter in with_gradient if parameter in stepped or not self.stepped]
+        self.is_stepped = not with_gradient or any(parameter in stepped for parameter in with_gradient)
+        self.samples = [
+            _sample_parameter(parameter) for parameter in with_gradient if parameter in stepped or not self.is_stepped
+        ]
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -285,10 +300,10 @@ class Moved(TrainerCallback):
         if samples is None or getattr(optimizer, "step_was_skipped", False):
             return
         # values with a gradient, those that stayed, and those of 16 bits; processes whose answers have advantages
-        counts = torch.tensor([0, 0, 0, self.differ()], dtype=torch.float64)
+        counts = torch.tensor([0, 0, 0, self.has_nonzero_advantage()], dtype=torch.float64)
         for parameter, places, before in samples:
-            stayed = held(parameter.detach()).flatten()[places] == before
-            half = parameter.dtype in HALF
+            stayed = get_local_shard(parameter.detach()).flatten()[places] == before
+            half = parameter.dtype in HALF_DTYPES
             counts += torch.tensor([len(before), int(stayed.sum()), len(before) * half, 0], dtype=torch.float64)
         counts = self.accelerator.reduce(counts.float().to(self.accelerator.device), "sum")
         count, stayed, halves, differ = counts.tolist()
@@ -303,12 +318,12 @@ class Moved(TrainerCallback):
             return
         self.without = 0
         self.seen.append(phase)
-        if not self.stepped:
+        if not self.is_stepped:
             raise UserError(
                 f"nothing trains in {where}: parameters have a gradient, and the optimizer steps none of them: make the "
                 "optimizer after what trains is chosen, and leave requires_grad alone afterwards"
             )
-        if stayed > MOST * count and not self.warned:
+        if stayed > MAX_LOST_SHARE * count and not self.warned:
             self.warned = True
             kind = "16-bit weights" if halves > count / 2 else "the weights' precision"
             remedy = "leave fp32_master_weights true, or raise learning_rate" if halves else "raise learning_rate"
@@ -318,9 +333,9 @@ class Moved(TrainerCallback):
             )
 
 
-def _sample(parameter: nn.Parameter) -> Sample:
+def _sample_parameter(parameter: nn.Parameter) -> ParameterSample:
     assert parameter.grad is not None, "parameters without a gradient are left out"
-    gradient, values = (held(x.detach()).flatten() for x in (parameter.grad, parameter))
-    places = torch.arange(0, len(values), max(1, len(values) // SAMPLED), device=values.device)
+    gradient, values = (get_local_shard(x.detach()).flatten() for x in (parameter.grad, parameter))
+    places = torch.arange(0, len(values), max(1, len(values) // NUM_SAMPLED_VALUES), device=values.device)
     places = places[gradient[places] != 0]
-    return Sample(parameter, places, values[places].clone())
+    return ParameterSample(parameter, places, values[places].clone())
