@@ -84,7 +84,7 @@ def run_bupo(stream, rollouts):
     started = time.perf_counter()
     found = list(measure_completions(stream, rollouts))
     seconds = time.perf_counter() - started
-    tokens = sum(answer.tokens for answer in found)
+    tokens = sum(answer.num_tokens for answer in found)
     return {
         kind: sum(torch.from_numpy(answer.values[f"entropy_{kind}"]).sum(1) for answer in found) / tokens
         for kind in ("attn_input", "attn", "ffn_input", "ffn", "layer")
@@ -139,7 +139,7 @@ def main():
     result = {
         "model": args.model.rpartition("/")[2],
         "layers": stream.num_layers,
-        "vocabulary": stream.head().weight.size(0),
+        "vocabulary": stream.get_unembedding().weight.size(0),
         "answers": args.lengths,
         "tokens": tokens,
         "projections": 5 * stream.num_layers + 2,

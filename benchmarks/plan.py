@@ -75,7 +75,7 @@ class Case:
             gradient_checkpointing=self.checkpointing,
             learning_rate=1e-6,
             lr_scheduler_type="constant",
-            internal_guard=False,
+            internal_early_stopping=False,
             probe_every=0,
             save_strategy="no",
             report_to="none",
@@ -340,8 +340,8 @@ def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, di
         parts[phase] = {
             "weights": kept["weights"],
             "optimizer": kept["optimizer"],
-            "gradients": 4.0 * planned_phase.trained,
-            "activations": compute_activation_bytes(setting, layer, planned_phase.besides),
+            "gradients": 4.0 * planned_phase.trained_parameters,
+            "activations": compute_activation_bytes(setting, layer, planned_phase.auxiliary_layer),
             "peak": planned_phase.memory.bytes,
         }
     return found, parts

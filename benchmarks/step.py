@@ -128,8 +128,8 @@ class Clock:
                 (AcceleratedOptimizer, "zero_grad", MODEL),
             ):
                 patches.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name), part)))
-            patches.enter_context(mock.patch.object(PackedLayout, "of", self.apart(PackedLayout.of)))
-            patches.enter_context(mock.patch.object(PackedLayout, "_bucket", self.apart(PackedLayout._bucket)))
+            patches.enter_context(mock.patch.object(PackedLayout, "of", self.apart(PackedLayout.from_rows)))
+            patches.enter_context(mock.patch.object(PackedLayout, "_bucket", self.apart(PackedLayout._make_bucket)))
             yield
 
     def listen_to(self, model: nn.Module) -> None:

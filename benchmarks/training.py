@@ -112,7 +112,14 @@ def guard(folder: Path, seeds: int = 3) -> None:
             ("long", lengths, False),
             ("guarded", lengths, True),
         ):
-            flags = ["--internal_steps", str(steps), "--internal_guard", str(guarded).lower(), "--seed", str(seed)]
+            flags = [
+                "--internal_steps",
+                str(steps),
+                "--internal_early_stopping",
+                str(guarded).lower(),
+                "--seed",
+                str(seed),
+            ]
             runs[f"{name}-{seed}"] = (recipe, flags)
     run_all(runs, folder)
     rows = {name: read_metrics(folder / name / METRICS_FILE) for name in runs}

@@ -288,7 +288,7 @@ def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer
             else {"internal_layer": job.layers[0], "internal_steps": 0}
         )
         trainer = BuPOTrainer(
-            model, reward, BuPOConfig(**options, **plan, internal_guard=False, probe_every=0), **given
+            model, reward, BuPOConfig(**options, **plan, internal_early_stopping=False, probe_every=0), **given
         )
     trainer.remove_callback(PrinterCallback)
     return trainer

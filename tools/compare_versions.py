@@ -36,7 +36,7 @@ VERSIONS = ("before", "after")
 TIMES = re.compile(r"time|seconds|per_second|total_flos")
 ALONE = 0.0
 DRAWING = "KeyError: 'reward'"  # 0.1.0 ends so when a log holds no reward, after all else is written
-TRAIN = """train --model_name_or_path embedded --dataset_name arithmetic --dataset_size 64 --internal_guard true
+TRAIN = """train --model_name_or_path embedded --dataset_name arithmetic --dataset_size 64 --internal_early_stopping true
     --probe_every 1 --per_device_train_batch_size 8 --num_generations 4 --steps_per_generation 4
     --max_completion_length 24 --max_steps 16 --save_strategy steps --save_steps 5 --learning_rate 1e-4
     --lr_scheduler_type constant --gradient_checkpointing false --report_to none"""

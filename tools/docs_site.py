@@ -33,7 +33,12 @@ def on_page_markdown(markdown, page, config, files):
 def command_page(name: str) -> str:
     """A command: what it is for, examples, every option by group."""
     command = COMMANDS[name]
-    lines = [f"# bupo {name}", "", f"`bupo {name}{command.placeholder} [--config FILE.yaml] [--option value ...]`", ""]
+    lines = [
+        f"# bupo {name}",
+        "",
+        f"`bupo {name}{command.positional_arguments} [--config FILE.yaml] [--option value ...]`",
+        "",
+    ]
     lines += [command.sentence, "", "```"]
     lines += [row for line, what in command.examples.items() for row in (f"# {what}", line)]
     lines += ["```", "", "Options may stand in the YAML file of `--config` too; a flag overrides the file."]
@@ -45,7 +50,7 @@ def command_page(name: str) -> str:
 
 def _row(option: Option) -> str:
     takes, default = (f"`{word}`".replace("|", "/") if word else "" for word in (option.placeholder, option.default))
-    pieces = re.split(r"(`[^`]*`)", option.about)  # every second one is code
+    pieces = re.split(r"(`[^`]*`)", option.help)  # every second one is code
     pieces[::2] = [re.sub(r"([|<\[])", r"\\\1", piece) for piece in pieces[::2]]
     about = "".join(pieces)
     return f"| `--{option.name}` | {takes} | {default} | {about} |"

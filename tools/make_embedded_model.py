@@ -72,7 +72,7 @@ def training_batch(tokenizer, seed, step, size, worked_share, numbers=3) -> tupl
     rng = random.Random(f"style-{seed}-{step}")
     for row in range(size):
         problem = make_arithmetic_problem("train", seed, step * size + row, numbers)
-        answer = problem.worked if rng.random() < worked_share else problem.direct
+        answer = problem.worked_answer if rng.random() < worked_share else problem.direct_answer
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
         )
@@ -113,7 +113,7 @@ def accuracy(model, tokenizer, problems=512, numbers=3) -> tuple[float, float, f
     out = model.eval().generate(**inputs, max_new_tokens=longest_answer(numbers), do_sample=True, top_k=0)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     model.train()
-    right = sum(t.endswith(p.direct) for t, p in zip(texts, held_out, strict=True)) / problems
+    right = sum(t.endswith(p.direct_answer) for t, p in zip(texts, held_out, strict=True)) / problems
     worked = sum("=" in t for t in texts) / problems
     return right, worked, sum(map(len, texts)) / problems
 

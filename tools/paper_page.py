@@ -123,7 +123,7 @@ def stale(docs: Path) -> list[str]:
             faults.append(f"{name} is missing in {path.parent}")
             continue
         result = json.loads(path.read_text())
-        if result["digest"] != read_experiment(name, result["scale"]).digest():
+        if result["digest"] != read_experiment(name, result["scale"]).compute_digest():
             faults.append(f"{name} is stale: its experiment or a recipe has changed; run bupo reproduce {name} again")
     if not faults and (not (docs / "paper.md").is_file() or (docs / "paper.md").read_text() != page(docs)):
         faults.append(f"{docs / 'paper.md'} is not what docs/paper gives: {AGAIN}/SCALE")

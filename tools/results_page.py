@@ -73,16 +73,16 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
     places, rows, layers = RunPaths(root), [], []
     for name in list_experiments(scale):
         experiment = read(f"{name}@{scale}")
-        finished = FinishedExperiment(experiment, places.folder, places.seconds)
+        finished = FinishedExperiment(experiment, places.get_run_folder, places.read_seconds)
         for cell in ended(experiment, places):
             if "analyze" in cell.runs:
                 layers.append(_layers(finished, cell))
             elif "train" in cell.runs:
                 last = cell.runs.get("eval", cell.runs["train"])
-                began = finished.read(cell.runs["train"], "run.json", lambda path: json.loads(path.read_text()))
+                began = finished.read_file(cell.runs["train"], "run.json", lambda path: json.loads(path.read_text()))
                 head = {
                     "run": last.name,
-                    "digest": last.digest(),
+                    "digest": last.compute_digest(),
                     "base": began.get("weights", UNKNOWN)[:8],
                     "revision": _revision(began) or revision,
                     "world": cell.model,
@@ -105,8 +105,8 @@ def _revision(began: dict[str, Any]) -> str | None:
 def _layers(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """What the analysis of a world says of its layers."""
     run = cell.runs["analyze"]
-    table = finished.frame(run, "layers.parquet")[["measure", "layer", "mean", "low", "high"]]
-    model = finished.take(run, "summary.json", finished.summary(run), "models", 0)
+    table = finished.read_dataframe(run, "layers.parquet")[["measure", "layer", "mean", "low", "high"]]
+    model = finished.get_value(run, "summary.json", finished.read_summary(run), "models", 0)
     said = [{"measure": "boundary", "layer": 0, "mean": model["boundary_layer"]}]
     said += [{"measure": f"pattern {model['pattern']}", "layer": 0, "mean": 1}]
     return pd.concat([table, pd.DataFrame(said)]).assign(world=cell.model).round(5)
@@ -153,7 +153,7 @@ class Tables:
     def _stored(self, cell: Cell) -> list[dict[str, Any]]:
         """A run of each base model."""
         last = cell.runs.get("eval", cell.runs["train"])
-        return self.known.get((last.name, last.digest()), [])
+        return self.known.get((last.name, last.compute_digest()), [])
 
     def output(self, name: str) -> ExperimentOutput | None:
         """None where no run is stored."""
@@ -165,7 +165,7 @@ class Tables:
     def shown(self, name: str) -> list[str]:
         """An experiment's tables."""
         output = self.output(name)
-        return [table.markdown().rstrip("\n") for table in output.shown] if output else [NOTHING_STORED]
+        return [table.to_markdown().rstrip("\n") for table in output.tables] if output else [NOTHING_STORED]
 
 
 # -- what stands for braces in page.md -----------------------------------------------------------------------------------
@@ -193,14 +193,16 @@ def _gain(tables: Tables, words: str) -> str:
     where, row, *more = (part.strip() for part in words.split("|"))
     name, world = where.split()
     experiment = read(name)
-    others = [part.removeprefix("less ") for part in more if part.startswith("less ")] or [experiment.draw["against"]]
+    others = [part.removeprefix("less ") for part in more if part.startswith("less ")] or [
+        experiment.output_options["against"]
+    ]
     measured = next((part for part in more if not part.startswith("less ")), "avg@k")
     found = tables.found(experiment)
     mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
     apart = compute_paired_difference(other, mine)
     output = tables.output(name)
     assert output is not None, "a row is stored"
-    rows = [] if more else output.shown[0].rows
+    rows = [] if more else output.tables[0].rows
     said = [f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)]
     return f"{format_mean_interval(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
 

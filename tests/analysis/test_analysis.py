@@ -130,7 +130,7 @@ def test_one_answer_leaves_nothing_to_resample():
 def test_intervals_respect_answers():
     """Tokens of one answer that move together: the interval is that of 40 answers, not of 400 tokens."""
     answers = sums_of([0.0], spread=1.0)
-    low, high = BootstrapMeans(answers).interval()
+    low, high = BootstrapMeans(answers).compute_interval()
     row = MEASURES.index("d_entropy_ffn")
     means = np.array([a.total[row, 0] / a.tokens for a in answers])
     assert high[row, 0] - low[row, 0] == pytest.approx(2 * 1.96 * means.std(ddof=1) / math.sqrt(40), rel=0.1)
@@ -140,7 +140,7 @@ def test_table_against_plain_means():
     stream = ResidualStream(load_model("embedded", dtype=torch.float32))
     rollouts = [([5, 6, 7], [8, 9, 10, 11]), ([12, 13], [14, 15]), ([3, 4], [9])]
     found = list(measure_completions(stream, rollouts))
-    answers = [CompletionSums.read(CompletionSums.of(f).line()) for f in found]
+    answers = [CompletionSums.from_json(CompletionSums.from_measures(f).to_json()) for f in found]
     table = build_layer_table(answers, "m").set_index(["measure", "layer"])
     for name in MEASURES:
         values = np.concatenate([f.values[name] for f in found], axis=1)
@@ -339,7 +339,7 @@ def test_one_token_answers_are_answers(tmp_path):
 
 
 def read_sums(path):
-    return [CompletionSums.read(line) for line in path.read_text().split("\n")[:-1]]
+    return [CompletionSums.from_json(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def start_analysis(out, *more):

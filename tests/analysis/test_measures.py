@@ -23,13 +23,13 @@ def naive(model, prompt, answer, lens="raw", temperature=1.0):
     sites = [Activation(k, n) for n in layers for k in ("attn", "ffn", "attn_input", "ffn_input", "layer")] + [
         Activation("layer", 0)
     ]
-    h = {site: x[0, rows] for site, x in stream.run(sites, ids).items()}
+    h = {site: x[0, rows] for site, x in stream.compute_activations(sites, ids).items()}
     theta = (model(ids).logits[0, rows].double() / temperature).log_softmax(-1)
 
     def log_p(site):
         x = h[site]
         if lens == "final_norm" and site.kind in ("layer", "attn", "ffn"):
-            x = stream.norm(x)
+            x = stream.final_norm(x)
         return (stream.logits(x).double() / temperature).log_softmax(-1)
 
     def entropy(site):

@@ -205,7 +205,7 @@ def test_completion_completes(capsys, tmp_path):
     (tmp_path / "bupo.sh").write_text(capsys.readouterr().out)
     for typed, words in {
         "bupo ana": {"analyze"},
-        "bupo train --internal_ha": {"--internal_handover"},
+        "bupo train --internal_ha": {"--internal_fade_batches"},
         "bupo analyze --lens ": {"raw", "final_norm"},
         "bupo analyze --preset ": {"paper"},
         "bupo train --outp": {"--output", "--output_dir"},

@@ -23,9 +23,9 @@ def test_arithmetic_is_right_and_depends_on_its_arguments_only():
     for index in range(300):
         problem = make_arithmetic_problem("train", 3, index)
         value = eval(problem.question)  # the expression of digits, + and - just made
-        assert problem.answer == str(value) and problem.direct == f"\\boxed{{{value}}}"
-        *steps, last = problem.worked.split(";")
-        assert last == problem.direct and len(steps) == 2
+        assert problem.answer == str(value) and problem.direct_answer == f"\\boxed{{{value}}}"
+        *steps, last = problem.worked_answer.split(";")
+        assert last == problem.direct_answer and len(steps) == 2
         for step in steps:
             left, right = step.split("=")
             assert eval(left) == int(right)

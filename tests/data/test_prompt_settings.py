@@ -84,7 +84,7 @@ def test_kept_answers_are_graded_as_they_were_asked_for(tmp_path):
     run = a_run(tmp_path / "run")
     first, _ = evaluated(tmp_path / "eval", "--model", run)
     shutil.rmtree(run)
-    again, _ = evaluated(tmp_path / "eval", "--engine", "kept")  # nobody says the system prompt but the folder
+    again, _ = evaluated(tmp_path / "eval", "--engine", "cached")  # nobody says the system prompt but the folder
     assert again["benchmarks"] == first["benchmarks"]
 
 
@@ -286,7 +286,7 @@ def test_answers_by_label():
     assert get_k_by_label(names, 4) == {"aime24": 32, "math500": 4, "mine": 4, "chain_sum": 2}
     assert get_k_by_label(names, None, {"mine": 7, "aime24": 9}, 3)["mine"] == 7
     paper = EvalOptions(preset="paper", benchmarks=["math500=a.parquet,aime25=b.parquet,mine=c.parquet"])
-    assert paper.ks() == {"math500": 16, "aime25": 32, "mine": 16}
+    assert paper.get_k_by_label() == {"math500": 16, "aime25": 32, "mine": 16}
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_benchmarks_of_different_k(tmp_path, capsys):
     assert rows[2].startswith(f"| average |  |  | {100 * mean:.1f} [")
     assert "avg@k [95 %]" in out and max(map(len, out.splitlines())) <= 80
     (tmp_path / "a" / "summary.json").unlink()
-    assert main([*command, "--output", str(tmp_path / "a"), "--engine", "kept"]) == 0
+    assert main([*command, "--output", str(tmp_path / "a"), "--engine", "cached"]) == 0
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["benchmarks"] == found
     more = ["--output", str(tmp_path / "b"), "--compare", str(tmp_path / "a"), "--seed", "0"]
     more += ["--benchmarks", "arithmetic:2,reasoning_gym:chain_sum:2"]
@@ -373,10 +373,10 @@ def test_the_papers_setting_end_to_end(tmp_path, without_figures):
     assert (summary["meta"]["preset"], summary["meta"]["temperature"], summary["meta"]["top_p"]) == ("paper", 1.0, 1.0)
     dataset = f"math500={tmp_path / 'math500.jsonl'}"
     given: dict = {"preset": "paper", "dataset": dataset, "max_new_tokens": 6}
-    whole = bupo.analyze("embedded", bupo.AnalyzeOptions(output=str(tmp_path / "whole"), **given)).only.meta
+    whole = bupo.analyze("embedded", bupo.AnalyzeOptions(output=str(tmp_path / "whole"), **given)).single_model.meta
     assert (whole["preset"], whole["answers"], whole["lens"], whole["dataset"]) == ("paper", 3, "raw", dataset)
     part = bupo.analyze("embedded", bupo.AnalyzeOptions(size=2, output=str(tmp_path / "part"), **given))
-    assert part.only.meta["answers"] == 2
+    assert part.single_model.meta["answers"] == 2
 
 
 # -- an analysis of an evaluation's answers
@@ -389,14 +389,14 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
     prompts = [tuple(tokenize_prompt(tokenizer, messages)) for messages in problems["prompt"]]
     engine = TransformersEngine(load_model("embedded"), tokenizer, 20)
     wanted = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
-    sampled = dict(engine.token_ids(wanted))
+    sampled = dict(engine.generate_token_ids(wanted))
     rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in wanted]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = tmp_path / "eval" / "arithmetic" / "samples.jsonl"
 
     def analysed(name, rollouts):
         options = bupo.AnalyzeOptions(rollouts=str(rollouts), output=str(tmp_path / name))
-        return bupo.analyze("embedded", options).only
+        return bupo.analyze("embedded", options).single_model
 
     own, by_folder, by_file = (
         analysed("a", tmp_path / "own.jsonl"), analysed("b", samples.parent), analysed("c", samples)

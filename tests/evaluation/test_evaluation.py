@@ -243,12 +243,12 @@ def test_a_folder_that_an_earlier_version_graded_is_refused_by_name(tmp_path, ca
     compared = evaluation(tmp_path / "new", "--size", "3", "--k", "1", "--compare", str(tmp_path / "old"))
     assert main(compared) == 2 and not (tmp_path / "new").exists()
     assert (
-        "old was graded by an earlier version: run its bupo eval once more with --engine kept"
+        "old was graded by an earlier version: run its bupo eval once more with --engine cached"
         in capsys.readouterr().err
     )
     with pytest.raises(UserError, match="graded by an earlier version"):
         read_graded_table(tmp_path / "old" / "arithmetic")
-    assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "kept")) == 0
+    assert main(evaluation(tmp_path / "old", "--size", "3", "--k", "1", "--engine", "cached")) == 0
     assert pd.read_parquet(graded_file).equals(table) and '"schema_version": 4' in summary.read_text()
 
 
@@ -258,7 +258,7 @@ def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):
     first = json.loads((tmp_path / "summary.json").read_text())
     for name in ("summary.json", "table.md", "report.html"):
         (tmp_path / name).unlink()
-    assert main([*run, "--engine", "kept", "--model", "nowhere"]) == 0
+    assert main([*run, "--engine", "cached", "--model", "nowhere"]) == 0
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["benchmarks"] == first["benchmarks"] and again["meta"]["model"] == "embedded"
     assert (tmp_path / "report.html").exists()
@@ -270,7 +270,7 @@ def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):
         (["--seed", "1"], "): give the benchmark, seed and system_prompt that they were sampled with"),
         (["--seed", "1", "--overwrite", "true"], "): give the benchmark, seed"),  # it would delete what is to be graded
     ):
-        assert main([*run, "--engine", "kept", *more]) == 2
+        assert main([*run, "--engine", "cached", *more]) == 2
         assert message in capsys.readouterr().err
     assert len(rows(tmp_path)) == 192
 
@@ -528,7 +528,7 @@ def test_the_template_is_chosen_by_the_model():
         (["--benchmarks", ","], "names none, or two of one label"),
         (["--output", __file__], "is a file: choose another output$"),
         (["--layer", "0"], "layer must be 1 or more, got 0"),
-        (["--engine", "kept"], "holds no answers to grade: settings.json is missing"),
+        (["--engine", "cached"], "holds no answers to grade: settings.json is missing"),
         (["--benchmarks", "humaneval"], "humaneval runs code that the model writes, on this machine: allow it with"),
         pytest.param(
             ["--benchmarks", "harness:nosuchtask"],

@@ -75,7 +75,7 @@ def test_a_name_is_whole_at_every_scale(name, scale):
         assert run.needs is None or run.needs.name in names[:place]
     if scale == "paper":  # what the paper prints of it can stand beside ours
         rows = {(cell.model, cell.row) for cell in read.cells}
-        assert {(model, row) for model, known in read.printed.items() for row in known} <= rows
+        assert {(model, row) for model, known in read.paper_values.items() for row in known} <= rows
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -104,7 +104,7 @@ def test_a_name_is_one_run(scale):
     digests = {}
     for name in list_experiments(scale):
         for run in read_experiment(name, scale).runs:
-            assert digests.setdefault(run.name, run.digest()) == run.digest()
+            assert digests.setdefault(run.name, run.compute_digest()) == run.compute_digest()
     assert len(set(digests.values())) == len(digests)  # and none is run twice under two names
 
 
@@ -212,17 +212,17 @@ def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES_FOLDER, recipes)
     first = CommandRun("a", "train", {"seed": 1}, recipe="cpu/embedded-bupo")
-    before = first.digest()
+    before = first.compute_digest()
     monkeypatch.setattr(experiments, "RECIPES_FOLDER", recipes)
     path = recipes / "cpu" / "embedded-bupo.yaml"
-    assert first.digest() == before  # elsewhere, and with another comment
+    assert first.compute_digest() == before  # elsewhere, and with another comment
     path.write_text(f"# another comment\n{path.read_text()}")
-    assert first.digest() == before
+    assert first.compute_digest() == before
     path.write_text(path.read_text().replace("epsilon: 0.2", "epsilon: 0.3"))
-    assert first.digest() != before
+    assert first.compute_digest() != before
     assert (
-        CommandRun("a", "train", {"seed": 2}, recipe="cpu/embedded-grpo").digest()
-        != CommandRun("a", "train", {"seed": 1}, recipe="cpu/embedded-grpo").digest()
+        CommandRun("a", "train", {"seed": 2}, recipe="cpu/embedded-grpo").compute_digest()
+        != CommandRun("a", "train", {"seed": 1}, recipe="cpu/embedded-grpo").compute_digest()
     )
 
 
@@ -233,8 +233,10 @@ def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RECIPES_FOLDER", recipes)
     places, todo = RunPaths(tmp_path / "out"), plan_reproduction(["table10"], ReproduceOptions(seeds=1)).runs
     for run in todo:
-        places.folder(run.name).mkdir(parents=True)
-        places.note(run.name).write_text(json.dumps({"digest": run.digest(), "finished": True, "seconds": 1.0}))
+        places.get_run_folder(run.name).mkdir(parents=True)
+        places.get_record_path(run.name).write_text(
+            json.dumps({"digest": run.compute_digest(), "finished": True, "seconds": 1.0})
+        )
     path = recipes / "cpu" / "embedded-bupo.yaml"
     path.write_text(path.read_text().replace("epsilon: 0.2", "epsilon: 0.3"))
     for run in todo:
@@ -246,13 +248,13 @@ def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
 
 def test_the_problems_of_an_evaluation_decide_it(tmp_path, monkeypatch):
     run = next(run for run in read_experiment("table9", "embedded").runs if run.command == "eval")
-    before = run.digest()
+    before = run.compute_digest()
     shutil.copytree(experiments.PROBLEMS_FOLDER, tmp_path / "problems")
     monkeypatch.setattr(experiments, "PROBLEMS_FOLDER", tmp_path / "problems")
-    assert run.digest() == before
+    assert run.compute_digest() == before
     with (tmp_path / "problems" / "differences.jsonl").open("a") as file:
         file.write('{"problem": "1-1", "answer": "0"}\n')
-    assert run.digest() != before
+    assert run.compute_digest() != before
 
 
 def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
@@ -263,7 +265,7 @@ def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
     wanted = list(range(recipe["save_steps"], recipe["max_steps"], recipe["save_steps"]))
     assert [int(name.removeprefix("{run}/checkpoint-")) for name in numbers] == wanted and end == "{run}"
     assert wanted[0] == 4 * recipe["internal_steps"]
-    words = cell.runs["analyze"].words(place)
+    words = cell.runs["analyze"].get_arguments(place)
     trained = place(cell.runs["train"].name)
     assert f"{trained}/checkpoint-120" in words and words[words.index("--rollouts") + 1] == f"{trained}/probes.jsonl"
     assert (
@@ -280,8 +282,8 @@ def test_runs_are_run_once_and_in_order(tmp_path):
     second = child("second", then="assert (folder.parent / 'first' / 'done').exists()", needs=first)
     JobScheduler(places, 2, said.append, lambda run: finished.append(run.name)).execute([second, first])
     assert finished == ["first", "second"] and [starts(places, name) for name in finished] == [1, 1]
-    assert "hello from first" in places.log("first").read_text()
-    assert places.seconds("first") > 0 and get_run_state(first, places) == "finished"
+    assert "hello from first" in places.get_log_path("first").read_text()
+    assert places.read_seconds("first") > 0 and get_run_state(first, places) == "finished"
     JobScheduler(places, 1, said.append, lambda run: finished.append(run.name)).execute([first, second])
     assert finished == ["first", "second"] * 2 and starts(places, "first") == 1
 
@@ -304,7 +306,7 @@ def test_a_run_that_fails_stops_only_what_needs_it(tmp_path):
     ):
         JobScheduler(places, 1, said.append, lambda run: finished.append(run.name)).execute(runs)
     assert finished == ["good", "of-good"] and starts(places, "of-bad") == 0
-    assert get_run_state(bad, places) == "begun" and places.seconds("bad") is None
+    assert get_run_state(bad, places) == "begun" and places.read_seconds("bad") is None
 
 
 def test_what_cannot_be_drawn_stops_no_run(tmp_path):
@@ -323,9 +325,9 @@ def test_what_cannot_be_drawn_stops_no_run(tmp_path):
 @pytest.mark.parametrize("text", ['{"seconds": "x"}', "[]", '{"digest": "d", "finished": true, "seconds": null}', "{"])
 def test_a_note_that_is_none_is_no_note(tmp_path, text):
     places = RunPaths(tmp_path)
-    places.note("a").parent.mkdir(parents=True)
-    places.note("a").write_text(text)
-    assert get_run_state(child("a"), places) == "to do" and places.seconds("a") is None
+    places.get_record_path("a").parent.mkdir(parents=True)
+    places.get_record_path("a").write_text(text)
+    assert get_run_state(child("a"), places) == "to do" and places.read_seconds("a") is None
 
 
 def test_a_run_of_other_options_is_refused(tmp_path):
@@ -373,7 +375,7 @@ def test_a_parent_that_is_killed(tmp_path, number, status):
         child("slow", then="(folder / 'pid').write_text(str(__import__('os').getpid())); time.sleep(600)"),
     ]
     assert [get_run_state(run, places) for run in runs] == ["finished", "begun"]
-    places.note("slow").unlink()
+    places.get_record_path("slow").unlink()
     JobScheduler(places, 1, lambda line: None, lambda run: finished.append(run.name)).execute([runs[0], child("slow")])
     assert finished == ["quick", "slow"] and [starts(places, name) for name in finished] == [1, 2]
 
@@ -396,9 +398,11 @@ def test_costs_are_of_what_is_left(tmp_path):
     assert line == "6 runs at scale paper: some 324 GPU hours" and rows[0]["cost"] == "324 GPU hours"  # 3 x (106 + 2)
     todo = plan_reproduction(["table2"], ReproduceOptions(output=str(tmp_path)))
     run = todo.runs[0]
-    todo.places.note(run.name).parent.mkdir(parents=True)
-    todo.places.folder(run.name).mkdir()
-    todo.places.note(run.name).write_text(json.dumps({"digest": run.digest(), "finished": True, "seconds": 60.0}))
+    todo.paths.get_record_path(run.name).parent.mkdir(parents=True)
+    todo.paths.get_run_folder(run.name).mkdir()
+    todo.paths.get_record_path(run.name).write_text(
+        json.dumps({"digest": run.compute_digest(), "finished": True, "seconds": 60.0})
+    )
     trainings, evaluations = (sum(each.command == c for each in todo.runs) for c in ("train", "eval"))
     rows, line = estimate_reproduction(todo, 2)
     seconds = ((trainings - 1) * 60 + evaluations * 30) / 2  # of the scale, but where one has been measured
@@ -413,7 +417,10 @@ def test_lines_are_the_commands():
     lines = format_commands(todo, "lines").split("\n")
     assert len(lines) == len(todo.runs) == 10
     for line, run in zip(lines, sorted(todo.runs, key=lambda run: bool(run.needs)), strict=True):
-        assert line == f"{run.line(todo.places.folder)} && echo {run.digest()} > {todo.places.mark(run.name)}"
+        assert (
+            line
+            == f"{run.format_command(todo.paths.get_run_folder)} && echo {run.compute_digest()} > {todo.paths.get_done_path(run.name)}"
+        )
     assert lines[0].startswith("accelerate launch --config_file ") and "qwen3-4b/bupo.yaml" in lines[0]
 
 
@@ -437,17 +444,19 @@ def test_slurm_runs_every_command_once(tmp_path):
         object.__setattr__(run, "launch", ("printf", "%s\\n", "--"))  # prints its words instead of running them
     script.write_text(format_commands(todo, "slurm"))
     for run in todo.runs:
-        todo.places.folder(run.name).mkdir(parents=True)
-        assert get_run_state(run, todo.places) == "to do"
+        todo.paths.get_run_folder(run.name).mkdir(parents=True)
+        assert get_run_state(run, todo.paths) == "to do"
     log = tmp_path / "log"
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(log)}
     done = subprocess.run(["bash", script, "--gres=gpu:8"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ran = [part.split("\n") for part in log.read_text().strip("\n").split("--\n") if part.strip()]
-    wanted = [run.words(todo.places.folder)[3:] for run in sorted(todo.runs, key=lambda run: bool(run.needs))]
+    wanted = [
+        run.get_arguments(todo.paths.get_run_folder)[3:] for run in sorted(todo.runs, key=lambda run: bool(run.needs))
+    ]
     assert [[word for word in words if word] for words in ran] == wanted
     options = (tmp_path / "log.options").read_text().splitlines()
-    assert {get_run_state(run, todo.places) for run in todo.runs} == {"finished"}
+    assert {get_run_state(run, todo.paths) for run in todo.runs} == {"finished"}
     assert "--gres=gpu:8" in options[0] and "--dependency=afterany:77" in options[1] and "afterany" not in options[0]
 
 
@@ -459,7 +468,7 @@ def test_two_of_them_in_small(tmp_path, name, monkeypatch, capsys):
     assert main(["reproduce", name, "--scale", "tiny", "--jobs", "2"]) == 0
     folder = tmp_path / "runs" / "reproduce" / "tiny" / name
     assert {"result.md", "result.json", "table.md", "table.csv", "data.csv"} <= {path.name for path in folder.iterdir()}
-    assert json.loads((folder / "result.json").read_text())["digest"] == read_experiment(name, "tiny").digest()
+    assert json.loads((folder / "result.json").read_text())["digest"] == read_experiment(name, "tiny").compute_digest()
     started = {path: path.stat().st_mtime for path in (folder.parent / "runs").glob("*.log")}
     assert main(["reproduce", name, "--scale", "tiny"]) == 0  # nothing is run again
     assert started == {path: path.stat().st_mtime for path in (folder.parent / "runs").glob("*.log")}

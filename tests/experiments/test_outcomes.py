@@ -96,7 +96,7 @@ def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
     what = experiment("curves", SHARES, draw={"measures": ["reward"]})
     finished = FinishedExperiment(what, lambda name: tmp_path / "runs" / name, lambda name: None)
     assert "avg@k" not in measure_outcome(finished, what.cells[0])
-    assert OUTPUT_MAKERS["outcomes"](finished).shown[0].caption == "reward of the last tenth, in percent:"
+    assert OUTPUT_MAKERS["outcomes"](finished).tables[0].caption == "reward of the last tenth, in percent:"
 
 
 def test_each_row_counts_its_own_seeds():
@@ -166,8 +166,8 @@ def write_stored(root, seeds, gain=2.0):
         found = {"arithmetic": scored(share, {"16": 0.9}, k=16)}
         write(root, "summary.json", cell.runs["eval"].name, {"benchmarks": found})
         for run in cell.runs.values():
-            note = {"digest": run.digest(), "finished": True, "seconds": 1}
-            places.note(run.name).write_text(json.dumps(note))
+            note = {"digest": run.compute_digest(), "finished": True, "seconds": 1}
+            places.get_record_path(run.name).write_text(json.dumps(note))
 
 
 @pytest.fixture

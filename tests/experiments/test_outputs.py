@@ -433,12 +433,12 @@ def test_every_experiment_can_be_drawn():
         for scale in ("embedded", "paper"):
             what = read_experiment(name, scale)
             rows = {cell.row for cell in what.cells}
-            assert what.draw.keys() <= {"against", "column", "by_seed", "measures", "figure"}, name
-            assert what.draw.get("against") in {None, *rows}
-            assert set(what.draw.get("measures", [])) <= set(CURVES)
-            assert what.kind != "layers" or what.draw["figure"] in LAYERS
+            assert what.output_options.keys() <= {"against", "column", "by_seed", "measures", "figure"}, name
+            assert what.output_options.get("against") in {None, *rows}
+            assert set(what.output_options.get("measures", [])) <= set(CURVES)
+            assert what.kind != "layers" or what.output_options["figure"] in LAYERS
             if scale == "paper":
-                assert {row for printed in what.printed.values() for row in printed} <= rows, name
+                assert {row for printed in what.paper_values.values() for row in printed} <= rows, name
 
 
 # -- the page in the docs ------------------------------------------------------------------------------------------------
@@ -464,7 +464,12 @@ def whole(tmp_path_factory, tool):
             Image.fromarray(noise).resize((1100, 200) if name == "fig2" else (150, 30)).save(folder / "figure.png")
             files.append("figure.png")
         told = {key: getattr(what, key) for key in ("name", "title", "source", "scale", "about")}
-        told |= {"digest": what.digest(), "versions": {"bupo": "1"}, "notes": ["shared", f"own {name}"], "files": files}
+        told |= {
+            "digest": what.compute_digest(),
+            "versions": {"bupo": "1"},
+            "notes": ["shared", f"own {name}"],
+            "files": files,
+        }
         row = {"row": "BuPO", "against": "GRPO", "verdict": "told apart", "direction": "opposite to the paper"}
         told["rows"] = [row | {"paper_difference": {"Qwen3-4B": 3.43 if name == "table1" else None}}]
         (folder / "result.json").write_text(json.dumps(told))

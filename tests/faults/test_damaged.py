@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     ),
     "eval kept": (
         "ev",
-        [*EVAL, "--engine", "kept", "--output", "ev"],
+        [*EVAL, "--engine", "cached", "--output", "ev"],
         ("ev/arithmetic/settings.json", "ev/arithmetic/samples.jsonl"),
     ),
     "compare": (

@@ -75,13 +75,13 @@ def test_answers_under_way_are_given_before_an_error_is_raised(server):
     engine = vllm_engines.ServerEngine(server, 20, 1.0, 1.0, parallel=4)
     found, refused = [], {"n": 0}
 
-    def answer(request, own=engine._answer):
+    def answer(request, own=engine._complete):
         refused["n"] += request.problem == 5
         if request.problem == 5:
             raise UserError("no")
         return own(request)
 
-    engine._answer = answer
+    engine._complete = answer
     with pytest.raises(UserError, match="no"):
         for request, _ in engine(requests(3)):
             found.append(request.problem)

@@ -51,7 +51,7 @@ def probed(folder, layers=(6, 7, 8), batches=(0, 2, 4)):
             for name in ("cosine", "kl")
             for later in layers
         ]
-        dynamics.add(batch, rows)
+        dynamics.add_rows(batch, rows)
     return folder
 
 

@@ -64,7 +64,7 @@ def main(folder, options):
         per_device_train_batch_size=4,
         num_generations=4,
         probe_every=0,
-        internal_guard=False,
+        internal_early_stopping=False,
         optim="adamw_torch",
         report_to="none",
         save_strategy="no",

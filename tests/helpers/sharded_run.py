@@ -35,9 +35,9 @@ CASES: dict[str, dict] = {
     "tied": {"model": lambda: model_of(tie_word_embeddings=True), "loss_type": "grpo"},
     "frozen": {"frozen_up_to_layer": 1, "internal_layer": 3},
     "slow": {"slow_above_layer": 1, "slow_factor": 0.5, "max_grad_norm": 0.1},
-    "policy": {"internal_objective": "policy", "max_grad_norm": 0.1},
-    "permuted": {"internal_objective": "permuted"},
-    "handover": {"internal_handover": 3, "internal_mix": 0.1, "beta": 0.1, "gradient_checkpointing": True},
+    "policy": {"internal_objective": "frozen_upper", "max_grad_norm": 0.1},
+    "permuted": {"internal_objective": "shuffled_vocab"},
+    "handover": {"internal_fade_batches": 3, "internal_loss_weight": 0.1, "beta": 0.1, "gradient_checkpointing": True},
     "rates": {"layer_rates": [0.5, 1.0, 0.0, 2.0], "max_grad_norm": 0.1},
     "module": {"internal_module": "ffn", "internal_lens": "final_norm", "gradient_checkpointing": True},
     "attn": {"internal_module": "attn"},
@@ -52,7 +52,7 @@ CASES: dict[str, dict] = {
         "internal_steps": 20,
         "max_steps": 24,
         "reward": lambda: RewardByBatch(FALLING),
-        "internal_guard": True,
+        "internal_early_stopping": True,
         "save_steps": 8,
     },
     "auto": {"internal_layer": "auto", "model": lambda: built([1e-3, 1e-3, 40.0, 40.0])},
@@ -120,7 +120,7 @@ def trainer_of(folder, case, done=0):
         "steps_per_generation": 2,
         "save_strategy": "steps" if "save_steps" in options else "no",
         "probe_every": 1,
-        "internal_guard": False,
+        "internal_early_stopping": False,
         "optim": "adamw_torch",
     }
     args = config(folder / "run", **{**usual, **options})
@@ -150,8 +150,8 @@ def run(folder, case, checkpoint=None):
     state: dict[str, Any] = {"policy": whole(trainer.model_wrapped)}
     if second:
         moments = [value for state in second.optimizer.state.values() for value in state.values() if value.dim()]
-        own["critic"] = [held(second.critic.parameters()), held(moments)]
-        state["critic"] = whole(second.critic)
+        own["critic"] = [held(second.value_model.parameters()), held(moments)]
+        state["critic"] = whole(second.value_model)
     elif trainer.critic:
         state["critic"] = {name: linear.weight.detach() for name, linear in trainer.critic.value_heads.items()}
     (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(own))

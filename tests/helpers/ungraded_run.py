@@ -39,7 +39,7 @@ for estimator, changes in json.loads(sys.argv[3]):
         {
             "advantages": output["advantages"].tolist(),
             "lengths": output["completion_mask"].sum(1).tolist(),
-            "mask": RolloutBatch(output).mask.any(1).tolist(),
+            "mask": RolloutBatch(output).loss_mask.any(1).tolist(),
             "tokens": int(output["num_items_in_batch"]),
             "reward": metrics["reward"],
             "ungraded": metrics["completions/ungraded_ratio"],

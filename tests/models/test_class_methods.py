@@ -130,7 +130,7 @@ def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
     assert list(inspect.signature(get_class_method(model, "forward")).parameters) == before
     assert list(inspect.signature(get_class_function(model, "forward").__get__(model)).parameters) == before
     policies = InternalPolicies(model)
-    with policies.layer(2).speaking():
+    with policies.layer(2).override_forward():
         assert list(inspect.signature(model.forward).parameters) == before
     assert torch.equal(policies.layer(2).generate(ids, max_new_tokens=2, do_sample=False), wanted)
 

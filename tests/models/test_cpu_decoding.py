@@ -153,7 +153,7 @@ def test_logits_are_those_of_whole_sequences(family, share):
         for step in range(6):
             torch.testing.assert_close(decoder.logits, wanted[rows, 8 + step], rtol=1e-5, atol=1e-5)
             if step == 3:
-                decoder.keep(torch.tensor([1, 2, 5]))
+                decoder.select_rows(torch.tensor([1, 2, 5]))
                 rows = rows[[1, 2, 5]]
             decoder.step(written[rows, step])
 
@@ -185,7 +185,7 @@ def test_a_prompts_keys_and_values_are_kept_once():
             decoder = IncrementalDecoder(model, inputs["input_ids"], positions, inputs["attention_mask"], share=True)
             layer = decoder.cache.layers[0]
             assert layer.prompt[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, MIN_BUFFER_GROWTH)
-            decoder.keep(torch.tensor([0, 2, 11]))  # no answer of the second prompt is left
+            decoder.select_rows(torch.tensor([0, 2, 11]))  # no answer of the second prompt is left
             assert layer.prompt[0].size(0) == 2 and layer.keys.size(0) == 3
     assert AttentionInterface()["sdpa"] is plain
 

@@ -294,7 +294,7 @@ def test_every_end_ends_an_answer_of_an_internal_policy_and_of_an_engine(tmp_pat
     torch.manual_seed(2)
     assert torch.equal(policy.generate(ids, max_new_tokens=24), wanted)
     assert (wanted[:, 5:] == 0).any()
-    assert TransformersEngine(model, TOKENIZER, 8).ends == ends
+    assert TransformersEngine(model, TOKENIZER, 8).end_token_ids == ends
     assert set(read_eos_token_ids(str(tmp_path), TOKENIZER)) == ends
     (tmp_path / "generation_config.json").unlink()
     assert set(read_eos_token_ids(str(tmp_path), TOKENIZER)) == {1, *range(60, 100)}
@@ -367,7 +367,7 @@ def test_an_engine_takes_the_tokens_of_its_random_numbers(name):
                 scores = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             summed = torch.softmax(scores / 0.8, -1).double().cumsum(-1)
             ids.append(int((summed <= numbers[len(ids) - 3] * summed[-1]).sum()))
-        assert list(answer.ids) == ids[3:]
+        assert list(answer.token_ids) == ids[3:]
 
 
 IN_A_FILE: dict[str, dict[str, Any]] = {

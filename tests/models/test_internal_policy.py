@@ -70,7 +70,7 @@ def test_writes_of_modules_sum_to_the_layer(family):
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model)
     for layer in range(1, 5):
-        total = states[layer - 1] + policies.attn(layer).states(ids) + policies.ffn(layer).states(ids)
+        total = states[layer - 1] + policies.attn(layer).hidden_states(ids) + policies.ffn(layer).hidden_states(ids)
         torch.testing.assert_close(total, states[layer], atol=1e-5, rtol=1e-4)
 
 

@@ -333,9 +333,9 @@ def test_limits_of_models():
     assert get_model_limits(tiny_model("llama").config) == ModelLimits(128, False, 97)
     assert get_model_limits(tiny_model("gpt2").config) == ModelLimits(128, True, 97)
     assert (
-        ModelLimits(128, True).longest == 128
-        and ModelLimits(128, False).longest == 512
-        and ModelLimits().longest is None
+        ModelLimits(128, True).max_prompt_length == 128
+        and ModelLimits(128, False).max_prompt_length == 512
+        and ModelLimits().max_prompt_length is None
     )
 
 

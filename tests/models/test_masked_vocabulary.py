@@ -116,14 +116,16 @@ def naive(model, entries, prompt, answer, lens):
     rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
     kinds = ("attn_input", "attn", "ffn_input", "ffn", "layer")
     sites = [Activation("layer", 0)] + [Activation(kind, layer) for layer in layers for kind in kinds]
-    states = {site: x[0, rows] for site, x in stream.run(sites, torch.tensor([[*prompt, *answer]])).items()}
+    states = {
+        site: x[0, rows] for site, x in stream.compute_activations(sites, torch.tensor([[*prompt, *answer]])).items()
+    }
     head = model.get_output_embeddings()
     weight, bias = head.weight[entries].double(), head.bias[entries].double()
 
     def log_p(site, lens=lens):
         x = states[site]
         if lens == "final_norm" and site.kind in ("layer", "attn", "ffn"):
-            x = stream.norm(x)
+            x = stream.final_norm(x)
         return (x.double() @ weight.t() + bias).log_softmax(-1)
 
     def kl(p, q):

@@ -105,12 +105,12 @@ WINDOWS = {
 def test_windows_slide_over_positions_not_places(family):
     model = tiny_model(family, **WINDOWS[family])
     assert_as_alone(model)
-    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
+    layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     wide = tiny_model(family, **{**WINDOWS[family], "sliding_window": 64})
     with torch.no_grad():
         states = []
         for each in (model, wide):
-            with build_packed_decoder(each).over(layout):
+            with build_packed_decoder(each).use_layout(layout):
                 states.append(each.base_model(**layout.inputs, use_cache=False).last_hidden_state)
     assert not torch.allclose(states[0], states[1], atol=1e-3), "the window must matter here"
 
@@ -123,8 +123,8 @@ def test_eager_attention_is_packed_too():
 
 def test_the_attention_of_before_is_back():
     model = tiny_model("llama")
-    packing, layout = build_packed_decoder(model), PackedLayout.of(ROWS[0], ROWS[1], 9)
-    with pytest.raises(RuntimeError, match="inside"), packing.over(layout):
+    packing, layout = build_packed_decoder(model), PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
+    with pytest.raises(RuntimeError, match="inside"), packing.use_layout(layout):
         assert model.config._attn_implementation != "sdpa"
         raise RuntimeError("inside")
     assert model.config._attn_implementation == "sdpa"
@@ -137,8 +137,8 @@ def test_the_attention_of_before_is_back():
 
 def test_attention_is_back_after_a_pass_that_fails():
     model = tiny_model("llama")
-    packing, layout = build_packed_decoder(model), PackedLayout.of(ROWS[0], ROWS[1], 9)
-    with pytest.raises(RuntimeError, match="inside"), packing.kept():
+    packing, layout = build_packed_decoder(model), PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
+    with pytest.raises(RuntimeError, match="inside"), packing.keep_for_backward():
         raise RuntimeError("inside")
     with packing.over(layout):
         pass
@@ -149,7 +149,7 @@ def test_a_row_without_a_prompt_is_not_packed():
     """Nothing stands before its answer; what TRL's rows make of it stays."""
     ids, mask, labels = (x.clone() for x in ROWS)
     mask[2, :9] = 0
-    assert PackedLayout.of(ids, mask, 9) is None
+    assert PackedLayout.from_rows(ids, mask, 9) is None
     found = []
     for packs in (True, False):
         model = tiny_model("llama")
@@ -160,8 +160,8 @@ def test_a_row_without_a_prompt_is_not_packed():
 
 def test_long_segments_go_alone(monkeypatch):
     monkeypatch.setattr("bupo.models.packing.MAX_QUERY_KEY_PAIRS", 1)
-    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
-    assert all(len(bucket.queries) == 1 for bucket in layout.buckets) and len(layout.buckets) == 9
+    layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
+    assert all(len(bucket.query_indices) == 1 for bucket in layout.buckets) and len(layout.buckets) == 9
     assert_as_alone(tiny_model("gemma3_text", sliding_window=4))
 
 
@@ -198,7 +198,7 @@ def test_an_answer_that_is_masked_costs_nothing_and_scores_nothing():
     ids, mask, labels = (x.clone() for x in ROWS)
     mask[2, 9:], labels[2, 9:] = 0, -100
     model = tiny_model("llama")
-    assert len(PackedLayout.of(ids, mask, 9).ids) == len(PackedLayout.of(ROWS[0], ROWS[1], 9).ids) - 12
+    assert len(PackedLayout.from_rows(ids, mask, 9).ids) == len(PackedLayout.from_rows(ROWS[0], ROWS[1], 9).ids) - 12
     assert_as_alone(model, rows=(ids, mask, labels))
 
 
@@ -226,8 +226,8 @@ def seen_in_buckets(layout, sees):
     pairs = [set() for _ in layout.ids]
     mask = PackedMask(layout, sees, "sdpa")
     for bucket in layout.buckets:
-        seen = mask.of(bucket)
-        assert torch.equal(mask.of(bucket), seen), "for the next layer"
+        seen = mask.get_bucket_mask(bucket)
+        assert torch.equal(mask.get_bucket_mask(bucket), seen), "for the next layer"
         for queries, keys, visible in zip(bucket.queries.tolist(), bucket.keys.tolist(), seen[:, 0], strict=True):
             for query, row in zip(queries, visible, strict=True):
                 pairs[query] |= {key for key, there in zip(keys, row.tolist(), strict=True) if there}
@@ -238,20 +238,20 @@ def seen_in_buckets(layout, sees):
 @given(layouts(), st.sampled_from([1, 3, 100]))
 def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
     (ids, mask), width = made
-    layout = PackedLayout.of(ids, mask, width)
+    layout = PackedLayout.from_rows(ids, mask, width)
 
     def sees(batch, head, query, key):
         return (key <= query) & (key > query - window)
 
     wanted = [set() for _ in layout.ids]
-    for places, there in zip(layout.places.tolist(), mask.bool().tolist(), strict=True):
+    for places, there in zip(layout.token_indices.tolist(), mask.bool().tolist(), strict=True):
         row = [place for place, real in zip(places, there, strict=True) if real]
         for index, place in enumerate(row):
             wanted[place] |= set(row[max(0, index - window + 1) : index + 1])
             assert layout.positions[place] == index
-    assert torch.equal(layout.ids[layout.places][mask.bool()], ids[mask.bool()])
+    assert torch.equal(layout.ids[layout.token_indices][mask.bool()], ids[mask.bool()])
     assert len(layout.ids) == len(
-        {p for row, m in zip(layout.places, mask.bool(), strict=True) for p in row[m].tolist()}
+        {p for row, m in zip(layout.token_indices, mask.bool(), strict=True) for p in row[m].tolist()}
     )
     assert seen_in_buckets(layout, sees) == wanted
     own, earlier = layout.segment_ids()
@@ -265,7 +265,7 @@ def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
 @pytest.mark.slow
 def test_flex_attention_by_blocks_is_attention_by_buckets():
     """On a CPU it is compiled, and knows no backward pass."""
-    layout = PackedLayout.of(ROWS[0], ROWS[1], 9)
+    layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     block = tiny_model("qwen3").model.layers[0].self_attn
     segments, blocks = (PackedMask(layout, lambda batch, head, query, key: key <= query, x) for x in ("sdpa", None))
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +297,7 @@ def trained(folder, packs, monkeypatch, peft=None, **changes):
             "optim": "sgd",
             "learning_rate": 0.1,
             "weight_decay": 0.0,
-            "internal_guard": False,
+            "internal_early_stopping": False,
             "logging_steps": 2,
         }
         model = model_of("qwen3", tie_word_embeddings=True)

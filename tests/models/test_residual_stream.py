@@ -66,7 +66,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
         kind = model.config.model_type
         ids = random_ids()
         sites = [Activation(kind, layer) for layer in (1, 3) for kind in ("attn", "ffn", "attn_input", "ffn_input")]
-        known = ResidualStream(model).run(sites, ids)
+        known = ResidualStream(model).compute_activations(sites, ids)
         with monkeypatch.context() as patch:
             patch.delitem(RULES, kind)
             if family == "granite":  # the head's divisor is no part of the fallback: the user names it
@@ -75,7 +75,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
                 continue
             found = ResidualStream(model)
         assert found.family.middle
-        for site, state in found.run(sites, ids).items():
+        for site, state in found.compute_activations(sites, ids).items():
             torch.testing.assert_close(state, known[site], atol=1e-5, rtol=1e-4)
 
 

@@ -62,7 +62,7 @@ def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
     scores = score_states(hidden, head, targets)
     fold = StreamedPolicies([states], spoken=1, pairs=False)
     fold.accumulate(head, targets)
-    for found in (scores, (fold.chosen_logit[0] - fold.z[0], fold.entropy[0])):
+    for found in (scores, (fold.chosen_logit[0] - fold.log_normalizers[0], fold.entropy[0])):
         torch.testing.assert_close(found[0].double(), chosen, **near)
         torch.testing.assert_close(found[1].double(), entropy, **near)
 

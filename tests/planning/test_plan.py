@@ -152,17 +152,17 @@ def test_flops_are_those_that_torch_counts(count):
     """Of a packed micro-batch through the embedded model's own code. torch counts no attention of a CPU: its eager one is products."""
     model = load_model(EMBEDDED_MODEL, attn_implementation="eager").train()
     setting = embedded()
-    batch = MicroBatch(8, 2, SequenceLengths(20, 12), packed=True, blocks=False)
+    batch = MicroBatch(8, 2, SequenceLengths(20, 12), is_packed=True, uses_block_mask=False)
     ids = torch.randint(3, 262, (8, 32))
     ids[:, :20] = ids[torch.arange(8) // 4 * 4, :20]
-    layout = PackedLayout.of(ids, torch.ones_like(ids), 20)
+    layout = PackedLayout.from_rows(ids, torch.ones_like(ids), 20)
     packing, stream = PackedDecoder(model), ResidualStream(model)
-    with FlopCounterMode(display=False) as forward, packing.over(layout), stream.truncate_layers(count):
+    with FlopCounterMode(display=False) as forward, packing.use_layout(layout), stream.truncate_layers(count):
         states = model.base_model(**layout.inputs, use_cache=False).last_hidden_state
     assert forward.get_total_flops() == count_layers_forward(setting, batch, count)
     with FlopCounterMode(display=False) as backward:
         states.sum().backward()
-    attention = count_layers_forward(setting, batch, count) - 2 * batch.tokens * sum(
+    attention = count_layers_forward(setting, batch, count) - 2 * batch.num_tokens * sum(
         b.met for b in setting.sizes.blocks[:count]
     )
     # eager attention keeps its probabilities and computes nothing again: 2 where flash attention has 2.5
@@ -220,11 +220,11 @@ def counted(trainer):
     "options",
     [
         {},
-        {"internal_objective": "policy", "beta": 0.1},
-        {"internal_objective": "permuted"},
-        {"internal_mix": 0.1, "beta": 0.1},
-        {"internal_mix": 0.1, "checkpointing": True},
-        {"internal_handover": 1, "internal_lens": "final_norm"},
+        {"internal_objective": "frozen_upper", "beta": 0.1},
+        {"internal_objective": "shuffled_vocab"},
+        {"internal_loss_weight": 0.1, "beta": 0.1},
+        {"internal_loss_weight": 0.1, "checkpointing": True},
+        {"internal_fade_batches": 1, "internal_lens": "final_norm"},
         RATES,
     ],
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()) or "plain",
@@ -238,18 +238,18 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, options):
     trainer = benchmark.trained(model, load_tokenizer(EMBEDDED_MODEL), case, str(tmp_path), 1, benchmark.Watched())
     before, passes = counted(trainer)
     setting = resolve_planned_run(EMBEDDED_MODEL, case.config("unused", 1), on=ON_CPU)
-    mixed = 5 if "internal_mix" in options or "internal_handover" in options else None
+    mixed = 5 if "internal_loss_weight" in options or "internal_fade_batches" in options else None
     for place, target in enumerate([(5,), (None, mixed)]):
         planned = count_flops(setting, *target)
-        (batch,) = setting.batches
+        (batch,) = setting.micro_batches
         # eager attention has a backward pass of 2 where flash attention has 2.5
-        seen = 8 if target[0] is None or options.get("internal_objective") == "policy" else 5
-        attention = count_layers_forward(setting, batch, seen) - 2 * batch.tokens * sum(
-            b.met for b in setting.sizes.blocks[:seen]
+        seen = 8 if target[0] is None or options.get("internal_objective") == "frozen_upper" else 5
+        attention = count_layers_forward(setting, batch, seen) - 2 * batch.num_tokens * sum(
+            b.active for b in setting.sizes.blocks[:seen]
         )
         assert before[place] == planned.scoring
         # a layer is computed again up to its last product; one whose states are read (5, in both phases) is not
-        last = 2 * 256 * 128 * batch.tokens * (seen - 1 if case.checkpointing else 0)
+        last = 2 * 256 * 128 * batch.num_tokens * (seen - 1 if case.checkpointing else 0)
         assert passes[place] == planned.update - 0.5 * attention - last
 
 
@@ -259,9 +259,9 @@ def test_ppo_adds_a_second_model_and_a_reference_model_a_pass():
         plain, None
     ).backward - 4 * _head(plain)
     assert count_flops(embedded(advantage_estimator="ppo", critic_backbone="shared"), 5).critic == 0
-    held, held_plain = compute_peak_memory(ppo, 5).largest, compute_peak_memory(plain, 5).largest
+    held, held_plain = compute_peak_memory(ppo, 5).max_by_part, compute_peak_memory(plain, 5).max_by_part
     assert held["critic"] > 3 * held_plain["weights"] and "critic" not in held_plain
-    assert compute_peak_memory(embedded(beta=0.1), 5).largest["reference model"] == held_plain["weights"]
+    assert compute_peak_memory(embedded(beta=0.1), 5).max_by_part["reference model"] == held_plain["weights"]
 
 
 def _head(setting):
@@ -278,13 +278,17 @@ def test_packing_shares_what_shuffling_leaves():
     ]
     assert 50 < sum(counts) / 20 < 64 and min(counts) >= 16
     rows = build_micro_batches(given, SequenceLengths(9, 9), gpu, packed=False)
-    assert all(batch.tokens == 8 * 18 for batch in rows)
+    assert all(batch.num_tokens == 8 * 18 for batch in rows)
 
 
 def test_pairs_of_a_window():
-    batch = MicroBatch(1, 1, SequenceLengths(3, 4), packed=True, blocks=True)
+    batch = MicroBatch(1, 1, SequenceLengths(3, 4), is_packed=True, uses_block_mask=True)
     seen = [[key for key in range(query + 1) if query - key < 2] for query in range(7)]
-    assert batch.pairs() == 28 and batch.pairs(2) == sum(map(len, seen)) and batch.pairs(100) == 28
+    assert (
+        batch.count_attention_pairs() == 28
+        and batch.count_attention_pairs(2) == sum(map(len, seen))
+        and batch.count_attention_pairs(100) == 28
+    )
 
 
 SYNCED: dict[str, Any] = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
@@ -314,7 +318,7 @@ def test_bytes_a_parameter(sharding):
 
 def test_phase_1_has_no_state_above_its_layer():
     setting = embedded()
-    first, second = compute_peak_memory(setting, 5).largest, compute_peak_memory(setting, None).largest
+    first, second = compute_peak_memory(setting, 5).max_by_part, compute_peak_memory(setting, None).max_by_part
     above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.rest.weights
     assert second["optimizer"] - first["optimizer"] == 8 * above
     assert second["weights"] == first["weights"]
@@ -323,13 +327,13 @@ def test_phase_1_has_no_state_above_its_layer():
 
 def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     """And has a state of what it moves only."""
-    setting, layerwise = embedded(internal_objective="policy"), embedded()
-    first, second = compute_peak_memory(setting, 5).largest, compute_peak_memory(setting, None).largest
-    assert first["activations"] == second["activations"] > compute_peak_memory(layerwise, 5).largest["activations"]
-    assert first["optimizer"] == compute_peak_memory(layerwise, 5).largest["optimizer"] < second["optimizer"]
+    setting, layerwise = embedded(internal_objective="frozen_upper"), embedded()
+    first, second = compute_peak_memory(setting, 5).max_by_part, compute_peak_memory(setting, None).max_by_part
+    assert first["activations"] == second["activations"] > compute_peak_memory(layerwise, 5).max_by_part["activations"]
+    assert first["optimizer"] == compute_peak_memory(layerwise, 5).max_by_part["optimizer"] < second["optimizer"]
     assert count_flops(setting, 5) == count_flops(setting, None) == count_flops(layerwise, None)
     assert compute_optimizer_traffic(setting, 5) == compute_optimizer_traffic(layerwise, 5)
-    lens = embedded(internal_objective="policy", internal_lens="final_norm")
+    lens = embedded(internal_objective="frozen_upper", internal_lens="final_norm")
     assert lens.moved(5) == setting.moved(5)  # the norm stays with all above the layer
 
 
@@ -337,13 +341,13 @@ def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     ("options", "parts"),
     [
         ({}, {"phase 1, layer 5": 2, "phase 2": 8}),
-        ({"internal_handover": 3}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 3, "phase 2": 5}),
-        ({"internal_handover": 20}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
-        ({"internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
-        ({"internal_handover": 3, "internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
-        ({"internal_steps": 0, "internal_mix": 0.1}, {"phase 2 + layer 5": 10}),
-        ({"internal_steps": 0, "internal_handover": 4}, {"phase 2 + layer 5": 4, "phase 2": 6}),
-        ({"max_steps": -1, "internal_mix": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": None}),
+        ({"internal_fade_batches": 3}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 3, "phase 2": 5}),
+        ({"internal_fade_batches": 20}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_loss_weight": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_fade_batches": 3, "internal_loss_weight": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": 8}),
+        ({"internal_steps": 0, "internal_loss_weight": 0.1}, {"phase 2 + layer 5": 10}),
+        ({"internal_steps": 0, "internal_fade_batches": 4}, {"phase 2 + layer 5": 4, "phase 2": 6}),
+        ({"max_steps": -1, "internal_loss_weight": 0.1}, {"phase 1, layer 5": 2, "phase 2 + layer 5": None}),
         ({"internal_steps": 0}, {"phase 2": 10}),
     ],
 )
@@ -354,13 +358,15 @@ def test_what_the_rollout_batches_optimise(options, parts):
 
 def test_a_mixed_batch_that_does_not_fit_gets_advice():
     """Of what it takes itself, which is more than the second phase without it."""
-    given = config(max_steps=10, internal_mix=0.1)
+    given = config(max_steps=10, internal_loss_weight=0.1)
     plain = bupo.plan(EMBEDDED_MODEL, config(max_steps=10), on=ON_CPU).bytes
     tight = PlanOptions(gpus=0, gpu_memory=plain / 1e9, prompt_tokens=20, answer_tokens=12)
     found = bupo.plan(EMBEDDED_MODEL, given, on=tight)
     assert not found.fits and found.advice
-    checkpointed = next(each for each in found.advice.each if each.options == "gradient_checkpointing true")
-    again = bupo.plan(EMBEDDED_MODEL, config(max_steps=10, internal_mix=0.1, gradient_checkpointing=True), on=tight)
+    checkpointed = next(each for each in found.advice.single_changes if each.options == "gradient_checkpointing true")
+    again = bupo.plan(
+        EMBEDDED_MODEL, config(max_steps=10, internal_loss_weight=0.1, gradient_checkpointing=True), on=tight
+    )
     assert checkpointed.bytes == again.bytes < found.bytes
 
 
@@ -376,11 +382,11 @@ def test_what_other_options_take_and_leave():
     ]
     for options, part in tried:
         changed = compute_peak_memory(embedded(on=gpu, bf16=True, **options), None)
-        assert changed.largest[part] < plain.largest[part], options
+        assert changed.max_by_part[part] < plain.max_by_part[part], options
     reserved = compute_peak_memory(embedded(on=gpu, bf16=True, use_vllm=True, vllm_mode="colocate"), None)
-    assert reserved.at_once["vLLM"] == 0.3 * 40e9
+    assert reserved.peak_parts["vLLM"] == 0.3 * 40e9
     asleep: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
-    assert compute_peak_memory(embedded(on=gpu, bf16=True, **asleep), None).moment == "answers are sampled"
+    assert compute_peak_memory(embedded(on=gpu, bf16=True, **asleep), None).peak_moment == "answers are sampled"
 
 
 def test_autocast_copies_weights_and_sharding_does_not():
@@ -390,8 +396,8 @@ def test_autocast_copies_weights_and_sharding_does_not():
     assert (alone.precision, spread.precision, embedded().precision) == ("autocast", "bfloat16", "float32")
     sizes = alone.sizes
     copies = (
-        compute_peak_memory(alone, None).largest["activations"]
-        - compute_peak_memory(spread, None).largest["activations"]
+        compute_peak_memory(alone, None).max_by_part["activations"]
+        - compute_peak_memory(spread, None).max_by_part["activations"]
     )
     assert copies > 2 * sizes.linear
     assert 2 * spread.kept.stream == alone.kept.stream
@@ -406,7 +412,9 @@ def test_seconds_follow_from_the_stated_rates():
     for phase in found.phases:
         assert phase.seconds.scoring == phase.flops.scoring / 1e11
         adam = 2 * 4 + 4 * 5 + 2 * 8  # weights read and written, gradients five times, two moments read and written
-        assert phase.seconds.update == pytest.approx(phase.flops.update / 1e11 + 2 * adam * phase.trained / 1e10)
+        assert phase.seconds.update == pytest.approx(
+            phase.flops.update / 1e11 + 2 * adam * phase.trained_parameters / 1e10
+        )
     twice = bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=0.2, bandwidth=0.02))
     assert twice.seconds == pytest.approx(found.seconds / 2)
     assert bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=None, bandwidth=None)).seconds is None
@@ -428,7 +436,7 @@ def test_sampling_lasts_as_long_as_its_longest_answer(models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, SYNCED, {"internal_objective": "policy"}], ids=["as_usual", "sync_each_batch", "policy"]
+    "options", [{}, SYNCED, {"internal_objective": "frozen_upper"}], ids=["as_usual", "sync_each_batch", "policy"]
 )
 def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
     """To the byte, in both phases; between an update's micro-batches gradients are whole on each, unless told otherwise."""
@@ -465,10 +473,10 @@ def apart(rows):
 
 
 CONTROLS = [
-    benchmark.Case("policy", 5, rows=32, passes=2, more={"internal_objective": "policy"}),
-    benchmark.Case("mixed", 5, rows=32, more={"internal_mix": 0.1}),
+    benchmark.Case("policy", 5, rows=32, passes=2, more={"internal_objective": "frozen_upper"}),
+    benchmark.Case("mixed", 5, rows=32, more={"internal_loss_weight": 0.1}),
     benchmark.Case(
-        "mixed, checkpointing", 5, rows=32, passes=2, answer=64, checkpointing=True, more={"internal_mix": 0.1}
+        "mixed, checkpointing", 5, rows=32, passes=2, answer=64, checkpointing=True, more={"internal_loss_weight": 0.1}
     ),
     benchmark.Case("rates", 5, rows=32, more=RATES),
 ]
@@ -564,7 +572,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
     on = PlanOptions(gpus=4, gpu_memory=10, prompt_tokens=300, sharding="fsdp2")
     found = bupo.plan(name, config(**given), on=on)
     assert not found.fits and found.advice
-    told = {change.options.split()[0]: change.bytes for change in found.advice.each}
+    told = {change.options.split()[0]: change.bytes for change in found.advice.single_changes}
     options: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "vllm_enable_sleep_mode": {"vllm_enable_sleep_mode": True},
@@ -578,7 +586,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
     }
     for option, changes in options.items():
         assert told[option] == bupo.plan(name, config(**given | changes), on=on).bytes, option
-    sizes = [change.bytes for change in found.advice.together]
+    sizes = [change.bytes for change in found.advice.combined_changes]
     assert sizes[-1] <= 10e9 and all(size > 10e9 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
     alone = bupo.plan(name, config(**given), on=PlanOptions(gpu_memory=1, prompt_tokens=300))
     assert alone.advice.gpus and alone.advice.gpus.bytes <= 1e9
@@ -590,8 +598,12 @@ def test_what_a_run_would_refuse():
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
         ({"layer_rates": [0, 1, 1]}, {}, "layer_rates has 3 factors: embedded has 8 layers, give one for each"),
-        ({"internal_steps": 0, "internal_layer": 9, "internal_mix": 0.1}, {}, "internal_layer: layer 9 does not exist"),
-        ({"internal_objective": "policy"}, {"gpus": 2, "sharding": "zero2"}, "drops gradients above the layer"),
+        (
+            {"internal_steps": 0, "internal_layer": 9, "internal_loss_weight": 0.1},
+            {},
+            "internal_layer: layer 9 does not exist",
+        ),
+        ({"internal_objective": "frozen_upper"}, {"gpus": 2, "sharding": "zero2"}, "drops gradients above the layer"),
     ]
     for changes, on, message in refused:
         with pytest.raises(UserError, match=message):
@@ -649,7 +661,7 @@ def test_a_critic_beside_deepspeeds_engine_is_whole():
     """As under DDP: weights, gradients to be reduced, two moments."""
     ppo = config(advantage_estimator="ppo")
     ddp, zero, fsdp = (
-        bupo.plan(EMBEDDED_MODEL, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.largest["critic"]
+        bupo.plan(EMBEDDED_MODEL, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.max_by_part["critic"]
         for kind in ("ddp", "zero2", "fsdp2")
     )
     assert ddp == zero == pytest.approx(20 / (16 / 4) * fsdp)

@@ -33,7 +33,7 @@ def trainer_of(folder, internal_steps):
     """On the embedded model, with the example's numbers: 2 rollout batches of 4 prompts with 8 answers, 4 updates each."""
     args = BuPOConfig(
         str(folder),
-        internal_layer=5, internal_steps=internal_steps, internal_guard=False,
+        internal_layer=5, internal_steps=internal_steps, internal_early_stopping=False,
         epsilon=0.2, delta=10.0, beta=0.0, loss_type="dapo", max_grad_norm=1.0,
         per_device_train_batch_size=8, steps_per_generation=4, num_generations=8, max_steps=8, max_completion_length=24,
         learning_rate=1e-3, lr_scheduler_type="constant", gradient_checkpointing=False,

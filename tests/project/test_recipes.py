@@ -115,13 +115,13 @@ BY_FAMILY: dict[str, dict] = {
     },
     "octothinker": {"chat_template": "octothinker"},
 }
-IPA: dict = {"internal_layer": (6, 6, 27, 31), "internal_steps": (30, 20, 20, 20), "internal_guard": False}
+IPA: dict = {"internal_layer": (6, 6, 27, 31), "internal_steps": (30, 20, 20, 20), "internal_early_stopping": False}
 CRITIC = {
     "critic_backbone": "copy",
     "critic_learning_rate": 1e-5,
-    "value_clip": 0.5,
-    "gae_gamma": 1.0,
-    "gae_lambda": 1.0,
+    "cliprange_value": 0.5,
+    "gamma": 1.0,
+    "lam": 1.0,
 }
 BY_METHOD: dict[str, dict] = {
     "bupo": IPA,

@@ -133,7 +133,7 @@ def test_pages_are_at_rest(browser, address, shoot, look):
 
 def test_search_finds_an_option_and_a_concept(browser, address):
     page = browser.new_page()
-    for word, target in {"internal_handover": "reference/train.html", "boundary layer": "analysis.html"}.items():
+    for word, target in {"internal_fade_batches": "reference/train.html", "boundary layer": "analysis.html"}.items():
         page.goto(f"{address}/index.html")
         page.fill("input.md-search__input", word)
         page.wait_for_selector(".md-search-result__link")

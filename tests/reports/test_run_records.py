@@ -111,32 +111,32 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ({"internal_steps": 0, "slow_above_layer": 5}, "GRPO, 0.1x above layer 5", "GRPO, 0.1x above layer 5"),
         ({"internal_steps": 0, "advantage_estimator": "ppo"}, "PPO", "PPO"),
         (
-            {"internal_layer": 5, "internal_objective": "policy"},
+            {"internal_layer": 5, "internal_objective": "frozen_upper"},
             "GRPO, upper layers still at first",
             "GRPO, upper layers still at first, layer 5 for 20 batches",
         ),
         (
-            {"internal_layer": 5, "internal_objective": "permuted", "advantage_estimator": "rloo"},
+            {"internal_layer": 5, "internal_objective": "shuffled_vocab", "advantage_estimator": "rloo"},
             "BuPO with RLOO, permuted vocabulary",
             "BuPO with RLOO, permuted vocabulary, layer 5 for 20 batches",
         ),
-        ({"internal_steps": 0, "internal_objective": "policy"}, "GRPO", "GRPO"),
+        ({"internal_steps": 0, "internal_objective": "frozen_upper"}, "GRPO", "GRPO"),
         (
-            {"internal_layer": 5, "internal_handover": "20", "internal_mix": 0.1},
+            {"internal_layer": 5, "internal_fade_batches": "20", "internal_loss_weight": 0.1},
             "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in",
             "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in, layer 5 for 20 batches",
         ),
         (
-            {"internal_layer": 5, "internal_steps": 0, "internal_mix": "1e-1", "internal_lens": "final_norm"},
+            {"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": "1e-1", "internal_lens": "final_norm"},
             "GRPO, 0.1 of the layer's objective mixed in, final norm",
             "GRPO, 0.1 of the layer's objective mixed in, final norm, layer 5",
         ),
         (
-            {"internal_layer": 5, "internal_steps": 0, "internal_handover": 4},
+            {"internal_layer": 5, "internal_steps": 0, "internal_fade_batches": 4},
             "GRPO, hand-over of 4 batches",
             "GRPO, hand-over of 4 batches, layer 5",
         ),
-        ({"internal_layer": 5, "internal_steps": 0, "internal_mix": 0}, "GRPO", "GRPO"),
+        ({"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": 0}, "GRPO", "GRPO"),
         (
             {"internal_steps": 0, "layer_rates": [0.1, "1e-1", 1, 0]},
             "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
@@ -151,19 +151,19 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
 )
 def test_a_setting_has_a_name(options, method, name):
     setting, seed = parse_run_settings({"model": "m", **options}, "train")
-    assert (setting.method, setting.name, seed) == (method, name, 42)
+    assert (setting.method, setting.description, seed) == (method, name, 42)
 
 
 def test_the_controls_are_compared_with_grpo_of_the_same_options():
     """Each is a setting of its own, and what it is compared with is the run without it."""
     plain = {"model": "m", "learning_rate": 1e-4, "internal_steps": 0}
     controls: list[dict] = [
-        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "policy"},
-        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "permuted"},
-        {"internal_layer": 5, "internal_mix": 0.1},
-        {"internal_layer": 5, "internal_mix": 0.2},
-        {"internal_layer": 4, "internal_mix": 0.2},
-        {"internal_layer": 5, "internal_handover": 3},
+        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "frozen_upper"},
+        {"internal_steps": 9, "internal_layer": 5, "internal_objective": "shuffled_vocab"},
+        {"internal_layer": 5, "internal_loss_weight": 0.1},
+        {"internal_layer": 5, "internal_loss_weight": 0.2},
+        {"internal_layer": 4, "internal_loss_weight": 0.2},
+        {"internal_layer": 5, "internal_fade_batches": 3},
         {"layer_rates": [0, 1]},
         {"layer_rates": [0, 0.5]},
     ]
@@ -185,7 +185,7 @@ def test_two_spellings_are_one_setting():
     )
     assert first == other
     assert parse_run_settings({"model": "m", "learning_rate": 2e-4, "internal_steps": 0}, "train") != first
-    assert parse_run_settings({"output": "runs/demo"}, "demo")[0].name == "BuPO, layer 5 for 10 batches"
+    assert parse_run_settings({"output": "runs/demo"}, "demo")[0].description == "BuPO, layer 5 for 10 batches"
 
 
 def test_numbers_that_differ_in_a_late_digit_are_two_settings():
@@ -453,7 +453,7 @@ def test_tables_2_3_5_and_11(runs):
     folders = scored(runs, "g", GRPO, s1=(70, 50))
     for steps, right in ((3, 80), (6, 40), (9, 10)):
         folders += scored(
-            runs, f"b{steps}", BUPO | {"internal_steps": steps, "internal_guard": steps != 9}, s1=(right, 50)
+            runs, f"b{steps}", BUPO | {"internal_steps": steps, "internal_early_stopping": steps != 9}, s1=(right, 50)
         )
     folders += scored(runs, "l3", BUPO | {"internal_layer": 3}, s1=(60, 50))
     folders += scored(runs, "norm", BUPO | {"internal_lens": "final_norm"}, s1=(75, 50))

@@ -399,7 +399,7 @@ def test_runs_that_training_has_left(open_file, tmp_path, monkeypatch):
         assert main(["eval", "--model", model, "--benchmarks", "arithmetic", *few, "--k", "2", "--output", output]) == 0
     assert main(["analyze", "--model", "embedded", "runs/b1", *few, "--output", "runs/layers"]) == 0
     found = report_runs(sorted(Path("runs").iterdir()))
-    assert str(found) == "2 training runs, 3 evaluations, 1 analysis" and not found.left_out
+    assert str(found) == "2 training runs, 3 evaluations, 1 analysis" and not found.skipped
     assert [group.name for group in found.groups] == ["vanilla", "BuPO, layer 5 for 1 batches"]
     scores = json.loads(Path("runs/e1/summary.json").read_text())["benchmarks"]["arithmetic"]["avg@k"]
     assert found.groups[1].scores[next(iter(found.groups[1].scores))][1].value == scores

@@ -226,9 +226,9 @@ def test_measures_of_other_shapes(change):
 
     row = {"index": 0, "tokens": 2, "log_prob": -1.0, "entropy": 0.5, "similarity": [[1.0, 0.5], [0.5, 1.0]]}
     row |= {name: [[1.0, 2.0]] * len(MEASURES) for name in ("total", "squares")}
-    assert CompletionSums.read(json.dumps(row)).tokens == 2
+    assert CompletionSums.from_json(json.dumps(row)).tokens == 2
     with pytest.raises((ValueError, TypeError)):
-        CompletionSums.read(json.dumps(row | change))
+        CompletionSums.from_json(json.dumps(row | change))
 
 
 def test_rows_and_texts(tmp_path):

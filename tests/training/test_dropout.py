@@ -23,7 +23,7 @@ def first_ratios(folder, model, **changes):
         "max_steps": 16,
         "num_iterations": 1,
         "probe_every": 0,
-        "internal_guard": False,
+        "internal_early_stopping": False,
         **changes,
     }
     lora = options.pop("peft_config", None)

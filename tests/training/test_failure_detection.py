@@ -23,7 +23,7 @@ HEALTHY = {
     "tokens": 60,
     "positions": 128,
 }
-UPDATES = {"entropy": 0.35, "kl": 0.02, "kl_old": 0.02}
+UPDATES = {"entropy": 0.35, "kl": 0.02, "approx_kl": 0.02}
 NAN = float("nan")
 
 # what each symptom looks like beside what is healthy, in the rollouts or in the updates
@@ -37,7 +37,7 @@ SICK: dict[str, dict[str, float]] = {
     "entropy_collapse": {"entropy": 0.0019},  # 0.0475 nats an answer of 25 tokens
     "entropy_jump": {"entropy": 2.36},
     "kl_explosion": {"kl": 10.1},
-    "policy_jump": {"kl_old": 5.1},
+    "policy_jump": {"approx_kl": 5.1},
 }
 # the nearest that is no symptom yet
 ALMOST: dict[str, dict[str, float]] = {
@@ -50,7 +50,7 @@ ALMOST: dict[str, dict[str, float]] = {
     "entropy_collapse": {"entropy": 0.0021},
     "entropy_jump": {"entropy": 2.34},
     "kl_explosion": {"kl": 9.9},
-    "policy_jump": {"kl_old": 4.9},
+    "policy_jump": {"approx_kl": 4.9},
 }
 
 
@@ -138,7 +138,7 @@ def test_a_warning_names_what_to_change(name, tmp_path, caplog):
 def test_a_healthy_run_of_the_embedded_model_shows_nothing():
     """The logged rollout batches of recipes/cpu/embedded-bupo.yaml: the first, the steepest, the flattest, the last."""
     symptoms = FailureDetector()
-    names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "kl_old")
+    names = ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy", "approx_kl")
     for row in (
         (0.22, 0.42, 0.25, 11.4, 0.353, 0.381),
         (0.40, 0.49, 0.06, 14.2, 0.247, 0.312),
@@ -219,7 +219,7 @@ def test_answers_beyond_the_positions_that_a_model_has_learned_end_in_one_line(t
 def test_a_learning_rate_that_destroys_is_said(tmp_path, caplog, steps):
     """In either phase, on a model that could speak."""
     changes = {**QUICK, "internal_steps": steps, "internal_layer": 5 if steps else None, "max_completion_length": 12}
-    changes |= {"max_steps": 6, "internal_guard": False}
+    changes |= {"max_steps": 6, "internal_early_stopping": False}
     args = config(tmp_path, logging_steps=None, probe_every=0, **{**changes, "learning_rate": 0.3})
     trainer = BuPOTrainer(
         load_model("embedded", dtype=torch.float32),

@@ -111,7 +111,7 @@ def test_each_process_holds_its_half(runs):
 def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
     """What the equality above is of."""
     rows = of(runs, "fsdp2", "guard")[0][0]["rows"]
-    assert sum("internal/ended_by_guard" in row for row in rows) == 1
+    assert sum("internal/stopped_early" in row for row in rows) == 1
     assert sum("probe/kl" in row for row in rows) >= 8
     for folder in (runs / kind / "guard" / "run" for kind in KINDS):
         table = pd.read_parquet(folder / "dynamics.parquet")

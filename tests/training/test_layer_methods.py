@@ -38,7 +38,7 @@ def logged(trainer, key):
 def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, backbone):
     if backbone == "shared" and estimator != "ppo":
         pytest.skip("it has no critic")
-    method = {"advantage_estimator": estimator, "critic_backbone": backbone, "value_coef": 1.0}
+    method = {"advantage_estimator": estimator, "critic_backbone": backbone, "vf_coef": 1.0}
     model = model_of()
     before = snapshot(model)
     trainer = trainer_of(model, config(tmp_path, max_steps=8, **method))
@@ -64,8 +64,8 @@ def test_the_critic_learns_the_reward(tmp_path, backbone):
         advantage_estimator="ppo",
         critic_backbone=backbone,
         critic_learning_rate=3e-3 if backbone == "copy" else 1e-2,
-        value_clip=10.0,
-        value_coef=1.0,
+        cliprange_value=10.0,
+        vf_coef=1.0,
         max_steps=160,
         learning_rate=1e-4 if backbone == "copy" else 1e-3,
         num_generations=2,
@@ -100,9 +100,9 @@ def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpoint
         tmp_path,
         advantage_estimator="ppo",
         critic_backbone="shared",
-        gae_lambda=0.0,
-        gae_gamma=0.0,
-        value_coef=1.0,
+        lam=0.0,
+        gamma=0.0,
+        vf_coef=1.0,
         max_steps=4,
         gradient_checkpointing=checkpointing is not None,
     )
@@ -272,14 +272,14 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
 
 
 def test_stages_by_rollout_batch():
-    schedule = PhaseSchedule.read("[[6, 2], [12, 3]]")
-    assert schedule == PhaseSchedule((Stage(6, 2), Stage(12, 3))) == PhaseSchedule.read([[6, 2], [12, 3]])
-    assert [schedule.place(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
-    assert schedule.stage(3) == Stage(12, 3) and schedule.stage(6) is None
+    schedule = PhaseSchedule.parse("[[6, 2], [12, 3]]")
+    assert schedule == PhaseSchedule((Stage(6, 2), Stage(12, 3))) == PhaseSchedule.parse([[6, 2], [12, 3]])
+    assert [schedule.get_stage_index(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
+    assert schedule.get_stage(3) == Stage(12, 3) and schedule.get_stage(6) is None
     assert schedule.end_stage_before(2) == PhaseSchedule((Stage(6, 1), Stage(12, 3)))
     assert schedule.end_stage_before(4) == PhaseSchedule((Stage(6, 2), Stage(12, 1)))
     assert schedule.end_stage_before(6) == schedule == PhaseSchedule.load(schedule.state())
-    assert PhaseSchedule().place(1) is None and PhaseSchedule().batches == 0 and schedule.batches == 5
+    assert PhaseSchedule().get_stage_index(1) is None and PhaseSchedule().batches == 0 and schedule.batches == 5
 
 
 def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
@@ -355,8 +355,8 @@ def test_one_stage_is_the_papers(tmp_path):
         ({"gradient_accumulation_steps": 8}, "does not divide the 4 micro-batches of a rollout batch .*mix two phases"),
         ({"slow_above_layer": 0}, "slow_above_layer must be 1 or more, got 0"),
         ({"slow_above_layer": 2, "slow_factor": 2}, "slow_factor must lie from 0 to 1, got 2"),
-        ({"gae_lambda": 1.5}, "gae_lambda must lie from 0 to 1, got 1.5"),
-        ({"value_clip": 0}, "value_clip must be positive, got 0"),
+        ({"lam": 1.5}, "lam must lie from 0 to 1, got 1.5"),
+        ({"cliprange_value": 0}, "cliprange_value must be positive, got 0"),
         ({"critic_backbone": "own"}, "critic_backbone must be copy or shared, got 'own'"),
         ({"learning_rate": float("nan")}, "learning_rate must be 0 or more, got nan"),
         ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a mapping, as JSON on the command line, got 'fast'"),

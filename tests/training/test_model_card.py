@@ -55,9 +55,9 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
         ({"frozen_up_to_layer": 1, "internal_layer": None, "internal_steps": 0}, "GRPO", ("layers", "1 to 1 frozen")),
         ({"slow_above_layer": 2, "slow_factor": 0.5}, "BuPO", ("layers", "above 2 at 0.5 of the learning rate")),
         ({"frozen_up_to_layer": 1, "slow_above_layer": 2}, "BuPO", ("layers", "1 to 1 frozen; above 2 at 0.1 of the learning rate")),
-        ({"internal_steps": 0, "internal_mix": 0.3}, "BuPO", ("afterwards", "0.3 of the layer's objective stays")),
-        ({"internal_handover": 2}, "BuPO", ("afterwards", "the layer's objective fades out over 2 rollout batches")),
-        ({"internal_objective": "permuted"}, "BuPO", ("its objective", "over a shuffled vocabulary (a control), lens raw")),
+        ({"internal_steps": 0, "internal_loss_weight": 0.3}, "BuPO", ("afterwards", "0.3 of the layer's objective stays")),
+        ({"internal_fade_batches": 2}, "BuPO", ("afterwards", "the layer's objective fades out over 2 rollout batches")),
+        ({"internal_objective": "shuffled_vocab"}, "BuPO", ("its objective", "over a shuffled vocabulary (a control), lens raw")),
     ],
 )  # fmt: skip
 def test_methods_have_their_words(tmp_path, changes, method, row):

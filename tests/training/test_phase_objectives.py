@@ -87,7 +87,7 @@ def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_pat
     model = model_of(tie_word_embeddings=tied)
     before = snapshot(model)
     pieces = {"gradient_accumulation_steps": accumulated}
-    args = config(tmp_path, internal_objective="policy", max_steps=8 // accumulated, **pieces)
+    args = config(tmp_path, internal_objective="frozen_upper", max_steps=8 // accumulated, **pieces)
     trainer = trainer_of(model, args)
     watch = RatioWatch().attach(trainer)
     trainer.train()
@@ -102,14 +102,14 @@ def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_pat
 def test_after_it_the_whole_policy_moves(tmp_path):
     model = model_of()
     before = snapshot(model)
-    trainer_of(model, config(tmp_path, internal_objective="policy", max_steps=12)).train()
+    trainer_of(model, config(tmp_path, internal_objective="frozen_upper", max_steps=12)).train()
     assert changed(before, model) == set(before)
 
 
 def test_its_gradients_are_the_whole_policys(tmp_path):
     """Against float64 by hand, and against plain GRPO on the same rollouts: the same up to l and None above."""
     common = {"max_steps": 1, "max_grad_norm": 0.0, **BIG}
-    trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="policy", **common))
+    trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper", **common))
     seen = inputs_of(trainer)
     (found,) = gradients_of(trainer)
     plain = config(tmp_path / "b", internal_layer=None, internal_steps=0, **common)
@@ -125,7 +125,7 @@ def test_its_gradients_are_the_whole_policys(tmp_path):
 
 
 def test_clipping_sees_what_moves_only(tmp_path):
-    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="policy", max_steps=1, **BIG))
+    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=1, **BIG))
     (gradients,) = gradients_of(trainer)  # after clipping to 1
     clipped = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
     assert logged(trainer, "grad_norm")[0] > 1 and clipped == pytest.approx(1.0, abs=1e-4)
@@ -134,10 +134,10 @@ def test_clipping_sees_what_moves_only(tmp_path):
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
 def test_the_policys_objective_with_a_critic(tmp_path, backbone):
     """A value head on the policy's own states sends its loss through all layers too, and moves none above l."""
-    ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "value_coef": 1.0}
+    ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "vf_coef": 1.0}
     model = model_of()
     before = snapshot(model)
-    trainer = trainer_of(model, config(tmp_path, internal_objective="policy", num_iterations=2, **ppo))
+    trainer = trainer_of(model, config(tmp_path, internal_objective="frozen_upper", num_iterations=2, **ppo))
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
     assert backbone == "copy" or set(trainer.critic.value_heads) == {"language_model"}
@@ -145,14 +145,16 @@ def test_the_policys_objective_with_a_critic(tmp_path, backbone):
 
 def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
     lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
-    trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="policy"), peft_config=lora)
+    trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper"), peft_config=lora)
     before = snapshot(trainer.model)
     trainer.train()
     moved = changed(before, trainer.model)
     assert moved == {n for n in before if "lora" in n and n.split(".layers.")[1].split(".")[0] in "01"}
     model = built([1e-3, 1e-3, 40.0, 40.0])
     before = snapshot(model)
-    auto = config(tmp_path / "b", internal_objective="policy", internal_layer="auto", internal_steps=1, max_steps=4)
+    auto = config(
+        tmp_path / "b", internal_objective="frozen_upper", internal_layer="auto", internal_steps=1, max_steps=4
+    )
     trainer = trainer_of(model, auto)
     trainer.train()
     assert_only_below(changed(before, model), before, int(logged(trainer, "internal/layer")[0]))
@@ -160,24 +162,24 @@ def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
 
 def test_what_the_policys_objective_says(tmp_path):
     """At the first update nothing has moved, and the entropy is that of the policy in force."""
-    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="policy", max_steps=4))
+    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=4))
     trainer.train()
     plain = trainer_of(model_of(), config(tmp_path / "b", internal_layer=None, internal_steps=0, max_steps=4))
     plain.train()
-    for name in ("kl_old", "entropy", "loss", "clip_ratio/region_mean"):
+    for name in ("approx_kl", "entropy", "loss", "clip_ratio/region_mean"):
         assert logged(trainer, name)[0] == logged(plain, name)[0]
-    assert logged(trainer, "kl_old")[0] < 1e-10 < logged(trainer, "kl_old")[1]
+    assert logged(trainer, "approx_kl")[0] < 1e-10 < logged(trainer, "approx_kl")[1]
     assert "the whole policy, by layers up to 2" in trainer.where(1)
 
 
 def test_deepspeed_is_refused_the_policys_objective(tmp_path):
-    args = config(tmp_path, internal_objective="policy")
+    args = config(tmp_path, internal_objective="frozen_upper")
 
     class Plugin:
         zero_stage, deepspeed_config = 2, {}
 
     args.deepspeed_plugin = Plugin()
-    with pytest.raises(UserError, match="internal_objective policy drops gradients above the layer"):
+    with pytest.raises(UserError, match="internal_objective frozen_upper drops gradients above the layer"):
         check_arguments(model_of(), args, None)
 
 
@@ -186,7 +188,9 @@ def test_deepspeed_is_refused_the_policys_objective(tmp_path):
 
 def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path):
     """Old ones and new ones, and the gradient, against float64 with the matrix' rows exchanged."""
-    args = config(tmp_path, internal_objective="permuted", max_steps=1, num_iterations=2, max_grad_norm=0.0, **BIG)
+    args = config(
+        tmp_path, internal_objective="shuffled_vocab", max_steps=1, num_iterations=2, max_grad_norm=0.0, **BIG
+    )
     trainer = trainer_of(model_of(), args)
     seen = inputs_of(trainer)
     (found,) = gradients_of(trainer)
@@ -205,7 +209,7 @@ def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path)
 
 
 def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_path):
-    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="permuted", max_steps=12))
+    trainer = trainer_of(model_of(), config(tmp_path, internal_objective="shuffled_vocab", max_steps=12))
     watch = RatioWatch().attach(trainer)
     trainer.train()
     assert [row["phase"] for row in watch.rows] == [1] * 8 + [2] * 4
@@ -219,13 +223,13 @@ def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_pat
 def test_a_permuted_reference_is_permuted_too(tmp_path):
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
-    trainer = trainer_of(model, config(tmp_path, internal_objective="permuted", beta=0.1, max_steps=12))
+    trainer = trainer_of(model, config(tmp_path, internal_objective="shuffled_vocab", beta=0.1, max_steps=12))
     trainer.train()
     kls = logged(trainer, "kl")
     assert abs(kls[0]) < 1e-6 < kls[1] and len(kls) == 12
 
 
-@pytest.mark.parametrize("objective", ["policy", "permuted"])
+@pytest.mark.parametrize("objective", ["frozen_upper", "shuffled_vocab"])
 def test_a_resumed_control_is_the_uninterrupted_one(tmp_path, objective):
     common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "internal_objective": objective}
     whole, resumed = model_of(), model_of(seed=5)
@@ -242,18 +246,18 @@ def test_a_resumed_control_is_the_uninterrupted_one(tmp_path, objective):
 
 
 def test_weights_by_rollout_batch():
-    schedule = PhaseSchedule.read([[6, 2], [12, 1]])
-    assert [schedule.weight(batch, 0, 0.0) for batch in range(1, 7)] == [1, 1, 1, 0, 0, 0]
-    assert [schedule.weight(batch, 3, 0.0) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert [schedule.weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
-    assert [schedule.weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
-    assert [PhaseSchedule().weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
+    schedule = PhaseSchedule.parse([[6, 2], [12, 1]])
+    assert [schedule.get_layer_weight(batch, 0, 0.0) for batch in range(1, 7)] == [1, 1, 1, 0, 0, 0]
+    assert [schedule.get_layer_weight(batch, 3, 0.0) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert [schedule.get_layer_weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
+    assert [schedule.get_layer_weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
+    assert [PhaseSchedule().get_layer_weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
     ended = schedule.end_stage_before(3)  # by the guard: the hand-over begins where the first phase ends
-    assert [ended.weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
+    assert [ended.get_layer_weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize(("handover", "mix"), [(1, 0.0), (0, 0.3)])
-@pytest.mark.parametrize("objective", ["layer", "permuted"])
+@pytest.mark.parametrize("objective", ["layer", "shuffled_vocab"])
 def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
     """Of float64 losses computed apart, at the second update of a rollout batch, whose ratios are not 1."""
     common = {
@@ -264,7 +268,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
         "internal_steps": 1,
         **BIG,
     }
-    mixing = {"internal_handover": handover, "internal_mix": mix, "internal_objective": objective}
+    mixing = {"internal_fade_batches": handover, "internal_loss_weight": mix, "internal_objective": objective}
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, **common, **mixing))
     seen, weights = inputs_of(trainer), []
@@ -275,7 +279,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
 
     trainer.loss = loss_of
     found = gradients_of(trainer)
-    order = torch.randperm(262, generator=torch.Generator().manual_seed(42)) if objective == "permuted" else None
+    order = torch.randperm(262, generator=torch.Generator().manual_seed(42)) if objective == "shuffled_vocab" else None
     layer_weight = mix or 0.5
     for update in (2, 3):
         inputs, exact = seen[update], model_of().double()
@@ -310,7 +314,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     args = config(
         tmp_path,
         internal_steps=1,
-        internal_handover=2,
+        internal_fade_batches=2,
         max_steps=16 // accumulated,
         gradient_accumulation_steps=accumulated,
         gradient_checkpointing=checkpointing is not None,
@@ -332,18 +336,18 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     rows = [row for row in trainer.state.log_history if "phase" in row]
     for row in rows[a_batch : 3 * a_batch]:
         assert row["internal/entropy"] != row["entropy"]
-        kls = row["internal/kl_old"], row["kl_old"]
+        kls = row["internal/approx_kl"], row["approx_kl"]
         assert max(kls) < 1e-9 or kls[0] != kls[1]  # at the first update both are zero, but for rounding
         assert {"internal/clip_ratio/region_mean", "clip_ratio/region_mean"} <= set(row)
         assert not any(name.count("internal") > 1 for name in row)
     assert not any(name.startswith("internal") for name in rows[-1])
-    assert rows[a_batch]["internal/kl_old"] < 1e-9 < rows[a_batch + 1]["internal/kl_old"]
+    assert rows[a_batch]["internal/approx_kl"] < 1e-9 < rows[a_batch + 1]["internal/approx_kl"]
 
 
 def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     """At the first update of a run, as plain GRPO says it; the layer's beside it, as the first phase says it."""
     kinds: dict[str, dict] = {
-        "both": {"internal_steps": 0, "internal_mix": 0.4},
+        "both": {"internal_steps": 0, "internal_loss_weight": 0.4},
         "plain": {"internal_steps": 0},
         "layer": {},
     }
@@ -354,7 +358,7 @@ def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     trainer, plain, layer = trainers
     (row,) = (row for row in trainer.state.log_history if "phase" in row)
     assert row["phase"] == 2 and row["internal/weight"] == 0.4
-    for name in ("entropy", "clip_ratio/region_mean", "kl_old", "reward"):
+    for name in ("entropy", "clip_ratio/region_mean", "approx_kl", "reward"):
         assert row[name] == pytest.approx(logged(plain, name)[0], abs=1e-6)
     assert row["internal/entropy"] == pytest.approx(logged(layer, "internal/entropy")[0], abs=1e-6)
     assert row["loss"] == pytest.approx(0.4 * logged(layer, "loss")[0] + 0.6 * logged(plain, "loss")[0], abs=1e-6)
@@ -369,7 +373,7 @@ def test_every_loss_type_of_both(tmp_path, loss_type):
     level = "sequence" if loss_type == "luspo" else "token"
     more: dict = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     more |= {"importance_sampling_level": level, "entropy_coef": 0.01, "top_entropy_quantile": 0.5}
-    args = config(tmp_path, loss_type=loss_type, internal_steps=0, internal_mix=0.5, max_steps=2, **more)
+    args = config(tmp_path, loss_type=loss_type, internal_steps=0, internal_loss_weight=0.5, max_steps=2, **more)
     trainer = trainer_of(model_of(), args)
     (first, _) = gradients_of(trainer)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in first.values())
@@ -381,7 +385,7 @@ def test_references_of_both(tmp_path, lora):
     """At the first update the model is its reference, for both policies; after it both have moved away."""
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
-    args = config(tmp_path, beta=0.1, internal_steps=0, internal_mix=0.5, max_steps=8)
+    args = config(tmp_path, beta=0.1, internal_steps=0, internal_loss_weight=0.5, max_steps=8)
     peft = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM") if lora else None
     trainer = trainer_of(model, args, **({"peft_config": peft} if lora else {}))
     seen = inputs_of(trainer)
@@ -402,7 +406,7 @@ def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
         texts = [[3 + (i * 7 + j) % 200 for j in range(5)] + [1] for i in range(len(prompts))]
         return {"prompt_ids": ids, "completion_ids": texts, "logprobs": [[-1.0] * 6 for _ in texts]}
 
-    args = config(tmp_path, internal_steps=0, internal_mix=0.5, max_steps=1, off_policy_mask_threshold=1e9)
+    args = config(tmp_path, internal_steps=0, internal_loss_weight=0.5, max_steps=1, off_policy_mask_threshold=1e9)
     trainer = trainer_of(model_of(), args, rollout_func=answers)
     seen = inputs_of(trainer)
     trainer.train()
@@ -420,7 +424,7 @@ def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop
         "save_strategy": "steps",
         "save_steps": stop,
         "internal_steps": 1,
-        "internal_handover": 2,
+        "internal_fade_batches": 2,
     }
     whole, resumed = model_of(), model_of(seed=5)
     first = trainer_of(whole, config(tmp_path, **common))
@@ -430,15 +434,21 @@ def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert logged(first, "internal/weight") == logged(second, "internal/weight") and logged(first, "internal/weight")
-    assert logged(first, "internal/kl_old") == logged(second, "internal/kl_old")
+    assert logged(first, "internal/approx_kl") == logged(second, "internal/approx_kl")
 
 
 def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
-    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "internal_steps": 0, "internal_mix": 0.3}
+    common = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "internal_steps": 0,
+        "internal_loss_weight": 0.3,
+    }
     trainer_of(model_of(), config(tmp_path, **common)).train()
     for changes, says in (
         ({"internal_layer": 3}, "internal_layer is 3, but 2 in"),
-        ({"internal_mix": 0.5}, "internal_mix is"),
+        ({"internal_loss_weight": 0.5}, "internal_loss_weight is"),
     ):
         with pytest.raises(UserError, match=says):
             trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
@@ -448,7 +458,7 @@ def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
     """To the bit until it ends, and from there on another run."""
     ends: dict = {8: [], 12: []}
     for steps, models in ends.items():
-        for mixing in ({}, {"internal_handover": 2}, {"internal_mix": 0.1}):
+        for mixing in ({}, {"internal_fade_batches": 2}, {"internal_loss_weight": 0.1}):
             models.append(model_of())
             trainer_of(models[-1], config(tmp_path, max_steps=steps, **mixing)).train()
     for steps, (alone, *others) in ends.items():
@@ -458,7 +468,7 @@ def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
 
 
 def test_a_measured_layer_is_handed_over(tmp_path):
-    args = config(tmp_path, internal_layer="auto", internal_steps=1, internal_handover=1, max_steps=12)
+    args = config(tmp_path, internal_layer="auto", internal_steps=1, internal_fade_batches=1, max_steps=12)
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
     assert logged(trainer, "internal/weight") == [0.5] * 4
@@ -468,7 +478,7 @@ def test_a_measured_layer_is_handed_over(tmp_path):
 def test_one_update_a_rollout_batch(tmp_path):
     """TRL keeps no old log-probs then. The accumulated gradient is the weighted sum of those of two runs apart."""
     found = []
-    kinds: list[dict] = [{}, {"internal_steps": 0}, {"internal_steps": 0, "internal_mix": 0.4}]
+    kinds: list[dict] = [{}, {"internal_steps": 0}, {"internal_steps": 0, "internal_loss_weight": 0.4}]
     for options in kinds:
         one = {"gradient_accumulation_steps": 4, "steps_per_generation": None, "max_steps": 1, "max_grad_norm": 0.0}
         trainer = trainer_of(model_of(), config(tmp_path, **{**one, **options}))
@@ -487,7 +497,7 @@ def test_a_mixture_of_experts_is_balanced_once(tmp_path):
     rows = []
     for name, mix in (("plain", 0.0), ("both", 0.4)):
         model = model_of("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
-        args = config(tmp_path / name, internal_steps=0, internal_mix=mix, max_steps=1)
+        args = config(tmp_path / name, internal_steps=0, internal_loss_weight=mix, max_steps=1)
         equal = BuPOTrainer(model, lambda completions, **_: [1.0] * len(completions), args, train_dataset=PROBLEMS,
                             processing_class=TOKENIZER)  # fmt: skip
         equal.train()
@@ -500,7 +510,12 @@ def test_a_mixture_of_experts_is_balanced_once(tmp_path):
 @pytest.mark.parametrize("module", ["attn", "ffn"])
 def test_a_modules_policy_is_mixed_in(tmp_path, module):
     args = config(
-        tmp_path, internal_steps=0, internal_mix=0.5, internal_module=module, internal_lens="final_norm", max_steps=5
+        tmp_path,
+        internal_steps=0,
+        internal_loss_weight=0.5,
+        internal_module=module,
+        internal_lens="final_norm",
+        max_steps=5,
     )
     trainer = trainer_of(model_of(), args)
     watch = RatioWatch().attach(trainer)
@@ -593,18 +608,18 @@ def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
 
 
 def test_options_on_the_command_line_and_in_yaml(tmp_path):
-    own = "internal_objective: permuted\ninternal_handover: 3\ninternal_mix: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
+    own = "internal_objective: shuffled_vocab\ninternal_handover: 3\ninternal_mix: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
     (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
-    names = ("internal_objective", "internal_handover", "internal_mix", "layer_rates")
+    names = ("internal_objective", "internal_fade_batches", "internal_loss_weight", "layer_rates")
     (read,) = parse_options((BuPOConfig,), line, "bupo train")
-    assert [getattr(read, name) for name in names] == ["permuted", 3, 0.1, [1, 0.5, 0, 2]]
+    assert [getattr(read, name) for name in names] == ["shuffled_vocab", 3, 0.1, [1, 0.5, 0, 2]]
     flags = [
         "--internal_objective",
         "layer",
-        "--internal_handover",
+        "--internal_fade_batches",
         "0",
-        "--internal_mix",
+        "--internal_loss_weight",
         "0.5",
         "--layer_rates",
         "0.5",
@@ -619,10 +634,13 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"internal_objective": "random"}, "internal_objective must be layer, policy or permuted, got 'random'"),
         (
-            {"internal_objective": "policy", "internal_module": "ffn"},
-            "internal_objective policy optimises no internal policy, and internal_module is ffn: leave one out",
+            {"internal_objective": "random"},
+            "internal_objective must be layer, frozen_upper or shuffled_vocab, got 'random'",
+        ),
+        (
+            {"internal_objective": "frozen_upper", "internal_module": "ffn"},
+            "internal_objective frozen_upper optimises no internal policy, and internal_module is ffn: leave one out",
         ),
         ({"layer_rates": [1, 1, 1]}, "layer_rates has 3 factors: .* has 4 layers, give one for each"),
         ({"layer_rates": []}, "layer_rates has 0 factors: .* has 4 layers"),
@@ -632,15 +650,30 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
         ({"layer_rates": [0, 0, 1, 1]}, "layer_rates leaves the first phase on layer 2 no layer to train"),
         ({"layer_rates": [1, 1, 1, 1], "frozen_up_to_layer": 1}, "both layer_rates and frozen_up_to_layer are set"),
         ({"layer_rates": [1, 1, 1, 1], "slow_above_layer": 1}, "both layer_rates and slow_above_layer are set"),
-        ({"internal_handover": -1}, "internal_handover must be 0 or more, got -1"),
-        ({"internal_mix": 1.0}, "internal_mix must lie from 0 to below 1, got 1.0"),
-        ({"internal_layer": None, "internal_steps": 0, "internal_mix": 0.5}, "internal_mix=0.5 needs a layer"),
-        ({"internal_layer": None, "internal_steps": 0, "internal_handover": 3}, "internal_handover=3 needs a layer"),
-        ({"internal_handover": 2, "advantage_estimator": "ppo"}, "internal_handover adds a second policy's loss"),
-        ({"internal_mix": 0.1, "use_adaptive_entropy": True}, "use_adaptive_entropy follows the entropy of one policy"),
-        ({"internal_mix": 0.1, "internal_objective": "policy"}, "which internal_mix adds: leave one out"),
+        ({"internal_fade_batches": -1}, "internal_fade_batches must be 0 or more, got -1"),
+        ({"internal_loss_weight": 1.0}, "internal_loss_weight must lie from 0 to below 1, got 1.0"),
         (
-            {"internal_mix": 0.1, "internal_steps": 0, "frozen_up_to_layer": 2},
+            {"internal_layer": None, "internal_steps": 0, "internal_loss_weight": 0.5},
+            "internal_loss_weight=0.5 needs a layer",
+        ),
+        (
+            {"internal_layer": None, "internal_steps": 0, "internal_fade_batches": 3},
+            "internal_fade_batches=3 needs a layer",
+        ),
+        (
+            {"internal_fade_batches": 2, "advantage_estimator": "ppo"},
+            "internal_fade_batches adds a second policy's loss",
+        ),
+        (
+            {"internal_loss_weight": 0.1, "use_adaptive_entropy": True},
+            "use_adaptive_entropy follows the entropy of one policy",
+        ),
+        (
+            {"internal_loss_weight": 0.1, "internal_objective": "frozen_upper"},
+            "which internal_loss_weight adds: leave one out",
+        ),
+        (
+            {"internal_loss_weight": 0.1, "internal_steps": 0, "frozen_up_to_layer": 2},
             "frozen_up_to_layer=2 leaves the first phase on layer 2 no layer to train",
         ),
     ],

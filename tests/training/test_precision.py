@@ -138,7 +138,7 @@ def test_adapters_train_in_fp32_on_a_model_that_stays_in_16_bits(tmp_path):
 
 def test_frozen_layers_and_probes(tmp_path):
     """Probes compute without autocast: frozen weights are of the same dtype as the others."""
-    options = {"frozen_up_to_layer": 1, "probe_every": 1, "internal_guard": True, "max_steps": 8}
+    options = {"frozen_up_to_layer": 1, "probe_every": 1, "internal_early_stopping": True, "max_steps": 8}
     trainer = run(tmp_path, half_model(), **options)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 

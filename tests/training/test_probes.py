@@ -52,7 +52,7 @@ def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
     found = list(
         measure_completions(ResidualStream(tiny_model(family).double()), ROLLOUTS, lens, temperature, pairs=True)
     )
-    tokens = sum(answer.tokens for answer in found)
+    tokens = sum(answer.num_tokens for answer in found)
 
     def mean(of):
         return sum(of(answer) for answer in found) / tokens
@@ -210,8 +210,8 @@ def test_the_last_weights_are_probed_whatever_the_cadence(tmp_path):
 def test_probes_leave_training_as_it_was(tmp_path):
     """Same parameters to the bit with probes in every batch and without any: no random number, no gradient, no mode."""
     with_probes, without = model_of(), model_of()
-    trainer_of(with_probes, config(tmp_path / "a", probe_every=1, max_steps=12, internal_guard=False)).train()
-    trainer_of(without, config(tmp_path / "b", probe_every=0, max_steps=12, internal_guard=False)).train()
+    trainer_of(with_probes, config(tmp_path / "a", probe_every=1, max_steps=12, internal_early_stopping=False)).train()
+    trainer_of(without, config(tmp_path / "b", probe_every=0, max_steps=12, internal_early_stopping=False)).train()
     assert not (tmp_path / "b" / "dynamics.parquet").exists()
     for a, b in zip(with_probes.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -323,7 +323,7 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
     assert 8 <= last <= 10
     assert trainer.phase_controller.schedule.stages[0].batches == last
-    ended = [row["rollout_batch"] for row in rows if "internal/ended_by_guard" in row]
+    ended = [row["rollout_batch"] for row in rows if "internal/stopped_early" in row]
     assert ended == [last + 1]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
     assert f"layer 2 is left after {last:.0f} of 20 rollout batches" in line and "weights that sampled the 7th" in line
@@ -333,7 +333,7 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
 
 
 def test_without_the_guard_phase_one_goes_on(tmp_path):
-    trainer, _ = guarded_run(tmp_path, model_of(), internal_guard=False)
+    trainer, _ = guarded_run(tmp_path, model_of(), internal_early_stopping=False)
     assert {row["phase"] for row in trainer.state.log_history if "phase" in row} == {1}
 
 

@@ -174,24 +174,24 @@ def test_a_place_is_that_of_the_rows_that_were_trained_on():
     """A loader reads ahead; the checksum is that of the batches before the place, whatever was read after."""
     rows = [[{"prompt": str(n), "image": object(), "array": [n]}] for n in range(9)]
     one, other, third = StreamPosition(), StreamPosition(), StreamPosition()
-    one.begin(2, 100, 0)
+    one.begin_pass(2, 100, 0)
     for batch in rows[:5]:
         assert one.wrap_collator(lambda batch: batch)(batch) is batch
     state = one.state(103, ended=False)
     assert (state["pass"], state["batches"]) == (2, 3)
     assert one.state(105, ended=True) == {"pass": 3, "batches": 0, "sum": ""}
     other.load(state)
-    other.begin(2, 103, other.resume("checkpoint"))
+    other.begin_pass(2, 103, other.get_batches_to_skip("checkpoint"))
     for batch in rows[:3]:
         other.wrap_collator(list)(batch)
     other.check_position_reached()
     third.load(state)
-    third.begin(2, 103, 3)
+    third.begin_pass(2, 103, 3)
     with pytest.raises(UserError, match="does not give the rows again"):
         for batch in [*rows[:2], rows[4]]:
             third.wrap_collator(list)(batch)
     with pytest.raises(UserError, match="does not say where the run was in its stream"):
-        StreamPosition().resume("checkpoint")
+        StreamPosition().get_batches_to_skip("checkpoint")
 
 
 # -- refused before the run begins ---------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_the_policy_objective_drops_what_lies_above(tmp_path):
         tmp_path / "run",
         freeze(model_of(), "layers.3."),
         "the whole policy by layers up to 2",
-        internal_objective="policy",
+        internal_objective="frozen_upper",
     )
 
 
@@ -258,7 +258,7 @@ def test_what_is_reached_is_what_gets_a_gradient(family, kind):
     model = tiny_model(family)
     stream = ResidualStream(model)
     found = find_reached_parameters(stream, Activation(kind, 2), normed=False)
-    with stream.record([Activation(kind, 2)]) as states:
+    with stream.record_activations([Activation(kind, 2)]) as states:
         model(input_ids=torch.arange(3, 60)[None], use_cache=False)
     stream.logits(states[Activation(kind, 2)]).square().mean().backward()
     wanted = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}

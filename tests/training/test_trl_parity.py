@@ -78,7 +78,7 @@ def bupo(model, folder, reward=token_reward, *, problems=FEW, options_=None, pha
     return trainer
 
 
-FIRST: dict = {"internal_layer": 1, "internal_steps": 9, "internal_guard": False, "probe_every": 0}
+FIRST: dict = {"internal_layer": 1, "internal_steps": 9, "internal_early_stopping": False, "probe_every": 0}
 
 
 PLAIN = {

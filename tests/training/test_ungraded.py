@@ -168,7 +168,7 @@ def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group
     rows = patterns(count, group)
     trainer = trainer_with(
         tmp_path, Rewards(rows), advantage_estimator=estimator, num_generations=group, per_device_train_batch_size=count,
-        steps_per_generation=1, num_iterations=2, internal_steps=steps, gae_gamma=0.9, gae_lambda=0.8, **changes,
+        steps_per_generation=1, num_iterations=2, internal_steps=steps, gamma=0.9, lam=0.8, **changes,
     )  # fmt: skip
     trainer.model.train()
     output = trainer.generate_rollouts([PROBLEMS[n // group] for n in range(count)])
@@ -188,7 +188,7 @@ def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group
         assert not output["values"].any() and not output["returns"][~graded].any()
         assert output["returns"][graded].abs().sum() > 0
     check_advantages(estimator, output["advantages"], rewards, lengths, group, values, (0.9, 0.8), **options)
-    mask = RolloutBatch(output).mask
+    mask = RolloutBatch(output).loss_mask
     assert not mask[~graded].any() and mask[graded].any(1).all()
     assert output["num_items_in_batch"] == sum(n for n, is_graded in zip(lengths, graded, strict=True) if is_graded)
     metrics = {name: values[-1] for name, values in trainer.train_metrics.items()}
@@ -236,7 +236,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
     torch.testing.assert_close(found[0][0], found[1][0] * share, atol=1e-5, rtol=1e-4)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other * share, atol=1e-5, rtol=1e-3)
-    for name in ("entropy", "kl", "kl_old", "clip_ratio/region_mean", "internal/entropy"):
+    for name in ("entropy", "kl", "approx_kl", "clip_ratio/region_mean", "internal/entropy"):
         if name in metrics[1]:
             assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
 

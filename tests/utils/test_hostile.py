@@ -280,9 +280,9 @@ def test_hostile_run_folders_do_nothing_in_a_page(tmp_path, capsys, monkeypatch)
     assert len(run["y"]["reward"]["y"]) == 6 and "kl" not in run["y"] and "loss" not in run["y"]
     assert len(json.dumps(data)) < 200_000 and not STEERING.search(json.dumps(data, ensure_ascii=False))
     found = report_runs(folders, tmp_path / "page.html")
-    rows = list(csv.DictReader(found.tables[0].frame().to_csv(index=False).splitlines()))
+    rows = list(csv.DictReader(found.tables[0].to_dataframe().to_csv(index=False).splitlines()))
     assert rows and not [value for row in rows for value in row.values() if value[:1] in tuple("=+@")]
-    lines = found.tables[0].markdown().splitlines()
+    lines = found.tables[0].to_markdown().splitlines()
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 

@@ -85,7 +85,7 @@ def test_a_folder_of_the_same_name_is_another(tmp_path):
 def test_an_evaluation_whose_folder_is_gone(tmp_path, monkeypatch, capsys, lose):
     from bupo.generation.seeded_sampling import TransformersEngine
 
-    ids = TransformersEngine.token_ids
+    ids = TransformersEngine.generate_token_ids
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TransformersEngine, "token_ids", lambda *args: (lose(Path("out")), ids(*args))[1])
     assert main([*EVAL, "--output", "out"]) == 2

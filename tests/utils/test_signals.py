@@ -58,11 +58,11 @@ def test_signals_are_heard_and_handlers_given_back():
             send(signal.SIGTERM)
             send(signal.SIGINT)
             send(signal.SIGTERM)
-            assert heard.first == signal.SIGTERM
+            assert heard.first_signal == signal.SIGTERM
         assert handlers() == outer
         with SignalRecorder(said.append) as heard:
             send(signal.SIGINT)
-            assert heard.first == signal.SIGINT and len(said) == 1
+            assert heard.first_signal == signal.SIGINT and len(said) == 1
     assert handlers() == before
 
 
@@ -73,7 +73,7 @@ def test_ignored_and_foreign_handlers_stay():
     with raise_on_signal(), SignalRecorder() as heard:
         send(signal.SIGINT)
         send(signal.SIGUSR1)
-        assert heard.first == 0 and theirs == [signal.SIGUSR1]
+        assert heard.first_signal == 0 and theirs == [signal.SIGUSR1]
 
 
 def test_a_handler_that_python_does_not_know_of_stays(tmp_path):
@@ -83,7 +83,7 @@ def test_a_handler_that_python_does_not_know_of_stays(tmp_path):
         try:
             with raise_on_signal(), SignalRecorder() as heard:
                 send(signal.SIGUSR1)
-                assert heard.first == 0
+                assert heard.first_signal == 0
             send(signal.SIGUSR1)  # would end the process, if it were given back
         finally:
             faulthandler.unregister(signal.SIGUSR1)
@@ -95,7 +95,7 @@ def test_another_thread_than_the_main_one_sets_no_handlers():
 
     def work():
         with raise_on_signal(), SignalRecorder() as heard:
-            seen.append((handlers(), heard.first))
+            seen.append((handlers(), heard.first_signal))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -141,7 +141,7 @@ def test_forked_children_end_by_their_parents_hand():
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.05)
-        assert heard.first == 0
+        assert heard.first_signal == 0
 
 
 @pytest.mark.parametrize("within", [blocked_signals, nullcontext])
@@ -173,4 +173,4 @@ def test_a_handler_that_others_set_inside_stays_theirs():
         signal.signal(signal.SIGTERM, lambda number, frame: theirs.append(number))
         with SignalRecorder() as heard:
             send(signal.SIGTERM)
-            assert heard.first == 0 and theirs == [signal.SIGTERM]
+            assert heard.first_signal == 0 and theirs == [signal.SIGTERM]

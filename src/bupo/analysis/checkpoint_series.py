@@ -44,8 +44,8 @@ class CheckpointPosition:
         schedule (`list[tuple[int, int]]`): layers and rollout batches of the first phase, as it was decided by then.
     """
 
-    run: Path
-    batches: float
+    run_dir: Path
+    rollout_batches: float
     schedule: list[tuple[int, int]]
 
 
@@ -60,8 +60,8 @@ class CheckpointSeries:
         first_phase (`int`): its length in rollout batches.
     """
 
-    run: Path
-    batches: list[float]
+    run_dir: Path
+    rollout_batches: list[float]
     layers: list[int]
     first_phase: int
 
@@ -84,8 +84,8 @@ def find_checkpoint_series(
     """
     found = [_read_position(Path(name)) for name in names]
     places = [place for place in found if place is not None]
-    runs = {place.run for place in places}
-    config = _read_run_config(places[0].run) if places else {}
+    runs = {place.run_dir for place in places}
+    config = _read_run_config(places[0].run_dir) if places else {}
     begun = config.get("model", config.get("model_name_or_path"))
     strange = [name for name, place in zip(names, found, strict=True) if place is None and name != begun]
     if len(names) < 2 or len(runs) != 1 or strange:
@@ -105,19 +105,21 @@ def find_checkpoint_series(
     layers = [one for one in layers if type(one) is int and one > 0]
     for name in names if layers else ():
         check_layers_exist(name, {"layer": max(layers)}, **loading)
-    first_phase = min(sum(batches for _, batches in last.schedule), int(last.batches))
-    return CheckpointSeries(run, [0.0 if place is None else place.batches for place in found], layers, first_phase)
+    first_phase = min(sum(batches for _, batches in last.schedule), int(last.rollout_batches))
+    return CheckpointSeries(
+        run, [0.0 if place is None else place.rollout_batches for place in found], layers, first_phase
+    )
 
 
 def _get_last_position(places: Sequence[CheckpointPosition]) -> CheckpointPosition:
     """Where most is done. Raises [`UserError`] for what no run has done."""
     for place in places:
-        if not 0 <= place.batches < MAX_ROLLOUT_BATCHES:
+        if not 0 <= place.rollout_batches < MAX_ROLLOUT_BATCHES:
             raise UserError(
-                f"{place.run} says that {place.batches} rollout batches are done, which no run has: its files are damaged; "
+                f"{place.run_dir} says that {place.rollout_batches} rollout batches are done, which no run has: its files are damaged; "
                 "analyse its models one by one"
             )
-    return max(places, key=lambda place: place.batches)
+    return max(places, key=lambda place: place.rollout_batches)
 
 
 def _read_position(folder: Path) -> CheckpointPosition | None:
@@ -200,13 +202,13 @@ def write_checkpoint_series(report: AnalysisReport, course: CheckpointSeries | N
         for path in (report.folder / DYNAMICS_FILE, *figures) if figures[0].exists() else ():
             path.unlink(missing_ok=True)
         return
-    by_batch = dict(zip(course.batches, report.models, strict=True))
+    by_batch = dict(zip(course.rollout_batches, report.models, strict=True))
     whole = all(batches == int(batches) for batches in by_batch)
     rows = [
         {"rollout_batch": int(batches) if whole else batches, **row}
         for batches in sorted(by_batch)
         for row in build_dynamics_rows(by_batch[batches], course.layers)
     ]
-    table = write_dynamics(report.folder / DYNAMICS_FILE, rows, report.models[-1].meta | {"run": str(course.run)})
+    table = write_dynamics(report.folder / DYNAMICS_FILE, rows, report.models[-1].meta | {"run": str(course.run_dir)})
     for path in figures:
-        draw_dynamics_figure(table, course.first_phase, path, course.run.name)
+        draw_dynamics_figure(table, course.first_phase, path, course.run_dir.name)

@@ -30,7 +30,7 @@ class MeasuredRollouts:
         seconds (`float`): of measuring, this time.
     """
 
-    answers: list[CompletionSums]
+    completions: list[CompletionSums]
     stopped_early: bool
     seconds: float
 
@@ -94,7 +94,7 @@ def _iterate_sums(
         if writer:
             writer.add(found)
         if found.index not in store.rows:
-            store.add(found.index, CompletionSums.of(found))
+            store.add(found.index, CompletionSums.from_measures(found))
         yield store.rows[found.index]
 
 
@@ -102,7 +102,7 @@ class _TokenTableWriter:
     """Every token's values, answer by answer, so that memory does not grow. Moved into place when whole."""
 
     def __init__(self, path: Path):
-        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.path, self.partial_path = path, path.with_name(path.name + ".part")
         self.writer: pq.ParquetWriter | None = None
 
     def add(self, answer: CompletionMeasures) -> None:
@@ -116,14 +116,14 @@ class _TokenTableWriter:
         table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
         if self.writer is None:
             check_guarded_folder(self.path)
-            remove_existing_file(self.part)
-            self.writer = pq.ParquetWriter(self.part, table.schema)
+            remove_existing_file(self.partial_path)
+            self.writer = pq.ParquetWriter(self.partial_path, table.schema)
         self.writer.write_table(table)
 
     def commit(self) -> None:
         self.close()
         check_guarded_folder(self.path)
-        self.part.replace(self.path)
+        self.partial_path.replace(self.path)
 
     def close(self) -> None:
         if self.writer:

@@ -60,7 +60,7 @@ class CompletionMeasures:
     entropy: np.ndarray
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.log_probs.shape[0]
 
 
@@ -96,30 +96,30 @@ def measure_completions(
         waiting.append(_PendingCompletion(index, answer))
         start = 0
         while start < len(answer):
-            stop = min(len(answer), start + block.free)
+            stop = min(len(answer), start + block.num_free)
             block.add(waiting[-1], prompt, answer, start, stop)
             start = stop
-            if block.free == 0:
-                block.measure()
-        while waiting and waiting[0].done:
-            yield waiting.pop(0).result()
-    block.measure()
+            if block.num_free == 0:
+                block.flush()
+        while waiting and waiting[0].is_complete:
+            yield waiting.pop(0).build_measures()
+    block.flush()
     while waiting:
-        yield waiting.pop(0).result()
+        yield waiting.pop(0).build_measures()
 
 
 class _PendingCompletion:
     """An answer whose pieces come in from blocks."""
 
     def __init__(self, index: int, answer: Sequence[int]):
-        self.index, self.answer, self.tokens = index, answer, len(answer)
+        self.index, self.completion_ids, self.num_tokens = index, answer, len(answer)
         self.pieces: list[dict[str, torch.Tensor]] = []
 
     @property
-    def done(self) -> bool:
-        return sum(piece["log_prob_theta"].size(-1) for piece in self.pieces) == self.tokens
+    def is_complete(self) -> bool:
+        return sum(piece["log_prob_theta"].size(-1) for piece in self.pieces) == self.num_tokens
 
-    def result(self) -> CompletionMeasures:
+    def build_measures(self) -> CompletionMeasures:
         def joined(name: str) -> np.ndarray:
             return torch.cat([piece[name] for piece in self.pieces], dim=-1).double().cpu().numpy()
 
@@ -129,7 +129,7 @@ class _PendingCompletion:
         masked = (joined("log_prob_theta") < MASKED_LOGIT / 2).nonzero()[0]
         if len(masked):
             raise UserError(
-                f"rollout {self.index}: token {masked[0] + 1} of its answer (id {self.answer[masked[0]]}) has probability 0: "
+                f"rollout {self.index}: token {masked[0] + 1} of its answer (id {self.completion_ids[masked[0]]}) has probability 0: "
                 "the unembedding's bias masks it; leave this answer out"
             )
         return CompletionMeasures(
@@ -151,43 +151,47 @@ class _PositionBlock:
         self.activations = [Activation("layer", 0)] + [
             Activation(kind, layer) for layer in layers for kind in ENTROPY_KINDS
         ]
-        weight = stream.head().weight
-        self.device, self.kind = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        weight = stream.get_unembedding().weight
+        self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         width = weight.size(1)
         numbers_a_row = (len(self.activations) + 1) * width
         if pairs:
             numbers_a_row += 2 * (stream.num_layers + 2) * get_tile_size(self.device)
-        bytes_a_row = numbers_a_row * (8 if self.kind == torch.float64 else 4)
+        bytes_a_row = numbers_a_row * (8 if self.dtype == torch.float64 else 4)
         self.capacity = max(64, min(MAX_BLOCK_ROWS, MAX_BLOCK_BYTES // bytes_a_row))
-        self.states = torch.empty(len(self.activations), self.capacity, width, dtype=self.kind, device=self.device)
+        self.states = torch.empty(len(self.activations), self.capacity, width, dtype=self.dtype, device=self.device)
         self.targets = torch.empty(self.capacity, dtype=torch.long, device=self.device)
         self.pieces: list[tuple[_PendingCompletion, int]] = []
-        self.used = 0
+        self.num_used = 0
 
     @property
-    def free(self) -> int:
-        return self.capacity - self.used
+    def num_free(self) -> int:
+        return self.capacity - self.num_used
 
     def add(self, answer: _PendingCompletion, prompt: Sequence[int], ids: Sequence[int], start: int, stop: int) -> None:
         """Run the model on the prefix and keep the states that predict answer tokens start..stop - 1."""
-        here = slice(self.used, self.used + stop - start)
+        here = slice(self.num_used, self.num_used + stop - start)
         first = len(prompt) + start - 1
         device = self.stream.model.get_input_embeddings().weight.device
         input_ids = torch.tensor([[*prompt, *ids[: stop - 1]]], device=device)
-        states = self.stream.run(self.activations, input_ids, select=lambda x: x[0, first:].to(self.device, self.kind))
+        states = self.stream.compute_activations(
+            self.activations, input_ids, select=lambda x: x[0, first:].to(self.device, self.dtype)
+        )
         for number, site in enumerate(self.activations):
             self.states[number, here] = states.pop(site)
         self.targets[here] = torch.tensor(ids[start:stop], device=self.device)
         self.pieces.append((answer, stop - start))
-        self.used += stop - start
+        self.num_used += stop - start
 
-    def measure(self) -> None:
+    def flush(self) -> None:
         """Measure what is held, hand the pieces out, and be empty again."""
-        if not self.used:
+        if not self.num_used:
             return
-        states = {site: self.states[i, : self.used] for i, site in enumerate(self.activations)}
+        states = {site: self.states[i, : self.num_used] for i, site in enumerate(self.activations)}
         found = _compute_cosines(states, self.stream.num_layers)  # before a lens changes the states
-        found |= _compute_layer_measures(self._policies(states, self.targets[: self.used]), self.stream.num_layers)
+        found |= _compute_layer_measures(
+            self._stream_policies(states, self.targets[: self.num_used]), self.stream.num_layers
+        )
         similarity, kl = found.pop("similarity_unit"), found.pop("kl_pairs", None)
         start = 0
         for answer, rows in self.pieces:
@@ -198,17 +202,17 @@ class _PositionBlock:
                 piece["kl"] = kl[..., here].double().sum(-1)
             answer.pieces.append(piece)
             start += rows
-        self.pieces, self.used = [], 0
+        self.pieces, self.num_used = [], 0
 
-    def _policies(self, states: dict[Activation, torch.Tensor], targets: torch.Tensor) -> StreamedPolicies:
+    def _stream_policies(self, states: dict[Activation, torch.Tensor], targets: torch.Tensor) -> StreamedPolicies:
         """Every policy, folded: pi_theta, the layers L..0, then what modules read and write, each from layer 1 on.
 
         Norms the states in place where the lens asks for it.
         """
-        num_layers, head = self.stream.num_layers, self.stream.head(self.temperature)
+        num_layers, head = self.stream.num_layers, self.stream.get_unembedding(self.temperature)
 
         def normed(x: torch.Tensor) -> torch.Tensor:
-            return self.stream.apply_lens(x.to(head.weight.dtype), "final_norm").to(self.device, self.kind)
+            return self.stream.apply_lens(x.to(head.weight.dtype), "final_norm").to(self.device, self.dtype)
 
         theta = normed(states[Activation("layer", num_layers)])
         if self.lens != "raw":
@@ -229,8 +233,8 @@ def _compute_layer_measures(fold: StreamedPolicies, num_layers: int) -> dict[str
     for kind, values in zip(ENTROPY_KINDS[:-1], fold.entropy[num_layers + 2 :].split(num_layers), strict=True):
         entropy[kind] = values
     below = torch.cat([fold.entropy[num_layers + 1][None], entropy["layer"][:-1]])
-    to_theta, to_next, pairs = fold.kl()
-    log_prob, best = fold.chosen_logit - fold.z[: num_layers + 2], fold.best_token
+    to_theta, to_next, pairs = fold.compute_kl()
+    log_prob, best = fold.chosen_logit - fold.log_normalizers[: num_layers + 2], fold.best_token
     return {
         "entropy_layer_input": below,
         **{f"entropy_{kind}": value for kind, value in entropy.items()},
@@ -240,7 +244,7 @@ def _compute_layer_measures(fold: StreamedPolicies, num_layers: int) -> dict[str
         "kl_next": torch.cat([to_next.flip(0)[1:-1], torch.full_like(log_prob[:1], torch.nan)]),
         "kl_language_model": to_theta.flip(0)[1:],
         **({} if pairs is None else {"kl_pairs": pairs.flip(0, 1)[1:, 1:]}),
-        "top1_agreement": (best[ascending] == best[0]).to(fold.z.dtype).flip(0)[1:],
+        "top1_agreement": (best[ascending] == best[0]).to(fold.log_normalizers.dtype).flip(0)[1:],
         "log_prob": log_prob[ascending].flip(0)[1:],
         "log_prob_theta": log_prob[0],
         "entropy_theta": fold.entropy[0],

@@ -59,10 +59,10 @@ class ModelReport:
     perplexity: float
     entropy_language_model: float
     meta: dict[str, Any]
-    views: list[dict]
+    token_views: list[dict]
     folder: Path
 
-    def summary(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What `summary.json` holds of it."""
         names = [
             "meta",
@@ -101,7 +101,7 @@ class AnalysisReport:
         return read_parquet(path) if path.exists() else None
 
     @property
-    def only(self) -> ModelReport:
+    def single_model(self) -> ModelReport:
         """The one model's report.
 
         Raises:
@@ -114,24 +114,24 @@ class AnalysisReport:
     @property
     def boundary_layer(self) -> int | None:
         """Of the one model."""
-        return self.only.boundary_layer
+        return self.single_model.boundary_layer
 
     @property
     def stages(self) -> list[str]:
         """Of the one model."""
-        return self.only.stages
+        return self.single_model.stages
 
     @property
     def meta(self) -> dict[str, Any]:
         """Of the one model."""
-        return self.only.meta
+        return self.single_model.meta
 
 
 def build_model_report(
     label: str, meta: dict[str, Any], found: MeasuredRollouts, views: list[dict], folder: Path
 ) -> ModelReport:
     """Tables and stages from measured answers."""
-    answers, kl = found.answers, compute_kl(found.answers)
+    answers, kl = found.completions, compute_kl(found.completions)
     tokens = sum(a.tokens for a in answers)
     meta = meta | {
         "label": label,
@@ -149,7 +149,7 @@ def build_model_report(
         perplexity=compute_perplexity(answers),
         entropy_language_model=sum(a.entropy for a in answers) / tokens,
         meta=meta,
-        views=views,
+        token_views=views,
         folder=folder,
     )
 
@@ -159,8 +159,8 @@ def write_report(report: AnalysisReport) -> None:
     folder, table = report.folder, report.table
     with atomic_write(folder / "layers.parquet") as part:
         table.to_parquet(part)
-    summary = [model.summary() for model in report.models]
-    views = {model.label: model.views for model in report.models}
+    summary = [model.to_dict() for model in report.models]
+    views = {model.label: model.token_views for model in report.models}
     write_json(folder / "summary.json", {"schema_version": 1, "models": summary})
     write_json(folder / "views.json", views)
     draw_analysis_figures(table, summary, folder / "figures")

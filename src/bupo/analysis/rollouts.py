@@ -172,7 +172,7 @@ def sample_rollouts(
     on_done(len(prompts) - len(requests))
     for start in range(0, len(requests), engine.batch_size):
         batch = requests[start : start + engine.batch_size]
-        answers = dict(engine.token_ids(batch))
+        answers = dict(engine.generate_token_ids(batch))
         for request in batch:  # in the file, problems keep their order
             prompt, answer = list(request.prompt_ids), answers[request]
             texts = engine.tokenizer.decode(prompt), engine.tokenizer.decode(answer)

@@ -96,8 +96,8 @@ def analyze(
     )
     options, asking = _resolve_options(options, loaded, tokenizer)
     given = _collect_inputs(loaded, tokenizer, problems, rollouts, options, asking, noted)
-    if bar and asking.line:
-        bar.console.print(escape_text(asking.line), highlight=False, markup=False)
+    if bar and asking.summary_line:
+        bar.console.print(escape_text(asking.summary_line), highlight=False, markup=False)
     _check_inputs(names, given, options)
     return _analyze_models(names, labels, given, *_find_series(names, given, options), bar)
 
@@ -146,9 +146,9 @@ def _resolve_options(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[An
 def _check_inputs(names: list[str], given: "_AnalysisInputs", options: AnalyzeOptions) -> None:
     """What is missing or refused is found before the first model is loaded and measured."""
     for name in names if given.model is None else ():
-        tokenizer = load_tokenizer(name, **options.loading())
+        tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
         given.prompt_settings.set_template(tokenizer)
-        config = load_config(name, **options.loading())
+        config = load_config(name, **options.get_loading_kwargs())
         if options.rollouts and name == names[0]:
             _read_rollouts(options, tokenizer, config, given.prompt_settings)
 
@@ -158,7 +158,7 @@ def _find_series(
 ) -> tuple[AnalyzeOptions, CheckpointSeries | None]:
     """The run whose checkpoints are analysed on the same answers, if they are of one; then with the KL of all pairs."""
     if given.model is None and given.problems is None:
-        course = find_checkpoint_series(names, options.layer, options.output, **options.loading())
+        course = find_checkpoint_series(names, options.layer, options.output, **options.get_loading_kwargs())
         return replace(options, kl_pairs=options.kl_pairs or course is not None), course
     if options.layer:
         raise UserError(
@@ -185,7 +185,7 @@ class _AnalysisInputs:
     source: str
     prompt_settings: PromptSettings
     python_arguments: list[str]
-    noted: dict[str, Any]
+    recorded_options: dict[str, Any]
 
 
 def _collect_inputs(
@@ -225,11 +225,11 @@ def _load_model(name: str, label: str, given: _AnalysisInputs, options: AnalyzeO
     if given.tokenizer is not None:
         tokenizer = copy.deepcopy(given.tokenizer)  # it is given a template
     else:
-        tokenizer = load_tokenizer(name, **options.loading())
+        tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
     model = given.model
     if model is None:
-        model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.loading())
-    template, temperature = given.prompt_settings.set_template(tokenizer), options.sampling[1]
+        model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs())
+    template, temperature = given.prompt_settings.set_template(tokenizer), options.sampling_settings[1]
     policies = InternalPolicies(model, lens=options.lens, temperature=temperature)
     meta = get_model_metadata(name, policies.stream, options.lens, temperature, options.revision) | {
         "adapter": options.adapter,
@@ -237,7 +237,7 @@ def _load_model(name: str, label: str, given: _AnalysisInputs, options: AnalyzeO
         "template": template,
         "weights": compute_weight_fingerprint(policies.stream.model),
         "kl_pairs": options.kl_pairs,
-        **given.prompt_settings.noted,
+        **given.prompt_settings.metadata,
     }
     meta |= {"preset": options.preset} if options.preset else {}
     return _LoadedModel(label, policies, tokenizer, meta, get_label_folder(options.output, label))
@@ -263,12 +263,12 @@ def _analyze_model(
         answers = _open_rollout_cache(subject, options, given.problems, prompts)
     _open_measure_cache(subject, options, rollouts, sampled=answers is not None)
     if first:
-        record_run(options.output, "analyze", given.noted, given.python_arguments)
+        record_run(options.output, "analyze", given.recorded_options, given.python_arguments)
     with eval_mode(subject.policies.stream.model):
         if answers is not None:
             rollouts = _sample_rollouts(subject, options, answers, prompts, bar)
         found = _measure_rollouts(subject, options, rollouts, answers is not None, bar)
-        views = build_token_views(subject.policies, subject.tokenizer, rollouts[: len(found.answers)])
+        views = build_token_views(subject.policies, subject.tokenizer, rollouts[: len(found.completions)])
     return build_model_report(label, subject.meta | {"dataset": given.source}, found, views, subject.folder)
 
 
@@ -327,7 +327,7 @@ def _sample_rollouts(
     engine = TransformersEngine(
         subject.policies.stream.model,
         subject.tokenizer,
-        *options.sampling,
+        *options.sampling_settings,
         batch_size=options.batch_size,
     )
     done = add_progress_task(bar, f"{subject.label}: answers", len(prompts))
@@ -346,7 +346,7 @@ def _open_measure_cache(
         ANSWERS_FILE,
         "measures",
         _parse_sums,
-        lambda index, sums: sums.line(),
+        lambda index, sums: sums.to_json(),
         {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [hash_rollout(rollout) for rollout in rollouts],
         "answers",
@@ -357,7 +357,7 @@ def _open_measure_cache(
 
 
 def _parse_sums(line: str) -> tuple[int, CompletionSums]:
-    sums = CompletionSums.read(line)
+    sums = CompletionSums.from_json(line)
     return sums.index, sums
 
 

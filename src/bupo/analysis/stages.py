@@ -27,7 +27,7 @@ def classify_stages(answers: Sequence[CompletionSums], tolerance: float = ENTROP
         `tolerance` (nats), `explanation`; `ranges` and `fit` of `ranges_of`, `pattern` and `verdict` of `pattern_of`.
     """
     resampled, row = BootstrapMeans(answers), MEASURES.index("d_entropy_ffn")
-    mean, (low, high) = resampled.mean[row], (bound[row] for bound in resampled.interval())
+    mean, (low, high) = resampled.mean[row], (bound[row] for bound in resampled.compute_interval())
     boundary, paper = _find_last_layer(low > tolerance), _find_last_layer(mean > 0)
     if np.isnan(low).any():
         names, shares = ["undecided"] * len(mean), dict[int, float]()

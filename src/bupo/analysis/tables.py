@@ -35,19 +35,19 @@ class CompletionSums:
 
     index: int
     tokens: int
-    total: np.ndarray
-    squares: np.ndarray
+    sums: np.ndarray
+    squared_sums: np.ndarray
     similarity: np.ndarray
     kl: np.ndarray | None
     log_prob: float
     entropy: float
 
     @classmethod
-    def of(cls, answer: CompletionMeasures) -> "CompletionSums":
+    def from_measures(cls, answer: CompletionMeasures) -> "CompletionSums":
         values = np.stack([answer.values[name] for name in MEASURES])
         return cls(
             answer.index,
-            answer.tokens,
+            answer.num_tokens,
             values.sum(-1),
             np.square(values).sum(-1),
             answer.similarity,
@@ -63,7 +63,7 @@ class CompletionSums:
         sums = {name: sum(getattr(a, name) for a in answers) for name in names if getattr(answers[0], name) is not None}
         return cls(answers[0].index, **{"kl": None, **sums})
 
-    def line(self) -> str:
+    def to_json(self) -> str:
         """One JSON line, at nine digits."""
 
         def rounded(array: np.ndarray) -> list:
@@ -74,7 +74,7 @@ class CompletionSums:
         return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
 
     @classmethod
-    def read(cls, line: str) -> "CompletionSums":
+    def from_json(cls, line: str) -> "CompletionSums":
         kinds = {"index": int, "tokens": int, "log_prob": float, "entropy": float}
         row: dict[str, Any] = check_keys(
             json.loads(line), kinds | dict.fromkeys(("total", "squares", "similarity"), list)
@@ -97,17 +97,17 @@ class BootstrapMeans:
     """
 
     def __init__(self, answers: Sequence[CompletionSums], seed: int = 0):
-        self.answers, self.tokens = len(answers), sum(a.tokens for a in answers)
-        total = np.stack([a.total for a in answers])
-        self.mean = total.sum(0) / self.tokens
-        variance = np.stack([a.squares for a in answers]).sum(0) / self.tokens - self.mean**2
-        self.std = np.sqrt(np.maximum(variance, 0) * self.tokens / max(1, self.tokens - 1))
+        self.num_completions, self.num_tokens = len(answers), sum(a.tokens for a in answers)
+        total = np.stack([a.sums for a in answers])
+        self.mean = total.sum(0) / self.num_tokens
+        variance = np.stack([a.squared_sums for a in answers]).sum(0) / self.num_tokens - self.mean**2
+        self.std = np.sqrt(np.maximum(variance, 0) * self.num_tokens / max(1, self.num_tokens - 1))
         n = len(answers)
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES if n > 1 else 0)
         counts = drawn @ np.array([a.tokens for a in answers])
         self.draws = (drawn @ total.reshape(n, -1)).reshape(len(drawn), *self.mean.shape) / counts[:, None, None]
 
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    def compute_interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Percentile interval of each mean; NaN where one answer leaves nothing to resample."""
         if not len(self.draws):
             return np.full_like(self.mean, np.nan), np.full_like(self.mean, np.nan)
@@ -118,7 +118,7 @@ class BootstrapMeans:
 def build_layer_table(answers: Sequence[CompletionSums], model: str) -> pd.DataFrame:
     """Tidy: one row a measure and layer, with mean, standard deviation over tokens, count and 95 % interval."""
     resampled = BootstrapMeans(answers)
-    low, high = resampled.interval()
+    low, high = resampled.compute_interval()
     rows = [
         {
             "model": model,
@@ -128,8 +128,8 @@ def build_layer_table(answers: Sequence[CompletionSums], model: str) -> pd.DataF
             "std": resampled.std[m, layer],
             "low": low[m, layer],
             "high": high[m, layer],
-            "tokens": resampled.tokens,
-            "answers": resampled.answers,
+            "tokens": resampled.num_tokens,
+            "answers": resampled.num_completions,
         }
         for m, name in enumerate(MEASURES)
         for layer in range(resampled.mean.shape[1])
@@ -141,7 +141,9 @@ def has_significant_signs(answers: Sequence[CompletionSums]) -> bool:
     """Whether the sign of `dH_FFN` is settled in every layer: at least 8 answers, no 99 % interval that holds zero."""
     if len(answers) < MIN_STOPPING_COMPLETIONS:
         return False
-    low, high = (bound[MEASURES.index("d_entropy_ffn")] for bound in BootstrapMeans(answers).interval(STOPPING_LEVEL))
+    low, high = (
+        bound[MEASURES.index("d_entropy_ffn")] for bound in BootstrapMeans(answers).compute_interval(STOPPING_LEVEL)
+    )
     return bool(((low > 0) | (high < 0)).all())
 
 

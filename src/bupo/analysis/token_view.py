@@ -33,7 +33,7 @@ def get_top_tokens(
     first = len(prompt) - 1
     device = stream.model.get_input_embeddings().weight.device
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=device)
-    states = stream.run([Activation("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
+    states = stream.compute_activations([Activation("layer", n) for n in layers], ids, select=lambda x: x[0, first:])
     targets = torch.tensor(answer)[:, None]
     show = cache(partial(format_token, tokenizer))
     view: dict = {"ids": list(answer), "tokens": [show(t) for t in answer]}

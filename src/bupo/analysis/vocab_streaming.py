@@ -33,9 +33,9 @@ class StreamedPolicies:
 
     def __init__(self, states: list[torch.Tensor], spoken: int, pairs: bool):
         rows, device = states[0].size(0), states[0].device
-        self.states, self.spoken = states, spoken
+        self.states, self.num_compared = states, spoken
         zeros = states[0].new_zeros
-        self.z = zeros(len(states), rows).fill_(-math.inf)  # log of the summed exponentials so far
+        self.log_normalizers = zeros(len(states), rows).fill_(-math.inf)  # log of the summed exponentials so far
         self.entropy = zeros(len(states), rows)
         self.chosen_logit = zeros(spoken, rows)
         self.best_logit = zeros(spoken, rows).fill_(-math.inf)
@@ -43,8 +43,8 @@ class StreamedPolicies:
         # E_p[log q] of each layer's p, with q the policies in these places
         self.pairs, layers = pairs, torch.arange(1, spoken, device=device)
         every = torch.arange(spoken, device=device).expand(spoken - 1, -1)
-        self.others = every if pairs else torch.stack([torch.zeros_like(layers), layers - 1], 1)
-        self.mean = zeros(*self.others.shape, rows)
+        self.kl_targets = every if pairs else torch.stack([torch.zeros_like(layers), layers - 1], 1)
+        self.expected_logits = zeros(*self.kl_targets.shape, rows)
         self.tile = get_tile_size(states[0].device)
         self.buffers = [zeros(rows, self.tile) for _ in range(4)]
         if pairs:
@@ -59,27 +59,27 @@ class StreamedPolicies:
         entries = head.weight.size(0)
         for start in range(0, entries, self.tile):
             columns = slice(start, min(start + self.tile, entries))
-            self._take(head.tile(columns, head.state_dtype), targets, columns)
-        if bool((self.z < MASKED_LOGIT / 2).any()):
+            self._accumulate_tile(head.slice_vocab(columns, head.state_dtype), targets, columns)
+        if bool((self.log_normalizers < MASKED_LOGIT / 2).any()):
             raise UserError(ALL_MASKED_MESSAGE)
 
-    def _take(self, head: Unembedding, targets: torch.Tensor, columns: slice) -> None:
+    def _accumulate_tile(self, head: Unembedding, targets: torch.Tensor, columns: slice) -> None:
         """Project every policy's states on a tile of the vocabulary and fold it in."""
-        reference = self.z.clone()  # keeps the exponentials in range, once there is a z
-        total, moment = torch.empty_like(self.z), torch.empty_like(self.z)
+        reference = self.log_normalizers.clone()  # keeps the exponentials in range, once there is a z
+        total, moment = torch.empty_like(self.log_normalizers), torch.empty_like(self.log_normalizers)
         best, token = torch.empty_like(self.best_logit), torch.empty_like(self.best_token)
         hit = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
         place = targets[hit] - columns.start
         width = columns.stop - columns.start
-        dot = torch.empty_like(self.mean)
+        dot = torch.empty_like(self.expected_logits)
         masking = head.bias is not None  # finite weights alone mask no entry
-        unset = self.z < MASKED_LOGIT / 2  # rows whose entries so far are all masked, or none
+        unset = self.log_normalizers < MASKED_LOGIT / 2  # rows whose entries so far are all masked, or none
         for i, states in enumerate(self.states):
-            x, exps = self._buffers(i, width)
+            x, exps = self._get_buffers(i, width)
             head.logits(states.to(head.weight.dtype), x)
             if masking:
                 x.clamp_(min=MASKED_LOGIT)
-            if i < self.spoken:
+            if i < self.num_compared:
                 self.chosen_logit[i, hit] = x[hit, place]
                 best[i], token[i] = _find_row_maxima(x)
             if columns.start == 0:
@@ -88,44 +88,44 @@ class StreamedPolicies:
                 reference[i] = torch.where(unset[i], x.amax(1), reference[i])
             total[i] = _shift_and_exponentiate(x, exps, reference[i])
             moment[i] = torch.linalg.vecdot(exps, x)
-            if not self.pairs and 0 < i < self.spoken:
+            if not self.pairs and 0 < i < self.num_compared:
                 for column, other in enumerate((0, i - 1)):
-                    dot[i - 1, column] = torch.linalg.vecdot(exps, self._buffers(other, width)[0])
+                    dot[i - 1, column] = torch.linalg.vecdot(exps, self._get_buffers(other, width)[0])
         if self.pairs:
             weights, logits = self.compared_exps[:, 1:, :width], self.compared_logits[..., :width]
             dot = torch.bmm(weights, logits.transpose(1, 2)).permute(1, 2, 0)  # (layers, spoken, rows)
-        self._merge(reference, total, moment, dot)
+        self._merge_tile(reference, total, moment, dot)
         better = best > self.best_logit
         self.best_logit = torch.where(better, best, self.best_logit)
         self.best_token = torch.where(better, token + columns.start, self.best_token)
 
-    def _buffers(self, policy: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _get_buffers(self, policy: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a policy's logits and their exponentials stand. The logits of pi_theta and of the policy before stay."""
-        if self.pairs and policy < self.spoken:
+        if self.pairs and policy < self.num_compared:
             return self.compared_logits[:, policy, :width], self.compared_exps[:, policy, :width]
-        place = 1 + policy % 2 if 0 < policy < self.spoken else 0  # few buffers stay in the cache
+        place = 1 + policy % 2 if 0 < policy < self.num_compared else 0  # few buffers stay in the cache
         return self.buffers[place][:, :width], self.buffers[3][:, :width]
 
-    def _merge(self, reference, total, moment, dot) -> None:
+    def _merge_tile(self, reference, total, moment, dot) -> None:
         """Join the tile's group of entries with those before it: see the module's head."""
         total = total.clamp(min=torch.finfo(total.dtype).tiny)
         log_total = total.log()
         tile_z, tile_entropy = reference + log_total, log_total - moment / total
-        old_z, self.z = self.z, torch.logaddexp(self.z, tile_z)
-        share = (tile_z - self.z).exp().clamp(max=1.0)
+        old_z, self.log_normalizers = self.log_normalizers, torch.logaddexp(self.log_normalizers, tile_z)
+        share = (tile_z - self.log_normalizers).exp().clamp(max=1.0)
         rest = 1 - share
         mixing = -torch.xlogy(share, share) - torch.xlogy(rest, rest)
         self.entropy = rest * self.entropy + share * tile_entropy + mixing
-        p, q = slice(1, self.spoken), self.others
+        p, q = slice(1, self.num_compared), self.kl_targets
         # E_p[y - z_q]: z_q has moved since the mean was taken, and the dot is relative to q's reference
-        before = torch.where(torch.isfinite(old_z[q]), self.mean + (old_z[q] - self.z[q]), 0.0)
-        here = dot / total[p, None] + (reference[q] - self.z[q])
-        self.mean = rest[p, None] * before + share[p, None] * here
+        before = torch.where(torch.isfinite(old_z[q]), self.expected_logits + (old_z[q] - self.log_normalizers[q]), 0.0)
+        here = dot / total[p, None] + (reference[q] - self.log_normalizers[q])
+        self.expected_logits = rest[p, None] * before + share[p, None] * here
 
-    def kl(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def compute_kl(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """KL of each layer's policy, the last layer first: to pi_theta and to the policy before it, `(layers, rows)`; and, with
         `pairs`, to each layer's, `(layers, layers, rows)`. Rounding may leave a tiny negative, which is zero."""
-        found = (-self.entropy[1 : self.spoken, None] - self.mean).clamp(min=0.0)
+        found = (-self.entropy[1 : self.num_compared, None] - self.expected_logits).clamp(min=0.0)
         if not self.pairs:
             return found[:, 0], found[:, 1], None
         return found[:, 0], found.diagonal().T, found[:, 1:]

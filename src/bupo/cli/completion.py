@@ -36,13 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser("bupo")
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
-        each = commands.add_parser(name, help=command.about)
+        each = commands.add_parser(name, help=command.summary)
         _add_argument(each, "--config", "YAML file of a run", ())
         for options in group_options(get_option_classes(name)).values():
             for option in options:
                 choices = option.choices or (("true", "false") if option.placeholder == "true|false" else ())
-                for spelling in filter(None, (option.name, option.also)):
-                    _add_argument(each, f"--{spelling}", option.about.split(". ")[0], choices)
+                for spelling in filter(None, (option.name, option.alias)):
+                    _add_argument(each, f"--{spelling}", option.help.split(". ")[0], choices)
         if name == "report":
             _add_argument(each, "folders", "run folders", ())
         if name == "reproduce":

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     console.print(
         escape_text(f"{found.meta['model']}: template {found.meta['template']}"), highlight=False, markup=False
     )
-    for table in render_score_tables(found.summary()):
+    for table in render_score_tables(found.to_dict()):
         console.print(table)
     files = ", ".join(sorted(path.name for path in found.folder.iterdir() if path.is_file()))
     console.print(escape_line(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)

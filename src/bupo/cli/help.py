@@ -22,14 +22,14 @@ TYPE_PLACEHOLDERS = {int: "N", float: "X", bool: "true|false", dict: "JSON", lis
 class Command:
     """A command: what it is for, lines that can be typed with what they do, and what it takes without a flag."""
 
-    about: str
+    summary: str
     examples: dict[str, str]
-    placeholder: str = ""
+    positional_arguments: str = ""
 
     @property
     def sentence(self) -> str:
         """`about` by itself."""
-        return f"{self.about[0].upper()}{self.about[1:]}."
+        return f"{self.summary[0].upper()}{self.summary[1:]}."
 
 
 COMMANDS = {
@@ -110,9 +110,9 @@ class Option:
     name: str
     placeholder: str
     default: str
-    about: str
+    help: str
     choices: tuple[str, ...]
-    also: str
+    alias: str
 
 
 def get_option_classes(command: str) -> tuple[type, ...]:
@@ -188,7 +188,7 @@ def format_usage() -> str:
     lines = ["usage: bupo COMMAND [--option value ...]", ""]
     lines += [bupo.__doc__ or ""]
     for purpose, names in COMMAND_GROUPS.items():
-        lines += ["", purpose, *(f"  {name:11}{COMMANDS[name].about}" for name in names)]
+        lines += ["", purpose, *(f"  {name:11}{COMMANDS[name].summary}" for name in names)]
     lines += ["", "Examples", *(f"  {next(iter(command.examples))}" for command in COMMANDS.values())]
     lines += [
         "",
@@ -204,7 +204,7 @@ def format_command_help(command: str, classes: tuple[type, ...]) -> str:
     """`bupo COMMAND --help`, as wide as the terminal."""
     width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
     known = COMMANDS[command]
-    lines = [f"usage: bupo {command}{known.placeholder} [--config FILE.yaml] [--option value ...]"]
+    lines = [f"usage: bupo {command}{known.positional_arguments} [--config FILE.yaml] [--option value ...]"]
     lines += ["", known.sentence, "", "Examples"]
     for line, what in known.examples.items():
         lines += [f"  {line}", f"      {what}"]
@@ -221,7 +221,7 @@ def format_command_help(command: str, classes: tuple[type, ...]) -> str:
 def _format_option(option: Option, width: int) -> list[str]:
     """A flag and what it takes, then its text in a column beside or below."""
     flag = f"{' ' * INDENT}--{option.name} {option.placeholder}"
-    text = option.about + f" [{option.default}]" * bool(option.default)
+    text = option.help + f" [{option.default}]" * bool(option.default)
     wrapped = textwrap.wrap(text, max(20, width - TEXT_COLUMN), break_long_words=False, break_on_hyphens=False)
     rows = [" " * TEXT_COLUMN + row for row in wrapped]
     if len(flag) < TEXT_COLUMN - 1 and rows:

@@ -83,7 +83,7 @@ def _run_command(name: str, options: list[str]) -> None:
     """
     if name in SINGLE_PROCESS_COMMANDS and distributed_launch.is_distributed():
         raise UserError(
-            f"bupo {name} is one process, and this is {distributed_launch.get_rank() + 1} of {distributed_launch.get_process_info().size} by RANK and WORLD_SIZE: "
+            f"bupo {name} is one process, and this is {distributed_launch.get_rank() + 1} of {distributed_launch.get_process_info().world_size} by RANK and WORLD_SIZE: "
             "start it without a launcher, or unset them"
         )
     importlib.import_module(f"bupo.cli.{name}").run(options)

@@ -69,12 +69,14 @@ def print_plan(found: Plan, console: Console) -> None:
     def say(line: str) -> None:
         console.print(escape_text(line), highlight=False, markup=False)
 
-    on = found.on
+    on = found.hardware
     devices = (
-        "this machine's CPU" if on.cpu else f"{on.gpus} GPU{'s' * (on.gpus > 1)} of {on.memory / GB:g} GB, {on.shared}"
+        "this machine's CPU"
+        if on.is_cpu
+        else f"{on.gpus} GPU{'s' * (on.gpus > 1)} of {on.device_bytes / GB:g} GB, {on.resolved_sharding}"
     )
-    say(f"{found.model} ({found.sizes.kind}) on {devices}")
-    answers, prompts, updates = found.answers, found.answers // found.group, found.updates
+    say(f"{found.model} ({found.sizes.model_type}) on {devices}")
+    answers, prompts, updates = found.num_completions, found.num_completions // found.group_size, found.updates
     say(f"a rollout batch: {answers:,} answers to {prompts:,} prompts, {updates:g} update{'s' * (updates != 1)}")
     for table in (
         _make_parameter_table(found),
@@ -108,15 +110,15 @@ def _make_parameter_table(found: Plan) -> Table:
     rows = {
         "embedding" + " and unembedding" * sizes.tied: (sizes.embedding.weights, sizes.embedding.trained),
         f"{len(blocks)} layers": (sum(b.weights for b in blocks), sum(b.trained for b in blocks)),
-        "final norm": (sizes.rest.weights, sizes.rest.trained),
+        "final norm": (sizes.other.weights, sizes.other.trained),
         "unembedding": (sizes.unembedding.weights, sizes.unembedding.trained),
-        "model": (sizes.weights, sizes.moved(None, True)),
+        "model": (sizes.weights, sizes.count_trained_parameters(None, True)),
     }
     for name, (weights, trained) in rows.items():
         if weights:
             table.add_row(name, _format_millions(weights), _format_millions(trained))
     for phase in found.phases:
-        table.add_row(f"moved in {phase.name}", "", _format_millions(phase.trained))
+        table.add_row(f"moved in {phase.name}", "", _format_millions(phase.trained_parameters))
     return table
 
 
@@ -151,10 +153,10 @@ def _make_memory_table(found: Plan) -> Table:
     """Of a device."""
     unit, name = _choose_unit(max(phase.memory.bytes for phase in found.phases), {GB: "GB"}, (1e6, "MB"))
     table = _make_phase_table(f"{name} of a device, each part at its largest", found.phases)
-    for part in dict.fromkeys(part for phase in found.phases for part in phase.memory.largest):
-        table.add_row(part, *(f"{phase.memory.largest.get(part, 0.0) / unit:.1f}" for phase in found.phases))
+    for part in dict.fromkeys(part for phase in found.phases for part in phase.memory.max_by_part):
+        table.add_row(part, *(f"{phase.memory.max_by_part.get(part, 0.0) / unit:.1f}" for phase in found.phases))
     table.add_row("most at once", *(f"{phase.memory.bytes / unit:.1f}" for phase in found.phases))
-    table.add_row("that is when", *(phase.memory.moment for phase in found.phases))
+    table.add_row("that is when", *(phase.memory.peak_moment for phase in found.phases))
     return table
 
 
@@ -202,12 +204,12 @@ def _describe_run_length(found: Plan) -> list[str]:
     if found.seconds is None:
         return []
     batches = sum(phase.batches or 0 for phase in found.phases)
-    hours = "" if found.on.cpu else f", {found.seconds * found.on.gpus / 3600:,.1f} GPU hours"
+    hours = "" if found.hardware.is_cpu else f", {found.seconds * found.hardware.gpus / 3600:,.1f} GPU hours"
     return [f"the run: {batches} rollout batches, {format_duration(found.seconds)}{hours}"]
 
 
 def _describe_fit(found: Plan) -> list[str]:
-    needed, there = found.bytes / GB, found.on.memory / GB
+    needed, there = found.bytes / GB, found.hardware.device_bytes / GB
     lines = [found.vllm_shortage] if found.vllm_shortage else []
     if found.advice:
         return [
@@ -217,7 +219,7 @@ def _describe_fit(found: Plan) -> list[str]:
         ]
     tight = (
         " (tight: CUDA and its allocator take some, too)"
-        if needed > TIGHT_FRACTION * there and not found.on.cpu
+        if needed > TIGHT_FRACTION * there and not found.hardware.is_cpu
         else ""
     )
     fits = f"{'the rest' if found.vllm_shortage else 'it'} fits"
@@ -226,13 +228,13 @@ def _describe_fit(found: Plan) -> list[str]:
 
 def _describe_advice(advice: MemoryAdvice, found: Plan) -> list[str]:
     lines = ["what would help, each alone:"]
-    lines += [f"- {change.options}: {change.bytes / GB:.1f} GB" for change in advice.each]
-    if advice.together and not advice.gpus:
-        lines.append("it fits with: " + "; ".join(change.options for change in advice.together))
-        lines[-1] += f": {advice.together[-1].bytes / GB:.1f} GB"
+    lines += [f"- {change.options}: {change.bytes / GB:.1f} GB" for change in advice.single_changes]
+    if advice.combined_changes and not advice.gpus:
+        lines.append("it fits with: " + "; ".join(change.options for change in advice.combined_changes))
+        lines[-1] += f": {advice.combined_changes[-1].bytes / GB:.1f} GB"
     elif advice.gpus:
-        also = "".join(f"; {change.options}" for change in advice.together)
+        also = "".join(f"; {change.options}" for change in advice.combined_changes)
         lines.append(f"it fits with {advice.gpus.options}{also}: {advice.gpus.bytes / GB:.1f} GB")
     else:
-        lines.append(f"with all of them it still does not fit into {found.on.memory / GB:.1f} GB")
+        lines.append(f"with all of them it still does not fit into {found.hardware.device_bytes / GB:.1f} GB")
     return lines

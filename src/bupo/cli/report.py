@@ -45,8 +45,8 @@ def run(arguments: list[str]) -> None:
     def say(line: str) -> None:
         console.print(escape_line(line), highlight=False, markup=False)
 
-    if found.left_out:
-        say(f"left out: {describe_skipped(found.left_out)}")
+    if found.skipped:
+        say(f"left out: {describe_skipped(found.skipped)}")
     numbers = ", ".join(str(table.number) for table in found.tables)
     held = f"{found}" + (f"; table{'s' * (len(found.tables) > 1)} {numbers}" if numbers else "")
     say(f"page: {found.path}  ({held}; {found.path.stat().st_size / 1e6:.1f} MB)")

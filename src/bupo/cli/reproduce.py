@@ -42,8 +42,8 @@ def run(arguments: list[str]) -> None:
 
 
 def _run_experiments(options: ReproduceOptions, given: dict, todo: Reproduction, console: Console) -> None:
-    whole = sum(each.amount for each in estimate_costs(todo.runs, todo.places, todo.unit).values())
-    with reported_interrupts(todo.places.root, "runs"), create_progress(console) as bar:
+    whole = sum(each.amount for each in estimate_costs(todo.runs, todo.paths, todo.unit).values())
+    with reported_interrupts(todo.paths.root, "runs"), create_progress(console) as bar:
         number = bar.add_task(f"cost in {todo.unit}", total=round(whole))
         results = run_reproduction(
             todo,
@@ -53,9 +53,9 @@ def _run_experiments(options: ReproduceOptions, given: dict, todo: Reproduction,
             advance=lambda amount: bar.advance(number, amount),
         )
     for name in results:
-        console.print(Markdown((todo.places.root / name / "result.md").read_text(encoding="utf-8")))
+        console.print(Markdown((todo.paths.root / name / "result.md").read_text(encoding="utf-8")))
     console.print(
-        escape_line(f"results: {todo.places.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
+        escape_line(f"results: {todo.paths.root}  (a folder for each: result.md, table.csv, data.csv, figure.png)")
     )
 
 
@@ -70,6 +70,6 @@ def _print_experiments(todo: Reproduction, jobs: int, console: Console) -> None:
         table.add_row(*row.values())
     console.print(table)
     for each in todo.runs:
-        state = get_run_state(each, todo.places)
+        state = get_run_state(each, todo.paths)
         console.print(escape_line(f"{state:8} {each.name}"), highlight=False, markup=False)
     console.print(line, highlight=False)

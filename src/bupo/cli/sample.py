@@ -69,12 +69,14 @@ def run(arguments: list[str]) -> None:
     options.check()
     options, asking = resolve_defaults(options, read_training_prompt_settings(options.model, options.adapter), DEFAULTS)
     config = check_layers_exist(
-        options.model, {kind: getattr(options, kind) for kind in POLICY_KINDS}, **options.loading()
+        options.model, {kind: getattr(options, kind) for kind in POLICY_KINDS}, **options.get_loading_kwargs()
     )
-    tokenizer = load_tokenizer(options.model, **options.loading())
+    tokenizer = load_tokenizer(options.model, **options.get_loading_kwargs())
     asking.set_template(tokenizer)
     prompt = _tokenize_prompt(tokenizer, options, asking, get_model_limits(config))
-    model = load_on_device(options.model, options.dtype, options.device_map, options.adapter, **options.loading())
+    model = load_on_device(
+        options.model, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs()
+    )
     policies = InternalPolicies(model, lens=options.lens, temperature=options.temperature or 1.0)
     policy: InternalPolicy = policies.language_model
     for kind in POLICY_KINDS:
@@ -82,8 +84,8 @@ def run(arguments: list[str]) -> None:
             policy = getattr(policies, kind)(getattr(options, kind))
     answer = _sample_completion(policy, tokenizer, prompt, options)
     console = Console()
-    if asking.line and not options.raw_prompt:
-        console.print(escape_text(asking.line), highlight=False, markup=False)
+    if asking.summary_line and not options.raw_prompt:
+        console.print(escape_text(asking.summary_line), highlight=False, markup=False)
     console.print(f"[bold]{policy}[/]", highlight=False)
     console.print(Text(escape_text(tokenizer.decode(answer))))
     view = get_top_tokens(policies, tokenizer, prompt, answer, options.top)
@@ -110,7 +112,7 @@ def _sample_completion(
     policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
 ) -> list[int]:
     torch.manual_seed(options.seed)
-    longest, temperature, top_p = options.sampling
+    longest, temperature, top_p = options.sampling_settings
     sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False}
     ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
     out = policy.generate(

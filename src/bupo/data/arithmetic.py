@@ -17,8 +17,8 @@ class ArithmeticProblem:
 
     question: str
     answer: str
-    worked: str
-    direct: str
+    worked_answer: str
+    direct_answer: str
 
 
 def _get_split(question: str) -> str:

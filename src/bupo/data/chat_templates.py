@@ -150,9 +150,9 @@ def check_prompt_characters(
     """
     for row, prompt in enumerate(prompts, first):
         size = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
-        if limits.longest and size > MAX_CHARACTERS_PER_TOKEN * limits.longest:
+        if limits.max_prompt_length and size > MAX_CHARACTERS_PER_TOKEN * limits.max_prompt_length:
             raise UserError(
-                f"{_format_location(name, row)}the prompt has {size} characters, which the model's context of {limits.context} tokens "
+                f"{_format_location(name, row)}the prompt has {size} characters, which the model's context of {limits.context_length} tokens "
                 "cannot hold: leave it out"
             )
 
@@ -170,19 +170,19 @@ def check_prompt_tokens(prompts: Sequence[Sequence[int]], limits: ModelLimits, n
         UserError: with the first such row.
     """
     for row, ids in enumerate(prompts, first):
-        if limits.longest and len(ids) >= limits.longest:
+        if limits.max_prompt_length and len(ids) >= limits.max_prompt_length:
             reason = (
                 "leaves no room for an answer in"
                 if limits.has_learned_positions
                 else f"is more than {MAX_CONTEXT_MULTIPLE} times"
             )
             raise UserError(
-                f"{_format_location(name, row)}the prompt has {len(ids)} tokens, which {reason} the model's context of {limits.context}: "
+                f"{_format_location(name, row)}the prompt has {len(ids)} tokens, which {reason} the model's context of {limits.context_length}: "
                 "leave it out"
             )
-        if limits.vocabulary and ids and max(ids) >= limits.vocabulary:
+        if limits.vocab_size and ids and max(ids) >= limits.vocab_size:
             raise UserError(
-                f"{_format_location(name, row)}the prompt holds token {max(ids)}, and the model has embeddings for {limits.vocabulary} "
+                f"{_format_location(name, row)}the prompt holds token {max(ids)}, and the model has embeddings for {limits.vocab_size} "
                 "tokens: leave it out"
             )
 

@@ -133,45 +133,49 @@ class PromptSettings:
         wanted (`str`, *optional*): the template that is given.
     """
 
-    own: TrainingPromptSettings | None = None
+    training_settings: TrainingPromptSettings | None = None
     inherited: tuple[str, ...] = ()
-    wanted: str | None = None
+    template_name: str | None = None
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Arguments of the chat template; none of the run's for another template than the run's."""
-        return dict(self.own.chat_template_kwargs) if self.own and not self.wanted else {}
+        return (
+            dict(self.training_settings.chat_template_kwargs)
+            if self.training_settings and not self.template_name
+            else {}
+        )
 
     def set_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Give a tokenizer its template. Returns the choice, for people."""
-        if self.own and self.own.template is not None and not self.wanted:
-            tokenizer.chat_template = self.own.template
-        chosen, usual = set_chat_template(tokenizer, self.wanted), get_template_kwargs(tokenizer)
+        if self.training_settings and self.training_settings.template is not None and not self.template_name:
+            tokenizer.chat_template = self.training_settings.template
+        chosen, usual = set_chat_template(tokenizer, self.template_name), get_template_kwargs(tokenizer)
         if usual | self.template_kwargs == usual:
             return chosen
         return f"{chosen.removesuffix(', no thinking')}, with {json.dumps(self.template_kwargs, sort_keys=True)}"
 
     @property
-    def noted(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For a summary's `meta`: where the settings came from, and which."""
-        if not self.own or not (self.inherited or self.template_kwargs):
+        if not self.training_settings or not (self.inherited or self.template_kwargs):
             return {}
-        values = {name: getattr(self.own, name) for name in self.inherited}
+        values = {name: getattr(self.training_settings, name) for name in self.inherited}
         values |= {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
-        return {"as_trained": {"folder": self.own.folder, **values}}
+        return {"as_trained": {"folder": self.training_settings.folder, **values}}
 
     @property
-    def line(self) -> str | None:
+    def summary_line(self) -> str | None:
         """The same in a line for people; None where nothing came from a run."""
-        if not self.noted:
+        if not self.metadata:
             return None
-        assert self.own
-        values = {name: value for name, value in self.noted["as_trained"].items() if name != "folder"}
+        assert self.training_settings
+        values = {name: value for name, value in self.metadata["as_trained"].items() if name != "folder"}
         said = [f"{name} {abbreviate(value) if isinstance(value, str) else value}" for name, value in values.items()]
         said = [f"no {name}" if values[name] is None else words for name, words in zip(values, said, strict=True)]
-        besides = ", ".join(f"{name} {value}" for name, value in self.own.besides.items())
+        besides = ", ".join(f"{name} {value}" for name, value in self.training_settings.besides.items())
         more = f"; its rollouts also had {besides:.200}, which is left out" if besides else ""
-        return f"as {self.own.folder} was trained: {', '.join(said)}{more}"
+        return f"as {self.training_settings.folder} was trained: {', '.join(said)}{more}"
 
 
 def resolve_defaults(

@@ -64,18 +64,18 @@ class EvaluatedModel:
         if options.adapter and not isinstance(model, str):
             raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
         if isinstance(model, str) and options.engine == "transformers":
-            check_layers_exist(name, {"layer": options.layer}, **options.loading())
+            check_layers_exist(name, {"layer": options.layer}, **options.get_loading_kwargs())
         if tokenizer is not None:
             tokenizer = copy.deepcopy(tokenizer)  # it is given a template
         elif isinstance(model, str):
-            tokenizer = load_tokenizer(name, **options.loading())
+            tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
         else:
             raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
         self.tokenizer, self.template_kwargs = tokenizer, asking.template_kwargs
         chosen = {"engine": options.engine, "template": asking.set_template(tokenizer)}
         chosen |= {name: getattr(options, name) for name in SAMPLING_KEYS}
         self.engine: Engine
-        self.context, self.limits = 0, ModelLimits()
+        self.max_length, self.limits = 0, ModelLimits()
         if options.engine == "transformers":
             known = self._load_transformers(name, model, options)
         else:
@@ -83,43 +83,45 @@ class EvaluatedModel:
                 raise UserError(f"engine {options.engine} takes a model by its name, not a loaded one")
             known = self._connect_vllm(name, options)
         layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
-        self.settings: dict[str, Any] = known | chosen | layer
-        self.noted = {name: self.meta.get(name) for name in METADATA_KEYS if name not in known}
+        self.cache_settings: dict[str, Any] = known | chosen | layer
+        self.metadata = {name: self.meta.get(name) for name in METADATA_KEYS if name not in known}
         self.meta |= chosen | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
-        self.meta |= asking.noted
+        self.meta |= asking.metadata
 
     def _load_transformers(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
         """By transformers: the weights are seen. Returns what answers depend on."""
         opened = (
             model
             if isinstance(model, nn.Module)
-            else load_on_device(model, options.dtype, options.device_map, options.adapter, **options.loading())
+            else load_on_device(
+                model, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs()
+            )
         )
         policies = InternalPolicies(opened, lens=options.lens, temperature=options.temperature or 1.0)
         stream = policies.stream
         self.engine = TransformersEngine(
             stream.model,
             self.tokenizer,
-            *options.sampling,
+            *options.sampling_settings,
             policy=None if options.layer is None else policies.layer(options.layer),
             batch_size=options.batch_size,
         )
         self.limits = get_model_limits(stream.model.config)
-        self.context = self.limits.context or 0
-        self.meta = get_model_metadata(name, stream, options.lens, options.sampling[1], options.revision)
+        self.max_length = self.limits.context_length or 0
+        self.meta = get_model_metadata(name, stream, options.lens, options.sampling_settings[1], options.revision)
         self.meta |= {"weights": compute_weight_fingerprint(stream.model), "adapter": options.adapter}
         return {name: self.meta[name] for name in ("dtype", "weights")}
 
     def _connect_vllm(self, name: str, options: EvalOptions) -> dict[str, Any]:
         """By vLLM or a server, where only names are seen. Returns what answers depend on."""
-        sampling = options.sampling
-        ends = read_eos_token_ids(name, self.tokenizer, **options.loading())
+        sampling = options.sampling_settings
+        ends = read_eos_token_ids(name, self.tokenizer, **options.get_loading_kwargs())
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
             server = ServerEngine(str(options.server), *sampling, ends, parallel=options.batch_size)
             self.engine, known["served"] = server, server.model
         else:
-            self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.loading())
+            self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.get_loading_kwargs())
             known["dtype"] = options.dtype
         self.meta = known | {"adapter": None, "versions": {"bupo": VERSION}}
         return known

@@ -25,7 +25,7 @@ from bupo.run_files.result_cache import ResultCache
 from bupo.utils.errors import UserError
 
 SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
-REGRADE_HINT = "run its bupo eval once more with --engine kept, which grades the answers that it holds"
+REGRADE_HINT = "run its bupo eval once more with --engine cached, which grades the answers that it holds"
 GRADING_DEADLINE = 5.0  # seconds, of grading an answer
 GRADING_BATCH_SIZE = 256
 
@@ -56,7 +56,9 @@ def open_sample_cache(
 
     def write(key: SampleKey, answer: SampledCompletion) -> str:
         row = {"problem": key[0], "sample": key[1], **_get_text_fields(answer)}
-        tokens = {"prompt_ids": prompts[key[0]], "completion_ids": answer.ids} if answer.ids and prompts else {}
+        tokens = (
+            {"prompt_ids": prompts[key[0]], "completion_ids": answer.token_ids} if answer.token_ids and prompts else {}
+        )
         return json.dumps(row | tokens)
 
     return ResultCache(
@@ -72,7 +74,7 @@ def _parse_sample(line: str) -> tuple[SampleKey, SampledCompletion]:
 
 
 def _get_text_fields(answer: SampledCompletion) -> dict[str, Any]:
-    return {"text": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
+    return {"text": answer.text, "tokens": answer.length, "truncated": answer.truncated}
 
 
 def tokenize_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
@@ -109,7 +111,7 @@ def sample_completions(
         key = request.problem, request.sample
         if kept is not None:
             kept.add(key, answer)
-        found[key] = replace(answer, ids=())  # tens of millions of them would fill the memory
+        found[key] = replace(answer, token_ids=())  # tens of millions of them would fill the memory
         on_answer(1)
     return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
 

@@ -52,7 +52,7 @@ def check_task(name: str, chat: bool, run_code: bool) -> None:
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for leave once more
     task = get_task(name)
-    wanted = task.for_model(chat and task.template)
+    wanted = task.get_name(chat and task.uses_chat_template)
     with wrap_library_errors(
         f"lm-eval-harness cannot load {wanted!r}"
     ):  # of a hundred tasks, their data and their code
@@ -69,7 +69,7 @@ def _make_unsafe_code_error(name: str) -> UserError:
 
 def _get_task_manager(task: HarnessTask) -> Any:
     """The harness' list of tasks, with those beside one's own file."""
-    folder = task.file.parent if task.file else None
+    folder = task.yaml_path.parent if task.yaml_path else None
     files = sorted(folder.glob("*.yaml")) if folder else []
     return _load_task_manager(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
 
@@ -93,8 +93,8 @@ class HarnessRun:
     """
 
     task: HarnessTask
-    wanted: str
-    chat: bool
+    task_name: str
+    uses_chat_template: bool
     store: ResultCache[str, dict[str, Any]]
 
 
@@ -115,15 +115,15 @@ def prepare_harness_run(
         UserError: if the folder holds responses of other settings.
     """
     task = get_task(name)
-    chat = chat and task.template
-    wanted = task.for_model(chat)
+    chat = chat and task.uses_chat_template
+    wanted = task.get_name(chat)
     depends = {key: settings[key] for key in RESPONSE_SETTINGS if key in settings} | {
         "size": options.size,
         "task": wanted,
     }
     depends["system_prompt"] = options.system_prompt
-    if task.file:
-        depends["task_sha256"] = hashlib.sha256(task.file.read_bytes()).hexdigest()
+    if task.yaml_path:
+        depends["task_sha256"] = hashlib.sha256(task.yaml_path.read_bytes()).hexdigest()
     store: ResultCache[str, dict[str, Any]] = ResultCache(
         get_label_folder(folder, "harness") / get_label_folder(folder / "harness", get_task_label(name)).name,
         RESULTS_FILE,
@@ -160,9 +160,9 @@ def run_task(
         UserError: if the harness cannot run it.
     """
     run.store.begin()
-    if run.wanted in run.store.rows:
-        return run.store.rows[run.wanted]
-    with wrap_library_errors(f"lm-eval-harness cannot run {run.wanted!r}"):
+    if run.task_name in run.store.rows:
+        return run.store.rows[run.task_name]
+    with wrap_library_errors(f"lm-eval-harness cannot run {run.task_name!r}"):
         results = _simple_evaluate(
             engine,
             run,
@@ -171,8 +171,8 @@ def run_task(
             confirm_run_unsafe_code=options.run_code,
             system_instruction=options.system_prompt,
         )
-    run.store.add(run.wanted, _extract_scores(results, run.wanted, run.task.metric))
-    return run.store.rows[run.wanted]
+    run.store.add(run.task_name, _extract_scores(results, run.task_name, run.task.metric))
+    return run.store.rows[run.task_name]
 
 
 def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapping[str, Any], **options) -> dict:
@@ -185,7 +185,7 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
     # it warns of a model that it has not loaded itself
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.getMessage())
     with (
-        engine.speaking(),
+        engine.policy_generation(),
         _storing_responses_as_json(run.store.folder),
         _hiding_secret_variables(options["confirm_run_unsafe_code"]),
     ):
@@ -197,9 +197,9 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
                 batch_size=engine.batch_size,
                 chat_template_args={**get_template_kwargs(engine.tokenizer), **template},
             ),
-            tasks=[run.wanted],
+            tasks=[run.task_name],
             task_manager=_get_task_manager(run.task),
-            apply_chat_template=run.chat,
+            apply_chat_template=run.uses_chat_template,
             use_cache=str(run.store.folder / RESPONSES_FILE),
             log_samples=False,
             **options,

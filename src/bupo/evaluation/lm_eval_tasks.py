@@ -22,21 +22,23 @@ class HarnessTask:
     name: str
     metric: str | None = None
     chat_name: str | None = None
-    template: bool = True
+    uses_chat_template: bool = True
 
-    def for_model(self, chat: bool) -> str:
+    def get_name(self, chat: bool) -> str:
         """The task's name for a model with or without a chat template; that in the file of one's own task."""
-        return _read_task_name(self.file) if self.file else (self.chat_name if chat else None) or self.name
+        return _read_task_name(self.yaml_path) if self.yaml_path else (self.chat_name if chat else None) or self.name
 
     @property
-    def file(self) -> Path | None:
+    def yaml_path(self) -> Path | None:
         return Path(self.name) if self.name.endswith(".yaml") else None
 
 
 HARNESS_TASKS = {
     "mmlu-pro": HarnessTask("mmlu_pro", "exact_match,custom-extract"),
     "gpqa-diamond": HarnessTask("gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"),
-    "arc-c": HarnessTask("arc_challenge", "acc_norm,none", template=False),  # compares the answers' likelihoods
+    "arc-c": HarnessTask(
+        "arc_challenge", "acc_norm,none", uses_chat_template=False
+    ),  # compares the answers' likelihoods
     "bbh": HarnessTask("bbh", "exact_match,get-answer"),
     "humaneval": HarnessTask("humaneval", "pass@1,create_test", "humaneval_instruct"),
 }

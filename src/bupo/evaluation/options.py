@@ -101,21 +101,21 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     output: str = field(default="runs/eval", metadata={"help": "Folder of the run."})
 
     @property
-    def names(self) -> list[str]:
+    def benchmark_names(self) -> list[str]:
         """The benchmarks, one by one."""
         return split_names(self.benchmarks or [])
 
-    def ks(self, labels: Iterable[str] = ()) -> dict[str, int]:
+    def get_k_by_label(self, labels: Iterable[str] = ()) -> dict[str, int]:
         """Answers a problem by benchmark's label; of those that the options do not name, by `labels`."""
         usual = PAPER_K if self.preset else {}
         given = {label: self.k or usual.get(label, DEFAULT_K) for label in labels}
-        return get_k_by_label(self.names, self.k, usual, DEFAULT_K) | given
+        return get_k_by_label(self.benchmark_names, self.k, usual, DEFAULT_K) | given
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
         named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
         check_command_options(replace(self, benchmarks=named), k=POSITIVE_INTEGER)
-        for name in self.names:
+        for name in self.benchmark_names:
             split_k(name)
         self._check_engine()
 
@@ -138,5 +138,5 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
             raise UserError("engine server and its address go together: --engine server --server http://localhost:8000")
         if self.server and not self.model:
             raise UserError("model is not set: name the model that the server serves, for its tokenizer and template")
-        if any(is_harness_task(name) for name in self.names) and self.engine != "transformers":
+        if any(is_harness_task(name) for name in self.benchmark_names) and self.engine != "transformers":
             raise UserError(f"lm-eval-harness runs with engine transformers here, not {self.engine}")

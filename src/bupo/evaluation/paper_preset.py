@@ -58,7 +58,7 @@ def _get_paper_options(
     """What the paper has for a model that is no run's: its answer length, and its system message for Qwen3."""
     found: dict[str, Any] = {}
     if options.max_new_tokens is None and (own is None or own.max_new_tokens is None):
-        config = load_config(model, **options.loading()) if isinstance(model, str) else model.config
+        config = load_config(model, **options.get_loading_kwargs()) if isinstance(model, str) else model.config
         kind = str(config.get_text_config().model_type)
         length = next((length for begins, length in PAPER_COMPLETION_LENGTHS.items() if kind.startswith(begins)), None)
         if length is None:
@@ -68,6 +68,6 @@ def _get_paper_options(
         found["max_new_tokens"] = length
     if options.system_prompt is None and own is None and not options.chat_template:
         if isinstance(model, str):
-            tokenizer = load_tokenizer(model, **options.loading())
+            tokenizer = load_tokenizer(model, **options.get_loading_kwargs())
         found["system_prompt"] = BOXED_INSTRUCTION if tokenizer is not None and get_template_kwargs(tokenizer) else None
     return found

@@ -83,7 +83,7 @@ class Evaluation:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What `summary.json` holds."""
         found = {
             "schema_version": SCHEMA_VERSION,
@@ -95,7 +95,7 @@ class Evaluation:
 
     def write(self) -> None:
         """What is known so far, into the folder."""
-        summary = self.summary()
+        summary = self.to_dict()
         write_json(self.folder / SUMMARY_FILE, summary)
         write_scores(summary, self.folder)
         if self.tables:
@@ -131,8 +131,8 @@ def evaluate(
     check_chat_template(options.chat_template)
     noted = get_changed_options(options) if noted is None else noted
     options, asking = _resolve_options(options, model, tokenizer)
-    if bar and asking.line:
-        bar.console.print(escape_text(asking.line), highlight=False, markup=False)
+    if bar and asking.summary_line:
+        bar.console.print(escape_text(asking.summary_line), highlight=False, markup=False)
     with folder_lock(options.output):
         return _evaluate(model, options, asking, tokenizer, benchmarks, noted, bar)
 
@@ -140,7 +140,7 @@ def evaluate(
 def _resolve_options(options: EvalOptions, model: str | nn.Module, tokenizer) -> tuple[EvalOptions, PromptSettings]:
     """Options with all that is not given, and how the model is asked."""
     own = read_training_prompt_settings(options.model, options.adapter)
-    if options.engine == "kept":  # as the answers were asked for, if no model tells
+    if options.engine == "cached":  # as the answers were asked for, if no model tells
         kept = {"system_prompt": read_cached_system_prompt(Path(options.output))}
         return resolve_defaults(options, own, {**FALLBACK_OPTIONS, **kept}, PAPER_OPTIONS if options.preset else {})
     return resolve_preset(options, own, [model or EMBEDDED_MODEL], tokenizer, FALLBACK_OPTIONS, PAPER_OPTIONS)
@@ -150,13 +150,13 @@ def _evaluate(
     model, options: EvalOptions, asking: PromptSettings, tokenizer, benchmarks, noted: dict, bar
 ) -> Evaluation:
     """As of `evaluate`, in a folder of its own."""
-    ks = options.ks(benchmarks or ())
+    ks = options.get_k_by_label(benchmarks or ())
     options.check_k(ks)
     problems, tasks = _load_benchmark_problems(options, benchmarks)
     theirs = _read_compared_summary(options.compare, problems)
     source = (
         None
-        if options.engine == "kept"
+        if options.engine == "cached"
         else EvaluatedModel(EMBEDDED_MODEL if model == "" else model, options, asking, tokenizer)
     )
     works = [_prepare_benchmark(label, rows, ks[label], source, options) for label, rows in problems.items()]
@@ -201,17 +201,21 @@ def _load_benchmark_problems(
             check_problems(problems, label, ("prompt", "answer"))
             check_gold_answers(problems["answer"], label)
         return dict(given), {}
-    tasks = {get_task_label(name): name for name in options.names if is_harness_task(name)}
+    tasks = {get_task_label(name): name for name in options.benchmark_names if is_harness_task(name)}
     problems = load_benchmarks(
-        [name for name in options.names if not is_harness_task(name)],
+        [name for name in options.benchmark_names if not is_harness_task(name)],
         options.size,
         options.system_prompt,
         options.seed,
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,
     )
-    if not options.names or len(tasks) + len(problems) < len(options.names) or tasks.keys() & problems.keys():
-        named = ",".join(options.names)
+    if (
+        not options.benchmark_names
+        or len(tasks) + len(problems) < len(options.benchmark_names)
+        or tasks.keys() & problems.keys()
+    ):
+        named = ",".join(options.benchmark_names)
         raise UserError(f"benchmarks {named!r} names none, or two of one label: write LABEL=FILE for one")
     for label in (*problems, *tasks):
         get_label_folder(options.output, label)
@@ -235,16 +239,16 @@ def _prepare_benchmark(
     prompts = tokenize_prompts(problems, source.tokenizer, **source.template_kwargs)
     prompt = source.tokenizer.decode(prompts[0])
     check_prompt_tokens(prompts, source.limits, label)
-    longest = max(map(len, prompts)) + options.sampling[0]
-    if source.context and longest > source.context:
+    longest = max(map(len, prompts)) + options.sampling_settings[0]
+    if source.max_length and longest > source.max_length:
         logger.warning(
             "%s: prompts and answers may reach %s tokens, beyond the model's context of %s",
             label,
             longest,
-            source.context,
+            source.max_length,
         )
-    settings = source.settings | {"prompt": prompt}
-    store = open_sample_cache(here, settings, problems, prompts, noted=source.noted, overwrite=options.overwrite)
+    settings = source.cache_settings | {"prompt": prompt}
+    store = open_sample_cache(here, settings, problems, prompts, noted=source.metadata, overwrite=options.overwrite)
     return _BenchmarkRun(label, problems, k, prompts, prompt, store)
 
 
@@ -253,7 +257,7 @@ def _prepare_harness(name: str, source: EvaluatedModel | None, options: EvalOpti
     assert source is not None  # the options refuse other engines
     chat = source.tokenizer.chat_template is not None
     check_task(name, chat, options.run_code)
-    return prepare_harness_run(name, Path(options.output), source.settings, options, chat, source.noted)
+    return prepare_harness_run(name, Path(options.output), source.cache_settings, options, chat, source.metadata)
 
 
 def _evaluate_benchmark(

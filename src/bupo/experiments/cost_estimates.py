@@ -27,7 +27,7 @@ def estimate_costs(runs: Sequence[CommandRun], places: RunPaths, unit: str) -> d
     """
     taken: dict[tuple, list[float]] = {}
     for run in runs:
-        seconds = places.seconds(run.name) if unit == "seconds" else None
+        seconds = places.read_seconds(run.name) if unit == "seconds" else None
         if seconds is not None:
             taken.setdefault(_get_kind(run), []).append(seconds)
     found = {}

@@ -63,7 +63,7 @@ class CommandRun:
     launch: tuple[str, ...] = ()
     cost: float = 0.0
 
-    def words(self, place: Callable[[str], Path]) -> list[str]:
+    def get_arguments(self, place: Callable[[str], Path]) -> list[str]:
         """The command line.
 
         Args:
@@ -79,17 +79,17 @@ class CommandRun:
         going_on = ["--resume_from_checkpoint", "true"] if self.command == "train" else []
         return [*start, self.command, *given, *going_on, "--output", str(place(self.name))]
 
-    def line(self, place: Callable[[str], Path]) -> str:
+    def format_command(self, place: Callable[[str], Path]) -> str:
         """The command line for a shell."""
-        return shlex.join(self.words(place))
+        return shlex.join(self.get_arguments(place))
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Of all that decides what the run leaves: another digest is another run."""
         recipe = read_recipe(self.recipe) if self.recipe else None
         options = {name: str(self.options[name]) for name in sorted(self.options)}
         files = re.findall(r"\{problems\}/([^,\s]+)", " ".join(options.values()))
         contents = [hashlib.sha256((PROBLEMS_FOLDER / name).read_bytes()).hexdigest() for name in files]
-        decided = [self.command, options, recipe, self.needs.digest() if self.needs else None, *contents]
+        decided = [self.command, options, recipe, self.needs.compute_digest() if self.needs else None, *contents]
         return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -128,10 +128,10 @@ class Experiment:
     kind: str
     scale: str
     about: str
-    printed: dict[str, dict[str, Any]]
-    draw: dict[str, Any]
+    paper_values: dict[str, dict[str, Any]]
+    output_options: dict[str, Any]
     cells: tuple[Cell, ...]
-    given: bool = False
+    has_custom_model: bool = False
 
     @property
     def runs(self) -> list[CommandRun]:
@@ -141,10 +141,10 @@ class Experiment:
         runs = [run for cell in cells for run in sorted(cell.runs.values(), key=lambda run: run.needs is not None)]
         return list({run.name: run for run in runs}.values())
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Of all its runs and of what is drawn: a result of another digest is stale."""
-        decided = [self.kind, self.printed, self.draw, [(c.model, c.row, c.seed) for c in self.cells]]
-        runs = sorted(run.digest() for run in self.runs)
+        decided = [self.kind, self.paper_values, self.output_options, [(c.model, c.row, c.seed) for c in self.cells]]
+        runs = sorted(run.compute_digest() for run in self.runs)
         return hashlib.sha256(json.dumps([decided, runs], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -200,8 +200,8 @@ def read_experiment(name: str, scale: str, model: str | None = None, seeds: int 
     cells = tuple(section.cells(seeds))
     heads = {"title": text["title"], "source": text.get("source", ""), "kind": text["kind"]}
     return Experiment(
-        name, **heads, scale=scale, about=known[scale]["about"], printed=text.get("printed", {}),
-        draw=section.own.get("draw", {}), cells=cells, given=model is not None and model not in known[scale]["models"],
+        name, **heads, scale=scale, about=known[scale]["about"], paper_values=text.get("printed", {}),
+        output_options=section.settings.get("draw", {}), cells=cells, has_custom_model=model is not None and model not in known[scale]["models"],
     )  # fmt: skip
 
 
@@ -209,11 +209,11 @@ class _ScaledExperiment:
     """An experiment at a scale: what the scale says, and what the experiment says there."""
 
     def __init__(self, scale: Mapping[str, Any], own: Mapping[str, Any], kind: str, model: str | None):
-        self.scale, self.own, self.kind, self.model = scale, own, kind, model
+        self.scale, self.settings, self.kind, self.model = scale, own, kind, model
 
     def cells(self, most: int | None) -> Iterable[Cell]:
         """Every model, row and seed."""
-        seeds = self.scale["seeds"] if "like" in self.scale else self.own.get("seeds", self.scale["seeds"])
+        seeds = self.scale["seeds"] if "like" in self.scale else self.settings.get("seeds", self.scale["seeds"])
         if not {"train", "eval"} & set(COMMANDS_BY_KIND[self.kind]):
             seeds = seeds[:1]
         for label, words in self._models().items():
@@ -224,7 +224,7 @@ class _ScaledExperiment:
     def _models(self) -> dict[str, dict[str, Any]]:
         """Words by model, which recipes and options are filled with."""
         known = self.scale["models"]
-        labels = self.own.get("models") or list(known)
+        labels = self.settings.get("models") or list(known)
         if self.model in known:
             labels = [label for label in known if label == self.model]
         words = {label: known[label] | {"problems": "{problems}"} for label in labels}
@@ -235,7 +235,7 @@ class _ScaledExperiment:
 
     def _rows(self, words: Mapping[str, Any]) -> dict[str, tuple[str | None, dict[str, Any]]]:
         """Recipe and options by row; no recipe is no training."""
-        wanted = self.own.get("rows")
+        wanted = self.settings.get("rows")
         if wanted is None or self.kind == "layers":
             return {"": (None, {})}
         wanted = {row: {"method": row} for row in wanted} if isinstance(wanted, list) else wanted
@@ -268,15 +268,15 @@ class _ScaledExperiment:
             )
         if "analyze" in COMMANDS_BY_KIND[self.kind]:
             runs["analyze"] = self._run("analyze", words, {"model": words["base"]} | self._options("analyze", words))
-        if "checkpoints" in self.own:  # of runs that are sharded, which have no probes of their own
-            places = ["{run}/checkpoint-" + str(number) for number in self.own["checkpoints"]]
+        if "checkpoints" in self.settings:  # of runs that are sharded, which have no probes of their own
+            places = ["{run}/checkpoint-" + str(number) for number in self.settings["checkpoints"]]
             given = {"model": [words["base"], *places, "{run}"], "rollouts": "{run}/probes.jsonl", "device_map": "auto"}
             runs["analyze"] = self._run("analyze", words, given, needs=trained)
         return runs
 
     def _options(self, command: str, words: Mapping[str, Any]) -> dict[str, Any]:
         """Of the scale, then of the experiment; a rehearsal's own last."""
-        given = {**(self.scale.get(command) or {}), **(self.own.get(command) or {})}
+        given = {**(self.scale.get(command) or {}), **(self.settings.get(command) or {})}
         given |= (self.scale.get("rehearsed") or {}).get(command, {})
         return {name: _fill_placeholders(value, words) for name, value in given.items() if value is not None}
 
@@ -300,7 +300,7 @@ class _ScaledExperiment:
             if command == "train"
             else ()
         )
-        cost = float({**scale["cost"], **words.get("cost", {}), **self.own.get("cost", {})}[command])
+        cost = float({**scale["cost"], **words.get("cost", {}), **self.settings.get("cost", {})}[command])
         if recipe and "max_steps" in options:
             cost *= options["max_steps"] / read_recipe(recipe)["max_steps"]
         if command == "eval":

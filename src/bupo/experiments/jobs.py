@@ -33,34 +33,34 @@ class RunPaths:
 
     root: Path
 
-    def folder(self, name: str) -> Path:
+    def get_run_folder(self, name: str) -> Path:
         """Of a run."""
         return self.root / "runs" / name
 
-    def log(self, name: str) -> Path:
+    def get_log_path(self, name: str) -> Path:
         """What a run has printed."""
         return self.root / "runs" / f"{name}.log"
 
-    def note(self, name: str) -> Path:
+    def get_record_path(self, name: str) -> Path:
         """What is known of a run: its command line, its digest, its seconds, whether it is finished."""
         return self.root / "runs" / f"{name}.json"
 
-    def mark(self, name: str) -> Path:
+    def get_done_path(self, name: str) -> Path:
         """The digest of a run that has ended elsewhere: printed commands write it last."""
         return self.root / "runs" / f"{name}.done"
 
-    def noted(self, name: str) -> dict[str, Any]:
+    def read_record(self, name: str) -> dict[str, Any]:
         """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
         with suppress(DamagedFileError):
-            noted = read_json(self.note(name), {"digest": str, "finished": bool, "seconds": float})
+            noted = read_json(self.get_record_path(name), {"digest": str, "finished": bool, "seconds": float})
             return {name: noted[name] for name in ("digest", "finished", "seconds")}
         with suppress(DamagedFileError):
-            return {"digest": read_text(self.mark(name)).strip(), "finished": True}
+            return {"digest": read_text(self.get_done_path(name)).strip(), "finished": True}
         return {}
 
-    def seconds(self, name: str) -> float | None:
+    def read_seconds(self, name: str) -> float | None:
         """How long a finished run took here."""
-        noted = self.noted(name)
+        noted = self.read_record(name)
         return noted.get("seconds") if noted.get("finished") else None
 
 
@@ -70,21 +70,21 @@ def get_run_state(run: CommandRun, places: RunPaths) -> str:
     Raises:
         UserError: if the folder holds a run of this name by other options: a recipe has changed since.
     """
-    noted = places.noted(run.name)
-    if noted and noted.get("digest") != run.digest():
+    noted = places.read_record(run.name)
+    if noted and noted.get("digest") != run.compute_digest():
         raise UserError(
-            f"{places.folder(run.name)} was made with other options than today's: choose another output, or --overwrite true"
+            f"{places.get_run_folder(run.name)} was made with other options than today's: choose another output, or --overwrite true"
         )
-    if noted.get("finished") and places.folder(run.name).is_dir():
+    if noted.get("finished") and places.get_run_folder(run.name).is_dir():
         return "finished"
     return "begun" if noted else "to do"
 
 
 def remove_stale_run(run: CommandRun, places: RunPaths) -> None:
     """Delete a run that was made with other options."""
-    noted = places.noted(run.name)
-    if noted and noted.get("digest") != run.digest():
-        for path in (places.folder, places.note, places.log, places.mark):
+    noted = places.read_record(run.name)
+    if noted and noted.get("digest") != run.compute_digest():
+        for path in (places.get_run_folder, places.get_record_path, places.get_log_path, places.get_done_path):
             remove_path(path(run.name))
 
 
@@ -93,8 +93,8 @@ class _RunningProcess:
     run: CommandRun
     process: subprocess.Popen
     started: float
-    before: float  # seconds of earlier attempts
-    noted: float = 0.0  # when its seconds were last written
+    earlier_seconds: float  # seconds of earlier attempts
+    last_recorded: float = 0.0  # when its seconds were last written
 
 
 class JobScheduler:
@@ -110,7 +110,7 @@ class JobScheduler:
     def __init__(
         self, places: RunPaths, jobs: int, say: Callable[[str], None], on_finished: Callable[[CommandRun], None]
     ):
-        self.places, self.jobs, self.say, self.on_finished = places, jobs, say, on_finished
+        self.paths, self.max_processes, self.print_line, self.on_finished = places, jobs, say, on_finished
         self.failed: dict[str, str] = {}
         self.result_errors: list[UserError] = []
         self._children: list[_RunningProcess] = []
@@ -126,17 +126,17 @@ class JobScheduler:
             while waiting or self._children:
                 self._skip_dependents(waiting)
                 for run in [run for run in waiting if not run.needs or run.needs.name in done]:
-                    if len(self._children) >= self.jobs:
+                    if len(self._children) >= self.max_processes:
                         break
                     waiting.remove(run)
-                    if get_run_state(run, self.places) == "finished":
+                    if get_run_state(run, self.paths) == "finished":
                         done.add(run.name)
                         self._report_finished(run)
                     else:
                         self._children.append(self._start(run))
                 for child in [child for child in self._children if child.process.poll() is not None]:
                     self._children.remove(child)
-                    if self._ended(child):
+                    if self._handle_exit(child):
                         done.add(child.run.name)
                         self._report_finished(child.run)
                 self._wait()
@@ -145,7 +145,7 @@ class JobScheduler:
         if self.failed:
             name, why = next(iter(self.failed.items()))
             more = f" ({len(self.failed)} runs in all)" if len(self.failed) > 1 else ""
-            raise UserError(f"run {name} failed{more}: {why}; its log is {self.places.log(name)}")
+            raise UserError(f"run {name} failed{more}: {why}; its log is {self.paths.get_log_path(name)}")
         if self.result_errors:
             raise self.result_errors[0]
 
@@ -154,13 +154,13 @@ class JobScheduler:
         try:
             self.on_finished(run)
         except UserError as error:
-            self.say(f"not made: {error}")
+            self.print_line(f"not made: {error}")
             self.result_errors.append(error)
 
     def _wait(self) -> None:
         for child in self._children:
-            if time.monotonic() - child.noted > RECORD_INTERVAL:
-                self._note(child, finished=False)
+            if time.monotonic() - child.last_recorded > RECORD_INTERVAL:
+                self._record(child, finished=False)
         if self._children:
             time.sleep(POLL_INTERVAL)
 
@@ -171,43 +171,43 @@ class JobScheduler:
             self.failed[run.name] = "it needs a run that has failed"
 
     def _start(self, run: CommandRun) -> _RunningProcess:
-        before = float(self.places.noted(run.name).get("seconds", 0.0))
-        self.say(f"{'goes on' if before else 'begins'}: {run.name}")
-        make_folder(self.places.log(run.name).parent, self.places.root)
-        refuse_links(self.places.folder(run.name), self.places.root)
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
-        append_text(self.places.log(run.name), "")  # refused where it is a link or a pipe
-        with self.places.log(run.name).open("a") as log:
+        before = float(self.paths.read_record(run.name).get("seconds", 0.0))
+        self.print_line(f"{'goes on' if before else 'begins'}: {run.name}")
+        make_folder(self.paths.get_log_path(run.name).parent, self.paths.root)
+        refuse_links(self.paths.get_run_folder(run.name), self.paths.root)
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.max_processes))}
+        append_text(self.paths.get_log_path(run.name), "")  # refused where it is a link or a pipe
+        with self.paths.get_log_path(run.name).open("a") as log:
             process = subprocess.Popen(
-                run.words(self.places.folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ,
+                run.get_arguments(self.paths.get_run_folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ,
                 start_new_session=True, preexec_fn=_terminate_with_parent,
             )  # fmt: skip
         child = _RunningProcess(run, process, time.monotonic(), before)
-        self._note(child, finished=False)
+        self._record(child, finished=False)
         return child
 
-    def _ended(self, child: _RunningProcess) -> bool:
+    def _handle_exit(self, child: _RunningProcess) -> bool:
         """Whether it has ended well; else why is kept."""
         name, status = child.run.name, child.process.returncode
-        self._note(child, finished=status == 0)
+        self._record(child, finished=status == 0)
         if status == 0:
-            self.say(f"done in {time.monotonic() - child.started:.0f} s: {name}")
+            self.print_line(f"done in {time.monotonic() - child.started:.0f} s: {name}")
             return True
-        lines = self.places.log(name).read_text(errors="replace").split("\n")
+        lines = self.paths.get_log_path(name).read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "it has printed nothing")
         self.failed[name] = f"exit status {status}, {last.removeprefix('bupo: error: ')}"
-        self.say(f"failed: {name}: {self.failed[name]}")
+        self.print_line(f"failed: {name}: {self.failed[name]}")
         return False
 
-    def _note(self, child: _RunningProcess, finished: bool) -> None:
-        child.noted = time.monotonic()
+    def _record(self, child: _RunningProcess, finished: bool) -> None:
+        child.last_recorded = time.monotonic()
         noted = {
-            "digest": child.run.digest(),
+            "digest": child.run.compute_digest(),
             "finished": finished,
-            "seconds": child.before + time.monotonic() - child.started,
-            "command": child.run.line(self.places.folder),
+            "seconds": child.earlier_seconds + time.monotonic() - child.started,
+            "command": child.run.format_command(self.paths.get_run_folder),
         }
-        write_json(self.places.note(child.run.name), noted)
+        write_json(self.paths.get_record_path(child.run.name), noted)
 
     def _stop(self) -> None:
         """End the children that are left, each with the time to write a checkpoint."""
@@ -219,7 +219,7 @@ class JobScheduler:
             with suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)  # and what it has started: it leads a session of its own
             child.process.wait()
-            self._note(child, finished=False)
+            self._record(child, finished=False)
         self._children = []
 
 

@@ -85,13 +85,13 @@ def make_result(
         _write_csv(output.rows, folder / "table.csv"),
         _write_csv(output.data.to_dict("records"), folder / "data.csv"),
     ]
-    files.append(_write_text_file("\n".join(table.markdown() for table in output.shown), folder / TABLE_FILE))
+    files.append(_write_text_file("\n".join(table.to_markdown() for table in output.tables), folder / TABLE_FILE))
     if output.figure is not None:
         files.append(_write_figure(output.figure, folder / FIGURE_FILE))
     files.append(_write_text_file(format_page(experiment, output, notes), folder / PAGE_FILE))
     head = {name: getattr(experiment, name) for name in ("name", "title", "source", "kind", "scale", "about")}
     result = ExperimentResult(
-        **head, digest=experiment.digest(), versions=get_versions(), rows=output.rows, notes=notes, files=files,
+        **head, digest=experiment.compute_digest(), versions=get_versions(), rows=output.rows, notes=notes, files=files,
         folder=folder,
     )  # fmt: skip
     told = asdict(result)
@@ -108,7 +108,7 @@ def format_page(experiment: Experiment, output: ExperimentOutput, notes: list[st
         f"# {format_experiment_name(experiment.name)}: {experiment.title}", "",
         f"{source}Made at the scale `{experiment.scale}`: {experiment.about}.", "",
         *figure,
-        *(table.markdown() for table in output.shown),
+        *(table.to_markdown() for table in output.tables),
         *(f"- {note}" for note in notes), "",
         f"Made by `bupo reproduce {experiment.name} --scale {experiment.scale}`. The numbers: [table.csv](table.csv), "
         "[data.csv](data.csv), [result.json](result.json).", "",
@@ -122,7 +122,7 @@ def format_experiment_name(name: str) -> str:
 
 def _make_notes(experiment: Experiment, output: ExperimentOutput) -> list[str]:
     """What every result has to say of itself."""
-    theirs = experiment.scale == "paper" and not experiment.given
+    theirs = experiment.scale == "paper" and not experiment.has_custom_model
     notes = [PAPER_MODELS_NOTE if theirs else OTHER_MODELS_NOTE]
     if "seeds" in output.data or any("seeds" in row for row in output.rows):
         band = "" if output.figure is None else "; so are the bands around the lines"

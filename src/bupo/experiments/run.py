@@ -79,7 +79,7 @@ class Reproduction:
 
     experiments: list[Experiment]
     runs: list[CommandRun]
-    places: RunPaths
+    paths: RunPaths
     unit: str
 
 
@@ -135,15 +135,15 @@ def run_reproduction(
     advance: Callable[[float], None],
 ) -> dict[str, ExperimentResult]:
     """As of `reproduce`, of what is planned."""
-    check_output_folder("output", todo.places.root)
+    check_output_folder("output", todo.paths.root)
     making = _ResultMaker(todo, say, advance)
-    with folder_lock(todo.places.root):
+    with folder_lock(todo.paths.root):
         for run in todo.runs:
             if options.overwrite:
-                remove_stale_run(run, todo.places)
-            get_run_state(run, todo.places)  # refused before anything is run
-        record_run(todo.places.root, "reproduce", noted)
-        JobScheduler(todo.places, options.jobs, say, making.on_finished).execute(todo.runs)
+                remove_stale_run(run, todo.paths)
+            get_run_state(run, todo.paths)  # refused before anything is run
+        record_run(todo.paths.root, "reproduce", noted)
+        JobScheduler(todo.paths, options.jobs, say, making.on_finished).execute(todo.runs)
     return making.results
 
 
@@ -152,7 +152,7 @@ class _ResultMaker:
 
     def __init__(self, todo: Reproduction, say: Callable[[str], None], advance: Callable[[float], None]):
         self.reproduction, self.say, self.advance = todo, say, advance
-        self.cost = estimate_costs(todo.runs, todo.places, todo.unit)
+        self.cost = estimate_costs(todo.runs, todo.paths, todo.unit)
         self.results: dict[str, ExperimentResult] = {}
         self.finished: set[str] = set()
 
@@ -160,12 +160,14 @@ class _ResultMaker:
         """Note a finished run, and make what waited for it."""
         self.finished.add(run.name)
         self.advance(self.cost[run.name].amount)
-        places = self.reproduction.places
+        places = self.reproduction.paths
         for experiment in self.reproduction.experiments:
             needed = {each.name for each in experiment.runs}
             if run.name in needed and needed <= self.finished:
                 folder = places.root / experiment.name
-                self.results[experiment.name] = make_result(experiment, places.folder, folder, places.seconds)
+                self.results[experiment.name] = make_result(
+                    experiment, places.get_run_folder, folder, places.read_seconds
+                )
                 self.say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
 
 
@@ -177,8 +179,8 @@ def format_commands(todo: Reproduction, kind: str) -> str:
     """
 
     def line(run: CommandRun) -> str:
-        mark = shlex.quote(str(todo.places.mark(run.name)))
-        return f"{run.line(todo.places.folder)} && echo {run.digest()} > {mark}"
+        mark = shlex.quote(str(todo.paths.get_done_path(run.name)))
+        return f"{run.format_command(todo.paths.get_run_folder)} && echo {run.compute_digest()} > {mark}"
 
     lines = [[line(run) for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
     if kind == "lines":
@@ -201,11 +203,11 @@ def estimate_reproduction(todo: Reproduction, jobs: int) -> tuple[list[dict[str,
 
     A run that several experiments need is counted with the first.
     """
-    cost, counted, rows, left = estimate_costs(todo.runs, todo.places, todo.unit), set(), [], 0.0
+    cost, counted, rows, left = estimate_costs(todo.runs, todo.paths, todo.unit), set(), [], 0.0
     for experiment in todo.experiments:
         own = [run for run in experiment.runs if run.name not in counted]
         counted |= {run.name for run in own}
-        states = {run.name: get_run_state(run, todo.places) for run in experiment.runs}
+        states = {run.name: get_run_state(run, todo.paths) for run in experiment.runs}
         amount = sum(cost[run.name].amount for run in own if states[run.name] != "finished")
         left += amount
         rows.append(

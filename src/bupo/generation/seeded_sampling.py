@@ -51,9 +51,9 @@ class SampledCompletion:
     """
 
     text: str
-    tokens: int
+    length: int
     truncated: bool
-    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    token_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 Engine = Callable[[Sequence[CompletionRequest]], Iterator[tuple[CompletionRequest, SampledCompletion]]]
@@ -83,10 +83,10 @@ class SeededLogitsProcessor(LogitsProcessor):
         self.uniform = torch.stack([torch.rand(limit, generator=generator.manual_seed(seed)) for seed in seeds])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = self.tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
+        chosen = self.sample_tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
-    def tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def sample_tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The next token `(rows,)` of these rows of the batch, from their ids `(rows, time)` and scores `(rows, V)`."""
         probabilities = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
@@ -126,15 +126,17 @@ class TransformersEngine:
         self.model, self.tokenizer, self.policy = unwrap_causal_lm(model), tokenizer, policy
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.batch_size = batch_size
-        self.ends = set(get_eos_token_ids(self.model, tokenizer))
+        self.end_token_ids = set(get_eos_token_ids(self.model, tokenizer))
 
     def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
         """Answers batch by batch, the shortest prompts first."""
-        for request, ids in self.token_ids(requests):
+        for request, ids in self.generate_token_ids(requests):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            yield request, SampledCompletion(text, len(ids), not ids or ids[-1] not in self.ends, tuple(ids))
+            yield request, SampledCompletion(text, len(ids), not ids or ids[-1] not in self.end_token_ids, tuple(ids))
 
-    def token_ids(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, list[int]]]:
+    def generate_token_ids(
+        self, requests: Sequence[CompletionRequest]
+    ) -> Iterator[tuple[CompletionRequest, list[int]]]:
         """Answers as token ids, the end token included."""
         ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.problem, r.sample))
         for start in range(0, len(ordered), self.batch_size):
@@ -150,7 +152,7 @@ class TransformersEngine:
         seeded = SeededLogitsProcessor(
             [request.seed for request in batch], start, self.max_new_tokens, self.temperature, self.top_p
         )
-        with eval_mode(self.model), self.speaking() as settings:
+        with eval_mode(self.model), self.policy_generation() as settings:
             settings.max_new_tokens = self.max_new_tokens
             out = generate(
                 self.model,
@@ -159,20 +161,20 @@ class TransformersEngine:
                 generation_config=settings,
                 seeded=seeded if self.temperature else None,
             )
-        return [self._ended(row) for row in out[:, start:].tolist()]
+        return [self._cut_after_end_token(row) for row in out[:, start:].tolist()]
 
     @contextmanager
-    def speaking(self) -> Iterator[GenerationConfig]:
+    def policy_generation(self) -> Iterator[GenerationConfig]:
         """Inside, the model's `generate` samples the policy: with the yielded settings, and none of the model's own.
 
         The most likely token of the scores is taken, which [`SeededLogitsProcessor`] has put in the place of the sampled one.
         """
         with (
             policy_generation_config(self.model, self.tokenizer, do_sample=False) as settings,
-            self.policy.speaking() if self.policy else nullcontext(),
+            self.policy.override_forward() if self.policy else nullcontext(),
         ):
             yield settings
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+    def _cut_after_end_token(self, ids: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return ids[: end + 1]

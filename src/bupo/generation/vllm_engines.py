@@ -53,7 +53,7 @@ class ServerEngine:
         self.headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        self.url, self.parallel, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
+        self.url, self.max_concurrent_requests, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
         self.options = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
@@ -61,7 +61,7 @@ class ServerEngine:
             **VLLM_NEUTRAL_SAMPLING,
         }
         self.options |= {"stop_token_ids": list(ends)} if ends else {}
-        models = self._call("/v1/models")
+        models = self._request_json("/v1/models")
         if not models.get("data"):
             raise UserError(f"server {self.url} serves no model")
         self.model = models["data"][0]["id"]
@@ -70,11 +70,11 @@ class ServerEngine:
         """Answers as they finish. After an error no more are asked for, those under way are still given, and it is raised."""
         rest, failed = iter(requests), None
         pending: dict[Future[SampledCompletion], CompletionRequest] = {}
-        pool = ThreadPoolExecutor(self.parallel)
+        pool = ThreadPoolExecutor(self.max_concurrent_requests)
         try:
             while True:
-                for request in islice(rest, 0 if failed else self.parallel - len(pending)):
-                    pending[pool.submit(self._answer, request)] = request
+                for request in islice(rest, 0 if failed else self.max_concurrent_requests - len(pending)):
+                    pending[pool.submit(self._complete, request)] = request
                 if not pending:
                     break
                 for job in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -87,9 +87,9 @@ class ServerEngine:
         if failed is not None:
             raise failed
 
-    def _answer(self, request: CompletionRequest) -> SampledCompletion:
+    def _complete(self, request: CompletionRequest) -> SampledCompletion:
         body = {"model": self.model, "prompt": list(request.prompt_ids), "seed": request.seed, "n": 1, **self.options}
-        reply = self._call("/v1/completions", body)
+        reply = self._request_json("/v1/completions", body)
         try:
             choice = reply["choices"][0]
             return SampledCompletion(
@@ -100,7 +100,7 @@ class ServerEngine:
                 f"server {self.url} answered without {error}: it must give choices, with text and finish_reason, and usage"
             ) from error
 
-    def _call(self, path: str, body: dict | None = None) -> dict[str, Any]:
+    def _request_json(self, path: str, body: dict | None = None) -> dict[str, Any]:
         """The server's JSON. Tried again where the connection breaks or the server has an error of its own."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(MAX_ATTEMPTS):

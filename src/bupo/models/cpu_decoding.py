@@ -84,7 +84,7 @@ TokenSelector = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 class SeededSampler(Protocol):
     """Takes the next tokens, and is a `LogitsProcessor` of which `generate` takes the same, as the largest scores."""
 
-    tokens: TokenSelector
+    select_tokens: TokenSelector
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor: ...
 
@@ -127,15 +127,18 @@ class IncrementalDecoder:
     def __init__(self, model, ids: torch.Tensor, position_ids, attention_mask=None, share: bool = False, **inputs):
         self.model, self.cache = model, Cache(layer_class_to_replicate=KVCacheLayer)
         self.cache_argument = get_cache_argument(model)
-        self.mask, self.positions = None if attention_mask is None else attention_mask.bool(), position_ids[:, -1:]
-        seen = ids if self.mask is None else torch.cat([ids, self.mask.long()], 1)
+        self.attention_mask, self.position_ids = (
+            None if attention_mask is None else attention_mask.bool(),
+            position_ids[:, -1:],
+        )
+        seen = ids if self.attention_mask is None else torch.cat([ids, self.attention_mask.long()], 1)
         own = seen.unique(dim=0, return_inverse=True)[1]
-        self.groups = PromptGroups(own)
-        first = self.groups.rows[:: self.groups.size]
-        mask = None if self.mask is None else self.mask[first]
+        self.prompt_groups = PromptGroups(own)
+        first = self.prompt_groups.row_indices[:: self.prompt_groups.group_size]
+        mask = None if self.attention_mask is None else self.attention_mask[first]
         self.logits = self._run(ids[first], mask, position_ids[first], **inputs)[own]
         for layer in self.cache.layers:
-            layer.spread(self.groups, share)
+            layer.spread(self.prompt_groups, share)
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
         cache = {self.cache_argument: self.cache}
@@ -144,20 +147,20 @@ class IncrementalDecoder:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Write a token `(rows,)` behind each answer: the next logits `(rows, V)`."""
-        self.positions = self.positions + 1
-        if self.mask is not None:
-            self.mask = nn.functional.pad(self.mask, (0, 1), value=True)
-        self.logits = self._run(tokens[:, None], self.mask, self.positions)
+        self.position_ids = self.position_ids + 1
+        if self.attention_mask is not None:
+            self.attention_mask = nn.functional.pad(self.attention_mask, (0, 1), value=True)
+        self.logits = self._run(tokens[:, None], self.attention_mask, self.position_ids)
         return self.logits
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these of the rows `(rows,)` only."""
-        prompts, own = self.groups.own[rows].unique(return_inverse=True)
-        self.groups = PromptGroups(own)
+        prompts, own = self.prompt_groups.prompt_indices[rows].unique(return_inverse=True)
+        self.prompt_groups = PromptGroups(own)
         for layer in self.cache.layers:
-            layer.keep(rows, prompts, self.groups)
-        self.positions = self.positions[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
+            layer.keep(rows, prompts, self.prompt_groups)
+        self.position_ids = self.position_ids[rows]
+        self.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
 
 
 @contextmanager
@@ -221,7 +224,7 @@ def run_decoding_loop(
                 break
             if dropping and len(left) - len(going) >= max(1, len(left) // COMPACTION_DIVISOR):
                 left = left[going]
-                writing.keep(going)
+                writing.select_rows(going)
             writing.step(ids[left, length])
     return ids[:, : length + 1]
 
@@ -313,7 +316,7 @@ def generate(model: PreTrainedModel, *args: Any, seeded: SeededSampler | None = 
             return plain(
                 *args,
                 **kwargs,
-                custom_generate=functools.partial(run_decoding_loop, choose=seeded.tokens if seeded else None),
+                custom_generate=functools.partial(run_decoding_loop, choose=seeded.select_tokens if seeded else None),
             )
         except UnsupportedGeneration as reason:
             if set(reason.unknown_inputs.split(", ")) - given - {""}:  # the caller's own arguments are no news
@@ -448,7 +451,7 @@ def measure_logit_error(model: PreTrainedModel, share: bool) -> float:
             whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
             writing = IncrementalDecoder(model, ids[:, :5], positions[:, :5], mask[:, :5], share)
             found = [writing.logits, writing.step(ids[:, 5])]
-            writing.keep(torch.tensor([0, 3], device=ids.device))
+            writing.select_rows(torch.tensor([0, 3], device=ids.device))
             found.append(writing.step(ids[[0, 3], 6]))
     except Exception as failure:  # whatever a model does that knows no such cache, `generate` is its way
         if has_standard_kv_cache(model):

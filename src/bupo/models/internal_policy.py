@@ -49,34 +49,36 @@ class InternalPolicy:
     """
 
     def __init__(self, stream: ResidualStream, site: Activation, lens: Lens, temperature: float):
-        self.stream, self.site, self.lens, self.temperature = stream, site, lens, temperature
+        self.stream, self.activation, self.lens, self.temperature = stream, site, lens, temperature
 
     def __repr__(self) -> str:
-        return f"InternalPolicy({self.site.kind} {self.site.layer}, {self.lens}, temperature={self.temperature:g})"
+        return f"InternalPolicy({self.activation.kind} {self.activation.layer}, {self.lens}, temperature={self.temperature:g})"
 
-    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, D)`: what meets the unembedding, normed in the lens mode `final_norm`."""
-        states = self.stream.run([self.site], input_ids, attention_mask, up_to=self.site.layer)[self.site]
+        states = self.stream.compute_activations(
+            [self.activation], input_ids, attention_mask, up_to=self.activation.layer
+        )[self.activation]
         return self.stream.apply_lens(states, self.lens)
 
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time, V)` in fp32, over the temperature. The one measure that holds a whole vocabulary a token."""
-        return self.stream.logits(self.states(input_ids, attention_mask), self.temperature)
+        return self.stream.logits(self.hidden_states(input_ids, attention_mask), self.temperature)
 
     def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time - 1)`: log-probability of each next token. Zero where the next token is padding."""
         targets = input_ids[:, 1:]
         if attention_mask is not None:
             targets = targets.masked_fill(attention_mask[:, 1:] == 0, IGNORE_INDEX)
-        return self._scores(self.states(input_ids, attention_mask)[:, :-1], targets).log_probs
+        return self._score_targets(self.hidden_states(input_ids, attention_mask)[:, :-1], targets).log_probs
 
     def entropy(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, time)`: entropy in nats of the policy at each position (eq. 7). Zero on padding."""
         targets = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-        return self._scores(self.states(input_ids, attention_mask), targets).entropy
+        return self._score_targets(self.hidden_states(input_ids, attention_mask), targets).entropy
 
-    def _scores(self, states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        head = self.stream.head(self.temperature)
+    def _score_targets(self, states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        head = self.stream.get_unembedding(self.temperature)
         device = head.weight.device
         return score_states(states.to(device), head, targets.to(device))
 
@@ -92,9 +94,11 @@ class InternalPolicy:
             raise UserError(
                 f"{other} belongs to another model: both policies of a KL must come from one InternalPolicies"
             )
-        deepest = max(self.site.layer, other.site.layer)
-        found = self.stream.run([self.site, other.site], input_ids, attention_mask, up_to=deepest)
-        mine, others = (self.stream.apply_lens(found[policy.site], policy.lens) for policy in (self, other))
+        deepest = max(self.activation.layer, other.activation.layer)
+        found = self.stream.compute_activations(
+            [self.activation, other.activation], input_ids, attention_mask, up_to=deepest
+        )
+        mine, others = (self.stream.apply_lens(found[policy.activation], policy.lens) for policy in (self, other))
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [
             _kl_divergence(self.stream.logits(p, self.temperature), self.stream.logits(q, other.temperature))
@@ -139,19 +143,22 @@ class InternalPolicy:
         if sampled:
             chosen = {"temperature": self.temperature} | chosen
         model = self.stream.model
-        with self.speaking(), policy_generation_config(model, tokenizer, **chosen) as settings:
+        with self.override_forward(), policy_generation_config(model, tokenizer, **chosen) as settings:
             return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, **arguments)
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
+    def override_forward(self) -> Iterator[None]:
         """Inside, the model's forward gives this policy's logits (without the temperature, which `generate` applies)."""
         stream, policy = self.stream, self
 
         @functools.wraps(get_class_function(stream.model, "forward"))  # generate reads the signature
         def forward(model, input_ids=None, logits_to_keep=0, return_dict=None, **kwargs):
-            with stream.record([policy.site]) as found, stream.truncate_layers(policy.site.layer):
+            with (
+                stream.record_activations([policy.activation]) as found,
+                stream.truncate_layers(policy.activation.layer),
+            ):
                 out = stream.decoder(input_ids=input_ids, **kwargs)
-            states = found[policy.site]
+            states = found[policy.activation]
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             caches = {
                 name: value for name, value in out.items() if isinstance(value, Cache)
@@ -233,5 +240,5 @@ class InternalPolicies:
         return InternalPolicy(self.stream, Activation("layer", self.num_layers), "final_norm", self.temperature)
 
     def _make_policy(self, kind: str, layer: int) -> InternalPolicy:
-        self.stream.block(layer)  # refuses a layer that does not exist
+        self.stream.get_block(layer)  # refuses a layer that does not exist
         return InternalPolicy(self.stream, Activation(kind, layer), self.lens, self.temperature)

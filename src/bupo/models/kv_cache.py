@@ -29,21 +29,23 @@ class PromptGroups:
         counts, order = own.bincount(), own.argsort(stable=True)
         rank = torch.empty_like(own)
         rank[order] = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own[order]]
-        self.own, self.prompts, self.size = own, len(counts), int(counts.max())
-        self.places = own * self.size + rank
-        self.rows = own.new_zeros(self.prompts * self.size).scatter_(0, self.places, torch.arange(len(own)).to(own))
+        self.prompt_indices, self.num_prompts, self.group_size = own, len(counts), int(counts.max())
+        self.slot_indices = own * self.group_size + rank
+        self.row_indices = own.new_zeros(self.num_prompts * self.group_size).scatter_(
+            0, self.slot_indices, torch.arange(len(own)).to(own)
+        )
 
-    def together(self, by_row: torch.Tensor) -> torch.Tensor:
+    def group_rows(self, by_row: torch.Tensor) -> torch.Tensor:
         """`(rows, heads, R, D)` as `(prompts, heads, size * R, D)`."""
         _, heads, count, dim = by_row.shape
-        by_place = by_row[self.rows].view(self.prompts, self.size, heads, count, dim)
-        return by_place.transpose(1, 2).reshape(self.prompts, heads, self.size * count, dim)
+        by_place = by_row[self.row_indices].view(self.num_prompts, self.group_size, heads, count, dim)
+        return by_place.transpose(1, 2).reshape(self.num_prompts, heads, self.group_size * count, dim)
 
-    def apart(self, by_prompt: torch.Tensor) -> torch.Tensor:
+    def ungroup_rows(self, by_prompt: torch.Tensor) -> torch.Tensor:
         """`(prompts, heads, size * R, D)` as `(rows, heads, R, D)`."""
         _, heads, count, dim = by_prompt.shape
-        by_place = by_prompt.view(self.prompts, heads, self.size, count // self.size, dim)
-        return by_place.transpose(1, 2).flatten(0, 1)[self.places]
+        by_place = by_prompt.view(self.num_prompts, heads, self.group_size, count // self.group_size, dim)
+        return by_place.transpose(1, 2).flatten(0, 1)[self.slot_indices]
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -60,45 +62,45 @@ class KVCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.length = self.before = 0
-        self.prompt: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.groups: PromptGroups | None = None
+        self.seq_length = self.shared_length = 0
+        self.prompt_key_values: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.prompt_groups: PromptGroups | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values, self.is_initialized = key_states, value_states, True
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        start, self.length = self.length - self.before, self.length + key_states.size(-2)
-        end = self.length - self.before
+        start, self.seq_length = self.seq_length - self.shared_length, self.seq_length + key_states.size(-2)
+        end = self.seq_length - self.shared_length
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         if end > self.keys.size(-2):
-            self._move(None, start, start)
+            self._reallocate(None, start, start)
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         keys = self.keys[:, :, :end]
-        if self.prompt is not None:
+        if self.prompt_key_values is not None:
             vars(keys)["slots"] = self  # what `shared_prompts` looks for
         return keys, self.values[:, :, :end]
 
-    def spread(self, groups: PromptGroups, share: bool) -> None:
+    def expand_prompts(self, groups: PromptGroups, share: bool) -> None:
         """From prompts `(prompts, ...)` to their answers: `(rows, ...)`, or the prompts aside and nothing yet."""
         if not share:
-            return self._move(groups.own, self.length)
-        self.prompt, self.groups = (self.keys.contiguous(), self.values.contiguous()), groups
-        self.before = self.length
-        self._move(groups.own, 0)
+            return self._reallocate(groups.prompt_indices, self.seq_length)
+        self.prompt_key_values, self.prompt_groups = (self.keys.contiguous(), self.values.contiguous()), groups
+        self.shared_length = self.seq_length
+        self._reallocate(groups.prompt_indices, 0)
 
-    def keep(self, rows: torch.Tensor, prompts: torch.Tensor, groups: PromptGroups) -> None:
+    def select_rows(self, rows: torch.Tensor, prompts: torch.Tensor, groups: PromptGroups) -> None:
         """Go on with these rows only, which are of these prompts, and with the new groups."""
-        if self.prompt is not None:
-            if len(prompts) < len(self.prompt[0]):
-                self.prompt = self.prompt[0][prompts], self.prompt[1][prompts]
-            self.groups = groups
-        self._move(rows, self.length - self.before)
+        if self.prompt_key_values is not None:
+            if len(prompts) < len(self.prompt_key_values[0]):
+                self.prompt_key_values = self.prompt_key_values[0][prompts], self.prompt_key_values[1][prompts]
+            self.prompt_groups = groups
+        self._reallocate(rows, self.seq_length - self.shared_length)
 
-    def _move(self, rows: torch.Tensor | None, filled: int, more: int = MIN_BUFFER_GROWTH) -> None:
+    def _reallocate(self, rows: torch.Tensor | None, filled: int, more: int = MIN_BUFFER_GROWTH) -> None:
         """These rows (all for None), with `more` slots, at least `ROOM`, behind the filled ones."""
 
         def moved(buffer: torch.Tensor) -> torch.Tensor:
@@ -112,10 +114,10 @@ class KVCacheLayer(CacheLayerMixin):
         self.keys, self.values = moved(self.keys), moved(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.seq_length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.seq_length
 
     def get_max_length(self) -> int:
         return -1

@@ -145,14 +145,18 @@ class ModelLimits(NamedTuple):
         vocabulary (`int`, *optional*): tokens that it has embeddings for.
     """
 
-    context: int | None = None
+    context_length: int | None = None
     has_learned_positions: bool = False
-    vocabulary: int | None = None
+    vocab_size: int | None = None
 
     @property
-    def longest(self) -> int | None:
+    def max_prompt_length(self) -> int | None:
         """Tokens beyond which a prompt is refused."""
-        return self.context if self.has_learned_positions or not self.context else MAX_CONTEXT_MULTIPLE * self.context
+        return (
+            self.context_length
+            if self.has_learned_positions or not self.context_length
+            else MAX_CONTEXT_MULTIPLE * self.context_length
+        )
 
 
 def get_model_limits(config: PretrainedConfig) -> ModelLimits:
@@ -286,7 +290,7 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: Pretr
             f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
         )
     check_padding_token(name, tokenizer)
-    vocabulary = None if config is None else get_model_limits(config).vocabulary
+    vocabulary = None if config is None else get_model_limits(config).vocab_size
     if vocabulary is None:
         return
     beyond = find_tokens_without_embedding(tokenizer, vocabulary)

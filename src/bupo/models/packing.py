@@ -43,14 +43,14 @@ class Segment(NamedTuple):
     """Tokens of the packed row that follow each other in a sequence, and the prompt before them."""
 
     prefix: range
-    own: range
+    span: range
 
 
 class Bucket(NamedTuple):
     """Segments of like length: places in the packed row, filled up on the right with each segment's last ones."""
 
-    queries: torch.Tensor  # (S, C)
-    keys: torch.Tensor  # (S, K)
+    query_indices: torch.Tensor  # (S, C)
+    key_indices: torch.Tensor  # (S, K)
     key_positions: torch.Tensor  # (S, K), BEYOND where a key only fills up
 
 
@@ -66,11 +66,11 @@ class PackedLayout:
 
     ids: torch.Tensor
     positions: torch.Tensor
-    places: torch.Tensor
+    token_indices: torch.Tensor
     segments: list[Segment]
 
     @classmethod
-    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "PackedLayout | None":
+    def from_rows(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> "PackedLayout | None":
         """Of rows `(B, T)` whose first `width` columns hold the prompts; rows with equal ones share them.
 
         None if a row has no prompt: nothing would stand before its answer.
@@ -101,9 +101,9 @@ class PackedLayout:
         packed, at, where = (torch.tensor(values, device=input_ids.device) for values in (tokens, positions, places))
         return cls(packed, at, where, segments)
 
-    def rows(self, states: torch.Tensor) -> torch.Tensor:
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
         """Of the packed tokens' `(N, D)` each row's, `(B, T, D)`; those of padding mean nothing."""
-        return nn.functional.embedding(self.places, states)
+        return nn.functional.embedding(self.token_indices, states)
 
     @cached_property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -115,22 +115,24 @@ class PackedLayout:
     def buckets(self) -> list[Bucket]:
         """All segments, those of like length together."""
         groups: list[list[Segment]] = []
-        for segment in sorted(self.segments, key=lambda s: (len(s.own), len(s.prefix))):
-            pairs = (len(groups[-1]) + 1) * len(segment.own) * (len(segment.prefix) + len(segment.own)) if groups else 0
+        for segment in sorted(self.segments, key=lambda s: (len(s.span), len(s.prefix))):
+            pairs = (
+                (len(groups[-1]) + 1) * len(segment.span) * (len(segment.prefix) + len(segment.span)) if groups else 0
+            )
             if (
                 groups
-                and len(segment.own) <= MAX_LENGTH_RATIO * len(groups[-1][0].own)
+                and len(segment.span) <= MAX_LENGTH_RATIO * len(groups[-1][0].span)
                 and pairs <= MAX_QUERY_KEY_PAIRS
             ):
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
-        return [self._bucket(group) for group in groups]
+        return [self._make_bucket(group) for group in groups]
 
-    def _bucket(self, group: list[Segment]) -> Bucket:
+    def _make_bucket(self, group: list[Segment]) -> Bucket:
         device = self.ids.device
-        queries = pad_with_last([list(s.own) for s in group]).to(device)
-        keys = [[*s.prefix, *s.own] for s in group]
+        queries = pad_with_last([list(s.span) for s in group]).to(device)
+        keys = [[*s.prefix, *s.span] for s in group]
         lengths = torch.tensor([len(row) for row in keys], device=device)
         places = pad_with_last(keys).to(device)
         beyond = torch.arange(places.size(1), device=device) >= lengths[:, None]
@@ -139,16 +141,16 @@ class PackedLayout:
     @cached_property
     def inverse_indices(self) -> torch.Tensor:
         """`(N,)`: where each packed token stands among the buckets' queries, one after another."""
-        queries = torch.cat([bucket.queries.flatten() for bucket in self.buckets])
+        queries = torch.cat([bucket.query_indices.flatten() for bucket in self.buckets])
         back = torch.empty_like(self.ids)
         back[queries] = torch.arange(len(queries), device=back.device)  # of those that fill up, any one will do
         return back
 
     def segment_ids(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(N,)` each: the index of a token's segment, and of its prefix (its own, if it has none)."""
-        number = {segment.own: index for index, segment in enumerate(self.segments)}
-        lengths = torch.tensor([len(s.own) for s in self.segments])
-        earlier = torch.tensor([number.get(s.prefix, number[s.own]) for s in self.segments])
+        number = {segment.span: index for index, segment in enumerate(self.segments)}
+        lengths = torch.tensor([len(s.span) for s in self.segments])
+        earlier = torch.tensor([number.get(s.prefix, number[s.span]) for s in self.segments])
         own = torch.arange(len(lengths)).repeat_interleave(lengths)
         return own.to(self.ids.device), earlier.repeat_interleave(lengths).to(self.ids.device)
 
@@ -169,20 +171,20 @@ class PackedMask:
 
     def __init__(self, layout: PackedLayout, sees: Callable, plain: str | None):
         self.layout, self.mask_function, self.attn_implementation = layout, sees, plain
-        self.kept: dict[int, torch.Tensor] = {}
+        self.cached_masks: dict[int, torch.Tensor] = {}
 
-    def of(self, bucket: Bucket) -> torch.Tensor:
+    def get_bucket_mask(self, bucket: Bucket) -> torch.Tensor:
         """`(S, 1, C, K)`: whether a query sees a key. Small ones are kept for the next layer."""
-        if id(bucket) in self.kept:
-            return self.kept[id(bucket)]
-        positions = self.layout.positions[bucket.queries]
+        if id(bucket) in self.cached_masks:
+            return self.cached_masks[id(bucket)]
+        positions = self.layout.positions[bucket.query_indices]
         seen = self.mask_function(0, 0, positions[:, None, :, None], bucket.key_positions[:, None, None, :])
         if seen.numel() <= MAX_QUERY_KEY_PAIRS // 4:
-            self.kept[id(bucket)] = seen
+            self.cached_masks[id(bucket)] = seen
         return seen
 
     @cached_property
-    def blocks(self):
+    def block_mask(self):
         """FlexAttention's block mask."""
         positions, (own, earlier) = self.layout.positions, self.layout.segment_ids()
 
@@ -198,7 +200,7 @@ def packed_attention_forward(module: nn.Module, query, key, value, attention_mas
     """An attention function of transformers, of one packed row: `(1, heads, N, d)` each, to `(1, N, heads, d)`."""
     mask, layout = attention_mask, attention_mask.layout
     if mask.attn_implementation is None:
-        return flex_attention_forward(module, query, key, value, mask.blocks, **kwargs)
+        return flex_attention_forward(module, query, key, value, mask.block_mask, **kwargs)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain: Any = (
         eager
@@ -207,13 +209,13 @@ def packed_attention_forward(module: nn.Module, query, key, value, attention_mas
     )
     found = []
     for bucket in layout.buckets:
-        seen = mask.of(bucket)
+        seen = mask.get_bucket_mask(bucket)
         if mask.attn_implementation == "eager":
             seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
         parts = [
-            gather_tokens(query, bucket.queries),
-            gather_tokens(key, bucket.keys),
-            gather_tokens(value, bucket.keys),
+            gather_tokens(query, bucket.query_indices),
+            gather_tokens(key, bucket.key_indices),
+            gather_tokens(value, bucket.key_indices),
         ]
         found.append(plain(module, *parts, seen, **kwargs)[0].flatten(0, 1))  # (S C, heads, d)
     states = torch.cat(found)
@@ -249,25 +251,25 @@ class PackedDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: bool = False):
-        self.model, self.blocks, self.attn_implementation = model, blocks, model.config._attn_implementation
-        self.until: ExitStack | None = None
+        self.model, self.use_block_mask, self.attn_implementation = model, blocks, model.config._attn_implementation
+        self.backward_stack: ExitStack | None = None
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def keep_for_backward(self) -> Iterator[None]:
         """Inside, attention stays as a differentiable run left it: a backward pass may compute its blocks again."""
         try:
-            with ExitStack() as self.until:
+            with ExitStack() as self.backward_stack:
                 yield
         finally:
-            self.until = None
+            self.backward_stack = None
 
     @contextmanager
-    def over(self, layout: PackedLayout) -> Iterator[None]:
+    def use_layout(self, layout: PackedLayout) -> Iterator[None]:
         """Inside, a run of the decoder on `layout.inputs` is one of its rows."""
-        token = _current_layout.set((layout, None if self.blocks else self.attn_implementation))
+        token = _current_layout.set((layout, None if self.use_block_mask else self.attn_implementation))
         try:
             with ExitStack() as own:
-                stack = self.until if self.until and torch.is_grad_enabled() else own
+                stack = self.backward_stack if self.backward_stack and torch.is_grad_enabled() else own
                 if self.model.config._attn_implementation != PACKED_ATTENTION:
                     self.model.set_attn_implementation(PACKED_ATTENTION)
                     stack.callback(self.model.set_attn_implementation, self.attn_implementation)
@@ -300,14 +302,14 @@ def build_packed_decoder(model: PreTrainedModel) -> PackedDecoder | None:
 def build_packed_decoder_like(packing: PackedDecoder, model: PreTrainedModel) -> PackedDecoder | None:
     """Another model's of the same architecture, for which the proof holds; None if it attends otherwise."""
     same = model.config._attn_implementation == packing.attn_implementation
-    return PackedDecoder(model, packing.blocks) if same else None
+    return PackedDecoder(model, packing.use_block_mask) if same else None
 
 
 def measure_packing_error(packing: PackedDecoder) -> float:
     """Of states and of a gradient, packed, from those of each row alone: the larger, as a share of their size."""
     model = packing.model
     ids, real, width = make_probe_batch(model)
-    layout = PackedLayout.of(ids, real, width)
+    layout = PackedLayout.from_rows(ids, real, width)
     assert layout is not None, "these rows have prompts"
     some = [parameter for parameter in model.parameters() if parameter.requires_grad][:1]
 
@@ -317,9 +319,9 @@ def measure_packing_error(packing: PackedDecoder) -> float:
         return [states.detach(), *(x for x in gradient if x is not None)]
 
     with eval_mode(model), torch.enable_grad():
-        with packing.over(layout):
+        with packing.use_layout(layout):
             packed = model.base_model(**layout.inputs, use_cache=False).last_hidden_state[0]
-            mine = made(torch.cat([packed[p[r]] for p, r in zip(layout.places, real.bool(), strict=True)]))
+            mine = made(torch.cat([packed[p[r]] for p, r in zip(layout.token_indices, real.bool(), strict=True)]))
         rows = [row[there][None] for row, there in zip(ids, real.bool(), strict=True)]
         theirs = made(
             torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])

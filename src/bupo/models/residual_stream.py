@@ -104,11 +104,11 @@ class ResidualStream:
         return find_module(self.decoder, self.family.layers)
 
     @property
-    def norm(self) -> nn.Module:
+    def final_norm(self) -> nn.Module:
         """The final norm."""
         return find_module(self.decoder, self.family.norm)
 
-    def block(self, layer: int | None) -> nn.Module:
+    def get_block(self, layer: int | None) -> nn.Module:
         """The block of a layer, counted from 1.
 
         Raises:
@@ -121,7 +121,7 @@ class ResidualStream:
         return self._layers[layer - 1]
 
     def _get_block_module(self, layer: int, path: str) -> nn.Module:
-        module = find_module(self.block(layer), path)
+        module = find_module(self.get_block(layer), path)
         if module is None:
             raise UserError(
                 f"layer {layer} of {type(self.model).__name__} has no module {path!r}; pass family=bupo.Family(...) "
@@ -134,9 +134,9 @@ class ResidualStream:
         if lens == "raw":
             return states
         # a device_map may hold the norm and the last block on two devices
-        return self.norm(states.to(next((p.device for p in self.norm.parameters()), states.device)))
+        return self.final_norm(states.to(next((p.device for p in self.final_norm.parameters()), states.device)))
 
-    def head(self, temperature: float = 1.0) -> Unembedding:
+    def get_unembedding(self, temperature: float = 1.0) -> Unembedding:
         """The unembedding, with the family's scale and softcap, over a temperature."""
         linear, family = self.model.get_output_embeddings(), self.family
 
@@ -148,14 +148,14 @@ class ResidualStream:
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """States `(..., D)`, lensed already if they should be, through the unembedding: fp32 logits `(..., V)`."""
-        return self.head(temperature).logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+        return self.get_unembedding(temperature).logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 
     # -- running and recording ---------------------------------------------------------------------------------------
 
     @contextmanager
     def truncate_layers(self, count: int) -> Iterator[None]:
         """Inside, the decoder computes layers 1..count only (and its final norm)."""
-        self.block(count)
+        self.get_block(count)
         parent, _, name = self.family.layers.rpartition(".")
         owner = find_module(self.decoder, parent) if parent else self.decoder
         layers = self._layers
@@ -166,7 +166,7 @@ class ResidualStream:
             setattr(owner, name, layers)
 
     @contextmanager
-    def record(
+    def record_activations(
         self, sites: Iterable[Activation], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
     ) -> Iterator[dict[Activation, torch.Tensor]]:
         """Inside, a run of the decoder fills the yielded dict: `(batch, time, D)` for each site, with its graph.
@@ -177,10 +177,10 @@ class ResidualStream:
         states: dict[Activation, torch.Tensor] = {}
         with ExitStack() as hooks:
             for site in dict.fromkeys(sites):
-                self._watch(site, states, select, hooks)
+                self._hook_activation(site, states, select, hooks)
             yield states
 
-    def run(
+    def compute_activations(
         self,
         sites: Iterable[Activation],
         input_ids: torch.Tensor,
@@ -196,11 +196,11 @@ class ResidualStream:
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self.record(sites, select) as states, self.truncate_layers(up_to or self.num_layers):
+        with self.record_activations(sites, select) as states, self.truncate_layers(up_to or self.num_layers):
             self.decoder(**kwargs)
         return states
 
-    def _watch(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
+    def _hook_activation(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
         """Keep what passes a site, until `hooks` closes."""
 
         def keep(value: torch.Tensor) -> None:
@@ -208,9 +208,9 @@ class ResidualStream:
 
         kind, layer = site
         if kind == "layer" and layer == 0:
-            add_input_hook(self.block(1), keep, hooks)
+            add_input_hook(self.get_block(1), keep, hooks)
         elif kind == "layer":
-            add_output_hook(self.block(layer), keep, hooks)
+            add_output_hook(self.get_block(layer), keep, hooks)
         elif kind in ("attn_input", "ffn_input"):
             add_input_hook(
                 self._get_block_module(layer, self.family.attn if kind == "attn_input" else self.family.ffn),
@@ -243,7 +243,7 @@ class ResidualStream:
             states[site] = select(value) - states[site]
 
         block, middle = (
-            self.block(site.layer),
+            self.get_block(site.layer),
             self._get_block_module(site.layer, self.family.middle or self.family.ffn),
         )
         if site.kind == "attn":
@@ -258,25 +258,25 @@ class ResidualStream:
         """Prove on a few tokens that the writes add up, and that the head gives the model's own logits."""
         with eval_mode(self.model):
             if guessed:
-                with self.record(self._stream) as states:
+                with self.record_activations(self._layer_activations) as states:
                     self.model(input_ids=make_probe_tokens(self.model), use_cache=False)
-                check_finite_states(self.model, [states[site] for site in self._stream])
+                check_finite_states(self.model, [states[site] for site in self._layer_activations])
                 self.family = replace(self.family, middle=find_middle_module(self.model, self._layers, self.family))
-            return self._verify()
+            return self._measure_identity_errors()
 
     @property
-    def _stream(self) -> list[Activation]:
+    def _layer_activations(self) -> list[Activation]:
         """H^0 to H^L."""
         return [Activation("layer", layer) for layer in range(self.num_layers + 1)]
 
-    def _verify(self) -> IdentityErrors:
+    def _measure_identity_errors(self) -> IdentityErrors:
         layers = range(1, self.num_layers + 1)
         sites = [Activation("layer", 0)] + [
             Activation(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")
         ]
-        with self.record(sites) as states:
+        with self.record_activations(sites) as states:
             logits = self.model(input_ids=make_probe_tokens(self.model), use_cache=False).logits
-        check_finite_states(self.model, [states[site] for site in self._stream])
+        check_finite_states(self.model, [states[site] for site in self._layer_activations])
         errors = []
         for layer in layers:
             parts = [

@@ -66,7 +66,7 @@ class _ScoreTokens(torch.autograd.Function):
         moment = hidden.new_zeros(n, dtype=kind)  # u
         chosen = hidden.new_zeros(n, dtype=kind)  # x_y
         for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
-            tile = head.tile(columns, dtype)
+            tile = head.slice_vocab(columns, dtype)
             for rows in _get_tile_slices(n, ROWS_PER_TILE):
                 x = tile.logits(hidden[rows].to(dtype))
                 at, column = _find_targets(targets[rows], columns)
@@ -101,7 +101,7 @@ class _ScoreTokens(torch.autograd.Function):
         inputs = zip((hidden, weight, bias), (kind, weight.dtype, kind), ctx.needs_input_grad[:3], strict=True)
         of_hidden, of_weight, of_bias = (made(x, dtype=dtype) if wanted else None for x, dtype, wanted in inputs)
         for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
-            tile = head.tile(columns)
+            tile = head.slice_vocab(columns)
             summed = None if of_weight is None else of_weight[columns].to(kind)  # itself, if it is of that type
             for rows in _get_tile_slices(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]

@@ -28,7 +28,7 @@ class Unembedding:
         """What states should be where many meet the weights: a CPU sums no product of 16-bit factors in fp32."""
         return self.weight.dtype if self.weight.is_cuda else torch.promote_types(self.weight.dtype, torch.float32)
 
-    def tile(self, columns: slice, dtype: torch.dtype | None = None) -> "Unembedding":
+    def slice_vocab(self, columns: slice, dtype: torch.dtype | None = None) -> "Unembedding":
         """A part of the vocabulary; `dtype` converts it once for all states that are to meet it."""
         weight = self.weight[columns]
         bias = None if self.bias is None else self.bias[columns]

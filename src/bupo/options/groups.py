@@ -74,7 +74,7 @@ class ModelOptions:
     device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained, such as auto."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a hub model brings."})
 
-    def loading(self) -> dict[str, Any]:
+    def get_loading_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` for the model and its tokenizer."""
         given = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return {name: value for name, value in given.items() if value}
@@ -141,7 +141,7 @@ class SamplingOptions:
     )
 
     @property
-    def sampling(self) -> tuple[int, float, float]:
+    def sampling_settings(self) -> tuple[int, float, float]:
         """Longest answer, temperature and top_p, once they are settled."""
         assert self.max_new_tokens is not None and self.temperature is not None and self.top_p is not None
         return self.max_new_tokens, self.temperature, self.top_p

@@ -35,10 +35,10 @@ class Range(NamedTuple):
     low: float
     high: float
     closed: tuple[bool, bool]
-    whole: bool
+    is_integer: bool
 
     @classmethod
-    def read(cls, text: str) -> "Range":
+    def parse(cls, text: str) -> "Range":
         """From `[0, 1)` or `whole [1, inf)`."""
         whole, interval = text.startswith("whole "), text.removeprefix("whole ")
         low, high = map(float, interval[1:-1].split(","))
@@ -46,41 +46,41 @@ class Range(NamedTuple):
 
     def contains(self, value: Any) -> bool:
         """Whether a number lies inside."""
-        if not isinstance(value, Integral if self.whole else Real) or isinstance(value, bool):
+        if not isinstance(value, Integral if self.is_integer else Real) or isinstance(value, bool):
             return False
         if isinstance(value, Integral) and abs(int(value)) > MAX_INTEGER:
             return False
         value = float(value)  # of NaN, every comparison is false
-        if not (self.whole or is_safe_in_fp32(value)):
+        if not (self.is_integer or is_safe_in_fp32(value)):
             return False
         above = value > self.low or (self.closed[0] and value == self.low)
         below = value < self.high or (self.closed[1] and value == self.high)
         return above and below
 
-    def says(self, value: Any) -> str:
+    def describe_allowed(self, value: Any) -> str:
         """What is allowed, for a value that is not: `be 1 or more`."""
         low, high = (f"{bound:.15g}" for bound in (self.low, self.high))
         number = isinstance(value, Real) and not isinstance(value, bool)
         kind = "a number" if not number else ""
-        if self.whole and not (number and isinstance(value, Integral)):
+        if self.is_integer and not (number and isinstance(value, Integral)):
             kind = "a whole number"
         if (
             number
-            and not self.whole
+            and not self.is_integer
             and not isinstance(value, Integral)
             and isfinite(value)
             and not is_safe_in_fp32(float(value))
         ):
             return f"be 0, or from {MIN_MAGNITUDE:g} to {MAX_MAGNITUDE:g} in size, which fp32 can compute with"
         if self.low == -inf:
-            return f"be {kind or ('closer to 0' if self.whole else 'a finite number' if not self.closed[0] else 'a number')}"
+            return f"be {kind or ('closer to 0' if self.is_integer else 'a finite number' if not self.closed[0] else 'a number')}"
         if self.high != inf:
             first = f"from {low} " if self.closed[0] else f"above {low} and "
             last = f"to {high}" if self.closed[1] else f"{'to ' * self.closed[0]}below {high}"
             return f"{f'be {kind},' if kind else 'lie'} {first}{'up ' * (not self.closed[0] and self.closed[1])}{last}"
         bound = f"{low} or more" if self.closed[0] else "positive" if self.low == 0 else f"above {low}"
         too_large = number and bool(value > 0)  # type: ignore[operator]
-        most = f" and at most {MAX_INTEGER}" if self.whole else " and finite"
+        most = f" and at most {MAX_INTEGER}" if self.is_integer else " and finite"
         return f"be {kind + ', ' if kind else ''}{bound}{most if too_large and not kind else ''}"
 
 
@@ -97,9 +97,11 @@ def abbreviate(value: Any) -> str:
 
 def check_number(name: str, value: Any, interval: str, what: str | None = None) -> None:
     """Raises [`UserError`] for a value that is no number of the interval. `what` says it in words of the option's own."""
-    allowed = Range.read(interval)
+    allowed = Range.parse(interval)
     if not allowed.contains(value):
-        raise UserError(f"{name} must {f'be {what}' if what else allowed.says(value)}, got {abbreviate(value)}")
+        raise UserError(
+            f"{name} must {f'be {what}' if what else allowed.describe_allowed(value)}, got {abbreviate(value)}"
+        )
 
 
 def check_choice(name: str, value: Any, words: Sequence[Any]) -> None:

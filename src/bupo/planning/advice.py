@@ -31,8 +31,8 @@ class MemoryAdvice:
         gpus (`Change`, *optional*): the fewest GPUs on which the run fits, all changes made, where fewer are too small.
     """
 
-    each: list[OptionChange]
-    together: list[OptionChange]
+    single_changes: list[OptionChange]
+    combined_changes: list[OptionChange]
     gpus: OptionChange | None
 
 
@@ -43,7 +43,7 @@ def suggest_changes(setting: PlannedRun, targets: Sequence[PhaseTarget]) -> Memo
         setting ([`PlannedRun`]): too large for its devices.
         targets (`list[Target]`): what the run optimises.
     """
-    before, most = compute_peak_bytes(setting, targets), setting.on.memory
+    before, most = compute_peak_bytes(setting, targets), setting.hardware.device_bytes
     each = [OptionChange(text, compute_peak_bytes(new, targets)) for text, new in propose_changes(setting)]
     together: list[OptionChange] = []
     now, size = setting, before
@@ -70,15 +70,15 @@ def compute_peak_bytes(setting: PlannedRun, targets: Sequence[PhaseTarget]) -> f
 
 def propose_changes(setting: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
     """Those that this run has not made yet. None changes what is learned but the optimizer in 8 bits and a shared critic."""
-    config, on = setting.config, setting.on
-    if on.gpus > 1 and on.shared != "fsdp2":
+    config, on = setting.config, setting.hardware
+    if on.gpus > 1 and on.resolved_sharding != "fsdp2":
         yield (
             "sharding fsdp2 (accelerate launch --config_file recipes/accelerate/fsdp2.yaml)",
             setting.with_options({"sharding": "fsdp2"}),
         )
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing true", setting.with_options(gradient_checkpointing=True)
-    if on.shared == "fsdp2" and setting.is_accumulating and not has_sync_each_batch(setting):
+    if on.resolved_sharding == "fsdp2" and setting.is_accumulating and not has_sync_each_batch(setting):
         yield from _propose_gradient_sync(setting)
     if config.use_vllm and config.vllm_mode == "colocate":
         yield from _propose_vllm_changes(setting)
@@ -104,9 +104,9 @@ def _propose_vllm_changes(setting: PlannedRun) -> Iterator[tuple[str, PlannedRun
     parts = config.vllm_tensor_parallel_size
     least = (
         VLLM_HEADROOM
-        * (HALF_BYTES * setting.sizes.weights + setting.longest.row * setting.kv_cache_bytes)
+        * (HALF_BYTES * setting.sizes.weights + setting.max_lengths.total * setting.kv_cache_bytes)
         / parts
-        / setting.on.memory
+        / setting.hardware.device_bytes
     )
     share = round(VLLM_SHARE_STEP * math.ceil(least / VLLM_SHARE_STEP), 2)
     if share < config.vllm_gpu_memory_utilization:
@@ -130,10 +130,10 @@ def _propose_smaller_batches(setting: PlannedRun) -> tuple[str, PlannedRun]:
 
 def _find_sufficient_gpus(setting: PlannedRun, targets: Sequence[PhaseTarget]) -> OptionChange | None:
     """Twice as many until the run fits; an update's answers are then shared by more."""
-    gpus = setting.on.gpus
+    gpus = setting.hardware.gpus
     while 1 <= gpus < MAX_GPUS:
         gpus *= 2
         size = compute_peak_bytes(setting.with_options({"gpus": gpus, "sharding": "fsdp2"}), targets)
-        if size <= setting.on.memory:
+        if size <= setting.hardware.device_bytes:
             return OptionChange(f"{gpus} GPUs, sharding fsdp2", size)
     return None

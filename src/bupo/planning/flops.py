@@ -36,18 +36,18 @@ class Flops:
 
 def count_flops(setting: PlannedRun, layer: int | None, besides: int | None = None) -> Flops:
     """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
-    layer = setting.read(layer)
+    layer = setting.get_last_layer(layer)
     count, policies = layer or setting.sizes.layers, 1 if besides is None else 2
     often = setting.config.num_iterations
     forward = sum(
         count_layers_forward(setting, batch, count) + policies * count_head_forward(setting, batch)
-        for batch in setting.batches
+        for batch in setting.micro_batches
     )
     backward = sum(
         count_layers_backward(setting, batch, count) + policies * count_head_backward(setting, batch)
-        for batch in setting.batches
+        for batch in setting.micro_batches
     )
-    recomputed = sum(_count_recomputed(setting, batch, count, layer or besides) for batch in setting.batches)
+    recomputed = sum(_count_recomputed(setting, batch, count, layer or besides) for batch in setting.micro_batches)
     return Flops(
         count_sampling(setting),
         count_scoring(setting, layer, besides),
@@ -76,14 +76,14 @@ def count_layers_forward(setting: PlannedRun, batch: MicroBatch, count: int) -> 
 
 
 def _count_matmuls(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
-    return 2.0 * setting.sizes.blocks[index].met * batch.tokens
+    return 2.0 * setting.sizes.blocks[index].active * batch.num_tokens
 
 
 def _count_attention(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
-    if index >= len(setting.heads):  # a layer without attention
+    if index >= len(setting.attention_shapes):  # a layer without attention
         return 0.0
-    each = setting.heads[index]
-    return 2.0 * each.heads * (each.key + each.value) * batch.pairs(each.window)
+    each = setting.attention_shapes[index]
+    return 2.0 * each.heads * (each.key + each.value) * batch.count_attention_pairs(each.window)
 
 
 def count_layers_backward(setting: PlannedRun, batch: MicroBatch, count: int) -> float:
@@ -94,14 +94,14 @@ def count_layers_backward(setting: PlannedRun, batch: MicroBatch, count: int) ->
     for index, block in enumerate(sizes.blocks[:count]):
         trains = trains or block.trained > 0
         if trains:
-            found += _count_matmuls(setting, batch, index) + 2.0 * block.active_trained * batch.tokens
+            found += _count_matmuls(setting, batch, index) + 2.0 * block.active_trained * batch.num_tokens
             found += ATTENTION_BACKWARD_FACTOR * _count_attention(setting, batch, index)
     return found
 
 
 def count_head_forward(setting: PlannedRun, batch: MicroBatch) -> float:
     """The unembedding on the answers' positions."""
-    return 2.0 * setting.sizes.width * setting.sizes.vocabulary * batch.answer_tokens
+    return 2.0 * setting.sizes.width * setting.sizes.vocabulary * batch.completion_tokens
 
 
 def count_head_backward(setting: PlannedRun, batch: MicroBatch) -> float:
@@ -115,7 +115,7 @@ def count_scoring(setting: PlannedRun, layer: int | None, besides: int | None = 
     Of a layer's policy, the whole one, or of both in one pass.
     """
     config, sizes = setting.config, setting.sizes
-    batches = setting.scored
+    batches = setting.scoring_batches
     whole = sum(count_layers_forward(setting, batch, sizes.layers) for batch in batches)
     heads = sum(count_head_forward(setting, batch) for batch in batches)
     mine = sum(count_layers_forward(setting, batch, layer or sizes.layers) for batch in batches) + heads
@@ -150,18 +150,20 @@ def count_critic_updates(setting: PlannedRun) -> float:
     count, often = setting.sizes.layers, 2 if setting.config.gradient_checkpointing else 1
     return sum(
         often * count_layers_forward(setting, batch, count) + count_layers_backward(setting, batch, count)
-        for batch in setting.batches
+        for batch in setting.micro_batches
     )
 
 
 def count_sampling(setting: PlannedRun) -> float:
     """Prompts, each once but for `generate` on a GPU, and each answer's tokens one by one."""
-    lengths, sizes = setting.mean, setting.sizes
-    shared = setting.config.use_vllm or setting.on.cpu
-    prompts = setting.prompts if shared else float(setting.answers)
-    met = sum(block.met for block in sizes.blocks)
-    tokens = prompts * lengths.prompt + setting.answers * lengths.answer
-    products = 2.0 * met * tokens + 2.0 * sizes.width * sizes.vocabulary * setting.answers * lengths.answer
-    a_pair = sum(2.0 * each.heads * (each.key + each.value) for each in setting.heads)
-    pairs = prompts * lengths.prompt**2 / 2 + setting.answers * lengths.answer * (lengths.prompt + lengths.answer / 2)
+    lengths, sizes = setting.mean_lengths, setting.sizes
+    shared = setting.config.use_vllm or setting.hardware.is_cpu
+    prompts = setting.num_prompts if shared else float(setting.num_completions)
+    met = sum(block.active for block in sizes.blocks)
+    tokens = prompts * lengths.prompt + setting.num_completions * lengths.completion
+    products = 2.0 * met * tokens + 2.0 * sizes.width * sizes.vocabulary * setting.num_completions * lengths.completion
+    a_pair = sum(2.0 * each.heads * (each.key + each.value) for each in setting.attention_shapes)
+    pairs = prompts * lengths.prompt**2 / 2 + setting.num_completions * lengths.completion * (
+        lengths.prompt + lengths.completion / 2
+    )
     return products + a_pair * pairs

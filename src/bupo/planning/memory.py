@@ -40,14 +40,14 @@ class MemoryEstimate:
         largest (`dict[str, float]`): each part when that is at its largest.
     """
 
-    moment: str
-    at_once: MemoryParts
-    largest: MemoryParts
+    peak_moment: str
+    peak_parts: MemoryParts
+    max_by_part: MemoryParts
 
     @property
     def bytes(self) -> float:
         """That a device must hold."""
-        return sum(self.at_once.values())
+        return sum(self.peak_parts.values())
 
 
 def compute_peak_memory(setting: PlannedRun, layer: int | None, besides: int | None = None) -> MemoryEstimate:
@@ -81,11 +81,11 @@ def compute_persistent_memory(setting: PlannedRun, layer: int | None) -> MemoryP
     """What is there all the time. In phase 1 nothing above the layer has an optimizer's state yet."""
     sizes, config = setting.sizes, setting.config
     found = {
-        "weights": _compute_weight_bytes(setting, sizes.weights, sizes.moved(None, True)),
-        "optimizer": _compute_optimizer_bytes(setting, setting.moved(layer)),
-        "buckets": _compute_bucket_bytes(setting, sizes.moved(None, True)),
+        "weights": _compute_weight_bytes(setting, sizes.weights, sizes.count_trained_parameters(None, True)),
+        "optimizer": _compute_optimizer_bytes(setting, setting.count_trained_parameters(layer)),
+        "buckets": _compute_bucket_bytes(setting, sizes.count_trained_parameters(None, True)),
     }
-    if setting.reference:
+    if setting.has_reference_model:
         found["reference model"] = _compute_weight_bytes(setting, sizes.weights, 0)
     if setting.has_copied_critic:
         found["critic"] = _compute_critic_bytes(setting)
@@ -98,7 +98,7 @@ def _compute_critic_bytes(setting: PlannedRun) -> float:
     """Weights, moments of an AdamW of its own, whatever the policy's is, and what reduces gradients. DeepSpeed's engine is the
     policy's: beside it the critic is whole on each process."""
     count = count_critic_weights(setting)
-    if setting.on.shared.startswith("zero"):
+    if setting.hardware.resolved_sharding.startswith("zero"):
         return (2 * setting.trained_bytes + get_optimizer_state_bytes("adamw", setting.trained_bytes)) * count
     return (
         _compute_weight_bytes(setting, count, count)
@@ -109,21 +109,21 @@ def _compute_critic_bytes(setting: PlannedRun) -> float:
 
 def _compute_weight_bytes(setting: PlannedRun, count: float, trained: float) -> float:
     """Weights, and DeepSpeed's fp32 ones beside those that it computes with."""
-    size, shared, processes = setting.weight_bytes, setting.on.shared, setting.on.processes
+    size, shared, processes = setting.weight_bytes, setting.hardware.resolved_sharding, setting.hardware.num_processes
     if shared == "fsdp2":
         return (FP32_BYTES * trained + size * (count - trained)) / processes
     if shared.startswith("zero"):
-        own = (HALF_BYTES if setting.half else FP32_BYTES) * count
+        own = (HALF_BYTES if setting.is_half_precision else FP32_BYTES) * count
         return own + FP32_BYTES * trained / processes
     return setting.trained_bytes * trained + size * (count - trained)
 
 
 def _compute_optimizer_bytes(setting: PlannedRun, count: float, name: str | None = None) -> float:
     """Moments of the parameters that have been moved."""
-    whole = setting.on.shared in ("one", "ddp")
+    whole = setting.hardware.resolved_sharding in ("one", "ddp")
     size = setting.trained_bytes if whole else FP32_BYTES
     state = get_optimizer_state_bytes(name or setting.config.optim.value, size)
-    return state * count / (1 if whole else setting.on.processes)
+    return state * count / (1 if whole else setting.hardware.num_processes)
 
 
 def get_optimizer_state_bytes(name: str, size: int) -> float:
@@ -135,9 +135,13 @@ def get_optimizer_state_bytes(name: str, size: int) -> float:
 
 def _compute_bucket_bytes(setting: PlannedRun, trained: float) -> float:
     """DDP keeps gradients a second time, to reduce them; DeepSpeed a bucket."""
-    if setting.on.shared == "ddp":
+    if setting.hardware.resolved_sharding == "ddp":
         return setting.trained_bytes * trained
-    return HALF_BYTES * min(DEEPSPEED_BUCKET_SIZE, trained) if setting.on.shared.startswith("zero") else 0.0
+    return (
+        HALF_BYTES * min(DEEPSPEED_BUCKET_SIZE, trained)
+        if setting.hardware.resolved_sharding.startswith("zero")
+        else 0.0
+    )
 
 
 def count_critic_weights(setting: PlannedRun) -> float:
@@ -148,7 +152,7 @@ def count_critic_weights(setting: PlannedRun) -> float:
 
 def compute_vllm_bytes(setting: PlannedRun) -> float:
     """What vLLM takes for itself, whatever the model."""
-    return setting.config.vllm_gpu_memory_utilization * setting.on.memory
+    return setting.config.vllm_gpu_memory_utilization * setting.hardware.device_bytes
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
@@ -156,11 +160,11 @@ def compute_vllm_bytes(setting: PlannedRun) -> float:
 
 def _compute_gradient_bytes(setting: PlannedRun, count: float) -> float:
     """Between two micro-batches and when the optimizer steps."""
-    shared, processes = setting.on.shared, setting.on.processes
+    shared, processes = setting.hardware.resolved_sharding, setting.hardware.num_processes
     if shared == "fsdp2":
         return FP32_BYTES * count / processes
     if shared.startswith("zero"):
-        size = HALF_BYTES if setting.half else FP32_BYTES
+        size = HALF_BYTES if setting.is_half_precision else FP32_BYTES
         return size * count / (1 if shared == "zero1" else processes)
     return setting.trained_bytes * count
 
@@ -168,8 +172,8 @@ def _compute_gradient_bytes(setting: PlannedRun, count: float) -> float:
 def _compute_unreduced_gradient_bytes(setting: PlannedRun, count: float) -> float:
     """Between two micro-batches of an update. transformers lets FSDP2 reduce gradients at the last one only: until then each
     device holds them whole, in the type that layers compute in."""
-    if setting.on.shared == "fsdp2" and not has_sync_each_batch(setting):
-        return (HALF_BYTES if setting.half else FP32_BYTES) * count
+    if setting.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(setting):
+        return (HALF_BYTES if setting.is_half_precision else FP32_BYTES) * count
     return _compute_gradient_bytes(setting, count)
 
 
@@ -177,8 +181,10 @@ def _compute_accumulated_gradient_bytes(setting: PlannedRun, layer: int | None) 
     """Gradients that a micro-batch of an update finds of those before it. What FSDP2 has not reduced cannot be dropped."""
     if not setting.is_accumulating:
         return 0.0
-    whole = setting.on.shared == "fsdp2" and not has_sync_each_batch(setting)
-    return _compute_unreduced_gradient_bytes(setting, setting.moved(setting.read(layer) if whole else layer))
+    whole = setting.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(setting)
+    return _compute_unreduced_gradient_bytes(
+        setting, setting.count_trained_parameters(setting.get_last_layer(layer) if whole else layer)
+    )
 
 
 def has_sync_each_batch(setting: PlannedRun) -> bool:
@@ -194,11 +200,18 @@ def _iterate_update_moments(
     setting: PlannedRun, layer: int | None, besides: int | None
 ) -> Iterator[tuple[str, MemoryParts]]:
     """The policy's passes over its fullest micro-batch, and what its backward pass leaves."""
-    sizes, config, moved, read = setting.sizes, setting.config, setting.moved(layer), setting.read(layer)
+    sizes, config, moved, read = (
+        setting.sizes,
+        setting.config,
+        setting.count_trained_parameters(layer),
+        setting.get_last_layer(layer),
+    )
     kept = compute_activation_bytes(setting, layer, besides)
     if besides is not None:
-        kept += setting.kept.stream  # the gradient of the layer's states, which waits for that from above
-    head = _compute_logit_tile_bytes(setting) + FP32_BYTES * setting.largest_micro_batch.answer_tokens * sizes.width
+        kept += (
+            setting.saved_activations.residual_stream
+        )  # the gradient of the layer's states, which waits for that from above
+    head = _compute_logit_tile_bytes(setting) + FP32_BYTES * setting.largest_micro_batch.completion_tokens * sizes.width
     head_grad = (
         float(_get_compute_weight_bytes(setting) * sizes.width * sizes.vocabulary) if sizes.head.trained else 0.0
     )
@@ -218,30 +231,40 @@ def _iterate_update_moments(
         {**start, "activations": kept + compute_backward_workspace(setting), "unembedding": waits},
     )
     if config.gradient_checkpointing and read != 1:
-        below = kept - (setting.kept.blocks[read - 1] if read is not None else 0) + max(setting.kept.blocks)
+        below = (
+            kept
+            - (setting.saved_activations.blocks[read - 1] if read is not None else 0)
+            + max(setting.saved_activations.blocks)
+        )
         yield (
             "a layer is computed again",
             {**start, "activations": below + compute_backward_workspace(setting), "unembedding": waits},
         )
     own = sizes.embedding.trained * _get_compute_weight_bytes(setting)
     again = own * (sizes.tied + setting.is_accumulating)
-    left = _compute_unreduced_gradient_bytes(setting, setting.moved(read))  # with those that are dropped now
+    left = _compute_unreduced_gradient_bytes(
+        setting, setting.count_trained_parameters(read)
+    )  # with those that are dropped now
     yield "a backward pass ends", {"gradients": left + again, **_compute_gathered_part(setting), **late}
-    step = FP32_BYTES * moved / setting.on.processes if setting.on.shared.startswith("zero") else 0.0
+    step = (
+        FP32_BYTES * moved / setting.hardware.num_processes
+        if setting.hardware.resolved_sharding.startswith("zero")
+        else 0.0
+    )
     yield "the optimizer steps", {"gradients": _compute_gradient_bytes(setting, moved) + step}
 
 
 def compute_activation_bytes(setting: PlannedRun, layer: int | None, besides: int | None = None) -> float:
     """What the forward pass keeps; under checkpointing of each block what it reads, but for the one whose states are read."""
-    kept, config, layer = setting.kept, setting.config, setting.read(layer)
+    kept, config, layer = setting.saved_activations, setting.config, setting.get_last_layer(layer)
     count, seen = layer or setting.sizes.layers, layer or besides
     blocks = list(kept.blocks[:count])
     if config.gradient_checkpointing:
-        blocks = [size if number == seen else kept.stream for number, size in enumerate(blocks, 1)]
+        blocks = [size if number == seen else kept.residual_stream for number, size in enumerate(blocks, 1)]
     internal = seen is not None and config.internal_lens == "final_norm"
-    normed = kept.after * ((layer is None) + internal)
+    normed = kept.after_blocks * ((layer is None) + internal)
     states = (
-        setting.largest_micro_batch.answer_tokens
+        setting.largest_micro_batch.completion_tokens
         * setting.sizes.width
         * setting.state_bytes
         * (1 if besides is None else 2)
@@ -249,13 +272,13 @@ def compute_activation_bytes(setting: PlannedRun, layer: int | None, besides: in
     copies = HALF_BYTES * setting.sizes.linear if setting.precision == "autocast" else 0
     if copies and layer is not None:
         copies = HALF_BYTES * sum(block.linear for block in setting.sizes.blocks[:count])
-    return float(kept.before + sum(blocks) + normed + states + copies)
+    return float(kept.before_blocks + sum(blocks) + normed + states + copies)
 
 
 def _compute_logit_tile_bytes(setting: PlannedRun) -> float:
     """Of logits, some rows and words at a time; their factors are fp32 in the backward pass."""
     rows, words = (
-        min(ROWS_PER_TILE, setting.largest_micro_batch.answer_tokens),
+        min(ROWS_PER_TILE, setting.largest_micro_batch.completion_tokens),
         min(VOCABULARY_PER_TILE, setting.sizes.vocabulary),
     )
     converted = setting.sizes.width * (rows + 2 * words) if setting.state_bytes == HALF_BYTES else 0
@@ -264,15 +287,17 @@ def _compute_logit_tile_bytes(setting: PlannedRun) -> float:
 
 def compute_backward_workspace(setting: PlannedRun) -> float:
     """What the backward pass of a block makes."""
-    return float(LIVE_LARGEST_TENSORS * setting.kept.largest + 2 * setting.kept.stream)
+    return float(
+        LIVE_LARGEST_TENSORS * setting.saved_activations.largest_tensor + 2 * setting.saved_activations.residual_stream
+    )
 
 
 def _compute_gathered_part(setting: PlannedRun) -> MemoryParts:
     """What sharded weights are whole for a while: embedding, norm and unembedding, blocks, and the gradients of a block."""
-    if setting.on.shared != "fsdp2":
+    if setting.hardware.resolved_sharding != "fsdp2":
         return {}
     size, sizes = _get_compute_weight_bytes(setting), setting.sizes
-    root = sizes.embedding.weights + sizes.rest.weights + sizes.unembedding.weights
+    root = sizes.embedding.weights + sizes.other.weights + sizes.unembedding.weights
     block = max(part.weights for part in sizes.blocks)
     trained = max(part.trained for part in sizes.blocks)
     return {"gathered": size * (root + GATHERED_BLOCKS * block + trained)}
@@ -291,7 +316,7 @@ def _iterate_critic_moments(setting: PlannedRun, layer: int | None) -> Iterator[
     if not setting.has_copied_critic:
         return
     policy = _compute_accumulated_gradient_bytes(setting, layer)
-    again = max(setting.kept.blocks) if setting.config.gradient_checkpointing else 0
+    again = max(setting.saved_activations.blocks) if setting.config.gradient_checkpointing else 0
     kept = compute_activation_bytes(setting, None) + again + compute_backward_workspace(setting)
     before = _compute_critic_gradient_bytes(setting) if setting.is_accumulating else 0.0
     yield (
@@ -308,7 +333,7 @@ def _compute_critic_gradient_bytes(setting: PlannedRun) -> float:
     count = count_critic_weights(setting)
     return (
         setting.trained_bytes * count
-        if setting.on.shared.startswith("zero")
+        if setting.hardware.resolved_sharding.startswith("zero")
         else _compute_gradient_bytes(setting, count)
     )
 
@@ -323,11 +348,15 @@ def _iterate_rollout_moments(setting: PlannedRun) -> Iterator[tuple[str, MemoryP
     if asleep:
         yield "answers are sampled", {"vLLM": compute_vllm_bytes(setting)}
     elif not config.use_vllm:
-        cache = setting.answers * setting.longest.row * setting.kv_cache_bytes
-        logits = LIVE_LARGEST_TENSORS * FP32_BYTES * setting.answers * sizes.vocabulary
+        cache = setting.num_completions * setting.max_lengths.total * setting.kv_cache_bytes
+        logits = LIVE_LARGEST_TENSORS * FP32_BYTES * setting.num_completions * sizes.vocabulary
         yield "answers are sampled", {"keys and values": float(cache + logits), **_compute_gathered_part(setting)}
-    states = setting.largest_micro_batch.answer_tokens * sizes.width * setting.state_bytes
-    passing = LIVE_LARGEST_TENSORS * setting.kept.largest + 3 * setting.kept.stream + 2 * states
+    states = setting.largest_micro_batch.completion_tokens * sizes.width * setting.state_bytes
+    passing = (
+        LIVE_LARGEST_TENSORS * setting.saved_activations.largest_tensor
+        + 3 * setting.saved_activations.residual_stream
+        + 2 * states
+    )
     yield (
         "answers are scored",
         {

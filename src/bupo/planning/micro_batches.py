@@ -17,11 +17,11 @@ class SequenceLengths:
     """Tokens of a prompt and of an answer."""
 
     prompt: int
-    answer: int
+    completion: int
 
     @property
-    def row(self) -> int:
-        return self.prompt + self.answer
+    def total(self) -> int:
+        return self.prompt + self.completion
 
 
 @dataclass(frozen=True)
@@ -38,43 +38,45 @@ class MicroBatch:
     rows: int
     prompts: int
     lengths: SequenceLengths
-    packed: bool
-    blocks: bool
+    is_packed: bool
+    uses_block_mask: bool
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """That the layers compute."""
-        if not self.packed:
-            return self.rows * self.lengths.row
-        return self.prompts * self.lengths.prompt + self.rows * self.lengths.answer
+        if not self.is_packed:
+            return self.rows * self.lengths.total
+        return self.prompts * self.lengths.prompt + self.rows * self.lengths.completion
 
     @property
-    def answer_tokens(self) -> int:
+    def completion_tokens(self) -> int:
         """That meet the unembedding."""
-        return self.rows * self.lengths.answer
+        return self.rows * self.lengths.completion
 
-    def pairs(self, window: int | None = None) -> float:
+    def count_attention_pairs(self, window: int | None = None) -> float:
         """Of a query and a key that attention multiplies; `window`: how far back a token sees."""
-        prompt, answer = self.lengths.prompt, self.lengths.answer
-        if not self.packed:
-            return float(self.rows * self.lengths.row**2)
-        if not self.blocks:
+        prompt, answer = self.lengths.prompt, self.lengths.completion
+        if not self.is_packed:
+            return float(self.rows * self.lengths.total**2)
+        if not self.uses_block_mask:
             return float(self.prompts * prompt**2 + self.rows * answer * (prompt + answer))
         whole = _count_causal_pairs(prompt, window)
         return self.prompts * whole + self.rows * (_count_causal_pairs(prompt + answer, window) - whole)
 
-    def layout(self) -> PackedLayout | tuple[int, int]:
+    def build_layout(self) -> PackedLayout | tuple[int, int]:
         """On the meta device: the segments of a packed row on a CPU, one row under a block mask, or rows."""
-        if not self.packed:
-            return self.rows, self.lengths.row
-        if self.blocks:
-            return 1, self.tokens
-        ids = torch.ones(self.rows, self.lengths.row, dtype=torch.long)
+        if not self.is_packed:
+            return self.rows, self.lengths.total
+        if self.uses_block_mask:
+            return 1, self.num_tokens
+        ids = torch.ones(self.rows, self.lengths.total, dtype=torch.long)
         for row in range(self.rows):  # answers of one prompt one after another, some more of the first ones
             ids[row, 0] = 2 + row % self.prompts
-        real = PackedLayout.of(ids, torch.ones_like(ids), self.lengths.prompt)
+        real = PackedLayout.from_rows(ids, torch.ones_like(ids), self.lengths.prompt)
         assert real is not None, "these rows have prompts"
-        return PackedLayout(real.ids.to("meta"), real.positions.to("meta"), real.places.to("meta"), real.segments)
+        return PackedLayout(
+            real.ids.to("meta"), real.positions.to("meta"), real.token_indices.to("meta"), real.segments
+        )
 
 
 def _count_causal_pairs(length: int, window: int | None) -> float:
@@ -100,14 +102,14 @@ def build_micro_batches(
         {
             "prompt_ids": part[:, None],
             "prompt_mask": torch.ones_like(part)[:, None],
-            "completion_mask": torch.full_like(part, lengths.answer)[:, None],  # its sum is what is looked at
+            "completion_mask": torch.full_like(part, lengths.completion)[:, None],  # its sum is what is looked at
         }
         for part in prompts.split(size)
     ]
     if packed and can_reorder_rows(config, balances_experts=False):
         pieces = arrange_micro_batches(pieces, config.gradient_accumulation_steps)
     distinct = [len(piece["prompt_ids"].unique()) for piece in pieces]
-    return [MicroBatch(size, found, lengths, packed, not on.cpu) for found in distinct]
+    return [MicroBatch(size, found, lengths, packed, not on.is_cpu) for found in distinct]
 
 
 def find_largest_micro_batch(config: BuPOConfig, longest: SequenceLengths, on: PlanOptions, packed: bool) -> MicroBatch:
@@ -123,4 +125,4 @@ def build_scoring_batches(
     size, count, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
     starts = range(0, size * count, size)
     prompts = [-(-(start + size) // group) - start // group for start in starts]
-    return [MicroBatch(size, found, lengths, packed, not on.cpu) for found in prompts]
+    return [MicroBatch(size, found, lengths, packed, not on.is_cpu) for found in prompts]

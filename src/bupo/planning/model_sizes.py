@@ -31,7 +31,7 @@ class ParameterCounts:
 
     weights: int = 0
     trained: int = 0
-    met: float = 0.0
+    active: float = 0.0
     active_trained: float = 0.0
     linear: int = 0
 
@@ -47,13 +47,13 @@ class ModelSizes:
         blocks (`tuple[Part]`): layers 1 to L.
     """
 
-    kind: str
+    model_type: str
     width: int
     vocabulary: int
     tied: bool
     embedding: ParameterCounts
     blocks: tuple[ParameterCounts, ...]
-    rest: ParameterCounts
+    other: ParameterCounts
     unembedding: ParameterCounts
 
     @property
@@ -62,7 +62,7 @@ class ModelSizes:
 
     @property
     def parts(self) -> tuple[ParameterCounts, ...]:
-        return (self.embedding, *self.blocks, self.rest, self.unembedding)
+        return (self.embedding, *self.blocks, self.other, self.unembedding)
 
     @property
     def weights(self) -> int:
@@ -72,17 +72,17 @@ class ModelSizes:
     @property
     def linear(self) -> int:
         """Parameters of linear layers, the unembedding's left out."""
-        return sum(part.linear for part in (*self.blocks, self.rest))
+        return sum(part.linear for part in (*self.blocks, self.other))
 
     @property
     def head(self) -> ParameterCounts:
         """What the unembedding's product reads."""
         return self.embedding if self.tied else self.unembedding
 
-    def moved(self, layer: int | None, normed: bool) -> int:
+    def count_trained_parameters(self, layer: int | None, normed: bool) -> int:
         """Parameters that a policy's update moves: all that train, or for a layer those up to it (`moved_by`)."""
         blocks = self.blocks if layer is None else self.blocks[:layer]
-        rest = self.rest.trained if layer is None or normed else 0
+        rest = self.other.trained if layer is None or normed else 0
         return self.embedding.trained + self.unembedding.trained + rest + sum(block.trained for block in blocks)
 
 
@@ -132,13 +132,13 @@ def count_parameters(model: nn.Module) -> ModelSizes:
     tied = embedding.weight is head.weight
     weight = head.weight
     return ModelSizes(
-        kind=config.model_type,
+        model_type=config.model_type,
         width=weight.size(1),
         vocabulary=weight.size(0),
         tied=tied,
         embedding=_count_module_parameters(embedding, asked),
         blocks=tuple(_count_module_parameters(block, asked) for block in blocks),
-        rest=ParameterCounts(sum(p.numel() for p in outside), sum(p.numel() for p in outside if p.requires_grad)),
+        other=ParameterCounts(sum(p.numel() for p in outside), sum(p.numel() for p in outside if p.requires_grad)),
         unembedding=ParameterCounts() if tied else _count_module_parameters(head, asked),
     )
 
@@ -150,7 +150,7 @@ def _count_module_parameters(module: nn.Module, asked: float) -> ParameterCounts
     return ParameterCounts(
         weights=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        met=sum(met.values()),
+        active=sum(met.values()),
         active_trained=sum(count for p, count in met.items() if p.requires_grad),
         linear=sum(p.numel() for p in linear),
     )

@@ -75,34 +75,34 @@ class PlanOptions:
             raise UserError(f"sharding one takes one GPU, and gpus is {self.gpus}: choose ddp or fsdp2")
 
     @property
-    def cpu(self) -> bool:
+    def is_cpu(self) -> bool:
         return self.gpus == 0
 
     @property
-    def processes(self) -> int:
+    def num_processes(self) -> int:
         return max(1, self.gpus)
 
     @property
-    def shared(self) -> str:
+    def resolved_sharding(self) -> str:
         """How the devices share the model."""
         return self.sharding or ("fsdp2" if self.gpus > 1 else "one")
 
     @property
-    def memory(self) -> float:
+    def device_bytes(self) -> float:
         """Bytes of a device."""
         if self.gpu_memory is not None:
             return self.gpu_memory * GB
-        if self.cpu and hasattr(os, "sysconf"):
+        if self.is_cpu and hasattr(os, "sysconf"):
             return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return H100_MEMORY_GB * GB
 
-    def rate(self, half: bool) -> float | None:
+    def get_flops_per_second(self, half: bool) -> float | None:
         """FLOP/s of a device; `half`: whether its products are of 16-bit numbers."""
         if self.tflops is not None:
             return self.tflops * 1e12
         return (
             None
-            if self.cpu
+            if self.is_cpu
             else ASSUMED_UTILIZATION["tflops"] * (H100_BF16_TFLOPS if half else H100_FP32_TFLOPS) * 1e12
         )
 
@@ -111,13 +111,13 @@ class PlanOptions:
         """Of a device's memory."""
         if self.bandwidth is not None:
             return self.bandwidth * 1e12
-        return None if self.cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12
+        return None if self.is_cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12
 
-    def said(self, half: bool) -> list[str]:
+    def describe_rates(self, half: bool) -> list[str]:
         """Each rate with where it comes from."""
         peak, kind = (H100_BF16_TFLOPS, "bf16") if half else (H100_FP32_TFLOPS, "fp32")
         unknown = "no {} is known of this CPU: --{} gives {}"
-        rate, speed = self.rate(half), self.bytes_per_second
+        rate, speed = self.get_flops_per_second(half), self.bytes_per_second
         if rate is None:
             found = [unknown.format("rate", "tflops", "times")]
         elif self.tflops is None:

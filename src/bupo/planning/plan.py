@@ -46,17 +46,17 @@ class PhasePlan:
 
     layer: int | None
     batches: int | None
-    trained: int
+    trained_parameters: int
     flops: Flops
     memory: MemoryEstimate
     seconds: RolloutBatchSeconds
-    besides: int | None = None
+    auxiliary_layer: int | None = None
 
     @property
     def name(self) -> str:
         if self.layer is not None:
             return f"phase 1, layer {self.layer}"
-        return "phase 2" if self.besides is None else f"phase 2 + layer {self.besides}"
+        return "phase 2" if self.auxiliary_layer is None else f"phase 2 + layer {self.auxiliary_layer}"
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Plan:
 
     model: str
     sizes: ModelSizes
-    on: PlanOptions
-    answers: int
-    group: int
+    hardware: PlanOptions
+    num_completions: int
+    group_size: int
     updates: float
     phases: list[PhasePlan]
     vllm_shortage: str | None
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= self.on.memory and not self.vllm_shortage
+        return self.bytes <= self.hardware.device_bytes and not self.vllm_shortage
 
     @property
     def seconds(self) -> float | None:
@@ -125,11 +125,17 @@ def plan(
     batches, said_length = _count_rollout_batches(config, options, on)
     parts, said_stages = _plan_targets(setting, batches)
     phases = [_plan_phase(setting, target, length) for target, length in parts]
-    assumed = [*on.said(setting.half), *said, *said_length, *said_stages, *_describe_assumptions(setting)]
-    size = (setting.answers * on.processes, config.num_generations, setting.updates)
+    assumed = [
+        *on.describe_rates(setting.is_half_precision),
+        *said,
+        *said_length,
+        *said_stages,
+        *_describe_assumptions(setting),
+    ]
+    size = (setting.num_completions * on.num_processes, config.num_generations, setting.num_updates)
     found = Plan(model, setting.sizes, on, *size, phases, describe_vllm_shortage(setting), None, assumed)
     targets = [target for target, _ in parts]
-    return replace(found, advice=suggest_changes(setting, targets)) if found.bytes > on.memory else found
+    return replace(found, advice=suggest_changes(setting, targets)) if found.bytes > on.device_bytes else found
 
 
 def resolve_planned_run(
@@ -152,7 +158,7 @@ def _resolve_planned_run(
     options.check()
     _check_loading(loading)
     read = check_named_layers(model, config, loading)
-    if on.shared.startswith("zero"):
+    if on.resolved_sharding.startswith("zero"):
         check_deepspeed(config)
     made = build_meta_model(model, read, config, loading)
     mean, longest, said = _estimate_lengths(model, config, options, loading, on)
@@ -163,7 +169,13 @@ def _plan_phase(setting: PlannedRun, target: PhaseTarget, batches: int | None) -
     layer, counted = target.layer, count_flops(setting, *target)
     times = estimate_seconds(setting, layer, counted)
     return PhasePlan(
-        layer, batches, setting.moved(layer), counted, compute_peak_memory(setting, *target), times, target.besides
+        layer,
+        batches,
+        setting.count_trained_parameters(layer),
+        counted,
+        compute_peak_memory(setting, *target),
+        times,
+        target.auxiliary_layer,
     )
 
 
@@ -232,7 +244,7 @@ def _count_rollout_batches(config: BuPOConfig, options: TrainOptions, on: PlanOp
         return config.count_rollout_batches(config.max_steps), []
     if options.size is None:
         return None, ["the run's length is not known: it has no max_steps, and the data set no size"]
-    answers = config.per_device_train_batch_size * config.steps_per_generation * on.processes
+    answers = config.per_device_train_batch_size * config.steps_per_generation * on.num_processes
     prompts = answers // config.num_generations
     return max(1, int(config.num_train_epochs * (options.size // max(1, prompts)))), []
 
@@ -251,8 +263,10 @@ def _plan_targets(setting: PlannedRun, batches: int | None) -> tuple[list[tuple[
             length = recommend_first_phase_batches(batches) if batches else None
         planned.append((PhaseTarget(layer), length))
     if config.has_auxiliary_objective:
-        planned.append((PhaseTarget(None, layer), None if config.internal_mix else config.internal_handover))
-    if not config.internal_mix:
+        planned.append(
+            (PhaseTarget(None, layer), None if config.internal_loss_weight else config.internal_fade_batches)
+        )
+    if not config.internal_loss_weight:
         planned.append((PhaseTarget(None), None))
     return _limit_to_run_length(planned, batches), said
 
@@ -276,7 +290,7 @@ def _describe_assumptions(setting: PlannedRun) -> list[str]:
     config, found = setting.config, []
     found.append(
         "rows are packed: a prompt is computed once for the answers that share a micro-batch"
-        if setting.packed
+        if setting.is_packed
         else "rows are not packed: each is computed with its prompt, and padded to the longest"
     )
     if config.use_vllm and config.vllm_mode == "server":

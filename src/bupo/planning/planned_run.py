@@ -31,7 +31,7 @@ class PhaseTarget(NamedTuple):
     """
 
     layer: int | None
-    besides: int | None = None
+    auxiliary_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,34 +46,34 @@ class PlannedRun:
     """
 
     config: BuPOConfig
-    on: PlanOptions
-    loading: ModelConfig
+    hardware: PlanOptions
+    model_config: ModelConfig
     model: nn.Module
     sizes: ModelSizes
-    mean: SequenceLengths
-    longest: SequenceLengths
-    passes: dict[tuple[MicroBatch, str], SavedActivations] = field(default_factory=dict)
+    mean_lengths: SequenceLengths
+    max_lengths: SequenceLengths
+    saved_by_pass: dict[tuple[MicroBatch, str], SavedActivations] = field(default_factory=dict)
 
     def with_options(self, on: dict[str, Any] | None = None, **options: Any) -> "PlannedRun":
         """With other options of the run, or other devices."""
         config = self.config.__copy__()
         for name, value in options.items():
             setattr(config, name, value)
-        return replace(self, config=config, on=replace(self.on, **on or {}))
+        return replace(self, config=config, hardware=replace(self.hardware, **on or {}))
 
     @property
-    def half(self) -> bool:
+    def is_half_precision(self) -> bool:
         """Whether products are of 16-bit numbers."""
         return bool(self.config.bf16 or self.config.fp16) or self._loaded_half
 
     @property
     def _loaded_half(self) -> bool:
-        return str(self.loading.dtype) in ("bfloat16", "float16")
+        return str(self.model_config.dtype) in ("bfloat16", "float16")
 
     @property
     def weight_bytes(self) -> int:
         """Of a weight. One in 16 bits stays so below an adapter, or where weights in fp32 are not wanted for training."""
-        return 2 if self._loaded_half and (self.loading.use_peft or not self.config.fp32_master_weights) else 4
+        return 2 if self._loaded_half and (self.model_config.use_peft or not self.config.fp32_master_weights) else 4
 
     @property
     def trained_bytes(self) -> int:
@@ -83,9 +83,9 @@ class PlannedRun:
     @property
     def precision(self) -> str:
         """That states are computed in. Sharding gathers weights in 16 bits; without it autocast copies them."""
-        if not self.half:
+        if not self.is_half_precision:
             return "float32"
-        whole = self.weight_bytes == 4 and self.on.shared in ("one", "ddp")
+        whole = self.weight_bytes == 4 and self.hardware.resolved_sharding in ("one", "ddp")
         return "autocast" if whole else "bfloat16"
 
     @property
@@ -94,8 +94,8 @@ class PlannedRun:
         return 2 if self.precision == "bfloat16" else 4
 
     @property
-    def packed(self) -> bool:
-        return can_pack_rows(self.config, self.loading.attn_implementation)
+    def is_packed(self) -> bool:
+        return can_pack_rows(self.config, self.model_config.attn_implementation)
 
     @property
     def is_accumulating(self) -> bool:
@@ -106,61 +106,63 @@ class PlannedRun:
     def has_copied_critic(self) -> bool:
         return self.config.advantage_estimator in CRITIC_ESTIMATORS and self.config.critic_backbone == "copy"
 
-    def read(self, layer: int | None) -> int | None:
+    def get_last_layer(self, layer: int | None) -> int | None:
         """The layer whose policy a stage optimises, and so the last that runs in an update; None: all do."""
-        return None if self.config.internal_objective == "policy" else layer
+        return None if self.config.internal_objective == "frozen_upper" else layer
 
-    def moved(self, layer: int | None) -> int:
+    def count_trained_parameters(self, layer: int | None) -> int:
         """Parameters that an update moves in a stage of this layer, or in the second phase."""
-        return self.sizes.moved(layer, self.read(layer) is not None and self.config.internal_lens == "final_norm")
+        return self.sizes.count_trained_parameters(
+            layer, self.get_last_layer(layer) is not None and self.config.internal_lens == "final_norm"
+        )
 
     @property
-    def reference(self) -> bool:
+    def has_reference_model(self) -> bool:
         """Whether a second model is kept for a KL penalty; an adapter's is the model itself."""
-        return self.config.beta != 0 and not self.loading.use_peft
+        return self.config.beta != 0 and not self.model_config.use_peft
 
     @cached_property
     def largest_micro_batch(self) -> MicroBatch:
-        return find_largest_micro_batch(self.config, self.longest, self.on, self.packed)
+        return find_largest_micro_batch(self.config, self.max_lengths, self.hardware, self.is_packed)
 
     @cached_property
-    def batches(self) -> list[MicroBatch]:
+    def micro_batches(self) -> list[MicroBatch]:
         """Micro-batches of a device and rollout batch, in the mean."""
-        return build_micro_batches(self.config, self.mean, self.on, self.packed)
+        return build_micro_batches(self.config, self.mean_lengths, self.hardware, self.is_packed)
 
     @cached_property
-    def scored(self) -> list[MicroBatch]:
+    def scoring_batches(self) -> list[MicroBatch]:
         """Passes that score a rollout batch of a device."""
-        return build_scoring_batches(self.config, self.mean, self.on, self.packed)
+        return build_scoring_batches(self.config, self.mean_lengths, self.hardware, self.is_packed)
 
     @cached_property
-    def kept(self) -> SavedActivations:
+    def saved_activations(self) -> SavedActivations:
         """By the fullest micro-batch's forward pass."""
         key = (self.largest_micro_batch, self.precision)
-        if key not in self.passes:
-            self.passes[key] = count_saved_activations(
-                self.model, list(get_blocks(self.model)), self.largest_micro_batch.layout(), self.precision
+        if key not in self.saved_by_pass:
+            self.saved_by_pass[key] = count_saved_activations(
+                self.model, list(get_blocks(self.model)), self.largest_micro_batch.build_layout(), self.precision
             )
-        return self.passes[key]
+        return self.saved_by_pass[key]
 
     @cached_property
-    def heads(self) -> list[AttentionShape]:
+    def attention_shapes(self) -> list[AttentionShape]:
         """Of each layer's attention."""
-        called = self.kept.heads
+        called = self.saved_activations.attention_shapes
         return called[:: max(1, len(called) // self.sizes.layers)]
 
     @property
-    def answers(self) -> int:
+    def num_completions(self) -> int:
         """That a device samples for a rollout batch."""
         return self.config.per_device_train_batch_size * self.config.steps_per_generation
 
     @property
-    def prompts(self) -> float:
+    def num_prompts(self) -> float:
         """Of a device's rollout batch."""
-        return self.answers / self.config.num_generations
+        return self.num_completions / self.config.num_generations
 
     @property
-    def updates(self) -> float:
+    def num_updates(self) -> float:
         """Optimizer updates of a rollout batch."""
         config = self.config
         return config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
@@ -169,4 +171,4 @@ class PlannedRun:
     def kv_cache_bytes(self) -> int:
         """Of the keys and values of a token."""
         size = 2 if self.config.use_vllm or self.precision == "bfloat16" else 4
-        return size * sum(head.kv_heads * (head.key + head.value) for head in self.heads)
+        return size * sum(head.kv_heads * (head.key + head.value) for head in self.attention_shapes)

@@ -32,13 +32,13 @@ class RolloutBatchSeconds:
 
 def estimate_seconds(setting: PlannedRun, layer: int | None, counted: Flops) -> RolloutBatchSeconds:
     """Of what `counted` is the arithmetic of."""
-    rate, speed = setting.on.rate(setting.half), setting.on.bytes_per_second
+    rate, speed = setting.hardware.get_flops_per_second(setting.is_half_precision), setting.hardware.bytes_per_second
     if rate is None:
         return RolloutBatchSeconds(None, None, None)
     scoring = counted.scoring / rate
     if speed is None:
         return RolloutBatchSeconds(None, scoring, None)
-    update = counted.update / rate + setting.updates * compute_optimizer_traffic(setting, layer) / speed
+    update = counted.update / rate + setting.num_updates * compute_optimizer_traffic(setting, layer) / speed
     server = setting.config.use_vllm and setting.config.vllm_mode == "server"
     sampling = 0.0 if server else max(counted.sampling / rate, compute_sampling_traffic(setting) / speed)
     return RolloutBatchSeconds(sampling, scoring, update)
@@ -46,11 +46,11 @@ def estimate_seconds(setting: PlannedRun, layer: int | None, counted: Flops) -> 
 
 def compute_optimizer_traffic(setting: PlannedRun, layer: int | None) -> float:
     """Bytes that one update reads and writes: weights and states, and the gradient several times."""
-    count = setting.moved(layer)
-    share = 1 if setting.on.shared in ("one", "ddp") else setting.on.processes
+    count = setting.count_trained_parameters(layer)
+    share = 1 if setting.hardware.resolved_sharding in ("one", "ddp") else setting.hardware.num_processes
     found = _compute_step_traffic(setting, setting.config.optim.value, share) * count
     if setting.has_copied_critic:  # its own AdamW, of all of it, which DeepSpeed does not share
-        own = 1 if setting.on.shared.startswith("zero") else share
+        own = 1 if setting.hardware.resolved_sharding.startswith("zero") else share
         found += _compute_step_traffic(setting, "adamw", own) * count_critic_weights(setting)
     return found
 
@@ -64,25 +64,25 @@ def _compute_step_traffic(setting: PlannedRun, optimizer: str, share: int) -> fl
 
 def compute_sampling_traffic(setting: PlannedRun) -> float:
     """Bytes of weights and of keys and values that a device reads while it samples."""
-    size = HALF_BYTES if setting.half else 4
+    size = HALF_BYTES if setting.is_half_precision else 4
     weights = size * setting.sizes.weights / _get_tensor_parallel_size(setting)
-    length = setting.mean
-    before = length.answer * (length.prompt + length.answer / 2)
-    return count_sampling_steps(setting) * weights + setting.answers * before * setting.kv_cache_bytes
+    length = setting.mean_lengths
+    before = length.completion * (length.prompt + length.completion / 2)
+    return count_sampling_steps(setting) * weights + setting.num_completions * before * setting.kv_cache_bytes
 
 
 def count_sampling_steps(setting: PlannedRun) -> float:
     """Tokens that are sampled one after another: as many as the longest answer has, and more where not all fit at once."""
-    longest = max(setting.longest.answer, setting.mean.answer)
+    longest = max(setting.max_lengths.completion, setting.mean_lengths.completion)
     if not (setting.config.use_vllm and setting.config.vllm_mode == "colocate"):
         return longest
-    answers = setting.answers * _get_tensor_parallel_size(setting)
-    return max(longest, answers * setting.mean.answer / max(1.0, count_concurrent_completions(setting)))
+    answers = setting.num_completions * _get_tensor_parallel_size(setting)
+    return max(longest, answers * setting.mean_lengths.completion / max(1.0, count_concurrent_completions(setting)))
 
 
 def count_concurrent_completions(setting: PlannedRun) -> float:
     """Answers of the mean length whose keys and values vLLM has room for, beside its weights."""
-    return math.floor(compute_vllm_cache_bytes(setting) / (setting.kv_cache_bytes * setting.mean.row))
+    return math.floor(compute_vllm_cache_bytes(setting) / (setting.kv_cache_bytes * setting.mean_lengths.total))
 
 
 def compute_vllm_cache_bytes(setting: PlannedRun) -> float:
@@ -96,10 +96,14 @@ def describe_vllm_shortage(setting: PlannedRun) -> str | None:
     config = setting.config
     if not (config.use_vllm and config.vllm_mode == "colocate"):
         return None
-    wanted = setting.longest.row * setting.kv_cache_bytes
+    wanted = setting.max_lengths.total * setting.kv_cache_bytes
     if compute_vllm_cache_bytes(setting) >= wanted:
         return None
-    share = (HALF_BYTES * setting.sizes.weights + wanted) / _get_tensor_parallel_size(setting) / setting.on.memory
+    share = (
+        (HALF_BYTES * setting.sizes.weights + wanted)
+        / _get_tensor_parallel_size(setting)
+        / setting.hardware.device_bytes
+    )
     return (
         f"vLLM has no room: its weights and one answer take {share:.0%} of a device's memory, and "
         f"vllm_gpu_memory_utilization is {config.vllm_gpu_memory_utilization:g}"

@@ -47,12 +47,12 @@ class SavedActivations:
         heads (`list[Head]`): of the attention calls, in order.
     """
 
-    before: int = 0
-    after: int = 0
+    before_blocks: int = 0
+    after_blocks: int = 0
     blocks: list[int] = field(default_factory=list)
-    stream: int = 0
-    largest: int = 0
-    heads: list[AttentionShape] = field(default_factory=list)
+    residual_stream: int = 0
+    largest_tensor: int = 0
+    attention_shapes: list[AttentionShape] = field(default_factory=list)
 
 
 class _FlashAttentionStub(torch.autograd.Function):
@@ -151,26 +151,26 @@ def _run_forward(
             kept[key] = tensor
             spent[place] += storage.nbytes()
             if 0 < place <= len(blocks):
-                found.largest = max(found.largest, storage.nbytes())
+                found.largest_tensor = max(found.largest_tensor, storage.nbytes())
         return tensor
 
     def enter(number: int, states: torch.Tensor) -> None:
         nonlocal place
-        place, found.stream = number, states.numel() * states.element_size()
+        place, found.residual_stream = number, states.numel() * states.element_size()
 
-    AttentionInterface.register(ATTENTION_NAME, _make_attention(found.heads, dtype))
+    AttentionInterface.register(ATTENTION_NAME, _make_attention(found.attention_shapes, dtype))
     with ExitStack() as stack:
         for number, block in enumerate(blocks, 1):
             add_input_hook(block, partial(enter, number), stack)
         add_output_hook(blocks[-1], partial(enter, len(blocks) + 1), stack)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
         if isinstance(rows, PackedLayout):
-            with PackedDecoder(inner).over(rows):
+            with PackedDecoder(inner).use_layout(rows):
                 inner.base_model(**rows.inputs, use_cache=False)
         else:
             ids = torch.zeros(rows, dtype=torch.long, device="meta")
             inner.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    found.before, *found.blocks, found.after = spent
+    found.before_blocks, *found.blocks, found.after_blocks = spent
     return found
 
 

@@ -45,18 +45,18 @@ class SeedStatistic:
     problems: tuple[float, float] | None = None
 
     @property
-    def over(self) -> SeedStatistics:
+    def statistics(self) -> SeedStatistics:
         """Mean, deviation and interval."""
         return compute_seed_statistics(list(self.values.values()))
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Over seeds; of a single value over problems; None where neither is known."""
-        over = self.over
+        over = self.statistics
         return (over.low, over.high) if over.n > 1 else self.problems
 
     def __str__(self) -> str:
-        over, sign = self.over, "+" if self.kind == "difference" else ""
+        over, sign = self.statistics, "+" if self.kind == "difference" else ""
         text = f"{over.mean:{sign}.1f}"
         if self.kind == "sd":
             text += f" ± {over.sd:.1f}" if over.n > 1 else ""
@@ -78,14 +78,14 @@ class PaperTable:
     number: int
     title: str
     note: str
-    heads: list[str]
+    columns: list[str]
     rows: list[tuple[SeedGroup, list[str | SeedStatistic | None]]]
 
-    def frame(self) -> pd.DataFrame:
+    def to_dataframe(self) -> pd.DataFrame:
         """A row a number: table, method, column, mean, sd, low, high, n, kind."""
         found = []
         for group, cells in self.rows:
-            for head, cell in zip(self.heads, cells, strict=True):
+            for head, cell in zip(self.columns, cells, strict=True):
                 if isinstance(cell, SeedStatistic):
                     low, high = cell.interval or (math.nan, math.nan)
                     names = {
@@ -93,19 +93,25 @@ class PaperTable:
                         "method": escape_csv_cell(group.name),
                         "column": escape_csv_cell(head),
                     }
-                    over = {"mean": cell.over.mean, "sd": cell.over.sd, "low": low, "high": high, "n": cell.over.n}
+                    over = {
+                        "mean": cell.statistics.mean,
+                        "sd": cell.statistics.sd,
+                        "low": low,
+                        "high": high,
+                        "n": cell.statistics.n,
+                    }
                     found.append(names | over | {"kind": cell.kind})
         return pd.DataFrame(found)
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """As a Markdown table."""
 
         def shown(cell: str | SeedStatistic | None) -> str:
             return str(cell or "") if isinstance(cell, SeedStatistic) else escape_markdown_cell(cell or "")
 
-        lines: list[Sequence[str | SeedStatistic | None]] = [self.heads, *(cells for _, cells in self.rows)]
+        lines: list[Sequence[str | SeedStatistic | None]] = [self.columns, *(cells for _, cells in self.rows)]
         text = ["| " + " | ".join(map(shown, line)) + " |" for line in lines]
-        return "\n".join([text[0], "|" + "---|" * len(self.heads), *text[1:]]) + "\n"
+        return "\n".join([text[0], "|" + "---|" * len(self.columns), *text[1:]]) + "\n"
 
 
 def build_paper_tables(groups: Sequence[SeedGroup]) -> list[PaperTable]:
@@ -114,7 +120,9 @@ def build_paper_tables(groups: Sequence[SeedGroup]) -> list[PaperTable]:
     found = [
         _build_methods_table(scored),
         _build_ablation_table(scored, 2, "Length of the first phase", "batches", _drop_length, _get_length_label),
-        _build_ablation_table(scored, 3, "Layer of the first phase", "layer", _drop_layer, lambda s: s.layer or "none"),
+        _build_ablation_table(
+            scored, 3, "Layer of the first phase", "layer", _drop_layer, lambda s: s.layer_label or "none"
+        ),
         _build_ablation_table(
             scored, 5, "Lens of the first phase", "lens", lambda s: replace(s, lens=""), _get_lens_label
         ),
@@ -125,11 +133,11 @@ def build_paper_tables(groups: Sequence[SeedGroup]) -> list[PaperTable]:
 
 
 def _drop_length(setting: RunSettings) -> RunSettings:
-    return replace(setting, stages=tuple((layer, 0) for layer, _ in setting.stages), guard=True)
+    return replace(setting, stages=tuple((layer, 0) for layer, _ in setting.stages), has_early_stopping=True)
 
 
 def _get_length_label(setting: RunSettings) -> str:
-    return "auto" if setting.stages and not setting.steps else str(setting.steps)
+    return "auto" if setting.stages and not setting.first_phase_batches else str(setting.first_phase_batches)
 
 
 def _drop_layer(setting: RunSettings) -> RunSettings:
@@ -160,7 +168,12 @@ def _build_baselines_table(groups: Sequence[SeedGroup]) -> PaperTable:
     """Table 11: what is trained of the model, and a first phase, beside GRPO."""
     rows: list[SeedGroup] = []
     for same in find_comparable_groups(groups, lambda setting: setting.baseline):
-        if any(group.setting.frozen is not None or group.setting.slow or group.setting.rates for group in same):
+        if any(
+            group.setting.frozen_up_to_layer is not None
+            or group.setting.upper_lr_multiplier
+            or group.setting.layer_lr_multipliers
+            for group in same
+        ):
             rows += [g for g in same if g.setting.estimator == "GRPO"]
     return _build_table(11, "Layers frozen or slow, and a first phase", rows, [[] for _ in rows], [])
 

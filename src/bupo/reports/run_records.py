@@ -24,7 +24,7 @@ from bupo.utils.safe_read import UnreadableFolderError, has_regular_file
 # of metrics.jsonl, besides avg@k and pass@k of evaluations while training
 SERIES_METRICS = (
     "reward", "reward_std", "entropy", "internal/entropy", "completions/mean_length", "completions/clipped_ratio",
-    "completions/repetition", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", "kl_old",
+    "completions/repetition", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", "approx_kl",
     "frac_reward_zero_std", "grad_norm", "loss", "learning_rate", "critic/value_loss", "critic/explained_variance",
     "probe/perplexity", "probe/d_entropy_layer", "rollout_time", "step_time",
 )  # fmt: skip
@@ -63,9 +63,9 @@ class TrainingRecord:
     seed: int
     series: dict[str, Points]
     first_phase: int
-    chosen: str
+    auto_layer: str
     batches: int
-    finished: bool
+    is_finished: bool
     dynamics: Dynamics = field(default_factory=dict)
 
 
@@ -84,11 +84,11 @@ class EvaluationRecord:
 
     folder: Path
     model: str
-    place: Path
+    model_path: Path
     policy: str
-    asked: dict[str, str]
+    sampling: dict[str, str]
     scores: dict[tuple[str, str, int], Score]
-    passes: dict[tuple[str, str, int], dict[int, float]]
+    pass_curves: dict[tuple[str, str, int], dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ModelLayers:
     """
 
     model: str
-    place: Path
+    model_path: Path
     curves: dict[str, LayerCurve]
 
 
@@ -175,9 +175,9 @@ def _read_training(folder: Path) -> TrainingRecord:
         seed,
         series,
         first_phase=sum(value < 1.5 for value in phase.values()),
-        chosen=f"{layers[0]:g}" if layers and setting.layer == "auto" else "",
+        auto_layer=f"{layers[0]:g}" if layers and setting.layer_label == "auto" else "",
         batches=int(max(batches)),
-        finished=bool(read_json_mapping(folder, "finished.json")),
+        is_finished=bool(read_json_mapping(folder, "finished.json")),
         dynamics=_read_dynamics(folder),
     )
 

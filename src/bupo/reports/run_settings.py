@@ -19,11 +19,11 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "internal_steps": None,
     "internal_schedule": None,
     "internal_objective": "layer",
-    "internal_handover": 0,
-    "internal_mix": 0.0,
+    "internal_fade_batches": 0,
+    "internal_loss_weight": 0.0,
     "internal_module": "layer",
     "internal_lens": "raw",
-    "internal_guard": True,
+    "internal_early_stopping": True,
     "frozen_up_to_layer": None,
     "slow_above_layer": None,
     "slow_factor": 0.1,
@@ -33,7 +33,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATOR_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
-OBJECTIVE_NAMES = {"policy": "upper layers still at first", "permuted": "permuted vocabulary"}
+OBJECTIVE_NAMES = {"frozen_upper": "upper layers still at first", "shuffled_vocab": "permuted vocabulary"}
 VANILLA = "vanilla"
 # options by which two runs may differ and still be the same: where to, how often is looked, on which machine
 IGNORED_OPTIONS = {
@@ -81,55 +81,59 @@ class RunSettings:
     stages: tuple[tuple[str, int], ...] = ()
     module: str = "layer"
     lens: str = "raw"
-    guard: bool = True
+    has_early_stopping: bool = True
     objective: str = "layer"
-    besides: str = ""
-    handover: int = 0
-    mix: float = 0.0
-    frozen: int | None = None
-    slow: tuple[int, float] | None = None
-    rates: str = ""
-    rest: tuple[tuple[str, str], ...] = ()
-    at: str = ""
+    auxiliary_layer: str = ""
+    fade_batches: int = 0
+    auxiliary_weight: float = 0.0
+    frozen_up_to_layer: int | None = None
+    upper_lr_multiplier: tuple[int, float] | None = None
+    layer_lr_multipliers: str = ""
+    other_options: tuple[tuple[str, str], ...] = ()
+    snapshot: str = ""
 
     @property
     def method(self) -> str:
         """Such as `BuPO`, `GRPO, layers 1 to 5 frozen`: without layer and length of the first phase."""
         words = [self.estimator]
-        if self.stages and self.objective != "policy":
+        if self.stages and self.objective != "frozen_upper":
             words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
         words += [OBJECTIVE_NAMES.get(self.objective, self.objective)] * (self.objective != "layer")
-        words += [f"hand-over of {self.handover} batch{'es' * (self.handover > 1)}"] * bool(self.handover)
-        words += [f"{self.mix:g} of the layer's objective mixed in"] * bool(self.mix)
+        words += [f"hand-over of {self.fade_batches} batch{'es' * (self.fade_batches > 1)}"] * bool(self.fade_batches)
+        words += [f"{self.auxiliary_weight:g} of the layer's objective mixed in"] * bool(self.auxiliary_weight)
         words += ["final norm"] * (self.lens == "final_norm")
         words += [f"{self.module.upper()} policy"] * (self.module != "layer")
-        words += [f"layers 1 to {self.frozen} frozen"] * (self.frozen is not None)
-        if self.slow:
-            words.append(f"{self.slow[1]:g}x above layer {self.slow[0]}")
-        words += [f"rates {self.rates}"] * bool(self.rates)
+        words += [f"layers 1 to {self.frozen_up_to_layer} frozen"] * (self.frozen_up_to_layer is not None)
+        if self.upper_lr_multiplier:
+            words.append(f"{self.upper_lr_multiplier[1]:g}x above layer {self.upper_lr_multiplier[0]}")
+        words += [f"rates {self.layer_lr_multipliers}"] * bool(self.layer_lr_multipliers)
         return ", ".join(words)
 
     @property
-    def layer(self) -> str:
+    def layer_label(self) -> str:
         """The layers of the first phase, or that of what is mixed in; empty where there is none."""
-        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages)) or self.besides
+        return ", ".join(dict.fromkeys(layer for layer, _ in self.stages)) or self.auxiliary_layer
 
     @property
-    def steps(self) -> int:
+    def first_phase_batches(self) -> int:
         """Planned length of the first phase, in rollout batches."""
         return sum(batches for _, batches in self.stages)
 
     @property
-    def name(self) -> str:
+    def description(self) -> str:
         """Method, first phase and what is looked at."""
         stages = [f"layer {layer}" + f" for {batches}" * bool(batches) for layer, batches in self.stages]
-        stages += [f"layer {self.besides}"] * bool(self.besides)
-        return ", ".join([self.method, *stages]) + " batches" * bool(self.steps) + (f" ({self.at})" if self.at else "")
+        stages += [f"layer {self.auxiliary_layer}"] * bool(self.auxiliary_layer)
+        return (
+            ", ".join([self.method, *stages])
+            + " batches" * bool(self.first_phase_batches)
+            + (f" ({self.snapshot})" if self.snapshot else "")
+        )
 
     @property
     def baseline(self) -> "RunSettings":
         """GRPO of the same options: what table 11's methods and a first phase are compared with."""
-        plain = RunSettings(self.model, "GRPO", rest=self.rest, at=self.at)
+        plain = RunSettings(self.model, "GRPO", other_options=self.other_options, snapshot=self.snapshot)
         return self if self.estimator == VANILLA else plain
 
 
@@ -153,31 +157,35 @@ def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSett
         model=_format_value(values.get("model") or "a model from Python", 200),
         estimator=ESTIMATOR_NAMES.get(estimator, estimator),
         stages=_parse_stages(values),
-        frozen=_parse_int(values["frozen_up_to_layer"]),
-        rest=tuple(sorted(rest.items())),
+        frozen_up_to_layer=_parse_int(values["frozen_up_to_layer"]),
+        other_options=tuple(sorted(rest.items())),
     )
     above = _parse_int(values["slow_above_layer"])
     if above is not None:
-        setting = replace(setting, slow=(above, _parse_float(values["slow_factor"])))
+        setting = replace(setting, upper_lr_multiplier=(above, _parse_float(values["slow_factor"])))
     if values["layer_rates"] is not None:
-        setting = replace(setting, rates=_describe_rates(values["layer_rates"]))
+        setting = replace(setting, layer_lr_multipliers=_describe_rates(values["layer_rates"]))
     setting = _add_auxiliary_objective(setting, values)
-    if setting.stages or setting.besides:
+    if setting.stages or setting.auxiliary_layer:
         module, lens = _format_value(values["internal_module"]), _format_value(values["internal_lens"])
         setting = replace(setting, module=module, lens=lens, objective=_format_value(values["internal_objective"]))
     if setting.stages:
-        setting = replace(setting, guard=_format_value(values["internal_guard"]).lower() != "false")
+        setting = replace(
+            setting, has_early_stopping=_format_value(values["internal_early_stopping"]).lower() != "false"
+        )
     return setting, _parse_int(values["seed"]) or 0
 
 
 def _add_auxiliary_objective(setting: RunSettings, values: Mapping[str, Any]) -> RunSettings:
     """With what of a layer's objective stands in the second phase's loss."""
-    handover, mix = _parse_int(values["internal_handover"]) or 0, _parse_float(values["internal_mix"])
+    handover, mix = _parse_int(values["internal_fade_batches"]) or 0, _parse_float(values["internal_loss_weight"])
     mix = mix if math.isfinite(mix) else 0.0
     layer = "" if values["internal_layer"] is None else _format_value(values["internal_layer"])
     if not (handover or mix) or not (setting.stages or layer):
         return setting
-    return replace(setting, besides="" if setting.stages else layer, handover=handover, mix=mix)
+    return replace(
+        setting, auxiliary_layer="" if setting.stages else layer, fade_batches=handover, auxiliary_weight=mix
+    )
 
 
 def _describe_rates(value: Any) -> str:

@@ -49,7 +49,7 @@ SERIES_NAMES = {
     "reward_std": "standard deviation of the reward",
     "frac_reward_zero_std": "prompts whose answers have one reward (share)",
     "kl": "KL to the reference (nats)",
-    "kl_old": "KL to the policy that sampled (nats)",
+    "approx_kl": "KL to the policy that sampled (nats)",
     "grad_norm": "norm of the gradient",
     "loss": "loss",
     "learning_rate": "learning rate",
@@ -76,7 +76,7 @@ class RunsReport:
 
     groups: list[SeedGroup]
     tables: list[PaperTable]
-    left_out: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
     runs: list[RunRecord]
     path: Path
 
@@ -150,7 +150,7 @@ def build_runs_data(found: RunsReport) -> dict[str, Any]:
     most_seeds = max((len(group.seeds) for group in found.groups), default=0)
     return {
         "summary": str(found),
-        "left_out": [f"{sanitize_name(folder)} ({reason})" for folder, reason in found.left_out],
+        "left_out": [f"{sanitize_name(folder)} ({reason})" for folder, reason in found.skipped],
         "groups": [_build_group_data(group, found.groups) for group in found.groups],
         "runs": [
             _build_run_data(run, number, width) for number, group in enumerate(found.groups) for run in group.runs
@@ -173,18 +173,18 @@ def _get_student_factor(n: int) -> float:
 
 
 def _build_group_data(group: SeedGroup, groups: Sequence[SeedGroup]) -> dict[str, Any]:
-    setting, first = group.setting, [run.first_phase for run in group.runs if run.finished or not group.finished]
-    of = [n for n, other in enumerate(groups) if other.setting == replace(setting, at="")]
+    setting, first = group.setting, [run.first_phase for run in group.runs if run.is_finished or not group.is_finished]
+    of = [n for n, other in enumerate(groups) if other.setting == replace(setting, snapshot="")]
     before = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
     return {
         "name": group.name,
         "model": shorten_model_name(setting.model),
         "method": setting.method,
-        "layer": setting.layer or "none",
+        "layer": setting.layer_label or "none",
         "first": sum(first) / len(first) if first else 0,
-        "planned": setting.steps,
-        "at": setting.at,
-        "update": int(setting.at[7:]) if re.fullmatch(r"update [0-9]{1,9}", setting.at) else None,
+        "planned": setting.first_phase_batches,
+        "at": setting.snapshot,
+        "update": int(setting.snapshot[7:]) if re.fullmatch(r"update [0-9]{1,9}", setting.snapshot) else None,
         "of": of[0] if of else None,
         "vanilla": setting.estimator == VANILLA,
         "before": before[0] if before and setting.estimator != VANILLA else None,
@@ -199,8 +199,8 @@ def _build_run_data(run: TrainingRecord, group: int, width: int) -> dict[str, An
         "seed": run.seed,
         "batches": run.batches,
         "first": run.first_phase,
-        "chosen": run.chosen,
-        "finished": run.finished,
+        "chosen": run.auto_layer,
+        "finished": run.is_finished,
         "y": {
             name: _thin_points(points, width, 100 if name.startswith("eval/") else 1) for name, points in kept.items()
         },
@@ -240,7 +240,7 @@ def _build_table_data(table: PaperTable, groups: Sequence[SeedGroup]) -> dict[st
         return {"values": values, "problems": value.problems, "kind": value.kind}
 
     rows = [{"group": groups.index(group), "cells": list(map(cell, cells))} for group, cells in table.rows]
-    return {"number": table.number, "title": table.title, "note": table.note, "heads": table.heads, "rows": rows}
+    return {"number": table.number, "title": table.title, "note": table.note, "heads": table.columns, "rows": rows}
 
 
 def _build_pass_data(groups: Sequence[SeedGroup]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _build_pass_data(groups: Sequence[SeedGroup]) -> dict[str, Any]:
     found: dict[str, list] = defaultdict(list)
     for benchmark, name in get_benchmark_names(groups, "passes").items():
         for number, group in enumerate(groups):
-            for seed, curve in group.passes.get(benchmark, {}).items():
+            for seed, curve in group.pass_curves.get(benchmark, {}).items():
                 points = sorted((k, 100 * share) for k, share in curve.items())
                 found[name].append(
                     {

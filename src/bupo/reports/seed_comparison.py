@@ -43,19 +43,19 @@ class SeedGroup:
     label: str = ""
     runs: list[TrainingRecord] = field(default_factory=list)
     scores: dict[BenchmarkKey, dict[Seed, Score]] = field(default_factory=dict)
-    passes: dict[BenchmarkKey, dict[Seed, dict[int, float]]] = field(default_factory=dict)
+    pass_curves: dict[BenchmarkKey, dict[Seed, dict[int, float]]] = field(default_factory=dict)
     layers: dict[Seed, dict[str, LayerCurve]] = field(default_factory=dict)
     dynamics: dict[Seed, Dynamics] = field(default_factory=dict)
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether one of its training runs is."""
-        return any(run.finished for run in self.runs)
+        return any(run.is_finished for run in self.runs)
 
     @property
     def seeds(self) -> list[int]:
         """Of all that is known of it, ascending."""
-        known = {run.seed for run in self.runs}.union(*self.scores.values(), *self.passes.values(), self.layers)
+        known = {run.seed for run in self.runs}.union(*self.scores.values(), *self.pass_curves.values(), self.layers)
         return sorted(seed for seed in known if seed is not None)
 
 
@@ -80,24 +80,24 @@ def group_runs(runs: Iterable[RunRecord]) -> list[SeedGroup]:
             of(owner.setting).dynamics[owner.seed] = owner.dynamics
     for run in runs:
         if isinstance(run, EvaluationRecord):
-            setting, seed = _find_trained_run(run.model, run.place, run.policy, owners)
-            asked = tuple(run.asked.items())
+            setting, seed = _find_trained_run(run.model, run.model_path, run.policy, owners)
+            asked = tuple(run.sampling.items())
             for key, score in run.scores.items():
                 several[setting, (*key, asked)][seed].append(score)
-            for key, curve in run.passes.items():
+            for key, curve in run.pass_curves.items():
                 curves[setting, (*key, asked)][seed].append(curve)
         elif isinstance(run, AnalysisRecord):
             for model in run.models:
-                setting, seed = _find_trained_run(model.model, model.place, "", owners)
+                setting, seed = _find_trained_run(model.model, model.model_path, "", owners)
                 of(setting).layers[seed] = model.curves
                 if run.dynamics and seed is not None:
-                    of(replace(setting, at="")).dynamics.setdefault(seed, run.dynamics)
+                    of(replace(setting, snapshot="")).dynamics.setdefault(seed, run.dynamics)
     if not any(owner.setting == setting for setting, _ in several for owner in trained):
         _add_training_evaluations(trained, several)
     for (setting, benchmark), by_seed in several.items():
         of(setting).scores[benchmark] = {seed: _average_scores(scores) for seed, scores in by_seed.items()}
     for (setting, benchmark), of_seed in curves.items():
-        of(setting).passes[benchmark] = {seed: _average_curves(repeated) for seed, repeated in of_seed.items()}
+        of(setting).pass_curves[benchmark] = {seed: _average_curves(repeated) for seed, repeated in of_seed.items()}
     return _assign_names(sorted(found.values(), key=lambda group: _get_sort_key(group.setting)))
 
 
@@ -110,9 +110,9 @@ def _find_trained_run(
         run = owners.get(place.parent) or owners.get(place.parent.resolve())
         at = ", ".join(filter(None, [place.name.replace("checkpoint-", "update "), policy]))
     if run is not None:
-        return replace(run.setting, at=at), run.seed
+        return replace(run.setting, snapshot=at), run.seed
     base = any(owner.setting.model == model for owner in owners.values())
-    return RunSettings(model, VANILLA if base else UNTRAINED, at=policy), None
+    return RunSettings(model, VANILLA if base else UNTRAINED, snapshot=policy), None
 
 
 def _add_training_evaluations(trained: Sequence[TrainingRecord], several: dict) -> None:
@@ -140,11 +140,15 @@ def _average_curves(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def _get_sort_key(setting: RunSettings) -> tuple:
-    base = "BuPO" if setting.stages and setting.objective != "policy" else setting.estimator
+    base = "BuPO" if setting.stages and setting.objective != "frozen_upper" else setting.estimator
     place = METHOD_ORDER.index(base) if base in METHOD_ORDER else len(METHOD_ORDER) - 1
-    baselines = (setting.slow is not None, setting.frozen is not None, bool(setting.rates))
+    baselines = (
+        setting.upper_lr_multiplier is not None,
+        setting.frozen_up_to_layer is not None,
+        bool(setting.layer_lr_multipliers),
+    )
     changed = (*baselines, setting.lens != "raw", setting.module != "layer")
-    controls = (setting.objective != "layer", setting.handover, setting.mix)
+    controls = (setting.objective != "layer", setting.fade_batches, setting.auxiliary_weight)
     stages = [(layer.zfill(6), batches) for layer, batches in setting.stages]
     return (
         setting.estimator == UNTRAINED,
@@ -153,8 +157,8 @@ def _get_sort_key(setting: RunSettings) -> tuple:
         changed,
         controls,
         stages,
-        setting.at.zfill(40),
-        setting.rest,
+        setting.snapshot.zfill(40),
+        setting.other_options,
     )
 
 
@@ -162,12 +166,16 @@ def _assign_names(groups: list[SeedGroup]) -> list[SeedGroup]:
     """With names that tell them apart: by what else differs, where method and first phase are the same."""
     alike: dict[tuple[str, str], list[SeedGroup]] = defaultdict(list)
     for group in groups:
-        alike[group.setting.model, group.setting.name].append(group)
+        alike[group.setting.model, group.setting.description].append(group)
     models = {model: shorten_model_name(model) for model, _ in alike}
     if len(set(models.values())) < len(models):
         models = {model: model for model in models}
     for (model, name), same in alike.items():
-        options = [dict(group.setting.rest) | {"internal_guard": str(group.setting.guard).lower()} for group in same]
+        options = [
+            dict(group.setting.other_options)
+            | {"internal_early_stopping": str(group.setting.has_early_stopping).lower()}
+            for group in same
+        ]
         differ = sorted({key for each in options for key in each if len({o.get(key) for o in options}) > 1})
         for group, own in zip(same, options, strict=True):
             words = [f"{key} {own[key]}" if key in own else f"no {key}" for key in differ]

@@ -34,7 +34,7 @@ def read_json_mapping(folder: Path, name: str) -> dict[str, Any]:
     try:
         return reading.read_json(folder / name, largest=MAX_FILE_BYTES)
     except reading.DamagedFileError as error:
-        mapping = error.why.startswith("it is no mapping")
+        mapping = error.reason.startswith("it is no mapping")
         raise UnreadableFolderError(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error
 
 

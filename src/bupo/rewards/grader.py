@@ -139,19 +139,19 @@ class _Deadline:
     """
 
     def __init__(self, seconds: float):
-        self.left, self._last = seconds, time.monotonic()
+        self.remaining, self._last = seconds, time.monotonic()
 
     def wait(self, pipe: IO[bytes], event: int) -> bool:
         """Wait until a pipe can be read or written, at most until the deadline; return whether it can."""
         poll = select.poll()
         poll.register(pipe, event)
         while True:
-            if poll.poll(1000 * max(0.0, min(self.left, _POLL_SECONDS))):
+            if poll.poll(1000 * max(0.0, min(self.remaining, _POLL_SECONDS))):
                 return True
-            if self.left <= 0:
+            if self.remaining <= 0:
                 return False
             now = time.monotonic()
-            self.left -= min(now - self._last, 2 * _POLL_SECONDS)  # a longer wait than that has not been ours
+            self.remaining -= min(now - self._last, 2 * _POLL_SECONDS)  # a longer wait than that has not been ours
             self._last = now
 
 
@@ -161,7 +161,7 @@ class _WorkerProcess:
     @blocked_signals()  # the run that it grades for decides what is finished
     def __init__(self):
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        self.asked = 0
+        self.num_requests = 0
         self.prepared: set[str] = set()  # tasks whose problems have been made
         alone: dict[str, Any] = {"env": _get_worker_environment(), "cwd": "/", "start_new_session": True}
         try:
@@ -171,7 +171,7 @@ class _WorkerProcess:
         assert self.process.stdin and self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         os.set_blocking(self.requests.fileno(), False)  # a request may be longer than the pipe holds
-        ready = self._reply(_Deadline(_STARTUP_TIMEOUT))
+        ready = self._read_reply(_Deadline(_STARTUP_TIMEOUT))
         if ready is None or "error" in ready:
             try:
                 silent = f"it ended with status {self.process.wait(0.5)}"
@@ -194,8 +194,8 @@ class _WorkerProcess:
 
     def _send_request(self, request_fields: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return the reply; an empty one if it missed the deadline or is no reply to this request."""
-        self.asked += 1
-        request = memoryview(json.dumps({"number": self.asked, **request_fields}).encode() + b"\n")
+        self.num_requests += 1
+        request = memoryview(json.dumps({"number": self.num_requests, **request_fields}).encode() + b"\n")
         end = _Deadline(request_fields["deadline"])
         try:
             while request:
@@ -204,10 +204,10 @@ class _WorkerProcess:
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
             return {}
-        reply = self._reply(end) or {}
-        return reply if reply.get("number") == self.asked else {}
+        reply = self._read_reply(end) or {}
+        return reply if reply.get("number") == self.num_requests else {}
 
-    def _reply(self, end: _Deadline) -> dict | None:
+    def _read_reply(self, end: _Deadline) -> dict | None:
         line = b""
         while not line.endswith(b"\n"):
             chunk = os.read(self.replies.fileno(), 65536) if end.wait(self.replies, select.POLLIN) else b""

@@ -33,8 +33,8 @@ class DamagedFileError(UserError):
     """
 
     def __init__(self, path: Path, why: str, remedy: str = DELETE_REMEDY):
-        self.path, self.why = path, collapse_whitespace(why)[:300]
-        super().__init__(f"{path} is damaged: {self.why}; {remedy}")
+        self.path, self.reason = path, collapse_whitespace(why)[:300]
+        super().__init__(f"{path} is damaged: {self.reason}; {remedy}")
 
 
 def read_bytes(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = None, base: Path | None = None) -> bytes:

@@ -65,12 +65,12 @@ class ResultCache(Generic[Key, Row]):
         overwrite: bool = False,
         remedy: str = OTHER_SETTINGS_REMEDY,
     ):
-        self.folder, self.path, self.what, self.beside = folder, folder / name, what, beside
-        self.read, self.write = read, write
+        self.folder, self.path, self.row_label, self.extra_patterns = folder, folder / name, what, beside
+        self.parse_row, self.format_row = read, write
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
-        self.places, self.of, self.noted = list(places), of, dict(noted or {})
+        self.digests, self.digest_key, self.metadata = list(places), of, dict(noted or {})
         self.rows: dict[Key, Row] = {}
-        self.before = self._read_previous_settings(overwrite)
+        self.previous_settings = self._read_previous_settings(overwrite)
         difference = self._describe_difference()
         self.replaces_rows = bool(difference) and overwrite
         if difference and not overwrite:
@@ -84,22 +84,22 @@ class ResultCache(Generic[Key, Row]):
         if self.replaces_rows:
             for path in self._list_result_files():
                 path.unlink()
-            self.before = {}
+            self.previous_settings = {}
         make_folder(self.folder)
-        known = self.before.get(self.of, [])
-        if not self.before or len(self.places) > len(known):
-            same = self.before or {**self.noted, **self.settings}
-            write_json(self.folder / SETTINGS_FILE, same | ({self.of: self.places} if self.places else {}))
-        self.rows, self._checked_rows = dict(repair_appended_rows(self.path, self.read)), None
+        known = self.previous_settings.get(self.digest_key, [])
+        if not self.previous_settings or len(self.digests) > len(known):
+            same = self.previous_settings or {**self.metadata, **self.settings}
+            write_json(self.folder / SETTINGS_FILE, same | ({self.digest_key: self.digests} if self.digests else {}))
+        self.rows, self._checked_rows = dict(repair_appended_rows(self.path, self.parse_row)), None
 
     def add(self, key: Key, row: Row) -> None:
         """Keep a row that has just finished."""
         self.rows[key] = row
-        append_text(self.path, self.write(key, row) + "\n")
+        append_text(self.path, self.format_row(key, row) + "\n")
 
     def _list_result_files(self) -> list[Path]:
         """Files that hold finished work."""
-        others = [path for pattern in self.beside for path in sorted(self.folder.glob(pattern))]
+        others = [path for pattern in self.extra_patterns for path in sorted(self.folder.glob(pattern))]
         return [path for path in (self.path, *others) if path.is_file() and path.stat().st_size]
 
     def _read_previous_settings(self, overwrite: bool) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ResultCache(Generic[Key, Row]):
         if not self._list_result_files():
             return {}
         try:
-            return read_settings(self.folder, self.what)
+            return read_settings(self.folder, self.row_label)
         except UserError:
             if overwrite:
                 return {SETTINGS_FILE: None}
@@ -115,18 +115,20 @@ class ResultCache(Generic[Key, Row]):
 
     def _describe_difference(self) -> str | None:
         """The first setting that rows of this folder were made with and that is another now."""
-        if not self.before:
+        if not self.previous_settings:
             return None
         for name, value in self.settings.items():
-            if self.before.get(name) == value:
+            if self.previous_settings.get(name) == value:
                 continue
-            if name not in self.before:
+            if name not in self.previous_settings:
                 return f"of which the {name} is not noted (an earlier version made them)"
-            return "made with another {} ({}, now {})".format(name, *_abbreviate_values(self.before[name], value))
-        known = self.before.get(self.of, [])
-        other = [place for place, (a, b) in enumerate(zip(known, self.places, strict=False)) if a != b]
+            return "made with another {} ({}, now {})".format(
+                name, *_abbreviate_values(self.previous_settings[name], value)
+            )
+        known = self.previous_settings.get(self.digest_key, [])
+        other = [place for place, (a, b) in enumerate(zip(known, self.digests, strict=False)) if a != b]
         return (
-            f"of other {self.of} (number {other[0]} is {known[other[0]]}, now {self.places[other[0]]})"
+            f"of other {self.digest_key} (number {other[0]} is {known[other[0]]}, now {self.digests[other[0]]})"
             if other
             else None
         )

@@ -17,7 +17,7 @@ from bupo.training.validation.option_ranges import check_training_options
 from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
 InternalModule = Literal["layer", "attn", "ffn"]
-InternalObjective = Literal["layer", "policy", "permuted"]
+InternalObjective = Literal["layer", "frozen_upper", "shuffled_vocab"]
 CriticBackbone = Literal["copy", "shared"]
 AUTO, DEFAULT_INTERNAL_STEPS = "auto", 20
 
@@ -42,12 +42,12 @@ class BuPOConfig(GRPOConfig):
             A first phase of several stages, `[[layer, rollout batches], ...]`, instead of the two above.
         internal_objective (`str`, *optional*, defaults to `"layer"`):
             What the first phase optimises: the layer's policy (`layer`, the paper's eq. 9), or for comparison the language
-            model policy with all above the layer kept still (`policy`), or the layer's policy over a vocabulary in a
-            random order, a target that says nothing of the answer (`permuted`).
-        internal_handover (`int`, *optional*, defaults to `0`):
+            model policy with all above the layer kept still (`frozen_upper`), or the layer's policy over a vocabulary in a
+            random order, a target that says nothing of the answer (`shuffled_vocab`).
+        internal_fade_batches (`int`, *optional*, defaults to `0`):
             Rollout batches after the first phase in which the loss passes over in equal steps from the objective of the last
             layer to the language model policy's. 0 is the paper's eq. 10, which changes at once.
-        internal_mix (`float`, *optional*, defaults to `0.0`):
+        internal_loss_weight (`float`, *optional*, defaults to `0.0`):
             Weight that the layer's objective keeps in the loss after the first phase, at least; with `internal_steps` 0, in
             the whole run.
         internal_module (`str`, *optional*, defaults to `"layer"`):
@@ -55,7 +55,7 @@ class BuPOConfig(GRPOConfig):
         internal_lens (`str`, *optional*, defaults to `"raw"`):
             What stands between the layer's states and the unembedding: nothing (`raw`, the paper's) or the model's
             final norm (`final_norm`, the logit lens).
-        internal_guard (`bool`, *optional*, defaults to `True`):
+        internal_early_stopping (`bool`, *optional*, defaults to `True`):
             End a stage of the first phase early when it harms the model, and go on from its best weights
             ([`~bupo.training.callbacks.early_stopping.EarlyStoppingMonitor`]).
         probe_every (`int`, *optional*):
@@ -74,9 +74,9 @@ class BuPOConfig(GRPOConfig):
             `grpo` (TRL's), `rloo`, `reinforce++` or `ppo`.
         critic_backbone (`str`, *optional*, defaults to `"copy"`):
             PPO's value head stands on a copy of the model (`copy`), or on the policy's own states (`shared`).
-        value_coef (`float`, *optional*, defaults to `0.1`):
+        vf_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the value loss in the policy's, with a shared backbone.
-        critic_learning_rate, value_clip, gae_gamma, gae_lambda (`float`, *optional*, defaults to `1e-5`, `0.5`, `1.0`, `1.0`):
+        critic_learning_rate, cliprange_value, gamma, lam (`float`, *optional*, defaults to `1e-5`, `0.5`, `1.0`, `1.0`):
             PPO's critic and its advantages.
         frozen_up_to_layer (`int`, *optional*):
             Freeze layers 1 to this (a baseline of table 11).
@@ -114,15 +114,15 @@ class BuPOConfig(GRPOConfig):
         default="layer",
         metadata={
             "help": "What the first phase optimises: the layer's policy, or as a control the language model policy with all "
-            "above the layer kept still (`policy`), or the layer's over a shuffled vocabulary (`permuted`).",
+            "above the layer kept still (`frozen_upper`), or the layer's over a shuffled vocabulary (`shuffled_vocab`).",
             "choices": get_args(InternalObjective),
         },
     )
-    internal_handover: int = field(
+    internal_fade_batches: int = field(
         default=0,
         metadata={"help": "Rollout batches after the first phase in which the layer's objective fades out."},
     )
-    internal_mix: float = field(
+    internal_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight that the layer's objective keeps after the first phase, below 1."}
     )
     internal_module: InternalModule = field(
@@ -140,7 +140,7 @@ class BuPOConfig(GRPOConfig):
             "choices": ["raw", "final_norm"],
         },
     )
-    internal_guard: bool = field(
+    internal_early_stopping: bool = field(
         default=True,
         metadata={"help": "End the first phase early when it harms the model, and go on from its best weights."},
     )
@@ -168,10 +168,10 @@ class BuPOConfig(GRPOConfig):
             "choices": get_args(CriticBackbone),
         },
     )
-    value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss with a shared backbone."})
-    value_clip: float = field(default=0.5, metadata={"help": "Largest change of a value that its loss rewards."})
-    gae_gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
-    gae_lambda: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss with a shared backbone."})
+    cliprange_value: float = field(default=0.5, metadata={"help": "Largest change of a value that its loss rewards."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    lam: float = field(default=1.0, metadata={"help": "Lambda of GAE."})
     frozen_up_to_layer: int | None = field(default=None, metadata={"help": "Freeze layers 1 to this."})
     slow_above_layer: int | None = field(
         default=None, metadata={"help": "Train the layers above this at slow_factor times the learning rate."}
@@ -222,7 +222,9 @@ class BuPOConfig(GRPOConfig):
         with wrap_library_errors(_describe_refusal):
             super().__post_init__()
         micro_steps = self.steps_per_generation * self.num_iterations
-        if (self.first_phase.stages or self.internal_handover) and micro_steps % self.gradient_accumulation_steps:
+        if (
+            self.phase_schedule.stages or self.internal_fade_batches
+        ) and micro_steps % self.gradient_accumulation_steps:
             raise UserError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide the {micro_steps} "
                 "micro-batches of a rollout batch (steps_per_generation x num_iterations): an update would mix two phases"
@@ -248,10 +250,10 @@ class BuPOConfig(GRPOConfig):
             self.top_k = 0  # off: -1 is vLLM's word for it
 
     @property
-    def first_phase(self) -> PhaseSchedule:
+    def phase_schedule(self) -> PhaseSchedule:
         """The stages that the options ask for. A layer and a length that `auto` has still to choose are None."""
         if self.internal_schedule is not None:
-            return PhaseSchedule.read(self.internal_schedule)
+            return PhaseSchedule.parse(self.internal_schedule)
         if self.internal_steps == 0:
             return PhaseSchedule()
         if self.internal_layer == AUTO:
@@ -262,7 +264,7 @@ class BuPOConfig(GRPOConfig):
     @property
     def has_auxiliary_objective(self) -> bool:
         """Whether rollout batches are to optimise a layer's policy and the language model policy at once."""
-        return bool(self.internal_handover or self.internal_mix)
+        return bool(self.internal_fade_batches or self.internal_loss_weight)
 
     def count_rollout_batches(self, updates: int) -> int:
         """The rollout batches that so many optimizer updates take."""
@@ -276,7 +278,7 @@ class BuPOConfig(GRPOConfig):
                 "both internal_schedule and internal_layer are set: a schedule names its layers, leave internal_layer out"
             )
         if self.internal_schedule is not None:
-            stages = PhaseSchedule.read(self.internal_schedule).stages
+            stages = PhaseSchedule.parse(self.internal_schedule).stages
             self.internal_schedule = [[stage.layer, stage.batches] for stage in stages]
         elif self.internal_steps != 0 and self.internal_layer is None:
             raise UserError(
@@ -290,15 +292,15 @@ class BuPOConfig(GRPOConfig):
         self._check_first_phase()
 
     def _check_first_phase(self) -> None:
-        if self.internal_objective == "policy" and self.internal_module != "layer":
+        if self.internal_objective == "frozen_upper" and self.internal_module != "layer":
             raise UserError(
-                f"internal_objective policy optimises no internal policy, and internal_module is {self.internal_module}: leave "
+                f"internal_objective frozen_upper optimises no internal policy, and internal_module is {self.internal_module}: leave "
                 "one out"
             )
         if self.has_auxiliary_objective:
             self._check_auxiliary_objective()
         named = [self.internal_layer] if self.has_auxiliary_objective and isinstance(self.internal_layer, int) else []
-        lowest = min([*self.first_phase.layers, *named], default=None)
+        lowest = min([*self.phase_schedule.layers, *named], default=None)
         if lowest and self.frozen_up_to_layer and self.frozen_up_to_layer >= lowest:
             raise UserError(
                 f"frozen_up_to_layer={self.frozen_up_to_layer} leaves the first phase on layer {lowest} no layer to train"
@@ -308,7 +310,7 @@ class BuPOConfig(GRPOConfig):
                 f"layer_rates leaves the first phase on layer {lowest} no layer to train: all up to it are 0"
             )
         # layers above l have no gradient in the first phase, which DDP must be told to expect
-        if self.first_phase.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+        if self.phase_schedule.stages and self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = True
 
     def _check_layer_rates(self) -> None:
@@ -324,12 +326,12 @@ class BuPOConfig(GRPOConfig):
 
     def _check_auxiliary_objective(self) -> None:
         """Refuse what cannot stand in one loss with a layer's objective."""
-        option = "internal_handover" if self.internal_handover else "internal_mix"
-        if not self.first_phase.stages and self.internal_layer is None:
+        option = "internal_fade_batches" if self.internal_fade_batches else "internal_loss_weight"
+        if not self.phase_schedule.stages and self.internal_layer is None:
             raise UserError(f"{option}={getattr(self, option)} needs a layer: set internal_layer, or leave it out")
-        if self.internal_objective == "policy":
+        if self.internal_objective == "frozen_upper":
             raise UserError(
-                f"internal_objective policy optimises no internal policy, which {option} adds: leave one out"
+                f"internal_objective frozen_upper optimises no internal policy, which {option} adds: leave one out"
             )
         if self.advantage_estimator in CRITIC_ESTIMATORS:
             raise UserError(

@@ -36,7 +36,7 @@ FAILURE_MESSAGES = {
     "entropy_jump": "the entropy has risen to {entropy:.3g} nats a token: the weights are being destroyed; lower "
     "learning_rate, and go on from an earlier checkpoint",
     "kl_explosion": "the KL to the reference is {kl:.3g} nats a token: lower learning_rate, or raise beta",
-    "policy_jump": "updates move the policy {kl_old:.3g} nats a token from the one that sampled: lower learning_rate, "
+    "policy_jump": "updates move the policy {approx_kl:.3g} nats a token from the one that sampled: lower learning_rate, "
     "steps_per_generation or num_iterations",
 }
 

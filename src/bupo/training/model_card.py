@@ -26,8 +26,8 @@ METRIC_LABELS = {
 UNGRADED = "not graded"
 OBJECTIVE_LABELS = {
     "layer": "its own",
-    "policy": "the whole model's (a control)",
-    "permuted": "over a shuffled vocabulary (a control)",
+    "frozen_upper": "the whole model's (a control)",
+    "shuffled_vocab": "over a shuffled vocabulary (a control)",
 }
 CITATION = """@misc{bupo2025,
   title         = {Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies},
@@ -157,12 +157,12 @@ def _describe_run(trainer: GRPOTrainerHooks) -> dict[str, str]:
 def _describe_second_phase(args: BuPOConfig) -> str:
     """What stays of the layer's objective."""
     said = []
-    if batches := args.internal_handover:
+    if batches := args.internal_fade_batches:
         said.append(
             f"the layer's objective fades out over {_format_count(batches, 'rollout batch', 'rollout batches')}"
         )
-    if args.internal_mix:
-        said.append(f"{args.internal_mix:g} of the layer's objective stays")
+    if args.internal_loss_weight:
+        said.append(f"{args.internal_loss_weight:g} of the layer's objective stays")
     return ", ".join(said)
 
 

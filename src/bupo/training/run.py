@@ -104,12 +104,12 @@ class RunMetadataCallback(TrainerCallback):
     """Writes what was asked for into the run's folder once training begins: what is refused leaves nothing."""
 
     def __init__(self, command: str, given: dict[str, Any], objects: Sequence[str] = ()):
-        self.noted = (command, given, objects)
-        self.trained: dict[str, Any] = {}  # what is told of problems and weights, once they are loaded
+        self.metadata = (command, given, objects)
+        self.input_metadata: dict[str, Any] = {}  # what is told of problems and weights, once they are loaded
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            record_run(args.output_dir, *self.noted, self.trained)
+            record_run(args.output_dir, *self.metadata, self.input_metadata)
 
 
 def train(
@@ -151,7 +151,7 @@ def train(
             load_train_data(options, config, problems, eval_problems, rewards), options, config, tokenizer, say
         )
         loaded = _load_policy(model, tokenizer, sets, config, loading)
-        note.trained = {"problems": sets.noted(options), "weights": compute_weight_fingerprint(loaded)}
+        note.trained = {"problems": sets.get_metadata(options), "weights": compute_weight_fingerprint(loaded)}
         trainer = _make_trainer(loaded, tokenizer, config, sets, rewards, loading, [note, *callbacks], say)
         return _load_finished_run(trainer, done, say) if done else _train_and_save(trainer, checkpoint, title, say)
 
@@ -163,7 +163,7 @@ def _load_checked_rewards(
     options.check()
     check_output_folder("output", config.output_dir)
     dry_run_components(config, loading)
-    rewards = as_list(given) or [load_reward_func(name) for name in options.rewards]
+    rewards = as_list(given) or [load_reward_func(name) for name in options.reward_names]
     check_rewards(rewards, config)
     check_best_metric(config, rewards, [getattr(reward, "__name__", None) for reward in rewards], callbacks)
     return rewards
@@ -194,7 +194,7 @@ def _make_trainer(
             reward_funcs=rewards,
             args=config,
             train_dataset=sets.train,
-            eval_dataset=sets.evaluation,
+            eval_dataset=sets.eval_problems,
             processing_class=tokenizer,
             callbacks=[MetricsFileCallback(config.output_dir), *callbacks],
             benchmarks=sets.benchmarks,

@@ -67,7 +67,7 @@ class TrainOptions(PromptOptions, ColumnOptions, DatasetOptions):
         check_chat_template(self.chat_template)
 
     @property
-    def rewards(self) -> list[str]:
+    def reward_names(self) -> list[str]:
         """The names of the reward functions, one by one."""
         return [self.reward_funcs] if isinstance(self.reward_funcs, str) else list(self.reward_funcs)
 
@@ -78,17 +78,17 @@ class TrainData:
     `system_prompt`: that those to train on share, which prompts as plain text no longer show; `name`: if they have one."""
 
     train: Dataset
-    evaluation: Dataset | None
+    eval_problems: Dataset | None
     benchmarks: dict[str, Dataset]
-    left_out: int = 0
+    num_skipped: int = 0
     system_prompt: str | None = None
     name: str | None = None
 
-    def noted(self, options: TrainOptions) -> dict[str, Any]:
+    def get_metadata(self, options: TrainOptions) -> dict[str, Any]:
         """What a run notes of the problems it trains on."""
         chosen = {"shuffle_seed": options.shuffle_seed, "max_prompt_tokens": options.max_prompt_tokens}
         told = {"number": len(self.train), "sha256": compute_problems_sha256(self.train)}
-        return told | chosen | {"left_out": self.left_out}
+        return told | chosen | {"left_out": self.num_skipped}
 
     def to_plain_text(self) -> "TrainData":
         """With prompts as plain text, for a model without a chat template."""
@@ -99,7 +99,7 @@ class TrainData:
             prompts = [prompt if isinstance(prompt, str) else join_messages(prompt) for prompt in problems["prompt"]]
             return replace_columns(problems, {"prompt": prompts})
 
-        return replace(self, train=text(self.train), evaluation=text(self.evaluation))
+        return replace(self, train=text(self.train), eval_problems=text(self.eval_problems))
 
 
 def load_train_data(
@@ -164,7 +164,7 @@ def prepare_prompts(
     say(f"max_prompt_tokens {most}: {whole - len(short)} of {whole} problems have longer prompts and are left out")
     train_set = sets.train.select(short) if len(short) < whole else sets.train
     _check_enough_problems(train_set, config, f"max_prompt_tokens {most} leaves {len(short)} of {whole} problems")
-    return replace(sets, train=train_set, left_out=whole - len(short))
+    return replace(sets, train=train_set, num_skipped=whole - len(short))
 
 
 def _check_enough_problems(problems: Dataset, config: BuPOConfig, found: str | None = None) -> None:

@@ -67,7 +67,7 @@ class BuPOTrainer(GRPOTrainerHooks):
     It also logs `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds), `completions/repetition`, `critic/...`,
     `probe/...`, `warning/...` ([`~bupo.training.callbacks.failure_detection.FailureDetector`]), in phase 1 `internal/layer` and `internal/entropy`, and
     where two policies are optimised `internal/weight`. `entropy` is the language model policy's in both phases (in phase 1 at
-    the rollout), clip ratios and `kl_old` (half the mean squared log ratio to the sampling policy) are of the policy in force.
+    the rollout), clip ratios and `approx_kl` (half the mean squared log ratio to the sampling policy) are of the policy in force.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
@@ -102,7 +102,7 @@ class BuPOTrainer(GRPOTrainerHooks):
         check_evaluations(self)
         set_up_generation(self, args)
         apply_dropout_option(self.model, args, make_probe_tokens(self.model))
-        self.given = fingerprint_inputs(self)
+        self.input_fingerprint = fingerprint_inputs(self)
         self.wrap_async_rewards(failure_messages.wrap_async_reward)
         self.stream = open_residual_stream(self.model, args, family)
         reference = self.stream and self.ref_model and ResidualStream(self.ref_model, like=self.stream)
@@ -112,20 +112,22 @@ class BuPOTrainer(GRPOTrainerHooks):
         freeze_layers(self.stream, get_frozen_layers(args))
         decode, positions = self.processing_class.decode, get_max_positions(self.model)
         self.phase_controller = PhaseController(self.model, self.stream, self.accelerator, args, decode, positions)
-        self.nonfinite_callback = SkipNonFiniteUpdatesCallback(lambda: self.where(self.last_rollout_batch))
+        self.nonfinite_callback = SkipNonFiniteUpdatesCallback(
+            lambda: self.describe_rollout_batch(self.last_rollout_batch)
+        )
         self.add_callback(self.nonfinite_callback)
         self.add_callback(EpochEndCallback(self))
-        self.moved = WeightChangeCallback(
+        self.weight_change_callback = WeightChangeCallback(
             self.accelerator, lambda: self.identify_stage(self.last_rollout_batch), self.has_nonzero_advantage
         )
-        self.add_callback(self.moved)
-        self.parts: dict[str, trainer_state.CheckpointPart] = {
+        self.add_callback(self.weight_change_callback)
+        self.checkpoint_parts: dict[str, trainer_state.CheckpointPart] = {
             "watch": self.phase_controller,
             "finite": self.nonfinite_callback,
-            "moved": self.moved,
+            "moved": self.weight_change_callback,
         }
-        self.parts |= {"critic": self.critic} if self.critic else {}
-        self.parts["callbacks"] = CallbackStates(self, self.accelerator.print)
+        self.checkpoint_parts |= {"critic": self.critic} if self.critic else {}
+        self.checkpoint_parts["callbacks"] = CallbackStates(self, self.accelerator.print)
         # transformers would put new callbacks in their place, which start with the states they are made with
         args.restore_callback_states_from_checkpoint = False
         if args.eval_benchmarks:
@@ -134,7 +136,7 @@ class BuPOTrainer(GRPOTrainerHooks):
     @property
     def stage(self) -> Stage | None:
         """The stage of the first phase that the rollout batch belongs to; None in the second."""
-        return self.phase_controller.schedule.stage(self.rollout_batch)
+        return self.phase_controller.schedule.get_stage(self.rollout_batch)
 
     @property
     def phase(self) -> int:
@@ -142,42 +144,43 @@ class BuPOTrainer(GRPOTrainerHooks):
         return 1 if self.stage else 2
 
     @property
-    def site(self) -> Activation | None:
+    def target_activation(self) -> Activation | None:
         """The internal policy that is optimised, if one is. Evaluation always speaks for the language model policy."""
-        return self.policy_alignment.site(self.stage.layer) if self.stage and self.model.training else None
+        return self.policy_alignment.get_activation(self.stage.layer) if self.stage and self.model.training else None
 
     def identify_stage(self, batch: int) -> tuple[int, str]:
         """A number for the stage that a rollout batch belongs to, -1 in the second phase; and where that is, in words."""
-        place = self.phase_controller.schedule.place(batch)
-        return -1 if place is None else place, self.where(batch)
+        place = self.phase_controller.schedule.get_stage_index(batch)
+        return -1 if place is None else place, self.describe_rollout_batch(batch)
 
     def has_nonzero_advantage(self) -> bool:
         """Return whether any answer of this process that is trained on has an advantage."""
         pieces = map(RolloutBatch, self.pieces or [])
         return any(
-            bool((piece.mean_per_completion(piece.tensors["advantages"]) * piece.mask.any(1)).any()) for piece in pieces
+            bool((piece.mean_per_completion(piece.tensors["advantages"]) * piece.loss_mask.any(1)).any())
+            for piece in pieces
         )
 
-    def where(self, batch: int) -> str:
+    def describe_rollout_batch(self, batch: int) -> str:
         """A rollout batch, its policy and the learning rate, for messages."""
-        return (
-            f"rollout batch {batch} ({self.phase_controller.optimised(batch)}, learning rate {self.learning_rate:.3g})"
-        )
+        return f"rollout batch {batch} ({self.phase_controller.describe_policy(batch)}, learning rate {self.learning_rate:.3g})"
 
     def generate_rollouts(self, inputs):
         started, metrics = time.perf_counter(), self.train_metrics
         self.phase_controller.before_rollouts(self.rollout_batch, self.optimizer, metrics)
-        voices = self.policy_alignment.make_rollout_scorers(self.stage, self.phase_controller.mixed(self.rollout_batch))
-        with failure_messages.wrap_sampling_errors(self.where(self.rollout_batch)):
+        voices = self.policy_alignment.make_rollout_scorers(
+            self.stage, self.phase_controller.get_auxiliary_objective(self.rollout_batch)
+        )
+        with failure_messages.wrap_sampling_errors(self.describe_rollout_batch(self.rollout_batch)):
             sampled = self.sampled(inputs, voices)
         rewards = sum_weighted_rewards(sampled.rewards, self.reward_weights)  # (G,), of all processes
         batch = RolloutBatch(sampled.tensors, rewards, self.accelerator.process_index)
-        answers = batch.answers(self.num_generations)
+        answers = batch.get_prompt_completion_ids(self.num_generations)
         if self.stage and self.stage.layer is None:
             self.phase_controller.choose_auto_layer(answers, self.state.max_steps)
             check_auto_layer(self, self.stage.layer)
         self._set_advantages(batch)
-        if voices and (site := voices.site or self.site):
+        if voices and (site := voices.activation or self.target_activation):
             self.policy_alignment.set_internal_log_probs(batch, site, sampled.scores, voices)
         metrics["completions/repetition"].append(self.mean(compute_repetition([answer for _, answer in answers])))
         self.phase_controller.after_rollouts(self.rollout_batch, answers, rewards, metrics)
@@ -192,26 +195,31 @@ class BuPOTrainer(GRPOTrainerHooks):
 
     def _set_advantages(self, batch: RolloutBatch) -> None:
         """Put the estimator's advantages where TRL has put GRPO's."""
-        args, scores = self.args, partial(self.policy_alignment.scores, batch, self.site)
-        values = self.critic.values(batch, self.site, scores) * batch.mask if self.critic else None
-        gae = (args.gae_gamma, args.gae_lambda)
+        args, scores = self.args, partial(self.policy_alignment.score_batch, batch, self.target_activation)
+        values = (
+            self.critic.compute_values(batch, self.target_activation, scores) * batch.loss_mask if self.critic else None
+        )
+        gae = (args.gamma, args.lam)
         if set_advantages(args.advantage_estimator, batch, self.num_generations, self.total, values, *gae):
             self.replace_logged_advantages(batch.mean_per_completion(batch.tensors["advantages"]))
 
     def loss(self, model, inputs):
-        batch, site, metrics = RolloutBatch(inputs), self.site, self.train_metrics
+        batch, site, metrics = RolloutBatch(inputs), self.target_activation, self.train_metrics
         if not self.model.training:
             with self.dropping_empty_metrics(batch):
                 return self.compute_policy_loss(model, inputs)
         metrics["phase"].append(self.phase)
         metrics["rollout_batch"].append(self.rollout_batch)
-        mixed = self.phase_controller.mixed(self.rollout_batch)
+        mixed = self.phase_controller.get_auxiliary_objective(self.rollout_batch)
         speaker = PolicyScorer(
-            model, site, inputs.get(OLD_LOG_PROBS), also=mixed and self.policy_alignment.site(mixed.layer)
+            model,
+            site,
+            inputs.get(OLD_LOG_PROBS),
+            extra_activation=mixed and self.policy_alignment.get_activation(mixed.layer),
         )
 
         def policy_loss(read: StatesCallback | None) -> torch.Tensor:
-            speaker.read = read
+            speaker.states_callback = read
             return self.compute_policy_loss(speaker, inputs)
 
         with self.dropping_empty_metrics(batch) as measured:
@@ -219,24 +227,24 @@ class BuPOTrainer(GRPOTrainerHooks):
                 share = (
                     self.current_gradient_accumulation_steps / self.args.steps_per_generation
                 )  # of the rollout batch
-                loss, logged = self.critic.loss(batch, site, share, policy_loss)
+                loss, logged = self.critic.compute_loss(batch, site, share, policy_loss)
                 for name, value in logged.items():
                     metrics[name].append(value)
             else:
-                loss = self.policy_alignment.mixed(policy_loss(None), mixed, batch, speaker, metrics)
+                loss = self.policy_alignment.add_auxiliary_loss(policy_loss(None), mixed, batch, speaker, metrics)
             self.policy_alignment.log(batch, speaker, self.stage, metrics)
         if not loss.requires_grad:
-            raise UserError(describe_missing_gradient(self.where(self.rollout_batch)))
+            raise UserError(describe_missing_gradient(self.describe_rollout_batch(self.rollout_batch)))
         last = (self.micro_steps_done + 1) % self.micro_steps_per_rollout_batch == 0
         self.phase_controller.after_loss(self.rollout_batch, metrics if measured else {}, metrics, last)
         return loss
 
     def training_step(self, *args, **kwargs):
         """As TRL's; a critic steps with the policy."""
-        with self.policy_alignment.kept():
+        with self.policy_alignment.packed_rows_for_backward():
             loss = super().training_step(*args, **kwargs)
         check_gradient(self)
-        self.policy_alignment.drop_gradients_above(self.phase_controller.schedule.stage(self.last_rollout_batch))
+        self.policy_alignment.drop_gradients_above(self.phase_controller.schedule.get_stage(self.last_rollout_batch))
         if self.critic and self.accelerator.sync_gradients:
             self.critic.step()
         return loss
@@ -280,7 +288,7 @@ class BuPOTrainer(GRPOTrainerHooks):
     create_model_card = model_card.create_model_card
 
     def save_extra_state(self, folder: Path) -> None:
-        trainer_state.save_state(self, folder, self.args.first_phase, self.parts)
+        trainer_state.save_state(self, folder, self.args.first_phase, self.checkpoint_parts)
 
     def load_extra_state(self, folder: Path) -> None:
-        trainer_state.load_state(self, folder, self.args.first_phase, self.parts)
+        trainer_state.load_state(self, folder, self.args.first_phase, self.checkpoint_parts)

@@ -144,9 +144,9 @@ class GRPOTrainerHooks(GRPOTrainer):
 
     def generate_rollouts(self, inputs: list[dict]) -> dict[str, Any]:
         """A rollout batch while training: what the loss will read."""
-        return self.sampled(inputs).tensors
+        return self.sample_and_score(inputs).tensors
 
-    def loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def compute_micro_batch_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch."""
         return self.compute_policy_loss(model, inputs)
 
@@ -154,7 +154,7 @@ class GRPOTrainerHooks(GRPOTrainer):
         """The micro-batches of a rollout batch, in the stead of TRL's."""
         return pieces
 
-    def grading(self) -> AbstractContextManager[None]:
+    def reward_call_context(self) -> AbstractContextManager[None]:
         """Around the reward functions."""
         return nullcontext()
 
@@ -166,7 +166,7 @@ class GRPOTrainerHooks(GRPOTrainer):
 
     # -- what TRL does, as functions ---------------------------------------------------------------------------------
 
-    def sampled(self, inputs: list[dict], voice: Callable | None = None) -> SampledRollouts:
+    def sample_and_score(self, inputs: list[dict], voice: Callable | None = None) -> SampledRollouts:
         """TRL's rollout batch, with the rewards.
 
         Args:
@@ -220,7 +220,7 @@ class GRPOTrainerHooks(GRPOTrainer):
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         before = {name: len(values) for name, values in metrics.items()}
-        measured = bool(self.total(batch.mask.sum()) > 0)
+        measured = bool(self.sum_over_processes(batch.loss_mask.sum()) > 0)
         yield measured
         for name in () if measured else list(metrics):
             if name not in BATCH_INFO_METRICS:
@@ -254,8 +254,8 @@ class GRPOTrainerHooks(GRPOTrainer):
         entropy: float = self._last_world_entropy  # type: ignore[has-type]
         window = self._entropy_window_stats
         loss = super()._compute_loss(policy, inputs)
-        tokens = RolloutBatch(inputs).mask.sum() + (0 if window is None else window[1])
-        if self._entropy_window_stats is None and self.total(tokens) == 0:  # the update's last micro-batch
+        tokens = RolloutBatch(inputs).loss_mask.sum() + (0 if window is None else window[1])
+        if self._entropy_window_stats is None and self.sum_over_processes(tokens) == 0:  # the update's last micro-batch
             self.entropy_coef, self._last_world_entropy = coefficient, entropy
             self.train_metrics["entropy_coef"][-1] = coefficient
         return loss
@@ -269,11 +269,11 @@ class GRPOTrainerHooks(GRPOTrainer):
         peft = self.accelerator.unwrap_model(self.model)
         return use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None)
 
-    def total(self, sums: torch.Tensor) -> torch.Tensor:
+    def sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         """Summed over processes."""
         return self.accelerator.reduce(sums, "sum")
 
-    def mean(self, value: float) -> float:
+    def mean_over_processes(self, value: float) -> float:
         """Mean over processes."""
         return self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).mean().item()
 
@@ -314,7 +314,7 @@ class GRPOTrainerHooks(GRPOTrainer):
         self._step, self._buffered_inputs = passes, pieces
 
     @property
-    def pieces(self) -> list[dict] | None:
+    def micro_batches(self) -> list[dict] | None:
         """The rollout batch that is being trained on, in its micro-batches."""
         return self._buffered_inputs
 
@@ -337,7 +337,7 @@ class GRPOTrainerHooks(GRPOTrainer):
         return self.epoch_ended and not self.control.should_training_stop
 
     @property
-    def numbers(self) -> dict[str, Any]:
+    def log_counters(self) -> dict[str, Any]:
         """What transformers counts towards the next log and the end of the run, which its checkpoints do not hold."""
         return {
             "since_log": self._tr_loss.item(),
@@ -350,8 +350,8 @@ class GRPOTrainerHooks(GRPOTrainer):
             and self.stream_position.state(self.micro_steps_done, self.is_stream_exhausted),
         }
 
-    @numbers.setter
-    def numbers(self, value: dict[str, Any]) -> None:
+    @log_counters.setter
+    def log_counters(self, value: dict[str, Any]) -> None:
         self._tr_loss += value["since_log"]
         self._total_loss_scalar, self._globalstep_last_logged = value["logged"], value["last_log"]
         self._initial_global_step = value["first_step"]
@@ -391,15 +391,15 @@ class GRPOTrainerHooks(GRPOTrainer):
         # our loop of decoding computes outside the model's forward, and so outside of autocast
         loop = fast_generate(self.model) if self.accelerator.mixed_precision == "no" else nullcontext()
         with policy_generation_config(self.model, self.processing_class), loop:
-            return self.generate_rollouts(inputs) if self.model.training else self.sampled(inputs).tensors
+            return self.generate_rollouts(inputs) if self.model.training else self.sample_and_score(inputs).tensors
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        with self.grading():
+        with self.reward_call_context():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return mask_ungraded_rewards(rewards, self.reward_weights)
 
     def _compute_loss(self, model, inputs):
-        return self.loss(model, inputs)
+        return self.compute_micro_batch_loss(model, inputs)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -436,7 +436,7 @@ class GRPOTrainerHooks(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial))
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with wrap_write_errors(place), self.beside(run) as staging:
+        with wrap_write_errors(place), self.staging_folder(run) as staging:
             staged = staging / place.name
             make_folder(staged, run)
             self.save_extra_state(staged)
@@ -457,7 +457,7 @@ class GRPOTrainerHooks(GRPOTrainer):
             self._push_from_checkpoint(str(place))
 
     @contextmanager
-    def beside(self, run: Path) -> Iterator[Path]:
+    def staging_folder(self, run: Path) -> Iterator[Path]:
         """Inside, checkpoints go into a folder beside; nothing is left of it."""
         self.staging_dir = run / STAGING_DIR
         try:
@@ -471,7 +471,7 @@ class GRPOTrainerHooks(GRPOTrainer):
     def save_model_atomically(self, folder: Path) -> None:
         """Save the model and its tokenizer: each file appears at once."""
         staged = folder / STAGING_DIR / "model"
-        with wrap_write_errors(folder), self.beside(folder):
+        with wrap_write_errors(folder), self.staging_folder(folder):
             make_folder(staged, folder)
             self.save_model(str(staged), _internal_call=True)
             self.accelerator.wait_for_everyone()
@@ -579,10 +579,12 @@ class GRPOTrainerHooks(GRPOTrainer):
         if stream := self.stream_position:
             skipped = 0
             if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
-                skipped = kwargs["steps_trained_in_current_epoch"] = stream.resume(kwargs["resume_from_checkpoint"])
-            kwargs["epoch"] += stream.first
-            kwargs["epochs_trained"] += stream.first
-            stream.begin(kwargs["epoch"], self.micro_steps_done, skipped)
+                skipped = kwargs["steps_trained_in_current_epoch"] = stream.get_batches_to_skip(
+                    kwargs["resume_from_checkpoint"]
+                )
+            kwargs["epoch"] += stream.first_pass
+            kwargs["epochs_trained"] += stream.first_pass
+            stream.begin_pass(kwargs["epoch"], self.micro_steps_done, skipped)
         super()._run_epoch(**kwargs)
         if stream:
             stream.check_position_reached()
@@ -631,11 +633,11 @@ class GRPOTrainerHooks(GRPOTrainer):
 
 class RestoreLogCountersCallback(TrainerCallback):
     def __init__(self, trainer: GRPOTrainerHooks, numbers: dict[str, Any]):
-        self.trainer, self.numbers = trainer, numbers
+        self.trainer, self.counters = trainer, numbers
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.numbers:
-            self.trainer.numbers, self.numbers = self.numbers, {}
+        if self.counters:
+            self.trainer.numbers, self.counters = self.counters, {}
             self.trainer.finish_interrupted_epoch(kwargs["train_dataloader"])
 
 

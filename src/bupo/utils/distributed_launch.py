@@ -24,7 +24,7 @@ class ProcessInfo(NamedTuple):
     """This process among those of its launch: its rank, from 0, and how many there are."""
 
     rank: int
-    size: int
+    world_size: int
 
 
 def get_process_info() -> ProcessInfo:
@@ -54,7 +54,7 @@ def _read_environment() -> ProcessInfo | None:
         port, local = int(os.environ["MASTER_PORT"]), int(os.environ.get("LOCAL_RANK", 0))
     except ValueError:
         return None
-    whole = 0 <= described.rank < described.size and 0 <= port < 1 << 16 and local < described.size
+    whole = 0 <= described.rank < described.world_size and 0 <= port < 1 << 16 and local < described.world_size
     return described if whole else None
 
 
@@ -88,7 +88,7 @@ def _parse_size(text: str | None) -> int:
 
 def is_distributed() -> bool:
     """Whether this process is one of several."""
-    return get_process_info().size > 1
+    return get_process_info().world_size > 1
 
 
 def get_rank() -> int:

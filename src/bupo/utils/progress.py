@@ -27,13 +27,13 @@ class LogProgress(Progress):
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        self._tell(task_id)
+        self._print_line(task_id)
 
     def update(self, task_id: TaskID, **kwargs) -> None:
         super().update(task_id, **kwargs)
-        self._tell(task_id)
+        self._print_line(task_id)
 
-    def _tell(self, task_id: TaskID) -> None:
+    def _print_line(self, task_id: TaskID) -> None:
         now = time.monotonic()
         if self.console.is_interactive or now - (self.last_line_time or now) < LINE_INTERVAL:
             self.last_line_time = self.last_line_time or now

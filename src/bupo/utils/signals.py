@@ -56,30 +56,30 @@ class SignalRecorder:
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None, lost: Callable[[], bool] = lambda: False):
-        self.say, self.is_finished, self.first = say, lost, 0
+        self.print_line, self.is_finished, self.first_signal = say, lost, 0
         self._first_time = 0.0
-        self._handled = _temporary_handler(_recorder_handler)
+        self._handler_context = _temporary_handler(_recorder_handler)
 
     def __enter__(self) -> "SignalRecorder":
-        self._handled.__enter__()
+        self._handler_context.__enter__()
         if threading.current_thread() is threading.main_thread():
             # the interpreter writes each signal's number there at once, while a handler waits for the main thread's next
             # step: never, where that stands in a collective whose other side does not come
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            self._others = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._watch = threading.Thread(target=self._listen, daemon=True)
-            self._watch.start()
+            self._outer_wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self._others)
+            signal.set_wakeup_fd(self._outer_wakeup_fd)
             os.write(self._write, b"\0")
-            self._watch.join()
+            self._thread.join()
             os.close(self._read)
             os.close(self._write)
-        self._handled.__exit__(kind, error, trace)
+        self._handler_context.__exit__(kind, error, trace)
 
     def _listen(self) -> None:
         while True:
@@ -88,15 +88,15 @@ class SignalRecorder:
                 if number == 0:
                     return
                 if signal.getsignal(number) is _recorder_handler:  # and no one else's
-                    self._note(number)
+                    self._record(number)
 
-    def _note(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         if number == signal.SIGTERM and self.is_finished():
             exit_by_signal(number)
-        if not self.first:
-            self.first, self._first_time = number, time.monotonic()
+        if not self.first_signal:
+            self.first_signal, self._first_time = number, time.monotonic()
             if number == signal.SIGINT:  # a person waits
-                self.say("this update is finished and saved; Ctrl-C again ends the run at once")
+                self.print_line("this update is finished and saved; Ctrl-C again ends the run at once")
         elif number == signal.SIGINT and time.monotonic() - self._first_time > SAME_PRESS_SECONDS:
             exit_by_signal(number)
 

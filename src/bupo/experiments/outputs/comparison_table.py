@@ -30,7 +30,7 @@ class MarkdownTable:
     caption: str
     rows: Sequence[Mapping[str, str]]
 
-    def markdown(self) -> str:
+    def to_markdown(self) -> str:
         """Columns in which no row has anything are left out."""
         names = [name for name in self.rows[0] if any(row[name] for row in self.rows)]
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
@@ -56,7 +56,7 @@ class ExperimentOutput:
     """
 
     rows: list[dict[str, Any]]
-    shown: list[MarkdownTable]
+    tables: list[MarkdownTable]
     data: pd.DataFrame
     figure: Figure | None = None
     notes: list[str] = field(default_factory=list)
@@ -82,11 +82,11 @@ class Comparison:
     options: str
     measure: str
     values: Mapping[int, float]
-    papers: Mapping[str, float | None] = field(default_factory=dict)
-    against: str | None = None
-    others: Mapping[int, float] = field(default_factory=dict)
+    paper_values: Mapping[str, float | None] = field(default_factory=dict)
+    baseline: str | None = None
+    baseline_values: Mapping[int, float] = field(default_factory=dict)
     paper_differences: Mapping[str, float | None] = field(default_factory=dict)
-    before: Mapping[int, float] = field(default_factory=dict)
+    initial_values: Mapping[int, float] = field(default_factory=dict)
     digits: int = 1
 
     @property
@@ -94,52 +94,58 @@ class Comparison:
         return compute_seed_statistics(list(self.values.values()))
 
     @property
-    def apart(self) -> SeedStatistics | None:
+    def difference(self) -> SeedStatistics | None:
         """The difference to the other row, paired by seed."""
-        return compute_paired_difference(self.others, self.values) if self.others.keys() & self.values.keys() else None
+        return (
+            compute_paired_difference(self.baseline_values, self.values)
+            if self.baseline_values.keys() & self.values.keys()
+            else None
+        )
 
-    def raw(self, scale: str) -> dict[str, Any]:
+    def to_record(self, scale: str) -> dict[str, Any]:
         """For programs."""
-        ours, apart = self.statistics, self.apart
+        ours, apart = self.statistics, self.difference
         return {
             "scale": scale, "model": self.model, "row": self.row, "options": self.options, "measure": self.measure,
-            "paper": dict(self.papers), **_to_columns("ours", ours), "seeds": ours.n,
-            "before": compute_seed_statistics(list(self.before.values())).mean if self.before else None,
+            "paper": dict(self.paper_values), **_to_columns("ours", ours), "seeds": ours.n,
+            "before": compute_seed_statistics(list(self.initial_values.values())).mean if self.initial_values else None,
             "by_seed": {str(seed): value for seed, value in self.values.items()},
-            "against": self.against, "paper_difference": dict(self.paper_differences), **_to_columns("difference", apart),
+            "against": self.baseline, "paper_difference": dict(self.paper_differences), **_to_columns("difference", apart),
             "verdict": describe_significance(apart) if apart else None,
             "direction": None if self.describe_direction() == EMPTY_CELL else self.describe_direction(),
         }  # fmt: skip
 
-    def shown(self) -> dict[str, str]:
+    def to_cells(self) -> dict[str, str]:
         """For people: the paper's number with its difference to the other row, ours, and ours."""
-        apart = self.apart
+        apart = self.difference
         cells = {"model": self.model, "method": self.row, "options": self.options, "measure": self.measure}
-        own = self.papers.keys() <= {self.model}
-        for name, value in (self.papers or {self.model: None}).items():
-            cells["paper" if own else f"paper, {name}"] = self._printed(value, self.paper_differences.get(name))
+        own = self.paper_values.keys() <= {self.model}
+        for name, value in (self.paper_values or {self.model: None}).items():
+            cells["paper" if own else f"paper, {name}"] = self._format_paper_value(
+                value, self.paper_differences.get(name)
+            )
         ours = self.statistics
-        if self.before:
+        if self.initial_values:
             cells["at first [95 %]"] = format_mean_interval(
-                compute_seed_statistics(list(self.before.values())), self.digits
+                compute_seed_statistics(list(self.initial_values.values())), self.digits
             )
         cells |= {
             "ours [95 %]": format_mean_interval(ours, self.digits),
             "sd": _format_number(ours.sd, self.digits),
             "seeds": _format_seed_count(ours.n),
         }
-        if self.against:
-            cells[f"less {quote_name(self.against)} [95 %]"] = format_mean_interval(apart, self.digits, "+")
+        if self.baseline:
+            cells[f"less {quote_name(self.baseline)} [95 %]"] = format_mean_interval(apart, self.digits, "+")
             cells |= {"from zero": describe_significance(apart), "direction": self.describe_direction()}
         return cells
 
-    def _printed(self, value: float | None, apart: float | None) -> str:
+    def _format_paper_value(self, value: float | None, apart: float | None) -> str:
         numbers = [] if value is None else [f"{value:.2f}" if isinstance(value, float) else str(value)]
         return " ".join(numbers + ([] if apart is None else [f"({apart:+.2f})"])) or EMPTY_CELL
 
     def describe_direction(self) -> str:
         """A difference that is told apart from zero, against the paper's differences."""
-        signs, apart = {math.copysign(1, value) for value in self.paper_differences.values() if value}, self.apart
+        signs, apart = {math.copysign(1, value) for value in self.paper_differences.values() if value}, self.difference
         if apart is None or not signs or describe_significance(apart) != SIGNIFICANT:
             return EMPTY_CELL
         if len(signs) > 1:
@@ -195,7 +201,11 @@ def describe_significance(found: SeedStatistics | None) -> str:
 
 def get_paper_models(experiment: Experiment, model: str) -> list[str]:
     """The paper's models whose numbers stand beside one of ours: its own, or all of them."""
-    return [model] if model in experiment.printed and not experiment.given else list(experiment.printed)
+    return (
+        [model]
+        if model in experiment.paper_values and not experiment.has_custom_model
+        else list(experiment.paper_values)
+    )
 
 
 def describe_options(cell: Cell) -> str:
@@ -212,7 +222,7 @@ def _abbreviate_list(value: Any) -> Any:
 
 def make_table(caption: str, experiment: Experiment, lines: Iterable[Comparison]) -> MarkdownTable:
     """A row a line."""
-    rows = [line.shown() | {"scale": experiment.scale} for line in lines]
+    rows = [line.to_cells() | {"scale": experiment.scale} for line in lines]
     names = list(dict.fromkeys(name for row in rows for name in row if name != "scale"))
     return MarkdownTable(
         caption, _drop_single_model([{name: row.get(name, EMPTY_CELL) for name in [*names, "scale"]} for row in rows])

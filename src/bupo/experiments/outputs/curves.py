@@ -26,18 +26,20 @@ COLUMNS = ["model", "row", "seed", "measure", "rollout_batch", "value"]
 
 def make_curves_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from the trainings' `metrics.jsonl`."""
-    experiment, cells = finished.experiment, finished.cells("train")
-    measures, parts = experiment.draw["measures"], []
+    experiment, cells = finished.experiment, finished.group_cells("train")
+    measures, parts = experiment.output_options["measures"], []
     ends: dict[tuple[str, str], float] = {}
     for key, by_seed in cells.items():
         for cell in by_seed.values():
-            batches = finished.metrics(cell.runs["train"])
+            batches = finished.read_metrics(cell.runs["train"])
             parts += [_make_series(finished, cell, batches, measure) for measure in measures]
             if (end := count_phase_1_batches(batches)) is not None:
                 ends[key] = max(end + 0.5, ends.get(key, 0))
     data = pd.concat(parts, ignore_index=True)
     lines = [
-        line for measure in measures for line in _make_comparisons(data, measure, cells, experiment.draw.get("against"))
+        line
+        for measure in measures
+        for line in _make_comparisons(data, measure, cells, experiment.output_options.get("against"))
     ]
     titles = {measure: MEASURES[measure][1] for measure in measures}
     window = (_count_tenth(data) - 1) // 2 * 2 + 1
@@ -45,12 +47,12 @@ def make_curves_output(finished: FinishedExperiment) -> ExperimentOutput:
     figure = draw_seeds_figure(_smooth(data, window).rename(columns={"rollout_batch": "x"}), titles, label, ends)
     table = make_table(_make_caption(_count_tenth(data)), experiment, lines)
     notes = [describe_phase_1(*key, int(end)) for key, end in ends.items()]
-    return ExperimentOutput([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
+    return ExperimentOutput([line.to_record(experiment.scale) for line in lines], [table], data, figure, notes)
 
 
 def _make_series(finished: FinishedExperiment, cell: Cell, batches: pd.DataFrame, measure: str) -> pd.DataFrame:
     """A measure of one run."""
-    values = finished.take(cell.runs["train"], "metrics.jsonl", batches, MEASURES[measure][0])
+    values = finished.get_value(cell.runs["train"], "metrics.jsonl", batches, MEASURES[measure][0])
     return pd.DataFrame({
         "model": cell.model, "row": cell.row, "seed": cell.seed, "measure": measure,
         "rollout_batch": batches["rollout_batch"].astype(int), "value": values,
@@ -81,8 +83,8 @@ def _make_comparisons(
     return [
         Comparison(
             model, row, describe_options(next(iter(by_seed.values()))), measure.replace("_", " "), last[model, row],
-            against=against, others={} if row == against else last.get((model, str(against)), {}),
-            before=first[model, row], digits=MEASURES[measure][2],
+            baseline=against, baseline_values={} if row == against else last.get((model, str(against)), {}),
+            initial_values=first[model, row], digits=MEASURES[measure][2],
         )
         for (model, row), by_seed in cells.items()
     ]  # fmt: skip

@@ -32,10 +32,10 @@ def make_dynamics_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from `dynamics.parquet` of the trainings, or of the analyses of their checkpoints."""
     experiment, parts, lines = finished.experiment, [], []
     ends: dict[tuple[str, str], float] = {}
-    for (model, row), by_seed in finished.cells("train").items():
+    for (model, row), by_seed in finished.group_cells("train").items():
         cell = next(iter(by_seed.values()))
         series = pd.concat([_read_series(finished, one) for one in by_seed.values()], ignore_index=True)
-        end = count_phase_1_batches(finished.metrics(cell.runs["train"]))
+        end = count_phase_1_batches(finished.read_metrics(cell.runs["train"]))
         if end is not None:
             ends[model, row] = end
         parts.append(series)
@@ -50,15 +50,15 @@ def make_dynamics_output(finished: FinishedExperiment) -> ExperimentOutput:
     table = make_table("The last probe, and at first the one before training; of the layers above, the next and the last:",
                   experiment, lines)  # fmt: skip
     notes = [describe_phase_1(*key, end) for key, end in ends.items()]
-    return ExperimentOutput([line.raw(experiment.scale) for line in lines], [table], data, figure, notes)
+    return ExperimentOutput([line.to_record(experiment.scale) for line in lines], [table], data, figure, notes)
 
 
 def _read_series(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """The panels' measures of one run, of the last layer that it trains alone."""
     run = cell.runs.get("analyze", cell.runs["train"])  # of a sharded run's checkpoints, afterwards
-    table = finished.frame(run, "dynamics.parquet")
+    table = finished.read_dataframe(run, "dynamics.parquet")
     for name in COLUMNS[3:]:
-        finished.take(run, "dynamics.parquet", table, name)
+        finished.get_value(run, "dynamics.parquet", table, name)
     layer = table["layer"].max()
     table = table[table["measure"].isin(MEASURES) & (table["layer"].isna() | (table["layer"] == layer))]
     table = table.assign(model=cell.model, row=cell.row, seed=cell.seed, layer=layer)
@@ -78,7 +78,7 @@ def _make_comparisons(series: pd.DataFrame, options: str, model: str, row: str) 
                 Comparison(
                     model, row, options, name if number is None else f"{name} layer {number}",
                     {seed: float(values.iloc[-1]) for seed, values in runs.items()},
-                    before={seed: float(values.iloc[0]) for seed, values in runs.items()}, digits=3,
+                    initial_values={seed: float(values.iloc[0]) for seed, values in runs.items()}, digits=3,
                 )
             )  # fmt: skip
     return lines

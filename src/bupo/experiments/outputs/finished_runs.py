@@ -24,10 +24,10 @@ class FinishedExperiment:
     """
 
     experiment: Experiment
-    place: Callable[[str], Path]
-    seconds: Callable[[str], float | None]
+    get_run_folder: Callable[[str], Path]
+    get_seconds: Callable[[str], float | None]
 
-    def cells(self, command: str) -> dict[tuple[str, str], dict[int, Cell]]:
+    def group_cells(self, command: str) -> dict[tuple[str, str], dict[int, Cell]]:
         """By model and row, then by seed: those that have a run of this command."""
         found: dict[tuple[str, str], dict[int, Cell]] = {}
         for cell in self.experiment.cells:
@@ -35,57 +35,59 @@ class FinishedExperiment:
                 found.setdefault((cell.model, cell.row), {})[cell.seed] = cell
         return found
 
-    def summary(self, run: CommandRun) -> dict[str, Any]:
+    def read_summary(self, run: CommandRun) -> dict[str, Any]:
         """A run's `summary.json`.
 
         Raises:
             UserError: if it is missing or no summary.
         """
-        return self.read(run, "summary.json", read_json)
+        return self.read_file(run, "summary.json", read_json)
 
-    def frame(self, run: CommandRun, name: str) -> pd.DataFrame:
+    def read_dataframe(self, run: CommandRun, name: str) -> pd.DataFrame:
         """A table of a run.
 
         Raises:
             UserError: if it is missing or no table.
         """
-        return self.read(run, name, read_parquet)
+        return self.read_file(run, name, read_parquet)
 
-    def metrics(self, run: CommandRun) -> pd.DataFrame:
+    def read_metrics(self, run: CommandRun) -> pd.DataFrame:
         """A training's rows of `metrics.jsonl` that are of a rollout batch, one a batch: what several say is averaged.
 
         Raises:
             UserError: if there is none, or a line that is no row.
         """
-        return self.read(run, "metrics.jsonl", _read_batches)
+        return self.read_file(run, "metrics.jsonl", _read_batches)
 
-    def whole(self, run: CommandRun) -> dict[str, Any]:
+    def read_last_metrics(self, run: CommandRun) -> dict[str, Any]:
         """What the rows of a training's `metrics.jsonl` say together: the last that has a number counts.
 
         Raises:
             UserError: if a line is no row.
         """
-        return self.read(run, "metrics.jsonl", lambda path: {k: v for row in _read_rows(path) for k, v in row.items()})
+        return self.read_file(
+            run, "metrics.jsonl", lambda path: {k: v for row in _read_rows(path) for k, v in row.items()}
+        )
 
-    def read(self, run: CommandRun, name: str, how: Callable[[Path], Any]) -> Any:
+    def read_file(self, run: CommandRun, name: str, how: Callable[[Path], Any]) -> Any:
         """A file of a run.
 
         Raises:
             UserError: if it is missing, or not what it should be.
         """
-        path = self.place(run.name) / name
+        path = self.get_run_folder(run.name) / name
         remedy = f"remove {path.parent} and start again"
         if not os.path.lexists(path):
             raise UserError(f"run {run.name} is not finished: it has no {name}; {remedy}")
         try:
             return how(path)
         except DamagedFileError as error:
-            raise UserError(f"run {run.name}: {path} is damaged: {error.why}; {remedy}") from error
+            raise UserError(f"run {run.name}: {path} is damaged: {error.reason}; {remedy}") from error
         except Exception as error:  # whatever a library makes of a broken file
             text = " ".join(str(error).split())
             raise UserError(f"run {run.name}: its {name} cannot be read ({text:.200}); {remedy}") from error
 
-    def take(self, run: CommandRun, name: str, found: Any, *keys: Any) -> Any:
+    def get_value(self, run: CommandRun, name: str, found: Any, *keys: Any) -> Any:
         """What a file of a run holds at a place.
 
         Raises:
@@ -95,7 +97,7 @@ class FinishedExperiment:
             try:
                 found = found[key]
             except (KeyError, TypeError, IndexError) as error:
-                where = self.place(run.name)
+                where = self.get_run_folder(run.name)
                 text = f"run {run.name}: its {name} has no {'.'.join(map(str, keys))}; remove {where} and start again"
                 raise UserError(text) from error
         return found

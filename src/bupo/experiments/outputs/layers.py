@@ -39,8 +39,8 @@ MEASURES = {  # that a figure draws, and what they are in a table
 
 def make_layers_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and stages from the analyses' `layers.parquet` and `summary.json`."""
-    experiment, figure = finished.experiment, finished.experiment.draw["figure"]
-    cells = [next(iter(by_seed.values())) for by_seed in finished.cells("analyze").values()]
+    experiment, figure = finished.experiment, finished.experiment.output_options["figure"]
+    cells = [next(iter(by_seed.values())) for by_seed in finished.group_cells("analyze").values()]
     found = [_read_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
     table, models = pd.concat([table for table, _ in found], ignore_index=True), [summary for _, summary in found]
     rows = [row for part, summary in found for row in _make_rows(experiment, summary, part)]
@@ -56,12 +56,12 @@ def _read_analysis(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The drawn part of the layers' table, and the summary, of a model: under the name that it has here."""
     run, file = cell.runs["analyze"], "summary.json"
-    summary = finished.take(run, file, finished.summary(run), "models", 0)
+    summary = finished.get_value(run, file, finished.read_summary(run), "models", 0)
     for name in REQUIRED_KEYS:
-        finished.take(run, file, summary, name)
-    table = finished.frame(run, "layers.parquet")
+        finished.get_value(run, file, summary, name)
+    table = finished.read_dataframe(run, "layers.parquet")
     for name in COLUMNS:
-        finished.take(run, "layers.parquet", table, name)
+        finished.get_value(run, "layers.parquet", table, name)
     table = table[table["measure"].isin(measures)].assign(model=cell.model)
     return table, summary | {"meta": summary["meta"] | {"label": cell.model}}
 
@@ -91,7 +91,7 @@ def _make_rows(experiment: Experiment, summary: Mapping[str, Any], table: pd.Dat
 
 
 def _get_paper_values(experiment: Experiment, model: str, key: str) -> dict[str, str | None]:
-    printed = {name: experiment.printed[name].get("", {}).get(key) for name in get_paper_models(experiment, model)}
+    printed = {name: experiment.paper_values[name].get("", {}).get(key) for name in get_paper_models(experiment, model)}
     return {name: None if value is None else str(value) for name, value in printed.items()}
 
 

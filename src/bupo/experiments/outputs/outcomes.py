@@ -53,7 +53,7 @@ RunMeasures = Mapping[str, float]  # a run's measures
 
 def make_outcomes_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Tables and curves from the trainings' `metrics.jsonl` and the evaluations' `summary.json`."""
-    cells = finished.cells("train")
+    cells = finished.group_cells("train")
     found = {key: {seed: measure_outcome(finished, cell) for seed, cell in row.items()} for key, row in cells.items()}
     return compare_outcomes(finished.experiment, found)
 
@@ -65,9 +65,11 @@ def measure_outcome(finished: FinishedExperiment, cell: Cell) -> dict[str, float
     Raises:
         UserError: if a run's folder lacks something, or holds what is none of its files.
     """
-    batches, run = finished.metrics(cell.runs["train"]), cell.runs["train"]
+    batches, run = finished.read_metrics(cell.runs["train"]), cell.runs["train"]
     columns = {"reward": "reward", "entropy": "entropy", "length": "completions/mean_length"}
-    series = {name: finished.take(run, "metrics.jsonl", batches, column).dropna() for name, column in columns.items()}
+    series = {
+        name: finished.get_value(run, "metrics.jsonl", batches, column).dropna() for name, column in columns.items()
+    }
     place = [TENTHS * number // len(series["reward"]) for number in range(len(series["reward"]))]
     curve = 100 * series["reward"].groupby(place).mean()
     found = {f"{CURVE} {tenth + 1}": float(value) for tenth, value in curve.items()}
@@ -79,10 +81,10 @@ def measure_outcome(finished: FinishedExperiment, cell: Cell) -> dict[str, float
 def _read_scores(finished: FinishedExperiment, cell: Cell) -> dict[str, float]:
     """avg@k and pass@K of the one benchmark, in percent."""
     run, file = cell.runs["eval"], "summary.json"
-    benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
-    score = finished.take(run, file, benchmarks, next(iter(benchmarks), ""))
-    passes = {f"pass@{k}": share for k, share in finished.take(run, file, score, "pass@k").items()}
-    shares = {"avg@k": finished.take(run, file, score, "avg@k"), **passes}
+    benchmarks = finished.get_value(run, file, finished.read_summary(run), "benchmarks")
+    score = finished.get_value(run, file, benchmarks, next(iter(benchmarks), ""))
+    passes = {f"pass@{k}": share for k, share in finished.get_value(run, file, score, "pass@k").items()}
+    shares = {"avg@k": finished.get_value(run, file, score, "avg@k"), **passes}
     return {name: 100 * share for name, share in shares.items() if name in MEASURES}
 
 
@@ -106,12 +108,12 @@ def compare_outcomes(experiment: Experiment, found: Mapping[RowKey, Mapping[int,
         _add_p_values(table, lines[main], experiment),
         make_pivot_table("What else the runs came to:", experiment, others),
     ]
-    if against := experiment.draw.get("against"):
+    if against := experiment.output_options.get("against"):
         apart = [line for line in others if line.row != against]
         caption = f"Less {quote_name(against)}, paired by seed, not corrected for their number:"
         tables.append(make_pivot_table(caption, experiment, apart, _format_difference))
     every = [line for name in names for line in lines[name]]
-    raw = [line.raw(experiment.scale) for line in every]
+    raw = [line.to_record(experiment.scale) for line in every]
     shorter = [MarkdownTable(table.caption, [_drop_columns(row, "scale") for row in table.rows]) for table in tables]
     return ExperimentOutput(raw, shorter, make_tidy_data(every), _draw_curves(found, against), [MEASURES_NOTE])
 
@@ -132,12 +134,12 @@ def _make_comparison(
     experiment: Experiment, found: Mapping[RowKey, Mapping[int, RunMeasures]], measure: str, key: RowKey
 ) -> Comparison:
     """A measure of one row beside the row that it is compared with."""
-    (model, row), against = key, experiment.draw.get("against")
+    (model, row), against = key, experiment.output_options.get("against")
     values = {name: {seed: each[measure] for seed, each in found[name].items()} for name in found}
     others = {} if row == against else values.get((model, str(against)), {})
     cell = next(cell for cell in experiment.cells if (cell.model, cell.row) == key)
     return Comparison(
-        model, row, describe_options(cell), _get_measure_label(experiment, measure), values[key], against=against, others=others,
+        model, row, describe_options(cell), _get_measure_label(experiment, measure), values[key], baseline=against, baseline_values=others,
         digits=MEASURE_DIGITS.get(measure, 1),
     )  # fmt: skip
 
@@ -145,11 +147,11 @@ def _make_comparison(
 def _add_p_values(table: MarkdownTable, lines: list[Comparison], experiment: Experiment) -> MarkdownTable:
     """Whether a difference is told apart by Holm's p values, in the stead of one by one; the paper has no numbers here. Rows
     that have not run, or not on all seeds, say so."""
-    tested = [line for line in lines if line.apart is not None and line.apart.n > 1]
+    tested = [line for line in lines if line.difference is not None and line.difference.n > 1]
     adjusted = dict(
         zip(
             map(id, tested),
-            adjust_holm([compute_paired_p_value(line.others, line.values) for line in tested]),
+            adjust_holm([compute_paired_p_value(line.baseline_values, line.values) for line in tested]),
             strict=True,
         )
     )
@@ -161,7 +163,7 @@ def _add_p_values(table: MarkdownTable, lines: list[Comparison], experiment: Exp
             p = adjusted.get(id(line))
             kept["p (Holm)"] = EMPTY_CELL if p is None else format_p_value(p)
             if p is not None:
-                kept["from zero"] = describe_significance(line.apart) if p < 0.05 else NOT_SIGNIFICANT
+                kept["from zero"] = describe_significance(line.difference) if p < 0.05 else NOT_SIGNIFICANT
         rows.append(kept)
     return MarkdownTable(table.caption, rows + _make_missing_rows(experiment, lines, rows[0]))
 
@@ -194,7 +196,7 @@ def _make_missing_rows(
 
 
 def _format_difference(line: Comparison) -> str:
-    return format_mean_interval(line.apart, line.digits, "+")
+    return format_mean_interval(line.difference, line.digits, "+")
 
 
 def _draw_curves(found: Mapping[RowKey, Mapping[int, RunMeasures]], against: str | None) -> Figure:

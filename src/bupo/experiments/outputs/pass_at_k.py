@@ -23,11 +23,11 @@ COLUMNS = ["model", "row", "seed", "benchmark", "k", "value"]
 
 def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Figure, data and table from the evaluations' `summary.json`, in percent."""
-    experiment, cells = finished.experiment, finished.cells("eval")
+    experiment, cells = finished.experiment, finished.group_cells("eval")
     data = pd.concat(
         [_read_curves(finished, cell) for by_seed in cells.values() for cell in by_seed.values()], ignore_index=True
     )
-    benchmarks, against = list(dict.fromkeys(data["benchmark"])), experiment.draw.get("against")
+    benchmarks, against = list(dict.fromkeys(data["benchmark"])), experiment.output_options.get("against")
     lines = [
         _make_comparison(data, benchmark, k, key, next(iter(by_seed.values())), against)
         for benchmark in benchmarks
@@ -53,17 +53,17 @@ def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
     figure = draw_seeds_figure(
         data.rename(columns={"benchmark": "measure", "k": "x"}), titles, "K", finish=use_power_axis
     )
-    return ExperimentOutput([line.raw(experiment.scale) for line in lines], tables, data, figure)
+    return ExperimentOutput([line.to_record(experiment.scale) for line in lines], tables, data, figure)
 
 
 def _read_curves(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
     """pass@K by benchmark and K, of one evaluation."""
     run, file = cell.runs["eval"], "summary.json"
-    benchmarks = finished.take(run, file, finished.summary(run), "benchmarks")
+    benchmarks = finished.get_value(run, file, finished.read_summary(run), "benchmarks")
     rows = [
         (cell.model, cell.row, cell.seed, label, int(k), 100 * share)
         for label in benchmarks
-        for k, share in finished.take(run, file, benchmarks, label, "pass@k").items()
+        for k, share in finished.get_value(run, file, benchmarks, label, "pass@k").items()
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -83,12 +83,12 @@ def _make_comparison(
     values = {name: dict(zip(part["seed"], part["value"], strict=True)) for name, part in at.groupby("row")}
     others = {} if row == against else values.get(against, {})
     return Comparison(
-        model, row, describe_options(cell), f"{benchmark}, pass@{k}", values[row], against=against, others=others
+        model, row, describe_options(cell), f"{benchmark}, pass@{k}", values[row], baseline=against, baseline_values=others
     )  # fmt: skip
 
 
 def _format_difference(line: Comparison) -> str:
-    known = line.apart is not None and line.apart.n > 1
-    return format_mean_interval(line.apart, line.digits, "+") + (
-        f": {describe_significance(line.apart)}" if known else ""
+    known = line.difference is not None and line.difference.n > 1
+    return format_mean_interval(line.difference, line.digits, "+") + (
+        f": {describe_significance(line.difference)}" if known else ""
     )

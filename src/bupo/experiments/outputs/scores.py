@@ -23,13 +23,13 @@ RowKey = tuple[str, str]  # model and row
 
 def make_scores_output(finished: FinishedExperiment) -> ExperimentOutput:
     """Tables and data from the evaluations' `summary.json`, in percent."""
-    experiment, cells = finished.experiment, finished.cells("eval")
+    experiment, cells = finished.experiment, finished.group_cells("eval")
     shares = {
         key: {seed: _read_percentages(finished, cell.runs["eval"]) for seed, cell in row.items()}
         for key, row in cells.items()
     }
     measures = list(dict.fromkeys(name for row in shares.values() for found in row.values() for name in found))
-    chosen = _choose_measure(experiment.draw.get("column"), measures)
+    chosen = _choose_measure(experiment.output_options.get("column"), measures)
     values = {name: _group_by_seed(finished, name, cells, shares) for name in measures}
     lines = [
         _make_comparison(experiment, name, key, row, values[name], papers=name == chosen)
@@ -42,22 +42,22 @@ def make_scores_output(finished: FinishedExperiment) -> ExperimentOutput:
         tables.append(
             make_pivot_table("Every benchmark, in percent, with the 95 % interval over seeds:", experiment, lines)
         )
-    if experiment.draw.get("by_seed"):
+    if experiment.output_options.get("by_seed"):
         tables.append(make_seed_table(f"Seed by seed, {chosen}, in percent:", main))
     return ExperimentOutput(
-        [line.raw(experiment.scale) for line in lines], tables, make_tidy_data(lines), notes=_make_notes(main)
+        [line.to_record(experiment.scale) for line in lines], tables, make_tidy_data(lines), notes=_make_notes(main)
     )
 
 
 def _read_percentages(finished: FinishedExperiment, run: CommandRun) -> dict[str, float]:
     """Percent by benchmark and measure, and the average where there are several benchmarks."""
-    summary, file = finished.summary(run), "summary.json"
+    summary, file = finished.read_summary(run), "summary.json"
     found = {}
-    for label in finished.take(run, file, summary, "benchmarks"):
-        k, share = (finished.take(run, file, summary, "benchmarks", label, name) for name in ("k", "avg@k"))
+    for label in finished.get_value(run, file, summary, "benchmarks"):
+        k, share = (finished.get_value(run, file, summary, "benchmarks", label, name) for name in ("k", "avg@k"))
         found[f"{label}, avg@{k}"] = 100 * share
     for label in summary.get("harness", {}):
-        metric, score = (finished.take(run, file, summary, "harness", label, name) for name in ("metric", "score"))
+        metric, score = (finished.get_value(run, file, summary, "harness", label, name) for name in ("metric", "score"))
         found[f"{label}, {metric}"] = 100 * score
     return found | ({AVERAGE: sum(found.values()) / len(found)} if len(found) > 1 else {})
 
@@ -96,7 +96,7 @@ def _group_by_seed(
     """A measure's values by row and seed."""
     return {
         key: {
-            seed: finished.take(row[seed].runs["eval"], "summary.json", found, name)
+            seed: finished.get_value(row[seed].runs["eval"], "summary.json", found, name)
             for seed, found in shares[key].items()
         }
         for key, row in cells.items()
@@ -112,13 +112,13 @@ def _make_comparison(
     papers: bool,
 ) -> Comparison:
     model, name = key
-    against = experiment.draw.get("against")
-    printed = {paper: experiment.printed[paper] for paper in get_paper_models(experiment, model)} if papers else {}
+    against = experiment.output_options.get("against")
+    printed = {paper: experiment.paper_values[paper] for paper in get_paper_models(experiment, model)} if papers else {}
     others = {} if name == against else values.get((model, str(against)), {})
     return Comparison(
         model, name, describe_options(next(iter(row.values()))), measure, values[key],
-        papers={paper: _to_number(numbers.get(name)) for paper, numbers in printed.items()},
-        against=against, others=others,
+        paper_values={paper: _to_number(numbers.get(name)) for paper, numbers in printed.items()},
+        baseline=against, baseline_values=others,
         paper_differences={paper: _get_paper_difference(numbers, name, against) for paper, numbers in printed.items()},
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ class Scalar:
     """
 
     value: Any
-    step: Fraction | None = None
+    decimal_step: Fraction | None = None
     unit: Unit | None = None
     text: str = ""
 
@@ -44,7 +44,7 @@ class Interval:
     high: Any
     low_open: bool
     high_open: bool
-    pair: bool = False
+    may_be_pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class IntegerFamily:
     """The values of an expression for every integer (or natural number) in place of `n_0`."""
 
     value: Any
-    numbers: str
+    domain: str
 
 
 def get_symbols(value: Any) -> set:

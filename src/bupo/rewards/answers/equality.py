@@ -113,7 +113,7 @@ def compare_texts(gold: str, answer: str) -> Equality:
     best, recurs = Equality.DIFFERENT, _RECURRING_DECIMAL.search(gold)
     for value in parse_readings(answer, gold):
         if recurs and isinstance(value, Scalar):  # a period that is cut off is another number
-            value = dataclasses.replace(value, step=None)
+            value = dataclasses.replace(value, decimal_step=None)
         for each in wanted:
             verdict = compare_values(each, value)
             if verdict == Equality.SAME:
@@ -368,7 +368,7 @@ def compare_values(gold: Any, answer: Any) -> Equality:
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
         return compare_scalars(gold, answer)
     if isinstance(gold, IntegerFamily) and isinstance(answer, IntegerFamily):
-        verdict = compare_values(gold.value, answer.value) if gold.numbers == answer.numbers else Equality.DIFFERENT
+        verdict = compare_values(gold.value, answer.value) if gold.domain == answer.domain else Equality.DIFFERENT
         return verdict if verdict == Equality.SAME else _to_equality(_is_same_progression(gold, answer))
     if isinstance(gold, IntegerFamily) != isinstance(answer, IntegerFamily):
         one, other = (_to_integer_family(value) for value in (gold, answer))
@@ -445,7 +445,7 @@ def _unwrap_singleton_set(value: Any, other: Any) -> Any:
 def _get_ordered_items(value: Any) -> tuple | None:
     if isinstance(value, ValueCollection):
         return value.items
-    if isinstance(value, Interval) and value.pair:
+    if isinstance(value, Interval) and value.may_be_pair:
         return (value.low, value.high)
     if isinstance(value, Matrix) and 1 in (len(value.rows), len(value.rows[0])):
         return sum(value.rows, ())
@@ -492,7 +492,7 @@ def _is_same_progression(gold: IntegerFamily, answer: IntegerFamily) -> bool:
     trees = [
         sympy.expand(family.value.value)
         for family in (gold, answer)
-        if family.numbers == "\\mathbb{Z}" and isinstance(family.value, Scalar) and get_symbols(family.value.value)
+        if family.domain == "\\mathbb{Z}" and isinstance(family.value, Scalar) and get_symbols(family.value.value)
     ]
     if len(trees) != 2 or any(family.value.unit for family in (gold, answer)):
         return False

@@ -653,11 +653,11 @@ def _check_approximations(value: Any, sides: list[str]) -> None:
             raise UnreadableAnswer
         if isinstance(exact, Fraction) and exact.denominator == 1 and number.value != exact:
             raise UnreadableAnswer  # an integer needs no rounding
-        step, error = float(number.step or 1), float(exact) - float(number.value)
+        step, error = float(number.decimal_step or 1), float(exact) - float(number.value)
         is_cut = 0 <= error * (1 if float(exact) > 0 else -1) < step
         if not abs(error) <= step * 0.5001 and not is_cut:
             raise UnreadableAnswer  # neither rounded nor cut to its places
-        if number.step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
+        if number.decimal_step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
             raise UnreadableAnswer
 
 
@@ -804,7 +804,7 @@ def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
         value = parse_value(inner)
         if opening == "(" and closing == ")":
             if isinstance(value, Scalar):
-                return Scalar(value.value, value.step, value.unit, inner)
+                return Scalar(value.value, value.decimal_step, value.unit, inner)
             if isinstance(value, (Interval, ValueCollection)):
                 return None
             return value
@@ -840,7 +840,7 @@ def _make_interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
         return ValueCollection("tuple", (low, high))
     if ends[1] is None and high.text.strip().startswith("-"):
         return ValueCollection("tuple", (low, high))
-    return Interval(ends[0], ends[1], low_open, high_open, pair=low_open and high_open and None not in ends)
+    return Interval(ends[0], ends[1], low_open, high_open, may_be_pair=low_open and high_open and None not in ends)
 
 
 def _parse_matrix(text: str) -> Any:
@@ -938,7 +938,7 @@ def parse_quantity(text: str) -> Scalar:
             if number is None and again and again[0] == unit[0]:  # $5 dollars
                 number = parse_number(many[1])
         if number is not None and unit is not None:
-            return Scalar(number.value, number.step, unit[0], rest)
+            return Scalar(number.value, number.decimal_step, unit[0], rest)
         raise UnreadableAnswer
     if match := _NUMBER_AND_TEXT.fullmatch(text):
         if (sum_ := _parse_quantity_sum(text)) is not None:
@@ -972,7 +972,7 @@ def parse_letter_unit(text: str) -> Scalar | None:
     if match is None or not is_unit_name(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
         return None  # 15K may be 15,000
     number, unit = parse_number(match[1]), parse_unit(match[2])
-    return Scalar(number.value, number.step, unit[0], match[1]) if number and unit else None
+    return Scalar(number.value, number.decimal_step, unit[0], match[1]) if number and unit else None
 
 
 def _attach_unit(head: str, unit: Unit, many: int = 1) -> Scalar:
@@ -985,14 +985,14 @@ def _attach_unit(head: str, unit: Unit, many: int = 1) -> Scalar:
         if many != 1:
             raise UnreadableAnswer
         return Scalar(tree, None, unit if unit.bases else None, head)
-    return Scalar(number.value, number.step, unit if unit.bases else None, head)
+    return Scalar(number.value, number.decimal_step, unit if unit.bases else None, head)
 
 
 def _scale_scalar(head: str, many: int) -> Scalar | None:
     number = parse_number(head)
     if number is None or many == 1:
         return number
-    return Scalar(number.value * many, None if number.step is None else number.step * many, text=head)
+    return Scalar(number.value * many, None if number.decimal_step is None else number.decimal_step * many, text=head)
 
 
 def _parse_quantity_sum(text: str) -> Scalar | None:

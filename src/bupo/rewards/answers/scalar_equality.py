@@ -109,7 +109,7 @@ def _convert_to_radians(scalar: Scalar) -> Scalar:
 def _multiply_by_factor(scalar: Scalar, factor: Fraction) -> Scalar:
     if factor == 1:
         return scalar
-    step = None if scalar.step is None else scalar.step * factor
+    step = None if scalar.decimal_step is None else scalar.decimal_step * factor
     value = scalar.value * factor if isinstance(scalar.value, Fraction) else scalar.value * _to_sympy(factor)
     return Scalar(value, step, scalar.unit, scalar.text)
 
@@ -149,9 +149,11 @@ def is_same_number(gold: Scalar, answer: Scalar) -> bool:
     """Return whether two values are equal: exactly, or to the digits of a decimal that has at least [`MIN_SIGNIFICANT_DIGITS`]."""
     ours, theirs = _to_exact(gold.value), _to_exact(answer.value)
     if isinstance(ours, Fraction) and isinstance(theirs, Fraction):
-        return ours == theirs or _is_equal_rounded(ours, gold.step, theirs, answer.step)
+        return ours == theirs or _is_equal_rounded(ours, gold.decimal_step, theirs, answer.decimal_step)
     if isinstance(ours, Fraction) or isinstance(theirs, Fraction):
-        exact, decimal, step = (theirs, ours, gold.step) if isinstance(ours, Fraction) else (ours, theirs, answer.step)
+        exact, decimal, step = (
+            (theirs, ours, gold.decimal_step) if isinstance(ours, Fraction) else (ours, theirs, answer.decimal_step)
+        )
         if not exact.free_symbols:
             if step is None or abs(decimal) < 10 ** (MIN_SIGNIFICANT_DIGITS - 1) * step:
                 return _is_same_irrational(exact, _to_sympy(decimal))

@@ -28,7 +28,7 @@ class BenchmarkCallback(TrainerCallback):
 
     def __init__(self, trainer, benchmarks: dict[str, Dataset] | None = None):
         args = trainer.args
-        self.trainer, self.ks = trainer, get_k_by_label(args.eval_benchmarks, args.eval_k)
+        self.trainer, self.num_samples = trainer, get_k_by_label(args.eval_benchmarks, args.eval_k)
         self.benchmarks = benchmarks or load_benchmarks(args.eval_benchmarks, args.eval_problems, seed=args.seed)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -57,7 +57,7 @@ class BenchmarkCallback(TrainerCallback):
         logs: dict[str, float] = {"eval_rollout_batches": rollout_batches}
         for label, problems in self.benchmarks.items():
             prompts = tokenize_prompts(problems, trainer.processing_class, **own.chat_template_kwargs)
-            k = self.ks.get(label, args.eval_k)
+            k = self.num_samples.get(label, args.eval_k)
             answers = sample_completions(self._split_across_processes(engine), prompts, k, args.seed)
             if trainer.is_world_process_zero():
                 found = summarize(grade_completions(problems, answers))

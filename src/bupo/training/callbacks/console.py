@@ -52,18 +52,18 @@ class ConsoleCallback(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.live: Live | None = None
-        self.bar = create_progress(console)
+        self.progress = create_progress(console)
         self.history: dict[str, list[float]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.task = self.bar.add_task("updates", total=state.max_steps, completed=state.global_step)
-            self.live = Live(get_renderable=self.view, console=self.console, transient=True, refresh_per_second=2)
+            self.task = self.progress.add_task("updates", total=state.max_steps, completed=state.global_step)
+            self.live = Live(get_renderable=self.render, console=self.console, transient=True, refresh_per_second=2)
             self.live.start()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.live:
-            self.bar.update(self.task, completed=state.global_step)
+            self.progress.update(self.task, completed=state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -98,7 +98,7 @@ class ConsoleCallback(TrainerCallback):
         for line in lines:
             self.console.print(line, highlight=False)
 
-    def view(self) -> Group:
+    def render(self) -> Group:
         """The progress bar and the curves, each with its last value and its range."""
         table = Table.grid(padding=(0, 1))
         for name, title in CHARTED_METRICS.items():
@@ -111,7 +111,7 @@ class ConsoleCallback(TrainerCallback):
                     f"{values[-1]:.3g}",
                     f"[dim]{low:.3g} to {high:.3g}[/]",
                 )
-        return Group(table, self.bar.get_renderable())
+        return Group(table, self.progress.get_renderable())
 
 
 def _format_log(logs: dict[str, float]) -> str:

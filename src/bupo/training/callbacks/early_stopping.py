@@ -41,7 +41,7 @@ class EarlyStoppingMonitor:
     """
 
     rewards: list[tuple[float, float]] = field(default_factory=list)
-    capped: list[float] = field(default_factory=list)
+    clipped_ratios: list[float] = field(default_factory=list)
     perplexities: list[float] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
     best_batch: int = -1
@@ -49,7 +49,7 @@ class EarlyStoppingMonitor:
     def record_rollouts(self, reward: float, error: float, capped: float) -> bool:
         """Note a rollout batch. Returns whether the weights that sampled it are the best so far."""
         self.rewards.append((reward, error))
-        self.capped.append(capped)
+        self.clipped_ratios.append(capped)
         best, now = self._average_window(self.best_batch)[0], self._average_window(-1)[0]
         if self.best_batch < 0 or (not math.isnan(reward) and (math.isnan(best) or now >= best)):
             self.best_batch = len(self.rewards) - 1
@@ -76,9 +76,11 @@ class EarlyStoppingMonitor:
         (best, best_error), (now, error) = self._average_window(self.best_batch), self._average_window(-1)
         if best - now > MAX_REWARD_DROP * math.hypot(best_error, error):
             return f"the reward fell from {best:.3f} to {now:.3f} (means of {WINDOW} rollout batches)"
-        capped = sum(self.capped[-WINDOW:]) / WINDOW
-        if capped > self.capped[0] + MAX_CLIPPED_INCREASE:
-            return f"{100 * capped:.0f} % of the answers run into the cap, at first {100 * self.capped[0]:.0f} %"
+        capped = sum(self.clipped_ratios[-WINDOW:]) / WINDOW
+        if capped > self.clipped_ratios[0] + MAX_CLIPPED_INCREASE:
+            return (
+                f"{100 * capped:.0f} % of the answers run into the cap, at first {100 * self.clipped_ratios[0]:.0f} %"
+            )
         if self.best_batch < len(self.rewards) - 1:
             for what, values, factor in (
                 ("perplexity", self.perplexities, MAX_PERPLEXITY_RATIO),

@@ -48,12 +48,12 @@ class FailureDetector:
     """
 
     consecutive_batches: dict[str, int] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
-    batches: int = 0
+    reported: list[str] = field(default_factory=list)
+    num_batches: int = 0
     any_graded: bool = False
     any_rewarded: bool = False
     first_entropy: float | None = None
-    length: float = 0.0
+    mean_length: float = 0.0
 
     def record_rollouts(self, metrics: Mapping[str, float]) -> list[str]:
         """Note a rollout batch as it was sampled. Returns the symptoms that are new.
@@ -64,8 +64,8 @@ class FailureDetector:
                 answers that were cut), `completions/mean_length` (tokens), `tokens` (of the longest prompt and the longest
                 answer allowed), and `positions` (of the model; infinite where it names none).
         """
-        self.batches += 1
-        self.length = metrics["completions/mean_length"]
+        self.num_batches += 1
+        self.mean_length = metrics["completions/mean_length"]
         self.any_graded |= metrics["graded"] > 0
         self.any_rewarded |= metrics["graded"] > 0 and metrics["reward"] != 0
         zero = metrics["reward"] == 0 and metrics["reward_std"] == 0  # neither is so where nothing is graded
@@ -84,7 +84,7 @@ class FailureDetector:
         """Note the updates of a rollout batch. Returns the symptoms that are new.
 
         Args:
-            metrics (`dict`): `entropy` of the language model policy, and where there are, `kl` (of the penalty) and `kl_old`
+            metrics (`dict`): `entropy` of the language model policy, and where there are, `kl` (of the penalty) and `approx_kl`
                 (between the policy that sampled and the one that is updated); nats a token, means over the updates.
         """
         entropy = metrics["entropy"]
@@ -92,10 +92,10 @@ class FailureDetector:
             self.first_entropy = entropy
         return self._update_counts(
             {
-                "entropy_collapse": entropy * self.length < MIN_COMPLETION_ENTROPY,
+                "entropy_collapse": entropy * self.mean_length < MIN_COMPLETION_ENTROPY,
                 "entropy_jump": not entropy <= self.first_entropy + MAX_ENTROPY_INCREASE,  # NaN too
                 "kl_explosion": metrics.get("kl", 0.0) > MAX_REFERENCE_KL,
-                "policy_jump": metrics.get("kl_old", 0.0) > MAX_APPROX_KL,
+                "policy_jump": metrics.get("approx_kl", 0.0) > MAX_APPROX_KL,
             }
         )
 
@@ -104,8 +104,8 @@ class FailureDetector:
         self.consecutive_batches |= {
             name: self.consecutive_batches.get(name, 0) + 1 if here else 0 for name, here in found.items()
         }
-        news = [name for name in self.active_failures if name not in self.said]
-        self.said += news
+        news = [name for name in self.active_failures if name not in self.reported]
+        self.reported += news
         return news
 
     @property
@@ -116,7 +116,7 @@ class FailureDetector:
     @property
     def has_never_graded(self) -> bool:
         """Whether there were rollout batches, and not one answer that was graded."""
-        return self.batches > 0 and not self.any_graded
+        return self.num_batches > 0 and not self.any_graded
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -22,7 +22,7 @@ class SkipNonFiniteUpdatesCallback(TrainerCallback):
     """
 
     def __init__(self, where: Callable[[], str]) -> None:
-        self.where, self.consecutive_skips = where, 0
+        self.describe_position, self.consecutive_skips = where, 0
 
     def state(self) -> dict:
         """What a checkpoint must hold."""
@@ -41,8 +41,8 @@ class SkipNonFiniteUpdatesCallback(TrainerCallback):
         self.consecutive_skips += 1
         if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
             raise UserError(
-                f"the gradient is not finite in {self.consecutive_skips} updates in a row, the last in {self.where()}: lower "
+                f"the gradient is not finite in {self.consecutive_skips} updates in a row, the last in {self.describe_position()}: lower "
                 "learning_rate or max_grad_norm, or look at what the reward function returns"
             )
-        logger.warning(f"an update of {self.where()} is skipped: its gradient is not finite")
+        logger.warning(f"an update of {self.describe_position()} is skipped: its gradient is not finite")
         model.zero_grad()

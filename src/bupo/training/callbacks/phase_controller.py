@@ -49,7 +49,7 @@ ROLLOUT_METRICS = (
     "completions/clipped_ratio",
     "completions/mean_length",
 )
-UPDATE_METRICS = ("entropy", "kl", "kl_old")
+UPDATE_METRICS = ("entropy", "kl", "approx_kl")
 
 Metrics = dict[str, list[float]]
 
@@ -82,7 +82,7 @@ class PhaseController:
         self.model, self._stream, self.accelerator, self.args, self.decode = model, stream, accelerator, args, decode
         self.schedule: PhaseSchedule = args.first_phase
         self.probe_interval = args.probe_every  # None: once the probe set is known
-        self.uses_early_stopping = args.internal_guard and bool(self.schedule.stages)
+        self.uses_early_stopping = args.internal_early_stopping and bool(self.schedule.stages)
         meta: dict = {"seed": args.seed}
         if stream is None:
             self.probe_interval = 0
@@ -90,12 +90,15 @@ class PhaseController:
             name = stream.config.name_or_path or type(stream.model).__name__
             meta = get_model_metadata(name, stream, args.internal_lens, args.temperature) | meta
         self.dynamics = DynamicsWriter(args.output_dir, meta)
-        self.answers: PromptCompletionIds = []
-        self.guard, self.monitored_stage = EarlyStoppingMonitor(), 0  # of the stage in this place of the schedule
-        self.kept: list[torch.Tensor] = []
+        self.probe_set: PromptCompletionIds = []
+        self.early_stopping, self.monitored_stage = (
+            EarlyStoppingMonitor(),
+            0,
+        )  # of the stage in this place of the schedule
+        self.best_weights: list[torch.Tensor] = []
         self.auto_layer_result: dict | None = None  # what `auto` found
-        self.positions, self.failure_detector = positions, FailureDetector()
-        self.updates: dict[str, list[float]] = {}  # of the rollout batch that is being trained on
+        self.max_positions, self.failure_detector = positions, FailureDetector()
+        self.update_metrics: dict[str, list[float]] = {}  # of the rollout batch that is being trained on
 
     @property
     def stream(self) -> ResidualStream:
@@ -103,21 +106,23 @@ class PhaseController:
         assert self._stream is not None, "without a stream nothing looks at layers"
         return self._stream
 
-    def mixed(self, rollout_batch: int) -> AuxiliaryObjective | None:
+    def get_auxiliary_objective(self, rollout_batch: int) -> AuxiliaryObjective | None:
         """The layer that a rollout batch optimises besides the language model policy, and its weight; None where it optimises
         one policy."""
-        weight = self.schedule.weight(rollout_batch, self.args.internal_handover, self.args.internal_mix)
+        weight = self.schedule.get_layer_weight(
+            rollout_batch, self.args.internal_fade_batches, self.args.internal_loss_weight
+        )
         layer = self.schedule.stages[-1].layer if self.schedule.stages else self.args.internal_layer
         return AuxiliaryObjective(layer, weight) if isinstance(layer, int) and 0 < weight < 1 else None
 
-    def optimised(self, rollout_batch: int) -> str:
+    def describe_policy(self, rollout_batch: int) -> str:
         """Which policy a rollout batch optimises, in words."""
-        stage = self.schedule.stage(rollout_batch)
+        stage = self.schedule.get_stage(rollout_batch)
         if stage is None:
-            mixed = self.mixed(rollout_batch)
+            mixed = self.get_auxiliary_objective(rollout_batch)
             return f"the whole policy and that of layer {mixed.layer}" if mixed else "the whole policy"
         layer = stage.layer or "auto"
-        if self.args.internal_objective == "policy":
+        if self.args.internal_objective == "frozen_upper":
             return f"the whole policy, by layers up to {layer}"
         return f"the policy of layer {layer}"
 
@@ -128,16 +133,16 @@ class PhaseController:
         rows = (
             self._run_probe(rollout_batch, metrics) if rollout_batch > 1 and self._is_probe_due(rollout_batch) else []
         )
-        if not (self.uses_early_stopping and self.guard.rewards and self.kept):
+        if not (self.uses_early_stopping and self.early_stopping.rewards and self.best_weights):
             return
         self._record_probe(rows)
-        why = self.guard.get_stop_reason()
+        why = self.early_stopping.get_stop_reason()
         if why:
             self._restore_best_weights(rollout_batch, optimizer, why)
-            metrics["internal/ended_by_guard"].append(1.0)
-        place = self.schedule.place(rollout_batch)
+            metrics["internal/stopped_early"].append(1.0)
+        place = self.schedule.get_stage_index(rollout_batch)
         if why or place != self.monitored_stage:  # the next stage has a record of its own
-            self.guard, self.kept = EarlyStoppingMonitor(), []
+            self.early_stopping, self.best_weights = EarlyStoppingMonitor(), []
             self.monitored_stage = self.monitored_stage if place is None else place
             if place is not None and not why:  # else the weights are no longer those that were probed
                 self._record_probe(rows)
@@ -146,7 +151,7 @@ class PhaseController:
         """Give the guard what a probe says of the layer that it watches."""
         if rows and self.uses_early_stopping and self.schedule.stages:
             values = _average_by_measure(rows, self.schedule.stages[self.monitored_stage].layer)
-            self.guard.record_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
+            self.early_stopping.record_probe(values["perplexity"], values.get("kl", values["kl_language_model"]))
 
     def after_rollouts(
         self, rollout_batch: int, answers: PromptCompletionIds, rewards: torch.Tensor, metrics: Metrics
@@ -157,26 +162,26 @@ class PhaseController:
             answers (`list`): of this process, one of each prompt first.
             rewards (`torch.Tensor` of shape `(answers,)`): of all processes, groups of a prompt one after another.
         """
-        if not self.answers and self._has_probe_set:  # of the first rollout batch, if it has any
+        if not self.probe_set and self._has_probe_set:  # of the first rollout batch, if it has any
             self._select_probe_set(answers)
             if self._is_probe_due(rollout_batch):
                 self._record_probe(self._run_probe(rollout_batch, metrics))
         if self._is_probe_due(rollout_batch) and self.accelerator.is_main_process:
             rows = [("response_length", metrics["completions/mean_length"][-1])]
             rows += [("repetition", metrics["completions/repetition"][-1]), ("reward", metrics["reward"][-1])]
-            self.dynamics.add(
+            self.dynamics.add_rows(
                 rollout_batch - 1, [_make_row(name, value) for name, value in rows if math.isfinite(value)]
             )
-        place = self.schedule.place(rollout_batch)
+        place = self.schedule.get_stage_index(rollout_batch)
         if self.uses_early_stopping and place is not None:
             self.monitored_stage = place
             by_prompt = rewards.view(-1, self.args.num_generations).nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             error = (by_prompt.std() / math.sqrt(len(by_prompt))).item() if len(by_prompt) > 1 else math.inf
             reward = by_prompt.mean().item() if len(by_prompt) else math.nan
-            if self.guard.record_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
+            if self.early_stopping.record_rollouts(reward, error, metrics["completions/clipped_ratio"][-1]):
                 take = deepspeed.snapshot_weights if deepspeed.uses_deepspeed(self.accelerator) else snapshot_weights
-                self.kept = take(self._get_stage_parameters(place))
+                self.best_weights = take(self._get_stage_parameters(place))
         self._detect_rollout_failures(rollout_batch, answers, rewards, metrics)
 
     def _detect_rollout_failures(
@@ -188,8 +193,8 @@ class PhaseController:
             seen["frac_reward_zero_std"] = float(seen["reward_std"] == 0)
         seen["graded"] = rewards.isfinite().float().mean().item()
         seen["tokens"] = self.accelerator.gather(longest).max().item() + self.args.max_completion_length
-        seen["positions"] = self.positions
-        self._tell(self.failure_detector.record_rollouts(seen), rollout_batch, seen, metrics)
+        seen["positions"] = self.max_positions
+        self._report_failures(self.failure_detector.record_rollouts(seen), rollout_batch, seen, metrics)
 
     def after_loss(self, rollout_batch: int, measured: Mapping[str, list[float]], metrics: Metrics, last: bool) -> None:
         """Note what a forward and backward pass says of the updates.
@@ -201,13 +206,15 @@ class PhaseController:
         """
         for name in UPDATE_METRICS:
             if measured.get(name):
-                self.updates.setdefault(name, []).append(measured[name][-1])
+                self.update_metrics.setdefault(name, []).append(measured[name][-1])
         if last:
-            seen = {name: sum(values) / len(values) for name, values in self.updates.items()}
-            self.updates = {}
-            self._tell(self.failure_detector.record_updates(seen) if seen else [], rollout_batch, seen, metrics)
+            seen = {name: sum(values) / len(values) for name, values in self.update_metrics.items()}
+            self.update_metrics = {}
+            self._report_failures(
+                self.failure_detector.record_updates(seen) if seen else [], rollout_batch, seen, metrics
+            )
 
-    def _tell(self, news: list[str], rollout_batch: int, seen: dict[str, float], metrics: Metrics) -> None:
+    def _report_failures(self, news: list[str], rollout_batch: int, seen: dict[str, float], metrics: Metrics) -> None:
         """Log the symptoms that hold, and say what is new."""
         for name in self.failure_detector.active_failures:
             metrics[f"warning/{name}"].append(1.0)
@@ -223,11 +230,11 @@ class PhaseController:
         Raises:
             UserError: if no answer of the run has been graded: its model must not pass for a trained one.
         """
-        if self.probe_interval and self.answers and not inside:
+        if self.probe_interval and self.probe_set and not inside:
             self._run_probe(rollout_batch, None)
         if self.failure_detector.has_never_graded:
             raise UserError(
-                f"no answer of {self.failure_detector.batches} rollout batches was graded, every reward was None, NaN or infinite: "
+                f"no answer of {self.failure_detector.num_batches} rollout batches was graded, every reward was None, NaN or infinite: "
                 "the model has learned nothing; look at what the reward function returns"
             )
 
@@ -270,38 +277,40 @@ class PhaseController:
         """The probe set: answers to different prompts, cut to a length, the same on every process."""
         share = math.ceil(self.args.probe_answers / self.accelerator.num_processes)
         mine = [(prompt, answer[:MAX_PROBE_TOKENS]) for prompt, answer in answers[:share]]
-        self.answers = gather_object(mine)[: self.args.probe_answers]
-        if not self.answers:
+        self.probe_set = gather_object(mine)[: self.args.probe_answers]
+        if not self.probe_set:
             return
-        layers = self._layers()
+        layers = self._get_probed_layers()
         if self.probe_interval is None:
             tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
-            self.probe_interval = get_default_probe_interval(self.stream, self.answers, layers, tokens) if layers else 0
+            self.probe_interval = (
+                get_default_probe_interval(self.stream, self.probe_set, layers, tokens) if layers else 0
+            )
             self.probe_interval = broadcast_object_list([self.probe_interval])[0]
         if self._has_probe_set and self.accelerator.is_main_process:
-            self.dynamics.write_probe_set(self.answers, self.decode)
+            self.dynamics.write_probe_set(self.probe_set, self.decode)
 
-    def _layers(self) -> list[int]:
+    def _get_probed_layers(self) -> list[int]:
         """The layers of the first phase, or, without one, the layer that is named all the same."""
         named = self.args.internal_layer
         return self.schedule.layers or ([named] if isinstance(named, int) else [])
 
     def _is_probe_due(self, rollout_batch: int) -> bool:
-        return bool(self.probe_interval and self.answers and (rollout_batch - 1) % self.probe_interval == 0)
+        return bool(self.probe_interval and self.probe_set and (rollout_batch - 1) % self.probe_interval == 0)
 
     def _run_probe(self, rollout_batch: int, metrics: Metrics | None) -> list[dict]:
         """Measure, write, log."""
         started = perf_counter()
-        layers = self._layers()
+        layers = self._get_probed_layers()
 
         def measured() -> list[dict]:
             with eval_mode(self.stream.model), torch.autocast(self.accelerator.device.type, enabled=False):
-                return probe_layers(self.stream, self.answers, layers, self.args.internal_lens, self.args.temperature)
+                return probe_layers(self.stream, self.probe_set, layers, self.args.internal_lens, self.args.temperature)
 
         rows = broadcast_object_list([run_inside_forward(self.model, measured)])[0]
         if self.accelerator.is_main_process:
-            self.dynamics.add(rollout_batch - 1, rows)
-        stage = self.schedule.stage(rollout_batch)
+            self.dynamics.add_rows(rollout_batch - 1, rows)
+        stage = self.schedule.get_stage(rollout_batch)
         layer = stage.layer if stage else (layers[-1] if layers else None)
         if metrics is not None:
             for name, value in _average_by_measure(rows, layer).items():
@@ -320,14 +329,14 @@ class PhaseController:
 
     def _restore_best_weights(self, rollout_batch: int, optimizer, why: str) -> None:
         """Put the best weights back, and end the stage if it has not ended by itself."""
-        stage, best = self.schedule.stages[self.monitored_stage], self.guard.best_batch + 1
-        done = len(self.guard.rewards)
+        stage, best = self.schedule.stages[self.monitored_stage], self.early_stopping.best_batch + 1
+        done = len(self.early_stopping.rewards)
         moved = self._get_stage_parameters(self.monitored_stage)
         if deepspeed.uses_deepspeed(self.accelerator):
-            deepspeed.restore_weights(moved, self.kept, optimizer, stage.layer)
+            deepspeed.restore_weights(moved, self.best_weights, optimizer, stage.layer)
         else:
-            restore_weights(moved, self.kept, getattr(optimizer, "optimizer", optimizer))
-        if self.schedule.place(rollout_batch) == self.monitored_stage:
+            restore_weights(moved, self.best_weights, getattr(optimizer, "optimizer", optimizer))
+        if self.schedule.get_stage_index(rollout_batch) == self.monitored_stage:
             self.schedule = self.schedule.end_stage_before(rollout_batch)
         self.accelerator.print(
             f"guard: {why}; layer {stage.layer} is left after {done} of {stage.batches} rollout batches, and the run goes on "
@@ -341,14 +350,16 @@ class PhaseController:
         return {
             "schedule": self.schedule.state(),
             "every": self.probe_interval,
-            "answers": [(list(prompt), list(answer)) for prompt, answer in self.answers],
-            "guard": asdict(self.guard),
+            "answers": [(list(prompt), list(answer)) for prompt, answer in self.probe_set],
+            "guard": asdict(self.early_stopping),
             "guarded": self.monitored_stage,
-            "kept": gather_full(self._get_stage_parameters(self.monitored_stage), self.kept) if self.kept else [],
+            "kept": gather_full(self._get_stage_parameters(self.monitored_stage), self.best_weights)
+            if self.best_weights
+            else [],
             "series": self.dynamics.state(),
             "boundary": json.dumps(self.auto_layer_result),
             "symptoms": self.failure_detector.state(),
-            "updates": self.updates,
+            "updates": self.update_metrics,
         }
 
     def load(self, state: dict, rollout_batch: int) -> None:
@@ -357,15 +368,15 @@ class PhaseController:
         self.probe_interval = state["every"] if self.args.probe_every is None else self.args.probe_every
         self.monitored_stage = state["guarded"]
         guard = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
-        self.guard, self.kept = EarlyStoppingMonitor(**guard), []
+        self.early_stopping, self.best_weights = EarlyStoppingMonitor(**guard), []
         if state["kept"]:
-            self.kept = to_shards(self._get_stage_parameters(self.monitored_stage), state["kept"])
-        self.failure_detector, self.updates = FailureDetector(**state["symptoms"]), state["updates"]
+            self.best_weights = to_shards(self._get_stage_parameters(self.monitored_stage), state["kept"])
+        self.failure_detector, self.update_metrics = FailureDetector(**state["symptoms"]), state["updates"]
         kept = state["answers"] if self._has_probe_set else []
-        self.answers = [(list(prompt), list(answer)) for prompt, answer in kept]
-        if self.answers and self.accelerator.is_main_process:
+        self.probe_set = [(list(prompt), list(answer)) for prompt, answer in kept]
+        if self.probe_set and self.accelerator.is_main_process:
             self.dynamics.load(state["series"])
-            self.dynamics.write_probe_set(self.answers, self.decode)
+            self.dynamics.write_probe_set(self.probe_set, self.decode)
         self.auto_layer_result = json.loads(state["boundary"])
         self._write_auto_layer()
 

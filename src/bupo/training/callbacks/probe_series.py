@@ -21,7 +21,7 @@ class DynamicsWriter:
     """
 
     def __init__(self, folder: str | Path, meta: dict):
-        self.folder, self.meta = Path(folder), meta
+        self.folder, self.metadata = Path(folder), meta
         self.rows: list[dict] = []
 
     def write_probe_set(self, answers: PromptCompletionIds, decode) -> None:
@@ -44,7 +44,7 @@ class DynamicsWriter:
         if self.rows:
             self._write()
 
-    def add(self, rollout_batch: int, rows: Sequence[dict]) -> None:
+    def add_rows(self, rollout_batch: int, rows: Sequence[dict]) -> None:
         """Add the rows of one probe, in the stead of earlier ones of the same, and write the file."""
         measures = {row["measure"] for row in rows}
         self.rows = [r for r in self.rows if (r["rollout_batch"], r["measure"] in measures) != (rollout_batch, True)]
@@ -52,4 +52,4 @@ class DynamicsWriter:
         self._write()
 
     def _write(self) -> None:
-        write_dynamics(self.folder / DYNAMICS_FILE, self.rows, self.meta)
+        write_dynamics(self.folder / DYNAMICS_FILE, self.rows, self.metadata)

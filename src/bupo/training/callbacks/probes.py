@@ -78,8 +78,8 @@ def _measure_policies(stream, states, targets, layers, lens, temperature) -> Ite
     fold = StreamedPolicies([x.to(device, kind) for x in (theta, *read)], spoken=1 + len(read), pairs=True)
     fold.accumulate(head, targets.to(device))
     yield ("entropy", None, None), fold.entropy[0]
-    yield ("perplexity", None, None), fold.z[0] - fold.chosen_logit[0]
-    to_theta, _, between = fold.kl()
+    yield ("perplexity", None, None), fold.log_normalizers[0] - fold.chosen_logit[0]
+    to_theta, _, between = fold.compute_kl()
     assert between is not None, "asked for all pairs"
     place = {layer: last - layer for layer in range(lowest, last + 1)}  # among the layers, the last of which came first
     for layer in layers:
@@ -113,7 +113,10 @@ def _iterate_hidden_states(
             here[row, len(prompt) - 1 : end - 1] = True
         targets = ids[:, 1:][here[:, :-1]]
         select = functools.partial(_select_rows, here=here)
-        yield stream.run(sites, ids.to(embedding.device), mask.to(embedding.device), select=select), targets
+        yield (
+            stream.compute_activations(sites, ids.to(embedding.device), mask.to(embedding.device), select=select),
+            targets,
+        )
 
 
 def _select_rows(states: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
@@ -131,7 +134,7 @@ def get_default_probe_interval(
     Args:
         batch_tokens (`int`): prompt and answer tokens of a rollout batch, a process.
     """
-    entries, width = stream.head().weight.shape
+    entries, width = stream.get_unembedding().weight.shape
     forward = 2 * sum(p.numel() for p in stream.model.parameters())
     sites = stream.num_layers - min(layers) + 3
     rows = sum(len(answer) for _, answer in answers)

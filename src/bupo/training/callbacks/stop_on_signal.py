@@ -74,10 +74,10 @@ class StopOnSignalCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, heard: SignalRecorder):
-        self.trainer, self.heard, self.stop_signal = trainer, heard, 0
+        self.trainer, self.signal_handler, self.stop_signal = trainer, heard, 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        came = self._gather_signal(self.heard.first)
+        came = self._gather_signal(self.signal_handler.first_signal)
         if came and state.global_step < state.max_steps:
             self.stop_signal, control.should_save = came, True
             args.save_only_model = False  # which nothing goes on from

@@ -20,7 +20,7 @@ class CallbackStates:
     """
 
     def __init__(self, trainer: Any, say: Callable[[str], None]):
-        self.trainer, self.say = trainer, say
+        self.trainer, self.logger = trainer, say
 
     def _get_stateful_callbacks(self) -> list[TrainerCallback]:
         return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, ExportableState)]
@@ -39,7 +39,7 @@ class CallbackStates:
         if json.loads(json.dumps(options, default=_to_json_value)) != [
             [name, kept.get("args", {})] for name, kept in before
         ]:
-            self.say(
+            self.logger(
                 f"callbacks start afresh: they are {_format_callbacks(options)} from here on, and were {_format_callbacks(before)}"
             )
             return

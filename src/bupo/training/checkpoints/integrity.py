@@ -102,7 +102,7 @@ def find_damage(folder: Path, sums: bool = True) -> str | None:
     try:
         read_trainer_state(folder)
     except DamagedFileError as error:
-        return f"{TRAINER_STATE_NAME} cannot be read ({error.why})"
+        return f"{TRAINER_STATE_NAME} cannot be read ({error.reason})"
     for what, names in _REQUIRED_FILES.items():
         if not any(next(folder.glob(name), None) for name in names):
             return f"{what} is missing" + (" (save_only_model)" if listed.exists() else "")
@@ -116,7 +116,7 @@ def find_unreadable_file(folder: Path) -> str | None:
             try:
                 read_torch_file(path, keys, mmap=True)
             except DamagedFileError as error:
-                return f"{path.name} is damaged: {error.why}"
+                return f"{path.name} is damaged: {error.reason}"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             if not has_regular_file(folder, path.name):

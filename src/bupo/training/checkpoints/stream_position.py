@@ -25,19 +25,19 @@ class StreamPosition:
     """
 
     def __init__(self) -> None:
-        self.number = self.started = self.first = 0
+        self.pass_index = self.pass_start = self.first_pass = 0
         self._resumed_batches: int | None = None  # batches of the pass in which a checkpoint lies
-        self.sums: deque[tuple[int, str]] = deque(
+        self.checksums: deque[tuple[int, str]] = deque(
             maxlen=MAX_CHECKSUMS
         )  # after each batch of this pass: how many, and the checksum
-        self.read, self.sum = 0, ""
+        self.batches_read, self.checksum = 0, ""
         self.expected_checksum: tuple[int, str] | None = None
 
-    def begin(self, number: int, passes_done: int, skipped: int) -> None:
+    def begin_pass(self, number: int, passes_done: int, skipped: int) -> None:
         """Begin a pass. Batches that were trained on before the run was resumed are skipped."""
-        self.number, self.started = number, passes_done - skipped
-        self.read, self.sum = 0, ""
-        self.sums.clear()
+        self.pass_index, self.pass_start = number, passes_done - skipped
+        self.batches_read, self.checksum = 0, ""
+        self.checksums.clear()
 
     def wrap_collator(self, collate: Callable[[list], Any]) -> Callable[[list], Any]:
         """Return a data collator that also keeps the checksum of the rows."""
@@ -50,12 +50,15 @@ class StreamPosition:
 
     def _record_batch(self, rows: list) -> None:
         for number, row in enumerate(rows):
-            check_not_serialized(row.get("prompt"), "train_dataset, a stream", self.read * len(rows) + number)
+            check_not_serialized(row.get("prompt"), "train_dataset, a stream", self.batches_read * len(rows) + number)
         text = json.dumps(rows, sort_keys=True, default=_to_json_value)
-        self.read, self.sum = self.read + 1, hashlib.sha256((self.sum + text).encode()).hexdigest()
-        self.sums.append((self.read, self.sum))
-        if self.expected_checksum is not None and self.read == self.expected_checksum[0]:
-            if self.sum != self.expected_checksum[1]:
+        self.batches_read, self.checksum = (
+            self.batches_read + 1,
+            hashlib.sha256((self.checksum + text).encode()).hexdigest(),
+        )
+        self.checksums.append((self.batches_read, self.checksum))
+        if self.expected_checksum is not None and self.batches_read == self.expected_checksum[0]:
+            if self.checksum != self.expected_checksum[1]:
                 raise UserError(_ROWS_DIFFER)
             self.expected_checksum = None
 
@@ -66,20 +69,20 @@ class StreamPosition:
             passes_done (`int`): micro-batches that the trainer has done.
             ended (`bool`): whether the pass is over.
         """
-        batches = passes_done - self.started
-        sums = dict(self.sums)
+        batches = passes_done - self.pass_start
+        sums = dict(self.checksums)
         return {
-            "pass": self.number + ended,
+            "pass": self.pass_index + ended,
             "batches": 0 if ended else batches,
             "sum": "" if ended else sums.get(batches, ""),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the place of a checkpoint."""
-        self.first, self._resumed_batches = state["pass"], state["batches"]
+        self.first_pass, self._resumed_batches = state["pass"], state["batches"]
         self.expected_checksum = (state["batches"], state["sum"]) if state["sum"] else None
 
-    def resume(self, checkpoint: str) -> int:
+    def get_batches_to_skip(self, checkpoint: str) -> int:
         """Return how many batches of the first pass are to be skipped.
 
         Raises:

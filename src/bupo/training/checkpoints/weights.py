@@ -38,7 +38,7 @@ class TensorHeader(NamedTuple):
     """A tensor of a file: its shape, and its type in the file's words, such as `F32`."""
 
     shape: tuple[int, ...]
-    kind: str
+    dtype: str
 
 
 def read_tensor_headers(folder: Path, adapter: bool = False) -> dict[str, TensorHeader]:
@@ -81,8 +81,8 @@ def find_weight_mismatch(model: nn.Module, folder: Path) -> str | None:
             continue
         if stored[name].shape != tuple(values.shape):
             return f"{name} has the shape {stored[name].shape} in its files and {tuple(values.shape)} in the model"
-        if values.is_floating_point() and not stored[name].kind.startswith(("F", "BF")):
-            return f"{name} is stored as {stored[name].kind}, and the model's is {str(values.dtype).removeprefix('torch.')}"
+        if values.is_floating_point() and not stored[name].dtype.startswith(("F", "BF")):
+            return f"{name} is stored as {stored[name].dtype}, and the model's is {str(values.dtype).removeprefix('torch.')}"
     lacking = [name for name in wanted if name not in stored] if adapter else _find_missing_parameters(model, stored)
     if lacking and (adapter or not stored.keys() - wanted.keys()):  # else they may have other names
         return f"its files lack {len(lacking)} of the {len(wanted)} tensors, such as {lacking[0]}"

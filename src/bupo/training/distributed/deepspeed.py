@@ -72,7 +72,9 @@ def get_stepped_parameters(
     found = set(get_parameters_up_to(stream, site.layer, normed, model))
     if site.kind != "attn":
         return found
-    return found - (set(stream.block(site.layer).parameters()) - find_reached_parameters(stream, site, normed, model))
+    return found - (
+        set(stream.get_block(site.layer).parameters()) - find_reached_parameters(stream, site, normed, model)
+    )
 
 
 def split_groups_by_layer(optimizer: torch.optim.Optimizer, reach: Mapping[int, Collection[nn.Parameter]]) -> None:
@@ -118,13 +120,13 @@ class ReachedGroupsCallback(TrainerCallback):
     """
 
     def __init__(self, layer: Callable[[], int | None]):
-        self.layer = layer
+        self.get_layer = layer
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         held: list[tuple[nn.Parameter, Any]] = []
 
         def before(stepping, *_):
-            layer = self.layer()
+            layer = self.get_layer()
             still = [g for g in stepping.param_groups if layer is not None and layer not in g.get(REACHED_BY, [layer])]
             held[:] = [(parameter, parameter.grad) for group in still for parameter in group["params"]]
             for parameter, _ in held:

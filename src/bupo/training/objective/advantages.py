@@ -34,10 +34,10 @@ class AdvantageInputs:
     """
 
     rewards_G: torch.Tensor
-    own: slice
+    process_slice: slice
     mask_BC: torch.Tensor
-    group: int
-    total: Callable[[torch.Tensor], torch.Tensor]
+    num_generations: int
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
     values_BC: torch.Tensor | None = None
     gamma: float = 1.0
     lam: float = 1.0
@@ -52,21 +52,21 @@ class Advantages(NamedTuple):
 
 def rloo(given: AdvantageInputs) -> Advantages:
     """An answer's reward against the mean of the others to its prompt."""
-    return Advantages(compute_leave_one_out(given.rewards_G, given.group)[given.own])
+    return Advantages(compute_leave_one_out(given.rewards_G, given.num_generations)[given.process_slice])
 
 
 def reinforce_plus_plus(given: AdvantageInputs) -> Advantages:
     """An answer's reward on each of its tokens, whitened over the batch."""
-    on_all_BT = given.rewards_G[given.own].nan_to_num(nan=0.0)[:, None] * given.mask_BC
-    return Advantages(masked_whiten(on_all_BT, given.mask_BC, given.total))
+    on_all_BT = given.rewards_G[given.process_slice].nan_to_num(nan=0.0)[:, None] * given.mask_BC
+    return Advantages(masked_whiten(on_all_BT, given.mask_BC, given.sum_over_processes))
 
 
 def ppo(given: AdvantageInputs) -> Advantages:
     """GAE of a critic's values and the reward on the last token, whitened over the batch."""
     assert given.values_BC is not None, "ppo needs a critic's values"
-    rewards_BT = put_on_last_token(given.rewards_G[given.own], given.mask_BC)
+    rewards_BT = put_on_last_token(given.rewards_G[given.process_slice], given.mask_BC)
     estimates, returns = gae(rewards_BT, given.values_BC, given.mask_BC, given.gamma, given.lam)
-    return Advantages(masked_whiten(estimates, given.mask_BC, given.total), returns)
+    return Advantages(masked_whiten(estimates, given.mask_BC, given.sum_over_processes), returns)
 
 
 # by the name that `advantage_estimator` takes; None: what TRL has computed stays
@@ -101,8 +101,8 @@ def set_advantages(
         return False
     graded_G = batch.rewards.isfinite()
     rewards_G = batch.rewards.masked_fill(~graded_G, torch.nan)
-    mask_BT = batch.mask * graded_G[batch.own, None]
-    given = AdvantageInputs(rewards_G, batch.own, mask_BT, group, total, values_BT, gamma, lam)
+    mask_BT = batch.loss_mask * graded_G[batch.process_slice, None]
+    given = AdvantageInputs(rewards_G, batch.process_slice, mask_BT, group, total, values_BT, gamma, lam)
     batch.tensors["advantages"], returns = estimator(given)
     if returns is not None:
         batch.tensors |= {VALUES_KEY: values_BT, RETURNS_KEY: returns}

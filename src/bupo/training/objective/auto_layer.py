@@ -48,7 +48,7 @@ def find_boundary_layer(
         raise UserError("internal_layer auto: the first rollout batch has no answers to measure (all are masked)")
     found = classify_stages(prompts)
     resampled, row = BootstrapMeans(prompts), MEASURES.index("d_entropy_ffn")
-    low, high = (bound[row] for bound in resampled.interval())
+    low, high = (bound[row] for bound in resampled.compute_interval())
     found["layers"] = np.stack([resampled.mean[row], low, high], 1).round(4).tolist()
     if (why := _explain_ambiguity(found)) is None:
         return found
@@ -84,7 +84,7 @@ def describe_first_phase_length(found: dict) -> str:
 def _measure_by_prompt(stream, answers, lens, temperature, gather) -> list[CompletionSums]:
     """The sums of all processes' answers, those to one prompt joined."""
     found = zip(answers, measure_completions(stream, answers, lens, temperature), strict=True)
-    measured = [(tuple(prompt), CompletionSums.of(answer)) for (prompt, _), answer in found]
+    measured = [(tuple(prompt), CompletionSums.from_measures(answer)) for (prompt, _), answer in found]
     by_prompt = defaultdict(list)
     for prompt, sums in gather(measured):
         by_prompt[prompt].append(sums)

@@ -44,13 +44,13 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answer: int) -> torch.Tensor:
         """`(batch, answer)`: the values before each of the last `answer` tokens, in fp32."""
-        layout = PackedLayout.of(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
+        layout = PackedLayout.from_rows(input_ids, attention_mask, input_ids.size(1) - answer) if self.packing else None
         if self.packing is None or layout is None:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
         else:
-            with self.packing.over(layout):
-                hidden = layout.rows(self.decoder(**layout.inputs, use_cache=False).last_hidden_state[0])
+            with self.packing.use_layout(layout):
+                hidden = layout.unpack(self.decoder(**layout.inputs, use_cache=False).last_hidden_state[0])
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden[:, -answer - 1 : -1].float()).squeeze(-1)
 
@@ -89,7 +89,7 @@ def sum_value_loss(values: torch.Tensor, batch: RolloutBatch, clip: float) -> tu
         "squares": returns.square(),
         "tokens": torch.ones_like(returns),
     }
-    return (per_token * batch.mask).sum(), {name: (value * batch.mask).sum() for name, value in sums.items()}
+    return (per_token * batch.loss_mask).sum(), {name: (value * batch.loss_mask).sum() for name, value in sums.items()}
 
 
 def compute_value_metrics(sums: MetricSums, accelerator: Accelerator) -> dict[str, float]:
@@ -113,14 +113,14 @@ class CopiedCritic:
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): of the model whose decoder the critic starts from.
         accelerator (`Accelerator`): the trainer's.
-        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (constant), `value_clip`, and the policy's betas, weight decay,
+        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (constant), `cliprange_value`, and the policy's betas, weight decay,
             gradient clipping and checkpointing.
     """
 
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
         self.accelerator, self.args, self.is_sharded = accelerator, args, uses_fsdp(accelerator)
         critic = ValueModel(stream.decoder)
-        self._packed_rows_for_backward = critic.packing.kept if critic.packing else nullcontext
+        self._packed_rows_for_backward = critic.packing.keep_for_backward if critic.packing else nullcontext
         if args.gradient_checkpointing or (self.is_sharded and accelerator.state.fsdp_plugin.activation_checkpointing):
             critic.decoder.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if self.is_sharded:
@@ -136,26 +136,26 @@ class CopiedCritic:
         prepare = (
             partial(wrap_in_ddp, accelerator=accelerator) if self.is_outside_deepspeed else accelerator.prepare_model
         )
-        self.critic = critic if self.is_sharded else prepare(critic)
+        self.value_model = critic if self.is_sharded else prepare(critic)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     @torch.no_grad()
-    def values(
+    def compute_values(
         self, batch: RolloutBatch, site: Activation | None, scored: Callable[[StatesCallback], Any]
     ) -> torch.Tensor:
         """`(B, C)`: of a rollout batch, by the critic's own model."""
-        self.critic.eval()
+        self.value_model.eval()
         size = self.args.per_device_train_batch_size
         rows = zip(batch.input_ids.split(size), batch.attention_mask.split(size), strict=True)
-        return torch.cat([self._compute_values(ids, mask, batch.tokens) for ids, mask in rows])
+        return torch.cat([self._compute_values(ids, mask, batch.completion_length) for ids, mask in rows])
 
     def _compute_values(self, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
         # where accelerate has prepared the critic, it casts by itself
         cast = self.is_outside_deepspeed and self.args.bf16
         with torch.autocast(ids.device.type, torch.bfloat16) if cast else nullcontext():
-            return self.critic(ids, mask, answer)
+            return self.value_model(ids, mask, answer)
 
-    def loss(
+    def compute_loss(
         self,
         batch: RolloutBatch,
         site: Activation | None,
@@ -170,16 +170,18 @@ class CopiedCritic:
             share (`float`): of the rollout batch, that an update takes: values are averaged over its tokens.
             policy_loss (`Callable`): computes the policy's loss; what it is given sees the states on the way.
         """
-        self.critic.train()
+        self.value_model.train()
         # a sharded gradient is reduced at once: kept back, it would be as large as the model on every process
         reduced = self.is_sharded or self.accelerator.sync_gradients
         unreduced: Any = (
-            self.critic.no_sync if self.is_outside_deepspeed else partial(self.accelerator.no_sync, self.critic)
+            self.value_model.no_sync
+            if self.is_outside_deepspeed
+            else partial(self.accelerator.no_sync, self.value_model)
         )
         backward = torch.Tensor.backward if self.is_outside_deepspeed else self.accelerator.backward
         with self._packed_rows_for_backward(), nullcontext() if reduced else unreduced():
-            values = self._compute_values(batch.input_ids, batch.attention_mask, batch.tokens)
-            loss, sums = sum_value_loss(values, batch, self.args.value_clip)
+            values = self._compute_values(batch.input_ids, batch.attention_mask, batch.completion_length)
+            loss, sums = sum_value_loss(values, batch, self.args.cliprange_value)
             backward(loss / batch.get_tokens_per_update(share, self.accelerator.num_processes))
         if self.accelerator.sync_gradients:
             self._step_optimizer()  # before the policy's activations are made: the gradient is as large as the model
@@ -192,25 +194,25 @@ class CopiedCritic:
         """One step, if the gradient is finite."""
         self.accelerator.unscale_gradients(self.optimizer)
         if self.args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-        if all(bool(torch.isfinite(p.grad).all()) for p in self.critic.parameters() if p.grad is not None):
+            torch.nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
+        if all(bool(torch.isfinite(p.grad).all()) for p in self.value_model.parameters() if p.grad is not None):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state(self) -> dict:
         """Weights and optimizer; of a sharded critic, on the main process."""
         if self.is_sharded:
-            weights, moments = get_full_training_state(self.critic, self.optimizer.optimizer)
+            weights, moments = get_full_training_state(self.value_model, self.optimizer.optimizer)
         else:
-            weights, moments = self.accelerator.unwrap_model(self.critic).state_dict(), self.optimizer.state_dict()
+            weights, moments = self.accelerator.unwrap_model(self.value_model).state_dict(), self.optimizer.state_dict()
         return {"critic": weights, "optimizer": moments}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """What `state` gave."""
         if self.is_sharded:
-            load_full_training_state(self.critic, self.optimizer.optimizer, state["critic"], state["optimizer"])
+            load_full_training_state(self.value_model, self.optimizer.optimizer, state["critic"], state["optimizer"])
         else:
-            self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
+            self.accelerator.unwrap_model(self.value_model).load_state_dict(state["critic"])
             self.optimizer.load_state_dict(state["optimizer"])
         _set_configured_lr(self.optimizer, self.args)
 
@@ -224,7 +226,7 @@ class SharedCritic:
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
         accelerator (`Accelerator`): the trainer's.
-        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (of the value head), `value_coef`, `value_clip`.
+        args ([`~bupo.BuPOConfig`]): `critic_learning_rate` (of the value head), `vf_coef`, `cliprange_value`.
     """
 
     def __init__(self, stream: ResidualStream, accelerator: Accelerator, args):
@@ -235,7 +237,7 @@ class SharedCritic:
     def _get_value_head(self, name: str) -> nn.Linear:
         """The value head of a policy."""
         if name not in self.value_heads:
-            weight = self.stream.head().weight
+            weight = self.stream.get_unembedding().weight
             linear = nn.Linear(weight.size(1), 1, device=weight.device, dtype=torch.float32)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -258,15 +260,15 @@ class SharedCritic:
         return read, values
 
     @torch.no_grad()
-    def values(
+    def compute_values(
         self, batch: RolloutBatch, site: Activation | None, scored: Callable[[StatesCallback], Any]
     ) -> torch.Tensor:
         """`(B, C)`: of a rollout batch, on the states of a scoring pass."""
         read, values = self._make_states_callback(site)
         scored(read)
-        return torch.cat(values)[:, -batch.tokens :]
+        return torch.cat(values)[:, -batch.completion_length :]
 
-    def loss(
+    def compute_loss(
         self,
         batch: RolloutBatch,
         site: Activation | None,
@@ -276,9 +278,9 @@ class SharedCritic:
         """The policy's loss and the weighted value loss of the same states. Arguments and result as of [`CopiedCritic`]."""
         read, values = self._make_states_callback(site)
         policy = policy_loss(read)
-        value, sums = sum_value_loss(torch.cat(values)[:, -batch.tokens :], batch, self.args.value_clip)
+        value, sums = sum_value_loss(torch.cat(values)[:, -batch.completion_length :], batch, self.args.cliprange_value)
         tokens = batch.get_tokens_per_update(share, self.accelerator.num_processes)
-        return policy + self.args.value_coef * value / tokens, compute_value_metrics(sums, self.accelerator)
+        return policy + self.args.vf_coef * value / tokens, compute_value_metrics(sums, self.accelerator)
 
     def step(self) -> None:
         """Update the value heads that have a gradient, with the mean of all processes'."""

@@ -17,8 +17,8 @@ def get_parameters_above(stream: ResidualStream, layer: int) -> set[nn.Parameter
 
     The unembedding is not among them: it belongs to every layer's policy.
     """
-    blocks = [stream.block(number) for number in range(layer + 1, stream.num_layers + 1)]
-    return {parameter for module in (*blocks, stream.norm) for parameter in module.parameters()}
+    blocks = [stream.get_block(number) for number in range(layer + 1, stream.num_layers + 1)]
+    return {parameter for module in (*blocks, stream.final_norm) for parameter in module.parameters()}
 
 
 def get_frozen_layers(args: BuPOConfig) -> list[int]:
@@ -32,7 +32,7 @@ def freeze_layers(stream: ResidualStream | None, layers: Collection[int]) -> Non
     if not layers:
         return
     assert stream is not None, "a layer is named: setup has opened the stream"
-    freeze_blocks(stream.model, [stream.block(number) for number in range(1, stream.num_layers + 1)], layers)
+    freeze_blocks(stream.model, [stream.get_block(number) for number in range(1, stream.num_layers + 1)], layers)
 
 
 def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
@@ -52,7 +52,7 @@ def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[
     if args.slow_above_layer is not None:
         return dict.fromkeys(get_parameters_above(stream, args.slow_above_layer), args.slow_factor)
     rates = enumerate(args.layer_rates or [], 1)
-    return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.block(layer).parameters()}
+    return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.get_block(layer).parameters()}
 
 
 def apply_lr_multipliers(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
@@ -75,7 +75,7 @@ def get_parameters_up_to(
 
     `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
     """
-    still = get_parameters_above(stream, layer) - (set(stream.norm.parameters()) if normed else set())
+    still = get_parameters_above(stream, layer) - (set(stream.final_norm.parameters()) if normed else set())
     return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]
 
 
@@ -100,11 +100,11 @@ def find_reached_parameters(
     with (
         eval_mode(stream.model),
         torch.enable_grad(),
-        stream.record([last]) as states,
+        stream.record_activations([last]) as states,
         stream.truncate_layers(last.layer),
     ):
         run(**inputs)
-        head = stream.head()
+        head = stream.get_unembedding()
         read = stream.apply_lens(states[last], "final_norm" if site is None or normed else "raw")
     ends = [read, head.weight, *([] if head.bias is None else [head.bias])]
     found = find_graph_parameters(ends)

@@ -50,7 +50,7 @@ class PhaseSchedule:
     stages: tuple[Stage, ...] = ()
 
     @classmethod
-    def read(cls, value) -> "PhaseSchedule":
+    def parse(cls, value) -> "PhaseSchedule":
         """From `[[6, 20], [12, 10]]`, a list or the same as text.
 
         Raises:
@@ -83,7 +83,7 @@ class PhaseSchedule:
         """Length of the first phase, in rollout batches, as far as it is known."""
         return sum(stage.batches or 0 for stage in self.stages)
 
-    def place(self, rollout_batch: int) -> int | None:
+    def get_stage_index(self, rollout_batch: int) -> int | None:
         """Index of the stage that covers a rollout batch, or None where the language model policy is optimised."""
         last = 0
         for index, stage in enumerate(self.stages):
@@ -92,18 +92,18 @@ class PhaseSchedule:
                 return index
         return None
 
-    def stage(self, rollout_batch: int) -> Stage | None:
+    def get_stage(self, rollout_batch: int) -> Stage | None:
         """The stage that covers a rollout batch, if one does."""
-        place = self.place(rollout_batch)
+        place = self.get_stage_index(rollout_batch)
         return None if place is None else self.stages[place]
 
-    def weight(self, rollout_batch: int, handover: int, mix: float) -> float:
+    def get_layer_weight(self, rollout_batch: int, handover: int, mix: float) -> float:
         """Weight of the layer's objective in the loss of a rollout batch; the language model policy's has the rest.
 
         It is 1 in the first phase, falls in equal steps over the `handover` rollout batches after it, and stays at `mix`. With
         0 for both, eq. 10.
         """
-        if self.place(rollout_batch) is not None:
+        if self.get_stage_index(rollout_batch) is not None:
             return 1.0
         return max(mix, 1 - (rollout_batch - self.batches) / (handover + 1))
 
@@ -115,7 +115,7 @@ class PhaseSchedule:
 
     def end_stage_before(self, rollout_batch: int) -> "PhaseSchedule":
         """With the stage that covers this rollout batch ending before it."""
-        index = self.place(rollout_batch)
+        index = self.get_stage_index(rollout_batch)
         if index is None:
             return self
         before = self.stages[:index]

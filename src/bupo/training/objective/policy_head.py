@@ -121,18 +121,18 @@ class PolicyHead:
             kwargs.setdefault("output_router_logits", True)
         layout = self._get_packed_layout(labels, args, kwargs)
         inputs = kwargs if layout is None else {**kwargs, **layout.inputs}
-        with self.packing.over(layout) if self.packing and layout else nullcontext():
+        with self.packing.use_layout(layout) if self.packing and layout else nullcontext():
             (states, also), out = self._run_decoder(model, asked, *args, **inputs)
-        head, labels = self.stream.head(self.temperature), labels[:, 1:]
+        head, labels = self.stream.get_unembedding(self.temperature), labels[:, 1:]
         scored = labels != IGNORE_INDEX
         if read:
-            read((states if layout is None else layout.rows(states[0]))[:, :-1].to(head.weight.device))
+            read((states if layout is None else layout.unpack(states[0]))[:, :-1].to(head.weight.device))
 
         def score(states: torch.Tensor, site: Activation | None) -> TokenScores:
             if layout is None:
                 states = states[:, :-1][scored]
             else:  # as an embedding, whose gradient is summed by rows
-                states = nn.functional.embedding(layout.places[:, :-1][scored], states[0])
+                states = nn.functional.embedding(layout.token_indices[:, :-1][scored], states[0])
             return self._score_states(states, head, labels if site is None else self._reorder_labels(labels), scored)
 
         found = score(states, asked[0])
@@ -152,7 +152,7 @@ class PolicyHead:
             return None
         answers = (labels != IGNORE_INDEX).any(0)
         width = int(answers.int().argmax()) if answers.any() else labels.size(1)
-        return PackedLayout.of(kwargs["input_ids"], kwargs["attention_mask"], width)
+        return PackedLayout.from_rows(kwargs["input_ids"], kwargs["attention_mask"], width)
 
     def _score_states(
         self, states: torch.Tensor, head: Unembedding, labels: torch.Tensor, scored: torch.Tensor
@@ -175,7 +175,7 @@ class PolicyHead:
         if not routers:
             return out.last_hidden_state.new_zeros(())
         if layout is not None:
-            routers = tuple(layout.rows(router.view(-1, router.size(-1))).flatten(0, 1) for router in routers)
+            routers = tuple(layout.unpack(router.view(-1, router.size(-1))).flatten(0, 1) for router in routers)
         number = getattr(config, "num_experts", None) or config.num_local_experts
         return load_balancing_loss_func(routers, number, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
@@ -184,16 +184,16 @@ class PolicyHead:
         (site, also), stream = asked, self.stream
         if site is None:
             seen = nullcontext() if also is None else self._gradient_checkpointing_off(also.layer)
-            with stream.record([] if also is None else [also]) as states, seen:
+            with stream.record_activations([] if also is None else [also]) as states, seen:
                 out = model.base_model(*args, use_cache=False, **kwargs)
             return (out.last_hidden_state, None if also is None else stream.apply_lens(states[also], self.lens)), out
         with (
-            stream.record([site]) as states,
+            stream.record_activations([site]) as states,
             stream.truncate_layers(site.layer),
             self._gradient_checkpointing_off(site.layer),
         ):
             out = model.base_model(*args, use_cache=False, **kwargs)
-        block = stream.block(site.layer)
+        block = stream.get_block(site.layer)
         if isinstance(block, FSDPModule) and site.kind != "layer" and torch.is_grad_enabled():
             block.unshard()  # which FSDP2 does when a gradient meets the block's output, and none will
         return (stream.apply_lens(states[site], self.lens), None), out
@@ -201,7 +201,7 @@ class PolicyHead:
     @contextmanager
     def _gradient_checkpointing_off(self, layer: int) -> Iterator[None]:
         """Inside, this block keeps its activations: a hook in a checkpointed block sees no gradient."""
-        block: Any = self.stream.block(layer)
+        block: Any = self.stream.get_block(layer)
         before = getattr(block, "gradient_checkpointing", False)
         if not before:
             yield

@@ -42,7 +42,7 @@ def clamp_log_ratio(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 def get_shuffled_vocab_order(stream: ResidualStream, seed: int) -> torch.Tensor:
     """`(V,)`: the rows of the unembedding in an order that only the seed decides, the same in every process and start."""
-    rows = stream.head().weight.size(0)
+    rows = stream.get_unembedding().weight.size(0)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
@@ -61,22 +61,26 @@ class PolicyScorer:
     """
 
     model: Callable[..., PolicyScores]
-    site: Activation | None = None
-    old: torch.Tensor | None = None
-    read: StatesCallback | None = None
-    also: Activation | None = None
+    activation: Activation | None = None
+    old_log_probs: torch.Tensor | None = None
+    states_callback: StatesCallback | None = None
+    extra_activation: Activation | None = None
     log_ratio: torch.Tensor | None = None
-    besides: list[PolicyScores] = field(default_factory=list)
+    extra_scores: list[PolicyScores] = field(default_factory=list)
 
     def __call__(self, **inputs) -> PolicyScores:
-        asked = {"policy": self.site, "also": self.also, "read": self.read}  # without a policy head, neither is
+        asked = {
+            "policy": self.activation,
+            "also": self.extra_activation,
+            "read": self.states_callback,
+        }  # without a policy head, neither is
         scores = self.model(**inputs, **{name: value for name, value in asked.items() if value is not None})
-        if self.also:
-            self.besides.append(PolicyScores(scores.internal_log_probs, scores.internal_entropy, scores.aux_loss))
-        if self.old is not None:
+        if self.extra_activation:
+            self.extra_scores.append(PolicyScores(scores.internal_log_probs, scores.internal_entropy, scores.aux_loss))
+        if self.old_log_probs is not None:
             log_probs = cast(torch.Tensor, scores.log_probs)
-            scores.log_probs = clamp_log_ratio(log_probs[:, -self.old.size(1) :], self.old)
-            self.log_ratio = scores.log_probs.detach() - self.old
+            scores.log_probs = clamp_log_ratio(log_probs[:, -self.old_log_probs.size(1) :], self.old_log_probs)
+            self.log_ratio = scores.log_probs.detach() - self.old_log_probs
         return scores
 
 
@@ -104,13 +108,15 @@ class RolloutScorers:
     """
 
     def __init__(self, model: nn.Module, site: Activation | None, both: bool = False):
-        self.model, self.site, self.both = model, site, both
+        self.model, self.activation, self.scores_language_model = model, site, both
         self.scorers: list[PolicyScorer] = []
 
     def __call__(self, model: nn.Module) -> PolicyScorer:
         # of a reference model only the internal policy is wanted; an adapter's reference is the policy's model
-        mine = model is self.model or self.both
-        self.scorers.append(PolicyScorer(model, also=self.site) if mine else PolicyScorer(model, self.site))
+        mine = model is self.model or self.scores_language_model
+        self.scorers.append(
+            PolicyScorer(model, extra_activation=self.activation) if mine else PolicyScorer(model, self.activation)
+        )
         return self.scorers[-1]
 
 
@@ -143,12 +149,12 @@ class InternalPolicyAlignment:
     def _attach_head(self, stream: ResidualStream | None, packing: PackedDecoder | None) -> None:
         if stream is not None:
             args = self.args
-            order = get_shuffled_vocab_order(stream, args.seed) if args.internal_objective == "permuted" else None
+            order = get_shuffled_vocab_order(stream, args.seed) if args.internal_objective == "shuffled_vocab" else None
             PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing, order)
 
-    def kept(self) -> AbstractContextManager[None]:
+    def packed_rows_for_backward(self) -> AbstractContextManager[None]:
         """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""
-        return self.packing.kept() if self.packing else nullcontext()
+        return self.packing.keep_for_backward() if self.packing else nullcontext()
 
     def arrange_micro_batches(self, pieces: list[dict]) -> list[dict]:
         """A rollout batch's micro-batches, their rows exchanged where packing gains by it and the loss allows it."""
@@ -156,9 +162,9 @@ class InternalPolicyAlignment:
             return pieces
         return arrange_micro_batches(pieces, self.args.gradient_accumulation_steps)
 
-    def site(self, layer: int | None) -> Activation | None:
+    def get_activation(self, layer: int | None) -> Activation | None:
         """Where the internal policy has its states that a stage on a layer optimises; None for the language model policy."""
-        if layer is None or self.args.internal_objective == "policy":
+        if layer is None or self.args.internal_objective == "frozen_upper":
             return None
         return Activation(self.args.internal_module, layer)
 
@@ -167,7 +173,7 @@ class InternalPolicyAlignment:
 
         Clipping then counts what moves, and an optimizer skips the rest, its weight decay too.
         """
-        if stage is None or self.args.internal_objective != "policy":
+        if stage is None or self.args.internal_objective != "frozen_upper":
             return
         assert self.stream is not None and stage.layer is not None, "a layer that is trained is known"
         for parameter in get_parameters_above(self.stream, stage.layer):
@@ -178,13 +184,13 @@ class InternalPolicyAlignment:
         if stage is None and mixed is None:
             return None
         layer = mixed.layer if mixed else stage.layer if stage else None
-        return RolloutScorers(self.trainer.model, self.site(layer), both=mixed is not None)
+        return RolloutScorers(self.trainer.model, self.get_activation(layer), both=mixed is not None)
 
-    def scores(
+    def score_batch(
         self, batch: RolloutBatch, site: Activation | None = None, read: StatesCallback | None = None
     ) -> CompletionScores:
         """`(B, C)`: of one of the model's policies on a batch's answers. Activations are kept, so this is for rollouts."""
-        return self._scores(batch, PolicyScorer(self.trainer.model, site, read=read))
+        return self._score_batch(batch, PolicyScorer(self.trainer.model, site, states_callback=read))
 
     def log(
         self, batch: RolloutBatch, speaker: PolicyScorer, stage: Stage | None, metrics: dict[str, list[float]]
@@ -193,16 +199,18 @@ class InternalPolicyAlignment:
         one that sampled."""
         if stage and stage.layer:
             metrics["internal/layer"].append(stage.layer)
-        if speaker.site:
+        if speaker.activation:
             metrics["internal/entropy"].append(metrics["entropy"].pop())
-            metrics["entropy"].append(batch.mean(batch.tensors[ENTROPIES_KEY], self.trainer.total))
+            metrics["entropy"].append(batch.mean_over_tokens(batch.tensors[ENTROPIES_KEY], self.trainer.total))
         if speaker.log_ratio is not None:
-            metrics["kl_old"].append(batch.mean(speaker.log_ratio.square() / 2, self.trainer.total))
+            metrics["approx_kl"].append(batch.mean_over_tokens(speaker.log_ratio.square() / 2, self.trainer.total))
 
-    def _scores(self, batch: RolloutBatch, speaker: PolicyScorer) -> CompletionScores:
+    def _score_batch(self, batch: RolloutBatch, speaker: PolicyScorer) -> CompletionScores:
         size = self.args.per_device_train_batch_size
         with self.trainer.without_gradient_checkpointing():
-            return self.trainer.score_completions(speaker, batch.input_ids, batch.attention_mask, batch.tokens, size)
+            return self.trainer.score_completions(
+                speaker, batch.input_ids, batch.attention_mask, batch.completion_length, size
+            )
 
     @torch.no_grad()
     def set_internal_log_probs(
@@ -223,18 +231,22 @@ class InternalPolicyAlignment:
         """
         tensors, found = batch.tensors, {}
         moving = OLD_LOG_PROBS in tensors or SAMPLER_LOG_PROBS in tensors
-        theta, own = sampled, voices.scorers[0] if sampled else PolicyScorer(self.trainer.model, also=site)
-        if theta is None and (moving or not voices.both):
-            theta = self._scores(batch, own)
+        theta, own = sampled, voices.scorers[0] if sampled else PolicyScorer(self.trainer.model, extra_activation=site)
+        if theta is None and (moving or not voices.scores_language_model):
+            theta = self._score_batch(batch, own)
         if theta is not None and moving:
-            layer = concat_log_probs(own.besides, batch.tokens) if own.besides else self.scores(batch, site).log_probs
+            layer = (
+                concat_log_probs(own.extra_scores, batch.completion_length)
+                if own.extra_scores
+                else self.score_batch(batch, site).log_probs
+            )
             if OLD_LOG_PROBS in tensors:
                 found[OLD_LOG_PROBS] = layer
             if SAMPLER_LOG_PROBS in tensors:
                 found[SAMPLER_LOG_PROBS] = tensors[SAMPLER_LOG_PROBS] + layer - theta.log_probs
         if REFERENCE_LOG_PROBS in tensors:
             found[REFERENCE_LOG_PROBS] = self._score_reference(batch, site, voices)
-        if voices.both:
+        if voices.scores_language_model:
             found = {INTERNAL_PREFIX + name: value for name, value in found.items()}
         elif theta is not None:
             tensors[ENTROPIES_KEY] = theta.entropies
@@ -243,14 +255,14 @@ class InternalPolicyAlignment:
     def _score_reference(self, batch: RolloutBatch, site: Activation, voices: RolloutScorers) -> torch.Tensor:
         """`(B, C)`: log-probs of the reference model's internal policy."""
         reference = self.trainer.ref_model
-        if voices.site is None:  # the layer was not known yet
+        if voices.activation is None:  # the layer was not known yet
             with self.trainer.reference_adapter() if reference is None else nullcontext():
-                return self._scores(batch, PolicyScorer(reference or self.trainer.model, site)).log_probs
-        if reference is None or voices.both:
-            return concat_log_probs(voices.scorers[-1].besides, batch.tokens)
+                return self._score_batch(batch, PolicyScorer(reference or self.trainer.model, site)).log_probs
+        if reference is None or voices.scores_language_model:
+            return concat_log_probs(voices.scorers[-1].extra_scores, batch.completion_length)
         return batch.tensors[REFERENCE_LOG_PROBS]
 
-    def mixed(
+    def add_auxiliary_loss(
         self,
         theta: torch.Tensor,
         mixed: AuxiliaryObjective | None,
@@ -275,7 +287,7 @@ class InternalPolicyAlignment:
             for name in (OLD_LOG_PROBS, REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS)
             if INTERNAL_PREFIX + name in inputs
         }
-        echo = PolicyScorer(lambda **_: speaker.besides[-1], old=own.get(OLD_LOG_PROBS))
+        echo = PolicyScorer(lambda **_: speaker.extra_scores[-1], old_log_probs=own.get(OLD_LOG_PROBS))
         metrics["internal/weight"].append(mixed.weight)
         with metric_prefix("internal/", metrics):
             layer = self.trainer.compute_policy_loss(echo, {**inputs, **own})

@@ -54,7 +54,7 @@ class RolloutBatch:
     """
 
     def __init__(self, tensors: dict[str, Any], rewards: torch.Tensor | None = None, process: int = 0):
-        self.tensors, self._rewards, self.process = tensors, rewards, process
+        self.tensors, self._rewards, self.process_index = tensors, rewards, process
 
     def __len__(self) -> int:
         return self.tensors["completion_ids"].size(0)
@@ -70,12 +70,12 @@ class RolloutBatch:
         return torch.cat([self.tensors["prompt_mask"], self.tensors["completion_mask"]], dim=1)
 
     @property
-    def tokens(self) -> int:
+    def completion_length(self) -> int:
         """C."""
         return self.tensors["completion_ids"].size(1)
 
     @cached_property
-    def mask(self) -> torch.Tensor:
+    def loss_mask(self) -> torch.Tensor:
         """`(B, C)`: the tokens that are trained on: no padding, no tool's, none of an ungraded answer."""
         return self.tensors["completion_mask"] * self.tensors.get(TOOL_MASK, 1)
 
@@ -86,11 +86,11 @@ class RolloutBatch:
         return self._rewards
 
     @property
-    def own(self) -> slice:
+    def process_slice(self) -> slice:
         """This process' answers among those of all."""
-        return slice(self.process * len(self), (self.process + 1) * len(self))
+        return slice(self.process_index * len(self), (self.process_index + 1) * len(self))
 
-    def answers(self, group: int) -> list[tuple[list[int], list[int]]]:
+    def get_prompt_completion_ids(self, group: int) -> list[tuple[list[int], list[int]]]:
         """Token ids of this process' prompts and answers, one answer of each prompt first, then the second of each …
 
         Answers that are masked, as truncated ones may be, are left out.
@@ -99,7 +99,7 @@ class RolloutBatch:
             group (`int`): answers a prompt.
         """
         ids, kept = self.input_ids, self.attention_mask.bool()
-        start = ids.size(1) - self.tokens
+        start = ids.size(1) - self.completion_length
         pairs = [
             (row[:start][real[:start]].tolist(), row[start:][real[start:]].tolist())
             for row, real in zip(ids, kept, strict=True)
@@ -109,15 +109,15 @@ class RolloutBatch:
 
     def mean_per_completion(self, values: torch.Tensor) -> torch.Tensor:
         """`(B,)`: of values `(B, C)` the mean over an answer's tokens; those of shape `(B,)` as they are."""
-        return values if values.dim() == 1 else (values * self.mask).sum(1) / self.mask.sum(1).clamp(min=1)
+        return values if values.dim() == 1 else (values * self.loss_mask).sum(1) / self.loss_mask.sum(1).clamp(min=1)
 
     def get_tokens_per_update(self, share: float, processes: int) -> torch.Tensor:
         """Answer tokens of an update, a process: of a rollout batch's, which TRL counts over all processes, this share."""
         return self.tensors["num_items_in_batch"].clamp(min=1.0) / processes * share
 
-    def mean(self, per_token: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    def mean_over_tokens(self, per_token: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Mean of `(B, C)` values over the answers' tokens of all processes; `total` sums a tensor over these."""
-        summed, count = total(torch.stack([(per_token * self.mask).sum(), self.mask.sum().float()]))
+        summed, count = total(torch.stack([(per_token * self.loss_mask).sum(), self.loss_mask.sum().float()]))
         return (summed / count.clamp(min=1.0)).item()
 
 

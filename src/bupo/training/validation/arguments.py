@@ -140,7 +140,7 @@ def check_prompts(
 
 def _check_special_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, limits: ModelLimits) -> None:
     """Raises [`UserError`] for a prompt with a special token that the model has no embedding for, such as that of an image."""
-    beyond = find_tokens_without_embedding(tokenizer, limits.vocabulary) if limits.vocabulary else {}
+    beyond = find_tokens_without_embedding(tokenizer, limits.vocab_size) if limits.vocab_size else {}
     for row, prompt in enumerate(prompts) if beyond else ():
         if held := next((token for token in beyond if token in str(prompt)), None):
             raise UserError(
@@ -201,7 +201,7 @@ def open_residual_stream(model: nn.Module, args: BuPOConfig, family: Family | No
         return None
     for layer in layers:
         if layer is not None:
-            stream.block(layer)
+            stream.get_block(layer)
     _check_layer_rates(args, stream.num_layers, getattr(model.config, "name_or_path", "") or type(model).__name__)
     return stream
 
@@ -283,9 +283,9 @@ def check_scoring(trainer: GRPOTrainerHooks) -> None:
 
 def check_deepspeed(args: BuPOConfig) -> None:
     """Raises [`UserError`] where DeepSpeed, which partitions gradients as they come, keeps a run from what it is asked."""
-    if args.internal_objective == "policy" and args.first_phase.stages:
+    if args.internal_objective == "frozen_upper" and args.first_phase.stages:
         raise UserError(
-            "internal_objective policy drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
+            "internal_objective frozen_upper drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
         )
 
 

@@ -108,8 +108,8 @@ RANGES = {
     "num_completions_to_print": ANY_INTEGER,
     # the first phase, probes, evaluation while training
     "internal_steps": NON_NEGATIVE_INTEGER,
-    "internal_handover": NON_NEGATIVE_INTEGER,
-    "internal_mix": "[0, 1)",
+    "internal_fade_batches": NON_NEGATIVE_INTEGER,
+    "internal_loss_weight": "[0, 1)",
     "frozen_up_to_layer": POSITIVE_INTEGER,
     "slow_above_layer": POSITIVE_INTEGER,
     "slow_factor": FRACTION,
@@ -120,10 +120,10 @@ RANGES = {
     "eval_problems": POSITIVE_INTEGER,
     # PPO
     "critic_learning_rate": POSITIVE,
-    "value_coef": POSITIVE,
-    "value_clip": POSITIVE,
-    "gae_gamma": FRACTION,
-    "gae_lambda": FRACTION,
+    "vf_coef": POSITIVE,
+    "cliprange_value": POSITIVE,
+    "gamma": FRACTION,
+    "lam": FRACTION,
 }
 OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # off, for transformers
 # a share of the run below 1, else a whole number of updates; read with the strategy `steps` only

@@ -183,7 +183,7 @@ def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, nam
     policy = f"the policy of layer {layer}"
     if args.internal_module != "layer":
         policy = f"the {args.internal_module} policy of layer {layer}"
-    if args.internal_objective == "policy":
+    if args.internal_objective == "frozen_upper":
         policy = f"the whole policy by layers up to {layer}"
     if where and min(where) > layer:
         why = (
@@ -205,7 +205,7 @@ def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, nam
 def _find_layers(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[int]:
     """The layers that hold any of these parameters, ascending."""
     layers = range(1, stream.num_layers + 1)
-    return [layer for layer in layers if not parameters.isdisjoint(stream.block(layer).parameters())]
+    return [layer for layer in layers if not parameters.isdisjoint(stream.get_block(layer).parameters())]
 
 
 def check_gradient(trainer: Any) -> None:
@@ -241,7 +241,7 @@ class ParameterSample(NamedTuple):
     """
 
     parameter: nn.Parameter
-    places: torch.Tensor
+    indices: torch.Tensor
     values: torch.Tensor
 
 
@@ -259,29 +259,29 @@ class WeightChangeCallback(TrainerCallback):
     """
 
     accelerator: Accelerator
-    phase: Callable[[], tuple[Any, str]]
+    identify_stage: Callable[[], tuple[Any, str]]
     has_nonzero_advantage: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
-        self.seen: list[Any] = []
-        self.warned = False
-        self.without = 0
-        self.samples: list[ParameterSample] | None = None
+        self.checked_stages: list[Any] = []
+        self.has_warned = False
+        self.updates_without_gradient = 0
+        self.parameter_samples: list[ParameterSample] | None = None
         self.is_stepped = True
 
     def state(self) -> dict:
         """Plain values, for a checkpoint."""
-        return {"seen": list(self.seen), "warned": self.warned}
+        return {"seen": list(self.checked_stages), "warned": self.has_warned}
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """Take up what `state` gave."""
-        self.seen, self.warned = list(state["seen"]), state["warned"]
+        self.checked_stages, self.has_warned = list(state["seen"]), state["warned"]
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         # DeepSpeed holds the gradients, and weights in fp32 that are not the model's
         warming = state.global_step < args.get_warmup_steps(state.max_steps)
-        if self.phase()[0] in self.seen or warming or uses_deepspeed(self.accelerator):
+        if self.identify_stage()[0] in self.checked_stages or warming or uses_deepspeed(self.accelerator):
             return
         if not any(
             group["lr"] > 0 for group in optimizer.param_groups if group["params"]
@@ -290,13 +290,13 @@ class WeightChangeCallback(TrainerCallback):
         stepped = {p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
         with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
         self.is_stepped = not with_gradient or any(parameter in stepped for parameter in with_gradient)
-        self.samples = [
+        self.parameter_samples = [
             _sample_parameter(parameter) for parameter in with_gradient if parameter in stepped or not self.is_stepped
         ]
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        samples, self.samples = self.samples, None
+        samples, self.parameter_samples = self.parameter_samples, None
         if samples is None or getattr(optimizer, "step_was_skipped", False):
             return
         # values with a gradient, those that stayed, and those of 16 bits; processes whose answers have advantages
@@ -307,24 +307,24 @@ class WeightChangeCallback(TrainerCallback):
             counts += torch.tensor([len(before), int(stayed.sum()), len(before) * half, 0], dtype=torch.float64)
         counts = self.accelerator.reduce(counts.float().to(self.accelerator.device), "sum")
         count, stayed, halves, differ = counts.tolist()
-        phase, where = self.phase()
+        phase, where = self.identify_stage()
         if count == 0:  # as where all advantages are zero: nothing is to move
-            self.without += bool(differ)
-            if self.without == PATIENCE:
+            self.updates_without_gradient += bool(differ)
+            if self.updates_without_gradient == PATIENCE:
                 logger.warning(
                     f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: what "
                     "trains does not change the answers' probabilities, as an adapter of lora_alpha 0"
                 )
             return
-        self.without = 0
-        self.seen.append(phase)
+        self.updates_without_gradient = 0
+        self.checked_stages.append(phase)
         if not self.is_stepped:
             raise UserError(
                 f"nothing trains in {where}: parameters have a gradient, and the optimizer steps none of them: make the "
                 "optimizer after what trains is chosen, and leave requires_grad alone afterwards"
             )
-        if stayed > MAX_LOST_SHARE * count and not self.warned:
-            self.warned = True
+        if stayed > MAX_LOST_SHARE * count and not self.has_warned:
+            self.has_warned = True
             kind = "16-bit weights" if halves > count / 2 else "the weights' precision"
             remedy = "leave fp32_master_weights true, or raise learning_rate" if halves else "raise learning_rate"
             logger.warning(
