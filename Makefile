@@ -110,7 +110,7 @@ dist: $(DIST)  # a wheel and an sdist, in dist/, as PyPI takes them
 	$(DIST_VENV)/bin/twine check --strict dist/*
 
 test-wheel: dist  # the wheel in an empty environment: every data file is there, demo, analyze and report run
-	$(DIST_VENV)/bin/python tools/check_wheel.py dist
+	OMP_NUM_THREADS=1 $(DIST_VENV)/bin/python tools/check_wheel.py dist
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

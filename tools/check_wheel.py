@@ -123,7 +123,7 @@ def run(command: list, folder: Path) -> None:
     """Print a command, run it in a folder and exit with its line if it fails."""
     line = " ".join(str(word) for word in command if "\n" not in str(word))
     print(f"+ {line}", flush=True)
-    status = subprocess.run(command, cwd=folder, env=clean()).returncode
+    status = subprocess.run(command, cwd=folder, env=clean(), stdin=subprocess.DEVNULL).returncode
     if status:
         sys.exit(f"exit status {status}: {line}")
 
