@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
 DOCS := $(VENV)/.docs
+DIST_VENV ?= .venv-dist
+DIST := $(DIST_VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
 DEEPSPEED_VENV ?= .venv-deepspeed
@@ -14,6 +16,7 @@ NEWEST := $(NEWEST_VENV)/.installed
 TORCH := $$(grep '^torch==' constraints.txt)
 
 .PHONY: demo reproduce worlds test coverage test-slow test-fsdp2 test-faults test-models test-vllm test-deepspeed test-newest test-browser test-docs docs docs-serve notebooks analyze-smollm2 analyze-gemma3 benchmark benchmark-training benchmark-grading benchmark-speed benchmark-plan lint format clean
+.PHONY: dist test-wheel clean-dist
 
 demo: $(INSTALLED)
 	$(BIN)/bupo demo --output runs/demo --overwrite true
@@ -101,6 +104,14 @@ benchmark-plan: $(MODELS)  # what a plan says beside what runs take, an hour on 
 	$(BIN)/python -m benchmarks.plan --model embedded --batches 4 --sampling --json runs/plan/embedded.json
 	$(BIN)/python -m benchmarks.plan --model models/smollm2-135m.gguf --json runs/plan/smollm2.json
 
+dist: $(DIST)  # a wheel and an sdist, in dist/, as PyPI takes them
+	rm -rf dist
+	$(DIST_VENV)/bin/python -m build
+	$(DIST_VENV)/bin/twine check --strict dist/*
+
+test-wheel: dist  # the wheel in an empty environment: every data file is there, demo, analyze and report run
+	OMP_NUM_THREADS=1 $(DIST_VENV)/bin/python tools/check_wheel.py dist
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -153,5 +164,14 @@ $(VLLM): pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-clean:
+# an environment of its own, which needs neither the package nor its dependencies
+$(DIST):
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	touch $@
+
+clean-dist:
+	rm -rf $(DIST_VENV) dist
+
+clean: clean-dist
 	rm -rf $(VENV) $(VLLM_VENV) $(DEEPSPEED_VENV) $(NEWEST_VENV) build .cache runs *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
