@@ -240,7 +240,7 @@ def test_rows_and_texts(tmp_path):
     path.write_bytes(b"caf\xe9")
     assert "no UTF-8" in damaged(path, lambda: read_text(path))
     with pytest.raises(DamagedFileError, match="larger than 1 KB"):
-        read_bytes(path.with_name("large"), largest=1 << 10) if path.with_name("large").write_bytes(
+        read_bytes(path.with_name("large"), max_bytes=1 << 10) if path.with_name("large").write_bytes(
             b"x" * 2000
         ) else None
 

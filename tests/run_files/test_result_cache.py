@@ -75,7 +75,7 @@ def test_rows_are_kept_and_survive_a_kill(tmp_path):
     [
         ({"x": 2, "y": "q"}, ["p"], "holds numbers made with another x (1, now 2): choose another output, or --over"),
         ({"x": 1, "y": None}, ["p"], "made with another y ('q', now None)"),
-        ({"x": 1, "y": "q", "z": 3}, ["p"], "of which the z is not noted (an earlier version made them)"),
+        ({"x": 1, "y": "q", "z": 3}, ["p"], "without a record of their z (made by an earlier version)"),
         ({"x": 1, "y": "q"}, ["r"], "holds numbers of other problems (number 0 is p, now r)"),
     ],
 )
@@ -110,8 +110,8 @@ def test_more_and_fewer_places(tmp_path):
 
 
 def test_what_is_noted_is_not_compared(tmp_path):
-    filled(tmp_path / "s", {"x": 1}, noted={"model": "m"})
-    numbers(tmp_path / "s", {"x": 1}, noted={"model": "n"}).begin()
+    filled(tmp_path / "s", {"x": 1}, metadata={"model": "m"})
+    numbers(tmp_path / "s", {"x": 1}, metadata={"model": "n"}).begin()
     assert json.loads((tmp_path / "s" / "settings.json").read_text()) == {"model": "m", "x": 1}
 
 
@@ -269,7 +269,7 @@ def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
     with pytest.raises(UserError, match="measures made with another temperature"):
         bupo.analyze("embedded", options)
     with pytest.raises(
-        UserError, match=r"holds answers, but not what they were made with \(settings.json is missing\)"
+        UserError, match=r"holds answers, but not their settings \(settings.json is missing\)"
     ):
         bupo.analyze("embedded", analysis(tmp_path))
     assert not lost(before, listing(tmp_path))

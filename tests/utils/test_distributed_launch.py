@@ -77,9 +77,9 @@ def test_a_launch_of_mpi_stays(environment):
 def test_a_process_group_is_believed(tmp_path, left):
     """Also one that did not come from the environment."""
     code = (
-        "import sys, torch.distributed as d; from bupo import launch\n"
+        "import sys, torch.distributed as d; from bupo.utils import distributed_launch as launch\n"
         "d.init_process_group('gloo', init_method=f'file://{sys.argv[1]}/meet', rank=0, world_size=1)\n"
-        "print(*launch.place()); print(launch.drop_leftovers()); d.destroy_process_group(); print(*launch.place())"
+        "print(*launch.get_process_info()); print(launch.drop_leftover_variables()); d.destroy_process_group(); print(*launch.get_process_info())"
     )
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | left
     done = subprocess.run(
@@ -101,7 +101,7 @@ def test_a_leftover_locks_as_a_single_process(environment, tmp_path, left):
 def test_a_command_warns_once_and_is_a_single_process(environment, tmp_path, left, capsys):
     """The folder of another writer is refused: rank 1 of no launch takes the lock as rank 0 does."""
     environment(left)
-    hold = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print(flush=True); time.sleep(600)"
+    hold = "import sys, time; from bupo.utils.lock import folder_lock\nwith folder_lock(sys.argv[1]): print(flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         assert main(["eval", "--model", "embedded", "--size", "2", "--k", "1", "--output", str(tmp_path / "run")]) == 2

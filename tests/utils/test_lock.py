@@ -14,7 +14,7 @@ from bupo.cli.main import main
 from bupo.utils.errors import UserError
 from bupo.utils.lock import LOCK_FILE, folder_lock
 
-HOLD = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from bupo.utils.lock import folder_lock\nwith folder_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    code = "import sys, signal, resource; from bupo.utils.lock import sole_writer\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith sole_writer(sys.argv[1]): pass"
+    code = "import sys, signal, resource; from bupo.utils.lock import folder_lock\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith folder_lock(sys.argv[1]): pass"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, timeout=60)
     assert "UserError" in done.stderr and "cannot be written: File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +122,7 @@ def test_where_nothing_can_be_written(tmp_path, where):
 
 def test_who_comes_while_another_leaves(tmp_path):
     """Never two at once, though the file goes and comes: counted in a file that only a holder may change."""
-    count = "import sys; from bupo.utils.errors import UserError; from bupo.utils.lock import sole_writer; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with sole_writer(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
+    count = "import sys; from bupo.utils.errors import UserError; from bupo.utils.lock import folder_lock; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with folder_lock(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
     (tmp_path / "n").write_text("0")
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(subprocess.run, [sys.executable, "-c", count, tmp_path], timeout=60) for _ in range(3)]
@@ -148,9 +148,9 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
     code = (
         "import multiprocessing, os, subprocess, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from bupo.utils.lock import sole_writer\n"
+        "from bupo.utils.lock import folder_lock\n"
         "if __name__ == '__main__':\n"
-        "  with sole_writer(sys.argv[1]):\n"
+        "  with folder_lock(sys.argv[1]):\n"
         f"    {CHILDREN[kind]}\n    print(pid, flush=True); time.sleep(60)\n"
     )
     (tmp_path / "run.py").write_text(code)
@@ -199,8 +199,8 @@ def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
 
 def test_a_child_that_unwinds_through_the_run_removes_nothing(tmp_path):
     code = (
-        "import os, sys, time; from bupo.utils.lock import sole_writer\n"
-        "with sole_writer(sys.argv[1]):\n"
+        "import os, sys, time; from bupo.utils.lock import folder_lock\n"
+        "with folder_lock(sys.argv[1]):\n"
         "    pid = os.fork()\n"
         "    if pid == 0: sys.exit(5)\n"
         "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5\n"
