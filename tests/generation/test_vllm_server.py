@@ -57,7 +57,7 @@ def server(monkeypatch):
 
 
 def test_answers_of_a_server(server):
-    engine = vllm_engines.ServerEngine(server + "/v1", 20, 0.5, 0.9, parallel=4)
+    engine = vllm_engines.ServerEngine(server + "/v1", 20, 0.5, 0.9, max_concurrent_requests=4)
     found = answers(engine, requests(3))
     assert engine.model == "served" and len(found) == 36 and FakeServer.failed
     for request in requests(3):
@@ -72,7 +72,7 @@ def test_answers_of_a_server(server):
 
 
 def test_answers_under_way_are_given_before_an_error_is_raised(server):
-    engine = vllm_engines.ServerEngine(server, 20, 1.0, 1.0, parallel=4)
+    engine = vllm_engines.ServerEngine(server, 20, 1.0, 1.0, max_concurrent_requests=4)
     found, refused = [], {"n": 0}
 
     def answer(request, own=engine._complete):
