@@ -98,7 +98,9 @@ def test_a_column_in_the_way_is_kept_under_another_name(tmp_path, caplog, prompt
         problems = load_problems(path, prompt_column=prompt_column, answer_column=answer_column)
     assert problems[0] | kept == problems[0]
     assert len(caplog.records) == len([name for name in kept if name.startswith("original_")])
-    assert f"its own column {next(iter(kept)).removeprefix('original_')} is kept as {next(iter(kept))}" in caplog.text
+    assert (
+        f"the existing column {next(iter(kept)).removeprefix('original_')} is renamed {next(iter(kept))}" in caplog.text
+    )
 
 
 def test_columns_that_trl_cannot_pass_are_left_out_with_a_word(tmp_path, caplog):

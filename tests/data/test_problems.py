@@ -186,7 +186,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 def test_a_file_that_is_not_ours_to_read(tmp_path, monkeypatch):
     path = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
     monkeypatch.setattr("bupo.data.problems.os.access", lambda path, mode: False)  # who tests may be root
-    with pytest.raises(UserError, match=r"p\.jsonl cannot be read: it is not yours"):
+    with pytest.raises(UserError, match=r"p\.jsonl cannot be read: you have no read permission"):
         load_problems(path)
 
 

@@ -60,14 +60,16 @@ def said(capsys):
 
 
 def test_a_run_is_evaluated_as_it_was_trained(tmp_path, capsys):
-    run = a_run(tmp_path / "run", besides={"top_k": 20}, server="http://localhost:1", chat_template="/etc/passwd")
+    run = a_run(
+        tmp_path / "run", other_sampling={"top_k": 20}, server="http://localhost:1", chat_template="/etc/passwd"
+    )
     summary, settings = evaluated(tmp_path / "eval", "--model", run)
     assert {name: settings[name] for name in OWN} == OWN == {name: summary["meta"][name] for name in OWN}
     assert "Think." in settings["prompt"] and summary["meta"]["as_trained"] == {"folder": run, **OWN}
     assert summary["benchmarks"]["arithmetic"]["mean_tokens"] <= 9
     line = said(capsys)
     assert "was trained: system_prompt 'Think.', max_new_tokens 9, temperature 0.5, top_p 0.9; its rollouts" in line
-    assert "also had top_k 20, which is left out" in line
+    assert "also had top_k 20, which is ignored" in line
     config = (tmp_path / "eval" / "config.yaml").read_text()
     assert not [name for name in OWN if name in config]  # what was given, and no more
 
@@ -145,7 +147,7 @@ def test_arguments_of_the_template():
         '{"chat_template_kwargs": {"tokenize": false}}',  # would make text of the prompt's tokens
         '{"chat_template_kwargs": {"chat_template": "x"}}',
         '{"chat_template_kwargs": {"messages": []}}',
-        '{"besides": 7}',
+        '{"other_sampling": 7}',
         "[" * 100_000,
         '{"system_prompt": "' + "x" * (1 << 20) + '"}',
         b"\xff\xfe",
@@ -155,7 +157,7 @@ def test_arguments_of_the_template():
 def test_what_is_no_such_file_is_one_line(tmp_path, content):
     path = tmp_path / EVALUATION_FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): mend it, or remove it") as raised:
+    with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): repair it, or remove it") as raised:
         read_training_prompt_settings(str(tmp_path))
     assert len(str(raised.value)) < 1000 and "\n" not in str(raised.value)
 

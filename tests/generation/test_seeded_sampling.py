@@ -122,7 +122,7 @@ def test_an_internal_policy_speaks(model):
 
 def test_truncation(model):
     found = answers(TransformersEngine(model, TOKENIZER, 4), requests(4)).values()
-    assert all(answer.tokens == 4 for answer in found if answer.truncated)
+    assert all(answer.length == 4 for answer in found if answer.truncated)
     assert any(answer.truncated for answer in found)
     found = answers(TransformersEngine(model, TOKENIZER, 64), requests(1)).values()
-    assert not any(answer.truncated for answer in found) and all(answer.tokens < 64 for answer in found)
+    assert not any(answer.truncated for answer in found) and all(answer.length < 64 for answer in found)

@@ -17,15 +17,15 @@ pytestmark = pytest.mark.vllm
 PROBLEMS, K, TOKENS = 64, 8, 48
 OFFLINE = """
 import json, sys
-from bupo.evaluation.vllm import VllmEngine
-from bupo.sampling import Request
+from bupo.generation.vllm_engines import VllmEngine
+from bupo.generation.seeded_sampling import CompletionRequest
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     engine = VllmEngine(asked["model"], asked["tokens"], asked["temperature"], 1.0, dtype="float32", enforce_eager=True,
                         max_model_len=1024, enable_chunked_prefill=False)
-    requests = [Request(p, n, tuple(ids), seed) for p, n, ids, seed in asked["requests"]]
-    runs = [[[r.problem, r.sample, a.text, a.tokens, a.truncated] for r, a in engine(requests)] for _ in range(2)]
+    requests = [CompletionRequest(p, n, tuple(ids), seed) for p, n, ids, seed in asked["requests"]]
+    runs = [[[r.problem, r.sample, a.text, a.length, a.truncated] for r, a in engine(requests)] for _ in range(2)]
     print("ANSWERS", json.dumps(runs))
 """
 

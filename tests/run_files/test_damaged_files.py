@@ -238,7 +238,7 @@ def test_rows_and_texts(tmp_path):
     path.write_text('{"a": 1}\n{"a": "b"}\n')
     assert "line 2: a is 'b', not int" in damaged(path, lambda: read_rows(path, {"a": int}))
     path.write_bytes(b"caf\xe9")
-    assert "no UTF-8" in damaged(path, lambda: read_text(path))
+    assert "not UTF-8" in damaged(path, lambda: read_text(path))
     with pytest.raises(DamagedFileError, match="larger than 1 KB"):
         read_bytes(path.with_name("large"), max_bytes=1 << 10) if path.with_name("large").write_bytes(
             b"x" * 2000

@@ -176,7 +176,7 @@ def analysed(tmp_path_factory):
 def test_another_lens_keeps_the_answers_and_samples_none(analysed, monkeypatch):
     before = listing(analysed.folder)
     monkeypatch.setattr(
-        "bupo.generation.seeded_sampling.TransformersEngine.token_ids",
+        "bupo.generation.seeded_sampling.TransformersEngine.generate_token_ids",
         lambda self, requests: pytest.fail("something was sampled"),
     )
     for changes in ({"lens": "final_norm"}, {"kl_pairs": True}, {"size": 3}, {"per_token": True}, {"max_tokens": 20}):
@@ -249,7 +249,9 @@ def test_a_folder_of_an_earlier_version_is_refused_and_overwritten_whole(tmp_pat
         (here / name).write_text("{}\n")
     (here / "settings.json").write_text(json.dumps({"model": "embedded", "dtype": "float32"}))
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"is not noted \(an earlier version made them\): .*--overwrite true"):
+    with pytest.raises(
+        UserError, match=r"without a record of their .* \(made by an earlier version\): .*--overwrite true"
+    ):
         bupo.analyze("embedded", analysis(tmp_path))
     assert listing(tmp_path) == before
     bupo.analyze("embedded", analysis(tmp_path, overwrite=True))
@@ -268,9 +270,7 @@ def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
     assert not lost(before, listing(tmp_path))
     with pytest.raises(UserError, match="measures made with another temperature"):
         bupo.analyze("embedded", options)
-    with pytest.raises(
-        UserError, match=r"holds answers, but not their settings \(settings.json is missing\)"
-    ):
+    with pytest.raises(UserError, match=r"holds answers, but not their settings \(settings.json is missing\)"):
         bupo.analyze("embedded", analysis(tmp_path))
     assert not lost(before, listing(tmp_path))
 
@@ -334,7 +334,7 @@ def test_answers_of_other_settings_are_neither_mixed_nor_lost(evaluated, changes
 def test_what_answers_do_not_depend_on(evaluated, monkeypatch):
     before = listing(evaluated.folder)
     monkeypatch.setattr(
-        "bupo.generation.seeded_sampling.TransformersEngine.token_ids",
+        "bupo.generation.seeded_sampling.TransformersEngine.generate_token_ids",
         lambda self, requests: iter(()) if not requests else pytest.fail("something was sampled"),
     )
     for changes in ({"lens": "final_norm"}, {"batch_size": 3}, {"k": 1}, {"size": 2}, {"deadline": 4.0}):

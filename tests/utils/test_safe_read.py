@@ -87,7 +87,7 @@ def test_an_evaluation_whose_folder_is_gone(tmp_path, monkeypatch, capsys, lose)
 
     ids = TransformersEngine.generate_token_ids
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TransformersEngine, "token_ids", lambda *args: (lose(Path("out")), ids(*args))[1])
+    monkeypatch.setattr(TransformersEngine, "generate_token_ids", lambda *args: (lose(Path("out")), ids(*args))[1])
     assert main([*EVAL, "--output", "out"]) == 2
     assert "out was deleted or renamed while it was written" in line_of(capsys)
     assert not Path("out").exists()
@@ -225,7 +225,7 @@ def test_homes_behind_an_equals_sign_and_in_a_file(tmp_path, monkeypatch):
     ):
         (options,), given = parse_options_and_values([EvalOptions], words, "bupo eval")
         assert options.output == f"{tmp_path}/out" == given["output"]
-        assert options.names == [f"math500={tmp_path}/f.jsonl", f"{tmp_path}/g.jsonl"]
+        assert options.benchmark_names == [f"math500={tmp_path}/f.jsonl", f"{tmp_path}/g.jsonl"]
         assert options.system_prompt == "~/no path"
     (data,), _ = parse_options_and_values([DatasetOptions], ["--dataset=~/p.jsonl"], "bupo train")
     assert data.dataset == f"{tmp_path}/p.jsonl"

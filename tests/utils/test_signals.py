@@ -113,8 +113,8 @@ def test_the_second_ctrl_c_needs_no_main_thread(main_thread):
         "import ctypes, signal, time\n"
         "lock = ctypes.create_string_buffer(64)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from bupo.utils.signals import Heard\n"
-        f"with Heard(print):\n    print('ready', flush=True)\n    {main_thread}\n"
+        "from bupo.utils.signals import SignalRecorder\n"
+        f"with SignalRecorder(print):\n    print('ready', flush=True)\n    {main_thread}\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -160,7 +160,7 @@ def test_what_is_started_unheard_goes_on(within):
 
 
 def test_with_nothing_left_to_finish_sigterm_ends():
-    code = "from bupo.utils.signals import Heard\nimport time\nwith Heard(lost=lambda: True):\n    print('ready', flush=True)\n    time.sleep(60)"
+    code = "from bupo.utils.signals import SignalRecorder\nimport time\nwith SignalRecorder(is_finished=lambda: True):\n    print('ready', flush=True)\n    time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)

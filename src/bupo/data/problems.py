@@ -153,11 +153,11 @@ def _load_rows(
     if is_procedural(name):
         if (size or 0) > _MAX_GENERATED_PROBLEMS:
             raise UserError(
-                f"size must be at most {_MAX_GENERATED_PROBLEMS} for {name}, whose problems are generated, got {size}"
+                f"size must be at most {_MAX_GENERATED_PROBLEMS} for {name}, whose problems are made, got {size}"
             )
         if shuffle_seed is not None:
             raise UserError(
-                f"shuffle_seed is {shuffle_seed}, but the problems of {name} are generated at random, by seed: leave it out"
+                f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
             )
     if numbers := _ARITHMETIC_NAME.fullmatch(name):
         rows = _generate_arithmetic(_check_split(name, split), size, seed, int(numbers[1] or 3))
@@ -259,7 +259,7 @@ def _generate_reasoning_gym(name: str, split: str, size: int | None, seed: int, 
     # a task draws problem i from seed + i, so the seeds of the splits must be far from each other
     first_seed = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
     # assertions of a task, unknown options, malformed JSON
-    with wrap_library_errors(f"{name} cannot be generated{f' with {config}' if config else ''}"):
+    with wrap_library_errors(f"{name} cannot be made{f' with {config}' if config else ''}"):
         options = json.loads(config) if config else {}
         task_name, count = name.removeprefix(REASONING_GYM), size or _PROCEDURAL_SIZES[split]
         task = reasoning_gym.create_dataset(task_name, size=count, seed=first_seed, **options)

@@ -1,6 +1,6 @@
 """Seeded sampling: each token of an answer depends only on the run's seed, the problem and the sample's index.
 
-An [`Engine`] takes requests and yields answers as they finish. [`TransformersEngine`] is used by the evaluation and the analysis;
+An [`Engine`] takes requests and yields answers as they finish. The evaluation and the analysis use [`TransformersEngine`];
 `bupo.generation.vllm_engines` holds the engines of vLLM, offline and as a server.
 """
 
@@ -85,10 +85,10 @@ class SeededLogitsProcessor(LogitsProcessor):
         )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens = self.sample_tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
+        tokens = self.select_tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
-    def sample_tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def select_tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the next tokens of some rows of the batch.
 
         Args:

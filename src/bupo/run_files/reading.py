@@ -1,8 +1,8 @@
 """Readers for the files of a run, an evaluation or an analysis.
 
 A file may be cut, empty, missing or invalid, after a full disk, a failed copy or an edit. The readers then raise
-[`DamagedFileError`], with the file and the remedy in one line. They unpickle tensors and plain values only, read no file outside
-the folder, and do not block on a pipe.
+[`DamagedFileError`], with the file and the remedy in one line. They unpickle tensors and plain values only, read no file
+outside the folder, and do not block on a pipe.
 """
 
 import json

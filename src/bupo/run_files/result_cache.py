@@ -1,4 +1,4 @@
-"""Cache of results in a folder: rows that are appended as they are computed, and the settings that they depend on."""
+"""Cache of results in a folder: rows, appended one by one, and the settings that they depend on."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

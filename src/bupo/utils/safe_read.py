@@ -66,7 +66,7 @@ def describe_index_error(folder: Path, index: str) -> str | None:
                 or ".." in name.replace("\\", "/").split("/")
                 or "\0" in name
             ):
-                return f"{index} names {name!r:.80}, which is not a file of its folder"
+                return f"{index} names {name!r:.80}, which is no file of its folder"
     except (UnreadableFolderError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{index} cannot be read"
     return None
