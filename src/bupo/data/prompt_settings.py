@@ -91,7 +91,7 @@ def _add_adapter_template(settings: TrainingPromptSettings, folder: Path) -> Tra
 
 
 def _read_text(path: Path) -> str:
-    """Return the text of a regular file. Raise `UnreadableFolderError` or `ValueError` if it is none, or too large."""
+    """Return a file's text. Raise `UnreadableFolderError` or `ValueError` if it is not a regular text file, or too large."""
     if not has_regular_file(path.parent, path.name):
         raise UnreadableFolderError(f"{path.name} is no regular file of its folder")
     return read_file_bytes(path.parent, path.name, MAX_SETTINGS_BYTES).decode()

@@ -25,7 +25,7 @@ class SignalInterrupt(KeyboardInterrupt):
 def summarize_error(error: BaseException) -> str:
     """Return an error of another library, or of the user's code, as one line: its type and the first line of its text.
 
-    A long text is cut. An error whose `__str__` raises has a line too.
+    A long text is cut. An error whose `__str__` raises is named by its type.
     """
     try:
         text = str(error).strip()

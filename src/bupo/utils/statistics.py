@@ -80,7 +80,7 @@ def compute_paired_p_value(first: Mapping[int, float], second: Mapping[int, floa
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Return p values adjusted by Holm's step-down method.
 
-    Rejecting the hypotheses with an adjusted p value below 0.05 keeps the chance of any false rejection below 5 %.
+    If the hypotheses with an adjusted p value below 0.05 are rejected, the chance of any false rejection is at most 5 %.
     """
     adjusted, running_max = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
