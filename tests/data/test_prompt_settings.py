@@ -52,7 +52,7 @@ def evaluated(output, *words):
     return json.loads((output / "summary.json").read_text()), settings
 
 
-def said(capsys):
+def read_output(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -67,7 +67,7 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, capsys):
     assert {name: settings[name] for name in OWN} == OWN == {name: summary["meta"][name] for name in OWN}
     assert "Think." in settings["prompt"] and summary["meta"]["as_trained"] == {"folder": run, **OWN}
     assert summary["benchmarks"]["arithmetic"]["mean_tokens"] <= 9
-    line = said(capsys)
+    line = read_output(capsys)
     assert "was trained: system_prompt 'Think.', max_new_tokens 9, temperature 0.5, top_p 0.9; its rollouts" in line
     assert "also had top_k 20, which is ignored" in line
     config = (tmp_path / "eval" / "config.yaml").read_text()
@@ -106,7 +106,7 @@ def test_analysis_and_sampling_of_a_run(tmp_path, capsys, without_figures):
         assert {name: settings[name] for name in OWN} == OWN and "Think." in settings["prompt"]
         assert model.meta["temperature"] == 0.5 and model.meta["as_trained"]["folder"] == run
     assert main(["sample", "--model", run, "--prompt", "57+23-41", "--max_new_tokens", "3"]) == 0
-    assert "was trained: system_prompt 'Think.', temperature 0.5, top_p 0.9" in said(capsys)
+    assert "was trained: system_prompt 'Think.', temperature 0.5, top_p 0.9" in read_output(capsys)
 
 
 def test_two_runs_that_were_trained_in_two_ways(tmp_path, fails):  # noqa: F811
@@ -252,8 +252,8 @@ def test_an_adapter_has_its_template(tmp_path):
     assert settings["prompt"].count("A conversation between User and Assistant.") == 1
     assert settings["max_new_tokens"] == 6 and settings["adapter"] == str(tmp_path / "adapter")
     default_template = load_tokenizer("embedded").chat_template
-    (tmp_path / "usual.jinja").write_text(default_template)
-    given = ["--adapter", str(tmp_path / "adapter"), "--chat_template", str(tmp_path / "usual.jinja")]
+    (tmp_path / "default.jinja").write_text(default_template)
+    given = ["--adapter", str(tmp_path / "adapter"), "--chat_template", str(tmp_path / "default.jinja")]
     _, settings = evaluated(tmp_path / "given", *given)
     assert "conversation" not in settings["prompt"]
 
@@ -390,9 +390,9 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
     tokenizer, problems = load_tokenizer("embedded"), bupo.load_problems("arithmetic", "test", size=2)
     prompts = [tuple(tokenize_prompt(tokenizer, messages)) for messages in problems["prompt"]]
     engine = TransformersEngine(load_model("embedded"), tokenizer, 20)
-    wanted = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
-    sampled = dict(engine.generate_token_ids(wanted))
-    rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in wanted]
+    requests = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
+    sampled = dict(engine.generate_token_ids(requests))
+    rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in requests]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = tmp_path / "eval" / "arithmetic" / "samples.jsonl"
 
@@ -419,16 +419,16 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
 
 def test_benchmarks_are_datasets_of_an_analysis(tmp_path, monkeypatch, fails):  # noqa: F811
     """A benchmark is loaded at its pinned revision; a file with a label is loaded like in `bupo eval`."""
-    asked = []
+    loaded = []
 
     def load_dataset(name, config, split, revision):
-        asked.append((name, split, revision))
+        loaded.append((name, split, revision))
         return Dataset.from_list([{"problem": f"{i}+11", "answer": str(i + 11)} for i in range(4)])
 
     monkeypatch.setattr("bupo.data.problems.load_dataset", load_dataset)
     found = load_the_problems(AnalyzeOptions(dataset="math500", size=3, system_prompt="Think."))
     known = BENCHMARKS["math500"]
-    assert asked == [(known.hub, "test", known.revision)] and found["answer"] == ["11", "12", "13"]
+    assert loaded == [(known.hub, "test", known.revision)] and found["answer"] == ["11", "12", "13"]
     assert found["prompt"][0][0] == {"role": "system", "content": "Think."}
     path = problem_file(tmp_path / "a=b.jsonl")
     for name in (f"mine={path}", str(path)):  # the second is a file in spite of the `=` in its name

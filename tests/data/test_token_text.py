@@ -144,10 +144,10 @@ def test_a_views_tokens_are_the_most_likely_ids():
     assert view["ids"] == ids[4:] and view["tokens"] == [format_token(tokenizer, token) for token in ids[4:]]
     for layer in range(1, 5):
         with torch.no_grad():
-            wanted = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
-        assert view["top_ids"][layer - 1] == wanted.tolist()
+            expected = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
+        assert view["top_ids"][layer - 1] == expected.tolist()
         texts = [[text for text, _ in cell] for cell in view["top"][layer - 1]]
-        assert texts == [[format_token(tokenizer, token) for token in row] for row in wanted.tolist()]
+        assert texts == [[format_token(tokenizer, token) for token in row] for row in expected.tolist()]
     (page,) = build_token_views(policies, tokenizer, [Rollout(ids[:4], ids[4:], "p", "c")])
     assert page["ids"] == view["ids"] and json.dumps(page)
 
@@ -177,11 +177,11 @@ def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, mon
     whole = policies.language_model.generate(torch.tensor([ids]), max_new_tokens=30)
     with torch.no_grad():
         best = torch.stack([policies.layer(n).logits(whole)[0, len(ids) - 1 : -1].argmax(-1) for n in (4, 3, 2, 1)], 1)
-    wanted = best == whole[0, len(ids) :, None]
-    assert [[style == "bold" for style in column] for column in styles] == wanted.tolist()
+    expected = best == whole[0, len(ids) :, None]
+    assert [[style == "bold" for style in column] for column in styles] == expected.tolist()
     rows = zip(best.tolist(), whole[0, len(ids) :].tolist(), strict=True)
     alike = [[tokenizer.decode([b]) == tokenizer.decode([token]) for b in row] for row, token in rows]
-    assert 0 < wanted.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
+    assert 0 < expected.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
 
 
 def test_a_table_shows_brackets_as_they_are():

@@ -19,8 +19,8 @@ def requests(k, prompts=PROMPTS, run=0):
     return [CompletionRequest(p, n, ids, derive_seed(run, p, n)) for p, ids in enumerate(prompts) for n in range(k)]
 
 
-def answers(engine, wanted):
-    return {(r.problem, r.sample): answer for r, answer in engine(wanted)}
+def answers(engine, batch):
+    return {(r.problem, r.sample): answer for r, answer in engine(batch)}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_without_temperature_it_equals_generate(model):
 
 def test_the_models_generation_config_does_not_matter(model):
     """A repetition penalty, beams, no cache or a length limit would change the sampled tokens."""
-    wanted = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
+    expected = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
     for setting in (
         {"use_cache": False},
         {"repetition_penalty": 1.5},
@@ -102,7 +102,7 @@ def test_the_models_generation_config_does_not_matter(model):
         own = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **setting)
         before, model.generation_config = model.generation_config, own
         try:
-            assert answers(TransformersEngine(model, TOKENIZER, 32), requests(3)) == wanted, setting
+            assert answers(TransformersEngine(model, TOKENIZER, 32), requests(3)) == expected, setting
             assert model.generation_config is own
         finally:
             model.generation_config = before

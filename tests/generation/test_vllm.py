@@ -69,31 +69,31 @@ def test_a_real_server_equals_transformers(folder, sums, server, tmp_path):
     greedy = ["--k", "1", "--temperature", "0"]
     assert main(evaluation(folder, sums, tmp_path / "server", *greedy, "--engine", "server", "--server", server)) == 0
     assert main(evaluation(folder, sums, tmp_path / "own", *greedy)) == 0
-    theirs, ours = (read_graded_table(tmp_path / name / "sums") for name in ("server", "own"))
-    assert (theirs["text"] == ours["text"]).mean() >= 0.95  # except for ties
-    assert (theirs["tokens"] == ours["tokens"]).mean() >= 0.95
+    server_table, own_table = (read_graded_table(tmp_path / name / "sums") for name in ("server", "own"))
+    assert (server_table["text"] == own_table["text"]).mean() >= 0.95  # except for ties
+    assert (server_table["tokens"] == own_table["tokens"]).mean() >= 0.95
 
 
 def test_a_real_server_agrees_within_the_interval(folder, sums, server, tmp_path, capsys):
-    own, theirs = tmp_path / "own", tmp_path / "server"
+    own_folder, server_folder = tmp_path / "own", tmp_path / "server"
     sampling = ["--k", str(K), "--temperature", "0.4"]  # some answers are correct
-    assert main(evaluation(folder, sums, own, *sampling)) == 0
+    assert main(evaluation(folder, sums, own_folder, *sampling)) == 0
     sampled = [*sampling, "--engine", "server", "--server", server]
-    assert main(evaluation(folder, sums, theirs, *sampled, "--compare", str(own))) == 0
+    assert main(evaluation(folder, sums, server_folder, *sampled, "--compare", str(own_folder))) == 0
     print(capsys.readouterr().out)
-    found = json.loads((theirs / "summary.json").read_text())["benchmarks"]["sums"]
+    found = json.loads((server_folder / "summary.json").read_text())["benchmarks"]["sums"]
     low, high = found["difference_interval"]
     assert low <= 0 <= high
-    ours = json.loads((own / "summary.json").read_text())["benchmarks"]["sums"]
+    ours = json.loads((own_folder / "summary.json").read_text())["benchmarks"]["sums"]
     assert ours["avg@k_interval"][0] <= found["avg@k"] <= ours["avg@k_interval"][1]
     assert 0.1 < found["avg@k"] < 0.9  # otherwise agreement would mean nothing
     assert found["mean_tokens"] == pytest.approx(ours["mean_tokens"], rel=0.2)
     assert (
-        get_correct(read_graded_table(theirs / "sums")) != get_correct(read_graded_table(own / "sums"))
+        get_correct(read_graded_table(server_folder / "sums")) != get_correct(read_graded_table(own_folder / "sums"))
     ).any()  # different random numbers
-    (theirs / "summary.json").unlink()
-    assert main(evaluation(folder, sums, theirs, *sampled)) == 0  # no answer is sampled again
-    assert len((theirs / "sums" / "samples.jsonl").read_text().splitlines()) == PROBLEMS * K
+    (server_folder / "summary.json").unlink()
+    assert main(evaluation(folder, sums, server_folder, *sampled)) == 0  # no answer is sampled again
+    assert len((server_folder / "sums" / "samples.jsonl").read_text().splitlines()) == PROBLEMS * K
 
 
 def test_vllm_offline(folder, sums):

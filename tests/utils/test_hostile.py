@@ -327,9 +327,11 @@ def test_a_hostile_label_of_a_benchmark_writes_nothing(label, tmp_path, capsys, 
     assert main(["eval", "--model", "embedded", "--benchmarks", named, "--output", "run"]) == 2
     train = ["train", "--model", "embedded", "--dataset", "arithmetic", "--internal_layer", "3", "--output", "run"]
     assert main([*train, "--eval_benchmarks", named]) == 2
-    said = [line for line in capsys.readouterr().err.split("\n") if "bupo: error" in line]
+    lines = [line for line in capsys.readouterr().err.split("\n") if "bupo: error" in line]
     assert (
-        len(said) == 2 and not STEERING.search("".join(said)) and all("names no folder inside" in line for line in said)
+        len(lines) == 2
+        and not STEERING.search("".join(lines))
+        and all("names no folder inside" in line for line in lines)
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["p.jsonl"]
 
@@ -522,18 +524,18 @@ def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
         (run / each).write_text(text)
     (run / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 8}')
 
-    def seen():
+    def find_layers():
         found = find_checkpoint_series([str(run)] * 2, None, tmp_path / "out")
         return found and found.layers
 
-    assert seen() == [5]
+    assert find_layers() == [5]
     (tmp_path / name).write_text(files[name])
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / name)
-    assert not seen()
+    assert not find_layers()
     (run / name).unlink()
     os.mkfifo(run / name)
-    assert not seen()
+    assert not find_layers()
 
 
 @pytest.mark.parametrize(

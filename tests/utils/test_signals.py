@@ -91,16 +91,16 @@ def test_a_handler_that_python_does_not_know_of_stays(tmp_path):
 
 
 def test_another_thread_than_the_main_one_sets_no_handlers():
-    before, seen = handlers(), []
+    before, results = handlers(), []
 
     def work():
         with raise_on_signal(), SignalRecorder() as recorder:
-            seen.append((handlers(), recorder.first_signal))
+            results.append((handlers(), recorder.first_signal))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(before, 0)]
+    assert results == [(before, 0)]
 
 
 # a place where a Python handler runs, and one where none does: a deadlock in a C library
