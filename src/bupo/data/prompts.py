@@ -73,7 +73,10 @@ def normalize_messages(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, Sequence) or not messages or not all(map(_is_message, messages)):
         raise _make_prompt_error(prompt, name, row)
-    messages = [_fill_content(_drop_none(message) if has_padding else dict(message)) for message in messages]
+    messages = [_drop_none(message) if has_padding else dict(message) for message in messages]
+    for message in messages:
+        if message.get("content") is None:
+            message["content"] = ""
     last = messages[-1]
     if not (get_message_text(last).strip() or last.get("tool_calls") or _has_non_text_parts(last)):
         raise _make_prompt_error(prompt, name, row)
@@ -98,10 +101,6 @@ def _has_non_text_parts(message: Mapping[str, Any]) -> bool:
     """Return whether a message holds other content than text, such as an image."""
     content = message.get("content")
     return isinstance(content, list) and any(isinstance(part, Mapping) and "text" not in part for part in content)
-
-
-def _fill_content(message: dict) -> dict:
-    return message if message.get("content") is not None else {**message, "content": ""}
 
 
 def _drop_none(value: Any) -> Any:

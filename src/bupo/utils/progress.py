@@ -40,7 +40,7 @@ class LogProgress(Progress):
             return
         self.last_line_time = now
         (task,) = [task for task in self.tasks if task.id == task_id]
-        line = f"{task.description}: {task.completed:g} of {task.total:g}, {_to_timedelta(task.elapsed)} elapsed"
+        line = f"{task.description}: {task.completed:g} of {task.total:g}, {_to_timedelta(task.elapsed)} taken"
         if task.time_remaining is not None:
             line += f", {_to_timedelta(task.time_remaining)} left"
         self.console.print(line, highlight=False, soft_wrap=True)

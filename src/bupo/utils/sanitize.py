@@ -13,12 +13,9 @@ _SECRET_PATTERN = re.compile(
 def escape_text(text: str) -> str:
     """Escape control characters, such as those that move the cursor of a terminal or reverse the direction of text."""
     return "".join(
-        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else _escape_character(c) for c in text
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
     )
-
-
-def _escape_character(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def collapse_whitespace(text: str) -> str:
