@@ -1,4 +1,4 @@
-"""No test asks the network. A headless Chromium for the pages, and what must hold of every page: no error, no request."""
+"""Shared fixtures: no network, and a headless Chromium that fails on any error or request of a page."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("bupo", deadline=None)  # an example's time is the machine's
+settings.register_profile("bupo", deadline=None)  # an example's duration depends on the machine
 settings.load_profile("bupo")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first test file imports huggingface_hub, which reads it once
-SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # a folder that keeps them, to be looked at
+SCREENSHOTS = os.environ.get("BUPO_SCREENSHOTS")  # folder for screenshots
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture
 def open_file(browser):
-    """Opens a file at a size and waits for a selector; afterwards there must have been no error and no request."""
+    """Return a function that opens a file and waits for a selector; fail on an error or a request of the page."""
     errors, requests = [], []
 
     def open_page(path, ready, width=1280, height=900, dark=False):
@@ -52,10 +52,10 @@ def open_file(browser):
 
 @pytest.fixture
 def shoot():
-    """Keeps a picture of a page, where they are wanted."""
+    """Return a function that saves a screenshot of a page if `BUPO_SCREENSHOTS` is set."""
 
-    def keep(page, name):
+    def save(page, name):
         if SCREENSHOTS:
             page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), full_page=True)
 
-    return keep
+    return save

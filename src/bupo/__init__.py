@@ -1,11 +1,11 @@
-"""Language models as stacks of policies: measure them, train them from the bottom up."""
+"""Bottom-up policy optimization: train and measure the internal policies of a language model, layer by layer."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 from bupo.version import VERSION
 
-if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+if TYPE_CHECKING:  # the names that `__getattr__` resolves
     from bupo.analysis.options import AnalyzeOptions as AnalyzeOptions
     from bupo.analysis.run import analyze as analyze
     from bupo.data.problems import load_problems as load_problems
@@ -65,7 +65,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):
-    # torch and TRL take seconds to import: `bupo --help` and the graders' child processes do without
+    # importing torch and TRL takes seconds; `bupo --help` and the graders' child processes do not need them
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'bupo' has no attribute {name!r}")

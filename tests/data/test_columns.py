@@ -1,4 +1,4 @@
-"""Every column of a data set reaches the reward functions unchanged, and prompts keep what their messages hold."""
+"""Every column of a data set reaches the reward functions unchanged, and prompts keep all fields of their messages."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def written(folder, rows, suffix=".jsonl"):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_columns_of_json_come_as_they_are_in_the_file(tmp_path, suffix):
+def test_columns_of_json_are_unchanged(tmp_path, suffix):
     problems = load_problems(written(tmp_path, ROWS, suffix))
     for row, source in zip(problems, ROWS, strict=True):
         assert row.pop("prompt") == [{"role": "user", "content": source["problem"]}]
@@ -52,7 +52,7 @@ def test_columns_of_json_come_as_they_are_in_the_file(tmp_path, suffix):
         assert type(row["mixed"]) is type(source["mixed"])
 
 
-def test_columns_of_parquet_come_as_they_are_in_the_file(tmp_path):
+def test_columns_of_parquet_are_unchanged(tmp_path):
     rows = [{**row, "mixed": row["problem"], "meta": {"a": {"b": [n]}, "c": None}} for n, row in enumerate(ROWS)]
     problems = load_problems(written(tmp_path, rows, ".parquet"), shuffle_seed=3, size=5)
     by_problem = {row["problem"]: row for row in rows}
@@ -88,7 +88,7 @@ def test_values_come_back_from_any_column():
         ("extra.text", "extra.gold", {"original_prompt": "own prompt", "original_answer": "own answer"}),
     ],
 )
-def test_a_column_in_the_way_is_kept_under_another_name(tmp_path, caplog, prompt_column, answer_column, kept):
+def test_an_existing_column_is_renamed(tmp_path, caplog, prompt_column, answer_column, kept):
     row: dict[str, Any] = {
         **{"prompt": "own prompt", "question": "q", "answer": "own answer", "gold": 7, "solution": "s"},
         "extra": {"text": "t", "gold": "g"},
@@ -98,10 +98,12 @@ def test_a_column_in_the_way_is_kept_under_another_name(tmp_path, caplog, prompt
         problems = load_problems(path, prompt_column=prompt_column, answer_column=answer_column)
     assert problems[0] | kept == problems[0]
     assert len(caplog.records) == len([name for name in kept if name.startswith("original_")])
-    assert f"its own column {next(iter(kept)).removeprefix('original_')} is kept as {next(iter(kept))}" in caplog.text
+    assert (
+        f"the existing column {next(iter(kept)).removeprefix('original_')} is renamed {next(iter(kept))}" in caplog.text
+    )
 
 
-def test_columns_that_trl_cannot_pass_are_left_out_with_a_word(tmp_path, caplog):
+def test_columns_that_trl_cannot_pass_are_left_out_with_a_warning(tmp_path, caplog):
     row = {"prompt": "p", "answer": "1", "completions": ["a"], "trainer_state": 1, "images": None, "completion": "c"}
     problems = load_problems(written(tmp_path, [row]))
     assert problems.column_names == ["prompt", "answer", "completion"]
@@ -129,14 +131,14 @@ def test_messages_keep_all_fields(tmp_path, suffix):
     assert [prompt[0]["content"] for prompt in with_system] == ["S", "s", "S"]
 
 
-def test_messages_of_parquet_have_no_fields_that_arrow_has_added(tmp_path):
+def test_fields_that_arrow_added_are_removed(tmp_path):
     simple = [[{**message, "content": get_message_text(message)} for message in prompt] for prompt in CONVERSATIONS]
     simple[1][2]["tool_calls"] = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     path = written(tmp_path, [{"prompt": prompt, "answer": "1"} for prompt in simple], ".parquet")
     assert list(load_problems(path)["prompt"]) == simple
 
 
-def test_a_call_without_content_gets_an_empty_one(tmp_path):
+def test_a_tool_call_without_content_gets_an_empty_one(tmp_path):
     """TRL reads `content` of every message."""
     prompt: list[dict[str, Any]] = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}]
     for message in (prompt[1], {**prompt[1], "content": None}):
@@ -220,7 +222,7 @@ def test_the_checksum_counts_every_column(tmp_path):
 
 
 def test_the_checksum_is_that_of_the_values():
-    """Of images and arrays too, whose texts hold an address in memory, or leave numbers out."""
+    """The texts of images and arrays hold a memory address, or leave numbers out."""
     rows = {"prompt": ["1+1="], "pixels": [[[0.0] * 64] * 64]}
 
     def problems(colour, pixel=0.0, kind="torch"):
@@ -237,7 +239,7 @@ SEEN: list[dict] = []
 
 
 def looks(completion_ids, difficulty, meta, prompts, tags, mixed, rubric, answer, solution, **kwargs):
-    """Note what TRL passes."""
+    """Record the arguments that TRL passes."""
     columns = zip(prompts, difficulty, meta, tags, mixed, rubric, answer, solution, strict=True)
     names = ("prompt", "difficulty", "meta", "tags", "mixed", "rubric", "answer", "solution")
     SEEN.extend(dict(zip(names, row, strict=True)) for row in columns)
@@ -252,7 +254,7 @@ OPTIONS: dict = {
 
 @pytest.mark.parametrize(("phase", "template"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)])
 def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phase, template):
-    """Name the file and the functions, TRL's own reward that needs `solution` among them; with prompts as text too."""
+    """The dataset is a file, and one reward function is TRL's, which needs `solution`; prompts may be text."""
     monkeypatch.setattr("bupo.training.run.draw_figures", lambda *a: None)
     SEEN.clear()
     tokenizer = TOKENIZER if template else TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer)
@@ -275,7 +277,7 @@ def test_rewards_get_every_column_while_a_run_trains(tmp_path, monkeypatch, phas
         assert row == {name: source[name] for name in row}
 
 
-def test_a_prompt_of_blanks_is_looked_through_once():
+def test_a_prompt_of_blanks_is_scanned_once():
     started = time.perf_counter()
     for text in ("  " * 1_500_000 + "1", "\ufeff " * 1_000_000 + "'" + " " * 1_000_000 + "1"):
         check_not_serialized(text, "problems", 0)

@@ -1,4 +1,4 @@
-"""Problems from every source, and one clear line where there are none."""
+"""Problems from every source, and one-line errors for invalid ones."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def test_arithmetic_is_right_and_depends_on_its_arguments_only():
     for index in range(300):
         problem = make_arithmetic_problem("train", 3, index)
-        value = eval(problem.question)  # the expression of digits, + and - just made
+        value = eval(problem.question)  # the expression has digits, + and - only
         assert problem.answer == str(value) and problem.direct_answer == f"\\boxed{{{value}}}"
         *steps, last = problem.worked_answer.split(";")
         assert last == problem.direct_answer and len(steps) == 2
@@ -83,7 +83,7 @@ def test_files(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("seed", "order"),  # as `sha256sum` and `sort` have it: printf "SEED NUMBER" | sha256sum
+    ("seed", "order"),  # order of `sha256sum` and `sort`: printf "SEED NUMBER" | sha256sum
     [(0, [6, 4, 2, 1, 7, 5, 0, 8, 9, 3]), (7, [3, 7, 8, 6, 9, 1, 4, 2, 0, 5])],
 )
 @pytest.mark.parametrize("size", [None, 4, 99])
@@ -100,13 +100,13 @@ def test_a_shuffle_is_even():
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "reasoning_gym:chain_sum"])
-def test_made_problems_are_not_shuffled(name):
+def test_generated_problems_are_not_shuffled(name):
     with pytest.raises(UserError, match=f"shuffle_seed is 3, but the problems of {name} are made at random, by seed"):
         load_problems(name, size=4, shuffle_seed=3)
 
 
 def test_the_checksum_of_problems(tmp_path):
-    """As printf '%s\\n%s\\n' ROW ROW | sha256sum has it; it depends on every row and on their order."""
+    """Equal to printf '%s\\n%s\\n' ROW ROW | sha256sum. It depends on every row and on their order."""
     path = write(tmp_path / "p.jsonl", [{"problem": f"1+{i} \u00e9", "answer": i + 1} for i in (1, 2)])
     known = "96d8cdc7ad25fd3e98121e07da68539a5ef3d0ac4de51a300557e9106356f8b5"
     problems = load_problems(path).select_columns(["prompt", "answer"])
@@ -162,7 +162,7 @@ def test_malformed_files(tmp_path, content, message):
         load_problems(str(path))
 
 
-def test_what_is_not_there(tmp_path, monkeypatch):
+def test_missing_and_invalid_sources(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"absent\.parquet is no file"):
         load_problems(str(tmp_path / "absent.parquet"))
     with pytest.raises(UserError, match="is no file"):
@@ -183,15 +183,15 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         load_problems("nobody/nothing")
 
 
-def test_a_file_that_is_not_ours_to_read(tmp_path, monkeypatch):
+def test_a_file_without_read_permission(tmp_path, monkeypatch):
     path = write(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
-    monkeypatch.setattr("bupo.data.problems.os.access", lambda path, mode: False)  # who tests may be root
-    with pytest.raises(UserError, match=r"p\.jsonl cannot be read: it is not yours"):
+    monkeypatch.setattr("bupo.data.problems.os.access", lambda path, mode: False)  # tests may run as root
+    with pytest.raises(UserError, match=r"p\.jsonl cannot be read: you have no read permission"):
         load_problems(path)
 
 
-def test_rows_of_files_are_as_they_stand(tmp_path):
-    """No guessing at dates, and columns that only some rows have."""
+def test_rows_of_files_are_unchanged(tmp_path):
+    """Dates are not parsed, and a column may exist in some rows only."""
     rows = [{"question": "1+1", "answer": "2024-01-01"}, {"question": "2+2", "answer": "4", "more": 1}]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))

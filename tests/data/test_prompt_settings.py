@@ -1,4 +1,4 @@
-"""A run knows how it is to be evaluated: what is written beside its weights, and who reads it."""
+"""Prompt settings next to a model's weights: how they are written, and which commands read them."""
 
 import json
 import os
@@ -38,38 +38,40 @@ MODEL = Path(resolve_model_path("embedded"))
 
 
 def a_run(folder, **values):
-    """The embedded model's folder, with what a run says of itself."""
+    """Copy the embedded model's folder, with the prompt settings of a run."""
     shutil.copytree(MODEL, folder)
     (folder / EVALUATION_FILE).write_text(json.dumps({"schema_version": 1, **OWN, **values}))
     return str(folder)
 
 
 def evaluated(output, *words):
-    """The summary of an evaluation of two sums, and what its answers depend on."""
+    """Return the summary of an evaluation of two problems, and the settings of its answers."""
     command = ["eval", "--benchmarks", "arithmetic", "--size", "2", "--k", "2", "--output", str(output), *words]
     assert main(command) == 0
     settings = json.loads((output / "arithmetic" / "settings.json").read_text())
     return json.loads((output / "summary.json").read_text()), settings
 
 
-def said(capsys):
+def read_output(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-# -- who reads it
+# -- reading
 
 
 def test_a_run_is_evaluated_as_it_was_trained(tmp_path, capsys):
-    run = a_run(tmp_path / "run", besides={"top_k": 20}, server="http://localhost:1", chat_template="/etc/passwd")
+    run = a_run(
+        tmp_path / "run", other_sampling={"top_k": 20}, server="http://localhost:1", chat_template="/etc/passwd"
+    )
     summary, settings = evaluated(tmp_path / "eval", "--model", run)
     assert {name: settings[name] for name in OWN} == OWN == {name: summary["meta"][name] for name in OWN}
     assert "Think." in settings["prompt"] and summary["meta"]["as_trained"] == {"folder": run, **OWN}
     assert summary["benchmarks"]["arithmetic"]["mean_tokens"] <= 9
-    line = said(capsys)
+    line = read_output(capsys)
     assert "was trained: system_prompt 'Think.', max_new_tokens 9, temperature 0.5, top_p 0.9; its rollouts" in line
-    assert "also had top_k 20, which is left out" in line
+    assert "also had top_k 20, which is ignored" in line
     config = (tmp_path / "eval" / "config.yaml").read_text()
-    assert not [name for name in OWN if name in config]  # what was given, and no more
+    assert not [name for name in OWN if name in config]  # only the given options
 
     given = ["--system_prompt", "", "--temperature", "1", "--max_new_tokens", "5"]
     summary, settings = evaluated(tmp_path / "given", "--model", run, *given)
@@ -80,17 +82,17 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, capsys):
     assert (settings["system_prompt"], settings["temperature"], settings["top_p"]) == (None, 1.0, 1.0)
 
 
-def test_kept_answers_are_graded_as_they_were_asked_for(tmp_path):
+def test_cached_answers_are_graded_with_their_prompts(tmp_path):
     run = a_run(tmp_path / "run")
     first, _ = evaluated(tmp_path / "eval", "--model", run)
     shutil.rmtree(run)
-    again, _ = evaluated(tmp_path / "eval", "--engine", "cached")  # nobody says the system prompt but the folder
+    again, _ = evaluated(tmp_path / "eval", "--engine", "cached")  # only the folder holds the system prompt
     assert again["benchmarks"] == first["benchmarks"]
 
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    """They take an analysis most of its time."""
+    """Skip the figures, which take most of the time of an analysis."""
     monkeypatch.setattr("bupo.analysis.run.write_report", lambda report: None)
 
 
@@ -99,12 +101,12 @@ def test_analysis_and_sampling_of_a_run(tmp_path, capsys, without_figures):
     report = bupo.analyze(
         ["embedded", run], bupo.AnalyzeOptions(size=2, output=str(tmp_path / "analysis"), max_tokens=4)
     )
-    for label, model in zip(("embedded", "run"), report.models, strict=True):  # side by side, they are asked alike
+    for label, model in zip(("embedded", "run"), report.models, strict=True):  # compared models get the same prompts
         settings = json.loads((tmp_path / "analysis" / label / "settings.json").read_text())
         assert {name: settings[name] for name in OWN} == OWN and "Think." in settings["prompt"]
         assert model.meta["temperature"] == 0.5 and model.meta["as_trained"]["folder"] == run
     assert main(["sample", "--model", run, "--prompt", "57+23-41", "--max_new_tokens", "3"]) == 0
-    assert "was trained: system_prompt 'Think.', temperature 0.5, top_p 0.9" in said(capsys)
+    assert "was trained: system_prompt 'Think.', temperature 0.5, top_p 0.9" in read_output(capsys)
 
 
 def test_two_runs_that_were_trained_in_two_ways(tmp_path, fails):  # noqa: F811
@@ -117,16 +119,16 @@ def test_arguments_of_the_template():
     own = TrainingPromptSettings(chat_template_kwargs={"enable_thinking": True}, max_new_tokens=3)
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %} at once{% endif %}"
-    _, asking = resolve_defaults(EvalOptions(), own, FALLBACK_OPTIONS)
-    assert asking.template_kwargs == {"enable_thinking": True}
-    assert asking.set_template(tokenizer) == 'the model\'s own, with {"enable_thinking": true}'
-    _, asking = resolve_defaults(EvalOptions(chat_template="octothinker"), own, FALLBACK_OPTIONS)
-    assert asking.template_kwargs == {} and asking.set_template(tokenizer).startswith("octothinker, ")
-    _, asking = resolve_defaults(
+    _, prompt_settings = resolve_defaults(EvalOptions(), own, FALLBACK_OPTIONS)
+    assert prompt_settings.template_kwargs == {"enable_thinking": True}
+    assert prompt_settings.set_template(tokenizer) == 'the model\'s own, with {"enable_thinking": true}'
+    _, prompt_settings = resolve_defaults(EvalOptions(chat_template="octothinker"), own, FALLBACK_OPTIONS)
+    assert prompt_settings.template_kwargs == {} and prompt_settings.set_template(tokenizer).startswith("octothinker, ")
+    _, prompt_settings = resolve_defaults(
         EvalOptions(), TrainingPromptSettings(chat_template_kwargs={"enable_thinking": False}), FALLBACK_OPTIONS
     )
     tokenizer.chat_template = "{{ messages[0].content }}{% if not enable_thinking %} at once{% endif %}"
-    assert asking.set_template(tokenizer) == "the model's own, no thinking"
+    assert prompt_settings.set_template(tokenizer) == "the model's own, no thinking"
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,10 @@ def test_arguments_of_the_template():
         '{"system_prompt": ["Think."]}',
         '{"system_prompt": "\\ud800"}',
         '{"chat_template_kwargs": ["enable_thinking"]}',
-        '{"chat_template_kwargs": {"tokenize": false}}',  # would make text of the prompt's tokens
+        '{"chat_template_kwargs": {"tokenize": false}}',  # would return text instead of tokens
         '{"chat_template_kwargs": {"chat_template": "x"}}',
         '{"chat_template_kwargs": {"messages": []}}',
-        '{"besides": 7}',
+        '{"other_sampling": 7}',
         "[" * 100_000,
         '{"system_prompt": "' + "x" * (1 << 20) + '"}',
         b"\xff\xfe",
@@ -155,14 +157,14 @@ def test_arguments_of_the_template():
 def test_what_is_no_such_file_is_one_line(tmp_path, content):
     path = tmp_path / EVALUATION_FILE
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): mend it, or remove it") as raised:
+    with pytest.raises(UserError, match=r"evaluation\.json cannot be used \(.*\): repair it, or remove it") as raised:
         read_training_prompt_settings(str(tmp_path))
     assert len(str(raised.value)) < 1000 and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", [EVALUATION_FILE, TEMPLATE_FILE])
 def test_only_regular_files_of_the_folder_are_read(tmp_path, name):
-    """A pipe would hang, a link show what lies elsewhere, a file without end fill memory."""
+    """A pipe would block, a link could show a file outside the folder, and an endless file would fill the memory."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     TrainingPromptSettings().write(folder)
@@ -184,7 +186,7 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path, name):
 
 
 def test_the_hubs_cache_is_read_through_its_links(tmp_path):
-    """`snapshots/REVISION` links to `blobs` beside it, and to nothing else of its model."""
+    """Links from `snapshots/REVISION` are followed to `blobs` only."""
     folder, blobs = tmp_path / "models--a--b" / "snapshots" / "f00", tmp_path / "models--a--b" / "blobs"
     folder.mkdir(parents=True)
     blobs.mkdir()
@@ -198,12 +200,12 @@ def test_the_hubs_cache_is_read_through_its_links(tmp_path):
         read_training_prompt_settings(str(folder))
 
 
-def test_most_models_say_nothing(tmp_path):
+def test_most_models_have_no_settings(tmp_path):
     for name in ("embedded", "Qwen/Qwen3-4B", str(tmp_path), "x" * 5000, "a\0b", "", None, 7):
         assert read_training_prompt_settings(name) is None
 
 
-# -- who writes it
+# -- writing
 
 
 def trainer(folder, tokenizer=None, peft=None, problems=None, **options):
@@ -224,9 +226,9 @@ def trainer(folder, tokenizer=None, peft=None, problems=None, **options):
 def test_a_trainer_saves_it_with_every_model(tmp_path):
     system = {"role": "system", "content": "Think."}
     problems = [{"prompt": [system, {"role": "user", "content": f"{i}+1"}], "answer": str(i + 1)} for i in range(4)]
-    made = trainer(tmp_path / "run", problems=problems, max_completion_length=24, temperature=0.7, top_k=5)
-    made.args.chat_template_kwargs = {"enable_thinking": False}
-    made.save_model(str(tmp_path / "model"))
+    run_trainer = trainer(tmp_path / "run", problems=problems, max_completion_length=24, temperature=0.7, top_k=5)
+    run_trainer.args.chat_template_kwargs = {"enable_thinking": False}
+    run_trainer.save_model(str(tmp_path / "model"))
     assert read_training_prompt_settings(str(tmp_path / "model")) == TrainingPromptSettings(
         "Think.", {"enable_thinking": False}, 24, 0.7, 1.0, {"top_k": 5}, str(tmp_path / "model")
     )
@@ -240,23 +242,23 @@ def test_a_trainer_saves_it_with_every_model(tmp_path):
     )
 
 
-def test_an_adapter_brings_its_template(tmp_path):
-    """The base model's tokenizer has another; the adapter's folder holds that of the run."""
+def test_an_adapter_has_its_template(tmp_path):
+    """The base model's tokenizer has another template; the adapter's folder holds the run's."""
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = CHAT_TEMPLATES["octothinker"]
-    made = trainer(tmp_path / "run", tokenizer, LoraConfig(target_modules="all-linear"), max_completion_length=6)
-    made.save_model(str(tmp_path / "adapter"))
+    run_trainer = trainer(tmp_path / "run", tokenizer, LoraConfig(target_modules="all-linear"), max_completion_length=6)
+    run_trainer.save_model(str(tmp_path / "adapter"))
     _, settings = evaluated(tmp_path / "eval", "--adapter", str(tmp_path / "adapter"))
     assert settings["prompt"].count("A conversation between User and Assistant.") == 1
     assert settings["max_new_tokens"] == 6 and settings["adapter"] == str(tmp_path / "adapter")
-    usual = load_tokenizer("embedded").chat_template
-    (tmp_path / "usual.jinja").write_text(usual)
-    given = ["--adapter", str(tmp_path / "adapter"), "--chat_template", str(tmp_path / "usual.jinja")]
+    default_template = load_tokenizer("embedded").chat_template
+    (tmp_path / "default.jinja").write_text(default_template)
+    given = ["--adapter", str(tmp_path / "adapter"), "--chat_template", str(tmp_path / "default.jinja")]
     _, settings = evaluated(tmp_path / "given", *given)
     assert "conversation" not in settings["prompt"]
 
 
-# -- answers a problem, by benchmark
+# -- answers per problem, by benchmark
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_an_adapter_brings_its_template(tmp_path):
         ("org/set@1234", "org/set@1234", None),
     ],
 )
-def test_the_number_behind_a_name(name, bare, k):
+def test_the_number_after_a_name(name, bare, k):
     assert split_k(name) == (bare, k)
 
 
@@ -314,7 +316,7 @@ def test_benchmarks_of_different_k(tmp_path, capsys):
     assert "| avg@2 [95 %] |" in (tmp_path / "b" / "table.md").read_text()
 
 
-# -- the paper's setting
+# -- the paper's settings
 
 
 def papers(**options):
@@ -383,14 +385,14 @@ def test_the_papers_setting_end_to_end(tmp_path, without_figures):
 
 
 def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fails):  # noqa: F811
-    """The same measures as those of the tokens that the engine samples, sampled once more and given in a file."""
+    """The measures equal those of the same tokens, sampled again and given in a file."""
     evaluated(tmp_path / "eval", "--max_new_tokens", "20", "--k", "3")
     tokenizer, problems = load_tokenizer("embedded"), bupo.load_problems("arithmetic", "test", size=2)
     prompts = [tuple(tokenize_prompt(tokenizer, messages)) for messages in problems["prompt"]]
     engine = TransformersEngine(load_model("embedded"), tokenizer, 20)
-    wanted = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
-    sampled = dict(engine.generate_token_ids(wanted))
-    rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in wanted]
+    requests = [CompletionRequest(p, n, prompts[p], derive_seed(0, p, n)) for n in range(3) for p in range(2)]
+    sampled = dict(engine.generate_token_ids(requests))
+    rows = [{"prompt_ids": request.prompt_ids, "completion_ids": sampled[request]} for request in requests]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = tmp_path / "eval" / "arithmetic" / "samples.jsonl"
 
@@ -408,7 +410,7 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
     arguments = ("analyze", "--output", str(tmp_path / "d"), "--rollouts")
     assert "give the folder of a benchmark in it, arithmetic" in fails(*arguments, str(tmp_path / "eval"))
     row = json.loads(samples.read_text().splitlines()[0])
-    del row["prompt_ids"], row["completion_ids"]  # as a server's answers are kept
+    del row["prompt_ids"], row["completion_ids"]  # the answers of a server have no token ids
     samples.write_text(json.dumps(row) + "\n")
     assert "samples.jsonl, line 1 is no rollout (ValueError: an evaluation's answer without tokens" in fails(
         *arguments, str(samples)
@@ -416,20 +418,20 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
 
 
 def test_benchmarks_are_datasets_of_an_analysis(tmp_path, monkeypatch, fails):  # noqa: F811
-    """Asked for at the revision that is pinned, with its columns; a file under a label is read as `bupo eval` reads it."""
-    asked = []
+    """A benchmark is loaded at its pinned revision; a file with a label is loaded like in `bupo eval`."""
+    loaded = []
 
     def load_dataset(name, config, split, revision):
-        asked.append((name, split, revision))
+        loaded.append((name, split, revision))
         return Dataset.from_list([{"problem": f"{i}+11", "answer": str(i + 11)} for i in range(4)])
 
     monkeypatch.setattr("bupo.data.problems.load_dataset", load_dataset)
     found = load_the_problems(AnalyzeOptions(dataset="math500", size=3, system_prompt="Think."))
     known = BENCHMARKS["math500"]
-    assert asked == [(known.hub, "test", known.revision)] and found["answer"] == ["11", "12", "13"]
+    assert loaded == [(known.hub, "test", known.revision)] and found["answer"] == ["11", "12", "13"]
     assert found["prompt"][0][0] == {"role": "system", "content": "Think."}
     path = problem_file(tmp_path / "a=b.jsonl")
-    for name in (f"mine={path}", str(path)):  # the second is a file, whatever its name
+    for name in (f"mine={path}", str(path)):  # the second is a file in spite of the `=` in its name
         assert load_the_problems(AnalyzeOptions(dataset=name, size=None))["answer"] == ["11", "12", "13"]
     arguments = ("analyze", "--output", str(tmp_path / "out"), "--dataset")
     assert "split 'train' is for a dataset, and math500 is a benchmark" in fails(

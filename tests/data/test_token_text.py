@@ -1,4 +1,4 @@
-"""Tokens are compared by id, and shown so that no two that differ in more than their bytes look alike."""
+"""Texts of tokens: they show bytes and white space, and tokens are compared by id."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TEXTS = ["你好,世界!😀👩‍👩‍👧", "naïve café — Ωμέγα", 
 
 
 def byte_level(merges=40):
-    """Byte-level BPE, as of GPT-2, Qwen and Llama 3, trained on a few words."""
+    """Return a byte-level BPE tokenizer, like those of GPT-2, Qwen and Llama 3, trained on a few words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def byte_level(merges=40):
 
 
 def byte_fallback():
-    """SentencePiece with byte fallback, as of Llama 2, Mistral and Gemma."""
+    """Return a SentencePiece tokenizer with byte fallback, like those of Llama 2, Mistral and Gemma."""
     pieces = [
         "<unk>",
         "<s>",
@@ -62,7 +62,7 @@ def byte_fallback():
 
 
 def metaspace():
-    """SentencePiece's unigrams, as of T5, XLM-R and many Japanese models."""
+    """Return a SentencePiece unigram tokenizer, like those of T5, XLM-R and many Japanese models."""
     pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("the", -3.0), ("日本", -2.0), ("x", -2.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -72,22 +72,22 @@ def metaspace():
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, lambda: load_tokenizer("embedded")])
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_tokens_are_the_bytes_of_the_text(make, text):
-    """Against the text's own UTF-8, which no tokenizer's `decode` of single tokens gives."""
+    """The expected bytes are the text's UTF-8, which `decode` of single tokens does not return."""
     tokenizer = make()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     joined = b"".join(get_token_bytes(tokenizer, token) for token in ids)
     assert joined.decode() in (text, " " + text)  # SentencePiece puts a space before a text
 
 
-def test_bytes_that_are_no_whole_character_are_shown_as_bytes():
+def test_bytes_of_incomplete_characters_are_shown_as_bytes():
     for tokenizer in (byte_level(0), byte_fallback(), load_tokenizer("embedded")):
         ids = tokenizer("界😀", add_special_tokens=False)["input_ids"]
         shown = [format_token(tokenizer, token) for token in ids if format_token(tokenizer, token) != "␣"]
         assert shown == [f"<{byte:02X}>" for byte in "界😀".encode()]
 
 
-def test_every_byte_looks_unlike_every_other():
-    """256 tokens of one byte each, all of which are one sign or nothing to `decode`, except for ASCII."""
+def test_all_bytes_have_different_texts():
+    """`decode` returns the same character, or nothing, for every token of one byte that is not ASCII."""
     tokenizer = byte_level(0)
     texts = [format_token(tokenizer, token) for token in range(2, 258)]
     assert len(set(texts)) == 256
@@ -107,7 +107,7 @@ def test_tokens_of_several_characters_and_of_a_part():
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
-def test_white_space_and_signs_without_a_glyph_are_visible(make):
+def test_white_space_and_characters_without_a_glyph_are_visible(make):
     tokenizer = make()
     tokenizer.add_tokens(["\n\n", "\u00a0", "\u3000", "\u200b", "a\ufe0f", "  "])
     for piece, shown in (
@@ -122,7 +122,7 @@ def test_a_space_before_a_word_is_shown(make):
     tokenizer = make()
     before, inside = (format_token(tokenizer, tokenizer.convert_tokens_to_ids(piece)) for piece in ("▁the", "the"))
     assert (before, inside) == ("␣the", "the")
-    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("▁the")]) == "the"  # both alike
+    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("▁the")]) == "the"  # the same text
 
 
 def test_special_tokens_and_ids_beyond_the_vocabulary():
@@ -135,7 +135,7 @@ def test_special_tokens_and_ids_beyond_the_vocabulary():
 
 
 def test_a_views_tokens_are_the_most_likely_ids():
-    """Against `argsort` of each layer's logits; the tokens are parts of Chinese characters and emoji."""
+    """The expected ids are the `argsort` of each layer's logits; the tokens are parts of Chinese characters and emoji."""
     tokenizer = byte_level(0)
     model = tiny_model("qwen3", vocab_size=300, seed=3)
     policies = InternalPolicies(model)
@@ -144,22 +144,22 @@ def test_a_views_tokens_are_the_most_likely_ids():
     assert view["ids"] == ids[4:] and view["tokens"] == [format_token(tokenizer, token) for token in ids[4:]]
     for layer in range(1, 5):
         with torch.no_grad():
-            wanted = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
-        assert view["top_ids"][layer - 1] == wanted.tolist()
+            expected = policies.layer(layer).logits(torch.tensor([ids]))[0, 3:-1].argsort(-1, descending=True)[:, :3]
+        assert view["top_ids"][layer - 1] == expected.tolist()
         texts = [[text for text, _ in cell] for cell in view["top"][layer - 1]]
-        assert texts == [[format_token(tokenizer, token) for token in row] for row in wanted.tolist()]
+        assert texts == [[format_token(tokenizer, token) for token in row] for row in expected.tolist()]
     (page,) = build_token_views(policies, tokenizer, [Rollout(ids[:4], ids[4:], "p", "c")])
     assert page["ids"] == view["ids"] and json.dumps(page)
 
 
 def cells(table):
-    """Bold or not, by layer (the last first) and position, of a table that rich has laid out."""
+    """Return which cells of a rich table are bold, by layer (the last first) and position."""
     return [[str(cell.style) for cell in column.cells] for column in table.columns[1:]]
 
 
 @pytest.mark.parametrize("top", [1, 3])
 def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, monkeypatch, capsys):
-    """By `bupo sample` itself, on Chinese text and emoji: every other token is a byte that `decode` shows as one sign."""
+    """`bupo sample` runs on Chinese text and emoji, where every other token is a byte that is no complete character."""
     tokenizer = byte_level(0)
     model = tiny_model("qwen3", vocab_size=258, pad_token_id=0, eos_token_id=1, bos_token_id=None, seed=5)
     model.save_pretrained(tmp_path)
@@ -177,15 +177,15 @@ def test_bold_are_the_layers_whose_most_likely_id_was_sampled(top, tmp_path, mon
     whole = policies.language_model.generate(torch.tensor([ids]), max_new_tokens=30)
     with torch.no_grad():
         best = torch.stack([policies.layer(n).logits(whole)[0, len(ids) - 1 : -1].argmax(-1) for n in (4, 3, 2, 1)], 1)
-    wanted = best == whole[0, len(ids) :, None]
-    assert [[style == "bold" for style in column] for column in styles] == wanted.tolist()
+    expected = best == whole[0, len(ids) :, None]
+    assert [[style == "bold" for style in column] for column in styles] == expected.tolist()
     rows = zip(best.tolist(), whole[0, len(ids) :].tolist(), strict=True)
     alike = [[tokenizer.decode([b]) == tokenizer.decode([token]) for b in row] for row, token in rows]
-    assert 0 < wanted.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
+    assert 0 < expected.sum() < torch.tensor(alike).sum(), "compared by text, other cells would be bold"
 
 
 def test_a_table_shows_brackets_as_they_are():
-    """`<E7>` and `[bold]` are no markup of the console's."""
+    """The console does not interpret `<E7>` and `[bold]` as markup."""
     view = {"ids": [5], "tokens": ["<E7>"], "top": [[[["[bold]", 0.5]]]], "top_ids": [[[5]]]}
     console = Console(width=60)
     with console.capture() as captured:

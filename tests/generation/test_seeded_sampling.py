@@ -1,4 +1,4 @@
-"""Each answer's random numbers are its own, and its tokens come from the policy."""
+"""Seeded sampling: each answer has its random numbers, and its tokens follow the policy's distribution."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def requests(k, prompts=PROMPTS, run=0):
     return [CompletionRequest(p, n, ids, derive_seed(run, p, n)) for p, ids in enumerate(prompts) for n in range(k)]
 
 
-def answers(engine, wanted):
-    return {(r.problem, r.sample): answer for r, answer in engine(wanted)}
+def answers(engine, batch):
+    return {(r.problem, r.sample): answer for r, answer in engine(batch)}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def model():
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
 def test_tokens_are_sampled_from_the_policy(temperature, top_p):
-    """20,000 rows of one distribution, chi-squared against its probabilities."""
+    """A chi-squared test compares 20,000 rows of one distribution with its probabilities."""
     scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0])
     rows = 20_000
     processor = SeededLogitsProcessor([derive_seed(0, i, 0) for i in range(rows)], 3, 1, temperature, top_p)
@@ -50,7 +50,7 @@ def test_tokens_are_sampled_from_the_policy(temperature, top_p):
     assert stats.chisquare(counts[possible].numpy(), (rows * expected[possible]).numpy()).pvalue > 1e-3
 
 
-def test_each_token_has_a_number_of_its_own():
+def test_each_token_has_its_random_number():
     processor = SeededLogitsProcessor([1, 2], 0, 50, 1.0, 1.0)
     flat = torch.zeros(2, 1000)
     chosen = torch.stack([processor(torch.zeros(2, t, dtype=torch.long), flat.clone()).argmax(-1) for t in range(50)])
@@ -69,28 +69,28 @@ def test_more_samples_never_change_earlier_ones(model):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_batch_does_not_matter(model, batch_size):
-    """One prompt a batch is not prefilled for several; seven cut a prompt's samples in two."""
+    """With batch size 1, no prompt is shared; with 7, the samples of a prompt are in two batches."""
     whole = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
     assert answers(TransformersEngine(model, TOKENIZER, 32, batch_size=batch_size), requests(3)) == whole
 
 
-def test_where_the_loop_does_not_suit_the_answers_are_the_same(model, monkeypatch):
-    """By `generate` with every row's own prompt, instead of one that is shared."""
+def test_without_the_fast_loop_the_answers_are_the_same(model, monkeypatch):
+    """`generate` then computes the prompt of every row instead of a shared one."""
     looped = answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3))
     monkeypatch.setattr("bupo.models.cpu_decoding.supports_fast_generate", lambda *_: False)
     assert answers(TransformersEngine(model, TOKENIZER, 32, top_p=0.9), requests(3)) == looped
 
 
-def test_without_temperature_it_is_the_models_own_generate(model):
+def test_without_temperature_it_equals_generate(model):
     found = answers(TransformersEngine(model, TOKENIZER, 24, temperature=0.0), requests(1))
     for problem, ids in enumerate(PROMPTS):
         own = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
         assert found[problem, 0].text == TOKENIZER.decode(own, skip_special_tokens=True)
 
 
-def test_the_models_own_generation_settings_do_not_matter(model):
-    """A repetition penalty, beams, no cache or a length of its own would change what is sampled."""
-    wanted = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
+def test_the_models_generation_config_does_not_matter(model):
+    """A repetition penalty, beams, no cache or a length limit would change the sampled tokens."""
+    expected = answers(TransformersEngine(model, TOKENIZER, 32), requests(3))
     for setting in (
         {"use_cache": False},
         {"repetition_penalty": 1.5},
@@ -102,13 +102,13 @@ def test_the_models_own_generation_settings_do_not_matter(model):
         own = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **setting)
         before, model.generation_config = model.generation_config, own
         try:
-            assert answers(TransformersEngine(model, TOKENIZER, 32), requests(3)) == wanted, setting
+            assert answers(TransformersEngine(model, TOKENIZER, 32), requests(3)) == expected, setting
             assert model.generation_config is own
         finally:
             model.generation_config = before
 
 
-def test_an_internal_policy_speaks(model):
+def test_sampling_from_an_internal_policy(model):
     policies = InternalPolicies(model)
     found = answers(TransformersEngine(model, TOKENIZER, 12, temperature=0.0, policy=policies.layer(6)), requests(1))
     for problem, ids in enumerate(PROMPTS):
@@ -122,7 +122,7 @@ def test_an_internal_policy_speaks(model):
 
 def test_truncation(model):
     found = answers(TransformersEngine(model, TOKENIZER, 4), requests(4)).values()
-    assert all(answer.tokens == 4 for answer in found if answer.truncated)
+    assert all(answer.length == 4 for answer in found if answer.truncated)
     assert any(answer.truncated for answer in found)
     found = answers(TransformersEngine(model, TOKENIZER, 64), requests(1)).values()
-    assert not any(answer.truncated for answer in found) and all(answer.tokens < 64 for answer in found)
+    assert not any(answer.truncated for answer in found) and all(answer.length < 64 for answer in found)

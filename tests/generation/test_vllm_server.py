@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible server, which here is a stand-in."""
+"""Engine of an OpenAI-compatible server, tested with a fake server."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from tests.generation.test_seeded_sampling import answers, requests
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server whose text is a function of the request; every third answer fails once."""
+    """OpenAI-compatible server whose text is a function of the request; every third request fails once."""
 
     seen: ClassVar[list[dict]] = []
     failed: ClassVar[set[int]] = set()
@@ -57,7 +57,7 @@ def server(monkeypatch):
 
 
 def test_answers_of_a_server(server):
-    engine = vllm_engines.ServerEngine(server + "/v1", 20, 0.5, 0.9, parallel=4)
+    engine = vllm_engines.ServerEngine(server + "/v1", 20, 0.5, 0.9, max_concurrent_requests=4)
     found = answers(engine, requests(3))
     assert engine.model == "served" and len(found) == 36 and FakeServer.failed
     for request in requests(3):
@@ -68,11 +68,15 @@ def test_answers_of_a_server(server):
         row = sent[request.seed]
         assert tuple(row["prompt"]) == request.prompt_ids
         assert (row["max_tokens"], row["temperature"], row["top_p"], row["n"]) == (20, 0.5, 0.9, 1)
-        assert (row["top_k"], row["min_p"], row["repetition_penalty"]) == (-1, 0, 1)  # else the server's model chooses
+        assert (row["top_k"], row["min_p"], row["repetition_penalty"]) == (
+            -1,
+            0,
+            1,
+        )  # otherwise the served model's settings apply
 
 
-def test_answers_under_way_are_given_before_an_error_is_raised(server):
-    engine = vllm_engines.ServerEngine(server, 20, 1.0, 1.0, parallel=4)
+def test_running_requests_finish_before_an_error_is_raised(server):
+    engine = vllm_engines.ServerEngine(server, 20, 1.0, 1.0, max_concurrent_requests=4)
     found, refused = [], {"n": 0}
 
     def answer(request, own=engine._complete):
@@ -93,7 +97,7 @@ def test_a_server_evaluates(server, tmp_path, capsys):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["meta"]["served"] == "served" and summary["meta"]["engine"] == "server"
     FakeServer.broken = True
-    assert main(evaluation(tmp_path, "--engine", "server", "--server", server)) == 0  # all answers are kept
+    assert main(evaluation(tmp_path, "--engine", "server", "--server", server)) == 0  # all answers are cached
     capsys.readouterr()
     assert main(evaluation(tmp_path / "new", "--engine", "server", "--server", server)) == 2
     assert 'answered 400 to /v1/completions: {"error": "the prompt is too long"}' in capsys.readouterr().err
@@ -115,6 +119,6 @@ def test_a_server_evaluates(server, tmp_path, capsys):
         (["--engine", "vllm"], "--engine vllm needs vLLM"),
     ],
 )
-def test_an_engine_that_is_not_there_is_one_line(tmp_path, capsys, options, message):
+def test_a_missing_engine_is_one_line(tmp_path, capsys, options, message):
     assert main(evaluation(tmp_path, *options)) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The reader of a run's files: whatever is wrong with one, a line with its name. All files and commands: tests/faults."""
+"""Readers of a run's files: any damage is one line with the file's name. tests/faults covers all files and commands."""
 
 import json
 import os
@@ -45,7 +45,7 @@ HARMLESS = {"not UTF-8": (), "null": ("a table",)}
 
 
 def damaged(path, damage):
-    """The one line of a damage."""
+    """Return the error line of a damaged file."""
     with pytest.raises(UserError) as error:
         damage()
     assert path.name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
@@ -109,7 +109,7 @@ def test_summaries_of_other_numbers(tmp_path, numbers):
 def test_files_larger_than_the_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
-        file.truncate(1 << 43)  # sparse: it takes no room
+        file.truncate(1 << 43)  # sparse
     for read in (read_bytes, read_json, read_rows, read_parquet, lambda path: read_appended_rows(path, json.loads)):
         assert "larger than the memory (8192 GB)" in damaged(path, lambda read=read: read(path))
 
@@ -167,7 +167,7 @@ def test_states(tmp_path, name):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """One without a manifest, by its files only."""
+    """Create a checkpoint without a manifest."""
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(
@@ -238,9 +238,9 @@ def test_rows_and_texts(tmp_path):
     path.write_text('{"a": 1}\n{"a": "b"}\n')
     assert "line 2: a is 'b', not int" in damaged(path, lambda: read_rows(path, {"a": int}))
     path.write_bytes(b"caf\xe9")
-    assert "no UTF-8" in damaged(path, lambda: read_text(path))
+    assert "not UTF-8" in damaged(path, lambda: read_text(path))
     with pytest.raises(DamagedFileError, match="larger than 1 KB"):
-        read_bytes(path.with_name("large"), largest=1 << 10) if path.with_name("large").write_bytes(
+        read_bytes(path.with_name("large"), max_bytes=1 << 10) if path.with_name("large").write_bytes(
             b"x" * 2000
         ) else None
 
@@ -257,7 +257,7 @@ def test_metrics(tmp_path, name, caplog):
         assert all(isinstance(row, dict) for row in read_metrics(path))
 
 
-def test_what_leads_out_of_the_folder_is_not_read(tmp_path):
+def test_links_out_of_the_folder_are_not_read(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "secret.parquet").write_text("hunter2")
     (tmp_path / "a" / "x.parquet").symlink_to(tmp_path / "secret.parquet")

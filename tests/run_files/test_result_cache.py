@@ -1,4 +1,4 @@
-"""Finished work: gone on with, refused where it is of other settings, never deleted without being asked."""
+"""Result caches: continued, refused if the settings differ, and never deleted without `overwrite`."""
 
 import json
 import os
@@ -20,25 +20,25 @@ from tests.cli.test_commands import fails  # noqa: F401
 
 
 def listing(folder):
-    """Every file with its bytes and the time it was written."""
+    """Return the content and the modification time of every file."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def lost(before, after, *rewritten):
-    """Files that are gone or another, but for those that every run writes anew."""
+    """Return the files that were deleted or changed, except for those that every run replaces."""
     return [
         name
-        for name, held in before.items()
-        if not any(Path(name).match(pattern) for pattern in rewritten) and after.get(name) != held
+        for name, content in before.items()
+        if not any(Path(name).match(pattern) for pattern in rewritten) and after.get(name) != content
     ]
 
 
-# -- one store -------------------------------------------------------------------------------------------------------
+# -- one cache -------------------------------------------------------------------------------------------------------
 
 
-def numbers(folder, settings, places=(), **options):
-    """A store of numbers by name."""
+def numbers(folder, settings, digests=(), **options):
+    """Return a cache of numbers by name."""
     return ResultCache(
         folder,
         "rows.jsonl",
@@ -46,24 +46,24 @@ def numbers(folder, settings, places=(), **options):
         lambda line: tuple(json.loads(line)),
         lambda key, row: json.dumps([key, row]),
         settings,
-        places,
+        digests,
         **options,
     )
 
 
-def filled(folder, settings, places=(), **options):
-    store = numbers(folder, settings, places, **options)
-    store.begin()
-    store.add("a", 1)
-    return store
+def filled(folder, settings, digests=(), **options):
+    cache = numbers(folder, settings, digests, **options)
+    cache.begin()
+    cache.add("a", 1)
+    return cache
 
 
-def test_rows_are_kept_and_survive_a_kill(tmp_path):
+def test_rows_survive_a_kill(tmp_path):
     filled(tmp_path / "s", {"x": 1})
     with (tmp_path / "s" / "rows.jsonl").open("a") as file:
-        file.write('["b", 2')  # killed while it wrote
+        file.write('["b", 2')  # killed during a write
     again = numbers(tmp_path / "s", {"x": 1})
-    assert (tmp_path / "s" / "rows.jsonl").read_text() == '["a", 1]\n["b", 2'  # nothing changes before it begins
+    assert (tmp_path / "s" / "rows.jsonl").read_text() == '["a", 1]\n["b", 2'  # no change before `begin`
     again.begin()
     assert again.rows == {"a": 1}
     again.add("b", 2)
@@ -71,26 +71,26 @@ def test_rows_are_kept_and_survive_a_kill(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "places", "message"),
+    ("settings", "digests", "message"),
     [
         ({"x": 2, "y": "q"}, ["p"], "holds numbers made with another x (1, now 2): choose another output, or --over"),
         ({"x": 1, "y": None}, ["p"], "made with another y ('q', now None)"),
-        ({"x": 1, "y": "q", "z": 3}, ["p"], "of which the z is not noted (an earlier version made them)"),
+        ({"x": 1, "y": "q", "z": 3}, ["p"], "without a record of their z (made by an earlier version)"),
         ({"x": 1, "y": "q"}, ["r"], "holds numbers of other problems (number 0 is p, now r)"),
     ],
 )
-def test_other_settings(tmp_path, settings, places, message):
+def test_other_settings(tmp_path, settings, digests, message):
     folder = tmp_path / "s"
     filled(folder, {"x": 1, "y": "q"}, ["p"])
     before = listing(folder)
     with pytest.raises(UserError) as raised:
-        numbers(folder, settings, places)
+        numbers(folder, settings, digests)
     assert message in str(raised.value) and listing(folder) == before
-    anew = numbers(folder, settings, places, overwrite=True)
-    assert listing(folder) == before  # not before it begins
+    anew = numbers(folder, settings, digests, overwrite=True)
+    assert listing(folder) == before  # no change before `begin`
     anew.begin()
     assert anew.rows == {} and not (folder / "rows.jsonl").exists()
-    filled(folder, settings, places)
+    filled(folder, settings, digests)
 
 
 def test_overwrite_deletes_nothing_of_the_same_settings(tmp_path):
@@ -101,21 +101,21 @@ def test_overwrite_deletes_nothing_of_the_same_settings(tmp_path):
     assert again.rows == {"a": 1} and listing(tmp_path / "s") == before
 
 
-def test_more_and_fewer_places(tmp_path):
+def test_more_and_fewer_digests(tmp_path):
     filled(tmp_path / "s", {"x": 1}, ["p", "q"])
-    for places in (["p"], ["p", "q", "r"], ["p", "q"]):
-        numbers(tmp_path / "s", {"x": 1}, places).begin()
+    for digests in (["p"], ["p", "q", "r"], ["p", "q"]):
+        numbers(tmp_path / "s", {"x": 1}, digests).begin()
     with pytest.raises(UserError, match="number 2 is r, now s"):
         numbers(tmp_path / "s", {"x": 1}, ["p", "q", "s"])
 
 
-def test_what_is_noted_is_not_compared(tmp_path):
-    filled(tmp_path / "s", {"x": 1}, noted={"model": "m"})
-    numbers(tmp_path / "s", {"x": 1}, noted={"model": "n"}).begin()
+def test_metadata_is_not_compared(tmp_path):
+    filled(tmp_path / "s", {"x": 1}, metadata={"model": "m"})
+    numbers(tmp_path / "s", {"x": 1}, metadata={"model": "n"}).begin()
     assert json.loads((tmp_path / "s" / "settings.json").read_text()) == {"model": "m", "x": 1}
 
 
-def test_settings_that_are_gone_or_broken(tmp_path):
+def test_settings_that_are_missing_or_damaged(tmp_path):
     filled(tmp_path / "s", {"x": 1})
     path = tmp_path / "s" / "settings.json"
     for content, message in (('{"x": ', "cannot be read"), ("[]", "it is no mapping"), (None, "json is missing")):
@@ -128,7 +128,7 @@ def test_settings_that_are_gone_or_broken(tmp_path):
     assert listing(tmp_path / "s").keys() == {"settings.json"}
 
 
-def test_a_broken_row_is_left_alone(tmp_path):
+def test_a_damaged_row_is_not_changed(tmp_path):
     filled(tmp_path / "s", {"x": 1})
     path = tmp_path / "s" / "rows.jsonl"
     path.write_text('["a", 1]\nnot a row\n["b", 2]\n')
@@ -152,7 +152,7 @@ def test_labels_stay_inside(tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def no_figures():
-    """They take most of the time of a short analysis, and are looked at elsewhere."""
+    """Skip the figures, which take most of the time of a short analysis and have other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bupo.analysis.results.draw_analysis_figures", lambda table, summary, folder: None)
         yield
@@ -176,7 +176,7 @@ def analysed(tmp_path_factory):
 def test_another_lens_keeps_the_answers_and_samples_none(analysed, monkeypatch):
     before = listing(analysed.folder)
     monkeypatch.setattr(
-        "bupo.generation.seeded_sampling.TransformersEngine.token_ids",
+        "bupo.generation.seeded_sampling.TransformersEngine.generate_token_ids",
         lambda self, requests: pytest.fail("something was sampled"),
     )
     for changes in ({"lens": "final_norm"}, {"kl_pairs": True}, {"size": 3}, {"per_token": True}, {"max_tokens": 20}):
@@ -229,34 +229,36 @@ def test_other_weights_are_refused_and_other_names_are_not(analysed, tmp_path):
         bupo.analyze(str(tmp_path / "changed" / "embedded"), analysis(analysed.folder))
 
 
-def test_overwrite_starts_anew(tmp_path):
+def test_overwrite_starts_again(tmp_path):
     bupo.analyze("embedded", analysis(tmp_path))
     before = (tmp_path / "embedded" / "rollouts.jsonl").read_bytes()
     bupo.analyze("embedded", analysis(tmp_path, seed=1, overwrite=True))
     after = (tmp_path / "embedded" / "rollouts.jsonl").read_bytes()
     assert after != before and len(after.splitlines()) == 4
     fresh = bupo.analyze("embedded", analysis(tmp_path / "fresh", seed=1))
-    held = (fresh.folder / "embedded" / "raw" / "answers.jsonl").read_bytes()
-    assert (tmp_path / "embedded" / "raw" / "answers.jsonl").read_bytes() == held
+    content = (fresh.folder / "embedded" / "raw" / "answers.jsonl").read_bytes()
+    assert (tmp_path / "embedded" / "raw" / "answers.jsonl").read_bytes() == content
     assert "overwrite" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
 
 
-def test_a_folder_of_an_earlier_version_is_refused_and_overwritten_whole(tmp_path):
-    """Its measures were beside the answers."""
+def test_a_folder_of_an_earlier_version_is_refused_and_overwritten_completely(tmp_path):
+    """The earlier version saved the measures next to the answers."""
     here = tmp_path / "embedded"
     here.mkdir()
     for name in ("rollouts.jsonl", "answers.jsonl", "tokens.parquet"):
         (here / name).write_text("{}\n")
     (here / "settings.json").write_text(json.dumps({"model": "embedded", "dtype": "float32"}))
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"is not noted \(an earlier version made them\): .*--overwrite true"):
+    with pytest.raises(
+        UserError, match=r"without a record of their .* \(made by an earlier version\): .*--overwrite true"
+    ):
         bupo.analyze("embedded", analysis(tmp_path))
     assert listing(tmp_path) == before
     bupo.analyze("embedded", analysis(tmp_path, overwrite=True))
     assert sorted(path.name for path in here.iterdir()) == ["raw", "rollouts.jsonl", "settings.json"]
 
 
-def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
+def test_a_rollouts_file_of_the_user_is_never_changed(tmp_path):
     own = tmp_path / "embedded" / "rollouts.jsonl"
     own.parent.mkdir()
     own.write_text("".join(json.dumps({"prompt": f"{i}+1", "completion": str(i + 1)}) + "\n" for i in range(4)))
@@ -268,9 +270,7 @@ def test_a_rollouts_file_of_ones_own_is_never_touched(tmp_path):
     assert not lost(before, listing(tmp_path))
     with pytest.raises(UserError, match="measures made with another temperature"):
         bupo.analyze("embedded", options)
-    with pytest.raises(
-        UserError, match=r"holds answers, but not what they were made with \(settings.json is missing\)"
-    ):
+    with pytest.raises(UserError, match=r"holds answers, but not their settings \(settings.json is missing\)"):
         bupo.analyze("embedded", analysis(tmp_path))
     assert not lost(before, listing(tmp_path))
 
@@ -328,13 +328,13 @@ def test_answers_of_other_settings_are_neither_mixed_nor_lost(evaluated, changes
             "embedded", evaluation(evaluated.folder, benchmarks=["reasoning_gym:chain_sum,arithmetic"], **changes)
         )
     assert message in str(raised.value) and "choose another output, or --overwrite true" in str(raised.value)
-    assert listing(evaluated.folder) == before  # nor is the other benchmark begun
+    assert listing(evaluated.folder) == before  # the other benchmark is not started
 
 
 def test_what_answers_do_not_depend_on(evaluated, monkeypatch):
     before = listing(evaluated.folder)
     monkeypatch.setattr(
-        "bupo.generation.seeded_sampling.TransformersEngine.token_ids",
+        "bupo.generation.seeded_sampling.TransformersEngine.generate_token_ids",
         lambda self, requests: iter(()) if not requests else pytest.fail("something was sampled"),
     )
     for changes in ({"lens": "final_norm"}, {"batch_size": 3}, {"k": 1}, {"size": 2}, {"deadline": 4.0}):
@@ -359,8 +359,8 @@ def test_the_lens_of_an_internal_policy(tmp_path):
     assert (tmp_path / "arithmetic" / "samples.jsonl").read_bytes() != before
 
 
-def test_a_folder_of_an_earlier_version_goes_on(evaluated, tmp_path):
-    """Its settings hold more, and say nothing of the system prompt."""
+def test_a_folder_of_an_earlier_version_continues(evaluated, tmp_path):
+    """Its settings have more entries, and none for the system prompt."""
     here = tmp_path / "arithmetic"
     here.mkdir()
     now = json.loads((evaluated.folder / "arithmetic" / "settings.json").read_text())
@@ -426,7 +426,7 @@ def test_a_loaded_model_is_the_same_as_its_name(analysed, evaluated, tmp_path, c
     assert "model came from Python" in (tmp_path / "a" / "config.yaml").read_text()
 
 
-def test_problems_and_rollouts_of_ones_own(tmp_path):
+def test_problems_and_rollouts_from_python(tmp_path):
     problems = Dataset.from_dict(
         {"prompt": [[{"role": "user", "content": f"{i}+2-1"}] for i in range(3)], "answer": ["1", "2", "3"]}
     )
@@ -444,7 +444,7 @@ def test_problems_and_rollouts_of_ones_own(tmp_path):
         bupo.analyze("embedded", analysis(tmp_path / "c"), rollouts=[])
 
 
-def test_problems_of_ones_own_that_are_none(tmp_path):
+def test_invalid_problems_from_python(tmp_path):
     asked, empty = Dataset.from_dict({"question": ["1+2-1"]}), Dataset.from_dict({"prompt": [], "answer": []})
     prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+2-1"}]]})
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The rank: from a process group or a complete launch, never from a variable that an earlier one has left."""
+"""Rank of a process: from a process group or a complete launch, never from a variable left over by an earlier launch."""
 
 import json
 import os
@@ -36,7 +36,7 @@ LEFTOVERS = [
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Sets a launch's variables, and no others."""
+    """Return a function that sets variables, in an environment without those of any launch."""
     for name in (*NAMES, *MPI):
         monkeypatch.delenv(name, raising=False)
 
@@ -62,24 +62,24 @@ def test_leftovers_make_no_launch(environment, left):
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_complete_launch_stays(environment, rank):
+def test_a_complete_launch_is_not_removed(environment, rank):
     environment(values := {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", **WHERE})
     assert distributed_launch.get_process_info() == (rank, 3) and distributed_launch.is_distributed()
     assert distributed_launch.drop_leftover_variables() is None and values.items() <= os.environ.items()
 
 
-def test_a_launch_of_mpi_stays(environment):
+def test_a_launch_of_mpi_is_not_removed(environment):
     environment({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "LOCAL_RANK": "1"})
     assert distributed_launch.drop_leftover_variables() is None and os.environ["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize("left", [{}, {"RANK": "1"}, {"RANK": "5", "WORLD_SIZE": "9", **WHERE}])
-def test_a_process_group_is_believed(tmp_path, left):
-    """Also one that did not come from the environment."""
+def test_a_process_group_has_priority(tmp_path, left):
+    """The group may be created without the environment's variables."""
     code = (
-        "import sys, torch.distributed as d; from bupo import launch\n"
+        "import sys, torch.distributed as d; from bupo.utils import distributed_launch as launch\n"
         "d.init_process_group('gloo', init_method=f'file://{sys.argv[1]}/meet', rank=0, world_size=1)\n"
-        "print(*launch.place()); print(launch.drop_leftovers()); d.destroy_process_group(); print(*launch.place())"
+        "print(*launch.get_process_info()); print(launch.drop_leftover_variables()); d.destroy_process_group(); print(*launch.get_process_info())"
     )
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | left
     done = subprocess.run(
@@ -99,9 +99,9 @@ def test_a_leftover_locks_as_a_single_process(environment, tmp_path, left):
 
 @pytest.mark.parametrize("left", LEFTOVERS, ids=str)
 def test_a_command_warns_once_and_is_a_single_process(environment, tmp_path, left, capsys):
-    """The folder of another writer is refused: rank 1 of no launch takes the lock as rank 0 does."""
+    """The folder of another run is refused: a leftover rank does not skip the lock."""
     environment(left)
-    hold = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print(flush=True); time.sleep(600)"
+    hold = "import sys, time; from bupo.utils.lock import folder_lock\nwith folder_lock(sys.argv[1]): print(flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         assert main(["eval", "--model", "embedded", "--size", "2", "--k", "1", "--output", str(tmp_path / "run")]) == 2
@@ -116,7 +116,7 @@ def test_a_command_warns_once_and_is_a_single_process(environment, tmp_path, lef
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_command_of_one_process_is_refused_in_a_launch(environment, tmp_path, command, rank, capsys, monkeypatch):
     environment({"RANK": rank, "WORLD_SIZE": "2", **WHERE})
-    monkeypatch.setattr(distributed_launch, "is_first_to_fail", lambda lost: True)  # there is no other process to ask
+    monkeypatch.setattr(distributed_launch, "is_first_to_fail", lambda lost_peer: True)  # there is no other process
     monkeypatch.chdir(tmp_path)
     assert main([command]) == 2
     assert f"bupo: error: bupo {command} is one process" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What others wrote does nothing: in a page, a table, a terminal, a path, a config, a checkpoint, a model's folder."""
+"""Hostile content has no effect in a page, a table, a terminal, a path, a config, a checkpoint or a model's folder."""
 
 import csv
 import json
@@ -45,11 +45,11 @@ from tests.reports.test_samples_page import META, answers, data_of
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x08\x9b31m\u202eevil\u2066\x00\udc80"
 MARKUP = "[red]x[/] [/] [link=file:///etc/passwd]y[/link]"
 SCRIPT = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><a href=javascript:alert(3)>"
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # but for tab and newline
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # except tab and newline
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -60,7 +60,7 @@ class Bomb:
 
 @pytest.fixture
 def touched(tmp_path):
-    """The file that nothing may make."""
+    """Path of a file that no test may create."""
     path = tmp_path / "touched"
     yield path
     assert not path.exists()
@@ -119,7 +119,7 @@ def test_hostile_labels_do_nothing_in_tables(tmp_path):
     _, summary = summary_of(*labels)
     numbers = summary["benchmarks"]["@SUM(1+1)"]
     summary["harness"] = {"=h": {"problems": 1, "score": 0.5, "interval": None, "metric": "-m|", "task": "+t"}}
-    write_scores(summary, tmp_path)  # the figure, too, whose labels could be formulas
+    write_scores(summary, tmp_path)  # also draws the figure, whose labels could be formulas
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["benchmark"] for row in rows[:2]] == ["'@SUM(1+1)", "'=a|b"] and rows[2]["benchmark"] == "[red]x[/]"
@@ -142,7 +142,7 @@ def test_hostile_names_do_nothing_in_a_terminal():
     logs = {"eval_rollout_batches": 1} | {f"eval_{MARKUP}/{name}": 0.5 for name in ("avg@4", "low", "high")}
     lines.on_log(None, None, None, logs)
     text = console.export_text(styles=False)
-    assert text.count(MARKUP) == 4  # a title, a row of two tables and a line, letter by letter
+    assert text.count(MARKUP) == 4  # unchanged in a title, a row of two tables and a line
     assert not STEERING.search(text.replace("\x1b[0m", ""))
 
 
@@ -162,7 +162,7 @@ def test_hostile_answers_stay_text_in_a_page(tmp_path):
     write_samples_page(tables, summary, dict.fromkeys(tables, SCRIPT), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "alert(1)</script>" not in page and "<img src=x" not in page and "<a href=javascript" not in page
-    assert page.count("<script") == 2  # the data's, and the page's own
+    assert page.count("<script") == 2  # the data, and the script of the page
     assert {row["gold"] for row in data_of(tmp_path / "report.html")["problems"]} >= {SCRIPT}
     assert "default-src &#39;none&#39;" in page
 
@@ -221,7 +221,7 @@ def test_a_hostile_label_stays_text_in_an_analysis(tmp_path):
 
 @pytest.mark.browser
 def test_a_hostile_label_is_drawn_as_text(tmp_path, open_file):
-    """Plotly would make a link of `<a href>` in a name. Nothing is asked for, and no script runs."""
+    """Plotly would turn `<a href>` in a name into a link. No request is sent, and no script runs."""
     label = "<a href='https://evil.invalid'>click</a> %{x} <b>b</b>"
     page = open_file(analysis_page(tmp_path, label + SCRIPT), "#curve .main-svg")
     page.wait_for_timeout(500)
@@ -232,11 +232,11 @@ def test_a_hostile_label_is_drawn_as_text(tmp_path, open_file):
     open_file(tmp_path / "samples.html", ".answer")
 
 
-# -- run folders that a page is made over
+# -- run folders of a runs page
 
 
 def hostile_runs(runs):
-    """Names with HTML, markup and escapes wherever a folder holds one, and numbers that are none or too large."""
+    """Write a run's folder with HTML, markup and escapes in every name, and with invalid or too large numbers."""
     names = {"model": SCRIPT, "optim": ESCAPES + MARKUP, "internal_layer": SCRIPT, "advantage_estimator": "@SUM(1+1)"}
     folders = [
         train(runs / "a", 1, names | {"internal_steps": 2}),
@@ -259,7 +259,7 @@ def hostile_runs(runs):
     )
     (train(runs / "bomb", 3) / "config.yaml").write_text(
         loop
-    )  # two to the thirtieth of texts, and a list inside itself
+    )  # 2^30 texts by YAML aliases, and a list that contains itself
     return [*folders, runs / "bomb"]
 
 
@@ -273,7 +273,7 @@ def test_hostile_run_folders_do_nothing_in_a_page(tmp_path, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert "left out: " in out and "(no run)" in out and not STEERING.search(out)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = page[page.rindex("</script>\n</head>") :]  # behind Plotly's own text
+    page = page[page.rindex("</script>\n</head>") :]  # after the code of Plotly
     assert "alert(1)</script>" not in page and "<img src=x" not in page and page.count("<script") == 2
     data = data_of(tmp_path / "page.html")
     (run,) = [run for run in data["runs"] if run["folder"].endswith("/a")]
@@ -291,7 +291,7 @@ def test_json_in_a_script_cannot_end_it():
 
 
 def test_hostile_questions_are_graded_as_text(touched):
-    """Prompts, golds and answers with null bytes, lone surrogates, control characters and code."""
+    """Prompts, gold answers and answers hold null bytes, lone surrogates, control characters and code."""
     code = f"__import__('pathlib').Path({str(touched)!r}).touch()"
     texts = [
         ESCAPES.removesuffix("\udc80"),
@@ -327,9 +327,11 @@ def test_a_hostile_label_of_a_benchmark_writes_nothing(label, tmp_path, capsys, 
     assert main(["eval", "--model", "embedded", "--benchmarks", named, "--output", "run"]) == 2
     train = ["train", "--model", "embedded", "--dataset", "arithmetic", "--internal_layer", "3", "--output", "run"]
     assert main([*train, "--eval_benchmarks", named]) == 2
-    said = [line for line in capsys.readouterr().err.split("\n") if "bupo: error" in line]
+    lines = [line for line in capsys.readouterr().err.split("\n") if "bupo: error" in line]
     assert (
-        len(said) == 2 and not STEERING.search("".join(said)) and all("names no folder inside" in line for line in said)
+        len(lines) == 2
+        and not STEERING.search("".join(lines))
+        and all("names no folder inside" in line for line in lines)
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["p.jsonl"]
 
@@ -359,7 +361,7 @@ def model_folder(tmp_path):
 
 
 def test_code_of_a_model_does_not_run_unasked(model_folder, touched, capsys):
-    """Nor is it asked for at the terminal: `trust_remote_code` is false unless given."""
+    """`trust_remote_code` is false by default, and there is no question at the terminal."""
     code = f"from pathlib import Path\nPath({str(touched)!r}).touch()\n"
     for name in ("configuration_evil", "modeling_evil", "tokenization_evil"):
         (model_folder / f"{name}.py").write_text(code)
@@ -414,12 +416,12 @@ def test_a_chat_template_reaches_nothing(template, model_folder, touched, capsys
     assert messages == [{"role": "user", "content": "1+1"}]
 
 
-# -- checkpoints and kept responses
+# -- checkpoints and cached responses
 
 
 @pytest.mark.faults
 def test_pickles_of_a_checkpoint_run_nothing(tmp_path, touched):
-    """Of the optimizer, its schedule, random numbers, bupo's part, and the arguments, which no resume reads."""
+    """The files of the optimizer, the scheduler, the random state, bupo's state, and the arguments, which no resume reads."""
     command = [
         "train",
         "--model",
@@ -475,7 +477,7 @@ UNREAD = {
 
 @pytest.mark.parametrize("kind", UNREAD)
 def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched, kind):
-    """One whose place in its run cannot be read has none."""
+    """A checkpoint whose position in its run cannot be read has no position."""
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
@@ -504,7 +506,7 @@ def test_a_run_that_has_done_what_none_does_is_one_line(tmp_path, batches):
 
 
 def test_a_layer_that_a_later_model_does_not_have_is_found_before_it_is_measured(tmp_path):
-    """The models of a run that was put together from several have other numbers of layers."""
+    """The checkpoints of a folder may come from models with different numbers of layers."""
     (tmp_path / "finished.json").write_text(json.dumps(FINISHED | {"schedule": [[5, 1]]}))
     (tmp_path / "config.yaml").write_text("model: embedded")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 4}')
@@ -514,7 +516,7 @@ def test_a_layer_that_a_later_model_does_not_have_is_found_before_it_is_measured
 
 @pytest.mark.parametrize("name", ["finished.json", "config.yaml"])
 def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
-    """A pipe would hang, a link show what lies elsewhere."""
+    """A pipe would block, and a link could show a file outside the folder."""
     run = tmp_path / "run"
     run.mkdir()
     files = {"finished.json": json.dumps(FINISHED | {"schedule": []}), "config.yaml": "internal_layer: 5"}
@@ -522,18 +524,18 @@ def test_only_regular_files_of_an_analysed_run_are_read(tmp_path, name):
         (run / each).write_text(text)
     (run / "config.json").write_text('{"model_type": "qwen3", "num_hidden_layers": 8}')
 
-    def seen():
+    def find_layers():
         found = find_checkpoint_series([str(run)] * 2, None, tmp_path / "out")
         return found and found.layers
 
-    assert seen() == [5]
+    assert find_layers() == [5]
     (tmp_path / name).write_text(files[name])
     (run / name).unlink()
     (run / name).symlink_to(tmp_path / name)
-    assert not seen()
+    assert not find_layers()
     (run / name).unlink()
     os.mkfifo(run / name)
-    assert not seen()
+    assert not find_layers()
 
 
 @pytest.mark.parametrize(
@@ -555,7 +557,7 @@ def test_a_run_whose_config_cannot_be_read_names_no_layer(tmp_path, config):
 
 
 def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):
-    """The harness' own cache would run what a copied folder holds."""
+    """The cache of lm-eval-harness would unpickle a copied folder's content."""
     sqlitedict = pytest.importorskip("sqlitedict")
     kept = tmp_path / "responses_rank0.db"
     with _storing_responses_as_json(tmp_path), sqlitedict.SqliteDict(str(kept), autocommit=True) as cache:
@@ -572,7 +574,9 @@ def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):
         pytest.raises(UserError, match="pickled: choose another"),
     ):
         cache["a"]
-    with sqlitedict.SqliteDict(str(tmp_path / "other.db")) as cache:  # afterwards it is the harness' again
+    with sqlitedict.SqliteDict(
+        str(tmp_path / "other.db")
+    ) as cache:  # the setting of the harness is restored afterwards
         cache["a"] = {1, 2}
         assert cache["a"] == {1, 2}
 
@@ -591,7 +595,7 @@ def test_code_that_a_model_wrote_sees_no_secret(monkeypatch):
 
 @pytest.mark.slow
 def test_tokens_reach_no_file(tmp_path):
-    """Of a whole run: config, arguments, model card, metrics, checkpoints."""
+    """All files of a run are searched: config, arguments, model card, metrics, checkpoints."""
     config = {
         "model": "embedded",
         "dataset": "arithmetic",

@@ -1,4 +1,4 @@
-"""Nothing that a command writes or deletes leaves its folder by a link, nothing that it reads does, and no pipe is waited for."""
+"""Commands write, delete and read only inside their folder: links out of it are not followed, and pipes do not block."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from bupo.utils.safe_read import check_model_folder
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """Make a folder of the user's that nothing may touch."""
+    """Create a folder of the user that no command may change."""
     folder = tmp_path / "elsewhere"
     (folder / "former" / "checkpoint-1").mkdir(parents=True)
     (folder / "gone").mkdir()
@@ -67,7 +67,7 @@ def test_a_whole_file_replaces_the_link_in_its_place(run, elsewhere, place):
 
 
 @pytest.mark.parametrize("place", ["summary.json", "summary.json.part"])
-def test_a_whole_file_replaces_a_pipe_and_not_a_folder(run, place):
+def test_a_complete_file_replaces_a_pipe_and_not_a_folder(run, place):
     os.mkfifo(run / place)
     write_json(run / "summary.json", {})
     (run / "other.json").mkdir()
@@ -117,7 +117,7 @@ def test_a_hard_link_is_not_written_through(run, elsewhere, name):
                 pass
         else:
             append_text(run / name, "a row\n")
-    write_json(run / name, {"a": 1})  # a whole file replaces it
+    write_json(run / name, {"a": 1})  # a complete file replaces it
 
 
 def test_half_a_last_line_is_not_cut_off_another_file(run, tmp_path):
@@ -241,7 +241,7 @@ def test_an_index_names_files_of_its_folder_only(model, name, index):
 
 
 def damage_of_checkpoint(model, index):
-    """Return the damage of a checkpoint that is whole but for its weights."""
+    """Return the damage of a checkpoint whose other files are intact."""
     (model / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
     import torch
 
@@ -286,14 +286,14 @@ def test_a_folder_of_templates_elsewhere_is_not_read(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja"])
-def test_a_pipe_in_a_model_is_not_waited_for(model, name):
+def test_a_pipe_in_a_model_does_not_block(model, name):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     with pytest.raises(UserError, match=f"{name} is no regular file"):
         load_tokenizer(str(model))
 
 
-def test_an_adapters_folder_is_looked_at_too(model, tmp_path):
+def test_an_adapters_folder_is_checked(model, tmp_path):
     (tmp_path / "secret").write_text("{}")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -306,7 +306,7 @@ def test_an_adapters_folder_is_looked_at_too(model, tmp_path):
 
 
 def test_the_hubs_cache_is_made_of_links(model, tmp_path):
-    """Follow the layout of huggingface_hub: `snapshots/REVISION/FILE` leads to `blobs/SUM`, of folders inside a snapshot too."""
+    """In huggingface_hub's layout, `snapshots/REVISION/FILE` links to `blobs/SUM`, also in folders inside a snapshot."""
     repository = tmp_path / "hub" / "models--a--b"
     snapshot = repository / "snapshots" / "0123abcd"
     (repository / "blobs").mkdir(parents=True)
@@ -371,7 +371,7 @@ def test_a_configuration_chooses_no_program(tmp_path, monkeypatch, capsys, name)
 @pytest.mark.parametrize(
     "name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_PROJECT", "NCCL_DEBUG", "HF_HUB_OFFLINE"]
 )
-def test_what_chooses_none_may_be_set(name):
+def test_other_settings_may_be_set(name):
     assert ALLOWED_VARIABLES.fullmatch(name)
 
 
@@ -382,7 +382,7 @@ def git(*words, folder):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """Make a repository that names programs, which would all leave a mark."""
+    """Create a repository whose configuration names programs, which would all create a file."""
     folder, mark = tmp_path / "repository", tmp_path / "mark"
     folder.mkdir()
     git("init", folder=folder)
@@ -405,7 +405,7 @@ def repository(tmp_path, monkeypatch):
     (folder / ".gitattributes").write_text("*.txt filter=f\n")
     (folder / ".git" / "hooks").mkdir(exist_ok=True)
     shutil.copy(program, folder / ".git" / "hooks" / "post-index-change")
-    os.utime(folder / "a.txt", (1, 1))  # git looks at its content again
+    os.utime(folder / "a.txt", (1, 1))  # forces git to read its content
     monkeypatch.chdir(folder)
     yield folder
     assert not mark.exists()

@@ -1,4 +1,4 @@
-"""One writer a folder, by real processes."""
+"""One writing run per output folder, tested with real processes."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from bupo.cli.main import main
 from bupo.utils.errors import UserError
 from bupo.utils.lock import LOCK_FILE, folder_lock
 
-HOLD = "import sys, time; from bupo.utils.lock import sole_writer\nwith sole_writer(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from bupo.utils.lock import folder_lock\nwith folder_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that writes into `run`."""
+    """Start another process that writes into `run`."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
@@ -31,7 +31,7 @@ def test_a_second_writer_is_refused_and_told_who(tmp_path, holder):
     message = rf"run is being written by process {holder.pid} on .+ since 20.+: wait"
     with pytest.raises(UserError, match=message), folder_lock(tmp_path / "run"):
         pass
-    assert (tmp_path / "run" / LOCK_FILE).exists()  # the holder's
+    assert (tmp_path / "run" / LOCK_FILE).exists()  # of the holder
 
 
 @pytest.mark.parametrize("command", ["train", "demo", "analyze", "eval"])
@@ -54,7 +54,7 @@ def test_what_a_killed_run_leaves_locks_nothing(tmp_path, holder):
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
-def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
+def test_one_thread_may_enter_twice_and_another_may_not(tmp_path):
     refused = []
 
     def other():
@@ -76,7 +76,7 @@ def test_a_run_is_part_of_another_in_one_thread_and_not_in_two(tmp_path):
     assert len(refused) == 1
 
 
-def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
+def test_folders_that_stay_empty_are_removed(tmp_path):
     (tmp_path / "mine").mkdir()
     for where in ("a/b/c", "mine"):
         with pytest.raises(KeyError), folder_lock(tmp_path / where):
@@ -87,7 +87,7 @@ def test_folders_that_stay_empty_are_taken_away_again(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["kept"]
 
 
-def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatch):
+def test_only_the_main_process_takes_the_lock(tmp_path, holder, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with folder_lock(tmp_path / "run"):
@@ -95,8 +95,8 @@ def test_of_several_processes_the_main_one_holds_it(tmp_path, holder, monkeypatc
     assert (tmp_path / "run" / LOCK_FILE).exists()
 
 
-def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
-    """A copy of the folder, or its upload, opens and closes the file in the same process."""
+def test_reading_the_lock_file_keeps_the_lock(tmp_path):
+    """Copying or uploading the folder opens and closes the lock file in the same process."""
     with folder_lock(tmp_path / "run"):
         (tmp_path / "run" / LOCK_FILE).read_bytes()
         other = subprocess.run(
@@ -106,7 +106,7 @@ def test_whoever_reads_the_folder_leaves_the_lock(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    code = "import sys, signal, resource; from bupo.utils.lock import sole_writer\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith sole_writer(sys.argv[1]): pass"
+    code = "import sys, signal, resource; from bupo.utils.lock import folder_lock\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nwith folder_lock(sys.argv[1]): pass"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, timeout=60)
     assert "UserError" in done.stderr and "cannot be written: File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -120,9 +120,9 @@ def test_where_nothing_can_be_written(tmp_path, where):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_who_comes_while_another_leaves(tmp_path):
-    """Never two at once, though the file goes and comes: counted in a file that only a holder may change."""
-    count = "import sys; from bupo.utils.errors import UserError; from bupo.utils.lock import sole_writer; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with sole_writer(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
+def test_many_runs_in_turn(tmp_path):
+    """Never two holders at once, while the lock file is removed and created again: each increments a counter in a file."""
+    count = "import sys; from bupo.utils.errors import UserError; from bupo.utils.lock import folder_lock; from pathlib import Path\nfile, n = Path(sys.argv[1]) / 'n', 0\nwhile n < 60:\n    try:\n        with folder_lock(sys.argv[1]):\n            file.write_text(str(int(file.read_text()) + 1)); n += 1\n    except UserError: pass"
     (tmp_path / "n").write_text("0")
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(subprocess.run, [sys.executable, "-c", count, tmp_path], timeout=60) for _ in range(3)]
@@ -131,7 +131,7 @@ def test_who_comes_while_another_leaves(tmp_path):
     assert os.listdir(tmp_path) == ["n"]
 
 
-# ways in which a reward function starts a process that goes on after its parent
+# ways in which a reward function may start a process that outlives its parent
 CHILDREN = {
     "fork": "pid = os.fork()\n    if pid == 0:\n        time.sleep(60); os._exit(0)",
     "fork in a fork": "pid = os.fork()\n    if pid == 0:\n        os.fork(); time.sleep(60); os._exit(0)",
@@ -148,9 +148,9 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
     code = (
         "import multiprocessing, os, subprocess, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from bupo.utils.lock import sole_writer\n"
+        "from bupo.utils.lock import folder_lock\n"
         "if __name__ == '__main__':\n"
-        "  with sole_writer(sys.argv[1]):\n"
+        "  with folder_lock(sys.argv[1]):\n"
         f"    {CHILDREN[kind]}\n    print(pid, flush=True); time.sleep(60)\n"
     )
     (tmp_path / "run.py").write_text(code)
@@ -158,12 +158,12 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
     child = int(run.stdout.readline())
     try:
         with pytest.raises(UserError, match=f"written by process {run.pid}"), folder_lock(tmp_path / "run"):
-            pass  # while it lives it holds the lock, children or not
+            pass  # the parent holds the lock while it lives
         run.kill()
         run.wait()
-        os.kill(child, 0)  # is there still
+        os.kill(child, 0)  # the child is alive
         end = time.monotonic() + 20
-        while True:  # a child that was forked a moment ago has yet to close its copy
+        while True:  # a child forked just before may not have closed its copy yet
             try:
                 with folder_lock(tmp_path / "run"):
                     break
@@ -176,8 +176,8 @@ def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path, kind):
         run.stdout.close()
 
 
-def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
-    """As one does that ends by `sys.exit` inside the run."""
+def test_a_forked_child_that_leaves_the_block_keeps_the_parents_lock(tmp_path):
+    """A child that calls `sys.exit` inside the run leaves the block too."""
     with folder_lock(tmp_path / "run"):
         child = os.fork()
         if child == 0:
@@ -199,8 +199,8 @@ def test_a_forked_child_that_comes_back_leaves_the_lock_to_its_parent(tmp_path):
 
 def test_a_child_that_unwinds_through_the_run_removes_nothing(tmp_path):
     code = (
-        "import os, sys, time; from bupo.utils.lock import sole_writer\n"
-        "with sole_writer(sys.argv[1]):\n"
+        "import os, sys, time; from bupo.utils.lock import folder_lock\n"
+        "with folder_lock(sys.argv[1]):\n"
         "    pid = os.fork()\n"
         "    if pid == 0: sys.exit(5)\n"
         "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5\n"

@@ -1,4 +1,4 @@
-"""Output folders: gone while they are written, the user's own, by a `~`, of strange names, and not to be read."""
+"""Output folders: deleted during a run, with the user's files, with `~`, with unusual names, and without permission."""
 
 import json
 import os
@@ -38,14 +38,14 @@ STRANGE = [
 
 
 def line_of(capsys):
-    """The one line of complaint."""
+    """Return the only error line."""
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
     return line
 
 
-# -- gone while it is written --------------------------------------------------------------------------------------------------
+# -- deleted or renamed during a run ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_folder_that_is_gone_is_one_line_and_not_made_anew(tmp_path, lose, wri
     assert not run.exists()
 
 
-def test_a_folder_of_the_same_name_is_another(tmp_path):
+def test_a_new_folder_of_the_same_name_is_not_the_same(tmp_path):
     run = tmp_path / "one"
     with pytest.raises(UserError, match="deleted or renamed"), folder_lock(run):
         run.rename(tmp_path / "former")
@@ -87,14 +87,14 @@ def test_an_evaluation_whose_folder_is_gone(tmp_path, monkeypatch, capsys, lose)
 
     ids = TransformersEngine.generate_token_ids
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TransformersEngine, "token_ids", lambda *args: (lose(Path("out")), ids(*args))[1])
+    monkeypatch.setattr(TransformersEngine, "generate_token_ids", lambda *args: (lose(Path("out")), ids(*args))[1])
     assert main([*EVAL, "--output", "out"]) == 2
     assert "out was deleted or renamed while it was written" in line_of(capsys)
     assert not Path("out").exists()
 
 
 class Losing(TrainerCallback):
-    """Renames or deletes the run's folder at an update."""
+    """Callback that renames or deletes the run's folder at an update."""
 
     def __init__(self, lose):
         self.lose = lose
@@ -121,7 +121,7 @@ def test_a_training_whose_folder_is_gone(tmp_path, lose, save):
     assert not (tmp_path / "run").exists()
 
 
-# -- the user's own --------------------------------------------------------------------------------------------------
+# -- with files of the user --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite", "true"]])
@@ -179,14 +179,14 @@ def test_another_programs_settings_make_no_runs_folder(tmp_path, monkeypatch, pl
         ["checkpoint-4/x", "README.md"],
     ],
 )
-def test_run_folders_and_what_stands_beside_are_not(tmp_path, names):
+def test_run_folders_with_other_files_are_accepted(tmp_path, names):
     for name in names:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("x")
     check_output_folder("output", tmp_path / "run")
 
 
-def test_a_run_in_the_working_folder_goes_on(tmp_path, monkeypatch):
+def test_a_run_in_the_working_folder_continues(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main([*EVAL, "--output", "."]) == 0
@@ -207,7 +207,7 @@ def test_a_run_in_the_working_folder_goes_on(tmp_path, monkeypatch):
         ("x=y", "x=y"),
     ],
 )
-def test_homes(monkeypatch, text, found):
+def test_home_folders(monkeypatch, text, found):
     monkeypatch.setenv("HOME", "/home/me")
     assert expand_user_path("output", text) == found.replace("HOME", "/home/me")
 
@@ -225,7 +225,7 @@ def test_homes_behind_an_equals_sign_and_in_a_file(tmp_path, monkeypatch):
     ):
         (options,), given = parse_options_and_values([EvalOptions], words, "bupo eval")
         assert options.output == f"{tmp_path}/out" == given["output"]
-        assert options.names == [f"math500={tmp_path}/f.jsonl", f"{tmp_path}/g.jsonl"]
+        assert options.benchmark_names == [f"math500={tmp_path}/f.jsonl", f"{tmp_path}/g.jsonl"]
         assert options.system_prompt == "~/no path"
     (data,), _ = parse_options_and_values([DatasetOptions], ["--dataset=~/p.jsonl"], "bupo train")
     assert data.dataset == f"{tmp_path}/p.jsonl"
@@ -300,12 +300,12 @@ def test_rollouts_may_hold_any_line_separator(tmp_path):
     assert found.completion == "2\x85"
 
 
-# -- not to be read or written ---------------------------------------------------------------------------------------
+# -- without permission ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def closed(tmp_path, monkeypatch):
-    """A folder of another user's; root, which tests may run as, reads all, so the system call is made to refuse."""
+    """Create a folder without permissions. The system calls are patched to refuse, since tests may run as root."""
     folder = tmp_path / "closed"
     folder.mkdir()
     (folder / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
@@ -377,7 +377,7 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch, capsys, number):
 
 
 @pytest.mark.parametrize("output", ["file/out", "file", "x" * 300, "/proc/out", "a/" * 3000])
-def test_what_can_be_no_folder(tmp_path, monkeypatch, capsys, output):
+def test_an_invalid_folder(tmp_path, monkeypatch, capsys, output):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     assert main([*EVAL, "--output", output]) == 2

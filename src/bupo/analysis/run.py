@@ -314,8 +314,8 @@ def _open_rollout_cache(
         rollout_to_json,
         settings,
         compute_prompt_digests(problems),
-        noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
-        beside=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
+        metadata={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        extra_patterns=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
         overwrite=options.overwrite,
     )
 
@@ -350,8 +350,8 @@ def _open_measure_cache(
         {name: subject.meta[name] for name in names} | {"measures": list(MEASURES)},
         [hash_rollout(rollout) for rollout in rollouts],
         "answers",
-        noted={name: subject.meta[name] for name in ("model", "revision", "adapter")},
-        beside=[TOKENS_FILE],
+        metadata={name: subject.meta[name] for name in ("model", "revision", "adapter")},
+        extra_patterns=[TOKENS_FILE],
         overwrite=options.overwrite,
     )
 

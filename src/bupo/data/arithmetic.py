@@ -1,7 +1,7 @@
-"""Procedural multi-step arithmetic: the task of the embedded model.
+"""Procedural multi-step arithmetic, the task of the embedded model.
 
-A problem is three two-digit numbers, or more, joined by `+` and `-` (`57+23-41`); its answer is one integer. It can be answered
-directly (`\\boxed{39}`) or with worked steps (`57+23=80;80-41=39;\\boxed{39}`): the same question, two ways to reason.
+A problem has three or more two-digit numbers, joined by `+` and `-` (`57+23-41`). Its answer is one integer, given directly
+(`\\boxed{39}`) or after worked steps (`57+23=80;80-41=39;\\boxed{39}`).
 """
 
 import random
@@ -13,7 +13,7 @@ TEST_SPLIT_DIVISOR = 8  # one problem in eight belongs to the test split, whatev
 
 @dataclass(frozen=True)
 class ArithmeticProblem:
-    """One expression with its value and both ways to answer it."""
+    """Expression with its value, its answer with worked steps and its direct answer."""
 
     question: str
     answer: str
@@ -22,7 +22,7 @@ class ArithmeticProblem:
 
 
 def _get_split(question: str) -> str:
-    """The split a question belongs to: a property of its text, so no seed can leak a test problem into training."""
+    """Return the split of a question. It depends on the text alone, so no seed can leak a test problem into training."""
     return "test" if zlib.crc32(question.encode()) % TEST_SPLIT_DIVISOR == 0 else "train"
 
 
@@ -40,16 +40,16 @@ def _draw_problem(rng: random.Random, numbers: int) -> ArithmeticProblem:
 
 
 def make_arithmetic_problem(split: str, seed: int, index: int, numbers: int = 3) -> ArithmeticProblem:
-    """Problem number `index` of a seeded stream; it depends on the arguments only.
+    """Return problem number `index` of a seeded stream. It depends on the arguments alone.
 
     Args:
-        split (`str`): `"train"` or `"test"`. The two hold no question in common.
+        split (`str`): `"train"` or `"test"`. The two have no question in common.
         seed (`int`): seed of the stream.
         index (`int`): position in the stream.
-        numbers (`int`): of the expression.
+        numbers (`int`, *optional*, defaults to `3`): count of numbers in the expression.
 
     Raises:
-        ValueError: for another split.
+        ValueError: if the split is unknown.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")

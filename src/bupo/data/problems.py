@@ -1,7 +1,7 @@
-"""Problems to train and test on: from the hub, from a file, from reasoning_gym, or the embedded task.
+"""Loading of problems: from the Hugging Face hub, a file, reasoning_gym or the embedded task.
 
-Whatever the source, the result is a dataset with `prompt` (messages) and `answer` (text), and every other column of the source
-as it is there: TRL passes them to the reward functions by name.
+The result is a dataset with `prompt` (messages), `answer` (text) and all other columns of the source, unchanged. TRL passes the
+columns to the reward functions by name.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "ground
 ARITHMETIC = "arithmetic"
 REASONING_GYM = "reasoning_gym:"
 FILE_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_ARITHMETIC_NAME = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5`: of five numbers
+_ARITHMETIC_NAME = re.compile(ARITHMETIC + "(?:-([2-9]))?")  # `arithmetic-5` has five numbers
 _PROCEDURAL_SIZES = {"train": 10_000, "test": 512}
-_MAX_GENERATED_PROBLEMS = 10_000_000  # problems of a procedural task, all of them in memory
-_ROWS_PER_READ = 1000  # rows that are read together
-# arguments that TRL gives to every reward function: a column of such a name cannot be passed, or would be overwritten
+_MAX_GENERATED_PROBLEMS = 10_000_000  # all problems of a procedural task are in memory
+_ROWS_PER_READ = 1000
+# arguments that TRL passes to every reward function: a column with such a name cannot be passed, or would be overwritten
 REWARD_ARGUMENTS = (
     "prompts",
     "completions",
@@ -44,7 +44,7 @@ REWARD_ARGUMENTS = (
     "log_metric",
     "environments",
 )
-_IMAGE_COLUMNS = ("image", "images")  # by which TRL takes a problem for one with images
+_IMAGE_COLUMNS = ("image", "images")  # TRL treats a row with one of these as a problem with images
 
 logger = logging.getLogger(__name__)
 
@@ -63,35 +63,36 @@ def load_problems(
     shuffle_seed: int | None = None,
     needs_answers: bool = True,
 ) -> Dataset:
-    """Load problems as a dataset of `prompt` (list of messages), `answer` (`str`) and every other column of the source.
+    """Load problems as a dataset of `prompt` (list of messages), `answer` (`str`) and all other columns of the source.
 
-    A column `prompt` or `answer` that is not the one the values are taken from is kept as `original_prompt` or
-    `original_answer`. Columns of images, and those named like an argument that TRL passes to reward functions, are left out
-    with a warning.
+    If the values come from another column, an existing column `prompt` or `answer` is renamed to `original_prompt` or
+    `original_answer`. Columns of images, and those with the name of an argument that TRL passes to reward functions, are left
+    out with a warning.
 
     Args:
         name (`str`): a local `.parquet`, `.jsonl` or `.json` file; `reasoning_gym:NAME`; `arithmetic`, the embedded model's
             task, or `arithmetic-5`, with five numbers; or a dataset's id on the Hugging Face hub.
-        split (`str`, *optional*, defaults to `"train"`): of a hub dataset or a procedural task. A file is one split.
-        config (`str`, *optional*): the hub dataset's configuration; for `reasoning_gym`, its options as JSON.
+        split (`str`, *optional*, defaults to `"train"`): split of a hub dataset or a procedural task. A file has one split.
+        config (`str`, *optional*): configuration of a hub dataset, or options of a `reasoning_gym` task as JSON.
         prompt_column, answer_column (`str`, *optional*): by default the first of `PROMPT_COLUMNS` and of `ANSWER_COLUMNS`. A
             dot reaches into a nested column.
-        system_prompt (`str`, *optional*): put before problems that have no system message.
-        size (`int`, *optional*): use the first so many problems; for procedural tasks, how many to make.
-        revision (`str`, *optional*): of a hub dataset.
-        seed (`int`, *optional*, defaults to `0`): of procedural tasks. Their train and test splits never share a seed.
-        shuffle_seed (`int`, *optional*): shuffle a file's or hub dataset's problems by [`shuffle_indices`] before `size` are taken.
-        needs_answers (`bool`, *optional*, defaults to `True`): refuse problems without gold answers. Without, `answer` is made
-            only where `answer_column` names a column, or a usual one holds an answer in every row.
+        system_prompt (`str`, *optional*): system message for problems without one.
+        size (`int`, *optional*): number of problems to take from the beginning, or to generate for a procedural task.
+        revision (`str`, *optional*): revision of a hub dataset.
+        seed (`int`, *optional*, defaults to `0`): seed of a procedural task. Its train and test splits never share a seed.
+        shuffle_seed (`int`, *optional*): shuffle the problems of a file or hub dataset by [`shuffle_indices`] before taking
+            `size` of them.
+        needs_answers (`bool`, *optional*, defaults to `True`): refuse problems without gold answers. If `False`, the column
+            `answer` exists only if `answer_column` is given, or one of `ANSWER_COLUMNS` holds an answer in every row.
 
     Raises:
-        UserError: if there is nothing at the name, it cannot be read, is empty, or lacks a column.
+        UserError: if the problems do not exist, cannot be read, are empty, or lack a column.
     """
     rows = _load_rows(name, split, config, size, revision, seed, shuffle_seed)
     prompt_source, prompts = _find_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
-    filled = Path(name).suffix not in (".json", ".jsonl")  # Arrow gives all messages of a column the same fields
+    has_padding = Path(name).suffix not in (".json", ".jsonl")  # Arrow gives all messages of a column the same fields
     columns: dict[str, list] = {
-        "prompt": [normalize_messages(p, system_prompt, name, i, filled) for i, p in enumerate(prompts)]
+        "prompt": [normalize_messages(p, system_prompt, name, i, has_padding) for i, p in enumerate(prompts)]
     }
     sources = {"prompt": prompt_source}
     try:
@@ -105,33 +106,36 @@ def load_problems(
 
 
 def _rename_original_columns(rows: Dataset, name: str, sources: Mapping[str, str]) -> Dataset:
-    """Return rows whose columns `prompt` and `answer` are renamed where the values of these names come from other columns."""
+    """Rename the columns `prompt` and `answer` if the values of these names come from other columns."""
     for column, source in sources.items():
         if column in rows.column_names and source != column:
-            other = f"original_{column}"
-            while other in rows.column_names:
-                other = f"_{other}"
-            logger.warning(f"{name}: {column} is taken from {source}, and its own column {column} is kept as {other}")
-            rows = rows.rename_column(column, other)
+            new_name = f"original_{column}"
+            while new_name in rows.column_names:
+                new_name = f"_{new_name}"
+            logger.warning(
+                f"{name}: {column} is taken from {source}; the existing column {column} is renamed {new_name}"
+            )
+            rows = rows.rename_column(column, new_name)
     return rows
 
 
 def _drop_unsupported_columns(rows: Dataset, name: str) -> Dataset:
-    """Return rows without the columns that TRL cannot pass to a reward function, or would read as images."""
+    """Remove the columns that TRL cannot pass to a reward function, or would read as images."""
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
     images = [
         column for column, kind in kinds.items() if column in _IMAGE_COLUMNS or kind in ("Image", "Audio", "Video")
     ]
-    taken = [column for column in rows.column_names if column in REWARD_ARGUMENTS]
+    reserved = [column for column in rows.column_names if column in REWARD_ARGUMENTS]
     if images:
         logger.warning(
             f"{name}: {', '.join(images)} left out: BuPO trains text models, on problems without images or sound"
         )
-    if taken:
+    if reserved:
         logger.warning(
-            f"{name}: {', '.join(taken)} left out: TRL passes an argument of this name to reward functions; rename the column"
+            f"{name}: {', '.join(reserved)} left out: TRL passes an argument of this name to reward functions; "
+            "rename the column"
         )
-    return rows.remove_columns([*images, *taken])
+    return rows.remove_columns([*images, *reserved])
 
 
 def _load_rows(
@@ -143,18 +147,18 @@ def _load_rows(
     seed: int,
     shuffle_seed: int | None,
 ) -> Dataset:
-    """The rows as their source has them."""
+    """Load the rows of a source with its columns."""
     if size is not None and size < 1:
         raise UserError(f"the number of problems must be positive, got {size}")
-    made = is_procedural(name)
-    if made and (size or 0) > _MAX_GENERATED_PROBLEMS:
-        raise UserError(
-            f"size must be at most {_MAX_GENERATED_PROBLEMS} for {name}, whose problems are made, got {size}"
-        )
-    if made and shuffle_seed is not None:
-        raise UserError(
-            f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
-        )
+    if is_procedural(name):
+        if (size or 0) > _MAX_GENERATED_PROBLEMS:
+            raise UserError(
+                f"size must be at most {_MAX_GENERATED_PROBLEMS} for {name}, whose problems are made, got {size}"
+            )
+        if shuffle_seed is not None:
+            raise UserError(
+                f"shuffle_seed is {shuffle_seed}, but the problems of {name} are made at random, by seed: leave it out"
+            )
     if numbers := _ARITHMETIC_NAME.fullmatch(name):
         rows = _generate_arithmetic(_check_split(name, split), size, seed, int(numbers[1] or 3))
     elif name.startswith(REASONING_GYM):
@@ -172,41 +176,41 @@ def _load_rows(
 
 
 def is_procedural(name: str) -> bool:
-    """Whether the problems of a name are made, not read."""
+    """Return whether the problems of a name are generated instead of loaded."""
     return name.startswith(REASONING_GYM) or _ARITHMETIC_NAME.fullmatch(name) is not None
 
 
 def shuffle_indices(count: int, seed: int) -> list[int]:
-    """The numbers from 0 in a random order that is the same on any machine and with any version of a library.
+    """Return the indices from 0 in a random order that is the same on any machine and with any version of a library.
 
-    Number i stands where the SHA-256 of the text `SEED i` sorts it.
+    Index i is sorted by the SHA-256 of the text `SEED i`.
     """
-    return sorted(range(count), key=lambda number: hashlib.sha256(f"{seed} {number}".encode()).digest())
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed} {index}".encode()).digest())
 
 
 def compute_problems_sha256(problems: Dataset) -> str:
-    """SHA-256 of problems in their order: of one line of JSON each, its keys sorted, as `json.dumps` writes it."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of problems in their order, each as a line of JSON with sorted keys (`json.dumps`)."""
+    digest = hashlib.sha256()
     for start in range(0, len(problems), _ROWS_PER_READ):
         columns = problems[start : start + _ROWS_PER_READ]
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
-            found.update(json.dumps(row, sort_keys=True, default=_to_json_value).encode() + b"\n")
-    return found.hexdigest()
+            digest.update(json.dumps(row, sort_keys=True, default=_to_json_value).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _to_json_value(value: Any) -> Any:
-    """Return a value as JSON knows it: arrays whole, and images by their pixels, whose text is an address in memory."""
+    """Return a value with the types of JSON: arrays as lists, and images as digests of their pixels."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
 def check_problems(problems: Dataset, name: str, columns: Sequence[str]) -> None:
-    """Refuse problems that came from Python and are no data set, lack a column, are none, or hold messages as text.
+    """Refuse problems from Python that are not a `Dataset`, lack a column, are empty, or hold messages as text.
 
     Raises:
-        UserError: with what to do.
+        UserError: with the remedy.
     """
     if not isinstance(problems, Dataset):
         raise UserError(
@@ -234,7 +238,7 @@ def check_prompt_texts(problems: Dataset, name: str) -> None:
 
 
 def compute_prompt_digests(problems: Dataset) -> list[str]:
-    """What tells problems apart: a digest of each one's messages."""
+    """Return a digest of each problem's messages."""
     return [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12] for messages in problems["prompt"]]
 
 
@@ -252,13 +256,13 @@ def _generate_arithmetic(split: str, size: int | None, seed: int, numbers: int) 
 def _generate_reasoning_gym(name: str, split: str, size: int | None, seed: int, config: str | None) -> Dataset:
     import reasoning_gym
 
-    # a task draws problem i from seed + i: the splits lie far apart
-    start = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
-    # a task's own assertions, unknown options, malformed JSON
+    # a task draws problem i from seed + i, so the seeds of the splits must be far from each other
+    first_seed = seed * 1_000_003 + (500_000_000 if split == "test" else 0)
+    # assertions of a task, unknown options, malformed JSON
     with wrap_library_errors(f"{name} cannot be made{f' with {config}' if config else ''}"):
         options = json.loads(config) if config else {}
-        named, count = name.removeprefix(REASONING_GYM), size or _PROCEDURAL_SIZES[split]
-        task = reasoning_gym.create_dataset(named, size=count, seed=start, **options)
+        task_name, count = name.removeprefix(REASONING_GYM), size or _PROCEDURAL_SIZES[split]
+        task = reasoning_gym.create_dataset(task_name, size=count, seed=first_seed, **options)
         entries = list(task)
     columns = {
         "prompt": [entry["question"] for entry in entries],
@@ -266,30 +270,28 @@ def _generate_reasoning_gym(name: str, split: str, size: int | None, seed: int, 
     }
     if has_scorer(task):
         columns[SCORED_BY_COLUMN] = [
-            encode_problem_reference(named, count, start, index, options) for index in range(len(entries))
+            encode_problem_reference(task_name, count, first_seed, index, options) for index in range(len(entries))
         ]
     return Dataset.from_dict(columns)
 
 
 def _is_file(name: str) -> bool:
-    with wrap_library_errors(
-        f"dataset {name!r:.200} cannot be looked for", OSError, ValueError
-    ):  # too long a name, or none
+    with wrap_library_errors(f"dataset {name!r:.200} cannot be found", OSError, ValueError):  # name too long or invalid
         return Path(name).suffix in FILE_FORMATS or Path(name).exists()
 
 
 def _load_from_file(path: Path) -> Dataset:
-    with wrap_library_errors(f"{path} cannot be read", OSError):  # of a folder that is another's
-        regular = path.is_file()
-    if not regular:
+    with wrap_library_errors(f"{path} cannot be read", OSError):  # the folder may belong to another user
+        is_file = path.is_file()
+    if not is_file:
         raise UserError(f"{path} is no file: give a .parquet, .jsonl or .json file, a hub id or {REASONING_GYM}NAME")
     if path.suffix not in FILE_FORMATS:
         raise UserError(f"{path} is no {', '.join(FILE_FORMATS)} file")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     if not os.access(path, os.R_OK):
-        raise UserError(f"{path} cannot be read: it is not yours to read")
-    # not by load_dataset, which keeps a copy in the home folder and logs tracebacks of its own
+        raise UserError(f"{path} cannot be read: you have no read permission")
+    # `load_dataset` would save a copy in the home folder and log tracebacks
     with wrap_library_errors(f"{path} cannot be read as {path.suffix[1:]}"):
         if path.suffix == ".parquet":
             return Dataset(InMemoryTable(read_table(path, partitioning=None)))
@@ -298,20 +300,20 @@ def _load_from_file(path: Path) -> Dataset:
 
 
 def _transpose_rows(rows: list[dict]) -> dict[str, list]:
-    """Rows as columns; what a row lacks is None."""
+    """Return rows as columns, with None for missing values."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _read_json_rows(path: Path) -> list[dict]:
-    """The rows of a JSON file: one a line, or a list of them.
+    """Return the rows of a JSON file, which holds one row per line or a list of rows.
 
     Raises:
-        UserError: with the line that is none.
+        UserError: with the first line that is not a row.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        with suppress(ValueError):  # of lines, no one value
+        with suppress(ValueError):  # JSON lines are not one JSON value
             value = json.loads(text)
             rows = value if isinstance(value, list) else [value]
             if all(isinstance(row, dict) for row in rows):
@@ -331,19 +333,21 @@ def _read_json_rows(path: Path) -> list[dict]:
 
 
 def _load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> Dataset:
-    def message(error: Exception) -> str:
+    def describe_error(error: Exception) -> str:
         return (
-            f"dataset {name!r} (split {split!r}) cannot be loaded: {summarize_error(error)}; give a hub id you can reach, a local "
-            f".parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {summarize_error(error)}; give a hub id you can reach, a "
+            f"local .parquet or .jsonl file, {REASONING_GYM}NAME or {ARITHMETIC}"
         )
 
-    with wrap_library_errors(message):
+    with wrap_library_errors(describe_error):
         return load_dataset(name, config, split=split, revision=revision)
 
 
-def _find_column(rows: Dataset, name: str, what: str, wanted: str | None, usual: tuple[str, ...]) -> tuple[str, list]:
-    """Return the path of the column that holds the prompts or the answers, and its values."""
-    for path in (wanted,) if wanted else usual:
+def _find_column(
+    rows: Dataset, name: str, kind: str, given_path: str | None, default_paths: tuple[str, ...]
+) -> tuple[str, list]:
+    """Return the dotted path of the column with the prompts or the answers (`kind`), and its values."""
+    for path in (given_path,) if given_path else default_paths:
         top, *rest = path.split(".")
         if top not in rows.column_names:
             continue
@@ -355,13 +359,13 @@ def _find_column(rows: Dataset, name: str, what: str, wanted: str | None, usual:
         else:
             return path, values
     raise UserError(
-        f"{name} has no {what} column {wanted or ' or '.join(usual)}; its columns are {', '.join(rows.column_names)}: "
-        f"name one with {what}_column"
+        f"{name} has no {kind} column {given_path or ' or '.join(default_paths)}; its columns are "
+        f"{', '.join(rows.column_names)}: name one with {kind}_column"
     )
 
 
 def _format_answer(answer, name: str, row: int) -> str:
-    if isinstance(answer, list):  # of several values, such as OlympiadBench's
+    if isinstance(answer, list):  # several values, as in OlympiadBench
         answer = ", ".join(map(str, answer))
     if answer is None or not str(answer).strip():
         raise UserError(f"{name}, row {row}: the answer is empty")

@@ -1,4 +1,4 @@
-"""Prompts in TRL's formats: plain text, or a list of messages that keep all their fields."""
+"""Prompts in TRL's formats: plain text, or a list of messages with all their fields."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 from bupo.utils.errors import UserError
 
-# a serialized conversation: an optional quote, a bracket, and keys of messages in quotes that may be escaped. Python prints
-# objects with `role='user'`, bytes with a b before their quote, and NumPy's arrays as `array([...], dtype=object)`
+# a serialized conversation has an optional quote, a bracket, and keys of messages in quotes, which may be escaped. Python
+# prints objects as `role='user'`, bytes with a b before the quote, and NumPy arrays as `array([...], dtype=object)`
 _INVISIBLE_CHARACTERS = "\ufeff\u200b\u2060"  # byte order mark and characters without width
-# possessive runs: a prompt of a million spaces is looked through once
+# possessive quantifiers: a prompt of a million spaces is scanned once
 _OPENING_BRACKET = re.compile(
     rf"""[\s{_INVISIBLE_CHARACTERS}]*+(?:array\()?b?["']?[\s{_INVISIBLE_CHARACTERS}]*+(\[|\{{)"""
 )
@@ -19,11 +19,11 @@ _CLOSING_BRACKET = re.compile(
 _MESSAGE_KEYS = tuple(
     re.compile(rf"""\\*["']{key}\\*["']\s*:|\b{key}=["']""") for key in ("role", "content", "from", "value")
 )
-_TEXT_PART = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # of one message's content
+_TEXT_PART = re.compile(r"""\\*["']type\\*["']\s*:\s*\\*["'](input_)?text\\*["']""")  # in the content of a message
 
 
 def is_serialized_messages(prompt: str) -> bool:
-    """Return whether a text is messages written as JSON, or as Python prints them, instead of a prompt in words."""
+    """Return whether a text is a list of messages, serialized as JSON or printed by Python, instead of a prompt in words."""
     if not _OPENING_BRACKET.match(prompt):
         return False
     role, content, sender, value = (key.search(prompt) is not None for key in _MESSAGE_KEYS)
@@ -32,10 +32,10 @@ def is_serialized_messages(prompt: str) -> bool:
 
 
 def check_not_serialized(prompt: Any, name: str, row: int) -> None:
-    """Refuse a prompt that is the text of messages.
+    """Refuse a prompt that is a serialized list of messages.
 
     Raises:
-        UserError: with the row and what to do.
+        UserError: with the row and the remedy.
     """
     if isinstance(prompt, str) and is_serialized_messages(prompt):
         raise UserError(
@@ -52,26 +52,31 @@ def get_message_text(message: Mapping[str, Any]) -> str:
     return content or ""
 
 
-def normalize_messages(prompt: Any, system_prompt: str | None, name: str, row: int, filled: bool = False) -> list[dict]:
+def normalize_messages(
+    prompt: Any, system_prompt: str | None, name: str, row: int, has_padding: bool = False
+) -> list[dict]:
     """Return a prompt as messages with all their fields.
 
-    A message without `content`, such as a call of a tool, gets an empty one: TRL reads it of every message.
+    A message without `content`, such as a tool call, gets an empty one, since TRL reads the content of every message.
 
     Args:
-        prompt (`str` or `list[dict]`): as the source has it.
-        system_prompt (`str`, *optional*): put before messages that do not begin with a system message.
-        name (`str`), row (`int`): for the error.
-        filled (`bool`, *optional*, defaults to `False`): the source gives all messages the same fields, with None where a
-            message has none: these are taken out.
+        prompt (`str` or `list[dict]`): prompt of the source.
+        system_prompt (`str`, *optional*): system message for messages that do not begin with one.
+        name (`str`), row (`int`): location of the prompt, for the error.
+        has_padding (`bool`, *optional*, defaults to `False`): the source gives all messages the same fields, and fills missing
+            ones with None. Remove these.
 
     Raises:
-        UserError: for what is no prompt, an empty one, and messages written as text.
+        UserError: if the prompt is invalid, empty or a serialized list of messages.
     """
     check_not_serialized(prompt, name, row)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, Sequence) or not messages or not all(map(_is_message, messages)):
         raise _make_prompt_error(prompt, name, row)
-    messages = [_fill_content(_drop_none(message) if filled else dict(message)) for message in messages]
+    messages = [_drop_none(message) if has_padding else dict(message) for message in messages]
+    for message in messages:
+        if message.get("content") is None:
+            message["content"] = ""
     last = messages[-1]
     if not (get_message_text(last).strip() or last.get("tool_calls") or _has_non_text_parts(last)):
         raise _make_prompt_error(prompt, name, row)
@@ -88,18 +93,14 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
-    parts = isinstance(content, list) and all(isinstance(part, Mapping | str) for part in content)
-    return isinstance(content, str) or parts or (content is None and bool(message.get("tool_calls")))
+    has_parts = isinstance(content, list) and all(isinstance(part, Mapping | str) for part in content)
+    return isinstance(content, str) or has_parts or (content is None and bool(message.get("tool_calls")))
 
 
 def _has_non_text_parts(message: Mapping[str, Any]) -> bool:
-    """Return whether a message holds something else than text, such as an image."""
+    """Return whether a message holds other content than text, such as an image."""
     content = message.get("content")
     return isinstance(content, list) and any(isinstance(part, Mapping) and "text" not in part for part in content)
-
-
-def _fill_content(message: dict) -> dict:
-    return message if message.get("content") is not None else {**message, "content": ""}
 
 
 def _drop_none(value: Any) -> Any:

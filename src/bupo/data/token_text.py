@@ -1,7 +1,7 @@
-"""Tokens as people read them: whole characters unchanged, bytes of others as `<E7>`, white space as a sign.
+"""Readable texts of tokens: complete characters unchanged, other bytes as `<E7>`, white space as a visible symbol.
 
-A tokenizer's `decode` gives one sign for every token that is not a whole character, and drops the space before a word.
-Tokens are therefore shown by their bytes, and compared by their ids only.
+A tokenizer's `decode` returns the same replacement character for every token that is not a complete character, and drops the
+space before a word. Tokens are therefore shown by their bytes, and compared by their ids.
 """
 
 import codecs
@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-WHITESPACE_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-# characters without a glyph that Python takes for printable: variation selectors, fillers, the empty braille pattern
+WHITESPACE_SYMBOLS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+# characters without a glyph that `str.isprintable` accepts: variation selectors, fillers, the empty braille pattern
 INVISIBLE_CODE_POINTS = {
     *range(0xFE00, 0xFE10),
     *range(0xE0100, 0xE01F0),
@@ -30,34 +30,34 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def format_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return how a token is shown.
+    """Return the readable text of a token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
-        token (`int`): an id; one that the tokenizer does not know is shown as a number.
+        token (`int`): token id. An unknown id is shown as a number.
     """
     text = get_token_bytes(tokenizer, token).decode("utf-8", errors="bupo_bytes")
     return "".join(_make_visible(character) for character in text) or f"⟨{token}⟩"
 
 
 def get_token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """Return the bytes that a token adds in the middle of a text, none if the tokenizer does not know it."""
+    """Return the bytes of a token inside a text; empty if the tokenizer does not know the id."""
     if added := tokenizer.added_tokens_decoder.get(token):
         return _encode(added.content)
     piece: Any = None
-    with suppress(IndexError, KeyError, OverflowError):  # an id that there is not
+    with suppress(IndexError, KeyError, OverflowError):  # an unknown id
         piece = tokenizer.convert_ids_to_tokens(token)
     if not isinstance(piece, str):
         return piece if isinstance(piece, bytes) else b""
-    kinds, signs = _get_decoders(tokenizer)
-    if "ByteLevel" in kinds or (kinds == ("",) and "\ufffd" in tokenizer.decode([token])):
+    decoder_types, space_symbols = _get_decoders(tokenizer)
+    if "ByteLevel" in decoder_types or (decoder_types == ("",) and "\ufffd" in tokenizer.decode([token])):
         alphabet = get_byte_alphabet()
         if all(character in alphabet for character in piece):
             return bytes(alphabet[character] for character in piece)
-    if found := _BYTE_TOKEN.fullmatch(piece):
-        return bytes.fromhex(found[1])
-    for sign in signs:
-        piece = piece.replace(sign, " ")
+    if match := _BYTE_TOKEN.fullmatch(piece):
+        return bytes.fromhex(match[1])
+    for symbol in space_symbols:
+        piece = piece.replace(symbol, " ")
     return _encode(piece)
 
 
@@ -66,7 +66,7 @@ def _encode(text: str) -> bytes:
 
 
 def _get_decoders(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the kinds of a tokenizer's decoders, `("",)` where they are not known, and the signs that it has for a space."""
+    """Return the types of a tokenizer's decoders, `("",)` if they are unknown, and its symbols for a space."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return ("",), ("▁",)
@@ -80,15 +80,15 @@ def _get_decoders(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], 
 
 @cache
 def get_byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE: printable bytes are themselves, the others follow from 256."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """Return the byte of each character of byte-level BPE: printable bytes map to themselves, the others from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _make_visible(character: str) -> str:
-    if character in WHITESPACE_SIGNS:
-        return WHITESPACE_SIGNS[character]
+    if character in WHITESPACE_SYMBOLS:
+        return WHITESPACE_SYMBOLS[character]
     if (
         character.isprintable()
         and unicodedata.category(character) != "Zs"

@@ -118,7 +118,7 @@ class EvaluatedModel:
         ends = read_eos_token_ids(name, self.tokenizer, **options.get_loading_kwargs())
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
-            server = ServerEngine(str(options.server), *sampling, ends, parallel=options.batch_size)
+            server = ServerEngine(str(options.server), *sampling, ends, max_concurrent_requests=options.batch_size)
             self.engine, known["served"] = server, server.model
         else:
             self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.get_loading_kwargs())

@@ -131,8 +131,8 @@ def prepare_harness_run(
         _parse_result,
         lambda key, row: json.dumps(row),
         depends,
-        noted=noted,
-        beside=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
+        metadata=noted,
+        extra_patterns=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
         overwrite=options.overwrite,
     )
     for path in store.folder.glob(f"{RESPONSES_FILE}*"):  # SQLite would follow a link

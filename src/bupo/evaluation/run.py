@@ -248,7 +248,7 @@ def _prepare_benchmark(
             source.max_length,
         )
     settings = source.cache_settings | {"prompt": prompt}
-    store = open_sample_cache(here, settings, problems, prompts, noted=source.metadata, overwrite=options.overwrite)
+    store = open_sample_cache(here, settings, problems, prompts, metadata=source.metadata, overwrite=options.overwrite)
     return _BenchmarkRun(label, problems, k, prompts, prompt, store)
 
 

@@ -1,7 +1,7 @@
-"""Sampled answers whose every token depends on the run's seed, the problem and the sample's number only.
+"""Seeded sampling: each token of an answer depends only on the run's seed, the problem and the sample's index.
 
-An engine takes requests and yields answers as they finish: `engine(requests) -> Iterator[tuple[Request, Answer]]`. Here is
-transformers', which the analysis samples with too; `bupo.generation.vllm_engines` holds vLLM's, offline and as a server.
+An [`Engine`] takes requests and yields answers as they finish. The evaluation and the analysis use [`TransformersEngine`];
+`bupo.generation.vllm_engines` holds the engines of vLLM, offline and as a server.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from bupo.models.residual_stream import eval_mode, unwrap_causal_lm
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """One answer that is wanted.
+    """Request for one answer.
 
     Attributes:
-        problem, sample (`int`): which, both from 0.
-        prompt_ids (`tuple[int, ...]`): the prompt.
-        seed (`int`): of this answer alone.
+        problem, sample (`int`): index of the problem, and of the answer to it, both from 0.
+        prompt_ids (`tuple[int, ...]`): token ids of the prompt.
+        seed (`int`): seed of this answer, see [`derive_seed`].
     """
 
     problem: int
@@ -41,13 +41,13 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class SampledCompletion:
-    """What was sampled.
+    """Sampled answer.
 
     Attributes:
-        text (`str`): without special tokens.
-        tokens (`int`): its length, the end token included.
-        truncated (`bool`): whether it reached the limit without an end.
-        ids (`tuple[int, ...]`): its tokens, the end token included; empty where they are not known, or kept on disk only.
+        text (`str`): text without special tokens.
+        length (`int`): number of tokens, with the end token.
+        truncated (`bool`): whether the answer reached the limit without an end token.
+        token_ids (`tuple[int, ...]`): token ids, with the end token; empty if they are unknown, or only stored on disk.
     """
 
     text: str
@@ -59,58 +59,70 @@ class SampledCompletion:
 Engine = Callable[[Sequence[CompletionRequest]], Iterator[tuple[CompletionRequest, SampledCompletion]]]
 
 
-def derive_seed(run: int, problem: int, sample: int) -> int:
-    """A seed of 31 bits for one answer: more samples never change earlier ones."""
-    return int.from_bytes(hashlib.sha256(f"{run}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
+def derive_seed(run_seed: int, problem: int, sample: int) -> int:
+    """Return a 31-bit seed for one answer. Earlier answers do not change when more are sampled."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{problem}/{sample}".encode()).digest()[:4], "big") >> 1
 
 
 class SeededLogitsProcessor(LogitsProcessor):
-    """Turns `generate`'s most likely token into one that is sampled with each row's own random numbers.
+    """Logits processor that samples with one random number generator per row, for greedy `generate`.
 
-    Token t of a row is the one where the policy's cumulative probability passes the row's t-th uniform number, whatever else is
-    in the batch.
+    Token t of a row is the first one at which the policy's cumulative probability exceeds the row's t-th uniform number, so it
+    does not depend on the other rows of the batch. Its score becomes 0, and all others minus infinity.
 
     Args:
-        seeds (`list[int]`): by row.
-        start (`int`): length of the padded prompt.
-        limit (`int`): longest answer.
-        temperature, top_p (`float`): of the sampling.
+        seeds (`list[int]`): one seed per row.
+        prompt_length (`int`): length of the padded prompts.
+        max_new_tokens (`int`): maximum length of an answer.
+        temperature, top_p (`float`): sampling settings.
     """
 
-    def __init__(self, seeds: Sequence[int], start: int, limit: int, temperature: float, top_p: float):
-        self.start, self.temperature, self.top_p = start, temperature, top_p
+    def __init__(self, seeds: Sequence[int], prompt_length: int, max_new_tokens: int, temperature: float, top_p: float):
+        self.prompt_length, self.temperature, self.top_p = prompt_length, temperature, top_p
         generator = torch.Generator()
-        self.uniform = torch.stack([torch.rand(limit, generator=generator.manual_seed(seed)) for seed in seeds])
+        self.uniform = torch.stack(
+            [torch.rand(max_new_tokens, generator=generator.manual_seed(seed)) for seed in seeds]
+        )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = self.sample_tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+        tokens = self.select_tokens(input_ids, torch.arange(len(scores), device=scores.device), scores)
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
-    def sample_tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The next token `(rows,)` of these rows of the batch, from their ids `(rows, time)` and scores `(rows, V)`."""
+    def select_tokens(self, ids: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the next tokens of some rows of the batch.
+
+        Args:
+            ids (`torch.Tensor` of shape `(B, T)`): token ids of the rows so far.
+            rows (`torch.Tensor` of shape `(B,)`): indices of the rows in the batch.
+            scores (`torch.Tensor` of shape `(B, V)`): logits of the next token.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: token ids.
+        """
         probabilities = (scores.float() / self.temperature).softmax(-1)
         if self.top_p < 1:
-            ordered, places = probabilities.sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= self.top_p  # the first token is always inside
-            probabilities = probabilities.masked_fill(outside.gather(-1, places.argsort(-1)), 0.0)
-        if probabilities.device.type == "mps":  # which has no float64
+            ordered, order = probabilities.sort(-1, descending=True)
+            removed = ordered.cumsum(-1) - ordered >= self.top_p  # the most likely token always stays
+            probabilities = probabilities.masked_fill(removed.gather(-1, order.argsort(-1)), 0.0)
+        if probabilities.device.type == "mps":  # has no float64
             probabilities = probabilities.cpu()
-        summed = probabilities.double().cumsum(-1)
-        point = self.uniform[rows.to(self.uniform.device), ids.size(1) - self.start, None].to(summed) * summed[:, -1:]
-        chosen = torch.searchsorted(summed, point, right=True)[:, 0].clamp(max=scores.size(-1) - 1)
-        return chosen.to(scores.device)
+        cumulative = probabilities.double().cumsum(-1)
+        step = ids.size(1) - self.prompt_length
+        threshold = self.uniform[rows.to(self.uniform.device), step, None].to(cumulative) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=scores.size(-1) - 1)
+        return tokens.to(scores.device)
 
 
 class TransformersEngine:
-    """Answers by transformers' `generate`, prompts of like length together.
+    """Engine of transformers' `generate`, with prompts of similar length in one batch.
 
     Args:
-        model, tokenizer: the policy; the tokenizer has a padding token.
-        max_new_tokens (`int`): longest answer.
-        temperature, top_p (`float`, *optional*, default to `1.0`): of the sampling. A temperature of 0 takes the most likely
-            token.
-        policy ([`~bupo.models.internal_policy.InternalPolicy`], *optional*): samples from this one instead of the language model policy.
-        batch_size (`int`, *optional*, defaults to `64`): answers sampled at once.
+        model, tokenizer: the model, and its tokenizer, with a padding token.
+        max_new_tokens (`int`): maximum length of an answer.
+        temperature, top_p (`float`, *optional*, default to `1.0`): sampling settings. A temperature of 0 is greedy decoding.
+        policy ([`~bupo.models.internal_policy.InternalPolicy`], *optional*): policy to sample from instead of the language
+            model policy.
+        batch_size (`int`, *optional*, defaults to `64`): answers per batch.
     """
 
     def __init__(
@@ -129,7 +141,7 @@ class TransformersEngine:
         self.end_token_ids = set(get_eos_token_ids(self.model, tokenizer))
 
     def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
-        """Answers batch by batch, the shortest prompts first."""
+        """Yield answers batch by batch, the shortest prompts first."""
         for request, ids in self.generate_token_ids(requests):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             yield request, SampledCompletion(text, len(ids), not ids or ids[-1] not in self.end_token_ids, tuple(ids))
@@ -137,8 +149,8 @@ class TransformersEngine:
     def generate_token_ids(
         self, requests: Sequence[CompletionRequest]
     ) -> Iterator[tuple[CompletionRequest, list[int]]]:
-        """Answers as token ids, the end token included."""
-        ordered = sorted(requests, key=lambda r: (len(r.prompt_ids), r.problem, r.sample))
+        """Yield answers as token ids, with the end token."""
+        ordered = sorted(requests, key=lambda request: (len(request.prompt_ids), request.problem, request.sample))
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
             yield from zip(batch, self._generate_batch(batch), strict=True)
@@ -148,26 +160,26 @@ class TransformersEngine:
         inputs = self.tokenizer.pad(
             {"input_ids": [list(request.prompt_ids) for request in batch]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
-        start = inputs["input_ids"].size(1)
-        seeded = SeededLogitsProcessor(
-            [request.seed for request in batch], start, self.max_new_tokens, self.temperature, self.top_p
+        prompt_length = inputs["input_ids"].size(1)
+        processor = SeededLogitsProcessor(
+            [request.seed for request in batch], prompt_length, self.max_new_tokens, self.temperature, self.top_p
         )
         with eval_mode(self.model), self.policy_generation() as settings:
             settings.max_new_tokens = self.max_new_tokens
-            out = generate(
+            ids = generate(
                 self.model,
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 generation_config=settings,
-                seeded=seeded if self.temperature else None,
+                seeded=processor if self.temperature else None,
             )
-        return [self._cut_after_end_token(row) for row in out[:, start:].tolist()]
+        return [self._cut_after_end_token(row) for row in ids[:, prompt_length:].tolist()]
 
     @contextmanager
     def policy_generation(self) -> Iterator[GenerationConfig]:
-        """Inside, the model's `generate` samples the policy: with the yielded settings, and none of the model's own.
+        """Yield greedy generation settings for the policy, and use its logits in the model's `generate`.
 
-        The most likely token of the scores is taken, which [`SeededLogitsProcessor`] has put in the place of the sampled one.
+        The model's `generation_config` does not apply. [`SeededLogitsProcessor`] makes the sampled token the most likely one.
         """
         with (
             policy_generation_config(self.model, self.tokenizer, do_sample=False) as settings,

@@ -1,6 +1,6 @@
-"""vLLM as an engine: offline in this process, or any OpenAI-compatible server (`vllm serve MODEL`).
+"""Engines of vLLM: offline in this process, or any OpenAI-compatible server (`vllm serve MODEL`).
 
-Each request carries its own seed, so an answer does not depend on what else is asked for.
+Each request has its own seed, so an answer does not depend on the other requests.
 """
 
 import http.client
@@ -19,22 +19,22 @@ from bupo.models.generation_settings import VLLM_NEUTRAL_SAMPLING
 from bupo.models.loading import resolve_model_path
 from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
-CHUNK_SIZE = 256  # requests given to vLLM at once, after which answers are kept
-MAX_ATTEMPTS, RETRY_DELAY = 4, 1.0  # of a request that a server fails, seconds before the second
+CHUNK_SIZE = 256  # requests per call of vLLM; its answers are saved after each call
+MAX_ATTEMPTS, RETRY_DELAY = 4, 1.0  # of one request to a server; seconds before the second attempt
 
 
 class ServerEngine:
-    """Answers from an OpenAI-compatible server, by token ids. A key is read from `OPENAI_API_KEY`.
+    """Engine of an OpenAI-compatible server. Prompts are sent as token ids; the key is read from `OPENAI_API_KEY`.
 
     Args:
         url (`str`): such as `http://localhost:8000`.
-        max_new_tokens (`int`), temperature, top_p (`float`): of the sampling.
-        ends (`list[int]`, *optional*): ids of tokens that end an answer, besides those that the server knows.
-        parallel (`int`, *optional*, defaults to `64`): requests under way at once.
-        timeout (`float`, *optional*, defaults to `3600.0`): seconds an answer may take.
+        max_new_tokens (`int`), temperature, top_p (`float`): sampling settings.
+        end_token_ids (`list[int]`, *optional*): tokens that end an answer, in addition to those of the server.
+        max_concurrent_requests (`int`, *optional*, defaults to `64`): number of requests at once.
+        timeout (`float`, *optional*, defaults to `3600.0`): seconds for one answer.
 
     Attributes:
-        model (`str`): what the server serves.
+        model (`str`): name of the served model.
 
     Raises:
         UserError: if the server cannot be reached, or refuses a request.
@@ -46,46 +46,48 @@ class ServerEngine:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        ends: Sequence[int] = (),
-        parallel: int = 64,
+        end_token_ids: Sequence[int] = (),
+        max_concurrent_requests: int = 64,
         timeout: float = 3600.0,
     ):
         self.headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-        self.url, self.max_concurrent_requests, self.timeout = url.rstrip("/").removesuffix("/v1"), parallel, timeout
+        self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
+        self.max_concurrent_requests = max_concurrent_requests
         self.options = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
             **VLLM_NEUTRAL_SAMPLING,
         }
-        self.options |= {"stop_token_ids": list(ends)} if ends else {}
+        self.options |= {"stop_token_ids": list(end_token_ids)} if end_token_ids else {}
         models = self._request_json("/v1/models")
         if not models.get("data"):
             raise UserError(f"server {self.url} serves no model")
         self.model = models["data"][0]["id"]
 
     def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
-        """Answers as they finish. After an error no more are asked for, those under way are still given, and it is raised."""
-        rest, failed = iter(requests), None
+        """Yield answers as they finish. After an error, yield the answers of running requests, then raise the error."""
+        remaining, first_error = iter(requests), None
         pending: dict[Future[SampledCompletion], CompletionRequest] = {}
         pool = ThreadPoolExecutor(self.max_concurrent_requests)
         try:
             while True:
-                for request in islice(rest, 0 if failed else self.max_concurrent_requests - len(pending)):
+                free = 0 if first_error else self.max_concurrent_requests - len(pending)
+                for request in islice(remaining, free):
                     pending[pool.submit(self._complete, request)] = request
                 if not pending:
                     break
-                for job in wait(pending, return_when=FIRST_COMPLETED).done:
-                    request, error = pending.pop(job), job.exception()
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    request, error = pending.pop(future), future.exception()
                     if error is None:
-                        yield request, job.result()
-                    failed = failed or error
+                        yield request, future.result()
+                    first_error = first_error or error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if failed is not None:
-            raise failed
+        if first_error is not None:
+            raise first_error
 
     def _complete(self, request: CompletionRequest) -> SampledCompletion:
         body = {"model": self.model, "prompt": list(request.prompt_ids), "seed": request.seed, "n": 1, **self.options}
@@ -101,7 +103,7 @@ class ServerEngine:
             ) from error
 
     def _request_json(self, path: str, body: dict | None = None) -> dict[str, Any]:
-        """The server's JSON. Tried again where the connection breaks or the server has an error of its own."""
+        """Return the server's JSON reply. Retry after a broken connection, a server error or a rate limit."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(MAX_ATTEMPTS):
             try:
@@ -113,34 +115,30 @@ class ServerEngine:
                     raise UserError(
                         f"server {self.url} answered {error.code} to {path}: {_read_error_body(error)}"
                     ) from error
-            except (
-                OSError,
-                ValueError,
-                http.client.HTTPException,
-            ) as error:  # unreachable, broken off, no JSON, no address
-                hopeless = isinstance(error, ValueError | http.client.InvalidURL)
-                if attempt == MAX_ATTEMPTS - 1 or body is None or hopeless:
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                is_permanent = isinstance(error, ValueError | http.client.InvalidURL)  # not JSON, or an invalid URL
+                if attempt == MAX_ATTEMPTS - 1 or body is None or is_permanent:
                     reason = getattr(error, "reason", error)
                     raise UserError(
                         f"server {self.url} cannot be reached or is no OpenAI-compatible one: {reason}"
                     ) from error
             time.sleep(RETRY_DELAY * 2**attempt)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _read_error_body(error: urllib.error.HTTPError) -> str:
-    """What a server gives as its reason, shortened."""
+    """Return the beginning of a server's error message."""
     return " ".join(error.read().decode(errors="replace").split())[:200]
 
 
 class VllmEngine:
-    """Answers by vLLM in this process.
+    """Engine of vLLM in this process.
 
     Args:
         model (`str`): a hub id or folder.
-        max_new_tokens (`int`), temperature, top_p (`float`): of the sampling.
-        ends (`list[int]`, *optional*): ids of tokens that end an answer, besides those that vLLM reads with the model.
-        kwargs: of `vllm.LLM`.
+        max_new_tokens (`int`), temperature, top_p (`float`): sampling settings.
+        end_token_ids (`list[int]`, *optional*): tokens that end an answer, in addition to those that vLLM reads with the model.
+        kwargs: arguments of `vllm.LLM`.
 
     Raises:
         UserError: if vLLM is not installed, or cannot load the model.
@@ -152,7 +150,7 @@ class VllmEngine:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        ends: Sequence[int] = (),
+        end_token_ids: Sequence[int] = (),
         **kwargs,
     ):
         try:
@@ -168,22 +166,22 @@ class VllmEngine:
             "top_p": top_p,
             **VLLM_NEUTRAL_SAMPLING,
         }
-        self.options |= {"stop_token_ids": list(ends)} if ends else {}
+        self.options |= {"stop_token_ids": list(end_token_ids)} if end_token_ids else {}
         path = resolve_model_path(model)
         with wrap_library_errors(f"vLLM cannot load {model!r}"):
             self.llm = vllm.LLM(path, **kwargs)
 
     def __call__(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
-        """Answers chunk by chunk, which is how often a killed evaluation has kept them."""
+        """Yield answers chunk by chunk, so that a killed evaluation loses one chunk at most."""
         for start in range(0, len(requests), CHUNK_SIZE):
             chunk = requests[start : start + CHUNK_SIZE]
-            with wrap_library_errors("vLLM refuses a prompt", ValueError):  # beyond the model's length
+            with wrap_library_errors("vLLM refuses a prompt", ValueError):  # longer than the model's context
                 outputs = self.llm.generate(
                     [{"prompt_token_ids": list(request.prompt_ids)} for request in chunk],
                     [self.vllm.SamplingParams(seed=request.seed, **self.options) for request in chunk],
                     use_tqdm=False,
                 )
             for request, output in zip(chunk, outputs, strict=True):
-                said = output.outputs[0]
-                ids = tuple(said.token_ids)
-                yield request, SampledCompletion(said.text, len(ids), said.finish_reason == "length", ids)
+                completion = output.outputs[0]
+                ids = tuple(completion.token_ids)
+                yield request, SampledCompletion(completion.text, len(ids), completion.finish_reason == "length", ids)

@@ -32,7 +32,7 @@ def read_json_mapping(folder: Path, name: str) -> dict[str, Any]:
     if not has_regular_file(folder, name):
         return {}
     try:
-        return reading.read_json(folder / name, largest=MAX_FILE_BYTES)
+        return reading.read_json(folder / name, max_bytes=MAX_FILE_BYTES)
     except reading.DamagedFileError as error:
         mapping = error.reason.startswith("it is no mapping")
         raise UnreadableFolderError(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error

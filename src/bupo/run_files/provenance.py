@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: what was asked for, by which versions, from which source."""
+"""Record of a run: its options (`config.yaml`), and its versions and git revision (`run.json`)."""
 
 import importlib.metadata
 import json
@@ -25,67 +25,64 @@ from bupo.version import VERSION
 
 CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify")
-# of the name of an option, or of an environment variable; per_token and eos_token are none
+# names of options and environment variables that hold secrets; per_token and eos_token do not
 SECRET_NAME = re.compile(r"(?:^|[_-])(?:(?<!(?:per|eos|bos|pad)[_-])token|key|secret|password)$", re.IGNORECASE)
-SECRET_IN_JSON = re.compile(  # of JSON in an option
+SECRET_IN_JSON = re.compile(  # in an option whose value is JSON
     r"""((?:token|key|secret|password)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,}]+)""", re.IGNORECASE
 )
 URL_CREDENTIALS = re.compile(r"(://)[^/\s@]+@")  # user:password@
-BUPO_OPTION_NAMES = {theirs: ours for ours, theirs in BUPO_TO_TRL_NAMES.items()}
-ONE_TIME_OPTIONS = (
-    "overwrite",
-    "resume_from_checkpoint",
-)  # asked for this time only: the same run started again deletes nothing
+BUPO_OPTION_NAMES = {trl_name: bupo_name for bupo_name, trl_name in BUPO_TO_TRL_NAMES.items()}
+ONE_TIME_OPTIONS = ("overwrite", "resume_from_checkpoint")  # not recorded: a run that is started again deletes nothing
 
 
 def record_run(
     folder: str | Path,
     command: str,
-    given: dict[str, Any],
-    objects: Sequence[str] = (),
-    trained: dict[str, Any] | None = None,
+    options: dict[str, Any],
+    python_arguments: Sequence[str] = (),
+    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write `config.yaml`, which starts the same run again, and `run.json`, what it ran on, into the run's folder.
+    """Write `config.yaml`, which starts the same run again, and `run.json`, which describes its environment, into its folder.
 
-    Secrets (names that end in `token`, `key`, `secret` or `password`, and the user of an address) are left out. What
-    `run.json` noted of earlier runs in the folder is kept.
+    Secrets are left out: values whose names end in `token`, `key`, `secret` or `password`, and the user of a URL. Entries of
+    earlier runs in `run.json` are preserved.
 
     Args:
-        folder (`Path`): of the run.
+        folder (`Path`): the run's folder.
         command (`str`): such as `analyze`.
-        given (`dict`): the options that were given, and the environment variables of a file, `env`.
-        objects (`list[str]`, *optional*): names of what was given as Python objects, which no file can hold.
-        trained (`dict`, *optional*): the problems, how many and their checksum, and the weights that a training begins from.
+        options (`dict`): the given options, and the environment variables of a configuration file, `env`.
+        python_arguments (`list[str]`, *optional*): names of the arguments given as Python objects, which no file can hold.
+        metadata (`dict`, *optional*): more entries of `run.json`, such as the number and checksum of the problems.
     """
     folder = Path(folder)
     make_folder(folder)
-    line, here = redact_command_line(sys.orig_argv), os.getcwd()  # paths may be relative to it
-    head = f"bupo {command} --config {shlex.quote(str(folder / CONFIG_FILE))} starts this run again, in {here}"
-    if objects:
-        head = f"{', '.join(objects)} came from Python: the rest of the run's options are"
-    write_text(
-        folder / CONFIG_FILE,
-        f"# {collapse_whitespace(head)}\n# started by: {collapse_whitespace(line)}\n{_format_options(given)}",
-    )
+    command_line = redact_command_line(sys.orig_argv)
+    working_folder = os.getcwd()  # the options may hold relative paths
+    config_path = shlex.quote(str(folder / CONFIG_FILE))
+    header = f"bupo {command} --config {config_path} starts this run again, in {working_folder}"
+    if python_arguments:
+        header = f"{', '.join(python_arguments)} came from Python: the rest of the run's options are"
+    header = f"# {collapse_whitespace(header)}\n# started by: {collapse_whitespace(command_line)}\n"
+    write_text(folder / CONFIG_FILE, header + _format_options(options))
     run = {
         "schema_version": 1,
         "command": command,
-        "command_line": line,
-        "folder": here,
+        "command_line": command_line,
+        "folder": working_folder,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": get_versions(),
         "git": get_git_state(),
-        **(trained or {}),
+        **(metadata or {}),
         "earlier": _read_earlier_runs(folder / RUN_FILE),
     }
     write_json(folder / RUN_FILE, run)
 
 
-def _format_options(given: dict[str, Any]) -> str:
-    """The options of a run as YAML, in bupo's words."""
+def _format_options(options: dict[str, Any]) -> str:
+    """Return the options of a run as YAML, under bupo's names."""
     values = {
         BUPO_OPTION_NAMES.get(name, name): value
-        for name, value in _to_yaml_value(given).items()
+        for name, value in _to_yaml_value(options).items()
         if name not in ONE_TIME_OPTIONS
     }
     if not values:
@@ -93,22 +90,25 @@ def _format_options(given: dict[str, Any]) -> str:
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if all(line.isprintable() for line in text.split("\n")):
         return text
-    return yaml.safe_dump(values, sort_keys=False)  # U+2028 and the like end a line of YAML: as escapes
+    return yaml.safe_dump(values, sort_keys=False)  # escaped: U+2028 and others end a line of YAML
 
 
 def get_versions() -> dict[str, str | None]:
-    """Of this package, of what computes its numbers, and of Python."""
-    found: dict[str, str | None] = {"bupo": VERSION}
+    """Return the versions of this package, of the `RECORDED_PACKAGES` (None if not installed) and of Python."""
+    versions: dict[str, str | None] = {"bupo": VERSION}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"python": platform.python_version()}
+            versions[name] = None
+    return versions | {"python": platform.python_version()}
 
 
 def get_git_state() -> dict[str, Any] | None:
-    """Revision of the working folder's git repository, and whether a tracked file differs from it. None outside of one."""
+    """Return the revision of the working folder's git repository, and whether tracked files differ from it.
+
+    Return None outside a repository.
+    """
     revision = _query_git("rev-parse", "HEAD")
     if revision is None:
         return None
@@ -119,14 +119,14 @@ def get_git_state() -> dict[str, Any] | None:
 
 
 def _get_program_path() -> str:
-    """Return the absolute folders of the path as this process found it; a relative one would be the working folder."""
+    """Return the absolute folders of `PATH`. Relative ones would depend on the working folder."""
     return os.pathsep.join(
-        place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(place)
+        folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)
     )
 
 
-GIT_PROGRAM = shutil.which("git", path=_get_program_path())  # before a file or a run may have changed the environment
-# a repository that somebody sent may name programs, which git would run: none of them is
+GIT_PROGRAM = shutil.which("git", path=_get_program_path())  # before a file or a run can change the environment
+# the configuration of a foreign repository may name programs that git would run: these settings disable them
 _SAFE_GIT_SETTINGS = (
     "core.fsmonitor=false",
     f"core.hooksPath={os.devnull}",
@@ -137,13 +137,12 @@ _SAFE_GIT_SETTINGS = (
 
 
 def _query_git(*arguments: str) -> str | None:
-    """Return what git prints, without any program that the repository's own configuration names; None where it fails."""
-    listed = _run_git("config", "--null", "--name-only", "--show-scope", "--get-regexp", r"^filter\.")
-    words = (listed or "").split("\0")
-    drivers = [name for scope, name in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")]
-    return _run_git(
-        *(word for name in drivers for word in ("-c", f"{name}={'false' * name.endswith('.required')}")), *arguments
-    )
+    """Return the output of git, or None if it fails. No program that the repository's configuration names is run."""
+    filters = _run_git("config", "--null", "--name-only", "--show-scope", "--get-regexp", r"^filter\.")
+    fields = (filters or "").split("\0")  # scope, name, scope, name, ...
+    names = [name for scope, name in zip(fields[::2], fields[1::2], strict=False) if scope in ("local", "worktree")]
+    disabling = [word for name in names for word in ("-c", f"{name}={'false' * name.endswith('.required')}")]
+    return _run_git(*disabling, *arguments)
 
 
 def _run_git(*arguments: str) -> str | None:
@@ -153,7 +152,7 @@ def _run_git(*arguments: str) -> str | None:
     command = [GIT_PROGRAM, "--no-optional-locks", "--no-pager", *settings, *arguments]
     environment = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -164,49 +163,49 @@ def _run_git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 def redact_command_line(words: list[str]) -> str:
-    """A command line that may be shown: secrets are replaced by stars."""
-    shown, hidden = [], False
+    """Return a command line as one line, with secrets replaced by stars."""
+    redacted, follows_secret_flag = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        secret = flag.startswith("--") and bool(SECRET_NAME.search(flag))
-        if hidden and not word.startswith("--"):
+        is_secret = flag.startswith("--") and bool(SECRET_NAME.search(flag))
+        if follows_secret_flag and not word.startswith("--"):
             word = "***"
-        elif secret and equals:
+        elif is_secret and equals:
             word = f"{flag}=***"
-        hidden = secret and not equals
-        shown.append(shlex.quote(_redact_text(word)))
-    return collapse_whitespace(" ".join(shown))
+        follows_secret_flag = is_secret and not equals
+        redacted.append(shlex.quote(_redact_text(word)))
+    return collapse_whitespace(" ".join(redacted))
 
 
 def _redact_text(text: str) -> str:
-    """Without the secrets of a mapping in JSON and of an address; any other text, such as a prompt, as it is."""
+    """Replace the secrets of a URL and of a JSON mapping by stars. Other text, such as a prompt, stays unchanged."""
     text = URL_CREDENTIALS.sub(r"\1***@", text)
     return SECRET_IN_JSON.sub(r'\1"***"', text) if "{" in text[:1] or "={" in text else text
 
 
 def _drop_secrets_from_text(text: str) -> str:
-    """As `_hidden`, for a run that is started again: a secret is left out, for stars would be sent as one."""
+    """Remove the secrets that [`_redact_text`] replaces: when a run is started again, stars would be used as the secret."""
     text = URL_CREDENTIALS.sub(r"\1", text)
     if not text.startswith("{") or not SECRET_IN_JSON.search(text):
         return text
     try:
         return json.dumps(_to_yaml_value(json.loads(text)))
-    except ValueError:  # no JSON: whoever reads it will say so
+    except ValueError:  # invalid JSON, which is reported when the option is parsed
         return _redact_text(text)
 
 
 def drop_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """A mapping, and those inside it, without what is secret by its name."""
-    kept = {name: value for name, value in values.items() if not SECRET_NAME.search(str(name))}
-    return {name: drop_secrets(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    """Return a mapping, and the mappings in it, without the entries whose names are those of secrets."""
+    public = {name: value for name, value in values.items() if not SECRET_NAME.search(str(name))}
+    return {name: drop_secrets(value) if isinstance(value, dict) else value for name, value in public.items()}
 
 
 def _to_yaml_value(value: Any) -> Any:
-    """As YAML knows it."""
+    """Return a value with the types of YAML, without secrets."""
     if isinstance(value, Enum):
         return _to_yaml_value(value.value)
     if isinstance(value, dict):
@@ -219,9 +218,9 @@ def _to_yaml_value(value: Any) -> Any:
 
 
 def _read_earlier_runs(path: Path) -> list[dict]:
-    """The runs that a folder has seen before this one, the last first."""
+    """Return the entries of earlier runs in a folder, the latest first."""
     try:
-        last = read_json(path, {"earlier": (list, NONE_TYPE)})
-    except DamagedFileError:  # none, or what is no longer readable: it is replaced, as `config.yaml` is
+        latest = read_json(path, {"earlier": (list, NONE_TYPE)})
+    except DamagedFileError:  # missing or unreadable: the file is replaced, like `config.yaml`
         return []
-    return [{name: value for name, value in last.items() if name != "earlier"}, *(last.get("earlier") or [])]
+    return [{name: value for name, value in latest.items() if name != "earlier"}, *(latest.get("earlier") or [])]

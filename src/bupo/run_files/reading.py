@@ -1,8 +1,8 @@
-"""The one reader of files that a run, an evaluation or an analysis has left.
+"""Readers for the files of a run, an evaluation or an analysis.
 
-A file may be cut, empty, missing or of other contents: a full disk, a broken copy or another person has left it so. The reader
-raises [`DamagedFileError`] for all of it, in one line with the file and the remedy. It unpickles tensors and plain values only, reads
-nothing outside the folder, and waits for no pipe.
+A file may be cut, empty, missing or invalid, after a full disk, a failed copy or an edit. The readers then raise
+[`DamagedFileError`], with the file and the remedy in one line. They unpickle tensors and plain values only, read no file
+outside the folder, and do not block on a pipe.
 """
 
 import json
@@ -26,28 +26,30 @@ KeyTypes = Mapping[str, ExpectedType]
 
 
 class DamagedFileError(UserError):
-    """A file that a run left and that cannot be used.
+    """Error for a file of a run that cannot be used.
 
     Args:
-        path (`Path`), why (`str`), remedy (`str`): which file, what is wrong, what to do.
+        path (`Path`), reason (`str`), remedy (`str`): the file, what is wrong with it, and what to do.
     """
 
-    def __init__(self, path: Path, why: str, remedy: str = DELETE_REMEDY):
-        self.path, self.reason = path, collapse_whitespace(why)[:300]
+    def __init__(self, path: Path, reason: str, remedy: str = DELETE_REMEDY):
+        self.path, self.reason = path, collapse_whitespace(reason)[:300]
         super().__init__(f"{path} is damaged: {self.reason}; {remedy}")
 
 
-def read_bytes(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = None, base: Path | None = None) -> bytes:
+def read_bytes(
+    path: Path, remedy: str = DELETE_REMEDY, max_bytes: int | None = None, base: Path | None = None
+) -> bytes:
     """Read a regular file.
 
     Args:
         path (`Path`): the file.
-        remedy (`str`, *optional*): what to do about a damaged one.
-        largest (`int`, *optional*): bytes that it may have.
-        base (`Path`, *optional*): the folder that it must not lead out of; by default its own.
+        remedy (`str`, *optional*): advice for a damaged file.
+        max_bytes (`int`, *optional*): size limit.
+        base (`Path`, *optional*): a folder that must contain the file, after links are resolved; by default its parent.
 
     Raises:
-        Damaged: if it is missing, no regular file, leads out of its folder, is too large or cannot be read.
+        DamagedFileError: if it is missing, not a regular file, outside of its folder, too large or unreadable.
     """
     base = path.parent if base is None else base
     try:
@@ -56,8 +58,8 @@ def read_bytes(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = No
         if not has_regular_file(base, os.path.relpath(path, base)):
             raise DamagedFileError(path, "it is no regular file of its folder", remedy)
         with os.fdopen(open_regular_file(path), "rb") as file:
-            if largest is not None and os.fstat(file.fileno()).st_size > largest:
-                raise DamagedFileError(path, f"it is larger than {largest >> 10} KB", remedy)
+            if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+                raise DamagedFileError(path, f"it is larger than {max_bytes >> 10} KB", remedy)
             return file.read()
     except OSError as error:
         raise DamagedFileError(path, f"it cannot be read ({error.strerror})", remedy) from error
@@ -71,32 +73,32 @@ def read_bytes(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = No
         raise DamagedFileError(path, f"it cannot be read ({error})", remedy) from error
 
 
-def read_text(path: Path, remedy: str = DELETE_REMEDY, largest: int | None = None) -> str:
-    """Read a text of UTF-8.
+def read_text(path: Path, remedy: str = DELETE_REMEDY, max_bytes: int | None = None) -> str:
+    """Read a UTF-8 text.
 
     Raises:
-        Damaged: as of `read_bytes`, and if it is none.
+        DamagedFileError: if [`read_bytes`] raises it, or the file is not UTF-8.
     """
     try:
-        return read_bytes(path, remedy, largest).decode()
+        return read_bytes(path, remedy, max_bytes).decode()
     except UnicodeDecodeError as error:
-        raise DamagedFileError(path, f"it is no UTF-8 text (byte {error.start})", remedy) from error
+        raise DamagedFileError(path, f"it is not UTF-8 text (byte {error.start})", remedy) from error
 
 
 def read_json(
-    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, largest: int | None = None
+    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, max_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Read a mapping of JSON.
+    """Read a JSON mapping.
 
     Args:
         path (`Path`): the file.
-        keys (`dict[str, type]`, *optional*): required keys and their types, as of `check`.
-        remedy, largest (*optional*): as of `read_bytes`.
+        keys (`dict[str, type]`, *optional*): required keys and their types, see [`check_keys`].
+        remedy, max_bytes (*optional*): see [`read_bytes`].
 
     Raises:
-        Damaged: if it is missing, no JSON, no mapping, or lacks a key or its type.
+        DamagedFileError: if the file is missing, not a JSON mapping, or a key is missing or has another type.
     """
-    text = read_text(path, remedy, largest)
+    text = read_text(path, remedy, max_bytes)
     if not text.strip():
         raise DamagedFileError(path, "it cannot be read as JSON: it is empty", remedy)
     try:
@@ -106,28 +108,28 @@ def read_json(
 
 
 def check_keys(value: Any, keys: KeyTypes) -> dict[str, Any]:
-    """Return a mapping that holds values of these types.
+    """Check the types of a mapping's values, and return the mapping.
 
-    A `float` is any finite number; an `int` is no `bool`; a key whose types include `NULL` may be missing.
+    A `float` is any finite number; an `int` is not a `bool`; a key whose types include `NONE_TYPE` may be missing.
 
     Raises:
-        ValueError: with what is missing or of another type.
+        ValueError: with the first key that is missing or has another type.
     """
     if not isinstance(value, dict):
         raise ValueError(f"it is no mapping, but a {type(value).__name__}")
-    for name, kind in keys.items():
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if name not in value and NONE_TYPE not in kinds:
+    for name, expected in keys.items():
+        types = expected if isinstance(expected, tuple) else (expected,)
+        if name not in value and NONE_TYPE not in types:
             raise ValueError(f"{name} is missing")
-        if not any(_has_type(value.get(name), each) for each in kinds):
-            wanted = " or ".join("null" if each is NONE_TYPE else each.__name__ for each in kinds)
-            raise ValueError(f"{name} is {_describe_value(value.get(name))}, not {wanted}")
+        if not any(_has_type(value.get(name), kind) for kind in types):
+            type_names = " or ".join("null" if kind is NONE_TYPE else kind.__name__ for kind in types)
+            raise ValueError(f"{name} is {_describe_value(value.get(name))}, not {type_names}")
     return value
 
 
 def _has_type(value: Any, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # false for NaN
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
     return isinstance(value, kind)
@@ -135,27 +137,27 @@ def _has_type(value: Any, kind: type) -> bool:
 
 def _describe_value(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
-        return "a number beyond any"
+        return "an integer of more than 200 bits"
     return f"{value!r:.40}" if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
 
 
 def is_all_finite(values: Any) -> bool:
     """Return whether nested lists hold finite numbers only."""
-    waiting = [values]
-    while waiting:
-        item = waiting.pop()
+    stack = [values]
+    while stack:
+        item = stack.pop()
         if isinstance(item, list | tuple):
-            waiting += item
+            stack += item
         elif isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
             return False
     return True
 
 
 def read_rows(path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY) -> list[dict[str, Any]]:
-    """Read mappings of JSON, one a line; half a last line, which a kill leaves, is left out.
+    """Read JSON mappings, one per line, without an incomplete last line, which a killed run leaves.
 
     Raises:
-        Damaged: if the file is missing, or a whole line is none.
+        DamagedFileError: if the file is missing, or a complete line is not a JSON mapping with these keys.
     """
     lines = read_text(path, remedy).split("\n")
     rows = []
@@ -172,18 +174,18 @@ def read_rows(path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REM
 def read_parquet(
     path: Path, columns: Mapping[str, str] | None = None, remedy: str = DELETE_REMEDY, base: Path | None = None
 ) -> Any:
-    """Read a table of Parquet.
+    """Read a Parquet table.
 
     Args:
         path (`Path`): the file.
         columns (`dict[str, str]`, *optional*): required columns and their kinds: `number`, `text` or `any`.
-        remedy, base (*optional*): as of `read_bytes`.
+        remedy, base (*optional*): see [`read_bytes`].
 
     Returns:
-        `pandas.DataFrame`: all of the table.
+        `pandas.DataFrame`: the table, with all its columns.
 
     Raises:
-        Damaged: if it is missing, no table, or lacks a column or its kind.
+        DamagedFileError: if the file is missing, not a table, or a column is missing or has another kind.
     """
     import pandas as pd
     import pyarrow as pa
@@ -204,47 +206,46 @@ def read_parquet(
             "any": lambda column: True,
         }[kind]
         if not fits(table[name]):
-            raise DamagedFileError(path, f"the column {name} holds other than {kind}s", remedy)
+            raise DamagedFileError(path, f"the column {name} holds values that are not {kind}s", remedy)
     return table
 
 
 def read_torch_file(
-    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, **how: Any
+    path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY, **load_kwargs: Any
 ) -> dict[str, Any]:
-    """Read what `torch.save` wrote: tensors and plain values; nothing else is unpickled.
+    """Read a file of `torch.save`. Only tensors and plain values are unpickled.
 
     Args:
         path (`Path`): the file.
-        keys (`dict[str, type]`, *optional*): as of `check`; None for a value of any type.
-        remedy (`str`, *optional*): as of `read_bytes`.
-        how: of `torch.load`.
+        keys (`dict[str, type]`, *optional*): required keys and their types, see [`check_keys`]; None accepts any value.
+        remedy (`str`, *optional*): see [`read_bytes`].
+        load_kwargs: arguments of `torch.load`.
 
     Raises:
-        Damaged: if it is missing, cut, or holds anything else.
+        DamagedFileError: if the file is missing, cut, or holds other types.
     """
     import torch
     from torch.serialization import safe_globals
 
-    regular = has_regular_file(path.parent, path.name)
-    if not regular:
+    if not has_regular_file(path.parent, path.name):
         raise DamagedFileError(
             path, "it is missing" if not os.path.lexists(path) else "it is no regular file of its folder", remedy
         )
     try:
         with safe_globals(_get_numpy_types()):
-            value = torch.load(path, **{"map_location": "cpu", **how}, weights_only=True)
+            value = torch.load(path, **{"map_location": "cpu", **load_kwargs}, weights_only=True)
         return value if keys is None else check_keys(value, keys)
-    except Exception as error:  # torch's own, of zip files, of pickles, of what is no file
-        why = (
+    except Exception as error:  # of torch, zipfile, pickle and the operating system
+        reason = (
             _describe_parse_error(error, "file of torch")
             if isinstance(error, PARSE_ERRORS)
             else f"it cannot be read ({summarize_error(error)[:120]})"
         )
-        raise DamagedFileError(path, why, remedy) from error
+        raise DamagedFileError(path, reason, remedy) from error
 
 
 def _get_numpy_types() -> list[Any]:
-    """Return the types of a state of random numbers that are no tensors."""
+    """Return the NumPy types that the state of a random number generator holds."""
     import numpy as np
 
     reconstruct = np.array([0]).__reduce__()[0]

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: what was wrong, which value, what to do."""
+"""Errors with a one-line message for the user: the problem, the value and the remedy."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ MAX_LINE_LENGTH = 500  # characters of another library's error
 
 
 class UserError(ValueError):
-    """Bad input. Its message is one line that names the value and the remedy; the command line exits with status 2."""
+    """Error for bad input. Its message is one line with the value and the remedy; the command line exits with status 2."""
 
 
 class SignalInterrupt(KeyboardInterrupt):
-    """A signal has ended what was under way. Its message is one line; the command line exits with status 128 + `signal`.
+    """Interrupt by a signal. Its message is one line; the command line exits with status 128 + `signal`.
 
-    Like a plain Ctrl-C it is no `Exception`: `except Exception` lets it through.
+    Like a plain Ctrl-C, it does not derive from `Exception`, so `except Exception` does not catch it.
     """
 
     def __init__(self, message: str, number: int = signal.SIGINT):
@@ -25,7 +25,7 @@ class SignalInterrupt(KeyboardInterrupt):
 def summarize_error(error: BaseException) -> str:
     """Return an error of another library, or of the user's code, as one line: its type and the first line of its text.
 
-    The text may be anything: too long, or not readable at all because the error's `__str__` raises.
+    A long text is cut. An error whose `__str__` raises is named by its type.
     """
     try:
         text = str(error).strip()
@@ -37,13 +37,14 @@ def summarize_error(error: BaseException) -> str:
 
 @contextmanager
 def wrap_library_errors(message: str | Callable[[Exception], str], *kinds: type[Exception]) -> Iterator[None]:
-    """Inside, calls of other libraries: what they raise becomes a [`UserError`].
+    """Turn the errors of other libraries into a [`UserError`], for the calls in the block.
 
-    An error that was raised in this package's own code is a fault of ours and goes through as it is.
+    An error that was raised in this package's code is a bug of the package and passes unchanged.
 
     Args:
-        message (`str` or `Callable`): what stands before the error's first line, or makes the whole message of the error.
-        kinds (`type[Exception]`): which errors; by default all.
+        message (`str` or `Callable`): text before the error's first line, or a function that returns the full message for an
+            error.
+        kinds (`type[Exception]`): types of the errors; by default all.
 
     Raises:
         UserError: instead of another library's error.
@@ -60,7 +61,7 @@ def wrap_library_errors(message: str | Callable[[Exception], str], *kinds: type[
 
 
 def is_raised_by_bupo(error: BaseException) -> bool:
-    """Whether the error was raised in this package's own code: the innermost frame of its traceback is there."""
+    """Return whether the innermost frame of the error's traceback is in this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

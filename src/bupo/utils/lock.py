@@ -1,4 +1,8 @@
-"""One writer a folder: a lock that ends with its process, however that ends."""
+"""Lock of an output folder: one writing run at a time.
+
+The `filelock` package is not used: its lock names no holder for the error message, leaves its file in the output folder, and
+fails on network file systems that report `ENOLCK` or `EOPNOTSUPP`, where this lock warns and continues.
+"""
 
 import errno
 import fcntl
@@ -17,99 +21,102 @@ from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
 from bupo.utils.files import guarded_folder, open_regular_file
 
-LOCK_FILE = "_bupo.lock"  # transformers pushes no name that begins so
-_NO_LOCK_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a filesystem without locks says
+LOCK_FILE = "_bupo.lock"  # transformers pushes no file whose name begins with an underscore
+_NO_LOCK_ERRNOS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
 
-# folders that this process writes into, and which of its threads does: a run may be part of another, as the demo's is
-_held_folders: dict[Path, tuple[int, int]] = {}
-_lock_files: set[IO[str]] = set()  # their locked files
+# process and thread that write into a folder. A run may contain another run, such as the demo's, so a thread may enter twice
+_folder_holders: dict[Path, tuple[int, int]] = {}
+_lock_files: set[IO[str]] = set()
 
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Inside, no other run writes into the folder. It is made if need be, and taken away again if nothing was put there.
+    """Lock a folder against other runs. Create the folder if it does not exist, and remove it afterwards if it is empty.
 
-    The lock is the operating system's (`flock`, also over NFS) and not the file's presence: what a killed run leaves locks
-    nothing. Of several processes of one run the main one holds it. A forked child, such as a reward function's, gives up its
-    copy of the locked file: it may live longer than this process.
+    The lock is that of the operating system (`flock`, also over NFS), so it ends with the process, and the file of a killed run
+    locks nothing. Only the main process of a distributed run takes it. A forked child, such as a reward function's, closes its
+    copy of the locked file, since it may live longer than this process.
 
     Raises:
-        UserError: if another run writes there, or nothing can be written there.
+        UserError: if another run writes into the folder, or the folder cannot be written.
     """
-    path, me = Path(folder).resolve(), (os.getpid(), threading.get_ident())
-    if distributed_launch.get_rank() > 0 or _held_folders.get(path) == me:
+    path, holder = Path(folder).resolve(), (os.getpid(), threading.get_ident())
+    if distributed_launch.get_rank() > 0 or _folder_holders.get(path) == holder:
         yield
         return
-    if _held_folders.get(path, (0, 0))[0] == me[0]:
+    if _folder_holders.get(path, (0, 0))[0] == holder[0]:
         raise UserError(f"{folder} is being written by another thread of this process: choose another output")
-    made = [place for place in (path, *path.parents) if not os.path.exists(place)]  # innermost first
-    with ExitStack() as afterwards:
-        afterwards.callback(_remove_empty_folders, made)
+    new_folders = [parent for parent in (path, *path.parents) if not os.path.exists(parent)]  # innermost first
+    with ExitStack() as cleanup:
+        cleanup.callback(_remove_empty_folders, new_folders)
         file = _acquire_lock(Path(folder), path)
-        afterwards.callback(_release_lock, path, file, me)
-        _held_folders[path] = me
-        afterwards.enter_context(guarded_folder(path))
+        cleanup.callback(_release_lock, path, file, holder)
+        _folder_holders[path] = holder
+        cleanup.enter_context(guarded_folder(path))
         yield
 
 
 def _release_lock(path: Path, file: IO[str], holder: tuple[int, int]) -> None:
-    if os.getpid() != holder[0]:  # a forked child that came back up to here: the lock is its parent's
+    if os.getpid() != holder[0]:  # a forked child that left the block: the lock belongs to its parent
         return
-    del _held_folders[path]
+    del _folder_holders[path]
     _lock_files.discard(file)
     with suppress(OSError):
-        (path / LOCK_FILE).unlink()  # while it is locked: whoever opens it next makes another
-    with suppress(OSError):  # the user's code may have closed its number
-        file.close()  # ends the lock
+        (path / LOCK_FILE).unlink()  # still locked: the next run creates a new file
+    with suppress(OSError):  # the user's code may have closed its descriptor
+        file.close()
 
 
 def _close_locks_in_child() -> None:
-    """Close a forked child's copies: the lock would last until the last copy is closed. The parent's stays locked."""
+    """Close the copies of a forked child, since a lock lasts until its last copy is closed. The parent keeps the lock."""
     for file in _lock_files:
         with suppress(OSError):
             file.close()
     _lock_files.clear()
-    _held_folders.clear()
+    _folder_holders.clear()
 
 
 os.register_at_fork(after_in_child=_close_locks_in_child)
 
 
-def _remove_empty_folders(made: list[Path]) -> None:
-    """Those folders that are empty."""
+def _remove_empty_folders(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to the first one that is not empty."""
     with suppress(OSError):
-        for place in made:
-            place.rmdir()
+        for folder in folders:
+            folder.rmdir()
 
 
-def _acquire_lock(named: Path, path: Path) -> IO[str]:
-    """The locked file, with who holds it for people."""
+def _acquire_lock(folder: Path, path: Path) -> IO[str]:
+    """Return the locked file, with the holder written into it.
+
+    Args:
+        folder (`Path`): the folder as the user gave it, for messages.
+        path (`Path`): the same folder, resolved.
+    """
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            flags = (
-                os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            )  # a link is not followed, a pipe not waited for
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             file = os.fdopen(open_regular_file(path / LOCK_FILE, flags), "a+")
         except OSError as error:
-            raise _make_write_error(named, error) from error
+            raise _make_write_error(folder, error) from error
         _lock_files.add(file)  # before it is locked: another thread may fork at any moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCK_ERRNOS:
-                warnings.warn(f"{named} has no locks: two runs into it at once would mix", stacklevel=2)
+                warnings.warn(f"{folder} has no file locks: start no second run with this output", stacklevel=2)
             elif error.errno in (errno.EACCES, errno.EAGAIN):
                 _lock_files.discard(file)
-                raise UserError(_describe_holder(named, file)) from error
+                raise UserError(_describe_holder(folder, file)) from error
             else:
                 _lock_files.discard(file)
-                raise UserError(f"{named} cannot be locked: {error.strerror}; choose another output") from error
+                raise UserError(f"{folder} cannot be locked: {error.strerror}; choose another output") from error
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), (path / LOCK_FILE).stat()):
                 break
         _lock_files.discard(file)
-        file.close()  # its last holder took it away meanwhile
+        file.close()  # its last holder removed it before this process locked it
     started = datetime.now(UTC).isoformat(timespec="seconds")
     holder = {"process": os.getpid(), "host": socket.gethostname(), "started": started}
     try:
@@ -120,21 +127,21 @@ def _acquire_lock(named: Path, path: Path) -> IO[str]:
         with suppress(OSError):
             (path / LOCK_FILE).unlink()
         _lock_files.discard(file)
-        raise _make_write_error(named, error) from error
+        raise _make_write_error(folder, error) from error
     return file
 
 
-def _make_write_error(named: Path, error: OSError) -> UserError:
-    return UserError(f"{named} cannot be written: {error.strerror}; choose another output")
+def _make_write_error(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be written: {error.strerror}; choose another output")
 
 
-def _describe_holder(named: Path, file: IO[str]) -> str:
-    """Who writes there, as far as the file says."""
+def _describe_holder(folder: Path, file: IO[str]) -> str:
+    """Return an error message with the holder that the lock file names."""
     with file:
         file.seek(0)
         try:
             holder = json.loads(file.read())
-            who = f"process {holder['process']} on {holder['host']} since {holder['started']}"
+            description = f"process {holder['process']} on {holder['host']} since {holder['started']}"
         except (ValueError, KeyError, TypeError):
-            who = "another process"
-    return f"{named} is being written by {who}: wait for it to end, or choose another output"
+            description = "another process"
+    return f"{folder} is being written by {description}: wait for it to end, or choose another output"

@@ -1,4 +1,4 @@
-"""A progress bar for whatever takes minutes, and lines where no bar can be drawn."""
+"""Progress bars, with plain lines instead of a bar in log files."""
 
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from rich.progress import (
 )
 
 LINE_INTERVAL = 30.0  # seconds between two lines
-SPEED_WINDOW = 600.0  # seconds whose speed the time left is estimated by: what is counted may come in bursts
+SPEED_WINDOW = 600.0  # seconds over which the speed is averaged, since progress may come in bursts
 
 
 class LogProgress(Progress):
-    """A bar on a terminal; elsewhere, such as in a log file, at most every half a minute a line with what the bar would say."""
+    """Progress bar on a terminal. In a log file, prints a line with the same numbers every `LINE_INTERVAL` seconds at most."""
 
     last_line_time: float | None = None
 
@@ -40,10 +40,10 @@ class LogProgress(Progress):
             return
         self.last_line_time = now
         (task,) = [task for task in self.tasks if task.id == task_id]
-        said = f"{task.description}: {task.completed:g} of {task.total:g}, {_to_timedelta(task.elapsed)} taken"
+        line = f"{task.description}: {task.completed:g} of {task.total:g}, {_to_timedelta(task.elapsed)} taken"
         if task.time_remaining is not None:
-            said += f", {_to_timedelta(task.time_remaining)} left"
-        self.console.print(said, highlight=False, soft_wrap=True)
+            line += f", {_to_timedelta(task.time_remaining)} left"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _to_timedelta(seconds: float | None) -> timedelta:
@@ -51,7 +51,7 @@ def _to_timedelta(seconds: float | None) -> timedelta:
 
 
 def create_progress(console: Console) -> Progress:
-    """Counts, the time taken and an estimate of the time left, as a bar or as lines."""
+    """Return a progress display with counts, the elapsed time and an estimate of the time left."""
     return LogProgress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -65,9 +65,9 @@ def create_progress(console: Console) -> Progress:
     )
 
 
-def add_progress_task(bar: Progress | None, description: str, total: int) -> Callable[[int], None]:
-    """A task of the bar; what is returned is called with the number just done. Without a bar it does nothing."""
-    if bar is None:
-        return lambda done: None
-    shown, number = bar, bar.add_task(escape(description), total=total)
-    return lambda done: shown.advance(number, done)
+def add_progress_task(progress: Progress | None, description: str, total: int) -> Callable[[int], None]:
+    """Add a task and return a function that advances it by a number of items. Without a display, the function does nothing."""
+    if progress is None:
+        return lambda count: None
+    task_id = progress.add_task(escape(description), total=total)
+    return lambda count: progress.advance(task_id, count)

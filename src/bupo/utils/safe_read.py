@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else may have made: regular ones of its own, and none that is huge."""
+"""Reading of folders from other people: only regular files inside the folder, and none that is huge."""
 
 import json
 import os
@@ -7,48 +7,52 @@ from pathlib import Path
 
 from bupo.utils.errors import UserError
 
-MAX_FILE_BYTES = 256 << 20  # bytes of a file that is read
-MAX_CONFIG_BYTES = 256 << 10  # YAML is slow to read
+MAX_FILE_BYTES = 256 << 20
+MAX_CONFIG_BYTES = 256 << 10  # YAML is slow to parse
 
 
 WEIGHT_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")  # of weights in several files
-# by their end, files of a model whose text reaches people; and its weights, which are numbers and may be links
+# texts of a model, whose contents people may see, and its weights, which may be links
 TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".yaml")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 EXTRA_TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 class UnreadableFolderError(Exception):
-    """A folder that is no run, or whose files cannot be read. Its message says which, in a few words."""
+    """Error for a folder that holds no run, or whose files cannot be read. Its message is a short phrase."""
 
 
 def has_regular_file(folder: Path, name: str) -> bool:
-    """Whether a folder holds a regular file of its own: no pipe, no device, no link out of the folder.
+    """Return whether a folder holds a regular file of this name: not a pipe, a device or a link out of the folder.
 
-    A model's folder in the hub's cache (`snapshots/REVISION`) holds links to the `blobs` beside it, which are its own.
+    In the cache of the Hugging Face hub, links from a model's folder (`snapshots/REVISION`) to its `blobs` count as regular.
     """
-    path, real = folder / name, Path(os.path.realpath(folder))
+    path, real_folder = folder / name, Path(os.path.realpath(folder))
     try:
-        regular, target = stat.S_ISREG(path.stat().st_mode), Path(os.path.realpath(path))
+        is_regular, target = stat.S_ISREG(path.stat().st_mode), Path(os.path.realpath(path))
     except (OSError, ValueError):
         return False
-    cached = real.parent.name == "snapshots" and target.parent == real.parent.parent / "blobs"
-    return regular and (cached or target.is_relative_to(real))
+    is_blob = real_folder.parent.name == "snapshots" and target.parent == real_folder.parent.parent / "blobs"
+    return is_regular and (is_blob or target.is_relative_to(real_folder))
 
 
-def read_file_bytes(folder: Path, name: str, largest: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a file that is there."""
+def read_file_bytes(folder: Path, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Return the contents of a file.
+
+    Raises:
+        UnreadableFolderError: if it is larger than `max_bytes`, or cannot be read.
+    """
     path = folder / name
     try:
-        if path.stat().st_size > largest:
-            raise UnreadableFolderError(f"{name} is larger than {largest >> 10} KB")
+        if path.stat().st_size > max_bytes:
+            raise UnreadableFolderError(f"{name} is larger than {max_bytes >> 10} KB")
         return path.read_bytes()
     except OSError as error:
         raise UnreadableFolderError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def describe_index_error(folder: Path, index: str) -> str | None:
-    """Return what is wrong with an index of weights: it names no file of its folder, or cannot be read. None if all is well."""
+    """Return why an index of weights is invalid: it names a file outside its folder, or cannot be read. None if it is valid."""
     try:
         names = (
             json.loads(read_file_bytes(folder, index))["weight_map"].values()
@@ -69,9 +73,9 @@ def describe_index_error(folder: Path, index: str) -> str | None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse the folder of a model or an adapter that would have files from elsewhere read, or a pipe waited for.
+    """Refuse the folder of a model or an adapter with links to files outside of it, pipes or devices.
 
-    The hub's cache is made of links to its `blobs`, which are its own.
+    The links of the hub's cache to its `blobs` are accepted.
 
     Raises:
         UserError: with the file.
@@ -94,5 +98,5 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{path} is no regular file of its folder: put the file itself there, not a link to it")
         if name.endswith(WEIGHT_SUFFIXES) and os.path.lexists(path) and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is no regular file: put the file itself there")
-        if name.endswith(WEIGHT_INDEX_SUFFIXES) and (wrong := describe_index_error(folder, name)):
-            raise UserError(f"{folder}: {wrong}: remove it, or get the model anew")
+        if name.endswith(WEIGHT_INDEX_SUFFIXES) and (problem := describe_index_error(folder, name)):
+            raise UserError(f"{folder}: {problem}: remove it, or download the model again")

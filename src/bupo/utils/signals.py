@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGUSR1, which clusters send before they take a machine back: end at once, or as soon as may be.
+"""Handling of Ctrl-C, SIGTERM and SIGUSR1: stop at once, or after the current update.
 
-Handlers are set in the main thread only, where Python allows them, and given back afterwards. A signal that is ignored, as
-Ctrl-C is in a shell's background jobs, or that someone else handles stays theirs.
+Clusters send SIGTERM or SIGUSR1 before they take a machine back. Handlers are installed in the main thread only, where Python
+allows them, and restored afterwards. A signal that is ignored (Ctrl-C in a shell's background jobs) or that other code handles
+is left alone.
 """
 
 import os
@@ -18,26 +19,27 @@ from typing import Any
 from bupo.utils.errors import SignalInterrupt
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SAME_PRESS_SECONDS = (
-    1.0  # seconds: a launcher passes a terminal's Ctrl-C on, so that a process may meet one press twice
-)
+SAME_PRESS_SECONDS = 1.0  # a launcher forwards a terminal's Ctrl-C, so a process may receive one press twice
 
 HandlerFunction = Callable[[int, FrameType | None], Any]
-_previous_handlers: dict[int, Any] = {}  # the handlers that ours stand in for, by signal
-_installed_handlers: list[HandlerFunction] = []  # ours, the innermost last
+_previous_handlers: dict[int, Any] = {}  # handlers that are replaced, by signal
+_installed_handlers: list[HandlerFunction] = []  # of this module, innermost last
 
 
 @contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """Inside, a signal raises [`~bupo.utils.errors.SignalInterrupt`], once: a second within a moment is the same press of Ctrl-C."""
-    first = 0.0
+    """Raise [`~bupo.utils.errors.SignalInterrupt`] on the first signal in the block.
+
+    A second Ctrl-C within `SAME_PRESS_SECONDS` counts as the same press; a later one ends the process.
+    """
+    first_time = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not first:
-            first = time.monotonic()
+        nonlocal first_time
+        if not first_time:
+            first_time = time.monotonic()
             raise SignalInterrupt(f"stopped by {signal.Signals(number).name}", number)
-        if number == signal.SIGINT and time.monotonic() - first > SAME_PRESS_SECONDS:
+        if number == signal.SIGINT and time.monotonic() - first_time > SAME_PRESS_SECONDS:
             exit_by_signal(number)
 
     with _temporary_handler(stop):
@@ -45,26 +47,28 @@ def raise_on_signal() -> Iterator[None]:
 
 
 class SignalRecorder:
-    """Inside, signals are noted, and the second Ctrl-C ends the process, whatever its main thread waits for.
+    """Context manager that records signals. The second Ctrl-C ends the process, even if its main thread is blocked.
 
     Args:
-        say (`Callable`, *optional*): is given a line after the first Ctrl-C.
-        lost (`Callable`, *optional*): whether there is nothing left to finish. A launcher sends SIGTERM then, too.
+        print_line (`Callable`, *optional*): called with a line after the first Ctrl-C.
+        is_finished (`Callable`, *optional*): returns whether there is nothing left to finish. SIGTERM then ends the process.
 
     Attributes:
-        first (`int`): the first signal that came; 0 if none has.
+        first_signal (`int`): number of the first signal, or 0.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None, lost: Callable[[], bool] = lambda: False):
-        self.print_line, self.is_finished, self.first_signal = say, lost, 0
+    def __init__(
+        self, print_line: Callable[[str], None] = lambda line: None, is_finished: Callable[[], bool] = lambda: False
+    ):
+        self.print_line, self.is_finished, self.first_signal = print_line, is_finished, 0
         self._first_time = 0.0
         self._handler_context = _temporary_handler(_recorder_handler)
 
     def __enter__(self) -> "SignalRecorder":
         self._handler_context.__enter__()
         if threading.current_thread() is threading.main_thread():
-            # the interpreter writes each signal's number there at once, while a handler waits for the main thread's next
-            # step: never, where that stands in a collective whose other side does not come
+            # the interpreter writes each signal's number to the pipe at once. A handler would run only when the main thread
+            # returns to the interpreter, which never happens in a collective whose other process is lost
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._outer_wakeup_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -87,7 +91,7 @@ class SignalRecorder:
             for number in os.read(self._read, 64):
                 if number == 0:
                     return
-                if signal.getsignal(number) is _recorder_handler:  # and no one else's
+                if signal.getsignal(number) is _recorder_handler:  # not the handler of other code
                     self._record(number)
 
     def _record(self, number: int) -> None:
@@ -95,7 +99,7 @@ class SignalRecorder:
             exit_by_signal(number)
         if not self.first_signal:
             self.first_signal, self._first_time = number, time.monotonic()
-            if number == signal.SIGINT:  # a person waits
+            if number == signal.SIGINT:
                 self.print_line("this update is finished and saved; Ctrl-C again ends the run at once")
         elif number == signal.SIGINT and time.monotonic() - self._first_time > SAME_PRESS_SECONDS:
             exit_by_signal(number)
@@ -103,16 +107,16 @@ class SignalRecorder:
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Inside, what this thread starts does not hear these signals: a terminal sends Ctrl-C to all of a command's processes."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Block the signals for threads and processes started inside: a terminal sends Ctrl-C to all processes of a command."""
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def _recorder_handler(number: int, frame: FrameType | None) -> None:
-    """The handler of [`SignalRecorder`], which listens elsewhere."""
+    """Do nothing: [`SignalRecorder`] reads the signals from a pipe."""
 
 
 def exit_by_signal(number: int) -> None:
@@ -123,7 +127,7 @@ def exit_by_signal(number: int) -> None:
 
 
 def _has_system_handler(number: int) -> bool:
-    """Whether the system knows of a handler, as Python may not: `faulthandler.register` sets one. On Linux only."""
+    """Return whether the system has a handler, which Python may not know: `faulthandler.register` sets one. On Linux only."""
     try:
         with open("/proc/self/status") as status:
             (mask,) = (line.split()[1] for line in status if line.startswith("SigCgt:"))
@@ -134,39 +138,42 @@ def _has_system_handler(number: int) -> bool:
 
 @contextmanager
 def _temporary_handler(handler: HandlerFunction) -> Iterator[None]:
-    """Inside, a handler of ours stands where Python's own or another of ours did."""
+    """Replace Python's default handlers, and those of this module, by another handler in the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    taken = (signal.SIG_DFL, signal.default_int_handler, *_installed_handlers)
-    outer = {number: signal.getsignal(number) for number in STOP_SIGNALS if signal.getsignal(number) in taken}
-    outer = {
-        number: before
-        for number, before in outer.items()
-        if before != signal.SIG_DFL or not _has_system_handler(number)
+    replaceable = (signal.SIG_DFL, signal.default_int_handler, *_installed_handlers)
+    outer_handlers = {
+        number: outer
+        for number in STOP_SIGNALS
+        if (outer := signal.getsignal(number)) in replaceable
+        and (outer != signal.SIG_DFL or not _has_system_handler(number))
     }
-    added = [number for number in outer if number not in _previous_handlers]
-    _previous_handlers.update({number: outer[number] for number in added})
+    added = [number for number in outer_handlers if number not in _previous_handlers]
+    _previous_handlers.update({number: outer_handlers[number] for number in added})
     _installed_handlers.append(handler)
     try:
-        for number in outer:
+        for number in outer_handlers:
             signal.signal(number, handler)
         yield
     finally:
-        for number, former in outer.items():
-            signal.signal(number, former)
+        for number, outer in outer_handlers.items():
+            signal.signal(number, outer)
         for number in added:
             del _previous_handlers[number]
         _installed_handlers.pop()
 
 
 def _reset_handlers_in_child() -> None:
-    """A forked child, such as a loader of data, has the handlers from before, and outlives a Ctrl-C as its parent does."""
+    """Restore the replaced handlers in a forked child, such as a data loader's worker.
+
+    While its parent records signals, the child ignores Ctrl-C, so it lives as long as its parent.
+    """
     if _previous_handlers:
         signal.set_wakeup_fd(-1)
         for number, handler in _previous_handlers.items():
-            outlived = number == signal.SIGINT and signal.getsignal(number) is _recorder_handler
-            signal.signal(number, signal.SIG_IGN if outlived else handler)
+            ignored = number == signal.SIGINT and signal.getsignal(number) is _recorder_handler
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
 os.register_at_fork(after_in_child=_reset_handlers_in_child)
