@@ -46,10 +46,10 @@ def trainer_of(folder, options):
         sampling[trainer.rollout_batch] = snapshot(trainer.model)
         return found
 
-    def loss(model, inputs, inner=trainer.loss):
+    def loss(model, inputs, inner=trainer.compute_micro_batch_loss):
         return inner(model, inputs) * (float("nan") if trainer.state.global_step in (broken or ()) else 1)
 
-    trainer.generate_rollouts, trainer.loss = rollout, loss
+    trainer.generate_rollouts, trainer.compute_micro_batch_loss = rollout, loss
     return trainer, sampling
 
 

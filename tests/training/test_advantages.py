@@ -118,7 +118,7 @@ def rollout_of(trainer):
     """What the first rollout batch gives to the updates."""
     seen = {}
     name = (
-        "rollout" if isinstance(trainer, BuPOTrainer) else "_generate_and_score_completions"
+        "generate_rollouts" if isinstance(trainer, BuPOTrainer) else "_generate_and_score_completions"
     )  # TRL's has no public name
     real = getattr(trainer, name)
 
@@ -212,16 +212,16 @@ def test_the_loss_is_a_token_mean_with_dual_clip(tmp_path, estimator):
     trainer = trainer_of(model_of(), args)
     seen = []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         noise = torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(0))
         inputs = {**inputs, "old_per_token_logps": inputs["old_per_token_logps"] + 2 * noise}
         loss = inner(model, inputs)
         with torch.no_grad():
-            logps = trainer.policy_alignment.scores(RolloutBatch(inputs)).log_probs
+            logps = trainer.policy_alignment.score_batch(RolloutBatch(inputs)).log_probs
         seen.append((inputs, logps.double(), loss.item()))
         return loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     inputs, logps, loss = seen[0]
     ratio, mask = (logps - inputs["old_per_token_logps"].double()).exp(), inputs["completion_mask"].double()

@@ -253,11 +253,11 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
     fresh = model_of()
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     policies = InternalPolicies(fresh, temperature=0.8)
     ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], 1)
@@ -275,7 +275,6 @@ def test_stages_by_rollout_batch():
     schedule = PhaseSchedule.parse("[[6, 2], [12, 3]]")
     assert schedule == PhaseSchedule((Stage(6, 2), Stage(12, 3))) == PhaseSchedule.parse([[6, 2], [12, 3]])
     assert [schedule.get_stage_index(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
-    assert schedule.get_stage(3) == Stage(12, 3) and schedule.get_stage(6) is None
     assert schedule.end_stage_before(2) == PhaseSchedule((Stage(6, 1), Stage(12, 3)))
     assert schedule.end_stage_before(4) == PhaseSchedule((Stage(6, 2), Stage(12, 1)))
     assert schedule.end_stage_before(6) == schedule == PhaseSchedule.load(schedule.state())
@@ -289,15 +288,15 @@ def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
         auto.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 2), Stage(4, 1)))
         and not auto.resolve_auto(3, 9).is_undecided
     )
-    open_ended = BuPOConfig("x", internal_layer="auto").first_phase
+    open_ended = BuPOConfig("x", internal_layer="auto").phase_schedule
     assert (
         open_ended == PhaseSchedule((Stage(None, None),)) == PhaseSchedule.load(open_ended.state())
         and open_ended.is_undecided
     )
-    assert open_ended.place(1) == 0 and open_ended.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 9),))
+    assert open_ended.get_stage_index(1) == 0 and open_ended.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 9),))
     assert str(open_ended) == "[['auto', 'auto']]"
-    assert BuPOConfig("x", internal_layer=3).first_phase == PhaseSchedule((Stage(3, 20),))
-    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == PhaseSchedule((Stage(None, 7),))
+    assert BuPOConfig("x", internal_layer=3).phase_schedule == PhaseSchedule((Stage(3, 20),))
+    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).phase_schedule == PhaseSchedule((Stage(None, 7),))
 
 
 @pytest.mark.parametrize(
@@ -313,11 +312,11 @@ def test_a_schedule_of_two_stages(tmp_path):
     trainer = trainer_of(model, config(tmp_path, internal_layer=None, internal_schedule=[[1, 1], [3, 1]], max_steps=12))
     watch, before, seen = RatioWatch().attach(trainer), snapshot(model), {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.setdefault(trainer.rollout_batch, snapshot(model))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert [row["phase"] for row in watch.rows] == [1] * 8 + [2] * 4
     assert logged(trainer, "internal/layer") == [1] * 4 + [3] * 4

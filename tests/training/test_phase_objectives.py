@@ -53,11 +53,11 @@ def inputs_of(trainer):
     """The micro-batches that the trainer's loss will see, filled as it trains."""
     seen = []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.append(dict(inputs))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     return seen
 
 
@@ -169,7 +169,7 @@ def test_what_the_policys_objective_says(tmp_path):
     for name in ("approx_kl", "entropy", "loss", "clip_ratio/region_mean"):
         assert logged(trainer, name)[0] == logged(plain, name)[0]
     assert logged(trainer, "approx_kl")[0] < 1e-10 < logged(trainer, "approx_kl")[1]
-    assert "the whole policy, by layers up to 2" in trainer.where(1)
+    assert "the language model policy, layers up to 2" in trainer.describe_rollout_batch(1)
 
 
 def test_deepspeed_is_refused_the_policys_objective(tmp_path):
@@ -273,11 +273,11 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
     trainer = trainer_of(model, config(tmp_path, **common, **mixing))
     seen, weights = inputs_of(trainer), []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         weights.append(copy.deepcopy(trainer.model.state_dict()))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     found = gradients_of(trainer)
     order = torch.randperm(262, generator=torch.Generator().manual_seed(42)) if objective == "shuffled_vocab" else None
     layer_weight = mix or 0.5
@@ -472,7 +472,8 @@ def test_a_measured_layer_is_handed_over(tmp_path):
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
     assert logged(trainer, "internal/weight") == [0.5] * 4
-    assert trainer.phase_controller.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
+    objective = trainer.phase_controller.get_objective(2)
+    assert objective.auxiliary == ("layer", int(logged(trainer, "internal/layer")[0])) and objective.weight == 0.5
 
 
 def test_one_update_a_rollout_batch(tmp_path):
@@ -608,7 +609,7 @@ def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
 
 
 def test_options_on_the_command_line_and_in_yaml(tmp_path):
-    own = "internal_objective: shuffled_vocab\ninternal_handover: 3\ninternal_mix: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
+    own = "internal_objective: shuffled_vocab\ninternal_fade_batches: 3\ninternal_loss_weight: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
     (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
     names = ("internal_objective", "internal_fade_batches", "internal_loss_weight", "layer_rates")

@@ -325,8 +325,8 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     assert trainer.phase_controller.schedule.stages[0].batches == last
     ended = [row["rollout_batch"] for row in rows if "internal/stopped_early" in row]
     assert ended == [last + 1]
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
-    assert f"layer 2 is left after {last:.0f} of 20 rollout batches" in line and "weights that sampled the 7th" in line
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("early stopping:")]
+    assert f"the stage on layer 2 ends after {last:.0f} of 20 rollout batches" in line and "weights that sampled the 7th" in line
     for name, kept in sampled[7].items():  # what samples the next batch is what sampled the best, to the bit
         assert torch.equal(kept, sampled[last + 1][name]), name
     assert any(not torch.equal(kept, sampled[last][name]) for name, kept in sampled[7].items())
@@ -344,7 +344,7 @@ def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
     second, _ = guarded_run(tmp_path, resumed, resume=str(tmp_path / f"checkpoint-{stop}"), **saving)
-    assert first.phase_controller.schedule == second.phase_controller.schedule != first.args.first_phase
+    assert first.phase_controller.schedule == second.phase_controller.schedule != first.args.phase_schedule
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -364,7 +364,7 @@ def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
     args = config(tmp_path, probe_every=1, **options)
     trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     trainer.train()
-    assert trainer.phase_controller.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
+    assert trainer.phase_controller.schedule == args.phase_schedule and "early stopping:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------

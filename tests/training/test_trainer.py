@@ -120,7 +120,7 @@ class RatioWatch(TrainerCallback):
                 scores = policy(**question)
                 old, mask = inputs["old_per_token_logps"], inputs["completion_mask"]
                 log_ratio = ((scores.log_probs[:, -old.size(1) :] - old) * mask).abs().max().item()
-                self.rows.append({"batch": trainer.rollout_batch, "phase": trainer.phase, "log_ratio": log_ratio})
+                self.rows.append({"batch": trainer.rollout_batch, "phase": trainer.objective.phase, "log_ratio": log_ratio})
                 return scores
 
             return inner(asked, inputs)
@@ -151,11 +151,11 @@ def test_old_log_probs_are_the_layer_policys(tmp_path):
     copies = copy.deepcopy(model.state_dict())
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     fresh = model_of()
     fresh.load_state_dict(copies)
@@ -219,10 +219,10 @@ def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
     trainer = trainer_of(model, config(tmp_path, per_device_eval_batch_size=4), eval_dataset=PROBLEMS.select(range(4)))
     layers = []
     model.model.layers[3].register_forward_pre_hook(lambda m, a: layers.append(4))
-    real = trainer.loss
+    real = trainer.compute_micro_batch_loss
     seen = []
-    trainer.loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
-    assert trainer.phase == 1
+    trainer.compute_micro_batch_loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
+    assert trainer.objective.phase == 1
     trainer.evaluate()
     assert seen and all(seen)
 
@@ -395,11 +395,11 @@ def test_a_ratio_beyond_fp32_has_a_finite_gradient(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=2))
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         far = inputs["old_per_token_logps"] - 200 * (torch.arange(inputs["completion_ids"].size(1)) % 2)
         return inner(model, {**inputs, "old_per_token_logps": far})
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
@@ -411,12 +411,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen[trainer.state.global_step] = snapshot(model)
         loss = inner(model, inputs)
         return loss * float("nan") if trainer.state.global_step in bad else loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
     assert any(not torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
@@ -424,7 +424,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     assert message in caplog.text
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=8, learning_rate=1e-3))
     bad |= {3, 4, 5}
-    trainer.loss = lambda m, i, inner=trainer.loss: inner(m, i) * float("nan")
+    trainer.compute_micro_batch_loss = lambda m, i, inner=trainer.compute_micro_batch_loss: inner(m, i) * float("nan")
     with pytest.raises(UserError, match="not finite in 3 updates in a row, the last in rollout batch 1"):
         trainer.train()
 
@@ -447,13 +447,13 @@ def test_the_last_update_of_a_batch_is_named_as_its_own(tmp_path, caplog):
     """Updates 8 and 9 lie on either side of the phases' border."""
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=10))
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         return inner(model, inputs) * (float("nan") if trainer.state.global_step in (7, 8) else 1)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     named = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert "rollout batch 2 (the policy of layer 2," in named[0] and "rollout batch 3 (the whole policy," in named[1]
+    assert "rollout batch 2 (the policy of layer 2," in named[0] and "rollout batch 3 (the language model policy," in named[1]
 
 
 def test_weights_that_have_diverged_are_named(tmp_path):
@@ -465,13 +465,13 @@ def test_weights_that_have_diverged_are_named(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
 
-    def loss_of(m, inputs, inner=trainer.loss):
+    def loss_of(m, inputs, inner=trainer.compute_micro_batch_loss):
         loss = inner(m, inputs)
         if trainer.state.global_step == 3:
             model.model.norm.weight.data.fill_(float("nan"))
         return loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     with pytest.raises(UserError, match=r"probabilities are not finite in rollout batch 2 .*lower learning_rate"):
         trainer.train()
 

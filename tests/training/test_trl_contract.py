@@ -16,20 +16,20 @@ from accelerate.state import AcceleratorState
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from bupo import BuPOConfig, BuPOTrainer
+from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.generation.seeded_sampling import SeededLogitsProcessor
 from bupo.models import cpu_decoding
 from bupo.models.generation_settings import warn_once
 from bupo.training import trl_internals
 from bupo.training.trl_contract import (
     ACCELERATE_PRIVATE_NAMES,
+    ACCEPTED_VALUES,
     PRIVATE_NAMES,
     ROLLOUT_KEYS,
     TRAINER_ATTRIBUTES,
     TRL_METRICS,
     UNDOCUMENTED_FUNCTIONS,
 )
-from bupo.training.trl_internals import get_accepted_values
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -208,12 +208,23 @@ def test_state_has_the_kinds_that_are_relied_on(run):
     assert sampler.shuffle and sampler.seed == trainer.args.seed and isinstance(sampler.generator, torch.Generator)
 
 
-def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
-    assert {"grpo", "dapo", "dr_grpo"} <= set(get_accepted_values("loss_type"))
-    assert set(get_accepted_values("importance_sampling_level")) >= {"token", "sequence"}
-    assert get_accepted_values("no_such_option") == ()
-    for loss in get_accepted_values("loss_type"):
-        assert BuPOConfig(str(tmp_path), internal_layer=1, loss_type=loss).loss_type == loss
+def list_compared_values(option):
+    """Return the values that TRL's loss compares an option with."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._compute_loss)))
+    compared = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Compare) and getattr(node.left, "attr", None) == option
+    ]
+    constants = [part for node in compared for side in node.comparators for part in ast.walk(side)]
+    return {part.value for part in constants if isinstance(part, ast.Constant)}
+
+
+@pytest.mark.parametrize("option", ACCEPTED_VALUES)
+def test_the_accepted_values_are_those_of_trls_loss(tmp_path, option):
+    assert set(ACCEPTED_VALUES[option]) == list_compared_values(option)
+    for value in ACCEPTED_VALUES[option]:
+        assert getattr(BuPOConfig(str(tmp_path), internal_layer=1, **{option: value}), option) == value
+    with pytest.raises(UserError, match=f"{option}.*token_mean"):
+        BuPOConfig(str(tmp_path), internal_layer=1, **{option: "token_mean"})
 
 
 # -- the loop of bupo.models.cpu_decoding ---------------------------------------------------------------------------------

@@ -203,8 +203,8 @@ def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_pa
         model, token_reward, args, train_dataset=FEW, processing_class=TOKENIZER, rollout_func=sampler
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
-    loss = trainer.loss
-    trainer.loss = lambda m, i: (seen.append(dict(i)), loss(m, i))[1]
+    loss = trainer.compute_micro_batch_loss
+    trainer.compute_micro_batch_loss = lambda m, i: (seen.append(dict(i)), loss(m, i))[1]
     trainer.train()
     inputs, mask = seen[0], seen[0]["completion_mask"].bool()
     by_hand = torch.exp(-0.25 * (torch.arange(mask.size(1)) % 2)).expand(mask.shape)
@@ -241,7 +241,7 @@ def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
         processing_class=TOKENIZER,
     )
 
-    def loss_of(m, inputs, inner=trainer.loss):
+    def loss_of(m, inputs, inner=trainer.compute_micro_batch_loss):
         if not routed:
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -250,7 +250,7 @@ def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
             routed.append(load_balancing_loss_func(logits[:1], 4, 2, mask).item() if layer == 2 else 0.0)
         return inner(m, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert_first_phase(before, model, layer)
     assert trainer.state.log_history[0]["aux_loss"] == pytest.approx(routed[0], abs=1e-5)

@@ -226,7 +226,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
     for batch in (inputs, short):
         trainer.model.zero_grad()
         trainer.train_metrics.clear()
-        value = trainer.loss(trainer.model, batch)
+        value = trainer.compute_micro_batch_loss(trainer.model, batch)
         value.backward()
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
         found.append((value.detach(), gradients))
