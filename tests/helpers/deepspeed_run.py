@@ -78,7 +78,7 @@ def one(folder, options):
         f"critic {name}": linear.weight.detach() for name, linear in getattr(trainer.critic, "linears", {}).items()
     }
     if hasattr(trainer.critic, "critic"):
-        second = trainer.accelerator.unwrap_model(trainer.critic.critic)
+        second = trainer.accelerator.unwrap_model(trainer.critic.value_model)
         heads |= {f"critic {name}": parameter for name, parameter in snapshot(second).items()}
     torch.save(
         {"start": start, "end": snapshot(trainer.model) | heads, "sampling": sampling}, folder / f"rank{rank}.pt"

@@ -67,7 +67,7 @@ result = {
 (folder / f"rank{rank}.json").write_text(json.dumps(result))
 critic = {}
 if backbone == "copy":
-    critic = trainer.accelerator.unwrap_model(trainer.critic.critic).state_dict()
+    critic = trainer.accelerator.unwrap_model(trainer.critic.value_model).state_dict()
 elif backbone == "shared":
     critic = {name: linear.weight.detach() for name, linear in trainer.critic.value_heads.items()}
 torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

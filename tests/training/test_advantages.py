@@ -64,8 +64,8 @@ def test_gae_is_its_sum(tokens, seed, gamma, lam):
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=tokens), rng.normal(size=tokens)
     mask = rng.random(tokens) < 0.7
-    rewards_BT, values_BT, mask_BT = (torch.tensor(x)[None] for x in (rewards, values, mask.astype(int)))
-    found, _ = gae(rewards_BT, values_BT, mask_BT, gamma, lam)
+    rewards_BC, values_BC, mask_BC = (torch.tensor(x)[None] for x in (rewards, values, mask.astype(int)))
+    found, _ = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
     real = np.flatnonzero(mask)
     deltas = [
         rewards[t] + gamma * (values[real[i + 1]] if i + 1 < len(real) else 0) - values[t] for i, t in enumerate(real)

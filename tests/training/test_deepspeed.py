@@ -329,7 +329,7 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
     trainer = {
         "is_deepspeed_enabled": True,
-        "reads_images": False,
+        "is_vlm": False,
         "is_fsdp_enabled": False,
         "optimizer": None,
         "model": None,

@@ -82,7 +82,7 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
     """It starts from the policy's weights, moves in phase 1 in all its layers, and the policy is not moved by it."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
-    critic = trainer.critic.critic
+    critic = trainer.critic.value_model
     for a, b in zip(critic.decoder.parameters(), model.model.parameters(), strict=True):
         assert torch.equal(a, b) and a is not b
     start = copy.deepcopy(critic.state_dict())
@@ -113,12 +113,12 @@ def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpoint
     trainer = trainer_of(model, args)
     seen = []
 
-    def values(*args, inner=trainer.critic.values):
+    def values(*args, inner=trainer.critic.compute_values):
         found = inner(*args)
         seen.append(found.clone())
         return found
 
-    trainer.critic.values = values
+    trainer.critic.compute_values = values
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
     assert not seen[0].any() and set(trainer.critic.value_heads) == {"layer 2"}

@@ -145,7 +145,7 @@ def test_frozen_layers_and_probes(tmp_path):
 
 def test_the_critic_too(tmp_path):
     trainer = run(tmp_path, half_model(), advantage_estimator="ppo", critic_learning_rate=1e-6)
-    assert {p.dtype for p in trainer.critic.critic.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.critic.value_model.parameters()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -67,27 +67,31 @@ class BuPOTrainer(GRPOTrainerHooks):
     """Trainer for Bottom-up Policy Optimization (BuPO): a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
     An internal layer policy applies the unembedding to the states of layer l
-    ([eq. 7](https://arxiv.org/abs/2512.19673)). In the first phase, the ratio of the clipped objective is the layer policy's,
-    `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)` ([eq. 9](https://arxiv.org/abs/2512.19673), internal policy alignment). A KL penalty
-    compares the layer policies of the model and of the reference model, and an update runs layers 1 to l only. In the second
-    phase, the language model policy is optimised as in GRPO ([eq. 10](https://arxiv.org/abs/2512.19673)). A phase covers full
-    rollout batches, so that old and new log-probs are of one policy; [`~bupo.training.objective.phases.Objective`] describes
-    the objective of each.
+    ([eq. 7](https://arxiv.org/abs/2512.19673)). In the first phase, the ratio of the clipped objective is the layer
+        policy's,
+    `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)` ([eq. 9](https://arxiv.org/abs/2512.19673), internal policy alignment). A KL
+    penalty compares the layer policies of the model and of the reference model, and an update runs layers 1 to l only.
+    In the second phase, the language model policy is optimised as in GRPO ([eq. 10](https://arxiv.org/abs/2512.19673)).
+    A phase covers full rollout batches, so that old and new log-probs are of one policy;
+    [`~bupo.training.objective.phases.Objective`] describes the objective of each.
 
-    The methods follow the order of a rollout batch: `generate_rollouts` samples, computes advantages and scores the policies;
-    `compute_micro_batch_loss` computes the loss of a micro-batch; `training_step` adds the critic's step.
+    The methods follow the order of a rollout batch: `generate_rollouts` samples, computes advantages and scores the
+    policies; `compute_micro_batch_loss` computes the loss of a micro-batch; `training_step` adds the critic's step.
 
     Metrics in addition to TRL's: `phase` (1 or 2), `rollout_batch` (from 1), `rollout_time` (seconds),
-    `completions/repetition`, `approx_kl` (half the mean squared log ratio to the sampling policy), `critic/...`, `probe/...`,
-    `warning/...` ([`~bupo.training.callbacks.failure_detection.FailureDetector`]), in phase 1 `internal/layer` and
-    `internal/entropy`, and with an auxiliary objective `internal/weight`. `entropy` is the language model policy's in both
-    phases (in phase 1, at the rollout); clip ratios and `approx_kl` are the target policy's.
+    `completions/repetition`, `approx_kl` (half the mean squared log ratio to the sampling policy), `critic/...`,
+    `probe/...`, `warning/...` ([`~bupo.training.callbacks.failure_detection.FailureDetector`]), in phase 1
+    `internal/layer` and `internal/entropy`, and with an auxiliary objective `internal/weight`. `entropy` is the
+    language model policy's in both phases (in phase 1, at the rollout); clip ratios and `approx_kl` are the target
+    policy's.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text model.
+        model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, kwargs: as for [`~trl.GRPOTrainer`]; a text
+            model.
         args ([`BuPOConfig`]): configuration of the run.
         family ([`~bupo.Family`], *optional*): module names of an unknown model family.
-        benchmarks (`dict[str, Dataset]`, *optional*): problems of `eval_benchmarks` by label; by default loaded by name.
+        benchmarks (`dict[str, Dataset]`, *optional*): problems of `eval_benchmarks` by label; by default loaded by
+            name.
 
     Raises:
         UserError: if the layer does not exist, or the model's residual stream does not follow the rules of its family.
@@ -126,9 +130,7 @@ class BuPOTrainer(GRPOTrainerHooks):
         self.critic = make_critic(self.stream, self.accelerator, args)
         freeze_layers(self.stream, get_frozen_layers(args))
         decode, max_positions = self.processing_class.decode, get_max_positions(self.model)
-        self.phase_controller = PhaseController(
-            self.model, self.stream, self.accelerator, args, decode, max_positions
-        )
+        self.phase_controller = PhaseController(self.model, self.stream, self.accelerator, args, decode, max_positions)
 
         self.nonfinite_callback = SkipNonFiniteUpdatesCallback(
             lambda: self.describe_rollout_batch(self.last_rollout_batch)

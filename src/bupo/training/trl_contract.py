@@ -1,7 +1,8 @@
-"""Private names, signatures and values of TRL, transformers and accelerate that [`bupo.training.trl_internals`] relies on.
+"""Private names, signatures and values of TRL, transformers and accelerate that [`bupo.training.trl_internals`] relies
+on.
 
-`tests/training/test_trl_contract.py` names each entry that an installed version changes; `make test-newest` runs it with the
-newest versions.
+`tests/training/test_trl_contract.py` names each entry that an installed version changes; `make test-newest` runs it
+with the newest versions.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,9 @@ PRIVATE_NAMES = {
         "(self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, *)",
         "called with a scorer in place of the model; overridden: one pass over rollouts scores two policies",
     ),
-    "_prepare_inputs": PrivateName("(self, generation_batch)", "overridden: arranges the micro-batches of a rollout batch"),
+    "_prepare_inputs": PrivateName(
+        "(self, generation_batch)", "overridden: arranges the micro-batches of a rollout batch"
+    ),
     "_compute_loss": PrivateName("(self, model, inputs)", "overridden, and called with a scorer in place of the model"),
     "_get_train_sampler": PrivateName("(self, dataset)", "overridden: the sampler can start at any epoch"),
     "_save_checkpoint": PrivateName(
@@ -40,9 +43,7 @@ PRIVATE_NAMES = {
     "_push_from_checkpoint": PrivateName(
         "(self, checkpoint_folder)", "overridden: pushes a checkpoint from its final folder"
     ),
-    "_load_optimizer_and_scheduler": PrivateName(
-        "(self, checkpoint)", "overridden: loads bupo's part of a checkpoint"
-    ),
+    "_load_optimizer_and_scheduler": PrivateName("(self, checkpoint)", "overridden: loads bupo's part of a checkpoint"),
     "_load_from_checkpoint": PrivateName(
         "(self, resume_from_checkpoint, model)", "overridden: also loads weights that are saved under other names"
     ),
@@ -55,9 +56,7 @@ PRIVATE_NAMES = {
         "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)",
         "overridden and called: logs the end of an interrupted epoch",
     ),
-    "_load_rng_state": PrivateName(
-        "(self, checkpoint)", "overridden and called: for the end of an interrupted epoch"
-    ),
+    "_load_rng_state": PrivateName("(self, checkpoint)", "overridden and called: for the end of an interrupted epoch"),
     "_evaluate": PrivateName("(self, *)", "overridden: a resumed run does not repeat `eval_on_start`"),
     "_determine_best_metric": PrivateName(
         "(self, metrics, trial)", "overridden: an evaluation may have graded no completion"

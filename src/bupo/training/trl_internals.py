@@ -1,7 +1,7 @@
 """All uses of private names of TRL, transformers and accelerate, which [`bupo.training.trl_contract`] lists.
 
-The rest of the project uses public names only: [`GRPOTrainerHooks`] gives access to the private ones by plain arguments and
-results.
+The rest of the project uses public names only: [`GRPOTrainerHooks`] gives access to the private ones by plain arguments
+and results.
 """
 
 import json
@@ -97,15 +97,17 @@ def checked_model_loading() -> Iterator[None]:
 class GRPOTrainerHooks(GRPOTrainer):
     """GRPOTrainer with public hooks in place of its private methods, and with its private state as properties.
 
-    Hooks, for subclasses: `generate_rollouts`, `compute_micro_batch_loss`, `arrange_micro_batches`, `reward_call_context`,
-    `save_extra_state` and `load_extra_state`.
+    Hooks, for subclasses: `generate_rollouts`, `compute_micro_batch_loss`, `arrange_micro_batches`,
+    `reward_call_context`, `save_extra_state` and `load_extra_state`.
     """
 
     _tag_names: ClassVar = ["trl", "grpo", "bupo"]
     control: TrainerControl
     data_collator: Any
     # sampling
-    rollout_scorers: Callable[[nn.Module], Callable] | None = None  # makes the policy that TRL scores in a model's place
+    rollout_scorers: Callable[[nn.Module], Callable] | None = (
+        None  # makes the policy that TRL scores in a model's place
+    )
     rollout_scores: list[CompletionScores]  # of each scoring pass over the rollout batch that is being sampled
     function_rewards: torch.Tensor  # (all completions, functions): of the last rollout batch
     # epochs and logs
@@ -163,8 +165,8 @@ class GRPOTrainerHooks(GRPOTrainer):
 
         Args:
             inputs (`list[dict]`): rows of the dataset.
-            scorers (`Callable`, *optional*): returns the policy to score in place of the model that TRL passes. With it, the
-                scores of the sampling policy are returned too.
+            scorers (`Callable`, *optional*): returns the policy to score in place of the model that TRL passes. With
+                it, the scores of the sampling policy are returned too.
         """
         self.rollout_scorers, self.rollout_scores = scorers, []
         try:
@@ -245,7 +247,8 @@ class GRPOTrainerHooks(GRPOTrainer):
     def compute_policy_loss(self, policy: Callable, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute TRL's loss of a micro-batch, with the log-probs of `policy`.
 
-        An update without a token to train on leaves the adaptive entropy coefficient unchanged; TRL would count an entropy of 0.
+        An update without a token to train on leaves the adaptive entropy coefficient unchanged; TRL would count an
+        entropy of 0.
         """
         if not (self.use_adaptive_entropy and self.model.training):
             return super()._compute_loss(policy, inputs)
@@ -364,7 +367,7 @@ class GRPOTrainerHooks(GRPOTrainer):
         if not self.log_completions:
             return None
         return json.dumps(
-            {name: value for name, value in self._logs.items() if name != "images"}, default=_serialize_deque
+            {name: value for name, value in self._logs.items() if name != "images"}, default=serialize_deque
         )
 
     @completions_table.setter
@@ -418,7 +421,8 @@ class GRPOTrainerHooks(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_train_sampler(self, dataset=None):
-        """Return TRL's sampler with `set_epoch`: a resumed run must see the problems in the order of an uninterrupted one.
+        """Return TRL's sampler with `set_epoch`: a resumed run must see the problems in the order of an uninterrupted
+        one.
 
         TRL seeds the generator once and draws a permutation an epoch.
         """
@@ -503,7 +507,11 @@ class GRPOTrainerHooks(GRPOTrainer):
         Returns:
             `bool`: whether the checkpoint is such a one and was loaded.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_renamed_parameters(self.model, Path(checkpoint)):
+        if (
+            self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or not has_renamed_parameters(self.model, Path(checkpoint))
+        ):
             return False
         load_weights(self.model, Path(checkpoint))
         return True
@@ -544,7 +552,8 @@ class GRPOTrainerHooks(GRPOTrainer):
     def finish_interrupted_epoch(self, train_dataloader: Any) -> None:
         """Log, evaluate and save the end of an epoch before which a run was stopped.
 
-        Training continues with the random state after the evaluation. The epoch of a stream ends when all its rows are read.
+        Training continues with the random state after the evaluation. The epoch of a stream ends when all its rows are
+        read.
         """
         updates = self.state.global_step
         is_finished = updates >= self.state.max_steps
@@ -624,7 +633,8 @@ class GRPOTrainerHooks(GRPOTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def get_best_metric(self, metrics: dict[str, Any]) -> float | None:
-        """Return the value of `metric_for_best_model`; None, with a warning, if this evaluation graded too little for it.
+        """Return the value of `metric_for_best_model`; None, with a warning, if this evaluation graded too little for
+        it.
 
         Raises:
             UserError: if no evaluation measures it.
@@ -678,5 +688,5 @@ class EpochEndCallback(TrainerCallback):
         self.trainer.epoch_ended = True
 
 
-def _serialize_deque(values: Any) -> Any:
+def serialize_deque(values: Any) -> Any:
     return list(values) if isinstance(values, deque) else str(values)

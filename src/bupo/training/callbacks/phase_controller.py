@@ -59,15 +59,16 @@ class PhaseController:
 
     Args:
         model (`nn.Module`): with a policy head, and the wrappers of PEFT and FSDP2.
-        stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model; without one there are no probes.
+        stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model; without one there are no
+            probes.
         accelerator (`Accelerator`): of the trainer.
         args ([`~bupo.BuPOConfig`]): of the run.
         decode (`Callable`): turns token ids into text, for `probes.jsonl`.
         max_positions (`float`): of the model, in tokens.
 
     Attributes:
-        schedule ([`~bupo.training.objective.phases.PhaseSchedule`]): the first phase, with the decisions of `auto` and of early
-            stopping so far.
+        schedule ([`~bupo.training.objective.phases.PhaseSchedule`]): the first phase, with the decisions of `auto` and
+            of early stopping so far.
     """
 
     def __init__(
@@ -186,7 +187,8 @@ class PhaseController:
 
         Args:
             rollout_batch (`int`): from 1.
-            loss_metrics (`dict`): with the values of this loss last; empty for a micro-batch without a token to train on.
+            loss_metrics (`dict`): with the values of this loss last; empty for a micro-batch without a token to train
+                on.
             metrics (`dict`): of the next log, for the failures.
             is_last (`bool`): whether this is the last micro-step of the rollout batch.
         """
@@ -220,12 +222,13 @@ class PhaseController:
             self._run_probe(rollout_batch, None)
         if self.failure_detector.has_never_graded:
             raise UserError(
-                f"no completion of {self.failure_detector.num_batches} rollout batches was graded, every reward was None, NaN or "
-                "infinite: the model has learned nothing; look at what the reward function returns"
+                f"no answer of {self.failure_detector.num_batches} rollout batches was graded, every reward was None, "
+                "NaN or infinite: the model has learned nothing; look at what the reward function returns"
             )
 
     def choose_auto_layer(self, completions: PromptCompletionIds, updates: int) -> None:
-        """Choose the layer of `internal_layer: auto` on the first rollout batch, and write the measures to `boundary.json`.
+        """Choose the layer of `internal_layer: auto` on the first rollout batch, and write the measures to
+        `boundary.json`.
 
         Args:
             completions (`list`): prompts and completions of this process.
@@ -245,7 +248,11 @@ class PhaseController:
         batches = self.args.count_rollout_batches(updates)
         recommended = recommend_first_phase_batches(batches)
         self.schedule = self.schedule.resolve_auto(result["boundary_layer"], recommended)
-        lengths = {"rollout_batches": batches, "recommended_steps": recommended, "internal_steps": self.schedule.batches}
+        lengths = {
+            "rollout_batches": batches,
+            "recommended_steps": recommended,
+            "internal_steps": self.schedule.batches,
+        }
         self.auto_layer_result = result | lengths
         self.accelerator.print(f"internal_layer auto: {result['explanation']}")
         self.accelerator.print(describe_first_phase_length(self.auto_layer_result))

@@ -24,7 +24,8 @@ def get_parameters_above(stream: ResidualStream, layer: int) -> set[nn.Parameter
 def drop_gradients_above(stream: ResidualStream, layer: int) -> None:
     """Drop the gradients above a layer after a backward pass.
 
-    Gradient clipping then counts only the parameters that move, and the optimizer skips the others, weight decay included.
+    Gradient clipping then counts only the parameters that move, and the optimizer skips the others, weight decay
+    included.
     """
     for parameter in get_parameters_above(stream, layer):
         parameter.grad = None
@@ -86,7 +87,8 @@ def get_parameters_up_to(
         stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
         layer (`int`): of the policy, from 1.
         normed (`bool`): whether the policy applies the final norm.
-        model (`nn.Module`, *optional*): the stream's model with its wrappers; PEFT's may hold parameters too (a learned prompt).
+        model (`nn.Module`, *optional*): the stream's model with its wrappers; PEFT's may hold parameters too (a learned
+            prompt).
     """
     unreached = get_parameters_above(stream, layer) - (set(stream.final_norm.parameters()) if normed else set())
     return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in unreached]
@@ -97,13 +99,13 @@ def find_reached_parameters(
 ) -> set[nn.Parameter]:
     """Return the trainable parameters that the gradient of a policy's log-probs reaches.
 
-    One forward pass over a few tokens is recorded; nothing is differentiated. The graph decides, because the part of a layer
-    that computes an activation differs by family, and users may bypass modules.
+    One forward pass over a few tokens is recorded; nothing is differentiated. The graph decides, because the part of a
+    layer that computes an activation differs by family, and users may bypass modules.
 
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): with all its parameters on this process.
-        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy; by default the
-            language model policy.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy; by default
+            the language model policy.
         normed (`bool`): whether the internal policy applies the final norm.
         model (`nn.Module`, *optional*): the stream's model with PEFT around it.
     """
@@ -122,7 +124,9 @@ def find_reached_parameters(
         policy_states = stream.apply_lens(states[last], "final_norm" if activation is None or normed else "raw")
     ends = [policy_states, head.weight, *([] if head.bias is None else [head.bias])]
     reached = find_graph_parameters(ends)
-    return reached if activation is None else reached & set(get_parameters_up_to(stream, activation.layer, normed, model))
+    return (
+        reached if activation is None else reached & set(get_parameters_up_to(stream, activation.layer, normed, model))
+    )
 
 
 def find_graph_parameters(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:

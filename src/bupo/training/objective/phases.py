@@ -90,8 +90,8 @@ class PhaseSchedule:
     def get_layer_weight(self, rollout_batch: int, fade_batches: int, loss_weight: float) -> float:
         """Return the weight of the layer's objective in the loss; the language model policy has the rest.
 
-        The weight is 1 in the first phase, falls in equal steps over the next `fade_batches` rollout batches, and stays at
-        `loss_weight`. With 0 for both this is eq. 10.
+        The weight is 1 in the first phase, falls in equal steps over the next `fade_batches` rollout batches, and stays
+        at `loss_weight`. With 0 for both this is eq. 10.
         """
         if self.get_stage_index(rollout_batch) is not None:
             return 1.0
@@ -134,10 +134,10 @@ class Objective:
         phase (`int`): 1 while a stage of the schedule lasts, 2 afterwards (eq. 10).
         stage (`int`, *optional*): index of the stage in the schedule; None in phase 2.
         layer (`int`, *optional*): layer of the stage, from 1; None in phase 2, and until `auto` has chosen it.
-        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the target policy; None for the language
-            model policy.
-        auxiliary ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy that is optimised
-            together with the language model policy in phase 2.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the target policy; None for the
+            language model policy.
+        auxiliary ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy that is
+            optimised together with the language model policy in phase 2.
         weight (`float`): of the auxiliary policy's loss, between 0 and 1; the language model policy has the rest.
         frozen_above (`int`, *optional*): layer above which gradients are dropped (`internal_objective frozen_upper`).
     """

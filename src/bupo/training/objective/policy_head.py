@@ -1,7 +1,12 @@
 """Policy head: per-token log-probs and entropies of one or two policies, from the model's own forward pass.
 
-TRL scores with `model(input_ids, attention_mask, labels, fused_lm_head=True)`, through all wrappers of the model (DDP, FSDP,
-PEFT). The policy head answers this call for the language model policy and for internal policies.
+TRL scores with `model(input_ids, attention_mask, labels, fused_lm_head=True)`, through all wrappers of the model (DDP,
+FSDP, PEFT). The policy head answers this call for the language model policy and for internal policies.
+
+TRL's `add_fused_lm_head` on a backbone that is truncated at layer l, with an identity in place of the final norm, gives the
+same log-probs up to rounding. On a CPU it scores every position and does not pack rows, so that a forward and backward pass takes
+1.7 times as long as with this head (embedded model, 32 completions of 8 prompts: 139 and 80 ms at layer 5, 226 and 126 ms
+for the language model policy). It scores one policy a pass, and has no policies of attention and FFN modules.
 """
 
 import functools
@@ -52,8 +57,8 @@ class PolicyScores(ModelOutput):
 def run_inside_forward(model: nn.Module, function: Callable[[], ReturnT]) -> ReturnT:
     """Call a function that measures the model's layers, and return its result.
 
-    Under FSDP2 it runs inside the model's forward, in which the parameters outside of the blocks are gathered. All processes
-    must call it and run the same forward passes.
+    Under FSDP2 it runs inside the model's forward, in which the parameters outside of the blocks are gathered. All
+    processes must call it and run the same forward passes.
 
     Args:
         model (`nn.Module`): with a [`PolicyHead`] and its wrappers.
@@ -146,7 +151,9 @@ class PolicyHead:
                 states = states[:, :-1][is_scored]
             else:  # an embedding sums the gradient of repeated rows faster than indexing
                 states = nn.functional.embedding(layout.token_indices[:, :-1][is_scored], states[0])
-            return self._score_states(states, head, labels if policy is None else self._reorder_labels(labels), is_scored)
+            return self._score_states(
+                states, head, labels if policy is None else self._reorder_labels(labels), is_scored
+            )
 
         scores = score(states, policies[0])
         extra_scores = (None, None) if extra_states is None else score(extra_states, policies[1])

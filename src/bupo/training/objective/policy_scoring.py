@@ -1,7 +1,7 @@
 """Scoring for internal policy alignment (IPA, eq. 9): the log-probs of the target policy in the ratio.
 
-In the first phase, the old and reference log-probs of a rollout batch and the new ones of each update are the internal policy's.
-Sampling, and the logged `entropy`, stay the language model policy's.
+In the first phase, the old and reference log-probs of a rollout batch and the new ones of each update are the internal
+policy's. Sampling, and the logged `entropy`, stay the language model policy's.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,14 +53,14 @@ class PolicyScorer:
     """Callable that TRL scores in place of a model.
 
     Attributes:
-        model (`nn.Module` or `Callable`): with a [`~bupo.training.objective.policy_head.PolicyHead`] or TRL's fused head, and its
-            wrappers.
-        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the policy to score; by default the
-            language model policy.
+        model (`nn.Module` or `Callable`): with a [`~bupo.training.objective.policy_head.PolicyHead`] or TRL's fused
+            head, and its wrappers.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the policy to score; by default
+            the language model policy.
         old_log_probs (`torch.Tensor` of shape `(B, C)`, *optional*): old log-probs, which limit the new ones.
         states_callback (`Callable`, *optional*): receives the states that meet the unembedding.
-        extra_activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy that is scored in
-            the same forward pass as the language model policy.
+        extra_activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy that is
+            scored in the same forward pass as the language model policy.
         log_ratio (`torch.Tensor` of shape `(B, C)`, *optional*): log ratio of the last call to the old log-probs.
         extra_scores (`list[PolicyScores]`): scores of the extra policy, one entry a call.
     """
@@ -105,15 +105,16 @@ def metric_prefix(prefix: str, metrics: dict[str, list[float]]) -> Iterator[None
 
 
 class RolloutScorers:
-    """Makes the [`PolicyScorer`] for each scoring pass of TRL over a rollout batch: one forward pass scores two policies.
+    """Makes the [`PolicyScorer`] for each scoring pass of TRL over a rollout batch: one forward pass scores two
+    policies.
 
     Args:
         model (`nn.Module`): the policy; any other model is the reference model.
         objective ([`~bupo.training.objective.phases.Objective`]): of the rollout batch, as known before sampling.
 
     Attributes:
-        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the internal policy; None while `auto` has
-            not chosen its layer.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the internal policy; None while
+            `auto` has not chosen its layer.
         scorers (`list[PolicyScorer]`): of the passes so far.
     """
 
@@ -137,8 +138,8 @@ class InternalPolicyAlignment:
 
     Args:
         trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its model and reference model get a policy head.
-        stream, reference ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model and of the reference model.
-            A model without a stream, in a run without a first phase, is scored by TRL's fused head.
+        stream, reference ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model and of the
+            reference model. A model without a stream, in a run without a first phase, is scored by TRL's fused head.
         args ([`~bupo.BuPOConfig`]): lens, module and temperature.
     """
 
@@ -209,19 +210,19 @@ class InternalPolicyAlignment:
     ) -> None:
         """Store the internal policy's log-probs for the loss.
 
-        In phase 1 they replace the old and reference log-probs of the language model policy, whose entropies are kept for the
-        logs. With an auxiliary objective they are stored under separate names.
+        In phase 1 they replace the old and reference log-probs of the language model policy, whose entropies are kept
+        for the logs. With an auxiliary objective they are stored under separate names.
 
-        Log-probs of a sampler that differs from the language model policy (vLLM, a `rollout_func`) are shifted by the same
-        difference as the old ones. Then `off_policy_mask_threshold` measures the sampler's difference from the language model
-        policy, and the updates since. The importance weights of vLLM's samples already compare the language model policy with
-        the sampler, and stay.
+        Log-probs of a sampler that differs from the language model policy (vLLM, a `rollout_func`) are shifted by the
+        same difference as the old ones. Then `off_policy_mask_threshold` measures the sampler's difference from the
+        language model policy, and the updates since. The importance weights of vLLM's samples already compare the
+        language model policy with the sampler, and stay.
 
         Args:
             batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): sampled.
             activation ([`~bupo.models.residual_stream.Activation`]): states of the internal policy.
-            sampled_scores ([`~bupo.training.objective.rollout_batch.CompletionScores`], *optional*): the language model policy's,
-                where TRL computed them.
+            sampled_scores ([`~bupo.training.objective.rollout_batch.CompletionScores`], *optional*): the language model
+                policy's, where TRL computed them.
             scorers ([`RolloutScorers`]): used by TRL for this batch.
         """
         tensors, internal = batch.tensors, {}
