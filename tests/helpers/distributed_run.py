@@ -1,4 +1,4 @@
-"""One rank of the two-process run of test_distributed.py: train through both phases, write what this rank ends with."""
+"""One rank of the two-process run of test_distributed.py: train through both phases, and write the final state of this rank."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO 1 and 2 over two processes of this CPU, against one process and DDP, and what of DeepSpeed is refused.
+"""DeepSpeed's ZeRO 1 and 2 in two CPU processes, against one process and DDP; and refused options of DeepSpeed.
 
-`make test-deepspeed` runs what is marked.
+`make test-deepspeed` runs the marked tests.
 """
 
 import json
@@ -79,8 +79,10 @@ def run(command, timeout=300):
 
 
 def launched(folder, kind, wanted):
-    """`tests.helpers.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO: what each run ends with, by name, alike
-    on both processes."""
+    """Run `tests.helpers.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO.
+
+    Returns:
+        `dict`: the final state of each run by name, equal on both processes."""
     folder.mkdir(exist_ok=True)
     more = {} if kind in ("one", "ddp") else {"deepspeed": zero(kind)}
     launch = [sys.executable] if kind == "one" else TORCHRUN
@@ -109,7 +111,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """All runs of a launch of a kind, which is made once: name, what it ended with. Their folders lie in `place / kind`."""
+    """Return the final states of all runs of a kind of launch, which runs once. Their folders are in `place / kind`."""
     made: dict = {}
 
     def get(kind, name):
@@ -122,7 +124,7 @@ def runs(place):
 
 
 def assert_alike(found, wanted, atol=1e-5):
-    """Weights and value heads, and what is logged of every update."""
+    """Check that weights, value heads and the logs of each update are equal."""
     assert found["end"].keys() == wanted["end"].keys()
     for name, value in wanted["end"].items():
         torch.testing.assert_close(found["end"][name], value, atol=atol, rtol=1e-5, msg=name)
@@ -150,7 +152,7 @@ def assert_alike(found, wanted, atol=1e-5):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", [*(name for name in RUNS if "broken" not in RUNS[name]), "following"])
 def test_zero_ends_as_one_process(runs, stage, name):
-    """Both phases: two micro-batches an update, clipped, with weight decay; and the same parameters have moved."""
+    """Both phases, with two micro-batches an update, clipping and weight decay; the same parameters move."""
     found, wanted = runs(stage, name), runs("one", name)
     assert "DEEPSPEED" in found["kind"] and wanted["kind"] == "DistributedType.NO"
     assert any(row.get("grad_norm", 0) > 0.2 for row in wanted["log"])  # beyond max_grad_norm
@@ -168,7 +170,7 @@ def test_zero_ends_as_ddp(runs, tmp_path):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
-    """To the bit, though weight decay is on: the weights that sample the first batch of the second phase."""
+    """Weights above l are equal to the bit before the second phase, although weight decay is on."""
     found = runs(stage, "grpo")
     after = found["sampling"][3]
     assert_only_below({n for n in after if not torch.equal(after[n], found["start"][n])}, after, 2)
@@ -185,7 +187,7 @@ def test_what_the_attention_of_a_layer_writes_is_reached_without_its_ffn():
 
 
 def test_a_group_steps_only_where_the_policy_reaches_it():
-    """As DeepSpeed calls it: a group at a time, each with a gradient, though it may be zero."""
+    """DeepSpeed calls it for one group at a time, each with a gradient that may be zero."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.1}], weight_decay=0.5)
     split_groups_by_layer(optimizer, {1: {weights[0]}, 2: set(weights[:2])})
@@ -205,7 +207,7 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
             for weight in group["params"]:
                 weight.grad = torch.zeros(3)
             optimizer.step()
-            assert all(weight.grad is not None for weight in group["params"])  # what DeepSpeed goes on to use
+            assert all(weight.grad is not None for weight in group["params"])  # DeepSpeed keeps using it
         optimizer.param_groups = groups
         stepped.append([not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)])
     assert stepped == [[True, False, False], [True, True, False], [True, True, True]]
@@ -218,8 +220,7 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_is_gone_on_with_to_the_bit(runs, place, tmp_path, stage):
-    """Inside a rollout batch of the first phase, where layers above l have no state yet, of the second, and of a reference model
-    that has moved. A lower learning rate takes effect."""
+    """Runs resume inside a rollout batch of each phase, with a reference model that has moved, and a lower learning rate."""
 
     def gone_on(name, of, step, **options):
         checkpoint = tmp_path / name / "run" / f"checkpoint-{step}"
@@ -254,7 +255,7 @@ def test_the_saved_model_is_what_was_trained(runs, place):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
-    """What samples next is what sampled the best, to the bit; that the run goes on as one process is asked above."""
+    """The weights that sample next equal the best ones to the bit; a test above compares the run with one process."""
     found, wanted = runs(stage, "guard"), runs("one", "guard")
     assert found["stages"] == wanted["stages"] == [[2, 8]]
     best, last, after = (found["sampling"][batch] for batch in (7, 8, 9))
@@ -282,7 +283,7 @@ def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
 
 @pytest.mark.deepspeed
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs):
-    """As in one process, which notes the gradient's norm otherwise."""
+    """Warnings are those of one process, which measures the norm of the gradient in another way."""
     found, wanted = runs(2, "skipped"), runs("one", "skipped")
     assert not found["refused"]
     assert all(torch.allclose(value, found["end"][name], atol=1e-5) for name, value in wanted["end"].items())
@@ -359,7 +360,7 @@ def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
     with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
         _check_sharding(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
-    _check_sharding(trainer, tmp_path)  # keeps no options that could differ
+    _check_sharding(trainer, tmp_path)  # without options that could differ
     trainer.is_deepspeed_enabled = False
     with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
         _check_sharding(trainer, tmp_path)
@@ -384,7 +385,7 @@ TRAIN = {
 
 
 def train(folder, **options):
-    """The command's words."""
+    """Return the arguments of the command."""
     pairs = {**TRAIN, **options, "output": folder}
     return [
         "-m",
@@ -407,7 +408,7 @@ def test_a_launch_says_once_why_it_is_refused_and_leaves_nothing(tmp_path):
 
 @pytest.mark.deepspeed
 def test_the_launch_configurations_make_one_run(tmp_path):
-    """Clipping and accumulation are the run's own: DDP and ZeRO end alike, and a bf16 launch trains in bf16."""
+    """Clipping and accumulation follow the run's options: DDP and ZeRO are equal, and a bf16 launch trains in bf16."""
 
     def launch(name, *flags, **options):
         config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"

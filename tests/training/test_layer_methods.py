@@ -1,4 +1,4 @@
-"""Ablations and baselines on tiny models: what moves, by how much, and in which order."""
+"""Ablations and baselines on tiny models: the parameters that move, and by how much."""
 
 import copy
 
@@ -23,7 +23,7 @@ from tests.training.test_trainer import (
 )
 
 ESTIMATORS = ["rloo", "reinforce++", "ppo"]
-OFF = pytest.param(None, marks=pytest.mark.slow)  # where checkpointing that is not reentrant shows the same
+OFF = pytest.param(None, marks=pytest.mark.slow)  # non-reentrant checkpointing takes the same path
 
 
 def logged(trainer, key):
@@ -54,7 +54,7 @@ def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, back
 
 @pytest.mark.parametrize("backbone", [pytest.param("copy", marks=pytest.mark.slow), "shared"])
 def test_the_critic_learns_the_reward(tmp_path, backbone):
-    """A reward that the prompt decides: the critic's error falls, and explained variance comes near 1."""
+    """With a reward that depends on the prompt only, the critic's error falls and the explained variance approaches 1."""
 
     def reward(prompts, **kwargs):
         return [float(prompt[0] in "2468") for prompt in prompts]
@@ -79,7 +79,7 @@ def test_the_critic_learns_the_reward(tmp_path, backbone):
 
 
 def test_the_critic_is_a_model_of_its_own(tmp_path):
-    """It starts from the policy's weights, moves in phase 1 in all its layers, and the policy is not moved by it."""
+    """The critic starts from the policy's weights, trains all its layers in phase 1, and does not move the policy."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
     critic = trainer.critic.value_model
@@ -95,7 +95,7 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpointing):
-    """With equal rewards there are no advantages: all that moves comes from the values, and stays below layer l in phase 1."""
+    """With equal rewards only the value loss moves parameters, in phase 1 none above layer l."""
     args = config(
         tmp_path,
         advantage_estimator="ppo",
@@ -179,7 +179,7 @@ def test_frozen_layers_are_bit_identical_and_the_rest_moves(tmp_path, tied, chec
 
 
 def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
-    """Plain SGD from the same weights on the same rollouts: the steps differ by exactly the factor."""
+    """With SGD from the same weights on the same rollouts, the steps differ by exactly the factor."""
     steps = {}
     for factor in (1.0, 0.1):
         model = model_of()
@@ -202,7 +202,7 @@ def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
         slow = any(f".layers.{n}." in name for n in (2, 3)) or name == "model.norm.weight"
         expected = full * (0.1 if slow else 1.0)
         assert full.abs().max() > 0
-        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        scale = before[name].abs().max().item() * 2**-23  # the resolution of a step in fp32 weights
         torch.testing.assert_close(steps[0.1][name], expected, atol=2 * scale, rtol=1e-5, msg=name)
 
 
@@ -390,7 +390,7 @@ def test_lora_with_ppo_and_a_modular_policy(tmp_path):
 
 
 def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
-    """One reward a prompt teaches GRPO nothing, but REINFORCE++ and PPO compare prompts."""
+    """With one reward a prompt, GRPO has no gradient; REINFORCE++ and PPO compare prompts."""
 
     def by_prompt(prompts, **kwargs):
         return [float(prompt[0] in "2468") for prompt in prompts]

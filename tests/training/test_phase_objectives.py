@@ -1,4 +1,4 @@
-"""What the first phase may optimise instead of the layer's policy, and how it gives over to the second: on tiny models."""
+"""Controls of the first phase, and the fade to the second phase, on tiny models."""
 
 import copy
 
@@ -30,7 +30,7 @@ BIG = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "gradient_a
 
 
 class Gradients(TrainerCallback):
-    """Gradients of each update, as they come to the optimizer; None where there is none."""
+    """Records the gradients that reach the optimizer in each update; None for a parameter without one."""
 
     def __init__(self):
         self.of_update = []
@@ -42,7 +42,7 @@ class Gradients(TrainerCallback):
 
 
 def gradients_of(trainer):
-    """Train, and give the gradients of each update."""
+    """Train, and return the gradients of each update."""
     watch = Gradients()
     trainer.add_callback(watch)
     trainer.train()
@@ -50,7 +50,7 @@ def gradients_of(trainer):
 
 
 def inputs_of(trainer):
-    """The micro-batches that the trainer's loss will see, filled as it trains."""
+    """Return a list that training fills with the micro-batches of the loss."""
     seen = []
 
     def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
@@ -62,7 +62,7 @@ def inputs_of(trainer):
 
 
 def double_log_probs(model, inputs, layer=None, order=None):
-    """`(B, C)` of the answers by plain float64 matrix products on transformers' own hidden states; `order` is of the rows."""
+    """Return log-probs `(B, C)` by float64 matrix products on transformers' hidden states; `order` permutes the vocabulary."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -73,7 +73,7 @@ def double_log_probs(model, inputs, layer=None, order=None):
 
 
 def token_mean(log_probs, inputs):
-    """Eq. 9 or 10 at a ratio of 1, token by token (`loss_type` dapo, one update a rollout batch)."""
+    """Return eq. 9 or 10 at a ratio of 1 as a mean over tokens (`loss_type` dapo, one update a rollout batch)."""
     weighted = inputs["advantages"][:, None] * log_probs * inputs["completion_mask"]
     return -weighted.sum() / inputs["completion_mask"].sum()
 
@@ -107,7 +107,7 @@ def test_after_it_the_whole_policy_moves(tmp_path):
 
 
 def test_its_gradients_are_the_whole_policys(tmp_path):
-    """Against float64 by hand, and against plain GRPO on the same rollouts: the same up to l and None above."""
+    """Gradients equal float64 by hand, and GRPO's on the same rollouts up to layer l; they are None above."""
     common = {"max_steps": 1, "max_grad_norm": 0.0, **BIG}
     trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper", **common))
     seen = inputs_of(trainer)
@@ -133,7 +133,7 @@ def test_clipping_sees_what_moves_only(tmp_path):
 
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
 def test_the_policys_objective_with_a_critic(tmp_path, backbone):
-    """A value head on the policy's own states sends its loss through all layers too, and moves none above l."""
+    """The value loss on the states of the policy reaches all layers, and moves none above l."""
     ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "vf_coef": 1.0}
     model = model_of()
     before = snapshot(model)
@@ -161,7 +161,7 @@ def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
 
 
 def test_what_the_policys_objective_says(tmp_path):
-    """At the first update nothing has moved, and the entropy is that of the policy in force."""
+    """At the first update nothing has moved, and the entropy is the target policy's."""
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=4))
     trainer.train()
     plain = trainer_of(model_of(), config(tmp_path / "b", internal_layer=None, internal_steps=0, max_steps=4))
@@ -187,7 +187,7 @@ def test_deepspeed_is_refused_the_policys_objective(tmp_path):
 
 
 def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path):
-    """Old ones and new ones, and the gradient, against float64 with the matrix' rows exchanged."""
+    """Old and new log-probs and the gradient equal float64 with permuted rows of the unembedding."""
     args = config(
         tmp_path, internal_objective="shuffled_vocab", max_steps=1, num_iterations=2, max_grad_norm=0.0, **BIG
     )
@@ -200,7 +200,7 @@ def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path)
     mask = seen[0]["completion_mask"].bool()
     torch.testing.assert_close(seen[0]["old_per_token_logps"].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
     other = double_log_probs(exact, seen[0], 2)
-    assert (other - expected)[mask].abs().min() > 1e-3  # another target altogether
+    assert (other - expected)[mask].abs().min() > 1e-3  # a different target
     token_mean(expected, seen[0]).backward()
     assert_only_below({name for name, gradient in found.items() if gradient is not None}, found, 2)
     for name, parameter in exact.named_parameters():
@@ -216,7 +216,7 @@ def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_pat
     assert all((row["log_ratio"] < 1e-5) == (place % 4 == 0) for place, row in enumerate(watch.rows))
     layer = trainer_of(model_of(), config(tmp_path / "b", max_steps=1))
     layer.train()
-    for name in ("internal/entropy", "entropy"):  # an order changes no entropy
+    for name in ("internal/entropy", "entropy"):  # a permutation keeps the entropy
         assert logged(trainer, name)[0] == logged(layer, name)[0]
 
 
@@ -252,14 +252,14 @@ def test_weights_by_rollout_batch():
     assert [schedule.get_layer_weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
     assert [schedule.get_layer_weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
     assert [PhaseSchedule().get_layer_weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
-    ended = schedule.end_stage_before(3)  # by the guard: the hand-over begins where the first phase ends
+    ended = schedule.end_stage_before(3)  # by early stopping: the fade begins where the first phase ends
     assert [ended.get_layer_weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize(("handover", "mix"), [(1, 0.0), (0, 0.3)])
 @pytest.mark.parametrize("objective", ["layer", "shuffled_vocab"])
 def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
-    """Of float64 losses computed apart, at the second update of a rollout batch, whose ratios are not 1."""
+    """Compare with separate float64 losses at the second update of a rollout batch, whose ratios differ from 1."""
     common = {
         "max_steps": 4,
         "num_iterations": 2,
@@ -310,7 +310,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, checkpointing):
-    """Layer 2 for a batch, a hand-over of two, then the whole policy."""
+    """Layer 2 for one rollout batch, a fade of two, then the language model policy."""
     args = config(
         tmp_path,
         internal_steps=1,
@@ -325,7 +325,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     watch = RatioWatch().attach(trainer)
     trainer.train()
     assert [row["batch"] for row in watch.rows] == [1] * 4 + [2] * 8 + [3] * 8 + [4] * 4
-    first = [0, 4, 5, 12, 13, 20]  # both policies' of a batch's first micro-batch
+    first = [0, 4, 5, 12, 13, 20]  # of both policies, in the first micro-batch of a rollout batch
     if accumulated == 1:
         assert [place for place, row in enumerate(watch.rows) if row["log_ratio"] < 1e-5] == first
     assert all(watch.rows[place]["log_ratio"] < 1e-5 for place in first)
@@ -337,7 +337,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     for row in rows[a_batch : 3 * a_batch]:
         assert row["internal/entropy"] != row["entropy"]
         kls = row["internal/approx_kl"], row["approx_kl"]
-        assert max(kls) < 1e-9 or kls[0] != kls[1]  # at the first update both are zero, but for rounding
+        assert max(kls) < 1e-9 or kls[0] != kls[1]  # at the first update both are zero up to rounding
         assert {"internal/clip_ratio/region_mean", "clip_ratio/region_mean"} <= set(row)
         assert not any(name.count("internal") > 1 for name in row)
     assert not any(name.startswith("internal") for name in rows[-1])
@@ -345,7 +345,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
 
 
 def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
-    """At the first update of a run, as plain GRPO says it; the layer's beside it, as the first phase says it."""
+    """At the first update of a run, metrics equal GRPO's, and those under `internal/` the first phase's."""
     kinds: dict[str, dict] = {
         "both": {"internal_steps": 0, "internal_loss_weight": 0.4},
         "plain": {"internal_steps": 0},
@@ -392,14 +392,14 @@ def test_references_of_both(tmp_path, lora):
     trainer.train()
     for name in ("kl", "internal/kl"):
         assert abs(logged(trainer, name)[0]) < 1e-6 < logged(trainer, name)[1]
-    exact, mask = model_of().double(), seen[4]["completion_mask"].bool()  # in the second batch still the start's
+    exact, mask = model_of().double(), seen[4]["completion_mask"].bool()  # unchanged in the second batch
     for name, at in (("ref_per_token_logps", {}), ("internal_ref_per_token_logps", {"layer": 2})):
         expected = double_log_probs(exact, seen[4], **at)
         torch.testing.assert_close(seen[4][name].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
 
 
 def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
-    """Log-probs of a `rollout_func` stay as they are for the whole policy; the layer's keep the same distance to its own."""
+    """Log-probs of a `rollout_func` are unchanged for the language model policy; the layer's keep the same difference."""
 
     def answers(prompts, trainer):
         ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
@@ -417,7 +417,7 @@ def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
     torch.testing.assert_close(change, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [4, 6, 9])  # where the hand-over begins, inside its batches
+@pytest.mark.parametrize("stop", [4, 6, 9])  # at the start of the fade, and inside its batches
 def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop):
     common = {
         "max_steps": 14,
@@ -455,7 +455,7 @@ def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
 
 
 def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
-    """To the bit until it ends, and from there on another run."""
+    """Equal to the bit until the fade ends, and different afterwards."""
     ends: dict = {8: [], 12: []}
     for steps, models in ends.items():
         for mixing in ({}, {"internal_fade_batches": 2}, {"internal_loss_weight": 0.1}):
@@ -477,7 +477,7 @@ def test_a_measured_layer_is_handed_over(tmp_path):
 
 
 def test_one_update_a_rollout_batch(tmp_path):
-    """TRL keeps no old log-probs then. The accumulated gradient is the weighted sum of those of two runs apart."""
+    """TRL keeps no old log-probs. The accumulated gradient is the weighted sum of those of two separate runs."""
     found = []
     kinds: list[dict] = [{}, {"internal_steps": 0}, {"internal_steps": 0, "internal_loss_weight": 0.4}]
     for options in kinds:
@@ -494,7 +494,7 @@ def test_one_update_a_rollout_batch(tmp_path):
 
 
 def test_a_mixture_of_experts_is_balanced_once(tmp_path):
-    """With equal rewards only the load-balancing loss is left: with its whole weight, as in plain GRPO."""
+    """With equal rewards only the load-balancing loss remains, with its full weight as in GRPO."""
     rows = []
     for name, mix in (("plain", 0.0), ("both", 0.4)):
         model = model_of("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
@@ -532,7 +532,7 @@ def plain(folder, **changes):
 
 
 def test_steps_are_as_long_as_the_factors_say(tmp_path):
-    """Plain SGD from the same weights on the same rollouts."""
+    """SGD from the same weights on the same rollouts."""
     steps = {}
     sgd = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
     factors = [0.25, 0.0, 1.0, 2.0]
@@ -544,12 +544,12 @@ def test_steps_are_as_long_as_the_factors_say(tmp_path):
     for name, full in steps[False].items():
         factor = factors[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
         assert full.abs().max() > 0
-        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        scale = before[name].abs().max().item() * 2**-23  # the resolution of a step in fp32 weights
         torch.testing.assert_close(steps[True][name], full * factor, atol=4 * scale, rtol=1e-5, msg=name)
 
 
 def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path):
-    """To the bit, with AdamW, its decay, clipping and two phases; also an embedding that is not the unembedding."""
+    """Equal to the bit with AdamW, weight decay, clipping and two phases, also with an untied embedding."""
     for tied in (True, False):
         ends = []
         kinds: list[dict] = [{"frozen_up_to_layer": 2}, {"layer_rates": [0, 0, 1, 1]}]

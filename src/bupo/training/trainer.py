@@ -67,13 +67,12 @@ class BuPOTrainer(GRPOTrainerHooks):
     """Trainer for Bottom-up Policy Optimization (BuPO): a [`~trl.GRPOTrainer`] with a [`BuPOConfig`].
 
     An internal layer policy applies the unembedding to the states of layer l
-    ([eq. 7](https://arxiv.org/abs/2512.19673)). In the first phase, the ratio of the clipped objective is the layer
-        policy's,
-    `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)` ([eq. 9](https://arxiv.org/abs/2512.19673), internal policy alignment). A KL
-    penalty compares the layer policies of the model and of the reference model, and an update runs layers 1 to l only.
-    In the second phase, the language model policy is optimised as in GRPO ([eq. 10](https://arxiv.org/abs/2512.19673)).
-    A phase covers full rollout batches, so that old and new log-probs are of one policy;
-    [`~bupo.training.objective.phases.Objective`] describes the objective of each.
+    ([eq. 7](https://arxiv.org/abs/2512.19673)). In the first phase, the clipped objective is the layer policy's, with the
+    ratio `pi_Layer^l(o_t) / pi_Layer,old^l(o_t)` ([eq. 9](https://arxiv.org/abs/2512.19673), internal policy alignment).
+    A KL penalty compares the layer policies of the model and of the reference model, and an update runs layers 1 to l
+    only. In the second phase, the language model policy is optimised as in GRPO
+    ([eq. 10](https://arxiv.org/abs/2512.19673)). A phase covers full rollout batches, so that old and new log-probs are
+    of one policy; [`~bupo.training.objective.phases.Objective`] describes the objective of each.
 
     The methods follow the order of a rollout batch: `generate_rollouts` samples, computes advantages and scores the
     policies; `compute_micro_batch_loss` computes the loss of a micro-batch; `training_step` adds the critic's step.

@@ -1,8 +1,7 @@
 """Rollout batches and micro-batches: a typed view of the dict that TRL passes from sampling to the loss.
 
 Shapes: `B` completions of this process; prompts are padded on the left to `P` tokens, completions on the right to `C`.
-    TRL
-shuffles and splits all entries of the dict, including those that bupo adds.
+TRL shuffles and splits all entries of the dict, including those that bupo adds.
 """
 
 from collections.abc import Callable
