@@ -24,7 +24,7 @@ def test_leave_one_out_by_hand():
     torch.testing.assert_close(compute_leave_one_out(rewards, 4), torch.tensor(by_hand))
 
 
-def test_leave_one_out_passes_over_what_nothing_graded():
+def test_leave_one_out_skips_ungraded_completions():
     found = compute_leave_one_out(torch.tensor([1.0, math.nan, 0.0, 2.0, math.nan, math.nan]), 3)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0]))
 

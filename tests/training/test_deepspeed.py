@@ -151,7 +151,7 @@ def assert_alike(found, wanted, atol=1e-5):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", [*(name for name in RUNS if "broken" not in RUNS[name]), "following"])
-def test_zero_ends_as_one_process(runs, stage, name):
+def test_zero_equals_one_process(runs, stage, name):
     """Both phases, with two micro-batches an update, clipping and weight decay; the same parameters move."""
     found, wanted = runs(stage, name), runs("one", name)
     assert "DEEPSPEED" in found["kind"] and wanted["kind"] == "DistributedType.NO"
@@ -163,13 +163,13 @@ def test_zero_ends_as_one_process(runs, stage, name):
 
 
 @pytest.mark.deepspeed
-def test_zero_ends_as_ddp(runs, tmp_path):
+def test_zero_equals_ddp(runs, tmp_path):
     assert_alike(runs(2, "ppo"), launched(tmp_path, "ddp", {"ppo": RUNS["ppo"]})["ppo"])
 
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
+def test_the_first_phase_leaves_layers_above_unchanged(runs, stage):
     """Weights above l are equal to the bit before the second phase, although weight decay is on."""
     found = runs(stage, "grpo")
     after = found["sampling"][3]
@@ -219,7 +219,7 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_is_gone_on_with_to_the_bit(runs, place, tmp_path, stage):
+def test_a_resumed_run_is_equal_to_the_bit(runs, place, tmp_path, stage):
     """Runs resume inside a rollout batch of each phase, with a reference model that has moved, and a lower learning rate."""
 
     def gone_on(name, of, step, **options):
@@ -254,7 +254,7 @@ def test_the_saved_model_is_what_was_trained(runs, place):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
+def test_early_stopping_restores_weights_and_each_process_shard(runs, stage):
     """The weights that sample next equal the best ones to the bit; a test above compares the run with one process."""
     found, wanted = runs(stage, "guard"), runs("one", "guard")
     assert found["stages"] == wanted["stages"] == [[2, 8]]
@@ -265,7 +265,7 @@ def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
+def test_auto_probes_and_evaluations_use_the_full_model(runs, place, stage):
     found, wanted = runs(stage, "auto"), runs("one", "auto")
     folders = [place / kind / "auto" / "run" for kind in (str(stage), "one")]
     tables = [pd.read_parquet(folder / "dynamics.parquet") for folder in folders]
@@ -341,7 +341,7 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
         check_run(made, args)
 
 
-def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
+def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
     (tmp_path / "global_step4").mkdir()
     state = {
         "passes": 4,
@@ -396,7 +396,7 @@ def train(folder, **options):
 
 
 @pytest.mark.deepspeed
-def test_a_launch_says_once_why_it_is_refused_and_leaves_nothing(tmp_path):
+def test_a_refused_launch_prints_one_reason_and_leaves_no_files(tmp_path):
     done = run([*TORCHRUN, *train(tmp_path / "out", deepspeed=json.dumps(zero(3)))])
     said = [line for line in (done.stdout + done.stderr).splitlines() if "bupo: error" in line]
     assert done.returncode != 0 and len(said) == 1, done.stderr[-3000:]

@@ -72,23 +72,23 @@ def test_an_adapter_that_the_trainer_puts_on(tmp_path, caplog):
     assert "lora_dropout 0.3" in caplog.text
 
 
-def test_asked_for_by_name_it_is_off_without_a_word(tmp_path, caplog):
+def test_disable_dropout_true_gives_no_warning(tmp_path, caplog):
     ratios, _ = first_ratios(tmp_path, model_of(attention_dropout=0.3), disable_dropout=True)
     assert max(ratios) < 1e-4 and "dropout" not in caplog.text
 
 
-def test_kept_dropout_says_its_price(tmp_path, caplog):
+def test_kept_dropout_is_warned_of(tmp_path, caplog):
     ratios, _ = first_ratios(tmp_path, model_of(attention_dropout=0.3), disable_dropout=False)
     assert min(ratios) > 1e-3
     assert caplog.text.count("ratios do not start at 1") == 1
 
 
-def test_noise_on_embeddings_says_its_price(tmp_path, caplog):
+def test_noise_on_embeddings_is_warned_of(tmp_path, caplog):
     trainer_of(model_of(), config(tmp_path, neftune_noise_alpha=5.0))
     assert "neftune_noise_alpha" in caplog.text
 
 
-def test_nothing_is_said_without_dropout(tmp_path, caplog):
+def test_a_model_without_dropout_gives_no_warning(tmp_path, caplog):
     trainer_of(model_of(), config(tmp_path))
     assert "dropout" not in caplog.text and "random" not in caplog.text
 
@@ -125,7 +125,7 @@ def test_every_way_in_which_families_drop_out(kind):
     assert torch.allclose(other(input_ids=IDS, use_cache=False).logits, whole, atol=1e-5)
 
 
-def test_what_is_not_found_by_its_name_is_found_by_what_it_does(tmp_path, caplog):
+def test_noise_with_a_neutral_name_is_detected_by_its_effect(tmp_path, caplog):
     class Noise(nn.Module):
         def __init__(self, inner):
             super().__init__()

@@ -108,7 +108,7 @@ def test_each_process_holds_its_half(runs):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
+def test_a_sharded_run_has_probes_early_stopping_auto_and_evaluations(runs):
     """The runs of the equality above have all features on."""
     rows = of(runs, "fsdp2", "guard")[0][0]["rows"]
     assert sum("internal/stopped_early" in row for row in rows) == 1
@@ -138,7 +138,7 @@ def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
         ("reference", 3, 4),  # a reference that follows the policy
     ],
 )
-def test_a_sharded_run_goes_on_on_another_number_of_processes(runs, tmp_path, case, step, processes):
+def test_a_sharded_run_resumes_on_another_number_of_processes(runs, tmp_path, case, step, processes):
     shutil.copytree(
         runs / "fsdp2" / case / "run" / f"checkpoint-{step}",
         checkpoint := tmp_path / case / "run" / f"checkpoint-{step}",
@@ -154,7 +154,7 @@ def test_a_sharded_run_goes_on_on_another_number_of_processes(runs, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
+def test_a_checkpoint_is_resumed_under_its_own_sharding_only(runs, tmp_path):
     """The refusal is one line, instead of transformers' error about missing files."""
     for kind, source in (("one", "fsdp2"), ("fsdp2", "one")):
         target = tmp_path / kind / "guard" / "run" / "checkpoint-8"

@@ -78,7 +78,7 @@ def test_the_critic_learns_the_reward(tmp_path, backbone):
     assert sum(explained[-8:]) / 8 > 0.5
 
 
-def test_the_critic_is_a_model_of_its_own(tmp_path):
+def test_the_copied_critic_is_a_separate_model(tmp_path):
     """The critic starts from the policy's weights, trains all its layers in phase 1, and does not move the policy."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
@@ -94,7 +94,7 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
-def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpointing):
+def test_a_shared_critics_loss_moves_the_policy(tmp_path, checkpointing):
     """With equal rewards only the value loss moves parameters, in phase 1 none above layer l."""
     args = config(
         tmp_path,
@@ -224,7 +224,7 @@ def test_learning_rates_of_the_groups(tmp_path):
 @pytest.mark.parametrize("lens", ["raw", "final_norm"])
 @pytest.mark.parametrize("module", ["attn", "ffn"])
 @pytest.mark.parametrize("checkpointing", [OFF, REENTRANT, False])
-def test_a_modular_policy_moves_what_it_is_made_of(tmp_path, module, lens, checkpointing):
+def test_a_modular_policy_moves_its_own_parameters(tmp_path, module, lens, checkpointing):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)
     args = config(
@@ -389,7 +389,7 @@ def test_lora_with_ppo_and_a_modular_policy(tmp_path):
     assert moved and all("lora" in n and n.split(".layers.")[1].split(".")[0] in "01" for n in moved)
 
 
-def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
+def test_ppo_learns_from_rewards_that_are_equal_within_a_prompt(tmp_path, caplog):
     """With one reward a prompt, GRPO has no gradient; REINFORCE++ and PPO compare prompts."""
 
     def by_prompt(prompts, **kwargs):

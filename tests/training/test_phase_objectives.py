@@ -83,7 +83,7 @@ def token_mean(log_probs, inputs):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, accumulated):
+def test_frozen_upper_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, accumulated):
     model = model_of(tie_word_embeddings=tied)
     before = snapshot(model)
     pieces = {"gradient_accumulation_steps": accumulated}
@@ -99,14 +99,14 @@ def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_pat
     assert watch.rows[0]["log_ratio"] < 1e-5 and watch.rows[4]["log_ratio"] < 1e-5
 
 
-def test_after_it_the_whole_policy_moves(tmp_path):
+def test_after_frozen_upper_all_layers_move(tmp_path):
     model = model_of()
     before = snapshot(model)
     trainer_of(model, config(tmp_path, internal_objective="frozen_upper", max_steps=12)).train()
     assert changed(before, model) == set(before)
 
 
-def test_its_gradients_are_the_whole_policys(tmp_path):
+def test_frozen_upper_has_the_gradients_of_grpo(tmp_path):
     """Gradients equal float64 by hand, and GRPO's on the same rollouts up to layer l; they are None above."""
     common = {"max_steps": 1, "max_grad_norm": 0.0, **BIG}
     trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper", **common))
@@ -124,7 +124,7 @@ def test_its_gradients_are_the_whole_policys(tmp_path):
             assert found[name].abs().max() > 1e-4
 
 
-def test_clipping_sees_what_moves_only(tmp_path):
+def test_gradient_clipping_counts_only_parameters_that_move(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=1, **BIG))
     (gradients,) = gradients_of(trainer)  # after clipping to 1
     clipped = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
@@ -132,7 +132,7 @@ def test_clipping_sees_what_moves_only(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
-def test_the_policys_objective_with_a_critic(tmp_path, backbone):
+def test_frozen_upper_with_a_critic(tmp_path, backbone):
     """The value loss on the states of the policy reaches all layers, and moves none above l."""
     ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "vf_coef": 1.0}
     model = model_of()
@@ -143,7 +143,7 @@ def test_the_policys_objective_with_a_critic(tmp_path, backbone):
     assert backbone == "copy" or set(trainer.critic.value_heads) == {"language_model"}
 
 
-def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
+def test_frozen_upper_with_adapters_and_auto(tmp_path):
     lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
     trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper"), peft_config=lora)
     before = snapshot(trainer.model)
@@ -160,7 +160,7 @@ def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
     assert_only_below(changed(before, model), before, int(logged(trainer, "internal/layer")[0]))
 
 
-def test_what_the_policys_objective_says(tmp_path):
+def test_frozen_upper_logs_and_describes_the_language_model_policy(tmp_path):
     """At the first update nothing has moved, and the entropy is the target policy's."""
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=4))
     trainer.train()
@@ -172,7 +172,7 @@ def test_what_the_policys_objective_says(tmp_path):
     assert "the language model policy, layers up to 2" in trainer.describe_rollout_batch(1)
 
 
-def test_deepspeed_is_refused_the_policys_objective(tmp_path):
+def test_frozen_upper_is_refused_under_deepspeed(tmp_path):
     args = config(tmp_path, internal_objective="frozen_upper")
 
     class Plugin:
@@ -186,7 +186,7 @@ def test_deepspeed_is_refused_the_policys_objective(tmp_path):
 # -- a vocabulary in a random order ------------------------------------------------------------------------------------
 
 
-def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path):
+def test_shuffled_vocab_log_probs_use_a_permuted_unembedding(tmp_path):
     """Old and new log-probs and the gradient equal float64 with permuted rows of the unembedding."""
     args = config(
         tmp_path, internal_objective="shuffled_vocab", max_steps=1, num_iterations=2, max_grad_norm=0.0, **BIG
@@ -208,7 +208,7 @@ def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path)
             torch.testing.assert_close(found[name].double(), parameter.grad, atol=2e-5, rtol=2e-3, msg=name)
 
 
-def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_path):
+def test_shuffled_vocab_ratios_start_at_one_and_phase_two_is_unshuffled(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="shuffled_vocab", max_steps=12))
     watch = RatioWatch().attach(trainer)
     trainer.train()
@@ -220,7 +220,7 @@ def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_pat
         assert logged(trainer, name)[0] == logged(layer, name)[0]
 
 
-def test_a_permuted_reference_is_permuted_too(tmp_path):
+def test_shuffled_vocab_permutes_the_reference_too(tmp_path):
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     trainer = trainer_of(model, config(tmp_path, internal_objective="shuffled_vocab", beta=0.1, max_steps=12))
@@ -344,7 +344,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     assert rows[a_batch]["internal/approx_kl"] < 1e-9 < rows[a_batch + 1]["internal/approx_kl"]
 
 
-def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
+def test_trls_metrics_are_the_language_model_policys_with_an_auxiliary_objective(tmp_path):
     """At the first update of a run, metrics equal GRPO's, and those under `internal/` the first phase's."""
     kinds: dict[str, dict] = {
         "both": {"internal_steps": 0, "internal_loss_weight": 0.4},
@@ -369,7 +369,7 @@ def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     ["cispo", "luspo"]
     + [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "bnpo", "dr_grpo", "sapo", "vespo")],
 )
-def test_every_loss_type_of_both(tmp_path, loss_type):
+def test_every_loss_type_with_an_auxiliary_objective(tmp_path, loss_type):
     level = "sequence" if loss_type == "luspo" else "token"
     more: dict = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     more |= {"importance_sampling_level": level, "entropy_coef": 0.01, "top_entropy_quantile": 0.5}
@@ -381,7 +381,7 @@ def test_every_loss_type_of_both(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_references_of_both(tmp_path, lora):
+def test_reference_log_probs_of_both_policies(tmp_path, lora):
     """At the first update the model is its reference, for both policies; after it both have moved away."""
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -398,7 +398,7 @@ def test_references_of_both(tmp_path, lora):
         torch.testing.assert_close(seen[4][name].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
 
 
-def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
+def test_sampler_log_probs_are_shifted_for_the_layer_only(tmp_path):
     """Log-probs of a `rollout_func` are unchanged for the language model policy; the layer's keep the same difference."""
 
     def answers(prompts, trainer):
@@ -418,7 +418,7 @@ def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [4, 6, 9])  # at the start of the fade, and inside its batches
-def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop):
+def test_a_run_resumed_inside_a_fade_is_the_uninterrupted_one(tmp_path, stop):
     common = {
         "max_steps": 14,
         "save_strategy": "steps",
@@ -437,7 +437,7 @@ def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop
     assert logged(first, "internal/approx_kl") == logged(second, "internal/approx_kl")
 
 
-def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
+def test_a_run_with_an_auxiliary_objective_resumes_with_its_layer_and_weights(tmp_path):
     common = {
         "max_steps": 6,
         "save_strategy": "steps",
@@ -454,7 +454,7 @@ def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
             trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
 
 
-def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
+def test_a_fade_does_not_change_the_first_phase(tmp_path):
     """Equal to the bit until the fade ends, and different afterwards."""
     ends: dict = {8: [], 12: []}
     for steps, models in ends.items():
@@ -467,7 +467,7 @@ def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
             assert all(torch.equal(a, b) == (steps == 8) for a, b in pairs)
 
 
-def test_a_measured_layer_is_handed_over(tmp_path):
+def test_the_layer_of_auto_fades_out(tmp_path):
     args = config(tmp_path, internal_layer="auto", internal_steps=1, internal_fade_batches=1, max_steps=12)
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
@@ -509,7 +509,7 @@ def test_a_mixture_of_experts_is_balanced_once(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["attn", "ffn"])
-def test_a_modules_policy_is_mixed_in(tmp_path, module):
+def test_a_modules_policy_as_the_auxiliary_objective(tmp_path, module):
     args = config(
         tmp_path,
         internal_steps=0,
@@ -563,7 +563,7 @@ def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path
     assert moved == {name for name, _ in ends[1].named_parameters() if not name.startswith(still)}
 
 
-def test_a_still_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
+def test_a_frozen_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)
     trainer = trainer_of(model, plain(tmp_path, layer_rates=[1.0, 0.0, 0.5, 1.0], max_steps=1, **BIG))

@@ -48,7 +48,7 @@ def test_a_small_rate_moves_a_16_bit_model_as_one_in_fp32(tmp_path, dtype, phase
     assert wanted > 0.85 and abs(moved(reached, dict(mine.named_parameters())) - wanted) < 0.05
 
 
-def test_pure_16_bit_weights_are_an_option_that_says_its_price(tmp_path, caplog):
+def test_pure_16_bit_weights_are_an_option_with_a_warning(tmp_path, caplog):
     model = half_model()
     start = snapshot(model)
     trainer = run(tmp_path, model, fp32_master_weights=False, max_steps=8)

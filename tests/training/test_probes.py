@@ -169,7 +169,7 @@ def test_a_run_keeps_and_logs_its_series(probed_run):
     assert all({"probe/entropy", "probe/perplexity", "probe/kl", "probe/cosine", "probe/time"} <= set(r) for r in steps)
 
 
-def test_a_resumed_run_goes_on_with_its_series(tmp_path):
+def test_a_resumed_run_continues_its_series(tmp_path):
     common = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-3, "probe_every": 1}
     trainer_of(model_of(), config(tmp_path, **common)).train()
     whole = pd.read_parquet(tmp_path / "dynamics.parquet")
@@ -251,7 +251,7 @@ def fed(rewards, error=0.02, capped=0.0, perplexity=lambda i: 1.2, kl=lambda i: 
     return guard, first
 
 
-def test_the_guard_lets_a_healthy_phase_be():
+def test_early_stopping_keeps_a_healthy_phase():
     rising = [0.2 + 0.02 * i for i in range(40)]
     assert fed(rising)[1] is None
     noisy = [0.5 + 0.02 * math.sin(3 * i) for i in range(40)]
@@ -260,7 +260,7 @@ def test_the_guard_lets_a_healthy_phase_be():
     assert fed(rising, perplexity=lambda i: 1.2 * 1.1**i, kl=lambda i: 5 * 1.1**i)[1] is None
 
 
-def test_the_guard_sees_the_reward_fall_and_keeps_the_best():
+def test_early_stopping_detects_a_falling_reward_and_keeps_the_best_weights():
     rewards = [0.2, 0.4, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.4, 0.2, 0.1, 0.0, 0.0]
     guard, first = fed(rewards)
     assert guard.best_batch == 7  # the last of the best five in a row
@@ -269,7 +269,7 @@ def test_the_guard_sees_the_reward_fall_and_keeps_the_best():
     assert fed(rewards, error=0.5)[1] is None  # within the standard error
 
 
-def test_the_guard_sees_answers_run_into_the_cap_and_alignment_turn():
+def test_early_stopping_detects_truncated_answers_and_rising_kl():
     flat = [0.5] * 6 + [0.49] * 6
     guard, _ = fed(flat, capped=MAX_CLIPPED_INCREASE + 0.1)
     assert "run into the cap" in guard.get_stop_reason()
@@ -315,7 +315,7 @@ def guarded_run(folder, model, resume=None, **changes):
     return trainer, sampled
 
 
-def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, capsys):
+def test_early_stopping_ends_phase_one_and_restores_the_best_weights(tmp_path, capsys):
     trainer, sampled = guarded_run(tmp_path, model_of())
     rows = [row for row in trainer.state.log_history if "phase" in row]
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
@@ -333,14 +333,14 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     assert any(not torch.equal(kept, sampled[last][name]) for name, kept in sampled[7].items())
 
 
-def test_without_the_guard_phase_one_goes_on(tmp_path):
+def test_without_early_stopping_phase_one_continues(tmp_path):
     trainer, _ = guarded_run(tmp_path, model_of(), internal_early_stopping=False)
     assert {row["phase"] for row in trainer.state.log_history if "phase" in row} == {1}
 
 
 # inside a rollout batch, before early stopping
 @pytest.mark.parametrize("stop", [30, pytest.param(34, marks=pytest.mark.slow)])
-def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
+def test_a_resumed_run_keeps_the_state_of_early_stopping(tmp_path, stop):
     whole, resumed = model_of(), model_of(seed=5)
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
@@ -350,7 +350,7 @@ def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_the_guard_ends_a_stage_and_the_next_one_begins(tmp_path):
+def test_early_stopping_ends_a_stage_and_the_next_one_begins(tmp_path):
     trainer, _ = guarded_run(tmp_path, model_of(), internal_layer=None, internal_schedule=[[1, 20], [3, 2]])
     rows = [row for row in trainer.state.log_history if "phase" in row]
     layers = [row.get("internal/layer") for row in rows if row["step"] % 4 == 0]

@@ -218,7 +218,7 @@ def test_what_is_logged(tmp_path):
     assert len(evaluations) == 3 and not any("eval_internal/entropy" in row for row in evaluations)
 
 
-def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
+def test_evaluation_is_of_the_language_model_policy(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, per_device_eval_batch_size=4), eval_dataset=PROBLEMS.select(range(4)))
     layers = []

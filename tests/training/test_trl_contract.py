@@ -159,7 +159,7 @@ def test_rewards_are_of_all_answers_and_functions(run):
     assert rewards.shape == (16, 1), "_calculate_rewards gives (answers, functions)"
 
 
-def test_the_loss_asks_its_model_for_nothing_but_scores(run):
+def test_the_loss_uses_its_model_for_scores_only(run):
     """`_compute_loss` must accept a plain callable in place of the model, without the attributes of one."""
     trainer, seen = run
     (_, inputs), _, loss = seen["_compute_loss"][0]
@@ -200,7 +200,7 @@ def test_a_private_attribute_is_there(run, name):
     assert hasattr(run[0], name), f"GRPOTrainer has no {name} ({PRIVATE_NAMES[name].reason})"
 
 
-def test_state_has_the_kinds_that_are_relied_on(run):
+def test_private_state_has_the_expected_types(run):
     trainer, _ = run
     assert trainer._step == 2 and len(trainer._buffered_inputs) == 4
     trainer._metrics["train"]["new"].append(1.0)
@@ -249,7 +249,7 @@ def looped(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_generate_hands_the_loop_all_that_it_knows(family, looped, caplog):
+def test_generate_passes_the_arguments_that_the_loop_expects(family, looped, caplog):
     """The loop depends on names of arguments and on the interfaces of cache and attention; else generate's loop runs."""
     model = tiny_model(family)
     for seeded in (None, SeededLogitsProcessor([1, 2, 3], 5, 4, 1.0, 1.0)):
@@ -333,7 +333,7 @@ def test_the_private_names_of_grading_exist():
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_no_private_name_of_another_library_outside_the_seam(path):
+def test_no_private_name_of_another_library_outside_trl_internals(path):
     """A file uses only the private names that it defines; all others belong in trl_internals."""
     if path == SEAM:
         return
@@ -345,7 +345,7 @@ def test_no_private_name_of_another_library_outside_the_seam(path):
     assert not strange and not overridden, f"{path.name} uses {', '.join(strange + overridden)}"
 
 
-def test_every_private_name_of_the_seam_stands_in_its_list():
+def test_the_contract_lists_all_private_names_of_trl_internals():
     names = {name for name, _ in private_names(SEAM)} | set(defined_names(SEAM))
     assert {name for name in names if is_private(name)} == set(PRIVATE_NAMES) | set(ACCELERATE_PRIVATE_NAMES)
     assert all(hasattr(AcceleratorState, name) for name in ACCELERATE_PRIVATE_NAMES)

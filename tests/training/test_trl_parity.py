@@ -171,7 +171,7 @@ def test_answers_on_policy_are_not_masked_in_phase_one(tmp_path, monkeypatch, al
     assert negative > 0 and all((update["kept"] == 1).all() for update in seen)
 
 
-def test_a_samplers_own_mismatch_is_what_the_mask_measures_in_phase_one(tmp_path, monkeypatch):
+def test_the_off_policy_mask_measures_the_samplers_mismatch_in_phase_one(tmp_path, monkeypatch):
     """At the first update the layer has not moved, so that each completion's mean difference is its mean offset."""
 
     def shift(row, place):
@@ -190,7 +190,7 @@ def test_a_samplers_own_mismatch_is_what_the_mask_measures_in_phase_one(tmp_path
     assert sum(dropped) > 0
 
 
-def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_path):
+def test_vllms_correction_compares_the_language_model_policy_with_the_sampler_in_phase_one(tmp_path):
     """With a `rollout_func` in place of vLLM, the weights are exp(language model policy - sampler), independent of the layer."""
 
     class Engine:
@@ -315,7 +315,7 @@ def whole_model(kind, seed=0):
 @pytest.mark.parametrize(
     "kind", [kind if kind in FAST_FAMILIES else pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE]
 )
-def test_a_family_that_is_not_understood_trains_as_a_whole(tmp_path, kind):
+def test_a_model_of_an_unknown_family_trains_without_a_first_phase(tmp_path, kind):
     """A run without a layer equals GRPOTrainer's to the bit; options that name a layer are refused."""
     mine, theirs = whole_model(kind), whole_model(kind)
     trainer = bupo(mine, tmp_path / "a")
@@ -329,7 +329,7 @@ def test_a_family_that_is_not_understood_trains_as_a_whole(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_whole_model_has_evaluations_a_penalty_and_an_estimator(tmp_path):
+def test_an_unknown_family_has_evaluations_a_penalty_and_an_estimator(tmp_path):
     whole_model("phi").save_pretrained(tmp_path / "model")
     mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
     changes = {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -343,7 +343,7 @@ def test_a_whole_model_has_evaluations_a_penalty_and_an_estimator(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_a_family_that_is_understood_is_trls_without_a_first_phase(tmp_path, family):
+def test_a_known_family_equals_trl_without_a_first_phase(tmp_path, family):
     mine, theirs = model_of(family), model_of(family)
     bupo(mine, tmp_path / "a", options_={"disable_dropout": True, **PLAIN})
     grpo(theirs, tmp_path / "b", options_={"disable_dropout": True, **PLAIN})
@@ -407,7 +407,7 @@ def seen_by(reward):
     return function, prompts
 
 
-def test_without_a_first_phase_later_epochs_are_trls(tmp_path):
+def test_without_a_first_phase_later_epochs_equal_trl(tmp_path):
     """Over three epochs of two rollout batches, problems, order and parameters are the same."""
     mine, theirs = small(), small()
     reward_a, seen_a = seen_by(token_reward)
@@ -421,7 +421,7 @@ def test_without_a_first_phase_later_epochs_are_trls(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_model_is_trls_to_the_bit_over_epochs(tmp_path):
+def test_an_unknown_family_equals_trl_to_the_bit_over_epochs(tmp_path):
     mine, theirs = whole_model("phi"), whole_model("phi")
     epochs = {"num_train_epochs": 3, "max_steps": -1}
     bupo(mine, tmp_path / "a", options_=epochs)
@@ -438,7 +438,7 @@ def test_the_last_row_of_the_history_holds_what_trls_would(tmp_path):
         assert not missing and mine["train_loss"] is not None and mine["reward"] is not None
 
 
-def test_what_stands_in_args_place_is_refused_with_the_way(tmp_path):
+def test_another_object_as_args_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match=r"args is not set: pass BuPOConfig\(.*internal_layer=\.\.\.\)"):
         BuPOTrainer(small(), token_reward, train_dataset=FEW)
     args = GRPOConfig(**options(tmp_path))

@@ -3,10 +3,11 @@
 TRL scores with `model(input_ids, attention_mask, labels, fused_lm_head=True)`, through all wrappers of the model (DDP,
 FSDP, PEFT). The policy head answers this call for the language model policy and for internal policies.
 
-TRL's `add_fused_lm_head` on a backbone that is truncated at layer l, with an identity in place of the final norm, gives the
-same log-probs up to rounding. On a CPU it scores every position and does not pack rows, so that a forward and backward pass takes
-1.7 times as long as with this head (embedded model, 32 completions of 8 prompts: 139 and 80 ms at layer 5, 226 and 126 ms
-for the language model policy). It scores one policy a pass, and has no policies of attention and FFN modules.
+TRL's `add_fused_lm_head` on a backbone that is truncated at layer l, with an identity in place of the final norm, gives
+the same log-probs up to rounding. On a CPU it scores every position and does not pack rows, so that a forward and
+backward pass takes 1.7 times as long as with this head (embedded model, 32 completions of 8 prompts: 139 and 80 ms at
+layer 5, 226 and 126 ms for the language model policy). It scores one policy a pass, and has no policies of attention
+and FFN modules.
 """
 
 import functools
