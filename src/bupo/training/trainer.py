@@ -141,9 +141,9 @@ class BuPOTrainer(GRPOTrainerHooks):
         self.add_callback(EpochEndCallback(self))
         self.add_callback(self.weight_change_callback)
         self.checkpoint_parts: dict[str, trainer_state.CheckpointPart] = {
-            "watch": self.phase_controller,
-            "finite": self.nonfinite_callback,
-            "moved": self.weight_change_callback,
+            "phase_controller": self.phase_controller,
+            "nonfinite": self.nonfinite_callback,
+            "weight_change": self.weight_change_callback,
         }
         self.checkpoint_parts |= {"critic": self.critic} if self.critic else {}
         self.checkpoint_parts["callbacks"] = CallbackStates(self, self.accelerator.print)

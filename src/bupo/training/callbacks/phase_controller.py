@@ -344,35 +344,35 @@ class PhaseController:
         """Return the state for a checkpoint. All processes must call this."""
         return {
             "schedule": self.schedule.state(),
-            "every": self.probe_interval,
-            "answers": [(list(prompt), list(completion)) for prompt, completion in self.probe_set],
-            "guard": asdict(self.early_stopping),
-            "guarded": self.monitored_stage,
-            "kept": gather_full(self._get_stage_parameters(self.monitored_stage), self.best_weights)
+            "probe_interval": self.probe_interval,
+            "probe_set": [(list(prompt), list(completion)) for prompt, completion in self.probe_set],
+            "early_stopping": asdict(self.early_stopping),
+            "monitored_stage": self.monitored_stage,
+            "best_weights": gather_full(self._get_stage_parameters(self.monitored_stage), self.best_weights)
             if self.best_weights
             else [],
-            "series": self.dynamics.state(),
-            "boundary": json.dumps(self.auto_layer_result),
-            "symptoms": self.failure_detector.state(),
-            "updates": self.update_metrics,
+            "dynamics": self.dynamics.state(),
+            "auto_layer": json.dumps(self.auto_layer_result),
+            "failures": self.failure_detector.state(),
+            "update_metrics": self.update_metrics,
         }
 
     def load(self, state: dict, rollout_batch: int) -> None:
         """Load the state of a checkpoint. `probe_every`, if it is set, decides the probe interval."""
         self.schedule = PhaseSchedule.load(state["schedule"])
-        self.probe_interval = state["every"] if self.args.probe_every is None else self.args.probe_every
-        self.monitored_stage = state["guarded"]
-        monitor = state["guard"] | {"rewards": [tuple(pair) for pair in state["guard"]["rewards"]]}
+        self.probe_interval = state["probe_interval"] if self.args.probe_every is None else self.args.probe_every
+        self.monitored_stage = state["monitored_stage"]
+        monitor = state["early_stopping"] | {"rewards": [tuple(pair) for pair in state["early_stopping"]["rewards"]]}
         self.early_stopping, self.best_weights = EarlyStoppingMonitor(**monitor), []
-        if state["kept"]:
-            self.best_weights = to_shards(self._get_stage_parameters(self.monitored_stage), state["kept"])
-        self.failure_detector, self.update_metrics = FailureDetector(**state["symptoms"]), state["updates"]
-        completions = state["answers"] if self._has_probe_set else []
+        if state["best_weights"]:
+            self.best_weights = to_shards(self._get_stage_parameters(self.monitored_stage), state["best_weights"])
+        self.failure_detector, self.update_metrics = FailureDetector(**state["failures"]), state["update_metrics"]
+        completions = state["probe_set"] if self._has_probe_set else []
         self.probe_set = [(list(prompt), list(completion)) for prompt, completion in completions]
         if self.probe_set and self.accelerator.is_main_process:
-            self.dynamics.load(state["series"])
+            self.dynamics.load(state["dynamics"])
             self.dynamics.write_probe_set(self.probe_set, self.decode)
-        self.auto_layer_result = json.loads(state["boundary"])
+        self.auto_layer_result = json.loads(state["auto_layer"])
         self._write_auto_layer()
 
 
