@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
-from bupo.training.objective.phases import PhaseSchedule, Stage
+from bupo.models.residual_stream import Activation
+from bupo.training.objective.phases import Objective, PhaseSchedule, Stage, get_objective
 from tests.training.test_trainer import (
     PROBLEMS,
     REENTRANT,
@@ -279,6 +280,21 @@ def test_stages_by_rollout_batch():
     assert schedule.end_stage_before(4) == PhaseSchedule((Stage(6, 2), Stage(12, 1)))
     assert schedule.end_stage_before(6) == schedule == PhaseSchedule.load(schedule.state())
     assert PhaseSchedule().get_stage_index(1) is None and PhaseSchedule().batches == 0 and schedule.batches == 5
+
+
+def test_the_objective_of_a_rollout_batch():
+    args = BuPOConfig("x", internal_schedule=[[3, 1], [2, 1]], internal_fade_batches=1, internal_module="ffn")
+    first, second, fading, last = (get_objective(batch, args.phase_schedule, args) for batch in range(1, 5))
+    assert first == Objective(1, 0, 3, activation=Activation("ffn", 3)) and str(first) == "the policy of layer 3"
+    assert second == Objective(1, 1, 2, activation=Activation("ffn", 2))
+    assert fading == Objective(2, auxiliary=Activation("ffn", 2), weight=0.5) and fading.layer is None
+    assert str(fading) == "the language model policy and the policy of layer 2"
+    assert last == Objective(2) and str(last) == "the language model policy"
+    control = BuPOConfig("x", internal_layer=2, internal_steps=1, internal_objective="frozen_upper")
+    frozen = get_objective(1, control.phase_schedule, control)
+    assert frozen == Objective(1, 0, 2, frozen_above=2) and frozen.internal_activation is None
+    auto = BuPOConfig("x", internal_layer="auto")
+    assert str(get_objective(1, auto.phase_schedule, auto)) == "the policy of layer auto"
 
 
 def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
