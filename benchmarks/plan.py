@@ -152,7 +152,10 @@ class Watched(TrainerCallback):
 
             return found
 
-        trainer.compute_micro_batch_loss, trainer.generate_rollouts = marked, timed(trainer.generate_rollouts, "rollout")  # type: ignore[method-assign]
+        trainer.compute_micro_batch_loss, trainer.generate_rollouts = (
+            marked,
+            timed(trainer.generate_rollouts, "rollout"),
+        )  # type: ignore[method-assign]
         trainer.score_completions = timed(trainer.score_completions, "scoring")  # type: ignore[method-assign]
 
 
