@@ -135,7 +135,7 @@ class Watched(TrainerCallback):
     def listen_to(self, trainer: BuPOTrainer) -> None:
         """Take marks around the loss, and the time of the rollout batch before the update, and of its scoring."""
         self.trainer = trainer
-        loss = trainer.loss
+        loss = trainer.compute_micro_batch_loss
 
         def marked(*args, **kwargs):
             mark(f"{self.batch} forward")
@@ -152,7 +152,10 @@ class Watched(TrainerCallback):
 
             return found
 
-        trainer.loss, trainer.generate_rollouts = marked, timed(trainer.generate_rollouts, "rollout")  # type: ignore[method-assign]
+        trainer.compute_micro_batch_loss, trainer.generate_rollouts = (
+            marked,
+            timed(trainer.generate_rollouts, "rollout"),
+        )  # type: ignore[method-assign]
         trainer.score_completions = timed(trainer.score_completions, "scoring")  # type: ignore[method-assign]
 
 

@@ -1,8 +1,8 @@
-"""Runs on answers that only prompts decide, under whatever this launch is, one after another: `python -m tests.helpers.deepspeed_run
-FOLDER RUNS`, RUNS being JSON of configurations by name. Each process writes what it ends with.
+"""Runs on completions that depend on the prompts only, in one process or under the current launcher.
 
-Five more options make it another run: `checkpoint` (that it goes on from), `rewards` (means by rollout batch), `broken` (updates whose loss is no number), `lora`
-(adapters only) and `model` (a folder).
+`python -m tests.helpers.deepspeed_run FOLDER RUNS` runs one configuration after another; RUNS is JSON of configurations by
+name. Each process writes its final state. Additional options: `checkpoint` (to resume from), `rewards` (means by rollout
+batch), `broken` (updates with a NaN loss), `lora` (adapters only) and `model` (a folder).
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, s
 
 
 def trainer_of(folder, options):
-    """The run, and what it goes on to note: weights at the end of the first phase and as each rollout batch is sampled."""
+    """Make a trainer that records its weights at the end of the first phase and at each rollout batch."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     means, broken, lora, named = (options.pop(name, None) for name in ("rewards", "broken", "lora", "model"))
     common = {
@@ -46,10 +46,10 @@ def trainer_of(folder, options):
         sampling[trainer.rollout_batch] = snapshot(trainer.model)
         return found
 
-    def loss(model, inputs, inner=trainer.loss):
+    def loss(model, inputs, inner=trainer.compute_micro_batch_loss):
         return inner(model, inputs) * (float("nan") if trainer.state.global_step in (broken or ()) else 1)
 
-    trainer.generate_rollouts, trainer.loss = rollout, loss
+    trainer.generate_rollouts, trainer.compute_micro_batch_loss = rollout, loss
     return trainer, sampling
 
 
@@ -78,7 +78,7 @@ def one(folder, options):
         f"critic {name}": linear.weight.detach() for name, linear in getattr(trainer.critic, "linears", {}).items()
     }
     if hasattr(trainer.critic, "critic"):
-        second = trainer.accelerator.unwrap_model(trainer.critic.critic)
+        second = trainer.accelerator.unwrap_model(trainer.critic.value_model)
         heads |= {f"critic {name}": parameter for name, parameter in snapshot(second).items()}
     torch.save(
         {"start": start, "end": snapshot(trainer.model) | heads, "sampling": sampling}, folder / f"rank{rank}.pt"
@@ -87,7 +87,7 @@ def one(folder, options):
 
 
 def _torchs(optimizer):
-    """torch's optimizer, under the wrappers of accelerate and DeepSpeed."""
+    """Return torch's optimizer inside the wrappers of accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

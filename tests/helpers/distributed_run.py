@@ -1,4 +1,4 @@
-"""One rank of the two-process run of test_distributed.py: train through both phases, write what this rank ends with."""
+"""One rank of the two-process run of test_distributed.py: train through both phases, and write the final state of this rank."""
 
 import json
 import sys
@@ -67,7 +67,7 @@ result = {
 (folder / f"rank{rank}.json").write_text(json.dumps(result))
 critic = {}
 if backbone == "copy":
-    critic = trainer.accelerator.unwrap_model(trainer.critic.critic).state_dict()
+    critic = trainer.accelerator.unwrap_model(trainer.critic.value_model).state_dict()
 elif backbone == "shared":
     critic = {name: linear.weight.detach() for name, linear in trainer.critic.value_heads.items()}
 torch.save(model.state_dict() | {f"critic.{name}": value for name, value in critic.items()}, folder / f"rank{rank}.pt")

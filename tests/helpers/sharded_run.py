@@ -1,7 +1,8 @@
-"""Runs under whatever this launch is: one process, DDP, or FSDP2 on CPUs with `BUPO_FSDP2=1` and accelerate's environment.
+"""Runs in one process, under DDP, or under FSDP2 on CPUs with `BUPO_FSDP2=1` and accelerate's environment.
 
-`python -m tests.helpers.sharded_run FOLDER CASE... [CHECKPOINT]`: one run after another, each into its folder. Each process writes what it
-logged and holds, the main process also what policy and critic end with, whole. `BUPO_START` holds `model_of()`.
+`python -m tests.helpers.sharded_run FOLDER CASE... [CHECKPOINT]` runs one case after another, each in a separate folder.
+Each process writes its logs and shards, and the main process the full state of policy and critic. `BUPO_START` holds
+`model_of()`.
 """
 
 import json
@@ -23,9 +24,9 @@ from tests.faults.faulty import with_fsdp2_on_cpus
 from tests.training.test_probes import FALLING, RewardByBatch, built
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
 
-ROWS = 8  # of a micro-batch, over all processes
+ROWS = 8  # rows of a micro-batch, over all processes
 PPO = {"advantage_estimator": "ppo", "critic_learning_rate": 1e-3, "num_iterations": 2}
-# options of a run; `model`, `reward`, `peft` and `sampled` (by the model itself) are the harness'
+# options of a run; `model`, `reward`, `peft` and `sampled` (by the model) are options of this script
 CASES: dict[str, dict] = {
     "grpo": {},
     "rloo": {"advantage_estimator": "rloo"},
@@ -71,7 +72,7 @@ CASES: dict[str, dict] = {
 
 
 def answers(prompts, trainer):
-    """A `rollout_func`: the n-th answer to a prompt of a rollout batch is the same in every launch."""
+    """Return completions as a `rollout_func`: the n-th completion of a prompt is the same in every launch."""
     met: dict[str, int] = {}
     found: dict = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
     for prompt in prompts:
@@ -85,13 +86,13 @@ def answers(prompts, trainer):
 
 
 def whole(model):
-    """A copy of a model's weights, gathered on the main process."""
+    """Copy a model's weights, gathered on the main process."""
     weights: dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name.removeprefix("module."): value.clone() for name, value in weights.items()}
 
 
 def held(tensors):
-    """The share of some tensors' numbers that this process holds."""
+    """Return the share of the tensors' numbers on this process."""
     tensors = list(tensors)
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(t.numel() for t in local) / sum(t.numel() for t in tensors)
@@ -99,7 +100,7 @@ def held(tensors):
 
 def trainer_of(folder, case, done=0):
     options = dict(CASES[case])
-    # a reference is loaded from where the policy was
+    # the reference is loaded from the folder of the policy
     start = os.environ["BUPO_START"]
     made = (
         (lambda: AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)) if options.get("beta") else model_of
@@ -116,7 +117,7 @@ def trainer_of(folder, case, done=0):
         "max_steps": 8,
         "per_device_train_batch_size": ROWS // processes,
         "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 2,  # an update is a whole rollout batch, whose rows TRL shuffles
+        "gradient_accumulation_steps": 2,  # an update is a full rollout batch, whose rows TRL shuffles
         "steps_per_generation": 2,
         "save_strategy": "steps" if "save_steps" in options else "no",
         "probe_every": 1,

@@ -1,4 +1,4 @@
-"""Every option of TRL's GRPOConfig and every argument of its GRPOTrainer: what BuPOTrainer makes of it, and values to try it with.
+"""Support of BuPOTrainer for each option of GRPOConfig and each argument of GRPOTrainer, with values to test.
 
 `tests/training/test_trl_parity.py` trains each row in both phases, and fails when TRL has an option that no row names. docs/trl.md shows the same.
 """
@@ -9,12 +9,12 @@ TRAINS, REFUSED, ELSEWHERE = "trains", "refused", "not by these tests"
 
 
 class Row(NamedTuple):
-    """What becomes of an option.
+    """Support for an option.
 
     Attributes:
-        outcome (`str`): `trains`, `refused`, or `not by these tests`, where it needs what they do not have.
-        options (`dict`): values to try, the option's own among them. For a refused one, those that are refused.
-        why (`str`): why it is refused or not tried by them; what there is to know about it in phase 1.
+        outcome (`str`): `trains`, `refused`, or `not by these tests` for an option with other requirements.
+        options (`dict`): values to test, including the option's; for a refused option, the refused values.
+        why (`str`): reason of a refusal or a missing test, or a note on phase 1.
     """
 
     outcome: str

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def reward_of(row, weights):
-    """One answer's reward, or None where it is ungraded."""
+    """Return the reward of an answer, or None if it is ungraded."""
     counted = [(value, weight) for value, weight in zip(row, weights, strict=True) if weight != 0]
     if any(value is not None and math.isinf(value) for value, _ in counted):
         return None
@@ -17,11 +17,11 @@ def reward_of(row, weights):
 
 
 def standard(values):
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.inf  # one value teaches nothing
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.inf  # a single value has no deviation
 
 
 def groups_of(rewards, group):
-    """Places of the graded answers, by prompt."""
+    """Return the indices of the graded answers, by prompt."""
     for first in range(0, len(rewards), group):
         yield [i for i in range(first, first + group) if rewards[i] is not None]
 
@@ -59,7 +59,7 @@ def rloo(rewards, group):
 
 
 def whitened(by_token):
-    """Lists of one value a token; None for an answer that is left out."""
+    """Whiten lists of one value a token; None for an ungraded answer."""
     every = [value for values in by_token if values is not None for value in values]
     if len(every) < 2:
         return [None if values is None else [0.0] * len(values) for values in by_token]
@@ -72,7 +72,7 @@ def reinforce(rewards, lengths):
 
 
 def ppo(rewards, lengths, values, gamma, lam):
-    """Advantages and returns; `values` are of every token of the answers."""
+    """Compute advantages and returns; `values` are of all tokens of the answers."""
     estimates, returns = [], []
     for reward, length, guesses in zip(rewards, lengths, values, strict=True):
         if reward is None:

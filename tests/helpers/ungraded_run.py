@@ -1,6 +1,6 @@
-"""One rank of the two-process runs of test_ungraded.py: one rollout batch of each estimator, written as it reaches the loss.
+"""One rank of the two-process runs of test_ungraded.py: writes one rollout batch of each estimator as it reaches the loss.
 
-Each process has 6 answers and a prompt has 4, so that the second prompt's answers lie on both.
+Each process has 6 answers and a prompt has 4, so that both processes have answers of the second prompt.
 """
 
 import json

@@ -58,7 +58,11 @@ def main(folder, options):
         processing_class=load_tokenizer("embedded"), peft_config=adapter,
     )  # fmt: skip
     seen = []
-    generate, rollout, loss = trainer.vllm_generation.generate, trainer.generate_rollouts, trainer.loss
+    generate, rollout, loss = (
+        trainer.vllm_generation.generate,
+        trainer.generate_rollouts,
+        trainer.compute_micro_batch_loss,
+    )
 
     def generated(**asked):
         seen.append({"weights": weights(trainer.model)})
@@ -69,7 +73,7 @@ def main(folder, options):
 
     def rolled(inputs):
         tensors = rollout(inputs)
-        seen[-1]["phase"] = trainer.phase
+        seen[-1]["phase"] = trainer.objective.phase
         seen[-1] |= {name: tensors[name].clone() for name in GIVEN}
         return tensors
 
@@ -79,7 +83,11 @@ def main(folder, options):
             seen[-1] |= {"loss": value.item(), "of": {name: inputs[name].clone() for name in GIVEN}}
         return value
 
-    trainer.vllm_generation.generate, trainer.generate_rollouts, trainer.loss = generated, rolled, lost
+    trainer.vllm_generation.generate, trainer.generate_rollouts, trainer.compute_micro_batch_loss = (
+        generated,
+        rolled,
+        lost,
+    )
     trainer.train()
     torch.save(seen, folder / "seen.pt")
 

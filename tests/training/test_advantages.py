@@ -24,7 +24,7 @@ def test_leave_one_out_by_hand():
     torch.testing.assert_close(compute_leave_one_out(rewards, 4), torch.tensor(by_hand))
 
 
-def test_leave_one_out_passes_over_what_nothing_graded():
+def test_leave_one_out_skips_ungraded_completions():
     found = compute_leave_one_out(torch.tensor([1.0, math.nan, 0.0, 2.0, math.nan, math.nan]), 3)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0]))
 
@@ -60,12 +60,12 @@ def test_gae_by_hand():
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
 def test_gae_is_its_sum(tokens, seed, gamma, lam):
-    """A_t = sum_k (gamma lam)^k delta_(t+k), over the real tokens only (eq. 16 of the paper), in float64."""
+    """A_t = sum_k (gamma lam)^k delta_(t+k) over unmasked tokens (eq. 16 of the paper), in float64."""
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=tokens), rng.normal(size=tokens)
     mask = rng.random(tokens) < 0.7
-    rewards_BT, values_BT, mask_BT = (torch.tensor(x)[None] for x in (rewards, values, mask.astype(int)))
-    found, _ = gae(rewards_BT, values_BT, mask_BT, gamma, lam)
+    rewards_BC, values_BC, mask_BC = (torch.tensor(x)[None] for x in (rewards, values, mask.astype(int)))
+    found, _ = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
     real = np.flatnonzero(mask)
     deltas = [
         rewards[t] + gamma * (values[real[i + 1]] if i + 1 < len(real) else 0) - values[t] for i, t in enumerate(real)
@@ -84,7 +84,7 @@ def test_gae_without_discount_is_reward_minus_value():
 
 
 def test_reinforce_plus_plus_by_hand():
-    """Answers of 1 and 3 tokens with rewards 1 and 0: over tokens the mean is 1/4 and the unbiased variance 1/4."""
+    """With completions of 1 and 3 tokens and rewards 1 and 0, the mean over tokens is 1/4 and the unbiased variance 1/4."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
     found = masked_whiten(torch.tensor([[1.0], [0.0]]) * mask, mask)
     torch.testing.assert_close(found, torch.tensor([[1.5, 0, 0], [-0.5, -0.5, -0.5]]), atol=1e-6, rtol=0)
@@ -93,7 +93,7 @@ def test_reinforce_plus_plus_by_hand():
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 7), st.integers(0, 10_000))
 def test_whitening_over_processes_is_whitening_of_all(rows, columns, seed):
-    """Two processes that sum their parts, against numpy on the whole."""
+    """The sums of two processes, against numpy on all rows."""
     rng = np.random.default_rng(seed)
     values, mask = rng.normal(size=(2 * rows, columns)), rng.random((2 * rows, columns)) < 0.7
     mask[:, 0] = True
@@ -109,17 +109,17 @@ def test_whitening_over_processes_is_whitening_of_all(rows, columns, seed):
 def test_value_loss_by_hand():
     values, old, returns = torch.tensor([1.0, 0.9, 0.2]), torch.tensor([0.0, 0.8, 0.3]), torch.tensor([1.0, 1.0, 1.0])
     loss, clipped = compute_value_loss(values, old, returns, 0.5)
-    # the first moved by 1.0: its value is clipped to 0.5, which is farther from its return
+    # the first value moved by 1.0 and is clipped to 0.5, farther from its return
     torch.testing.assert_close(loss, 0.5 * torch.tensor([0.25, 0.01, 0.64]))
     assert clipped.tolist() == [True, False, False]
 
 
 def rollout_of(trainer):
-    """What the first rollout batch gives to the updates."""
+    """Return the tensors of the first rollout batch."""
     seen = {}
     name = (
-        "rollout" if isinstance(trainer, BuPOTrainer) else "_generate_and_score_completions"
-    )  # TRL's has no public name
+        "generate_rollouts" if isinstance(trainer, BuPOTrainer) else "_generate_and_score_completions"
+    )  # private in TRL
     real = getattr(trainer, name)
 
     def spy(inputs):
@@ -144,7 +144,10 @@ def test_rloo_agrees_with_trls_trainer(tmp_path):
         processing_class=TOKENIZER,
     )
     mine = trainer_of(model_of(), config(tmp_path / "b", advantage_estimator="rloo", **common))
-    for output in (rollout_of(theirs), rollout_of(mine)):  # they sample differently: each by the other's formula
+    for output in (
+        rollout_of(theirs),
+        rollout_of(mine),
+    ):  # the trainers sample differently, so each is compared with the other's formula
         rewards = torch.tensor(batch_rewards(output), dtype=torch.float32)
         assert output["advantages"].abs().max() > 0.1
         torch.testing.assert_close(output["advantages"], compute_leave_one_out(rewards, 4), atol=1e-6, rtol=1e-5)
@@ -173,7 +176,7 @@ def test_reinforce_plus_plus_in_a_run_is_the_published_formula(tmp_path):
 
 
 def test_ppo_in_a_run_starts_from_zero_values(tmp_path):
-    """The value head starts at zero: returns are the rewards, advantages whitened rewards."""
+    """With a value head of zero, returns are the rewards and advantages the whitened rewards."""
     output = rollout_of(trainer_of(model_of(), config(tmp_path, max_steps=1, advantage_estimator="ppo")))
     mask = output["completion_mask"].bool()
     assert not output["values"].any()
@@ -199,7 +202,7 @@ def test_dual_clip_is_the_published_formula():
 
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce++"])
 def test_the_loss_is_a_token_mean_with_dual_clip(tmp_path, estimator):
-    """The trainer's own loss on one micro-batch, with ratios far from 1, against the formula in float64."""
+    """The trainer's loss on one micro-batch with ratios far from 1, against the formula in float64."""
     args = config(
         tmp_path,
         internal_steps=0,
@@ -212,16 +215,16 @@ def test_the_loss_is_a_token_mean_with_dual_clip(tmp_path, estimator):
     trainer = trainer_of(model_of(), args)
     seen = []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         noise = torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(0))
         inputs = {**inputs, "old_per_token_logps": inputs["old_per_token_logps"] + 2 * noise}
         loss = inner(model, inputs)
         with torch.no_grad():
-            logps = trainer.policy_alignment.scores(RolloutBatch(inputs)).log_probs
+            logps = trainer.policy_alignment.score_batch(RolloutBatch(inputs)).log_probs
         seen.append((inputs, logps.double(), loss.item()))
         return loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     inputs, logps, loss = seen[0]
     ratio, mask = (logps - inputs["old_per_token_logps"].double()).exp(), inputs["completion_mask"].double()

@@ -301,10 +301,10 @@ def test_weights_that_no_checkpoint_holds_are_told_apart(tmp_path):
         check_checkpoint_options(trainer_on(tmp_path, other_model(), lora()), tmp_path, print)
     trainer = trainer_on(tmp_path, model_of())
     trainer.ref_model = model_of()
-    trainer.given = fingerprint_inputs(trainer)
+    trainer.input_fingerprint = fingerprint_inputs(trainer)
     write_options(trainer, tmp_path)
     trainer.ref_model = other_model()
-    trainer.given = fingerprint_inputs(trainer)
+    trainer.input_fingerprint = fingerprint_inputs(trainer)
     with pytest.raises(UserError, match="the reference model's weights is "):
         check_checkpoint_options(trainer, tmp_path, print)
     trainer.args.sync_ref_model = True  # then they are in the checkpoint

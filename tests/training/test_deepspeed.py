@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO 1 and 2 over two processes of this CPU, against one process and DDP, and what of DeepSpeed is refused.
+"""DeepSpeed's ZeRO 1 and 2 in two CPU processes, against one process and DDP; and refused options of DeepSpeed.
 
-`make test-deepspeed` runs what is marked.
+`make test-deepspeed` runs the marked tests.
 """
 
 import json
@@ -79,8 +79,10 @@ def run(command, timeout=300):
 
 
 def launched(folder, kind, wanted):
-    """`tests.helpers.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO: what each run ends with, by name, alike
-    on both processes."""
+    """Run `tests.helpers.deepspeed_run` in one process (`one`), under DDP (`ddp`) or a stage of ZeRO.
+
+    Returns:
+        `dict`: the final state of each run by name, equal on both processes."""
     folder.mkdir(exist_ok=True)
     more = {} if kind in ("one", "ddp") else {"deepspeed": zero(kind)}
     launch = [sys.executable] if kind == "one" else TORCHRUN
@@ -109,7 +111,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """All runs of a launch of a kind, which is made once: name, what it ended with. Their folders lie in `place / kind`."""
+    """Return the final states of all runs of a kind of launch, which runs once. Their folders are in `place / kind`."""
     made: dict = {}
 
     def get(kind, name):
@@ -122,7 +124,7 @@ def runs(place):
 
 
 def assert_alike(found, wanted, atol=1e-5):
-    """Weights and value heads, and what is logged of every update."""
+    """Check that weights, value heads and the logs of each update are equal."""
     assert found["end"].keys() == wanted["end"].keys()
     for name, value in wanted["end"].items():
         torch.testing.assert_close(found["end"][name], value, atol=atol, rtol=1e-5, msg=name)
@@ -149,8 +151,8 @@ def assert_alike(found, wanted, atol=1e-5):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", [*(name for name in RUNS if "broken" not in RUNS[name]), "following"])
-def test_zero_ends_as_one_process(runs, stage, name):
-    """Both phases: two micro-batches an update, clipped, with weight decay; and the same parameters have moved."""
+def test_zero_equals_one_process(runs, stage, name):
+    """Both phases, with two micro-batches an update, clipping and weight decay; the same parameters move."""
     found, wanted = runs(stage, name), runs("one", name)
     assert "DEEPSPEED" in found["kind"] and wanted["kind"] == "DistributedType.NO"
     assert any(row.get("grad_norm", 0) > 0.2 for row in wanted["log"])  # beyond max_grad_norm
@@ -161,14 +163,14 @@ def test_zero_ends_as_one_process(runs, stage, name):
 
 
 @pytest.mark.deepspeed
-def test_zero_ends_as_ddp(runs, tmp_path):
+def test_zero_equals_ddp(runs, tmp_path):
     assert_alike(runs(2, "ppo"), launched(tmp_path, "ddp", {"ppo": RUNS["ppo"]})["ppo"])
 
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_first_phase_leaves_what_lies_above_untouched(runs, stage):
-    """To the bit, though weight decay is on: the weights that sample the first batch of the second phase."""
+def test_the_first_phase_leaves_layers_above_unchanged(runs, stage):
+    """Weights above l are equal to the bit before the second phase, although weight decay is on."""
     found = runs(stage, "grpo")
     after = found["sampling"][3]
     assert_only_below({n for n in after if not torch.equal(after[n], found["start"][n])}, after, 2)
@@ -185,7 +187,7 @@ def test_what_the_attention_of_a_layer_writes_is_reached_without_its_ffn():
 
 
 def test_a_group_steps_only_where_the_policy_reaches_it():
-    """As DeepSpeed calls it: a group at a time, each with a gradient, though it may be zero."""
+    """DeepSpeed calls it for one group at a time, each with a gradient that may be zero."""
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.1}], weight_decay=0.5)
     split_groups_by_layer(optimizer, {1: {weights[0]}, 2: set(weights[:2])})
@@ -205,7 +207,7 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
             for weight in group["params"]:
                 weight.grad = torch.zeros(3)
             optimizer.step()
-            assert all(weight.grad is not None for weight in group["params"])  # what DeepSpeed goes on to use
+            assert all(weight.grad is not None for weight in group["params"])  # DeepSpeed keeps using it
         optimizer.param_groups = groups
         stepped.append([not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)])
     assert stepped == [[True, False, False], [True, True, False], [True, True, True]]
@@ -217,9 +219,8 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_is_gone_on_with_to_the_bit(runs, place, tmp_path, stage):
-    """Inside a rollout batch of the first phase, where layers above l have no state yet, of the second, and of a reference model
-    that has moved. A lower learning rate takes effect."""
+def test_a_resumed_run_is_equal_to_the_bit(runs, place, tmp_path, stage):
+    """Runs resume inside a rollout batch of each phase, with a reference model that has moved, and a lower learning rate."""
 
     def gone_on(name, of, step, **options):
         checkpoint = tmp_path / name / "run" / f"checkpoint-{step}"
@@ -253,8 +254,8 @@ def test_the_saved_model_is_what_was_trained(runs, place):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
-    """What samples next is what sampled the best, to the bit; that the run goes on as one process is asked above."""
+def test_early_stopping_restores_weights_and_each_process_shard(runs, stage):
+    """The weights that sample next equal the best ones to the bit; a test above compares the run with one process."""
     found, wanted = runs(stage, "guard"), runs("one", "guard")
     assert found["stages"] == wanted["stages"] == [[2, 8]]
     best, last, after = (found["sampling"][batch] for batch in (7, 8, 9))
@@ -264,7 +265,7 @@ def test_the_guard_puts_back_weights_and_each_process_its_share(runs, stage):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
+def test_auto_probes_and_evaluations_use_the_full_model(runs, place, stage):
     found, wanted = runs(stage, "auto"), runs("one", "auto")
     folders = [place / kind / "auto" / "run" for kind in (str(stage), "one")]
     tables = [pd.read_parquet(folder / "dynamics.parquet") for folder in folders]
@@ -282,7 +283,7 @@ def test_auto_probes_and_evaluations_see_the_whole_model(runs, place, stage):
 
 @pytest.mark.deepspeed
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs):
-    """As in one process, which notes the gradient's norm otherwise."""
+    """Warnings are those of one process, which measures the norm of the gradient in another way."""
     found, wanted = runs(2, "skipped"), runs("one", "skipped")
     assert not found["refused"]
     assert all(torch.allclose(value, found["end"][name], atol=1e-5) for name, value in wanted["end"].items())
@@ -329,7 +330,7 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
     trainer = {
         "is_deepspeed_enabled": True,
-        "reads_images": False,
+        "is_vlm": False,
         "is_fsdp_enabled": False,
         "optimizer": None,
         "model": None,
@@ -340,7 +341,7 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
         check_run(made, args)
 
 
-def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
+def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
     (tmp_path / "global_step4").mkdir()
     state = {
         "passes": 4,
@@ -359,7 +360,7 @@ def test_a_checkpoint_is_gone_on_with_on_as_many_processes(tmp_path):
     with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
         _check_sharding(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
-    _check_sharding(trainer, tmp_path)  # keeps no options that could differ
+    _check_sharding(trainer, tmp_path)  # without options that could differ
     trainer.is_deepspeed_enabled = False
     with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
         _check_sharding(trainer, tmp_path)
@@ -384,7 +385,7 @@ TRAIN = {
 
 
 def train(folder, **options):
-    """The command's words."""
+    """Return the arguments of the command."""
     pairs = {**TRAIN, **options, "output": folder}
     return [
         "-m",
@@ -395,7 +396,7 @@ def train(folder, **options):
 
 
 @pytest.mark.deepspeed
-def test_a_launch_says_once_why_it_is_refused_and_leaves_nothing(tmp_path):
+def test_a_refused_launch_prints_one_reason_and_leaves_no_files(tmp_path):
     done = run([*TORCHRUN, *train(tmp_path / "out", deepspeed=json.dumps(zero(3)))])
     said = [line for line in (done.stdout + done.stderr).splitlines() if "bupo: error" in line]
     assert done.returncode != 0 and len(said) == 1, done.stderr[-3000:]
@@ -407,7 +408,7 @@ def test_a_launch_says_once_why_it_is_refused_and_leaves_nothing(tmp_path):
 
 @pytest.mark.deepspeed
 def test_the_launch_configurations_make_one_run(tmp_path):
-    """Clipping and accumulation are the run's own: DDP and ZeRO end alike, and a bf16 launch trains in bf16."""
+    """Clipping and accumulation follow the run's options: DDP and ZeRO are equal, and a bf16 launch trains in bf16."""
 
     def launch(name, *flags, **options):
         config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"

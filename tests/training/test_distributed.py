@@ -44,7 +44,9 @@ def test_two_processes(tmp_path, checkpointing, estimator):
         assert set(rank["moved"]) == set(rank["parameters"])
     assert ranks[0]["phases"] == [1, 1, 2, 2]
     assert ranks[0]["evaluated"] == [0, 2, 4]
-    assert all(rank["shared_as_alone"] for rank in ranks)  # each samples its share of an evaluation, all know all
+    assert all(
+        rank["shared_as_alone"] for rank in ranks
+    )  # each process samples a part of an evaluation, and all get the result
     assert any(name.startswith("critic") for name in first) == estimator.startswith("ppo")
     table = pd.read_parquet(tmp_path / "run" / "dynamics.parquet")  # the main process' probes of all
     assert sorted(table["rollout_batch"].unique()) == [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Ratios start at 1: dropout is off while training, wherever a model or an adapter keeps it."""
+"""Ratios start at 1: dropout of models and adapters is off in training."""
 
 import copy
 
@@ -17,7 +17,7 @@ IDS = torch.arange(3, 19)[None]
 
 
 def first_ratios(folder, model, **changes):
-    """The largest |log ratio| at the first update of each rollout batch, two of each phase; and the clip ratios logged there."""
+    """Return the largest |log ratio| and the clip ratio at the first update of each rollout batch, two of each phase."""
     options = {
         "internal_steps": 2,
         "max_steps": 16,
@@ -60,7 +60,7 @@ def test_ratios_start_at_one_in_both_phases(tmp_path, name, iterations, caplog):
     ratios, clipped = first_ratios(
         tmp_path / "run", MODELS[name](tmp_path / "a"), max_steps=updates, num_iterations=iterations
     )
-    # packed rows are summed in another order than the same rows of another micro-batch
+    # another order of summation than for the same rows in another micro-batch
     assert max(ratios) < 1e-4 and clipped == [0.0] * 4
     said = [r.getMessage() for r in caplog.records if "dropout is turned off" in r.getMessage()]
     assert len(said) == 1 and "0.3" in said[0]
@@ -72,23 +72,23 @@ def test_an_adapter_that_the_trainer_puts_on(tmp_path, caplog):
     assert "lora_dropout 0.3" in caplog.text
 
 
-def test_asked_for_by_name_it_is_off_without_a_word(tmp_path, caplog):
+def test_disable_dropout_true_gives_no_warning(tmp_path, caplog):
     ratios, _ = first_ratios(tmp_path, model_of(attention_dropout=0.3), disable_dropout=True)
     assert max(ratios) < 1e-4 and "dropout" not in caplog.text
 
 
-def test_kept_dropout_says_its_price(tmp_path, caplog):
+def test_kept_dropout_is_warned_of(tmp_path, caplog):
     ratios, _ = first_ratios(tmp_path, model_of(attention_dropout=0.3), disable_dropout=False)
     assert min(ratios) > 1e-3
     assert caplog.text.count("ratios do not start at 1") == 1
 
 
-def test_noise_on_embeddings_says_its_price(tmp_path, caplog):
+def test_noise_on_embeddings_is_warned_of(tmp_path, caplog):
     trainer_of(model_of(), config(tmp_path, neftune_noise_alpha=5.0))
     assert "neftune_noise_alpha" in caplog.text
 
 
-def test_nothing_is_said_without_dropout(tmp_path, caplog):
+def test_a_model_without_dropout_gives_no_warning(tmp_path, caplog):
     trainer_of(model_of(), config(tmp_path))
     assert "dropout" not in caplog.text and "random" not in caplog.text
 
@@ -111,7 +111,7 @@ def sizes(kind):
 
 @pytest.mark.parametrize("kind", ["opt", "bloom", "falcon", "gptj", "gpt_neo", "mixtral", "phi"])
 def test_every_way_in_which_families_drop_out(kind):
-    """Independent of names: two passes of a model that trains are the same, and those of a model that evaluates."""
+    """Without reference to names: two passes are equal, in training mode and in evaluation mode."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes(kind))).train()
     before = model.config.to_dict()
@@ -125,7 +125,7 @@ def test_every_way_in_which_families_drop_out(kind):
     assert torch.allclose(other(input_ids=IDS, use_cache=False).logits, whole, atol=1e-5)
 
 
-def test_what_is_not_found_by_its_name_is_found_by_what_it_does(tmp_path, caplog):
+def test_noise_with_a_neutral_name_is_detected_by_its_effect(tmp_path, caplog):
     class Noise(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -142,7 +142,7 @@ def test_what_is_not_found_by_its_name_is_found_by_what_it_does(tmp_path, caplog
 
 
 class DropPath(torch.nn.Module):
-    """Leaves out the writes of whole rows, as stochastic depth does."""
+    """Drops the writes of full rows, as stochastic depth does."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -154,12 +154,12 @@ class DropPath(torch.nn.Module):
 
 
 class Skips(DropPath):
-    """The same under a name that says nothing."""
+    """The same module under a neutral name."""
 
 
 @pytest.mark.parametrize("kind", [DropPath, Skips])
 def test_noise_that_drops_whole_rows(tmp_path, caplog, kind):
-    """One row is the same in two passes more often than not."""
+    """One row is equal in two passes in most cases."""
     for seed in range(3):
         torch.manual_seed(seed)
         model = model_of()

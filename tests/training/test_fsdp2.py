@@ -1,4 +1,4 @@
-"""The same runs as one process, under DDP and truly sharded by FSDP2, two processes each: the same numbers, everything on."""
+"""Runs in one process, under DDP and sharded by FSDP2 (two processes each) have equal numbers, with all features on."""
 
 import json
 import os
@@ -23,12 +23,12 @@ KINDS = {"one": ("NO", 1), "ddp": ("MULTI_CPU", 2), "fsdp2": ("FSDP", 2)}
 ESTIMATORS = ["grpo", "rloo", "reinforce++", "ppo-copy", "ppo-shared"]
 FEATURES = ["tied", "frozen", "slow", "module", "attn", "reference", "guard", "auto", "evaluated", "lora", "sampled"]
 CONTROLS = ["policy", "permuted", "handover", "rates"]
-# seconds, and what is a mean of ratios or an extreme over micro-batches, which each launch cuts otherwise
+# seconds, and means of ratios or extremes over micro-batches, which differ between launches
 OTHER = ("time", "runtime", "per_second", "explained_variance", "clip_ratio/low_min", "clip_ratio/high_max")
 
 
 def launched(kind, folder, *arguments, processes=None):
-    """Run cases of `tests.helpers.sharded_run`, which must end well."""
+    """Run cases of `tests.helpers.sharded_run`, and check their exit status."""
     processes = processes or KINDS[kind][1]
     (start := folder / "start").exists() or model_of().save_pretrained(start)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if kind != "one" else []
@@ -46,7 +46,7 @@ def launched(kind, folder, *arguments, processes=None):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, worker_id):
-    """A folder of each kind of launch, with a run of each case: made once, whichever of pytest's workers comes first."""
+    """Run each case under each kind of launch, once for all pytest workers; return the folders."""
     own = tmp_path_factory.getbasetemp()
     base = (own if worker_id == "master" else own.parent) / "sharded"
     base.mkdir(exist_ok=True)
@@ -86,21 +86,21 @@ def assert_same_weights(end, expected, tolerance):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("case", [*ESTIMATORS, *FEATURES, *CONTROLS])
 def test_losses_and_weights_are_those_of_one_process(runs, kind, case):
-    """Every logged number of both phases: losses, gradient norms, entropies, probes, evaluations."""
-    # what the model itself samples follows each process' own random numbers
+    """All logged numbers of both phases are equal: losses, gradient norms, entropies, probes, evaluations."""
+    # completions of the model depend on the random numbers of each process
     (alone, *_), whole = of(runs, "ddp" if case == "sampled" else "one", case)
     ranks, end = of(runs, kind, case)
     assert all(KINDS[kind][0] in rank["kind"] for rank in ranks)
     phases = [row["phase"] for row in alone["rows"] if "phase" in row]
     assert {1, 2} == set(phases) and sorted(phases) == phases
     assert_same_numbers(ranks[0]["rows"], alone["rows"])
-    assert_same_weights(end, whole, 1e-4)  # which AdamW moves by 1e-3 a step, whatever is left of a gradient
+    assert_same_weights(end, whole, 1e-4)  # AdamW moves it by 1e-3 a step, however small the gradient
     assert ranks[0]["schedule"] == alone["schedule"]
 
 
 @pytest.mark.slow
 def test_each_process_holds_its_half(runs):
-    """Of the policy, of the critic and of the critic's AdamW. What a forward pass left gathered is the head's."""
+    """Policy, critic and the critic's AdamW are sharded; after a forward pass only the head is gathered."""
     ranks, _ = of(runs, "fsdp2", "ppo-copy")
     for rank in ranks:
         assert all(0.45 < share < 0.55 for share in (rank["held"], *rank["critic"]))
@@ -108,8 +108,8 @@ def test_each_process_holds_its_half(runs):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
-    """What the equality above is of."""
+def test_a_sharded_run_has_probes_early_stopping_auto_and_evaluations(runs):
+    """The runs of the equality above have all features on."""
     rows = of(runs, "fsdp2", "guard")[0][0]["rows"]
     assert sum("internal/stopped_early" in row for row in rows) == 1
     assert sum("probe/kl" in row for row in rows) >= 8
@@ -133,12 +133,12 @@ def test_a_sharded_run_has_probes_guard_auto_and_evaluations(runs):
         ("ppo-copy", 3, 2),  # inside a rollout batch of phase 1: layers above l have no optimizer state yet
         ("ppo-copy", 2, 4),
         ("ppo-copy", 6, 1),
-        ("guard", 8, 4),  # with the guard's snapshot
+        ("guard", 8, 4),  # with a snapshot for early stopping
         ("guard", 8, 1),
         ("reference", 3, 4),  # a reference that follows the policy
     ],
 )
-def test_a_sharded_run_goes_on_on_another_number_of_processes(runs, tmp_path, case, step, processes):
+def test_a_sharded_run_resumes_on_another_number_of_processes(runs, tmp_path, case, step, processes):
     shutil.copytree(
         runs / "fsdp2" / case / "run" / f"checkpoint-{step}",
         checkpoint := tmp_path / case / "run" / f"checkpoint-{step}",
@@ -154,8 +154,8 @@ def test_a_sharded_run_goes_on_on_another_number_of_processes(runs, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
-    """In one line, instead of what transformers finds missing."""
+def test_a_checkpoint_is_resumed_under_its_own_sharding_only(runs, tmp_path):
+    """The refusal is one line, instead of transformers' error about missing files."""
     for kind, source in (("one", "fsdp2"), ("fsdp2", "one")):
         target = tmp_path / kind / "guard" / "run" / "checkpoint-8"
         shutil.copytree(runs / source / "guard" / "run" / "checkpoint-8", target)
@@ -166,7 +166,7 @@ def test_a_checkpoint_is_gone_on_with_under_what_it_was_made(runs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_16_bit_model_trains_in_fp32(tmp_path, kind):
-    """At a rate of which 16-bit weights keep next to nothing: whole, by an adapter, and with a critic."""
+    """At a learning rate too small for 16-bit weights: a full model, an adapter, and a critic."""
     launched(kind, tmp_path, "half", "half lora", "half ppo")
     start = model_of().bfloat16().state_dict()
     for case in ("half", "half lora", "half ppo"):
@@ -190,7 +190,7 @@ def test_a_phase_that_trains_nothing_is_refused(tmp_path, kind):
 
 
 def trainer_under(version, kind="FULL_STATE_DICT"):
-    """Stands for a trainer under FSDP of a version."""
+    """Return a stand-in for a trainer under a version of FSDP."""
     plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=version)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     return SimpleNamespace(

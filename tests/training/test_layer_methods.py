@@ -1,4 +1,4 @@
-"""Ablations and baselines on tiny models: what moves, by how much, and in which order."""
+"""Ablations and baselines on tiny models: the parameters that move, and by how much."""
 
 import copy
 
@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig
 
 from bupo import BuPOConfig, BuPOTrainer, InternalPolicies, UserError
-from bupo.training.objective.phases import PhaseSchedule, Stage
+from bupo.models.residual_stream import Activation
+from bupo.training.objective.phases import Objective, PhaseSchedule, Stage, get_objective
 from tests.training.test_trainer import (
     PROBLEMS,
     REENTRANT,
@@ -23,7 +24,7 @@ from tests.training.test_trainer import (
 )
 
 ESTIMATORS = ["rloo", "reinforce++", "ppo"]
-OFF = pytest.param(None, marks=pytest.mark.slow)  # where checkpointing that is not reentrant shows the same
+OFF = pytest.param(None, marks=pytest.mark.slow)  # non-reentrant checkpointing takes the same path
 
 
 def logged(trainer, key):
@@ -54,7 +55,7 @@ def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, back
 
 @pytest.mark.parametrize("backbone", [pytest.param("copy", marks=pytest.mark.slow), "shared"])
 def test_the_critic_learns_the_reward(tmp_path, backbone):
-    """A reward that the prompt decides: the critic's error falls, and explained variance comes near 1."""
+    """With a reward that depends on the prompt only, the critic's error falls and the explained variance approaches 1."""
 
     def reward(prompts, **kwargs):
         return [float(prompt[0] in "2468") for prompt in prompts]
@@ -78,11 +79,11 @@ def test_the_critic_learns_the_reward(tmp_path, backbone):
     assert sum(explained[-8:]) / 8 > 0.5
 
 
-def test_the_critic_is_a_model_of_its_own(tmp_path):
-    """It starts from the policy's weights, moves in phase 1 in all its layers, and the policy is not moved by it."""
+def test_the_copied_critic_is_a_separate_model(tmp_path):
+    """The critic starts from the policy's weights, trains all its layers in phase 1, and does not move the policy."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, advantage_estimator="ppo", max_steps=4, critic_learning_rate=1e-2))
-    critic = trainer.critic.critic
+    critic = trainer.critic.value_model
     for a, b in zip(critic.decoder.parameters(), model.model.parameters(), strict=True):
         assert torch.equal(a, b) and a is not b
     start = copy.deepcopy(critic.state_dict())
@@ -94,8 +95,8 @@ def test_the_critic_is_a_model_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
-def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpointing):
-    """With equal rewards there are no advantages: all that moves comes from the values, and stays below layer l in phase 1."""
+def test_a_shared_critics_loss_moves_the_policy(tmp_path, checkpointing):
+    """With equal rewards only the value loss moves parameters, in phase 1 none above layer l."""
     args = config(
         tmp_path,
         advantage_estimator="ppo",
@@ -113,12 +114,12 @@ def test_a_shared_critics_loss_is_what_moves_the_policy_too(tmp_path, checkpoint
     trainer = trainer_of(model, args)
     seen = []
 
-    def values(*args, inner=trainer.critic.values):
+    def values(*args, inner=trainer.critic.compute_values):
         found = inner(*args)
         seen.append(found.clone())
         return found
 
-    trainer.critic.values = values
+    trainer.critic.compute_values = values
     trainer.train()
     assert_only_below(changed(before, model), before, 2)
     assert not seen[0].any() and set(trainer.critic.value_heads) == {"layer 2"}
@@ -179,7 +180,7 @@ def test_frozen_layers_are_bit_identical_and_the_rest_moves(tmp_path, tied, chec
 
 
 def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
-    """Plain SGD from the same weights on the same rollouts: the steps differ by exactly the factor."""
+    """With SGD from the same weights on the same rollouts, the steps differ by exactly the factor."""
     steps = {}
     for factor in (1.0, 0.1):
         model = model_of()
@@ -202,7 +203,7 @@ def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
         slow = any(f".layers.{n}." in name for n in (2, 3)) or name == "model.norm.weight"
         expected = full * (0.1 if slow else 1.0)
         assert full.abs().max() > 0
-        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        scale = before[name].abs().max().item() * 2**-23  # the resolution of a step in fp32 weights
         torch.testing.assert_close(steps[0.1][name], expected, atol=2 * scale, rtol=1e-5, msg=name)
 
 
@@ -224,7 +225,7 @@ def test_learning_rates_of_the_groups(tmp_path):
 @pytest.mark.parametrize("lens", ["raw", "final_norm"])
 @pytest.mark.parametrize("module", ["attn", "ffn"])
 @pytest.mark.parametrize("checkpointing", [OFF, REENTRANT, False])
-def test_a_modular_policy_moves_what_it_is_made_of(tmp_path, module, lens, checkpointing):
+def test_a_modular_policy_moves_its_own_parameters(tmp_path, module, lens, checkpointing):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)
     args = config(
@@ -253,11 +254,11 @@ def test_old_log_probs_are_the_modules(tmp_path, module):
     fresh = model_of()
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     policies = InternalPolicies(fresh, temperature=0.8)
     ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], 1)
@@ -275,11 +276,25 @@ def test_stages_by_rollout_batch():
     schedule = PhaseSchedule.parse("[[6, 2], [12, 3]]")
     assert schedule == PhaseSchedule((Stage(6, 2), Stage(12, 3))) == PhaseSchedule.parse([[6, 2], [12, 3]])
     assert [schedule.get_stage_index(batch) for batch in range(1, 8)] == [0, 0, 1, 1, 1, None, None]
-    assert schedule.get_stage(3) == Stage(12, 3) and schedule.get_stage(6) is None
     assert schedule.end_stage_before(2) == PhaseSchedule((Stage(6, 1), Stage(12, 3)))
     assert schedule.end_stage_before(4) == PhaseSchedule((Stage(6, 2), Stage(12, 1)))
     assert schedule.end_stage_before(6) == schedule == PhaseSchedule.load(schedule.state())
     assert PhaseSchedule().get_stage_index(1) is None and PhaseSchedule().batches == 0 and schedule.batches == 5
+
+
+def test_the_objective_of_a_rollout_batch():
+    args = BuPOConfig("x", internal_schedule=[[3, 1], [2, 1]], internal_fade_batches=1, internal_module="ffn")
+    first, second, fading, last = (get_objective(batch, args.phase_schedule, args) for batch in range(1, 5))
+    assert first == Objective(1, 0, 3, activation=Activation("ffn", 3)) and str(first) == "the policy of layer 3"
+    assert second == Objective(1, 1, 2, activation=Activation("ffn", 2))
+    assert fading == Objective(2, auxiliary=Activation("ffn", 2), weight=0.5) and fading.layer is None
+    assert str(fading) == "the language model policy and the policy of layer 2"
+    assert last == Objective(2) and str(last) == "the language model policy"
+    control = BuPOConfig("x", internal_layer=2, internal_steps=1, internal_objective="frozen_upper")
+    frozen = get_objective(1, control.phase_schedule, control)
+    assert frozen == Objective(1, 0, 2, frozen_above=2) and frozen.internal_activation is None
+    auto = BuPOConfig("x", internal_layer="auto")
+    assert str(get_objective(1, auto.phase_schedule, auto)) == "the policy of layer auto"
 
 
 def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
@@ -289,15 +304,15 @@ def test_a_layer_that_is_still_to_be_chosen_is_none_and_not_the_embedding():
         auto.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 2), Stage(4, 1)))
         and not auto.resolve_auto(3, 9).is_undecided
     )
-    open_ended = BuPOConfig("x", internal_layer="auto").first_phase
+    open_ended = BuPOConfig("x", internal_layer="auto").phase_schedule
     assert (
         open_ended == PhaseSchedule((Stage(None, None),)) == PhaseSchedule.load(open_ended.state())
         and open_ended.is_undecided
     )
-    assert open_ended.place(1) == 0 and open_ended.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 9),))
+    assert open_ended.get_stage_index(1) == 0 and open_ended.resolve_auto(3, 9) == PhaseSchedule((Stage(3, 9),))
     assert str(open_ended) == "[['auto', 'auto']]"
-    assert BuPOConfig("x", internal_layer=3).first_phase == PhaseSchedule((Stage(3, 20),))
-    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).first_phase == PhaseSchedule((Stage(None, 7),))
+    assert BuPOConfig("x", internal_layer=3).phase_schedule == PhaseSchedule((Stage(3, 20),))
+    assert BuPOConfig("x", internal_layer="auto", internal_steps=7).phase_schedule == PhaseSchedule((Stage(None, 7),))
 
 
 @pytest.mark.parametrize(
@@ -313,11 +328,11 @@ def test_a_schedule_of_two_stages(tmp_path):
     trainer = trainer_of(model, config(tmp_path, internal_layer=None, internal_schedule=[[1, 1], [3, 1]], max_steps=12))
     watch, before, seen = RatioWatch().attach(trainer), snapshot(model), {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.setdefault(trainer.rollout_batch, snapshot(model))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert [row["phase"] for row in watch.rows] == [1] * 8 + [2] * 4
     assert logged(trainer, "internal/layer") == [1] * 4 + [3] * 4
@@ -390,8 +405,8 @@ def test_lora_with_ppo_and_a_modular_policy(tmp_path):
     assert moved and all("lora" in n and n.split(".layers.")[1].split(".")[0] in "01" for n in moved)
 
 
-def test_a_reward_that_is_the_same_for_all_teaches_ppo_still(tmp_path, caplog):
-    """One reward a prompt teaches GRPO nothing, but REINFORCE++ and PPO compare prompts."""
+def test_ppo_learns_from_rewards_that_are_equal_within_a_prompt(tmp_path, caplog):
+    """With one reward a prompt, GRPO has no gradient; REINFORCE++ and PPO compare prompts."""
 
     def by_prompt(prompts, **kwargs):
         return [float(prompt[0] in "2468") for prompt in prompts]

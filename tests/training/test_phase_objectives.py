@@ -1,4 +1,4 @@
-"""What the first phase may optimise instead of the layer's policy, and how it gives over to the second: on tiny models."""
+"""Controls of the first phase, and the fade to the second phase, on tiny models."""
 
 import copy
 
@@ -30,7 +30,7 @@ BIG = {"per_device_train_batch_size": 16, "steps_per_generation": 1, "gradient_a
 
 
 class Gradients(TrainerCallback):
-    """Gradients of each update, as they come to the optimizer; None where there is none."""
+    """Records the gradients that reach the optimizer in each update; None for a parameter without one."""
 
     def __init__(self):
         self.of_update = []
@@ -42,7 +42,7 @@ class Gradients(TrainerCallback):
 
 
 def gradients_of(trainer):
-    """Train, and give the gradients of each update."""
+    """Train, and return the gradients of each update."""
     watch = Gradients()
     trainer.add_callback(watch)
     trainer.train()
@@ -50,19 +50,19 @@ def gradients_of(trainer):
 
 
 def inputs_of(trainer):
-    """The micro-batches that the trainer's loss will see, filled as it trains."""
+    """Return a list that training fills with the micro-batches of the loss."""
     seen = []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.append(dict(inputs))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     return seen
 
 
 def double_log_probs(model, inputs, layer=None, order=None):
-    """`(B, C)` of the answers by plain float64 matrix products on transformers' own hidden states; `order` is of the rows."""
+    """Return log-probs `(B, C)` by float64 matrix products on transformers' hidden states; `order` permutes the vocabulary."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -73,7 +73,7 @@ def double_log_probs(model, inputs, layer=None, order=None):
 
 
 def token_mean(log_probs, inputs):
-    """Eq. 9 or 10 at a ratio of 1, token by token (`loss_type` dapo, one update a rollout batch)."""
+    """Return eq. 9 or 10 at a ratio of 1 as a mean over tokens (`loss_type` dapo, one update a rollout batch)."""
     weighted = inputs["advantages"][:, None] * log_probs * inputs["completion_mask"]
     return -weighted.sum() / inputs["completion_mask"].sum()
 
@@ -83,7 +83,7 @@ def token_mean(log_probs, inputs):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, accumulated):
+def test_frozen_upper_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, accumulated):
     model = model_of(tie_word_embeddings=tied)
     before = snapshot(model)
     pieces = {"gradient_accumulation_steps": accumulated}
@@ -99,15 +99,15 @@ def test_the_policys_objective_moves_the_layers_up_to_l_and_nothing_else(tmp_pat
     assert watch.rows[0]["log_ratio"] < 1e-5 and watch.rows[4]["log_ratio"] < 1e-5
 
 
-def test_after_it_the_whole_policy_moves(tmp_path):
+def test_after_frozen_upper_all_layers_move(tmp_path):
     model = model_of()
     before = snapshot(model)
     trainer_of(model, config(tmp_path, internal_objective="frozen_upper", max_steps=12)).train()
     assert changed(before, model) == set(before)
 
 
-def test_its_gradients_are_the_whole_policys(tmp_path):
-    """Against float64 by hand, and against plain GRPO on the same rollouts: the same up to l and None above."""
+def test_frozen_upper_has_the_gradients_of_grpo(tmp_path):
+    """Gradients equal float64 by hand, and GRPO's on the same rollouts up to layer l; they are None above."""
     common = {"max_steps": 1, "max_grad_norm": 0.0, **BIG}
     trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper", **common))
     seen = inputs_of(trainer)
@@ -124,7 +124,7 @@ def test_its_gradients_are_the_whole_policys(tmp_path):
             assert found[name].abs().max() > 1e-4
 
 
-def test_clipping_sees_what_moves_only(tmp_path):
+def test_gradient_clipping_counts_only_parameters_that_move(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=1, **BIG))
     (gradients,) = gradients_of(trainer)  # after clipping to 1
     clipped = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm().item()
@@ -132,8 +132,8 @@ def test_clipping_sees_what_moves_only(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
-def test_the_policys_objective_with_a_critic(tmp_path, backbone):
-    """A value head on the policy's own states sends its loss through all layers too, and moves none above l."""
+def test_frozen_upper_with_a_critic(tmp_path, backbone):
+    """The value loss on the states of the policy reaches all layers, and moves none above l."""
     ppo = {"advantage_estimator": "ppo", "critic_backbone": backbone, "vf_coef": 1.0}
     model = model_of()
     before = snapshot(model)
@@ -143,7 +143,7 @@ def test_the_policys_objective_with_a_critic(tmp_path, backbone):
     assert backbone == "copy" or set(trainer.critic.value_heads) == {"language_model"}
 
 
-def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
+def test_frozen_upper_with_adapters_and_auto(tmp_path):
     lora = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
     trainer = trainer_of(model_of(), config(tmp_path / "a", internal_objective="frozen_upper"), peft_config=lora)
     before = snapshot(trainer.model)
@@ -160,8 +160,8 @@ def test_the_policys_objective_by_adapters_and_a_measured_layer(tmp_path):
     assert_only_below(changed(before, model), before, int(logged(trainer, "internal/layer")[0]))
 
 
-def test_what_the_policys_objective_says(tmp_path):
-    """At the first update nothing has moved, and the entropy is that of the policy in force."""
+def test_frozen_upper_logs_and_describes_the_language_model_policy(tmp_path):
+    """At the first update nothing has moved, and the entropy is the target policy's."""
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="frozen_upper", max_steps=4))
     trainer.train()
     plain = trainer_of(model_of(), config(tmp_path / "b", internal_layer=None, internal_steps=0, max_steps=4))
@@ -169,10 +169,10 @@ def test_what_the_policys_objective_says(tmp_path):
     for name in ("approx_kl", "entropy", "loss", "clip_ratio/region_mean"):
         assert logged(trainer, name)[0] == logged(plain, name)[0]
     assert logged(trainer, "approx_kl")[0] < 1e-10 < logged(trainer, "approx_kl")[1]
-    assert "the whole policy, by layers up to 2" in trainer.where(1)
+    assert "the language model policy, layers up to 2" in trainer.describe_rollout_batch(1)
 
 
-def test_deepspeed_is_refused_the_policys_objective(tmp_path):
+def test_frozen_upper_is_refused_under_deepspeed(tmp_path):
     args = config(tmp_path, internal_objective="frozen_upper")
 
     class Plugin:
@@ -186,8 +186,8 @@ def test_deepspeed_is_refused_the_policys_objective(tmp_path):
 # -- a vocabulary in a random order ------------------------------------------------------------------------------------
 
 
-def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path):
-    """Old ones and new ones, and the gradient, against float64 with the matrix' rows exchanged."""
+def test_shuffled_vocab_log_probs_use_a_permuted_unembedding(tmp_path):
+    """Old and new log-probs and the gradient equal float64 with permuted rows of the unembedding."""
     args = config(
         tmp_path, internal_objective="shuffled_vocab", max_steps=1, num_iterations=2, max_grad_norm=0.0, **BIG
     )
@@ -200,7 +200,7 @@ def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path)
     mask = seen[0]["completion_mask"].bool()
     torch.testing.assert_close(seen[0]["old_per_token_logps"].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
     other = double_log_probs(exact, seen[0], 2)
-    assert (other - expected)[mask].abs().min() > 1e-3  # another target altogether
+    assert (other - expected)[mask].abs().min() > 1e-3  # a different target
     token_mean(expected, seen[0]).backward()
     assert_only_below({name for name, gradient in found.items() if gradient is not None}, found, 2)
     for name, parameter in exact.named_parameters():
@@ -208,7 +208,7 @@ def test_permuted_log_probs_are_the_layers_over_a_permuted_unembedding(tmp_path)
             torch.testing.assert_close(found[name].double(), parameter.grad, atol=2e-5, rtol=2e-3, msg=name)
 
 
-def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_path):
+def test_shuffled_vocab_ratios_start_at_one_and_phase_two_is_unshuffled(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, internal_objective="shuffled_vocab", max_steps=12))
     watch = RatioWatch().attach(trainer)
     trainer.train()
@@ -216,11 +216,11 @@ def test_permuted_ratios_start_at_one_and_phase_two_is_the_whole_policys(tmp_pat
     assert all((row["log_ratio"] < 1e-5) == (place % 4 == 0) for place, row in enumerate(watch.rows))
     layer = trainer_of(model_of(), config(tmp_path / "b", max_steps=1))
     layer.train()
-    for name in ("internal/entropy", "entropy"):  # an order changes no entropy
+    for name in ("internal/entropy", "entropy"):  # a permutation keeps the entropy
         assert logged(trainer, name)[0] == logged(layer, name)[0]
 
 
-def test_a_permuted_reference_is_permuted_too(tmp_path):
+def test_shuffled_vocab_permutes_the_reference_too(tmp_path):
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     trainer = trainer_of(model, config(tmp_path, internal_objective="shuffled_vocab", beta=0.1, max_steps=12))
@@ -252,14 +252,14 @@ def test_weights_by_rollout_batch():
     assert [schedule.get_layer_weight(batch, 3, 0.3) for batch in range(3, 9)] == [1, 0.75, 0.5, 0.3, 0.3, 0.3]
     assert [schedule.get_layer_weight(batch, 0, 0.3) for batch in range(3, 6)] == [1, 0.3, 0.3]
     assert [PhaseSchedule().get_layer_weight(batch, 0, 0.3) for batch in (1, 2)] == [0.3, 0.3]
-    ended = schedule.end_stage_before(3)  # by the guard: the hand-over begins where the first phase ends
+    ended = schedule.end_stage_before(3)  # by early stopping: the fade begins where the first phase ends
     assert [ended.get_layer_weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize(("handover", "mix"), [(1, 0.0), (0, 0.3)])
 @pytest.mark.parametrize("objective", ["layer", "shuffled_vocab"])
 def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
-    """Of float64 losses computed apart, at the second update of a rollout batch, whose ratios are not 1."""
+    """Compare with separate float64 losses at the second update of a rollout batch, whose ratios differ from 1."""
     common = {
         "max_steps": 4,
         "num_iterations": 2,
@@ -273,11 +273,11 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
     trainer = trainer_of(model, config(tmp_path, **common, **mixing))
     seen, weights = inputs_of(trainer), []
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         weights.append(copy.deepcopy(trainer.model.state_dict()))
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     found = gradients_of(trainer)
     order = torch.randperm(262, generator=torch.Generator().manual_seed(42)) if objective == "shuffled_vocab" else None
     layer_weight = mix or 0.5
@@ -310,7 +310,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, checkpointing):
-    """Layer 2 for a batch, a hand-over of two, then the whole policy."""
+    """Layer 2 for one rollout batch, a fade of two, then the language model policy."""
     args = config(
         tmp_path,
         internal_steps=1,
@@ -325,7 +325,7 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     watch = RatioWatch().attach(trainer)
     trainer.train()
     assert [row["batch"] for row in watch.rows] == [1] * 4 + [2] * 8 + [3] * 8 + [4] * 4
-    first = [0, 4, 5, 12, 13, 20]  # both policies' of a batch's first micro-batch
+    first = [0, 4, 5, 12, 13, 20]  # of both policies, in the first micro-batch of a rollout batch
     if accumulated == 1:
         assert [place for place, row in enumerate(watch.rows) if row["log_ratio"] < 1e-5] == first
     assert all(watch.rows[place]["log_ratio"] < 1e-5 for place in first)
@@ -337,15 +337,15 @@ def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, c
     for row in rows[a_batch : 3 * a_batch]:
         assert row["internal/entropy"] != row["entropy"]
         kls = row["internal/approx_kl"], row["approx_kl"]
-        assert max(kls) < 1e-9 or kls[0] != kls[1]  # at the first update both are zero, but for rounding
+        assert max(kls) < 1e-9 or kls[0] != kls[1]  # at the first update both are zero up to rounding
         assert {"internal/clip_ratio/region_mean", "clip_ratio/region_mean"} <= set(row)
         assert not any(name.count("internal") > 1 for name in row)
     assert not any(name.startswith("internal") for name in rows[-1])
     assert rows[a_batch]["internal/approx_kl"] < 1e-9 < rows[a_batch + 1]["internal/approx_kl"]
 
 
-def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
-    """At the first update of a run, as plain GRPO says it; the layer's beside it, as the first phase says it."""
+def test_trls_metrics_are_the_language_model_policys_with_an_auxiliary_objective(tmp_path):
+    """At the first update of a run, metrics equal GRPO's, and those under `internal/` the first phase's."""
     kinds: dict[str, dict] = {
         "both": {"internal_steps": 0, "internal_loss_weight": 0.4},
         "plain": {"internal_steps": 0},
@@ -369,7 +369,7 @@ def test_what_trl_logs_is_the_whole_policys_where_both_are_optimised(tmp_path):
     ["cispo", "luspo"]
     + [pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "bnpo", "dr_grpo", "sapo", "vespo")],
 )
-def test_every_loss_type_of_both(tmp_path, loss_type):
+def test_every_loss_type_with_an_auxiliary_objective(tmp_path, loss_type):
     level = "sequence" if loss_type == "luspo" else "token"
     more: dict = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     more |= {"importance_sampling_level": level, "entropy_coef": 0.01, "top_entropy_quantile": 0.5}
@@ -381,7 +381,7 @@ def test_every_loss_type_of_both(tmp_path, loss_type):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_references_of_both(tmp_path, lora):
+def test_reference_log_probs_of_both_policies(tmp_path, lora):
     """At the first update the model is its reference, for both policies; after it both have moved away."""
     model_of().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -392,14 +392,14 @@ def test_references_of_both(tmp_path, lora):
     trainer.train()
     for name in ("kl", "internal/kl"):
         assert abs(logged(trainer, name)[0]) < 1e-6 < logged(trainer, name)[1]
-    exact, mask = model_of().double(), seen[4]["completion_mask"].bool()  # in the second batch still the start's
+    exact, mask = model_of().double(), seen[4]["completion_mask"].bool()  # unchanged in the second batch
     for name, at in (("ref_per_token_logps", {}), ("internal_ref_per_token_logps", {"layer": 2})):
         expected = double_log_probs(exact, seen[4], **at)
         torch.testing.assert_close(seen[4][name].double()[mask], expected[mask], atol=1e-4, rtol=1e-5)
 
 
-def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
-    """Log-probs of a `rollout_func` stay as they are for the whole policy; the layer's keep the same distance to its own."""
+def test_sampler_log_probs_are_shifted_for_the_layer_only(tmp_path):
+    """Log-probs of a `rollout_func` are unchanged for the language model policy; the layer's keep the same difference."""
 
     def answers(prompts, trainer):
         ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
@@ -417,8 +417,8 @@ def test_a_sampler_that_differs_is_moved_for_the_layer_only(tmp_path):
     torch.testing.assert_close(change, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [4, 6, 9])  # where the hand-over begins, inside its batches
-def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop):
+@pytest.mark.parametrize("stop", [4, 6, 9])  # at the start of the fade, and inside its batches
+def test_a_run_resumed_inside_a_fade_is_the_uninterrupted_one(tmp_path, stop):
     common = {
         "max_steps": 14,
         "save_strategy": "steps",
@@ -437,7 +437,7 @@ def test_a_run_resumed_inside_a_handover_is_the_uninterrupted_one(tmp_path, stop
     assert logged(first, "internal/approx_kl") == logged(second, "internal/approx_kl")
 
 
-def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
+def test_a_run_with_an_auxiliary_objective_resumes_with_its_layer_and_weights(tmp_path):
     common = {
         "max_steps": 6,
         "save_strategy": "steps",
@@ -454,8 +454,8 @@ def test_a_mixed_run_goes_on_with_the_same_layer_and_weights(tmp_path):
             trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
 
 
-def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
-    """To the bit until it ends, and from there on another run."""
+def test_a_fade_does_not_change_the_first_phase(tmp_path):
+    """Equal to the bit until the fade ends, and different afterwards."""
     ends: dict = {8: [], 12: []}
     for steps, models in ends.items():
         for mixing in ({}, {"internal_fade_batches": 2}, {"internal_loss_weight": 0.1}):
@@ -467,16 +467,17 @@ def test_what_comes_after_the_first_phase_leaves_it_as_it_is(tmp_path):
             assert all(torch.equal(a, b) == (steps == 8) for a, b in pairs)
 
 
-def test_a_measured_layer_is_handed_over(tmp_path):
+def test_the_layer_of_auto_fades_out(tmp_path):
     args = config(tmp_path, internal_layer="auto", internal_steps=1, internal_fade_batches=1, max_steps=12)
     trainer = trainer_of(built([1e-3, 1e-3, 40.0, 40.0]), args)
     trainer.train()
     assert logged(trainer, "internal/weight") == [0.5] * 4
-    assert trainer.phase_controller.mixed(2) == (int(logged(trainer, "internal/layer")[0]), 0.5)
+    objective = trainer.phase_controller.get_objective(2)
+    assert objective.auxiliary == ("layer", int(logged(trainer, "internal/layer")[0])) and objective.weight == 0.5
 
 
 def test_one_update_a_rollout_batch(tmp_path):
-    """TRL keeps no old log-probs then. The accumulated gradient is the weighted sum of those of two runs apart."""
+    """TRL keeps no old log-probs. The accumulated gradient is the weighted sum of those of two separate runs."""
     found = []
     kinds: list[dict] = [{}, {"internal_steps": 0}, {"internal_steps": 0, "internal_loss_weight": 0.4}]
     for options in kinds:
@@ -493,7 +494,7 @@ def test_one_update_a_rollout_batch(tmp_path):
 
 
 def test_a_mixture_of_experts_is_balanced_once(tmp_path):
-    """With equal rewards only the load-balancing loss is left: with its whole weight, as in plain GRPO."""
+    """With equal rewards only the load-balancing loss remains, with its full weight as in GRPO."""
     rows = []
     for name, mix in (("plain", 0.0), ("both", 0.4)):
         model = model_of("qwen3_moe", router_aux_loss_coef=0.1, output_router_logits=True)
@@ -508,7 +509,7 @@ def test_a_mixture_of_experts_is_balanced_once(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["attn", "ffn"])
-def test_a_modules_policy_is_mixed_in(tmp_path, module):
+def test_a_modules_policy_as_the_auxiliary_objective(tmp_path, module):
     args = config(
         tmp_path,
         internal_steps=0,
@@ -531,7 +532,7 @@ def plain(folder, **changes):
 
 
 def test_steps_are_as_long_as_the_factors_say(tmp_path):
-    """Plain SGD from the same weights on the same rollouts."""
+    """SGD from the same weights on the same rollouts."""
     steps = {}
     sgd = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
     factors = [0.25, 0.0, 1.0, 2.0]
@@ -543,12 +544,12 @@ def test_steps_are_as_long_as_the_factors_say(tmp_path):
     for name, full in steps[False].items():
         factor = factors[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
         assert full.abs().max() > 0
-        scale = before[name].abs().max().item() * 2**-23  # what fp32 weights can hold of a step
+        scale = before[name].abs().max().item() * 2**-23  # the resolution of a step in fp32 weights
         torch.testing.assert_close(steps[True][name], full * factor, atol=4 * scale, rtol=1e-5, msg=name)
 
 
 def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path):
-    """To the bit, with AdamW, its decay, clipping and two phases; also an embedding that is not the unembedding."""
+    """Equal to the bit with AdamW, weight decay, clipping and two phases, also with an untied embedding."""
     for tied in (True, False):
         ends = []
         kinds: list[dict] = [{"frozen_up_to_layer": 2}, {"layer_rates": [0, 0, 1, 1]}]
@@ -562,7 +563,7 @@ def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path
     assert moved == {name for name, _ in ends[1].named_parameters() if not name.startswith(still)}
 
 
-def test_a_still_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
+def test_a_frozen_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)
     trainer = trainer_of(model, plain(tmp_path, layer_rates=[1.0, 0.0, 0.5, 1.0], max_steps=1, **BIG))
@@ -608,7 +609,7 @@ def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
 
 
 def test_options_on_the_command_line_and_in_yaml(tmp_path):
-    own = "internal_objective: shuffled_vocab\ninternal_handover: 3\ninternal_mix: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
+    own = "internal_objective: shuffled_vocab\ninternal_fade_batches: 3\ninternal_loss_weight: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
     (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
     names = ("internal_objective", "internal_fade_batches", "internal_loss_weight", "layer_rates")

@@ -1,4 +1,4 @@
-"""16-bit models train in fp32: every weight moves, the folder loads as before, and a resumed run is the same to the bit."""
+"""16-bit models train in fp32: all weights move, the folder loads in 16 bits, and a resumed run is equal to the bit."""
 
 import json
 
@@ -16,7 +16,7 @@ SLOW = {"learning_rate": 1e-6, "weight_decay": 0.0, "probe_every": 0}
 
 
 def moved(before, after):
-    """The share of values that differ, of all that both hold."""
+    """Return the share of values that differ."""
     count = sum(value.numel() for value in before.values())
     return sum(int((value.double() != after[name].double()).sum()) for name, value in before.items()) / count
 
@@ -48,7 +48,7 @@ def test_a_small_rate_moves_a_16_bit_model_as_one_in_fp32(tmp_path, dtype, phase
     assert wanted > 0.85 and abs(moved(reached, dict(mine.named_parameters())) - wanted) < 0.05
 
 
-def test_pure_16_bit_weights_are_an_option_that_says_its_price(tmp_path, caplog):
+def test_pure_16_bit_weights_are_an_option_with_a_warning(tmp_path, caplog):
     model = half_model()
     start = snapshot(model)
     trainer = run(tmp_path, model, fp32_master_weights=False, max_steps=8)
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
 
 
 def test_the_reference_is_the_policy_of_the_start(tmp_path):
-    """A folder in fp32 that was loaded in bfloat16: the reference has the rounded weights too, and the penalty starts at 0."""
+    """With an fp32 folder loaded in bfloat16, the reference has the rounded weights too, and the penalty starts at 0."""
     model_of().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     trainer = trainer_of(model, config(tmp_path / "run", **SLOW, beta=0.1, max_steps=1))
@@ -137,7 +137,7 @@ def test_adapters_train_in_fp32_on_a_model_that_stays_in_16_bits(tmp_path):
 
 
 def test_frozen_layers_and_probes(tmp_path):
-    """Probes compute without autocast: frozen weights are of the same dtype as the others."""
+    """Probes compute without autocast, so that frozen weights need the dtype of the others."""
     options = {"frozen_up_to_layer": 1, "probe_every": 1, "internal_early_stopping": True, "max_steps": 8}
     trainer = run(tmp_path, half_model(), **options)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
@@ -145,7 +145,7 @@ def test_frozen_layers_and_probes(tmp_path):
 
 def test_the_critic_too(tmp_path):
     trainer = run(tmp_path, half_model(), advantage_estimator="ppo", critic_learning_rate=1e-6)
-    assert {p.dtype for p in trainer.critic.critic.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.critic.value_model.parameters()} == {torch.float32}
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_the_command_line(tmp_path):
 
 
 def test_options_serve_for_several_models(tmp_path):
-    """The 16 bits are the first model's: a second one in fp32 computes in fp32, whatever the process has computed in before."""
+    """A second model in fp32 computes in fp32, although the first model of the process was in 16 bits."""
     args = config(tmp_path, **SLOW, max_steps=1)
     for model, precision in ((half_model(), "bf16"), (model_of(), "no"), (half_model(), "bf16")):
         trainer = trainer_of(model, args)
@@ -182,7 +182,7 @@ def test_options():
     assert BuPOConfig("x", internal_layer=1).fp32_master_weights is True
 
 
-# adapters that train parameters of the model's own modules, whose layers take no states of another dtype
+# adapters that train parameters of the model's modules, which refuse states of another dtype
 OWN = {
     "all biases": lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all"),
     "biases of its layers": lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="lora_only"),

@@ -1,4 +1,4 @@
-"""Probes against the analysis, the guard against runs that go wrong, and the automatic layer on built models."""
+"""Probes against the analysis, early stopping on runs that fail, and the automatic layer on constructed models."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def value(rows, name, layer=None, later=None):
 @pytest.mark.parametrize(("lens", "temperature"), [("raw", 1.0), ("final_norm", 0.7)])
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere2", "gpt2"])
 def test_probes_are_the_analysis(monkeypatch, family, lens, temperature):
-    """Every series against `measure`, which folds the vocabulary in fp64, and whose own check is naive fp64."""
+    """Each series equals `measure_completions`, which streams the vocabulary in fp64 and has a naive fp64 test."""
     monkeypatch.setattr(probes_module, "ROWS_PER_CHUNK", 7)  # several chunks of rows
     monkeypatch.setattr(probes_module, "MAX_STATE_ELEMENTS", 4000)  # several forward passes
     stream = ResidualStream(tiny_model(family))
@@ -77,7 +77,7 @@ OF_ROLLOUTS = ("response_length", "repetition", "reward")
 
 
 def probed(folder):
-    """The series of a folder that are measured on the probe set, by what they are of."""
+    """Return the series of a folder that are measured on the probe set, by measure."""
     table = pd.read_parquet(folder / "dynamics.parquet").sort_values(KEYS)
     assert list(table.columns) == [*KEYS, "value"]
     assert [str(table[name].dtype) for name in (*KEYS[::2], "later_layer", "value")] == [
@@ -91,7 +91,7 @@ def probed(folder):
 
 @pytest.fixture(scope="module")
 def probed_run(tmp_path_factory):
-    """A run with a checkpoint after every rollout batch, probed after each."""
+    """Run with a checkpoint and a probe after each rollout batch."""
     run = tmp_path_factory.mktemp("probed") / "run"
     options = {"internal_layer": 5, "max_steps": 8, "probe_every": 1, "save_strategy": "steps", "save_steps": 2}
     assert main(["train", *flags(run, learning_rate=1e-3, internal_steps=2, **options)]) == 0
@@ -99,7 +99,7 @@ def probed_run(tmp_path_factory):
 
 
 def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, capsys, monkeypatch):
-    """Figure 5 afterwards: the same table as the run's own probes, from the model it began with to the finished run."""
+    """Figure 5 from checkpoints: the same table as the run's probes, from the initial model to the finished run."""
     monkeypatch.setattr(analysis_report, "draw_analysis_figures", lambda *args: (tmp_path / "out" / "figures").mkdir())
     run, out = probed_run, tmp_path / "out"
     models = ["embedded", str(run / "checkpoint-6"), str(run / "checkpoint-2"), str(run)]
@@ -112,12 +112,12 @@ def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, 
     assert len(mine) == 4 * (2 + 3 + 2 * 3)
     pd.testing.assert_frame_equal(mine, its, rtol=1e-5, atol=1e-5)
     for _, part in mine.groupby(KEYS[1:], dropna=False):
-        assert part["value"].nunique() == 4  # else equal tables would say nothing
+        assert part["value"].nunique() == 4  # else the comparison would be empty
     figures = [out / "figures" / f"dynamics.{kind}" for kind in ("png", "pdf")]
     assert all(path.stat().st_size > 10_000 for path in figures)
     meta = json.loads(pq.read_schema(out / "dynamics.parquet").metadata[b"meta"])
     assert meta["lens"] == "raw" and meta["run"] == str(run)
-    write_checkpoint_series(report := AnalysisReport((), out), None)  # as another analysis does in the same folder
+    write_checkpoint_series(report := AnalysisReport((), out), None)  # as by another analysis in the same folder
     assert report.dynamics is None and not any(path.exists() for path in figures)
 
 
@@ -145,13 +145,13 @@ def test_which_models_are_a_runs_and_of_which_layer(tmp_path, probed_run):
         find_checkpoint_series([first, last], 9, tmp_path)
     with pytest.raises(UserError, match=f"output {run} is the run that is analysed"):
         find_checkpoint_series([first, last], None, run)
-    for name in ("bupo.pt", "trainer_state.json"):  # of another trainer; of no checkpoint at all
+    for name in ("bupo.pt", "trainer_state.json"):  # of another trainer; without a checkpoint
         (twin / "checkpoint-2" / name).unlink()
         assert find_checkpoint_series([foreign, foreign], None, tmp_path) is None
 
 
 def test_inside_a_rollout_batch_and_without_a_first_phase(tmp_path):
-    """A course goes where the weights were taken; a GRPO run's is that of the layer that it names."""
+    """A checkpoint series follows the weights; a GRPO run has the series of the layer in its options."""
     args = config(
         tmp_path / "run", internal_steps=0, internal_layer=3, max_steps=6, save_strategy="steps", save_steps=3
     )
@@ -169,11 +169,11 @@ def test_a_run_keeps_and_logs_its_series(probed_run):
     assert all({"probe/entropy", "probe/perplexity", "probe/kl", "probe/cosine", "probe/time"} <= set(r) for r in steps)
 
 
-def test_a_resumed_run_goes_on_with_its_series(tmp_path):
+def test_a_resumed_run_continues_its_series(tmp_path):
     common = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-3, "probe_every": 1}
     trainer_of(model_of(), config(tmp_path, **common)).train()
     whole = pd.read_parquet(tmp_path / "dynamics.parquet")
-    whole[whole["rollout_batch"] <= 1].to_parquet(tmp_path / "dynamics.parquet")  # as a kill after step 6 leaves it
+    whole[whole["rollout_batch"] <= 1].to_parquet(tmp_path / "dynamics.parquet")  # as after a kill at step 6
     trainer_of(model_of(), config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     resumed = pd.read_parquet(tmp_path / "dynamics.parquet")
     pd.testing.assert_frame_equal(whole, resumed, atol=1e-5, rtol=1e-5)
@@ -185,9 +185,7 @@ def test_a_run_resumed_at_a_batchs_end_has_no_row_twice(tmp_path):
     whole = pd.read_parquet(tmp_path / "dynamics.parquet")
     moved = config(tmp_path / "moved", **common)  # into another folder: the probe set is in the checkpoint
     trainer_of(model_of(), moved).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    whole[whole["rollout_batch"] <= 1].to_parquet(
-        tmp_path / "dynamics.parquet"
-    )  # as a kill in the second batch leaves it
+    whole[whole["rollout_batch"] <= 1].to_parquet(tmp_path / "dynamics.parquet")  # as after a kill in the second batch
     trainer_of(model_of(), config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     keys = ["rollout_batch", "measure", "layer", "later_layer"]
     resumed, elsewhere = (pd.read_parquet(folder / "dynamics.parquet") for folder in (tmp_path, tmp_path / "moved"))
@@ -208,7 +206,7 @@ def test_the_last_weights_are_probed_whatever_the_cadence(tmp_path):
 
 
 def test_probes_leave_training_as_it_was(tmp_path):
-    """Same parameters to the bit with probes in every batch and without any: no random number, no gradient, no mode."""
+    """Probes leave the parameters equal to the bit: they change no random number, gradient or mode."""
     with_probes, without = model_of(), model_of()
     trainer_of(with_probes, config(tmp_path / "a", probe_every=1, max_steps=12, internal_early_stopping=False)).train()
     trainer_of(without, config(tmp_path / "b", probe_every=0, max_steps=12, internal_early_stopping=False)).train()
@@ -243,7 +241,7 @@ def test_repetition():
 
 
 def fed(rewards, error=0.02, capped=0.0, perplexity=lambda i: 1.2, kl=lambda i: 5.0):
-    """A guard after these batches, and after how many of them it first says why."""
+    """Return the monitor after these rollout batches, and the number of batches until it stops."""
     guard, first = EarlyStoppingMonitor(), None
     for i, reward in enumerate(rewards):
         guard.record_probe(perplexity(i), kl(i))
@@ -253,25 +251,25 @@ def fed(rewards, error=0.02, capped=0.0, perplexity=lambda i: 1.2, kl=lambda i: 
     return guard, first
 
 
-def test_the_guard_lets_a_healthy_phase_be():
+def test_early_stopping_keeps_a_healthy_phase():
     rising = [0.2 + 0.02 * i for i in range(40)]
     assert fed(rising)[1] is None
     noisy = [0.5 + 0.02 * math.sin(3 * i) for i in range(40)]
     assert fed(noisy)[1] is None
-    # an improving policy leaves its first answers behind: no reason to end
+    # an improving policy moves away from its first completions without a reason to stop
     assert fed(rising, perplexity=lambda i: 1.2 * 1.1**i, kl=lambda i: 5 * 1.1**i)[1] is None
 
 
-def test_the_guard_sees_the_reward_fall_and_keeps_the_best():
+def test_early_stopping_detects_a_falling_reward_and_keeps_the_best_weights():
     rewards = [0.2, 0.4, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.4, 0.2, 0.1, 0.0, 0.0]
     guard, first = fed(rewards)
     assert guard.best_batch == 7  # the last of the best five in a row
     assert 9 <= first <= 11
     assert "the reward fell from 0.7" in guard.get_stop_reason()
-    assert fed(rewards, error=0.5)[1] is None  # it may be chance
+    assert fed(rewards, error=0.5)[1] is None  # within the standard error
 
 
-def test_the_guard_sees_answers_run_into_the_cap_and_alignment_turn():
+def test_early_stopping_detects_truncated_answers_and_rising_kl():
     flat = [0.5] * 6 + [0.49] * 6
     guard, _ = fed(flat, capped=MAX_CLIPPED_INCREASE + 0.1)
     assert "run into the cap" in guard.get_stop_reason()
@@ -282,7 +280,7 @@ def test_the_guard_sees_answers_run_into_the_cap_and_alignment_turn():
 
 
 class RewardByBatch:
-    """A reward whose mean is scripted by rollout batch, whatever the answers."""
+    """A reward with a fixed mean for each rollout batch."""
 
     __name__ = "by_batch"
 
@@ -317,7 +315,7 @@ def guarded_run(folder, model, resume=None, **changes):
     return trainer, sampled
 
 
-def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, capsys):
+def test_early_stopping_ends_phase_one_and_restores_the_best_weights(tmp_path, capsys):
     trainer, sampled = guarded_run(tmp_path, model_of())
     rows = [row for row in trainer.state.log_history if "phase" in row]
     last = max(row["rollout_batch"] for row in rows if row["phase"] == 1)
@@ -325,31 +323,34 @@ def test_the_guard_ends_phase_one_and_goes_on_from_the_best_weights(tmp_path, ca
     assert trainer.phase_controller.schedule.stages[0].batches == last
     ended = [row["rollout_batch"] for row in rows if "internal/stopped_early" in row]
     assert ended == [last + 1]
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard:")]
-    assert f"layer 2 is left after {last:.0f} of 20 rollout batches" in line and "weights that sampled the 7th" in line
-    for name, kept in sampled[7].items():  # what samples the next batch is what sampled the best, to the bit
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("early stopping:")]
+    assert (
+        f"the stage on layer 2 ends after {last:.0f} of 20 rollout batches" in line
+        and "weights that sampled the 7th" in line
+    )
+    for name, kept in sampled[7].items():  # the weights of the next batch equal those of the best to the bit
         assert torch.equal(kept, sampled[last + 1][name]), name
     assert any(not torch.equal(kept, sampled[last][name]) for name, kept in sampled[7].items())
 
 
-def test_without_the_guard_phase_one_goes_on(tmp_path):
+def test_without_early_stopping_phase_one_continues(tmp_path):
     trainer, _ = guarded_run(tmp_path, model_of(), internal_early_stopping=False)
     assert {row["phase"] for row in trainer.state.log_history if "phase" in row} == {1}
 
 
-# inside a rollout batch, before the guard acts
+# inside a rollout batch, before early stopping
 @pytest.mark.parametrize("stop", [30, pytest.param(34, marks=pytest.mark.slow)])
-def test_a_resumed_run_keeps_what_the_guard_knows(tmp_path, stop):
+def test_a_resumed_run_keeps_the_state_of_early_stopping(tmp_path, stop):
     whole, resumed = model_of(), model_of(seed=5)
     saving = {"save_strategy": "steps", "save_steps": stop}
     first, _ = guarded_run(tmp_path, whole, **saving)
     second, _ = guarded_run(tmp_path, resumed, resume=str(tmp_path / f"checkpoint-{stop}"), **saving)
-    assert first.phase_controller.schedule == second.phase_controller.schedule != first.args.first_phase
+    assert first.phase_controller.schedule == second.phase_controller.schedule != first.args.phase_schedule
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_the_guard_ends_a_stage_and_the_next_one_begins(tmp_path):
+def test_early_stopping_ends_a_stage_and_the_next_one_begins(tmp_path):
     trainer, _ = guarded_run(tmp_path, model_of(), internal_layer=None, internal_schedule=[[1, 20], [3, 2]])
     rows = [row for row in trainer.state.log_history if "phase" in row]
     layers = [row.get("internal/layer") for row in rows if row["step"] % 4 == 0]
@@ -358,20 +359,20 @@ def test_the_guard_ends_a_stage_and_the_next_one_begins(tmp_path):
 
 
 def test_a_stage_is_judged_by_its_own_layer(tmp_path, capsys):
-    """Layers 3 and 1 diverge from those above them by different amounts: a change of layer is no rise of a KL."""
+    """Layers 3 and 1 differ from later layers by different amounts: a change of layer is not a rise of the KL."""
     options = {"internal_layer": None, "internal_schedule": [[3, 7], [1, 3]], "max_steps": 48, "learning_rate": 1e-7}
     reward = RewardByBatch([0.9, *[0.89] * 20])
     args = config(tmp_path, probe_every=1, **options)
     trainer = BuPOTrainer(model_of(), reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     trainer.train()
-    assert trainer.phase_controller.schedule == args.first_phase and "guard:" not in capsys.readouterr().out
+    assert trainer.phase_controller.schedule == args.phase_schedule and "early stopping:" not in capsys.readouterr().out
 
 
 # -- internal_layer: auto --------------------------------------------------------------------------------------------
 
 
 def built(scales):
-    """A model whose FFN writes are next to nothing (a flat policy, exploration) or huge (a sharp one, convergence)."""
+    """Build a model with tiny FFN writes (a flat policy, exploration) or huge ones (a sharp policy, convergence)."""
     model = model_of()
     with torch.no_grad():
         for block, scale in zip(model.model.layers, scales, strict=True):

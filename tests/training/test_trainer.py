@@ -1,4 +1,4 @@
-"""The two phases: what moves, what does not, whose log-probs meet, and that nothing of TRL's is lost."""
+"""The two phases: parameters that move, log-probs in the ratio, and the features of TRL."""
 
 import copy
 import json
@@ -21,11 +21,13 @@ from tests.helpers.tiny_models import tiny_model
 TOKENIZER = load_tokenizer("embedded")
 PROBLEMS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(2, 10) for b in range(2, 10)]})
 
-REENTRANT = pytest.param(True, marks=pytest.mark.slow)  # gradient checkpointing; None is off, False is not reentrant
+REENTRANT = pytest.param(
+    True, marks=pytest.mark.slow
+)  # gradient checkpointing: off (None), not reentrant (False), reentrant
 
 
 def token_reward(completion_ids, **kwargs):
-    """Some answers are better than others, also for a random model."""
+    """Reward completions by their tokens, so that rewards differ for a random model too."""
     return [sum(i % 7 for i in ids) / len(ids) for ids in completion_ids]
 
 
@@ -68,7 +70,7 @@ def changed(before, model):
 
 
 def assert_only_below(names, all_names, layer):
-    """Everything up to the layer moved, embedding and head too; nothing above, nor the final norm."""
+    """Check that all parameters up to the layer moved, with the embedding and the head, and none above or of the final norm."""
     for name in all_names:
         number = int(name.split(".layers.")[1].split(".")[0]) + 1 if ".layers." in name else None
         above = number is not None and number > layer
@@ -109,7 +111,7 @@ def test_only_adapters_up_to_l_move_with_lora(tmp_path):
 
 
 class RatioWatch(TrainerCallback):
-    """Largest |log ratio| on any token of each update, and whose log-probs the old ones are."""
+    """Records the largest |log ratio| of each update, and the policy of the old log-probs."""
 
     def __init__(self):
         self.rows = []
@@ -120,7 +122,9 @@ class RatioWatch(TrainerCallback):
                 scores = policy(**question)
                 old, mask = inputs["old_per_token_logps"], inputs["completion_mask"]
                 log_ratio = ((scores.log_probs[:, -old.size(1) :] - old) * mask).abs().max().item()
-                self.rows.append({"batch": trainer.rollout_batch, "phase": trainer.phase, "log_ratio": log_ratio})
+                self.rows.append(
+                    {"batch": trainer.rollout_batch, "phase": trainer.objective.phase, "log_ratio": log_ratio}
+                )
                 return scores
 
             return inner(asked, inputs)
@@ -138,24 +142,24 @@ def test_the_first_update_of_each_batch_has_ratio_one(tmp_path, iterations):
     assert [row["batch"] for row in watch.rows] == [1 + i // updates for i in range(16 * iterations)]
     assert [row["phase"] for row in watch.rows] == [1] * 2 * updates + [2] * 2 * updates
     for i, row in enumerate(watch.rows):
-        if i % updates == 0:  # also the third batch, where the phase changes
+        if i % updates == 0:  # including the third batch, which begins the second phase
             assert row["log_ratio"] < 1e-5, row
         else:
             assert row["log_ratio"] > 1e-4, row
 
 
 def test_old_log_probs_are_the_layer_policys(tmp_path):
-    """The inputs of the first update hold what InternalPolicies says, and pi_theta's entropy beside it."""
+    """The inputs of the first update hold the log-probs of InternalPolicies, and the language model policy's entropies."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=1, temperature=0.8))
     copies = copy.deepcopy(model.state_dict())
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen.update(inputs)
         return inner(model, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     fresh = model_of()
     fresh.load_state_dict(copies)
@@ -214,15 +218,15 @@ def test_what_is_logged(tmp_path):
     assert len(evaluations) == 3 and not any("eval_internal/entropy" in row for row in evaluations)
 
 
-def test_evaluation_speaks_for_the_language_model_policy(tmp_path):
+def test_evaluation_is_of_the_language_model_policy(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, per_device_eval_batch_size=4), eval_dataset=PROBLEMS.select(range(4)))
     layers = []
     model.model.layers[3].register_forward_pre_hook(lambda m, a: layers.append(4))
-    real = trainer.loss
+    real = trainer.compute_micro_batch_loss
     seen = []
-    trainer.loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
-    assert trainer.phase == 1
+    trainer.compute_micro_batch_loss = lambda m, i: (layers.clear(), real(m, i), seen.append(len(layers)))[1]
+    assert trainer.objective.phase == 1
     trainer.evaluate()
     assert seen and all(seen)
 
@@ -243,7 +247,7 @@ def test_every_loss_type_works_in_phase_one(tmp_path, loss_type):
 
 
 def test_kl_to_the_reference_compares_layer_policies(tmp_path):
-    """At the first update the model is its reference: a layer policy against pi_theta would give a large KL."""
+    """At the first update the model is its reference; the KL of a layer policy to the language model policy would be large."""
     model = model_of()
     model.save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -262,7 +266,7 @@ def test_kl_to_the_reference_with_lora(tmp_path):
 
 
 def test_aligned_updates_and_accumulation(tmp_path):
-    """One optimizer update a rollout batch: TRL keeps no old log-probs, and the entropy is still pi_theta's."""
+    """With one update a rollout batch, TRL keeps no old log-probs; the logged entropy is still the language model policy's."""
     model = model_of()
     before = snapshot(model)
     args = config(tmp_path, gradient_accumulation_steps=4, steps_per_generation=None, max_steps=2)
@@ -325,7 +329,7 @@ def test_a_run_resumed_in_a_later_epoch_sees_the_same_problems(tmp_path):
 
     whole = run("whole")
     resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert seen["whole"][0] != seen["whole"][2] != seen["whole"][4]  # each epoch has an order of its own
+    assert seen["whole"][0] != seen["whole"][2] != seen["whole"][4]  # each epoch has another order
     assert seen["resumed"] == seen["whole"][3:]
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -391,15 +395,15 @@ def test_a_cpu_trains_in_fp32_without_flags(tmp_path):
 
 
 def test_a_ratio_beyond_fp32_has_a_finite_gradient(tmp_path):
-    """exp of a large log ratio is infinite, and 0 times infinity is no number: it is clamped at e^20."""
+    """exp of a large log ratio is infinite, and 0 times infinity is NaN; the ratio is clamped at e^20."""
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=2))
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         far = inputs["old_per_token_logps"] - 200 * (torch.arange(inputs["completion_ids"].size(1)) % 2)
         return inner(model, {**inputs, "old_per_token_logps": far})
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
@@ -411,12 +415,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
     seen = {}
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         seen[trainer.state.global_step] = snapshot(model)
         loss = inner(model, inputs)
         return loss * float("nan") if trainer.state.global_step in bad else loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
     assert any(not torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
@@ -424,14 +428,14 @@ def test_an_update_that_is_not_finite_is_skipped_and_three_in_a_row_stop_the_run
     assert message in caplog.text
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=8, learning_rate=1e-3))
     bad |= {3, 4, 5}
-    trainer.loss = lambda m, i, inner=trainer.loss: inner(m, i) * float("nan")
+    trainer.compute_micro_batch_loss = lambda m, i, inner=trainer.compute_micro_batch_loss: inner(m, i) * float("nan")
     with pytest.raises(UserError, match="not finite in 3 updates in a row, the last in rollout batch 1"):
         trainer.train()
 
 
 @pytest.mark.parametrize("values", [(torch.inf, -torch.inf), (torch.inf, 1.0), (torch.nan, 1.0)])
 def test_no_gradient_that_is_not_finite_passes(values):
-    """Whatever its numbers add up to."""
+    """A gradient with one infinite number is skipped, whatever its sum."""
     PartialState()  # for the warning
     model = torch.nn.Linear(2, 1, bias=False)
     updates = SkipNonFiniteUpdatesCallback(lambda: "here")
@@ -444,16 +448,19 @@ def test_no_gradient_that_is_not_finite_passes(values):
 
 
 def test_the_last_update_of_a_batch_is_named_as_its_own(tmp_path, caplog):
-    """Updates 8 and 9 lie on either side of the phases' border."""
+    """Update 8 is the last of phase 1, and update 9 the first of phase 2."""
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=10))
 
-    def loss_of(model, inputs, inner=trainer.loss):
+    def loss_of(model, inputs, inner=trainer.compute_micro_batch_loss):
         return inner(model, inputs) * (float("nan") if trainer.state.global_step in (7, 8) else 1)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     named = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert "rollout batch 2 (the policy of layer 2," in named[0] and "rollout batch 3 (the whole policy," in named[1]
+    assert (
+        "rollout batch 2 (the policy of layer 2," in named[0]
+        and "rollout batch 3 (the language model policy," in named[1]
+    )
 
 
 def test_weights_that_have_diverged_are_named(tmp_path):
@@ -465,13 +472,13 @@ def test_weights_that_have_diverged_are_named(tmp_path):
     model = model_of()
     trainer = trainer_of(model, config(tmp_path, max_steps=8))
 
-    def loss_of(m, inputs, inner=trainer.loss):
+    def loss_of(m, inputs, inner=trainer.compute_micro_batch_loss):
         loss = inner(m, inputs)
         if trainer.state.global_step == 3:
             model.model.norm.weight.data.fill_(float("nan"))
         return loss
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     with pytest.raises(UserError, match=r"probabilities are not finite in rollout batch 2 .*lower learning_rate"):
         trainer.train()
 
@@ -489,7 +496,7 @@ def test_a_checkpoint_of_another_first_phase_is_refused(tmp_path):
 
 
 def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
-    """The same rollout batch as twice as many micro-batches: at a batch's end the run goes on, inside one it says why not."""
+    """A rollout batch of twice as many micro-batches: a run resumes at the end of a batch, and is refused within one."""
     common = {"max_steps": 16, "save_strategy": "steps"}
     trainer_of(model_of(), config(tmp_path, save_steps=4, **common)).train()
     pieces = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 8}
@@ -506,7 +513,7 @@ def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce++", "ppo"])
 def test_answers_that_are_all_cut_and_masked_are_passed_over(tmp_path, estimator):
-    """Nothing to learn from: no weight moves, nothing is probed, and nothing breaks."""
+    """Without a token to train on, no weight moves and nothing is probed."""
     args = config(
         tmp_path,
         max_steps=8,
@@ -523,7 +530,7 @@ def test_answers_that_are_all_cut_and_masked_are_passed_over(tmp_path, estimator
 
 
 def test_the_first_rollout_batch_with_answers_is_the_one_that_is_probed(tmp_path):
-    """Every answer of the first batch is cut and masked; the second has room for answers."""
+    """All completions of the first batch are truncated and masked; those of the second are complete."""
     args = config(
         tmp_path, internal_layer=5, max_steps=8, mask_truncated_completions=True, max_completion_length=2, probe_every=1
     )

@@ -1,6 +1,6 @@
-"""What `bupo.training.trl_internals` relies on of TRL and transformers: private names, their shapes, and what they leave.
+"""Private names, signatures and values of TRL and transformers that `bupo.training.trl_internals` relies on.
 
-Each check fails with the name that has changed. `make test-newest` runs this file with the newest releases.
+Each check names the entry that has changed. `make test-newest` runs this file with the newest releases.
 """
 
 import ast
@@ -8,7 +8,9 @@ import functools
 import importlib
 import inspect
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +18,20 @@ from accelerate.state import AcceleratorState
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from bupo import BuPOConfig, BuPOTrainer
+from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.generation.seeded_sampling import SeededLogitsProcessor
 from bupo.models import cpu_decoding
 from bupo.models.generation_settings import warn_once
 from bupo.training import trl_internals
 from bupo.training.trl_contract import (
     ACCELERATE_PRIVATE_NAMES,
+    ACCEPTED_VALUES,
     PRIVATE_NAMES,
     ROLLOUT_KEYS,
     TRAINER_ATTRIBUTES,
     TRL_METRICS,
     UNDOCUMENTED_FUNCTIONS,
 )
-from bupo.training.trl_internals import get_accepted_values
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, model_of, token_reward
 
@@ -40,7 +42,7 @@ ATTRIBUTES = [name for name, private in PRIVATE_NAMES.items() if not private.sig
 
 
 def differs(name, owner=GRPOTrainer):
-    """What has changed of a method's parameters, or None. A `*` at the end stands for any that follow."""
+    """Describe a change of a method's parameters, or return None. A final `*` allows further parameters."""
     wanted = [part.strip() for part in METHODS[name].signature.strip("()").split(",")]
     method = getattr(owner, name, None)
     if method is None:
@@ -59,7 +61,7 @@ def test_a_private_method_has_the_parameters_that_are_relied_on(name):
 
 
 def test_a_changed_signature_is_named():
-    """The check itself: a method that lost a parameter, gained one, has them in another order, or is gone."""
+    """The check finds a method that lost a parameter, gained one, has another order, or is missing."""
 
     class Lost(GRPOTrainer):
         def _calculate_rewards(self, inputs, prompts, completions): ...
@@ -93,7 +95,7 @@ def options(folder, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two updates of TRL's own trainer, and what its private methods were given and gave."""
+    """Run two updates of GRPOTrainer, and record the arguments and results of its private methods."""
     folder = tmp_path_factory.mktemp("trl")
     model_of().save_pretrained(folder / "start")
     seen: dict = {name: [] for name in METHODS}
@@ -157,8 +159,8 @@ def test_rewards_are_of_all_answers_and_functions(run):
     assert rewards.shape == (16, 1), "_calculate_rewards gives (answers, functions)"
 
 
-def test_the_loss_asks_its_model_for_nothing_but_scores(run):
-    """What stands for the model is a plain callable: `_compute_loss` must not look at its attributes."""
+def test_the_loss_uses_its_model_for_scores_only(run):
+    """`_compute_loss` must accept a plain callable in place of the model, without the attributes of one."""
     trainer, seen = run
     (_, inputs), _, loss = seen["_compute_loss"][0]
     real, calls = trainer.model, []
@@ -198,7 +200,7 @@ def test_a_private_attribute_is_there(run, name):
     assert hasattr(run[0], name), f"GRPOTrainer has no {name} ({PRIVATE_NAMES[name].reason})"
 
 
-def test_state_has_the_kinds_that_are_relied_on(run):
+def test_private_state_has_the_expected_types(run):
     trainer, _ = run
     assert trainer._step == 2 and len(trainer._buffered_inputs) == 4
     trainer._metrics["train"]["new"].append(1.0)
@@ -208,12 +210,23 @@ def test_state_has_the_kinds_that_are_relied_on(run):
     assert sampler.shuffle and sampler.seed == trainer.args.seed and isinstance(sampler.generator, torch.Generator)
 
 
-def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
-    assert {"grpo", "dapo", "dr_grpo"} <= set(get_accepted_values("loss_type"))
-    assert set(get_accepted_values("importance_sampling_level")) >= {"token", "sequence"}
-    assert get_accepted_values("no_such_option") == ()
-    for loss in get_accepted_values("loss_type"):
-        assert BuPOConfig(str(tmp_path), internal_layer=1, loss_type=loss).loss_type == loss
+def list_compared_values(option):
+    """Return the values that TRL's loss compares an option with."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._compute_loss)))
+    compared = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Compare) and getattr(node.left, "attr", None) == option
+    ]
+    constants = [part for node in compared for side in node.comparators for part in ast.walk(side)]
+    return {part.value for part in constants if isinstance(part, ast.Constant)}
+
+
+@pytest.mark.parametrize("option", ACCEPTED_VALUES)
+def test_the_accepted_values_are_those_of_trls_loss(tmp_path, option):
+    assert set(ACCEPTED_VALUES[option]) == list_compared_values(option)
+    for value in (*ACCEPTED_VALUES[option], "token_mean"):
+        changed: Any = {option: value, "internal_layer": 1}
+        with nullcontext() if value != "token_mean" else pytest.raises(UserError, match=f"{option}.*token_mean"):
+            assert getattr(BuPOConfig(str(tmp_path), **changed), option) == value
 
 
 # -- the loop of bupo.models.cpu_decoding ---------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def test_options_that_the_loss_knows_are_read_from_it(tmp_path):
 
 @pytest.fixture
 def looped(monkeypatch):
-    """How many answers the loop has written, and a warning that it is not used is given again."""
+    """Record the number of completions of each decoding loop, and repeat the warning of an unused loop."""
     rows, decode = [], cpu_decoding.run_decoding_loop
 
     @functools.wraps(decode)  # generate reads the signature
@@ -236,8 +249,8 @@ def looped(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_generate_hands_the_loop_all_that_it_knows(family, looped, caplog):
-    """Names of arguments, the cache's interface and the attention's: `generate`'s own loop would be taken in their absence."""
+def test_generate_passes_the_arguments_that_the_loop_expects(family, looped, caplog):
+    """The loop depends on names of arguments and on the interfaces of cache and attention; else generate's loop runs."""
     model = tiny_model(family)
     for seeded in (None, SeededLogitsProcessor([1, 2, 3], 5, 4, 1.0, 1.0)):
         settings = GenerationConfig(max_new_tokens=4, do_sample=seeded is None, pad_token_id=0)
@@ -262,7 +275,7 @@ def test_rollouts_are_sampled_by_the_loop(looped, tmp_path, caplog):
 
 
 def private_names(path):
-    """Names with one leading underscore that a file uses of others: attributes, imports, and those asked for as text."""
+    """Yield the attributes, imports and names in `getattr` of a file, with their lines."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -280,7 +293,7 @@ def private_names(path):
 
 
 def defined_names(path):
-    """Names with a leading underscore that a file defines: functions, classes, methods, and what it assigns to `self`."""
+    """Yield the names that a file defines: functions, classes, methods and assigned attributes."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -290,9 +303,10 @@ def defined_names(path):
 
 
 def is_private(name):
-    """`os._exit` and `sys._current_frames` are documented; `config._attn_implementation` is how transformers' guide reads it.
+    """Return whether a name is private, except for documented names and those without a public way.
 
-    `threading._shutdown` and `atexit._run_exitfuncs` are Python's own end of a process. Without them it ends by `sys.exit`.
+    `os._exit` and `sys._current_frames` are documented, and transformers' guide uses `config._attn_implementation`.
+    `threading._shutdown` and `atexit._run_exitfuncs` end a process; without them it ends by `sys.exit`.
     """
     return (
         name not in ("_exit", "_current_frames", "_attn_implementation", "_shutdown", "_run_exitfuncs")
@@ -302,7 +316,7 @@ def is_private(name):
     )
 
 
-# private names of the libraries that grade, where they have no public way
+# private names of the grading libraries, which have no public way
 OF_GRADING = {
     "_Latex2Sympy": "the parser class, whose products of a number and a factor are overridden",
     "_prec": "the precision of a sympy Float, which is 1 where no digit is known",
@@ -319,20 +333,20 @@ def test_the_private_names_of_grading_exist():
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_no_private_name_of_another_library_outside_the_seam(path):
-    """A private name may be used where bupo itself defines it, in the file that does; all others are the seam's."""
+def test_no_private_name_of_another_library_outside_trl_internals(path):
+    """A file uses only the private names that it defines; all others belong in trl_internals."""
     if path == SEAM:
         return
-    own = set(defined_names(path)) | (set(OF_GRADING) if path.parent.name == "rewards" else set())
+    own = set(defined_names(path)) | (set(OF_GRADING) if "rewards" in path.parts else set())
     strange = [f"{name} (line {line})" for name, line in private_names(path) if is_private(name) and name not in own]
     overridden = [
         name for name in own if name in PRIVATE_NAMES and path.parent.name == "training"
-    ]  # where TRL's trainer is
+    ]  # the subclass of TRL's trainer is there
     assert not strange and not overridden, f"{path.name} uses {', '.join(strange + overridden)}"
 
 
-def test_every_private_name_of_the_seam_stands_in_its_list():
-    names = {name for name, _ in private_names(SEAM)} | set(defined_names(SEAM)) - {"_heard"}
+def test_the_contract_lists_all_private_names_of_trl_internals():
+    names = {name for name, _ in private_names(SEAM)} | set(defined_names(SEAM))
     assert {name for name in names if is_private(name)} == set(PRIVATE_NAMES) | set(ACCELERATE_PRIVATE_NAMES)
     assert all(hasattr(AcceleratorState, name) for name in ACCELERATE_PRIVATE_NAMES)
     assert all(private.reason for private in PRIVATE_NAMES.values())

@@ -1,4 +1,4 @@
-"""BuPOTrainer in GRPOTrainer's place: what TRL accepts and trains with, in both phases, against GRPOTrainer itself."""
+"""BuPOTrainer against GRPOTrainer: options and arguments of TRL, in both phases."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ FEW = PROBLEMS.select(range(4))
 
 
 def options(folder, **changes):
-    """Two updates a rollout batch of two prompts, four answers each."""
+    """Return options for two updates a rollout batch of two prompts with four completions each."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -60,7 +60,7 @@ def small(**changes):
 
 
 def grpo(model, folder, reward=token_reward, *, problems=FEW, options_=None, **kwargs):
-    """A run of GRPOTrainer."""
+    """Make a GRPOTrainer."""
     args = GRPOConfig(**options(folder, **(options_ or {})))
     kwargs = {"train_dataset": problems, "processing_class": TOKENIZER, **kwargs}
     trainer = GRPOTrainer(model, reward, args, **kwargs)
@@ -69,7 +69,7 @@ def grpo(model, folder, reward=token_reward, *, problems=FEW, options_=None, **k
 
 
 def bupo(model, folder, reward=token_reward, *, problems=FEW, options_=None, phases=(), **kwargs):
-    """A run of BuPOTrainer; without `phases`, without a first phase."""
+    """Make a BuPOTrainer; without `phases`, it has no first phase."""
     phases = phases or {"internal_steps": 0}
     args = BuPOConfig(**options(folder, **{**phases, **(options_ or {})}))
     kwargs = {"train_dataset": problems, "processing_class": TOKENIZER, **kwargs}
@@ -84,11 +84,11 @@ FIRST: dict = {"internal_layer": 1, "internal_steps": 9, "internal_early_stoppin
 PLAIN = {
     "optim": "sgd",
     "learning_rate": 0.1,
-}  # Adam makes much of a gradient that is rounding alone, as keys' biases have
+}  # Adam amplifies a gradient of rounding errors, such as that of key biases
 
 
 def assert_same(mine, theirs, exact=False, atol=5e-5):
-    """The same parameters. bupo's head sums in another order than TRL's, which Adam's first steps make larger."""
+    """Check that parameters are equal. The two heads sum in another order, which Adam's first steps amplify."""
     mine, theirs = dict(mine.named_parameters()), dict(theirs.named_parameters())
     assert mine.keys() == theirs.keys()
     for name, parameter in mine.items():
@@ -102,7 +102,7 @@ def assert_same(mine, theirs, exact=False, atol=5e-5):
 
 
 def assert_first_phase(before, model, layer=1):
-    """Something moved; nothing above the layer did."""
+    """Check that parameters up to the layer moved, and none above."""
     moved = changed(before, model)
     assert moved
     for name in moved:
@@ -119,7 +119,7 @@ def unshifted(row, place):
 
 
 class Sampler:
-    """A `rollout_func`: fixed random answers, with pi_theta's own log-probs and what is added to them, by answer and place."""
+    """A `rollout_func` with fixed random completions, and the language model policy's log-probs plus an offset by token."""
 
     def __init__(self, model, shift=unshifted):
         self.model, self.shift, self.rows = model, shift, 0
@@ -142,7 +142,7 @@ class Sampler:
 
 
 def off_policy(folder, shift, monkeypatch, **changes):
-    """Runs phase 1 with a sampler and a threshold. Returns each update's advantages, mask, inputs and log-probs."""
+    """Run phase 1 with a sampler and a threshold; return each update's advantages, mask, inputs and log-probs."""
     model, seen = small(), []
     args = BuPOConfig(**options(folder, **{"off_policy_mask_threshold": 0.5, **FIRST, **changes}))
     trainer = BuPOTrainer(
@@ -171,8 +171,8 @@ def test_answers_on_policy_are_not_masked_in_phase_one(tmp_path, monkeypatch, al
     assert negative > 0 and all((update["kept"] == 1).all() for update in seen)
 
 
-def test_a_samplers_own_mismatch_is_what_the_mask_measures_in_phase_one(tmp_path, monkeypatch):
-    """By hand: at the first update the layer has not moved, so the mean difference is the mean shift, of each answer its own."""
+def test_the_off_policy_mask_measures_the_samplers_mismatch_in_phase_one(tmp_path, monkeypatch):
+    """At the first update the layer has not moved, so that each completion's mean difference is its mean offset."""
 
     def shift(row, place):
         return 0.3 * (row % 4)  # 0, 0.3, 0.6, 0.9 against a threshold of 0.5
@@ -190,8 +190,8 @@ def test_a_samplers_own_mismatch_is_what_the_mask_measures_in_phase_one(tmp_path
     assert sum(dropped) > 0
 
 
-def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_path):
-    """vLLM's part played by a `rollout_func`: the weights are exp(pi_theta - sampler), whatever the layer's log-probs are."""
+def test_vllms_correction_compares_the_language_model_policy_with_the_sampler_in_phase_one(tmp_path):
+    """With a `rollout_func` in place of vLLM, the weights are exp(language model policy - sampler), independent of the layer."""
 
     class Engine:
         def sync_weights(self): ...
@@ -203,8 +203,8 @@ def test_vllms_correction_compares_pi_theta_with_the_sampler_in_phase_one(tmp_pa
         model, token_reward, args, train_dataset=FEW, processing_class=TOKENIZER, rollout_func=sampler
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
-    loss = trainer.loss
-    trainer.loss = lambda m, i: (seen.append(dict(i)), loss(m, i))[1]
+    loss = trainer.compute_micro_batch_loss
+    trainer.compute_micro_batch_loss = lambda model, inputs: (seen.append(dict(inputs)), loss(model, inputs))[1]
     trainer.train()
     inputs, mask = seen[0], seen[0]["completion_mask"].bool()
     by_hand = torch.exp(-0.25 * (torch.arange(mask.size(1)) % 2)).expand(mask.shape)
@@ -230,7 +230,7 @@ DENSE_FIRST: dict[str, dict] = {
     + [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_moe", 1), ("ernie4_5_moe", 2))],
 )
 def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
-    """At layer 1 no router runs: the loss of balance is 0. At layer 2 one does, and it is that router's, computed by hand."""
+    """At layer 1 no router runs, and the load-balancing loss is 0. At layer 2 it is the loss of one router, computed by hand."""
     model = model_of(family, **DENSE_FIRST[family], num_hidden_layers=3, router_aux_loss_coef=0.1)
     before, routed = snapshot(model), []
     trainer = BuPOTrainer(
@@ -241,7 +241,7 @@ def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
         processing_class=TOKENIZER,
     )
 
-    def loss_of(m, inputs, inner=trainer.loss):
+    def loss_of(m, inputs, inner=trainer.compute_micro_batch_loss):
         if not routed:
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -250,7 +250,7 @@ def test_experts_above_dense_layers_train_in_phase_one(tmp_path, family, layer):
             routed.append(load_balancing_loss_func(logits[:1], 4, 2, mask).item() if layer == 2 else 0.0)
         return inner(m, inputs)
 
-    trainer.loss = loss_of
+    trainer.compute_micro_batch_loss = loss_of
     trainer.train()
     assert_first_phase(before, model, layer)
     assert trainer.state.log_history[0]["aux_loss"] == pytest.approx(routed[0], abs=1e-5)
@@ -269,7 +269,7 @@ PER_LAYER = {
     **{"vocab_size_per_layer_input": 262, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
     "layer_types": ["sliding_attention", "full_attention"],
 }
-# families whose residual stream bupo does not understand, and what their configs add
+# families with an unknown residual stream, and the additions to their configs
 WHOLE: dict[str, dict] = {
     "phi": TWO,
     "cohere": TWO | {"logit_scale": 0.25},
@@ -315,8 +315,8 @@ def whole_model(kind, seed=0):
 @pytest.mark.parametrize(
     "kind", [kind if kind in FAST_FAMILIES else pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE]
 )
-def test_a_family_that_is_not_understood_trains_as_a_whole(tmp_path, kind):
-    """To the bit as GRPOTrainer does; what names a layer is refused."""
+def test_a_model_of_an_unknown_family_trains_without_a_first_phase(tmp_path, kind):
+    """A run without a layer equals GRPOTrainer's to the bit; options that name a layer are refused."""
     mine, theirs = whole_model(kind), whole_model(kind)
     trainer = bupo(mine, tmp_path / "a")
     grpo(theirs, tmp_path / "b")
@@ -329,7 +329,7 @@ def test_a_family_that_is_not_understood_trains_as_a_whole(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_whole_model_has_evaluations_a_penalty_and_an_estimator(tmp_path):
+def test_an_unknown_family_has_evaluations_a_penalty_and_an_estimator(tmp_path):
     whole_model("phi").save_pretrained(tmp_path / "model")
     mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
     changes = {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -343,7 +343,7 @@ def test_a_whole_model_has_evaluations_a_penalty_and_an_estimator(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_a_family_that_is_understood_is_trls_without_a_first_phase(tmp_path, family):
+def test_a_known_family_equals_trl_without_a_first_phase(tmp_path, family):
     mine, theirs = model_of(family), model_of(family)
     bupo(mine, tmp_path / "a", options_={"disable_dropout": True, **PLAIN})
     grpo(theirs, tmp_path / "b", options_={"disable_dropout": True, **PLAIN})
@@ -362,7 +362,7 @@ def test_models_that_read_images_are_refused_before_the_set_up(tmp_path):
     seeing.config.vision_config = {}
     with pytest.raises(UserError, match="reads images"):
         bupo(seeing, tmp_path / "a", processing_class=None)
-    LlavaConfig().save_pretrained(tmp_path / "model")  # no weights: its configuration is enough
+    LlavaConfig().save_pretrained(tmp_path / "model")  # without weights, from its configuration
     with pytest.raises(UserError, match="reads images"):
         bupo(str(tmp_path / "model"), tmp_path / "a", processing_class=None)
     with pytest.raises(UserError, match="reads images"):  # as the sixth argument
@@ -373,7 +373,7 @@ def test_models_that_read_images_are_refused_before_the_set_up(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_with_an_image_tower_trains_on_text(tmp_path):
-    """With a tokenizer TRL trains it as a text model, and so do both phases."""
+    """With a tokenizer, TRL and both phases train it as a text model."""
 
     def model():
         torch.manual_seed(0)
@@ -394,7 +394,7 @@ def test_a_model_with_an_image_tower_trains_on_text(tmp_path):
 
 
 def seen_by(reward):
-    """A reward function that notes the prompts it is shown."""
+    """Make a reward function that records its prompts."""
     prompts = []
 
     def noting(prompts_, **kwargs):
@@ -407,8 +407,8 @@ def seen_by(reward):
     return function, prompts
 
 
-def test_without_a_first_phase_later_epochs_are_trls(tmp_path):
-    """Three epochs of two rollout batches: the same problems in the same order, and the same parameters."""
+def test_without_a_first_phase_later_epochs_equal_trl(tmp_path):
+    """Over three epochs of two rollout batches, problems, order and parameters are the same."""
     mine, theirs = small(), small()
     reward_a, seen_a = seen_by(token_reward)
     reward_b, seen_b = seen_by(token_reward)
@@ -416,12 +416,12 @@ def test_without_a_first_phase_later_epochs_are_trls(tmp_path):
     bupo(mine, tmp_path / "a", reward_a, options_=epochs)
     grpo(theirs, tmp_path / "b", reward_b, options_=epochs)
     assert len(seen_a) == 6 and seen_a == seen_b
-    assert len({str(seen_a[i : i + 2]) for i in (0, 2, 4)}) > 1  # an epoch has an order of its own
+    assert len({str(seen_a[i : i + 2]) for i in (0, 2, 4)}) > 1  # each epoch has another order
     assert_same(mine, theirs)
 
 
 @pytest.mark.slow
-def test_a_whole_model_is_trls_to_the_bit_over_epochs(tmp_path):
+def test_an_unknown_family_equals_trl_to_the_bit_over_epochs(tmp_path):
     mine, theirs = whole_model("phi"), whole_model("phi")
     epochs = {"num_train_epochs": 3, "max_steps": -1}
     bupo(mine, tmp_path / "a", options_=epochs)
@@ -430,7 +430,7 @@ def test_a_whole_model_is_trls_to_the_bit_over_epochs(tmp_path):
 
 
 def test_the_last_row_of_the_history_holds_what_trls_would(tmp_path):
-    """TRL's defaults leave the metrics of a short run in the last row, where its users look; ours log each rollout batch."""
+    """TRL's defaults log a short run in the last row only; bupo logs each rollout batch, and completes the last row."""
     theirs = grpo(small(), tmp_path / "b").state.log_history[-1]
     for steps in (3, 4):  # inside a rollout batch, and at its end
         mine = bupo(small(), tmp_path / "a", options_={"max_steps": steps}).state.log_history[-1]
@@ -438,7 +438,7 @@ def test_the_last_row_of_the_history_holds_what_trls_would(tmp_path):
         assert not missing and mine["train_loss"] is not None and mine["reward"] is not None
 
 
-def test_what_stands_in_args_place_is_refused_with_the_way(tmp_path):
+def test_another_object_as_args_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match=r"args is not set: pass BuPOConfig\(.*internal_layer=\.\.\.\)"):
         BuPOTrainer(small(), token_reward, train_dataset=FEW)
     args = GRPOConfig(**options(tmp_path))
@@ -448,7 +448,7 @@ def test_what_stands_in_args_place_is_refused_with_the_way(tmp_path):
 
 @pytest.mark.slow
 def test_a_pad_token_that_is_the_eos_token_changes_nothing(tmp_path):
-    """TRL masks by lengths and by the first eos, so the padding's own id is never looked at."""
+    """TRL masks by lengths and by the first eos, so that the id of padding does not matter."""
     runs = []
     for token in (TOKENIZER.pad_token, TOKENIZER.eos_token):
         tokenizer, model = copy.deepcopy(TOKENIZER), small()
@@ -467,7 +467,7 @@ TRIED = [name for name, row in OPTIONS.items() if row.outcome != ELSEWHERE]
 
 
 def test_every_option_and_argument_of_trl_is_in_the_table():
-    """A new one of TRL's fails here until it is tried or explained; one that is gone, too."""
+    """Fails for an option that TRL adds, until the table tries or explains it, and for one that TRL removes."""
     fields = {field.name for field in dataclasses.fields(GRPOConfig)}
     assert fields - set(OPTIONS) == set(), "new in TRL"
     assert set(OPTIONS) - fields == set(), "gone from TRL"
@@ -502,7 +502,7 @@ def test_an_option_of_trl_in_both_phases(tmp_path, name):
     assert_same(mine.model, theirs.model, atol=1e-3 if name == "bf16" else 5e-5)  # TRL rounds logits to 16 bits
     first = bupo(model(), tmp_path / "c", options_=row.options, phases=FIRST, **evaluated)
     before = {n: p.clone() for n, p in AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters()}
-    if not row.options.get("mask_truncated_completions"):  # every answer may have been cut
+    if not row.options.get("mask_truncated_completions"):  # all completions may be truncated
         assert_first_phase(before, first.model)
     losses = [row.get("loss", row.get("train_loss", 0.0)) for row in first.state.log_history]
     assert losses and all(math.isfinite(loss) for loss in losses)
@@ -543,7 +543,7 @@ def optimizers(model):
 
 
 def cases():
-    """What is tried: a name, and of a model the arguments that differ."""
+    """Return the cases: a name, and the arguments of a model that differ."""
     return {
         "positional": lambda model: {},
         "several rewards": lambda model: {"reward": [token_reward, sometimes]},
@@ -604,7 +604,7 @@ def add(a: int, b: int) -> int:
 
 
 class Adder:
-    """An environment that owns its reward."""
+    """An environment with a reward."""
 
     def reset(self, **kwargs) -> str | None:
         self.calls = 0
@@ -636,7 +636,7 @@ def calling_tokenizer():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tools", "environment_factory"])
 def test_tools_in_both_phases(tmp_path, monkeypatch, kind):
-    """Every second answer calls a tool, by a script in sampling's place; what the tool says is in no loss."""
+    """A script replaces sampling: every second completion calls a tool, whose output is in no loss."""
     tokenizer = calling_tokenizer()
     talk = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in FEW["prompt"]]})
 
@@ -672,7 +672,7 @@ def test_tools_in_both_phases(tmp_path, monkeypatch, kind):
 
 
 def doc_rows(rows):
-    """The table of docs/trl.md: options with one outcome and reason on one line."""
+    """Return the rows of the table in docs/trl.md, which join options of the same outcome and reason."""
     lines = {}
     for name, row in rows.items():
         lines.setdefault((row.outcome, row.why), []).append(f"`{name}`")

@@ -1,6 +1,6 @@
-"""Ungraded answers (None, NaN, infinite rewards) count as absent: advantages of the others, the loss, the critic and the logs.
+"""Ungraded answers (None, NaN, infinite rewards) count as absent in advantages, the loss, the critic and the logs.
 
-The reference is computed in float64 on the graded answers alone (tests/helpers/ungraded_reference.py).
+The reference is computed in float64 on the graded answers only (tests/helpers/ungraded_reference.py).
 """
 
 import json
@@ -38,13 +38,13 @@ def tensor_of(rows):
     ("row", "weights", "expected"),
     [
         ((1.0, 2.0), (1.0, 1.0), 3.0),
-        ((1.0, None), (2.0, 1.0), 2.0),  # one function has nothing to say
+        ((1.0, None), (2.0, 1.0), 2.0),  # one function returns None
         ((None, nan), (1.0, 1.0), nan),
-        ((1.0, inf), (1.0, 1.0), nan),  # an infinite reward leaves the sum without a meaning
+        ((1.0, inf), (1.0, 1.0), nan),  # an infinite reward makes the sum meaningless
         ((1.0, -inf), (1.0, 0.5), nan),
         ((inf, -inf), (1.0, 1.0), nan),
         ((None, inf), (1.0, 1.0), nan),
-        ((1.0, inf), (1.0, 0.0), 1.0),  # a function of weight 0 is only looked at
+        ((1.0, inf), (1.0, 0.0), 1.0),  # a function of weight 0 is only logged
         ((None, 3.0), (1.0, 0.0), nan),
         ((0.5, 3.0), (0.0, 0.0), 0.0),
         ((3e38, 3e38), (1.0, 1.0), nan),
@@ -82,7 +82,7 @@ def test_every_estimator_is_as_on_the_answers_that_are_left(values, group, seed)
 
 
 def check_advantages(name, found, rewards, lengths, group, values=None, gae=(1.0, 1.0), **options):
-    """Advantages `(B,)` or `(B, T)` against the reference; those of ungraded answers are 0."""
+    """Check advantages `(B,)` or `(B, C)` against the reference; those of ungraded answers are 0."""
     if name in ("grpo", "rloo"):
         how = options.get("rows")
         if how is not None:
@@ -106,7 +106,7 @@ def check_advantages(name, found, rewards, lengths, group, values=None, gae=(1.0
 
 
 class Rewards:
-    """Two reward functions that give, batch after batch, what they are told."""
+    """Two reward functions with given rewards for each rollout batch."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -122,7 +122,7 @@ class Rewards:
 
 
 def saved_model(folder):
-    """A tiny model by name: with a KL penalty, TRL loads its reference by it."""
+    """Save a tiny model in a folder, from which TRL loads the reference of a KL penalty."""
     model_of(num_hidden_layers=3).save_pretrained(folder / "model")
     return load_model(str(folder / "model"))
 
@@ -134,7 +134,7 @@ def trainer_with(folder, rewards, **changes):
 
 
 def patterns(count, group):
-    """Rewards of two functions: odd ones here and there, a prompt with one graded answer, and one with none."""
+    """Return rewards of two functions: some ungraded, a prompt with one graded answer, and a prompt with none."""
     rng = np.random.default_rng(count)
     rows: list[list[float | None]] = [[float(rng.integers(0, 3)), float(rng.integers(0, 2))] for _ in range(count)]
     for place, odd in zip(range(1, count, 3), [*ODD, None, inf] * count, strict=False):
@@ -207,7 +207,7 @@ def test_a_rollout_is_as_without_them(tmp_path, estimator, changes, steps, group
 @pytest.mark.parametrize("loss", ["dapo", "bnpo", "cispo", "grpo", pytest.param("vespo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("steps", [0, 2], ids=["phase2", "phase1"])
 def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
-    """A micro-batch against the same without its ungraded rows, with a KL penalty, an entropy bonus and old log-probs."""
+    """A micro-batch equals the same one without its ungraded rows, with a KL penalty, entropy bonus and old log-probs."""
     rows = [[1.0, 0.0], [None, None], [0.0, 0.0], [3.0, inf], [nan, nan], [2.0, 1.0], [0.0, None], [1.0, 1.0]]
     trainer = trainer_with(
         tmp_path, Rewards(rows), per_device_train_batch_size=8, steps_per_generation=1, num_iterations=2, beta=0.1,
@@ -226,12 +226,12 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
     for batch in (inputs, short):
         trainer.model.zero_grad()
         trainer.train_metrics.clear()
-        value = trainer.loss(trainer.model, batch)
+        value = trainer.compute_micro_batch_loss(trainer.model, batch)
         value.backward()
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
         found.append((value.detach(), gradients))
         metrics.append({name: values[-1] for name, values in trainer.train_metrics.items()})
-    # TRL's mean over answers has the place of an answer that is masked, here as for truncated answers
+    # TRL's mean over answers counts masked answers, as it does truncated ones
     share = kept.float().mean() if loss == "grpo" else 1.0
     torch.testing.assert_close(found[0][0], found[1][0] * share, atol=1e-5, rtol=1e-4)
     for one, other in zip(found[0][1], found[1][1], strict=True):
@@ -247,7 +247,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
     "odd", [None, pytest.param(inf, marks=pytest.mark.slow), pytest.param(nan, marks=pytest.mark.slow)]
 )
 def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path, estimator, steps, odd, caplog):
-    """The second and third of four rollout batches; weight decay is off, so nothing else moves."""
+    """The second and third of four rollout batches are ungraded; without weight decay no weight moves in them."""
     batches = iter([False, True, True, False])
 
     def reward(completion_ids, **kwargs):
@@ -284,7 +284,7 @@ def test_batches_without_a_graded_answer_move_nothing_and_log_no_zeros(tmp_path,
 
 
 def test_the_adaptive_entropy_coefficient_waits_for_graded_answers(tmp_path):
-    """TRL takes the entropy of no token for 0, and would raise the coefficient."""
+    """TRL counts an entropy of 0 without a token, and would raise the coefficient."""
     batches = iter([False, True, True, False])
 
     def reward(completion_ids, **kwargs):
@@ -303,7 +303,7 @@ def test_the_adaptive_entropy_coefficient_waits_for_graded_answers(tmp_path):
 
 
 def test_an_evaluation_has_finite_numbers_too(tmp_path):
-    """TRL's evaluation: one pass with ungraded answers, one with nothing else."""
+    """TRL's evaluation: one pass with some ungraded answers, one with ungraded answers only."""
     trainer = trainer_with(tmp_path, Rewards([[1.0, 1.0]] * 4), per_device_eval_batch_size=4, num_generations_eval=4)
     trainer.eval_dataset = PROBLEMS.select(range(1))
     trainer.reward_funcs = Rewards([[1.0, inf], [2.0, 2.0], [None, None], [0.0, None]]).functions()
@@ -325,8 +325,7 @@ def test_a_run_that_is_never_graded_is_still_refused(tmp_path):
 
 
 def test_two_processes_leave_out_the_same(tmp_path):
-    """The mean of a prompt whose answers lie on both, and one whitening over both; one process may have no graded answer of a
-    prompt, and the other nothing else."""
+    """Means of a prompt and whitening are over both processes, also if one has no graded answer of a prompt."""
     values = [1.0, "inf", 0.0, None, "nan", None, 3.0, "-inf", 2.0, 0.0, None, 1.5]
     methods = [("grpo", {"scale_rewards": scale}) for scale in ("group", "batch", "none")]
     methods += [("rloo", {}), ("reinforce++", {}), ("ppo", {}), ("ppo", {"critic_backbone": "shared"})]

@@ -133,7 +133,7 @@ def _read_position(folder: Path) -> CheckpointPosition | None:
             state = read_torch_file(folder / STATE_FILE, {"passes": float, "layout": dict, "parts": dict}, mmap=True)
             batches = float(state["passes"] / state["layout"]["micro_steps"])
             return CheckpointPosition(
-                folder.resolve().parent, batches, _get_decided_stages(state["parts"]["watch"]["schedule"])
+                folder.resolve().parent, batches, _get_decided_stages(state["parts"]["phase_controller"]["schedule"])
             )
         if has_regular_file(folder, FINISHED_FILE):
             done = read_json(folder / FINISHED_FILE, {"rollout_batches": object, "schedule": list})

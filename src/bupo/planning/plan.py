@@ -254,7 +254,7 @@ def _plan_targets(setting: PlannedRun, batches: int | None) -> tuple[list[tuple[
     config, said = setting.config, []
     planned: list[tuple[PhaseTarget, int | None]] = []
     layer = config.internal_layer if isinstance(config.internal_layer, int) else None
-    for stage in config.first_phase.stages:
+    for stage in config.phase_schedule.stages:
         layer, length = stage.layer, stage.batches
         if layer is None:
             layer = max(1, setting.sizes.layers // 2)

@@ -12,7 +12,7 @@ from bupo.options.ranges import NON_NEGATIVE, POSITIVE_INTEGER, check_choice, ch
 from bupo.run_files.provenance import drop_secrets
 from bupo.training.objective.advantages import CRITIC_ESTIMATORS, ESTIMATORS
 from bupo.training.objective.phases import PhaseSchedule, Stage
-from bupo.training.trl_internals import get_accepted_values
+from bupo.training.trl_contract import ACCEPTED_VALUES
 from bupo.training.validation.option_ranges import check_training_options
 from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
@@ -344,9 +344,8 @@ class BuPOConfig(GRPOConfig):
             )
 
     def _check_method(self) -> None:
-        for name in ("loss_type", "importance_sampling_level"):
-            if words := get_accepted_values(name):  # any, where they are not known
-                check_choice(name, getattr(self, name), words)
+        for name, values in ACCEPTED_VALUES.items():
+            check_choice(name, getattr(self, name), values)
         if self.sync_ref_model and self.beta == 0:
             raise UserError(
                 "sync_ref_model true needs a reference model, and beta is 0: set beta above 0, or leave it out"

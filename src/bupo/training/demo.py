@@ -1,4 +1,4 @@
-"""The whole method in minutes: the embedded model and its arithmetic, held-out accuracy before and after."""
+"""`bupo demo`: a short BuPO run on the embedded model, with held-out accuracy before and after."""
 
 import resource
 import time
@@ -37,29 +37,32 @@ class DemoOptions:
     """Options of the demo.
 
     Parameters:
-        output (`str`): the run's folder.
-        internal_layer, internal_steps (`int`): phase 1.
-        steps (`int`): rollout batches in all.
-        problems (`int`): held-out problems.
+        output (`str`): folder of the run.
+        internal_layer (`int`): layer of phase 1, from 1.
+        internal_steps (`int`): length of phase 1 in rollout batches.
+        steps (`int`): length of the run in rollout batches.
+        problems (`int`): number of held-out problems.
+        learning_rate (`float`): of AdamW, constant.
         seed (`int`): of sampling and training.
-        resume_from_checkpoint (`str`, *optional*): `true` goes on with a stopped run.
+        overwrite (`bool`): whether to replace the run in the folder.
+        resume_from_checkpoint (`str`, *optional*): `true` resumes a stopped run.
     """
 
     output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
     internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
-    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
-    steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
-    problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
-    seed: int = field(default=0, metadata={"help": "Of sampling and training."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the folder holds, and start anew."})
+    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 trains by GRPO."})
+    steps: int = field(default=50, metadata={"help": "Rollout batches of the run."})
+    problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of AdamW, constant."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run in the folder, and start a new one."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: go on with the run that a signal has stopped."}
+        default=None, metadata={"help": "true: resume the run that a signal has stopped."}
     )
 
 
 def make_demo_config(options: DemoOptions) -> BuPOConfig:
-    """The run as a configuration: 16 prompts of 8 samples a rollout batch, 4 optimizer updates each."""
+    """Return the configuration of the run: 16 prompts of 8 completions a rollout batch, 4 optimizer updates each."""
     return BuPOConfig(
         options.output,
         internal_layer=options.internal_layer,
@@ -81,18 +84,22 @@ def make_demo_config(options: DemoOptions) -> BuPOConfig:
 
 def run_demo(
     options: DemoOptions,
-    given: dict[str, Any],
-    bar: Callable[[], Progress],
+    explicit_options: dict[str, Any],
+    make_progress: Callable[[], Progress],
     callbacks: Sequence[TrainerCallback] = (),
-    say: Callable[[str], None] = lambda line: None,
+    print_line: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure, train, measure again; the numbers are also written to `summary.json`.
+    """Measure the accuracy before and after a run, and write a summary to `summary.json`.
 
     Args:
         options ([`DemoOptions`]): of the demo.
-        given (`dict`): what `config.yaml` holds.
-        bar (`Callable`): makes a progress bar for sampling.
-        callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
+        explicit_options (`dict`): options of the command line, for `config.yaml`.
+        make_progress (`Callable`): returns a progress bar for sampling.
+        callbacks (`list[TrainerCallback]`, *optional*): of the run.
+        print_line (`Callable`, *optional*): prints a line.
+
+    Returns:
+        `dict`: the summary.
     """
     check_command_options(
         options,
@@ -103,40 +110,45 @@ def run_demo(
     )
     check_output_folder("output", options.output)
     with folder_lock(options.output):
-        return _run_demo(options, given, bar, callbacks, say)
+        return _run_demo(options, explicit_options, make_progress, callbacks, print_line)
 
 
-def _run_demo(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) -> dict[str, Any]:
-    started, config = time.perf_counter(), make_demo_config(options)
+def _run_demo(
+    options: DemoOptions, explicit_options: dict[str, Any], make_progress, callbacks, print_line
+) -> dict[str, Any]:
+    start, config = time.perf_counter(), make_demo_config(options)
     set_seed(options.seed)
     check_layers_exist(EMBEDDED_MODEL, {"internal_layer": options.internal_layer})
     model, tokenizer = load_model(EMBEDDED_MODEL), load_tokenizer(EMBEDDED_MODEL)
-    chosen = TrainOptions(overwrite=options.overwrite)
-    prepare_run_directory(config, options.overwrite, lambda line: None)  # before a minute is spent on measuring
+    prepare_run_directory(
+        config, options.overwrite, lambda line: None
+    )  # fails before the evaluation, which takes a minute
     held_out = load_problems(ARITHMETIC, "test", size=options.problems)
     problems = load_problems(ARITHMETIC, "train", size=options.steps * PROMPTS_PER_BATCH, seed=options.seed)
-    say(
+    print_line(
         f"[bold]bupo demo[/]: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{model.config.num_hidden_layers} layers; phase 1 optimises layer {options.internal_layer} for "
         f"{options.internal_steps} of {options.steps} rollout batches"
     )
-    before = _evaluate_problems(model, tokenizer, held_out, bar(), "accuracy before")
-    title, note = "BuPO on multi-step arithmetic: the embedded model", RunMetadataCallback("demo", given)
-    own = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
-    done = train(model, config, chosen, **own, callbacks=callbacks, note=note, title=title)
-    after = _evaluate_problems(done.model, tokenizer, held_out, bar(), "accuracy after")
-    summary = _make_summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
+    before = _evaluate_problems(model, tokenizer, held_out, make_progress(), "accuracy before")
+    title = "BuPO on multi-step arithmetic: the embedded model"
+    metadata_callback = RunMetadataCallback("demo", explicit_options)
+    inputs = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
+    train_options = TrainOptions(overwrite=options.overwrite)
+    run = train(model, config, train_options, **inputs, callbacks=callbacks, note=metadata_callback, title=title)
+    after = _evaluate_problems(run.model, tokenizer, held_out, make_progress(), "accuracy after")
+    summary = _make_summary(options, before, after, run.updates.to_dict("records"), time.perf_counter() - start)
     write_json(Path(options.output) / "summary.json", summary)
     return summary
 
 
-def _evaluate_problems(model, tokenizer, problems, bar: Progress, what: str) -> pd.DataFrame:
-    """One graded answer to each problem."""
+def _evaluate_problems(model, tokenizer, problems, progress: Progress, description: str) -> pd.DataFrame:
+    """Sample and grade one answer to each problem."""
     engine = TransformersEngine(model, tokenizer, MAX_NEW_TOKENS, batch_size=PROMPTS_PER_BATCH * NUM_GENERATIONS)
-    with bar:
-        one = bar.add_task(what, total=len(problems))
+    with progress:
+        task = progress.add_task(description, total=len(problems))
         answers = sample_completions(
-            engine, tokenize_prompts(problems, tokenizer), 1, on_answer=lambda n: bar.advance(one, n)
+            engine, tokenize_prompts(problems, tokenizer), 1, on_answer=lambda n: progress.advance(task, n)
         )
     return grade_completions(problems, answers)
 
@@ -146,7 +158,7 @@ def _make_summary(
 ) -> dict:
     gain, gain_interval = paired_difference(get_correct(before), get_correct(after))
     first, last = summarize(before), summarize(after)
-    rollout = sum(row["rollout_time"] for row in steps)
+    rollout_seconds = sum(row["rollout_time"] for row in steps)
     return {
         "accuracy_before": first["avg@k"],
         "accuracy_before_interval": first["avg@k_interval"],
@@ -164,8 +176,8 @@ def _make_summary(
         "entropy_last": steps[-1]["entropy"],
         "length_before": first["mean_tokens"],
         "length_after": last["mean_tokens"],
-        "rollout_seconds": rollout,
-        "update_seconds": sum(row["step_time"] * UPDATES_PER_BATCH for row in steps) - rollout,
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": sum(row["step_time"] * UPDATES_PER_BATCH for row in steps) - rollout_seconds,
         "seconds": seconds,
         "max_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seed": options.seed,

@@ -1,4 +1,4 @@
-"""The process around the user's functions: they may leave it changed, exit, or come back in a forked child."""
+"""Protection of the process from user code, which may change it, exit, or return in a forked child."""
 
 import os
 import signal
@@ -20,20 +20,19 @@ logger = get_logger(__name__)
 
 
 @contextmanager
-def process_state_restored(who: Callable[[], str]) -> Iterator[None]:
-    """Keep the process as it is around calls of user code.
+def process_state_restored(get_name: Callable[[], str]) -> Iterator[None]:
+    """Restore the state of the process after calls of user code.
 
-    A working directory or a stream that was replaced, gradients that were switched off and a timer that was left running are
-    put back, with one warning. A forked child that leaves the user's code
-    ends here, since only its parent goes on with the run.
+    The working directory, the standard streams, the gradient mode and a timer are restored, with one warning. A forked
+    child that returns from user code exits here, since only its parent continues the run.
 
     Args:
-        who (`Callable`): returns the name of the code, for messages.
+        get_name (`Callable`): returns the name of the code, for messages.
 
     Raises:
         UserError: if standard output or standard error was closed, or the working directory is gone.
     """
-    process, folder = os.getpid(), _get_working_dir()
+    pid, working_dir = os.getpid(), _get_working_dir()
     streams = {name: getattr(sys, name) for name in STANDARD_STREAMS}
     copies = {number: _duplicate_descriptor(number) for number in STANDARD_STREAMS.values()}
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -41,29 +40,29 @@ def process_state_restored(who: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             _exit_child(error)
         raise
     finally:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             _exit_child(None)
-        if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:  # it would go off anywhere in the run
+        if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:  # else it interrupts the run at any line
             signal.setitimer(signal.ITIMER_REAL, 0)
-            logger.warning_once(f"{who()} has left a timer of SIGALRM running: it is stopped")
-        closed = _restore_streams(streams, copies, who)
+            logger.warning_once(f"{get_name()} has left a timer of SIGALRM running: it is stopped")
+        closed = _restore_streams(streams, copies, get_name)
         if torch.is_grad_enabled() != gradients:
             torch.set_grad_enabled(gradients)
-            switched = "off" if gradients else "on"
-            logger.warning_once(f"{who()} has switched gradients {switched}: they are switched back")
-        _restore_working_dir(folder, who)
+            mode = "off" if gradients else "on"
+            logger.warning_once(f"{get_name()} has switched gradients {mode}: they are switched back")
+        _restore_working_dir(working_dir, get_name)
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 name = signal.Signals(number).name
                 logger.warning_once(
-                    f"{who()} has replaced the handler of {name}: bupo no longer stops the run after it"
+                    f"{get_name()} has replaced the handler of {name}: bupo no longer stops the run after it"
                 )
     if closed:
-        raise UserError(f"{who()} has closed {closed}: leave it open, the run prints there")
+        raise UserError(f"{get_name()} has closed {closed}: leave it open, the run prints there")
 
 
 def _get_working_dir() -> str | None:
@@ -80,7 +79,7 @@ def _duplicate_descriptor(number: int) -> int | None:
         return None
 
 
-def _restore_streams(streams: dict[str, Any], copies: dict[int, int | None], who: Callable[[], str]) -> str:
+def _restore_streams(streams: dict[str, Any], copies: dict[int, int | None], get_name: Callable[[], str]) -> str:
     """Restore `sys.stdout`, `sys.stderr` and their file descriptors; return the names of those that were closed."""
     closed = []
     for name, number in STANDARD_STREAMS.items():
@@ -104,7 +103,7 @@ def _restore_streams(streams: dict[str, Any], copies: dict[int, int | None], who
         redirected = getattr(sys, name) not in (stream, streams[name])
         setattr(sys, name, stream)
         if redirected:
-            logger.warning_once(f"{who()} has left sys.{name} redirected: it is put back")
+            logger.warning_once(f"{get_name()} has left sys.{name} redirected: it is put back")
     return " and ".join(closed)
 
 
@@ -123,23 +122,25 @@ def _is_same_file(one: int, other: int) -> bool:
         return False
 
 
-def _restore_working_dir(folder: str | None, who: Callable[[], str]) -> None:
-    """Return to the working directory, which relative paths of the run are read from.
+def _restore_working_dir(working_dir: str | None, get_name: Callable[[], str]) -> None:
+    """Return to the working directory, to which paths of the run are relative.
 
     Raises:
         UserError: if it is gone.
     """
-    if folder is None or _get_working_dir() == folder:
+    if working_dir is None or _get_working_dir() == working_dir:
         return
     try:
-        os.chdir(folder)
+        os.chdir(working_dir)
     except OSError as error:
-        raise UserError(f"{who()} has left the working directory {folder}, which is gone: {error.strerror}") from error
-    logger.warning_once(f"{who()} has changed the working directory: it is changed back to {folder}")
+        raise UserError(
+            f"{get_name()} has left the working directory {working_dir}, which is gone: {error.strerror}"
+        ) from error
+    logger.warning_once(f"{get_name()} has changed the working directory: it is changed back to {working_dir}")
 
 
 def _exit_child(error: BaseException | None) -> NoReturn:
-    """End a forked child with the status that it would have had, and no other trace of the run in it."""
+    """End a forked child with its exit status, without running any more code of the run."""
     status = 0 if error is None else 1
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -153,7 +154,7 @@ def _exit_child(error: BaseException | None) -> NoReturn:
 
 
 def describe_exit(error: SystemExit) -> str:
-    """Describe an exit that the user's code has asked for."""
+    """Describe an exit by user code."""
     if error.code is None:
         return "it has called sys.exit()"
     try:

@@ -226,9 +226,9 @@ def _train_and_save(trainer: BuPOTrainer, checkpoint: str | None, title: str | N
             if get_resume_option(trainer.args):
                 resume_tensorboard(trainer.callback_handler.callbacks, folder, get_global_step(checkpoint))
         refusal = wrap_library_errors(
-            lambda error: f"{trainer.where(trainer.last_rollout_batch)}: {summarize_error(error)}", *REFUSAL_ERRORS
+            lambda error: f"{trainer.describe_rollout_batch(trainer.last_rollout_batch)}: {summarize_error(error)}", *REFUSAL_ERRORS
         )
-        with refusal, failure_messages.wrap_training_errors(lambda: trainer.where(trainer.last_rollout_batch)):
+        with refusal, failure_messages.wrap_training_errors(lambda: trainer.describe_rollout_batch(trainer.last_rollout_batch)):
             trainer.train_from_checkpoint(checkpoint)
         if checkpoint and trainer.resumed_at_step >= trainer.state.max_steps:
             say(f"the run is finished: all {trainer.resumed_at_step} updates are done, nothing more is trained")
@@ -254,7 +254,7 @@ def _load_finished_run(trainer: BuPOTrainer, done: dict[str, Any], say) -> Train
     """
     folder, model = Path(trainer.args.output_dir), trainer.model
     with graceful_shutdown(trainer, say):
-        check_same_schedule(done["planned"], trainer.args.first_phase, folder)
+        check_same_schedule(done["planned"], trainer.args.phase_schedule, folder)
         check_resume_options(trainer, done["options"], folder, say=lambda line: None)
         say(f"the run is finished: {folder} holds all of it, nothing more is trained")
         if isinstance(model, PeftModel):

@@ -127,7 +127,7 @@ def mark_finished(config: BuPOConfig, updates: int, schedule: PhaseSchedule, opt
         "epochs": config.num_train_epochs,
         "schedule": schedule.state(),
     }
-    asked = {"planned": config.first_phase.state(), "options": options}
+    asked = {"planned": config.phase_schedule.state(), "options": options}
     write_json(Path(config.output_dir) / FINISHED_FILE, {"schema_version": 1, **done, **asked})
 
 

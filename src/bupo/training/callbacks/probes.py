@@ -70,7 +70,7 @@ def probe_layers(
 def _measure_policies(stream, states, targets, layers, lens, temperature) -> Iterator[tuple[tuple, torch.Tensor]]:
     """What needs logits, `(rows,)` by measure, layer and later layer. `states` are by layer."""
     last, lowest = stream.num_layers, min(layers, default=stream.num_layers + 1) - 1
-    head = stream.head(temperature)
+    head = stream.get_unembedding(temperature)
     theta = stream.apply_lens(states[last], "final_norm")
     read = [stream.apply_lens(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
     kind = torch.promote_types(theta.dtype, torch.float32)

@@ -66,9 +66,9 @@ def get_resume_options(trainer: GRPOTrainerHooks) -> dict[str, Any]:
     """What decides the numbers of a run, by name, as JSON knows it."""
     args = trainer.args
     found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _affects_training(f.name)}
-    found |= trainer.given
+    found |= trainer.input_fingerprint
     if (
-        args.has_auxiliary_objective and not args.first_phase.stages
+        args.has_auxiliary_objective and not args.phase_schedule.stages
     ):  # else the first phase is compared, which holds the layer
         found["internal_layer"] = args.internal_layer
     found["chat_template"] = _hash_json(getattr(trainer.processing_class, "chat_template", None))

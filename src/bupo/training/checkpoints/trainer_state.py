@@ -78,7 +78,7 @@ def check_same_run(trainer: GRPOTrainerHooks, found: Path, say: Callable[[str], 
     check_checkpoint_options(trainer, found, say)
     if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
         state = _read_shared_state(found, mmap=True)
-        check_same_schedule(state["planned"], trainer.args.first_phase, found)
+        check_same_schedule(state["planned"], trainer.args.phase_schedule, found)
         _check_trainer_state(found, state)
     elif get_rollouts_path(found, 0).exists():
         raise _make_version_error(found)
@@ -131,7 +131,7 @@ def save_state(
         parts (`dict[str, Part]`): the rest, by name.
     """
     accelerator = trainer.accelerator
-    own = {"pieces": trainer.pieces if trainer.is_inside_rollout_batch else None, "numbers": trainer.numbers}
+    own = {"pieces": trainer.micro_batches if trainer.is_inside_rollout_batch else None, "numbers": trainer.log_counters}
     torch.save(own, get_rollouts_path(folder, accelerator.process_index))
     states = {name: part.state() for name, part in parts.items()}  # on all: a sharded one is gathered
     reference = _get_synced_ref_model(trainer)
@@ -140,7 +140,7 @@ def save_state(
         write_options(trainer, folder)
         place = {"passes": trainer.micro_steps_done, "layout": get_batch_layout(trainer), "planned": planned.state()}
         metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
-        logged = {"metrics": metrics, "numbers": trainer.numbers, "completions": trainer.completions_table}
+        logged = {"metrics": metrics, "numbers": trainer.log_counters, "completions": trainer.completions_table}
         torch.save({**place, **logged, **moved, "parts": states}, folder / STATE_FILE)
 
 

@@ -103,13 +103,13 @@ def step_reached_groups_only(trainer: Any, optimizer: torch.optim.Optimizer) -> 
     stream, args = trainer.stream, trainer.args
     if not uses_deepspeed(trainer.accelerator) or stream is None:
         return
-    schedule, normed = args.first_phase, args.internal_lens == "final_norm"
+    schedule, normed = args.phase_schedule, args.internal_lens == "final_norm"
     layers = range(1, stream.num_layers + 1) if schedule.is_undecided else schedule.layers  # auto may choose any
     sites = [Activation(args.internal_module, layer) for layer in layers]
     split_groups_by_layer(
         optimizer, {site.layer: get_stepped_parameters(stream, site, normed, trainer.model) for site in sites}
     )
-    trainer.add_callback(ReachedGroupsCallback(lambda: trainer.stage.layer if trainer.stage else None))
+    trainer.add_callback(ReachedGroupsCallback(lambda: trainer.objective.layer))
 
 
 class ReachedGroupsCallback(TrainerCallback):

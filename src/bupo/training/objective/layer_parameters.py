@@ -1,4 +1,4 @@
-"""What of a model lies up to a layer and what above it: for the layer-aware baselines and for what phase 1 may move."""
+"""Parameters by layer: for the layer-aware baselines, and for the first phase."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from bupo.training.config import BuPOConfig
 
 
 def get_parameters_above(stream: ResidualStream, layer: int) -> set[nn.Parameter]:
-    """Parameters above a layer: its successors' and the final norm's, which phase 1 does not reach (eq. 15).
+    """Return the parameters above a layer, including the final norm's, which phase 1 does not reach (eq. 15).
 
     The unembedding is not among them: it belongs to every layer's policy.
     """
@@ -21,22 +21,32 @@ def get_parameters_above(stream: ResidualStream, layer: int) -> set[nn.Parameter
     return {parameter for module in (*blocks, stream.final_norm) for parameter in module.parameters()}
 
 
+def drop_gradients_above(stream: ResidualStream, layer: int) -> None:
+    """Drop the gradients above a layer after a backward pass.
+
+    Gradient clipping then counts only the parameters that move, and the optimizer skips the others, weight decay
+    included.
+    """
+    for parameter in get_parameters_above(stream, layer):
+        parameter.grad = None
+
+
 def get_frozen_layers(args: BuPOConfig) -> list[int]:
-    """Layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
+    """Return the layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
     rates = enumerate(args.layer_rates or [], 1)
     return [*range(1, (args.frozen_up_to_layer or 0) + 1), *(layer for layer, rate in rates if rate == 0)]
 
 
 def freeze_layers(stream: ResidualStream | None, layers: Collection[int]) -> None:
-    """Freeze layers, and with the first one the embedding below it, where it is not the unembedding too."""
+    """Freeze layers; with layer 1 also the embedding, unless it is tied to the unembedding."""
     if not layers:
         return
-    assert stream is not None, "a layer is named: setup has opened the stream"
+    assert stream is not None, "validation opens the stream of a run that names layers"
     freeze_blocks(stream.model, [stream.get_block(number) for number in range(1, stream.num_layers + 1)], layers)
 
 
 def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: Collection[int]) -> None:
-    """`freeze`, of a causal LM whose blocks are these."""
+    """Freeze layers of a causal LM with these blocks; see [`freeze_layers`]."""
     for number in layers:
         blocks[number - 1].requires_grad_(False)
     embedding: Any = model.get_input_embeddings()
@@ -45,10 +55,10 @@ def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: C
 
 
 def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
-    """What the learning rate of a parameter is multiplied by, where the options say it: above a layer, or by layers."""
+    """Return the learning-rate multipliers of parameters, by the options for the upper layers or for each layer."""
     if args.slow_above_layer is None and args.layer_rates is None:
         return {}
-    assert stream is not None, "layers are named: setup has opened the stream"
+    assert stream is not None, "validation opens the stream of a run that names layers"
     if args.slow_above_layer is not None:
         return dict.fromkeys(get_parameters_above(stream, args.slow_above_layer), args.slow_factor)
     rates = enumerate(args.layer_rates or [], 1)
@@ -56,7 +66,7 @@ def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[
 
 
 def apply_lr_multipliers(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:
-    """Give parameters that have a factor groups of their own, at so many times the learning rate."""
+    """Move the parameters that have a learning-rate multiplier into separate optimizer groups."""
     for group in list(optimizer.param_groups):
         by_factor: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
@@ -71,29 +81,35 @@ def apply_lr_multipliers(optimizer: torch.optim.Optimizer, factors: Mapping[nn.P
 def get_parameters_up_to(
     stream: ResidualStream, layer: int, normed: bool, model: nn.Module | None = None
 ) -> list[nn.Parameter]:
-    """Trainable parameters that optimising this layer's policy may move; `normed`: through the final norm.
+    """Return the trainable parameters that the optimisation of a layer's policy may move.
 
-    `model` is the stream's model with its wrappers: PEFT's may hold parameters too (a learned prompt).
+    Args:
+        stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
+        layer (`int`): of the policy, from 1.
+        normed (`bool`): whether the policy applies the final norm.
+        model (`nn.Module`, *optional*): the stream's model with its wrappers; PEFT's may hold parameters too (a learned
+            prompt).
     """
-    still = get_parameters_above(stream, layer) - (set(stream.final_norm.parameters()) if normed else set())
-    return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in still]
+    unreached = get_parameters_above(stream, layer) - (set(stream.final_norm.parameters()) if normed else set())
+    return [p for p in (model or stream.model).parameters() if p.requires_grad and p not in unreached]
 
 
 def find_reached_parameters(
-    stream: ResidualStream, site: Activation | None, normed: bool, model: nn.Module | None = None
+    stream: ResidualStream, activation: Activation | None, normed: bool, model: nn.Module | None = None
 ) -> set[nn.Parameter]:
-    """Return the trainable parameters that the gradient of a policy's log-probs reaches: of `moved_by`, those in the graph.
+    """Return the trainable parameters that the gradient of a policy's log-probs reaches.
 
-    One pass over a few tokens is recorded, and nothing is differentiated. Which part of a layer writes a site differs by
-    family, and a module may be left out by hand.
+    One forward pass over a few tokens is recorded; nothing is differentiated. The graph decides, because the part of a
+    layer that computes an activation differs by family, and users may bypass modules.
 
     Args:
-        stream ([`~bupo.models.residual_stream.ResidualStream`]): whole on this process.
-        site ([`~bupo.models.residual_stream.Activation`], *optional*): of an internal policy; by default the language model policy.
-        normed (`bool`): whether the internal policy is read through the final norm.
+        stream ([`~bupo.models.residual_stream.ResidualStream`]): with all its parameters on this process.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy; by default
+            the language model policy.
+        normed (`bool`): whether the internal policy applies the final norm.
         model (`nn.Module`, *optional*): the stream's model with PEFT around it.
     """
-    last = Activation("layer", stream.num_layers) if site is None else site
+    last = Activation("layer", stream.num_layers) if activation is None else activation
     # a learned prompt is put before the tokens by PEFT's own forward
     run = model if model is not None and hasattr(model, "prompt_encoder") else stream.decoder
     inputs = {"input_ids": make_probe_tokens(stream.model), "use_cache": False}
@@ -105,22 +121,24 @@ def find_reached_parameters(
     ):
         run(**inputs)
         head = stream.get_unembedding()
-        read = stream.apply_lens(states[last], "final_norm" if site is None or normed else "raw")
-    ends = [read, head.weight, *([] if head.bias is None else [head.bias])]
-    found = find_graph_parameters(ends)
-    return found if site is None else found & set(get_parameters_up_to(stream, site.layer, normed, model))
+        policy_states = stream.apply_lens(states[last], "final_norm" if activation is None or normed else "raw")
+    ends = [policy_states, head.weight, *([] if head.bias is None else [head.bias])]
+    reached = find_graph_parameters(ends)
+    return (
+        reached if activation is None else reached & set(get_parameters_up_to(stream, activation.layer, normed, model))
+    )
 
 
 def find_graph_parameters(ends: Iterable[torch.Tensor]) -> set[nn.Parameter]:
     """Return the parameters that tensors were made from, by the graph that autograd has recorded."""
-    found = {end for end in ends if isinstance(end, nn.Parameter) and end.requires_grad}
-    waiting, seen = [end.grad_fn for end in ends if end.grad_fn is not None], set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
+    parameters = {end for end in ends if isinstance(end, nn.Parameter) and end.requires_grad}
+    pending, visited = [end.grad_fn for end in ends if end.grad_fn is not None], set()
+    while pending:
+        node = pending.pop()
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
-            found.add(leaf)
-        waiting += [below for below, _ in node.next_functions if below is not None]
-    return found
+            parameters.add(leaf)
+        pending += [below for below, _ in node.next_functions if below is not None]
+    return parameters

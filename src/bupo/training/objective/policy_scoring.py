@@ -1,7 +1,7 @@
-"""Internal policy alignment (IPA, eq. 9): whose log-probs meet in the ratio.
+"""Scoring for internal policy alignment (IPA, eq. 9): the log-probs of the target policy in the ratio.
 
-In the first phase the old and the reference log-probs of a rollout batch are the internal policy's, and so are those of each
-update; the entropy that is logged, and whatever samples, stay the language model policy's.
+In the first phase, the old and reference log-probs of a rollout batch and the new ones of each update are the internal
+policy's. Sampling, and the logged `entropy`, stay the language model policy's.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,8 @@ from torch import nn
 from bupo.models.packing import PackedDecoder, build_packed_decoder, build_packed_decoder_like
 from bupo.models.residual_stream import Activation, ResidualStream
 from bupo.training.config import BuPOConfig
-from bupo.training.objective.layer_parameters import get_parameters_above
 from bupo.training.objective.micro_batches import arrange_micro_batches, can_reorder_rows
-from bupo.training.objective.phases import AuxiliaryObjective, Stage
+from bupo.training.objective.phases import Objective
 from bupo.training.objective.policy_head import PolicyHead, PolicyScores, StatesCallback
 from bupo.training.objective.rollout_batch import (
     ENTROPIES_KEY,
@@ -33,31 +32,37 @@ from bupo.training.trl_internals import GRPOTrainerHooks
 MAX_LOG_RATIO = 20.0  # beyond it a ratio leaves fp32, and its gradient is 0 times infinity
 
 
-def clamp_log_ratio(log_probs: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Log-probs whose ratio to the old ones stays within fp32. Those beyond get no gradient; all others are as they were."""
-    change = log_probs - old
-    within = old + change.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.where(change.abs() > MAX_LOG_RATIO, within, log_probs)
+def clamp_log_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+    """Clamp log-probs so that their ratio to the old ones stays within fp32.
+
+    Clamped log-probs get no gradient; the others are returned unchanged.
+    """
+    log_ratio = log_probs - old_log_probs
+    clamped = old_log_probs + log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(log_ratio.abs() > MAX_LOG_RATIO, clamped, log_probs)
 
 
 def get_shuffled_vocab_order(stream: ResidualStream, seed: int) -> torch.Tensor:
-    """`(V,)`: the rows of the unembedding in an order that only the seed decides, the same in every process and start."""
+    """Return a random order `(V,)` of the unembedding's rows that depends on the seed only."""
     rows = stream.get_unembedding().weight.size(0)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
 class PolicyScorer:
-    """Answers a scoring call in a model's place.
+    """Callable that TRL scores in place of a model.
 
     Attributes:
-        model (`nn.Module` or `Callable`): with a [`~bupo.training.objective.policy_head.PolicyHead`] or TRL's own, and its wrappers.
-        site ([`~bupo.models.residual_stream.Activation`], *optional*): the internal policy; by default the language model policy.
-        old (`torch.Tensor` of shape `(B, C)`, *optional*): old log-probs, which limit the new ones.
-        read (`Callable`, *optional*): sees the states.
-        also ([`~bupo.models.residual_stream.Activation`], *optional*): an internal policy that is asked besides, in the same pass.
-        change (`torch.Tensor` of shape `(B, C)`, *optional*): the last answer's log ratio to the old ones.
-        besides (`list[PolicyScores]`): what the policy that was asked besides says, of each call.
+        model (`nn.Module` or `Callable`): with a [`~bupo.training.objective.policy_head.PolicyHead`] or TRL's fused
+            head, and its wrappers.
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the policy to score; by default
+            the language model policy.
+        old_log_probs (`torch.Tensor` of shape `(B, C)`, *optional*): old log-probs, which limit the new ones.
+        states_callback (`Callable`, *optional*): receives the states that meet the unembedding.
+        extra_activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of an internal policy that is
+            scored in the same forward pass as the language model policy.
+        log_ratio (`torch.Tensor` of shape `(B, C)`, *optional*): log ratio of the last call to the old log-probs.
+        extra_scores (`list[PolicyScores]`): scores of the extra policy, one entry a call.
     """
 
     model: Callable[..., PolicyScores]
@@ -69,12 +74,13 @@ class PolicyScorer:
     extra_scores: list[PolicyScores] = field(default_factory=list)
 
     def __call__(self, **inputs) -> PolicyScores:
-        asked = {
+        options = {
             "policy": self.activation,
-            "also": self.extra_activation,
-            "read": self.states_callback,
-        }  # without a policy head, neither is
-        scores = self.model(**inputs, **{name: value for name, value in asked.items() if value is not None})
+            "extra_policy": self.extra_activation,
+            "states_callback": self.states_callback,
+        }
+        # TRL's head, of a model without a policy head, accepts none of the options
+        scores = self.model(**inputs, **{name: value for name, value in options.items() if value is not None})
         if self.extra_activation:
             self.extra_scores.append(PolicyScores(scores.internal_log_probs, scores.internal_entropy, scores.aux_loss))
         if self.old_log_probs is not None:
@@ -86,7 +92,7 @@ class PolicyScorer:
 
 @contextmanager
 def metric_prefix(prefix: str, metrics: dict[str, list[float]]) -> Iterator[None]:
-    """Inside, what is added to the metrics goes under names that begin so."""
+    """Put a prefix before the names of the metrics that are added in this context."""
     before = {name: len(values) for name, values in metrics.items()}
     yield
     added = {name: values[before.get(name, 0) :] for name, values in metrics.items()}
@@ -99,34 +105,41 @@ def metric_prefix(prefix: str, metrics: dict[str, list[float]]) -> Iterator[None
 
 
 class RolloutScorers:
-    """Speakers in the models' places while TRL scores a rollout batch: one pass gives what two policies say.
+    """Makes the [`PolicyScorer`] for each scoring pass of TRL over a rollout batch: one forward pass scores two
+    policies.
 
     Args:
-        model (`nn.Module`): the policy; any other is the reference model.
-        site ([`~bupo.models.residual_stream.Activation`], *optional*): the internal policy, if it is known yet.
-        both (`bool`): whether the language model policy is optimised besides, and its reference is wanted too.
+        model (`nn.Module`): the policy; any other model is the reference model.
+        objective ([`~bupo.training.objective.phases.Objective`]): of the rollout batch, as known before sampling.
+
+    Attributes:
+        activation ([`~bupo.models.residual_stream.Activation`], *optional*): states of the internal policy; None while
+            `auto` has not chosen its layer.
+        scorers (`list[PolicyScorer]`): of the passes so far.
     """
 
-    def __init__(self, model: nn.Module, site: Activation | None, both: bool = False):
-        self.model, self.activation, self.scores_language_model = model, site, both
+    def __init__(self, model: nn.Module, objective: Objective):
+        self.model, self.activation = model, objective.internal_activation
+        self.has_auxiliary = objective.auxiliary is not None
         self.scorers: list[PolicyScorer] = []
 
     def __call__(self, model: nn.Module) -> PolicyScorer:
-        # of a reference model only the internal policy is wanted; an adapter's reference is the policy's model
-        mine = model is self.model or self.scores_language_model
-        self.scorers.append(
-            PolicyScorer(model, extra_activation=self.activation) if mine else PolicyScorer(model, self.activation)
-        )
-        return self.scorers[-1]
+        # a separate reference model needs only the internal policy in phase 1; with PEFT the reference is the same model
+        if model is self.model or self.has_auxiliary:
+            scorer = PolicyScorer(model, extra_activation=self.activation)
+        else:
+            scorer = PolicyScorer(model, self.activation)
+        self.scorers.append(scorer)
+        return scorer
 
 
 class InternalPolicyAlignment:
-    """The scoring of a run.
+    """Scores rollout batches and micro-batches with the policies of their objective.
 
     Args:
-        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its model and reference model get a policy head on each stream.
-        stream, reference ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model and of the reference model. One
-            whose layers nothing asks for may have none; then TRL's own head scores.
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its model and reference model get a policy head.
+        stream, reference ([`~bupo.models.residual_stream.ResidualStream`], *optional*): of the model and of the
+            reference model. A model without a stream, in a run without a first phase, is scored by TRL's fused head.
         args ([`~bupo.BuPOConfig`]): lens, module and temperature.
     """
 
@@ -138,10 +151,9 @@ class InternalPolicyAlignment:
         args: BuPOConfig,
     ):
         self.trainer, self.args = trainer, args
-        # a compiled model's rows are not packed, of which no two are of one length, nor where noise depends on that
-        rows = args.torch_compile or args.neftune_noise_alpha
-        self.stream = stream
-        self.packing = None if rows or stream is None else build_packed_decoder(stream.model)
+        # packed rows differ in length, for which a compiled model would recompile; NEFTune's noise depends on the length
+        needs_padded_rows = args.torch_compile or args.neftune_noise_alpha
+        self.packing = None if needs_padded_rows or stream is None else build_packed_decoder(stream.model)
         self._attach_head(stream, self.packing)
         if reference is not None:
             self._attach_head(reference, self.packing and build_packed_decoder_like(self.packing, reference.model))
@@ -153,148 +165,152 @@ class InternalPolicyAlignment:
             PolicyHead(stream, args.temperature, args.internal_lens, args.cast_lm_head_to_fp32, packing, order)
 
     def packed_rows_for_backward(self) -> AbstractContextManager[None]:
-        """Around a forward pass and its backward pass, which may compute blocks of packed rows again."""
+        """Keep packed rows for a backward pass, which may recompute blocks."""
         return self.packing.keep_for_backward() if self.packing else nullcontext()
 
-    def arrange_micro_batches(self, pieces: list[dict]) -> list[dict]:
-        """A rollout batch's micro-batches, their rows exchanged where packing gains by it and the loss allows it."""
+    def arrange_micro_batches(self, micro_batches: list[dict]) -> list[dict]:
+        """Exchange rows between the micro-batches of an update, where packing benefits and the loss allows it."""
         if self.packing is None or not can_reorder_rows(self.args, self.trainer.aux_loss_enabled):
-            return pieces
-        return arrange_micro_batches(pieces, self.args.gradient_accumulation_steps)
+            return micro_batches
+        return arrange_micro_batches(micro_batches, self.args.gradient_accumulation_steps)
 
-    def get_activation(self, layer: int | None) -> Activation | None:
-        """Where the internal policy has its states that a stage on a layer optimises; None for the language model policy."""
-        if layer is None or self.args.internal_objective == "frozen_upper":
+    def make_rollout_scorers(self, objective: Objective) -> RolloutScorers | None:
+        """Return the scorers for a rollout batch, or None where only the language model policy is optimised."""
+        if objective.phase == 2 and objective.auxiliary is None:
             return None
-        return Activation(self.args.internal_module, layer)
-
-    def drop_gradients_above(self, stage: Stage | None) -> None:
-        """After a backward pass of a stage that optimises the language model policy: drop the gradients above its layer.
-
-        Clipping then counts what moves, and an optimizer skips the rest, its weight decay too.
-        """
-        if stage is None or self.args.internal_objective != "frozen_upper":
-            return
-        assert self.stream is not None and stage.layer is not None, "a layer that is trained is known"
-        for parameter in get_parameters_above(self.stream, stage.layer):
-            parameter.grad = None
-
-    def make_rollout_scorers(self, stage: Stage | None, mixed: AuxiliaryObjective | None) -> RolloutScorers | None:
-        """What speaks in the models' places while a rollout batch is scored, if an internal policy is optimised."""
-        if stage is None and mixed is None:
-            return None
-        layer = mixed.layer if mixed else stage.layer if stage else None
-        return RolloutScorers(self.trainer.model, self.get_activation(layer), both=mixed is not None)
+        return RolloutScorers(self.trainer.model, objective)
 
     def score_batch(
-        self, batch: RolloutBatch, site: Activation | None = None, read: StatesCallback | None = None
+        self,
+        batch: RolloutBatch,
+        activation: Activation | None = None,
+        states_callback: StatesCallback | None = None,
     ) -> CompletionScores:
-        """`(B, C)`: of one of the model's policies on a batch's answers. Activations are kept, so this is for rollouts."""
-        return self._score_batch(batch, PolicyScorer(self.trainer.model, site, states_callback=read))
+        """Score a batch's completions with one of the model's policies, without gradient checkpointing.
 
-    def log(
-        self, batch: RolloutBatch, speaker: PolicyScorer, stage: Stage | None, metrics: dict[str, list[float]]
-    ) -> None:
-        """Say the stage's layer, whose entropy it is that TRL has logged of a micro-batch, and how far its policy is from the
-        one that sampled."""
-        if stage and stage.layer:
-            metrics["internal/layer"].append(stage.layer)
-        if speaker.activation:
-            metrics["internal/entropy"].append(metrics["entropy"].pop())
-            metrics["entropy"].append(batch.mean_over_tokens(batch.tensors[ENTROPIES_KEY], self.trainer.total))
-        if speaker.log_ratio is not None:
-            metrics["approx_kl"].append(batch.mean_over_tokens(speaker.log_ratio.square() / 2, self.trainer.total))
+        Returns:
+            [`~bupo.training.objective.rollout_batch.CompletionScores`]: `(B, C)` each.
+        """
+        return self._score_batch(batch, PolicyScorer(self.trainer.model, activation, states_callback=states_callback))
 
-    def _score_batch(self, batch: RolloutBatch, speaker: PolicyScorer) -> CompletionScores:
-        size = self.args.per_device_train_batch_size
+    def _score_batch(self, batch: RolloutBatch, scorer: PolicyScorer) -> CompletionScores:
+        batch_size = self.args.per_device_train_batch_size
         with self.trainer.without_gradient_checkpointing():
             return self.trainer.score_completions(
-                speaker, batch.input_ids, batch.attention_mask, batch.completion_length, size
+                scorer, batch.input_ids, batch.attention_mask, batch.completion_length, batch_size
             )
 
     @torch.no_grad()
     def set_internal_log_probs(
-        self, batch: RolloutBatch, site: Activation, sampled: CompletionScores | None, voices: RolloutScorers
+        self,
+        batch: RolloutBatch,
+        activation: Activation,
+        sampled_scores: CompletionScores | None,
+        scorers: RolloutScorers,
     ) -> None:
-        """Put the internal policy's log-probs where the loss looks for old and reference ones, and keep pi_theta's entropy; or
-        beside pi_theta's, where both are optimised.
+        """Store the internal policy's log-probs for the loss.
 
-        The log-probs of a sampler that differs from pi_theta (vLLM, a `rollout_func`) are moved by as much as the old ones:
-        what `off_policy_mask_threshold` then measures is the sampler's difference from pi_theta, and the updates since. The
-        weights that correct vLLM's sampling compare pi_theta with the sampler already, and stay.
+        In phase 1 they replace the old and reference log-probs of the language model policy, whose entropies are kept
+        for the logs. With an auxiliary objective they are stored under separate names.
+
+        Log-probs of a sampler that differs from the language model policy (vLLM, a `rollout_func`) are shifted by the
+        same difference as the old ones. Then `off_policy_mask_threshold` measures the sampler's difference from the
+        language model policy, and the updates since. The importance weights of vLLM's samples already compare the
+        language model policy with the sampler, and stay.
 
         Args:
             batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): sampled.
-            site ([`~bupo.models.residual_stream.Activation`]): the internal policy.
-            sampled ([`~bupo.training.objective.rollout_batch.CompletionScores`], *optional*): pi_theta's, where sampling came by them.
-            voices ([`RolloutScorers`]): what has scored the batch.
+            activation ([`~bupo.models.residual_stream.Activation`]): states of the internal policy.
+            sampled_scores ([`~bupo.training.objective.rollout_batch.CompletionScores`], *optional*): the language model
+                policy's, where TRL computed them.
+            scorers ([`RolloutScorers`]): used by TRL for this batch.
         """
-        tensors, found = batch.tensors, {}
-        moving = OLD_LOG_PROBS in tensors or SAMPLER_LOG_PROBS in tensors
-        theta, own = sampled, voices.scorers[0] if sampled else PolicyScorer(self.trainer.model, extra_activation=site)
-        if theta is None and (moving or not voices.scores_language_model):
-            theta = self._score_batch(batch, own)
-        if theta is not None and moving:
-            layer = (
-                concat_log_probs(own.extra_scores, batch.completion_length)
-                if own.extra_scores
-                else self.score_batch(batch, site).log_probs
+        tensors, internal = batch.tensors, {}
+        needs_log_probs = OLD_LOG_PROBS in tensors or SAMPLER_LOG_PROBS in tensors
+        scores = sampled_scores
+        scorer = scorers.scorers[0] if scores else PolicyScorer(self.trainer.model, extra_activation=activation)
+        if scores is None and (needs_log_probs or not scorers.has_auxiliary):
+            scores = self._score_batch(batch, scorer)
+        if scores is not None and needs_log_probs:
+            log_probs = (
+                concat_log_probs(scorer.extra_scores, batch.completion_length)
+                if scorer.extra_scores
+                else self.score_batch(batch, activation).log_probs
             )
             if OLD_LOG_PROBS in tensors:
-                found[OLD_LOG_PROBS] = layer
+                internal[OLD_LOG_PROBS] = log_probs
             if SAMPLER_LOG_PROBS in tensors:
-                found[SAMPLER_LOG_PROBS] = tensors[SAMPLER_LOG_PROBS] + layer - theta.log_probs
+                internal[SAMPLER_LOG_PROBS] = tensors[SAMPLER_LOG_PROBS] + log_probs - scores.log_probs
         if REFERENCE_LOG_PROBS in tensors:
-            found[REFERENCE_LOG_PROBS] = self._score_reference(batch, site, voices)
-        if voices.scores_language_model:
-            found = {INTERNAL_PREFIX + name: value for name, value in found.items()}
-        elif theta is not None:
-            tensors[ENTROPIES_KEY] = theta.entropies
-        tensors.update(found)
+            internal[REFERENCE_LOG_PROBS] = self._score_reference(batch, activation, scorers)
+        if scorers.has_auxiliary:
+            internal = {INTERNAL_PREFIX + name: value for name, value in internal.items()}
+        elif scores is not None:
+            tensors[ENTROPIES_KEY] = scores.entropies
+        tensors.update(internal)
 
-    def _score_reference(self, batch: RolloutBatch, site: Activation, voices: RolloutScorers) -> torch.Tensor:
-        """`(B, C)`: log-probs of the reference model's internal policy."""
+    def _score_reference(self, batch: RolloutBatch, activation: Activation, scorers: RolloutScorers) -> torch.Tensor:
+        """Return the log-probs `(B, C)` of the reference model's internal policy."""
         reference = self.trainer.ref_model
-        if voices.activation is None:  # the layer was not known yet
+        if scorers.activation is None:  # `auto` chose the layer after TRL had scored the batch
             with self.trainer.reference_adapter() if reference is None else nullcontext():
-                return self._score_batch(batch, PolicyScorer(reference or self.trainer.model, site)).log_probs
-        if reference is None or voices.scores_language_model:
-            return concat_log_probs(voices.scorers[-1].extra_scores, batch.completion_length)
+                return self._score_batch(batch, PolicyScorer(reference or self.trainer.model, activation)).log_probs
+        if reference is None or scorers.has_auxiliary:
+            return concat_log_probs(scorers.scorers[-1].extra_scores, batch.completion_length)
         return batch.tensors[REFERENCE_LOG_PROBS]
 
     def add_auxiliary_loss(
         self,
-        theta: torch.Tensor,
-        mixed: AuxiliaryObjective | None,
+        loss: torch.Tensor,
+        objective: Objective,
         batch: RolloutBatch,
-        speaker: PolicyScorer,
+        scorer: PolicyScorer,
         metrics: dict[str, list[float]],
     ) -> torch.Tensor:
-        """The loss where a layer's policy is optimised besides, from the same forward pass; each policy has its own old and
-        reference log-probs. What TRL logs of the layer's goes under `internal/`.
+        """Return the weighted sum of the language model policy's loss and the auxiliary policy's.
+
+        Both come from one forward pass; each policy has separate old and reference log-probs. Metrics of the auxiliary
+        policy's loss are logged under `internal/`.
 
         Args:
-            theta (`torch.Tensor`): the loss of the language model policy, which stays where nothing is mixed in.
-            mixed ([`~bupo.training.objective.phases.AuxiliaryObjective`], *optional*): the layer, and its weight.
+            loss (`torch.Tensor`): of the language model policy.
+            objective ([`~bupo.training.objective.phases.Objective`]): the weight of the auxiliary policy.
             batch ([`~bupo.training.objective.rollout_batch.RolloutBatch`]): the micro-batch.
-            speaker ([`PolicyScorer`]): what has answered for both.
+            scorer ([`PolicyScorer`]): has scored the micro-batch with both policies.
+            metrics (`dict`): of the next log.
         """
-        if mixed is None:
-            return theta
-        inputs = batch.tensors
-        own = {
-            name: inputs[INTERNAL_PREFIX + name]
+        tensors = batch.tensors
+        internal = {
+            name: tensors[INTERNAL_PREFIX + name]
             for name in (OLD_LOG_PROBS, REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS)
-            if INTERNAL_PREFIX + name in inputs
+            if INTERNAL_PREFIX + name in tensors
         }
-        echo = PolicyScorer(lambda **_: speaker.extra_scores[-1], old_log_probs=own.get(OLD_LOG_PROBS))
-        metrics["internal/weight"].append(mixed.weight)
+        # the forward pass is done: this scorer returns its second result
+        auxiliary = PolicyScorer(lambda **_: scorer.extra_scores[-1], old_log_probs=internal.get(OLD_LOG_PROBS))
+        metrics["internal/weight"].append(objective.weight)
         with metric_prefix("internal/", metrics):
-            layer = self.trainer.compute_policy_loss(echo, {**inputs, **own})
-            self.log(batch, echo, None, metrics)
-        return mixed.weight * layer + (1 - mixed.weight) * theta
+            auxiliary_loss = self.trainer.compute_policy_loss(auxiliary, {**tensors, **internal})
+            self._log_approx_kl(batch, auxiliary, metrics)
+        return objective.weight * auxiliary_loss + (1 - objective.weight) * loss
+
+    def log(
+        self, batch: RolloutBatch, scorer: PolicyScorer, objective: Objective, metrics: dict[str, list[float]]
+    ) -> None:
+        """Log the layer, the entropies of both policies, and the target policy's KL to the sampling policy."""
+        if objective.layer:
+            metrics["internal/layer"].append(objective.layer)
+        if scorer.activation:  # TRL has logged the target policy's entropy
+            metrics["internal/entropy"].append(metrics["entropy"].pop())
+            entropies = batch.tensors[ENTROPIES_KEY]
+            metrics["entropy"].append(batch.mean_over_tokens(entropies, self.trainer.sum_over_processes))
+        self._log_approx_kl(batch, scorer, metrics)
+
+    def _log_approx_kl(self, batch: RolloutBatch, scorer: PolicyScorer, metrics: dict[str, list[float]]) -> None:
+        if scorer.log_ratio is not None:
+            approx_kl = scorer.log_ratio.square() / 2
+            metrics["approx_kl"].append(batch.mean_over_tokens(approx_kl, self.trainer.sum_over_processes))
 
 
-def concat_log_probs(answers: list[PolicyScores], tokens: int) -> torch.Tensor:
-    """`(B, C)`: log-probs of the last tokens, of one answer after another."""
-    return torch.cat([cast(torch.Tensor, scores.log_probs)[:, -tokens:] for scores in answers])
+def concat_log_probs(scores: list[PolicyScores], length: int) -> torch.Tensor:
+    """Return the log-probs `(B, C)` of the last `length` tokens, over the batches of rows that were scored."""
+    return torch.cat([cast(torch.Tensor, part.log_probs)[:, -length:] for part in scores])

@@ -112,7 +112,7 @@ def check_named_layers(model: str, config: BuPOConfig, loading: ModelConfig) -> 
         UserError: for the first that it has not, factors for another number of layers, or no such model.
     """
     named = {"internal_layer": config.internal_layer if isinstance(config.internal_layer, int) else None}
-    named |= {"internal_schedule": max(config.first_phase.layers, default=None)} if config.internal_schedule else {}
+    named |= {"internal_schedule": max(config.phase_schedule.layers, default=None)} if config.internal_schedule else {}
     named |= {option: getattr(config, option) for option in ("frozen_up_to_layer", "slow_above_layer")}
     read = check_layers_exist(model, named, **get_pretrained_kwargs(config, loading))
     _check_layer_rates(config, getattr(read.get_text_config(), "num_hidden_layers", None), model)
@@ -170,7 +170,7 @@ def _is_vlm(model: Any, args: BuPOConfig, processing_class: Any) -> bool:
 def describe_phases(config: BuPOConfig) -> str | None:
     """What a run that ends inside its first phase is told: it may be meant so, or `internal_steps` counts other things."""
     updates = config.steps_per_generation * config.num_iterations // config.gradient_accumulation_steps
-    batches = config.first_phase.batches
+    batches = config.phase_schedule.batches
     if not 0 < config.max_steps < batches * updates:
         return None
     return (
@@ -188,14 +188,14 @@ def open_residual_stream(model: nn.Module, args: BuPOConfig, family: Family | No
         UserError: if the stream is not what its family's rules say, or a layer does not exist.
     """
     named = [args.internal_layer] if isinstance(args.internal_layer, int) else []
-    layers = (*args.first_phase.layers, *named, args.frozen_up_to_layer, args.slow_above_layer)
+    layers = (*args.phase_schedule.layers, *named, args.frozen_up_to_layer, args.slow_above_layer)
     with_critic = args.advantage_estimator in CRITIC_ESTIMATORS
     try:
         stream = ResidualStream(model, family)
     except NonFiniteModelError:
         raise
     except UserError as error:
-        if any(layers) or args.layer_rates or args.first_phase.stages or with_critic or args.probe_every or family:
+        if any(layers) or args.layer_rates or args.phase_schedule.stages or with_critic or args.probe_every or family:
             raise
         logger.info(f"trained as a whole, its log-probs by TRL's own head: {error}")
         return None
@@ -283,7 +283,7 @@ def check_scoring(trainer: GRPOTrainerHooks) -> None:
 
 def check_deepspeed(args: BuPOConfig) -> None:
     """Raises [`UserError`] where DeepSpeed, which partitions gradients as they come, keeps a run from what it is asked."""
-    if args.internal_objective == "frozen_upper" and args.first_phase.stages:
+    if args.internal_objective == "frozen_upper" and args.phase_schedule.stages:
         raise UserError(
             "internal_objective frozen_upper drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
         )

@@ -23,6 +23,7 @@ from bupo.training.objective.layer_parameters import (
     get_lr_multipliers,
     get_parameters_up_to,
 )
+from bupo.training.objective.phases import get_policy_activation
 from bupo.training.precision import HALF_DTYPES
 from bupo.utils.errors import UserError
 
@@ -102,7 +103,7 @@ def _iterate_phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
     """The phases that the run comes to, in words, and the layer whose policy each optimises. `auto` is known later."""
     args, first = trainer.args, 1
     whole = args.count_rollout_batches(args.max_steps) if args.max_steps > 0 else None
-    for stage in args.first_phase.stages:
+    for stage in args.phase_schedule.stages:
         if whole is not None and first > whole:
             return
         last = "" if stage.batches is None else f" to {first + stage.batches - 1}"
@@ -112,7 +113,7 @@ def _iterate_phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
             yield "the first phase", trainer.stream.num_layers
         first += stage.batches or 1
     if whole is None or whole >= first:
-        yield ("the second phase" if args.first_phase.stages else "the run"), None
+        yield ("the second phase" if args.phase_schedule.stages else "the run"), None
 
 
 def _iterate_auto_candidates(trainer: Any) -> Iterable[int]:
@@ -125,7 +126,7 @@ def _iterate_auto_candidates(trainer: Any) -> Iterable[int]:
 def _find_stage_parameters(trainer: Any, layer: int | None) -> set[nn.Parameter]:
     """Return what trains by the loss of a layer's stage, or of the second phase."""
     return find_trained_parameters(
-        trainer.model, trainer.stream, trainer.policy_alignment.site(layer), layer, trainer.args
+        trainer.model, trainer.stream, get_policy_activation(layer, trainer.args), layer, trainer.args
     )
 
 
@@ -217,7 +218,7 @@ def check_gradient(trainer: Any) -> None:
     if trainer.is_fsdp_enabled or uses_deepspeed(trainer.accelerator):  # which hold gradients elsewhere
         return
     if all(parameter.grad is None for parameter in trainer.model.parameters()):
-        raise UserError(describe_missing_gradient(trainer.where(trainer.last_rollout_batch)))
+        raise UserError(describe_missing_gradient(trainer.describe_rollout_batch(trainer.last_rollout_batch)))
 
 
 def describe_missing_gradient(where: str) -> str:
