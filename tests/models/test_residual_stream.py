@@ -82,7 +82,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
 def test_unknown_parallel_family_is_refused(monkeypatch):
     for family in ("cohere2", "gpt_neox"):
         monkeypatch.delitem(RULES, family)
-        with pytest.raises(UserError, match="layer 1 what the stream gains from the attention is no output"):
+        with pytest.raises(UserError, match="layer 1 the write of the attention is not the output"):
             ResidualStream(tiny_model(family))
 
 

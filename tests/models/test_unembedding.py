@@ -50,11 +50,11 @@ def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
     assert whole.dtype == torch.promote_types(hidden.dtype, torch.float32)
     torch.testing.assert_close(whole.double(), wanted, **near)
     tiles = [slice(start, start + size) for start in range(0, head.weight.size(0), size)]
-    tiled = torch.cat([head.tile(columns).logits(hidden) for columns in tiles], dim=1)
+    tiled = torch.cat([head.slice_vocab(columns).logits(hidden) for columns in tiles], dim=1)
     torch.testing.assert_close(tiled.double(), wanted, **near)
     states, out = hidden.to(head.state_dtype), torch.empty_like(whole)
     for columns in tiles:  # as the analysis does
-        tile = head.tile(columns, head.state_dtype)
+        tile = head.slice_vocab(columns, head.state_dtype)
         assert tile.logits(states, out[:, columns]).data_ptr() == out[:, columns].data_ptr()
     torch.testing.assert_close(out.double(), wanted, **near)
     log_p = wanted.log_softmax(-1)

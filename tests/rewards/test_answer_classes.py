@@ -347,12 +347,14 @@ def test_the_child_imports_the_grading_modules_and_nothing_else_of_bupo(tmp_path
     program = (
         "import json, runpy, sys\n"
         f"module = runpy.run_path({grader_worker.__file__!r})\n"
-        "module['_find_siblings']()\n"
+        "module['_install_package_stubs']()\n"
         "import bupo.rewards.answers.equality\n"
         "try:\n    import bupo.utils.errors\n    raise SystemExit('bupo.utils.errors was imported')\nexcept ImportError:\n    pass\n"
         "print(json.dumps(sorted(name for name in sys.modules if name.split('.')[0] == 'bupo')))\n"
     )
     run = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    wanted = ("answer_classes", "equality", "extraction", "notation", "scalars", "units", "values")
-    assert json.loads(run.stdout) == ["bupo", "bupo.rewards", *(f"bupo.rewards.{name}" for name in wanted)]
+    modules = ("classes", "equality", "extraction", "notation", "parsing", "scalar_equality", "units")
+    assert json.loads(run.stdout) == [
+        "bupo", "bupo.rewards", "bupo.rewards.answers", *(f"bupo.rewards.answers.{name}" for name in modules),
+    ]  # fmt: skip

@@ -435,7 +435,7 @@ def _unwrap_singleton_set(value: Any, other: Any) -> Any:
     if (
         isinstance(value, ValueCollection)
         and value.kind == "set"
-        and (isinstance(other, Scalar) or getattr(other, "pair", False))
+        and (isinstance(other, Scalar) or getattr(other, "may_be_pair", False))
     ):
         items = _get_distinct_items(value)
         return items[0] if len(items) == 1 else value

@@ -790,7 +790,7 @@ def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
         if (
             len(items) == 1
             and isinstance(values, (Interval, IntervalUnion, Assignment, Relation))
-            and not getattr(values, "pair", False)
+            and not getattr(values, "may_be_pair", False)
         ):
             if isinstance(values, Assignment) and not isinstance(values.value, (Interval, IntervalUnion)):
                 return ValueCollection("set", (values.value,))
