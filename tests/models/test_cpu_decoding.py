@@ -398,11 +398,16 @@ def test_a_failing_loop_is_reported_once_for_a_model_that_it_should_support(loop
     model = tiny_model("qwen3")
     for _ in range(2):
         assert same(model, prompts(2), options(4, do_sample=True))[0]
-    assert not looped and len(get_warnings(caplog)) == 1 and "bupo's loop fails with TypeError" in get_warnings(caplog)[0]
+    assert (
+        not looped and len(get_warnings(caplog)) == 1 and "bupo's loop fails with TypeError" in get_warnings(caplog)[0]
+    )
     caplog.clear()
     monkeypatch.undo()
     monkeypatch.setattr(cpu_decoding, "measure_logit_error", lambda *_: 1e-3)
-    assert not supports_fast_generate(tiny_model("qwen3")) and "differ from the model's by 0.001" in get_warnings(caplog)[0]
+    assert (
+        not supports_fast_generate(tiny_model("qwen3"))
+        and "differ from the model's by 0.001" in get_warnings(caplog)[0]
+    )
     caplog.clear()
     monkeypatch.undo()
     recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **SIZES, **RECURRENT["lfm2"])).eval()

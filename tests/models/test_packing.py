@@ -79,7 +79,9 @@ def assert_as_separate_rows(model, site=None, rows=ROWS):
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     packed_grads = gradients(packed, (scores.log_probs * weights).sum())
     separate_grads = gradients(model, (expected * weights).sum())
-    assert packed_grads.keys() == {name for name in separate_grads if separate_grads[name].any() or name in packed_grads}
+    assert packed_grads.keys() == {
+        name for name in separate_grads if separate_grads[name].any() or name in packed_grads
+    }
     for name, gradient in packed_grads.items():
         tolerance = 1e-5 * max(1, separate_grads[name].abs().max())
         torch.testing.assert_close(gradient, separate_grads[name], atol=tolerance, rtol=1e-4, msg=name)

@@ -294,7 +294,7 @@ def test_bad_calls(grader):
     assert math_reward(["\\boxed{1}", "\\boxed{2}"], answer=["", "2"]) == [None, 1.0]
     with pytest.raises(UserError, match="mine, row 1: the gold answer '' is no answer"):
         grader_module.check_gold_answers(["1", ""], "mine")
-    with pytest.raises(UserError, match="2 answers were given with 1 gold"):
+    with pytest.raises(UserError, match="there are 2 answers and 1 gold answers"):
         grader.grade(["a", "b"], ["c"])
     with pytest.raises(UserError, match="no column 'answer'"):
         math_reward(["a"])

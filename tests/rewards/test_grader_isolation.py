@@ -96,8 +96,8 @@ def test_a_child_has_no_secret_no_files_and_little_time(monkeypatch, alone):
     ("program", "longest", "said"),
     [
         ("import sys; sys.exit(3)", 60, "it ended with status 3"),
-        ("print('no reply', flush=True); import time; time.sleep(60)", 1, "no word in 1 s"),
-        ("print('[1]', flush=True); import time; time.sleep(60)", 1, "no word in 1 s"),
+        ("print('no reply', flush=True); import time; time.sleep(60)", 1, "no reply within 1 s"),
+        ("print('[1]', flush=True); import time; time.sleep(60)", 1, "no reply within 1 s"),
     ],
 )
 def test_a_child_that_dies_at_its_start_is_one_line(tmp_path, monkeypatch, alone, program, longest, said):

@@ -1,8 +1,8 @@
 """A faster decoding loop for transformers' `generate` on a CPU.
 
-The loop runs each distinct prompt once, writes keys and values in place (`bupo.models.kv_cache`) and drops completions that have
-ended. `generate` prepares everything and calls the loop as its `custom_generate`, so it takes the same options and returns the
-same tokens for a seed. Where the loop does not support a model or an option, `generate` runs its own loop.
+The loop runs each distinct prompt once, writes keys and values in place (`bupo.models.kv_cache`) and drops completions that
+have ended. `generate` prepares everything and calls the loop as its `custom_generate`, so it takes the same options and returns
+the same tokens for a seed. Where the loop does not support a model or an option, `generate` runs its own loop.
 """
 
 import functools
@@ -164,7 +164,7 @@ class IncrementalDecoder:
 
 @contextmanager
 def blockwise_unembedding(model: PreTrainedModel) -> Iterator[None]:
-    """Multiply a large unembedding in blocks that fit into the processor's cache, which saves a third of the time on few rows."""
+    """Multiply a large unembedding in blocks that fit into the processor's cache: for few rows it saves a third of the time."""
     head = model.get_output_embeddings()
     large = type(head) is nn.Linear and head.out_features > UNEMBEDDING_BLOCK_ROWS and head.weight.device.type == "cpu"
     if not large or "forward" in vars(head):
@@ -326,7 +326,9 @@ def generate(model: PreTrainedModel, *args: Any, seeded: SeededSampler | None = 
     ):
         select_tokens = seeded.select_tokens if seeded else None
         try:
-            return plain(*args, **kwargs, custom_generate=functools.partial(run_decoding_loop, select_tokens=select_tokens))
+            return plain(
+                *args, **kwargs, custom_generate=functools.partial(run_decoding_loop, select_tokens=select_tokens)
+            )
         except UnsupportedGeneration as reason:
             # arguments of the caller may be unknown; others are a change in transformers
             if set(reason.unknown_inputs.split(", ")) - arguments - {""}:
@@ -379,8 +381,8 @@ logit_errors_cache: WeakKeyDictionary[nn.Module, dict[tuple, tuple[float, float]
 def supports_fast_generate(model: PreTrainedModel, seeded: bool = False) -> bool:
     """Return whether the loop computes the model's own logits. The first call measures it on a few tokens.
 
-    To return the tokens of `generate`, the loop needs a CPU, more than 16 bits and logits equal to 1e-5. With `seeded` sampling,
-    differences due to rounding are allowed.
+    To return the tokens of `generate`, the loop needs a CPU, more than 16 bits and logits equal to 1e-5. With `seeded`
+    sampling, differences due to rounding are allowed.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:

@@ -55,7 +55,8 @@ class KVCacheLayer(CacheLayerMixin):
     Attributes:
         seq_length (`int`): number of cached tokens, including the prompt.
         shared_length (`int`): number of prompt tokens that are shared; the buffers hold the tokens after them.
-        prompt_key_values (`tuple`, *optional*): keys and values of the shared tokens, `(prompts, heads, shared_length, head_dim)`.
+        prompt_key_values (`tuple`, *optional*): keys and values of the shared tokens, of shape
+            `(prompts, heads, shared_length, head_dim)`.
         prompt_groups ([`PromptGroups`], *optional*): the rows of each prompt.
     """
 
@@ -160,7 +161,7 @@ def shared_prompt_attention_forward(
 
 @contextmanager
 def share_prompt_cache() -> Iterator[None]:
-    """Use [`shared_prompt_attention_forward`] for keys of a [`KVCacheLayer`] with shared prompts, and plain `sdpa` for others."""
+    """Use [`shared_prompt_attention_forward`] for keys of a [`KVCacheLayer`] with shared prompts, else plain `sdpa`."""
     sdpa = AttentionInterface()["sdpa"]
 
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):

@@ -51,7 +51,9 @@ def resolve_model_path(name: str) -> str:
         return str(files("bupo") / "embedded" / "model")
     if not name:
         raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED_MODEL}'")
-    with wrap_library_errors(f"model {name!r:.200} cannot be looked for", OSError, ValueError):  # a name that is too long
+    with wrap_library_errors(
+        f"model {name!r:.200} cannot be looked for", OSError, ValueError
+    ):  # a name that is too long
         return _check_model_path(name)
 
 
@@ -126,7 +128,7 @@ def get_context_length(config: PretrainedConfig) -> int | None:
 
 
 def _make_error_formatter(summary: str) -> Callable[[Exception], str]:
-    """Return a function that puts all lines of a library's error behind a summary. The first line alone often lacks the cause."""
+    """Return a function that appends all lines of a library's error to a summary. The first line often lacks the cause."""
     return lambda error: f"{summary}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
@@ -262,8 +264,9 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> None:
     """Refuse a tokenizer without a vocabulary, or with tokens that the model has no embedding for.
 
-    If the tokenizer files are missing, transformers returns a tokenizer that maps every word to nothing or to the unknown token.
-    Tokens beyond the embedding are accepted only if they are special tokens that no text contains, such as image placeholders.
+    If the tokenizer files are missing, transformers returns a tokenizer that maps every word to nothing or to the unknown
+    token. Tokens beyond the embedding are accepted only if they are special tokens that no text contains, such as image
+    placeholders.
 
     Args:
         name (`str`): the user's name of the model.

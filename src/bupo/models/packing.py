@@ -1,12 +1,12 @@
 """Packing of the rows of a scoring pass into one row, without padding and with each distinct prompt once.
 
-A micro-batch of B rows, with prompts padded on the left and completions on the right, becomes one row of N tokens: each distinct
-prompt, followed by its completions. Every token keeps its position, and attends to its prompt and to the earlier tokens of its
-completion. Only attention mixes tokens, so only the attention function and mask are replaced, through transformers' interfaces.
-The family's modelling code runs unchanged, also with gradient checkpointing and adapters.
+A micro-batch of B rows, with prompts padded on the left and completions on the right, becomes one row of N tokens: each
+distinct prompt, followed by its completions. Every token keeps its position, and attends to its prompt and to the earlier
+tokens of its completion. Only attention mixes tokens, so only the attention function and mask are replaced, through
+transformers' interfaces. The family's modelling code runs unchanged, also with gradient checkpointing and adapters.
 
-The family's mask function (causal, sliding window or chunked) is evaluated at the tokens' positions. On a GPU it becomes a block
-mask for FlexAttention. Elsewhere, segments of similar length go through the model's own attention function together.
+The family's mask function (causal, sliding window or chunked) is evaluated at the tokens' positions. On a GPU it becomes a
+block mask for FlexAttention. Elsewhere, segments of similar length go through the model's own attention function together.
 """
 
 import sys

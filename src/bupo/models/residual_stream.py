@@ -37,7 +37,7 @@ def check_lens(lens: str) -> Lens:
 
 
 class Activation(NamedTuple):
-    """A recorded activation. Kinds: `layer` (H^l, l from 0), `attn`, `ffn` (writes), `attn_input`, `ffn_input` (module inputs)."""
+    """An activation. Kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (module inputs)."""
 
     kind: str
     layer: int

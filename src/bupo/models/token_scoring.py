@@ -75,9 +75,13 @@ class _ScoreTokens(torch.autograd.Function):
                 at, column = _find_targets(targets[rows], columns)
                 chosen[rows][at] = x[at, column]
                 new = torch.maximum(top[rows], x.amax(1))
-                finite = new.clamp(min=torch.finfo(kind).min)  # all logits up to here may be -inf, and -inf - -inf is NaN
+                finite = new.clamp(
+                    min=torch.finfo(kind).min
+                )  # all logits up to here may be -inf, and -inf - -inf is NaN
                 shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
-                shift = shift.clamp(min=UNDERFLOW_EXPONENT)  # the lowest float after a masked tile: times `s`, it is -inf
+                shift = shift.clamp(
+                    min=UNDERFLOW_EXPONENT
+                )  # the lowest float after a masked tile: times `s`, it is -inf
                 weights = _clamped_exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)
@@ -100,10 +104,14 @@ class _ScoreTokens(torch.autograd.Function):
         head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
         allocate = torch.empty_like if len(hidden) else torch.zeros_like
         inputs = zip((hidden, weight, bias), (kind, weight.dtype, kind), ctx.needs_input_grad[:3], strict=True)
-        hidden_grad, weight_grad, bias_grad = (allocate(x, dtype=dtype) if needed else None for x, dtype, needed in inputs)
+        hidden_grad, weight_grad, bias_grad = (
+            allocate(x, dtype=dtype) if needed else None for x, dtype, needed in inputs
+        )
         for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.slice_vocab(columns)
-            tile_weight_grad = None if weight_grad is None else weight_grad[columns].to(kind)  # a view if the dtype is equal
+            tile_weight_grad = (
+                None if weight_grad is None else weight_grad[columns].to(kind)
+            )  # a view if the dtype is equal
             for rows in _get_tile_slices(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]
                 x = tile.logits(states.to(ctx.dtype))
@@ -181,7 +189,7 @@ def score_tokens(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> TokenScores:
-    """Compute the log-probability of each target and the entropy (nats) of each policy `softmax(softcap(scale (h W^T + b)) / T)`.
+    """Compute the log-probability of each target and the entropy (nats) of `softmax(softcap(scale (h W^T + b)) / T)`.
 
     Differentiable in `hidden`, `weight` and `bias`. Positions whose target is `-100` are skipped: they return zeros and receive
     no gradient. Under autocast, the matrix product uses autocast's dtype, like a linear layer.

@@ -25,7 +25,7 @@ class Unembedding:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """The dtype for states of large products. On a CPU it is at least fp32, since products of 16-bit factors lose precision."""
+        """The dtype for states of large products. On a CPU it is at least fp32: products of 16-bit factors lose precision."""
         return self.weight.dtype if self.weight.is_cuda else torch.promote_types(self.weight.dtype, torch.float32)
 
     def slice_vocab(self, columns: slice, dtype: torch.dtype | None = None) -> "Unembedding":

@@ -144,8 +144,8 @@ def find_middle_module(model: PreTrainedModel, blocks: Iterable[nn.Module], fami
             error = min((_compute_projection_error(write, output) for output in candidates), default=torch.inf)
             if not error <= max(_get_tolerance(model), 1e-4):
                 raise UserError(
-                    f"{get_model_label(model)}: the family {_get_model_type(model)!r} is unknown, and in layer {layer} the write "
-                    f"of the {name} is not the output of a module (it differs by {error:.2g} of its "
+                    f"{get_model_label(model)}: the family {_get_model_type(model)!r} is unknown, and in layer {layer} the "
+                    f"write of the {name} is not the output of a module (it differs by {error:.2g} of its "
                     "largest entry); pass family=bupo.Family(...) that names the modules whose outputs are added"
                 )
     return middle
@@ -178,7 +178,7 @@ def _compute_relative_error(actual: torch.Tensor, expected: torch.Tensor) -> flo
 
 
 def compute_logit_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference of logits `(..., V)`, relative to the largest expected logit. NaN if either tensor holds NaN.
+    """Return the largest difference of logits `(..., V)`, relative to the largest expected logit; NaN if one of them is NaN.
 
     Entries of probability 0 (-inf, or near the lowest float) count as equal, and never as the largest.
     """

@@ -67,15 +67,15 @@ def check_loading_report(name: str, model: PreTrainedModel, report: Mapping[str,
         tensor, stored_shape, shape = mismatched[0]
         more = f", and {len(mismatched) - 1} more tensors" if len(mismatched) > 1 else ""
         raise UserError(
-            f"model {name!r} cannot be loaded: {tensor} has the shape {tuple(stored_shape)} in its files and {tuple(shape)} by its "
-            f"config.json{more}: the two belong to different models, get both again"
+            f"model {name!r} cannot be loaded: {tensor} has the shape {tuple(stored_shape)} in its files and {tuple(shape)} by "
+            f"its config.json{more}: the two belong to different models, get both again"
         )
     if missing:
         instead = f"; they hold {_format_tensor_names(unexpected)} instead" if unexpected else ""
         raise UserError(
             f"model {name!r} cannot be loaded: its files lack {len(missing)} of the {len(model.state_dict())} tensors of "
-            f"{type(model).__name__}, which would be random: {_format_tensor_names(missing)}{instead}; get all its files again, "
-            "with the config.json that belongs to them"
+            f"{type(model).__name__}, which would be random: {_format_tensor_names(missing)}{instead}; get all its files "
+            "again, with the config.json that belongs to them"
         )
     if has_quantizer(model):  # its files also hold scales
         return
@@ -199,7 +199,11 @@ def _read_integer_tensors(file: Path) -> Iterator[tuple[str, str]]:
                 dtype = stored.get_slice(name).get_dtype()
                 if not dtype.startswith(("F", "BF")):
                     yield name, dtype
-    except (SafetensorError, OSError, RuntimeError):  # for example torch's old file format, which cannot be memory-mapped
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+    ):  # for example torch's old file format, which cannot be memory-mapped
         return
 
 
