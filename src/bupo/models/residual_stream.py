@@ -37,7 +37,7 @@ def check_lens(lens: str) -> Lens:
 
 
 class Activation(NamedTuple):
-    """An activation. Kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (module inputs)."""
+    """Activation kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (module inputs)."""
 
     kind: str
     layer: int

@@ -30,7 +30,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class ValueCollection:
-    """A collection of values. Kinds: `list` (in any order), `letters` (in order), `tuple`, `set`, `components` (of a vector)."""
+    """A collection. Kinds: `list` (in any order), `letters` (in order), `tuple`, `set`, `components` (of a vector)."""
 
     kind: str
     items: tuple
