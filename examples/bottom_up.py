@@ -2,8 +2,8 @@
 
     python examples/bottom_up.py            # a minute or two on one CPU core
 
-Only the model and its problems come from bupo. `BuPOTrainer` computes the same losses (a test compares them) for any model, loss and
-number of GPUs, and faster: this file runs all layers although only the lower ones learn, and pads the rows.
+Only the model and its problems come from bupo. `BuPOTrainer` computes the same losses (a test compares them) for any model,
+loss and number of GPUs, and faster: this file runs all layers although only the lower ones learn, and pads the rows.
 """
 
 import argparse
@@ -28,8 +28,9 @@ EPSILON, DUAL_CLIP, MAX_GRAD_NORM = 0.2, 10.0, 1.0
 def compute_log_probs(model, ids: torch.Tensor, attention_mask: torch.Tensor, layer: int | None) -> torch.Tensor:
     """Compute the log-probs of every next token by the policy of a layer, or by the final layer's policy.
 
-    The policy of layer l is softmax(H^l E_u^T): the residual stream after block l, multiplied by the model's unembedding without the
-    final norm (eq. 7). The last layer is excluded, because transformers returns its state after that norm.
+    The policy of layer l is softmax(H^l E_u^T): the residual stream after block l, multiplied by the model's unembedding
+    without
+    the final norm (eq. 7). The last layer is excluded, because transformers returns its state after that norm.
 
     Args:
         model: the causal LM.
@@ -113,8 +114,8 @@ def sample_rollouts(model, tokenizer, batch: int, seed: int, layer: int | None) 
 def compute_loss(log_probs: torch.Tensor, rollouts: Rollouts, num_tokens: float) -> torch.Tensor:
     """Compute GRPO's clipped loss of some rollouts, divided by `num_tokens`.
 
-    With the log-probs of a layer's policy this is internal policy alignment (eq. 9). With those of the final layer's policy it is GRPO.
-    The dual clip bounds the ratio for negative advantages.
+    With the log-probs of a layer's policy this is internal policy alignment (eq. 9). With those of the final layer's policy it
+    is GRPO. The dual clip bounds the ratio for negative advantages.
 
     Args:
         log_probs (B, T - 1): log-probs of the optimised policy.

@@ -448,7 +448,7 @@ def has_standard_kv_cache(model: PreTrainedModel) -> bool:
 def measure_logit_error(model: PreTrainedModel, share: bool) -> float:
     """Return the largest error of the loop's logits against a forward pass over full sequences, relative to the largest logit.
 
-    The sequences are two prompts with two completions each, two of which are dropped.
+    The sequences are two prompts with two completions each. Two rows are dropped before the last step.
     """
     tokens = make_probe_tokens(model)[0]
     ids = tokens[(torch.arange(8) * torch.tensor([[1], [3], [5], [7]]) + 1) % len(tokens)]

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers by name, with errors that say what to do."""
+"""Loading of models and tokenizers by name, with actionable errors."""
 
 import hashlib
 import importlib.util
@@ -101,7 +101,7 @@ def check_layers_exist(name: str, layers: Mapping[str, int | None], **kwargs) ->
 
     Args:
         name (`str`), kwargs: arguments of [`load_model`].
-        layers (`dict[str, int | None]`): layers by the options that name them. None is not checked.
+        layers (`dict[str, int | None]`): layers by the options that name them. Options set to None are skipped.
 
     Raises:
         UserError: for the first missing layer, or if there is no such model.

@@ -76,8 +76,8 @@ _WORKER_LIBRARIES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", 
 def _grade_integers(answer: str, gold: str) -> Grade | None:
     """Grade an answer without a worker if it and the gold answer are plain integers, else return None.
 
-    None is also returned if math-verify may extract something other than the box: text behind "final answer", which it prefers
-    to an earlier box, and percentages.
+    The function also returns None if math-verify may extract something other than the box: text behind "final answer", which it
+    prefers to an earlier box, and percentages.
     """
     if (
         len(answer) > _MAX_INLINE_LENGTH

@@ -1,4 +1,4 @@
-"""The scorers of reasoning_gym's tasks, many of which have several correct answers.
+"""Grading with the scorers of reasoning_gym's tasks, since many problems have several correct answers.
 
 [`encode_problem_reference`] encodes the task, its options and the index of a problem. The worker process creates the problem
 again,
@@ -46,8 +46,8 @@ def is_correct(problem: str, gold: str, answer: str) -> bool | None:
     """Return whether an answer gets the full score of its task's scorer, or None if the scorer is unreliable.
 
     Partial scores count as wrong. The full score is that of the task's own answer, since some scorers never return 1. A scorer
-    is unreliable if it gives the task's own answer a low score or the question itself a full one. None is also returned if the
-    problem's answer differs from `gold` (another version of reasoning_gym).
+    is unreliable if it gives the task's own answer a low score or the question itself a full one. The result is also None if
+    the problem's answer differs from `gold` (another version of reasoning_gym).
 
     Args:
         problem (`str`): a reference by [`encode_problem_reference`].

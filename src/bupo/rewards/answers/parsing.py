@@ -1,7 +1,7 @@
 """Parser of answers: numbers, expressions, lists, sets, intervals, matrices, equations and formatted texts.
 
 A text is parsed completely or refused: no number is extracted from a text that cannot be parsed. Nothing is evaluated as
-Python. `latex2sympy2_extended` parses expressions, all of whose commands and words must be in a list.
+Python. `latex2sympy2_extended` parses expressions, after all their commands and words were found in a list.
 """
 
 import functools
@@ -409,6 +409,7 @@ def split_top_level(text: str, pattern: re.Pattern) -> tuple[list[str], list[str
 
 
 _COMMA = re.compile(r"[,;]")
+_PLUS_MINUS = re.compile(r"\\[pm]{2}(?![a-zA-Z])")
 
 
 @functools.lru_cache(maxsize=256)
@@ -418,10 +419,6 @@ def parse_value(text: str) -> Any:
     Raises:
         UnreadableAnswer: if the text has no value.
     """
-    return _parse_value_uncached(text)
-
-
-def _parse_value_uncached(text: str) -> Any:
     text = re.sub(r"\\text\{\s*((?:or|and)\s)", r"\\text{ \1", text.strip())
     text = re.sub(r"^\\text\{\s*([^{}]*\d[^{}]*)\}$", r"\1", text)
     if not text or len(text) > 20_000:
@@ -429,7 +426,7 @@ def _parse_value_uncached(text: str) -> Any:
     if (number := parse_number(text)) is not None:
         return number
     text = _THOUSANDS.sub(
-        lambda match: match[0] if _count_open_brackets(text[: match.start()]) else match[0].replace(",", ""), text
+        lambda match: match[0] if _get_bracket_depths(text[: match.start()])[-1] else match[0].replace(",", ""), text
     )
     if family := _parse_integer_family(text):
         return family
@@ -454,16 +451,11 @@ def _parse_value_uncached(text: str) -> Any:
         return _combine_alternatives([parse_value(part.strip()) for part in parts])
     if (group := _parse_bracketed(text)) is not None:
         return group
-    if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
-        if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
+    if signs := _PLUS_MINUS.findall(text):
+        if len(signs) != 1:
             raise UnreadableAnswer
-        return ValueCollection(
-            "list",
-            tuple(
-                parse_value(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip())
-                for sign in "+-"
-            ),
-        )
+        variants = (_PLUS_MINUS.sub(sign, text).strip().removeprefix("+").strip() for sign in "+-")
+        return ValueCollection("list", tuple(parse_value(variant) for variant in variants))
     return parse_quantity(text)
 
 
@@ -498,10 +490,18 @@ _INTEGER_FAMILY = re.compile(
 )
 
 
-def _count_open_brackets(text: str) -> int:
-    return sum(
-        1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text)
-    )
+_BRACKET = re.compile(r"\\langle|\\rangle|[()\[\]{}]")
+
+
+def _get_bracket_depths(text: str) -> list[int]:
+    """Return the number of open brackets at the start of a text and behind each bracket."""
+    steps = (1 if bracket in ("\\langle", "(", "[", "{") else -1 for bracket in _BRACKET.findall(text))
+    return list(itertools.accumulate(steps, initial=0))
+
+
+def _is_balanced(text: str) -> bool:
+    depths = _get_bracket_depths(text)
+    return min(depths) >= 0 and depths[-1] == 0
 
 
 def _parse_integer_family(text: str) -> Any:
@@ -757,15 +757,6 @@ def _get_complement(interval: Interval) -> Any:
     return parts[0] if len(parts) == 1 else IntervalUnion(tuple(parts))
 
 
-def _is_balanced(text: str) -> bool:
-    depth = 0
-    for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text):
-        depth += 1 if sign in ("\\langle", "(", "[", "{") else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
     items = [item.strip() for item in split_top_level(inner, _COMMA)[0]]
     if opening == "\\{" or (opening == "{" and len(items) > 1):
@@ -823,9 +814,7 @@ def _parse_pair(inner: str) -> tuple[Any, Any]:
 
 def _make_interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
     if not isinstance(low, Scalar) or not isinstance(high, Scalar):
-        if low_open and high_open:
-            return ValueCollection("tuple", (low, high))
-        if not low_open and not high_open:
+        if low_open == high_open:
             return ValueCollection("tuple", (low, high))
         raise UnreadableAnswer
     ends = [
@@ -906,6 +895,7 @@ _NUMBER_AND_WORD = re.compile(
     r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL
 )
 _PRIME = r"(?:'|\^\s*\{?\s*\\prime\s*\}?)"
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*")
 _DEGREES_AND_MINUTES = re.compile(rf"(-)?\s*(\d+)\s*\^\\circ\s*(\d+)\s*{_PRIME}(?:\s*(\d+)\s*{_PRIME}\s*{_PRIME})?")
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
@@ -996,8 +986,8 @@ def _parse_quantity_sum(text: str) -> Scalar | None:
     """Parse a sum of quantities such as `2 hours 30 minutes`; None for another text."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     flat = re.sub(r"(\d\s*h(?:rs?|ours?)?\s*,?\s*\d+\s*)m\b", r"\1min", flat)
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", flat)
-    if len(parts) < 2 or re.sub(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", "", flat).strip():
+    parts = _QUANTITY.findall(flat)
+    if len(parts) < 2 or _QUANTITY.sub("", flat).strip():
         return None
     total, bases = Fraction(0), set()
     for digits, word in parts:
