@@ -13,7 +13,7 @@ def blocks_of(model):
 
 
 def hooked_states(model, ids):
-    """H^0..H^L from plain hooks on the blocks, no code of the package."""
+    """Return H^0..H^L from plain hooks on the blocks, without code of the package."""
     states, handles = [], []
     blocks = blocks_of(model)
     handles.append(
@@ -33,7 +33,7 @@ def hooked_states(model, ids):
 
 
 def head_of(model, states):
-    """The unembedding with the scale and softcap of each family, written out by hand."""
+    """Compute logits with the scale and softcap of each family, independently of the package."""
     x = model.get_output_embeddings()(states).double()
     kind = model.config.model_type
     if kind == "granite":
@@ -58,14 +58,14 @@ def test_layer_log_probs_are_those_of_hooked_states(family):
         torch.testing.assert_close(got.double(), chosen, atol=1e-5, rtol=1e-5)
         entropy = -(wanted.exp() * wanted).sum(-1)
         torch.testing.assert_close(policies.layer(layer).entropy(ids).double(), entropy, atol=1e-5, rtol=1e-5)
-    theta = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(policies.language_model.log_probs(ids).double(), theta, atol=1e-5, rtol=1e-5)
+    full = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policies.language_model.log_probs(ids).double(), full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_writes_of_modules_sum_to_the_layer(family):
-    """pi_ATTN and pi_FFN read the parts whose sum, with the layer below, pi_Layer reads."""
+    """The writes of the attention and FFN policies and the layer below add up to the states of the layer policy."""
     model, ids = tiny_model(family), random_ids()
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model)
@@ -140,7 +140,7 @@ def test_padding_on_either_side_changes_nothing(family):
 @pytest.mark.parametrize("kind", ["layer", "attn", "ffn", "language_model"])
 @torch.no_grad()
 def test_generate_samples_the_internal_policy(kind):
-    """Greedy text is the policy's argmax at every step, with and without the cache; samples follow its distribution."""
+    """Greedy tokens are the policy's argmax at every step, with and without the cache; samples follow its distribution."""
     model, ids = tiny_model("qwen3"), random_ids(batch=1, time=6)
     policies = InternalPolicies(model)
     policy = policies.language_model if kind == "language_model" else getattr(policies, kind)(2)
@@ -157,7 +157,7 @@ def test_generate_samples_the_internal_policy(kind):
     assert "forward" not in model.__dict__
 
 
-def test_gradient_reaches_the_layers_below_and_none_above():
+def test_gradients_reach_only_the_layers_up_to_the_policys():
     model, ids = tiny_model("llama"), random_ids()
     InternalPolicies(model).layer(2).log_probs(ids).sum().backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -182,7 +182,7 @@ def test_adapters_are_part_of_the_policy():
 
 
 @pytest.mark.parametrize("layer", [0, -1, 5, "abc", True, 2.0])
-def test_a_layer_that_does_not_exist_is_named(layer):
+def test_a_missing_layer_is_reported(layer):
     policies = InternalPolicies(tiny_model("llama"))
     for make in (policies.layer, policies.attn, policies.ffn):
         with pytest.raises(UserError, match=r"does not exist: .* has layers 1 to 4"):

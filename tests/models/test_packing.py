@@ -365,15 +365,15 @@ def test_prompt_learning_keeps_its_rows(tmp_path):
         config(tmp_path, internal_steps=0, max_steps=1, gradient_checkpointing=False),
         peft_config=peft,
     )
-    asked = []
-    trainer.policy_alignment.packing.over = lambda layout: asked.append(layout)
+    layouts = []
+    trainer.policy_alignment.packing.use_layout = layouts.append
     trainer.train()
-    assert not asked
+    assert not layouts
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_a_rollout_batch_is_scored_once(tmp_path, beta):
-    """In phase 1 the old log-probs of layer and pi_theta come from one pass, and a reference model runs its first layers."""
+    """In phase 1 the old log-probs of the layer and of the full model come from one pass, and a reference model runs its first layers."""
     model = model_of()
     folder = tmp_path / "start"
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M: parity of every layer policy, and text from inside."""
+"""SmolLM2-135M: parity of every layer policy, generation, analysis and evaluation."""
 
 import json
 
@@ -32,12 +32,12 @@ def test_every_layer_policy_is_that_of_the_hooked_states():
         wanted = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         found = policies.layer(layer).log_probs(ids)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # raw logits of hundreds
-    theta = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(policies.language_model.log_probs(ids), theta, atol=1e-4, rtol=1e-4)
+    full = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policies.language_model.log_probs(ids), full, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_generate_from_the_whole_model_is_the_models_own():
+def test_generate_of_the_language_model_policy_is_the_models_own():
     model, tokenizer = real_model("smollm2-135m")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 2 + 3?"}],
@@ -84,7 +84,7 @@ def test_analyze_from_a_cold_start(tmp_path, name):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
 def test_evaluation_of_the_problem_files(tmp_path):
-    """A slice of each file, whole and killed in between, the same; grades are math-verify's, called directly in this process."""
+    """A slice of each file gives the same results with and without a kill; grades are those of math-verify in this process."""
     files = ",".join(str(SHARED / f"{name}.parquet") for name in FILES)
 
     def command(folder):
