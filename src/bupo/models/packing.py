@@ -96,8 +96,13 @@ class PackedLayout:
             completion = [token for token, real in zip(row[width:], mask[width:], strict=True) if real]
             indices = iter((*prompt_spans[prompt], *append(completion, prompt_spans[prompt])))
             token_indices.append([next(indices) if real else 0 for real in mask])
-        tensors = (torch.tensor(values, device=input_ids.device) for values in (ids, positions, token_indices))
-        return cls(*tensors, segments)
+        device = input_ids.device
+        return cls(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(token_indices, device=device),
+            segments,
+        )
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states of the rows, `(B, T, D)`, from those of the packed row, `(N, D)`. Padding gets arbitrary states."""

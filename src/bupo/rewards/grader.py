@@ -160,10 +160,12 @@ class _WorkerProcess:
     def __init__(self):
         self.num_requests = 0
         self.warmed_up_tasks: set[str] = set()
-        isolation: dict[str, Any] = {"env": _get_worker_environment(), "cwd": "/", "start_new_session": True}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        options: dict[str, Any] = {
+            "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL,
+            "env": _get_worker_environment(), "cwd": "/", "start_new_session": True,
+        }  # fmt: skip
         try:
-            self.process = subprocess.Popen(_get_worker_command(), **pipes, **isolation)
+            self.process = subprocess.Popen(_get_worker_command(), **options)
         except OSError as error:  # no memory, or too many processes
             raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
