@@ -81,20 +81,20 @@ KINDS = ("function", "partial", "object", "staticmethod", "classmethod", "partia
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_generate_on_the_class_gets_its_own_arguments(kind, monkeypatch):
     model, calls, ids = tiny_model("qwen3"), [], random_ids(2, 6)
-    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
     monkeypatch.setattr(Qwen3ForCausalLM, "generate", replaced(kind, model, calls), raising=False)
     assert torch.equal(
         model.generate(ids, max_new_tokens=3, do_sample=False)
         if kind != "short"
         else model.generate(ids, max_new_tokens=3),
-        wanted,
+        expected,
     )
     calls.clear()
     kwargs: dict[str, Any] = {} if kind == "short" else {"do_sample": False}
     model.generation_config.do_sample = False
-    assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), wanted)
+    assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), expected)
     with fast_generate(model):
-        assert torch.equal(model.generate(ids, max_new_tokens=3, **kwargs), wanted)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, **kwargs), expected)
     assert len(calls) == 2 and "generate" not in vars(model)
 
 
@@ -116,7 +116,7 @@ def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
     model, ids = tiny_model("qwen3"), random_ids(2, 6)
     real = Qwen3ForCausalLM.forward
     before = list(inspect.signature(model.forward).parameters)
-    wanted = InternalPolicies(model).layer(2).generate(ids, max_new_tokens=2, do_sample=False)
+    expected = InternalPolicies(model).layer(2).generate(ids, max_new_tokens=2, do_sample=False)
     bound = real.__get__(model)
 
     class Callable_:
@@ -132,7 +132,7 @@ def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
     policies = InternalPolicies(model)
     with policies.layer(2).override_forward():
         assert list(inspect.signature(model.forward).parameters) == before
-    assert torch.equal(policies.layer(2).generate(ids, max_new_tokens=2, do_sample=False), wanted)
+    assert torch.equal(policies.layer(2).generate(ids, max_new_tokens=2, do_sample=False), expected)
 
 
 def model_by_config(kind, **changes):

@@ -145,13 +145,13 @@ def test_logits_are_those_of_whole_sequences(family, share):
     mask_after = torch.cat([mask, torch.ones_like(written)], 1)
     positions = (mask_after.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), share_prompt_cache():
-        wanted = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
+        expected = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
         decoder = IncrementalDecoder(
             model, inputs["input_ids"], positions[:, :9], mask, share=share and can_share_prompts(model)
         )
         rows = torch.arange(6)
         for step in range(6):
-            torch.testing.assert_close(decoder.logits, wanted[rows, 8 + step], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(decoder.logits, expected[rows, 8 + step], rtol=1e-5, atol=1e-5)
             if step == 3:
                 decoder.select_rows(torch.tensor([1, 2, 5]))
                 rows = rows[[1, 2, 5]]
@@ -193,9 +193,11 @@ def test_a_prompts_keys_and_values_are_kept_once():
 def test_exponential_numbers_are_torchs():
     for rows in ([0, 1, 2, 3], [1, 3]):
         torch.manual_seed(4)
-        wanted, after = torch.empty(4, 700).exponential_()[rows], torch.rand(1)
+        expected, after = torch.empty(4, 700).exponential_()[rows], torch.rand(1)
         torch.manual_seed(4)
-        assert torch.equal(sample_exponential(4, 700, torch.tensor(rows)), wanted) and torch.equal(torch.rand(1), after)
+        assert torch.equal(sample_exponential(4, 700, torch.tensor(rows)), expected) and torch.equal(
+            torch.rand(1), after
+        )
 
 
 def test_a_large_unembedding_is_the_same_in_blocks(looped):
@@ -223,11 +225,11 @@ def test_a_large_unembedding_is_the_same_in_blocks(looped):
 def test_other_options_use_generates_loop(option, looped):
     model = tiny_model("qwen3")
     torch.manual_seed(0)
-    wanted = model.generate(**prompts(2), generation_config=options(8, **option))
+    expected = model.generate(**prompts(2), generation_config=options(8, **option))
     torch.manual_seed(0)
     found = generate(model, **prompts(2), generation_config=options(8, **option))
     assert not looped
-    tokens = [out if isinstance(out, torch.Tensor) else out["sequences"] for out in (wanted, found)]
+    tokens = [out if isinstance(out, torch.Tensor) else out["sequences"] for out in (expected, found)]
     assert torch.equal(*tokens)
 
 
@@ -254,9 +256,9 @@ def test_the_logits_are_verified_for_each_state_of_the_model(looped):
     assert supports_fast_generate(model)
     model.set_attn_implementation("eager")
     torch.manual_seed(0)
-    wanted = model.generate(**prompts(4), generation_config=options(8))
+    expected = model.generate(**prompts(4), generation_config=options(8))
     torch.manual_seed(0)
-    assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), wanted)
+    assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), expected)
     assert not supports_fast_generate(model.to(torch.bfloat16))
 
 
@@ -348,9 +350,9 @@ def test_the_cache_is_passed_by_the_models_name_for_it(name):
     ids, positions = random_ids(2, 9), torch.arange(9).expand(2, -1)
     with torch.no_grad():
         decoder = IncrementalDecoder(model, ids[:, :8], positions[:, :8])
-        wanted = tiny_model("qwen3")(ids, use_cache=False).logits
-        torch.testing.assert_close(decoder.logits, wanted[:, 7], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(decoder.step(ids[:, 8]), wanted[:, 8], rtol=1e-5, atol=1e-5)
+        expected = tiny_model("qwen3")(ids, use_cache=False).logits
+        torch.testing.assert_close(decoder.logits, expected[:, 7], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder.step(ids[:, 8]), expected[:, 8], rtol=1e-5, atol=1e-5)
     assert len(decoder.cache.layers) == 4 and decoder.cache.get_seq_length() == 9
     assert supports_fast_generate(model)
 
@@ -419,10 +421,10 @@ def test_a_failing_loop_is_reported_once_for_a_model_that_it_should_support(loop
 
 def test_fast_generate_replaces_the_models_generate(looped):
     model = tiny_model("qwen3")
-    wanted = model.generate(**prompts(2), generation_config=options())
+    expected = model.generate(**prompts(2), generation_config=options())
     assert not looped
     with fast_generate(model):
-        assert torch.equal(model.generate(**prompts(2), generation_config=options()), wanted)
+        assert torch.equal(model.generate(**prompts(2), generation_config=options()), expected)
         assert torch.equal(
             model.generate(random_ids(2, 9), options()), type(model).generate(model, random_ids(2, 9), options())
         )
@@ -436,10 +438,10 @@ def test_an_adapter_is_sampled_with_unless_it_is_a_prompt(looped):
     lora = get_peft_model(tiny_model("qwen3"), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
     for model, loops in ((lora, 1), (get_peft_model(tiny_model("qwen3"), PROMPT), 1)):
         torch.manual_seed(1)
-        wanted = model.generate(**prompts(2), generation_config=options(8, do_sample=True))
+        expected = model.generate(**prompts(2), generation_config=options(8, do_sample=True))
         torch.manual_seed(1)
         with fast_generate(model):
-            assert torch.equal(model.generate(**prompts(2), generation_config=options(8, do_sample=True)), wanted)
+            assert torch.equal(model.generate(**prompts(2), generation_config=options(8, do_sample=True)), expected)
         assert len(looped) == loops
 
 

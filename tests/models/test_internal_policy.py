@@ -52,11 +52,11 @@ def test_layer_log_probs_are_those_of_hooked_states(family):
     states, logits = hooked_states(model, ids)
     policies = InternalPolicies(model)
     for layer in range(1, policies.num_layers + 1):
-        wanted = head_of(model, states[layer]).log_softmax(-1)
+        expected = head_of(model, states[layer]).log_softmax(-1)
         got = policies.layer(layer).log_probs(ids)
-        chosen = wanted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        chosen = expected[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(got.double(), chosen, atol=1e-5, rtol=1e-5)
-        entropy = -(wanted.exp() * wanted).sum(-1)
+        entropy = -(expected.exp() * expected).sum(-1)
         torch.testing.assert_close(policies.layer(layer).entropy(ids).double(), entropy, atol=1e-5, rtol=1e-5)
     full = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(policies.language_model.log_probs(ids).double(), full, atol=1e-5, rtol=1e-5)
@@ -96,10 +96,10 @@ def test_final_norm_lens_and_temperature():
     model, ids = tiny_model("qwen3"), random_ids()
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model, lens="final_norm", temperature=0.7)
-    wanted = (head_of(model, model.model.norm(states[2])) / 0.7).log_softmax(-1)
-    torch.testing.assert_close(policies.layer(2).logits(ids).double().log_softmax(-1), wanted, atol=1e-5, rtol=1e-5)
+    expected = (head_of(model, model.model.norm(states[2])) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(policies.layer(2).logits(ids).double().log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        policies.layer(2).entropy(ids).double(), -(wanted.exp() * wanted).sum(-1), atol=1e-5, rtol=1e-5
+        policies.layer(2).entropy(ids).double(), -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5
     )
     # the last layer through the final norm is the language model policy
     torch.testing.assert_close(policies.layer(4).log_probs(ids), policies.language_model.log_probs(ids))
@@ -110,13 +110,13 @@ def test_kl_against_torch():
     model, ids = tiny_model("llama"), random_ids()
     policies = InternalPolicies(model)
     p, q = policies.layer(1), policies.language_model
-    wanted = torch.nn.functional.kl_div(
+    expected = torch.nn.functional.kl_div(
         q.logits(ids).double().log_softmax(-1),
         p.logits(ids).double().log_softmax(-1),
         log_target=True,
         reduction="none",
     ).sum(-1)
-    torch.testing.assert_close(p.kl(q, ids).double(), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(p.kl(q, ids).double(), expected, atol=1e-5, rtol=1e-4)
     assert p.kl(p, ids).abs().max() < 1e-6
     with pytest.raises(UserError, match="another model"):
         p.kl(InternalPolicies(tiny_model("qwen3")).layer(1), ids)
@@ -175,8 +175,8 @@ def test_adapters_are_part_of_the_policy():
     after = policies.layer(2).log_probs(ids)
     assert not torch.allclose(before, after, atol=1e-3)
     states, _ = hooked_states(wrapped.get_base_model(), ids)
-    wanted = head_of(model, states[2]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(after.double(), wanted, atol=1e-5, rtol=1e-5)
+    expected = head_of(model, states[2]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(after.double(), expected, atol=1e-5, rtol=1e-5)
     with wrapped.disable_adapter():
         torch.testing.assert_close(policies.layer(2).log_probs(ids), before)
 

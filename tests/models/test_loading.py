@@ -202,12 +202,12 @@ def test_a_complete_adapter_is_loaded(kind, tmp_path, recwarn):
         for name, x in adapted.state_dict().items()
         if ".original_module" not in name
     }
-    for name, wanted in saved.items():
+    for name, expected in saved.items():
         if kind == "prompt":
-            assert torch.equal(adapted.prompt_encoder["default"].embedding.weight, wanted)
+            assert torch.equal(adapted.prompt_encoder["default"].embedding.weight, expected)
         else:
             found = next(x for key, x in values.items() if key.removesuffix(".weight") == name.removesuffix(".weight"))
-            assert torch.equal(found.view_as(wanted), wanted), name
+            assert torch.equal(found.view_as(expected), expected), name
 
 
 def renamed(tensors):
@@ -320,9 +320,9 @@ def test_calls_from_python_refuse(wrong, tmp_path):
 def test_a_trainer_loads_a_model_by_name(tmp_path):
     """TRL loads the reference model by the same name."""
     trainer = BuPOTrainer(str(MODEL), lambda **columns: [], arguments_of(tmp_path, beta=0.1), train_dataset=ROWS)
-    wanted = load_file(MODEL / "model.safetensors")
+    expected = load_file(MODEL / "model.safetensors")
     for model in (trainer.model, trainer.ref_model):
-        for name, values in wanted.items():
+        for name, values in expected.items():
             assert torch.equal(model.state_dict()[name].cpu(), values)
 
 

@@ -81,10 +81,10 @@ def test_scores_and_gradients_are_those_of_the_kept_entries(writing, places, til
 
     theirs = [x.double().clone().requires_grad_() for x in (hidden, weight[entries], bias[entries])]
     log_p = ((theirs[0] @ theirs[1].t() + theirs[2]) / temperature).log_softmax(-1)
-    wanted = log_p.gather(1, columns[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    (wanted[0].sum() + 0.3 * wanted[1].sum()).backward()
-    torch.testing.assert_close(got.log_probs.double(), wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), wanted[1], rtol=1e-5, atol=1e-5)
+    expected = log_p.gather(1, columns[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    (expected[0].sum() + 0.3 * expected[1].sum()).backward()
+    torch.testing.assert_close(got.log_probs.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy.double(), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine[0].grad.double(), theirs[0].grad, rtol=1e-4, atol=1e-5)
     for gradient, reference in zip((mine[1].grad, mine[2].grad), (theirs[1].grad, theirs[2].grad), strict=True):
         torch.testing.assert_close(gradient[entries].double(), reference, rtol=1e-4, atol=1e-5)
@@ -154,8 +154,8 @@ def test_an_analysis_is_that_of_the_kept_entries(writing, places, tile, lens, mo
     stream = ResidualStream(model)
     for pairs in (False, True):
         for rollout, found in zip(ROLLOUTS, measure_completions(stream, ROLLOUTS, lens=lens, pairs=pairs), strict=True):
-            wanted, kl, entropy = naive(model, entries, *rollout, lens)
-            for name, values in wanted.items():
+            expected, kl, entropy = naive(model, entries, *rollout, lens)
+            for name, values in expected.items():
                 mine = found.values[name][: len(values)]
                 np.testing.assert_allclose(mine, values.numpy(), rtol=2e-4, atol=5e-5, err_msg=name)
             np.testing.assert_allclose(found.entropy, entropy.numpy(), rtol=2e-4, atol=5e-5)
@@ -171,18 +171,18 @@ def test_policies_of_a_masked_model(writing):
     model = with_bias(tiny_model("qwen2"), bias_of(writing, MASKED_ENTRIES["many"]))
     policies = InternalPolicies(model)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    wanted, kl, _ = naive(model, entries, [5], [6, 7, 8, 9, 10], "raw")
+    expected, kl, _ = naive(model, entries, [5], [6, 7, 8, 9, 10], "raw")
     with torch.no_grad():
         mine = policies.layer(2).kl(policies.layer(3), ids)[0, :-1]
         entropy = policies.layer(2).entropy(ids)[0, :-1]
     np.testing.assert_allclose(mine.sum(), kl[1, 2], rtol=1e-4)
-    np.testing.assert_allclose(entropy, wanted["entropy_layer"][1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected["entropy_layer"][1], rtol=1e-4, atol=1e-5)
     policies.layer(2).kl(policies.language_model, ids).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.model.layers.parameters() if p.grad is not None)
     sampled = policies.layer(2).generate(ids, max_new_tokens=40, pad_token_id=0)[0, 6:].tolist()
     assert sampled and set(sampled) <= set(entries)
     view = get_top_tokens(policies, Ids(), [5], [6, 7, 8, 9, 10], top=97)
-    np.testing.assert_allclose(view["entropy"], wanted["entropy_layer"], atol=2e-3)
+    np.testing.assert_allclose(view["entropy"], expected["entropy_layer"], atol=2e-3)
     assert all(p == 0 for cell in view["top"][0] for token, p in cell if int(token) not in entries)
 
 

@@ -275,9 +275,9 @@ def test_flex_attention_by_blocks_is_attention_by_buckets():
     query = torch.randn(1, 4, len(layout.ids), 16, generator=generator)
     key, value = (torch.randn(1, 2, len(layout.ids), 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        wanted, _ = packed_attention_forward(block, query, key, value, segments, scaling=0.25)
+        expected, _ = packed_attention_forward(block, query, key, value, segments, scaling=0.25)
         found, _ = packed_attention_forward(block, query, key, value, blocks, scaling=0.25)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
@@ -339,10 +339,10 @@ def test_a_run_is_that_of_unpacked_rows(tmp_path, run, monkeypatch):
     (mine, log), (theirs, other) = (trained(tmp_path / str(x), x, monkeypatch, **RUNS[run]) for x in (True, False))
     for name, parameter in mine.items():
         torch.testing.assert_close(parameter, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
-    for row, wanted in zip(log[:-1], other[:-1], strict=True):
-        assert row.keys() == wanted.keys()
+    for row, expected in zip(log[:-1], other[:-1], strict=True):
+        assert row.keys() == expected.keys()
         for name in ("loss", "reward", "completions/mean_length", "phase"):
-            assert row.get(name) == pytest.approx(wanted.get(name), abs=1e-4), name
+            assert row.get(name) == pytest.approx(expected.get(name), abs=1e-4), name
 
 
 @pytest.mark.slow

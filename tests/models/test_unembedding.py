@@ -44,20 +44,20 @@ def heads(draw):
 @given(heads())
 def test_full_tiled_scored_and_streamed_logits_are_the_naive_ones(problem):
     hidden, head, targets, size = problem
-    wanted = naive(hidden, head)
+    expected = naive(hidden, head)
     near: dict = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 logits near 100
     whole = head.logits(hidden)
     assert whole.dtype == torch.promote_types(hidden.dtype, torch.float32)
-    torch.testing.assert_close(whole.double(), wanted, **near)
+    torch.testing.assert_close(whole.double(), expected, **near)
     tiles = [slice(start, start + size) for start in range(0, head.weight.size(0), size)]
     tiled = torch.cat([head.slice_vocab(columns).logits(hidden) for columns in tiles], dim=1)
-    torch.testing.assert_close(tiled.double(), wanted, **near)
+    torch.testing.assert_close(tiled.double(), expected, **near)
     states, out = hidden.to(head.state_dtype), torch.empty_like(whole)
     for columns in tiles:  # like the analysis
         tile = head.slice_vocab(columns, head.state_dtype)
         assert tile.logits(states, out[:, columns]).data_ptr() == out[:, columns].data_ptr()
-    torch.testing.assert_close(out.double(), wanted, **near)
-    log_p = wanted.log_softmax(-1)
+    torch.testing.assert_close(out.double(), expected, **near)
+    log_p = expected.log_softmax(-1)
     chosen, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     scores = score_states(hidden, head, targets)
     fold = StreamedPolicies([states], spoken=1, pairs=False)

@@ -42,11 +42,11 @@ WERE_REFUSED = [
 
 
 def test_earlier_mistakes_are_corrected(grader):
-    for pairs, wanted in ((WERE_PAID, False), (WERE_REFUSED, True)):
+    for pairs, expected in ((WERE_PAID, False), (WERE_REFUSED, True)):
         golds, answers = zip(*pairs, strict=True)
         verdicts = grader.grade([f"So it is $\\boxed{{{answer}}}$." for answer in answers], golds)
         paid = [verdict == "correct" for verdict in verdicts]
-        assert [pair for pair, pays in zip(pairs, paid, strict=True) if pays != wanted] == []
+        assert [pair for pair, pays in zip(pairs, paid, strict=True) if pays != expected] == []
 
 
 @pytest.mark.parametrize(
@@ -261,11 +261,11 @@ FINAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("completion", "wanted"), FINAL)
-def test_the_final_answer(completion, wanted):
+@pytest.mark.parametrize(("completion", "expected"), FINAL)
+def test_the_final_answer(completion, expected):
     text, reason = extract_final_answer(completion)
-    assert (text is None) == (wanted is None) and (text is None) == (reason is not None)
-    assert wanted is None or normalize_notation(text) == normalize_notation(wanted)
+    assert (text is None) == (expected is None) and (text is None) == (reason is not None)
+    assert expected is None or normalize_notation(text) == normalize_notation(expected)
 
 
 @pytest.mark.parametrize(

@@ -317,16 +317,16 @@ def generate(model: PreTrainedModel, *args: Any, seeded: SeededSampler | None = 
         args, kwargs: arguments of `generate`.
         seeded ([`SeededSampler`], *optional*): chooses the tokens instead of `generate`'s own sampling.
     """
-    plain = get_class_method(model, "generate")
+    original = get_class_method(model, "generate")
     arguments = {name for name, value in kwargs.items() if value is not None}
     if (
         not (arguments & UNSUPPORTED_GENERATE_ARGUMENTS or len(args) > MAX_POSITIONAL_ARGUMENTS)
-        and has_custom_generate_parameter(plain)
+        and has_custom_generate_parameter(original)
         and supports_fast_generate(model, seeded is not None)
     ):
         select_tokens = seeded.select_tokens if seeded else None
         try:
-            return plain(
+            return original(
                 *args, **kwargs, custom_generate=functools.partial(run_decoding_loop, select_tokens=select_tokens)
             )
         except UnsupportedGeneration as reason:
@@ -339,13 +339,13 @@ def generate(model: PreTrainedModel, *args: Any, seeded: SeededSampler | None = 
         kwargs["logits_processor"] = LogitsProcessorList([seeded])
     if is_fsdp2_sharded(model):  # processes must run the same number of steps, since each needs the others' shards
         kwargs.setdefault("synced_gpus", True)
-    return plain(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
-def has_custom_generate_parameter(plain: Callable[..., Any]) -> bool:
+def has_custom_generate_parameter(original: Callable[..., Any]) -> bool:
     """Return whether a `generate` method takes `custom_generate`. A method that a user or library wrote may not."""
     try:
-        parameters = inspect.signature(plain, follow_wrapped=False).parameters
+        parameters = inspect.signature(original, follow_wrapped=False).parameters
     except (TypeError, ValueError):
         return False
     return "custom_generate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
