@@ -69,11 +69,11 @@ def test_losses_and_weights_are_the_trainers(tmp_path, example, internal_steps):
     trainer = trainer_of(tmp_path, internal_steps)
     inputs, losses = inputs_of(trainer), []
 
-    def kept(model, part, inner=trainer.loss):
+    def kept(model, part, inner=trainer.compute_micro_batch_loss):
         losses.append(inner(model, part))
         return losses[-1]
 
-    trainer.loss = kept
+    trainer.compute_micro_batch_loss = kept
     trainer.train()
     model = load_model("embedded").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=trainer.args.weight_decay)
