@@ -1,4 +1,4 @@
-"""Folders of the embedded model with one thing wrong in each, and the words that the line of complaint must hold."""
+"""Copies of the embedded model with one error each, and parts of the error message."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ class Damage(NamedTuple):
     """A damaged model.
 
     Attributes:
-        make (`Callable`): changes a whole model's folder.
-        says (`tuple[str, ...]`): parts of the complaint.
+        make (`Callable`): damages the folder of an intact model.
+        says (`tuple[str, ...]`): parts of the error message.
     """
 
     make: Callable[[Path], Any]
@@ -28,7 +28,7 @@ class Damage(NamedTuple):
 
 
 def weights(change: Callable[[Tensors], Tensors | None]) -> Callable[[Path], None]:
-    """Change the tensors, in place or into what is returned."""
+    """Change the tensors, in place or to those that `change` returns."""
 
     def make(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -43,8 +43,8 @@ def settings(file: str, **changes: Any) -> Callable[[Path], None]:
     """Change entries of a JSON file."""
 
     def make(folder: Path) -> None:
-        found = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({**found, **changes}))
+        entries = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**entries, **changes}))
 
     return make
 
@@ -63,12 +63,12 @@ def entry(tensor: str, value: float, place: int = 5) -> Callable[[Path], None]:
 
 
 def layers(count: int) -> Callable[[Path], None]:
-    """Name another number of layers in the configuration."""
+    """Change the number of layers in the configuration."""
     return settings("config.json", num_hidden_layers=count, layer_types=["full_attention"] * count)
 
 
 def sharded(dropped: str | None = None, file: str | None = None) -> Callable[[Path], None]:
-    """Two files with an index; a tensor is in neither, or a file is missing from the index."""
+    """Split the weights into two files with an index, without a tensor, or without a file in the index."""
 
     def make(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -87,12 +87,12 @@ def sharded(dropped: str | None = None, file: str | None = None) -> Callable[[Pa
 
 
 def without(*endings: str) -> Callable[[Path], None]:
-    """Leave out tensors whose names end so."""
+    """Remove the tensors whose names have one of these endings."""
     return weights(lambda tensors: {name: x for name, x in tensors.items() if not name.endswith(endings)})
 
 
 def no_tokenizer(model_type: str) -> Callable[[Path], None]:
-    """No tokenizer's files, and a configuration of another type, whose tokenizer transformers makes of nothing."""
+    """Remove the tokenizer files and set a model type for which transformers builds a tokenizer without files."""
 
     def make(folder: Path) -> None:
         for path in folder.glob("tokenizer*"):
@@ -103,7 +103,7 @@ def no_tokenizer(model_type: str) -> Callable[[Path], None]:
 
 
 def more_tokens(*tokens: str, special: bool = False) -> Callable[[Path], None]:
-    """A tokenizer that has got tokens which the model has not."""
+    """Add tokens to the tokenizer, but not to the model."""
 
     def make(folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -116,14 +116,14 @@ def more_tokens(*tokens: str, special: bool = False) -> Callable[[Path], None]:
 
 
 def words_only(folder: Path) -> None:
-    """A tokenizer of two words and no token for others, which fails on those."""
+    """Write a tokenizer of two words that fails on all other text."""
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1})).save(str(folder / "tokenizer.json"))
 
 
 def pickled(dtype: torch.dtype) -> Callable[[Path], None]:
-    """Weights as `torch.save` writes them, of a type."""
+    """Store the weights as a dtype with `torch.save`."""
 
     def make(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -149,7 +149,7 @@ def generation(says: str, **changes: Any) -> Damage:
 
 
 LACK, HOLD = "its files lack", "its files hold"
-# one of each kind: of the weights
+# damaged weights, one of each kind
 WEIGHTS_WRONG = {
     "a tensor is missing": Damage(without(UP), (LACK, "1 of the 91 tensors", UP)),
     "a norm is missing": Damage(without("model.norm.weight"), (LACK, "model.norm.weight")),
@@ -203,7 +203,7 @@ WEIGHTS_WRONG = {
     "one of uint8": Damage(only(UP, torch.uint8), (UP, "is stored as U8")),
     "bool": Damage(as_type(torch.bool), ("is stored as BOOL",)),
 }
-# of what generation_config.json says
+# damaged generation_config.json
 GENERATION_WRONG = {
     "text as the end": generation("eos_token_id must be a token's id", eos_token_id="<|im_end|>"),
     "text among the ends": generation("eos_token_id must be a token's id", eos_token_id=[1, "2"]),
@@ -231,7 +231,7 @@ GENERATION_WRONG = {
     ),
     "deep": Damage(text("generation_config.json", "[" * 100_000), ("it is no JSON",)),
 }
-# of the tokenizer
+# damaged tokenizers
 TOKENIZER_WRONG = {
     "no files, Gemma's type": Damage(no_tokenizer("gemma3_text"), ("GemmaTokenizer", "tokenizer.json")),
     "no files, Qwen's type": Damage(no_tokenizer("qwen2"), ("has no tokenizer", "vocab.json", "merges.txt")),
@@ -253,7 +253,7 @@ TOKENIZER_WRONG = {
 
 
 def damaged(damage: Damage, folder: Path) -> Path:
-    """A new folder of the embedded model, damaged."""
+    """Create a damaged copy of the embedded model."""
     shutil.copytree(MODEL, folder)
     damage.make(folder)
     return folder

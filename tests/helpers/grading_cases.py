@@ -1,4 +1,4 @@
-"""Answers with the verdict that a mathematician would give: (answer, gold answer, verdict)."""
+"""Answers with the verdict of a mathematician: (answer, gold answer, verdict)."""
 
 C, W, U, N = "correct", "wrong", "unevaluated", "unparsable"
 
@@ -118,7 +118,7 @@ TEXT_AROUND = [
     ("\\boxed", "39", N),
 ]
 
-# a single fraction, a decimal, a power, a root … is a number, however it is written
+# a single fraction, decimal, power, root … is a number in any form
 NUMBERS_IN_OTHER_FORMS = boxed(
     ("\\frac{84}{2}", "42", C), ("84/2", "42", C), ("84 / 2", "42", C), ("\\dfrac{84}{2}", "42", C), ("{84}/{2}", "42", C), ("\\frac{42}{1}", "42", C), ("\\frac{8}{2}", "4", C),
     ("-\\frac{84}{2}", "-42", C), ("\\frac{-84}{2}", "-42", C), ("\\frac{84}{-2}", "-42", C), ("x = 84/2", "42", C), ("\\frac{84}{2} \\text{ cm}", "42", C), ("\\frac{84}{3}", "42", W),
@@ -128,14 +128,14 @@ NUMBERS_IN_OTHER_FORMS = boxed(
     ("6 \\cdot 7 = 42", "42", C), ("84/2 = 42", "42", C), ("\\int_0^1 x dx = \\frac{1}{2}", "\\frac{1}{2}", C), ("\\sum_{n=1}^{\\infty} 2^{-n}", "\\sum_{n=1}^{\\infty} 2^{-n}", C),
 )  # fmt: skip
 
-# the question again: an operation that nobody has carried out
+# answers that are not worked out
 LEFT_TO_DO = boxed(
     ("4 + 7", "11", U), ("5 - 9", "-4", U), ("2 \\cdot 3", "6", U), ("2 \\times 3", "6", U), ("6*7", "42", U), ("4 + 8", "11", W), ("-(4+7)", "-11", U), ("42 + 0", "42", U),
     ("42 \\times 1", "42", U), ("x = 4 + 7", "11", U), ("0.42 \\times 100", "42", U), ("6 \\cdot 7 \\cdot 10^0", "42", U),
     ("10/5+3", "5", U), ("\\frac{10+5}{3}", "5", U), ("\\frac{6 \\cdot 7}{1}", "42", U), ("\\frac{168}{2 \\cdot 2}", "42", U), ("8/2*3", "12", U), ("2 + 1/2", "2.5", U),  # a fraction, and more
-    ("84 \\div 2", "42", U), ("84 ÷ 2", "42", U),  # a sign that asks to divide writes no fraction
+    ("84 \\div 2", "42", U), ("84 ÷ 2", "42", U),  # a division sign is not a fraction bar
     ("8/2/2", "2", U), ("\\frac{\\frac{1}{2}}{3}", "\\frac{1}{6}", U), ("\\frac{1}{2}+\\frac{1}{3}", "\\frac{5}{6}", U), ("7 \\cdot \\frac{1}{2}", "3.5", U),  # fractions of fractions
-    ("2^3 \\cdot 5", "40", U), ("2^3 + 2", "10", U), ("2 \\cdot 10^2 + 1", "201", U), ("2^{5+5}", "1024", U), ("(4+1)!", "120", U),  # powers stand for themselves, not for what is done with them
+    ("2^3 \\cdot 5", "40", U), ("2^3 + 2", "10", U), ("2 \\cdot 10^2 + 1", "201", U), ("2^{5+5}", "1024", U), ("(4+1)!", "120", U),  # powers are numbers, operations on them are not
     ("2 + \\sqrt{9}", "5", U), ("\\sqrt{4+5}", "3", U), ("|4-7|", "3", U), ("\\log_2 8 + 1", "4", U), ("\\log_2 8", "3", U),
     ("\\sum_{n=1}^{3} n", "6", U), ("\\int_0^1 2x dx", "1", U), ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1", U), ("\\int_0^x 2t dt", "x^2", U),
 )  # fmt: skip
@@ -144,10 +144,10 @@ CASES = [
     *NUMBERS, *FRACTIONS, *ROOTS_AND_CONSTANTS, *EXPRESSIONS, *SETS_AND_TUPLES, *MATRICES, *UNITS_AND_TEXT, *TEXT_AROUND, *NUMBERS_IN_OTHER_FORMS, *LEFT_TO_DO,
 ]  # fmt: skip
 
-# where the strict verdict is another than a mathematician's
+# differences of the strict verdict from the mathematician's
 DIFFERENT: dict[tuple[str, str], str] = {}
 
-# why math-verify's own verdict is another than the strict one, by an answer's text; docs/evaluation.md counts them
+# answers for which math-verify's verdict differs from the strict one, by reason; docs/evaluation.md counts them
 DIFFERENCES = {
     "an operation is left to do": tuple(answer for answer, _, verdict in LEFT_TO_DO if verdict == U),
     "a number's spelling: thin space, recurring decimal, exponent, mixed percentage, odd root, `½`, `√`, full-width digits": (

@@ -1,4 +1,4 @@
-"""Gold answers and boxed answers with the verdict that a person would give: `gold | answer | C` (right) or `W` (wrong)."""
+"""Pairs of gold and boxed answers with a person's verdict: `gold | answer | C` (correct) or `W` (wrong)."""
 
 PAIRS = r"""
 10^{-31} | 10^{-30} | W
@@ -677,7 +677,7 @@ A | \text{ and } | W
 5 | \pmod{7} | W
 """
 
-# right answers that are refused: equations solved for another letter, and a formula without its subscript
+# correct answers that are refused, such as equations solved for another letter
 REFUSED = r"""
 xy=1 | y=\frac1x | C
 F=ma | a=\frac{F}{m} | C
@@ -687,6 +687,6 @@ FF | ff | C
 
 
 def rows(table: str) -> list[tuple[str, str, bool]]:
-    """Return the gold answer, the answer and whether it is right, of each line."""
+    """Return the gold answer, the answer and whether it is correct, for each line."""
     split = [line.rsplit(" | ", 1) for line in table.strip().splitlines()]
     return [(*pair.split(" | ", 1), verdict == "C") for pair, verdict in split]  # type: ignore[misc]

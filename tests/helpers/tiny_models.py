@@ -28,7 +28,7 @@ GPT2 = {
     "eos_token_id": 2,
 }
 
-# model type and what its config adds to SIZES
+# config entries by model type, in addition to SIZES
 FAMILY_CONFIGS: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -71,18 +71,20 @@ FAMILIES = list(FAMILY_CONFIGS)
 
 
 def tiny_model(family: str, dtype=torch.float32, seed=0, **changes):
-    """A model of the family with random weights, in evaluation mode."""
+    """Build a model of the family with random weights, in evaluation mode."""
     kind = family.split("-")[0]
     sizes = GPT2 if kind == "gpt2" else {**SIZES, **FAMILY_CONFIGS.get(family, {})}
     config = AutoConfig.for_model(kind, **{**sizes, **changes})
     torch.manual_seed(seed)
-    eager = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # grouped products know no fp64
+    eager = (
+        {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    )  # grouped matrix products do not support fp64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and "norm" in name:  # so that a forgotten norm weight shows
+            if parameter.dim() == 1 and "norm" in name:  # so that tests detect a forgotten norm weight
                 parameter.add_(0.3 * torch.randn_like(parameter))
-            elif parameter.dim() > 1:  # larger than the usual 0.02, so that writes and states are of one size
+            elif parameter.dim() > 1:  # larger than the usual 0.02, so that writes and states have similar sizes
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
     return model.eval()
 

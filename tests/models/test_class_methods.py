@@ -1,4 +1,4 @@
-"""Methods that were replaced on a model's class are called as Python calls them, and models that TRL cannot score are refused."""
+"""Methods that were replaced on a model's class are bound like Python binds them; models that TRL cannot score are refused."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ ORIGINAL = GenerationMixin.generate
 
 
 class Recorder:
-    """A callable object, which is no descriptor: it gets no model."""
+    """A callable object. It is not a descriptor, so it is not bound to the model."""
 
     def __init__(self, model):
         self.model, self.calls = model, []
@@ -29,7 +29,7 @@ class Recorder:
 
 
 def short(calls, model):
-    """A `generate` that takes nothing but what is its own."""
+    """Return a `generate` with few arguments."""
 
     def generate(inputs=None, generation_config=None, input_ids=None, attention_mask=None, max_new_tokens=None):
         calls.append(1)
@@ -46,7 +46,7 @@ def short(calls, model):
 
 
 def replaced(kind, model, calls):
-    """`generate` as somebody may have put it on the class; each call is noted."""
+    """Return a replacement of `generate` for the class that records its calls."""
 
     def plain(*args, **kwargs):
         calls.append(args)
@@ -81,26 +81,26 @@ KINDS = ("function", "partial", "object", "staticmethod", "classmethod", "partia
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_generate_on_the_class_gets_its_own_arguments(kind, monkeypatch):
     model, calls, ids = tiny_model("qwen3"), [], random_ids(2, 6)
-    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
     monkeypatch.setattr(Qwen3ForCausalLM, "generate", replaced(kind, model, calls), raising=False)
     assert torch.equal(
         model.generate(ids, max_new_tokens=3, do_sample=False)
         if kind != "short"
         else model.generate(ids, max_new_tokens=3),
-        wanted,
+        expected,
     )
     calls.clear()
     kwargs: dict[str, Any] = {} if kind == "short" else {"do_sample": False}
     model.generation_config.do_sample = False
-    assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), wanted)
+    assert torch.equal(generate(model, ids, max_new_tokens=3, **kwargs), expected)
     with fast_generate(model):
-        assert torch.equal(model.generate(ids, max_new_tokens=3, **kwargs), wanted)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, **kwargs), expected)
     assert len(calls) == 2 and "generate" not in vars(model)
 
 
 @pytest.mark.parametrize("kind", ["function", "partial", "object", "staticmethod", "classmethod", "short"])
 @pytest.mark.parametrize("steps", [0, 1], ids=["phase2", "phase1"])
-def test_a_run_samples_by_it(kind, steps, monkeypatch, tmp_path):
+def test_a_run_samples_with_it(kind, steps, monkeypatch, tmp_path):
     if kind == "short":
         pytest.skip("TRL itself passes more")
     model, calls = model_of(num_hidden_layers=2), []
@@ -112,11 +112,11 @@ def test_a_run_samples_by_it(kind, steps, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["partial", "object", "staticmethod"])
 def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
-    """`generate` asks it which arguments a model takes."""
+    """`generate` reads it to find the arguments of a model."""
     model, ids = tiny_model("qwen3"), random_ids(2, 6)
     real = Qwen3ForCausalLM.forward
     before = list(inspect.signature(model.forward).parameters)
-    wanted = InternalPolicies(model).layer(2).generate(ids, max_new_tokens=2, do_sample=False)
+    expected = InternalPolicies(model).layer(2).generate(ids, max_new_tokens=2, do_sample=False)
     bound = real.__get__(model)
 
     class Callable_:
@@ -132,7 +132,7 @@ def test_a_forward_on_the_class_keeps_its_signature(kind, monkeypatch):
     policies = InternalPolicies(model)
     with policies.layer(2).override_forward():
         assert list(inspect.signature(model.forward).parameters) == before
-    assert torch.equal(policies.layer(2).generate(ids, max_new_tokens=2, do_sample=False), wanted)
+    assert torch.equal(policies.layer(2).generate(ids, max_new_tokens=2, do_sample=False), expected)
 
 
 def model_by_config(kind, **changes):
@@ -142,7 +142,7 @@ def model_by_config(kind, **changes):
 
 
 def test_a_model_that_trl_cannot_score_is_refused_before_anything_is_sampled(tmp_path):
-    """`Llama4ForCausalLM` has no decoder of its own name, and its output no last hidden state."""
+    """`Llama4ForCausalLM` has no decoder attribute, and its output no last hidden state."""
     model = model_by_config(
         "llama4_text", num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=64
     )
@@ -166,7 +166,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(
     "kind", ["mixtral", "granitemoe", *(pytest.param(k, marks=pytest.mark.slow) for k in list(UNKNOWN)[2:])]
 )
-def test_families_that_no_table_lists_train_as_a_whole(kind, tmp_path):
+def test_families_outside_the_table_train_without_a_first_phase(kind, tmp_path):
     trainer = trainer_of(
         model_by_config(kind, **UNKNOWN[kind]), config(tmp_path, internal_steps=0, internal_layer=None, max_steps=1, steps_per_generation=1)
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_families_that_no_table_lists_train_as_a_whole(kind, tmp_path):
     assert trainer.state.log_history[-1]["train_loss"] == trainer.state.log_history[-1]["train_loss"]
 
 
-def test_the_trial_draws_no_random_number(tmp_path):
+def test_trial_scoring_draws_no_random_number(tmp_path):
     torch.manual_seed(3)
     trainer = trainer_of(model_of(num_hidden_layers=2), config(tmp_path))
     state = torch.get_rng_state()

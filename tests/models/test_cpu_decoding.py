@@ -51,7 +51,7 @@ def options(new=40, ends=(2, 5, 7), **more):
 
 @pytest.fixture
 def looped(monkeypatch):
-    """How often the loop came to an end."""
+    """The outputs of the loop's calls."""
     ended = []
 
     @functools.wraps(run_decoding_loop)  # generate reads the signature
@@ -66,18 +66,18 @@ def looped(monkeypatch):
 
 @pytest.fixture(params=["copied", "shared"])
 def prompts_are(request, monkeypatch):
-    """Whether keys and values of prompts are copied for their answers, or shared, whatever the length."""
+    """Copy the keys and values of prompts for their completions, or share them, for prompts of any length."""
     monkeypatch.setattr(cpu_decoding, "MIN_SHARED_PROMPT_LENGTH", 0 if request.param == "shared" else 1000)
     return request.param
 
 
 def same(model, inputs, config, seed=3):
-    """Whether both ways give the same tokens and leave the same random state; and the tokens."""
+    """Return whether `generate` and the loop return the same tokens and leave the same random state, and the tokens."""
     torch.manual_seed(seed)
-    wanted, after = type(model).generate(model, **inputs, generation_config=config), torch.rand(1)
+    expected, after = type(model).generate(model, **inputs, generation_config=config), torch.rand(1)
     torch.manual_seed(seed)
-    found = generate(model, **inputs, generation_config=config)
-    return torch.equal(wanted, found) and torch.equal(after, torch.rand(1)), wanted
+    actual = generate(model, **inputs, generation_config=config)
+    return torch.equal(expected, actual) and torch.equal(after, torch.rand(1)), expected
 
 
 # -- the same tokens -------------------------------------------------------------------------------------------------
@@ -89,13 +89,13 @@ SOME = ("qwen3", "gpt2", "gemma2", "deepseek_v3")
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == "qwen3" else SLOW) for name in FAMILIES])
 def test_every_family_takes_generates_tokens(family, prompts_are, looped):
-    """Sampled in groups of four, and the most likely ones; rows end at different times, and leave."""
+    """Sampled in groups of four, and greedily. Rows end at different times and are dropped."""
     model = tiny_model(family)
     equal, tokens = same(model, prompts(4), options(24, do_sample=True, top_k=0))
     lengths = (tokens[:, 9:] != 0).sum(1)
     assert equal and len(set(lengths.tolist())) > 3
     assert same(model, prompts(1), options(12, do_sample=False))[0]
-    assert len(looped) == 2, "it went generate's own way"
+    assert len(looped) == 2, "generate used its own loop"
 
 
 @pytest.mark.parametrize("family", ["qwen3", *(pytest.param(name, marks=SLOW) for name in SOME[1:])])
@@ -127,7 +127,7 @@ def test_no_padding_no_end_and_a_length_that_outgrows_the_buffers(prompts_are, l
 
 @pytest.mark.parametrize("family", ["mistral", pytest.param("gemma3_text", marks=SLOW)])
 def test_a_window_slides_over_prompt_and_answer(family, prompts_are, looped):
-    """Four tokens are seen, of prompts of up to nine and answers of twelve."""
+    """The window holds four tokens, of prompts of up to nine and completions of twelve."""
     model = tiny_model(family, sliding_window=4)
     whole = tiny_model(family, sliding_window=None if family == "mistral" else 64)
     equal, tokens = same(model, prompts(2), options(12, do_sample=True))
@@ -137,7 +137,7 @@ def test_a_window_slides_over_prompt_and_answer(family, prompts_are, looped):
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name in SOME else SLOW) for name in FAMILIES])
 def test_logits_are_those_of_whole_sequences(family, share):
-    """To 1e-5, after rows have left; the answers' tokens are given."""
+    """To 1e-5, also after rows were dropped; the tokens of the completions are fixed."""
     model, inputs = tiny_model(family), prompts(2)
     mask = inputs["attention_mask"]
     written = random_ids(6, 6, seed=8)
@@ -145,20 +145,20 @@ def test_logits_are_those_of_whole_sequences(family, share):
     mask_after = torch.cat([mask, torch.ones_like(written)], 1)
     positions = (mask_after.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), share_prompt_cache():
-        wanted = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
+        expected = model(input_ids=ids, attention_mask=mask_after, position_ids=positions, use_cache=False).logits
         decoder = IncrementalDecoder(
             model, inputs["input_ids"], positions[:, :9], mask, share=share and can_share_prompts(model)
         )
         rows = torch.arange(6)
         for step in range(6):
-            torch.testing.assert_close(decoder.logits, wanted[rows, 8 + step], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(decoder.logits, expected[rows, 8 + step], rtol=1e-5, atol=1e-5)
             if step == 3:
                 decoder.select_rows(torch.tensor([1, 2, 5]))
                 rows = rows[[1, 2, 5]]
             decoder.step(written[rows, step])
 
 
-# -- what is saved ---------------------------------------------------------------------------------------------------
+# -- saved work ---------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_read_once_and_ended_answers_leave():
@@ -175,7 +175,7 @@ def test_a_prompt_is_read_once_and_ended_answers_leave():
 
 
 def test_a_prompts_keys_and_values_are_kept_once():
-    """Copied where attention is not `sdpa` (gemma2), or the keys are made over behind the cache (deepseek_v3)."""
+    """Copied where attention is not `sdpa` (gemma2), or the keys change behind the cache (deepseek_v3)."""
     plain = AttentionInterface()["sdpa"]
     for family in ("qwen3", "gpt2", "gemma2", "deepseek_v3"):
         model, inputs = tiny_model(family), prompts(4)
@@ -184,18 +184,20 @@ def test_a_prompts_keys_and_values_are_kept_once():
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             decoder = IncrementalDecoder(model, inputs["input_ids"], positions, inputs["attention_mask"], share=True)
             layer = decoder.cache.layers[0]
-            assert layer.prompt[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, MIN_BUFFER_GROWTH)
-            decoder.select_rows(torch.tensor([0, 2, 11]))  # no answer of the second prompt is left
-            assert layer.prompt[0].size(0) == 2 and layer.keys.size(0) == 3
+            assert layer.prompt_key_values[0].shape[::2] == (3, 9) and layer.keys.shape[::2] == (12, MIN_BUFFER_GROWTH)
+            decoder.select_rows(torch.tensor([0, 2, 11]))  # drops all completions of the second prompt
+            assert layer.prompt_key_values[0].size(0) == 2 and layer.keys.size(0) == 3
     assert AttentionInterface()["sdpa"] is plain
 
 
 def test_exponential_numbers_are_torchs():
     for rows in ([0, 1, 2, 3], [1, 3]):
         torch.manual_seed(4)
-        wanted, after = torch.empty(4, 700).exponential_()[rows], torch.rand(1)
+        expected, after = torch.empty(4, 700).exponential_()[rows], torch.rand(1)
         torch.manual_seed(4)
-        assert torch.equal(sample_exponential(4, 700, torch.tensor(rows)), wanted) and torch.equal(torch.rand(1), after)
+        assert torch.equal(sample_exponential(4, 700, torch.tensor(rows)), expected) and torch.equal(
+            torch.rand(1), after
+        )
 
 
 def test_a_large_unembedding_is_the_same_in_blocks(looped):
@@ -204,7 +206,7 @@ def test_a_large_unembedding_is_the_same_in_blocks(looped):
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-# -- what is left to generate ----------------------------------------------------------------------------------------
+# -- fallback to generate --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,48 +222,47 @@ def test_a_large_unembedding_is_the_same_in_blocks(looped):
     ],
     ids=str,
 )
-def test_other_options_go_generates_way(option, looped):
+def test_other_options_use_generates_loop(option, looped):
     model = tiny_model("qwen3")
     torch.manual_seed(0)
-    wanted = model.generate(**prompts(2), generation_config=options(8, **option))
+    expected = model.generate(**prompts(2), generation_config=options(8, **option))
     torch.manual_seed(0)
     found = generate(model, **prompts(2), generation_config=options(8, **option))
     assert not looped
-    tokens = [out if isinstance(out, torch.Tensor) else out["sequences"] for out in (wanted, found)]
+    tokens = [out if isinstance(out, torch.Tensor) else out["sequences"] for out in (expected, found)]
     assert torch.equal(*tokens)
 
 
-def test_a_streamer_hears_every_token(looped):
-    class Ear:
+def test_a_streamer_receives_every_token(looped):
+    class Streamer:
         def __init__(self):
-            self.heard = []
+            self.calls = []
 
         def put(self, tokens):
-            self.heard.append(tokens)
+            self.calls.append(tokens)
 
         def end(self):
-            self.heard.append(None)
+            self.calls.append(None)
 
-    ears = Ear(), Ear()
-    for ear, ask in zip(
-        ears, (tiny_model("qwen3").generate, functools.partial(generate, tiny_model("qwen3"))), strict=True
-    ):
-        ask(input_ids=random_ids(1, 5), streamer=ear, generation_config=options(8))
-    assert not looped and len(ears[0].heard) > 2 and len(ears[0].heard) == len(ears[1].heard)
+    streamers = Streamer(), Streamer()
+    functions = tiny_model("qwen3").generate, functools.partial(generate, tiny_model("qwen3"))
+    for streamer, function in zip(streamers, functions, strict=True):
+        function(input_ids=random_ids(1, 5), streamer=streamer, generation_config=options(8))
+    assert not looped and len(streamers[0].calls) > 2 and len(streamers[0].calls) == len(streamers[1].calls)
 
 
-def test_a_proof_is_of_the_model_as_it_is(looped):
+def test_the_logits_are_verified_for_each_state_of_the_model(looped):
     model = tiny_model("qwen3")
     assert supports_fast_generate(model)
     model.set_attn_implementation("eager")
     torch.manual_seed(0)
-    wanted = model.generate(**prompts(4), generation_config=options(8))
+    expected = model.generate(**prompts(4), generation_config=options(8))
     torch.manual_seed(0)
-    assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), wanted)
+    assert torch.equal(generate(model, **prompts(4), generation_config=options(8)), expected)
     assert not supports_fast_generate(model.to(torch.bfloat16))
 
 
-def test_a_filled_cache_goes_generates_way(looped):
+def test_a_filled_cache_uses_generates_loop(looped):
     model, ids, cache = tiny_model("qwen3"), random_ids(1, 9), DynamicCache()
     with torch.no_grad():
         model(ids[:, :5], past_key_values=cache)
@@ -287,7 +288,7 @@ def test_a_model_with_other_memory_than_keys_and_values_is_not_proven(kind, loop
     assert same(model, prompts(2), options(6))[0] and not looped
 
 
-def test_a_model_that_is_not_told_positions_goes_generates_way(looped):
+def test_a_model_without_position_ids_uses_generates_loop(looped):
     torch.manual_seed(0)
     config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -299,8 +300,8 @@ def test_sixteen_bits_are_for_seeded_sampling_only():
     assert supports_fast_generate(model, seeded=True) and not supports_fast_generate(model)
 
 
-def test_dropout_goes_generates_way(looped):
-    """Its numbers are drawn by row: TRL samples from a model that trains."""
+def test_dropout_uses_generates_loop(looped):
+    """TRL samples from a model in training mode, and the random numbers of dropout depend on the number of rows."""
     for family in ("phi3", "gpt2"):
         model = tiny_model(family).train()
         assert not supports_fast_generate(model) and supports_fast_generate(model.eval())
@@ -316,15 +317,15 @@ def test_probabilities_that_are_not_finite_are_torchs_error():
         generate(model, **prompts(2), generation_config=options(do_sample=True))
 
 
-# -- where transformers has changed ----------------------------------------------------------------------------------
+# -- changes in transformers ----------------------------------------------------------------------------------------
 
 
-def said(caplog):
+def get_warnings(caplog):
     return [record.getMessage() for record in caplog.records if "slower decoding loop" in record.getMessage()]
 
 
 def renamed(name):
-    """A class whose keys and values come by another name, as in transformers 5.24, or by one that is not known yet."""
+    """A model whose cache argument has another name, as in transformers 5.24, or an unknown one."""
 
     Renamed: Any = type("Renamed", (type(tiny_model("qwen3")),), {})
     own = Renamed.forward
@@ -344,14 +345,14 @@ def renamed(name):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "memory_of_2030"])
-def test_the_cache_is_given_by_the_name_that_the_model_has_for_it(name):
+def test_the_cache_is_passed_by_the_models_name_for_it(name):
     model = renamed(name)
     ids, positions = random_ids(2, 9), torch.arange(9).expand(2, -1)
     with torch.no_grad():
         decoder = IncrementalDecoder(model, ids[:, :8], positions[:, :8])
-        wanted = tiny_model("qwen3")(ids, use_cache=False).logits
-        torch.testing.assert_close(decoder.logits, wanted[:, 7], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(decoder.step(ids[:, 8]), wanted[:, 8], rtol=1e-5, atol=1e-5)
+        expected = tiny_model("qwen3")(ids, use_cache=False).logits
+        torch.testing.assert_close(decoder.logits, expected[:, 7], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder.step(ids[:, 8]), expected[:, 8], rtol=1e-5, atol=1e-5)
     assert len(decoder.cache.layers) == 4 and decoder.cache.get_seq_length() == 9
     assert supports_fast_generate(model)
 
@@ -368,7 +369,7 @@ def test_a_cache_is_one_by_its_type_and_not_by_its_name():
     assert refused.value.unknown_inputs == "news"
 
 
-def test_an_argument_that_the_loop_has_never_heard_of_is_told_of_once(looped, caplog, monkeypatch):
+def test_an_unknown_argument_is_reported_once(looped, caplog, monkeypatch):
     warn_once.cache_clear()
     model = tiny_model("qwen3")
     plain = cpu_decoding.run_decoding_loop
@@ -380,46 +381,50 @@ def test_an_argument_that_the_loop_has_never_heard_of_is_told_of_once(looped, ca
     monkeypatch.setattr(cpu_decoding, "run_decoding_loop", handed_more)
     for _ in range(2):
         generate(model, **prompts(2), generation_config=options(4, do_sample=True))
-    assert (
-        not looped and len(said(caplog)) == 1 and "`generate` hands rope_state to its decoding loop" in said(caplog)[0]
-    )
+    (warning,) = get_warnings(caplog)
+    assert not looped and "`generate` passes rope_state to its decoding loop" in warning
 
 
-def test_an_option_that_is_not_the_loops_is_no_news(looped, caplog):
+def test_an_unsupported_option_is_not_reported(looped, caplog):
     warn_once.cache_clear()
     model = tiny_model("qwen3")
     for option in ({"num_beams": 2}, {"no_repeat_ngram_size": 2}, {"use_cache": False}):
         generate(model, **prompts(1), generation_config=options(3, **option))
-    assert not looped and said(caplog) == []
+    assert not looped and get_warnings(caplog) == []
 
 
-def test_a_loop_that_fails_is_told_of_once_where_it_should_not(looped, caplog, monkeypatch):
-    """As where the interface of a cache's layer has changed; a recurrent model has another memory, which is no news."""
+def test_a_failing_loop_is_reported_once_for_a_model_that_it_should_support(looped, caplog, monkeypatch):
+    """For example after a change in the interface of cache layers. A recurrent model caches other states, which is not reported."""
     warn_once.cache_clear()
     monkeypatch.setattr("bupo.models.kv_cache.KVCacheLayer.update", lambda self, keys: None)
     model = tiny_model("qwen3")
     for _ in range(2):
         assert same(model, prompts(2), options(4, do_sample=True))[0]
-    assert not looped and len(said(caplog)) == 1 and "bupo's fails with TypeError" in said(caplog)[0]
+    assert (
+        not looped and len(get_warnings(caplog)) == 1 and "bupo's loop fails with TypeError" in get_warnings(caplog)[0]
+    )
     caplog.clear()
     monkeypatch.undo()
     monkeypatch.setattr(cpu_decoding, "measure_logit_error", lambda *_: 1e-3)
-    assert not supports_fast_generate(tiny_model("qwen3")) and "differ from the model's by 0.001" in said(caplog)[0]
+    assert (
+        not supports_fast_generate(tiny_model("qwen3"))
+        and "differ from the model's by 0.001" in get_warnings(caplog)[0]
+    )
     caplog.clear()
     monkeypatch.undo()
     recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **SIZES, **RECURRENT["lfm2"])).eval()
-    assert not supports_fast_generate(recurrent) and said(caplog) == []
+    assert not supports_fast_generate(recurrent) and get_warnings(caplog) == []
 
 
-# -- in others' code -------------------------------------------------------------------------------------------------
+# -- calls by others -------------------------------------------------------------------------------------------------
 
 
-def test_inside_quick_the_models_own_generate_is_quick(looped):
+def test_fast_generate_replaces_the_models_generate(looped):
     model = tiny_model("qwen3")
-    wanted = model.generate(**prompts(2), generation_config=options())
+    expected = model.generate(**prompts(2), generation_config=options())
     assert not looped
     with fast_generate(model):
-        assert torch.equal(model.generate(**prompts(2), generation_config=options()), wanted)
+        assert torch.equal(model.generate(**prompts(2), generation_config=options()), expected)
         assert torch.equal(
             model.generate(random_ids(2, 9), options()), type(model).generate(model, random_ids(2, 9), options())
         )
@@ -433,10 +438,10 @@ def test_an_adapter_is_sampled_with_unless_it_is_a_prompt(looped):
     lora = get_peft_model(tiny_model("qwen3"), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
     for model, loops in ((lora, 1), (get_peft_model(tiny_model("qwen3"), PROMPT), 1)):
         torch.manual_seed(1)
-        wanted = model.generate(**prompts(2), generation_config=options(8, do_sample=True))
+        expected = model.generate(**prompts(2), generation_config=options(8, do_sample=True))
         torch.manual_seed(1)
         with fast_generate(model):
-            assert torch.equal(model.generate(**prompts(2), generation_config=options(8, do_sample=True)), wanted)
+            assert torch.equal(model.generate(**prompts(2), generation_config=options(8, do_sample=True)), expected)
         assert len(looped) == loops
 
 

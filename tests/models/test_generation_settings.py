@@ -1,6 +1,6 @@
-"""Answers are samples of softmax(logits / temperature), whatever a model's own generation config says.
+"""Answers are samples of softmax(logits / temperature) for any generation config of the model.
 
-Each is compared with a loop written here: whole sequences without a cache, `torch.softmax`, `torch.multinomial`.
+Each is compared with a loop over full sequences without a cache, with `torch.softmax` and `torch.multinomial`.
 """
 
 import functools
@@ -38,7 +38,7 @@ from bupo.training.rollout_generation import set_up_generation
 from tests.helpers.tiny_models import random_ids, tiny_model
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
 
-# settings that a model's generation_config.json may hold, each of which changes what `generate` samples or returns
+# settings of a generation_config.json that change the tokens or the type that `generate` returns
 HOSTILE: dict[str, dict] = {
     "repetition_penalty": {"repetition_penalty": 5.0},
     "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
@@ -87,17 +87,17 @@ IDS = list(HOSTILE)
 
 
 def hostile(model, name, ends=(1,)):
-    """Give a model such a generation config."""
-    own = GenerationConfig(eos_token_id=list(ends), pad_token_id=0)
+    """Set a hostile generation config on a model and return it."""
+    settings = GenerationConfig(eos_token_id=list(ends), pad_token_id=0)
     for key, value in HOSTILE[name].items():
-        setattr(own, key, value)
-    model.generation_config = own
-    return own
+        setattr(settings, key, value)
+    model.generation_config = settings
+    return settings
 
 
 @torch.no_grad()
 def plain(logits, ids, mask, new, ends, temperature=1.0, pad=0):
-    """Sample from logits of whole sequences. `logits(ids, mask)` gives those of the last position `(rows, V)`."""
+    """Sample from logits of full sequences. `logits(ids, mask)` returns those of the last position `(B, V)`."""
     ended = torch.zeros(len(ids), dtype=torch.bool)
     for _ in range(new):
         probabilities = torch.softmax(logits(ids, mask).float() / temperature, -1)
@@ -110,7 +110,7 @@ def plain(logits, ids, mask, new, ends, temperature=1.0, pad=0):
 
 
 def of_model(model):
-    """Logits of a whole model."""
+    """Return the function that computes the logits of the full model."""
 
     def logits(ids, mask):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -124,7 +124,7 @@ def of_model(model):
 
 @pytest.fixture
 def compared(monkeypatch):
-    """For each call of `generate`: the name of the generation config, and whether the answers are those of `plain`."""
+    """Record for each call of `generate` the name of the generation config and whether the answers are those of `plain`."""
     found, now, inner = [], {}, GenerationMixin.generate
 
     @functools.wraps(inner)
@@ -133,17 +133,17 @@ def compared(monkeypatch):
         out = inner(self, *args, **kwargs)
         after, limit = torch.get_rng_state(), kwargs["generation_config"].max_new_tokens
         torch.set_rng_state(before)
-        wanted = plain(of_model(self), kwargs["input_ids"], kwargs["attention_mask"], limit, now.get("ends", {1}))
+        expected = plain(of_model(self), kwargs["input_ids"], kwargs["attention_mask"], limit, now.get("ends", {1}))
         torch.set_rng_state(after)
-        found.append((now.get("name"), isinstance(out, torch.Tensor) and torch.equal(out, wanted)))
+        found.append((now.get("name"), isinstance(out, torch.Tensor) and torch.equal(out, expected)))
         return out
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     return found, now
 
 
-class EachInTurn(TrainerCallback):
-    """A generation config before each update, and a check that it is the model's again afterwards."""
+class SetEachConfig(TrainerCallback):
+    """Set a hostile generation config before each update, and check that it is restored afterwards."""
 
     def __init__(self, model, now, names):
         self.model, self.now, self.names, self.kept = model, now, names, []
@@ -161,12 +161,12 @@ SOME = ["min_p", "suppress_tokens", "several sequences"]
 
 @pytest.mark.parametrize("names", [SOME, pytest.param(IDS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_training_samples_the_policy_that_it_scores(names, tmp_path, compared):
-    """One rollout batch for each setting in the first phase, and one in the second."""
+    """One rollout batch of each phase for each setting."""
     found, now = compared
     model = model_of()
     quick = {"per_device_train_batch_size": 4, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
     args = config(tmp_path, **quick, internal_steps=len(names), max_steps=2 * len(names), learning_rate=1e-4)
-    turns = EachInTurn(model, now, names)
+    turns = SetEachConfig(model, now, names)
     trainer = BuPOTrainer(
         model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER, callbacks=[turns]
     )
@@ -178,7 +178,7 @@ def test_training_samples_the_policy_that_it_scores(names, tmp_path, compared):
     assert all(turns.kept)
 
 
-def test_options_that_are_set_stay_and_are_named_once(tmp_path, caplog):
+def test_user_options_are_applied_and_reported_once(tmp_path, caplog):
     options = {"top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
     kwargs = {"no_repeat_ngram_size": 3, "temperature": 0.5, "renormalize_logits": True, "max_time": 60.0}
     args = config(tmp_path, **options, generation_kwargs=kwargs, max_steps=4, internal_steps=1)
@@ -189,11 +189,11 @@ def test_options_that_are_set_stay_and_are_named_once(tmp_path, caplog):
     assert {name: getattr(settings, name) for name in options} == options
     assert settings.no_repeat_ngram_size == 3 and settings.temperature == 0.5
     trainer.train()
-    said = [record.getMessage() for record in caplog.records if "do not account for" in record.getMessage()]
-    assert len(said) == 1, said
+    messages = [record.getMessage() for record in caplog.records if "do not account for" in record.getMessage()]
+    assert len(messages) == 1, messages
     for named in ("top_p=0.9", "min_p=0.02", "repetition_penalty=1.2", "no_repeat_ngram_size=3", "temperature=0.5"):
-        assert named in said[0]
-    assert "renormalize" not in said[0] and "max_time" not in said[0]
+        assert named in messages[0]
+    assert "renormalize" not in messages[0] and "max_time" not in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_options_with_which_nothing_can_be_sampled_are_refused(tmp_path, options
                 processing_class=TOKENIZER)  # fmt: skip
 
 
-def test_settings_that_change_nothing_are_not_named(tmp_path, caplog):
+def test_neutral_settings_are_not_reported(tmp_path, caplog):
     kwargs = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "temperature": 0.7, "top_k": 0}
     args = config(tmp_path, temperature=0.7, top_k=-1, min_p=0.0, generation_kwargs=kwargs)
     BuPOTrainer(model_of(), token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
@@ -226,7 +226,7 @@ def test_settings_that_change_nothing_are_not_named(tmp_path, caplog):
     assert find_unaccounted_settings({"do_sample": False}, 1.0) and not find_unaccounted_settings({"do_sample": False})
 
 
-def test_a_saved_model_keeps_its_own_settings(tmp_path):
+def test_a_saved_model_keeps_its_generation_config(tmp_path):
     model = model_of()
     model.generation_config = GenerationConfig(
         eos_token_id=1, pad_token_id=0, do_sample=True, repetition_penalty=1.7, typical_p=0.4
@@ -241,18 +241,18 @@ def test_a_saved_model_keeps_its_own_settings(tmp_path):
     assert "top_k" not in saved
 
 
-# -- the end of an answer --------------------------------------------------------------------------------------------
+# -- end tokens ------------------------------------------------------------------------------------------------------
 
 
 def ends_apart():
-    """A model with three ends: 1 is the tokenizer's, 20 to 60 the generation config's, 61 to 100 the configuration's."""
+    """Return a model whose tokenizer (1), generation config (20 to 59) and configuration (60 to 99) have different end tokens."""
     model = model_of()
     model.generation_config = GenerationConfig(eos_token_id=list(range(20, 60)), pad_token_id=0)
     model.config.eos_token_id = list(range(60, 100))
     return model, {1, *range(20, 100)}
 
 
-def test_every_end_ends_an_answer_while_training(tmp_path, compared):
+def test_every_end_token_ends_an_answer_in_training(tmp_path, compared):
     found, now = compared
     model, now["ends"] = ends_apart()
     assert set(get_eos_token_ids(model, TOKENIZER)) == now["ends"]
@@ -260,7 +260,7 @@ def test_every_end_ends_an_answer_while_training(tmp_path, compared):
     trainer = BuPOTrainer(model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     ended = []
 
-    def listening(inputs, *rest, inner=trainer.sample_and_score):
+    def recording(inputs, *rest, inner=trainer.sample_and_score):
         sampled = inner(inputs, *rest)
         ids, mask = sampled.tensors["completion_ids"], sampled.tensors["completion_mask"]
         for row, kept in zip(ids.tolist(), mask.bool().tolist(), strict=True):
@@ -268,32 +268,32 @@ def test_every_end_ends_an_answer_while_training(tmp_path, compared):
             ended.append(not now["ends"] & set(answer[:-1]) and (len(answer) == 16 or answer[-1] in now["ends"]))
         return sampled
 
-    trainer.sample_and_score = listening
+    trainer.sample_and_score = recording
     trainer.train()
     assert len(found) == 2 and all(equal for _, equal in found)
     assert len(ended) == 32 and all(ended)
-    assert set(model.generation_config.eos_token_id) >= now["ends"], "the saved model ends where it was trained to"
+    assert set(model.generation_config.eos_token_id) >= now["ends"], "the saved model has the end tokens of training"
 
 
-def test_an_end_that_is_set_is_the_only_one(tmp_path):
+def test_a_user_defined_end_token_is_the_only_one(tmp_path):
     model, _ = ends_apart()
     args = config(tmp_path, generation_kwargs={"eos_token_id": [30]})
     trainer = BuPOTrainer(model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [30]
 
 
-def test_every_end_ends_an_answer_of_an_internal_policy_and_of_an_engine(tmp_path):
+def test_every_end_token_ends_an_answer_of_an_internal_policy_and_of_an_engine(tmp_path):
     model, ends = ends_apart()
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path)).eval()  # whose tokenizer is found beside it
+    model = load_model(str(tmp_path)).eval()  # with its tokenizer in the same folder
     ids = random_ids(6, 5, vocabulary=262)
     policy = InternalPolicies(model).layer(3)
     torch.manual_seed(2)
-    wanted = plain(lambda ids, mask: policy.logits(ids)[:, -1], ids, torch.ones_like(ids), 24, ends)
+    expected = plain(lambda ids, mask: policy.logits(ids)[:, -1], ids, torch.ones_like(ids), 24, ends)
     torch.manual_seed(2)
-    assert torch.equal(policy.generate(ids, max_new_tokens=24), wanted)
-    assert (wanted[:, 5:] == 0).any()
+    assert torch.equal(policy.generate(ids, max_new_tokens=24), expected)
+    assert (expected[:, 5:] == 0).any()
     assert TransformersEngine(model, TOKENIZER, 8).end_token_ids == ends
     assert set(read_eos_token_ids(str(tmp_path), TOKENIZER)) == ends
     (tmp_path / "generation_config.json").unlink()
@@ -311,27 +311,27 @@ def test_an_internal_policy_is_sampled(name):
     policies = InternalPolicies(model, temperature=0.7)
     for policy in (policies.layer(2), policies.language_model):
         torch.manual_seed(4)
-        wanted = plain(lambda ids, mask, p=policy: p.logits(ids)[:, -1], ids, mask, 9, {2, 5, 6, 7})
+        expected = plain(lambda ids, mask, p=policy: p.logits(ids)[:, -1], ids, mask, 9, {2, 5, 6, 7})
         torch.manual_seed(4)
-        assert torch.equal(policy.generate(ids, mask, max_new_tokens=9), wanted)
+        assert torch.equal(policy.generate(ids, mask, max_new_tokens=9), expected)
     assert model.generation_config is own
 
 
 def test_settings_in_the_model_configuration_do_not_matter():
-    """Old models hold settings there: transformers refuses to generate without a generation config."""
+    """Old models hold settings in config.json, and transformers then refuses to generate without a generation config."""
     model = tiny_model("qwen3")
     model.config.repetition_penalty, model.config.num_beams, model.config.suppress_tokens = 3.0, 2, [4, 5, 6]
     ids = random_ids(5, 6)
     policy = InternalPolicies(model).layer(2)
     torch.manual_seed(4)
-    wanted = plain(lambda ids, mask: policy.logits(ids)[:, -1], ids, torch.ones_like(ids), 9, {2})
+    expected = plain(lambda ids, mask: policy.logits(ids)[:, -1], ids, torch.ones_like(ids), 9, {2})
     torch.manual_seed(4)
-    assert torch.equal(policy.generate(ids, max_new_tokens=9), wanted)
+    assert torch.equal(policy.generate(ids, max_new_tokens=9), expected)
     engine = TransformersEngine(model, TOKENIZER, 4)
     assert len(list(engine([CompletionRequest(0, 0, (5, 6), 1)]))) == 1
 
 
-def test_arguments_of_a_policys_generate_stay_and_are_named_once(caplog):
+def test_arguments_of_a_policys_generate_are_applied_and_reported_once(caplog):
     model, ids = tiny_model("qwen3"), random_ids(400, 6)
     policy = InternalPolicies(model).layer(2)
     warn_once.cache_clear()
@@ -347,15 +347,15 @@ def test_arguments_of_a_policys_generate_stay_and_are_named_once(caplog):
     policy.generate(ids, max_new_tokens=2, eos_token_id=None, top_p=None)
     policy.generate(ids, max_new_tokens=2, temperature=1.0, top_k=0, num_beams=1)
     policy.generate(ids, max_new_tokens=2, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(9)]))
-    said = [record.getMessage() for record in caplog.records if "do not account for" in record.getMessage()]
-    assert len(said) == 1 and "suppress_tokens=" in said[0]
+    messages = [record.getMessage() for record in caplog.records if "do not account for" in record.getMessage()]
+    assert len(messages) == 1 and "suppress_tokens=" in messages[0]
     policy.generate(ids, max_new_tokens=1, logits_processor=LogitsProcessorList([TopKLogitsWarper(2)]))
     assert "logits_processor=" in caplog.text
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_an_engine_takes_the_tokens_of_its_random_numbers(name):
-    """`bupo eval` and `bupo analyze` sample so: token t is where the cumulative probability passes the t-th number."""
+def test_an_engine_chooses_the_tokens_of_its_random_numbers(name):
+    """`bupo eval` and `bupo analyze`: token t is the first whose cumulative probability exceeds the t-th random number."""
     model = tiny_model("qwen3", vocab_size=262, eos_token_id=1)
     hostile(model, name)
     requests = [CompletionRequest(0, n, (5, 9, 40 + n), 1000 + n) for n in range(3)]
@@ -394,8 +394,8 @@ def test_bupo_sample_prints_a_sample_of_the_policy(name, tmp_path, capsys):
         assert "".join(tokenizer.decode(answer).split()) in "".join(printed.split())
 
 
-def test_nothing_of_the_model_is_left_to_the_loop():
-    """`generate` builds no processor but the temperature's, whatever else transformers would take from its own defaults."""
+def test_no_setting_of_the_model_reaches_the_loop():
+    """`generate` builds only the temperature's processor, and none from the defaults of transformers."""
     model, handed = tiny_model("qwen3"), {}
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
@@ -404,14 +404,14 @@ def test_nothing_of_the_model_is_left_to_the_loop():
 
     for name in HOSTILE:
         hostile(model, name)
-        for temperature, wanted in ((1.0, []), (0.5, ["TemperatureLogitsWarper"])):
+        for temperature, expected in ((1.0, []), (0.5, ["TemperatureLogitsWarper"])):
             with policy_generation_config(model, TOKENIZER, temperature=temperature, max_new_tokens=3) as settings:
                 model.generate(random_ids(2, 5), generation_config=settings, custom_generate=loop)
-            assert handed["processors"] == wanted, name
+            assert handed["processors"] == expected, name
             assert not hasattr(handed["settings"], "sampler_of_2030")
 
 
-def test_the_own_settings_are_back_after_an_error():
+def test_the_generation_config_is_restored_after_an_error():
     model = tiny_model("qwen3")
     own = hostile(model, "min_p")
     with pytest.raises(ZeroDivisionError), policy_generation_config(model):
@@ -432,8 +432,8 @@ def test_vllm_gets_the_same_settings(monkeypatch):
 
         def generate(self, prompts, settings, use_tqdm):
             given.extend(settings)
-            said = SimpleNamespace(text="5", token_ids=(20, 1), finish_reason="stop")
-            return [SimpleNamespace(outputs=[said]) for _ in prompts]
+            output = SimpleNamespace(text="5", token_ids=(20, 1), finish_reason="stop")
+            return [SimpleNamespace(outputs=[output]) for _ in prompts]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options))
     ends = read_eos_token_ids("embedded", TOKENIZER)
@@ -441,12 +441,12 @@ def test_vllm_gets_the_same_settings(monkeypatch):
     ((_, answer),) = engine([CompletionRequest(0, 0, (5,), 3)])
     assert not answer.truncated and ends == [1]
     neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    wanted = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 9, "seed": 3, "stop_token_ids": [1]}
-    assert given == [neutral | wanted]
+    expected = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 9, "seed": 3, "stop_token_ids": [1]}
+    assert given == [neutral | expected]
 
 
-def test_vllm_beside_the_trainer_ends_where_the_others_do(tmp_path, caplog):
-    """TRL's engine is stood in for: it takes its settings from `vllm_generation.generation_kwargs`."""
+def test_vllm_in_the_trainer_has_the_same_end_tokens(tmp_path, caplog):
+    """A stub replaces TRL's engine, which reads its settings from `vllm_generation.generation_kwargs`."""
     model, ends = ends_apart()
     args = SimpleNamespace(
         generation_kwargs={"stop_token_ids": [150], "logit_bias": {5: 3.0}},

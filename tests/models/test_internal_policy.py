@@ -13,7 +13,7 @@ def blocks_of(model):
 
 
 def hooked_states(model, ids):
-    """H^0..H^L from plain hooks on the blocks, no code of the package."""
+    """Return H^0..H^L from plain hooks on the blocks, without code of the package."""
     states, handles = [], []
     blocks = blocks_of(model)
     handles.append(
@@ -33,7 +33,7 @@ def hooked_states(model, ids):
 
 
 def head_of(model, states):
-    """The unembedding with the scale and softcap of each family, written out by hand."""
+    """Compute logits with the scale and softcap of each family, independently of the package."""
     x = model.get_output_embeddings()(states).double()
     kind = model.config.model_type
     if kind == "granite":
@@ -52,20 +52,20 @@ def test_layer_log_probs_are_those_of_hooked_states(family):
     states, logits = hooked_states(model, ids)
     policies = InternalPolicies(model)
     for layer in range(1, policies.num_layers + 1):
-        wanted = head_of(model, states[layer]).log_softmax(-1)
+        expected = head_of(model, states[layer]).log_softmax(-1)
         got = policies.layer(layer).log_probs(ids)
-        chosen = wanted[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        chosen = expected[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(got.double(), chosen, atol=1e-5, rtol=1e-5)
-        entropy = -(wanted.exp() * wanted).sum(-1)
+        entropy = -(expected.exp() * expected).sum(-1)
         torch.testing.assert_close(policies.layer(layer).entropy(ids).double(), entropy, atol=1e-5, rtol=1e-5)
-    theta = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(policies.language_model.log_probs(ids).double(), theta, atol=1e-5, rtol=1e-5)
+    full = logits.double().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policies.language_model.log_probs(ids).double(), full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_writes_of_modules_sum_to_the_layer(family):
-    """pi_ATTN and pi_FFN read the parts whose sum, with the layer below, pi_Layer reads."""
+    """The writes of the attention and FFN policies and the layer below add up to the states of the layer policy."""
     model, ids = tiny_model(family), random_ids()
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model)
@@ -96,10 +96,10 @@ def test_final_norm_lens_and_temperature():
     model, ids = tiny_model("qwen3"), random_ids()
     states, _ = hooked_states(model, ids)
     policies = InternalPolicies(model, lens="final_norm", temperature=0.7)
-    wanted = (head_of(model, model.model.norm(states[2])) / 0.7).log_softmax(-1)
-    torch.testing.assert_close(policies.layer(2).logits(ids).double().log_softmax(-1), wanted, atol=1e-5, rtol=1e-5)
+    expected = (head_of(model, model.model.norm(states[2])) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(policies.layer(2).logits(ids).double().log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        policies.layer(2).entropy(ids).double(), -(wanted.exp() * wanted).sum(-1), atol=1e-5, rtol=1e-5
+        policies.layer(2).entropy(ids).double(), -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5
     )
     # the last layer through the final norm is the language model policy
     torch.testing.assert_close(policies.layer(4).log_probs(ids), policies.language_model.log_probs(ids))
@@ -110,13 +110,13 @@ def test_kl_against_torch():
     model, ids = tiny_model("llama"), random_ids()
     policies = InternalPolicies(model)
     p, q = policies.layer(1), policies.language_model
-    wanted = torch.nn.functional.kl_div(
+    expected = torch.nn.functional.kl_div(
         q.logits(ids).double().log_softmax(-1),
         p.logits(ids).double().log_softmax(-1),
         log_target=True,
         reduction="none",
     ).sum(-1)
-    torch.testing.assert_close(p.kl(q, ids).double(), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(p.kl(q, ids).double(), expected, atol=1e-5, rtol=1e-4)
     assert p.kl(p, ids).abs().max() < 1e-6
     with pytest.raises(UserError, match="another model"):
         p.kl(InternalPolicies(tiny_model("qwen3")).layer(1), ids)
@@ -140,7 +140,7 @@ def test_padding_on_either_side_changes_nothing(family):
 @pytest.mark.parametrize("kind", ["layer", "attn", "ffn", "language_model"])
 @torch.no_grad()
 def test_generate_samples_the_internal_policy(kind):
-    """Greedy text is the policy's argmax at every step, with and without the cache; samples follow its distribution."""
+    """Greedy tokens are the policy's argmax at every step, with and without the cache; samples follow its distribution."""
     model, ids = tiny_model("qwen3"), random_ids(batch=1, time=6)
     policies = InternalPolicies(model)
     policy = policies.language_model if kind == "language_model" else getattr(policies, kind)(2)
@@ -157,7 +157,7 @@ def test_generate_samples_the_internal_policy(kind):
     assert "forward" not in model.__dict__
 
 
-def test_gradient_reaches_the_layers_below_and_none_above():
+def test_gradients_reach_only_the_layers_up_to_the_policys():
     model, ids = tiny_model("llama"), random_ids()
     InternalPolicies(model).layer(2).log_probs(ids).sum().backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -175,14 +175,14 @@ def test_adapters_are_part_of_the_policy():
     after = policies.layer(2).log_probs(ids)
     assert not torch.allclose(before, after, atol=1e-3)
     states, _ = hooked_states(wrapped.get_base_model(), ids)
-    wanted = head_of(model, states[2]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(after.double(), wanted, atol=1e-5, rtol=1e-5)
+    expected = head_of(model, states[2]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(after.double(), expected, atol=1e-5, rtol=1e-5)
     with wrapped.disable_adapter():
         torch.testing.assert_close(policies.layer(2).log_probs(ids), before)
 
 
 @pytest.mark.parametrize("layer", [0, -1, 5, "abc", True, 2.0])
-def test_a_layer_that_does_not_exist_is_named(layer):
+def test_a_missing_layer_is_reported(layer):
     policies = InternalPolicies(tiny_model("llama"))
     for make in (policies.layer, policies.attn, policies.ffn):
         with pytest.raises(UserError, match=r"does not exist: .* has layers 1 to 4"):

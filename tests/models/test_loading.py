@@ -1,4 +1,4 @@
-"""A model, an adapter or a tokenizer is what its files hold, or it is refused in one line at loading."""
+"""A model, adapter or tokenizer is loaded exactly from its files, or refused in one line."""
 
 import json
 import logging
@@ -42,10 +42,10 @@ from tests.helpers.tiny_models import FAMILIES, tiny_model
 ROWS = Dataset.from_list([{"prompt": f"{i}+1"} for i in range(8)])
 
 
-def is_one_line(error, says):
+def is_one_line(error, parts):
     line = str(error.value)
     assert "\n" not in line and len(line) < 900
-    assert not [part for part in says if part not in line], line
+    assert not [part for part in parts if part not in line], line
 
 
 @pytest.mark.parametrize("wrong", [*WEIGHTS_WRONG, *GENERATION_WRONG])
@@ -67,8 +67,8 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_saved_is_loaded(family, tmp_path, caplog):
-    """Tied heads, buffers, mixtures of experts: nothing that a whole folder leaves out is missed."""
+def test_a_saved_model_is_loaded(family, tmp_path, caplog):
+    """Tied heads, buffers, mixtures of experts: tensors that a complete folder leaves out are not missing."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
@@ -101,10 +101,10 @@ def test_what_a_model_may_hold_besides_is_used_without_it(tmp_path, caplog):
         sharded(),
         settings("generation_config.json", eos_token_id=[1, 2], temperature=0, num_return_sequences=1, foo="bar"),
         lambda folder: (folder / "generation_config.json").unlink(),
-        more_tokens("<image>", special=True),  # as Gemma's, which no text holds
+        more_tokens("<image>", special=True),  # like Gemma's, which no text contains
     ],
 )
-def test_a_whole_model_of_another_form_is_loaded(make, tmp_path):
+def test_a_complete_model_of_another_form_is_loaded(make, tmp_path):
     folder = str(damaged(Damage(make, ()), tmp_path / "model"))
     loaded, tokenizer = load_model(folder), load_tokenizer(folder)
     assert torch.equal(loaded.lm_head.weight, load_model("embedded").lm_head.weight)
@@ -139,7 +139,7 @@ def test_float16_that_overflows_in_the_weights(tmp_path):
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize("phase", [1, 2])
 def test_float16_that_overflows_on_the_way(layer, phase, tmp_path):
-    """Weights are finite, states are not: the layer is named, and it is no wrong family."""
+    """Weights are finite, states are not: the error names the layer, and does not blame the family."""
     model = tiny_model("llama", dtype=torch.float16)
     with torch.no_grad():
         if layer == 0:
@@ -164,7 +164,7 @@ def test_float16_that_overflows_on_the_way(layer, phase, tmp_path):
         assert InternalPolicies(model).identity_errors.max_error < 1e-4
 
 
-def test_bfloat16_that_is_not_finite_is_damaged():
+def test_bfloat16_states_that_are_not_finite_mean_damaged_weights():
     model = tiny_model("gemma2", dtype=torch.bfloat16)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:] = torch.nan
@@ -184,7 +184,7 @@ KINDS = {
 
 
 def adapter_of(kind, folder, change=None):
-    """The folder of an adapter for the embedded model; its tensors may be changed."""
+    """Save an adapter for the embedded model, optionally with changed tensors, and return the original ones."""
     get_peft_model(load_model("embedded"), KINDS[kind]).save_pretrained(folder)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -194,7 +194,7 @@ def adapter_of(kind, folder, change=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_adapter_is_put_on(kind, tmp_path, recwarn):
+def test_a_complete_adapter_is_loaded(kind, tmp_path, recwarn):
     saved = adapter_of(kind, tmp_path)
     adapted = load_on_device("embedded", adapter=str(tmp_path))
     values = {
@@ -202,12 +202,12 @@ def test_a_whole_adapter_is_put_on(kind, tmp_path, recwarn):
         for name, x in adapted.state_dict().items()
         if ".original_module" not in name
     }
-    for name, wanted in saved.items():
+    for name, expected in saved.items():
         if kind == "prompt":
-            assert torch.equal(adapted.prompt_encoder["default"].embedding.weight, wanted)
+            assert torch.equal(adapted.prompt_encoder["default"].embedding.weight, expected)
         else:
             found = next(x for key, x in values.items() if key.removesuffix(".weight") == name.removesuffix(".weight"))
-            assert torch.equal(found.view_as(wanted), wanted), name
+            assert torch.equal(found.view_as(expected), expected), name
 
 
 def renamed(tensors):
@@ -244,7 +244,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         load_on_device(str(tmp_path / "base"), adapter=str(tmp_path))
 
 
-# -- every way in --------------------------------------------------------------------------------------------------------
+# -- all entry points -----------------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "eval": "--benchmarks arithmetic --size 2 --k 1 --max_new_tokens 4 --output out",
@@ -317,12 +317,12 @@ def test_calls_from_python_refuse(wrong, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_trainer_of_a_name_trains_what_its_files_hold(tmp_path):
-    """With a reference model, which TRL loads by the same name."""
+def test_a_trainer_loads_a_model_by_name(tmp_path):
+    """TRL loads the reference model by the same name."""
     trainer = BuPOTrainer(str(MODEL), lambda **columns: [], arguments_of(tmp_path, beta=0.1), train_dataset=ROWS)
-    wanted = load_file(MODEL / "model.safetensors")
+    expected = load_file(MODEL / "model.safetensors")
     for model in (trainer.model, trainer.ref_model):
-        for name, values in wanted.items():
+        for name, values in expected.items():
             assert torch.equal(model.state_dict()[name].cpu(), values)
 
 
@@ -431,8 +431,8 @@ def test_the_remedy_works(command, tmp_path, monkeypatch, capfd):
         assert main([*(word if word != "out" else f"out{number}" for word in words), *remedy]) in (0, None)
 
 
-def test_tokenizers_of_few_characters_are_taken(tmp_path):
-    """One that knows digits only gives unknown tokens too, but not alone."""
+def test_tokenizers_of_few_characters_are_accepted(tmp_path):
+    """A tokenizer of digits also returns unknown tokens, but not only these."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -444,8 +444,8 @@ def test_tokenizers_of_few_characters_are_taken(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 5
 
 
-def test_a_missing_tensor_that_was_random_is_no_longer_used(tmp_path):
-    """The former behaviour: transformers itself loads it, each time with other numbers."""
+def test_transformers_itself_loads_a_missing_tensor_as_random_numbers(tmp_path):
+    """This is the behaviour that the checks prevent."""
     folder = damaged(Damage(without(UP), ()), tmp_path / "model")
     first, second = (AutoModelForCausalLM.from_pretrained(folder).model.layers[2].mlp.up_proj.weight for _ in range(2))
     assert not torch.equal(first, second)

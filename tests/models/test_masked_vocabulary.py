@@ -1,4 +1,4 @@
-"""Masked vocabulary entries have probability 0: they add nothing to any measure, however their logit is written."""
+"""Masked vocabulary entries have probability 0 and add nothing to any measure, for every form of their logit."""
 
 import math
 from itertools import pairwise
@@ -32,8 +32,8 @@ WRITINGS = {
     "fp16 lowest": [-65504.0],
     "mixed": [-math.inf, LOWEST, -1e30, -1e4, -1e15, torch.finfo(torch.bfloat16).min],
 }
-# which of 97 entries are masked; tokens of the rollouts below are not
-PLACES = {
+# masked entries of 97; the tokens of the rollouts below are not masked
+MASKED_ENTRIES = {
     "one": [50],
     "the first tile": list(range(3)),
     "the last ones": list(range(60, 97)),
@@ -51,12 +51,12 @@ def bias_of(writing: str, places: list[int], size: int = 97, seed: int = 0) -> t
     return bias
 
 
-def kept(places: list[int], size: int = 97) -> list[int]:
+def unmasked(places: list[int], size: int = 97) -> list[int]:
     return [i for i in range(size) if i not in places]
 
 
 def with_bias(model, bias):
-    """A model whose unembedding has a bias."""
+    """Add a bias to a model's unembedding."""
     plain = model.get_output_embeddings()
     head = nn.Linear(plain.in_features, plain.out_features, bias=True)
     head.weight, head.bias = plain.weight, nn.Parameter(bias.to(plain.weight.dtype))
@@ -66,14 +66,14 @@ def with_bias(model, bias):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tile", [1, 7, 4096])
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("places", MASKED_ENTRIES)
 @pytest.mark.parametrize("writing", WRITINGS)
 def test_scores_and_gradients_are_those_of_the_kept_entries(writing, places, tile, temperature, monkeypatch):
-    """The reference is softmax over the kept entries only, in float64: no mask is written in it."""
+    """The reference is the softmax over the unmasked entries only, in float64."""
     monkeypatch.setattr(token_scoring, "VOCABULARY_PER_TILE", tile)
     generator = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(97, 16, generator=generator)
-    entries, bias = kept(PLACES[places]), bias_of(writing, PLACES[places])
+    entries, bias = unmasked(MASKED_ENTRIES[places]), bias_of(writing, MASKED_ENTRIES[places])
     columns = torch.randint(len(entries), (9,), generator=generator)
     mine = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     got = score_tokens(mine[0], mine[1], torch.tensor(entries)[columns], bias=mine[2], temperature=temperature)
@@ -81,19 +81,19 @@ def test_scores_and_gradients_are_those_of_the_kept_entries(writing, places, til
 
     theirs = [x.double().clone().requires_grad_() for x in (hidden, weight[entries], bias[entries])]
     log_p = ((theirs[0] @ theirs[1].t() + theirs[2]) / temperature).log_softmax(-1)
-    wanted = log_p.gather(1, columns[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    (wanted[0].sum() + 0.3 * wanted[1].sum()).backward()
-    torch.testing.assert_close(got.log_probs.double(), wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), wanted[1], rtol=1e-5, atol=1e-5)
+    expected = log_p.gather(1, columns[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    (expected[0].sum() + 0.3 * expected[1].sum()).backward()
+    torch.testing.assert_close(got.log_probs.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy.double(), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine[0].grad.double(), theirs[0].grad, rtol=1e-4, atol=1e-5)
     for gradient, reference in zip((mine[1].grad, mine[2].grad), (theirs[1].grad, theirs[2].grad), strict=True):
         torch.testing.assert_close(gradient[entries].double(), reference, rtol=1e-4, atol=1e-5)
-        assert gradient[PLACES[places]].abs().max() < 1e-20
+        assert gradient[MASKED_ENTRIES[places]].abs().max() < 1e-20
 
 
 @pytest.mark.parametrize("writing", WRITINGS)
-def test_one_kept_entry_is_certain(writing):
-    bias = bias_of(writing, kept([41]))
+def test_one_unmasked_entry_is_certain(writing):
+    bias = bias_of(writing, unmasked([41]))
     hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     got = score_tokens(hidden, torch.randn(97, 16), torch.full((4,), 41), bias=bias)
     (got.log_probs.sum() + got.entropy.sum()).backward()
@@ -102,7 +102,7 @@ def test_one_kept_entry_is_certain(writing):
 
 
 @pytest.mark.parametrize("value", [-math.inf, LOWEST])
-def test_a_wholly_masked_row_is_refused(value):
+def test_a_fully_masked_row_is_refused(value):
     bias = torch.full((97,), value)
     with pytest.raises(UserError, match="every logit of a position is masked"):
         score_tokens(torch.randn(2, 16), torch.randn(97, 16), torch.tensor([1, 2]), bias=bias)
@@ -110,7 +110,7 @@ def test_a_wholly_masked_row_is_refused(value):
 
 @torch.no_grad()
 def naive(model, entries, prompt, answer, lens):
-    """Entropies and divergences of softmax over the kept entries, in float64."""
+    """Compute entropies and divergences of the softmax over the unmasked entries, in float64."""
     stream = ResidualStream(model)
     layers = range(1, stream.num_layers + 1)
     rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -149,13 +149,13 @@ def naive(model, entries, prompt, answer, lens):
 @pytest.mark.parametrize("writing", ["infinite", "lowest", "mixed"])
 def test_an_analysis_is_that_of_the_kept_entries(writing, places, tile, lens, monkeypatch):
     monkeypatch.setattr(fold_module, "CPU_TILE_SIZE", tile)
-    entries = kept(PLACES[places])
-    model = with_bias(tiny_model("llama"), bias_of(writing, PLACES[places]))
+    entries = unmasked(MASKED_ENTRIES[places])
+    model = with_bias(tiny_model("llama"), bias_of(writing, MASKED_ENTRIES[places]))
     stream = ResidualStream(model)
     for pairs in (False, True):
         for rollout, found in zip(ROLLOUTS, measure_completions(stream, ROLLOUTS, lens=lens, pairs=pairs), strict=True):
-            wanted, kl, entropy = naive(model, entries, *rollout, lens)
-            for name, values in wanted.items():
+            expected, kl, entropy = naive(model, entries, *rollout, lens)
+            for name, values in expected.items():
                 mine = found.values[name][: len(values)]
                 np.testing.assert_allclose(mine, values.numpy(), rtol=2e-4, atol=5e-5, err_msg=name)
             np.testing.assert_allclose(found.entropy, entropy.numpy(), rtol=2e-4, atol=5e-5)
@@ -166,28 +166,28 @@ def test_an_analysis_is_that_of_the_kept_entries(writing, places, tile, lens, mo
 
 @pytest.mark.parametrize("writing", ["infinite", "lowest", "mixed"])
 def test_policies_of_a_masked_model(writing):
-    """KL, entropy, sampling and the view of tokens, against a model without the masked entries."""
-    entries = kept(PLACES["many"])
-    model = with_bias(tiny_model("qwen2"), bias_of(writing, PLACES["many"]))
+    """KL, entropy, sampling and the token view, against a softmax without the masked entries."""
+    entries = unmasked(MASKED_ENTRIES["many"])
+    model = with_bias(tiny_model("qwen2"), bias_of(writing, MASKED_ENTRIES["many"]))
     policies = InternalPolicies(model)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    wanted, kl, _ = naive(model, entries, [5], [6, 7, 8, 9, 10], "raw")
+    expected, kl, _ = naive(model, entries, [5], [6, 7, 8, 9, 10], "raw")
     with torch.no_grad():
         mine = policies.layer(2).kl(policies.layer(3), ids)[0, :-1]
         entropy = policies.layer(2).entropy(ids)[0, :-1]
     np.testing.assert_allclose(mine.sum(), kl[1, 2], rtol=1e-4)
-    np.testing.assert_allclose(entropy, wanted["entropy_layer"][1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected["entropy_layer"][1], rtol=1e-4, atol=1e-5)
     policies.layer(2).kl(policies.language_model, ids).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.model.layers.parameters() if p.grad is not None)
     sampled = policies.layer(2).generate(ids, max_new_tokens=40, pad_token_id=0)[0, 6:].tolist()
     assert sampled and set(sampled) <= set(entries)
     view = get_top_tokens(policies, Ids(), [5], [6, 7, 8, 9, 10], top=97)
-    np.testing.assert_allclose(view["entropy"], wanted["entropy_layer"], atol=2e-3)
+    np.testing.assert_allclose(view["entropy"], expected["entropy_layer"], atol=2e-3)
     assert all(p == 0 for cell in view["top"][0] for token, p in cell if int(token) not in entries)
 
 
 class Ids:
-    """A tokenizer that writes a token as its id."""
+    """A tokenizer whose tokens are their ids."""
 
     added_tokens_decoder: ClassVar[dict] = {}
 
@@ -199,9 +199,9 @@ class Ids:
 
 
 @pytest.mark.parametrize("writing", ["infinite", "lowest"])
-def test_a_wrong_head_is_seen_beside_masked_entries(writing):
-    """The lowest float is no size that other differences may be small beside."""
-    model = with_bias(tiny_model("llama"), bias_of(writing, PLACES["many"]))
+def test_a_wrong_head_is_detected_despite_masked_entries(writing):
+    """Errors are not relative to the lowest float."""
+    model = with_bias(tiny_model("llama"), bias_of(writing, MASKED_ENTRIES["many"]))
     assert ResidualStream(model).identity_errors.head < 1e-5
     assert get_logit_errors(model)[0] < 1e-5  # the decoding loop is used, too
     plain = model.lm_head.forward
@@ -210,15 +210,15 @@ def test_a_wrong_head_is_seen_beside_masked_entries(writing):
         ResidualStream(model)
 
 
-def test_a_wholly_masked_model_is_refused():
+def test_a_fully_masked_model_is_refused():
     model = with_bias(tiny_model("llama"), torch.full((97,), -math.inf))
     with pytest.raises(UserError, match="every logit of a position is masked"):
         InternalPolicies(model)
 
 
 def test_an_answer_with_a_masked_token_is_refused():
-    model = with_bias(tiny_model("llama"), bias_of("infinite", PLACES["many"]))
-    masked = PLACES["many"][0]
+    model = with_bias(tiny_model("llama"), bias_of("infinite", MASKED_ENTRIES["many"]))
+    masked = MASKED_ENTRIES["many"][0]
     with pytest.raises(UserError, match=rf"rollout 1: token 2 of its answer \(id {masked}\) has probability 0"):
         list(measure_completions(ResidualStream(model), [ROLLOUTS[0], ([5], [6, masked, 7])]))
 
@@ -226,7 +226,7 @@ def test_an_answer_with_a_masked_token_is_refused():
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("writing", ["infinite", "lowest"])
 def test_training_leaves_masked_entries_alone(writing, phase, tmp_path):
-    """All that is logged is finite, no masked token is sampled, and its row of the unembedding stays where it was."""
+    """Logged values are finite, no masked token is sampled, and its row of the unembedding does not change."""
     masked = list(range(150, 262))
     model = with_bias(tiny_model("llama", vocab_size=262, eos_token_id=1), bias_of(writing, masked, size=262))
     before, seen = model.lm_head.weight.detach().clone(), []
@@ -262,13 +262,13 @@ def test_training_leaves_masked_entries_alone(writing, phase, tmp_path):
 
 @pytest.mark.parametrize("layer", [None, 2])
 def test_sixteen_bits(layer):
-    """A padded vocabulary of bfloat16: the lowest float of the type."""
-    model = with_bias(tiny_model("llama", dtype=torch.bfloat16), bias_of("mixed", PLACES["the last ones"]))
+    """A padded vocabulary in bfloat16 is masked by the lowest float of the dtype."""
+    model = with_bias(tiny_model("llama", dtype=torch.bfloat16), bias_of("mixed", MASKED_ENTRIES["the last ones"]))
     policies = InternalPolicies(model)
     policy = policies.language_model if layer is None else policies.layer(layer)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        logits = policy.logits(ids).double()[..., : PLACES["the last ones"][0]]
+        logits = policy.logits(ids).double()[..., : MASKED_ENTRIES["the last ones"][0]]
         entropy = policy.entropy(ids).double()
     log_p = logits.log_softmax(-1)
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-3, atol=1e-3)

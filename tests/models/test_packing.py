@@ -1,4 +1,4 @@
-"""Packed rows against each row alone, unpadded, by transformers' own forward; and what the trainer makes of them."""
+"""Packed rows against separate, unpadded rows through transformers' own forward, and packing in the trainer."""
 
 import copy
 import logging
@@ -21,15 +21,15 @@ LAYER = Activation("layer", 2)
 
 
 def rows_of(prompts, answers, vocabulary=97, seed=0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Padded rows as TRL makes them, in another order than the groups': ids, mask, labels; some prompts have several answers."""
+    """Return ids, mask and labels of rows padded as by TRL. Some prompts have several completions, whose rows are apart."""
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(3, vocabulary, (length,), generator=generator) for length in prompts]
     rows = [(texts[prompt], torch.randint(3, vocabulary, (n,), generator=generator)) for prompt, n in answers]
     width, longest = max(len(p) for p, _ in rows), max(len(a) for _, a in rows)
     ids, mask = (torch.zeros(len(rows), width + longest, dtype=torch.long) for _ in range(2))
     for row, (prompt, answer) in enumerate(rows):
-        place = slice(width - len(prompt), width + len(answer))
-        ids[row, place], mask[row, place] = torch.cat([prompt, answer]), 1
+        columns = slice(width - len(prompt), width + len(answer))
+        ids[row, columns], mask[row, columns] = torch.cat([prompt, answer]), 1
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :width] = -100
     return ids, mask, labels
@@ -38,21 +38,21 @@ def rows_of(prompts, answers, vocabulary=97, seed=0) -> tuple[torch.Tensor, torc
 ROWS = rows_of([9, 4, 6], [(0, 3), (1, 7), (0, 12), (2, 1), (1, 2), (0, 5)])
 
 
-def alone(model, site, ids, mask, labels):
-    """`(B, T - 1)` log-probs from whole logits of one unpadded row at a time."""
-    found = torch.zeros(labels[:, 1:].shape)
-    for row, there in enumerate(mask.bool()):
-        own = ids[row][there]
-        out = model(input_ids=own[None], output_hidden_states=True, use_cache=False)
+def score_rows_separately(model, site, ids, mask, labels):
+    """Return log-probs `(B, T - 1)` from full logits of one unpadded row at a time."""
+    scores = torch.zeros(labels[:, 1:].shape)
+    for row, real in enumerate(mask.bool()):
+        tokens = ids[row][real]
+        out = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
         logits = out.logits[0] if site is None else raw_logits(model, out.hidden_states[site.layer][0])
-        log_probs = logits.double().log_softmax(-1)[:-1].gather(1, own[1:, None])[:, 0].float()
+        log_probs = logits.double().log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0].float()
         scored = labels[row, 1:] != -100
-        found[row, scored] = log_probs[len(log_probs) - int(scored.sum()) :]
-    return found
+        scores[row, scored] = log_probs[len(log_probs) - int(scored.sum()) :]
+    return scores
 
 
 def raw_logits(model, states):
-    """The states through the head with the family's own scale and cap, but no norm."""
+    """Compute logits with the family's scale and softcap, without the final norm."""
     return ResidualStream(model).logits(states)
 
 
@@ -62,33 +62,35 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_as_alone(model, site=None, rows=ROWS):
+def assert_as_separate_rows(model, site=None, rows=ROWS):
     packing = build_packed_decoder(model)
     assert packing is not None
-    asked = copy.deepcopy(model)
-    PolicyHead(ResidualStream(asked), 1.0, "raw", packing=build_packed_decoder(asked))
-    scores = asked(
+    packed = copy.deepcopy(model)
+    PolicyHead(ResidualStream(packed), 1.0, "raw", packing=build_packed_decoder(packed))
+    scores = packed(
         input_ids=rows[0],
         attention_mask=rows[1],
         labels=rows[2],
         fused_lm_head=True,
         **({"policy": site} if site else {}),
     )
-    wanted = alone(model, site, *rows)
-    torch.testing.assert_close(scores.log_probs, wanted, atol=1e-5, rtol=1e-5)
-    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    mine, theirs = gradients(asked, (scores.log_probs * weights).sum()), gradients(model, (wanted * weights).sum())
-    assert mine.keys() == {name for name in theirs if theirs[name].any() or name in mine}
-    for name, gradient in mine.items():
-        torch.testing.assert_close(
-            gradient, theirs[name], atol=1e-5 * max(1, theirs[name].abs().max()), rtol=1e-4, msg=name
-        )
+    expected = score_rows_separately(model, site, *rows)
+    torch.testing.assert_close(scores.log_probs, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    packed_grads = gradients(packed, (scores.log_probs * weights).sum())
+    separate_grads = gradients(model, (expected * weights).sum())
+    assert packed_grads.keys() == {
+        name for name in separate_grads if separate_grads[name].any() or name in packed_grads
+    }
+    for name, gradient in packed_grads.items():
+        tolerance = 1e-5 * max(1, separate_grads[name].abs().max())
+        torch.testing.assert_close(gradient, separate_grads[name], atol=tolerance, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("site", [None, LAYER], ids=["theta", "layer"])
+@pytest.mark.parametrize("site", [None, LAYER], ids=["full", "layer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_are_scored_as_each_alone(family, site):
-    assert_as_alone(tiny_model(family), site)
+def test_packed_rows_are_scored_as_separate_rows(family, site):
+    assert_as_separate_rows(tiny_model(family), site)
 
 
 WINDOWS = {
@@ -102,9 +104,9 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("family", WINDOWS)
-def test_windows_slide_over_positions_not_places(family):
+def test_windows_slide_over_positions_not_indices(family):
     model = tiny_model(family, **WINDOWS[family])
-    assert_as_alone(model)
+    assert_as_separate_rows(model)
     layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     wide = tiny_model(family, **{**WINDOWS[family], "sliding_window": 64})
     with torch.no_grad():
@@ -118,35 +120,35 @@ def test_windows_slide_over_positions_not_places(family):
 def test_eager_attention_is_packed_too():
     model = tiny_model("qwen3")
     model.set_attn_implementation("eager")
-    assert_as_alone(model)
+    assert_as_separate_rows(model)
 
 
-def test_the_attention_of_before_is_back():
+def test_the_original_attention_is_restored():
     model = tiny_model("llama")
     packing, layout = build_packed_decoder(model), PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     with pytest.raises(RuntimeError, match="inside"), packing.use_layout(layout):
         assert model.config._attn_implementation != "sdpa"
         raise RuntimeError("inside")
     assert model.config._attn_implementation == "sdpa"
-    with packing.kept():
-        with packing.over(layout):
+    with packing.keep_for_backward():
+        with packing.use_layout(layout):
             pass
         assert model.config._attn_implementation != "sdpa"
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_attention_is_back_after_a_pass_that_fails():
+def test_the_original_attention_is_restored_after_an_error():
     model = tiny_model("llama")
     packing, layout = build_packed_decoder(model), PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     with pytest.raises(RuntimeError, match="inside"), packing.keep_for_backward():
         raise RuntimeError("inside")
-    with packing.over(layout):
+    with packing.use_layout(layout):
         pass
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_row_without_a_prompt_is_not_packed():
-    """Nothing stands before its answer; what TRL's rows make of it stays."""
+    """Its completion has no token before it. Scores are those of unpacked rows."""
     ids, mask, labels = (x.clone() for x in ROWS)
     mask[2, :9] = 0
     assert PackedLayout.from_rows(ids, mask, 9) is None
@@ -158,11 +160,11 @@ def test_a_row_without_a_prompt_is_not_packed():
     assert torch.equal(*found)
 
 
-def test_long_segments_go_alone(monkeypatch):
+def test_long_segments_are_not_grouped(monkeypatch):
     monkeypatch.setattr("bupo.models.packing.MAX_QUERY_KEY_PAIRS", 1)
     layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     assert all(len(bucket.query_indices) == 1 for bucket in layout.buckets) and len(layout.buckets) == 9
-    assert_as_alone(tiny_model("gemma3_text", sliding_window=4))
+    assert_as_separate_rows(tiny_model("gemma3_text", sliding_window=4))
 
 
 def test_experts_are_balanced_over_the_rows_tokens():
@@ -182,11 +184,11 @@ def test_experts_are_balanced_over_the_rows_tokens():
     ("kind", "sizes"),
     {
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # distances in the scores, not positions
-        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},  # a state that runs along the row
+        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},  # a recurrent state
         "lfm2": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "layer_types": ["conv", "full_attention"]},
     }.items(),
 )  # fmt: skip
-def test_a_family_whose_tokens_meet_elsewhere_is_not_packed(kind, sizes, caplog):
+def test_a_family_that_mixes_tokens_outside_attention_is_not_packed(kind, sizes, caplog):
     caplog.set_level(logging.INFO)
     model = tiny_model(kind, **sizes)
     before = model.config._attn_implementation
@@ -199,7 +201,7 @@ def test_an_answer_that_is_masked_costs_nothing_and_scores_nothing():
     mask[2, 9:], labels[2, 9:] = 0, -100
     model = tiny_model("llama")
     assert len(PackedLayout.from_rows(ids, mask, 9).ids) == len(PackedLayout.from_rows(ROWS[0], ROWS[1], 9).ids) - 12
-    assert_as_alone(model, rows=(ids, mask, labels))
+    assert_as_separate_rows(model, rows=(ids, mask, labels))
 
 
 def test_rows_without_an_answer_are_a_differentiable_zero():
@@ -211,7 +213,7 @@ def test_rows_without_an_answer_are_a_differentiable_zero():
     assert not model.lm_head.weight.grad.any()
 
 
-# -- who sees whom -------------------------------------------------------------------------------------------------------
+# -- attention masks ----------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -221,50 +223,51 @@ def layouts(draw):
     return rows_of(prompts, answers, seed=draw(st.integers(0, 99)))[:2], max(prompts[p] for p, _ in answers)
 
 
-def seen_in_buckets(layout, sees):
-    """Pairs of packed places, by the buckets."""
+def visible_keys(layout, mask_function):
+    """Return the keys that each packed token attends to, from the buckets' masks."""
     pairs = [set() for _ in layout.ids]
-    mask = PackedMask(layout, sees, "sdpa")
+    packed_mask = PackedMask(layout, mask_function, "sdpa")
     for bucket in layout.buckets:
-        seen = mask.get_bucket_mask(bucket)
-        assert torch.equal(mask.get_bucket_mask(bucket), seen), "for the next layer"
-        for queries, keys, visible in zip(bucket.queries.tolist(), bucket.keys.tolist(), seen[:, 0], strict=True):
+        mask = packed_mask.get_bucket_mask(bucket)
+        assert torch.equal(packed_mask.get_bucket_mask(bucket), mask), "for the next layer"
+        indices = zip(bucket.query_indices.tolist(), bucket.key_indices.tolist(), mask[:, 0], strict=True)
+        for queries, keys, visible in indices:
             for query, row in zip(queries, visible, strict=True):
-                pairs[query] |= {key for key, there in zip(keys, row.tolist(), strict=True) if there}
+                pairs[query] |= {key for key, is_visible in zip(keys, row.tolist(), strict=True) if is_visible}
     return pairs
 
 
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.sampled_from([1, 3, 100]))
-def test_a_token_sees_its_own_rows_past_and_nothing_else(made, window):
-    (ids, mask), width = made
+def test_a_token_attends_to_the_past_of_its_own_row_only(rows, window):
+    (ids, mask), width = rows
     layout = PackedLayout.from_rows(ids, mask, width)
 
-    def sees(batch, head, query, key):
+    def mask_function(batch, head, query, key):
         return (key <= query) & (key > query - window)
 
-    wanted = [set() for _ in layout.ids]
-    for places, there in zip(layout.token_indices.tolist(), mask.bool().tolist(), strict=True):
-        row = [place for place, real in zip(places, there, strict=True) if real]
-        for index, place in enumerate(row):
-            wanted[place] |= set(row[max(0, index - window + 1) : index + 1])
-            assert layout.positions[place] == index
+    expected = [set() for _ in layout.ids]
+    for indices, real in zip(layout.token_indices.tolist(), mask.bool().tolist(), strict=True):
+        row = [index for index, is_real in zip(indices, real, strict=True) if is_real]
+        for position, index in enumerate(row):
+            expected[index] |= set(row[max(0, position - window + 1) : position + 1])
+            assert layout.positions[index] == position
     assert torch.equal(layout.ids[layout.token_indices][mask.bool()], ids[mask.bool()])
     assert len(layout.ids) == len(
         {p for row, m in zip(layout.token_indices, mask.bool(), strict=True) for p in row[m].tolist()}
     )
-    assert seen_in_buckets(layout, sees) == wanted
-    own, earlier = layout.segment_ids()
+    assert visible_keys(layout, mask_function) == expected
+    segments, prompts = layout.segment_ids()
     count = len(layout.ids)
     query, key = torch.arange(count)[:, None], torch.arange(count)[None]
-    together = (own[key] == own[query]) | (own[key] == earlier[query])
-    dense = together & sees(0, 0, layout.positions[query], layout.positions[key])
-    assert [set(row.nonzero()[:, 0].tolist()) for row in dense] == wanted
+    same_sequence = (segments[key] == segments[query]) | (segments[key] == prompts[query])
+    dense = same_sequence & mask_function(0, 0, layout.positions[query], layout.positions[key])
+    assert [set(row.nonzero()[:, 0].tolist()) for row in dense] == expected
 
 
 @pytest.mark.slow
 def test_flex_attention_by_blocks_is_attention_by_buckets():
-    """On a CPU it is compiled, and knows no backward pass."""
+    """On a CPU it is compiled, and has no backward pass."""
     layout = PackedLayout.from_rows(ROWS[0], ROWS[1], 9)
     block = tiny_model("qwen3").model.layers[0].self_attn
     segments, blocks = (PackedMask(layout, lambda batch, head, query, key: key <= query, x) for x in ("sdpa", None))
@@ -272,9 +275,9 @@ def test_flex_attention_by_blocks_is_attention_by_buckets():
     query = torch.randn(1, 4, len(layout.ids), 16, generator=generator)
     key, value = (torch.randn(1, 2, len(layout.ids), 16, generator=generator) for _ in range(2))
     with torch.no_grad():
-        wanted, _ = packed_attention_forward(block, query, key, value, segments, scaling=0.25)
+        expected, _ = packed_attention_forward(block, query, key, value, segments, scaling=0.25)
         found, _ = packed_attention_forward(block, query, key, value, blocks, scaling=0.25)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def trained(folder, packs, monkeypatch, peft=None, **changes):
             "gradient_accumulation_steps": 2,
             "max_steps": 4,
         }
-        # plain gradient steps: Adam makes much of a gradient that is rounding alone
+        # plain gradient steps: Adam amplifies gradients that are rounding errors
         options |= {
             "optim": "sgd",
             "learning_rate": 0.1,
@@ -336,10 +339,10 @@ def test_a_run_is_that_of_unpacked_rows(tmp_path, run, monkeypatch):
     (mine, log), (theirs, other) = (trained(tmp_path / str(x), x, monkeypatch, **RUNS[run]) for x in (True, False))
     for name, parameter in mine.items():
         torch.testing.assert_close(parameter, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
-    for row, wanted in zip(log[:-1], other[:-1], strict=True):
-        assert row.keys() == wanted.keys()
+    for row, expected in zip(log[:-1], other[:-1], strict=True):
+        assert row.keys() == expected.keys()
         for name in ("loss", "reward", "completions/mean_length", "phase"):
-            assert row.get(name) == pytest.approx(wanted.get(name), abs=1e-4), name
+            assert row.get(name) == pytest.approx(expected.get(name), abs=1e-4), name
 
 
 @pytest.mark.slow
@@ -362,15 +365,15 @@ def test_prompt_learning_keeps_its_rows(tmp_path):
         config(tmp_path, internal_steps=0, max_steps=1, gradient_checkpointing=False),
         peft_config=peft,
     )
-    asked = []
-    trainer.policy_alignment.packing.over = lambda layout: asked.append(layout)
+    layouts = []
+    trainer.policy_alignment.packing.use_layout = layouts.append
     trainer.train()
-    assert not asked
+    assert not layouts
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_a_rollout_batch_is_scored_once(tmp_path, beta):
-    """In phase 1 the old log-probs of layer and pi_theta come from one pass, and a reference model runs its first layers."""
+    """In phase 1 the old log-probs of the layer and of the full model come from one pass, and a reference model runs its first layers."""
     model = model_of()
     folder = tmp_path / "start"
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M: parity of every layer policy, and text from inside."""
+"""SmolLM2-135M: parity of every layer policy, generation, analysis and evaluation."""
 
 import json
 
@@ -29,15 +29,15 @@ def test_every_layer_policy_is_that_of_the_hooked_states():
     assert policies.num_layers == 30 and policies.identity_errors.max_error < 1e-5
     states, logits = hooked_states(model, ids)
     for layer in range(1, 31):
-        wanted = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        expected = model.lm_head(states[layer]).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         found = policies.layer(layer).log_probs(ids)
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # raw logits of hundreds
-    theta = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(policies.language_model.log_probs(ids), theta, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # raw logits of hundreds
+    full = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policies.language_model.log_probs(ids), full, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_generate_from_the_whole_model_is_the_models_own():
+def test_generate_of_the_language_model_policy_is_the_models_own():
     model, tokenizer = real_model("smollm2-135m")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 2 + 3?"}],
@@ -45,9 +45,9 @@ def test_generate_from_the_whole_model_is_the_models_own():
         return_tensors="pt",
         return_dict=True,
     )
-    wanted = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    expected = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     got = InternalPolicies(model).language_model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     assert InternalPolicies(model).layer(15).generate(**prompt, max_new_tokens=4).size(1) > prompt["input_ids"].size(1)
 
 
@@ -68,8 +68,8 @@ def test_measures_are_the_naive_ones():
     )
     found = next(measure_completions(ResidualStream(model), [(prompt, answer)]))
     values, _, _, log_probs, _ = naive(model, prompt, answer)
-    for name, wanted in values.items():
-        np.testing.assert_allclose(found.values[name], wanted, rtol=1e-3, atol=1e-3, err_msg=name)
+    for name, expected in values.items():
+        np.testing.assert_allclose(found.values[name], expected, rtol=1e-3, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(found.log_probs, log_probs, rtol=1e-4, atol=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_analyze_from_a_cold_start(tmp_path, name):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no problem files here")
 def test_evaluation_of_the_problem_files(tmp_path):
-    """A slice of each file, whole and killed in between, the same; grades are math-verify's, called directly in this process."""
+    """A slice of each file gives the same results with and without a kill; grades are those of math-verify in this process."""
     files = ",".join(str(SHARED / f"{name}.parquet") for name in FILES)
 
     def command(folder):

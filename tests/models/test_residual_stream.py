@@ -25,7 +25,7 @@ def test_writes_in_sixteen_bits(family):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "olmo3", "glm4", "granite"])
-def test_raw_module_outputs_are_refused_where_they_are_not_what_is_added(family):
+def test_module_outputs_that_are_not_the_writes_are_refused(family):
     with pytest.raises(UserError, match=r"layer 1 does not add its writes.*differs .* by [0-9.]+.*pass family="):
         ResidualStream(tiny_model(family), Family(norm=RULES[family].norm))
 
@@ -37,14 +37,14 @@ def test_a_forgotten_scale_or_softcap_is_refused(family):
         ResidualStream(tiny_model(family), wrong)
 
 
-def test_bloom_adds_inside_its_modules_and_is_refused():
+def test_bloom_is_refused_because_its_modules_add_the_stream():
     config = AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=3, n_head=4)
     with pytest.raises(UserError, match=r"'bloom' is unknown, and in layer 1 .*differs by [0-9.]+.*pass family="):
         ResidualStream(AutoModelForCausalLM.from_config(config))
 
 
 def test_post_norm_blocks_are_refused():
-    """OPT's 350m variant normalises after the addition: no stream runs through it."""
+    """The 350m variant of OPT normalises after the addition, so it has no residual stream."""
     config = AutoConfig.for_model(
         "opt",
         vocab_size=97,
@@ -59,8 +59,8 @@ def test_post_norm_blocks_are_refused():
         ResidualStream(AutoModelForCausalLM.from_config(config))
 
 
-def test_unknown_family_is_read_by_differences(monkeypatch):
-    """The fallback finds the same writes as the rule, for each kind of sequential block."""
+def test_an_unknown_family_uses_differences_of_the_stream(monkeypatch):
+    """The fallback finds the same writes as the table, for each kind of sequential block."""
     for family in ("llama", "gemma2", "olmo2", "granite", "gpt2", "gpt_neox-sequential"):
         model = tiny_model(family)
         kind = model.config.model_type
@@ -69,7 +69,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
         known = ResidualStream(model).compute_activations(sites, ids)
         with monkeypatch.context() as patch:
             patch.delitem(RULES, kind)
-            if family == "granite":  # the head's divisor is no part of the fallback: the user names it
+            if family == "granite":  # the fallback does not find the head's divisor, which the user must name
                 with pytest.raises(UserError, match="unembedding give logits"):
                     ResidualStream(model)
                 continue
@@ -82,7 +82,7 @@ def test_unknown_family_is_read_by_differences(monkeypatch):
 def test_unknown_parallel_family_is_refused(monkeypatch):
     for family in ("cohere2", "gpt_neox"):
         monkeypatch.delitem(RULES, family)
-        with pytest.raises(UserError, match="layer 1 what the stream gains from the attention is no output"):
+        with pytest.raises(UserError, match="layer 1 the write of the attention is not the output"):
             ResidualStream(tiny_model(family))
 
 
@@ -115,7 +115,7 @@ def test_nan_weights_are_refused():
         InternalPolicies(model)
 
 
-def test_checking_leaves_the_model_as_it_was():
+def test_verification_does_not_change_the_model():
     model = tiny_model("phi3").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     InternalPolicies(model)

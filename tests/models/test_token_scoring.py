@@ -11,7 +11,7 @@ from bupo.models.unembedding import Unembedding
 
 
 def naive(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0):
-    """log-prob and entropy from whole float64 logits."""
+    """Compute log-prob and entropy from full float64 logits."""
     logits = hidden.double() @ weight.double().t()
     if bias is not None:
         logits = logits + bias.double()
@@ -24,8 +24,8 @@ def naive(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperatu
     return torch.where(keep, log_probs, 0.0), torch.where(keep, -(log_p.exp() * log_p).sum(-1), 0.0)
 
 
-def relative_error(got, wanted):
-    return ((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
 @st.composite
@@ -61,23 +61,23 @@ def test_values_and_gradients_are_the_naive_ones(problem, rows, columns):
         for kind, leaves in ((torch.float32, single), (torch.float64, double)):
             for tensor in (hidden, weight, options["bias"]):
                 leaves.append(None if tensor is None else tensor.to(kind).clone().requires_grad_())
-        got = score_tokens(single[0], single[1], targets, **{**options, "bias": single[2]})
-        wanted = naive(double[0], double[1], targets, **{**options, "bias": double[2]})
-        # fp32 logits of size x carry an error of x * 2^-24, whatever is done with them later
+        scores = score_tokens(single[0], single[1], targets, **{**options, "bias": single[2]})
+        expected = naive(double[0], double[1], targets, **{**options, "bias": double[2]})
+        # fp32 logits of size x have an error of x * 2^-24
         size = max(1.0, (hidden.abs().max() * weight.abs().sum(1).max() * options["scale"]).item())
         size = size / options["temperature"] if options["softcap"] is None else min(size, options["softcap"]) + 1
         slack = 1e-5 * max(1.0, size / 30)
-        for mine, theirs in zip(got, wanted, strict=True):
-            torch.testing.assert_close(mine.double(), theirs, rtol=slack, atol=slack)
-        ((got.log_probs * upstream[0]).sum() + (got.entropy * upstream[1]).sum()).backward()
-        ((wanted[0] * upstream[0]).sum() + (wanted[1] * upstream[1]).sum()).backward()
-        # a probability that is off by `slack` moves a gradient by that times the other factor
+        for actual, reference in zip(scores, expected, strict=True):
+            torch.testing.assert_close(actual.double(), reference, rtol=slack, atol=slack)
+        ((scores.log_probs * upstream[0]).sum() + (scores.entropy * upstream[1]).sum()).backward()
+        ((expected[0] * upstream[0]).sum() + (expected[1] * upstream[1]).sum()).backward()
+        # an error of `slack` in a probability changes a gradient by `slack` times the other factor
         factor = max(hidden.abs().max().item(), weight.abs().max().item(), 1.0)
         reach = factor * options["scale"] / options["temperature"] * upstream.abs().max().item()
-        for mine, theirs in zip(single, double, strict=True):
-            if mine is not None:
+        for actual, reference in zip(single, double, strict=True):
+            if actual is not None:
                 atol = 10 * slack * (1 + reach)
-                torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=10 * slack, atol=atol)
+                torch.testing.assert_close(actual.grad.double(), reference.grad, rtol=10 * slack, atol=atol)
     finally:
         token_scoring.ROWS_PER_TILE, token_scoring.VOCABULARY_PER_TILE = before
 
@@ -88,40 +88,40 @@ def test_relative_error_in_fp32_at_ordinary_logits():
     targets, upstream = torch.randint(20_000, (300,), generator=generator), torch.randn(2, 300, generator=generator)
     single = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     double = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    got, wanted = score_tokens(single[0], single[1], targets), naive(double[0], double[1], targets)
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert relative_error(mine, theirs) < 1e-6
-    ((got.log_probs * upstream[0]).sum() + (got.entropy * upstream[1]).sum()).backward()
-    ((wanted[0] * upstream[0]).sum() + (wanted[1] * upstream[1]).sum()).backward()
-    for mine, theirs in zip(single, double, strict=True):
-        assert relative_error(mine.grad, theirs.grad) < 1e-5
+    scores, expected = score_tokens(single[0], single[1], targets), naive(double[0], double[1], targets)
+    for actual, reference in zip(scores, expected, strict=True):
+        assert relative_error(actual, reference) < 1e-6
+    ((scores.log_probs * upstream[0]).sum() + (scores.entropy * upstream[1]).sum()).backward()
+    ((expected[0] * upstream[0]).sum() + (expected[1] * upstream[1]).sum()).backward()
+    for actual, reference in zip(single, double, strict=True):
+        assert relative_error(actual.grad, reference.grad) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
 def test_entropy_survives_large_logits(size):
-    """Near-ties on top of large logits: `log Z - E[x]` would cancel, the running shift does not."""
+    """Near-ties of large logits: `log Z - E[x]` would cancel, the running shift does not."""
     gaps = torch.tensor([0.0, -0.25, -0.5, -1.0])
     hidden, weight = torch.ones(1, 1), size + gaps[:, None]
-    got = score_tokens(hidden, weight, torch.tensor([1]))
-    wanted = naive(hidden, weight, torch.tensor([1]))  # of the weights as fp32 rounds them
-    torch.testing.assert_close(got.entropy.double(), wanted[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.log_probs.double(), wanted[0], rtol=1e-5, atol=1e-6)
+    scores = score_tokens(hidden, weight, torch.tensor([1]))
+    expected = naive(hidden, weight, torch.tensor([1]))  # of the weights rounded to fp32
+    torch.testing.assert_close(scores.entropy.double(), expected[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores.log_probs.double(), expected[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_inputs_lose_nothing_further(dtype):
-    """The product of 16-bit factors is exact to fp32: the naive fp64 result of the same factors is met."""
+    """The product of 16-bit factors is exact in fp32, so the scores equal the naive fp64 result of the same factors."""
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(50, 32, generator=generator) * 5).to(dtype).requires_grad_()
     weight = torch.randn(500, 32, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(500, (50,), generator=generator)
-    got = score_tokens(hidden, weight, targets)
+    scores = score_tokens(hidden, weight, targets)
     double = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
-    wanted = naive(double[0], double[1], targets)
-    torch.testing.assert_close(got.log_probs.double(), wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), wanted[1], rtol=1e-5, atol=1e-5)
-    (got.log_probs.sum() + got.entropy.sum()).backward()
-    (wanted[0].sum() + wanted[1].sum()).backward()
+    expected = naive(double[0], double[1], targets)
+    torch.testing.assert_close(scores.log_probs.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropy.double(), expected[1], rtol=1e-5, atol=1e-5)
+    (scores.log_probs.sum() + scores.entropy.sum()).backward()
+    (expected[0].sum() + expected[1].sum()).backward()
     assert hidden.grad.dtype == weight.grad.dtype == dtype
     assert relative_error(hidden.grad, double[0].grad) < 5e-3
     assert relative_error(weight.grad, double[1].grad) < 5e-3
@@ -139,14 +139,14 @@ def test_gradcheck_in_fp64():
 
 
 def test_unscored_positions_are_not_computed(monkeypatch):
-    seen = []
+    counts = []
     real = Unembedding.logits
-    monkeypatch.setattr(Unembedding, "logits", lambda head, h: seen.append(h.size(0)) or real(head, h))
+    monkeypatch.setattr(Unembedding, "logits", lambda head, h: counts.append(h.size(0)) or real(head, h))
     targets = torch.full((4, 25), IGNORE_INDEX)
     targets[:, -3:] = 5
     hidden = torch.randn(4, 25, 8, requires_grad=True)
     scores = score_tokens(hidden, torch.randn(11, 8), targets)
-    assert seen == [12]
+    assert counts == [12]
     assert scores.log_probs.shape == scores.entropy.shape == (4, 25)
     scores.log_probs.sum().backward()
     assert hidden.grad[:, :-3].eq(0).all() and hidden.grad[:, -3:].ne(0).all()
@@ -157,7 +157,7 @@ def test_no_tensor_larger_than_a_tile(monkeypatch):
     monkeypatch.setattr(token_scoring, "VOCABULARY_PER_TILE", 50)
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordLargest(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
@@ -168,7 +168,7 @@ def test_no_tensor_larger_than_a_tile(monkeypatch):
 
     hidden, weight = torch.randn(200, 4, requires_grad=True), torch.randn(400, 4, requires_grad=True)
     targets = torch.randint(400, (200,))
-    with Watch():
+    with RecordLargest():
         scores = score_tokens(hidden, weight, targets)
         (scores.log_probs.sum() + scores.entropy.sum()).backward()
     assert largest <= max(16 * 50, 400 * 4)
@@ -178,5 +178,5 @@ def test_bad_arguments():
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match="below 5 or -100"):
         score_tokens(hidden, weight, torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="temperature must be positive, scores 0"):
         score_tokens(hidden, weight, torch.tensor([0, 1]), temperature=0.0)

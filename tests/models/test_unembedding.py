@@ -1,4 +1,4 @@
-"""The one rule from states to logits: every user's logits are the naive ones, and no other code makes any."""
+"""Logits of all users of the unembedding equal the naive ones, and no other code computes logits."""
 
 import ast
 from pathlib import Path
@@ -42,22 +42,22 @@ def heads(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(heads())
-def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
+def test_full_tiled_scored_and_streamed_logits_are_the_naive_ones(problem):
     hidden, head, targets, size = problem
-    wanted = naive(hidden, head)
+    expected = naive(hidden, head)
     near: dict = {"rtol": 1e-4, "atol": 1e-4}  # of fp32 logits near 100
     whole = head.logits(hidden)
     assert whole.dtype == torch.promote_types(hidden.dtype, torch.float32)
-    torch.testing.assert_close(whole.double(), wanted, **near)
+    torch.testing.assert_close(whole.double(), expected, **near)
     tiles = [slice(start, start + size) for start in range(0, head.weight.size(0), size)]
-    tiled = torch.cat([head.tile(columns).logits(hidden) for columns in tiles], dim=1)
-    torch.testing.assert_close(tiled.double(), wanted, **near)
+    tiled = torch.cat([head.slice_vocab(columns).logits(hidden) for columns in tiles], dim=1)
+    torch.testing.assert_close(tiled.double(), expected, **near)
     states, out = hidden.to(head.state_dtype), torch.empty_like(whole)
-    for columns in tiles:  # as the analysis does
-        tile = head.tile(columns, head.state_dtype)
+    for columns in tiles:  # like the analysis
+        tile = head.slice_vocab(columns, head.state_dtype)
         assert tile.logits(states, out[:, columns]).data_ptr() == out[:, columns].data_ptr()
-    torch.testing.assert_close(out.double(), wanted, **near)
-    log_p = wanted.log_softmax(-1)
+    torch.testing.assert_close(out.double(), expected, **near)
+    log_p = expected.log_softmax(-1)
     chosen, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     scores = score_states(hidden, head, targets)
     fold = StreamedPolicies([states], spoken=1, pairs=False)
@@ -68,7 +68,7 @@ def test_whole_tiled_scored_and_folded_logits_are_the_naive_ones(problem):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_whole_logits_are_differentiable(softcap):
+def test_full_logits_are_differentiable(softcap):
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 3, 4), (5, 4), (5,)))
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
@@ -78,8 +78,8 @@ def test_whole_logits_are_differentiable(softcap):
 PRODUCTS = {"matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "linear", "einsum", "tensordot", "inner", "dot", "vecdot"}
 
 
-def logit_making(tree):
-    """Lines that multiply by an unembedding's weight, call the head's module, or apply a softcap."""
+def find_logit_code(tree):
+    """Yield the lines that multiply by an unembedding's weight, call the head's module, or apply a softcap."""
 
     def names(node):
         of = [getattr(n, "attr", None) or getattr(n, "id", None) for n in ast.walk(node)]
@@ -108,9 +108,9 @@ def logit_making(tree):
             yield node.lineno
 
 
-def test_nothing_else_makes_logits():
+def test_no_other_code_computes_logits():
     found = {
-        str(path.relative_to(SOURCE)): sorted(set(logit_making(ast.parse(path.read_text()))))
+        str(path.relative_to(SOURCE)): sorted(set(find_logit_code(ast.parse(path.read_text()))))
         for path in SOURCE.rglob("*.py")
     }
     places = {path: lines for path, lines in found.items() if lines}
@@ -130,5 +130,5 @@ def test_nothing_else_makes_logits():
         "x *= self.softcap",
     ],
 )
-def test_what_would_make_logits_is_found(line):
-    assert list(logit_making(ast.parse(line)))
+def test_code_that_computes_logits_is_found(line):
+    assert list(find_logit_code(ast.parse(line)))

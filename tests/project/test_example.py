@@ -25,7 +25,7 @@ def example():
 
 def right(completions, answer, **kwargs):
     """The example's reward, as TRL calls one."""
-    reward = sys.modules["bottom_up"].reward
+    reward = sys.modules["bottom_up"].compute_reward
     return [reward(found[-1]["content"], gold) for found, gold in zip(completions, answer, strict=True)]
 
 
@@ -60,7 +60,7 @@ def rollouts_of(example, model, parts, layer):
     ids, mask = torch.cat([prompts, answers], 1), torch.cat(masks, 1)
     answered = torch.cat([torch.zeros_like(masks[0]), masks[1]], 1)[:, 1:]
     with torch.no_grad():
-        old = example.log_probs(model, ids, mask, layer)
+        old = example.compute_log_probs(model, ids, mask, layer)
     return example.Rollouts(ids, mask, answered, torch.cat([part["advantages"] for part in parts]), old)
 
 
@@ -79,7 +79,7 @@ def test_losses_and_weights_are_the_trainers(tmp_path, example, internal_steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=trainer.args.weight_decay)
     found = []
     for batch in range(2):
-        layer = example.optimised(batch, 5, internal_steps)
+        layer = example.get_optimized_layer(batch, 5, internal_steps)
         rollouts = rollouts_of(example, model, inputs[4 * batch : 4 * batch + 4], layer)
         found += example.update(model, optimizer, rollouts, layer, torch.arange(len(rollouts.ids)))
     assert len(losses) == 8 and max(abs(float(loss)) for loss in losses) > 1e-2
@@ -97,7 +97,7 @@ def test_advantages_are_the_trainers(tmp_path, example):
     def rollout(inputs, inner=trainer.generate_rollouts):
         tensors = inner(inputs)
         texts = trainer.processing_class.batch_decode(tensors["completion_ids"], skip_special_tokens=True)
-        rewards = [example.reward(text, row["answer"]) for text, row in zip(texts, inputs, strict=True)]
+        rewards = [example.compute_reward(text, row["answer"]) for text, row in zip(texts, inputs, strict=True)]
         seen.append((torch.tensor(rewards), tensors["advantages"].clone()))
         return tensors
 
@@ -105,7 +105,7 @@ def test_advantages_are_the_trainers(tmp_path, example):
     trainer.train()
     assert any(0 < rewards.mean() < 1 for rewards, _ in seen)
     for rewards, theirs in seen:
-        torch.testing.assert_close(example.advantages(rewards), theirs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(example.compute_advantages(rewards), theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_advantages_are_the_trainers(tmp_path, example):
     [(r"57+23=80;80-41=39;\boxed{39}", 1.0), (r"\boxed{-39}", 0.0), (r"\boxed{39} or so", 0.0), ("39", 0.0), ("", 0.0)],
 )
 def test_its_reward_is_of_the_boxed_number(example, text, reward):
-    assert example.reward(text, "39") == reward
+    assert example.compute_reward(text, "39") == reward
 
 
 def test_it_runs_and_refuses_a_layer_it_cannot_read(example, monkeypatch, capsys):
@@ -121,7 +121,7 @@ def test_it_runs_and_refuses_a_layer_it_cannot_read(example, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [str(FILE), "--batches", "2", "--internal_batches", "1"])
     example.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "layer 5" in lines[0] and "whole model" in lines[1] and len(lines) == 2
+    assert "layer 5" in lines[0] and "full model" in lines[1] and len(lines) == 2
     monkeypatch.setattr(sys, "argv", [str(FILE), "--layer", "8"])
     with pytest.raises(SystemExit, match="2"):
         example.main()

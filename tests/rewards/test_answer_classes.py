@@ -25,7 +25,7 @@ def grader():
     grader.close()
 
 
-# -- through the grading processes: each was paid, or refused, by the rules before classes
+# -- through the grading processes: answers that earlier rules graded wrongly
 
 WERE_PAID = [
     ("1.6\\times10^{-19}", "9.1\\times10^{-31}"), ("\\frac{1}{2^{61}}", "1/2^{60}"),
@@ -41,12 +41,12 @@ WERE_REFUSED = [
 ]  # fmt: skip
 
 
-def test_what_was_paid_wrongly_is_not_and_what_was_refused_wrongly_is_paid(grader):
-    for pairs, wanted in ((WERE_PAID, False), (WERE_REFUSED, True)):
+def test_earlier_mistakes_are_corrected(grader):
+    for pairs, expected in ((WERE_PAID, False), (WERE_REFUSED, True)):
         golds, answers = zip(*pairs, strict=True)
         verdicts = grader.grade([f"So it is $\\boxed{{{answer}}}$." for answer in answers], golds)
         paid = [verdict == "correct" for verdict in verdicts]
-        assert [pair for pair, pays in zip(pairs, paid, strict=True) if pays != wanted] == []
+        assert [pair for pair, pays in zip(pairs, paid, strict=True) if pays != expected] == []
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_what_was_paid_wrongly_is_not_and_what_was_refused_wrongly_is_paid(grade
         ("\\boxed{12} cannot be the answer.", "12"),
     ],
 )
-def test_a_box_that_is_no_answer_is_not_paid(completion, gold):
+def test_a_box_that_is_not_an_answer_gets_no_reward(completion, gold):
     assert math_reward([completion], answer=[gold]) == [0.0]
 
 
 def test_texts_are_gold_answers():
-    """They had no expression and gave no reward; only an empty one does now."""
+    """Only an empty gold answer gives no reward."""
     assert math_reward(["\\boxed{\\text{hello}}", "\\boxed{1}"], answer=["hello", ""]) == [1.0, None]
     check_gold_answers(["hello", "2024-12-05", "+"], "mine")
 
@@ -85,18 +85,18 @@ def test_pairs(part):
     ] == []
 
 
-def test_right_answers_that_are_known_to_be_refused():
+def test_correct_answers_that_are_known_to_be_refused():
     assert {judged(gold, answer) for gold, answer, _ in rows(REFUSED)} == {"wrong"}
 
 
-def test_every_gold_answer_is_paid_for_itself():
+def test_every_gold_answer_equals_itself():
     golds = {gold for gold, *_ in rows(PAIRS)}
     assert [gold for gold in golds if judged(gold, gold) != "correct"] == []
 
 
 @pytest.mark.slow
 def test_another_digit_is_another_answer():
-    """Each digit of each gold answer, raised by one: a text is never close enough."""
+    """Each digit of each gold answer, raised by one."""
     draw, paid = random.Random(0), []
     for gold in sorted({gold for gold, _, right in rows(PAIRS) if right}):
         places = [match.start() for match in re.finditer(r"\d", gold)]
@@ -119,7 +119,7 @@ def test_letters_in_another_order_are_never_paid(word):
             assert judged(word, other) != "correct", other
 
 
-# -- reading
+# -- parsing
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_letters_in_another_order_are_never_paid(word):
         "a@b",
     ],
 )
-def test_code_is_not_read(text):
+def test_code_is_not_parsed(text):
     with pytest.raises(UnreadableAnswer):
         parse_expression(text)
 
 
 def test_nothing_is_evaluated_as_python(monkeypatch):
-    """No answer of the table reaches sympy's parser of Python text, `eval` or `exec`."""
+    """No answer of the table reaches sympy's Python parser, `eval` or `exec`."""
     import sympy
     from sympy.parsing import sympy_parser
 
@@ -157,7 +157,7 @@ def test_nothing_is_evaluated_as_python(monkeypatch):
         judged(gold, answer)
 
 
-def test_what_is_read_is_read_whole():
+def test_texts_are_parsed_completely():
     for text in (
         "3 foo bar baz qux five",
         "x^2 +",
@@ -261,11 +261,11 @@ FINAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("completion", "wanted"), FINAL)
-def test_the_final_answer(completion, wanted):
+@pytest.mark.parametrize(("completion", "expected"), FINAL)
+def test_the_final_answer(completion, expected):
     text, reason = extract_final_answer(completion)
-    assert (text is None) == (wanted is None) and (text is None) == (reason is not None)
-    assert wanted is None or normalize_notation(text) == normalize_notation(wanted)
+    assert (text is None) == (expected is None) and (text is None) == (reason is not None)
+    assert expected is None or normalize_notation(text) == normalize_notation(expected)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_the_final_answer(completion, wanted):
         ("\\boxed{@}", "not readable"),
     ],
 )
-def test_a_grade_says_why_there_is_no_answer(grader, completion, reason):
+def test_a_grade_has_the_reason_for_a_missing_answer(grader, completion, reason):
     (grade,) = grader.get_grades([completion], ["1"])
     assert (grade.strict, grade.reason) == ("unparsable", reason)
     assert grade.value == ("@" if reason == "not readable" else None)
@@ -307,7 +307,7 @@ def test_integers_without_a_process_follow_the_same_extraction():
         grade = _grade_integers(answer, "3")
         assert grade is None or grade._asdict() == grader_worker.grade_answer(answer, "3"), answer
     assert _grade_integers("not \\boxed{3}", "3") == ("correct", None, "unparsable", "the answer is taken back")
-    assert _grade_integers("\\boxed{101}", "0101") is None  # digits with a zero in front are a code
+    assert _grade_integers("\\boxed{101}", "0101") is None  # digits with a leading zero are a code
 
 
 # -- long and hostile texts
@@ -329,7 +329,7 @@ def test_integers_without_a_process_follow_the_same_extraction():
     ids=lambda text: text[:12],
 )
 def test_extraction_of_long_texts_is_quick(text):
-    """In this process no answer can be killed, so none may take long."""
+    """Extraction runs in this process, where it cannot be killed."""
     done = threading.Event()
 
     def work():
@@ -341,18 +341,20 @@ def test_extraction_of_long_texts_is_quick(text):
     assert done.wait(20)
 
 
-def test_the_child_imports_the_grading_modules_and_nothing_else_of_bupo(tmp_path):
+def test_the_worker_imports_only_the_grading_modules_of_bupo(tmp_path):
     import subprocess
 
     program = (
         "import json, runpy, sys\n"
         f"module = runpy.run_path({grader_worker.__file__!r})\n"
-        "module['_find_siblings']()\n"
+        "module['_install_package_stubs']()\n"
         "import bupo.rewards.answers.equality\n"
         "try:\n    import bupo.utils.errors\n    raise SystemExit('bupo.utils.errors was imported')\nexcept ImportError:\n    pass\n"
         "print(json.dumps(sorted(name for name in sys.modules if name.split('.')[0] == 'bupo')))\n"
     )
     run = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    wanted = ("answer_classes", "equality", "extraction", "notation", "scalars", "units", "values")
-    assert json.loads(run.stdout) == ["bupo", "bupo.rewards", *(f"bupo.rewards.{name}" for name in wanted)]
+    modules = ("classes", "equality", "extraction", "notation", "parsing", "scalar_equality", "units")
+    assert json.loads(run.stdout) == [
+        "bupo", "bupo.rewards", "bupo.rewards.answers", *(f"bupo.rewards.answers.{name}" for name in modules),
+    ]  # fmt: skip

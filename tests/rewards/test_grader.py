@@ -43,7 +43,7 @@ CASES = [
 ]
 
 
-# equal to the gold number, but the question again: found when a model learned to repeat it for full reward
+# equal to the gold number, but not worked out: a model learned to repeat the question for full reward
 UNEVALUATED = [
     ("State the final answer to the arithmetic problem is 4 + 7 =", "11"),
     ("\\boxed{4 + 7}", "11"),
@@ -79,7 +79,7 @@ def test_a_sum_that_is_left_to_do_is_no_answer(grader):
     answers, golds = zip(*UNEVALUATED, strict=True)
     assert grader.grade(answers, golds) == ["unevaluated"] * len(answers)
     assert math_reward(list(answers), answer=list(golds)) == [0.0] * len(answers)
-    for answer, gold in UNEVALUATED:  # which math-verify takes for correct
+    for answer, gold in UNEVALUATED:  # math-verify accepts them
         assert verify(parse(f"\\boxed{{{gold}}}"), parse(answer))
     answers, golds = zip(*WORKED_OUT, strict=True)
     assert grader.grade(answers, golds) == ["correct"] * len(answers)
@@ -98,12 +98,12 @@ def case_grades(grader):
 
 
 def test_verdicts_are_a_mathematicians(case_grades):
-    """A table of hand-written answers; where the verdict is another, the table says so."""
+    """The table of hand-written answers lists all differences."""
     assert len(grading_cases.CASES) >= 150
     wrong = {
         (answer, gold): str(grade.strict)
-        for (answer, gold, wanted), grade in zip(grading_cases.CASES, case_grades, strict=True)
-        if grade.strict != wanted
+        for (answer, gold, expected), grade in zip(grading_cases.CASES, case_grades, strict=True)
+        if grade.strict != expected
     }
     assert wrong == grading_cases.DIFFERENT
 
@@ -116,7 +116,7 @@ def test_the_same_as_math_verify_called_directly(grader):
         direct.append(
             "unparsable" if not given else "correct" if verify(parse(f"\\boxed{{{gold}}}"), given) else "wrong"
         )
-    assert grader.grade(answers, golds) == direct  # and in the order given
+    assert grader.grade(answers, golds) == direct  # in the same order
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
@@ -143,7 +143,7 @@ FEW = ["1 MB in a box", "100,000 parentheses", "tower", "code", "code without a 
 
 @pytest.mark.parametrize("kinds", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
 def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypatch, kinds):
-    """Each comes back in time, none is taken for right, and the ordinary answers among them keep their verdicts."""
+    """Each gets a verdict in time and no reward, and the ordinary answers between them keep their verdicts."""
     seconds = []
 
     def timed(*args):
@@ -161,14 +161,14 @@ def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypa
     verdicts = grader.grade(*zip(*rows, strict=True))
     assert verdicts[1::2] == ["correct"] * len(attacks)
     assert {"timeout"} <= set(verdicts[::2]) <= {"timeout", "wrong", "unparsable"}
-    assert len(seconds) == len(rows) and max(seconds) < 3  # a machine that others use takes its time to kill
+    assert len(seconds) == len(rows) and max(seconds) < 3  # killing takes time on a busy machine
     assert not (tmp_path / "touched").exists()
     grader.close()
 
 
 @pytest.mark.parametrize("text", ["", " so it is" * 100_000], ids=["short", "more than the pipe holds"])
 def test_a_stopped_child_is_killed_and_replaced(text):
-    """A child that hangs for good (here: stopped by a signal) is a time-out, and the next answer is graded."""
+    """A worker that hangs (here: stopped by a signal) is a timeout, and the next answer is graded."""
     grader = MathGrader(deadline=1.0, processes=1)
     grader.grade(["\\boxed{x}"], ["x"])
     child = grader._free.get()
@@ -207,7 +207,7 @@ SOUP = [
 
 
 def test_integers_that_need_no_child_get_the_same_grade_from_one():
-    """Boxes among fragments that may lead math-verify elsewhere: where no child is asked, it would have said the same."""
+    """Boxes among fragments that may lead math-verify elsewhere: grades without a worker are those of a worker."""
     draw, alone = random.Random(0), 0
     for _ in range(1200):
         number = draw.choice(["3", "-3", "0", "-0", "007", "42", "12345678901234567890", "9" * 40])
@@ -219,7 +219,7 @@ def test_integers_that_need_no_child_get_the_same_grade_from_one():
             alone += 1
             assert grade._asdict() == grader_worker.grade_answer(answer, gold), (answer, gold)
     assert alone > 400
-    for answer, gold in (  # where it looks elsewhere
+    for answer, gold in (  # where math-verify extracts something else
         ("\\boxed{3}. So the final answer is 7", "7"),
         ("The final answer is $7$. I hope it is correct. \\boxed{3}", "7"),
         ("$\\boxed{100}$%", "1"),
@@ -237,7 +237,7 @@ def test_a_gold_answer_is_parsed_once_for_answers_in_a_row(monkeypatch):
 
 
 def test_the_record_is_math_verifys_on_every_case(case_grades):
-    """In this process, with its own alarms: on the text as it stands, whatever our own verdict is."""
+    """math-verify runs in this process, with its own alarms, on the unchanged text."""
     direct = [verify(parse(f"\\boxed{{{gold}}}"), parse(answer)) for answer, gold, _ in grading_cases.CASES]
     assert [grade.verdict == "correct" for grade in case_grades] == direct
     assert not any(grade.verdict == "unevaluated" for grade in case_grades)
@@ -247,7 +247,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 def test_where_the_two_verdicts_differ_stands_in_the_docs(case_grades):
-    """Every case on which they do has a reason, and the table counts them."""
+    """Every difference has a reason, and the table counts them."""
     reasons = {answer: reason for reason, found in grading_cases.DIFFERENCES.items() for answer in found}
     lenient, ours = Counter(), Counter()
     for (answer, *_), grade in zip(grading_cases.CASES, case_grades, strict=True):
@@ -260,15 +260,15 @@ def test_where_the_two_verdicts_differ_stands_in_the_docs(case_grades):
         assert (
             f"| {reason} | {lenient[reason] or ''} | {ours[reason] or ''} |".replace("|  |", "| |") in DOCS.read_text()
         )
-    wanted = [verdict == "correct" for _, _, verdict in grading_cases.CASES]
+    expected = [verdict == "correct" for _, _, verdict in grading_cases.CASES]
     right = [[g.verdict == "correct" for g in case_grades], [g.strict == "correct" for g in case_grades]]
-    agree = [sum(a == b for a, b in zip(verdicts, wanted, strict=True)) for verdicts in right]
-    assert f"{len(wanted)} hand-written answers" in DOCS.read_text()
+    agree = [sum(a == b for a, b in zip(verdicts, expected, strict=True)) for verdicts in right]
+    assert f"{len(expected)} hand-written answers" in DOCS.read_text()
     assert (
         f"math-verify agrees with the mathematician on {agree[0]} of them, the strict verdict on {agree[1]}"
         in DOCS.read_text()
     )
-    assert f"; {len(wanted)} hand-written verdicts" in (DOCS.parents[1] / "README.md").read_text()
+    assert f"; {len(expected)} hand-written verdicts" in (DOCS.parents[1] / "README.md").read_text()
 
 
 def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):
@@ -294,7 +294,7 @@ def test_bad_calls(grader):
     assert math_reward(["\\boxed{1}", "\\boxed{2}"], answer=["", "2"]) == [None, 1.0]
     with pytest.raises(UserError, match="mine, row 1: the gold answer '' is no answer"):
         grader_module.check_gold_answers(["1", ""], "mine")
-    with pytest.raises(UserError, match="2 answers were given with 1 gold"):
+    with pytest.raises(UserError, match="there are 2 answers and 1 gold answers"):
         grader.grade(["a", "b"], ["c"])
     with pytest.raises(UserError, match="no column 'answer'"):
         math_reward(["a"])

@@ -1,4 +1,4 @@
-"""Answers that are nearly the gold answer, or that are it in another spelling, one group for each rule of the grading."""
+"""Near misses and other spellings of gold answers, one group for each rule of the grading."""
 
 import pytest
 
@@ -108,13 +108,13 @@ COMPLETIONS = [
 
 
 @pytest.mark.parametrize("rule", BOXED)
-def test_a_rule_pays_other_spellings_and_no_near_miss(rule):
+def test_a_rule_accepts_other_spellings_and_no_near_miss(rule):
     gold, right, wrong = BOXED[rule]
-    paid = {
+    accepted = {
         answer: get_strict_verdict(f"So it is \\boxed{{{answer}}}.", gold).verdict == "correct"
         for answer in right + wrong
     }
-    assert paid == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
+    assert accepted == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
 
 
 @pytest.mark.parametrize("gold, completion, right", COMPLETIONS)
@@ -124,7 +124,7 @@ def test_words_around_a_box_decide(gold, completion, right):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["development", "development_2", "development_3", "development_4"])
-def test_precision_and_recall_on_the_pairs_that_were_looked_at(name):
+def test_precision_and_recall_on_the_development_pairs(name):
     table = pairs.read_pairs(pairs.FOLDER / f"{name}.jsonl")
     counts = pairs.counted(table, [get_strict_verdict(pair.answer, pair.gold).verdict == "correct" for pair in table])
     assert counts.precision[0] >= 0.995 * counts.precision[1]

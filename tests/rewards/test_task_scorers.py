@@ -1,4 +1,4 @@
-"""Check that answers to reasoning_gym's tasks are paid by the tasks' own scorers, that hostile answers run no code, and how votes are counted."""
+"""Scorers of reasoning_gym's tasks decide the rewards, hostile answers run no code, and equal answers vote together."""
 
 import json
 
@@ -17,9 +17,9 @@ SIZE = 6
 
 @pytest.fixture(scope="module")
 def grader():
-    made = MathGrader(deadline=20.0, processes=1)
-    yield made
-    made.close()
+    grader = MathGrader(deadline=20.0, processes=1)
+    yield grader
+    grader.close()
 
 
 def verdicts(grader, problems, answers):
@@ -31,7 +31,7 @@ def verdicts(grader, problems, answers):
     "task", ["spell_backward", "word_sorting", "letter_jumble", "number_sorting", "sentence_reordering", "chain_sum"]
 )
 def test_a_task_is_graded_by_its_scorer(grader, task):
-    """Right, copied from the question, reversed, and another problem's answers, against reasoning_gym called directly."""
+    """Correct, sorted, reversed and other problems' answers, against reasoning_gym called directly."""
     problems = load_problems(f"reasoning_gym:{task}", size=SIZE)
     own = reasoning_gym.create_dataset(task, size=SIZE, seed=0)
     golds = problems["answer"]
@@ -45,7 +45,7 @@ def test_a_task_is_graded_by_its_scorer(grader, task):
     assert verdicts(grader, problems, golds) == ["correct"] * SIZE
 
 
-def test_a_copied_word_is_not_paid():
+def test_a_copied_word_gets_no_reward():
     problems = load_problems("reasoning_gym:spell_backward", size=37)
     words = [row["metadata"]["word"] for row in reasoning_gym.create_dataset("spell_backward", size=37, seed=0)]
     completions = [f"Backwards that is \\boxed{{{word}}}." for word in words]
@@ -53,8 +53,8 @@ def test_a_copied_word_is_not_paid():
     assert rewards == [float(word == word[::-1]) for word in words]
 
 
-def test_any_solution_of_a_task_is_paid(grader):
-    """countdown and puzzle24 have many right answers; an expression of other numbers is none."""
+def test_any_solution_of_a_task_gets_the_reward(grader):
+    """puzzle24 has many correct answers, which must use the given numbers."""
     own = reasoning_gym.create_dataset("puzzle24", size=SIZE, seed=0)
     problems = load_problems("reasoning_gym:puzzle24", size=SIZE)
     golds = problems["answer"]
@@ -65,7 +65,7 @@ def test_any_solution_of_a_task_is_paid(grader):
         )
         == ["wrong"] * SIZE
     )
-    colours = load_problems("reasoning_gym:graph_color", size=2)  # which names no answer
+    colours = load_problems("reasoning_gym:graph_color", size=2)  # without a gold answer
     assert colours["answer"] == [ANY_SOLUTION] * 2
     own = reasoning_gym.create_dataset("graph_color", size=2, seed=0)
     solved = [
@@ -85,7 +85,7 @@ def test_any_solution_of_a_task_is_paid(grader):
     "task", ["spiral_matrix", "n_queens", "countdown", "puzzle24", "polynomial_multiplication", "simple_integration"]
 )
 def test_no_scorer_runs_an_answer(grader, task, tmp_path):
-    """Several of the scorers call `eval`, or sympy's parser, on the answer."""
+    """Several scorers call `eval` or sympy's parser on the answer."""
     problems = load_problems(f"reasoning_gym:{task}", size=1)
     listed = tmp_path / "here"
     listed.mkdir()
@@ -101,10 +101,10 @@ def test_no_scorer_runs_an_answer(grader, task, tmp_path):
         text = f"<answer>{answer}</answer>"
         assert grader.grade([text], problems["answer"], problems[SCORED_BY_COLUMN]) != ["correct"]
     assert listed.is_dir() and not list(listed.iterdir())
-    assert verdicts(grader, problems, problems["answer"]) == ["correct"]  # the scorer is as it was
+    assert verdicts(grader, problems, problems["answer"]) == ["correct"]  # the scorer still works
 
 
-def test_a_scorer_that_pays_for_anything_is_not_used(grader):
+def test_a_scorer_that_accepts_anything_is_not_used(grader):
     problems = load_problems("reasoning_gym:game_of_life_halting", size=SIZE)
     others = ["False" if gold == "True" else "True" for gold in problems["answer"]]
     assert verdicts(grader, problems, problems["answer"]) == ["correct"] * SIZE
@@ -137,7 +137,7 @@ def test_a_majority_of_spellings_wins():
     assert summarize(other)["majority@k"] == 0.0 and other["answer_class"].nunique() == 2
 
 
-def test_why_there_is_no_answer():
+def test_the_reason_for_a_missing_answer():
     problems = load_problems("arithmetic", size=1)
     texts = ["", "so the box is \\boxed{12", "I do not know.\nThis is hard.\nIt is.", "\\boxed{}", "\\boxed{7}"]
     answers = [SampledCompletion(text, 5, False) for text in texts] + [SampledCompletion("we compute", 5, True)]

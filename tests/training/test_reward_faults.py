@@ -360,7 +360,7 @@ def test_time_in_which_the_process_was_stopped_is_no_grading_time(tmp_path):
         f"module._command = lambda: [sys.executable, {str(tmp_path / 'slow.py')!r}]\n"
         "grader = module.MathGrader(deadline=2.5, processes=1)\n"
         "grader.grade(['x'], ['y']); print(next(iter(grader._free.get() for _ in '1')).process.pid, flush=True)\n"
-    ).replace("next(iter(grader._free.get() for _ in '1'))", "next(iter(grader._children))")
+    ).replace("next(iter(grader._free.get() for _ in '1'))", "next(iter(grader._workers))")
     code += "print(*grader.grade(['x'], ['y']), flush=True)\ngrader.close()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
@@ -380,18 +380,18 @@ def test_a_forked_process_grades_with_children_of_its_own():
     grader = MathGrader(deadline=30.0, processes=1)
     asked = (["\\boxed{\\frac{1}{2}}", "\\boxed{x}"], ["0.5", "y"])
     expected = grader.grade(*asked)
-    (before,) = grader._children
+    (before,) = grader._workers
     child = os.fork()
     if child == 0:
         status = 9
         try:
-            status = int(grader.grade(*asked) != expected or before in grader._children)
+            status = int(grader.grade(*asked) != expected or before in grader._workers)
             grader.close()
         finally:
             os._exit(status)
     assert grader.grade(*asked) == expected
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert grader.grade(*asked) == expected and grader._children == {before}
+    assert grader.grade(*asked) == expected and grader._workers == {before}
     grader.close()
 
 

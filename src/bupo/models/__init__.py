@@ -1,1 +1,1 @@
-"""A causal LM opened up: loading, families, the residual stream and its proof, scoring, policies."""
+"""Causal LMs: loading, model families, the residual stream and its verification, token scoring, internal policies."""

@@ -1,4 +1,4 @@
-"""Methods of a model's class, which users and libraries may have replaced by callables of any kind."""
+"""Methods of a model's class. Users and libraries may have replaced them by callables of any kind."""
 
 import functools
 import inspect
@@ -9,21 +9,21 @@ from typing import Any
 
 
 def get_class_method(model: Any, name: str) -> Callable[..., Any]:
-    """Return `model.name` as Python looks it up, but for what the instance itself holds.
+    """Return `model.name` as Python looks it up, without the attributes of the instance.
 
-    A function of the class is bound to the model. A callable that is no descriptor, such as an object with `__call__`, is not;
-    a `staticmethod` and a `classmethod` bind in their own way.
+    Functions, `staticmethod` and `classmethod` bind as usual. A callable without `__get__`, such as an object with `__call__`,
+    is returned unbound.
     """
-    found = inspect.getattr_static(type(model), name)
-    bind = getattr(type(found), "__get__", None)
-    return found if bind is None else bind(found, model, type(model))
+    attribute = inspect.getattr_static(type(model), name)
+    bind = getattr(type(attribute), "__get__", None)
+    return attribute if bind is None else bind(attribute, model, type(model))
 
 
 def get_class_function(model: Any, name: str) -> Callable[..., Any]:
-    """Return a function with the signature of the class's method, `self` first, for `functools.wraps` around a replacement."""
-    found = inspect.getattr_static(type(model), name)
-    if isinstance(found, types.FunctionType):
-        return found
+    """Return a function with the signature of the class's method, including `self`, for `functools.wraps` of a replacement."""
+    attribute = inspect.getattr_static(type(model), name)
+    if isinstance(attribute, types.FunctionType):
+        return attribute
     bound = get_class_method(model, name)
 
     def method(self, *args, **kwargs):

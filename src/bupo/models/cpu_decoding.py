@@ -1,8 +1,8 @@
-"""Decoding on a CPU: transformers' `generate`, with a loop that computes nothing twice.
+"""A faster decoding loop for transformers' `generate` on a CPU.
 
-A prompt is computed once for all its answers, keys and values lie in buffers that are written in place (`bupo.models.kv_cache`),
-and answers that have ended leave the batch. Options are `generate`'s, and so are the tokens for a seed: it prepares everything
-and is given the loop as its `custom_generate`. Where a model or an option does not suit the loop, `generate` goes its own way.
+The loop runs each distinct prompt once, writes keys and values in place (`bupo.models.kv_cache`) and drops completions that
+have ended. `generate` prepares everything and calls the loop as its `custom_generate`, so it takes the same options and returns
+the same tokens for a seed. Where the loop does not support a model or an option, `generate` runs its own loop.
 """
 
 import functools
@@ -43,18 +43,15 @@ from bupo.models.residual_stream import eval_mode, unwrap_causal_lm
 from bupo.models.verification import compute_logit_error, make_probe_tokens
 from bupo.utils.errors import summarize_error
 
-# processors that look at one row's scores only, and all that the loop knows
+# processors that read the scores of one row only, and all processors that the loop supports
 ROWWISE_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 SUPPORTED_PROCESSORS = (*ROWWISE_PROCESSORS, RepetitionPenaltyLogitsProcessor)
 SUPPORTED_MODES = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
-# what `generate` hands on: what the model reads, and what the loop has of its own; and options that are not the loop's
+# inputs from `generate` that the loop passes to the model, and those that it ignores (as it does the cache, under any name)
 MODEL_INPUTS = ("attention_mask", "position_ids", "logits_to_keep")
-IGNORED_INPUTS = ("use_cache",)  # and the cache, under whatever name
-STANDARD_CACHE_LAYERS = (
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-)  # of a cache that holds nothing but keys and values
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+IGNORED_INPUTS = ("use_cache",)
+STANDARD_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers that hold only keys and values
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
 UNSUPPORTED_GENERATION_OPTIONS = (
     "return_dict_in_generate",
     "cache_implementation",
@@ -62,7 +59,7 @@ UNSUPPORTED_GENERATION_OPTIONS = (
     "is_assistant",
     "token_healing",
 )
-# arguments of `generate` that only its own loops take; and how many of the others may be given by place
+# arguments that only transformers' loops take, and the number of other arguments that may be positional
 UNSUPPORTED_GENERATE_ARGUMENTS = {
     "custom_generate",
     "streamer",
@@ -72,17 +69,16 @@ UNSUPPORTED_GENERATE_ARGUMENTS = {
     "assistant_tokenizer",
 }
 MAX_POSITIONAL_ARGUMENTS = 5
-MIN_SHARED_PROMPT_LENGTH = 64  # tokens: prompts that are shared; below, the copies cost less than the detour
-UNEMBEDDING_BLOCK_ROWS = 1536  # rows of the unembedding at a time
-COMPACTION_DIVISOR = 8  # ended answers leave together, once they are an eighth of the batch
+MIN_SHARED_PROMPT_LENGTH = 64  # tokens; copies of a shorter prompt cost less than shared attention
+UNEMBEDDING_BLOCK_ROWS = 1536  # rows of the unembedding in one product
+COMPACTION_DIVISOR = 8  # ended completions are dropped once they are an eighth of the batch
 
-# the next tokens (rows,), from what is written (rows, length), which rows of the whole batch these are (rows,), and the logits
-# (rows, V)
+# returns the next tokens (n,) of n active rows, given their ids (n, T), their indices in the batch (n,) and their logits (n, V)
 TokenSelector = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SeededSampler(Protocol):
-    """Takes the next tokens, and is a `LogitsProcessor` of which `generate` takes the same, as the largest scores."""
+    """A sampler that is also a `LogitsProcessor`: its tokens get the highest scores, so `generate` chooses the same ones."""
 
     select_tokens: TokenSelector
 
@@ -90,55 +86,58 @@ class SeededSampler(Protocol):
 
 
 class UnsupportedGeneration(Exception):
-    """The loop does not know an option; nothing has been computed or drawn yet.
+    """An option that the loop does not support. Raised before anything is computed or sampled.
 
     Args:
-        unknown (`str`, *optional*): what `generate` hands on that the loop has never heard of.
+        unknown_inputs (`str`, *optional*): inputs from `generate` that the loop does not know, comma-separated.
     """
 
-    def __init__(self, unknown: str = ""):
-        super().__init__(unknown)
-        self.unknown_inputs = unknown
+    def __init__(self, unknown_inputs: str = ""):
+        super().__init__(unknown_inputs)
+        self.unknown_inputs = unknown_inputs
 
 
 def get_cache_argument(model: nn.Module) -> str:
-    """Return the name of the argument that takes a model's keys and values: transformers 5.24 renamed it."""
+    """Return the name of the model's cache argument, which transformers 5.24 renamed."""
     parameters = inspect.signature(type(model).forward).parameters
     annotated = [
         name for name, parameter in parameters.items() if "Cache" in re.findall(r"\w+", str(parameter.annotation))
     ]
-    usual = [name for name in CACHE_ARGUMENTS if name in {field.name for field in fields(CausalLMOutputWithPast)}]
-    return [*(name for name in (*CACHE_ARGUMENTS, *annotated) if name in parameters), *usual, *CACHE_ARGUMENTS][0]
+    candidates = [name for name in (*CACHE_ARGUMENTS, *annotated) if name in parameters]
+    if candidates:
+        return candidates[0]
+    output_fields = {field.name for field in fields(CausalLMOutputWithPast)}
+    return next((name for name in CACHE_ARGUMENTS if name in output_fields), CACHE_ARGUMENTS[0])
 
 
 class IncrementalDecoder:
-    """Answers being written by a model, each of distinct prompts computed once.
+    """A batch of completions that grows token by token. Each distinct prompt runs through the model once.
 
     Args:
         model (`PreTrainedModel`): the model.
-        ids, position_ids, attention_mask (`torch.Tensor` of shape `(B, P)`): the prompts, padded on the left, or no mask.
-        share (`bool`): whether a prompt's keys and values are kept once for its answers, inside [`share_prompt_cache`]; or copied.
-        inputs: further arguments of the model while it reads the prompts.
+        ids, position_ids (`torch.Tensor` of shape `(B, T)`): the prompts, padded on the left.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): mask of the padding.
+        share (`bool`): store the keys and values of a prompt once for its completions, which needs [`share_prompt_cache`].
+            Otherwise each completion gets a copy.
+        inputs: further arguments of the model for the prompts.
 
     Attributes:
-        logits (`torch.Tensor` of shape `(rows, V)`): of the next token; all `B` rows at first.
+        logits (`torch.Tensor` of shape `(n, V)`): logits of the next token of the `n` active rows, at first all `B`.
     """
 
     def __init__(self, model, ids: torch.Tensor, position_ids, attention_mask=None, share: bool = False, **inputs):
         self.model, self.cache = model, Cache(layer_class_to_replicate=KVCacheLayer)
         self.cache_argument = get_cache_argument(model)
-        self.attention_mask, self.position_ids = (
-            None if attention_mask is None else attention_mask.bool(),
-            position_ids[:, -1:],
-        )
-        seen = ids if self.attention_mask is None else torch.cat([ids, self.attention_mask.long()], 1)
-        own = seen.unique(dim=0, return_inverse=True)[1]
-        self.prompt_groups = PromptGroups(own)
+        self.attention_mask = None if attention_mask is None else attention_mask.bool()
+        self.position_ids = position_ids[:, -1:]
+        rows = ids if self.attention_mask is None else torch.cat([ids, self.attention_mask.long()], 1)
+        prompt_indices = rows.unique(dim=0, return_inverse=True)[1]
+        self.prompt_groups = PromptGroups(prompt_indices)
         first = self.prompt_groups.row_indices[:: self.prompt_groups.group_size]
         mask = None if self.attention_mask is None else self.attention_mask[first]
-        self.logits = self._run(ids[first], mask, position_ids[first], **inputs)[own]
+        self.logits = self._run(ids[first], mask, position_ids[first], **inputs)[prompt_indices]
         for layer in self.cache.layers:
-            layer.spread(self.prompt_groups, share)
+            layer.expand_prompts(self.prompt_groups, share)
 
     def _run(self, ids, mask, positions, **inputs) -> torch.Tensor:
         cache = {self.cache_argument: self.cache}
@@ -146,7 +145,7 @@ class IncrementalDecoder:
         return out.logits[:, -1]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Write a token `(rows,)` behind each answer: the next logits `(rows, V)`."""
+        """Append a token to each active row, `(n,)`, and return the next logits `(n, V)`."""
         self.position_ids = self.position_ids + 1
         if self.attention_mask is not None:
             self.attention_mask = nn.functional.pad(self.attention_mask, (0, 1), value=True)
@@ -154,18 +153,18 @@ class IncrementalDecoder:
         return self.logits
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these of the rows `(rows,)` only."""
-        prompts, own = self.prompt_groups.prompt_indices[rows].unique(return_inverse=True)
-        self.prompt_groups = PromptGroups(own)
+        """Drop all active rows except those at the indices `rows`."""
+        prompts, prompt_indices = self.prompt_groups.prompt_indices[rows].unique(return_inverse=True)
+        self.prompt_groups = PromptGroups(prompt_indices)
         for layer in self.cache.layers:
-            layer.keep(rows, prompts, self.prompt_groups)
+            layer.select_rows(rows, prompts, self.prompt_groups)
         self.position_ids = self.position_ids[rows]
         self.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
 
 
 @contextmanager
 def blockwise_unembedding(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a large unembedding is multiplied in blocks that stay in the cache: for few rows, in two thirds of the time."""
+    """Multiply a large unembedding in blocks that fit into the processor's cache: for few rows it saves a third of the time."""
     head = model.get_output_embeddings()
     large = type(head) is nn.Linear and head.out_features > UNEMBEDDING_BLOCK_ROWS and head.weight.device.type == "cpu"
     if not large or "forward" in vars(head):
@@ -194,48 +193,56 @@ def run_decoding_loop(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    choose: TokenSelector | None = None,
+    select_tokens: TokenSelector | None = None,
     **inputs: Any,
 ) -> torch.Tensor:
-    """What `generate` calls, with its arguments: `(B, P + new)` ids, padded behind an answer's end.
+    """Decode a batch with the arguments that `generate` passes to `custom_generate`.
+
+    Args:
+        select_tokens (`Callable`, *optional*): chooses the next tokens, by default as `generate` does.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: prompts and completions, padded behind the end of a completion.
 
     Raises:
-        Unsuited: before anything is computed.
+        UnsupportedGeneration: before anything is computed, for an option that the loop does not support.
     """
     check_supported_options(generation_config, logits_processor, inputs)
     rows, width, limit = len(input_ids), input_ids.size(1), generation_config.max_length
     padding = get_padding_token_id(generation_config, stopping_criteria)
-    dropping = padding is not None and all(isinstance(processor, ROWWISE_PROCESSORS) for processor in logits_processor)
-    choose = choose or make_token_selector(logits_processor, rows, generation_config.do_sample)
+    can_drop = padding is not None and all(isinstance(processor, ROWWISE_PROCESSORS) for processor in logits_processor)
+    select_tokens = select_tokens or make_token_selector(logits_processor, rows, generation_config.do_sample)
     ids = torch.cat([input_ids, input_ids.new_full((rows, limit - width), padding or 0)], 1)
-    left = torch.arange(rows, device=ids.device)  # the rows that are computed
-    ended = torch.zeros_like(left, dtype=torch.bool)
+    active = torch.arange(rows, device=ids.device)
+    ended = torch.zeros_like(active, dtype=torch.bool)
     share = width >= MIN_SHARED_PROMPT_LENGTH and can_share_prompts(model)
     with blockwise_unembedding(model), share_prompt_cache() if share else nullcontext():
-        writing = IncrementalDecoder(
+        decoder = IncrementalDecoder(
             model, input_ids, share=share, **{name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         )
         for length in range(width, limit):
-            tokens = choose(ids[left, :length], left, writing.logits)
-            ids[left, length] = tokens if padding is None else tokens.masked_fill(ended[left], padding)
+            tokens = select_tokens(ids[active, :length], active, decoder.logits)
+            ids[active, length] = tokens if padding is None else tokens.masked_fill(ended[active], padding)
             ended |= stopping_criteria(ids[:, : length + 1], None)
-            going = (~ended[left]).nonzero()[:, 0]
-            if not len(going) or length + 1 == limit:
+            unfinished = (~ended[active]).nonzero()[:, 0]
+            if not len(unfinished) or length + 1 == limit:
                 break
-            if dropping and len(left) - len(going) >= max(1, len(left) // COMPACTION_DIVISOR):
-                left = left[going]
-                writing.select_rows(going)
-            writing.step(ids[left, length])
+            if can_drop and len(active) - len(unfinished) >= max(1, len(active) // COMPACTION_DIVISOR):
+                active = active[unfinished]
+                decoder.select_rows(unfinished)
+            decoder.step(ids[active, length])
     return ids[:, : length + 1]
 
 
 def check_supported_options(config: GenerationConfig, processors: LogitsProcessorList, inputs: dict[str, Any]) -> None:
-    """Refuse what the loop would do otherwise than `generate`."""
-    strange = [processor for processor in processors if not isinstance(processor, SUPPORTED_PROCESSORS)]
-    asked = [option for option in UNSUPPORTED_GENERATION_OPTIONS if getattr(config, option, None)]
+    """Raise [`UnsupportedGeneration`] for options with which the loop would return other tokens than `generate`."""
     caches = {name: value for name, value in inputs.items() if isinstance(value, Cache)}
-    written = any(cache.get_seq_length() > 0 for cache in caches.values())
-    if strange or asked or written or config.get_generation_mode() not in SUPPORTED_MODES:
+    if (
+        any(not isinstance(processor, SUPPORTED_PROCESSORS) for processor in processors)
+        or any(getattr(config, option, None) for option in UNSUPPORTED_GENERATION_OPTIONS)
+        or any(cache.get_seq_length() > 0 for cache in caches.values())
+        or config.get_generation_mode() not in SUPPORTED_MODES
+    ):
         raise UnsupportedGeneration
     if not config.use_cache or "position_ids" not in inputs:
         raise UnsupportedGeneration
@@ -247,134 +254,135 @@ def check_supported_options(config: GenerationConfig, processors: LogitsProcesso
 
 
 def get_padding_token_id(config: GenerationConfig, criteria: StoppingCriteriaList) -> int | None:
-    """What `generate` writes behind the end of an answer; None where it knows no end, and goes on."""
+    """Return the token that `generate` writes behind the end of a completion, or None without an end token."""
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
         return None
-    ends = config.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
-    return first if config.pad_token_id is None else config.pad_token_id
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    eos_ids = config.eos_token_id
+    return eos_ids[0] if isinstance(eos_ids, list) else eos_ids
 
 
 def make_token_selector(processors: LogitsProcessorList, rows: int, sample: bool) -> TokenSelector:
-    """The tokens that `generate` would take, with the same random numbers.
+    """Return a selector of the tokens that `generate` would choose, with the same random numbers.
 
-    `torch.multinomial` takes the largest of the probabilities over exponential numbers, drawn for all rows, ended or not.
+    `torch.multinomial` divides the probabilities by exponential random numbers and takes the largest quotient. It draws the
+    numbers of all rows, ended or not.
     """
 
-    def choose(ids: torch.Tensor, left: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def select_tokens(ids: torch.Tensor, active: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         scores = processors(ids, logits.float())
         if not sample:
             return scores.argmax(-1)
         probabilities = scores.softmax(-1)
-        if not probabilities[:, 0].isfinite().all():  # one that is not makes its whole row so
+        if not probabilities[:, 0].isfinite().all():  # one non-finite logit makes the full row non-finite
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return (probabilities / sample_exponential(rows, probabilities.size(1), left)).argmax(-1)
+        return (probabilities / sample_exponential(rows, probabilities.size(1), active)).argmax(-1)
 
-    return choose
+    return select_tokens
 
 
-def sample_exponential(rows: int, columns: int, left: torch.Tensor) -> torch.Tensor:
-    """The rows `left` of `torch.empty(rows, columns).exponential_()`, in a third of its time where it draws one by one."""
+def sample_exponential(rows: int, columns: int, active: torch.Tensor) -> torch.Tensor:
+    """Return the active rows of `torch.empty(rows, columns).exponential_()`.
+
+    Where torch draws these numbers one by one, the detour through `torch.rand` takes a third of the time.
+    """
     if not is_exponential_from_uniform():
-        return torch.empty(rows, columns).exponential_()[left]
+        return torch.empty(rows, columns).exponential_()[active]
     uniform = torch.rand(rows, columns, dtype=torch.float64)
-    if len(left) < rows:
-        uniform = uniform[left]
+    if len(active) < rows:
+        uniform = uniform[active]
     return uniform.neg_().log1p_().neg_().float()
 
 
 @functools.cache
 def is_exponential_from_uniform() -> bool:
-    """Whether torch turns uniform numbers into exponential ones as above; some processors have a generator of their own."""
+    """Return whether torch makes exponential numbers from uniform ones as above. Some processors use another generator."""
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
-        wanted = torch.empty(64, 64).exponential_(), torch.get_rng_state()
+        expected = torch.empty(64, 64).exponential_(), torch.get_rng_state()
         torch.set_rng_state(state)
-        found = torch.rand(64, 64, dtype=torch.float64).neg_().log1p_().neg_().float(), torch.get_rng_state()
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        actual = torch.rand(64, 64, dtype=torch.float64).neg_().log1p_().neg_().float(), torch.get_rng_state()
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-# -- who may use it --------------------------------------------------------------------------------------------------
+# -- supported models --------------------------------------------------------------------------------------------------
 
 
 def generate(model: PreTrainedModel, *args: Any, seeded: SeededSampler | None = None, **kwargs: Any) -> torch.Tensor:
-    """The model's own `generate`, by the loop where model and options suit it: the same tokens.
+    """Call the model's `generate`, with the faster loop where it supports the model and the options. The tokens are the same.
 
     Args:
         model (`PreTrainedModel`): the model.
-        args, kwargs: of `generate`.
-        seeded (`Seeded`, *optional*): takes the tokens, in the stead of `generate`'s own sampling.
+        args, kwargs: arguments of `generate`.
+        seeded ([`SeededSampler`], *optional*): chooses the tokens instead of `generate`'s own sampling.
     """
-    plain = get_class_method(model, "generate")
-    given = {name for name, value in kwargs.items() if value is not None}
+    original = get_class_method(model, "generate")
+    arguments = {name for name, value in kwargs.items() if value is not None}
     if (
-        not (given & UNSUPPORTED_GENERATE_ARGUMENTS or len(args) > MAX_POSITIONAL_ARGUMENTS)
-        and has_custom_generate_parameter(plain)
+        not (arguments & UNSUPPORTED_GENERATE_ARGUMENTS or len(args) > MAX_POSITIONAL_ARGUMENTS)
+        and has_custom_generate_parameter(original)
         and supports_fast_generate(model, seeded is not None)
     ):
+        select_tokens = seeded.select_tokens if seeded else None
         try:
-            return plain(
-                *args,
-                **kwargs,
-                custom_generate=functools.partial(run_decoding_loop, choose=seeded.select_tokens if seeded else None),
+            return original(
+                *args, **kwargs, custom_generate=functools.partial(run_decoding_loop, select_tokens=select_tokens)
             )
         except UnsupportedGeneration as reason:
-            if set(reason.unknown_inputs.split(", ")) - given - {""}:  # the caller's own arguments are no news
+            # arguments of the caller may be unknown; others are a change in transformers
+            if set(reason.unknown_inputs.split(", ")) - arguments - {""}:
                 warn_slow_generation(
-                    model, f"`generate` hands {reason.unknown_inputs} to its decoding loop, which bupo does not know"
+                    model, f"`generate` passes {reason.unknown_inputs} to its decoding loop, which bupo does not know"
                 )
     if seeded is not None:
         kwargs["logits_processor"] = LogitsProcessorList([seeded])
-    if is_fsdp2_sharded(
-        model
-    ):  # a process whose answers have ended goes on while others need its share of the parameters
+    if is_fsdp2_sharded(model):  # processes must run the same number of steps, since each needs the others' shards
         kwargs.setdefault("synced_gpus", True)
-    return plain(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
-def has_custom_generate_parameter(plain: Callable[..., Any]) -> bool:
-    """Whether a `generate` takes `custom_generate`, as transformers' does: one that somebody else has written may not."""
+def has_custom_generate_parameter(original: Callable[..., Any]) -> bool:
+    """Return whether a `generate` method takes `custom_generate`. A method that a user or library wrote may not."""
     try:
-        parameters = inspect.signature(plain, follow_wrapped=False).parameters
+        parameters = inspect.signature(original, follow_wrapped=False).parameters
     except (TypeError, ValueError):
         return False
     return "custom_generate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def warn_slow_generation(model: nn.Module, reason: str) -> None:
-    """Warn once that transformers' own loop samples where the faster one was expected to."""
+    """Warn once that transformers' loop samples where the faster one should."""
     warn_once(
-        f"{type(model).__name__}: answers are sampled by the slower decoding loop of transformers {transformers.__version__}: "
-        f"{reason}"
+        f"{type(model).__name__}: generation uses the slower decoding loop of transformers {transformers.__version__}: {reason}"
     )
 
 
 @contextmanager
 def fast_generate(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's `generate` is the one above, also where PEFT, TRL or the user's own code calls it."""
+    """Replace the model's `generate` by [`generate`], also for calls by PEFT, TRL or the user's code."""
     inner = unwrap_causal_lm(model)
-    learned = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
-    if learned or "generate" in vars(inner):
+    has_learned_prompt = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+    if has_learned_prompt or "generate" in vars(inner):
         yield
         return
-    vars(inner)["generate"] = types.MethodType(
-        generate, inner
-    )  # behind a property of the class, which then goes its own way
+    # written to `vars`, since the class may define `generate` as a property, which then keeps precedence
+    vars(inner)["generate"] = types.MethodType(generate, inner)
     try:
         yield
     finally:
         del vars(inner)["generate"]
 
 
-# of each model, as it was: the errors of prompts that are copied for their answers, and that are shared
+# errors of the logits with copied and with shared prompts, by model and state of the model
 logit_errors_cache: WeakKeyDictionary[nn.Module, dict[tuple, tuple[float, float]]] = WeakKeyDictionary()
 
 
 def supports_fast_generate(model: PreTrainedModel, seeded: bool = False) -> bool:
-    """Whether the loop gives the model's own logits: asked of the model itself, once.
+    """Return whether the loop computes the model's own logits. The first call measures it on a few tokens.
 
-    Where `generate` draws the numbers, on a CPU only and to 1e-5, so that its tokens are met, which 16 bits do not allow;
-    `seeded` sampling wants no more than rounding explains.
+    To return the tokens of `generate`, the loop needs a CPU, more than 16 bits and logits equal to 1e-5. With `seeded`
+    sampling, differences due to rounding are allowed.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
@@ -384,40 +392,40 @@ def supports_fast_generate(model: PreTrainedModel, seeded: bool = False) -> bool
         return False
     if is_fsdp2_sharded(model) or is_fsdp_managed_module(model) or has_active_dropout(model):
         return False
-    error, largest = get_logit_errors(model)[0], min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5
-    if largest < error < torch.inf and has_standard_kv_cache(model):
+    error, _ = get_logit_errors(model)
+    tolerance = min(100 * torch.finfo(model.dtype).eps, 0.05) if seeded else 1e-5
+    if tolerance < error < torch.inf and has_standard_kv_cache(model):
         warn_slow_generation(
-            model, f"logits of bupo's differ from the model's by {error:.1g} of the largest, more than {largest:.1g}"
+            model, f"bupo's logits differ from the model's by {error:.1g} of the largest, more than {tolerance:.1g}"
         )
-    return error <= largest
+    return error <= tolerance
 
 
 def is_fsdp2_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the model, of which `generate` knows nothing."""
+    """Return whether FSDP2 shards the model. `generate` does not recognise it."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether a prompt's keys and values may be kept once: where the model attends by `sdpa`, and nothing stands between."""
+    """Return whether the logits stay the same if completions share the keys and values of their prompt."""
     copied, shared = get_logit_errors(model)
     return shared <= max(2 * copied, 1e-5)
 
 
 def get_logit_errors(model: PreTrainedModel) -> tuple[float, float]:
+    """Return the errors of the loop's logits with copied and with shared prompts, measured once for each state of the model."""
     device = model.device.type
-    mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    speaking = getattr(
-        vars(model).get("forward"), "__qualname__", None
-    )  # for the whole model, or for an internal policy
-    state = (model.dtype, mixed, model.config._attn_implementation, speaking)
-    known = logit_errors_cache.setdefault(model, {})
-    if state not in known:
-        known[state] = measure_logit_error(model, False), measure_logit_error(model, True)
-    return known[state]
+    autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    forward = getattr(vars(model).get("forward"), "__qualname__", None)  # an internal policy replaces it
+    state = (model.dtype, autocast_dtype, model.config._attn_implementation, forward)
+    errors = logit_errors_cache.setdefault(model, {})
+    if state not in errors:
+        errors[state] = measure_logit_error(model, False), measure_logit_error(model, True)
+    return errors[state]
 
 
 def has_active_dropout(model: PreTrainedModel) -> bool:
-    """Whether the model drops out states, or adds noise to them: numbers would be drawn for other shapes than `generate`'s."""
+    """Return whether dropout or embedding noise is active, whose random numbers depend on the shapes that the loop changes."""
     if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None):
         return True
     settings = model.config.get_text_config().to_dict()
@@ -428,37 +436,39 @@ def has_active_dropout(model: PreTrainedModel) -> bool:
 
 
 def has_standard_kv_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model's memory is the keys and values of its layers alone, so that the loop should suit it."""
+    """Return whether a model caches only the keys and values of its layers, so that the loop should support it."""
     try:
         layers = DynamicCache(config=model.config).layers
         return bool(layers) and all(type(layer).__name__ in STANDARD_CACHE_LAYERS for layer in layers)
-    except Exception:  # a configuration that transformers makes no cache of
+    except Exception:  # transformers makes no cache for this config
         return False
 
 
 @torch.no_grad()
 def measure_logit_error(model: PreTrainedModel, share: bool) -> float:
-    """How far the logits of two prompts' answers, of which some leave, are from those of whole sequences, relative to the
-    largest."""
-    words = make_probe_tokens(model)[0]
-    ids = words[(torch.arange(8) * torch.tensor([[1], [3], [5], [7]]) + 1) % len(words)]
-    ids[2:, :5] = ids[:2, :5]  # two prompts, two answers each
+    """Return the largest error of the loop's logits against a forward pass over full sequences, relative to the largest logit.
+
+    The sequences are two prompts with two completions each. Two rows are dropped before the last step.
+    """
+    tokens = make_probe_tokens(model)[0]
+    ids = tokens[(torch.arange(8) * torch.tensor([[1], [3], [5], [7]]) + 1) % len(tokens)]
+    ids[2:, :5] = ids[:2, :5]
     mask = torch.ones_like(ids)
     mask[1::2, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     try:
         with eval_mode(model), share_prompt_cache():
-            whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
-            writing = IncrementalDecoder(model, ids[:, :5], positions[:, :5], mask[:, :5], share)
-            found = [writing.logits, writing.step(ids[:, 5])]
-            writing.select_rows(torch.tensor([0, 3], device=ids.device))
-            found.append(writing.step(ids[[0, 3], 6]))
-    except Exception as failure:  # whatever a model does that knows no such cache, `generate` is its way
+            full = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+            decoder = IncrementalDecoder(model, ids[:, :5], positions[:, :5], mask[:, :5], share)
+            logits = [decoder.logits, decoder.step(ids[:, 5])]
+            decoder.select_rows(torch.tensor([0, 3], device=ids.device))
+            logits.append(decoder.step(ids[[0, 3], 6]))
+    except Exception as failure:  # a model without such a cache may fail in any way, and uses `generate`
         if has_standard_kv_cache(model):
-            warn_slow_generation(model, f"bupo's fails with {summarize_error(failure)}")
+            warn_slow_generation(model, f"bupo's loop fails with {summarize_error(failure)}")
         return torch.inf
-    wanted = whole[:, 4], whole[:, 5], whole[[0, 3], 6]
+    expected = full[:, 4], full[:, 5], full[[0, 3], 6]
     return max(
-        (compute_logit_error(a, b) for a, b in zip(found, wanted, strict=True)),
-        key=lambda error: (error != error, error),
+        (compute_logit_error(a, b) for a, b in zip(logits, expected, strict=True)),
+        key=lambda error: (error != error, error),  # NaN is the largest
     )

@@ -1,8 +1,8 @@
-"""Where the residual stream of a causal LM is written, by model family.
+"""Table of model families: the modules that write to the residual stream.
 
-Every block of a decoder adds two writes to the stream, `H^l = H^(l-1) + A^l + F^l` (eq. 4 of arXiv 2512.19673, where
-`H^l` is its `H^(2l)`). What is added is not always what the attention or FFN module returns: some families normalise
-or scale it first. A [`Family`] names the modules to read.
+Every block of a decoder adds two writes to the stream, `H^l = H^(l-1) + A^l + F^l` (eq. 4 of arXiv 2512.19673, whose `H^(2l)`
+is `H^l` here). Some families normalise or scale the output of the attention or FFN module before they add it. A [`Family`]
+names the modules whose outputs are the writes.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from bupo.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """The modules of one model family. Paths are relative to the decoder (`layers`, `norm`) or to a block (the rest).
+    """Module paths of one model family, relative to the decoder (`layers`, `norm`) or to a block (all others).
 
     Args:
         layers (`str`): the list of blocks.
         norm (`str`): the norm between the last block and the head.
-        attn, ffn (`str`): the two modules of a block; their inputs are what they read, after any norm.
-        attn_write, ffn_write (`str`, *optional*): the modules whose outputs are added to the stream, where it is not
-            the module's own output.
-        middle (`str`, *optional*): a module whose *input* is the stream between the two writes. Where set, the writes
-            are differences of the stream, `A = middle - in`, `F = out - middle`, which costs precision in 16 bits.
-        write_scale (`str`, *optional*): the config's entry that multiplies both writes.
-        logit_scale, logit_divisor, softcap (`str`, *optional*): the config's entries for the head.
+        attn, ffn (`str`): the attention and FFN modules of a block. Their inputs are read after any norm.
+        attn_write, ffn_write (`str`, *optional*): the modules whose outputs are added to the stream, if these are not `attn`
+            and `ffn`.
+        middle (`str`, *optional*): a module whose *input* is the stream between the two writes. If set, the writes are
+            differences of the stream, `A = middle - in` and `F = out - middle`, which costs precision in 16 bits.
+        write_scale (`str`, *optional*): the config entry that multiplies both writes.
+        logit_scale, logit_divisor, softcap (`str`, *optional*): the config entries for the head.
     """
 
     layers: str = "layers"
@@ -55,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(layers="h", norm="ln_f", attn="attn"),
 }
 
-# What an unknown family may call its parts, tried in this order.
+# Usual names of the parts in an unknown family, in the order in which they are tried.
 COMMON_MODULE_NAMES = {
     "layers": ("layers", "h", "blocks"),
     "norm": ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f"),
@@ -65,7 +65,7 @@ COMMON_MODULE_NAMES = {
 
 
 def find_module(root: Any, path: str) -> Any:
-    """The module at a path, or None."""
+    """Return the module at a dotted path, or None."""
     for name in path.split("."):
         root = getattr(root, name, None)
         if not isinstance(root, nn.Module):
@@ -74,20 +74,20 @@ def find_module(root: Any, path: str) -> Any:
 
 
 def guess_family(model: PreTrainedModel) -> Family:
-    """Names of an unknown family's parts; `middle` is found by a trace.
+    """Find the parts of an unknown family by their usual names. `middle` is left out: it needs a forward pass.
 
     Raises:
-        UserError: if some part has none of the usual names.
+        UserError: if a part has none of the usual names.
     """
     decoder = model.get_decoder()
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for part, names in COMMON_MODULE_NAMES.items():
-        root = decoder if part in ("layers", "norm") else find_module(decoder, found["layers"])[0]
+        root = decoder if part in ("layers", "norm") else find_module(decoder, paths["layers"])[0]
         present = [name for name in names if find_module(root, name) is not None]
         if not present:
             raise UserError(
                 f"unknown model family {model.config.model_type!r}: none of {', '.join(names)} in "
                 f"{type(root).__name__}; pass family=bupo.Family(...) with the names of its parts"
             )
-        found[part] = present[0]
-    return Family(**found)
+        paths[part] = present[0]
+    return Family(**paths)

@@ -1,9 +1,9 @@
-"""Settings with which `generate` samples softmax(logits / temperature), the policy that log-probs are computed of.
+"""Generation settings that sample from softmax(logits / temperature), the distribution that the log-probs describe.
 
-transformers fills every setting that a call leaves out from the model's `generation_config.json`, then from its own defaults
-(a `top_k` of 50). A repetition penalty, a truncation or a ban of tokens that a model brings along would so change what is
-sampled, and not what is scored. Training, `InternalPolicy.generate`, `bupo sample`, `bupo eval` and `bupo analyze` sample
-inside [`policy_generation_config`]; [`VLLM_NEUTRAL_SAMPLING`] are the same settings for vLLM.
+transformers takes every setting that a call leaves out from the model's `generation_config.json`, then from its own defaults
+(a `top_k` of 50). A model's repetition penalty, truncation or banned tokens would change the sampled distribution but not the
+scored one. Training, `InternalPolicy.generate`, `bupo sample`, `bupo eval` and `bupo analyze` therefore sample inside
+[`policy_generation_config`]. [`VLLM_NEUTRAL_SAMPLING`] holds the same settings for vLLM.
 """
 
 import copy
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NEUTRAL_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 TOKEN_ID_SETTINGS = ("eos_token_id", "pad_token_id", "bos_token_id")
-# for vLLM's `SamplingParams` and its server, which takes what a request leaves out from the model's generation_config.json
+# for vLLM's `SamplingParams`, and for its server, which also takes missing settings from the generation_config.json
 VLLM_NEUTRAL_SAMPLING: dict[str, Any] = {
     "top_k": -1,
     "min_p": 0.0,
@@ -36,7 +36,7 @@ VLLM_NEUTRAL_SAMPLING: dict[str, Any] = {
     "frequency_penalty": 0.0,
 }
 
-# settings of transformers and vLLM that do not change the distribution of the next token; any other is reported
+# settings of transformers and vLLM that do not change the distribution of the next token; all others are reported
 DISTRIBUTION_NEUTRAL_SETTINGS = {
     *TOKEN_ID_SETTINGS, "do_sample", "temperature", "renormalize_logits", "remove_invalid_values",
     "max_length", "max_new_tokens", "max_tokens", "max_time", "stop", "stop_strings", "stop_token_ids", "early_stopping",
@@ -48,12 +48,9 @@ DISTRIBUTION_NEUTRAL_SETTINGS = {
     "output_logits", "n", "seed", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "transformers_version",
 }  # fmt: skip
-CUSTOM_PROCESSING_ARGUMENTS = (
-    "logits_processor",
-    "prefix_allowed_tokens_fn",
-    "custom_generate",
-)  # arguments of `generate` that may do anything
-# where 1 changes nothing; elsewhere 0 does, except for the id of a forced token
+# arguments of `generate` that may change the logits in any way
+CUSTOM_PROCESSING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "custom_generate")
+# settings whose neutral value is 1. It is 0 for others, and None for forced tokens.
 NEUTRAL_AT_ONE = {
     "top_p", "typical_p", "top_h", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams",
     "num_beam_groups",
@@ -68,50 +65,50 @@ def get_eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | Non
 
     Args:
         model (`PreTrainedModel` or a wrapper around one): the model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; by default the end token of the tokenizer that is
-            stored with the model is read, if it is on this machine.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer. By default, the end token is read from the tokenizer
+            files of the model, if they are on this machine.
 
     Returns:
-        `list[int]`: the ids, the tokenizer's first, those of the generation config in its order, then the configuration's.
+        `list[int]`: the ids of the tokenizer, of the generation config and of the configuration, in this order.
     """
     inner = unwrap_causal_lm(model)
-    own = read_tokenizer_eos_token_id(str(inner.name_or_path)) if tokenizer is None else tokenizer.eos_token_id
+    first = read_tokenizer_eos_token_id(str(inner.name_or_path)) if tokenizer is None else tokenizer.eos_token_id
     settings, config = getattr(inner, "generation_config", None), inner.config
-    sources = (own, *(getattr(source, "eos_token_id", None) for source in (settings, config, config.get_text_config())))
-    return merge_token_ids(*sources)
+    others = (getattr(source, "eos_token_id", None) for source in (settings, config, config.get_text_config()))
+    return merge_token_ids(first, *others)
 
 
 def read_eos_token_ids(name: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> list[int]:
-    """Return `end_tokens` of a model that is not loaded here.
+    """Return the ids of [`get_eos_token_ids`] for a model that is not loaded.
 
     Args:
-        name (`str`), kwargs: of `load_config`.
+        name (`str`), kwargs: arguments of `load_config`.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
     """
     sources: list[Any] = [tokenizer]
     with suppress(OSError, ValueError):  # a model without a generation config
-        chosen = {key: value for key, value in kwargs.items() if key == "revision"}
-        sources.append(GenerationConfig.from_pretrained(resolve_model_path(name), **chosen))
-    with suppress(UserError):  # a server may know models that are not known here
+        revision = {key: value for key, value in kwargs.items() if key == "revision"}
+        sources.append(GenerationConfig.from_pretrained(resolve_model_path(name), **revision))
+    with suppress(UserError):  # a server may support models that this machine cannot load
         config = load_config(name, **kwargs)
         sources += [config, config.get_text_config()]
     return merge_token_ids(*(getattr(source, "eos_token_id", None) for source in sources))
 
 
 def merge_token_ids(*sources: Any) -> list[int]:
-    """Return the token ids among the sources, each an id, a list of ids or None, without repetition."""
+    """Return the distinct token ids of sources that are each an id, a list of ids or None."""
     ids = [token for source in sources for token in (source if isinstance(source, list | tuple) else [source])]
     return list(dict.fromkeys(token for token in ids if type(token) is int and token >= 0))
 
 
 @functools.lru_cache(maxsize=16)
 def read_tokenizer_eos_token_id(name: str) -> int | None:
-    """Return the end token of the tokenizer stored with a model, without asking the hub; None where there is none."""
+    """Return the end token of a model's tokenizer from local files, without a request to the hub, or None."""
     try:
         local = (Path(name) / "tokenizer_config.json").is_file() if Path(name).is_dir() else bool(name) and isinstance(
             try_to_load_from_cache(name, "tokenizer_config.json"), str
         )  # fmt: skip
-        if not local:  # transformers would make up a tokenizer for a folder that has none
+        if not local:  # transformers would build a default tokenizer for a folder without one
             return None
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).eos_token_id
     except (OSError, ValueError, HFValidationError, ImportError, KeyError, AttributeError):
@@ -121,16 +118,16 @@ def read_tokenizer_eos_token_id(name: str) -> int | None:
 def make_policy_generation_config(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **chosen: Any
 ) -> GenerationConfig:
-    """Return settings that sample the policy: a new `GenerationConfig` with nothing of the model's but its token ids.
+    """Return a new `GenerationConfig` that samples the policy. It keeps only the token ids of the model's own one.
 
     Args:
-        model (`PreTrainedModel` or a wrapper around one): gives the ids of the tokens that end, pad and begin a text.
+        model (`PreTrainedModel` or a wrapper around one): source of the ids of the end, padding and start tokens.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
-        chosen: settings that the user sets. None leaves a setting unset, except for a token id, which it removes.
+        chosen: settings of the user. None leaves a setting unset, and removes a token id.
     """
     inner = unwrap_causal_lm(model)
-    own = getattr(inner, "generation_config", None)
-    ids: dict[str, Any] = {name: _get_token_id(inner, own, tokenizer, name) for name in TOKEN_ID_SETTINGS[1:]}
+    settings = getattr(inner, "generation_config", None)
+    ids: dict[str, Any] = {name: _get_token_id(inner, settings, tokenizer, name) for name in TOKEN_ID_SETTINGS[1:]}
     if "eos_token_id" not in chosen:
         ids["eos_token_id"] = get_eos_token_ids(model, tokenizer) or None
     chosen = {name: value for name, value in chosen.items() if value is not None or name in TOKEN_ID_SETTINGS}
@@ -138,36 +135,39 @@ def make_policy_generation_config(
     return GenerationConfig(**{**({} if greedy else NEUTRAL_SAMPLING), "use_cache": True, **ids, **chosen})
 
 
-def _get_token_id(model: PreTrainedModel, own: GenerationConfig | None, tokenizer: Any, name: str) -> int | None:
-    found = (getattr(source, name, None) for source in (tokenizer, own, model.config.get_text_config()))
-    return next((token for token in found if type(token) is int), None)
+def _get_token_id(model: PreTrainedModel, settings: GenerationConfig | None, tokenizer: Any, name: str) -> int | None:
+    candidates = (getattr(source, name, None) for source in (tokenizer, settings, model.config.get_text_config()))
+    return next((token for token in candidates if type(token) is int), None)
 
 
 @contextmanager
 def policy_generation_config(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **chosen: Any
 ) -> Iterator[GenerationConfig]:
-    """Keep `generate` from the model's own generation config, which is put back afterwards. Arguments: as `policy_settings`.
+    """Replace the model's generation config by [`make_policy_generation_config`], and restore it afterwards.
+
+    Args:
+        model, tokenizer, chosen: arguments of [`make_policy_generation_config`].
 
     Yields:
-        `GenerationConfig`: a copy of the settings in its place, to be given to `generate`. Without one, `generate` refuses a
-        model whose `config.json` holds settings of generation.
+        `GenerationConfig`: a copy of the settings, to pass to `generate`. Without it, `generate` refuses a model whose
+        `config.json` holds generation settings.
     """
     settings = make_policy_generation_config(model, tokenizer, **chosen)
     inner = unwrap_causal_lm(model)
-    holders = [part for part in (model, inner) if "generation_config" in vars(part) or part is inner]
-    before = [(part, vars(part).get("generation_config")) for part in dict.fromkeys(holders)]
-    for part, _ in before:
-        part.generation_config = settings
+    holders = [module for module in (model, inner) if "generation_config" in vars(module) or module is inner]
+    originals = [(module, vars(module).get("generation_config")) for module in dict.fromkeys(holders)]
+    for module, _ in originals:
+        module.generation_config = settings
     try:
         yield copy.deepcopy(settings)
     finally:
-        for part, own in before:
-            part.generation_config = own
+        for module, original in originals:
+            module.generation_config = original
 
 
 def split_generation_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split arguments of `generate` into settings of generation, those of a `generation_config` among them, and the others."""
+    """Split arguments of `generate` into generation settings, including those of a `generation_config`, and other arguments."""
     base = arguments.get("generation_config")
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
     settings = {} if base is None else {name: value for name, value in base.to_dict().items() if value is not None}
@@ -177,23 +177,22 @@ def split_generation_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def find_unaccounted_settings(options: Mapping[str, Any], temperature: float | None = None) -> dict[str, Any]:
-    """Return the options that change what is sampled and that log-probs at a temperature do not account for.
+    """Return the options that change the sampled distribution, and that log-probs at a temperature do not account for.
 
     Args:
         options (`dict`): settings of transformers' `generate` or of vLLM that the user has set.
-        temperature (`float`, *optional*): of the log-probs, from which answers should be sampled; None where the most likely
-            tokens are wanted.
+        temperature (`float`, *optional*): temperature of the log-probs. None for greedy decoding.
     """
-    found = {
+    unaccounted = {
         name: value
         for name, value in options.items()
         if name not in DISTRIBUTION_NEUTRAL_SETTINGS and not _is_neutral(name, value)
     }
     if temperature is not None and options.get("temperature") not in (None, temperature):
-        found["temperature"] = options["temperature"]
+        unaccounted["temperature"] = options["temperature"]
     if temperature is not None and options.get("do_sample") is False:
-        found["do_sample"] = False
-    return found
+        unaccounted["do_sample"] = False
+    return unaccounted
 
 
 def _is_neutral(name: str, value: Any) -> bool:
@@ -205,13 +204,13 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 
 def describe_unaccounted_settings(options: Mapping[str, Any], temperature: float | None = None) -> str:
-    """Return the warning for options of `unaccounted`."""
-    named = ", ".join(f"{name}={str(value)[:60]}" for name, value in options.items())
-    of = "softmax(logits / temperature)" + ("" if temperature is None else f" at temperature {temperature:g}")
-    return f"answers are sampled with {named}, which the log-probs do not account for: those are of {of}"
+    """Return the warning for options of [`find_unaccounted_settings`]."""
+    settings = ", ".join(f"{name}={str(value)[:60]}" for name, value in options.items())
+    policy = "softmax(logits / temperature)" + ("" if temperature is None else f" at temperature {temperature:g}")
+    return f"answers are sampled with {settings}, which the log-probs do not account for: those are of {policy}"
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time that it is given."""
+    """Log a warning once."""
     logger.warning(message)

@@ -1,7 +1,7 @@
-"""Keys and values of answers that are being written: in buffers of their own, and a prompt's once for all its answers.
+"""The keys and values of completions during generation: written in place, and stored once per prompt.
 
-Both stand behind transformers' own interfaces, so a family's modelling code runs as it is: [`KVCacheLayer`] is a layer of its `Cache`,
-and [`share_prompt_cache`] takes the place of its `sdpa` attention, where the keys are of such a layer.
+Both parts use transformers' own interfaces, so a family's modelling code runs unchanged. [`KVCacheLayer`] is a layer of a
+transformers `Cache`, and [`share_prompt_cache`] replaces the `sdpa` attention for keys of such a layer.
 """
 
 from collections.abc import Iterator
@@ -15,50 +15,52 @@ MIN_BUFFER_GROWTH = 64  # tokens that the buffers grow by, at least
 
 
 class PromptGroups:
-    """Which prompt each answer belongs to, as a rectangle of prompts by places: `(prompts, size)`.
+    """The rows of each prompt, arranged as a rectangle of slots, `(prompts, group_size)`.
 
     Args:
-        own (`torch.Tensor` of shape `(rows,)`): each row's prompt.
+        prompt_indices (`torch.Tensor` of shape `(B,)`): the prompt of each row.
 
     Attributes:
-        rows (`torch.Tensor` of shape `(prompts * size,)`): the row at each place; row 0 where there is none.
-        places (`torch.Tensor` of shape `(rows,)`): each row's place.
+        row_indices (`torch.Tensor` of shape `(prompts * group_size,)`): the row in each slot; row 0 in empty slots.
+        slot_indices (`torch.Tensor` of shape `(B,)`): the slot of each row.
     """
 
-    def __init__(self, own: torch.Tensor):
-        counts, order = own.bincount(), own.argsort(stable=True)
-        rank = torch.empty_like(own)
-        rank[order] = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own[order]]
-        self.prompt_indices, self.num_prompts, self.group_size = own, len(counts), int(counts.max())
-        self.slot_indices = own * self.group_size + rank
-        self.row_indices = own.new_zeros(self.num_prompts * self.group_size).scatter_(
-            0, self.slot_indices, torch.arange(len(own)).to(own)
+    def __init__(self, prompt_indices: torch.Tensor):
+        counts, order = prompt_indices.bincount(), prompt_indices.argsort(stable=True)
+        rank = torch.empty_like(prompt_indices)
+        starts = (counts.cumsum(0) - counts)[prompt_indices[order]]
+        rank[order] = torch.arange(len(prompt_indices), device=prompt_indices.device) - starts
+        self.prompt_indices, self.num_prompts, self.group_size = prompt_indices, len(counts), int(counts.max())
+        self.slot_indices = prompt_indices * self.group_size + rank
+        self.row_indices = prompt_indices.new_zeros(self.num_prompts * self.group_size).scatter_(
+            0, self.slot_indices, torch.arange(len(prompt_indices)).to(prompt_indices)
         )
 
-    def group_rows(self, by_row: torch.Tensor) -> torch.Tensor:
-        """`(rows, heads, R, D)` as `(prompts, heads, size * R, D)`."""
-        _, heads, count, dim = by_row.shape
-        by_place = by_row[self.row_indices].view(self.num_prompts, self.group_size, heads, count, dim)
-        return by_place.transpose(1, 2).reshape(self.num_prompts, heads, self.group_size * count, dim)
+    def group_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rearrange `(B, heads, n, head_dim)` to `(prompts, heads, group_size * n, head_dim)`."""
+        _, heads, count, dim = rows.shape
+        slots = rows[self.row_indices].view(self.num_prompts, self.group_size, heads, count, dim)
+        return slots.transpose(1, 2).reshape(self.num_prompts, heads, self.group_size * count, dim)
 
-    def ungroup_rows(self, by_prompt: torch.Tensor) -> torch.Tensor:
-        """`(prompts, heads, size * R, D)` as `(rows, heads, R, D)`."""
-        _, heads, count, dim = by_prompt.shape
-        by_place = by_prompt.view(self.num_prompts, heads, self.group_size, count // self.group_size, dim)
-        return by_place.transpose(1, 2).flatten(0, 1)[self.slot_indices]
+    def ungroup_rows(self, groups: torch.Tensor) -> torch.Tensor:
+        """Rearrange `(prompts, heads, group_size * n, head_dim)` to `(B, heads, n, head_dim)`."""
+        _, heads, count, dim = groups.shape
+        slots = groups.view(self.num_prompts, heads, self.group_size, count // self.group_size, dim)
+        return slots.transpose(1, 2).flatten(0, 1)[self.slot_indices]
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """Keys and values `(rows, heads, room, dim)` of a layer, filled in place.
+    """The keys and values of one layer, `(B, heads, capacity, head_dim)`, filled in place.
 
     Attributes:
-        length (`int`): tokens seen, prompts included.
-        before (`int`): tokens of prompts that are shared; the buffers hold what comes after them.
-        prompt (`tuple`, *optional*): keys and values of these, `(prompts, heads, before, dim)`.
-        groups ([`PromptGroups`]): the rows of each prompt.
+        seq_length (`int`): number of cached tokens, including the prompt.
+        shared_length (`int`): number of prompt tokens that are shared; the buffers hold the tokens after them.
+        prompt_key_values (`tuple`, *optional*): keys and values of the shared tokens, of shape
+            `(prompts, heads, shared_length, head_dim)`.
+        prompt_groups ([`PromptGroups`], *optional*): the rows of each prompt.
     """
 
-    is_sliding = False  # a window is the mask's
+    is_sliding = False  # the mask applies a sliding window
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -81,11 +83,16 @@ class KVCacheLayer(CacheLayerMixin):
         self.values[:, :, start:end] = value_states
         keys = self.keys[:, :, :end]
         if self.prompt_key_values is not None:
-            vars(keys)["slots"] = self  # what `shared_prompts` looks for
+            vars(keys)["kv_cache_layer"] = self  # read by `share_prompt_cache`
         return keys, self.values[:, :, :end]
 
     def expand_prompts(self, groups: PromptGroups, share: bool) -> None:
-        """From prompts `(prompts, ...)` to their answers: `(rows, ...)`, or the prompts aside and nothing yet."""
+        """Expand the cached prompts `(prompts, ...)` to their completions `(B, ...)`.
+
+        Args:
+            groups ([`PromptGroups`]): the rows of each prompt.
+            share (`bool`): whether to store a prompt once for its rows. Otherwise each row gets a copy.
+        """
         if not share:
             return self._reallocate(groups.prompt_indices, self.seq_length)
         self.prompt_key_values, self.prompt_groups = (self.keys.contiguous(), self.values.contiguous()), groups
@@ -93,25 +100,24 @@ class KVCacheLayer(CacheLayerMixin):
         self._reallocate(groups.prompt_indices, 0)
 
     def select_rows(self, rows: torch.Tensor, prompts: torch.Tensor, groups: PromptGroups) -> None:
-        """Go on with these rows only, which are of these prompts, and with the new groups."""
+        """Drop all rows except `rows`, and all shared prompts except `prompts`; `groups` arranges the remaining rows."""
         if self.prompt_key_values is not None:
             if len(prompts) < len(self.prompt_key_values[0]):
                 self.prompt_key_values = self.prompt_key_values[0][prompts], self.prompt_key_values[1][prompts]
             self.prompt_groups = groups
         self._reallocate(rows, self.seq_length - self.shared_length)
 
-    def _reallocate(self, rows: torch.Tensor | None, filled: int, more: int = MIN_BUFFER_GROWTH) -> None:
-        """These rows (all for None), with `more` slots, at least `ROOM`, behind the filled ones."""
+    def _reallocate(self, rows: torch.Tensor | None, filled: int, growth: int = MIN_BUFFER_GROWTH) -> None:
+        """Copy the filled part of some rows (None for all) to buffers with free space behind it."""
 
-        def moved(buffer: torch.Tensor) -> torch.Tensor:
+        def reallocated(buffer: torch.Tensor) -> torch.Tensor:
             count, heads, _, dim = buffer.shape
-            made = buffer.new_empty(
-                count if rows is None else len(rows), heads, filled + max(more, MIN_BUFFER_GROWTH), dim
-            )
-            made[:, :, :filled] = buffer[:, :, :filled] if rows is None else buffer[rows, :, :filled]
-            return made
+            capacity = filled + max(growth, MIN_BUFFER_GROWTH)
+            larger = buffer.new_empty(count if rows is None else len(rows), heads, capacity, dim)
+            larger[:, :, :filled] = buffer[:, :, :filled] if rows is None else buffer[rows, :, :filled]
+            return larger
 
-        self.keys, self.values = moved(self.keys), moved(self.values)
+        self.keys, self.values = reallocated(self.keys), reallocated(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seq_length + query_length, 0
@@ -124,35 +130,48 @@ class KVCacheLayer(CacheLayerMixin):
 
 
 def shared_prompt_attention_forward(
-    slots: KVCacheLayer, query, key, value, mask: torch.Tensor | None, scaling: float | None
+    layer: KVCacheLayer, query, key, value, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of one token a row, `(rows, heads, 1, dim)`, to the prompt and the answer: `(rows, 1, heads, dim)`."""
-    assert slots.prompt is not None and slots.groups is not None
-    (keys, values), groups, (rows, heads, _, dim) = slots.prompt, slots.groups, query.shape
-    shared, length = key.size(1), keys.size(-2)  # heads of keys and values: those of queries take turns
-    asked = (query * (dim**-0.5 if scaling is None else scaling)).reshape(rows, shared, heads // shared, dim)
-    to_prompt = groups.apart(groups.together(asked) @ keys.transpose(-1, -2))
-    scores = torch.cat([to_prompt, asked @ key.transpose(-1, -2)], -1)
+    """Attend from one token a row to the shared prompt and to the row's completion.
+
+    Args:
+        layer ([`KVCacheLayer`]): the cached prompts.
+        query (`torch.Tensor` of shape `(B, heads, 1, head_dim)`): queries of the new tokens.
+        key, value (`torch.Tensor` of shape `(B, kv_heads, C, head_dim)`): keys and values of the completions.
+        mask (`torch.Tensor`, *optional*): boolean or additive mask over the prompt and the completion.
+        scaling (`float`, *optional*): factor of the scores, by default `head_dim**-0.5`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1, heads, head_dim)`.
+    """
+    assert layer.prompt_key_values is not None and layer.prompt_groups is not None
+    (prompt_keys, prompt_values), groups = layer.prompt_key_values, layer.prompt_groups
+    rows, heads, _, dim = query.shape
+    kv_heads, prompt_length = key.size(1), prompt_keys.size(-2)
+    scaled = query * (dim**-0.5 if scaling is None else scaling)
+    queries = scaled.reshape(rows, kv_heads, heads // kv_heads, dim)  # the query heads of each key head
+    prompt_scores = groups.ungroup_rows(groups.group_rows(queries) @ prompt_keys.transpose(-1, -2))
+    scores = torch.cat([prompt_scores, queries @ key.transpose(-1, -2)], -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    from_prompt = groups.apart(groups.together(weights[..., :length]) @ values)
-    return (from_prompt + weights[..., length:] @ value).reshape(rows, 1, heads, -1)
+    from_prompt = groups.ungroup_rows(groups.group_rows(weights[..., :prompt_length]) @ prompt_values)
+    return (from_prompt + weights[..., prompt_length:] @ value).reshape(rows, 1, heads, -1)
 
 
 @contextmanager
 def share_prompt_cache() -> Iterator[None]:
-    """Inside, `sdpa` attention to keys of [`KVCacheLayer`] that share their prompts is [`shared_prompt_attention_forward`]; all other is as it was."""
-    plain = AttentionInterface()["sdpa"]
+    """Use [`shared_prompt_attention_forward`] for keys of a [`KVCacheLayer`] with shared prompts, else plain `sdpa`."""
+    sdpa = AttentionInterface()["sdpa"]
 
     def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
-        slots = getattr(key, "slots", None)
-        if slots is None:
-            return plain(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-        return shared_prompt_attention_forward(slots, query, key, value, attention_mask, scaling), None
+        layer = getattr(key, "kv_cache_layer", None)
+        if layer is None:
+            return sdpa(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+        return shared_prompt_attention_forward(layer, query, key, value, attention_mask, scaling), None
 
     AttentionInterface.register("sdpa", attention)
     try:
         yield
     finally:
-        AttentionInterface.register("sdpa", plain)
+        AttentionInterface.register("sdpa", sdpa)

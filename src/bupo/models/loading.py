@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, with errors that a user can act on."""
+"""Loading of models and tokenizers by name, with actionable errors."""
 
 import hashlib
 import importlib.util
@@ -29,11 +29,9 @@ from bupo.utils.errors import UserError, wrap_library_errors
 from bupo.utils.safe_read import check_model_folder
 
 EMBEDDED_MODEL = "embedded"
-TOKENIZER_PROBE_TEXT = "Compute 12 + 30 = 42, x"  # a tokenizer that knows none of it is no model's
-MAX_CONTEXT_MULTIPLE = (
-    4  # times the context that a model with computed positions names: a longer prompt would only take its time
-)
-# settings of generation, by the type that their values must have
+TOKENIZER_PROBE_TEXT = "Compute 12 + 30 = 42, x"  # ordinary text that every tokenizer must encode
+MAX_CONTEXT_MULTIPLE = 4  # longest prompt of a model with computed positions, in multiples of its context
+# generation settings, by the type of their values
 GENERATION_NUMBERS = (
     "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff",
     "top_k", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "no_repeat_ngram_size",
@@ -44,10 +42,10 @@ GENERATION_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def resolve_model_path(name: str) -> str:
-    """The folder of the embedded model for `embedded`; any other name as it is.
+    """Return the folder of the embedded model for `embedded`, and any other name unchanged.
 
     Raises:
-        UserError: if the name is a local path that holds no model.
+        UserError: if the name is a local path without a model.
     """
     if name == EMBEDDED_MODEL:
         return str(files("bupo") / "embedded" / "model")
@@ -55,7 +53,7 @@ def resolve_model_path(name: str) -> str:
         raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED_MODEL}'")
     with wrap_library_errors(
         f"model {name!r:.200} cannot be looked for", OSError, ValueError
-    ):  # too long a name, or none
+    ):  # a name that is too long
         return _check_model_path(name)
 
 
@@ -76,7 +74,7 @@ def _check_model_path(name: str) -> str:
 
 
 def load_config(name: str, **kwargs) -> PretrainedConfig:
-    """The configuration of a causal LM by name. Arguments are those of `load_model`.
+    """Load the configuration of a causal LM. The arguments are those of [`load_model`].
 
     Raises:
         UserError: if there is no such model, or it is no causal LM.
@@ -99,15 +97,14 @@ def load_config(name: str, **kwargs) -> PretrainedConfig:
 
 
 def check_layers_exist(name: str, layers: Mapping[str, int | None], **kwargs) -> PretrainedConfig:
-    """The configuration of a causal LM that has these layers, which it says before its weights are loaded.
+    """Load the configuration of a causal LM and check that it has some layers, before its weights are loaded.
 
     Args:
-        name (`str`): of `load_model`.
-        layers (`dict[str, int]`): by the options that name them; None is no layer.
-        kwargs: of `load_model`.
+        name (`str`), kwargs: arguments of [`load_model`].
+        layers (`dict[str, int | None]`): layers by the options that name them. Options set to None are skipped.
 
     Raises:
-        UserError: for the first layer that there is not, or no such model.
+        UserError: for the first missing layer, or if there is no such model.
     """
     config = load_config(name, **kwargs)
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -118,31 +115,30 @@ def check_layers_exist(name: str, layers: Mapping[str, int | None], **kwargs) ->
 
 
 def get_num_learned_positions(config: PretrainedConfig) -> int | None:
-    """Tokens that a model has learned positions for, beyond which it fails. None where positions are computed (rotary, ALiBi):
-    there a longer text is only unlike those that the model was made for."""
+    """Return the number of learned positions, beyond which a model fails. None for computed positions (rotary, ALiBi)."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     return None if rotary else get_context_length(config)
 
 
 def get_context_length(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest text that a model was made for, as it says itself; None where it says nothing."""
-    named = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return named if isinstance(named, int) and named > 0 else None
+    """Return the context length in tokens that the configuration names, or None."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
-def _make_error_formatter(refusal: str) -> Callable[[Exception], str]:
-    """Return a message of another library's error: all its lines, since the first alone often says only where."""
-    return lambda error: f"{refusal}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
+def _make_error_formatter(summary: str) -> Callable[[Exception], str]:
+    """Return a function that appends all lines of a library's error to a summary. The first line often lacks the cause."""
+    return lambda error: f"{summary}: {type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 class ModelLimits(NamedTuple):
-    """The texts that a model can read.
+    """Limits of the texts that a model can process.
 
     Attributes:
-        context (`int`, *optional*): tokens of the longest text it was made for, where its configuration names it.
-        learned (`bool`): whether positions are learned, so that it fails beyond them.
-        vocabulary (`int`, *optional*): tokens that it has embeddings for.
+        context_length (`int`, *optional*): its context length in tokens, if its configuration names it.
+        has_learned_positions (`bool`): whether it has learned positions, and fails beyond them.
+        vocab_size (`int`, *optional*): the number of its token embeddings.
     """
 
     context_length: int | None = None
@@ -151,30 +147,27 @@ class ModelLimits(NamedTuple):
 
     @property
     def max_prompt_length(self) -> int | None:
-        """Tokens beyond which a prompt is refused."""
-        return (
-            self.context_length
-            if self.has_learned_positions or not self.context_length
-            else MAX_CONTEXT_MULTIPLE * self.context_length
-        )
+        """The longest accepted prompt in tokens, or None."""
+        if self.has_learned_positions or not self.context_length:
+            return self.context_length
+        return MAX_CONTEXT_MULTIPLE * self.context_length
 
 
 def get_model_limits(config: PretrainedConfig) -> ModelLimits:
-    """The texts that a model can read, by its configuration."""
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    return ModelLimits(get_context_length(config), get_num_learned_positions(config) is not None, vocabulary)
+    """Return the limits of a model from its configuration."""
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    return ModelLimits(get_context_length(config), get_num_learned_positions(config) is not None, vocab_size)
 
 
 def load_model(name: str, **kwargs) -> PreTrainedModel:
-    """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
+    """Load a causal LM.
 
     Args:
-        name (`str`): which.
-        kwargs: of `from_pretrained`; `dtype` defaults to the config's.
+        name (`str`): `embedded`, a folder, a `.gguf` file (which is dequantised) or a hub id.
+        kwargs: arguments of `from_pretrained`. `dtype` defaults to that of the configuration.
 
     Raises:
-        UserError: if there is no such model, it is no causal LM, its files lack some of its weights, or these are no numbers
-            that can be computed with.
+        UserError: if there is no such model, it is no causal LM, or its files lack weights or hold NaN, infinite or huge ones.
     """
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
     load_config(name, **kwargs)
@@ -186,12 +179,12 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     ):
         model, report = AutoModelForCausalLM.from_pretrained(path, **kwargs | LOADING_REPORT_KWARGS)
     _check_generation_settings(
-        f"model {name!r}: its settings of generation cannot be used", model.generation_config.to_dict()
+        f"model {name!r}: its generation settings cannot be used", model.generation_config.to_dict()
     )
     check_weights(name, path, model, report, kwargs.get("revision"))
-    if "gguf_file" in kwargs:  # the weights are plain by now, but the marks forbid training and saving
-        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
-            model.__dict__.pop(mark, None)
+    if "gguf_file" in kwargs:  # the weights are dequantised, but these attributes would prevent training and saving
+        for attribute in ("is_quantized", "quantization_method", "hf_quantizer"):
+            model.__dict__.pop(attribute, None)
         del model.config.quantization_config
     return model
 
@@ -199,13 +192,14 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
 def load_on_device(
     name: str, dtype: str = "auto", device_map: str | None = None, adapter: str | None = None, **kwargs
 ) -> PreTrainedModel:
-    """A model with its adapter on its device, in evaluation mode. A CPU computes in fp32 unless told otherwise.
+    """Load a model and its adapter on the accelerator, or on the CPU, in evaluation mode.
 
     Args:
-        name (`str`): of `load_model`.
-        dtype, device_map (`str`, *optional*): of `from_pretrained`.
-        adapter (`str`, *optional*): a PEFT adapter, put on the model.
-        kwargs: more of `from_pretrained`.
+        name (`str`): name of the model; see [`load_model`].
+        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights. On a CPU, `auto` is fp32.
+        device_map (`str`, *optional*): argument of `from_pretrained`.
+        adapter (`str`, *optional*): folder or hub id of a PEFT adapter.
+        kwargs: further arguments of `from_pretrained`.
 
     Raises:
         UserError: if there is no such model or adapter.
@@ -217,7 +211,7 @@ def load_on_device(
         model.to(torch.accelerator.current_accelerator())
     if adapter is None:
         return model
-    from peft import PeftModel  # takes its time to import, and vLLM's environment may do without
+    from peft import PeftModel  # slow to import, and may be missing from vLLM's environment
 
     if os.path.isdir(adapter):
         check_model_folder(Path(adapter))
@@ -225,41 +219,41 @@ def load_on_device(
         wrap_library_errors(_make_error_formatter(f"adapter {adapter!r} cannot be put on the model")),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused
-        adapted = PeftModel.from_pretrained(model, adapter)
-        check_adapter_weights(adapter, adapted)
-        return adapted.eval()
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+        peft_model = PeftModel.from_pretrained(model, adapter)
+        check_adapter_weights(adapter, peft_model)
+        return peft_model.eval()
 
 
 @torch.no_grad()
 def compute_weight_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
-    """Tells weights apart that have one name: a hash of some thousand evenly spaced values of every parameter.
+    """Return a hash of the weights, from some thousand evenly spaced values of every parameter.
 
     Args:
-        model (`nn.Module`): whose.
-        without (`list[str]`, *optional*): parts of names, between dots, of parameters to leave out.
+        model (`nn.Module`): the model.
+        without (`list[str]`, *optional*): components of dotted names; parameters with one of them are left out.
     """
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
-        if weights.is_meta or not set(without).isdisjoint(name.split(".")):  # meta: on a disk, with device_map
+        if weights.is_meta or not set(without).isdisjoint(name.split(".")):  # meta: offloaded to a disk by device_map
             continue
         values = weights.detach().flatten()
-        some = values[:: max(1, len(values) // 4096)]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+        sample = values[:: max(1, len(values) // 4096)]
+        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left.
+    """Load the tokenizer of a model, with padding on the left.
 
     Raises:
-        UserError: if there is none, it knows no ordinary text, or it has tokens that the model has no embedding for.
+        UserError: if there is none, it cannot encode ordinary text, or it has tokens without an embedding in the model.
     """
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
     with wrap_library_errors(_make_error_formatter(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
     config = None
-    with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
+    with suppress(UserError):  # a folder may hold only the tokenizer, for a model on a server
         config = load_config(name, **kwargs)
     check_tokenizer(name, tokenizer, config)
     if tokenizer.pad_token is None:
@@ -268,86 +262,86 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> None:
-    """Refuse a tokenizer that transformers has made of no files, or that belongs to a larger vocabulary than the model's.
+    """Refuse a tokenizer without a vocabulary, or with tokens that the model has no embedding for.
 
-    Without files it gives no tokens, or the unknown one for every word. A token beyond the embedding fails where it is read;
-    special ones that no text holds (an image's place) may lie there, but not those that end and fill up answers.
+    If the tokenizer files are missing, transformers returns a tokenizer that maps every word to nothing or to the unknown
+    token. Tokens beyond the embedding are accepted only if they are special tokens that no text contains, such as image
+    placeholders.
 
     Args:
-        name (`str`): what the user calls the model.
-        tokenizer (`PreTrainedTokenizerBase`): as it was loaded.
-        config (`PretrainedConfig`, *optional*): of the model.
+        name (`str`): the user's name of the model.
+        tokenizer (`PreTrainedTokenizerBase`): the loaded tokenizer.
+        config (`PretrainedConfig`, *optional*): configuration of the model.
 
     Raises:
-        UserError: with the files that are looked for, or the first token.
+        UserError: naming the missing files, or the first token without an embedding.
     """
     with wrap_library_errors(_make_error_formatter(f"the tokenizer of model {name!r} cannot read an ordinary text")):
         ids = set(tokenizer(TOKENIZER_PROBE_TEXT, add_special_tokens=False)["input_ids"])
     if not ids - {tokenizer.unk_token_id}:
-        wanted = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
+        file_names = ", ".join(dict.fromkeys(["tokenizer.json", *type(tokenizer).vocab_files_names.values()]))
         raise UserError(
-            f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} knows {len(tokenizer)} tokens and "
-            f"none of an ordinary text, as where its files are missing ({wanted}): put them beside config.json"
+            f"model {name!r} has no tokenizer that can be loaded: {type(tokenizer).__name__} has {len(tokenizer)} tokens and "
+            f"none of an ordinary text. Its files are probably missing ({file_names}): put them beside config.json"
         )
     check_padding_token(name, tokenizer)
-    vocabulary = None if config is None else get_model_limits(config).vocab_size
-    if vocabulary is None:
+    vocab_size = None if config is None else get_model_limits(config).vocab_size
+    if vocab_size is None:
         return
-    beyond = find_tokens_without_embedding(tokenizer, vocabulary)
+    excess = find_tokens_without_embedding(tokenizer, vocab_size)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    if wrong := sorted((index, token) for token, index in beyond.items() if token not in special or token in used):
-        index, token = wrong[0]
+    if invalid := sorted((index, token) for token, index in excess.items() if token not in special or token in used):
+        index, token = invalid[0]
         raise UserError(
-            f"model {name!r} has embeddings for {vocabulary} tokens, and its tokenizer makes {len(wrong)} more, such as "
+            f"model {name!r} has embeddings for {vocab_size} tokens, and its tokenizer has {len(invalid)} more, such as "
             f"{token!r:.80} (id {index}): the two belong to different models, or resize_token_embeddings was forgotten"
         )
 
 
 def check_padding_token(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with neither a padding token nor an end token to pad with: answers of a batch differ in length.
+    """Refuse a tokenizer without a padding token and without an end token, which could not pad a batch.
 
     Args:
-        name (`str`): what the user calls the model.
-        tokenizer (`PreTrainedTokenizerBase`): as it was loaded.
+        name (`str`): the user's name of the model.
+        tokenizer (`PreTrainedTokenizerBase`): the loaded tokenizer.
 
     Raises:
-        UserError: with what to set.
+        UserError: naming the setting to add.
     """
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
-            f"the tokenizer of model {name!r} has no end token and no padding token, so no batch can be filled up: set "
+            f"the tokenizer of model {name!r} has no end token and no padding token, so it cannot pad a batch: set "
             "eos_token in its tokenizer_config.json, or tokenizer.eos_token in Python"
         )
 
 
-def find_tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, int]:
-    """Tokens of a tokenizer that a model has no embedding for, with their ids."""
-    return {token: index for token, index in tokenizer.get_vocab().items() if index >= vocabulary}
+def find_tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int]:
+    """Return the tokens of a tokenizer that have no embedding among `vocab_size`, with their ids."""
+    return {token: index for token, index in tokenizer.get_vocab().items() if index >= vocab_size}
 
 
 def check_generation_config(name: str, revision: str | None = None) -> None:
-    """Refuse a generation_config.json that cannot be read, that holds values of another type, or that makes `generate` return
-    something else than one sequence a prompt.
+    """Refuse a generation_config.json that is not JSON or holds values of the wrong type.
 
     Args:
-        name (`str`), revision (`str`, *optional*): of `load_model`.
+        name (`str`), revision (`str`, *optional*): arguments of [`load_model`].
 
     Raises:
-        UserError: with the setting.
+        UserError: naming the setting.
     """
     path = resolve_model_path(name)
     file = Path(path, "generation_config.json")
     if not Path(path).is_dir():
-        with suppress(ValueError):  # no name that a hub model could have
-            found = try_to_load_from_cache(path, file.name, revision=revision)
-            file = Path(found) if isinstance(found, str) else file
+        with suppress(ValueError):  # not a valid hub id
+            cached = try_to_load_from_cache(path, file.name, revision=revision)
+            file = Path(cached) if isinstance(cached, str) else file
     if not file.is_file():
         return
     where = f"model {name!r}: {file.name} cannot be used"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # transformers takes it for one that is missing
+    except (OSError, ValueError, RecursionError) as error:  # transformers would ignore the file
         raise UserError(f"{where}: it is no JSON ({str(error)[:100]}); mend it or remove it") from error
     if not isinstance(settings, dict):
         raise UserError(f"{where}: it is a {type(settings).__name__}, no mapping; mend it or remove it")
@@ -357,14 +351,14 @@ def check_generation_config(name: str, revision: str | None = None) -> None:
 
 
 def _check_generation_settings(where: str, settings: Mapping[str, Any]) -> None:
-    """Raises [`UserError`] for the first setting of generation that cannot be used; they may also be of config.json."""
+    """Raise [`UserError`] for the first generation setting with an invalid value. Settings may also come from config.json."""
     for setting, value in settings.items():
-        if wanted := _describe_expected_value(setting, value):
-            raise UserError(f"{where}: {setting} must be {wanted}, got {value!r:.80}; mend it or remove it")
+        if expected := _describe_expected_value(setting, value):
+            raise UserError(f"{where}: {setting} must be {expected}, got {value!r:.80}; mend it or remove it")
 
 
 def _describe_expected_value(setting: str, value: Any) -> str | None:
-    """Return how a setting of generation must be instead; None where it may stay."""
+    """Return a description of the values that a generation setting may have, or None if its value is valid."""
     if value is None:
         return None
     if setting in GENERATION_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -373,14 +367,15 @@ def _describe_expected_value(setting: str, value: Any) -> str | None:
         return "true or false"
     if setting in GENERATION_TOKENS:
         ids = value if isinstance(value, list) and setting == "eos_token_id" else [value]
-        known = (isinstance(token, int) and not isinstance(token, bool) and -1 <= token < 2**31 for token in ids)
-        if not ids or not all(known):  # -1 stands for none in old files
+        # old files use -1 for no token
+        valid = (isinstance(token, int) and not isinstance(token, bool) and -1 <= token < 2**31 for token in ids)
+        if not ids or not all(valid):
             return "a token's id" if setting != "eos_token_id" else "a token's id, or a list of them"
     return None
 
 
 def _split_gguf_path(path: str, kwargs: dict) -> tuple[str, dict]:
-    """transformers takes a `.gguf` file as its folder and its name."""
+    """Split the path of a `.gguf` file into its folder and the argument `gguf_file` of transformers."""
     if not path.endswith(".gguf"):
         return path, kwargs
     if importlib.util.find_spec("gguf") is None:

@@ -1,4 +1,4 @@
-"""What must stand beside every number that a model gives."""
+"""Metadata that every result of a model records."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from bupo.version import VERSION
 def get_model_metadata(
     name: str, stream: ResidualStream, lens: Lens, temperature: float, revision: str | None = None
 ) -> dict[str, Any]:
-    """The model, how it is read, how exactly that was proved, and the packages' versions.
+    """Return the model, the lens, the errors of its verification and the versions of the packages.
 
     Args:
-        name (`str`): of `load_model`.
+        name (`str`): the name given to `load_model`.
         stream ([`~bupo.models.residual_stream.ResidualStream`]): the model.
-        lens (`str`), temperature (`float`): of its policies.
-        revision (`str`, *optional*): that was asked for.
+        lens (`str`), temperature (`float`): lens mode and temperature of its policies.
+        revision (`str`, *optional*): the requested revision.
     """
     return {
         "schema_version": 1,
@@ -42,17 +42,17 @@ def get_model_metadata(
 
 
 def get_hub_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a hub model in the cache, which is the name of its snapshot's folder. None for what is no hub model."""
+    """Return the commit of a hub model in the cache, which names the folder of its snapshot. None for a local model."""
     if Path(name).exists():
         return None
     try:
         path = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no name that a hub model could have
+    except ValueError:  # not a valid hub id
         return None
     return Path(path).parent.name if isinstance(path, str) else None
 
 
 def get_model_name(model: nn.Module) -> str:
-    """Of a loaded model: where it was loaded from, or its kind."""
+    """Return the name or path that a model was loaded from, or its class."""
     inner: Any = unwrap_causal_lm(model)
     return inner.config.name_or_path or type(inner).__name__

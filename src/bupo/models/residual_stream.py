@@ -1,6 +1,6 @@
-"""A causal LM as a residual stream: its parts, and its states while it runs.
+"""A causal LM as a residual stream: its parts, and its activations during a forward pass.
 
-Layers count from 1 as in the paper; layer 0 is the embedding. [`ResidualStream.block`] is the one place that converts.
+Layers count from 1 as in the paper; layer 0 is the embedding. [`ResidualStream.get_block`] converts to the index of a block.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,22 +30,21 @@ Lens = Literal["raw", "final_norm"]
 
 
 def check_lens(lens: str) -> Lens:
-    """The lens mode, if it is one."""
+    """Return a lens mode, or raise [`UserError`] for an unknown one."""
     if lens not in get_args(Lens):
         raise UserError(f"unknown lens mode {lens!r}: choose {' or '.join(get_args(Lens))}")
     return lens  # type: ignore[return-value]
 
 
 class Activation(NamedTuple):
-    """A place of the stream. Kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (what
-    the modules read)."""
+    """Activation kinds: `layer` (H^l, l from 0), `attn` and `ffn` (writes), `attn_input` and `ffn_input` (module inputs)."""
 
     kind: str
     layer: int
 
 
 def unwrap_causal_lm(model: Any) -> PreTrainedModel:
-    """The transformers causal LM inside a PEFT, DDP or FSDP wrapper.
+    """Return the transformers causal LM inside a PEFT, DDP or FSDP wrapper.
 
     Raises:
         UserError: if there is none.
@@ -66,18 +65,19 @@ class ResidualStream:
 
     Args:
         model (`PreTrainedModel` or a PEFT, DDP or FSDP wrapper around one): the model. It is not changed.
-        family ([`Family`], *optional*): where the writes are; by default from the model's type, or found by name.
-        like ([`ResidualStream`], *optional*): of a model of the same architecture, whose proof holds for this one: one that is
-            sharded already cannot be looked at outside its forward.
+        family ([`Family`], *optional*): the modules that write to the stream. By default, the entry of the model's type in the
+            table of families, or modules with the usual names.
+        like ([`ResidualStream`], *optional*): the stream of a model with the same architecture. Its verification is reused, for
+            example for a sharded model, whose parameters cannot be read outside its forward.
 
     Attributes:
         model (`PreTrainedModel`): the causal LM without wrappers.
         num_layers (`int`): L.
-        identity ([`IdentityErrors`]): what the check measured.
+        identity_errors ([`IdentityErrors`]): the errors that the verification measured.
 
     Raises:
-        UserError: if the writes do not add up in some layer, or the head does not give the model's logits.
-        NotFinite: if states or logits are infinite or NaN.
+        UserError: if the writes of a layer do not add up, or the head does not compute the model's logits.
+        NonFiniteModelError: if states or logits are infinite or NaN.
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None, like: "ResidualStream | None" = None):
@@ -109,7 +109,7 @@ class ResidualStream:
         return find_module(self.decoder, self.family.norm)
 
     def get_block(self, layer: int | None) -> nn.Module:
-        """The block of a layer, counted from 1.
+        """Return the block of a layer, counted from 1.
 
         Raises:
             UserError: if there is no such layer.
@@ -130,14 +130,14 @@ class ResidualStream:
         return module
 
     def apply_lens(self, states: torch.Tensor, lens: Lens) -> torch.Tensor:
-        """States `(..., D)` as they meet the unembedding: as they are (`raw`), or through the final norm (`final_norm`)."""
+        """Return states `(..., D)` unchanged (`raw`), or normed by the final norm (`final_norm`), for the unembedding."""
         if lens == "raw":
             return states
-        # a device_map may hold the norm and the last block on two devices
+        # a device_map may place the norm and the last block on two devices
         return self.final_norm(states.to(next((p.device for p in self.final_norm.parameters()), states.device)))
 
     def get_unembedding(self, temperature: float = 1.0) -> Unembedding:
-        """The unembedding, with the family's scale and softcap, over a temperature."""
+        """Return the unembedding with the family's scale and softcap and a temperature."""
         linear, family = self.model.get_output_embeddings(), self.family
 
         def entry(name: str | None) -> float | None:
@@ -147,14 +147,14 @@ class ResidualStream:
         return Unembedding(linear.weight, getattr(linear, "bias", None), scale, entry(family.softcap), temperature)
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """States `(..., D)`, lensed already if they should be, through the unembedding: fp32 logits `(..., V)`."""
+        """Compute logits `(..., V)` in fp32 of states `(..., D)`, to which the lens has been applied."""
         return self.get_unembedding(temperature).logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 
     # -- running and recording ---------------------------------------------------------------------------------------
 
     @contextmanager
     def truncate_layers(self, count: int) -> Iterator[None]:
-        """Inside, the decoder computes layers 1..count only (and its final norm)."""
+        """Run only layers 1..count (and the final norm) in the decoder's forward."""
         self.get_block(count)
         parent, _, name = self.family.layers.rpartition(".")
         owner = find_module(self.decoder, parent) if parent else self.decoder
@@ -167,86 +167,86 @@ class ResidualStream:
 
     @contextmanager
     def record_activations(
-        self, sites: Iterable[Activation], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
+        self, activations: Iterable[Activation], select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
     ) -> Iterator[dict[Activation, torch.Tensor]]:
-        """Inside, a run of the decoder fills the yielded dict: `(batch, time, D)` for each site, with its graph.
+        """Record activations of the decoder's forward passes, with their graphs.
 
-        `select` may keep a part of each, at once. Nothing is copied: what the model goes on to change in place changes
-        here too (no family of the table does).
+        The tensors are not copied, so an in-place operation of the model would change them. No family of the table has one.
+
+        Args:
+            activations (`Iterable[Activation]`): the activations to record.
+            select (`Callable`, *optional*): applied to each recorded tensor, for example to keep a part of it.
+
+        Yields:
+            `dict[Activation, torch.Tensor]`: filled with tensors `(B, T, D)` by a forward pass.
         """
         states: dict[Activation, torch.Tensor] = {}
         with ExitStack() as hooks:
-            for site in dict.fromkeys(sites):
-                self._hook_activation(site, states, select, hooks)
+            for activation in dict.fromkeys(activations):
+                self._hook_activation(activation, states, select, hooks)
             yield states
 
     def compute_activations(
         self,
-        sites: Iterable[Activation],
+        activations: Iterable[Activation],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         up_to: int | None = None,
         select: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
     ) -> dict[Activation, torch.Tensor]:
-        """One pass of the decoder over `(batch, time)` ids, through layers 1..up_to: the states of the sites.
+        """Run layers 1..up_to of the decoder over ids `(B, T)` and return the recorded activations, `(B, T, D)` each.
 
-        Padding may stand on either side: positions count real tokens only.
+        Padding may be on either side: positions count real tokens only.
         """
         kwargs = {"input_ids": input_ids, "use_cache": False}
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             kwargs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        with self.record_activations(sites, select) as states, self.truncate_layers(up_to or self.num_layers):
+        with self.record_activations(activations, select) as states, self.truncate_layers(up_to or self.num_layers):
             self.decoder(**kwargs)
         return states
 
-    def _hook_activation(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
-        """Keep what passes a site, until `hooks` closes."""
+    def _hook_activation(self, activation: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
+        """Record one activation until `hooks` closes."""
 
-        def keep(value: torch.Tensor) -> None:
-            states[site] = select(value)
+        def record(value: torch.Tensor) -> None:
+            states[activation] = select(value)
 
-        kind, layer = site
+        kind, layer = activation
         if kind == "layer" and layer == 0:
-            add_input_hook(self.get_block(1), keep, hooks)
+            add_input_hook(self.get_block(1), record, hooks)
         elif kind == "layer":
-            add_output_hook(self.get_block(layer), keep, hooks)
+            add_output_hook(self.get_block(layer), record, hooks)
         elif kind in ("attn_input", "ffn_input"):
-            add_input_hook(
-                self._get_block_module(layer, self.family.attn if kind == "attn_input" else self.family.ffn),
-                keep,
-                hooks,
-            )
+            path = self.family.attn if kind == "attn_input" else self.family.ffn
+            add_input_hook(self._get_block_module(layer, path), record, hooks)
         elif kind not in ("attn", "ffn"):
-            raise ValueError(f"unknown kind of site: {kind!r}")
+            raise ValueError(f"unknown kind of activation: {kind!r}")
         elif self.family.middle is None:
-            self._hook_module_output(site, keep, hooks)
+            self._hook_module_output(activation, record, hooks)
         else:
-            self._hook_stream_difference(site, states, select, hooks)
+            self._hook_stream_difference(activation, states, select, hooks)
 
-    def _hook_module_output(self, site: Activation, keep: TensorCallback, hooks: ExitStack) -> None:
-        """What a module returns is what is added, but for a scale."""
+    def _hook_module_output(self, activation: Activation, record: TensorCallback, hooks: ExitStack) -> None:
+        """Record a write that is the output of a module, times the family's scale."""
         family = self.family
         scale = getattr(self.config, family.write_scale) if family.write_scale else 1.0
-        path = (family.attn_write or family.attn) if site.kind == "attn" else (family.ffn_write or family.ffn)
-        add_output_hook(
-            self._get_block_module(site.layer, path), lambda x: keep(x if scale == 1.0 else x * scale), hooks
-        )
+        path = (family.attn_write or family.attn) if activation.kind == "attn" else (family.ffn_write or family.ffn)
+        module = self._get_block_module(activation.layer, path)
+        add_output_hook(module, lambda x: record(x if scale == 1.0 else x * scale), hooks)
 
-    def _hook_stream_difference(self, site: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
-        """What is added is the stream after the module less the stream before it."""
+    def _hook_stream_difference(self, activation: Activation, states: dict, select: Callable, hooks: ExitStack) -> None:
+        """Record a write as the difference of the stream after and before the module."""
 
         def before(value: torch.Tensor) -> None:
-            states[site] = select(value)
+            states[activation] = select(value)
 
         def after(value: torch.Tensor) -> None:
-            states[site] = select(value) - states[site]
+            states[activation] = select(value) - states[activation]
 
-        block, middle = (
-            self.get_block(site.layer),
-            self._get_block_module(site.layer, self.family.middle or self.family.ffn),
-        )
-        if site.kind == "attn":
+        block = self.get_block(activation.layer)
+        middle = self._get_block_module(activation.layer, self.family.middle or self.family.ffn)
+        if activation.kind == "attn":
             add_input_hook(block, before, hooks)
             add_input_hook(middle, after, hooks)
         else:
@@ -255,42 +255,38 @@ class ResidualStream:
 
     @torch.no_grad()
     def _verify_identity(self, guessed: bool) -> IdentityErrors:
-        """Prove on a few tokens that the writes add up, and that the head gives the model's own logits."""
+        """Verify on a few tokens that the writes add up, and that the head computes the model's own logits."""
         with eval_mode(self.model):
             if guessed:
                 with self.record_activations(self._layer_activations) as states:
                     self.model(input_ids=make_probe_tokens(self.model), use_cache=False)
-                check_finite_states(self.model, [states[site] for site in self._layer_activations])
+                check_finite_states(self.model, [states[activation] for activation in self._layer_activations])
                 self.family = replace(self.family, middle=find_middle_module(self.model, self._layers, self.family))
             return self._measure_identity_errors()
 
     @property
     def _layer_activations(self) -> list[Activation]:
-        """H^0 to H^L."""
+        """The activations H^0 to H^L."""
         return [Activation("layer", layer) for layer in range(self.num_layers + 1)]
 
     def _measure_identity_errors(self) -> IdentityErrors:
         layers = range(1, self.num_layers + 1)
-        sites = [Activation("layer", 0)] + [
-            Activation(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")
-        ]
-        with self.record_activations(sites) as states:
+        activations = [Activation(kind, layer) for layer in layers for kind in ("attn", "ffn", "layer")]
+        with self.record_activations([Activation("layer", 0), *activations]) as states:
             logits = self.model(input_ids=make_probe_tokens(self.model), use_cache=False).logits
-        check_finite_states(self.model, [states[site] for site in self._layer_activations])
+        check_finite_states(self.model, [states[activation] for activation in self._layer_activations])
         errors = []
         for layer in layers:
-            parts = [
-                states[site]
-                for site in (Activation("layer", layer - 1), Activation("attn", layer), Activation("ffn", layer))
-            ]
+            terms = (Activation("layer", layer - 1), Activation("attn", layer), Activation("ffn", layer))
+            parts = [states[term] for term in terms]
             errors.append(check_layer_identity(self.model, layer, parts, states[Activation("layer", layer)]))
-        mine = self.logits(self.apply_lens(states[Activation("layer", self.num_layers)], "final_norm"))
-        return IdentityErrors(tuple(errors), check_head_logits(self.model, mine, logits))
+        computed = self.logits(self.apply_lens(states[Activation("layer", self.num_layers)], "final_norm"))
+        return IdentityErrors(tuple(errors), check_head_logits(self.model, computed, logits))
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout."""
+    """Set all modules to evaluation mode, and restore their modes afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,12 +1,12 @@
-"""Hidden states to per-token log-probability and entropy, without a (tokens x vocabulary) tensor.
+"""Per-token log-probability and entropy from hidden states, without a (tokens x vocabulary) tensor.
 
 Both numbers come from one pass over tiles of (positions x vocabulary entries). A running maximum `m` per position keeps
 
     s = sum_j exp(x_j - m)              log p(y) = (x_y - m) - log s
     u = sum_j exp(x_j - m) (x_j - m)    H(p)     = log s - u / s
 
-so nothing is lost when logits are large, as they are when a raw residual stream (no final norm) meets the unembedding.
-The backward pass computes each tile again. Everything between the matrix product and the result is fp32.
+so no precision is lost for large logits, such as those of a raw residual stream (without the final norm). The backward pass
+recomputes each tile. All computation after the matrix product is in fp32.
 
 Masked vocabulary entries, whose logit is -inf or near the lowest float, have probability 0 and add 0 to `s` and `u`.
 """
@@ -21,14 +21,14 @@ from bupo.utils.errors import UserError
 
 ROWS_PER_TILE = 1024
 VOCABULARY_PER_TILE = 4096
-MIN_EXPONENT = -80.0  # e^-80 is 2e-35: a whole vocabulary of such tokens adds nothing in fp32, nor in fp64
-MASKED_LOGIT = -1e12  # a logit that no model computes: entries below half of it are masked
+MIN_EXPONENT = -80.0  # e^-80 is 2e-35: a full vocabulary of such tokens adds nothing in fp32 or fp64
+MASKED_LOGIT = -1e12  # below any computed logit; entries below half of it count as masked
 UNDERFLOW_EXPONENT = -1000.0  # exp of it is 0 in fp32 and in fp64
 IGNORE_INDEX = -100  # label of a position that is not scored, as in transformers
 
 ALL_MASKED_MESSAGE = (
     "every logit of a position is masked (-inf, or near the lowest float), so it has no next token: the unembedding's bias "
-    "masks the whole vocabulary; leave at least one entry unmasked"
+    "masks the full vocabulary; leave at least one entry unmasked"
 )
 
 
@@ -40,7 +40,7 @@ class TokenScores(NamedTuple):
 
 
 def _clamped_exp(x: torch.Tensor) -> torch.Tensor:
-    """`exp(x)` of what is at most 0; `x` is raised to where it stays a normal number, as others cost a CPU tenfold."""
+    """Return `exp(x)` for `x <= 0`, clamped to normal numbers: denormal ones take a CPU ten times as long."""
     return x.clamp_(min=MIN_EXPONENT).exp()
 
 
@@ -49,13 +49,16 @@ def _get_tile_slices(count: int, size: int) -> list[slice]:
 
 
 def _find_targets(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose target lies in these vocabulary entries, and its column there."""
+    """Return the rows whose target is among these vocabulary entries, and the target's column in the tile."""
     rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero(as_tuple=True)[0]
     return rows, targets[rows] - columns.start
 
 
 class _ScoreTokens(torch.autograd.Function):
-    """Of states `(N, D)`: what `score_states` gives, `(N,)` each. `rule` is an unembedding's scale, softcap and temperature."""
+    """Autograd function of [`score_states`]: log-probs and entropies `(n,)` of states `(n, D)`.
+
+    `rule` holds the unembedding's scale, softcap and temperature.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rule, dtype):
@@ -72,11 +75,13 @@ class _ScoreTokens(torch.autograd.Function):
                 at, column = _find_targets(targets[rows], columns)
                 chosen[rows][at] = x[at, column]
                 new = torch.maximum(top[rows], x.amax(1))
-                finite = new.clamp(min=torch.finfo(kind).min)  # so far all logits may be -inf: -inf - -inf is nan
+                finite = new.clamp(
+                    min=torch.finfo(kind).min
+                )  # all logits up to here may be -inf, and -inf - -inf is NaN
                 shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
                 shift = shift.clamp(
                     min=UNDERFLOW_EXPONENT
-                )  # after a masked tile it is the lowest float, which times `s` is -inf
+                )  # the lowest float after a masked tile: times `s`, it is -inf
                 weights = _clamped_exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)
@@ -97,36 +102,43 @@ class _ScoreTokens(torch.autograd.Function):
         if all(grad is None for grad in upstream):
             return (None,) * 6
         head, kind = Unembedding(weight, bias, *ctx.rule), top.dtype
-        made = torch.empty_like if len(hidden) else torch.zeros_like
+        allocate = torch.empty_like if len(hidden) else torch.zeros_like
         inputs = zip((hidden, weight, bias), (kind, weight.dtype, kind), ctx.needs_input_grad[:3], strict=True)
-        of_hidden, of_weight, of_bias = (made(x, dtype=dtype) if wanted else None for x, dtype, wanted in inputs)
+        hidden_grad, weight_grad, bias_grad = (
+            allocate(x, dtype=dtype) if needed else None for x, dtype, needed in inputs
+        )
         for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.slice_vocab(columns)
-            summed = None if of_weight is None else of_weight[columns].to(kind)  # itself, if it is of that type
+            tile_weight_grad = (
+                None if weight_grad is None else weight_grad[columns].to(kind)
+            )  # a view if the dtype is equal
             for rows in _get_tile_slices(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]
                 x = tile.logits(states.to(ctx.dtype))
                 log_p = torch.sub(x, (top[rows] + log_total[rows])[:, None], out=None if head.softcap else x)
-                of_log_probs, of_entropy = (None if grad is None else grad[rows] for grad in upstream)
+                log_prob_grad, entropy_grad = (None if grad is None else grad[rows] for grad in upstream)
                 grad = _compute_logit_grad(
-                    log_p, entropy[rows], _find_targets(targets[rows], columns), of_log_probs, of_entropy
+                    log_p, entropy[rows], _find_targets(targets[rows], columns), log_prob_grad, entropy_grad
                 )
                 grad = tile.compute_product_grad(grad, x)
-                # what is first in a place writes, the others add: nothing is filled with zeros
-                if of_hidden is not None:
-                    of_hidden[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
-                if summed is not None:
-                    summed.addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
-                if of_bias is not None:
-                    of_bias[columns] = grad.sum(0) + (of_bias[columns] if rows.start else 0)
-            if of_weight is not None and summed is not None and of_weight.dtype != kind:
-                of_weight[columns] = summed
-        of_hidden, of_bias = (g if g is None else g.to(x.dtype) for g, x in ((of_hidden, hidden), (of_bias, bias)))
-        return of_hidden, of_weight, of_bias, None, None, None
+                # the first tile writes and the others add, so no buffer needs zeros
+                if hidden_grad is not None:
+                    hidden_grad[rows].addmm_(grad, tile.weight.to(kind), beta=columns.start > 0)
+                if tile_weight_grad is not None:
+                    tile_weight_grad.addmm_(grad.t(), states.to(kind), beta=rows.start > 0)
+                if bias_grad is not None:
+                    bias_grad[columns] = grad.sum(0) + (bias_grad[columns] if rows.start else 0)
+            if weight_grad is not None and tile_weight_grad is not None and weight_grad.dtype != kind:
+                weight_grad[columns] = tile_weight_grad
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.to(hidden.dtype)
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        return hidden_grad, weight_grad, bias_grad, None, None, None
 
 
 def _compute_logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> torch.Tensor:
-    """The gradient of a tile's logits, `(rows, columns)`; `hits` is where the chosen tokens stand in it.
+    """Return the gradient of a tile's logits, `(rows, columns)`; `hits` holds the indices of the target tokens.
 
     d log p(y) / dx_j = [j = y] - p_j          dH / dx_j = -p_j (log p_j + H)
     """
@@ -142,26 +154,26 @@ def _compute_logit_grad(log_p, entropy, hits, grad_log_probs, grad_entropy) -> t
 
 
 def score_states(hidden: torch.Tensor, head: Unembedding, targets: torch.Tensor) -> TokenScores:
-    """[`score_tokens`] of states `(..., D)` through an unembedding."""
+    """Score states `(..., D)` with an unembedding; see [`score_tokens`]."""
     if head.temperature <= 0:
         raise ValueError(f"temperature must be positive, got {head.temperature}")
     scored = targets != IGNORE_INDEX
-    wanted = targets[scored]
-    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < head.weight.size(0):
+    labels = targets[scored]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < head.weight.size(0):
         raise ValueError(f"targets must be token ids below {head.weight.size(0)} or {IGNORE_INDEX}")
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rule = (head.scale, head.softcap, head.temperature)
-    # a selection costs a copy, and its gradient another
-    states = hidden[scored] if wanted.numel() < targets.numel() else hidden.reshape(-1, hidden.size(-1))
+    # indexing copies the states, and their gradient
+    states = hidden[scored] if labels.numel() < targets.numel() else hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        log_probs, entropy = _ScoreTokens.apply(states, head.weight, head.bias, wanted, rule, dtype)
+        log_probs, entropy = _ScoreTokens.apply(states, head.weight, head.bias, labels, rule, dtype)
     return scatter_scores(TokenScores(log_probs, entropy), scored)
 
 
 def scatter_scores(scores: TokenScores, scored: torch.Tensor) -> TokenScores:
-    """`(n,)` scores at the n places that are scored, zeros elsewhere."""
+    """Scatter `(n,)` scores to the n scored positions. Other positions get zeros."""
     # masked_scatter keeps the result connected to the model when nothing is scored: a differentiable zero
     empty = scores.log_probs.new_zeros(scored.shape)
     return TokenScores(*(empty.masked_scatter(scored, value) for value in scores))
@@ -177,11 +189,10 @@ def score_tokens(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> TokenScores:
-    """Log-probability of each target and entropy (nats) of each policy `softmax(softcap(scale (h W^T + b)) / T)`.
+    """Compute the log-probability of each target and the entropy (nats) of `softmax(softcap(scale (h W^T + b)) / T)`.
 
-    Differentiable in `hidden`, `weight` and `bias`. Positions whose target is `-100` are not computed at all: they give
-    zeros and receive no gradient. Under autocast the matrix product takes factors of autocast's type, as a linear layer
-    would.
+    Differentiable in `hidden`, `weight` and `bias`. Positions whose target is `-100` are skipped: they return zeros and receive
+    no gradient. Under autocast, the matrix product uses autocast's dtype, like a linear layer.
 
     Args:
         hidden (`torch.Tensor` of shape `(..., D)`): states of the positions, fp32, bf16, fp16 or fp64.

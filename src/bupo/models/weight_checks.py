@@ -1,7 +1,7 @@
-"""Weights as they were loaded: all of the model's, from the files, and numbers that can be computed with.
+"""Checks of loaded weights: no tensor is missing from the files, and no value is NaN, infinite or huge.
 
-transformers fills in what the files of a model lack with random numbers, and PEFT does so with an adapter; both only log it.
-Here such a model is refused.
+transformers initialises missing tensors of a model with random numbers, PEFT those of an adapter, and both only log it. These
+checks refuse such a model.
 """
 
 import json
@@ -21,10 +21,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from bupo.utils.errors import UserError
 
-MAX_WEIGHT = 1e18  # of a weight: its square, which norms compute, must stay in fp32
-# arguments of `from_pretrained`: shapes that differ are reported too, so that they can be refused with their tensor
+MAX_WEIGHT = 1e18  # norms square the weights, which must not overflow fp32
+# arguments of `from_pretrained`. Wrong shapes are reported instead of raised, so that the error can name the tensor.
 LOADING_REPORT_KWARGS = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-MAX_LISTED_TENSORS = 3  # tensors that a message names
+MAX_LISTED_TENSORS = 3  # in a message
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 def check_weights(
     name: str, path: str, model: PreTrainedModel, report: Mapping[str, Collection], revision: str | None = None
 ) -> None:
-    """Refuse a model whose weights are not all from its files, or are no numbers that can be computed with.
+    """Refuse a model with weights that are missing from its files, stored as integers, NaN, infinite or huge.
 
     Args:
-        name (`str`): what the user calls the model.
+        name (`str`): the user's name of the model.
         path (`str`), revision (`str`, *optional*): its folder, or a hub id whose files are in the cache.
-        model (`PreTrainedModel`): as it was loaded.
-        report (`dict`): of `from_pretrained(..., output_loading_info=True)`.
+        model (`PreTrainedModel`): the loaded model.
+        report (`dict`): the loading info of `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
-        UserError: with the first such tensor.
+        UserError: naming the first such tensor.
     """
     check_loading_report(name, model, report)
     check_weight_dtypes(name, path, model, revision)
@@ -51,102 +51,100 @@ def check_weights(
 
 
 def check_loading_report(name: str, model: PreTrainedModel, report: Mapping[str, Collection]) -> None:
-    """Refuse a model of which not all tensors came from its files, or whose files hold more of its layers.
+    """Refuse a model whose files lack some of its tensors, or hold more tensors of its layers.
 
     Args:
-        name (`str`): what the user calls the model.
-        model (`PreTrainedModel`): as it was loaded.
-        report (`dict`): of `from_pretrained(..., output_loading_info=True)`. Tensors that a model may lack (a tied
-            unembedding, buffers, what its class names) are left out of it.
+        name (`str`): the user's name of the model.
+        model (`PreTrainedModel`): the loaded model.
+        report (`dict`): the loading info of `from_pretrained(..., output_loading_info=True)`. It leaves out tensors that a
+            file may lack, such as a tied unembedding and buffers.
 
     Raises:
-        UserError: with the tensors.
+        UserError: naming the tensors.
     """
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if mismatched := sorted(report["mismatched_keys"]):
-        tensor, stored, wanted = mismatched[0]
+        tensor, stored_shape, shape = mismatched[0]
         more = f", and {len(mismatched) - 1} more tensors" if len(mismatched) > 1 else ""
         raise UserError(
-            f"model {name!r} cannot be loaded: {tensor} has the shape {tuple(stored)} in its files and {tuple(wanted)} by its "
-            f"config.json{more}: the two belong to different models, get both again"
+            f"model {name!r} cannot be loaded: {tensor} has the shape {tuple(stored_shape)} in its files and {tuple(shape)} by "
+            f"its config.json{more}: the two belong to different models, get both again"
         )
     if missing:
-        held = f"; they hold {_format_tensor_names(unexpected)} instead" if unexpected else ""
+        instead = f"; they hold {_format_tensor_names(unexpected)} instead" if unexpected else ""
         raise UserError(
             f"model {name!r} cannot be loaded: its files lack {len(missing)} of the {len(model.state_dict())} tensors of "
-            f"{type(model).__name__}, which would be random: {_format_tensor_names(missing)}{held}; get all its files again, with the "
-            "config.json that belongs to them"
+            f"{type(model).__name__}, which would be random: {_format_tensor_names(missing)}{instead}; get all its files "
+            "again, with the config.json that belongs to them"
         )
-    if has_quantizer(model):  # its files hold scales, too
+    if has_quantizer(model):  # its files also hold scales
         return
     if dropped := _find_dropped_tensors(model, unexpected):
         raise UserError(
             f"model {name!r} cannot be loaded: its files hold {len(dropped)} tensors that {type(model).__name__} with this "
-            f"config.json leaves out: {_format_tensor_names(dropped)}; get the config.json that belongs to them, or save the smaller model "
-            "with save_pretrained"
+            f"config.json leaves out: {_format_tensor_names(dropped)}; get the config.json that belongs to them, or save the "
+            "smaller model with save_pretrained"
         )
     if unexpected:
         logger.warning("model %r: its files also hold %s, which are not used", name, _format_tensor_names(unexpected))
 
 
 def has_quantizer(model: PreTrainedModel) -> bool:
-    """Whether transformers has read the weights through a quantizer. A configuration may name one that it does not know."""
+    """Return whether transformers loaded the weights with a quantizer. It ignores quantizers that it does not know."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def _format_tensor_names(tensors: Collection[str]) -> str:
     shown = sorted(tensors, key=_natural_sort_key)[:MAX_LISTED_TENSORS]
-    return ", ".join(shown) + (
-        f" and {len(tensors) - MAX_LISTED_TENSORS} more" if len(tensors) > MAX_LISTED_TENSORS else ""
-    )
+    more = f" and {len(tensors) - len(shown)} more" if len(tensors) > len(shown) else ""
+    return ", ".join(shown) + more
 
 
 def _natural_sort_key(tensor: str) -> list:
-    """Sorts layer 2 before layer 10."""
+    """Return a sort key with layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in tensor.split(".")]
 
 
 def _find_dropped_tensors(model: nn.Module, unexpected: Collection[str]) -> list[str]:
-    """Tensors of the files that belong to a layer or to a module of the model, which computes without them.
+    """Return the unexpected tensors that belong to a layer or module of the model, which would run without them.
 
-    A head of another kind, a tower for images or a layer of other parts (multi-token prediction) belongs to none.
+    Tensors of another head, of an image tower or of a layer with other parts (multi-token prediction) do not count.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    blocks = {found[0]: set[str]() for name in names if (found := re.match(r".*?\.\d+(?=\.)", name))}
+    blocks: dict[str, set[str]] = {}
     for name in names:
-        if found := re.match(r"(.*?\.\d+)\.(.*)", name):
-            blocks[found[1]].add(found[2])
-    parts = set().union(*blocks.values()) if blocks else set()
-    lists = {block.rpartition(".")[0] for block in blocks}
-    further: dict[str, set[str]] = {}
+        if match := re.match(r"(.*?\.\d+)\.(.*)", name):
+            blocks.setdefault(match[1], set()).add(match[2])
+    block_parts = set().union(*blocks.values()) if blocks else set()
+    block_lists = {block.rpartition(".")[0] for block in blocks}
+    extra_blocks: dict[str, set[str]] = {}
     dropped = []
     for tensor in unexpected:
-        found = re.match(r"(.*?\.\d+)\.(.*)", tensor)
-        if f"{tensor.rpartition('.')[0]}.weight" in names or (
-            found and found[1] in blocks and tensor.endswith(".weight")
-        ):
+        match = re.match(r"(.*?\.\d+)\.(.*)", tensor)
+        is_in_block = match is not None and match[1] in blocks and tensor.endswith(".weight")
+        if f"{tensor.rpartition('.')[0]}.weight" in names or is_in_block:
             dropped.append(tensor)
-        elif found and found[1] not in blocks and found[1].rpartition(".")[0] in lists:
-            further.setdefault(found[1], set()).add(found[2])
-    for block, theirs in further.items():
-        if theirs <= parts:
-            dropped += [f"{block}.{part}" for part in theirs]
+        elif match and match[1] not in blocks and match[1].rpartition(".")[0] in block_lists:
+            extra_blocks.setdefault(match[1], set()).add(match[2])
+    for block, parts in extra_blocks.items():
+        if parts <= block_parts:
+            dropped += [f"{block}.{part}" for part in parts]
     return dropped
 
 
 def check_weight_values(
     name: str, tensors: Iterable[tuple[str, torch.Tensor]], masking: torch.Tensor | None = None
 ) -> None:
-    """Refuse weights that are NaN, infinite, or too large to compute with.
+    """Refuse weights that are NaN, infinite or huge.
 
     Args:
-        name (`str`): what messages call the model, such as `model 'x'`.
-        tensors: names and parameters, which are read once each; not those on a disk, and not quantised ones.
-        masking (`torch.Tensor`, *optional*): the bias of the unembedding, which may be -inf or the lowest float: it masks
-            entries of the vocabulary.
+        name (`str`): name of the model in messages, such as `model 'x'`.
+        tensors: names and parameters. Offloaded and quantised parameters are skipped.
+        masking (`torch.Tensor`, *optional*): the bias of the unembedding, which may be -inf or the lowest float to mask entries
+            of the vocabulary.
 
     Raises:
-        UserError: with the first such tensor.
+        UserError: naming the first such tensor.
     """
     for tensor, values in tensors:
         if values.is_meta or values.numel() == 0 or not values.is_floating_point() or values.dtype.itemsize < 2:
@@ -165,31 +163,31 @@ def check_weight_values(
 
 
 def check_weight_dtypes(name: str, path: str, model: PreTrainedModel, revision: str | None = None) -> None:
-    """Refuse weights that are stored as integers: converted to floats without a scale they are not the model's.
+    """Refuse weights that are stored as integers, which would need a scale to become the model's floats.
 
     Args:
-        name (`str`): what the user calls the model.
+        name (`str`): the user's name of the model.
         path (`str`), revision (`str`, *optional*): its folder, or a hub id whose files are in the cache.
-        model (`PreTrainedModel`): as it was loaded.
+        model (`PreTrainedModel`): the loaded model.
 
     Raises:
-        UserError: with the first such tensor.
+        UserError: naming the first such tensor.
     """
     if has_quantizer(model):
         return
     prefix = f"{model.base_model_prefix}."
     names = {tensor.removeprefix(prefix) for tensor, _ in model.named_parameters(remove_duplicate=False)}
     for file in _find_weight_files(path, revision):
-        for tensor, kind in _read_integer_tensors(file):
+        for tensor, dtype in _read_integer_tensors(file):
             if tensor.removeprefix(prefix) in names:
                 raise UserError(
-                    f"model {name!r} cannot be loaded: {tensor} is stored as {kind}, and config.json names no "
+                    f"model {name!r} cannot be loaded: {tensor} is stored as {dtype}, and config.json names no "
                     "quantization: save the weights as floats, or get the config.json that belongs to them"
                 )
 
 
 def _read_integer_tensors(file: Path) -> Iterator[tuple[str, str]]:
-    """The tensors of a file that are no floats, with their types; none of a file that cannot be read, as transformers has."""
+    """Yield the integer tensors of a file and their dtypes. A file that cannot be read is skipped: transformers has read it."""
     try:
         if file.suffix == ".bin":
             for name, values in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
@@ -197,53 +195,58 @@ def _read_integer_tensors(file: Path) -> Iterator[tuple[str, str]]:
                     yield name, str(values.dtype).removeprefix("torch.")
             return
         with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  # no mapping
-                kind = stored.get_slice(name).get_dtype()
-                if not kind.startswith(("F", "BF")):
-                    yield name, kind
-    except (SafetensorError, OSError, RuntimeError):  # a file of the format before zip files cannot be mapped
+            for name in stored.keys():  # noqa: SIM118  # not a mapping
+                dtype = stored.get_slice(name).get_dtype()
+                if not dtype.startswith(("F", "BF")):
+                    yield name, dtype
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+    ):  # for example torch's old file format, which cannot be memory-mapped
         return
 
 
 def _find_weight_files(path: str, revision: str | None) -> list[Path]:
-    """The weight files of a model that is on this machine, in the order in which transformers looks for them."""
+    """Return the local weight files of a model, found in the same order as by transformers."""
 
-    def there(file: str) -> Path | None:
+    def find(file: str) -> Path | None:
         if Path(path).is_dir():
             return Path(path, file) if Path(path, file).is_file() else None
         try:
-            found = try_to_load_from_cache(path, file, revision=revision)
-        except ValueError:  # no name that a hub model could have
+            cached = try_to_load_from_cache(path, file, revision=revision)
+        except ValueError:  # not a valid hub id
             return None
-        return Path(found) if isinstance(found, str) else None
+        return Path(cached) if isinstance(cached, str) else None
 
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if whole := there(name):
-            return [whole]
-        if index := there(index_name):
+        if file := find(name):
+            return [file]
+        if index := find(index_name):
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [file for shard in sorted(set(shards)) if (file := there(shard))]
+            return [shard_file for shard in sorted(set(shards)) if (shard_file := find(shard))]
     return []
 
 
 def check_adapter_weights(name: str, model: Any) -> None:
-    """Refuse an adapter of which not all tensors came from its files, or whose files hold others.
+    """Refuse an adapter whose files lack some of its tensors, or hold others.
 
     Args:
         name (`str`): its folder or hub id.
-        model (`PeftModel`): with the adapter. Its tensors are loaded once more, since only that returns what was missing.
+        model (`PeftModel`): the model with the adapter. The adapter is loaded again, since only `load_adapter` returns the
+            missing tensors.
 
     Raises:
-        UserError: with the tensors.
+        UserError: naming the tensors.
     """
     adapter = model.active_adapter
-    if not model.peft_config[adapter].is_prompt_learning:  # PEFT itself looks for the one tensor of such an adapter
-        found = model.load_adapter(name, adapter)
-        kinds = (("lack", found.missing_keys), ("also hold", found.unexpected_keys))
-        if said := " and ".join(f"{verb} {_format_tensor_names(keys)}" for verb, keys in kinds if keys):
+    if not model.peft_config[adapter].is_prompt_learning:  # PEFT itself checks the single tensor of such an adapter
+        report = model.load_adapter(name, adapter)
+        kinds = (("lack", report.missing_keys), ("also hold", report.unexpected_keys))
+        if problems := " and ".join(f"{verb} {_format_tensor_names(keys)}" for verb, keys in kinds if keys):
             raise UserError(
-                f"adapter {name!r} cannot be put on the model: its files {said}; give the model that it was trained on, or get "
-                "its files again"
+                f"adapter {name!r} cannot be put on the model: its files {problems}; give the model that it was trained on, or "
+                "get its files again"
             )
     tensors = ((tensor, values) for tensor, values in model.named_parameters() if adapter in tensor.split("."))
     check_weight_values(f"adapter {name!r}", tensors)
@@ -251,14 +254,14 @@ def check_adapter_weights(name: str, model: Any) -> None:
 
 @contextmanager
 def suppress_load_report() -> Iterator[None]:
-    """Inside, transformers does not log its table of missing tensors, which are refused in one line."""
-    theirs = logging.getLogger("transformers.modeling_utils")
+    """Suppress transformers' log of missing tensors, which [`check_weights`] reports in one line."""
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
 
-    def other(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return not any(words in record.getMessage() for words in ("LOAD REPORT", "This checkpoint seem corrupted"))
 
-    theirs.addFilter(other)
+    transformers_logger.addFilter(is_other)
     try:
         yield
     finally:
-        theirs.removeFilter(other)
+        transformers_logger.removeFilter(is_other)

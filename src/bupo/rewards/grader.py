@@ -1,7 +1,8 @@
-"""math-verify in child processes that can be killed.
+"""Grading with math-verify in worker processes that can be killed.
 
-math-verify stops itself with signals, which work in a main thread only, and an expression can hang where no signal is
-looked at. So each answer is graded in a child process, and a child that misses the deadline is killed and replaced.
+math-verify sets its own time limit with signals. These work in the main thread only, and some expressions hang where Python
+does not handle signals. Therefore each answer is graded in a worker process, which is killed and replaced when it misses the
+deadline.
 """
 
 import importlib.machinery
@@ -28,11 +29,12 @@ from bupo.utils.signals import blocked_signals
 
 
 class Verdict(StrEnum):
-    """What became of an answer. Only `correct` earns a reward; the others are counted apart.
+    """The verdict on an answer. Only `correct` earns a reward; the others are counted separately.
 
-    `unevaluated`, of strict verdicts: equal to the gold answer, but the question again, such as the sum that was to be done.
-    `unparsable`: there is no final answer, or it cannot be read in the gold answer's class. `no_gold`: the gold answer is
-    empty, or, of math-verify's own verdict, holds no expression that it can read.
+    - `unevaluated` (strict verdicts only): equal to the gold answer, but not worked out, such as the sum of the question.
+    - `unparsable`: there is no final answer, or it cannot be parsed in the gold answer's class.
+    - `no_gold`: the gold answer is empty. For math-verify's own verdict: it holds no expression that math-verify can parse.
+    - `timeout`: the worker missed the deadline or died.
     """
 
     CORRECT = "correct"
@@ -47,10 +49,10 @@ class Grade(NamedTuple):
     """The two verdicts on an answer.
 
     Attributes:
-        verdict ([`Verdict`]): of `verify(parse(gold), parse(answer))`, math-verify's own; never `unevaluated`.
-        value (`str`, *optional*): the text of the final answer, at most 200 characters; None where there is none.
-        strict ([`Verdict`]): the reward's: the final answer compared within the gold answer's class.
-        reason (`str`, *optional*): why a strict verdict is `unparsable`: empty, no box or final answer, unclosed box,
+        verdict ([`Verdict`]): math-verify's own verdict, `verify(parse(gold), parse(answer))`; never `unevaluated`.
+        value (`str`, *optional*): the text of the final answer, cut at 200 characters, or None.
+        strict ([`Verdict`]): the verdict for the reward: the final answer is compared within the gold answer's class.
+        reason (`str`, *optional*): the reason for the strict verdict `unparsable`: empty, no box or final answer, unclosed box,
             empty box, unfinished thinking, the answer is taken back, several answers, not readable.
     """
 
@@ -61,26 +63,21 @@ class Grade(NamedTuple):
 
 
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*|[0-9]{1,3})")  # more digits with a zero in front are a code
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*|[0-9]{1,3})")  # longer numbers with a leading zero are codes
 _BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,300})\}")
-_MAX_INLINE_LENGTH = 50_000  # characters: a longer answer is looked through in a process that can be killed
+_MAX_INLINE_LENGTH = 50_000  # characters; a longer answer is searched in a worker, which can be killed
 _END_OF_SENTENCE = re.compile(r"[\s$*.!)\]\\]*")
 _MATH_VERIFY_CUES = re.compile(r"(?i)final answer|fbox|%|percent|pct")
-_POLL_SECONDS = 0.5  # seconds of one wait for a child
-_STARTUP_TIMEOUT = 120  # importing sympy on a busy machine
-_WORKER_LIBRARIES = (
-    "math_verify",
-    "latex2sympy2_extended",
-    "sympy",
-    "mpmath",
-    "antlr4",
-    "reasoning_gym",
-)  # what the worker imports
+_POLL_SECONDS = 0.5  # of one wait for a worker
+_STARTUP_TIMEOUT = 120  # seconds; importing sympy is slow on a busy machine
+_WORKER_LIBRARIES = ("math_verify", "latex2sympy2_extended", "sympy", "mpmath", "antlr4", "reasoning_gym")
 
 
 def _grade_integers(answer: str, gold: str) -> Grade | None:
-    """The grade where both are plain integers, which needs no algebra; None otherwise, and where math-verify may look
-    elsewhere: at what follows "final answer", which goes before a box that ends earlier, and at percentages.
+    """Grade an answer without a worker if it and the gold answer are plain integers, else return None.
+
+    The function also returns None if math-verify may extract something other than the box: text behind "final answer", which it
+    prefers to an earlier box, and percentages.
     """
     if (
         len(answer) > _MAX_INLINE_LENGTH
@@ -102,40 +99,40 @@ def _grade_integers(answer: str, gold: str) -> Grade | None:
 
 
 def _is_box_final(answer: str, boxed: re.Match) -> bool:
-    """Whether nothing but the end of a formula or sentence follows the box."""
-    return (
-        "fbox" not in answer and "hope" not in answer.lower() and bool(_END_OF_SENTENCE.fullmatch(answer, boxed.end()))
-    )
+    """Return whether only the end of a formula or sentence follows the box."""
+    if "fbox" in answer or "hope" in answer.lower():
+        return False
+    return _END_OF_SENTENCE.fullmatch(answer, boxed.end()) is not None
 
 
 def _get_worker_command() -> list[str]:
-    """The worker: this Python without the working folder, `PYTHON*` variables and the user's own start-up files.
+    """Return the command of a worker: this Python without the working directory, `PYTHON*` variables and user start-up files.
 
-    A library that is found on this process' absolute path only (a folder of `PYTHONPATH`, say) is looked for there, too, but
-    never in the working folder.
+    Folders of absolute import paths that hold the worker's libraries (for example from `PYTHONPATH`) are passed as arguments,
+    but never the working directory.
     """
     try:
-        here = os.path.realpath(os.getcwd())
-    except OSError:  # it was deleted meanwhile
-        here = ""
-    safe = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
-    found = [importlib.machinery.PathFinder.find_spec(name, safe) for name in _WORKER_LIBRARIES]
-    packages = [place for spec in found if spec for place in spec.submodule_search_locations or ()]
-    places = dict.fromkeys(str(Path(place).parent) for place in packages)
-    return [sys.executable, "-I", str(Path(grader_worker.__file__).resolve()), *places]
+        working_dir = os.path.realpath(os.getcwd())
+    except OSError:  # it has been deleted
+        working_dir = ""
+    paths = [path for path in sys.path if os.path.isabs(path) and os.path.realpath(path) != working_dir]
+    specs = [importlib.machinery.PathFinder.find_spec(name, paths) for name in _WORKER_LIBRARIES]
+    packages = [path for spec in specs if spec for path in spec.submodule_search_locations or ()]
+    library_dirs = dict.fromkeys(str(Path(path).parent) for path in packages)
+    return [sys.executable, "-I", str(Path(grader_worker.__file__).resolve()), *library_dirs]
 
 
 def _get_worker_environment() -> dict[str, str]:
-    """What Python needs to start, and no more: no token, no setting."""
-    kept = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+    """Return the environment variables that Python needs to start, without tokens and settings."""
+    names = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+    return {name: os.environ[name] for name in names if name in os.environ} | {"OMP_NUM_THREADS": "1"}
 
 
 class _Deadline:
-    """A number of seconds in which this process ran: one that is stopped, or its machine asleep, uses none of them.
+    """A time limit that does not count the time in which this process is stopped or the machine sleeps.
 
     Args:
-        seconds (`float`): until it has passed.
+        seconds (`float`): the time limit.
     """
 
     def __init__(self, seconds: float):
@@ -150,22 +147,25 @@ class _Deadline:
                 return True
             if self.remaining <= 0:
                 return False
-            now = time.monotonic()
-            self.remaining -= min(now - self._last, 2 * _POLL_SECONDS)  # a longer wait than that has not been ours
-            self._last = now
+            current = time.monotonic()
+            # a longer wait means that the process was stopped
+            self.remaining -= min(current - self._last, 2 * _POLL_SECONDS)
+            self._last = current
 
 
 class _WorkerProcess:
-    """One worker process and its pipe. Ctrl-C is not for it: the update that it grades for is finished and saved."""
+    """One worker process and its pipes. It does not receive Ctrl-C, so that a run can finish and save its current update."""
 
-    @blocked_signals()  # the run that it grades for decides what is finished
+    @blocked_signals()
     def __init__(self):
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self.num_requests = 0
-        self.prepared: set[str] = set()  # tasks whose problems have been made
-        alone: dict[str, Any] = {"env": _get_worker_environment(), "cwd": "/", "start_new_session": True}
+        self.warmed_up_tasks: set[str] = set()
+        options: dict[str, Any] = {
+            "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL,
+            "env": _get_worker_environment(), "cwd": "/", "start_new_session": True,
+        }  # fmt: skip
         try:
-            self.process = subprocess.Popen(_get_worker_command(), stdin=pipe, stdout=pipe, stderr=nowhere, **alone)
+            self.process = subprocess.Popen(_get_worker_command(), **options)
         except OSError as error:  # no memory, or too many processes
             raise UserError(f"the grading process cannot start: {error}") from error
         assert self.process.stdin and self.process.stdout
@@ -174,18 +174,18 @@ class _WorkerProcess:
         ready = self._read_reply(_Deadline(_STARTUP_TIMEOUT))
         if ready is None or "error" in ready:
             try:
-                silent = f"it ended with status {self.process.wait(0.5)}"
+                cause = f"it ended with status {self.process.wait(0.5)}"
             except subprocess.TimeoutExpired:
-                silent = f"no word in {_STARTUP_TIMEOUT} s"
+                cause = f"no reply within {_STARTUP_TIMEOUT} s"
             self.kill()
-            raise UserError(f"the grading process cannot start: {(ready or {}).get('error', silent)}")
+            raise UserError(f"the grading process cannot start: {(ready or {}).get('error', cause)}")
 
     def grade(self, answer: str, gold: str, deadline: float, problem: str | None = None) -> Grade | None:
-        """The child's grade, or None if it missed the deadline, died, or says what is no answer to this request."""
+        """Return the worker's grade, or None if it missed the deadline, died or sent an invalid reply."""
         task = json.loads(problem)["task"] if problem else None
-        if task and task not in self.prepared:
+        if task and task not in self.warmed_up_tasks:
             self._send_request({"problem": problem, "deadline": _STARTUP_TIMEOUT})
-            self.prepared.add(task)
+            self.warmed_up_tasks.add(task)
         reply = self._send_request({"answer": answer, "gold": gold, "problem": problem, "deadline": deadline})
         try:
             return Grade(Verdict(reply["verdict"]), reply["value"], Verdict(reply["strict"]), reply.get("reason"))
@@ -193,30 +193,30 @@ class _WorkerProcess:
             return None
 
     def _send_request(self, request_fields: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and return the reply; an empty one if it missed the deadline or is no reply to this request."""
+        """Send a request and return the reply, which is empty after a missed deadline or an invalid reply."""
         self.num_requests += 1
         request = memoryview(json.dumps({"number": self.num_requests, **request_fields}).encode() + b"\n")
-        end = _Deadline(request_fields["deadline"])
+        deadline = _Deadline(request_fields["deadline"])
         try:
             while request:
-                if not end.wait(self.requests, select.POLLOUT):
+                if not deadline.wait(self.requests, select.POLLOUT):
                     return {}
                 request = request[os.write(self.requests.fileno(), request) :]
         except BrokenPipeError:
             return {}
-        reply = self._read_reply(end) or {}
+        reply = self._read_reply(deadline) or {}
         return reply if reply.get("number") == self.num_requests else {}
 
-    def _read_reply(self, end: _Deadline) -> dict | None:
+    def _read_reply(self, deadline: _Deadline) -> dict | None:
         line = b""
         while not line.endswith(b"\n"):
-            chunk = os.read(self.replies.fileno(), 65536) if end.wait(self.replies, select.POLLIN) else b""
+            chunk = os.read(self.replies.fileno(), 65536) if deadline.wait(self.replies, select.POLLIN) else b""
             if not chunk:
                 return None
             line += chunk
         try:
             reply = json.loads(line)
-        except ValueError:  # it was made to write something else
+        except ValueError:  # an answer made the worker write something else
             return None
         return reply if isinstance(reply, dict) else None
 
@@ -226,44 +226,44 @@ class _WorkerProcess:
         self.close_pipes()
 
     def close_pipes(self) -> None:
-        """Close the pipes. The child ends once nobody holds them."""
+        """Close the pipes. The worker ends once no process holds them."""
         self.replies.close()
         self.requests.close()
 
 
 class MathGrader:
-    """Grades answers against gold answers by math-verify, in child processes with a deadline for each answer.
+    """A pool of worker processes that grade answers against gold answers, with a deadline for each answer.
+
+    The workers start with the first answers that need them, and end with [`close`] or with this process.
 
     Args:
-        deadline (`float`, *optional*, defaults to `5.0`): seconds an answer may take.
-        processes (`int`, *optional*): number of children, by default the number of cores, at most 8.
-
-    The children start with the first answer that needs one and end with [`close`], or with this process.
+        deadline (`float`, *optional*, defaults to `5.0`): seconds for an answer.
+        processes (`int`, *optional*): number of workers, by default the number of cores, at most 8.
     """
 
     def __init__(self, deadline: float = 5.0, processes: int | None = None):
         self.deadline = deadline
-        self._free: queue.SimpleQueue[_WorkerProcess | None] = queue.SimpleQueue()  # None: not started yet
+        self._free: queue.SimpleQueue[_WorkerProcess | None] = queue.SimpleQueue()  # None: not started
         self.processes = processes or min(8, os.cpu_count() or 1)
         for _ in range(self.processes):
             self._free.put(None)
-        self._children: set[_WorkerProcess] = set()
+        self._workers: set[_WorkerProcess] = set()
         _graders.add(self)
 
     def grade(
         self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
     ) -> list[Verdict]:
-        """The strict verdict of each answer."""
+        """Return the strict verdict on each answer; see [`get_grades`]."""
         return [grade.strict for grade in self.get_grades(answers, golds, problems)]
 
     def get_grades(
         self, answers: Sequence[str], golds: Sequence[str], problems: Sequence[str | None] | None = None
     ) -> list[Grade]:
-        """The grade of each answer.
+        """Return the grade of each answer.
 
         Args:
             answers, golds (`list[str]`): completions and gold answers.
-            problems (`list[str | None]`, *optional*): names of problems whose tasks have a scorer, which then gives both
+            problems (`list[str | None]`, *optional*): references of problems whose task has a scorer, which then decides both
                 verdicts ([`bupo.rewards.task_scorers`]).
 
         Raises:
@@ -271,7 +271,9 @@ class MathGrader:
         """
         problems = [None] * len(answers) if problems is None else problems
         if len(answers) != len(golds):
-            raise UserError(f"{len(answers)} answers were given with {len(golds)} gold answers: one each is needed")
+            raise UserError(
+                f"there are {len(answers)} answers and {len(golds)} gold answers: pass one gold answer for each"
+            )
         grades: list[Grade | None] = [
             None if problem else _grade_integers(answer, gold)
             for answer, gold, problem in zip(answers, golds, problems, strict=True)
@@ -296,68 +298,67 @@ class MathGrader:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()  # ends: every wait inside has a deadline
+            thread.join()  # each wait in `work` has a deadline
         if errors:
             raise errors[0]
         return grades  # type: ignore[return-value]
 
     def _grade_one(self, answer: str, gold: str, problem: str | None) -> Grade:
-        child, grade = self._free.get(), None
+        worker, grade = self._free.get(), None
         try:
-            if child is None:
-                self._children.add(child := _WorkerProcess())
-            grade = child.grade(answer, gold, self.deadline, problem)
+            if worker is None:
+                self._workers.add(worker := _WorkerProcess())
+            grade = worker.grade(answer, gold, self.deadline, problem)
         finally:
-            if grade is None and child is not None:
-                self._children.discard(child)
-                child.kill()
-                child = None
-            self._free.put(child)
+            if grade is None and worker is not None:
+                self._workers.discard(worker)
+                worker.kill()
+                worker = None
+            self._free.put(worker)
         return grade or Grade(Verdict.TIMEOUT, None, Verdict.TIMEOUT)
 
     def group_equal_answers(self, answers: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
-        """Number the classes of equal answers to each problem, by the strict comparison.
+        """Group equal answers to each problem by the strict comparison. Answers with the same text are always equal.
 
         Args:
-            answers (`list[list[str | None]]`): final answers by problem, as of `Grade.value`; None where there is none.
+            answers (`list[list[str | None]]`): final answers of each problem, such as `Grade.value`.
 
         Returns:
-            `list[list[int | None]]`: a class by problem and answer, from 0; None where there is no answer. Two answers that are
-            written alike are always of one class.
+            `list[list[int | None]]`: the number of each answer's group, from 0 for each problem. None for None.
         """
-        numbers: list[dict[str, int]] = [{} for _ in answers]
-        left = [list(dict.fromkeys(text for text in texts if text is not None)) for texts in answers]
-        while any(left):
+        groups: list[dict[str, int]] = [{} for _ in answers]  # group of each text, by problem
+        ungrouped = [list(dict.fromkeys(text for text in texts if text is not None)) for texts in answers]
+        while any(ungrouped):
             pairs = []
-            for problem, texts in enumerate(left):
+            for problem, texts in enumerate(ungrouped):
                 if texts:
                     first = texts.pop(0)
-                    numbers[problem][first] = len(set(numbers[problem].values()))
+                    groups[problem][first] = len(set(groups[problem].values()))
                     pairs += [(problem, first, text) for text in texts]
             verdicts = self.grade([f"\\boxed{{{text}}}" for _, _, text in pairs], [first for _, first, _ in pairs])
             for (problem, first, text), verdict in zip(pairs, verdicts, strict=True):
                 if verdict == Verdict.CORRECT:
-                    numbers[problem][text] = numbers[problem][first]
-                    left[problem].remove(text)
+                    groups[problem][text] = groups[problem][first]
+                    ungrouped[problem].remove(text)
         return [
-            [None if text is None else known[text] for text in texts]
-            for known, texts in zip(numbers, answers, strict=True)
+            [None if text is None else group_by_text[text] for text in texts]
+            for group_by_text, texts in zip(groups, answers, strict=True)
         ]
 
     def close(self) -> None:
-        """End the children."""
+        """End the workers."""
         for _ in range(self.processes):
-            child = self._free.get()
-            if child is not None:
-                self._children.discard(child)
-                child.kill()
+            worker = self._free.get()
+            if worker is not None:
+                self._workers.discard(worker)
+                worker.kill()
             self._free.put(None)
 
     def reset_after_fork(self) -> None:
-        """In a forked process: leave the children to the parent, whose end they would else outlive, and start others."""
-        for child in self._children:
-            child.close_pipes()
-        self._children = set()
+        """Use new workers in a forked process. Workers of the parent would outlive it if this process held their pipes."""
+        for worker in self._workers:
+            worker.close_pipes()
+        self._workers = set()
         self._free = queue.SimpleQueue()
         for _ in range(self.processes):
             self._free.put(None)
@@ -375,10 +376,10 @@ os.register_at_fork(after_in_child=_reset_graders_after_fork)
 
 
 def check_gold_answers(golds: Sequence[str], where: str) -> None:
-    """Refuse gold answers that cannot be graded against, before a run gives no reward for hours.
+    """Refuse empty gold answers, with which no answer earns a reward.
 
     Raises:
-        UserError: with the first such row.
+        UserError: naming the first such row.
     """
     for row, gold in enumerate(golds):
         if len(gold) < 1000 and is_empty_gold(gold):

@@ -1,4 +1,4 @@
-"""The reward of mathematical problems, as TRL calls it."""
+"""The reward function for mathematical problems, with the signature that TRL expects."""
 
 import atexit
 import functools
@@ -15,7 +15,7 @@ def _get_grader() -> MathGrader:
 
 
 def get_completion_text(completion: str | list[dict]) -> str:
-    """The text of a completion, plain or conversational: of its last message, which may hold parts, or none (a tool's call)."""
+    """Return the text of a plain completion, or of the last message of a conversational one (empty for a tool call)."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -25,16 +25,16 @@ def get_completion_text(completion: str | list[dict]) -> str:
 
 
 def math_reward(completions, answer=None, scored_by=None, log_metric=None, **kwargs) -> list[float | None]:
-    """1.0 where the completion's final answer equals the gold one and is worked out (the strict verdict), else 0.0.
+    """Return 1.0 for each completion whose final answer equals the gold answer and is worked out (strict verdict), else 0.0.
+
+    The reward is None for an empty gold answer; TRL leaves it out.
 
     Args:
         completions (`list`): texts, or lists of messages.
         answer (`list[str]`): the dataset's `answer` column.
-        scored_by (`list[str | None]`, *optional*): the dataset's column of that name: problems of reasoning_gym whose task has
-            a scorer, which decides then.
-        log_metric (`Callable`, *optional*): TRL's; receives the shares of unevaluated, unparsable and timed-out answers.
-
-    A gold answer that holds no expression gives None, which TRL leaves out of the batch.
+        scored_by (`list[str | None]`, *optional*): the dataset's `scored_by` column, with references of reasoning_gym problems
+            whose task has a scorer, which then decides.
+        log_metric (`Callable`, *optional*): TRL's logger, for the shares of unevaluated, unparsable and timed-out answers.
 
     Raises:
         UserError: if the dataset has no column `answer`.

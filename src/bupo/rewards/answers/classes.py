@@ -1,4 +1,4 @@
-"""The classes of answers that are mathematics."""
+"""Value classes of mathematical answers."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -8,7 +8,7 @@ from bupo.rewards.answers.units import Unit
 
 
 class UnreadableAnswer(ValueError):
-    """A text that is no mathematics of a class that is known here."""
+    """Raised for a text that is not a mathematical value of a known class."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Scalar:
     """A number or an expression.
 
     Attributes:
-        value: a fraction where the text is a number, else a tree of sympy, not evaluated.
-        step: one in the last place of a decimal; None where the number is exact.
-        unit: the unit that follows it.
-        text: as it was read, plain.
+        value: a fraction if the text is a number, else an unevaluated sympy tree.
+        decimal_step: one unit in the last place of a decimal; None for an exact number.
+        unit: the unit behind it.
+        text: the normalised text.
     """
 
     value: Any
@@ -30,7 +30,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class ValueCollection:
-    """A `list` (in any order), `letters` (in order), `tuple` or `set` of values."""
+    """A collection. Kinds: `list` (in any order), `letters` (in order), `tuple`, `set`, `components` (of a vector)."""
 
     kind: str
     items: tuple
@@ -38,7 +38,7 @@ class ValueCollection:
 
 @dataclass(frozen=True)
 class Interval:
-    """An interval, or, with both ends open, perhaps a pair. `None` is no end."""
+    """An interval. An end of `None` is infinite. With two open ends it may also be a pair."""
 
     low: Any
     high: Any
@@ -56,12 +56,14 @@ class IntervalUnion:
 
 @dataclass(frozen=True)
 class Matrix:
+    """A matrix as a tuple of rows."""
+
     rows: tuple
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """`name = value`, or `name` in a set of values. `left` is the name as an expression, where it is one."""
+    """`name = value`, or `name` in a set of values. `left` is the name parsed as an expression, or None."""
 
     name: str
     value: Any
@@ -70,7 +72,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class AssignmentGroup:
-    """Several names with a value each."""
+    """Several assignments, as values by name."""
 
     values: dict = field(hash=False)
 
@@ -86,7 +88,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class IntegerFamily:
-    """The values of an expression for every integer (or natural number) in place of `n_0`."""
+    """The values of an expression in `n_0` for all integers, or all natural numbers."""
 
     value: Any
     domain: str

@@ -1,6 +1,6 @@
-"""Compare an answer with a gold answer within the gold answer's class: exactly for text, by value for mathematics.
+"""Comparison of an answer with a gold answer within the gold answer's class: text exactly, mathematics by value.
 
-The rules of each class are the table in docs/evaluation.md.
+The table in docs/evaluation.md lists the rules of each class.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ _ONLY_PUNCTUATION = re.compile(r"[\s?.,;:!'_…]*")
 
 
 class StrictVerdict(NamedTuple):
-    """The strict verdict of an answer, the text of its final answer, and why there is no verdict on its value."""
+    """The strict verdict on an answer, the text of its final answer, and the reason for `unparsable`."""
 
     verdict: str
     value: str | None
@@ -59,16 +59,16 @@ class StrictVerdict(NamedTuple):
 
 
 def is_empty_gold(gold: str) -> bool:
-    """Return whether a gold answer holds nothing that an answer could be compared with, or punctuation only."""
+    """Return whether a gold answer is empty or holds only punctuation."""
     return _ONLY_PUNCTUATION.fullmatch(make_text_key(_normalize_gold(gold))) is not None
 
 
 def get_strict_verdict(answer: str, gold: str) -> StrictVerdict:
-    """Return the strict verdict of a completion."""
+    """Return the strict verdict on a completion."""
     text, reason = extract_final_answer(answer)
     if is_empty_gold(gold):
         return StrictVerdict("no_gold", text, None)
-    wanted = _normalize_gold(gold)
+    normalized_gold = _normalize_gold(gold)
     if text is None:
         return StrictVerdict("unparsable", None, reason)
     if (later := find_later_answer(answer)) is not None:
@@ -76,10 +76,10 @@ def get_strict_verdict(answer: str, gold: str) -> StrictVerdict:
             if compare_texts(normalize_notation(text), normalize_notation(later)) == Equality.DIFFERENT:
                 return StrictVerdict("unparsable", text, RETRACTED)
     try:
-        same = compare_texts(wanted, normalize_notation(text))
+        equality = compare_texts(normalized_gold, normalize_notation(text))
     except UnreadableAnswer:
         return StrictVerdict("unparsable", text, "not readable")
-    return StrictVerdict(same, text, None)
+    return StrictVerdict(equality, text, None)
 
 
 def _normalize_gold(gold: str) -> str:
@@ -88,34 +88,34 @@ def _normalize_gold(gold: str) -> str:
 
 
 def compare_texts(gold: str, answer: str) -> Equality:
-    """Return whether two plain texts are the same answer.
+    """Compare two normalised texts.
 
     Raises:
-        Unreadable: if the gold answer is mathematics, and the answer is none.
+        UnreadableAnswer: if the gold answer is mathematics and the answer is not.
     """
-    is_list = _GROUPED_DIGITS.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is no 1,234
+    is_list = _GROUPED_DIGITS.fullmatch(gold) and re.search(r"\d,\s", answer)  # 1, 234 is not 1,234
     if make_text_key(gold) == make_text_key(answer) and not is_list:
         return Equality.SAME
     if gold == "\\phi" or "\\emptyset" in make_text_key(gold):
         answer = re.sub(r"\\phi\s*$", r"\\emptyset ", answer) if gold != "\\phi" else answer
         if make_text_key(gold) == make_text_key(answer):
             return Equality.SAME
-    for same in (_compare_choices, _compare_letters, _compare_words, _compare_booleans, _compare_formatted_texts):
-        verdict = same(gold, answer)
+    for compare in (_compare_choices, _compare_letters, _compare_words, _compare_booleans, _compare_formatted_texts):
+        verdict = compare(gold, answer)
         if verdict is not None:
             return verdict
     try:
-        wanted = parse_readings(gold)
+        gold_values = parse_readings(gold)
     except UnreadableAnswer:
-        return Equality.DIFFERENT  # a text, and another one
+        return Equality.DIFFERENT  # two different texts
     if _INTEGRATION_CONSTANT.search(gold) and len(re.findall(r"(?<![\\a-zA-Z])[cC](?![a-zA-Z])", answer)) == 1:
         answer = re.sub(r"\+\s*c\s*$", "+ C", answer)  # the constant of an integral
-    best, recurs = Equality.DIFFERENT, _RECURRING_DECIMAL.search(gold)
+    best, is_recurring = Equality.DIFFERENT, _RECURRING_DECIMAL.search(gold)
     for value in parse_readings(answer, gold):
-        if recurs and isinstance(value, Scalar):  # a period that is cut off is another number
+        if is_recurring and isinstance(value, Scalar):  # a rounded decimal does not equal a recurring one
             value = dataclasses.replace(value, decimal_step=None)
-        for each in wanted:
-            verdict = compare_values(each, value)
+        for gold_value in gold_values:
+            verdict = compare_values(gold_value, value)
             if verdict == Equality.SAME:
                 return verdict
             best = verdict if verdict == Equality.UNEVALUATED else best
@@ -123,10 +123,14 @@ def compare_texts(gold: str, answer: str) -> Equality:
 
 
 def parse_readings(text: str, gold: str | None = None) -> list:
-    """Return the meanings of a text: its value, and a number with a unit where letters follow one.
+    """Return the possible values of a text. For example, letters behind a number may be factors or a unit.
+
+    Args:
+        text (`str`): a normalised text.
+        gold (`str`, *optional*): the gold answer, if the text is an answer. It allows more readings.
 
     Raises:
-        Unreadable: if it means nothing.
+        UnreadableAnswer: if the text has no value.
     """
     values = []
     with contextlib.suppress(UnreadableAnswer, RecursionError):
@@ -158,40 +162,37 @@ def parse_readings(text: str, gold: str | None = None) -> list:
 
 
 def _compare_choices(gold: str, answer: str) -> Equality | None:
-    """Choices by their letter; None where the gold answer is none."""
-    wanted = parse_choice(gold)
+    """Compare choices by their letter; None if the gold answer is not a choice."""
+    gold_choice = parse_choice(gold)
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", gold).strip()
-    marked = re.match(r"\([A-Ja-j]\)|[A-J][.):]", flat)
-    if wanted is None or not (marked or flat == wanted[0]):
+    is_marked = re.match(r"\([A-Ja-j]\)|[A-J][.):]", flat)
+    if gold_choice is None or not (is_marked or flat == gold_choice[0]):
         return None
-    given = parse_choice(answer)
-    if given is None or given[0] != wanted[0]:
+    answer_choice = parse_choice(answer)
+    if answer_choice is None or answer_choice[0] != gold_choice[0]:
         return Equality.DIFFERENT
-    more = given[1]
-    if not more:
+    rest = answer_choice[1]
+    if not rest:
         return Equality.SAME
-    if wanted[1]:
-        return (
-            Equality.SAME
-            if make_text_key(normalize_notation(more)) == make_text_key(normalize_notation(wanted[1]))
-            else Equality.DIFFERENT
-        )
+    if gold_choice[1]:
+        keys = [make_text_key(normalize_notation(text)) for text in (rest, gold_choice[1])]
+        return _to_equality(keys[0] == keys[1])
     hedges = re.search(
         r"(?i)(?<![a-z])(?:or|and|not|no|nor|either|both|maybe|is|isn.?t|are|was|would|cannot|can.?t|wrong|incorrect\w*|false\w*|except|but|"
         r"unless|if|perhaps|possibl[ey]|probabl[ey]|anything|something|whatever|guess\w*|(?:un)?likely|eliminat\w*|reject\w*|ruled|"
         r"exclud\w*|confiden\w*|fails?|failed|impossible|unsure|sure|doubt\w*|contradict\w*|discard\w*|crossed|too|"
         r"invalid|mistake\w*|almost|seems?)(?![a-z])|(?<![A-Za-z\\])\(?[A-J]\)?(?![A-Za-z])|[,;/&]\s*[A-Ja-j]\b",
-        more,
+        rest,
     )
-    marked = re.match(
+    is_marked = re.match(
         r"(?i)(?:(?:option|choice|answer)\s*:?\s*)?(?:\([A-J]\)|[A-J]\s*[.):])",
         re.sub(r"\\text\{([^{}]*)\}", r"\1 ", answer).strip(),
     )
-    return Equality.DIFFERENT if hedges or not marked else Equality.SAME
+    return _to_equality(not hedges and is_marked is not None)
 
 
 def _compare_letters(gold: str, answer: str) -> Equality | None:
-    """Letters in order, however they are set apart; None where the gold answer is no row of single letters."""
+    """Compare letters in order, with any separators; None if the gold answer is not a sequence of single letters."""
     if not re.fullmatch(r"[A-Z](?:[\s,]+[A-Z])+", gold):
         return None
     if not re.fullmatch(r"[A-Z](?:(?:\s|,|->|\\to(?![a-zA-Z])|\\rightarrow(?![a-zA-Z]))*[A-Z])+", answer):
@@ -200,7 +201,7 @@ def _compare_letters(gold: str, answer: str) -> Equality | None:
 
 
 def _compare_words(gold: str, answer: str) -> Equality | None:
-    """Words in order, however they are set apart; None where one of the two is no row of words."""
+    """Return SAME for equal words in order, with any separators, else None."""
     rows = []
     for text in (gold, answer):
         flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("\\to ", ",").replace("->", ",")
@@ -220,95 +221,98 @@ _HEDGE = re.compile(
 
 
 def _compare_booleans(gold: str, answer: str) -> Equality | None:
-    """Yes, no, true or false with a reason behind a comma; None where the gold answer is none of them."""
-    wanted, given = (
+    """Compare yes, no, true or false, with a reason behind a comma; None if the gold answer is another text."""
+    gold_match, answer_match = (
         _BOOLEANS.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()) for text in (gold, answer)
     )
-    if wanted is None or wanted[2] or given is None:
+    if gold_match is None or gold_match[2] or answer_match is None:
         return None
-    return _to_equality(given[1] == wanted[1] and not _HEDGE.search(given[2] or ""))
+    return _to_equality(answer_match[1] == gold_match[1] and not _HEDGE.search(answer_match[2] or ""))
 
 
 _WEEKDAY = re.compile(r"\s*(mon|tue|wed|thu|fri|sat|sun)[a-z]*\b")
 
 
 def _compare_formatted_texts(gold: str, answer: str) -> Equality | None:
-    """Dates, times, ratios, numbers in a base and codes; None where the gold answer is none of them."""
-    wanted, given = parse_formatted_text(gold), parse_formatted_text(answer)
-    if wanted is None:
+    """Compare dates, times, ratios, numbers in a base and codes; None if the gold answer is another text."""
+    gold_parts, answer_parts = parse_formatted_text(gold), parse_formatted_text(answer)
+    if gold_parts is None:
         if is_nonmath_text(gold):
-            return _compare_numbers_in_base(("base", make_text_key(gold).upper(), 2), given)
-        if given is not None and given[0] == "base" and given[2] == 10 and gold == given[1]:
+            return _compare_numbers_in_base(("base", make_text_key(gold).upper(), 2), answer_parts)
+        if answer_parts is not None and answer_parts[0] == "base" and answer_parts[2] == 10 and gold == answer_parts[1]:
             return Equality.SAME
-        return Equality.DIFFERENT if given is not None and not _is_binary(gold, given) else None
-    kind = wanted[0]
+        return Equality.DIFFERENT if answer_parts is not None and not _is_binary(gold, answer_parts) else None
+    kind = gold_parts[0]
     if kind == "base":
-        return _compare_numbers_in_base(wanted, given, answer)
-    if kind == "ratio" and given is None and "=" in answer:
-        *work, last = [side.strip() for side in answer.split("=")]
-        if not all(re.fullmatch(r"[a-zA-Z]+(?:\s*:\s*[a-zA-Z]+)+", side) for side in work) and (
-            any(_compare_formatted_texts(gold, side) != Equality.SAME for side in work)
+        return _compare_numbers_in_base(gold_parts, answer_parts, answer)
+    if kind == "ratio" and answer_parts is None and "=" in answer:
+        *steps, last = [side.strip() for side in answer.split("=")]
+        if not all(re.fullmatch(r"[a-zA-Z]+(?:\s*:\s*[a-zA-Z]+)+", side) for side in steps) and (
+            any(_compare_formatted_texts(gold, side) != Equality.SAME for side in steps)
         ):
             return Equality.DIFFERENT
         return _compare_formatted_texts(gold, last)
-    if kind == "ratio" and len(wanted) == 3 and given is None and not re.fullmatch(r"\d?\d:[0-5]\d", gold):
+    if kind == "ratio" and len(gold_parts) == 3 and answer_parts is None and not re.fullmatch(r"\d?\d:[0-5]\d", gold):
         try:
             ratio = parse_value(answer)
         except UnreadableAnswer:
             return Equality.DIFFERENT
-        if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(wanted[2]):
-            return _to_equality(
-                re.search(r"/|frac", answer) is not None and is_same_number(ratio, divide(wanted[1], wanted[2]))
-            )
+        if isinstance(ratio, Scalar) and not ratio.unit and not is_zero(gold_parts[2]):
+            is_fraction = re.search(r"/|frac", answer) is not None
+            return _to_equality(is_fraction and is_same_number(ratio, divide(gold_parts[1], gold_parts[2])))
         return Equality.DIFFERENT
-    if given is None:
+    if answer_parts is None:
         return Equality.DIFFERENT
-    if {kind, given[0]} == {"time", "ratio"}:  # 15:45 and 3:45 PM
-        ratio, time = (wanted, given) if kind == "ratio" else (given, wanted)
+    if {kind, answer_parts[0]} == {"time", "ratio"}:  # 15:45 and 3:45 PM
+        ratio, time = (gold_parts, answer_parts) if kind == "ratio" else (answer_parts, gold_parts)
         clock = [int(part.value) if isinstance(part.value, Fraction) else -1 for part in ratio[1:]]
         return _to_equality(len(clock) > 1 and (clock[0] >= 12 or clock[0] == 0) and [*clock, 0][:3] == list(time[1:]))
-    if kind != given[0] or len(wanted) != len(given):
+    if kind != answer_parts[0] or len(gold_parts) != len(answer_parts):
         return Equality.DIFFERENT
     if kind == "date":
         days = [_WEEKDAY.match(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()) for text in (gold, answer)]
         if None not in days and days[0][1] != days[1][1]:  # type: ignore[index]
             return Equality.DIFFERENT
     if kind == "ratio":
-        if any((part.unit is None) != (other.unit is None) for part, other in itertools.pairwise(given[1:])):
+        if any((part.unit is None) != (other.unit is None) for part, other in itertools.pairwise(answer_parts[1:])):
             return Equality.DIFFERENT
         return _to_equality(
-            all(map(is_same_number, wanted[1:], given[1:])) or _is_reduced_ratio(gold, wanted[1:], given[1:])
+            all(map(is_same_number, gold_parts[1:], answer_parts[1:]))
+            or _is_reduced_ratio(gold, gold_parts[1:], answer_parts[1:])
         )
-    return _to_equality(wanted == given)
+    return _to_equality(gold_parts == answer_parts)
 
 
-def _is_reduced_ratio(gold: str, wanted: Sequence[Scalar], given: Sequence[Scalar]) -> bool:
-    """Return whether an answer is a gold ratio of integers in lowest terms; a clock time has none."""
-    parts = [part.value for part in (*wanted, *given)]
+def _is_reduced_ratio(gold: str, gold_parts: Sequence[Scalar], answer_parts: Sequence[Scalar]) -> bool:
+    """Return whether an answer is a gold ratio of integers in lowest terms. A clock time is not a ratio."""
+    values = [part.value for part in (*gold_parts, *answer_parts)]
     if re.fullmatch(r"\d?\d(?::[0-5]\d)+", gold):
         return False
-    if len(wanted) != len(given) or not all(isinstance(part, Fraction) and part > 0 for part in parts):
+    if len(gold_parts) != len(answer_parts) or not all(isinstance(value, Fraction) and value > 0 for value in values):
         return False
-    if any(part.denominator != 1 for part in parts):
+    if any(value.denominator != 1 for value in values):
         return False
-    size = math.gcd(*(part.numerator for part in parts[: len(wanted)]))
-    return size > 1 and all(part == size * other for part, other in zip(parts, parts[len(wanted) :], strict=False))
+    gold_values, answer_values = values[: len(gold_parts)], values[len(gold_parts) :]
+    divisor = math.gcd(*(value.numerator for value in gold_values))
+    return divisor > 1 and all(
+        value == divisor * other for value, other in zip(gold_values, answer_values, strict=True)
+    )
 
 
-def _is_binary(gold: str, given: tuple) -> bool:
-    return given[0] == "base" and given[2] == 2 and re.fullmatch(r"[01]{3,}", gold) is not None and gold == given[1]
+def _is_binary(gold: str, parts: tuple) -> bool:
+    return parts[0] == "base" and parts[2] == 2 and re.fullmatch(r"[01]{3,}", gold) is not None and gold == parts[1]
 
 
-def _compare_numbers_in_base(wanted: tuple, given: tuple | None, answer: str = "") -> Equality:
-    if given is not None:
-        return _to_equality(given == wanted)
+def _compare_numbers_in_base(gold_parts: tuple, answer_parts: tuple | None, answer: str = "") -> Equality:
+    if answer_parts is not None:
+        return _to_equality(answer_parts == gold_parts)
     if len(sides := answer.split("=")) == 2:  # with its value in another base
         bases = [parse_formatted_text(side.strip()) or ("base", side.strip(), 10) for side in sides]
-        if all(base[0] == "base" and re.fullmatch(r"\w+", base[1]) for base in bases) and wanted in bases:
+        if all(base[0] == "base" and re.fullmatch(r"\w+", base[1]) for base in bases) and gold_parts in bases:
             with contextlib.suppress(ValueError):
                 return _to_equality(int(bases[0][1], bases[0][2]) == int(bases[1][1], bases[1][2]))
         return Equality.DIFFERENT
-    return _to_equality(re.sub(r"[\s{}]", "", answer).upper() == wanted[1])
+    return _to_equality(re.sub(r"[\s{}]", "", answer).upper() == gold_parts[1])
 
 
 def _to_equality(same: bool) -> Equality:
@@ -319,7 +323,7 @@ def _to_equality(same: bool) -> Equality:
 
 
 def compare_values(gold: Any, answer: Any) -> Equality:
-    """Return whether two values are the same answer."""
+    """Compare two values."""
     if (
         isinstance(gold, Assignment)
         and isinstance(answer, Relation)
@@ -400,10 +404,10 @@ def compare_values(gold: Any, answer: Any) -> Equality:
     ):
         return _compare_in_order((gold, item) for item in answer.items)  # one value in several forms
     ordered = [_get_ordered_items(value) for value in (gold, answer)]
-    for place, value in enumerate((gold, answer)):
-        entries = ordered[place]
-        if getattr(value, "kind", "") == "components" and entries and len(ordered[1 - place] or ()) == 2:
-            ordered[place] = entries[:2] if is_zero(entries[2]) else entries  # in the plane
+    for index, value in enumerate((gold, answer)):
+        entries = ordered[index]
+        if getattr(value, "kind", "") == "components" and entries and len(ordered[1 - index] or ()) == 2:
+            ordered[index] = entries[:2] if is_zero(entries[2]) else entries  # a vector in the plane
     if isinstance(gold, ValueCollection) and isinstance(answer, ValueCollection):
         if {gold.kind, answer.kind} <= {"list", "set"}:
             return _compare_unordered(_get_distinct_items(gold), _get_distinct_items(answer))
@@ -425,17 +429,17 @@ def compare_values(gold: Any, answer: Any) -> Equality:
 
 
 def _has_distinct_texts(items: Sequence) -> bool:
-    """Return whether no two items are written alike, as they may be for one value in several forms."""
+    """Return whether all items have different texts."""
     texts = [item.text for item in items if isinstance(item, Scalar)]
     return len(set(texts)) == len(items) > 1
 
 
 def _unwrap_singleton_set(value: Any, other: Any) -> Any:
-    """The only element of a set, where the other value is a number or a pair."""
+    """Return the only element of a set if the other value is a number or a pair, else the value itself."""
     if (
         isinstance(value, ValueCollection)
         and value.kind == "set"
-        and (isinstance(other, Scalar) or getattr(other, "pair", False))
+        and (isinstance(other, Scalar) or getattr(other, "may_be_pair", False))
     ):
         items = _get_distinct_items(value)
         return items[0] if len(items) == 1 else value
@@ -453,27 +457,26 @@ def _get_ordered_items(value: Any) -> tuple | None:
 
 
 def _rename_argument(name: str, answer: Assignment) -> Any:
-    """The value of a function with the gold answer's argument in place of its own (`f(t)` for `f(x)`); None elsewhere."""
+    """Return the value of a function with its argument renamed to the gold answer's (`f(t)` to `f(x)`), or None."""
     import sympy
 
     heads = [re.fullmatch(r"([a-zA-Z])\(([a-z])\)", each.replace(" ", "")) for each in (name, answer.name)]
     if None in heads or heads[0][1] != heads[1][1] or not isinstance(answer.value, Scalar):  # type: ignore[index]
         return None
-    wanted, letter = (sympy.Symbol(head[2]) for head in heads)  # type: ignore[index]
+    gold_symbol, symbol = (sympy.Symbol(head[2]) for head in heads)  # type: ignore[index]
     tree = answer.value.value
-    if isinstance(tree, Fraction) or wanted in tree.free_symbols:
+    if isinstance(tree, Fraction) or gold_symbol in tree.free_symbols:
         return None
-    return Scalar(tree.xreplace({letter: wanted}), text=answer.value.text)
+    return Scalar(tree.xreplace({symbol: gold_symbol}), text=answer.value.text)
 
 
 def _is_same_name(gold: str, answer: str) -> bool:
-    return make_text_key(gold).replace("{", "").replace("}", "") == make_text_key(answer).replace("{", "").replace(
-        "}", ""
-    )
+    keys = [make_text_key(name).replace("{", "").replace("}", "") for name in (gold, answer)]
+    return keys[0] == keys[1]
 
 
 def _to_integer_family(value: Any) -> IntegerFamily | None:
-    """A family over the integers, also one that is written as a remainder (`2 \\pmod 3`); None for another value."""
+    """Return a value as a family over the integers, also for a remainder (`2 \\pmod 3`), or None."""
     import sympy
 
     if isinstance(value, IntegerFamily) or not isinstance(value, Scalar) or value.unit is None:
@@ -486,7 +489,7 @@ def _to_integer_family(value: Any) -> IntegerFamily | None:
 
 
 def _is_same_progression(gold: IntegerFamily, answer: IntegerFamily) -> bool:
-    """Return whether two families over the integers run through the same arithmetic progression (`3k + 2`, `3k - 1`)."""
+    """Return whether two families over the integers are the same arithmetic progression (`3k + 2`, `3k - 1`)."""
     import sympy
 
     trees = [
@@ -496,12 +499,12 @@ def _is_same_progression(gold: IntegerFamily, answer: IntegerFamily) -> bool:
     ]
     if len(trees) != 2 or any(family.value.unit for family in (gold, answer)):
         return False
-    (letter,) = [symbol for symbol in trees[0].free_symbols if str(symbol) == "n_0"] or [None]
-    if letter is None or any(tree.free_symbols != {letter} for tree in trees):
+    (index,) = [symbol for symbol in trees[0].free_symbols if str(symbol) == "n_0"] or [None]
+    if index is None or any(tree.free_symbols != {index} for tree in trees):
         return False
-    steps, starts = [tree.coeff(letter, 1) for tree in trees], [tree.subs(letter, 0) for tree in trees]
+    steps, starts = [tree.coeff(index, 1) for tree in trees], [tree.subs(index, 0) for tree in trees]
     if any(
-        sympy.expand(tree - step * letter - start) != 0 for tree, step, start in zip(trees, steps, starts, strict=True)
+        sympy.expand(tree - step * index - start) != 0 for tree, step, start in zip(trees, steps, starts, strict=True)
     ):
         return False
     shift = sympy.nsimplify((starts[0] - starts[1]) / steps[0]) if steps[0] else None
@@ -533,18 +536,18 @@ def _compare_in_order(pairs: Any) -> Equality:
 
 
 def _compare_unordered(gold: Sequence, answer: Sequence) -> Equality:
-    """Return whether each value has its own partner among the others."""
+    """Compare values in any order: each needs an equal one in the answer."""
     rest, worst = list(answer), Equality.SAME
     if len(gold) != len(rest) or len(rest) > 200:
         return Equality.DIFFERENT
     for value in gold:
-        for place, other in enumerate(rest):
+        for index, other in enumerate(rest):
             if _is_set(value) != _is_set(other) and (isinstance(value, Scalar) or isinstance(other, Scalar)):
-                continue  # a number is no set of one number
+                continue  # a number is not a set of one number
             verdict = compare_values(value, other)
             if verdict != Equality.DIFFERENT:
                 worst = worst if verdict == Equality.SAME else verdict
-                rest.pop(place)
+                rest.pop(index)
                 break
         else:
             return Equality.DIFFERENT
@@ -555,10 +558,10 @@ def _is_set(value: Any) -> bool:
     return isinstance(value, ValueCollection) and value.kind == "set"
 
 
-def _get_distinct_items(many: ValueCollection) -> tuple:
+def _get_distinct_items(collection: ValueCollection) -> tuple:
     items: list = []
-    for item in many.items[:201]:
-        if many.kind != "set" or not any(compare_values(other, item) == Equality.SAME for other in items):
+    for item in collection.items[:201]:
+        if collection.kind != "set" or not any(compare_values(other, item) == Equality.SAME for other in items):
             items.append(item)
     return tuple(items)
 

@@ -1,11 +1,11 @@
-"""The final answer of a completion: its last complete box outside the thinking, or the text after "the answer is"."""
+"""Extraction of the final answer of a completion: its last complete box outside the thinking, or text after "the answer is"."""
 
 import re
 from typing import NamedTuple
 
 
 class ExtractedAnswer(NamedTuple):
-    """The text of a final answer, or the reason why there is none."""
+    """The text of a final answer, or None and the reason."""
 
     text: str | None
     reason: str | None = None
@@ -14,7 +14,7 @@ class ExtractedAnswer(NamedTuple):
 EMPTY_COMPLETION, NO_ANSWER, UNCLOSED_BOX, EMPTY_BOX = "empty", "no box or final answer", "unclosed box", "empty box"
 UNFINISHED_THINKING, RETRACTED, SEVERAL_ANSWERS = "unfinished thinking", "the answer is taken back", "several answers"
 
-# how models open and close the text that is no part of their answer
+# tags around text that is not part of the answer
 _THINKING_TAGS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -31,7 +31,7 @@ _THINKING_TAGS = (
     ("<|channel|>analysis", "<|channel|>final"),
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BOX_SEPARATOR = re.compile(  # boxes so joined are one answer
+_BOX_SEPARATOR = re.compile(  # text between boxes that are one answer
     r"[\s$,;&]*(?:,|;|\b(?:and|or|und|oder|et|ou|y|e|o|и|или)\b|\\text\{\s*(?:and|or)\s*\}|和|或者?)?[\s$,;&]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _NEGATION = (
@@ -60,7 +60,7 @@ _MISTAKEN_BEFORE = re.compile(
     r"\ban? (?:\w+ )?(?:bound|estimate|guess|approximation)\s+(?:is|of|would be)[\s$(]*$|"
     r"\b(?:naive|tempting|wrong|mistaken|faulty|hasty)\s+\w+(?:\s+(?:is|was|gives?|would be))?[\s$(]*$"
 )
-# another answer, or a bound, in front of the box
+# another answer or a bound in front of the box
 _OPEN_BEFORE = re.compile(
     r"(?i)(?:\b(?:more|less|greater|fewer|larger|smaller|higher|lower|bigger|shorter|longer)\s+than|"
     r"\b(?:any\w*|values?|numbers?)\s+up to|"
@@ -80,7 +80,7 @@ _OPEN_AFTER = re.compile(
     r"(?:but |and |though )?I(?:['’]m| am| cannot| can['’]?t| could not| couldn['’]?t| can not) "
     r"(?:not sure|unsure|tell|decide|determine|choose))"
 )
-# a formula of which the box is a part only
+# a formula with the box as a part
 _SIGN_BEFORE = re.compile(r"(?:(?<!\\)\$|=|\\\(|\\\[|[\w})])\s*[-+*/]\s*(?:\{|\()*\s*$")  # in a formula
 _PART_BEFORE = re.compile(
     r"(?:[\w})]\s*(?<![-=])[<>]|\^|\\(?:cdot|times|div|pm|mp|neq?|leq?|geq?|l|g|"
@@ -90,7 +90,7 @@ _PART_AFTER = re.compile(
     r"[ \t]*(?:\^(?!\s*\{?\s*(?:\\circ|°|\\degree))|[+/]\s*[\w\\(]|-\s*[\d\\(]|!\s*(?:\$|\\[)\]])|"
     r"\\(?:cdot|times|div|pm|mp)(?![a-zA-Z]))"
 )
-# a number that is stated behind the box as the value in place of it
+# a number behind the box that replaces it
 _REPLACEMENT_AFTER = re.compile(
     r"(?i)(?:\b(?:final|corrected|correct|actual|true|revised|updated|right|real|proper)\s+"
     r"(?:result|total|value|count|number|figure|sum|answer)\s+(?:is|was|should be|must be)|"
@@ -125,7 +125,7 @@ _DENIED_AFTER = re.compile(
     r"|[\s$*)\]\\\"'”]*,?\s*(?:but|yet|though|although|however,?)\s+(?:they|this|that|it|he|she|I)\b[^.!?\n]{0,40}"
     r"\b(?:mistaken|wrong(?:ly)?|incorrect(?:ly)?|false|untrue|not (?:true|right|correct)|an? (?:error|mistake))"
 )
-# boxes of one sentence between which the answer does not decide
+# words between boxes of one sentence that leave the answer open
 _UNDECIDED = re.compile(
     r"(?i)\b(?:or|otherwise|maybe|perhaps|possibly|probably|alternatively|else|depending|if|unless)\b"
 )
@@ -135,7 +135,7 @@ _AGREEMENT = re.compile(
 _ALTERNATIVE_AFTER = re.compile(
     r"(?i)[\s$*)\]]*,?\s*(?:or\b|and/or\b|perhaps\b|maybe\b|possibly\b|oder\b|ou\b|o\b|или\b|或者?)\s*(?:maybe\s+|perhaps\s+|possibly\s+)?[$*(]*[-\d]|[\s$*)\]]*,?\s*(?:or|unless|depending)\b[^.\n\d]{0,20}\bif\b"
 )
-# a second possibility in the same sentence
+# another possible answer in the same sentence
 _SECOND_POSSIBILITY = re.compile(
     r"(?i)[^.!?\n]{0,60}?\b(?:though|although|but|while|and)\s+(?:maybe\s+|perhaps\s+|possibly\s+)?[$\\(]*-?\d[^.!?\n]{0,30}?"
     r"\b(?:possible|plausible|likely|might|may|could|also|too|as well|works|valid)\b"
@@ -174,43 +174,45 @@ _FORMULA = re.compile(
 _REASON_CLAUSE = re.compile(r"(?i),?\s+(?:because|since|which|where)\b|,\s+as\b|(?<=\$)\s+(?=[a-z]{3})(?!and\b)")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _EMPHASIS = re.compile(r"^[\s*_`]+|[\s*_`]+$")
-_DENIAL_WINDOW = 400  # characters behind a box that may deny it
-_MAX_UNBOXED_LENGTH = 2000  # characters of a final answer that is in no box
+_DENIAL_WINDOW = 400  # characters behind a box in which it may be denied
+_MAX_UNBOXED_LENGTH = 2000  # characters of a final answer without a box
 
 
 def extract_final_answer(completion: str) -> ExtractedAnswer:
     """Return the final answer of a completion.
 
-    The last complete box outside the thinking counts, and boxes that a comma, "and" or "or" joins are one answer. A box that
-    the sentence denies ("the answer is not") does not count, and no earlier one replaces a box that is cut off. Without a box,
-    the text after `####`, in `<answer>` or after "the answer is" counts, a last line that ends in "is $...$", or a completion
-    of one short line.
+    The last complete box outside the thinking counts. Boxes joined by a comma, "and" or "or" are one answer. A box that the
+    sentence denies ("the answer is not") does not count, and a box that is cut off makes the completion unparsable. Without a
+    box, the answer is the text after `####`, in `<answer>` or after "the answer is", the formula of a last line that ends in
+    "is $...$", or a completion of one short line.
     """
     if not completion.strip():
         return ExtractedAnswer(None, EMPTY_COMPLETION)
-    spoken = _strip_thinking(completion)
-    if not spoken.strip():
+    text = _strip_thinking(completion)
+    if not text.strip():
         return ExtractedAnswer(None, UNFINISHED_THINKING)
-    tags = _ANSWER_TAG.findall(spoken) if "</answer>" in spoken.lower() else []
-    if tags and (_BOX.search(tags[-1]) or not _BOX.search(spoken)):
-        spoken = tags[-1]
-        if not _BOX.search(spoken):
-            return _clean_answer(spoken)
-    return _extract_boxed(spoken) if _BOX.search(spoken) else _extract_unboxed(spoken)
+    tags = _ANSWER_TAG.findall(text) if "</answer>" in text.lower() else []
+    if tags and (_BOX.search(tags[-1]) or not _BOX.search(text)):
+        text = tags[-1]
+        if not _BOX.search(text):
+            return _clean_answer(text)
+    return _extract_boxed(text) if _BOX.search(text) else _extract_unboxed(text)
 
 
 def find_later_answer(completion: str) -> str | None:
-    """Return the number, formula or letter that is stated as "the answer is" behind the last box; None where none is."""
-    spoken = _strip_thinking(completion)
-    boxes = list(_BOX.finditer(spoken))
-    end = _find_box_end(spoken, boxes[-1].end()) if boxes else None
-    if end is None or len(spoken) - end > _MAX_UNBOXED_LENGTH:
+    """Return the number, formula or letter after "the answer is" behind the last box, or None."""
+    text = _strip_thinking(completion)
+    boxes = list(_BOX.finditer(text))
+    end = _find_box_end(text, boxes[-1].end()) if boxes else None
+    if end is None or len(text) - end > _MAX_UNBOXED_LENGTH:
         return None
-    for phrase in reversed(list(_ANSWER_PHRASE.finditer(spoken, end))):
-        clause = _extract_clause(spoken, phrase.end())
-        sentence = re.split(r"[.;!?\n]\s*", spoken[end : phrase.end()])[-1]
-        doubted = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NEGATION}", sentence)
-        if doubted or not re.match(r"[\s*$(\\\[]*(?:[-+−]?[\d.√]|[-+]?\\(?:frac|sqrt|pi)|[A-Z]\b(?!\s+[a-z]))", clause):
+    for phrase in reversed(list(_ANSWER_PHRASE.finditer(text, end))):
+        clause = _extract_clause(text, phrase.end())
+        sentence = re.split(r"[.;!?\n]\s*", text[end : phrase.end()])[-1]
+        is_doubtful = re.search(rf"(?i)\bif\b|\bwould\b|\b(?:to|of|for)\b|\byour?\b|{_NEGATION}", sentence)
+        if is_doubtful or not re.match(
+            r"[\s*$(\\\[]*(?:[-+−]?[\d.√]|[-+]?\\(?:frac|sqrt|pi)|[A-Z]\b(?!\s+[a-z]))", clause
+        ):
             continue
         return _clean_answer(clause).text
     return None
@@ -218,13 +220,13 @@ def find_later_answer(completion: str) -> str | None:
 
 def _strip_thinking(text: str) -> str:
     for opening, closing in _THINKING_TAGS:
-        low = text.lower() if len(text.lower()) == len(text) else text
-        if (end := low.rfind(closing.lower())) >= 0:  # the prompt may have opened it
-            before, text = low[:end], text[end + len(closing) :]
-            start = low.find(opening.lower(), end)
+        lower = text.lower() if len(text.lower()) == len(text) else text
+        if (end := lower.rfind(closing.lower())) >= 0:  # the opening tag may be part of the prompt
+            before, text = lower[:end], text[end + len(closing) :]
+            start = lower.find(opening.lower(), end)
             if opening.lower() not in before and start >= 0:
                 text = text[: start - end - len(closing)]
-        elif (start := low.find(opening.lower())) >= 0:
+        elif (start := lower.find(opening.lower())) >= 0:
             return text[:start] if opening != "<|channel|>analysis" else ""
     return text
 
@@ -238,7 +240,7 @@ def _extract_boxed(text: str) -> ExtractedAnswer:
         inner = text[start + 1 : end - 1] if text[start] in "{" else text[start:end]
         boxes.append((match.start(), end, inner.strip()))
         position = end
-    kept: list[tuple[int, int, str]] = []
+    accepted: list[tuple[int, int, str]] = []
     denied = set()
     for start, end, inner in boxes:
         before = text[max(0, start - 120) : start]
@@ -249,25 +251,25 @@ def _extract_boxed(text: str) -> ExtractedAnswer:
         ):
             denied.add(inner)
         else:
-            kept.append((start, end, inner))
+            accepted.append((start, end, inner))
     if (
-        not kept
-        or kept[-1][2] in denied
-        or _DISREGARD_PHRASE.match(text, kept[-1][1], kept[-1][1] + _DENIAL_WINDOW)
-        or _RETRACTION.search(text, kept[-1][1])
+        not accepted
+        or accepted[-1][2] in denied
+        or _DISREGARD_PHRASE.match(text, accepted[-1][1], accepted[-1][1] + _DENIAL_WINDOW)
+        or _RETRACTION.search(text, accepted[-1][1])
     ):
         return ExtractedAnswer(None, RETRACTED)
-    start, _, inner = kept.pop()
+    start, _, inner = accepted.pop()
     answers = [_unwrap_nested_boxes(inner)]
-    while kept and _BOX_SEPARATOR.fullmatch(text, kept[-1][1], start):
-        start, _, inner = kept.pop()
+    while accepted and _BOX_SEPARATOR.fullmatch(text, accepted[-1][1], start):
+        start, _, inner = accepted.pop()
         answers.insert(0, _unwrap_nested_boxes(inner))
     answers = list(dict.fromkeys(answers))
     if len(answers) == 1 and re.fullmatch(r"-?\d+(?:\.\d+)?", answers[0]):
-        later = _REPLACEMENT_AFTER.findall(text, boxes[-1][1], boxes[-1][1] + _DENIAL_WINDOW)
-        if later and later[-1] != answers[0]:
+        replacements = _REPLACEMENT_AFTER.findall(text, boxes[-1][1], boxes[-1][1] + _DENIAL_WINDOW)
+        if replacements and replacements[-1] != answers[0]:
             return ExtractedAnswer(None, RETRACTED)
-    if _is_undecided(text, start, kept, boxes[-1][1], answers):
+    if _is_undecided(text, start, accepted, boxes[-1][1], answers):
         return ExtractedAnswer(None, SEVERAL_ANSWERS)
     return ExtractedAnswer(", ".join(answers)) if any(answers) else ExtractedAnswer(None, EMPTY_BOX)
 
@@ -297,17 +299,17 @@ def _is_undecided(text: str, start: int, earlier: list[tuple[int, int, str]], en
     )
 
 
-def _is_in_formula(text: str, place: int) -> bool:
-    """Return whether a formula of LaTeX is open at a place in a text."""
-    is_open = len(re.findall(r"(?<!\\)\$", text[:place].replace("$$", "$"))) % 2 == 1
+def _is_in_formula(text: str, position: int) -> bool:
+    """Return whether a position of a text is inside a LaTeX formula."""
+    is_open = len(re.findall(r"(?<!\\)\$", text[:position].replace("$$", "$"))) % 2 == 1
     return is_open or any(
-        text.rfind(opening, 0, place) > text.rfind(closing, 0, place)
+        text.rfind(opening, 0, position) > text.rfind(closing, 0, position)
         for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"))
     )
 
 
 def _find_box_end(text: str, start: int) -> int | None:
-    """The end of a box's argument; None where it is cut off."""
+    """Return the end of a box's argument, or None if the argument is cut off."""
     if start >= len(text):
         return None
     if text[start] != "{":  # \boxed 5
@@ -326,8 +328,8 @@ def _unwrap_nested_boxes(inner: str) -> str:
         match = _BOX.search(inner)
         if match is None or (end := _find_box_end(inner, match.end())) is None:
             break
-        whole = inner[match.end() + 1 : end - 1] if inner[match.end()] == "{" else inner[match.end() : end]
-        inner = f"{inner[: match.start()]}{whole}{inner[end:]}".strip()
+        content = inner[match.end() + 1 : end - 1] if inner[match.end()] == "{" else inner[match.end() : end]
+        inner = f"{inner[: match.start()]}{content}{inner[end:]}".strip()
     return inner
 
 
@@ -365,7 +367,7 @@ def _extract_unboxed(text: str) -> ExtractedAnswer:
 
 
 def _extract_clause(text: str, start: int) -> str:
-    """The formula or the words that follow "the answer is"."""
+    """Return the formula or the words at a position behind "the answer is"."""
     rest = text[start:].lstrip(" \n*_:")
     end = _SENTENCE_END.search(rest)
     formula = _FORMULA.match(rest)

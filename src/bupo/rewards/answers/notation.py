@@ -1,4 +1,4 @@
-"""Spellings: the variants of Unicode, LaTeX and plain text of one notation, written in one way."""
+"""Normalisation of notation: variants of Unicode, LaTeX and plain text become one spelling."""
 
 import re
 import unicodedata
@@ -42,10 +42,10 @@ _CHARACTERS = str.maketrans(
     }
 )  # fmt: skip
 
-# applied in this order: a pattern and its replacement
+# patterns and their replacements, applied in this order
 _COMMAND_REPLACEMENTS: list[tuple[re.Pattern, Any]] = [
-    (re.compile(pattern), known)
-    for pattern, known in [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
         (r"^\s*~\s*(?=[\d.$])", r"\\approx "),
         (r"\\left\s*\\\{(.*)\\right\s*\.", r"\1"),
         (r"\\(?:left|right|[bB]ig{1,2}[lrm]?|middle)(?![a-zA-Z])\s*", ""),
@@ -113,10 +113,10 @@ _ONLY_WORDS = re.compile(r"[^\d+*/=<>^_\\()]*")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _ANSWER_PREFIX = re.compile(r"(?i)^\s*(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*(?:\})?\s*")
 
-# texts that are one answer
+# canonical text of phrases with the same meaning
 _SYNONYMS = {
-    phrase: wanted
-    for wanted, phrases in {
+    phrase: canonical
+    for canonical, phrases in {
         "\\emptyset": ["no solution", "no solutions", "empty set", "the empty set", "\\{\\}", "{}", "no real solution",
                          "no real solutions"],
         "monday": ["mon"], "tuesday": ["tue", "tues"], "wednesday": ["wed"], "thursday": ["thu", "thur", "thurs"],
@@ -131,20 +131,20 @@ _SYNONYMS = {
 
 
 def normalize_notation(text: str) -> str:
-    """Return a text in one spelling: characters of Unicode as LaTeX, without what changes no meaning."""
+    """Replace Unicode characters by LaTeX, and remove or unify commands that do not change the meaning."""
     text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(_SCRIPT_DIGITS)}}}", text)
     text = re.sub(f"[{_SUBSCRIPTS}]+", lambda match: f"_{{{match[0].translate(_SCRIPT_DIGITS)}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
     text = _ANSWER_PREFIX.sub(
         lambda match: "\\text{" if match[0].strip().startswith("\\text{") and "}" not in match[0] else "", text
     )
-    for pattern, known in _COMMAND_REPLACEMENTS:
-        text = pattern.sub(known, text)
+    for pattern, replacement in _COMMAND_REPLACEMENTS:
+        text = pattern.sub(replacement, text)
     return strip_markup(text)
 
 
 def strip_markup(text: str) -> str:
-    """Return a text without the marks of a formula or of emphasis around it, and without the end of its sentence."""
+    """Remove delimiters of formulas and emphasis around a text, and punctuation at its end."""
     while True:
         shorter = _CLOSING.sub("", text.strip())
         if (match := _WRAPPERS.fullmatch(shorter)) and not any("$" in group for group in match.groups() if group):
@@ -168,7 +168,7 @@ _NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
 
 
 def parse_number_words(text: str) -> int | None:
-    """Return the number below a million that English words write, with its sign; None for another text."""
+    """Return the number below a million that is written in English words, with its sign, or None."""
     negative = re.match(r"(?i)\s*(?:\\text\{)?\s*(?:minus|negative) ", text)
     if negative:
         text = text[negative.end() :].replace("}", "")
@@ -191,17 +191,17 @@ def parse_number_words(text: str) -> int | None:
 
 
 def make_text_key(text: str) -> str:
-    """Return what has to be the same of two texts that are plain: their words, letters and signs, in order.
+    """Return a key that is equal for equal plain texts.
 
-    Spaces count between two words only, and capitals in single letters only.
+    Spaces count only between two words, and capitals only in single letters.
     """
     text = _TEXT.sub(r"\1", re.sub(r"[\"`$]|\\(?=[\s$])", "", text))
     text = re.sub(r"^'([^']*)'$", r"\1", text.strip())
     text = re.sub(r"\{(\w)\}", r"\1", text)
     text = _SPACES.sub("", " ".join(text.split()))
     text = _CLOSING.sub("", re.sub(r"(?<=[a-zA-Z]{4})!+$|(?<=\b[Yy]es)!+$|(?<=\b[Nn]o)!+$", "", text))
-    is_product = re.fullmatch(r"[b-df-hj-np-tv-z]{2,3}|[B-DF-HJ-NP-TV-Z]{2,3}", text)  # of letters: no vowel
-    longer = 2 if _ONLY_WORDS.fullmatch(text) and not is_product else 4  # in a formula, xy is not XY
-    text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= longer else word[0], text))
+    is_product = re.fullmatch(r"[b-df-hj-np-tv-z]{2,3}|[B-DF-HJ-NP-TV-Z]{2,3}", text)  # of letters, without a vowel
+    min_length = 2 if _ONLY_WORDS.fullmatch(text) and not is_product else 4  # in a formula, xy is not XY
+    text = _CLOSING.sub("", _WORD.sub(lambda word: word[0].casefold() if len(word[0]) >= min_length else word[0], text))
     text = re.sub(r"^(?:a|an|the|on|in|at) (?=[a-z]{3,}$)", "", text)
     return _SYNONYMS.get(text, text)

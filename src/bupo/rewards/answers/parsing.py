@@ -1,7 +1,7 @@
-"""Read an answer into its class: a number, expression, list, set, interval, matrix, equation, or text of a kind.
+"""Parser of answers: numbers, expressions, lists, sets, intervals, matrices, equations and formatted texts.
 
-A text is read whole or not at all: no number is picked out of what cannot be read. Nothing is evaluated as Python:
-expressions are parsed by `latex2sympy2_extended`, after every command and word in them was found in a list.
+A text is parsed completely or refused: no number is extracted from a text that cannot be parsed. Nothing is evaluated as
+Python. `latex2sympy2_extended` parses expressions, after all their commands and words were found in a list.
 """
 
 import functools
@@ -26,7 +26,7 @@ from bupo.rewards.answers.classes import (
 from bupo.rewards.answers.scalar_equality import is_same_number, multiply, sort_by_value
 from bupo.rewards.answers.units import Unit, is_unit_name, parse_unit
 
-# -- texts that look like mathematics
+# -- formatted texts
 
 _MONTHS = re.findall(r"\w+", "jan feb mar apr may jun jul aug sep oct nov dec")
 _MONTH = (  # not "marbles" or "decimals"
@@ -53,13 +53,13 @@ _PREFIXED_NUMBER = re.compile(r"0([xXbBoO])([0-9A-Fa-f]+)")
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?=$|[.):\s]))\s*[.):]?\s*(.*)", re.DOTALL
 )
-# a number that counts or orders nothing: spans, codes, telephone numbers, long digits with a zero in front
+# digits that are no number: spans, codes, telephone numbers, numbers with a leading zero
 _CODE = re.compile(
     r"\d+(?:-\d+)+|0\d{3,}|(?=.*\d)(?=.*[A-Za-z])[A-Z0-9]*(?:[A-Z]\d|\d[A-Z]\d|\d[A-Z]{2})[A-Z0-9]*|"
     r"\d{1,2}/\d{1,2}/\d{2,4}|\d(?: \d)+"
 )
 
-# words and letters in a row, which are no products; `ad - bc` is one
+# sequences of words or letters that are not products (`ad - bc` is one)
 _WORDS_ONLY = re.compile(
     r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s,;'\".&]+[^\W\d_]+)*[\s,;'\".]*|[a-zA-Z](?:\s+[a-zA-Z])+|(?=.*[^\W\d_]{3})[^\W\d_]+(?:-[^\W\d_]+)+"
     r"|(?=.*[A-Za-z]\d+[A-Za-z])[A-Za-z0-9]+"
@@ -71,7 +71,7 @@ def _to_am_pm(match: re.Match) -> str:
 
 
 def parse_formatted_text(text: str) -> tuple | None:
-    """Return a date, time, ratio or number in a base as a tuple that begins with its kind; None for another text."""
+    """Parse a date, time, ratio or number in a base as a tuple that begins with the kind; None for another text."""
     flat = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
     flat = re.sub(r"(\d) to (?=\d)", r"\1:", flat)
     flat = re.sub(r"^(\d?\d(?::[0-5]\d)+) ?(?:h|hrs?|hours|Uhr|o'clock)$", r"\1", flat)
@@ -108,14 +108,14 @@ def _parse_scalar(text: str) -> Scalar:
 
 
 def parse_choice(text: str) -> tuple[str, str] | None:
-    """Return the letter of a choice and the text that follows it."""
+    """Return the letter of a choice and the text behind it, or None."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip()
     match = _CHOICE.fullmatch(flat)
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None
 
 
 def is_nonmath_text(text: str) -> bool:
-    """Return whether a text is no mathematics although its letters could be factors: words, spans and codes."""
+    """Return whether a text is a word, span or code, although its letters could be factors."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
     return flat not in ("pi", "infinity") and bool(_CODE.fullmatch(flat) or _WORDS_ONLY.fullmatch(flat))
 
@@ -153,7 +153,7 @@ def _get_decimal_step(digits: str) -> Fraction | None:
 
 
 def parse_number(text: str) -> Scalar | None:
-    """Return an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None for another text."""
+    """Parse an integer, decimal, fraction, mixed number, recurring decimal or power of ten; None for another text."""
     text = _add_missing_braces(text.strip())
     if match := _NUMBER.fullmatch(text):
         digits = _strip_digit_separators(match[2])
@@ -165,31 +165,32 @@ def parse_number(text: str) -> Scalar | None:
         step = power / 10**places if places else None
         return Scalar(_apply_sign(match[1], Fraction(digits.removesuffix(".")) * power), step, text=text)
     if match := _QUOTIENT.fullmatch(text):
-        above, below = _strip_digit_separators(match[3] or match[6]), _strip_digit_separators(match[5] or match[7])
-        if not Fraction(below):
+        numerator, denominator = (
+            _strip_digit_separators(part) for part in (match[3] or match[6], match[5] or match[7])
+        )
+        if not Fraction(denominator):
             return None
         sign = "-" if (match[1] + (match[2] or "") + (match[4] or "")).count("-") % 2 else ""
-        return Scalar(
-            _apply_sign(sign, Fraction(above.removesuffix(".")) / Fraction(below.removesuffix("."))), text=text
-        )
+        quotient = Fraction(numerator.removesuffix(".")) / Fraction(denominator.removesuffix("."))
+        return Scalar(_apply_sign(sign, quotient), text=text)
     if match := _MIXED_NUMBER.fullmatch(text):
         ones, over, under = int(match[2]), int(match[3] or match[5]), int(match[4] or match[6])
         if over < under:
             return Scalar(_apply_sign(match[1], ones + Fraction(over, under)), text=text)
         return None
     if match := _RECURRING_DECIMAL.fullmatch(text):
-        sign, whole, fixed, repeated = match.group(1, 2, 3, 4)
-        return _parse_recurring_decimal(sign, whole or "0", fixed, re.sub(r"\D", "", repeated))
+        sign, integer, fixed, repeated = match.group(1, 2, 3, 4)
+        return _parse_recurring_decimal(sign, integer or "0", fixed, re.sub(r"\D", "", repeated))
     if match := _ELLIPSIS_DECIMAL.fullmatch(text):
         return _parse_recurring_decimal(match[1], match[2] or "0", match[3], match[4] or match[5])
     return None
 
 
-def _parse_recurring_decimal(sign: str, whole: str, fixed: str, repeated: str) -> Scalar | None:
+def _parse_recurring_decimal(sign: str, integer: str, fixed: str, repeated: str) -> Scalar | None:
     if len(fixed) > 50 or len(repeated) > 50:
         return None
-    above = int(whole + fixed + repeated) - int(whole + fixed)
-    return Scalar(_apply_sign(sign, Fraction(above, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
+    numerator = int(integer + fixed + repeated) - int(integer + fixed)
+    return Scalar(_apply_sign(sign, Fraction(numerator, (10 ** len(repeated) - 1) * 10 ** len(fixed))))
 
 
 def _apply_sign(sign: str, value: Fraction) -> Fraction:
@@ -197,7 +198,7 @@ def _apply_sign(sign: str, value: Fraction) -> Fraction:
 
 
 def _add_missing_braces(text: str) -> str:
-    """Fractions and roots with braces around their arguments, which LaTeX does not need: `\\frac12`, `\\sqrt3`."""
+    """Add braces around the arguments of fractions and roots, where LaTeX allows to omit them: `\\frac12`, `\\sqrt3`."""
     text = _brace_fraction_arguments(text)
     text = re.sub(r"(\\sqrt)\s*(?:(\d+|[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z{(])))", r"\1{\2}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
@@ -207,7 +208,7 @@ _ARGUMENT = re.compile(r"\s*(\d|\\[a-zA-Z]+|[a-zA-Z])")
 
 
 def _brace_fraction_arguments(text: str) -> str:
-    """Both arguments of each fraction and binomial in braces, from the innermost on."""
+    """Add braces around both arguments of each fraction and binomial, starting with the innermost."""
     starts = [match.end() for match in re.finditer(r"\\(?:frac|binom)(?![a-zA-Z])", text)]
     for start in reversed(starts[:200]):
         position = start
@@ -257,10 +258,10 @@ _UNSUPPORTED_SYNTAX = re.compile(
 
 
 def parse_expression(text: str) -> Any:
-    """Return the tree of an expression, not evaluated.
+    """Parse an expression to an unevaluated sympy tree.
 
     Raises:
-        Unreadable: for any sign, command or word that is in no list, and for what the parser does not read to its end.
+        UnreadableAnswer: for a sign, command or word that is in no list, and for errors of the parser.
     """
     text = re.sub(r"\\text\{\s*(-?[\d.,]+|[a-zA-Z])\s*\}", r"{\1}", text)
     text = _add_missing_braces(
@@ -268,7 +269,7 @@ def parse_expression(text: str) -> Any:
     )
     text = re.sub(rf"(?<![\\a-zA-Z])(sqrt|{'|'.join(_FUNCTIONS)})(?=\s*[({{\d])", r"\\\1", text)
     text = _add_missing_braces(text.replace("**", "^"))
-    text = re.sub(r"(?<![\\a-zA-Z{])([a-zA-Z]{1,3})(\d+)", r"\1_{\2}", text)  # x1 is x_1, neither a product nor a power
+    text = re.sub(r"(?<![\\a-zA-Z{])([a-zA-Z]{1,3})(\d+)", r"\1_{\2}", text)  # x1 is x_1, not a product or power
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text)
     text = re.sub(r"\\log(?![a-zA-Z])(?!\s*_)", r"\\ln", text)
     text = re.sub(r"(\\log)\s*_\s*(\w)\s*", r"\1_{\2} ", text)
@@ -290,24 +291,24 @@ def parse_expression(text: str) -> Any:
 
 
 def _to_improper_fraction(match: re.Match) -> str:
-    whole, above, below = map(int, match.groups())
-    if not 0 < above < below:
+    integer, numerator, denominator = map(int, match.groups())
+    if not 0 < numerator < denominator:
         raise UnreadableAnswer
-    return f"(\\frac{{{whole * below + above}}}{{{below}}})"
+    return f"(\\frac{{{integer * denominator + numerator}}}{{{denominator}}})"
 
 
 @functools.cache
 def _get_parser_class() -> type:
-    """Return the parser. It reads a number and the factor that follows it as a product: mixed numbers were read before."""
+    """Return a parser that multiplies an integer with a fraction behind it. Mixed numbers were replaced before."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 
     class Parser(_Latex2Sympy):
         def convert_postfix(self, postfix):
-            read_before = self.__dict__.setdefault("_read_before", {})
-            if postfix not in read_before:
-                read_before[postfix] = super().convert_postfix(postfix)
-            return read_before[postfix]
+            cache = self.__dict__.setdefault("_postfix_cache", {})
+            if postfix not in cache:
+                cache[postfix] = super().convert_postfix(postfix)
+            return cache[postfix]
 
         def convert_postfix_list(self, arr, i=0):
             if i + 1 < len(arr) and getattr(first := self.convert_postfix(arr[i]), "is_Integer", False):
@@ -331,13 +332,13 @@ def _parse_tree(text: str) -> Any:
         raise UnreadableAnswer
     ends = (sympy.oo, -sympy.oo, sympy.Mul(-1, sympy.oo, evaluate=False))
     if tree.has(sympy.oo) and tree not in ends and not tree.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
-        raise UnreadableAnswer  # infinity is no number to reckon with
+        raise UnreadableAnswer  # arithmetic with infinity
     capital = sympy.Symbol("I")
-    with sympy.evaluate(False):  # a sum of numbers stays one
+    with sympy.evaluate(False):  # keep sums of numbers
         return tree.xreplace({sympy.I: capital}).xreplace({sympy.Symbol("i"): sympy.I})
 
 
-# -- names, which stand left of an answer
+# -- names on the left of an answer
 
 _LETTER = (
     r"(?:[a-zA-Z]|\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|theta|kappa|lambda|sigma|rho|phi)|[ei]ta|mu|nu|xi|tau|upsilon|"
@@ -365,12 +366,12 @@ _CONSTANTS = {"e", "i", "\\pi"}
 
 
 def is_variable_name(text: str) -> bool:
-    """Return whether a text is a name, as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`; `2x` and `x^2` are none."""
+    """Return whether a text is a name such as `x`, `f(x)`, `\\angle ABC` or `\\text{area}`, not an expression such as `2x`."""
     text = text.strip()
     return text not in _CONSTANTS and _NAME.fullmatch(text) is not None and not _NOT_A_NAME.search(text)
 
 
-# -- everything else
+# -- values
 
 _RELATION = re.compile(r"\\equiv(?=.*\\pmod)|\\leq|\\geq|\\neq|\\approx|\\in(?![a-zA-Z])|<|>|=")
 _OPENING, _CLOSING = "([{", ")]}"
@@ -385,7 +386,7 @@ _VECTOR = re.compile(r"\\(?:mathbf|hat|vec)\s*\{?\s*\\?(?:text\s*\{\s*)?([ijk])(
 
 
 def split_top_level(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
-    """Return the parts of a text between the matches of a pattern outside of all brackets, and the matches."""
+    """Split a text at the matches of a pattern outside all brackets. Return the parts and the matches."""
     parts, signs, start, depth, position = [], [], 0, 0, 0
     while position < len(text):
         if depth == 0 and (match := pattern.match(text, position)) and match.end() > position:
@@ -408,19 +409,16 @@ def split_top_level(text: str, pattern: re.Pattern) -> tuple[list[str], list[str
 
 
 _COMMA = re.compile(r"[,;]")
+_PLUS_MINUS = re.compile(r"\\[pm]{2}(?![a-zA-Z])")
 
 
 @functools.lru_cache(maxsize=256)
 def parse_value(text: str) -> Any:
-    """Return the value that a plain text writes.
+    """Parse a normalised text completely.
 
     Raises:
-        Unreadable: if it writes none as a whole.
+        UnreadableAnswer: if the text has no value.
     """
-    return _parse_value_uncached(text)
-
-
-def _parse_value_uncached(text: str) -> Any:
     text = re.sub(r"\\text\{\s*((?:or|and)\s)", r"\\text{ \1", text.strip())
     text = re.sub(r"^\\text\{\s*([^{}]*\d[^{}]*)\}$", r"\1", text)
     if not text or len(text) > 20_000:
@@ -428,7 +426,7 @@ def _parse_value_uncached(text: str) -> Any:
     if (number := parse_number(text)) is not None:
         return number
     text = _THOUSANDS.sub(
-        lambda match: match[0] if _count_open_brackets(text[: match.start()]) else match[0].replace(",", ""), text
+        lambda match: match[0] if _get_bracket_depths(text[: match.start()])[-1] else match[0].replace(",", ""), text
     )
     if family := _parse_integer_family(text):
         return family
@@ -444,7 +442,7 @@ def _parse_value_uncached(text: str) -> Any:
         return interval
     items, _ = split_top_level(re.sub(r",\s*,", ",", _AND.sub(",", text)), _COMMA)
     if len(items) > 1:
-        return _parse_list(items)  # refuses what has no text between two commas
+        return _parse_list(items)  # refuses empty items
     sides, signs = split_top_level(text, _RELATION)
     if signs:
         return _parse_relation([side.strip() for side in sides], signs)
@@ -453,27 +451,22 @@ def _parse_value_uncached(text: str) -> Any:
         return _combine_alternatives([parse_value(part.strip()) for part in parts])
     if (group := _parse_bracketed(text)) is not None:
         return group
-    if re.search(r"\\[pm][pm](?![a-zA-Z])", text):
-        if len(re.findall(r"\\[pm][pm](?![a-zA-Z])", text)) != 1:
+    if signs := _PLUS_MINUS.findall(text):
+        if len(signs) != 1:
             raise UnreadableAnswer
-        return ValueCollection(
-            "list",
-            tuple(
-                parse_value(re.sub(r"\\[pm]{2}(?![a-zA-Z])", sign, text).strip().removeprefix("+").strip())
-                for sign in "+-"
-            ),
-        )
+        variants = (_PLUS_MINUS.sub(sign, text).strip().removeprefix("+").strip() for sign in "+-")
+        return ValueCollection("list", tuple(parse_value(variant) for variant in variants))
     return parse_quantity(text)
 
 
 def _parse_inequality_pair(text: str) -> Any:
-    """The interval of `x > 1 and x < 2`, or the union of `x < 1, x > 2`; None where a text is no such pair."""
-    ands, _ = split_top_level(text, _AND)
-    both = len(ands) == 2
-    ands = ands if both else split_top_level(text, _COMMA)[0]
-    if len(ands) != 2 or not all(re.search(r"[<>]|\\[lg]eq", part) for part in ands):
+    """Parse `x > 1 and x < 2` as an interval, or `x < 1, x > 2` as a union; None for another text."""
+    parts, _ = split_top_level(text, _AND)
+    is_conjunction = len(parts) == 2
+    parts = parts if is_conjunction else split_top_level(text, _COMMA)[0]
+    if len(parts) != 2 or not all(re.search(r"[<>]|\\[lg]eq", part) for part in parts):
         return None
-    values = [parse_value(part.strip(" ,;")) for part in ands]
+    values = [parse_value(part.strip(" ,;")) for part in parts]
     if not all(isinstance(value, Assignment) and isinstance(value.value, Interval) for value in values):
         return None
     ends = [value.value for value in values]
@@ -482,7 +475,7 @@ def _parse_inequality_pair(text: str) -> Any:
     above, below = ends if ends[1].low is None else ends[::-1]
     if below.high is None or above.high is not None:
         return None
-    if not both:  # a comma is "and" where the two overlap, and "or" where they do not
+    if not is_conjunction:  # a comma is "and" if the intervals overlap, else "or"
         low, high = above.low.value, below.high.value
         if not isinstance(low, Fraction) or not isinstance(high, Fraction) or low == high:
             return None
@@ -497,14 +490,22 @@ _INTEGER_FAMILY = re.compile(
 )
 
 
-def _count_open_brackets(text: str) -> int:
-    return sum(
-        1 if sign in ("\\langle", "(", "[", "{") else -1 for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text)
-    )
+_BRACKET = re.compile(r"\\langle|\\rangle|[()\[\]{}]")
+
+
+def _get_bracket_depths(text: str) -> list[int]:
+    """Return the number of open brackets at the start of a text and behind each bracket."""
+    steps = (1 if bracket in ("\\langle", "(", "[", "{") else -1 for bracket in _BRACKET.findall(text))
+    return list(itertools.accumulate(steps, initial=0))
+
+
+def _is_balanced(text: str) -> bool:
+    depths = _get_bracket_depths(text)
+    return min(depths) >= 0 and depths[-1] == 0
 
 
 def _parse_integer_family(text: str) -> Any:
-    """The values for each integer of a parameter, as in `k\\pi, k \\in \\mathbb{Z}`; None where a text has no such end."""
+    """Parse a family over the integers, such as `k\\pi, k \\in \\mathbb{Z}`; None for another text."""
     match = _INTEGER_FAMILY.fullmatch(text)
     if match is None or not re.search(rf"(?<![\\a-zA-Z]){match[2]}(?![a-zA-Z])", match[1]):
         return None
@@ -531,15 +532,14 @@ def _parse_list(items: list[str]) -> Any:
     if any(isinstance(value, (Assignment, Relation, IntervalUnion)) for value in values):
         raise UnreadableAnswer
     if name is not None and any(isinstance(value, Interval) for value in values):
-        raise UnreadableAnswer  # both at once
-    many = ValueCollection(
-        "letters" if all(re.fullmatch(r"\s*[a-zA-Z]\s*", item) for item in items) else "list", _flatten_lists(values)
-    )
-    return Assignment(name, many) if name is not None else many
+        raise UnreadableAnswer  # a value and an interval
+    are_letters = all(re.fullmatch(r"\s*[a-zA-Z]\s*", item) for item in items)
+    collection = ValueCollection("letters" if are_letters else "list", _flatten_lists(values))
+    return Assignment(name, collection) if name is not None else collection
 
 
 def _flatten_lists(values: list) -> tuple:
-    """The values with those of lists among them, as in `0, \\pm 1`."""
+    """Replace lists among the values by their items, as for `0, \\pm 1`."""
     return tuple(
         inner
         for value in values
@@ -562,18 +562,18 @@ def _combine_alternatives(values: list) -> Any:
             for part in parts
         ):
             raise UnreadableAnswer
-        united: Any = IntervalUnion(tuple(parts))
+        union: Any = IntervalUnion(tuple(parts))
     elif all(isinstance(value, ValueCollection) and value.kind == "set" for value in values):
-        united = ValueCollection("set", tuple(item for value in values for item in value.items))
+        union = ValueCollection("set", tuple(item for value in values for item in value.items))
     elif any(isinstance(value, (AssignmentGroup, Relation)) for value in values):
         raise UnreadableAnswer
     else:
-        united = ValueCollection("list", _flatten_lists(values))
-    return Assignment(names.pop(), united) if names else united
+        union = ValueCollection("list", _flatten_lists(values))
+    return Assignment(names.pop(), union) if names else union
 
 
 def _try_parse_expression(text: str) -> Any:
-    """The tree of a name, where it is an expression, too."""
+    """Return the tree of a name that is also an expression, or None."""
     try:
         return parse_expression(text)
     except UnreadableAnswer:
@@ -600,7 +600,7 @@ def _parse_relation(sides: list[str], signs: list[str]) -> Any:
 
 
 def exclude_points(*holes: Scalar) -> IntervalUnion:
-    """Return the real line without some points, which are in order."""
+    """Return the real line without some points, which must be sorted."""
     ends = [None, *holes, None]
     return IntervalUnion(tuple(Interval(low, high, True, True) for low, high in itertools.pairwise(ends)))
 
@@ -613,11 +613,9 @@ def _parse_equation(sides: list[str], signs: list[str]) -> Any:
         if len(sides) != 2:
             raise UnreadableAnswer
         left, right = _try_parse_expression(sides[0]), _try_parse_expression(sides[1])
-        return (
-            Assignment(sides[0], Scalar(right, text=sides[1]), left)
-            if None not in (left, right)
-            else _raise_unreadable()
-        )
+        if None in (left, right):
+            raise UnreadableAnswer
+        return Assignment(sides[0], Scalar(right, text=sides[1]), left)
     rounded = signs.index("\\approx") if "\\approx" in signs else len(sides) - 1
     if not any(not is_variable_name(side) for side in sides[: rounded + 1]):
         rounded = len(sides) - 1
@@ -645,24 +643,20 @@ def _parse_equation(sides: list[str], signs: list[str]) -> Any:
 
 
 def _check_approximations(value: Any, sides: list[str]) -> None:
-    """Refuse what follows an exact value and a sign of approximation, unless it is a number near it."""
+    """Refuse approximations of an exact value that are not numbers near it."""
     for side in sides:
         number = parse_number(side)
         exact = value.value if isinstance(value, Scalar) else None
         if number is None or exact is None or get_symbols(exact):
             raise UnreadableAnswer
         if isinstance(exact, Fraction) and exact.denominator == 1 and number.value != exact:
-            raise UnreadableAnswer  # an integer needs no rounding
+            raise UnreadableAnswer  # an integer is not rounded
         step, error = float(number.decimal_step or 1), float(exact) - float(number.value)
-        is_cut = 0 <= error * (1 if float(exact) > 0 else -1) < step
-        if not abs(error) <= step * 0.5001 and not is_cut:
-            raise UnreadableAnswer  # neither rounded nor cut to its places
+        is_truncated = 0 <= error * (1 if float(exact) > 0 else -1) < step
+        if not abs(error) <= step * 0.5001 and not is_truncated:
+            raise UnreadableAnswer  # neither rounded nor truncated
         if number.decimal_step is None and not abs(float(number.value) - float(exact)) <= 0.02 * abs(float(exact)):
             raise UnreadableAnswer
-
-
-def _raise_unreadable() -> Any:
-    raise UnreadableAnswer
 
 
 def _parse_inequality(sides: list[str], signs: list[str]) -> Any:
@@ -670,7 +664,7 @@ def _parse_inequality(sides: list[str], signs: list[str]) -> Any:
         sides, signs = sides[::-1], [{">": "<", "\\geq": "\\leq"}[sign] for sign in signs[::-1]]
     elif not all(sign in ("<", "\\leq") for sign in signs):
         raise UnreadableAnswer
-    names = [place for place, side in enumerate(sides) if is_variable_name(side)]
+    names = [index for index, side in enumerate(sides) if is_variable_name(side)]
     if len(sides) == 3 and names == [1]:
         low, high = (
             None if re.fullmatch(r"[-+]?\s*\\infty", side) else _parse_scalar(side) for side in (sides[0], sides[2])
@@ -681,10 +675,10 @@ def _parse_inequality(sides: list[str], signs: list[str]) -> Any:
     if len(sides) != 2:
         raise UnreadableAnswer
     if (absolute := re.fullmatch(r"\|([^|]*[a-z][^|]*)\|", sides[0])) and (
-        near := _parse_absolute_value(absolute[1], sides[1])
+        interval := _parse_absolute_value(absolute[1], sides[1])
     ):
-        letter, low, high = near
-        return Assignment(letter, Interval(low, high, signs[0] == "<", signs[0] == "<"))
+        name, low, high = interval
+        return Assignment(name, Interval(low, high, signs[0] == "<", signs[0] == "<"))
     if len(names) == 1 and not get_symbols(_parse_scalar(sides[1 - names[0]]).value):
         end = _parse_scalar(sides[1 - names[0]])
         below = names[0] == 0
@@ -699,7 +693,7 @@ def _parse_inequality(sides: list[str], signs: list[str]) -> Any:
 
 
 def _parse_absolute_value(inside: str, radius: str) -> tuple[str, Scalar, Scalar] | None:
-    """The letter and the two ends of `|x - 2| < 3`; None where the inside is not linear in one letter."""
+    """Return the letter and the two ends of `|x - 2| < 3`, or None if the inside is not linear in one letter."""
     import sympy
 
     end, tree = parse_number(radius), parse_expression(inside)
@@ -718,7 +712,7 @@ def _parse_absolute_value(inside: str, radius: str) -> tuple[str, Scalar, Scalar
 
 
 def _parse_bracketed(text: str) -> Any:
-    """A set, tuple, interval or a value in brackets; None where the text is not one pair of brackets."""
+    """Parse a set, tuple, interval or value in brackets; None if the text is not one pair of brackets."""
     if re.fullmatch(r"\\mathbb\{R\}", text):
         return Interval(None, None, True, True)
     if match := re.fullmatch(
@@ -763,15 +757,6 @@ def _get_complement(interval: Interval) -> Any:
     return parts[0] if len(parts) == 1 else IntervalUnion(tuple(parts))
 
 
-def _is_balanced(text: str) -> bool:
-    depth = 0
-    for sign in re.findall(r"\\langle|\\rangle|[()\[\]{}]", text):
-        depth += 1 if sign in ("\\langle", "(", "[", "{") else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
     items = [item.strip() for item in split_top_level(inner, _COMMA)[0]]
     if opening == "\\{" or (opening == "{" and len(items) > 1):
@@ -790,7 +775,7 @@ def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
         if (
             len(items) == 1
             and isinstance(values, (Interval, IntervalUnion, Assignment, Relation))
-            and not getattr(values, "pair", False)
+            and not getattr(values, "may_be_pair", False)
         ):
             if isinstance(values, Assignment) and not isinstance(values.value, (Interval, IntervalUnion)):
                 return ValueCollection("set", (values.value,))
@@ -810,7 +795,9 @@ def _make_bracketed_value(opening: str, closing: str, inner: str) -> Any:
             return value
         if opening == "{":
             return value
-        return ValueCollection("tuple", (value,)) if (opening, closing) == ("[", "]") else _raise_unreadable()
+        if (opening, closing) != ("[", "]"):
+            raise UnreadableAnswer
+        return ValueCollection("tuple", (value,))
     if len(items) == 2 and opening in "([" and closing in ")]":
         return _make_interval(*_parse_pair(inner), opening == "(", closing == ")")
     if opening + closing in ("()", "[]"):
@@ -827,9 +814,7 @@ def _parse_pair(inner: str) -> tuple[Any, Any]:
 
 def _make_interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
     if not isinstance(low, Scalar) or not isinstance(high, Scalar):
-        if low_open and high_open:
-            return ValueCollection("tuple", (low, high))
-        if not low_open and not high_open:
+        if low_open == high_open:
             return ValueCollection("tuple", (low, high))
         raise UnreadableAnswer
     ends = [
@@ -845,12 +830,12 @@ def _make_interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
 
 def _parse_matrix(text: str) -> Any:
     if match := re.fullmatch(r"(.*\\end\{.*)\^\s*\{?(?:T|\\top|\\text\{T\}|\\intercal)\}?", text, re.DOTALL):
-        turned = _parse_matrix(match[1])
-        return turned and Matrix(tuple(zip(*turned.rows, strict=True)))
+        matrix = _parse_matrix(match[1])
+        return matrix and Matrix(tuple(zip(*matrix.rows, strict=True)))
     if re.fullmatch(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]", text):
         rows = re.findall(r"\[([^\[\]]*)\]", text)
         text = "\\begin{matrix}" + " \\\\ ".join(row.replace(",", " & ") for row in rows) + "\\end{matrix}"
-    match = _MATRIX.fullmatch(text) or re.fullmatch(r"()\\(?:begin)?()\{?()\}?(?!)", text)
+    match = _MATRIX.fullmatch(text)
     if match is None:
         match = re.fullmatch(
             r"(.*?)([\[(])\s*\\begin\{(?:matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{(?:matrix|array)\}\s*[\])]",
@@ -876,11 +861,11 @@ def _parse_matrix(text: str) -> Any:
 
 
 def _parse_vector_components(text: str) -> ValueCollection:
-    """The components of `3\\mathbf{i} - 2\\mathbf{j}`."""
+    """Parse the components of a vector such as `3\\mathbf{i} - 2\\mathbf{j}`."""
     import sympy
 
     tree = parse_expression(_VECTOR.sub(lambda match: f" v_{{{'ijk'.index(match[1])}}} ", text))
-    units = [sympy.Symbol(f"v_{place}") for place in range(3)]
+    units = [sympy.Symbol(f"v_{index}") for index in range(3)]
     if not set(units) & tree.free_symbols:
         raise UnreadableAnswer
     tree = sympy.expand(tree.doit())
@@ -890,8 +875,9 @@ def _parse_vector_components(text: str) -> ValueCollection:
     return ValueCollection("components", tuple(Scalar(part, text=str(part)) for part in parts))
 
 
-# -- a number with its unit
+# -- numbers with units
 
+# behind an amount of money
 _MAGNITUDE_SUFFIXES = {
     "k": 10**3,
     "K": 10**3,
@@ -900,7 +886,7 @@ _MAGNITUDE_SUFFIXES = {
     "m": 10**6,
     "B": 10**9,
     "bn": 10**9,
-}  # behind an amount of money
+}
 _CURRENCY = re.compile(r"([-+]?)\s*(?:US|A|C)?(?:\\\$|\$|€|£|¥|₹|USD|EUR|Rs\.?)\s*")
 _NUMBER_AND_TEXT = re.compile(
     r"(.*?[\d})\]!a-z]|\\pi|.*?\\(?:infty|pi))\s*((?:\\text\{.*|\^\\circ.*|%.*|[€£¥₹¢].*|\\\$.*|[°℃℉].*))", re.DOTALL
@@ -909,12 +895,13 @@ _NUMBER_AND_WORD = re.compile(
     r"(.*?(?:[\d})%]|\\pi))(\s*)([^\W\d_][^\d\\=]*(?:\^\s*\{?-?\d\}?[^\W\d_/\s]*)*)", re.DOTALL
 )
 _PRIME = r"(?:'|\^\s*\{?\s*\\prime\s*\}?)"
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*")
 _DEGREES_AND_MINUTES = re.compile(rf"(-)?\s*(\d+)\s*\^\\circ\s*(\d+)\s*{_PRIME}(?:\s*(\d+)\s*{_PRIME}\s*{_PRIME})?")
 _MODULUS = re.compile(r"(.*?)\s*\(?\\pmod\s*\{?\s*(\d+)\s*\}?\)?|(.*?)\s*\(\s*\\bmod\s*(\d+)\s*\)|(.*?)\\bmod\s*(\d+)")
 
 
 def parse_quantity(text: str) -> Scalar:
-    """Return an expression, with the unit behind it where it has one."""
+    """Parse an expression with an optional unit."""
     if match := _DEGREES_AND_MINUTES.fullmatch(text):
         degrees, minutes, seconds = (Fraction(part or "0") for part in match.group(2, 3, 4))
         if minutes >= 60 or seconds >= 60:
@@ -930,44 +917,43 @@ def parse_quantity(text: str) -> Scalar:
             unit = Unit((("usd" + foreign[1], 1),), Fraction(1)), unit[1]
         rest = match[1] + text[match.end() :]
         number = parse_number(rest) if unit else None
-        if number is None and unit and (many := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
-            again = parse_unit(many[2])
-            if thousands := _MAGNITUDE_SUFFIXES.get(many[2]):
-                again = Unit((), Fraction(1)), thousands
-            number = _scale_scalar(many[1], again[1]) if again and not again[0].bases else None
-            if number is None and again and again[0] == unit[0]:  # $5 dollars
-                number = parse_number(many[1])
+        if number is None and unit and (amount := re.fullmatch(r"(.*?\d)\s*(?:\\text\{)?\s*(\w+)\s*\}?", rest)):
+            suffix = parse_unit(amount[2])
+            if magnitude := _MAGNITUDE_SUFFIXES.get(amount[2]):
+                suffix = Unit((), Fraction(1)), magnitude
+            number = _scale_scalar(amount[1], suffix[1]) if suffix and not suffix[0].bases else None
+            if number is None and suffix and suffix[0] == unit[0]:  # $5 dollars
+                number = parse_number(amount[1])
         if number is not None and unit is not None:
             return Scalar(number.value, number.decimal_step, unit[0], rest)
         raise UnreadableAnswer
     if match := _NUMBER_AND_TEXT.fullmatch(text):
-        if (sum_ := _parse_quantity_sum(text)) is not None:
-            return sum_
-        inside = match[2].startswith("^") and re.search(
-            r"\\(?:sin|cos|tan|cot|sec|csc)", match[1]
-        )  # the degrees of a sine
-        found = None if inside else parse_unit(match[2])
-        if found is not None:
-            return _attach_unit(match[1], found[0], found[1])
+        if (total := _parse_quantity_sum(text)) is not None:
+            return total
+        # the degrees of a sine belong to its argument
+        is_angle = match[2].startswith("^") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1])
+        unit = None if is_angle else parse_unit(match[2])
+        if unit is not None:
+            return _attach_unit(match[1], *unit)
     try:
         return Scalar(parse_expression(text), text=text)
     except UnreadableAnswer:
         match = _NUMBER_AND_WORD.fullmatch(text)
         if match is None:
             raise
-    if (sum_ := _parse_quantity_sum(text)) is not None:
-        return sum_
+    if (total := _parse_quantity_sum(text)) is not None:
+        return total
     first = re.match(r"[^\W\d_]+", match[3])
     if first is None or not (is_unit_name(first[0]) or match[2] or not first[0].isascii()):
         raise UnreadableAnswer
-    found = parse_unit(match[3])
-    if found is None:
+    unit = parse_unit(match[3])
+    if unit is None:
         raise UnreadableAnswer
-    return _attach_unit(match[1], found[0], found[1])
+    return _attach_unit(match[1], *unit)
 
 
 def parse_letter_unit(text: str) -> Scalar | None:
-    """Return a number with a letter behind it as a number with a unit (`5m`), not as a product; None where it is none."""
+    """Parse a number and letters as a number with a unit (`5m`), not as a product; None for another text."""
     match = re.fullmatch(r"(.*\d\}?)\s*([A-Za-z]{1,4}(?:\s*/\s*[a-z]{1,3})?(?:\s*\^\s*\{?[23]\}?)?)", text)
     if match is None or not is_unit_name(re.split(r"[\s/^]", match[2])[0]) or re.search(r"\dK$", text):
         return None  # 15K may be 15,000
@@ -975,32 +961,33 @@ def parse_letter_unit(text: str) -> Scalar | None:
     return Scalar(number.value, number.decimal_step, unit[0], match[1]) if number and unit else None
 
 
-def _attach_unit(head: str, unit: Unit, many: int = 1) -> Scalar:
+def _attach_unit(head: str, unit: Unit, multiplier: int = 1) -> Scalar:
     head = head.strip()
     if (inner := re.fullmatch(r"\((.*)\)", head)) and _is_balanced(inner[1]):
         head = inner[1]
-    number = _scale_scalar(head, many)
+    number = _scale_scalar(head, multiplier)
     if number is None:
         tree = parse_expression(head)
-        if many != 1:
+        if multiplier != 1:
             raise UnreadableAnswer
         return Scalar(tree, None, unit if unit.bases else None, head)
     return Scalar(number.value, number.decimal_step, unit if unit.bases else None, head)
 
 
-def _scale_scalar(head: str, many: int) -> Scalar | None:
+def _scale_scalar(head: str, multiplier: int) -> Scalar | None:
     number = parse_number(head)
-    if number is None or many == 1:
+    if number is None or multiplier == 1:
         return number
-    return Scalar(number.value * many, None if number.decimal_step is None else number.decimal_step * many, text=head)
+    step = None if number.decimal_step is None else number.decimal_step * multiplier
+    return Scalar(number.value * multiplier, step, text=head)
 
 
 def _parse_quantity_sum(text: str) -> Scalar | None:
-    """The sum of `2 hours 30 minutes`; None where a text is no such sum."""
+    """Parse a sum of quantities such as `2 hours 30 minutes`; None for another text."""
     flat = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     flat = re.sub(r"(\d\s*h(?:rs?|ours?)?\s*,?\s*\d+\s*)m\b", r"\1min", flat)
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", flat)
-    if len(parts) < 2 or re.sub(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*(?:,|and)?\s*", "", flat).strip():
+    parts = _QUANTITY.findall(flat)
+    if len(parts) < 2 or _QUANTITY.sub("", flat).strip():
         return None
     total, bases = Fraction(0), set()
     for digits, word in parts:

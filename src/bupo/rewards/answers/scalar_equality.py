@@ -1,4 +1,4 @@
-"""Compare numbers and expressions, with their units: exactly, or to the digits of a long decimal."""
+"""Comparison of numbers and expressions with units: exactly, or to the digits of a long decimal."""
 
 import re
 from collections.abc import Sequence
@@ -9,63 +9,65 @@ from typing import Any
 from bupo.rewards.answers.classes import Scalar, UnreadableAnswer
 from bupo.rewards.answers.units import Unit
 
-MIN_SIGNIFICANT_DIGITS = 6  # significant digits that a rounded decimal needs
-_PRECISION = 50  # digits to which irrational numbers are compared
-_RELATIVE_TOLERANCE = Fraction(1, 10**40)  # relative
-_FLOAT_TOLERANCE = Fraction(2, 10**16)  # the relative error that a number in floating point may have
-_MAX_EXPONENT = 10**6  # of an exponent, and of a number whose factorial is taken, that are worked out
-# at these values of their letters, expressions are compared: of both signs and several sizes
+MIN_SIGNIFICANT_DIGITS = 6  # of a rounded decimal that may equal an exact number
+_PRECISION = 50  # digits in which irrational numbers are computed
+_RELATIVE_TOLERANCE = Fraction(1, 10**40)  # of irrational numbers
+_FLOAT_TOLERANCE = Fraction(2, 10**16)  # relative error of a number in floating point
+_MAX_EXPONENT = 10**6  # largest exponent, and largest argument of a factorial, that is evaluated
+# values of the symbols at which expressions are compared, with both signs and several sizes
 _SAMPLE_VALUES = ("0.3719", "2.7314", "-1.6180", "17.1327", "-0.2917", "5.4429", "-11.391", "0.8731")
 
 
 class Equality(StrEnum):
+    """The result of a comparison."""
+
     SAME = "correct"
     DIFFERENT = "wrong"
     UNEVALUATED = "unevaluated"
 
 
 def compare_scalars(gold: Scalar, answer: Scalar) -> Equality:
-    """Return whether two numbers or expressions, with their units, are the same answer."""
+    """Compare two numbers or expressions with their units."""
     if not any(is_same_number(*pair) for pair in _convert_to_common_unit(gold, answer)):
         return Equality.DIFFERENT
     return Equality.UNEVALUATED if is_unevaluated(gold, answer) else Equality.SAME
 
 
 def _convert_to_common_unit(gold: Scalar, answer: Scalar) -> list[tuple[Scalar, Scalar]]:
-    """Return the pairs of numbers to compare: the answer is right if one pair is equal."""
-    ours, theirs = gold.unit, answer.unit
-    if ours == theirs:
+    """Return the pairs of numbers to compare. The answer is correct if one pair is equal."""
+    gold_unit, answer_unit = gold.unit, answer.unit
+    if gold_unit == answer_unit:
         return [(gold, answer)]
-    if ours is not None and theirs is not None:
+    if gold_unit is not None and answer_unit is not None:
         for meaning in (_WEIGHT, _STERLING):
-            read = [_resolve_pound(unit, meaning) for unit in (ours, theirs)]
-            if read != [ours, theirs] and read[0].bases == read[1].bases:
-                return [(_multiply_by_factor(gold, read[0].factor), _multiply_by_factor(answer, read[1].factor))]
+            units = [_resolve_pound(unit, meaning) for unit in (gold_unit, answer_unit)]
+            if units != [gold_unit, answer_unit] and units[0].bases == units[1].bases:
+                return [(_multiply_by_factor(gold, units[0].factor), _multiply_by_factor(answer, units[1].factor))]
     pairs = []
-    if ours is None or theirs is None:
-        unit = ours or theirs
+    if gold_unit is None or answer_unit is None:
+        unit = gold_unit or answer_unit
         if unit == _PERCENT:
-            # a plain number of at most 1 is a share of one: 0.5 and 50 %, never 0.5 and 0.5 %
+            # a plain number of at most 1 is a fraction: 0.5 equals 50 %, and not 0.5 %
             pairs.append((_convert_percent(gold), _convert_percent(answer)))
-            bare = gold if ours is None else answer
+            bare = gold if gold_unit is None else answer
             if isinstance(bare.value, Fraction) and abs(bare.value) > 1:
                 pairs.append((gold, answer))
             return pairs
-        if unit is not None and unit.bases == _DEGREES.bases and (ours is None or _has_pi(answer.value)):
+        if unit is not None and unit.bases == _DEGREES.bases and (gold_unit is None or _has_pi(answer.value)):
             pairs.append((_convert_to_radians(gold), _convert_to_radians(answer)))
             if _has_pi(gold.value) or _has_pi(answer.value):
                 return pairs
         if (
             unit is not None
             and any(name.startswith("mod") for name, _ in unit.bases)
-            and ours is None
+            and gold_unit is None
             and not isinstance(gold.value, Fraction)
         ):
             return []
         return [*pairs, (gold, answer)]
-    if ours.bases == theirs.bases:
-        return [(_multiply_by_factor(gold, ours.factor), _multiply_by_factor(answer, theirs.factor))]
-    if {ours.bases, theirs.bases} == {_DEGREES.bases, (("rad", 1),)}:
+    if gold_unit.bases == answer_unit.bases:
+        return [(_multiply_by_factor(gold, gold_unit.factor), _multiply_by_factor(answer, answer_unit.factor))]
+    if {gold_unit.bases, answer_unit.bases} == {_DEGREES.bases, (("rad", 1),)}:
         return [(_convert_to_radians(gold), _convert_to_radians(answer))]
     return []
 
@@ -77,15 +79,15 @@ _DEGREES = Unit((("deg", 1),), Fraction(1))
 
 
 def _resolve_pound(unit: Unit, meaning: Unit) -> Unit:
-    """Return a unit with "pound" in it read as a weight or as an amount of money."""
+    """Return a unit with "pound" replaced by a weight or by an amount of money."""
     power = dict(unit.bases).get("pound", 0)
     if not power:
         return unit
     ((name, _),) = meaning.bases
     bases = {base: exponent for base, exponent in unit.bases if base != "pound"}
     bases[name] = bases.get(name, 0) + power
-    kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
-    return Unit(kept, unit.factor * meaning.factor**power)
+    nonzero = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    return Unit(nonzero, unit.factor * meaning.factor**power)
 
 
 def _has_pi(value: Any) -> bool:
@@ -134,10 +136,10 @@ def is_zero(scalar: Scalar) -> bool:
 
 
 def sort_by_value(items: Sequence[Scalar]) -> list[Scalar]:
-    """Return numbers by size.
+    """Sort numbers by size.
 
     Raises:
-        Unreadable: if one of them is none.
+        UnreadableAnswer: if an item is not a number.
     """
     try:
         return sorted(items, key=lambda item: float(item.value))
@@ -146,14 +148,17 @@ def sort_by_value(items: Sequence[Scalar]) -> list[Scalar]:
 
 
 def is_same_number(gold: Scalar, answer: Scalar) -> bool:
-    """Return whether two values are equal: exactly, or to the digits of a decimal that has at least [`MIN_SIGNIFICANT_DIGITS`]."""
-    ours, theirs = _to_exact(gold.value), _to_exact(answer.value)
-    if isinstance(ours, Fraction) and isinstance(theirs, Fraction):
-        return ours == theirs or _is_equal_rounded(ours, gold.decimal_step, theirs, answer.decimal_step)
-    if isinstance(ours, Fraction) or isinstance(theirs, Fraction):
-        exact, decimal, step = (
-            (theirs, ours, gold.decimal_step) if isinstance(ours, Fraction) else (ours, theirs, answer.decimal_step)
+    """Return whether two values are equal, exactly or to the digits of a decimal with [`MIN_SIGNIFICANT_DIGITS`] digits."""
+    gold_value, answer_value = _to_exact(gold.value), _to_exact(answer.value)
+    if isinstance(gold_value, Fraction) and isinstance(answer_value, Fraction):
+        return gold_value == answer_value or _is_equal_rounded(
+            gold_value, gold.decimal_step, answer_value, answer.decimal_step
         )
+    if isinstance(gold_value, Fraction) or isinstance(answer_value, Fraction):
+        if isinstance(gold_value, Fraction):
+            exact, decimal, step = answer_value, gold_value, gold.decimal_step
+        else:
+            exact, decimal, step = gold_value, answer_value, answer.decimal_step
         if not exact.free_symbols:
             if step is None or abs(decimal) < 10 ** (MIN_SIGNIFICANT_DIGITS - 1) * step:
                 return _is_same_irrational(exact, _to_sympy(decimal))
@@ -163,27 +168,29 @@ def is_same_number(gold: Scalar, answer: Scalar) -> bool:
                 and abs(number - _to_sympy(decimal))
                 <= max(_to_sympy(step) / 2, abs(number) * _to_sympy(_FLOAT_TOLERANCE))
             )
-    return is_same_expression(_to_sympy(ours), _to_sympy(theirs))
+    return is_same_expression(_to_sympy(gold_value), _to_sympy(answer_value))
 
 
-def _is_equal_rounded(ours: Fraction, our_step: Fraction | None, theirs: Fraction, their_step: Fraction | None) -> bool:
-    """Return whether the coarser of two numbers is a decimal of enough digits, to which the other one rounds."""
-    if any(step is None and number.denominator == 1 for number, step in ((ours, our_step), (theirs, their_step))):
+def _is_equal_rounded(
+    gold: Fraction, gold_step: Fraction | None, answer: Fraction, answer_step: Fraction | None
+) -> bool:
+    """Return whether the coarser of two numbers is a decimal with enough digits that the other one rounds to."""
+    if any(step is None and number.denominator == 1 for number, step in ((gold, gold_step), (answer, answer_step))):
         return False  # an integer is exact
-    if our_step is None and their_step is None:
+    if gold_step is None and answer_step is None:
         return False
-    ours_is_coarser = their_step is None or (our_step is not None and our_step > their_step)
-    step = our_step if ours_is_coarser else their_step
-    coarse = ours if ours_is_coarser else theirs
+    is_gold_coarser = answer_step is None or (gold_step is not None and gold_step > answer_step)
+    step = gold_step if is_gold_coarser else answer_step
+    coarse = gold if is_gold_coarser else answer
     return (
         step is not None
         and abs(coarse) >= 10 ** (MIN_SIGNIFICANT_DIGITS - 1) * step
-        and abs(ours - theirs) <= max(step / 2, abs(coarse) * _FLOAT_TOLERANCE)
+        and abs(gold - answer) <= max(step / 2, abs(coarse) * _FLOAT_TOLERANCE)
     )
 
 
 def _to_exact(value: Any) -> Any:
-    """A number as a fraction where it is rational; decimals in an expression are what is written."""
+    """Convert a rational number to a fraction, and the decimals of an expression to exact numbers."""
     if isinstance(value, Fraction):
         return value
     import sympy
@@ -198,10 +205,10 @@ def _to_exact(value: Any) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse numbers of too many digits to be worked out.
+    """Refuse numbers with too many digits to evaluate.
 
     Raises:
-        Unreadable: for an exponent or factorial beyond any answer.
+        UnreadableAnswer: for a huge exponent or factorial.
     """
     import sympy
 
@@ -218,12 +225,12 @@ def _check_size(value: Any) -> None:
 
 
 def _evaluate_tree(value: Any) -> Any:
-    """A tree, evaluated: `doit` leaves functions that were made without evaluation."""
+    """Evaluate a tree. `doit` does not evaluate functions that were created with `evaluate=False`."""
     return value.func(*map(_evaluate_tree, value.args)) if value.args else value
 
 
 def _use_real_roots(value: Any) -> Any:
-    """A tree in which odd roots of negative numbers are real, as in `\\sqrt[3]{-8}`."""
+    """Replace odd roots of negative numbers by real ones, as in `\\sqrt[3]{-8}`."""
     import sympy
 
     def is_root(part: Any) -> bool:
@@ -246,77 +253,80 @@ def _to_sympy(value: Any) -> Any:
 
 
 def is_same_expression(gold: Any, answer: Any) -> bool:
-    """Return whether two expressions have the same values wherever the gold one is real, or everywhere where it is nowhere."""
+    """Return whether two expressions are equal at the points where the gold one is real, or at all points if it never is."""
     import sympy
     from math_verify.grader import unwrap_fcs
 
     gold, answer = unwrap_fcs(gold), unwrap_fcs(answer)
     if gold == answer:
         return True
-    letters = gold.free_symbols | answer.free_symbols
-    if not letters:
+    symbols = gold.free_symbols | answer.free_symbols
+    if not symbols:
         return _is_same_irrational(gold, answer)
     if not gold.free_symbols and answer.has(sympy.Sum, sympy.Integral, sympy.Limit, sympy.Product):
         return False
-    others, real = [], 0
-    for point in _make_sample_points(letters) + (
-        _make_extra_points(letters) if gold.has(*_get_step_functions()) or answer.has(*_get_step_functions()) else []
-    ):
-        wanted = _evaluate_at(gold, point)
-        if wanted is not None and wanted.is_real:
-            given = _evaluate_at(answer, point)
-            if given is None or not _is_close(wanted, given):
+    points = _make_sample_points(symbols)
+    if gold.has(*_get_step_functions()) or answer.has(*_get_step_functions()):
+        points += _make_extra_points(symbols)
+    complex_points, num_real = [], 0
+    for point in points:
+        gold_value = _evaluate_at(gold, point)
+        if gold_value is not None and gold_value.is_real:
+            answer_value = _evaluate_at(answer, point)
+            if answer_value is None or not _is_close(gold_value, answer_value):
                 return False
-            real += 1
-        elif wanted is not None:
-            others.append((wanted, point))
-    if real >= 2:
+            num_real += 1
+        elif gold_value is not None:
+            complex_points.append((gold_value, point))
+    if num_real >= 2:
         return True
-    pairs = [(wanted, _evaluate_at(answer, point)) for wanted, point in others]
-    return real + len(pairs) >= 2 and all(given is not None and _is_close(wanted, given) for wanted, given in pairs)
+    pairs = [(gold_value, _evaluate_at(answer, point)) for gold_value, point in complex_points]
+    return num_real + len(pairs) >= 2 and all(
+        answer_value is not None and _is_close(gold_value, answer_value) for gold_value, answer_value in pairs
+    )
 
 
-def _make_sample_points(letters: set) -> list[dict]:
-    """The points at which expressions are compared: a number for each letter."""
+def _make_sample_points(symbols: set) -> list[dict]:
+    """Return the points at which expressions are compared, each as numbers by symbol."""
     import sympy
 
-    ordered = sorted(letters, key=str)
+    ordered = sorted(symbols, key=str)
     return [
         {
-            letter: sympy.Float(_SAMPLE_VALUES[(turn + 3 * place) % len(_SAMPLE_VALUES)], _PRECISION)
-            * (1 + sympy.Rational(place, 7))
-            for place, letter in enumerate(ordered)
+            symbol: sympy.Float(_SAMPLE_VALUES[(turn + 3 * index) % len(_SAMPLE_VALUES)], _PRECISION)
+            * (1 + sympy.Rational(index, 7))
+            for index, symbol in enumerate(ordered)
         }
         for turn in range(len(_SAMPLE_VALUES))
     ]
 
 
 def _get_step_functions() -> tuple:
-    """Return the functions that change at integers or at one place only, which may be far from the other points."""
+    """Return the functions that change only at integers or at one point, which the sample points may miss."""
     import sympy
 
     return sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign
 
 
-def _make_extra_points(letters: set) -> list[dict]:
-    """Return integer points, and points of either sign that are larger than the numbers in most answers."""
+def _make_extra_points(symbols: set) -> list[dict]:
+    """Return integer points, and points of both signs that are larger than the numbers of most answers."""
     import sympy
 
-    ordered = sorted(letters, key=str)
+    ordered = sorted(symbols, key=str)
     rows = [(6, 3, 8, 5), (7, 4, 2, 9), (9301, 7877, 6421, 5023), (-9203, -8111, -6337, -4993), (98, 47, 31, 83)]
-    return [{letter: sympy.Integer(row[place % 4]) for place, letter in enumerate(ordered)} for row in rows]
+    return [{symbol: sympy.Integer(row[index % 4]) for index, symbol in enumerate(ordered)} for row in rows]
 
 
 def _evaluate_at(tree: Any, point: dict) -> Any:
-    """The value of an expression at a point; None where it has none."""
+    """Return the value of an expression at a point, or None if it is undefined."""
     import sympy
 
     value = tree.evalf(30, subs=point)
-    known = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
-    if known and not value.is_Float and not value.is_Rational:
+    is_defined = value.is_number and value.is_finite and not value.has(sympy.zoo, sympy.nan, sympy.oo)
+    if is_defined and not value.is_Float and not value.is_Rational:
         value = value.evalf(30)
-        known = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
-    return value if known else None
+        is_defined = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+    return value if is_defined else None
 
 
 def _is_close(one: Any, other: Any) -> bool:
@@ -330,20 +340,18 @@ def _is_same_irrational(one: Any, other: Any) -> bool:
     values = [value.evalf(_PRECISION) for value in (one, other)]
     if not all(part.is_Float or part.is_Rational for value in values for part in value.as_real_imag()):
         return False
-    for mine, yours in zip(*(value.as_real_imag() for value in values), strict=True):
-        if abs(mine - yours) > max(abs(mine), abs(yours)) * _to_sympy(_RELATIVE_TOLERANCE) and not _is_noise(
-            mine, yours
-        ):
+    for x, y in zip(*(value.as_real_imag() for value in values), strict=True):
+        if abs(x - y) > max(abs(x), abs(y)) * _to_sympy(_RELATIVE_TOLERANCE) and not _is_noise(x, y):
             return False
     return True
 
 
 def _is_noise(one: Any, other: Any) -> bool:
-    """Return whether both numbers are zero to the last digit that was computed."""
+    """Return whether both numbers are zero up to their computed precision."""
     return all(number == 0 or (number.is_Float and number._prec == 1) for number in (one, other))
 
 
-# -- answers that are the question again
+# -- unevaluated answers
 
 _DIVISION_SIGN = re.compile(r"÷|\\div(?![a-zA-Z])")
 _UNEVALUATED_FUNCTION = re.compile(r"\\?(?<![a-zA-Z])(?:gcd|lcm|bmod)(?![a-zA-Z])")
@@ -351,16 +359,16 @@ _SLASH = re.compile(r"/|frac|\\over(?![a-zA-Z])")
 
 
 def _has_pending_operation(tree: Any) -> bool:
-    """Return whether an irrational number holds an operation on numbers that leaves fewer terms or factors when it is done.
+    """Return whether evaluating an operation in an irrational number would leave fewer terms or factors.
 
-    These are a sum of terms whose quotient is rational, a product of integers or of sums, and a power of a sum.
+    Such operations are sums of terms with a rational quotient, products of integers or of sums, and powers of sums.
     """
     import sympy
 
     for part in sympy.preorder_traversal(tree):
         if part.is_Add:
             terms = _flatten_terms(part, sympy.Add)
-            quotients = (one / other for place, one in enumerate(terms) for other in terms[:place] if other != 0)
+            quotients = (one / other for index, one in enumerate(terms) for other in terms[:index] if other != 0)
             if any(quotient.doit().is_Rational for quotient in quotients):
                 return True
         elif part.is_Mul:
@@ -374,17 +382,17 @@ def _has_pending_operation(tree: Any) -> bool:
 
 
 def _flatten_terms(tree: Any, kind: type) -> list:
-    """Return the terms of a sum or the factors of a product, with those of its parts of the same kind."""
+    """Return the terms of a nested sum, or the factors of a nested product."""
     return [inner for part in tree.args for inner in (_flatten_terms(part, kind) if isinstance(part, kind) else [part])]
 
 
 def is_unevaluated(gold: Scalar, answer: Scalar) -> bool:
-    """Return whether the answer equals the gold one, but is the question again: an operation that nobody has carried out.
+    """Return whether an answer that equals the gold answer is not worked out.
 
-    That is a sum, product, logarithm, remainder or chain of quotients where the gold answer is a number, and a `\\sum`,
-    integral, limit or derivative where it holds none. `4 + 7` is no answer to "what is 4 + 7?", and a policy that is paid for
-    it learns to repeat the question. A single fraction is a number, reduced or not (`84/2`), and so are decimals,
-    `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}`, `5!` and `\\sqrt{4}`.
+    If the gold answer is a number, the answer must not be a sum, product, logarithm, remainder or chain of quotients. It may
+    hold a `\\sum`, integral, limit or derivative only if the gold answer does. `4 + 7` is not an answer to "what is 4 + 7?": a
+    policy with a reward for it learns to repeat the question. A single fraction is a number, reduced or not (`84/2`), and so
+    are decimals, `1\\frac{1}{2}`, `3 \\times 10^5`, `50\\%`, `2^{10}`, `5!` and `\\sqrt{4}`.
     """
     import sympy
 
@@ -392,9 +400,9 @@ def is_unevaluated(gold: Scalar, answer: Scalar) -> bool:
     if isinstance(expression, Fraction):
         return False
     if not isinstance(gold.value, Fraction) and gold.value.has(sympy.factorial) and expression.has(sympy.factorial):
-        return False  # the gold answer is not worked out, either
+        return False  # the gold answer is not worked out either
     if isinstance(gold.value, Fraction) and _UNEVALUATED_FUNCTION.search(answer.text):
-        return True  # sympy may have carried it out already
+        return True  # sympy may have evaluated it already
     calculus = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     if expression.has(*calculus):
         return isinstance(gold.value, Fraction) or not gold.value.has(*calculus)
@@ -407,7 +415,7 @@ def is_unevaluated(gold: Scalar, answer: Scalar) -> bool:
     if all(atom.is_Number for atom in expression.atoms()) and (
         _DIVISION_SIGN.search(answer.text) or len(_SLASH.findall(answer.text)) > 1
     ):
-        return True  # which sympy may have carried out already
+        return True  # sympy may have evaluated the quotients already
     if _is_multinomial(expression):
         return False
     return any(_is_operation(part) for part in sympy.preorder_traversal(expression)) or expression.has(
@@ -416,7 +424,7 @@ def is_unevaluated(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _is_multinomial(tree: Any) -> bool:
-    """Return whether a number is a factorial over a product of factorials, as a binomial is written out."""
+    """Return whether a number is a factorial over a product of factorials, like a binomial coefficient."""
     import sympy
 
     factors = _flatten_terms(tree, sympy.Mul) if tree.is_Mul else []
@@ -429,7 +437,7 @@ def _is_multinomial(tree: Any) -> bool:
 
 
 def _is_operation(part: Any) -> bool:
-    """Return whether a part of an expression is a sum or product of numbers: no fraction, and no angle (5 pi / 6)."""
+    """Return whether a part of an expression is a sum or product of numbers, but not a fraction or an angle (5 pi / 6)."""
     import sympy
 
     if part.is_Add:
@@ -448,7 +456,7 @@ def _is_operation(part: Any) -> bool:
 def _is_operand(factor: Any) -> bool:
     """Return whether a factor is a number, or a power, factorial, binomial or trigonometric function of one.
 
-    Powers of ten are a way to write a number.
+    Powers of ten do not count, since they are part of a number in scientific notation.
     """
     import sympy
     from sympy.functions.elementary.trigonometric import TrigonometricFunction
@@ -462,15 +470,15 @@ def _is_operand(factor: Any) -> bool:
 
 
 def is_same_equation(left: Any, right: Any, other_left: Any, other_right: Any, positive: bool = False) -> bool:
-    """Return whether two equations are the same up to sides and a constant factor, positive for an inequality."""
+    """Return whether two equations are equal up to their sides and a constant factor, optionally a positive one."""
     import sympy
 
     gold, answer = _to_sympy(left) - _to_sympy(right), _to_sympy(other_left) - _to_sympy(other_right)
-    letters = gold.free_symbols
-    if not letters or letters != answer.free_symbols:
+    symbols = gold.free_symbols
+    if not symbols or symbols != answer.free_symbols:
         return False
     factors = []
-    for point in _make_sample_points(letters):
+    for point in _make_sample_points(symbols):
         values = [_evaluate_at(tree, point) for tree in (gold, answer)]
         if None in values:
             continue

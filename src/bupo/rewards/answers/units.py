@@ -1,4 +1,4 @@
-"""Units of numbers: names, conversion, and which words may stand behind a number at all."""
+"""Units of numbers: their names and conversion, and the words that may follow a number."""
 
 import re
 from fractions import Fraction
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """A product of base units with integer exponents, sorted by name, and the factor to them."""
+    """A product of base units with integer exponents, sorted by name, and the factor that converts to it."""
 
     bases: tuple[tuple[str, int], ...]
     factor: Fraction
 
 
-# names of a unit -> (its base unit, factor); prefixes are added below
+# base unit and factor by name of a unit; `_register_unit` adds the prefixes
 _UNITS: dict[str, tuple[str, Fraction]] = {}
 
 
@@ -26,13 +26,11 @@ def _register_unit(base: str, factor: object, *names: str, prefixes: str = "") -
     for name in names:
         _UNITS[name] = (base, Fraction(str(factor)))
     for prefix in prefixes:
-        power, long = _PREFIXES[prefix]
+        power, long_prefix = _PREFIXES[prefix]
         for name in names:
             if name.isascii():
-                _UNITS[(prefix if len(name) <= 3 else long) + name] = (
-                    base,
-                    Fraction(str(factor)) * Fraction(10) ** power,
-                )
+                full_name = (prefix if len(name) <= 3 else long_prefix) + name
+                _UNITS[full_name] = (base, Fraction(str(factor)) * Fraction(10) ** power)
 
 
 _register_unit("m", 1, "m", "meter", "metre", "米", prefixes="kcmdμn")
@@ -98,7 +96,7 @@ _MULTIPLIERS = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-# words behind a number by which it is another number, no number, or not the answer
+# words behind a number that are no unit: they change the number, or doubt it
 _NON_UNIT_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -122,7 +120,7 @@ _NON_UNIT_WORDS = frozenset(
         """,
     )
 )
-# nouns of what is counted that do not end in s, in singular or plural
+# nouns of counted things that do not end in s
 _COUNTED_NOUNS = frozenset(
     re.findall(
         r"\w+",
@@ -138,13 +136,13 @@ _COUNTED_NOUNS = frozenset(
 ) - {"zero", "number", "square", "time", "triple"}
 _DIMENSION_WORDS = frozenset(
     {"old", "high", "long", "wide", "tall", "deep", "away", "apart"}
-)  # behind "metres" or "years"
+)  # after "metres" or "years"
 _ADJECTIVES = frozenset({"different", "possible", "positive", "negative", "remaining", "total"})  # "different ways"
 _NON_UNIT_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
 
 
 def _is_counted_noun(word: str) -> bool:
-    """Return whether a word behind a number looks like the name of what is counted: "apples", "people"."""
+    """Return whether a word behind a number looks like the noun of counted things, such as "apples" or "people"."""
     word = word.lower()
     if not word.isascii():
         return len(word) <= 6 and not _NON_UNIT_CJK.search(word)
@@ -158,7 +156,7 @@ _TOKEN = re.compile(
 
 
 def is_unit_name(word: str) -> bool:
-    """Return whether a word is a unit's name."""
+    """Return whether a word is the name of a unit."""
     return _find_unit(word) is not None
 
 
@@ -170,10 +168,13 @@ def _find_unit(word: str) -> tuple[str, Fraction] | None:
 
 
 def parse_unit(text: str) -> tuple[Unit, int] | None:
-    """Return the unit that a text names, and the number by which its words multiply ("million"); None where it names none.
+    """Parse the text behind a number as a unit.
 
-    Words that are in no table count as units where the last of them looks like a noun of what is counted, such as "apples" or
-    "red marbles": up to four, without any that changes the number.
+    Up to four words that are in no table also count as a unit if the last looks like a noun of counted things, such as "apples"
+    or "red marbles", and none of them changes the number.
+
+    Returns:
+        `tuple[Unit, int]`, *optional*: the unit, and the factor of words such as "million"; or None.
     """
     text = (
         text.replace("\\text", " ")
@@ -186,16 +187,16 @@ def parse_unit(text: str) -> tuple[Unit, int] | None:
         re.sub(r"\{\s*(-?\d)\s*\}", r"\1", text).replace("{", " ").replace("}", " ").replace("*", " ").replace("⋅", " ")
     )
     text = text.replace("(s)", "")
-    text = re.sub(r"\b([ap])\.\s*m\b", "or", text)  # a time of day is no unit
+    text = re.sub(r"\b([ap])\.\s*m\b", "or", text)  # a time of day is not a unit
     bases: dict[str, int] = {}
-    factor, many, sign, power, words = Fraction(1), 1, 1, 1, 0
+    factor, multiplier, sign, power, words = Fraction(1), 1, 1, 1, 0
     last: tuple[str, Fraction] | None = None
-    of = False  # a noun was named, and words follow of which it is
-    is_open = False  # an adjective waits for its noun
+    after_noun = False  # after a preposition, as in "pieces of the cake"
+    is_open = False  # an adjective needs its noun
     if re.match(r"\s*(?:per\b|/)", text):
         return None
 
-    def times(name: str, scale: Fraction, exponent: int) -> None:
+    def multiply_by(name: str, scale: Fraction, exponent: int) -> None:
         nonlocal factor
         above, below, rate = _COMPOUND_UNITS.get(name, (name, None, Fraction(1)))
         bases[above] = bases.get(above, 0) + exponent
@@ -207,7 +208,7 @@ def parse_unit(text: str) -> tuple[Unit, int] | None:
         if raised:
             if last is None:
                 return None
-            times(*last, sign * (int(raised) - 1))
+            multiply_by(*last, sign * (int(raised) - 1))
             last = None
         elif slash:
             sign = -1
@@ -220,23 +221,23 @@ def parse_unit(text: str) -> tuple[Unit, int] | None:
             if name.lower() in _POWERS or name in _POWERS:
                 exponent = _POWERS.get(name, _POWERS.get(name.lower(), 1))
                 if last is not None and name.lower() in ("squared", "cubed"):
-                    times(*last, sign * (exponent - 1))
+                    multiply_by(*last, sign * (exponent - 1))
                 power = 1 if last is not None and name.lower() in ("squared", "cubed") else exponent
                 continue
             if name in _MULTIPLIERS or name.lower() in _MULTIPLIERS or name.lower().removesuffix("s") in _MULTIPLIERS:
-                many *= (
+                multiplier *= (
                     _MULTIPLIERS.get(name)
                     or _MULTIPLIERS.get(name.lower())
                     or _MULTIPLIERS[name.lower().removesuffix("s")]
                 )
                 continue
-            if of and name.lower() in ("the", "a", "an", "its", "their"):
+            if after_noun and name.lower() in ("the", "a", "an", "its", "their"):
                 continue
             adjective = name.lower() in _ADJECTIVES or (is_open and name.lower() in ("pairs", "roots", "triples"))
             if (name.lower() in _NON_UNIT_WORDS and not adjective) or words >= 4:
                 return None
             if _find_unit(name) is None and len(name) == 1 and name.isascii():
-                return None  # a letter is a factor
+                return None  # a factor, as in 2x
             if words and not is_open and name.lower() in _DIMENSION_WORDS:
                 continue
             known = _find_unit(name)
@@ -245,15 +246,13 @@ def parse_unit(text: str) -> tuple[Unit, int] | None:
             if name.lower() in ("of", "in", "on"):
                 if not words or is_open:
                     return None
-                of = True
-            is_open = not of and known is None and (not _is_counted_noun(name) or name.lower() in _ADJECTIVES)
+                after_noun = True
+            is_open = not after_noun and known is None and (not _is_counted_noun(name) or name.lower() in _ADJECTIVES)
             last = known or (name.lower().removesuffix("s"), Fraction(1))
             words += 1
-            times(*last, sign * power)
+            multiply_by(*last, sign * power)
             power = 1
-    kept = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
-    if is_open:
+    if is_open or (words > 1 and "%" in bases):
         return None
-    if words > 1 and "%" in bases:
-        return None
-    return (Unit(kept, factor), many) if kept or many != 1 else None
+    nonzero = tuple(sorted((base, exponent) for base, exponent in bases.items() if exponent))
+    return (Unit(nonzero, factor), multiplier) if nonzero or multiplier != 1 else None
