@@ -66,7 +66,7 @@ def get_resume_options(trainer: GRPOTrainerHooks) -> dict[str, Any]:
     options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _affects_training(f.name)}
     options |= trainer.input_fingerprint
     if (
-        args.has_auxiliary_objective and not args.first_phase.stages
+        args.has_auxiliary_objective and not args.phase_schedule.stages
     ):  # a first phase, which holds the layer, is compared
         options["internal_layer"] = args.internal_layer
     template = getattr(trainer.processing_class, "chat_template", None)

@@ -85,7 +85,7 @@ def check_same_run(trainer: GRPOTrainerHooks, checkpoint: Path, log: Callable[[s
     check_checkpoint_options(trainer, checkpoint, log)
     if (checkpoint / STATE_FILE).exists():  # checked here, before files of a finished run are deleted
         state = _read_shared_state(checkpoint, mmap=True)
-        check_same_schedule(state["planned"], trainer.args.first_phase, checkpoint)
+        check_same_schedule(state["planned"], trainer.args.phase_schedule, checkpoint)
         _check_update_count(checkpoint, state)
 
 
