@@ -88,8 +88,10 @@ class EarlyStoppingMonitor:
             return f"the reward fell from {best:.3f} to {last:.3f} (means of {WINDOW} rollout batches)"
         first_clipped, clipped = self.clipped_ratios[0], sum(self.clipped_ratios[-WINDOW:]) / WINDOW
         if clipped > first_clipped + MAX_CLIPPED_INCREASE:
-            return f"{100 * clipped:.0f} % of the answers are cut at max_completion_length, at first "
+            return (
+                f"{100 * clipped:.0f} % of the answers are cut at max_completion_length, at first "
                 f"{100 * first_clipped:.0f} %"
+            )
         if self.best_batch < len(self.rewards) - 1:
             for measure, values, factor in (
                 ("perplexity", self.perplexities, MAX_PERPLEXITY_RATIO),
