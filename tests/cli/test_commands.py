@@ -93,7 +93,7 @@ def test_train_from_a_file_with_flags_over_it(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 layer 5" in done.stdout and "2 whole" in done.stdout
+    assert "1 layer 5" in done.stdout and "2 model" in done.stdout
     rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "phase" in row]
     assert [row["phase"] for row in rows] == [1, 2] and all(0 <= row["reward"] <= 1 for row in rows)
     assert {"grading/unparsable", "grading/timeout"} <= set(rows[0])
@@ -251,7 +251,7 @@ def test_completion_completes(capsys, tmp_path):
         ({"reward_funcs": "json.nope"}, "'json.nope' cannot be imported"),
         (
             {"resume_from_checkpoint": "/no/checkpoint"},
-            "/no/checkpoint cannot be gone on with: there is no such folder",
+            "/no/checkpoint cannot be resumed: there is no such folder",
         ),
     ],
 )

@@ -199,7 +199,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on(zygote, wholes, tmp
     ended = zygote.run(*argv, folder=tmp_path, before=f"tests.faults.limits.{room}")
     lines = [line for line in ended.output.splitlines() if line.startswith("bupo: error:")]
     assert ended.status == 2 and len(lines) == 1 and "Traceback" not in ended.output, ended.output
-    assert "checkpoint-8" in lines[0] and "go on with --resume_from_checkpoint true" in lines[0]
+    assert "checkpoint-8" in lines[0] and "resume with --resume_from_checkpoint true" in lines[0]
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4"]
     assert find_damage(tmp_path / "run" / "checkpoint-4") is None and not (tmp_path / "run" / "_saving").exists()
     assert zygote.run(*argv, folder=tmp_path).status == 0

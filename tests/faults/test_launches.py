@@ -299,8 +299,8 @@ def test_a_signal_ends_the_update_and_the_run_goes_on(server, whole, tmp_path, n
     run.send(number)  # a launcher's second
     assert run.wait() == [128 + number]
     said = run.said()
-    line = f"bupo: stopped by {number.name} after update 3 of {UPDATES}, kept in {folder}/checkpoint-3: the same command with"
-    assert said.count(f"{line} --resume_from_checkpoint true goes on") == 1 and "Traceback" not in said
+    line = f"bupo: stopped by {number.name} after update 3 of {UPDATES}, saved in {folder}/checkpoint-3: resume with the same command and"
+    assert said.count(f"{line} --resume_from_checkpoint true") == 1 and "Traceback" not in said
     assert said.count("Ctrl-C again") == (number == signal.SIGINT)
     assert not (folder / "model.safetensors").exists() and not (folder / "training.png").exists()
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -378,7 +378,7 @@ def test_the_demo_is_stopped_and_goes_on(server, tmp_path):
     run = server.start(command, tmp_path / "log")
     until(logged(folder, 1))
     run.send(signal.SIGTERM)
-    assert run.wait() == [128 + signal.SIGTERM] and "--resume_from_checkpoint true goes on" in run.said()
+    assert run.wait() == [128 + signal.SIGTERM] and "--resume_from_checkpoint true" in run.said()
     assert not (folder / "summary.json").exists()
     run = server.start([*command, "--resume_from_checkpoint", "true"], tmp_path / "log")
     assert run.wait() == [0], run.said()

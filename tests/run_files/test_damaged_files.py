@@ -73,7 +73,7 @@ def test_finished_runs(tmp_path, name):
     assert read_finished_run(config) == {part: DONE[part] for part in ("schedule", "planned", "options")}
     (ANY | TEXT)[name](path)
     before = os.listdir(tmp_path)
-    assert "delete it, and the run goes on" in damaged(path, lambda: read_finished_run(config))
+    assert "delete it, and the run resumes" in damaged(path, lambda: read_finished_run(config))
     assert os.listdir(tmp_path) == before
 
 

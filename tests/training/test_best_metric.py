@@ -44,8 +44,8 @@ def trainer_of(folder, reward=length, callbacks=(), evaluation=FEW, **changes):
 
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 REFUSED = [
-    ({"metric_for_best_model": "eval_accuracy"}, (), "metric_for_best_model 'accuracy' is not what an evaluation measures: give loss"),
-    ({"metric_for_best_model": "rewards/other/mean"}, (), "give .*rewards/length/mean"),
+    ({"metric_for_best_model": "eval_accuracy"}, (), "metric_for_best_model 'accuracy' is not measured by evaluations: use loss"),
+    ({"metric_for_best_model": "rewards/other/mean"}, (), "use .*rewards/length/mean"),
     ({"metric_for_best_model": "kl"}, (), "metric_for_best_model 'kl'"),  # beta is 0
     ({"metric_for_best_model": "clip_ratio/low_mean", "loss_type": "cispo"}, (), "metric_for_best_model 'clip_ratio/low_mean'"),
     ({"load_best_model_at_end": True, "metric_for_best_model": "f1", **SAVED}, (), "metric_for_best_model 'f1'"),
@@ -56,7 +56,7 @@ REFUSED = [
     ({}, (EarlyStoppingCallback(),), "EarlyStoppingCallback needs metric_for_best_model"),
     ({"eval_strategy": "no", "metric_for_best_model": "reward"}, (EarlyStoppingCallback(),), "EarlyStoppingCallback needs evaluations"),
     ({"metric_for_best_model": "math500/avg@4", "eval_benchmarks": ["arithmetic"], "eval_problems": 2}, (),
-     "the scores of eval_benchmarks choose no checkpoint"),
+     "the scores of eval_benchmarks do not select checkpoints"),
 ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_a_metric_that_nothing_measures_is_refused_before_sampling(tmp_path, cha
 
 def test_of_several_sets_each_has_its_loss(tmp_path):
     sets = {"easy": FEW, "hard": FEW}
-    with pytest.raises(UserError, match="'loss' is not what an evaluation measures: give easy_loss, hard_loss"):
+    with pytest.raises(UserError, match="'loss' is not measured by evaluations: use easy_loss, hard_loss"):
         trainer_of(tmp_path, evaluation=sets, load_best_model_at_end=True, **SAVED)
     trainer_of(tmp_path, evaluation=sets, load_best_model_at_end=True, metric_for_best_model="eval_hard_loss", **SAVED)
 
@@ -121,7 +121,7 @@ def test_a_metric_that_a_reward_logs_itself_is_taken(tmp_path):
     trainer.train()
     assert trainer.state.best_metric == 0.5
     trainer = trainer_of(tmp_path / "b", logging_reward, metric_for_best_model="rudeness", max_steps=2)
-    with pytest.raises(UserError, match="metric_for_best_model 'rudeness' is not what an evaluation measures"):
+    with pytest.raises(UserError, match="metric_for_best_model 'rudeness' is not measured by evaluations"):
         trainer.train()
 
 
@@ -145,7 +145,7 @@ def test_a_metric_that_the_users_code_adds_is_taken(tmp_path, monkeypatch, way):
     trainer.train()
     assert trainer.state.best_metric == (0.25 if way == "callback" else 0.75)
     trainer = trainer_of(tmp_path / "b", callbacks=callbacks, metric_for_best_model="rudeness", max_steps=2)
-    with pytest.raises(UserError, match="metric_for_best_model 'rudeness' is not what an evaluation measures"):
+    with pytest.raises(UserError, match="metric_for_best_model 'rudeness' is not measured by evaluations"):
         trainer.train()
 
 
@@ -268,5 +268,5 @@ def test_other_callbacks_start_afresh_and_are_named(tmp_path, capsys):
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 14
     said = capsys.readouterr().out
-    assert "callbacks start afresh: they are EarlyStoppingCallback {'early_stopping_patience': 5" in said
+    assert "callbacks start without their earlier state: they are EarlyStoppingCallback {'early_stopping_patience': 5" in said
     assert json.loads((tmp_path / "run" / "checkpoint-14" / "trainer_state.json").read_text())["global_step"] == 14

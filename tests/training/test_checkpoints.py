@@ -19,9 +19,10 @@ from bupo import BuPOConfig, TrainOptions, UserError
 from bupo.training.callbacks import tensorboard_resume
 from bupo.training.callbacks.metrics_file import read_metrics
 from bupo.training.callbacks.nonfinite_updates import SkipNonFiniteUpdatesCallback
-from bupo.training.checkpoints import integrity
-from bupo.training.checkpoints.integrity import find_damage, find_newest_intact_checkpoint, list_checkpoints
+from bupo.training.checkpoints import integrity, selection
+from bupo.training.checkpoints.integrity import find_damage, list_checkpoints
 from bupo.training.checkpoints.resume import check_checkpoint_options, fingerprint_inputs, write_options
+from bupo.training.checkpoints.selection import find_newest_intact_checkpoint
 from bupo.training.checkpoints.writer import (
     STAGING_DIR,
     commit_node_checkpoint,
@@ -108,7 +109,7 @@ def test_what_is_missing_cut_or_altered_is_named(folder, name):
         path.unlink() if harmed is None else path.write_bytes(harmed)
         said: list[str] = []
         assert find_newest_intact_checkpoint(folder, said.append) == folder / "checkpoint-4"
-        assert len(said) == 1 and "checkpoint-6 is passed over: " in said[0]
+        assert said[1:] == [f"resuming from {folder}/checkpoint-4"] and "checkpoint-6 is skipped: " in said[0]
         assert name in said[0] or name == "manifest.json"  # whose entry of another file is altered
         path.write_bytes(content)
     assert find_damage(checkpoint) is None
@@ -117,11 +118,11 @@ def test_what_is_missing_cut_or_altered_is_named(folder, name):
 def test_the_one_before_a_damaged_checkpoint_is_gone_on_with(finished, folder):
     (folder / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
     (folder / "checkpoint-abc").mkdir()
-    with pytest.raises(UserError, match=r"checkpoint-6 cannot be gone on with: optimizer.pt has 4 bytes, not "):
+    with pytest.raises(UserError, match=r"checkpoint-6 cannot be resumed: optimizer.pt has 4 bytes, not "):
         run(folder, resume_from_checkpoint=str(folder / "checkpoint-6"))
     said = run(folder, resume_from_checkpoint=True, save_total_limit=2)
-    assert any("checkpoint-6 is passed over: optimizer.pt has 4 bytes" in line for line in said)
-    assert any(line == f"going on from {folder}/checkpoint-4" for line in said)
+    assert any("checkpoint-6 is skipped: optimizer.pt has 4 bytes" in line for line in said)
+    assert any(line == f"resuming from {folder}/checkpoint-4" for line in said)
     assert same(finished, folder) and find_damage(folder / "checkpoint-6") is None
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-4",
@@ -145,12 +146,10 @@ def test_a_folder_without_a_whole_checkpoint_is_not_begun_anew(folder):
     for path in list_checkpoints(folder):
         (path / "manifest.json").unlink()
     with pytest.raises(
-        UserError, match=r"no checkpoint in .* is whole: name one of them to go on from it all the same"
+        UserError, match=r"no checkpoint in .* is intact: name one of them to resume from it all the same"
     ):
         run(folder, resume_from_checkpoint="true")
-    run(
-        folder, resume_from_checkpoint=str(folder / "checkpoint-6")
-    )  # of an earlier version: all needed files are there
+    run(folder, resume_from_checkpoint=str(folder / "checkpoint-6"))  # all needed files are there
     (folder / "checkpoint-6" / "manifest.json").unlink(missing_ok=True)
     (folder / "checkpoint-6" / "scheduler.pt").unlink()
     with pytest.raises(UserError, match=r"scheduler.pt is missing"):
@@ -198,8 +197,8 @@ def test_what_is_deleted_is_never_what_the_run_goes_on_from(tmp_path):
 
 
 FINISHED_OTHERWISE: list[tuple[dict, str]] = [
-    ({"seed": 1}, "seed is 1, but 0 in .*run: a run goes on with the same"),
-    ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
+    ({"seed": 1}, "seed is 1, but 0 in .*run: resume with the same value"),
+    ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], and the options set \[\[2, 1\]\]"),
 ]
 
 
@@ -212,7 +211,7 @@ def test_a_finished_run_is_finished(finished, tmp_path):
     for path in list_checkpoints(copy):
         shutil.rmtree(path)
     assert run(copy, resume_from_checkpoint=True) == said  # also without checkpoints
-    with pytest.raises(UserError, match="holds a finished run without checkpoints to go on from"):
+    with pytest.raises(UserError, match="holds a finished run without checkpoints to resume from"):
         run(copy, resume_from_checkpoint=True, max_steps=8)
     for changes, message in FINISHED_OTHERWISE:
         with pytest.raises(UserError, match=message):
@@ -261,13 +260,13 @@ def namesake():
         ({"internal_lens": "final_norm"}, "internal_lens is final_norm, but raw in "),
         ({"internal_module": "ffn"}, "internal_module is ffn, but layer in "),
         ({"advantage_estimator": "rloo"}, "advantage_estimator is rloo, but grpo in "),
-        ({"steps_per_generation": 4}, "answers a rollout batch is 16, but 8 in "),
+        ({"steps_per_generation": 4}, "completions per rollout batch is 16, but 8 in "),
         ({"problems": ROWS.select(range(32))}, "problems is 32 problems, SHA-256 .*, but 64 problems, SHA-256 "),
         ({"problems": ROWS.map(lambda row: {"prompt": row["prompt"] + "="})}, "problems is 64 problems"),
         ({"reward": lambda completion_ids, **k: token_reward(completion_ids)}, "reward_funcs is .*lambda"),
         ({"reward": namesake()}, r"namesake.<locals>.token_reward.*, but .*tests.training.test_trainer.token_reward"),
         ({"model": model_of(num_hidden_layers=3)}, "model is qwen3, 3 layers of 32, 262 tokens"),
-        ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], the options say \[\[2, 1\]\]"),
+        ({"internal_steps": 1}, r"was made with the first phase \[\[2, 2\]\], and the options set \[\[2, 1\]\]"),
     ],
 )
 def test_what_would_change_the_run_is_refused(folder, changes, message):
@@ -332,7 +331,7 @@ def test_options_that_are_kept_hold_no_secret(tmp_path):
 def test_a_lower_learning_rate_takes_effect_and_is_said(folder, capsys):
     shutil.rmtree(folder / "checkpoint-6")
     run(folder, learning_rate=1e-5, logging_steps=2, save_steps=1, resume_from_checkpoint=True)
-    assert "learning_rate is 1e-05 from here on; it was 0.001" in capsys.readouterr().out
+    assert "learning_rate changes from 0.001 to 1e-05" in capsys.readouterr().out
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "learning_rate" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 6]  # the cadence of logs and checkpoints is free
     assert rows[-1]["learning_rate"] == pytest.approx(1e-5 / 6)
@@ -349,20 +348,20 @@ def test_a_checkpoint_is_looked_at_and_compared_once(folder, monkeypatch, capsys
     )
     run(folder, learning_rate=1e-5, save_strategy="no", resume_from_checkpoint=True)
     assert summed and len(set(summed)) == len(summed) and all("checkpoint-6/" in name for name in summed)
-    assert capsys.readouterr().out.count("learning_rate is 1e-05 from here on") == 1
+    assert capsys.readouterr().out.count("learning_rate changes from 0.001 to 1e-05") == 1
 
 
 def test_what_another_process_does_not_see_is_refused(folder, monkeypatch):
     checkpoint = folder / "checkpoint-6"
-    integrity.check_visible_to_all(checkpoint)
-    monkeypatch.setattr(integrity, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    selection.check_visible_to_all(checkpoint)
+    monkeypatch.setattr(selection, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     monkeypatch.setattr(integrity, "_hash_file", lambda path: pytest.fail("sums are the main process' business"))
-    integrity.check_visible_to_all(checkpoint)
+    selection.check_visible_to_all(checkpoint)
     shutil.rmtree(checkpoint)
     with pytest.raises(
-        UserError, match=r"finds .*checkpoint-6 otherwise \(there is no such folder\): share output_dir"
+        UserError, match=r"sees .*checkpoint-6 differently \(there is no such folder\): share output_dir"
     ):
-        integrity.check_visible_to_all(checkpoint)
+        selection.check_visible_to_all(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +382,7 @@ def test_a_full_disk_leaves_the_former_checkpoints(tmp_path, monkeypatch, error)
         return real(what, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"checkpoint-4 cannot be written .*go on with --resume_from_checkpoint true"):
+    with pytest.raises(UserError, match=r"checkpoint-4 cannot be written .*resume with --resume_from_checkpoint true"):
         run(tmp_path / "run")
     assert calls and [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert find_damage(tmp_path / "run" / "checkpoint-2") is None and not (tmp_path / "run" / STAGING_DIR).exists()
@@ -462,8 +461,8 @@ def test_a_broken_line_of_metrics_drops_itself_only(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n7\n{"step": 3}\n{"ste')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3}]
     assert [record.getMessage().split(", ")[1] for record in caplog.records] == [
-        "line 2 is left out: it cannot be read",
-        "line 3 is left out: it cannot be read",
+        "line 2 is skipped: it cannot be read",
+        "line 3 is skipped: it cannot be read",
     ]
 
 

@@ -297,11 +297,11 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run
 @pytest.mark.parametrize(
     ("stage", "more", "asked", "refused"),
     [
-        (3, {}, {}, "ZeRO-3 partitions the weights as they are loaded, .*: use FSDP2, or ZeRO stage 1 or 2"),
+        (3, {}, {}, "ZeRO-3 partitions the weights while loading, .*: use FSDP2, or ZeRO stage 1 or 2"),
         (0, {}, {}, "ZeRO-0 shards nothing: use ZeRO stage 1 or 2"),
-        (2, {"optimizer": {"type": "AdamW"}}, {}, "holds an optimizer, .*: choose it by optim"),
-        (2, {"fp16": {"enabled": True}}, {}, "fp16 leaves out updates .*: use bf16, or fp32"),
-        (2, {}, {"fp16": True}, "fp16 leaves out updates"),
+        (2, {"optimizer": {"type": "AdamW"}}, {}, "holds an optimizer, .*: set the optimizer with optim"),
+        (2, {"fp16": {"enabled": True}}, {}, "fp16 skips updates .*: use bf16, or fp32"),
+        (2, {}, {"fp16": True}, "fp16 skips updates"),
         (2, {"bf16": {"enabled": True}}, {}, "compute in bf16 .*, and bf16 is false"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
     trainer.accelerator.num_processes = 2
     _check_sharding(trainer, tmp_path)  # without options that could differ
     trainer.is_deepspeed_enabled = False
-    with pytest.raises(UserError, match="is of a run under DeepSpeed, and this one is unsharded"):
+    with pytest.raises(UserError, match="was saved under DeepSpeed, and this run is unsharded"):
         _check_sharding(trainer, tmp_path)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from bupo import BuPOConfig, BuPOTrainer, UserError, load_problems
 from bupo.models.loading import load_model, load_tokenizer
-from bupo.training.callbacks.failure_detection import PATIENCE, FailureDetector
-from bupo.training.failure_messages import FAILURE_MESSAGES, warn_of_failure
+from bupo.training.callbacks.failure_detection import FAILURES, FailureDetector
+from bupo.training.failure_messages import warn_of_failure
 from tests.training.test_trainer import PROBLEMS, TOKENIZER, config, model_of, token_reward
 
 HEALTHY = {
@@ -67,14 +67,14 @@ def batch(symptoms, changes):
     return symptoms.record_rollouts(rollouts) + symptoms.record_updates(updates)
 
 
-def test_every_symptom_has_a_patience_words_and_a_case():
-    assert set(PATIENCE) == set(FAILURE_MESSAGES) == set(SICK) == set(ALMOST)
+def test_every_failure_has_its_cases():
+    assert set(FAILURES) == set(SICK) == set(ALMOST)
 
 
 def test_the_doc_shows_every_symptom_and_its_patience():
     text = (Path(__file__).parents[2] / "docs" / "trl.md").read_text().split("## Warnings")[1].split("\n## ")[0]
     shown = {row.split("`")[1]: int(row.split("|")[-2]) for row in text.splitlines() if row.startswith("| `")}
-    assert shown == PATIENCE
+    assert shown == {name: failure.patience for name, failure in FAILURES.items()}
 
 
 @pytest.mark.parametrize("name", SICK)
@@ -82,17 +82,17 @@ def test_a_symptom_is_told_once_when_it_has_lasted(name):
     symptoms = FailureDetector()
     assert batch(symptoms, {}) == []
     news = [batch(symptoms, SICK[name]) for _ in range(6)]
-    assert news == [[name] if i + 1 == PATIENCE[name] else [] for i in range(6)]
+    assert news == [[name] if i + 1 == FAILURES[name].patience else [] for i in range(6)]
     assert symptoms.active_failures == [name]
     assert batch(symptoms, {}) == [] and symptoms.active_failures == []
     assert [batch(symptoms, SICK[name]) for _ in range(6)] == [[]] * 6 and symptoms.active_failures == [name]
 
 
-@pytest.mark.parametrize("name", [name for name in SICK if PATIENCE[name] > 1])
+@pytest.mark.parametrize("name", [name for name in SICK if FAILURES[name].patience > 1])
 def test_chance_is_no_symptom(name):
     symptoms = FailureDetector()
     for _ in range(5):
-        for _ in range(PATIENCE[name] - 1):
+        for _ in range(FAILURES[name].patience - 1):
             assert batch(symptoms, SICK[name]) == []
         assert batch(symptoms, {}) == []
 
@@ -181,7 +181,7 @@ def test_a_reward_that_is_always_zero_is_said_once_also_by_a_resumed_run(tmp_pat
 
     saved = {**QUICK, **FREE, "save_strategy": "steps", "save_steps": 7}
     said, _ = run(tmp_path, zero, caplog, max_steps=10, **saved)
-    assert [line.split(":")[0] for line in said] == ["rollout batch 3"] and "take easier problems" in said[0]
+    assert [line.split(":")[0] for line in said] == ["rollout batch 3"] and "use easier problems" in said[0]
     caplog.clear()
     args = config(tmp_path, logging_steps=None, learning_rate=1e-4, probe_every=0, max_steps=10, **saved)
     model = model_of(num_hidden_layers=2)
@@ -202,7 +202,7 @@ def test_answers_that_are_all_cut_are_said_once_and_still_teach(tmp_path, caplog
 def test_prompts_longer_than_the_context_are_said_before_the_first_update(tmp_path, caplog):
     model = model_of(num_hidden_layers=2, max_position_embeddings=6)
     said, rows = run(tmp_path, token_reward, caplog, model=model, **QUICK, max_steps=1)
-    assert "come to 7 tokens, the model has 6 positions: shorten either" in said[0]
+    assert "add up to 7 tokens, and the model has 6 positions: shorten either" in said[0]
     assert rows[0]["warning/beyond_context"] == 1.0
 
 

@@ -52,7 +52,7 @@ def trainer(tmp_path_factory):
 def test_the_card_takes_any_log(trainer, history):
     trainer.state.log_history = history
     text = model_card.render_model_card(trainer, "run", None, [])
-    table = [line for line in text.partition("## What it came to")[2].splitlines() if line.startswith("|")]
+    table = [line for line in text.partition("## Results")[2].splitlines() if line.startswith("|")]
     assert not {"nan", "inf", "None", "1e+16"} & {cell.strip() for line in table for cell in line.split("|")}
 
 
@@ -66,7 +66,7 @@ def test_the_console_takes_any_log(history):
     try:
         for logs in history:
             lines.on_log(None, state, control, logs=logs)
-        lines.console.print(lines.view())
+        lines.console.print(lines.render())
     finally:
         lines.close()
     assert "nan" not in written.getvalue() and "inf" not in written.getvalue()

@@ -36,12 +36,12 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
     assert {"bupo", "trl"} <= set(card.data.tags) and card.data.base_model is None
     rows = {row[0]: row[1:] for row in table_of(card.text)}
     assert rows["first phase"] == ["layer 2 for 2 rollout batches"] and rows["updates"] == ["8 of 8"]
-    assert rows["rollout batch"] == ["4 prompts, 4 answers to each"] and rows["seed"] == [str(trainer.args.seed)]
+    assert rows["rollout batch"] == ["4 prompts, 4 answers each"] and rows["seed"] == [str(trainer.args.seed)]
     assert rows["learning rate"] == ["0.01, constant"]
     logged = [row for row in trainer.state.log_history if "reward" in row and "rollout_batch" in row]
     for number, row in (("1", logged[0]), ("2", logged[-1])):
         assert rows[number] == [f"{row[name]:.3f}" for name in ("reward", "entropy", "completions/mean_length")]
-    assert "# my run\n" in card.text and f"BuPO (GRPO's advantages) with bupo {VERSION} " in card.text
+    assert "# my run\n" in card.text and f"BuPO (GRPO advantages) with bupo {VERSION} " in card.text
     assert "eprint        = {2512.19673}" in card.text and str(tmp_path) not in card.content
 
 
@@ -49,15 +49,15 @@ def test_it_says_what_the_run_was_and_came_to(tmp_path):
     ("changes", "method", "row"),
     [
         ({"internal_layer": None, "internal_steps": 0}, "Trained by GRPO with", ("first phase", "none")),
-        ({"advantage_estimator": "rloo"}, "BuPO (RLOO's advantages)", ("first phase", "layer 2 for 2 rollout batches")),
+        ({"advantage_estimator": "rloo"}, "BuPO (RLOO advantages)", ("first phase", "layer 2 for 2 rollout batches")),
         ({"internal_schedule": [[1, 1], [2, 1]], "internal_layer": None, "internal_steps": None}, "BuPO",
          ("first phase", "layer 1 for 1 rollout batch, then layer 2 for 1 rollout batch")),
         ({"frozen_up_to_layer": 1, "internal_layer": None, "internal_steps": 0}, "GRPO", ("layers", "1 to 1 frozen")),
         ({"slow_above_layer": 2, "slow_factor": 0.5}, "BuPO", ("layers", "above 2 at 0.5 of the learning rate")),
         ({"frozen_up_to_layer": 1, "slow_above_layer": 2}, "BuPO", ("layers", "1 to 1 frozen; above 2 at 0.1 of the learning rate")),
-        ({"internal_steps": 0, "internal_loss_weight": 0.3}, "BuPO", ("afterwards", "0.3 of the layer's objective stays")),
-        ({"internal_fade_batches": 2}, "BuPO", ("afterwards", "the layer's objective fades out over 2 rollout batches")),
-        ({"internal_objective": "shuffled_vocab"}, "BuPO", ("its objective", "over a shuffled vocabulary (a control), lens raw")),
+        ({"internal_steps": 0, "internal_loss_weight": 0.3}, "BuPO", ("second phase", "the layer's objective has weight 0.3")),
+        ({"internal_fade_batches": 2}, "BuPO", ("second phase", "the layer's objective fades out over 2 rollout batches")),
+        ({"internal_objective": "shuffled_vocab"}, "BuPO", ("objective of the first phase", "the layer's policy over a shuffled vocabulary (a control), lens raw")),
     ],
 )  # fmt: skip
 def test_methods_have_their_words(tmp_path, changes, method, row):

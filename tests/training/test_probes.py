@@ -272,7 +272,7 @@ def test_early_stopping_detects_a_falling_reward_and_keeps_the_best_weights():
 def test_early_stopping_detects_truncated_answers_and_rising_kl():
     flat = [0.5] * 6 + [0.49] * 6
     guard, _ = fed(flat, capped=MAX_CLIPPED_INCREASE + 0.1)
-    assert "run into the cap" in guard.get_stop_reason()
+    assert "are cut at max_completion_length" in guard.get_stop_reason()
     guard, _ = fed(flat, perplexity=lambda i: 1.2 if i < 9 else 1.3 * MAX_PERPLEXITY_RATIO)
     assert "perplexity of the probes rose from 1.2" in guard.get_stop_reason()
     guard, _ = fed(flat, kl=lambda i: 5.0 if i < 9 else 5.1 * MAX_KL_RATIO)

@@ -160,7 +160,7 @@ def test_a_stream_that_gives_other_rows_is_refused(tmp_path, make):
     """Another one, a shorter one, and one that is random."""
     make_first = drawn if make is drawn else lambda: numbers(7)
     train(tmp_path, problems=make_first(), max_steps=5, save_steps=5)
-    with pytest.raises(UserError, match="train_dataset, a stream, does not give the rows again that it gave before"):
+    with pytest.raises(UserError, match="train_dataset, a stream, does not yield the same rows as before"):
         train(tmp_path, tmp_path / "checkpoint-5", problems=make(), max_steps=7)
 
 
@@ -179,7 +179,7 @@ def test_a_place_is_that_of_the_rows_that_were_trained_on():
         assert one.wrap_collator(lambda batch: batch)(batch) is batch
     state = one.state(103, ended=False)
     assert (state["pass"], state["batches"]) == (2, 3)
-    assert one.state(105, ended=True) == {"pass": 3, "batches": 0, "sum": ""}
+    assert one.state(105, ended=True) == {"pass": 3, "batches": 0, "checksum": ""}
     other.load(state)
     other.begin_pass(2, 103, other.get_batches_to_skip("checkpoint"))
     for batch in rows[:3]:
@@ -187,10 +187,10 @@ def test_a_place_is_that_of_the_rows_that_were_trained_on():
     other.check_position_reached()
     third.load(state)
     third.begin_pass(2, 103, 3)
-    with pytest.raises(UserError, match="does not give the rows again"):
+    with pytest.raises(UserError, match="does not yield the same rows"):
         for batch in [*rows[:2], rows[4]]:
             third.wrap_collator(list)(batch)
-    with pytest.raises(UserError, match="does not say where the run was in its stream"):
+    with pytest.raises(UserError, match="holds no position in the stream"):
         StreamPosition().get_batches_to_skip("checkpoint")
 
 

@@ -117,7 +117,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_asked(commanded, tmp_path, 
     before = contents(commanded)
     complaint = fails("train", *words(commanded, seed=7))
     assert (
-        "holds a run (metrics.jsonl): choose another output, or --overwrite true; a stopped run goes on with"
+        "holds a run (metrics.jsonl): choose another output, or --overwrite true; resume a stopped run with"
         in complaint
     )
     assert contents(commanded) == before

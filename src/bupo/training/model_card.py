@@ -1,4 +1,4 @@
-"""A model's card: how it was trained, what it came to, and how to go on with it. `push_to_hub` sends it along, as TRL's."""
+"""Model card of a run: training settings, results and commands. `push_to_hub` uploads it, like TRL's."""
 
 import os
 from importlib.metadata import version
@@ -25,9 +25,9 @@ METRIC_LABELS = {
 }
 UNGRADED = "not graded"
 OBJECTIVE_LABELS = {
-    "layer": "its own",
-    "frozen_upper": "the whole model's (a control)",
-    "shuffled_vocab": "over a shuffled vocabulary (a control)",
+    "layer": "the layer's policy",
+    "frozen_upper": "the final layer's policy, with the layers above frozen (a control)",
+    "shuffled_vocab": "the layer's policy over a shuffled vocabulary (a control)",
 }
 CITATION = """@misc{bupo2025,
   title         = {Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies},
@@ -40,7 +40,7 @@ CITATION = """@misc{bupo2025,
 def create_model_card(
     trainer: GRPOTrainerHooks, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
 ) -> None:
-    """As TRL's `create_model_card`, into the run's folder."""
+    """Write the card into the run's folder. Replaces TRL's `create_model_card`."""
     write_model_card(trainer, Path(trainer.args.output_dir), model_name, dataset_name, tags)
 
 
@@ -51,17 +51,24 @@ def write_model_card(
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Beside a model that has just been saved, its card."""
+    """Write the card into the folder of a model that was just saved.
+
+    Args:
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): of the run.
+        folder (`Path`): with the model.
+        model_name, dataset_name (`str`, *optional*): for the card; by default those of the run.
+        tags (`str` or `list[str]`, *optional*): further tags.
+    """
     if not trainer.args.should_save:
         return
     make_folder(folder)
     name = model_name or (trainer.args.hub_model_id or Path(trainer.args.output_dir).resolve().name).split("/")[-1]
-    found = render_model_card(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
-    write_text(folder / CARD_FILE, found)
+    card = render_model_card(trainer, name, dataset_name, [tags] if isinstance(tags, str) else list(tags or []))
+    write_text(folder / CARD_FILE, card)
 
 
 def render_model_card(trainer: GRPOTrainerHooks, name: str, dataset: str | None, tags: list[str]) -> str:
-    """The card as Markdown, its head as the hub reads it. Folders of this machine are not named."""
+    """Return the card as Markdown, with the hub's YAML metadata. It names no local folders."""
     args, history, base = trainer.args, trainer.state.log_history, _get_hub_id(trainer.model.config.name_or_path)
     adapter = hasattr(trainer.model, "peft_config")
     data = ModelCardData(
@@ -75,12 +82,12 @@ def render_model_card(trainer: GRPOTrainerHooks, name: str, dataset: str | None,
         f"# {escape_markdown_cell(escape_text(name))}",
         f"Trained by {_describe_method(trainer)} with bupo {VERSION} ([arXiv 2512.19673](https://arxiv.org/abs/2512.19673)).",
         format_markdown_table(
-            [{"of the run": what, "": said} for what, said in _describe_run(trainer).items() if said]
+            [{"setting": name, "value": value} for name, value in _describe_run(trainer).items() if value]
         ),
-        "## What it came to",
+        "## Results",
         _format_results(history) or "Nothing was logged.",
         _format_evaluations(history),
-        "## Go on with it",
+        "## Use",
         f"```\n{_format_commands(args, base, adapter)}\n```",
         "## Cite",
         f"```bibtex\n{CITATION}\n```",
@@ -89,7 +96,7 @@ def render_model_card(trainer: GRPOTrainerHooks, name: str, dataset: str | None,
 
 
 def _get_hub_id(name: str | None) -> str | None:
-    """The name of a model or data set, if it is of the hub, and no folder's."""
+    """Return the name of a model or data set if it is a hub id, not a folder."""
     if not name or name.count("/") != 1 or name.startswith((".", "/", "~")) or os.path.exists(name):
         return None
     return name
@@ -97,27 +104,24 @@ def _get_hub_id(name: str | None) -> str | None:
 
 def _format_commands(args: BuPOConfig, base: str | None, adapter: bool) -> str:
     model = f"--model {base or 'BASE'} --adapter FOLDER" if adapter else "--model FOLDER"
-    lines = {
-        f"bupo eval {model} --benchmarks math500:16": "asked and sampled as it was trained",
-        f"bupo analyze {model}": "what every layer decides",
+    comments = {
+        f"bupo eval {model} --benchmarks math500:16": "prompts and sampling as in training",
+        f"bupo analyze {model}": "policies of all layers",
     }
     if (Path(args.output_dir) / CONFIG_FILE).exists():
-        lines[f"bupo train --config FOLDER/{CONFIG_FILE}"] = "the same run again"
-    width = max(map(len, lines)) + 4
-    return "\n".join(f"{line.ljust(width)}# {what}" for line, what in lines.items())
+        comments[f"bupo train --config FOLDER/{CONFIG_FILE}"] = "repeat the run"
+    width = max(map(len, comments)) + 4
+    return "\n".join(f"{command.ljust(width)}# {comment}" for command, comment in comments.items())
 
 
 def _describe_method(trainer: GRPOTrainerHooks) -> str:
     estimator = trainer.args.advantage_estimator.upper()
-    return (
-        f"BuPO ({estimator}'s advantages)"
-        if _list_stages(trainer) or trainer.args.has_auxiliary_objective
-        else estimator
-    )
+    uses_bupo = _list_stages(trainer) or trainer.args.has_auxiliary_objective
+    return f"BuPO ({estimator} advantages)" if uses_bupo else estimator
 
 
 def _list_stages(trainer: GRPOTrainerHooks) -> list[tuple[int, int]]:
-    """Layers and lengths of the first phase as it was: `auto` and the guard have decided."""
+    """Return the layers and lengths of the first phase as trained, after `auto` and early stopping."""
     return [
         (stage.layer, stage.batches)
         for stage in trainer.phase_controller.schedule.stages
@@ -125,8 +129,8 @@ def _list_stages(trainer: GRPOTrainerHooks) -> list[tuple[int, int]]:
     ]
 
 
-def _format_count(number: int, what: str, plural: str) -> str:
-    return f"{number} {what if number == 1 else plural}"
+def _format_count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
 
 
 def _describe_run(trainer: GRPOTrainerHooks) -> dict[str, str]:
@@ -139,11 +143,11 @@ def _describe_run(trainer: GRPOTrainerHooks) -> dict[str, str]:
     prompts = _format_count(args.generation_batch_size // args.num_generations, "prompt", "prompts")
     return {
         "first phase": ", then ".join(phases) or "none",
-        "its objective": f"{OBJECTIVE_LABELS[args.internal_objective]}{module}, lens {args.internal_lens}"
+        "objective of the first phase": f"{OBJECTIVE_LABELS[args.internal_objective]}{module}, lens {args.internal_lens}"
         if phases
         else "",
-        "afterwards": _describe_second_phase(args),
-        "rollout batch": f"{prompts}, {_format_count(args.num_generations, 'answer', 'answers')} to each",
+        "second phase": _describe_second_phase(args),
+        "rollout batch": f"{prompts}, {_format_count(args.num_generations, 'answer', 'answers')} each",
         "updates": f"{trainer.state.global_step} of {trainer.state.max_steps}",
         "loss": f"{args.loss_type}, epsilon {args.epsilon}, beta {args.beta}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
@@ -155,61 +159,64 @@ def _describe_run(trainer: GRPOTrainerHooks) -> dict[str, str]:
 
 
 def _describe_second_phase(args: BuPOConfig) -> str:
-    """What stays of the layer's objective."""
-    said = []
+    """Return how much of the layer's objective remains in the second phase."""
+    parts = []
     if batches := args.internal_fade_batches:
-        said.append(
+        parts.append(
             f"the layer's objective fades out over {_format_count(batches, 'rollout batch', 'rollout batches')}"
         )
     if args.internal_loss_weight:
-        said.append(f"{args.internal_loss_weight:g} of the layer's objective stays")
-    return ", ".join(said)
+        parts.append(f"the layer's objective has weight {args.internal_loss_weight:g}")
+    return ", ".join(parts)
 
 
 def _describe_layer_rates(args: BuPOConfig) -> str:
-    """Those that are trained less."""
-    said = []
+    """Return the layers that are frozen or have another learning rate."""
+    parts = []
     if args.frozen_up_to_layer:
-        said.append(f"1 to {args.frozen_up_to_layer} frozen")
+        parts.append(f"1 to {args.frozen_up_to_layer} frozen")
     if args.slow_above_layer:
-        said.append(f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate")
+        parts.append(f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate")
     if args.layer_rates:
-        said.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
-    return "; ".join(said)
+        parts.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
+    return "; ".join(parts)
 
 
 def _format_results(history: list[dict]) -> str:
-    """The first and the last rollout batch that were logged."""
+    """Return a table of the first and last logged rollout batch."""
     rows = [get_numbers(row) for row in history]
     rows = [row for row in rows if "rollout_batch" in row]
-    rows = [row for row in rows if "completions/mean_length" in row] or rows  # a batch's first log holds its rewards
+    rows = [
+        row for row in rows if "completions/mean_length" in row
+    ] or rows  # the first log of a batch holds its rewards
     shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
     table = [
-        {"of rollout batch": f"{batch:g}"} | {what: _format_metric(row, name) for name, what in METRIC_LABELS.items()}
+        {"rollout batch": f"{batch:g}"} | {label: _format_metric(row, name) for name, label in METRIC_LABELS.items()}
         for batch, row in shown.items()
     ]
     return format_markdown_table(table) if table else ""
 
 
 def _format_metric(row: dict[str, float], name: str) -> str:
-    """A number of a rollout batch, or why there is none."""
+    """Return a metric of a rollout batch, or why it has none."""
     return UNGRADED if name == "reward" and row.get("completions/ungraded_ratio") == 1 else format_number(row.get(name))
 
 
 def _format_evaluations(history: list[dict]) -> str:
-    """The first and last evaluation while training, of each benchmark."""
-    found: dict[str, list[Any]] = {}
+    """Return a table of the first and last evaluation of each benchmark during training."""
+    scores: dict[str, list[Any]] = {}
     for row in history:
         for name, value in row.items():
             if name.startswith("eval_") and "/avg@" in name:
-                found.setdefault(name.removeprefix("eval_"), []).append(value)
-    shares = {name: [None if get_number(value) is None else 100 * value for value in of] for name, of in found.items()}
+                scores.setdefault(name.removeprefix("eval_"), []).append(
+                    None if get_number(value) is None else 100 * value
+                )
     table = [
         {
             "benchmark": escape_markdown_cell(escape_text(name)),
             "first": format_number(values[0], ".1f", " %"),
             "last": format_number(values[-1], ".1f", " %"),
         }
-        for name, values in shares.items()
+        for name, values in scores.items()
     ]
     return format_markdown_table(table) if table else ""

@@ -1,4 +1,4 @@
-"""What a run knows of how its model is to be evaluated: as it was asked and sampled while it was trained."""
+"""Prompt and sampling settings of a training run, saved with its model so that evaluations use the same."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,22 @@ from bupo.models.generation_settings import find_unaccounted_settings
 from bupo.training.trl_internals import GRPOTrainerHooks
 from bupo.utils.files import make_folder
 
-MAX_CHECKED_PROBLEMS = 64  # problems, spread over all
+MAX_CHECKED_PROBLEMS = 64  # spread over the data set
 
 
 def get_shared_system_prompt(problems: Any) -> str | None:
-    """The system message that problems begin with, where they share one. A stream of problems is not looked at."""
+    """Return the system message that all checked problems begin with, or None. Streams of problems are not read."""
     try:
-        rows = [problems[place] for place in range(0, len(problems), max(1, len(problems) // MAX_CHECKED_PROBLEMS))]
+        step = max(1, len(problems) // MAX_CHECKED_PROBLEMS)
+        rows = [problems[index] for index in range(0, len(problems), step)]
     except TypeError:
         return None
-    found = {_get_system_message(row.get("prompt")) for row in rows}
-    return found.pop() if len(found) == 1 else None
+    messages = {_get_system_message(row.get("prompt")) for row in rows}
+    return messages.pop() if len(messages) == 1 else None
 
 
 def _get_system_message(prompt: Any) -> str | None:
-    """The system message of a prompt, if it is of messages and begins with one."""
+    """Return the system message of a conversational prompt, or None."""
     first = prompt[0] if isinstance(prompt, list) and prompt else None
     if not isinstance(first, dict) or first.get("role") != "system":
         return None
@@ -30,7 +31,7 @@ def _get_system_message(prompt: Any) -> str | None:
 
 
 def get_prompt_settings(trainer: GRPOTrainerHooks) -> TrainingPromptSettings:
-    """How a trainer asks its model: by its options, and by the system message of its problems."""
+    """Return the prompt and sampling settings of a trainer's options, with the system message of its problems."""
     args = trainer.args
     sampling = find_unaccounted_settings(
         {name: getattr(args, name) for name in ("top_k", "min_p", "repetition_penalty")}
@@ -46,7 +47,7 @@ def get_prompt_settings(trainer: GRPOTrainerHooks) -> TrainingPromptSettings:
 
 
 def write_prompt_settings(trainer: GRPOTrainerHooks, folder: Path) -> None:
-    """Beside a model that has just been saved, `evaluation.json`."""
+    """Write `evaluation.json` into the folder of a model that was just saved."""
     if trainer.args.should_save:
         make_folder(folder)
         get_prompt_settings(trainer).write(folder)

@@ -1,4 +1,4 @@
-"""avg@k on benchmarks while a run goes: before the first rollout batch, on a schedule, and after the last."""
+"""Benchmark evaluation (avg@k) during training: before the first rollout batch, every few batches, and after the last."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,16 +14,16 @@ from bupo.training.prompt_settings import get_prompt_settings
 
 
 class BenchmarkCallback(TrainerCallback):
-    """Evaluates the language model policy between rollout batches, with the sampling of the rollouts.
+    """Callback that evaluates the language model policy between rollout batches, with the sampling options of the rollouts.
 
-    The random numbers are the same every time, so that two evaluations differ by the weights only; training does not see them.
-    Logged for each benchmark: `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`, `.../high`), `strict`
-    (avg@k by the strict verdicts), `pass@k`, `tokens` (mean length) and `truncated` (share); and `eval/rollout_batches`, how
-    many were done.
+    Each evaluation uses the same random numbers, which are separate from those of training: two evaluations differ by
+    the weights only. It logs for each benchmark `eval/<benchmark>/avg@k`, its 95 % interval over problems (`.../low`,
+    `.../high`), `strict` (avg@k by the strict verdicts), `pass@k`, `tokens` (mean length) and `truncated` (share), and
+    once `eval/rollout_batches` (batches done).
 
     Args:
         trainer ([`BuPOTrainer`]): its model, tokenizer and configuration.
-        benchmarks (`dict[str, Dataset]`, *optional*): problems by label; by default loaded by their names.
+        benchmarks (`dict[str, Dataset]`, *optional*): problems by label; by default loaded by the names in `eval_benchmarks`.
     """
 
     def __init__(self, trainer, benchmarks: dict[str, Dataset] | None = None):
@@ -36,54 +36,58 @@ class BenchmarkCallback(TrainerCallback):
             self.evaluate(0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Before the step is logged and saved: a checkpoint holds the evaluation of its weights."""
+        """Evaluate before the step is logged and saved, so that a checkpoint holds the evaluation of its weights."""
         done = self.trainer.rollout_batch - 1
         last = state.global_step >= state.max_steps
         if last or (not self.trainer.is_inside_rollout_batch and done % args.eval_every == 0):
             self.evaluate(done)
 
     def evaluate(self, rollout_batches: int) -> None:
-        """Sample, grade and log."""
+        """Sample and grade answers to all benchmarks and log the metrics.
+
+        Args:
+            rollout_batches (`int`): batches done.
+        """
         trainer, args = self.trainer, self.trainer.args
-        own = get_prompt_settings(trainer)
+        settings = get_prompt_settings(trainer)
         engine = TransformersEngine(
             unwrap_causal_lm(trainer.model),
             trainer.processing_class,
             args.max_completion_length,
-            own.temperature,
-            own.top_p,
+            settings.temperature,
+            settings.top_p,
             batch_size=args.per_device_eval_batch_size,
         )
         logs: dict[str, float] = {"eval_rollout_batches": rollout_batches}
         for label, problems in self.benchmarks.items():
-            prompts = tokenize_prompts(problems, trainer.processing_class, **own.chat_template_kwargs)
+            prompts = tokenize_prompts(problems, trainer.processing_class, **settings.chat_template_kwargs)
             k = self.num_samples.get(label, args.eval_k)
             answers = sample_completions(self._split_across_processes(engine), prompts, k, args.seed)
             if trainer.is_world_process_zero():
-                found = summarize(grade_completions(problems, answers))
-                low, high = found["avg@k_interval"]
+                summary = summarize(grade_completions(problems, answers))
+                low, high = summary["avg@k_interval"]
                 logs |= {
-                    f"eval_{label}/avg@{k}": found["avg@k"],
+                    f"eval_{label}/avg@{k}": summary["avg@k"],
                     f"eval_{label}/low": low,
                     f"eval_{label}/high": high,
-                    f"eval_{label}/strict": found["strict_avg@k"],
-                    f"eval_{label}/pass@{k}": found["pass@k"][str(k)],
-                    f"eval_{label}/tokens": found["mean_tokens"],
-                    f"eval_{label}/truncated": found["truncated"] / (len(problems) * k),
+                    f"eval_{label}/strict": summary["strict_avg@k"],
+                    f"eval_{label}/pass@{k}": summary["pass@k"][str(k)],
+                    f"eval_{label}/tokens": summary["mean_tokens"],
+                    f"eval_{label}/truncated": summary["truncated"] / (len(problems) * k),
                 }
-        due = trainer.control.should_log  # which a log takes for its own
-        Trainer.log(trainer, logs)  # not GRPOTrainer's, which would empty the training metrics into this row
-        trainer.control.should_log = due
+        should_log = trainer.control.should_log  # logging resets it
+        Trainer.log(trainer, logs)  # GRPOTrainer's would move the training metrics into this row
+        trainer.control.should_log = should_log
 
     def _split_across_processes(self, engine: TransformersEngine):
-        """The engine on all processes, each with its share of the requests."""
+        """Return an engine that splits the requests between processes and gathers the answers."""
         accelerator = self.trainer.accelerator
 
-        def share(requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
-            mine = list(requests[accelerator.process_index :: accelerator.num_processes])
-            # all sample as many, for a sharded model all have to run the same passes
-            more = -(-len(requests) // accelerator.num_processes) - len(mine)
-            own, answers = set(mine), engine([*mine, *requests[:more]])
-            yield from gather_object([(request, answer) for request, answer in answers if request in own])
+        def sample(requests: Sequence[CompletionRequest]) -> Iterator[tuple[CompletionRequest, SampledCompletion]]:
+            share = list(requests[accelerator.process_index :: accelerator.num_processes])
+            # processes of a sharded model must run the same number of forward passes: pad to the largest share
+            missing = -(-len(requests) // accelerator.num_processes) - len(share)
+            share_set, answers = set(share), engine([*share, *requests[:missing]])
+            yield from gather_object([(request, answer) for request, answer in answers if request in share_set])
 
-        return share
+        return sample

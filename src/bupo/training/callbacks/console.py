@@ -1,4 +1,4 @@
-"""What a run tells people: one line a log, and below them, on a terminal, a live view."""
+"""Console output of a run: one line per log and, on a terminal, a live view below the lines."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from bupo.utils.log_values import format_number, get_numbers
 from bupo.utils.progress import create_progress
 
-CHARTED_METRICS = {  # in the live view: what the logs call it, and what people do
+CHARTED_METRICS = {  # names in the logs and in the live view
     "reward": "reward",
     "entropy": "entropy",
     "internal/entropy": "  of the layer policy",
@@ -24,11 +24,11 @@ CHARTED_METRICS = {  # in the live view: what the logs call it, and what people 
     "critic/explained_variance": "critic explains",
 }
 SPARKLINE_CHARACTERS = "▁▂▃▄▅▆▇█"
-SPARKLINE_WIDTH = 40  # of a curve, in rollout batches
+SPARKLINE_WIDTH = 40  # rollout batches
 
 
 def format_sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their smallest and their largest."""
+    """Return the last values as bars between their minimum and maximum."""
     last = [value for value in values[-SPARKLINE_WIDTH:] if math.isfinite(value)]
     if not last:
         return ""
@@ -40,13 +40,13 @@ def format_sparkline(values: Sequence[float]) -> str:
 
 
 class ConsoleCallback(TrainerCallback):
-    """One line a log, and below them, on a terminal, a live view: progress and the curves of the run so far.
+    """Callback that prints one line per log and shows a live view: progress, and the curves of the run so far.
 
     A line holds the rollout batch, the phase, the mean reward, the response length in tokens, the entropy of the language
-    model policy (and of the layer policy) in nats and the share of clipped ratios. Main process only.
+    model policy (and of the layer policy) in nats and the share of clipped ratios. Only the main process prints.
 
     Args:
-        console (`rich.console.Console`): where to.
+        console (`rich.console.Console`): to print on.
     """
 
     def __init__(self, console: Console):
@@ -69,14 +69,14 @@ class ConsoleCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop the view; a run that failed must not leave it behind."""
+        """Stop the live view."""
         if self.live:
             self.live.stop()
             self.live = None
 
     @contextmanager
     def close_on_exit(self) -> Iterator[None]:
-        """Inside, a run; afterwards, however it ended, the view is gone."""
+        """Close the live view at the end of the block, also after an error."""
         try:
             yield
         finally:
@@ -99,7 +99,7 @@ class ConsoleCallback(TrainerCallback):
             self.console.print(line, highlight=False)
 
     def render(self) -> Group:
-        """The progress bar and the curves, each with its last value and its range."""
+        """Return the progress bar and the curves, each with its last value and its range."""
         table = Table.grid(padding=(0, 1))
         for name, title in CHARTED_METRICS.items():
             values = self.history.get(name)
@@ -115,18 +115,18 @@ class ConsoleCallback(TrainerCallback):
 
 
 def _format_log(logs: dict[str, float]) -> str:
-    """At most 80 columns."""
-    where = "[green]2 whole    [/]"
+    """Return the line of a log, at most 80 columns wide."""
+    policy = "[green]2 model    [/]"
     if logs["phase"] < 1.5:
-        where = f"[magenta]1 layer {format_number(logs.get('internal/layer'), '.0f'):<3}[/]"
+        policy = f"[magenta]1 layer {format_number(logs.get('internal/layer'), '.0f'):<3}[/]"
     entropy = f"entropy {logs['entropy']:.3f}" if "entropy" in logs else ""
     if "internal/entropy" in logs:
         entropy += f" ({logs['internal/entropy']:.3f})"
     clipped = logs.get("clip_ratio/region_mean", logs.get("cispo_clip_ratio"))
-    sampled = "reward" in logs or "completions/ungraded_ratio" in logs  # else a log inside a rollout batch
+    is_sampled = "reward" in logs or "completions/ungraded_ratio" in logs  # not a log inside a rollout batch
     parts = [
-        f"{format_number(logs.get('rollout_batch'), '.0f'):>4}  {where}",
-        f"reward {format_number(logs.get('reward'))}" if sampled else "",
+        f"{format_number(logs.get('rollout_batch'), '.0f'):>4}  {policy}",
+        f"reward {format_number(logs.get('reward'))}" if is_sampled else "",
         f"length {logs['completions/mean_length']:.1f}" if "completions/mean_length" in logs else "",
         f"{entropy:21}",
         f"clip {clipped:.3f}" if clipped is not None else "",
@@ -135,7 +135,7 @@ def _format_log(logs: dict[str, float]) -> str:
 
 
 def _format_evaluations(logs: dict[str, float]) -> list[str]:
-    """One line a benchmark."""
+    """Return one line per benchmark."""
     lines = []
     for name, value in logs.items():
         label, _, metric = name.removeprefix("eval_").rpartition("/")

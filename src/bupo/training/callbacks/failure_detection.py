@@ -1,50 +1,123 @@
-"""Failures that make no noise: a curve that is flat or falls, and nothing says why.
+"""Detection of silent failures: runs that continue although they learn nothing or destroy the model.
 
-`Symptoms` sees what each rollout batch measured and tells which symptoms are new. It decides from its arguments and its own
-state alone, so that a resumed run decides as one that was not stopped, and says nothing twice.
+[`FailureDetector`] gets the metrics of each rollout batch and returns the failures that are new. It depends only on its
+arguments and its state, so a resumed run decides like an uninterrupted one and reports nothing twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-# rollout batches in a row until a symptom counts: what chance may do to one batch takes three
-PATIENCE = {
-    "nothing_graded": 1,
-    "few_graded": 3,
-    "zero_reward": 3,
-    "equal_rewards": 3,
-    "all_cut": 3,
-    "beyond_context": 1,
-    "entropy_collapse": 3,
-    "entropy_jump": 2,  # a batch may hold a few prompts of another kind
-    "kl_explosion": 2,  # its estimate, exp(x) - x - 1, is ruled by single tokens
-    "policy_jump": 1,
-}
-MIN_GRADED_RATIO = 0.5  # share of answers with a finite reward: below it, most of the sampling is wasted
-MIN_COMPLETION_ENTROPY = (
-    0.05  # nats an answer: 99 of 100 answers to a prompt are one and the same, so their rewards are too
-)
-MAX_ENTROPY_INCREASE = (
-    2.0  # nats a token above the first batch's: 7 times as many words to choose from; exploration adds tenths
-)
-MAX_REFERENCE_KL = 10.0  # nats a token, of the penalty: runs that learn stay below 1
-# nats a token between the policy that sampled and the one that is updated, a log ratio of 3 on all: PPO stops at 0.02 to
+MIN_GRADED_RATIO = 0.5  # share of completions with a finite reward: below it, most of the sampling is wasted
+# nats per completion: at this value 99 of 100 completions of a prompt are the same, and so are their rewards
+MIN_COMPLETION_ENTROPY = 0.05
+# nats per token above the first batch's: 7 times as many words to choose from; exploration adds tenths
+MAX_ENTROPY_INCREASE = 2.0
+MAX_REFERENCE_KL = 10.0  # nats per token, of the KL penalty: runs that learn stay below 1
+# nats per token between the sampling policy and the updated one, a log ratio of 3 on all tokens: PPO stops at 0.02 to
 # 0.05, and a layer policy, whose raw logits are steep, starts with up to 0.4
 MAX_APPROX_KL = 5.0
 
 
-@dataclass
-class FailureDetector:
-    """The record of a run.
+class Failure(NamedTuple):
+    """Failure that the metrics of a rollout batch show.
 
     Attributes:
-        in_a_row (`dict[str, int]`): rollout batches in a row that show a symptom, up to the last.
-        said (`list[str]`): those that are no news any more.
-        batches (`int`): rollout batches seen.
-        graded, rewarded (`bool`): whether any answer has ever been graded, or had a reward other than 0.
-        first_entropy (`float`, *optional*): of the language model policy in the first batch, nats a token.
-        length (`float`): mean tokens of the last batch's answers.
+        is_present (`Callable`): takes the metrics of a rollout batch.
+        patience (`int`): rollout batches in a row until it is reported. Chance may cause one; three are no chance.
+        message (`str`): format string over the metrics and options, with the remedy.
+    """
+
+    is_present: Callable[[Mapping[str, float]], bool]
+    patience: int
+    message: str
+
+
+def _has_zero_reward(metrics: Mapping[str, float]) -> bool:
+    return metrics["reward"] == 0 and metrics["reward_std"] == 0  # both are NaN if nothing is graded
+
+
+# failures that the sampled completions show; `FailureDetector.record_rollouts` documents the metrics
+ROLLOUT_FAILURES = {
+    "nothing_graded": Failure(
+        lambda metrics: metrics["graded"] == 0,
+        1,
+        "no answer was graded, every reward was None, NaN or infinite: nothing is learned; check what the reward function "
+        "returns",
+    ),
+    "few_graded": Failure(
+        lambda metrics: 0 < metrics["graded"] < MIN_GRADED_RATIO,
+        3,
+        "most answers got no finite reward ({graded:.0%} did) in {batches} rollout batches in a row: check what the reward "
+        "function returns for the others",
+    ),
+    "zero_reward": Failure(
+        _has_zero_reward,
+        3,
+        "all rewards were 0 in {batches} rollout batches in a row: nothing is learned; {zero_remedy}, and look at the answers "
+        "(log_completions)",
+    ),
+    "equal_rewards": Failure(
+        lambda metrics: (
+            metrics["graded"] > 0 and metrics["frac_reward_zero_std"] == 1 and not _has_zero_reward(metrics)
+        ),
+        3,
+        "all answers to each prompt got one reward (mean {reward:.3g}) in {batches} rollout batches in a row: nothing is "
+        "learned; use a reward that depends on the answer, and replace problems that are solved by harder ones",
+    ),
+    "all_cut": Failure(
+        lambda metrics: metrics["completions/clipped_ratio"] == 1,
+        3,
+        "every answer was cut at max_completion_length={max_completion_length} in {batches} rollout batches in a row"
+        "{masked}: raise it, or check that the model ends its answers with its eos token",
+    ),
+    "beyond_context": Failure(
+        lambda metrics: metrics["tokens"] > metrics["positions"],
+        1,
+        "prompts and max_completion_length={max_completion_length} add up to {tokens:.0f} tokens, and the model has "
+        "{positions:.0f} positions: shorten either",
+    ),
+}
+# failures that the updates show; `FailureDetector.record_updates` documents the metrics
+UPDATE_FAILURES = {
+    "entropy_collapse": Failure(
+        lambda metrics: metrics["entropy"] * metrics["completions/mean_length"] < MIN_COMPLETION_ENTROPY,
+        3,
+        "the entropy has fallen to {entropy:.2g} nats per token: the answers are all alike; lower learning_rate, or raise "
+        "temperature, epsilon_high or entropy_coef",
+    ),
+    "entropy_jump": Failure(
+        lambda metrics: not metrics["entropy"] <= metrics["first_entropy"] + MAX_ENTROPY_INCREASE,  # true for NaN
+        2,  # one batch may hold a few unusual prompts
+        "the entropy has risen to {entropy:.3g} nats per token: the weights are being destroyed; lower learning_rate, and "
+        "resume from an earlier checkpoint",
+    ),
+    "kl_explosion": Failure(
+        lambda metrics: metrics.get("kl", 0.0) > MAX_REFERENCE_KL,
+        2,  # single tokens dominate its estimate, exp(x) - x - 1
+        "the KL to the reference is {kl:.3g} nats per token: lower learning_rate, or raise beta",
+    ),
+    "policy_jump": Failure(
+        lambda metrics: metrics.get("approx_kl", 0.0) > MAX_APPROX_KL,
+        1,
+        "updates move the policy {approx_kl:.3g} nats per token from the one that sampled: lower learning_rate, "
+        "steps_per_generation or num_iterations",
+    ),
+}
+FAILURES = ROLLOUT_FAILURES | UPDATE_FAILURES
+
+
+@dataclass
+class FailureDetector:
+    """Counts of a run's failures, by rollout batch.
+
+    Attributes:
+        consecutive_batches (`dict[str, int]`): rollout batches in a row that show a failure, up to the last one.
+        reported (`list[str]`): failures that were reported.
+        num_batches (`int`): rollout batches recorded.
+        any_graded, any_rewarded (`bool`): whether any completion was ever graded, or had a reward other than 0.
+        first_entropy (`float`, *optional*): of the language model policy in the first batch, nats per token.
+        mean_length (`float`): mean tokens of the last batch's completions.
     """
 
     consecutive_batches: dict[str, int] = field(default_factory=dict)
@@ -56,68 +129,51 @@ class FailureDetector:
     mean_length: float = 0.0
 
     def record_rollouts(self, metrics: Mapping[str, float]) -> list[str]:
-        """Note a rollout batch as it was sampled. Returns the symptoms that are new.
+        """Record a rollout batch that was just sampled and return the new failures.
 
         Args:
-            metrics (`dict`): `graded` (share of answers with a finite reward), `reward` and `reward_std` of these,
-                `frac_reward_zero_std` (share of prompts whose answers have one reward), `completions/clipped_ratio` (share of
-                answers that were cut), `completions/mean_length` (tokens), `tokens` (of the longest prompt and the longest
-                answer allowed), and `positions` (of the model; infinite where it names none).
+            metrics (`dict`): `graded` (share of completions with a finite reward), `reward` and `reward_std` of these,
+                `frac_reward_zero_std` (share of prompts whose completions have one reward), `completions/clipped_ratio`
+                (share of completions that were cut), `completions/mean_length` (tokens), `tokens` (of the longest prompt
+                and the longest completion allowed), and `positions` (of the model; infinite if it has no limit).
         """
         self.num_batches += 1
         self.mean_length = metrics["completions/mean_length"]
         self.any_graded |= metrics["graded"] > 0
         self.any_rewarded |= metrics["graded"] > 0 and metrics["reward"] != 0
-        zero = metrics["reward"] == 0 and metrics["reward_std"] == 0  # neither is so where nothing is graded
-        return self._update_counts(
-            {
-                "nothing_graded": metrics["graded"] == 0,
-                "few_graded": 0 < metrics["graded"] < MIN_GRADED_RATIO,
-                "zero_reward": zero,
-                "equal_rewards": not zero and metrics["graded"] > 0 and metrics["frac_reward_zero_std"] == 1,
-                "all_cut": metrics["completions/clipped_ratio"] == 1,
-                "beyond_context": metrics["tokens"] > metrics["positions"],
-            }
-        )
+        return self._update_counts(ROLLOUT_FAILURES, metrics)
 
     def record_updates(self, metrics: Mapping[str, float]) -> list[str]:
-        """Note the updates of a rollout batch. Returns the symptoms that are new.
+        """Record the updates of a rollout batch and return the new failures.
 
         Args:
-            metrics (`dict`): `entropy` of the language model policy, and where there are, `kl` (of the penalty) and `approx_kl`
-                (between the policy that sampled and the one that is updated); nats a token, means over the updates.
+            metrics (`dict`): `entropy` of the language model policy and, if measured, `kl` (of the penalty) and `approx_kl`
+                (between the sampling policy and the updated one); nats per token, means over the updates.
         """
-        entropy = metrics["entropy"]
         if self.first_entropy is None:
-            self.first_entropy = entropy
-        return self._update_counts(
-            {
-                "entropy_collapse": entropy * self.mean_length < MIN_COMPLETION_ENTROPY,
-                "entropy_jump": not entropy <= self.first_entropy + MAX_ENTROPY_INCREASE,  # NaN too
-                "kl_explosion": metrics.get("kl", 0.0) > MAX_REFERENCE_KL,
-                "policy_jump": metrics.get("approx_kl", 0.0) > MAX_APPROX_KL,
-            }
-        )
+            self.first_entropy = metrics["entropy"]
+        context = {"first_entropy": self.first_entropy, "completions/mean_length": self.mean_length}
+        return self._update_counts(UPDATE_FAILURES, {**metrics, **context})
 
-    def _update_counts(self, found: Mapping[str, bool]) -> list[str]:
-        """Count what a batch shows, and tell what has come to count."""
-        self.consecutive_batches |= {
-            name: self.consecutive_batches.get(name, 0) + 1 if here else 0 for name, here in found.items()
-        }
-        news = [name for name in self.active_failures if name not in self.reported]
-        self.reported += news
-        return news
+    def _update_counts(self, failures: Mapping[str, Failure], metrics: Mapping[str, float]) -> list[str]:
+        """Count the failures that a batch shows and return those that have lasted and were not reported before."""
+        for name, failure in failures.items():
+            count = self.consecutive_batches.get(name, 0)
+            self.consecutive_batches[name] = count + 1 if failure.is_present(metrics) else 0
+        new = [name for name in self.active_failures if name not in self.reported]
+        self.reported += new
+        return new
 
     @property
     def active_failures(self) -> list[str]:
-        """The symptoms that hold now."""
-        return [name for name, batches in self.consecutive_batches.items() if batches >= PATIENCE[name]]
+        """Failures that have lasted up to the last rollout batch."""
+        return [name for name, batches in self.consecutive_batches.items() if batches >= FAILURES[name].patience]
 
     @property
     def has_never_graded(self) -> bool:
-        """Whether there were rollout batches, and not one answer that was graded."""
+        """Return whether there were rollout batches and none of their completions was graded."""
         return self.num_batches > 0 and not self.any_graded
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return the counts as plain values, for a checkpoint."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""What a run tells programs: one JSON line a log."""
+"""`metrics.jsonl`: one JSON line per log, for programs."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from bupo.utils.files import append_text, atomic_write, make_folder
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-_BENCHMARK_PREFIX = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # of benchmarks, not of TRL's eval_dataset
+_BENCHMARK_PREFIX = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # metrics of benchmarks, not of TRL's eval_dataset
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends every log to `metrics.jsonl` in the run's folder as it comes.
+    """Callback that appends every log to `metrics.jsonl` in the run's folder.
 
-    The rows before a resume are the checkpoint's (`log_history`), whatever a kill or another run has left in the file.
+    A resumed run first rewrites the file from the checkpoint's `log_history`, whatever a kill or another run has left in it.
     """
 
     def __init__(self, folder: str | Path):
@@ -32,8 +32,8 @@ class MetricsFileCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         make_folder(self.path.parent)
-        with atomic_write(self.path) as part:
-            part.write_text("".join(_format_row(row["step"], row) for row in state.log_history))
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(_format_row(row["step"], row) for row in state.log_history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -41,23 +41,25 @@ class MetricsFileCallback(TrainerCallback):
 
 
 def _format_row(step: int, logs: dict) -> str:
-    # the name that trackers show: transformers turns `eval_` into `eval/` for them
-    named = {_BENCHMARK_PREFIX.sub("eval/", name): _to_json_value(value) for name, value in logs.items()}
-    return json.dumps({"step": step, **named}, default=str) + "\n"
+    # the names that trackers show: transformers replaces `eval_` by `eval/` for them
+    metrics = {_BENCHMARK_PREFIX.sub("eval/", name): _to_json_value(value) for name, value in logs.items()}
+    return json.dumps({"step": step, **metrics}, default=str) + "\n"
 
 
 def _to_json_value(value: Any) -> Any:
-    """A value of a log as JSON knows it, which has no NaN and no infinite number: these are null."""
+    """Return a logged value for JSON, which has no NaN and no infinity: both become null."""
     if isinstance(value, Real) and not isinstance(value, int):
         return float(value) if math.isfinite(value) else None
     return value
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the rows of a `metrics.jsonl`. Lines that cannot be read are left out, and named but for half a last one.
+    """Return the rows of a `metrics.jsonl`.
+
+    Lines that cannot be parsed are skipped with a warning; an incomplete last line, which a kill leaves, without one.
 
     Raises:
-        Damaged: if there is no such file.
+        DamagedFileError: if there is no such file.
     """
     rows: list[dict] = []
     remedy = "copy it back, or start the run again by --overwrite true"
@@ -65,10 +67,10 @@ def read_metrics(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except PARSE_ERRORS:  # nested too deep and numbers beyond any, too
+        except PARSE_ERRORS:  # also for JSON that is nested too deeply, and numbers that are too long
             row = None
         if isinstance(row, dict):
             rows.append(row)
         elif number < len(lines):
-            logger.warning(f"{path}, line {number} is left out: it cannot be read")
+            logger.warning(f"{path}, line {number} is skipped: it cannot be read")
     return rows

@@ -1,4 +1,4 @@
-"""Updates that are not finite are skipped; a run of them ends."""
+"""Callback that skips updates with a gradient that is not finite, and stops the run after several in a row."""
 
 from collections.abc import Callable
 
@@ -15,34 +15,35 @@ MAX_CONSECUTIVE_SKIPS = 3  # updates
 
 
 class SkipNonFiniteUpdatesCallback(TrainerCallback):
-    """Skips an update whose gradient is not finite, and stops a run after several in a row.
+    """Callback that skips updates with a gradient that is not finite.
 
     Args:
-        where (`Callable`): tells what is being trained on, for the message.
+        describe_position (`Callable`): returns the rollout batch, for messages.
     """
 
-    def __init__(self, where: Callable[[], str]) -> None:
-        self.describe_position, self.consecutive_skips = where, 0
+    def __init__(self, describe_position: Callable[[], str]) -> None:
+        self.describe_position, self.consecutive_skips = describe_position, 0
 
     def state(self) -> dict:
-        """What a checkpoint must hold."""
-        return {"skipped": self.consecutive_skips}
+        """Return the count for a checkpoint."""
+        return {"consecutive_skips": self.consecutive_skips}
 
     def load(self, state: dict, rollout_batch: int) -> None:
-        """What `state` gave."""
-        self.consecutive_skips = state["skipped"]
+        """Restore the result of `state`."""
+        self.consecutive_skips = state["consecutive_skips"]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        # a sum reads a gradient once, where asking each number takes several passes; of a sharded one it is all processes'
+        # a sum reads a gradient once, isfinite of each element takes several passes; a DTensor's sum is over all processes
         sums = [p.grad.sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(summed)) for summed in sums) and not has_skipped_step(optimizer):
+        if all(bool(torch.isfinite(total)) for total in sums) and not has_skipped_step(optimizer):
             self.consecutive_skips = 0
             return
         self.consecutive_skips += 1
+        position = self.describe_position()
         if self.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
             raise UserError(
-                f"the gradient is not finite in {self.consecutive_skips} updates in a row, the last in {self.describe_position()}: lower "
-                "learning_rate or max_grad_norm, or look at what the reward function returns"
+                f"the gradient is not finite in {self.consecutive_skips} updates in a row, the last in {position}: lower "
+                "learning_rate or max_grad_norm, or check what the reward function returns"
             )
-        logger.warning(f"an update of {self.describe_position()} is skipped: its gradient is not finite")
+        logger.warning(f"an update of {position} is skipped: its gradient is not finite")
         model.zero_grad()

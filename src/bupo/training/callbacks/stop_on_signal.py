@@ -1,4 +1,4 @@
-"""How a run ends: its process group closed, and after a signal with a checkpoint that it goes on from."""
+"""End of a run: leave the process group and, after a signal, first save a checkpoint to resume from."""
 
 import atexit
 import signal
@@ -22,17 +22,21 @@ _left_groups: list[Any] = []
 
 
 @contextmanager
-def graceful_shutdown(trainer: Trainer, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a run. Signals end it after a whole update, and its process group with it; else the group is left as this process
-    ends, for there may be another run.
+def graceful_shutdown(trainer: Trainer, log: Callable[[str], None]) -> Iterator[None]:
+    """Stop the run in the block at the end of an update after a signal, and leave its process group.
 
-    Of an error the other processes may know nothing: then the group is not left, since they might be waited for.
+    Without a signal the group is left when the process exits, since another run may follow. After an error it is not left: the
+    other processes may not know of the error, and leaving could wait for them.
+
+    Args:
+        trainer ([`BuPOTrainer`]): of the run.
+        log (`Callable`): prints a line.
 
     Raises:
-        Stopped: after a signal.
+        SignalInterrupt: after a signal.
     """
-    with SignalRecorder(say, distributed_launch.has_failed_process) as heard:
-        trainer.add_callback(StopOnSignalCallback(trainer, heard))
+    with SignalRecorder(log, distributed_launch.has_failed_process) as signals:
+        trainer.add_callback(StopOnSignalCallback(trainer, signals))
         try:
             yield
         except SignalInterrupt:
@@ -44,10 +48,9 @@ def graceful_shutdown(trainer: Trainer, say: Callable[[str], None]) -> Iterator[
 def leave_process_group() -> None:
     """Leave the process group, if there is one.
 
-    The group itself is kept for as long as this process lives. It would else be destroyed with its last user, DDP's reducer,
-    whose destructor joins gloo's threads while it holds the interpreter's lock; a thread of gloo's that is still letting go of
-    its last collective waits for that lock, and the process hangs for ever.
-    An engine of vLLM's beside the trainer has groups of its own within this one, and would close them after it, with an error.
+    A reference to the group is kept until the process exits. Otherwise DDP's reducer, its last user, would destroy it: its
+    destructor joins gloo's threads while it holds the GIL, a gloo thread that still releases its last collective waits for the
+    GIL, and the process hangs forever. A colocated vLLM engine has subgroups of this group and must close them first.
     """
     if distributed.is_available() and distributed.is_initialized():
         _left_groups.append(distributed.group.WORLD)
@@ -63,38 +66,39 @@ def _leave_process_group_at_exit() -> None:
 
 
 class StopOnSignalCallback(TrainerCallback):
-    """Once a signal was heard, in any process: saves at the update's end, whatever `save_strategy` says, and leaves the run.
+    """Callback that saves a checkpoint at the end of an update after a signal, whatever `save_strategy` is, and ends the run.
 
-    It leaves by [`~bupo.utils.errors.SignalInterrupt`] and not by the trainer's own way out, which would log, probe and save a finished
-    run: nothing may stand in the folder that a resumed run would not write in the same place. A signal during the last update
-    comes too late to stop anything. It must be the last of the callbacks.
+    It raises [`~bupo.utils.errors.SignalInterrupt`] instead of setting `should_training_stop`, after which the trainer
+    would log, probe and save a finished run: the folder must hold only what the resumed run writes too. A signal during
+    the last update has no effect. The callback must be the last one.
 
     Args:
-        trainer ([`BuPOTrainer`]), heard ([`~bupo.utils.signals.SignalRecorder`]): the run and its signals.
+        trainer ([`BuPOTrainer`]): of the run.
+        signal_recorder ([`~bupo.utils.signals.SignalRecorder`]): with the first signal of this process.
     """
 
-    def __init__(self, trainer, heard: SignalRecorder):
-        self.trainer, self.signal_handler, self.stop_signal = trainer, heard, 0
+    def __init__(self, trainer, signal_recorder: SignalRecorder):
+        self.trainer, self.signal_handler, self.stop_signal = trainer, signal_recorder, 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        came = self._gather_signal(self.signal_handler.first_signal)
-        if came and state.global_step < state.max_steps:
-            self.stop_signal, control.should_save = came, True
-            args.save_only_model = False  # which nothing goes on from
+        number = self._gather_signal(self.signal_handler.first_signal)
+        if number and state.global_step < state.max_steps:
+            self.stop_signal, control.should_save = number, True
+            args.save_only_model = False  # a run cannot resume from the model alone
 
     def on_save(self, args, state, control, **kwargs):
         if self.stop_signal:
             name, folder = signal.Signals(self.stop_signal).name, Path(args.output_dir)
             raise SignalInterrupt(
-                f"stopped by {name} after update {state.global_step} of {state.max_steps}, kept in "
-                f"{folder / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'}: the same command with "
-                "--resume_from_checkpoint true goes on",
+                f"stopped by {name} after update {state.global_step} of {state.max_steps}, saved in "
+                f"{folder / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'}: resume with the same command and "
+                "--resume_from_checkpoint true",
                 self.stop_signal,
             )
 
-    def _gather_signal(self, came: int) -> int:
-        """The same for all processes: a signal may reach one of them only, or two of them around an update's end."""
+    def _gather_signal(self, number: int) -> int:
+        """Return the largest signal number of all processes: a signal may reach one of them only, or some of them later."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
-            return came
-        return int(accelerator.gather(torch.tensor([came], device=accelerator.device)).max())
+            return number
+        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run that goes on. Other trackers have ways of their own, which `docs/phases.md` names."""
+"""TensorBoard events of a resumed run. `docs/phases.md` describes how other trackers resume."""
 
 import importlib
 from collections.abc import Iterable
@@ -9,17 +9,22 @@ from transformers.integrations import TensorBoardCallback
 
 
 def resume_tensorboard(callbacks: Iterable[TrainerCallback], folder: Path, updates: int) -> None:
-    """Write into the folder of events that the run has begun, and take back what it noted after `updates`.
+    """Continue in the run's events folder and drop events after the checkpoint.
 
-    Readers leave out events from `purge_step` on that were written before: no update is there twice.
+    Readers ignore earlier events from `purge_step` on, so no update is shown twice.
+
+    Args:
+        callbacks (`list[TrainerCallback]`): of the trainer.
+        folder (`Path`): the run's folder.
+        updates (`int`): updates before the checkpoint.
     """
     for callback in callbacks:
         if not isinstance(callback, TensorBoardCallback) or callback.tb_writer is not None:
             continue
-        begun = sorted(path.parent for path in (folder / "runs").glob("*/events.*"))
-        where = callback.logging_dir or (str(begun[-1]) if begun else None)
-        if where:
-            callback.tb_writer = _get_summary_writer_class()(log_dir=where, purge_step=updates + 1 if updates else 0)
+        event_dirs = sorted(path.parent for path in (folder / "runs").glob("*/events.*"))
+        log_dir = callback.logging_dir or (str(event_dirs[-1]) if event_dirs else None)
+        if log_dir:
+            callback.tb_writer = _get_summary_writer_class()(log_dir=log_dir, purge_step=updates + 1 if updates else 0)
 
 
 def _get_summary_writer_class() -> type:

@@ -1,55 +1,57 @@
-"""States of callbacks in a checkpoint: those that transformers knows as `ExportableState`, such as `EarlyStoppingCallback`."""
+"""Checkpointed states of callbacks that are an `ExportableState` of transformers, such as `EarlyStoppingCallback`."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
 class CallbackStates:
-    """A part of a checkpoint. A resumed run has the callbacks' states of the run that was stopped, and ends where one of them
-    had ended that.
+    """Part of a checkpoint that holds the states of the callbacks, and whether one of them has stopped the run.
 
-    transformers restores them with `restore_callback_states_from_checkpoint` only, and of two of one kind the first states.
+    transformers restores them only with `restore_callback_states_from_checkpoint`, and of two callbacks of one class it
+    restores the first state twice.
 
     Args:
-        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its callbacks, and `ended_early`.
-        say (`Callable`): takes a line about callbacks that start afresh.
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its callbacks, and `stopped_by_callback`.
+        log (`Callable`): prints a line if callbacks start without their earlier state.
     """
 
-    def __init__(self, trainer: Any, say: Callable[[str], None]):
-        self.trainer, self.logger = trainer, say
+    def __init__(self, trainer: Any, log: Callable[[str], None]):
+        self.trainer, self.log = trainer, log
 
-    def _get_stateful_callbacks(self) -> list[TrainerCallback]:
-        return [each for each in self.trainer.callback_handler.callbacks if isinstance(each, ExportableState)]
+    def _get_stateful_callbacks(self) -> list[Any]:
+        return [
+            callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, ExportableState)
+        ]
 
     def state(self) -> dict:
-        """Return what a checkpoint must hold: the states as JSON, and whether a callback has ended the run."""
-        states = [(type(each).__name__, each.state()) for each in self._get_stateful_callbacks()]  # type: ignore[attr-defined]
-        unfinished = self.trainer.state.global_step < self.trainer.state.max_steps
-        ended = bool(states) and unfinished and self.trainer.control.should_training_stop
-        return {"callbacks": json.dumps(states, default=_to_json_value), "ended": ended}
+        """Return the states as JSON, and whether a callback has stopped the run."""
+        states = [(type(callback).__name__, callback.state()) for callback in self._get_stateful_callbacks()]
+        is_unfinished = self.trainer.state.global_step < self.trainer.state.max_steps
+        stopped = bool(states) and is_unfinished and self.trainer.control.should_training_stop
+        return {"callbacks": json.dumps(states, default=_to_json_value), "stopped": stopped}
 
     def load(self, state: dict, rollout_batch: int) -> None:
-        """Put what `state` returned into the callbacks of this run, if they are the same ones with the same options."""
-        before, now = json.loads(state["callbacks"]), self._get_stateful_callbacks()
-        options = [[type(each).__name__, each.state().get("args", {})] for each in now]  # type: ignore[attr-defined]
-        if json.loads(json.dumps(options, default=_to_json_value)) != [
-            [name, kept.get("args", {})] for name, kept in before
-        ]:
-            self.logger(
-                f"callbacks start afresh: they are {_format_callbacks(options)} from here on, and were {_format_callbacks(before)}"
+        """Restore the result of `state`, if this run has the same callbacks with the same options."""
+        saved, callbacks = json.loads(state["callbacks"]), self._get_stateful_callbacks()
+        options = [[type(callback).__name__, callback.state().get("args", {})] for callback in callbacks]
+        saved_options = [[name, values.get("args", {})] for name, values in saved]
+        if json.loads(json.dumps(options, default=_to_json_value)) != saved_options:
+            self.log(
+                f"callbacks start without their earlier state: they are {_format_callbacks(options)}, and were "
+                f"{_format_callbacks(saved)}"
             )
             return
-        for callback, (_, kept) in zip(now, before, strict=True):
-            for name, value in kept.get("attributes", {}).items():
+        for callback, (_, values) in zip(callbacks, saved, strict=True):
+            for name, value in values.get("attributes", {}).items():
                 setattr(callback, name, value)
-        self.trainer.stopped_by_callback = state["ended"]
+        self.trainer.stopped_by_callback = state["stopped"]
 
 
 def _to_json_value(value: Any) -> Any:
+    """Return a NumPy or torch number as a plain one, and anything else as text."""
     return value.item() if hasattr(value, "item") else str(value)
 
 

@@ -1,15 +1,15 @@
-"""Which checkpoints are whole: each holds a manifest, written last, of the names, sizes and checksums of its files."""
+"""Manifests of checkpoints and the checks that find a damaged one.
+
+Each checkpoint holds `manifest.json`, written last, with the names, sizes and checksums of its files.
+"""
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -26,24 +26,23 @@ from bupo.run_files.reading import (
     read_json,
     read_torch_file,
 )
-from bupo.utils.errors import UserError, summarize_error
+from bupo.utils.errors import summarize_error
 from bupo.utils.files import write_json
 from bupo.utils.safe_read import describe_index_error, has_regular_file
 
 MANIFEST_FILE = "manifest.json"
-MAX_HASHED_BYTES = 64 << 20  # bytes; of larger files, the size is looked at only
-# by name, what the states of a checkpoint must hold to be loaded
+MAX_HASHED_BYTES = 64 << 20  # only the size of a larger file is checked
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+# keys that the state files of a checkpoint must hold, by file name pattern
 _STATE_SCHEMAS: dict[str, KeyTypes] = {
-    STATE_FILE: {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict},
-    "rollouts_*.pt": {"pieces": object, "numbers": dict},
+    STATE_FILE: {"passes": int, "layout": dict, "planned": list, "metrics": dict, "counters": dict, "parts": dict},
+    "rollouts_*.pt": {"micro_batches": object, "counters": dict},
     "optimizer.pt": {"state": dict, "param_groups": list},
     "optimizer.bin": {"state": dict},
     "scheduler.pt": {"last_epoch": (int, NONE_TYPE)},
     "rng_state*.pth": {"python": tuple, "numpy": (tuple, dict), "cpu": torch.Tensor},
 }
-ResultT = TypeVar("ResultT")
-_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-# what a run cannot go on without, and where DeepSpeed (its own folder) and FSDP keep it
+# files that a resumed run needs, and the names that DeepSpeed (its own folder) and FSDP give them
 _REQUIRED_FILES = {
     "the model's weights": (
         "model*.safetensors",
@@ -59,14 +58,13 @@ _REQUIRED_FILES = {
 
 
 def write_manifest(folder: Path) -> None:
-    """List a folder's files in `manifest.json`."""
+    """List the files of a folder in `manifest.json`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
-    files = {path.relative_to(folder).as_posix(): _make_manifest_entry(path) for path in paths}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        for path in paths
+    }
     write_json(folder / MANIFEST_FILE, {"schema_version": 1, "files": files})
-
-
-def _make_manifest_entry(path: Path) -> dict[str, int | str | None]:
-    return {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
 
 
 def _hash_file(path: Path) -> str | None:
@@ -76,41 +74,60 @@ def _hash_file(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_damage(folder: Path, sums: bool = True) -> str | None:
-    """What keeps a run from going on with a checkpoint, in a few words; None for a whole one.
+def find_damage(folder: Path, checksums: bool = True) -> str | None:
+    """Return why a run cannot be resumed from a checkpoint, in a few words, or None for an intact one.
 
-    One without a manifest, by an earlier version or another trainer, is judged by the files that are needed. Without `sums`,
-    only sizes are looked at.
+    A checkpoint without a manifest, such as another trainer's, is only checked for the files that are needed.
+
+    Args:
+        folder (`Path`): the checkpoint.
+        checksums (`bool`, *optional*, defaults to `True`): compare checksums too, not only sizes.
     """
     try:
-        there = folder.is_dir()
-    except (OSError, ValueError):  # too long a name, or none
-        there = False
-    if not there:
+        exists = folder.is_dir()
+    except (OSError, ValueError):  # the name is too long, or holds a null byte
+        exists = False
+    if not exists:
         return "there is no such folder"
-    listed = folder / MANIFEST_FILE
-    if os.path.lexists(listed):
+    manifest = folder / MANIFEST_FILE
+    if os.path.lexists(manifest):
         try:
-            files = read_json(listed, {"files": dict})["files"]
-            found = next((what for name in files if (what := _find_alteration(folder, name, files[name], sums))), None)
+            files = read_json(manifest, {"files": dict})["files"]
+            changes = (_find_change(folder, name, files[name], checksums) for name in files)
+            damage = next(filter(None, changes), None)
         except (OSError, *PARSE_ERRORS):
-            found = f"{MANIFEST_FILE} cannot be read"
-        if found:
-            return found
+            damage = f"{MANIFEST_FILE} cannot be read"
+        if damage:
+            return damage
     if not os.path.lexists(folder / TRAINER_STATE_NAME):
         return f"{TRAINER_STATE_NAME} is missing"
     try:
         read_trainer_state(folder)
     except DamagedFileError as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({error.reason})"
-    for what, names in _REQUIRED_FILES.items():
-        if not any(next(folder.glob(name), None) for name in names):
-            return f"{what} is missing" + (" (save_only_model)" if listed.exists() else "")
+    for kind, patterns in _REQUIRED_FILES.items():
+        if not any(next(folder.glob(pattern), None) for pattern in patterns):
+            return f"{kind} is missing" + (" (save_only_model)" if manifest.exists() else "")
     return find_unreadable_file(folder)
 
 
+def _find_change(folder: Path, name: str, entry: dict, checksums: bool) -> str | None:
+    """Return how a file differs from its entry in the manifest, or None."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file"
+    if not has_regular_file(folder, name):
+        return f"{name} is no file of the checkpoint"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
+    if checksums and entry["sha256"] and _hash_file(path) != entry["sha256"]:
+        return f"{name} has changed since it was written"
+    return None
+
+
 def find_unreadable_file(folder: Path) -> str | None:
-    """Return what a checkpoint's states and weights cannot be read for, by their headers only; None where they can."""
+    """Return which state or weight file of a checkpoint cannot be read, and why, or None. Only headers are read."""
     for pattern, keys in _STATE_SCHEMAS.items():
         for path in sorted(folder.glob(pattern)):
             try:
@@ -126,118 +143,39 @@ def find_unreadable_file(folder: Path) -> str | None:
         except (SafetensorError, OSError, *PARSE_ERRORS) as error:
             return f"{path.name} is damaged: {summarize_error(error)}"
     for path in sorted(folder.glob("*.index.json")):
-        if wrong := describe_index_error(folder, path.name):
-            return wrong
+        if problem := describe_index_error(folder, path.name):
+            return problem
     return None
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a trainer's state, as the resumed trainer will read it.
+    """Read `trainer_state.json` with the types that transformers' `TrainerState` expects.
 
     Raises:
-        Damaged: if it is missing or no such state.
+        DamagedFileError: if it is missing or not such a state.
     """
     path = checkpoint / TRAINER_STATE_NAME
-    places = ("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-    numbers: dict[str, ExpectedType] = dict.fromkeys(places, (float, NONE_TYPE))
-    numbers |= dict[str, ExpectedType].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NONE_TYPE))
-    found = read_json(path, {"global_step": int, "log_history": (list, NONE_TYPE), **numbers})
+    floats = ("epoch", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+    keys: dict[str, ExpectedType] = dict.fromkeys(floats, (float, NONE_TYPE))
+    keys |= dict[str, ExpectedType].fromkeys(("max_steps", "train_batch_size", "best_global_step"), (int, NONE_TYPE))
+    state = read_json(path, {"global_step": int, "log_history": (list, NONE_TYPE), **keys})
     try:
-        if found["global_step"] < 0:
-            raise ValueError(f"global_step is {found['global_step']}")
-        for row in found.get("log_history") or []:
+        if state["global_step"] < 0:
+            raise ValueError(f"global_step is {state['global_step']}")
+        for row in state.get("log_history") or []:
             check_keys(row, {"step": int})
-        TrainerState(**found)
+        TrainerState(**state)
     except PARSE_ERRORS as error:
         raise DamagedFileError(path, f"log_history or another entry: {error}") from error
-    return found
-
-
-def _find_alteration(folder: Path, name: str, entry: dict, sums: bool) -> str | None:
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file"
-    if not has_regular_file(folder, name):
-        return f"{name} is no file of the checkpoint"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
-    if sums and entry["sha256"] and _hash_file(path) != entry["sha256"]:
-        return f"{name} is not what was written"
-    return None
+    return state
 
 
 def get_global_step(checkpoint: str | Path | None) -> int:
-    """Updates that a checkpoint was made after; 0 without one."""
+    """Return the number of updates before a checkpoint, 0 without one."""
     return 0 if checkpoint is None else read_trainer_state(Path(checkpoint))["global_step"]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the last last. `checkpoint-abc` is none."""
-    numbered = [(int(found[1]), path) for path in folder.glob("*") if (found := _CHECKPOINT_NAME.fullmatch(path.name))]
+    """Return the checkpoints of a run, intact or not, in the order of their updates."""
+    numbered = [(int(match[1]), path) for path in folder.glob("*") if (match := _CHECKPOINT_NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered) if path.is_dir()]
-
-
-def find_newest_intact_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The last checkpoint of a run that is whole by its manifest; `say` is told of the later ones, and what is wrong."""
-    for path in reversed(list_checkpoints(folder)):
-        wrong = find_damage(path)
-        if wrong is None and not (path / MANIFEST_FILE).exists():
-            wrong = f"it has no {MANIFEST_FILE}, so it may not be whole"
-        if wrong is None:
-            return path
-        say(f"{path} is passed over: {wrong}")
-    return None
-
-
-def resolve_newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Where `true` goes on: the newest whole checkpoint of a run, or None where it has none yet. `say` is told which.
-
-    Raises:
-        UserError: if there are checkpoints and none is whole: to begin anew would delete them.
-    """
-    found = find_newest_intact_checkpoint(folder, say)
-    if found is None and list_checkpoints(folder):
-        raise UserError(
-            f"resume_from_checkpoint: no checkpoint in {folder} is whole: name one of them to go on from it all the same, "
-            "or start anew by --overwrite true and without resume_from_checkpoint"
-        )
-    say(f"going on from {found}" if found else f"{folder} holds no checkpoint yet: the run starts from the beginning")
-    return found
-
-
-def require_intact(checkpoint: Path) -> Path:
-    """A checkpoint that was named.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    if wrong := find_damage(checkpoint):
-        raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on with: {wrong}")
-    return checkpoint
-
-
-def run_on_main_process(find: Callable[[], ResultT]) -> ResultT:
-    """What the main process finds, for all processes; what it refuses, all refuse."""
-    answer: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0] = find()
-        except UserError as error:
-            answer[1] = str(error)
-    found, refused = broadcast_object_list(answer)
-    if refused is not None:
-        raise UserError(refused)
-    return found
-
-
-def check_visible_to_all(checkpoint: Path | None) -> None:
-    """Refuse a checkpoint that another process than the main one does not see, by its sizes: sums take long."""
-    if checkpoint is None:
-        return
-    wrong = None if PartialState().is_main_process else find_damage(checkpoint, sums=False)
-    for found in gather_object([wrong]):
-        if found:
-            raise UserError(
-                f"resume_from_checkpoint: a process finds {checkpoint} otherwise ({found}): share output_dir"
-            )

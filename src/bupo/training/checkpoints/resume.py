@@ -1,18 +1,19 @@
-"""What a run may change when it goes on, and what it may not.
+"""Comparison of a resumed run's options and inputs with those of its checkpoint.
 
-A checkpoint's `options.json` keeps what decides the numbers of a run. On resuming, an option that differs is one of three:
+`options.json` in a checkpoint holds the options that decide the numbers of a run. An option that differs when the run
+is resumed belongs to one of three kinds:
 
-- of no account for what is trained (`FREE`: how often is logged, saved, evaluated and probed, where to, on which machine): it
-  holds from there on, without a word;
-- taken over (`TAKEN`): the learning rates and `max_grad_norm` hold from there on, and are said; `max_steps` and
-  `num_train_epochs` hold. The learning rate is that of the same schedule over the new rate and length, at the update where the
-  run stands;
-- refused, whatever else it is, the kind of schedule and its warmup too: by one line with the option and both values. Also
-  options that are not known here yet.
+- It does not affect training (`NON_TRAINING_OPTIONS`: logging, saving, evaluation, probes, output, hardware). The new
+  value applies.
+- It may change (`CHANGEABLE_OPTIONS`). New learning rates and a new `max_grad_norm` apply and are printed, and so do
+  `max_steps` and `num_train_epochs`. The learning rate follows the same schedule over the new rate and length, at the
+  run's update.
+- Any other option, also an unknown one and the kind and warmup of the schedule, is refused with one line that holds
+  both values.
 
-Problems are told by their content, not by the names of their files; the chat template and the model likewise; rewards by where
-they are defined. A finished run keeps the same in `finished.json`, and is compared as well. The first phase and the cut of a
-rollout batch into micro-batches are compared by [`~bupo.training.checkpoints.trainer_state.load_state`].
+Problems, chat template and model are compared by content, rewards by where they are defined. A finished run keeps the
+same values in `finished.json`. [`~bupo.training.checkpoints.trainer_state.load_state`] compares the first phase and the
+micro-batches.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from bupo.data.problems import compute_problems_sha256
 from bupo.models.loading import compute_weight_fingerprint
 from bupo.run_files.provenance import drop_secrets
 from bupo.run_files.reading import PARSE_ERRORS, read_json
+from bupo.training.callbacks.best_metric import ADAPTIVE_SCHEDULERS
 from bupo.training.objective.phases import PhaseSchedule
 from bupo.training.trl_internals import GRPOTrainerHooks
 from bupo.utils.errors import UserError
@@ -35,10 +37,6 @@ from bupo.utils.files import write_json
 
 OPTIONS_FILE = "options.json"
 CHANGEABLE_OPTIONS = ("learning_rate", "critic_learning_rate", "max_grad_norm", "max_steps", "num_train_epochs")
-ADAPTIVE_SCHEDULERS = (
-    "reduce_lr_on_plateau",
-    "greedy",
-)  # schedules whose rate is their state: a new one would not take effect
 NON_TRAINING_OPTIONS = {
     "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval",
     "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "remove_unused_columns", "label_names",
@@ -63,41 +61,56 @@ def _affects_training(name: str) -> bool:
 
 
 def get_resume_options(trainer: GRPOTrainerHooks) -> dict[str, Any]:
-    """What decides the numbers of a run, by name, as JSON knows it."""
+    """Return the options and inputs that decide the numbers of a run, by name, as JSON values."""
     args = trainer.args
-    found = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _affects_training(f.name)}
-    found |= trainer.input_fingerprint
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if _affects_training(f.name)}
+    options |= trainer.input_fingerprint
     if (
         args.has_auxiliary_objective and not args.phase_schedule.stages
-    ):  # else the first phase is compared, which holds the layer
-        found["internal_layer"] = args.internal_layer
-    found["chat_template"] = _hash_json(getattr(trainer.processing_class, "chat_template", None))
-    found["reward_funcs"] = list(map(_get_reward_name, trainer.reward_funcs, trainer.reward_func_names))
-    found["answers a rollout batch"] = args.generation_batch_size
-    return json.loads(json.dumps(drop_secrets(found), default=_to_json_value))
+    ):  # a first phase, which holds the layer, is compared
+        options["internal_layer"] = args.internal_layer
+    template = getattr(trainer.processing_class, "chat_template", None)
+    options["chat_template"] = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:12]
+    options["reward_funcs"] = list(map(_get_reward_name, trainer.reward_funcs, trainer.reward_func_names))
+    options["completions per rollout batch"] = args.generation_batch_size
+    return json.loads(json.dumps(drop_secrets(options), default=_to_json_value))
 
 
 def fingerprint_inputs(trainer: GRPOTrainerHooks) -> dict[str, Any]:
-    """What decides a run of its problems, by content, and of its model, as it is before it is trained, sharded or cast.
+    """Return a description of the problems, by content, and of the model before it is trained, sharded or cast.
 
-    Weights that no checkpoint holds are told by some of their values: those below an adapter, and a reference model's that
-    stays. Under FSDP, processes do not hold them alike.
+    Weights that are not in the checkpoint are identified by some of their values: the base model's below an adapter,
+    and those of a fixed reference model. They are left out under FSDP, where processes hold different parts.
     """
     model, config = trainer.model, trainer.model.config
-    whole = not trainer.is_fsdp_enabled
-    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    found: dict[str, Any] = {"problems": _describe_problems(trainer.train_dataset)}
-    found["model"] = f"{config.model_type}, {sizes[0]} layers of {sizes[1]}, {sizes[2]} tokens, {model.dtype}"
+    layers, width, vocabulary = (
+        getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
     adapters = getattr(model, "peft_config", {})
-    found["adapters"] = sorted(adapters)
-    for adapter, peft in adapters.items():
-        own = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
-        found |= {f"{adapter} adapter's {name}": getattr(peft, name, None) for name in own}
-    if adapters and whole:
-        found["the base model's weights"] = compute_weight_fingerprint(model, without=adapters)
-    if trainer.ref_model is not None and not trainer.args.sync_ref_model and whole:
-        found["the reference model's weights"] = compute_weight_fingerprint(trainer.ref_model)
-    return found
+    fingerprint: dict[str, Any] = {
+        "problems": _describe_problems(trainer.train_dataset),
+        "model": f"{config.model_type}, {layers} layers of {width}, {vocabulary} tokens, {model.dtype}",
+        "adapters": sorted(adapters),
+    }
+    settings = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "bias",
+        "modules_to_save",
+    )
+    for adapter, peft_config in adapters.items():
+        fingerprint |= {f"{adapter} adapter's {name}": getattr(peft_config, name, None) for name in settings}
+    if trainer.is_fsdp_enabled:
+        return fingerprint
+    if adapters:
+        fingerprint["the base model's weights"] = compute_weight_fingerprint(model, without=adapters)
+    if trainer.ref_model is not None and not trainer.args.sync_ref_model:
+        fingerprint["the reference model's weights"] = compute_weight_fingerprint(trainer.ref_model)
+    return fingerprint
 
 
 def _get_reward_name(function: Any, name: str) -> str:
@@ -105,70 +118,85 @@ def _get_reward_name(function: Any, name: str) -> str:
 
 
 def _to_json_value(value: Any) -> Any:
-    return (
-        sorted(map(str, value)) if isinstance(value, set | frozenset | tuple) else str(getattr(value, "value", value))
-    )
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:12]
+    """Return a set in a fixed order, an enum by its value, and anything else as text."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return str(getattr(value, "value", value))
 
 
 def _describe_problems(problems: Any) -> str:
-    """Problems by their number and their checksum, which `run.json` notes too."""
+    """Return the number of problems and the checksum that `run.json` holds too."""
     try:
         number = len(problems)
-    except TypeError:  # a stream's cannot be looked at without taking from it
+    except TypeError:  # rows of a stream cannot be read without using them up
         return type(problems).__name__
     return f"{number} problems, SHA-256 {compute_problems_sha256(problems)}"
 
 
-def check_same_schedule(before: list, planned: PhaseSchedule, folder: Path) -> None:
-    """Raises [`UserError`] unless the first phase that the options ask for is that of before, which `folder` keeps."""
+def check_same_schedule(saved: list, planned: PhaseSchedule, folder: Path) -> None:
+    """Refuse a run whose first phase differs from the one that its folder or checkpoint holds.
+
+    Args:
+        saved (`list`): the state of the earlier schedule.
+        planned ([`~bupo.training.objective.phases.PhaseSchedule`]): the schedule that the options set.
+        folder (`Path`): of the earlier schedule, for messages.
+
+    Raises:
+        UserError: with both schedules.
+    """
     try:
-        former = PhaseSchedule.load(before)
+        schedule = PhaseSchedule.load(saved)
     except PARSE_ERRORS as error:
-        raise UserError(f"{folder} is damaged: its first phase cannot be read ({error}); go on from another") from error
-    if former != planned:
         raise UserError(
-            f"{folder} was made with the first phase {former}, the options say {planned}: go on with the same"
+            f"{folder} is damaged: its first phase cannot be read ({error}); resume from another checkpoint"
+        ) from error
+    if schedule != planned:
+        raise UserError(
+            f"{folder} was made with the first phase {schedule}, and the options set {planned}: resume with the same one"
         )
 
 
 def write_options(trainer: GRPOTrainerHooks, folder: Path) -> None:
-    """Keep in a checkpoint what decides the run."""
+    """Write the options that decide a run into a checkpoint."""
     write_json(folder / OPTIONS_FILE, get_resume_options(trainer))
 
 
-def check_checkpoint_options(trainer: GRPOTrainerHooks, folder: Path, say: Callable[[str], None]) -> None:
-    """Hold a run's options against those of the checkpoint that it goes on from, if that keeps any.
+def check_checkpoint_options(trainer: GRPOTrainerHooks, folder: Path, log: Callable[[str], None]) -> None:
+    """Compare a run's options with those of its checkpoint. Checkpoints of other trainers have none.
 
     Raises:
-        UserError: for one that would change the run and is not taken over.
+        UserError: for an option that would change the run.
     """
-    if not os.path.lexists(folder / OPTIONS_FILE):
-        return
-    check_resume_options(trainer, read_json(folder / OPTIONS_FILE), folder, say)
+    if os.path.lexists(folder / OPTIONS_FILE):
+        check_resume_options(trainer, read_json(folder / OPTIONS_FILE), folder, log)
 
 
 def check_resume_options(
-    trainer: GRPOTrainerHooks, before: dict[str, Any], folder: Path, say: Callable[[str], None]
+    trainer: GRPOTrainerHooks, saved: dict[str, Any], folder: Path, say: Callable[[str], None]
 ) -> None:
-    """Hold a run's options against those that decided it `before`, as its `folder` or checkpoint keeps them.
+    """Compare a run's options with those that its folder or checkpoint holds.
+
+    Args:
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): of the resumed run.
+        saved (`dict[str, Any]`): the earlier result of [`get_resume_options`].
+        folder (`Path`): that holds `saved`, for messages.
+        say (`Callable`): prints a line about an option that changes.
 
     Raises:
-        UserError: for one that would change the run and is not taken over.
+        UserError: for an option that would change the run.
     """
-    now = get_resume_options(trainer)
-    adaptive = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type) in ADAPTIVE_SCHEDULERS
-    for name in now:
-        if name not in before or before[name] == now[name]:
+    options = get_resume_options(trainer)
+    scheduler = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
+    changeable = set(CHANGEABLE_OPTIONS)
+    if scheduler in ADAPTIVE_SCHEDULERS:  # their state holds the rate: a new one would not take effect
+        changeable.remove("learning_rate")
+    for name, value in options.items():
+        if name not in saved or saved[name] == value:
             continue
-        if name in CHANGEABLE_OPTIONS and not (adaptive and name == "learning_rate"):
-            if name not in ("max_steps", "num_train_epochs"):
-                say(f"{name} is {now[name]} from here on; it was {before[name]}")
-            continue
-        raise UserError(
-            f"{name} is {now[name]}, but {before[name]} in {folder}: a run goes on with the same; choose another output "
-            "to start one that differs"
-        )
+        if name not in changeable:
+            raise UserError(
+                f"{name} is {value}, but {saved[name]} in {folder}: resume with the same value, or choose another output to "
+                "start a different run"
+            )
+        if name not in ("max_steps", "num_train_epochs"):
+            say(f"{name} changes from {saved[name]} to {value}")

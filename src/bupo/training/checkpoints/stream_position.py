@@ -1,4 +1,4 @@
-"""The place of a run in a stream of problems, and whether a resumed stream gives the same rows again."""
+"""Position of a run in a stream of problems, and the check that a resumed stream yields the same rows again."""
 
 import hashlib
 import json
@@ -9,53 +9,61 @@ from typing import Any
 from bupo.data.prompts import check_not_serialized
 from bupo.utils.errors import UserError
 
-MAX_CHECKSUMS = 4096  # checksums of the last batches: data loaders read a few ahead of what is trained on
+MAX_CHECKSUMS = 4096  # of the last batches: data loaders read a few batches ahead of training
+_ROWS_DIFFER = (
+    "train_dataset, a stream, does not yield the same rows as before the checkpoint, so the run cannot be resumed: use a "
+    "stream that yields the same rows each time it is read, or a Dataset"
+)
 
 
 class StreamPosition:
-    """The pass over a stream that a run is in, the batches of this pass that were trained on, and a checksum of their rows.
+    """The current pass over a stream, the batches of this pass that were trained on, and a checksum of their rows.
 
-    A stream has no length: transformers takes all its passes for one epoch, and would skip the batches of a resumed run in the
-    first pass. Here the pass is counted, and batches are skipped in it.
+    A stream has no length: transformers counts all passes as one epoch, and would skip all batches of a resumed run in
+    the first pass. This class counts passes and skips batches only in the pass that was interrupted.
 
     Attributes:
-        number (`int`): the pass, from 0.
-        started (`int`): the micro-batches that the trainer had done when the pass began.
-        first (`int`): the pass in which this start of the run began.
+        pass_index (`int`): the current pass, from 0.
+        pass_start (`int`): micro-batches that the trainer had processed when the pass began.
+        first_pass (`int`): the pass in which this process began or resumed the run.
+        checksums (`deque[tuple[int, str]]`): number of batches read in this pass, and the checksum of their rows.
+        expected_checksum (`tuple[int, str]`, *optional*): the entry of `checksums` that the resumed stream must reach.
     """
 
     def __init__(self) -> None:
         self.pass_index = self.pass_start = self.first_pass = 0
-        self._resumed_batches: int | None = None  # batches of the pass in which a checkpoint lies
-        self.checksums: deque[tuple[int, str]] = deque(
-            maxlen=MAX_CHECKSUMS
-        )  # after each batch of this pass: how many, and the checksum
+        self._resumed_batches: int | None = None  # position of the checkpoint in its pass
+        self.checksums: deque[tuple[int, str]] = deque(maxlen=MAX_CHECKSUMS)
         self.batches_read, self.checksum = 0, ""
         self.expected_checksum: tuple[int, str] | None = None
 
-    def begin_pass(self, number: int, passes_done: int, skipped: int) -> None:
-        """Begin a pass. Batches that were trained on before the run was resumed are skipped."""
-        self.pass_index, self.pass_start = number, passes_done - skipped
+    def begin_pass(self, pass_index: int, passes_done: int, skipped: int) -> None:
+        """Begin a pass.
+
+        Args:
+            pass_index (`int`): its number, from 0.
+            passes_done (`int`): micro-batches that the trainer has processed.
+            skipped (`int`): batches of this pass that were trained on before the run was resumed.
+        """
+        self.pass_index, self.pass_start = pass_index, passes_done - skipped
         self.batches_read, self.checksum = 0, ""
         self.checksums.clear()
 
     def wrap_collator(self, collate: Callable[[list], Any]) -> Callable[[list], Any]:
-        """Return a data collator that also keeps the checksum of the rows."""
+        """Return a data collator that also records the checksum of the rows."""
 
-        def collated(rows: list) -> Any:
+        def recording_collate(rows: list) -> Any:
             self._record_batch(rows)
             return collate(rows)
 
-        return collated
+        return recording_collate
 
     def _record_batch(self, rows: list) -> None:
         for number, row in enumerate(rows):
             check_not_serialized(row.get("prompt"), "train_dataset, a stream", self.batches_read * len(rows) + number)
         text = json.dumps(rows, sort_keys=True, default=_to_json_value)
-        self.batches_read, self.checksum = (
-            self.batches_read + 1,
-            hashlib.sha256((self.checksum + text).encode()).hexdigest(),
-        )
+        self.batches_read += 1
+        self.checksum = hashlib.sha256((self.checksum + text).encode()).hexdigest()
         self.checksums.append((self.batches_read, self.checksum))
         if self.expected_checksum is not None and self.batches_read == self.expected_checksum[0]:
             if self.checksum != self.expected_checksum[1]:
@@ -63,40 +71,37 @@ class StreamPosition:
             self.expected_checksum = None
 
     def state(self, passes_done: int, ended: bool) -> dict[str, Any]:
-        """Return what a checkpoint holds.
+        """Return the position for a checkpoint.
 
         Args:
-            passes_done (`int`): micro-batches that the trainer has done.
+            passes_done (`int`): micro-batches that the trainer has processed.
             ended (`bool`): whether the pass is over.
         """
+        if ended:
+            return {"pass": self.pass_index + 1, "batches": 0, "checksum": ""}
         batches = passes_done - self.pass_start
-        sums = dict(self.checksums)
-        return {
-            "pass": self.pass_index + ended,
-            "batches": 0 if ended else batches,
-            "sum": "" if ended else sums.get(batches, ""),
-        }
+        return {"pass": self.pass_index, "batches": batches, "checksum": dict(self.checksums).get(batches, "")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore the place of a checkpoint."""
+        """Restore the position of a checkpoint."""
         self.first_pass, self._resumed_batches = state["pass"], state["batches"]
-        self.expected_checksum = (state["batches"], state["sum"]) if state["sum"] else None
+        self.expected_checksum = (state["batches"], state["checksum"]) if state["checksum"] else None
 
     def get_batches_to_skip(self, checkpoint: str) -> int:
-        """Return how many batches of the first pass are to be skipped.
+        """Return the number of batches to skip in the first pass.
 
         Raises:
-            UserError: if the checkpoint does not say it.
+            UserError: if the checkpoint does not hold it.
         """
         if self._resumed_batches is None:
             raise UserError(
-                f"{checkpoint} does not say where the run was in its stream of problems (train_dataset): it was made by "
-                "another trainer or an earlier version; start a new run from the model that it holds"
+                f"{checkpoint} holds no position in the stream of problems (train_dataset), since another trainer made it: "
+                "start a new run from the model in it"
             )
         return self._resumed_batches
 
     def check_position_reached(self) -> None:
-        """Refuse a stream that has ended before the place where the run was.
+        """Refuse a stream that has ended before the position of the checkpoint.
 
         Raises:
             UserError: with the reason.
@@ -105,13 +110,8 @@ class StreamPosition:
             raise UserError(_ROWS_DIFFER)
 
 
-_ROWS_DIFFER = (
-    "train_dataset, a stream, does not give the rows again that it gave before the checkpoint: a run cannot go on with it; "
-    "give a stream that begins anew with the same rows each time it is read, or a Dataset"
-)
-
-
 def _to_json_value(value: Any) -> Any:
-    return (
-        value.tolist() if hasattr(value, "tolist") else str(value) if isinstance(value, bytes) else type(value).__name__
-    )
+    """Return arrays and numbers as lists and plain numbers, bytes as text, and other objects, such as images, by their type."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if isinstance(value, bytes) else type(value).__name__

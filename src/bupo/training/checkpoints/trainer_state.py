@@ -1,9 +1,12 @@
-"""bupo's part of a checkpoint: the place inside a rollout batch and the batch itself, which TRL's part does not hold. Without
-them a resumed run would count rollout batches, and so the phases, from the start again.
+"""bupo's part of a checkpoint: the position inside a rollout batch and the batch itself, which TRL does not save.
 
-`bupo.pt` is what all processes share: the schedule, the place, the next log's metrics, probes, guard and critic.
-`rollouts_N.pt` is process N's: its loss since the last log, and its rollout batch, where the checkpoint lies inside one.
-`options.json` is what decides the run, and `manifest.json`, written last, tells whether all is there.
+Without it a resumed run would count rollout batches, and so the phases, from the start again. The files are:
+
+- `bupo.pt`, shared by all processes: the schedule, the position, the metrics of the next log, probes, early stopping
+  and critic;
+- `rollouts_N.pt` of process N: its loss since the last log and, inside a rollout batch, its micro-batches;
+- `options.json`: the options that decide the run ([`bupo.training.checkpoints.resume`]);
+- `manifest.json`, written last ([`bupo.training.checkpoints.integrity`]).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +17,10 @@ import torch
 
 from bupo.analysis.checkpoint_series import STATE_FILE
 from bupo.run_files.reading import PARSE_ERRORS, DamagedFileError, check_keys, read_torch_file
-from bupo.training.checkpoints.integrity import check_visible_to_all, get_global_step, run_on_main_process
+from bupo.training.checkpoints.integrity import get_global_step
 from bupo.training.checkpoints.resume import check_checkpoint_options, check_same_schedule, write_options
+from bupo.training.checkpoints.selection import check_visible_to_all, resolve_checkpoint, run_on_main_process
 from bupo.training.checkpoints.weights import find_weight_mismatch
-from bupo.training.checkpoints.writer import resolve_checkpoint
 from bupo.training.distributed.fsdp2 import get_full_weights, load_full_weights
 from bupo.training.objective.phases import PhaseSchedule
 from bupo.training.trl_internals import GRPOTrainerHooks
@@ -25,7 +28,7 @@ from bupo.utils.errors import UserError, summarize_error
 
 
 class CheckpointPart(Protocol):
-    """What has a state of its own: plain values and tensors."""
+    """Object whose state, plain values and tensors, is part of a checkpoint."""
 
     def state(self) -> dict: ...
 
@@ -33,12 +36,12 @@ class CheckpointPart(Protocol):
 
 
 def get_rollouts_path(folder: Path, process: int) -> Path:
-    """Where a process keeps its rollout batch."""
+    """Return the file that holds the rollout batch of a process."""
     return folder / f"rollouts_{process}.pt"
 
 
 def get_batch_layout(trainer: GRPOTrainerHooks) -> dict[str, int]:
-    """How a rollout batch is cut up: what its pieces depend on."""
+    """Return the sizes by which a rollout batch is cut into micro-batches."""
     return {
         "processes": trainer.accelerator.num_processes,
         "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
@@ -47,209 +50,213 @@ def get_batch_layout(trainer: GRPOTrainerHooks) -> dict[str, int]:
     }
 
 
-def select_checkpoint(trainer: GRPOTrainerHooks, wanted: str | bool | None) -> str | None:
-    """The checkpoint that a run goes on from, if it goes on from one; `True` is its newest whole one, if it has one.
+def select_checkpoint(trainer: GRPOTrainerHooks, option: str | bool | None) -> str | None:
+    """Return the checkpoint that a run resumes from, or None.
+
+    Args:
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): of the run.
+        option (`str` or `bool`): a path, or `True` for the newest intact checkpoint.
 
     Raises:
-        UserError: if it is damaged, is not the same on all processes, or was made with options that decide the run and differ.
+        UserError: if it is damaged, differs between processes, or belongs to a run with other options.
     """
-    say, trainer.resumed_at_step = trainer.accelerator.print, 0
-    found = run_on_main_process(lambda: resolve_checkpoint(Path(trainer.args.output_dir), wanted, say))
-    check_visible_to_all(found)
-    if found is None:
+    log, trainer.resumed_at_step = trainer.accelerator.print, 0
+    checkpoint = run_on_main_process(lambda: resolve_checkpoint(Path(trainer.args.output_dir), option, log))
+    check_visible_to_all(checkpoint)
+    if checkpoint is None:
         return None
-    check_same_run(trainer, found, say)
-    return str(found)
+    check_same_run(trainer, checkpoint, log)
+    return str(checkpoint)
 
 
-def check_same_run(trainer: GRPOTrainerHooks, found: Path, say: Callable[[str], None]) -> None:
-    """Hold a run against the checkpoint that it goes on from.
+def check_same_run(trainer: GRPOTrainerHooks, checkpoint: Path, log: Callable[[str], None]) -> None:
+    """Check that a checkpoint belongs to the run that resumes from it.
 
     Raises:
-        UserError: if it was made under another kind of launch, with options that decide the run and differ, or of another
+        UserError: if it was made under another kind of launch, with options that affect training and differ, or with another
             model.
     """
-    _check_sharding(trainer, found)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not sharded and (wrong := find_weight_mismatch(trainer.model, found)):
+    _check_sharding(trainer, checkpoint)
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not is_sharded and (mismatch := find_weight_mismatch(trainer.model, checkpoint)):
         raise UserError(
-            f"resume_from_checkpoint: {found} cannot be gone on with: {wrong}; go on from another checkpoint"
+            f"resume_from_checkpoint: {checkpoint} cannot be resumed: {mismatch}; resume from another checkpoint"
         )
-    check_checkpoint_options(trainer, found, say)
-    if (found / STATE_FILE).exists():  # refused before a former end of the run is deleted
-        state = _read_shared_state(found, mmap=True)
-        check_same_schedule(state["planned"], trainer.args.phase_schedule, found)
-        _check_trainer_state(found, state)
-    elif get_rollouts_path(found, 0).exists():
-        raise _make_version_error(found)
+    check_checkpoint_options(trainer, checkpoint, log)
+    if (checkpoint / STATE_FILE).exists():  # checked here, before files of a finished run are deleted
+        state = _read_shared_state(checkpoint, mmap=True)
+        check_same_schedule(state["planned"], trainer.args.phase_schedule, checkpoint)
+        _check_update_count(checkpoint, state)
 
 
-def _check_trainer_state(found: Path, state: dict) -> None:
-    """Refuse a checkpoint whose trainer's state is of another one.
+def _check_update_count(checkpoint: Path, state: dict) -> None:
+    """Refuse a checkpoint whose `trainer_state.json` belongs to another one.
 
-    An update takes 1 to `gradient_accumulation_steps` passes.
+    An update takes 1 to `gradient_accumulation_steps` forward and backward passes.
     """
-    updates, passes = get_global_step(found), state["passes"]
+    updates, passes = get_global_step(checkpoint), state["passes"]
     if not updates <= passes <= updates * state["layout"]["gradient_accumulation_steps"]:
         raise UserError(
-            f"resume_from_checkpoint: {found} cannot be gone on with: its trainer_state.json is of {updates} updates, and its "
-            f"{STATE_FILE} of {passes} passes: the two belong to different checkpoints"
+            f"resume_from_checkpoint: {checkpoint} cannot be resumed: its trainer_state.json counts {updates} updates, and its "
+            f"{STATE_FILE} {passes} passes: the two files belong to different checkpoints"
         )
 
 
-def _check_sharding(trainer: GRPOTrainerHooks, found: Path) -> None:
-    """Refuse a checkpoint whose weights and optimizer are kept otherwise than this run would read them."""
-    ours = (
+def _check_sharding(trainer: GRPOTrainerHooks, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights and optimizer are stored for another kind of launch."""
+    launch = (
         "under FSDP" if trainer.is_fsdp_enabled else "under DeepSpeed" if trainer.is_deepspeed_enabled else "unsharded"
     )
-    optimizers = {"under FSDP": "optimizer.bin", "under DeepSpeed": "global_step*", "unsharded": "optimizer.pt"}
-    its = next((kind for kind, name in optimizers.items() if any(found.glob(name))), ours)
-    if its != ours:
+    optimizer_files = {"under FSDP": "optimizer.bin", "under DeepSpeed": "global_step*", "unsharded": "optimizer.pt"}
+    saved = next((kind for kind, pattern in optimizer_files.items() if any(checkpoint.glob(pattern))), launch)
+    if saved != launch:
         raise UserError(
-            f"{found} is of a run {its}, and this one is {ours}: go on as it was, or start a new run from the model that the "
-            "checkpoint holds"
+            f"{checkpoint} was saved {saved}, and this run is {launch}: resume under the same launch, or start a new run from "
+            "the model in the checkpoint"
         )
-    if ours != "under DeepSpeed" or not (found / STATE_FILE).exists():
+    if launch != "under DeepSpeed" or not (checkpoint / STATE_FILE).exists():
         return
-    before = _read_shared_state(found, mmap=True)["layout"]["processes"]
-    if before != trainer.accelerator.num_processes:
+    processes = _read_shared_state(checkpoint, mmap=True)["layout"]["processes"]
+    if processes != trainer.accelerator.num_processes:
         raise UserError(
-            f"{found} is of {before} processes, and this run has {trainer.accelerator.num_processes}: DeepSpeed goes on on as "
-            "many; FSDP2 on any number"
+            f"{checkpoint} is of {processes} processes, and this run has {trainer.accelerator.num_processes}: DeepSpeed "
+            "resumes on the same number, FSDP2 on any number"
         )
 
 
 def save_state(
     trainer: GRPOTrainerHooks, folder: Path, planned: PhaseSchedule, parts: Mapping[str, CheckpointPart]
 ) -> None:
-    """Write a checkpoint's part.
+    """Write bupo's part of a checkpoint.
 
     Args:
-        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its place, its rollout batch and the metrics of its next log.
+        trainer ([`~bupo.training.trl_internals.GRPOTrainerHooks`]): its position, rollout batch and metrics of the next log.
         folder (`Path`): the checkpoint.
-        planned ([`~bupo.training.objective.phases.PhaseSchedule`]): the first phase that the options ask for.
-        parts (`dict[str, Part]`): the rest, by name.
+        planned ([`~bupo.training.objective.phases.PhaseSchedule`]): the first phase that the options set.
+        parts (`dict[str, CheckpointPart]`): further states by name.
     """
     accelerator = trainer.accelerator
-    own = {"pieces": trainer.micro_batches if trainer.is_inside_rollout_batch else None, "numbers": trainer.log_counters}
-    torch.save(own, get_rollouts_path(folder, accelerator.process_index))
-    states = {name: part.state() for name, part in parts.items()}  # on all: a sharded one is gathered
+    process_state = {
+        "micro_batches": trainer.micro_batches if trainer.is_inside_rollout_batch else None,
+        "counters": trainer.log_counters,
+    }
+    torch.save(process_state, get_rollouts_path(folder, accelerator.process_index))
+    part_states = {name: part.state() for name, part in parts.items()}  # on all processes: sharded states are gathered
     reference = _get_synced_ref_model(trainer)
-    moved = {} if reference is None else {"reference": get_full_weights(reference)}
-    if trainer.args.should_save:
-        write_options(trainer, folder)
-        place = {"passes": trainer.micro_steps_done, "layout": get_batch_layout(trainer), "planned": planned.state()}
-        metrics = {name: list(values) for name, values in trainer.train_metrics.items()}
-        logged = {"metrics": metrics, "numbers": trainer.log_counters, "completions": trainer.completions_table}
-        torch.save({**place, **logged, **moved, "parts": states}, folder / STATE_FILE)
+    reference_weights = None if reference is None else get_full_weights(reference)
+    if not trainer.args.should_save:
+        return
+    write_options(trainer, folder)
+    state = {
+        "passes": trainer.micro_steps_done,
+        "layout": get_batch_layout(trainer),
+        "planned": planned.state(),
+        "metrics": {name: list(values) for name, values in trainer.train_metrics.items()},
+        "counters": trainer.log_counters,
+        "completions": trainer.completions_table,
+        "reference": reference_weights,
+        "parts": part_states,
+    }
+    torch.save(state, folder / STATE_FILE)
 
 
 def load_state(
     trainer: GRPOTrainerHooks, folder: Path, planned: PhaseSchedule, parts: Mapping[str, CheckpointPart]
 ) -> None:
-    """Take up what `save` wrote. Of another trainer's checkpoint, only the place.
+    """Restore what `save_state` wrote. From another trainer's checkpoint, only the position is restored.
+
+    Args: as for [`save_state`].
 
     Raises:
-        UserError: if the checkpoint was made with another first phase, lacks a part or is damaged, or its rollout batch was cut
-            up otherwise.
+        UserError: if the checkpoint was made with another first phase, lacks a part or is damaged, or if it lies inside a
+            rollout batch that was cut into other micro-batches.
     """
     try:
         _load_state(trainer, folder, planned, parts)
     except UserError:
         raise
-    except (*PARSE_ERRORS, RuntimeError) as error:  # values of other types or shapes, deep in the states of the parts
-        raise DamagedFileError(folder / STATE_FILE, summarize_error(error), "go on from another checkpoint") from error
+    except (*PARSE_ERRORS, RuntimeError) as error:  # wrong types or shapes deep in the states of the parts
+        raise DamagedFileError(folder / STATE_FILE, summarize_error(error), "resume from another checkpoint") from error
 
 
 def _load_state(
     trainer: GRPOTrainerHooks, folder: Path, planned: PhaseSchedule, parts: Mapping[str, CheckpointPart]
 ) -> None:
-    if not (folder / STATE_FILE).exists():
-        if get_rollouts_path(folder, 0).exists():
-            raise _make_version_error(folder)
-        done = get_global_step(folder)  # another trainer's
-        trainer.restore_position(done * trainer.args.gradient_accumulation_steps, None)
+    if not (folder / STATE_FILE).exists():  # of another trainer
+        updates = get_global_step(folder)
+        trainer.restore_position(updates * trainer.args.gradient_accumulation_steps, None)
         return
-    # a sharded critic lies in it whole: no process needs more of it in its memory than its share
-    mapped = trainer.is_fsdp_enabled
-    state = _read_shared_state(folder, mmap=mapped)
+    # a sharded critic is stored in full: no process should hold more of it in memory than its share
+    state = _read_shared_state(folder, mmap=trainer.is_fsdp_enabled)
     check_same_schedule(state["planned"], planned, folder)
     if state["layout"] == get_batch_layout(trainer):
-        saved = _read_process_state(trainer, folder)
-        trainer.restore_position(state["passes"], saved["pieces"])
+        process_state = _read_process_state(trainer, folder)
+        counters = process_state["counters"]
+        trainer.restore_position(state["passes"], process_state["micro_batches"])
     else:
-        saved = state
+        counters = state["counters"]
         if trainer.stream_position:
             raise UserError(
-                f"{folder} is of a run over a stream of problems under {state['layout']}: go on with the same number of "
+                f"{folder} is of a run over a stream of problems under {state['layout']}: resume with the same number of "
                 "processes and the same batch options"
             )
         trainer.restore_position(_convert_passes_done(trainer, folder, state), None)
     reference = _get_synced_ref_model(trainer)
-    if reference is not None and "reference" in state:
+    if reference is not None and state["reference"] is not None:
         load_full_weights(reference, state["reference"])
-    trainer.restore_log_counters(saved["numbers"])
+    trainer.restore_log_counters(counters)
     trainer.completions_table = state["completions"]
     for name, values in state["metrics"].items():
         trainer.train_metrics[name].extend(values)
     for name, part in parts.items():
-        if name in state["parts"]:
-            part.load(state["parts"][name], trainer.rollout_batch)
-        elif name == "critic":
-            raise UserError(f"{folder} holds no {name}: it was made without one, by another advantage_estimator")
-
-
-def _make_version_error(folder: Path) -> UserError:
-    return UserError(f"{folder} was made by bupo 0.1 ({STATE_FILE} is missing): go on with that version")
+        part.load(state["parts"][name], trainer.rollout_batch)
 
 
 def _read_process_state(trainer: GRPOTrainerHooks, folder: Path) -> dict:
-    """This process' file."""
-    own = get_rollouts_path(folder, trainer.accelerator.process_index)
-    if not own.exists():
-        raise UserError(f"{folder} cannot be gone on with: {own.name} is missing")
-    # of several processes on CPUs the device is cpu:0, which torch cannot load to
+    path = get_rollouts_path(folder, trainer.accelerator.process_index)
+    if not path.exists():
+        raise UserError(f"{folder} cannot be resumed: {path.name} is missing")
+    # with several processes on CPUs the device is cpu:0, which torch.load does not accept
     device = trainer.accelerator.device if trainer.accelerator.device.type != "cpu" else "cpu"
-    state = read_torch_file(own, {"pieces": object, "numbers": dict}, map_location=device)
-    _check_log_values(own, state)
+    state = read_torch_file(path, {"micro_batches": object, "counters": dict}, map_location=device)
+    _check_log_values(path, state)
     return state
 
 
 def _read_shared_state(folder: Path, mmap: bool) -> dict:
-    """What all processes share."""
-    kinds = {"passes": int, "layout": dict, "planned": list, "metrics": dict, "numbers": dict, "parts": dict}
-    state = read_torch_file(folder / STATE_FILE, {**kinds, "completions": object}, mmap=mmap)
+    path = folder / STATE_FILE
+    keys = {"passes": int, "layout": dict, "planned": list, "metrics": dict, "counters": dict, "parts": dict}
+    state = read_torch_file(path, {**keys, "completions": object, "reference": object}, mmap=mmap)
     try:
         check_keys(state["layout"], {"processes": int, "micro_steps": int, "gradient_accumulation_steps": int})
     except ValueError as error:
-        raise DamagedFileError(folder / STATE_FILE, f"layout: {error}") from error
-    _check_log_values(folder / STATE_FILE, state)
+        raise DamagedFileError(path, f"layout: {error}") from error
+    _check_log_values(path, state)
     return state
 
 
 def _check_log_values(path: Path, state: dict) -> None:
-    """Refuse what the next log could not be made of. A loss may be NaN."""
-    values = [state["numbers"].get(name, 0) for name in ("since_log", "logged", "last_log", "first_step")]
-    values += [
-        value for row in state.get("metrics", {}).values() for value in (row if isinstance(row, list) else [row])
-    ]
-    if wrong := [value for value in values if not isinstance(value, int | float)]:
-        raise DamagedFileError(path, f"numbers or metrics hold {wrong[0]!r:.40}, which is no number")
+    """Refuse metrics and counters that are no numbers, which the next log would fail on. A loss may be NaN."""
+    values = [state["counters"].get(name, 0) for name in ("since_log", "logged", "last_log", "first_step")]
+    for metric in state.get("metrics", {}).values():
+        values += metric if isinstance(metric, list) else [metric]
+    if invalid := [value for value in values if not isinstance(value, int | float)]:
+        raise DamagedFileError(path, f"counters or metrics hold {invalid[0]!r:.40}, which is no number")
 
 
 def _get_synced_ref_model(trainer: GRPOTrainerHooks) -> torch.nn.Module | None:
-    """The reference model, if it follows the policy."""
+    """Return the reference model if `sync_ref_model` updates it, so that checkpoints must hold it."""
     if trainer.ref_model is None or not trainer.args.sync_ref_model:
         return None
     return trainer.accelerator.unwrap_model(trainer.ref_model)
 
 
 def _convert_passes_done(trainer: GRPOTrainerHooks, folder: Path, state: dict) -> int:
-    """Passes done, for the same rollout batches in other pieces, or on another number of processes."""
-    done, inside = divmod(state["passes"], state["layout"]["micro_steps"])
-    if inside:
+    """Return the passes that took the same rollout batches under this run's micro-batches and processes."""
+    batches, remainder = divmod(state["passes"], state["layout"]["micro_steps"])
+    if remainder:
         raise UserError(
-            f"{folder} lies inside a rollout batch: go on with the same number of processes and the same batch "
-            f"options ({state['layout']}), or from a checkpoint at a rollout batch's end"
+            f"{folder} lies inside a rollout batch: resume with the same number of processes and the same batch options "
+            f"({state['layout']}), or from a checkpoint at the end of a rollout batch"
         )
-    return done * trainer.micro_steps_per_rollout_batch
+    return batches * trainer.micro_steps_per_rollout_batch

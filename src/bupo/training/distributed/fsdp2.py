@@ -1,7 +1,7 @@
-"""What FSDP2 needs besides what accelerate does: a second model that trains, and optimizers that have not met all parameters.
+"""FSDP2 beyond accelerate: a second model that trains (the critic), and optimizers without a state for some parameters.
 
-accelerate prepares one model a call, keeps the classes that it wraps from the first that it is given, and has one precision for
-all. So the second is sharded by torch's own `fully_shard`, as TRL shards its reference model.
+accelerate prepares one model per call, takes the classes to wrap from the first model, and has one precision for all.
+The second model is therefore sharded by torch's `fully_shard`, like TRL's reference model.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -28,21 +28,21 @@ from bupo.run_files.reading import read_torch_file
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
-    """Whether FSDP shards the parameters of this run."""
+    """Return whether FSDP shards the parameters of this run."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, accelerator: Accelerator) -> None:
-    """Shard a model in place as the run's plugin says, with the main process' weights. Its optimizer is made afterwards.
+    """Shard a model in place by the run's FSDP plugin, with the weights of the main process. Create its optimizer afterwards.
 
     Args:
-        model (`nn.Module`): whole on each process, or, where the plugin loads weights once, on the main one.
-        blocks (`list[nn.Module]`): each gathered by itself.
-        head (`nn.Module`): computes as it stands, whatever the precision of the run.
+        model (`nn.Module`): complete on each process, or only on the main one if the plugin loads weights once.
+        blocks (`list[nn.Module]`): modules that are gathered one at a time.
+        head (`nn.Module`): module that keeps its own precision, without the run's mixed precision.
         accelerator (`Accelerator`): under FSDP2.
     """
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
-    if accelerator.mixed_precision != "no":  # master weights are fp32, as the policy's
+    if accelerator.mixed_precision != "no":  # fp32 master weights, as for the policy
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     weights = model.state_dict() if accelerator.is_main_process else {}
@@ -60,50 +60,64 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], head: nn.Module, 
 
 
 def get_local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: of one that is sharded its share, which is written through."""
+    """Return this process' shard of a tensor, or a tensor that is not sharded. Writes to the result change the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard_model(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has left gathered: the model's parameters are shares again."""
+    """Free the parameters that a forward pass without a backward pass has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def gather_full(parameters: Iterable[torch.Tensor], shares: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Shares as of these parameters, joined one after another, on the CPU of the main process. Every process has to ask."""
-    found = []
-    for like, share in zip(parameters, shares, strict=True):
-        if isinstance(like, DTensor):
-            mesh, places, share = like.device_mesh, like.placements, share.to(like.to_local().device)
-            joint = DTensor.from_local(share, mesh, places, shape=like.shape, stride=like.stride(), run_check=False)
-            share = joint.full_tensor()
-            share = share.cpu() if PartialState().is_main_process else share.new_empty(0)
-        found.append(share)
-    return found
+def gather_full(parameters: Iterable[torch.Tensor], shards: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Gather shards into full tensors on the CPU of the main process. All processes must call it.
+
+    Args:
+        parameters (`list[torch.Tensor]`): parameters with the layouts of the shards.
+        shards (`list[torch.Tensor]`): of this process; full tensors for parameters that are not sharded.
+
+    Returns:
+        `list[torch.Tensor]`: full tensors on the main process, empty ones on the others.
+    """
+    tensors = []
+    for parameter, shard in zip(parameters, shards, strict=True):
+        tensor = shard
+        if isinstance(parameter, DTensor):
+            local = shard.to(parameter.to_local().device)
+            layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+            joined = DTensor.from_local(local, parameter.device_mesh, parameter.placements, **layout).full_tensor()
+            tensor = joined.cpu() if PartialState().is_main_process else joined.new_empty(0)
+        tensors.append(tensor)
+    return tensors
 
 
-def to_shards(parameters: Iterable[torch.Tensor], wholes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """This process' shares of what `joined` gave, on any number of processes."""
-    found = []
-    for like, whole in zip(parameters, wholes, strict=True):
-        if isinstance(like, DTensor):
-            mesh, here = like.device_mesh, whole.to(like.to_local().device)
-            whole = distribute_tensor(here, mesh, like.placements, src_data_rank=None).to_local().cpu()
-        found.append(whole.clone())
-    return found
+def to_shards(parameters: Iterable[torch.Tensor], tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return this process' shards of full tensors, on any number of processes. Reverses [`gather_full`]."""
+    shards = []
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        shard = tensor
+        if isinstance(parameter, DTensor):
+            full = tensor.to(parameter.to_local().device)
+            shard = (
+                distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                .to_local()
+                .cpu()
+            )
+        shards.append(shard.clone())
+    return shards
 
 
 def get_full_weights(model: nn.Module) -> dict[str, Any]:
-    """A model's weights, whole, on the main process if it is sharded. Every process has to ask."""
+    """Return a model's full weights, of a sharded model on the main process only. All processes must call it."""
     if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_full_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """What `whole_weights` gave the main process."""
+    """Load full weights into a model, sharded or not. Reverses [`get_full_weights`]."""
     if not isinstance(model, FSDPModule):
         model.load_state_dict(weights)
         return
@@ -111,12 +125,12 @@ def load_full_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 
 
 def get_full_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Weights and optimizer of a sharded model, whole, on the main process. Every process has to ask."""
+    """Return the full weights and optimizer state of a sharded model on the main process. All processes must call it."""
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_full_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, moments: dict) -> None:
-    """What `whole_state` gave the main process, of which each process takes its share."""
+    """Load full weights and an optimizer state into a sharded model. Reverses [`get_full_training_state`]."""
     options = StateDictOptions(full_state_dict=True)
     with only_trainable(model, moments["state"]):
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
@@ -124,10 +138,10 @@ def load_full_training_state(model: nn.Module, optimizer: torch.optim.Optimizer,
 
 @contextmanager
 def only_trainable(model: nn.Module, stepped: Collection[str]) -> Iterator[None]:
-    """Inside, an optimizer's state is loaded for the parameters that were `stepped` only, by name.
+    """Make only the parameters with these names trainable while an optimizer's state is loaded.
 
-    Those above layer l have none in the first phase. torch refuses a state that lacks any, and one of zeros would count a step
-    that was not made.
+    Parameters above layer l have no state in the first phase. torch refuses a state that lacks some, and a state of zeros would
+    count a step that was not made.
     """
     others = [
         parameter for name, parameter in model.named_parameters() if parameter.requires_grad and name not in stepped
@@ -142,8 +156,9 @@ def only_trainable(model: nn.Module, stepped: Collection[str]) -> Iterator[None]
 
 
 def read_stepped_parameters(checkpoint: Path) -> set[str]:
-    """The parameters that have a state in the optimizer of an FSDP2 checkpoint, as the main process finds it."""
-    found: list[Any] = [None]
+    """Return the parameters that have an optimizer state in an FSDP2 checkpoint, read by the main process for all."""
+    names: list[Any] = [None]
     if PartialState().is_main_process:
-        found[0] = set(read_torch_file(checkpoint / f"{OPTIMIZER_NAME}.bin", {"state": dict}, mmap=True)["state"])
-    return broadcast_object_list(found)[0]
+        path = checkpoint / f"{OPTIMIZER_NAME}.bin"
+        names[0] = set(read_torch_file(path, {"state": dict}, mmap=True)["state"])
+    return broadcast_object_list(names)[0]
