@@ -260,7 +260,7 @@ def test_every_end_token_ends_an_answer_in_training(tmp_path, compared):
     trainer = BuPOTrainer(model, token_reward, args, train_dataset=PROBLEMS, processing_class=TOKENIZER)
     ended = []
 
-    def recording(inputs, *rest, inner=trainer.sample_and_score):
+    def listening(inputs, *rest, inner=trainer.sample_and_score):
         sampled = inner(inputs, *rest)
         ids, mask = sampled.tensors["completion_ids"], sampled.tensors["completion_mask"]
         for row, kept in zip(ids.tolist(), mask.bool().tolist(), strict=True):
@@ -268,7 +268,7 @@ def test_every_end_token_ends_an_answer_in_training(tmp_path, compared):
             ended.append(not now["ends"] & set(answer[:-1]) and (len(answer) == 16 or answer[-1] in now["ends"]))
         return sampled
 
-    trainer.sample_and_score = recording
+    trainer.sample_and_score = listening
     trainer.train()
     assert len(found) == 2 and all(equal for _, equal in found)
     assert len(ended) == 32 and all(ended)

@@ -260,15 +260,15 @@ def test_where_the_two_verdicts_differ_stands_in_the_docs(case_grades):
         assert (
             f"| {reason} | {lenient[reason] or ''} | {ours[reason] or ''} |".replace("|  |", "| |") in DOCS.read_text()
         )
-    expected = [verdict == "correct" for _, _, verdict in grading_cases.CASES]
+    wanted = [verdict == "correct" for _, _, verdict in grading_cases.CASES]
     right = [[g.verdict == "correct" for g in case_grades], [g.strict == "correct" for g in case_grades]]
-    agree = [sum(a == b for a, b in zip(verdicts, expected, strict=True)) for verdicts in right]
-    assert f"{len(expected)} hand-written answers" in DOCS.read_text()
+    agree = [sum(a == b for a, b in zip(verdicts, wanted, strict=True)) for verdicts in right]
+    assert f"{len(wanted)} hand-written answers" in DOCS.read_text()
     assert (
         f"math-verify agrees with the mathematician on {agree[0]} of them, the strict verdict on {agree[1]}"
         in DOCS.read_text()
     )
-    assert f"; {len(expected)} hand-written verdicts" in (DOCS.parents[1] / "README.md").read_text()
+    assert f"; {len(wanted)} hand-written verdicts" in (DOCS.parents[1] / "README.md").read_text()
 
 
 def test_a_fault_in_the_strict_grade_leaves_the_record(monkeypatch):

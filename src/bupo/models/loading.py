@@ -159,18 +159,20 @@ def get_model_limits(config: PretrainedConfig) -> ModelLimits:
     return ModelLimits(get_context_length(config), get_num_learned_positions(config) is not None, vocab_size)
 
 
-def load_model(name: str, **kwargs) -> PreTrainedModel:
+def load_model(name: str, model_config: PretrainedConfig | None = None, **kwargs) -> PreTrainedModel:
     """Load a causal LM.
 
     Args:
         name (`str`): `embedded`, a folder, a `.gguf` file (which is dequantised) or a hub id.
+        model_config (`PretrainedConfig`, *optional*): the result of [`load_config`], so that it is not loaded again.
         kwargs: arguments of `from_pretrained`. `dtype` defaults to that of the configuration.
 
     Raises:
         UserError: if there is no such model, it is no causal LM, or its files lack weights or hold NaN, infinite or huge ones.
     """
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
-    load_config(name, **kwargs)
+    if model_config is None:
+        load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
         check_generation_config(name, kwargs.get("revision"))
     with (
@@ -243,8 +245,13 @@ def compute_weight_fingerprint(model: nn.Module, without: Collection[str] = ()) 
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model_config: PretrainedConfig | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with padding on the left.
+
+    Args:
+        name (`str`): name of the model; see [`load_model`].
+        model_config (`PretrainedConfig`, *optional*): the result of [`load_config`], so that it is not loaded again.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
         UserError: if there is none, it cannot encode ordinary text, or it has tokens without an embedding in the model.
@@ -252,10 +259,10 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
     with wrap_library_errors(_make_error_formatter(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
-    config = None
-    with suppress(UserError):  # a folder may hold only the tokenizer, for a model on a server
-        config = load_config(name, **kwargs)
-    check_tokenizer(name, tokenizer, config)
+    if model_config is None:
+        with suppress(UserError):  # a folder may hold only the tokenizer, for a model on a server
+            model_config = load_config(name, **kwargs)
+    check_tokenizer(name, tokenizer, model_config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
