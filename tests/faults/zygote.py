@@ -86,7 +86,7 @@ def child(order: dict) -> None:
     except BaseException:
         importlib.import_module("traceback").print_exc()
     finally:
-        importlib.import_module("bupo.cli.process_exit").leave(status)
+        importlib.import_module("bupo.cli.process_exit").exit_process(status)
 
 
 def wait(pid: int, seconds: float) -> int:

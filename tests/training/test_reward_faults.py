@@ -139,10 +139,10 @@ def test_descriptors_that_are_closed_with_their_copies(tmp_path):
     code = (
         "import os, sys\n"
         "from bupo.utils.errors import UserError\n"
-        "from bupo.utils.lock import sole_writer\n"
-        "from bupo.training.reward_environment import kept\n"
+        "from bupo.utils.lock import folder_lock\n"
+        "from bupo.training.reward_environment import process_state_restored\n"
         "try:\n"
-        "    with sole_writer(sys.argv[1]), kept(lambda: 'mine'):\n"
+        "    with folder_lock(sys.argv[1]), process_state_restored(lambda: 'mine'):\n"
         "        os.closerange(0, 4096)\n"
         "except UserError as error:\n"
         "    os._exit(7 if 'closed sys.stdout and sys.stderr' in str(error) else 8)\n"
@@ -197,7 +197,7 @@ def test_a_callback_that_exits_is_named():
 
     with (
         pytest.raises(
-            UserError, match=r"^batch 4: the run was left in test_reward_faults.py, line \d+, in callback: it has"
+            UserError, match=r"^batch 4: the run exited in test_reward_faults.py, line \d+, in callback: it has"
         ),
         wrap_training_errors(lambda: "batch 4"),
     ):
@@ -357,7 +357,7 @@ def test_time_in_which_the_process_was_stopped_is_no_grading_time(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     code = (
         "import sys; from bupo.rewards import grader as module\n"
-        f"module._command = lambda: [sys.executable, {str(tmp_path / 'slow.py')!r}]\n"
+        f"module._get_worker_command = lambda: [sys.executable, {str(tmp_path / 'slow.py')!r}]\n"
         "grader = module.MathGrader(deadline=2.5, processes=1)\n"
         "grader.grade(['x'], ['y']); print(next(iter(grader._free.get() for _ in '1')).process.pid, flush=True)\n"
     ).replace("next(iter(grader._free.get() for _ in '1'))", "next(iter(grader._workers))")

@@ -191,7 +191,7 @@ def _format_results(history: list[dict]) -> str:
     ] or rows  # the first log of a batch holds its rewards
     shown = {row["rollout_batch"]: row for row in rows[:1] + rows[-1:]}
     table = [
-        {"rollout batch": f"{batch:g}"} | {label: _format_metric(row, name) for name, label in METRIC_LABELS.items()}
+        {"of rollout batch": f"{batch:g}"} | {label: _format_metric(row, name) for name, label in METRIC_LABELS.items()}
         for batch, row in shown.items()
     ]
     return format_markdown_table(table) if table else ""

@@ -78,7 +78,7 @@ def _measure_policies(stream, states, targets, layers, lens, temperature) -> Ite
         `tuple[tuple, torch.Tensor]`: (measure, layer, later layer), and values `(tokens,)`.
     """
     last, lowest = stream.num_layers, min(layers, default=stream.num_layers + 1) - 1
-    head = stream.head(temperature)
+    head = stream.get_unembedding(temperature)
     model_states = stream.apply_lens(states[last], "final_norm")
     layer_states = [stream.apply_lens(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
     dtype = torch.promote_types(model_states.dtype, torch.float32)
