@@ -38,7 +38,7 @@ def parsed(recipe):
 def test_a_recipe_is_read(recipe):
     problems, config, model = parsed(recipe)
     assert model.model_name_or_path == read(recipe)["model"] and problems.reward_funcs == ["math"]
-    assert config.first_phase.batches < config.max_steps  # the whole policy has its turn
+    assert config.phase_schedule.batches < config.max_steps  # the whole policy has its turn
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_recipe_runs(tmp_path, recipe):
     """All of its options as they are, but for sizes, and the model where it is on the hub."""
     options = read(recipe)
     _, config, _ = parsed(recipe)
-    first = config.first_phase.batches
+    first = config.phase_schedule.batches
     small = {
         "max_steps": 2 if first else 1,
         "per_device_train_batch_size": 8,
@@ -67,7 +67,7 @@ def test_a_recipe_runs(tmp_path, recipe):
         "output_dir": str(tmp_path / "run"),
     }
     if config.internal_schedule:
-        small |= {"internal_schedule": f"[[{config.first_phase.stages[0].layer}, 1]]", "max_steps": 2}
+        small |= {"internal_schedule": f"[[{config.phase_schedule.stages[0].layer}, 1]]", "max_steps": 2}
     elif first:
         small["internal_steps"] = 1
     if config.internal_layer == "auto":  # two prompts do not show a boundary; tests/training/test_probes.py shows it
@@ -131,7 +131,7 @@ BY_METHOD: dict[str, dict] = {
     "reinforce++": {"internal_steps": 0, "advantage_estimator": "reinforce++"},
     "ppo": {"internal_steps": 0, "advantage_estimator": "ppo", **CRITIC},
     "frozen": {"internal_steps": 0, "frozen_up_to_layer": 6},
-    "slow": {"internal_steps": 0, "slow_above_layer": 6, "slow_factor": 0.1},
+    "slow": {"internal_steps": 0, "layer_lr_multipliers": {7: 0.1}},
 }
 # What no recipe writes, because the default of TRL, or of bupo, is the paper's or its code's.
 DEFAULTS: dict = {

@@ -108,7 +108,7 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ),
         ({"internal_steps": 0, "internal_lens": "final_norm"}, "GRPO", "GRPO"),
         ({"internal_steps": 0, "frozen_up_to_layer": 5}, "GRPO, layers 1 to 5 frozen", "GRPO, layers 1 to 5 frozen"),
-        ({"internal_steps": 0, "slow_above_layer": 5}, "GRPO, 0.1x above layer 5", "GRPO, 0.1x above layer 5"),
+        ({"internal_steps": 0, "layer_lr_multipliers": {6: 0.1}}, "GRPO, 0.1x above layer 5", "GRPO, 0.1x above layer 5"),
         ({"internal_steps": 0, "advantage_estimator": "ppo"}, "PPO", "PPO"),
         (
             {"internal_layer": 5, "internal_objective": "frozen_upper"},
@@ -138,7 +138,7 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ),
         ({"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": 0}, "GRPO", "GRPO"),
         (
-            {"internal_steps": 0, "layer_rates": [0.1, "1e-1", 1, 0]},
+            {"internal_steps": 0, "layer_lr_multipliers": [0.1, "1e-1", 1, 0]},
             "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
             "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
         ),
@@ -164,8 +164,8 @@ def test_the_controls_are_compared_with_grpo_of_the_same_options():
         {"internal_layer": 5, "internal_loss_weight": 0.2},
         {"internal_layer": 4, "internal_loss_weight": 0.2},
         {"internal_layer": 5, "internal_fade_batches": 3},
-        {"layer_rates": [0, 1]},
-        {"layer_rates": [0, 0.5]},
+        {"layer_lr_multipliers": [0, 1]},
+        {"layer_lr_multipliers": [0, 0.5]},
     ]
     grpo, settings = (
         parse_run_settings(plain, "train")[0],
@@ -458,7 +458,7 @@ def test_tables_2_3_5_and_11(runs):
     folders += scored(runs, "l3", BUPO | {"internal_layer": 3}, s1=(60, 50))
     folders += scored(runs, "norm", BUPO | {"internal_lens": "final_norm"}, s1=(75, 50))
     folders += scored(runs, "f", GRPO | {"frozen_up_to_layer": 5}, s1=(55, 50))
-    folders += scored(runs, "s", GRPO | {"slow_above_layer": 5}, s1=(58, 50))
+    folders += scored(runs, "s", GRPO | {"layer_lr_multipliers": {6: 0.1}}, s1=(58, 50))
     folders += scored(runs, "rate", GRPO | {"learning_rate": 0.5}, s1=(1, 1))  # alike in nothing
 
     def column(number, head):

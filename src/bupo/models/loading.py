@@ -165,11 +165,12 @@ def get_model_limits(config: PretrainedConfig) -> ModelLimits:
     return ModelLimits(get_context_length(config), get_num_learned_positions(config) is not None, vocabulary)
 
 
-def load_model(name: str, **kwargs) -> PreTrainedModel:
+def load_model(name: str, model_config: PretrainedConfig | None = None, **kwargs) -> PreTrainedModel:
     """A causal LM by name: `embedded`, a folder, a `.gguf` file (dequantised), or a hub id.
 
     Args:
         name (`str`): which.
+        model_config (`PretrainedConfig`, *optional*): what [`load_config`] has returned, so that it is not loaded again.
         kwargs: of `from_pretrained`; `dtype` defaults to the config's.
 
     Raises:
@@ -177,7 +178,8 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
             that can be computed with.
     """
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
-    load_config(name, **kwargs)
+    if model_config is None:
+        load_config(name, **kwargs)
     if "gguf_file" not in kwargs:
         check_generation_config(name, kwargs.get("revision"))
     with (
@@ -249,7 +251,7 @@ def compute_weight_fingerprint(model: nn.Module, without: Collection[str] = ()) 
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model_config: PretrainedConfig | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left.
 
     Raises:
@@ -258,10 +260,10 @@ def load_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     path, kwargs = _split_gguf_path(resolve_model_path(name), kwargs)
     with wrap_library_errors(_make_error_formatter(f"model {name!r} has no tokenizer that can be loaded")):
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **kwargs)
-    config = None
-    with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
-        config = load_config(name, **kwargs)
-    check_tokenizer(name, tokenizer, config)
+    if model_config is None:
+        with suppress(UserError):  # a tokenizer alone, of a model that is served elsewhere
+            model_config = load_config(name, **kwargs)
+    check_tokenizer(name, tokenizer, model_config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from bupo.evaluation.answers import get_correct, grade_completions, sample_compl
 from bupo.evaluation.metrics import paired_difference
 from bupo.generation.seeded_sampling import TransformersEngine
 from bupo.models.loading import EMBEDDED_MODEL, check_layers_exist, load_model, load_tokenizer
-from bupo.options.groups import check_command_options
-from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE_INTEGER
+from bupo.options.groups import RunOptions, check_command_options
+from bupo.options.ranges import NON_NEGATIVE, NON_NEGATIVE_INTEGER, POSITIVE_INTEGER, option, redefine_option
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
 from bupo.training.run import RunMetadataCallback, train
@@ -34,27 +34,20 @@ MAX_NEW_TOKENS = 32
 
 @dataclass
 class DemoOptions:
-    """Options of the demo.
+    """Options of the demo."""
 
-    Parameters:
-        output (`str`): the run's folder.
-        internal_layer, internal_steps (`int`): phase 1.
-        steps (`int`): rollout batches in all.
-        problems (`int`): held-out problems.
-        seed (`int`): of sampling and training.
-        resume_from_checkpoint (`str`, *optional*): `true` goes on with a stopped run.
-    """
-
-    output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
-    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
-    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 is GRPO."})
-    steps: int = field(default=50, metadata={"help": "Rollout batches in all."})
-    problems: int = field(default=512, metadata={"help": "Held-out problems, before and after."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's, constant."})
-    seed: int = field(default=0, metadata={"help": "Of sampling and training."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the folder holds, and start anew."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: go on with the run that a signal has stopped."}
+    output: str = redefine_option(RunOptions, "output", default="runs/demo")
+    internal_layer: int = option(5, help="Layer that phase 1 optimises (1 to 8).", range=POSITIVE_INTEGER)
+    internal_steps: int = option(10, help="Rollout batches of phase 1. 0 is GRPO.", range=NON_NEGATIVE_INTEGER)
+    steps: int = option(50, help="Rollout batches in total.", range=POSITIVE_INTEGER)
+    problems: int = option(512, help="Held-out problems, before and after.", range=POSITIVE_INTEGER)
+    learning_rate: float = option(1e-4, help="Learning rate (AdamW, constant).", range=NON_NEGATIVE)
+    seed: int = redefine_option(RunOptions, "seed", help="Seed of sampling and training.")
+    overwrite: bool = redefine_option(
+        RunOptions, "overwrite", help="Delete the run in the folder, and start again."
+    )
+    resume_from_checkpoint: str | None = option(
+        None, help="true: resume the run that a signal has stopped.", affects_training=False
     )
 
 
@@ -94,13 +87,7 @@ def run_demo(
         bar (`Callable`): makes a progress bar for sampling.
         callbacks (`list[TrainerCallback]`, *optional*), say (`Callable`, *optional*): as of [`~bupo.train`].
     """
-    check_command_options(
-        options,
-        internal_layer=POSITIVE_INTEGER,
-        internal_steps=NON_NEGATIVE_INTEGER,
-        steps=POSITIVE_INTEGER,
-        problems=POSITIVE_INTEGER,
-    )
+    check_command_options(options)
     check_output_folder("output", options.output)
     with folder_lock(options.output):
         return _run_demo(options, given, bar, callbacks, say)
@@ -123,7 +110,7 @@ def _run_demo(options: DemoOptions, given: dict[str, Any], bar, callbacks, say) 
     before = _evaluate_problems(model, tokenizer, held_out, bar(), "accuracy before")
     title, note = "BuPO on multi-step arithmetic: the embedded model", RunMetadataCallback("demo", given)
     own = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
-    done = train(model, config, chosen, **own, callbacks=callbacks, note=note, title=title)
+    done = train(model, config, chosen, **own, callbacks=callbacks, metadata=note, title=title)
     after = _evaluate_problems(done.model, tokenizer, held_out, bar(), "accuracy after")
     summary = _make_summary(options, before, after, done.updates.to_dict("records"), time.perf_counter() - started)
     write_json(Path(options.output) / "summary.json", summary)
