@@ -245,7 +245,15 @@ def test_multipliers_by_layer():
 def test_options_that_affect_training():
     names = {option.name for each in (TrainOptions, BuPOConfig) for option in fields(each)}
     unaffected = {name for name in names if not affects_training(name)}
-    assert {"output_dir", "overwrite", "save_steps", "probe_every", "eval_benchmarks", "eval_k", "use_cpu"} <= unaffected
+    assert {
+        "output_dir",
+        "overwrite",
+        "save_steps",
+        "probe_every",
+        "eval_benchmarks",
+        "eval_k",
+        "use_cpu",
+    } <= unaffected
     assert not {"learning_rate", "seed", "internal_layer", "probe_answers", "layer_lr_multipliers"} & unaffected
     assert affects_training("an option of a later version")
 
@@ -313,8 +321,7 @@ def test_the_git_revision(tmp_path):
         return done.stdout.decode().strip()
 
     def noted():
-        code = "from bupo.options.training import affects_training, expand_layer_lr_multipliers, parse_layer_lr_multipliers
-from bupo.run_files.provenance import git_state; import json; print(json.dumps(git_state()))"
+        code = "from bupo.run_files.provenance import get_git_state; import json; print(json.dumps(get_git_state()))"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 

@@ -644,13 +644,22 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
             {"internal_objective": "frozen_upper", "internal_module": "ffn"},
             "internal_objective frozen_upper optimises no internal policy, and internal_module is ffn: leave one out",
         ),
-        ({"layer_lr_multipliers": [1, 1, 1]}, "layer_lr_multipliers has 3 multipliers: .* has 4 layers, give one for each"),
+        (
+            {"layer_lr_multipliers": [1, 1, 1]},
+            "layer_lr_multipliers has 3 multipliers: .* has 4 layers, give one for each",
+        ),
         ({"layer_lr_multipliers": []}, "layer_lr_multipliers has 0 multipliers: .* has 4 layers"),
         ({"layer_lr_multipliers": [1, 1, -1, 1]}, "layer_lr_multipliers must be 0 or more, got -1"),
         ({"layer_lr_multipliers": [1, 1, float("nan"), 1]}, "layer_lr_multipliers must be 0 or more, got nan"),
         ({"layer_lr_multipliers": ["fast", 1, 1, 1]}, "layer_lr_multipliers must be a number, 0 or more, got 'fast'"),
-        ({"layer_lr_multipliers": [0, 0, 1, 1]}, "layer_lr_multipliers leaves the first phase on layer 2 no layer to train"),
-        ({"layer_lr_multipliers": [1, 1, 1, 1], "frozen_up_to_layer": 1}, "both layer_lr_multipliers and frozen_up_to_layer are set"),
+        (
+            {"layer_lr_multipliers": [0, 0, 1, 1]},
+            "layer_lr_multipliers leaves the first phase on layer 2 no layer to train",
+        ),
+        (
+            {"layer_lr_multipliers": [1, 1, 1, 1], "frozen_up_to_layer": 1},
+            "both layer_lr_multipliers and frozen_up_to_layer are set",
+        ),
         ({"internal_fade_batches": -1}, "internal_fade_batches must be 0 or more, got -1"),
         ({"internal_loss_weight": 1.0}, "internal_loss_weight must lie from 0 to below 1, got 1.0"),
         (

@@ -154,7 +154,7 @@ def test_every_data_set_is_looked_at():
     check_signatures([needs_difficulty], [ROWS], more_columns=True)  # those of a rollout_func are not known
     with pytest.raises(UserError, match="does not take environments"):
         check_signatures([all_named], [ROWS], environments=True)
-    with pytest.raises(UserError, match="have a column prompts, and TRL passes prompts of its own to reward functions"):
+    with pytest.raises(UserError, match="have a column prompts, and TRL passes another prompts to reward functions"):
         check_signatures([has_default], [ROWS.add_column("prompts", [1] * 8)])
 
 

@@ -159,7 +159,9 @@ def test_an_optimizer_of_another_model(tmp_path):
 @pytest.mark.parametrize("first", [{}, {"internal_layer": None, "internal_steps": 0}], ids=["two phases", "one phase"])
 def test_a_rate_of_zero_where_the_adapters_are(tmp_path, first):
     options = {"internal_layer": 3, "layer_lr_multipliers": {3: 0.0}, **first}
-    refused(tmp_path / "run", model_of(), "layer_lr_multipliers freezes the layers 3, 4", LoraConfig(**ABOVE), **options)
+    refused(
+        tmp_path / "run", model_of(), "layer_lr_multipliers freezes the layers 3, 4", LoraConfig(**ABOVE), **options
+    )
     trainer = trainer_of(model_of(), config(tmp_path / "a", **options, max_steps=4))
     before = snapshot(trainer.model)
     trainer.train()

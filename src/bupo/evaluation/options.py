@@ -32,7 +32,7 @@ FALLBACK_OPTIONS = {
     "top_p": 1.0,
 }
 PAPER_OPTIONS = {**PAPER_SAMPLING, "benchmarks": list(PAPER_K)}
-EngineName = Literal["transformers", "vllm", "server", "kept"]
+EngineName = Literal["transformers", "vllm", "server", "cached"]
 
 
 @dataclass
@@ -45,8 +45,8 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     )
     benchmarks: list[str] | None = option(
         None,
-        help=f"Separate arguments, or one with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic (the "
-        "default), each with an optional :K for K answers per problem (aime24:32,math500:16); by lm-eval-harness "
+        help=f"Separate arguments, or one with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic "
+        "(the default), each with an optional :K for K answers per problem (aime24:32,math500:16); by lm-eval-harness "
         f"{', '.join(HARNESS_TASKS)}, harness:TASK.",
     )
     preset: Preset | None = option(
@@ -66,7 +66,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     lens: Lens = option("raw", help="Lens of --layer: raw (the paper's) or final_norm.")
     engine: EngineName = option(
         "transformers",
-        help="Sampler: transformers, vllm in this process, an OpenAI-compatible server, or kept: no sampling, the answers in "
+        help="Sampler: transformers, vllm in this process, an OpenAI-compatible server, or cached: no sampling, the answers in "
         "the output folder are graded.",
     )
     server: str | None = option(None, help="Address of the server, such as http://localhost:8000.")

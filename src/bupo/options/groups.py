@@ -74,9 +74,7 @@ class DatasetOptions:
     dataset: str | None = option(
         None, help="Hub id, local .parquet/.jsonl/.json file, reasoning_gym:NAME, or arithmetic."
     )
-    dataset_config: str | None = option(
-        None, help="Hub configuration, or the options of a reasoning_gym task as JSON."
-    )
+    dataset_config: str | None = option(None, help="Hub configuration, or the options of a reasoning_gym task as JSON.")
     split: str = option("train", help="Split of the dataset.")
     size: int | None = option(None, help="Use the first N problems, or generate N.", range=POSITIVE_INTEGER)
     shuffle_seed: int | None = option(
@@ -165,7 +163,8 @@ def check_command_options(options: Any) -> None:
             raise UserError(f"{each.name} is empty: give one, or leave it out")
     if 0 < (getattr(options, "temperature", None) or 0) < MIN_TEMPERATURE:
         raise UserError(
-            f"temperature must be 0 (the most likely token), or {MIN_TEMPERATURE:g} or more, got {abbreviate(options.temperature)}"
+            f"temperature must be 0 (the most likely token), or {MIN_TEMPERATURE:g} or more, got "
+            f"{abbreviate(options.temperature)}"
         )
     if hasattr(options, "output"):
         check_writable_folder("output", options.output)

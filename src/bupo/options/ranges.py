@@ -80,7 +80,7 @@ def redefine_option(base: type, name: str, **changes: Any) -> Any:
     inherited: Field = base.__dataclass_fields__[name]  # type: ignore[attr-defined]
     values = {"default": inherited.default, "help": inherited.metadata["help"]}
     values |= {key: inherited.metadata[key] for key in ("range", "affects_training")}
-    values |= {"choices": inherited.metadata["choices"]} if "choices" in inherited.metadata.keys() else {}
+    values |= {"choices": inherited.metadata["choices"]} if "choices" in inherited.metadata else {}
     if "default_factory" in changes:
         del values["default"]
     return option(**values | changes)
@@ -144,7 +144,8 @@ class Range(NamedTuple):
         ):
             return f"be 0, or from {MIN_MAGNITUDE:g} to {MAX_MAGNITUDE:g} in size, which fp32 can compute with"
         if self.low == -inf:
-            return f"be {kind or ('closer to 0' if self.is_integer else 'a finite number' if not self.closed[0] else 'a number')}"
+            default = "closer to 0" if self.is_integer else "a number" if self.closed[0] else "a finite number"
+            return f"be {kind or default}"
         if self.high != inf:
             first = f"from {low} " if self.closed[0] else f"above {low} and "
             last = f"to {high}" if self.closed[1] else f"{'to ' * self.closed[0]}below {high}"

@@ -39,7 +39,8 @@ class MethodOptions:
     internal_layer: int | str | None = option(
         None,
         help="Layer l whose policy softmax(H^l E_u^T) the first phase optimises, counted from 1. `auto` measures the boundary "
-        "layer on the first rollout batch, and stops before training if there is none. Required unless internal_steps is 0.",
+        "layer on the first rollout batch, and stops before training if there is none. Required unless internal_steps is "
+        "0.",
     )
     internal_steps: int | None = option(
         None,
@@ -54,9 +55,9 @@ class MethodOptions:
     )
     internal_objective: InternalObjective = option(
         "layer",
-        help="Objective of the first phase: the layer's policy (`layer`, eq. 9 of the paper), or as a control the language model "
-        "policy with the layers above frozen (`frozen_upper`), or the layer's policy over a shuffled vocabulary, a target "
-        "without information about the answer (`shuffled_vocab`).",
+        help="Objective of the first phase: the layer's policy (`layer`, eq. 9 of the paper), or as a control the language "
+        "model policy with the layers above frozen (`frozen_upper`), or the layer's policy over a shuffled vocabulary, a "
+        "target without information about the answer (`shuffled_vocab`).",
     )
     internal_fade_batches: int = option(
         0,
@@ -90,7 +91,9 @@ class MethodOptions:
         8, help="Answers of the probe set, taken from the first rollout batch.", range=POSITIVE_INTEGER
     )
     eval_benchmarks: list[str] | None = option(
-        None, help="Benchmarks to evaluate during training, named as for bupo eval --benchmarks.", affects_training=False
+        None,
+        help="Benchmarks to evaluate during training, named as for bupo eval --benchmarks.",
+        affects_training=False,
     )
     eval_every: int = option(
         10,
@@ -175,8 +178,8 @@ def parse_layer_lr_multipliers(value: Any) -> LayerMultipliers:
         return [_check_multiplier(multiplier) for multiplier in multipliers]
     if not isinstance(multipliers, dict) or not multipliers:
         raise UserError(
-            f"{name} must be a list with a multiplier per layer, or a mapping such as {{7: 0.1}} from a layer to the multiplier "
-            f"from there up, got {abbreviate(value)}"
+            f"{name} must be a list with a multiplier per layer, or a mapping such as {{7: 0.1}} from a layer to the "
+            f"multiplier from there up, got {abbreviate(value)}"
         )
     by_layer = {}
     for layer, multiplier in multipliers.items():

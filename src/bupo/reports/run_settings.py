@@ -20,7 +20,9 @@ PARSED_OPTIONS = {
     *("internal_fade_batches", "internal_loss_weight", "internal_module", "internal_lens", "internal_early_stopping"),
     *("frozen_up_to_layer", "layer_lr_multipliers"),
 }
-DEFAULT_CONFIG: dict[str, Any] = {each.name: each.default for each in fields(MethodOptions) if each.name in PARSED_OPTIONS}
+DEFAULT_CONFIG: dict[str, Any] = {
+    each.name: each.default for each in fields(MethodOptions) if each.name in PARSED_OPTIONS
+}
 DEFAULT_CONFIG["seed"] = 42  # transformers'
 ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
@@ -121,11 +123,7 @@ def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSett
     given = {TRL_ALIASES.get(name, name): value for name, value in config.items()}
     values = DEFAULT_CONFIG | (DEMO_CONFIG if command == "demo" else {}) | given
     known = {*DEFAULT_CONFIG, *DEMO_CONFIG, *IGNORED_KEYS}
-    rest = {
-        name: _format_value(value)
-        for name, value in given.items()
-        if name not in known and affects_training(name)
-    }
+    rest = {name: _format_value(value) for name, value in given.items() if name not in known and affects_training(name)}
     estimator = _format_value(values["advantage_estimator"])
     setting = RunSettings(
         model=_format_value(values.get("model") or "a model from Python", 200),

@@ -161,8 +161,10 @@ class BuPOConfig(MethodOptions, GRPOConfig):
     @property
     def _lowest_trained_layer(self) -> int | None:
         """The lowest layer whose policy is optimised."""
-        auxiliary = self.has_auxiliary_objective and isinstance(self.internal_layer, int)
-        return min([*self.phase_schedule.layers, *([self.internal_layer] if auxiliary else [])], default=None)
+        layers = list(self.phase_schedule.layers)
+        if self.has_auxiliary_objective and isinstance(self.internal_layer, int):
+            layers.append(self.internal_layer)
+        return min(layers, default=None)
 
     def _check_layer_lr_multipliers(self) -> None:
         if isinstance(self.layer_lr_multipliers, list) and self.frozen_up_to_layer is not None:

@@ -43,9 +43,7 @@ class DemoOptions:
     problems: int = option(512, help="Held-out problems, before and after.", range=POSITIVE_INTEGER)
     learning_rate: float = option(1e-4, help="Learning rate (AdamW, constant).", range=NON_NEGATIVE)
     seed: int = redefine_option(RunOptions, "seed", help="Seed of sampling and training.")
-    overwrite: bool = redefine_option(
-        RunOptions, "overwrite", help="Delete the run in the folder, and start again."
-    )
+    overwrite: bool = redefine_option(RunOptions, "overwrite", help="Delete the run in the folder, and start again.")
     resume_from_checkpoint: str | None = option(
         None, help="true: resume the run that a signal has stopped.", affects_training=False
     )

@@ -173,7 +173,9 @@ def _describe_layer_rates(args: BuPOConfig) -> str:
         said.append(f"1 to {args.frozen_up_to_layer} frozen")
     multipliers = args.layer_lr_multipliers
     if isinstance(multipliers, dict):
-        said += [f"{layer} and above at {multiplier:g} of the learning rate" for layer, multiplier in multipliers.items()]
+        said += [
+            f"{layer} and above at {multiplier:g} of the learning rate" for layer, multiplier in multipliers.items()
+        ]
     elif multipliers:
         said.append("learning rate times " + ", ".join(f"{multiplier:g}" for multiplier in multipliers))
     return "; ".join(said)

@@ -164,9 +164,7 @@ class RunSpec:
 
     @cached_property
     def data(self) -> TrainData:
-        data = load_train_data(
-            self.options, self.config, self.custom_problems, self.custom_eval_problems, self.rewards
-        )
+        data = load_train_data(self.options, self.config, self.custom_problems, self.custom_eval_problems, self.rewards)
         return data.prepare_prompts(self.options, self.config, self.tokenizer, self.log)
 
 
@@ -260,9 +258,7 @@ def _make_metadata_callback(
     defaults = BuPOConfig("", internal_layer=1).to_dict() | {"internal_layer": None}
     derived = ("generation_batch_size", "logging_dir")  # from steps_per_generation and the folder
     changed = {
-        name: value
-        for name, value in config.to_dict().items()
-        if value != defaults.get(name) and name not in derived
+        name: value for name, value in config.to_dict().items() if value != defaults.get(name) and name not in derived
     }
     model_name = {"model_name_or_path": model} if isinstance(model, str) else {}
     written = get_changed_options(loading) | model_name | changed | get_changed_options(options)
@@ -328,7 +324,9 @@ def _train_and_save(
         if trainer.is_world_process_zero():
             for name in EXTERNAL_FOLDERS:
                 refuse_links(folder / name, folder)
-            clear_run_directory(folder, checkpoint)  # files of a run to overwrite, or of one stopped before a checkpoint
+            clear_run_directory(
+                folder, checkpoint
+            )  # files of a run to overwrite, or of one stopped before a checkpoint
             if get_resume_option(trainer.args):
                 resume_tensorboard(trainer.callback_handler.callbacks, folder, get_global_step(checkpoint))
         refusals = wrap_library_errors(

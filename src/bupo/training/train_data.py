@@ -126,7 +126,9 @@ class TrainData:
         num_skipped = total - len(short_rows)
         log(f"max_prompt_tokens {limit}: {num_skipped} of {total} problems have longer prompts and are left out")
         train_set = data.train.select(short_rows) if num_skipped else data.train
-        _check_enough_problems(train_set, config, f"max_prompt_tokens {limit} leaves {len(short_rows)} of {total} problems")
+        _check_enough_problems(
+            train_set, config, f"max_prompt_tokens {limit} leaves {len(short_rows)} of {total} problems"
+        )
         return replace(data, train=train_set, num_skipped=num_skipped)
 
 
@@ -158,7 +160,9 @@ def load_train_data(
     )
     if config.eval_strategy != "no" and eval_problems is None:
         name = options.eval_dataset or options.dataset
-        eval_problems = _load_split(options, name, options.eval_split, options.eval_size, config, needs_answers=needs_answers)
+        eval_problems = _load_split(
+            options, name, options.eval_split, options.eval_size, config, needs_answers=needs_answers
+        )
     columns = ("prompt", "answer") if needs_answers else ("prompt",)
     for rows in (rows for rows in (train_set, eval_problems) if rows is not None):
         check_problems(rows, "problems", columns)

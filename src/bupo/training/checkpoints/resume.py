@@ -2,8 +2,8 @@
 
 A checkpoint's `options.json` keeps what decides the numbers of a run. On resuming, an option that differs is one of three:
 
-- of no account for what is trained (`affects_training` is false: how often is logged, saved, evaluated and probed, where to, on which machine): it
-  holds from there on, without a word;
+- of no account for what is trained (`affects_training`: how often is logged, saved, evaluated and probed, where to, on which
+  machine): it holds from there on, without a word;
 - taken over (`TAKEN`): the learning rates and `max_grad_norm` hold from there on, and are said; `max_steps` and
   `num_train_epochs` hold. The learning rate is that of the same schedule over the new rate and length, at the update where the
   run stands;

@@ -102,7 +102,8 @@ def find_reached_parameters(
 
     Args:
         stream ([`~bupo.models.residual_stream.ResidualStream`]): whole on this process.
-        site ([`~bupo.models.residual_stream.Activation`], *optional*): of an internal policy; by default the language model policy.
+        site ([`~bupo.models.residual_stream.Activation`], *optional*): of an internal policy; by default the language model
+            policy.
         normed (`bool`): whether the internal policy is read through the final norm.
         model (`nn.Module`, *optional*): the stream's model with PEFT around it.
     """

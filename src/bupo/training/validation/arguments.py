@@ -52,8 +52,8 @@ def check_resumable(args: BuPOConfig) -> None:
     """
     if args.ignore_data_skip:
         raise UserError(
-            "ignore_data_skip is true: a resumed run would repeat some problems and skip others; leave the option out, skipping "
-            "takes no time"
+            "ignore_data_skip is true: a resumed run would repeat some problems and skip others; leave the option out, "
+            "skipping takes no time"
         )
     if not args.dataloader_in_order and args.dataloader_num_workers > 1:
         raise UserError(
@@ -80,7 +80,8 @@ def check_deepspeed(args: BuPOConfig) -> None:
     """Raise [`UserError`] for an objective that DeepSpeed does not support, since it partitions gradients early."""
     if args.internal_objective == "frozen_upper" and args.phase_schedule.stages:
         raise UserError(
-            "internal_objective frozen_upper drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, or DDP"
+            "internal_objective frozen_upper drops gradients above the layer, which DeepSpeed partitions before: use FSDP2, "
+            "or DDP"
         )
 
 
@@ -201,8 +202,8 @@ def _check_special_tokens(prompts: Iterable[Any], tokenizer: PreTrainedTokenizer
         token = next((token for token in without_embedding if token in str(prompt)), None)
         if token is not None:
             raise UserError(
-                f"the dataset, row {row}: the prompt holds {token!r:.80}, a token that the model has no embedding for: leave it "
-                "out"
+                f"the dataset, row {row}: the prompt holds {token!r:.80}, a token that the model has no embedding for: "
+                "leave it out"
             )
 
 

@@ -88,4 +88,6 @@ def _dry_run_vllm(config: BuPOConfig) -> None:
     if unknown := sorted(kwargs.keys() - inspect.signature(SamplingParams).parameters.keys()):
         raise UserError(f"generation_kwargs holds {unknown[0]!r}, which is no setting of vLLM's sampling")
     with wrap_library_errors("generation_kwargs is refused"):
-        SamplingParams(**{name: value for name, value in kwargs.items() if name != "structured_outputs"})  # TRL builds these
+        SamplingParams(
+            **{name: value for name, value in kwargs.items() if name != "structured_outputs"}
+        )  # TRL builds these

@@ -1,7 +1,7 @@
 """Ranges and choices of the options that TRL and transformers define, checked before their own code runs.
 
-Values that TRL and transformers train with are accepted; values that they refuse late or turn into NaN are not. Integers of 0 or
-less that mean "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are accepted. Options that bupo defines
+Values that TRL and transformers train with are accepted; values that they refuse late or turn into NaN are not. Integers of 0
+or less that mean "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are accepted. Options that bupo defines
 carry their ranges with their definition ([`bupo.options.ranges.option`]).
 """
 
@@ -121,7 +121,11 @@ OPTION_CHOICES = {
     "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
-FILE_OR_MAPPING_OPTIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings, or the name of a JSON file with one
+FILE_OR_MAPPING_OPTIONS = (
+    "accelerator_config",
+    "fsdp_config",
+    "deepspeed",
+)  # mappings, or the name of a JSON file with one
 # optional packages that options need
 REQUIRED_PACKAGES = {
     "deepspeed": "deepspeed",

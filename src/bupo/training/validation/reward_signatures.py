@@ -145,8 +145,8 @@ def _check_parameters(
     refused = [] if open_ended else [name for name in passed if name not in names]
     if by_position:
         raise UserError(
-            f"reward function {_get_function_name(function)} takes {', '.join(by_position)} by position only, and TRL passes all by name: "
-            "leave out the / in its parameters"
+            f"reward function {_get_function_name(function)} takes {', '.join(by_position)} by position only, and TRL passes "
+            "all by name: leave out the / in its parameters"
         )
     if missing and not more_columns:
         raise UserError(
@@ -154,8 +154,8 @@ def _check_parameters(
         )
     if refused:
         raise UserError(
-            f"reward function {_get_function_name(function)} does not take {', '.join(refused)}, which TRL passes by name: add **kwargs to "
-            "its parameters"
+            f"reward function {_get_function_name(function)} does not take {', '.join(refused)}, which TRL passes by name: "
+            "add **kwargs to its parameters"
         )
 
 
@@ -164,7 +164,9 @@ def _describe_mismatch(missing: Sequence[str], columns: Collection[str], all_col
     misspelt = [name for name in missing if name in NAME_SUGGESTIONS and name not in columns]
     if misspelt:
         corrections = ", ".join(f"{NAME_SUGGESTIONS[name]}, not {name}" for name in misspelt)
-        return f"an argument {', '.join(misspelt)}, which TRL does not pass: it passes {corrections}; rename the parameter"
+        return (
+            f"an argument {', '.join(misspelt)}, which TRL does not pass: it passes {corrections}; rename the parameter"
+        )
     available = ", ".join(all_columns) or "none"
     if set(missing) <= set(all_columns):
         return (

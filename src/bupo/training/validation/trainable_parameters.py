@@ -51,13 +51,14 @@ def check_trainable(trainer: Any) -> None:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
         raise UserError(
-            f"nothing would train: no parameter of {get_model_name(model)} requires a gradient; {_suggest_unfreezing(model, trainer.stream, args)}"
+            f"nothing would train: no parameter of {get_model_name(model)} requires a gradient; "
+            f"{_suggest_unfreezing(model, trainer.stream, args)}"
         )
     optimized = _get_optimizer_parameters(trainer.optimizer)
     if optimized is not None and optimized.isdisjoint(named.values()):
         raise UserError(
-            "nothing would train: the given optimizer has no parameter of the model that requires a gradient: make it from this "
-            "model's parameters, or leave it out"
+            "nothing would train: the given optimizer has no parameter of the model that requires a gradient: make it from "
+            "this model's parameters, or leave it out"
         )
     if args.learning_rate == 0 and optimized is None:
         logger.warning("learning_rate is 0: the weights stay as they are")
@@ -70,8 +71,8 @@ def check_trainable(trainer: Any) -> None:
             raise UserError(_describe_untrainable_phase(trainer, phase, layer, named))
         if all(multipliers.get(parameter) == 0 for parameter in reached):
             raise UserError(
-                f"{phase} would train nothing: layer_lr_multipliers is 0 for all parameters that require a gradient and that its "
-                "loss reaches; give a multiplier above 0, or train other layers too"
+                f"{phase} would train nothing: layer_lr_multipliers is 0 for all parameters that require a gradient and that "
+                "its loss reaches; give a multiplier above 0, or train other layers too"
             )
         # a few tokens reach few experts of a mixture
         idle = [name for name, parameter in named.items() if parameter not in reached and "expert" not in name]
@@ -173,8 +174,8 @@ def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, nam
     some = f"{len(named)} parameters require a gradient ({next(iter(named))}{', …' if len(named) > 1 else ''})"
     if layer is None:
         return (
-            f"{phase} would train nothing: {some}, and the loss of the language model policy reaches none of them; train others, "
-            "such as those of the layers"
+            f"{phase} would train nothing: {some}, and the loss of the language model policy reaches none of them; train "
+            "others, such as those of the layers"
         )
     where = _find_layers(trainer.stream, set(named.values()))
     args = trainer.args
@@ -324,8 +325,8 @@ class WeightChangeCallback(TrainerCallback):
             precision = "16-bit weights" if num_half > num_values / 2 else "the weights' precision"
             remedy = "leave fp32_master_weights true, or raise learning_rate" if num_half else "raise learning_rate"
             logger.warning(
-                f"{where}: {num_unchanged / num_values:.1%} of the weights that have a gradient did not move, their updates are "
-                f"lost in the rounding of {precision}; {remedy}"
+                f"{where}: {num_unchanged / num_values:.1%} of the weights that have a gradient did not move, their updates "
+                f"are lost in the rounding of {precision}; {remedy}"
             )
 
 
