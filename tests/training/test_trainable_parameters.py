@@ -105,7 +105,7 @@ def test_the_policy_objective_drops_what_lies_above(tmp_path):
     refused(
         tmp_path / "run",
         freeze(model_of(), "layers.3."),
-        "the whole policy by layers up to 2",
+        "the language model policy by layers up to 2",
         internal_objective="frozen_upper",
     )
 
@@ -279,14 +279,14 @@ def test_an_update_without_any_advantage_is_no_sign(tmp_path, caplog):
                         processing_class=TOKENIZER)  # fmt: skip
     before = snapshot(equal.model)
     equal.train()
-    assert not changed(before, equal.model) and equal.moved.seen == []
+    assert not changed(before, equal.model) and equal.weight_change_callback.checked_stages == []
     assert "did not move" not in caplog.text and "was 0 in" not in caplog.text
 
 
 def test_warmup_is_no_sign(tmp_path, caplog):
     trainer = trainer_of(model_of(), config(tmp_path, lr_scheduler_type="linear", warmup_steps=3, max_steps=12))
     trainer.train()
-    assert trainer.moved.seen == [0, -1] and "did not move" not in caplog.text
+    assert trainer.weight_change_callback.checked_stages == [0, -1] and "did not move" not in caplog.text
 
 
 def test_a_gradient_and_nothing_that_steps(tmp_path):
@@ -323,7 +323,7 @@ class Freezes(TrainerCallback):
 @pytest.mark.parametrize(
     ("update", "trained", "where"),
     [(0, (), "batch 1 .the policy of layer 2"), (0, ("layers.3.",), "batch 1 .the policy of layer 2"),
-     (1, ("layers.3.",), "batch 1 .the policy of layer 2"), (10, (), "batch 3 .the whole policy")],
+     (1, ("layers.3.",), "batch 1 .the policy of layer 2"), (10, (), "batch 3 .the language model policy")],
 )  # fmt: skip
 def test_a_callback_that_freezes(tmp_path, update, trained, where, checkpointing):
     model = model_of("llama")  # whose embedding is not its head
@@ -337,12 +337,12 @@ def test_a_callback_that_freezes(tmp_path, update, trained, where, checkpointing
 def test_an_update_that_is_skipped_has_had_a_gradient(tmp_path, caplog):
     """A gradient that is not finite is set to none before the optimizer steps."""
     trainer = trainer_of(model_of(), config(tmp_path))
-    plain = trainer.loss
+    plain = trainer.compute_micro_batch_loss
 
     def loss(model, inputs):
         return plain(model, inputs) * (float("nan") if trainer.state.global_step in (0, 5) else 1.0)
 
-    trainer.loss = loss
+    trainer.compute_micro_batch_loss = loss
     trainer.train()
     assert trainer.state.global_step == 8 and caplog.text.count("is skipped: its gradient is not finite") == 2
 
@@ -371,5 +371,5 @@ def test_what_was_seen_goes_into_a_checkpoint(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=12, save_strategy="steps", save_steps=10))
     trainer.train()
     again = WeightChangeCallback(trainer.accelerator, lambda: (0, ""))
-    again.load(trainer.moved.state(), 1)
-    assert again.seen == [0, -1] and not again.warned
+    again.load(trainer.weight_change_callback.state(), 1)
+    assert again.checked_stages == [0, -1] and not again.has_warned

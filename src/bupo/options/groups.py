@@ -107,7 +107,7 @@ class PromptOptions:
 
 @dataclass
 class SamplingOptions:
-    """Sampling of answers. None is the setting of the run that trained the model (`bupo.data.prompt_settings`)."""
+    """Sampling of answers. Options left at None take the settings of the model's training run, if there is one."""
 
     temperature: float | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Options of the method, and which training options affect what a run trains. Importable without torch and TRL."""
+"""Options of the method, and the table of training options without effect on training. Importable without torch and TRL."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

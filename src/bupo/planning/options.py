@@ -1,4 +1,4 @@
-"""What a plan is told besides a run's own options: the devices, the rates that they reach, the lengths of texts."""
+"""Options of a plan in addition to the run's: devices, the rates that they reach, and lengths of texts."""
 
 import os
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class PlanOptions:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Of a device's memory."""
+        """Bytes per second of a device's memory, or None for a CPU without `bandwidth`."""
         if self.bandwidth is not None:
             return self.bandwidth * 1e12
         return None if self.is_cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12

@@ -107,7 +107,7 @@ class BuPOConfig(MethodOptions, GRPOConfig):
 
     @property
     def has_auxiliary_objective(self) -> bool:
-        """Whether some rollout batches optimise a layer's policy and the language model policy at once."""
+        """True if some rollout batches optimise a layer's policy and the language model policy at once."""
         return bool(self.internal_fade_batches or self.internal_loss_weight)
 
     def count_rollout_batches(self, updates: int) -> int:

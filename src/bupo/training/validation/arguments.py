@@ -174,7 +174,7 @@ def _check_num_multipliers(args: BuPOConfig, num_layers: int, name: str) -> None
 def check_prompts(
     problems: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, config: BuPOConfig
 ) -> None:
-    """Check that the chat template accepts the prompts and that none is longer than the model's context.
+    """Check that the chat template accepts the prompts and that they fit the model's context.
 
     Args:
         problems (`Dataset`): the training problems.

@@ -1,8 +1,8 @@
 """Ranges and choices of the options that TRL and transformers define, checked before their own code runs.
 
 Values that TRL and transformers train with are accepted; values that they refuse late or turn into NaN are not. Integers of 0
-or less that mean "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are accepted. Options that bupo defines
-carry their ranges with their definition ([`bupo.options.ranges.option`]).
+or less that mean "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are accepted. Options that bupo
+defines carry their ranges with their definition ([`bupo.options.ranges.option`]).
 """
 
 import importlib.util
@@ -110,7 +110,7 @@ RANGES = {
     "local_rank": ANY_INTEGER,
     "num_completions_to_print": ANY_INTEGER,
 }
-OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # None is off for transformers
+OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # transformers turns them off with None
 # below 1 a share of the run, else a number of updates; used with the strategy `steps` only
 STEP_STRATEGIES = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 # values that TRL checks only at the first rollout batch or update

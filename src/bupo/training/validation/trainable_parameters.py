@@ -124,7 +124,7 @@ def _iterate_auto_candidates(trainer: Any) -> Iterable[int]:
 
 
 def _find_stage_parameters(trainer: Any, layer: int | None) -> set[nn.Parameter]:
-    """Return the parameters that the loss of a stage trains; layer None is the second phase."""
+    """Return the parameters that the loss of a stage trains; without a layer, that of the second phase."""
     return find_trained_parameters(
         trainer.model, trainer.stream, trainer.policy_alignment.get_activation(layer), layer, trainer.args
     )
@@ -139,7 +139,7 @@ def find_trained_parameters(
         model (`nn.Module`): the model, with PEFT's wrapper.
         stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): its residual stream.
         site ([`~bupo.models.residual_stream.Activation`], *optional*): of the internal policy, if the stage optimises one.
-        layer (`int`, *optional*): of the stage; None is the second phase.
+        layer (`int`, *optional*): of the stage; without one, the second phase.
         args ([`~bupo.BuPOConfig`]): lens and objective.
     """
     normed = args.internal_lens == "final_norm"
