@@ -186,12 +186,12 @@ class BuPOConfig(MethodOptions, GRPOConfig):
             raise UserError(f"{name}={getattr(self, name)} needs a layer: set internal_layer, or leave it out")
         if self.internal_objective == "frozen_upper":
             raise UserError(
-                f"internal_objective frozen_upper optimises no internal policy, and {name} needs one: leave one out"
+                f"internal_objective frozen_upper optimises no internal policy, which {name} adds: leave one out"
             )
         if self.advantage_estimator in CRITIC_ESTIMATORS:
             raise UserError(
-                f"{name} adds the loss of a second policy, and advantage_estimator {self.advantage_estimator} has a critic for "
-                "one policy only: leave one out"
+                f"{name} adds a second policy's loss, and advantage_estimator {self.advantage_estimator} has the critic of "
+                "one: leave one out"
             )
         if self.use_adaptive_entropy:
             raise UserError(
