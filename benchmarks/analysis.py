@@ -30,7 +30,7 @@ from bupo.models.residual_stream import Activation, ResidualStream
 def answers(stream, lengths, seed=0):
     """Random prompts of 16 tokens and answers of the given lengths: the arithmetic does not depend on the text."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = stream.head().weight.size(0)
+    vocabulary = stream.get_unembedding().weight.size(0)
     draw = lambda n: torch.randint(5, min(vocabulary, 40_000), (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(16), draw(n)) for n in lengths]
 
@@ -94,7 +94,7 @@ def run_bupo(stream, rollouts):
 @torch.no_grad()
 def floor_rate(stream, rows: int, seconds: float = 4.0) -> float:
     """Tokens a second of plain products of `rows` states with the whole unembedding, one for each projection."""
-    weight = stream.head().weight
+    weight = stream.get_unembedding().weight
     hidden, out = torch.randn(rows, weight.size(1)), torch.empty(rows, weight.size(0))
     torch.mm(hidden, weight.t(), out=out)
     products, started = 0, time.perf_counter()
@@ -106,7 +106,7 @@ def floor_rate(stream, rows: int, seconds: float = 4.0) -> float:
 
 def best_rows(stream) -> int:
     """The row-block size whose plain product is fastest in this process."""
-    fitting = [rows for rows in (128, 256, 512, 1024, 2048) if rows * stream.head().weight.size(0) * 4 <= 1 << 29]
+    fitting = [rows for rows in (128, 256, 512, 1024, 2048) if rows * stream.get_unembedding().weight.size(0) * 4 <= 1 << 29]
     return max(fitting, key=lambda rows: floor_rate(stream, rows, 2.0))
 
 

@@ -58,7 +58,7 @@ TRAININGS: dict[str, tuple[str, tuple[int, ...]]] = {  # options, and the checkp
     "final-norm": (f"{BUPO} --internal_lens final_norm", ()),
     "auto": ("--internal_layer auto --internal_steps 2 --per_device_train_batch_size 32 --dataset_size 128", ()),
     "no-phase-1": ("--internal_steps 0", ()),
-    "frozen-slow": ("--internal_steps 0 --frozen_up_to_layer 2 --slow_above_layer 5", ()),
+    "frozen-slow": ('--internal_steps 0 --frozen_up_to_layer 2 --layer_lr_multipliers {"6":0.1}', ()),
     "accumulated": (f"{PPO} --critic_backbone shared --gradient_accumulation_steps 2 --max_steps 8", ()),
     "evaluated": (f"{BUPO} {EVALUATED}", ()),
 }

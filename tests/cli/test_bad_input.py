@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import fields
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
-from trl import ModelConfig
+from trl import GRPOConfig, ModelConfig
 
 import bupo
 from bupo.analysis.options import AnalyzeOptions
@@ -19,14 +20,13 @@ from bupo.cli import parsing
 from bupo.cli.main import main
 from bupo.cli.sample import SampleOptions
 from bupo.evaluation.options import EvalOptions
-from bupo.options.groups import SHARED_RANGES as SHARED
-from bupo.options.ranges import MAX_INTEGER, check_number, get_field_types, get_non_none_types
-from bupo.planning.options import PLAN_RANGES as PLANNING
+from bupo.options.ranges import MAX_INTEGER, check_number, get_field_types, get_non_none_types, get_option_detail
+from bupo.options.training import MethodOptions
 from bupo.planning.options import PlanOptions
 from bupo.training.config import BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.train_data import TrainOptions
-from bupo.training.validation.arguments import describe_phases
+from bupo.training.validation.arguments import describe_short_run
 from bupo.training.validation.dry_run import dry_run_components
 from bupo.training.validation.option_ranges import MODEL_RANGES, RANGES, STEP_STRATEGIES
 from bupo.utils.errors import UserError
@@ -145,24 +145,22 @@ NUMBERS_OF = (
 
 def test_every_number_has_a_range():
     """An option that a newer TRL adds shows up here."""
-    own = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEP_STRATEGIES}  # looked at by name
-    named = {*RANGES, *MODEL_RANGES, *SHARED, *PLANNING, *own}
-    elsewhere = {
-        "k",
-        "attn",
-        "ffn",
-        "top",
-        "max_tokens",
-        "steps",
-        "problems",
-        "eval_size",
-        "max_prompt_tokens",
-    }  # in the command's own check
+    checked_by_name = {"internal_layer", "pad_to_multiple_of", "vllm_server_host", *STEP_STRATEGIES}
+    library_options = {*RANGES, *MODEL_RANGES, *checked_by_name}
     for options in NUMBERS_OF:
         for name, hint in get_field_types(options).items():
-            if any(kind in (int, float) for kind in get_non_none_types(hint)):
-                known = name in named | elsewhere or not options.__dataclass_fields__[name].init
+            field = options.__dataclass_fields__[name]
+            if field.init and any(member in (int, float) for member in get_non_none_types(hint)):
+                known = name in library_options or get_option_detail(field, "range")
                 assert known, f"{options.__name__}.{name} takes any number: give it a range"
+
+
+def test_a_range_is_defined_once():
+    """The tables hold options of TRL and transformers only; those of bupo carry their range."""
+    own = {field.name for field in fields(MethodOptions)}
+    assert own.isdisjoint(RANGES) and own.isdisjoint(MODEL_RANGES)
+    theirs = {field.name for field in (*fields(GRPOConfig), *fields(ModelConfig))}
+    assert {*RANGES, *MODEL_RANGES} <= theirs
 
 
 @pytest.mark.parametrize(
@@ -239,6 +237,9 @@ def test_a_configuration_from_python(options, says):
         {"hub_token": None},
         {"seed": np.int64(3)},
         {"gradient_checkpointing": None},
+        {"layer_lr_multipliers": {7: 0.1}},
+        {"layer_lr_multipliers": '{"7": "1e-1"}'},
+        {"layer_lr_multipliers": [1, 0.5, 0]},
     ],
     ids=str,
 )
@@ -283,7 +284,7 @@ def test_calls_from_python(tmp_path, monkeypatch, call, says):
 
 def test_a_run_that_ends_inside_its_first_phase_is_told():
     config = BuPOConfig("o", internal_layer=1, internal_steps=3, steps_per_generation=2, max_steps=5)
-    assert "takes 3 rollout batches of 2 updates, and max_steps is 5" in describe_phases(config)
+    assert "takes 3 rollout batches of 2 updates, and max_steps is 5" in describe_short_run(config)
     for changes in ({"max_steps": 6}, {"max_steps": -1}, {"internal_steps": 2}):
         given: dict = {"internal_steps": 3, "steps_per_generation": 2, "max_steps": 5, **changes}
-        assert describe_phases(BuPOConfig("o", internal_layer=1, **given)) is None
+        assert describe_short_run(BuPOConfig("o", internal_layer=1, **given)) is None

@@ -25,6 +25,7 @@ from bupo.options.groups import (
     RunOptions,
     check_command_options,
 )
+from bupo.options.training import affects_training, expand_layer_lr_multipliers, parse_layer_lr_multipliers
 from bupo.run_files.provenance import SECRET_NAME, record_run, redact_command_line
 from bupo.training.config import BuPOConfig
 from bupo.training.run import TrainOptions
@@ -231,6 +232,32 @@ def test_values_out_of_range(change, message):
     assert str(raised.value) == message
 
 
+def test_multipliers_by_layer():
+    for value in ("{3: 0.1}", '{"3": "1e-1"}', {3: 0.1}, {"3": 0.1}):
+        multipliers = parse_layer_lr_multipliers(value)
+        assert multipliers == {3: 0.1} and expand_layer_lr_multipliers(multipliers, 4) == [1, 1, 0.1, 0.1]
+    steps = parse_layer_lr_multipliers({4: 0, 2: 0.5})
+    assert list(steps) == [2, 4] and expand_layer_lr_multipliers(steps, 5) == [1, 0.5, 0.5, 0, 0]
+    assert parse_layer_lr_multipliers("[1, 1e-1]") == [1, 0.1] == parse_layer_lr_multipliers([1, "0.1"])
+    assert expand_layer_lr_multipliers([1, 0.1], 2) == [1, 0.1]
+
+
+def test_options_that_affect_training():
+    names = {option.name for each in (TrainOptions, BuPOConfig) for option in fields(each)}
+    unaffected = {name for name in names if not affects_training(name)}
+    assert {
+        "output_dir",
+        "overwrite",
+        "save_steps",
+        "probe_every",
+        "eval_benchmarks",
+        "eval_k",
+        "use_cpu",
+    } <= unaffected
+    assert not {"learning_rate", "seed", "internal_layer", "probe_answers", "layer_lr_multipliers"} & unaffected
+    assert affects_training("an option of a later version")
+
+
 def test_a_run_notes_itself(tmp_path):
     given = {"model": "m", "hub_token": "s3cret", "api_key": "s3cret", "overwrite": True, "tuple": (1, 2.5)}
     given |= {"path": Path("a/b"), "nested": {"token": "s3cret", "x": None}, "json": '{"token": "s3cret", "b": 1}'}
@@ -294,7 +321,7 @@ def test_the_git_revision(tmp_path):
         return done.stdout.decode().strip()
 
     def noted():
-        code = "from bupo.run_files.provenance import git_state; import json; print(json.dumps(git_state()))"
+        code = "from bupo.run_files.provenance import get_git_state; import json; print(json.dumps(get_git_state()))"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 

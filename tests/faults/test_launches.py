@@ -196,7 +196,7 @@ def test_launches_end(server, tmp_path, kind):
             assert status == 0, said
             assert weights(folder) == first
         asked = launcher == "accelerate" and kind == "ddp"  # for FSDP, which accelerate has only where there is no CPU
-        assert said.count("FSDP was asked for, but") == asked
+        assert said.count("FSDP is configured, but") == asked
 
 
 def test_a_group_is_left_without_waiting_for_its_own_threads(tmp_path):

@@ -259,7 +259,7 @@ TRAINING_NUMBERS = [
         for option in (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
             *("steps_per_generation", "num_iterations", "max_new_tokens", "ref_model_sync_steps", "probe_answers"),
-            *("eval_every", "eval_k", "eval_problems", "frozen_up_to_layer", "slow_above_layer"),
+            *("eval_every", "eval_k", "eval_problems", "frozen_up_to_layer"),
         )
         for row in (
             *each("train", option, "0 -1", "must be 1 or more")[option == "max_new_tokens" and 2 :],
@@ -318,12 +318,20 @@ TRAINING_NUMBERS = [
     *each("train", "critic_learning_rate", "0 -1 nan", "must be positive"),
     *each("train", "cliprange_value", "0 nan", "must be positive"),
     *each("train", "lam", "1.5 nan", "must lie from 0 to 1"),
-    *each("train", "slow_factor", "2 nan", "must lie from 0 to 1"),
-    bad("train", "--layer_rates 1 1 1", "layer_rates has 3 factors", "embedded has 8 layers"),
-    bad("train", "--layer_rates 1 1 1 1 1 1 1 -2", "layer_rates must be 0 or more, got -2"),
-    bad("train", "--layer_rates fast", "layer_rates", "invalid float value: 'fast'"),
-    bad("train", "--layer_rates 0 0 0 0 0 1 1 1", "layer_rates leaves the first phase on layer 5 no layer to train"),
-    bad("train", "--layer_rates 1 1 1 1 1 1 1 1 --slow_above_layer 5", "both layer_rates and slow_above_layer"),
+    bad("train", "--layer_lr_multipliers [1,1,1]", "layer_lr_multipliers has 3 multipliers", "embedded has 8 layers"),
+    bad("train", "--layer_lr_multipliers [1,1,1,1,1,1,1,-2]", "layer_lr_multipliers must be 0 or more, got -2"),
+    *each("train", "layer_lr_multipliers", "fast 3 {} [", "layer_lr_multipliers must be a list with a multiplier"),
+    bad("train", "--layer_lr_multipliers '{7: fast}'", "layer_lr_multipliers must be a number, 0 or more, got 'fast'"),
+    bad("train", "--layer_lr_multipliers '{7: .nan}'", "layer_lr_multipliers must be 0 or more, got nan"),
+    bad(
+        "train", "--layer_lr_multipliers '{0: 1}'", "layer_lr_multipliers must be a mapping from layers, counted from 1"
+    ),
+    bad("train", "--layer_lr_multipliers [0,0,0,0,0,1,1,1]", "leaves the first phase on layer 5 no layer to train"),
+    bad(
+        "train",
+        "--layer_lr_multipliers [1,1,1,1,1,1,1,1] --frozen_up_to_layer 2",
+        "both layer_lr_multipliers and frozen",
+    ),
     *each("train", "internal_loss_weight", "1 -0.1 nan", "must lie from 0 to below 1"),
     *each("train", "internal_fade_batches", "-1", "must be 0 or more"),
     *each("train", "lora_r", "0", "must be 1 or more"),
@@ -342,7 +350,7 @@ TRAINING_WORDS = [
     bad("train", "--internal_layer 2.5", "internal_layer must be a layer from 1 up, or auto, got '2.5'"),
     bad("train", "--internal_layer 9", "internal_layer: layer 9 does not exist: embedded has layers 1 to 8"),
     bad("train", "--frozen_up_to_layer 9 --internal_steps 0", "frozen_up_to_layer: layer 9 does not exist"),
-    bad("train", "--slow_above_layer 9", "slow_above_layer: layer 9 does not exist"),
+    bad("train", "--layer_lr_multipliers '{9: 0.1}'", "layer_lr_multipliers: layer 9 does not exist"),
     bad("train", "--frozen_up_to_layer 5", "frozen_up_to_layer=5", "no layer to train"),
     bad("train", "--internal_schedule [[2,3]]", "internal_schedule and internal_layer"),
     bare("train --internal_schedule [[2,0]]", "internal_schedule must be a list of [layer, rollout batches]"),
@@ -425,7 +433,7 @@ TRAINING_WORDS = [
     *each("train", "attn_implementation", "zzz", "zzz"),
     bad("train", "--use_peft --lora_task_type zzz", "lora_", "zzz"),
     bad("train", "--use_peft --lora_target_modules zzz", "zzz"),
-    bad("train", "--push_to_hub", "push_to_hub true needs the hub"),
+    bad("train", "--push_to_hub", "push_to_hub true needs access to the hub"),
     bad("train", "--sync_ref_model", "sync_ref_model true", "beta is 0"),
     bad("train", "--dataloader_prefetch_factor 2", "dataloader_prefetch_factor", "dataloader_num_workers"),
     bad("train", "--auto_find_batch_size", "auto_find_batch_size is not supported"),
@@ -541,7 +549,7 @@ EVAL = [
     *each("eval", "layer", "0 -1", "must be 1 or more"),
     *each("eval", "layer", "9", "layer 9 does not exist"),
     *each("eval", "deadline", "0 nan inf", "must be positive"),
-    *each("eval", "dtype", "int4", "must be auto, float32"),
+    *each("eval", "dtype", "int4", "invalid choice: 'int4'"),
     *each("eval", "engine", "zzz", "invalid choice"),
     *each("eval", "lens", "zzz", "invalid choice"),
     bad("eval", "--benchmarks zzz", "unknown benchmark 'zzz'", "math500"),
@@ -625,7 +633,7 @@ ANALYZE = [
     bad(
         "analyze", "--layer 5", "layer 5 is for checkpoints of one run, measured on the same rollouts: give --rollouts"
     ),
-    *each("analyze", "dtype", "zzz", "must be auto"),
+    *each("analyze", "dtype", "zzz", "invalid choice: 'zzz'"),
     *each("analyze", "seed", "-1", "must lie from 0"),
     bad("analyze", "--model", "model", "expected at least one argument"),
     bad("analyze", "--model ''", "model"),

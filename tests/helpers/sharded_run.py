@@ -35,11 +35,11 @@ CASES: dict[str, dict] = {
     "ppo-shared": {**PPO, "critic_backbone": "shared"},
     "tied": {"model": lambda: model_of(tie_word_embeddings=True), "loss_type": "grpo"},
     "frozen": {"frozen_up_to_layer": 1, "internal_layer": 3},
-    "slow": {"slow_above_layer": 1, "slow_factor": 0.5, "max_grad_norm": 0.1},
+    "slow": {"layer_lr_multipliers": {2: 0.5}, "max_grad_norm": 0.1},
     "policy": {"internal_objective": "frozen_upper", "max_grad_norm": 0.1},
     "permuted": {"internal_objective": "shuffled_vocab"},
     "handover": {"internal_fade_batches": 3, "internal_loss_weight": 0.1, "beta": 0.1, "gradient_checkpointing": True},
-    "rates": {"layer_rates": [0.5, 1.0, 0.0, 2.0], "max_grad_norm": 0.1},
+    "rates": {"layer_lr_multipliers": [0.5, 1.0, 0.0, 2.0], "max_grad_norm": 0.1},
     "module": {"internal_module": "ffn", "internal_lens": "final_norm", "gradient_checkpointing": True},
     "attn": {"internal_module": "attn"},
     "reference": {

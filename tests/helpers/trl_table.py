@@ -252,7 +252,7 @@ ARGUMENTS: dict[str, Row] = {
     "processing_class": trains("a tokenizer; a processor of images is refused"),
     "reward_processing_classes": trains("tokenizers of reward models"),
     "callbacks": trains(),
-    "optimizers": trains("`slow_above_layer` leaves a given optimizer as it is"),
+    "optimizers": trains("`layer_lr_multipliers` is refused with a given optimizer"),
     "quantization_config": elsewhere("needs bitsandbytes and a GPU"),
     "peft_config": trains("in phase 1 the adapters up to layer l move"),
     "tools": trains("what tools say is masked in both phases"),

@@ -113,7 +113,7 @@ def test_parameters_are_the_published_number(models, name):
     assert {block.weights for block in found.blocks} == {d * size * (2 * heads + 2 * keys) + 3 * d * wide + norms}
 
 
-RATES: dict[str, Any] = {"layer_rates": [0, 0, 1, 0, 0.1, 1, 1, 0]}
+RATES: dict[str, Any] = {"layer_lr_multipliers": [0, 0, 1, 0, 0.1, 1, 1, 0]}
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,11 @@ def test_what_a_run_would_refuse():
         ({}, {"gpus": 2, "sharding": "zero3"}, "sharding must be one, ddp, fsdp2, zero1 or zero2"),
         ({"internal_layer": 9}, {}, "layer 9 does not exist"),
         ({}, {"answer_tokens": 13}, "answer_tokens is 13, and max_new_tokens allows 12"),
-        ({"layer_rates": [0, 1, 1]}, {}, "layer_rates has 3 factors: embedded has 8 layers, give one for each"),
+        (
+            {"layer_lr_multipliers": [0, 1, 1]},
+            {},
+            "layer_lr_multipliers has 3 multipliers: embedded has 8 layers, give one for each",
+        ),
         (
             {"internal_steps": 0, "internal_layer": 9, "internal_loss_weight": 0.1},
             {},

@@ -131,7 +131,7 @@ BY_METHOD: dict[str, dict] = {
     "reinforce++": {"internal_steps": 0, "advantage_estimator": "reinforce++"},
     "ppo": {"internal_steps": 0, "advantage_estimator": "ppo", **CRITIC},
     "frozen": {"internal_steps": 0, "frozen_up_to_layer": 6},
-    "slow": {"internal_steps": 0, "slow_above_layer": 6, "slow_factor": 0.1},
+    "slow": {"internal_steps": 0, "layer_lr_multipliers": {7: 0.1}},
 }
 # What no recipe writes, because the default of TRL, or of bupo, is the paper's or its code's.
 DEFAULTS: dict = {

@@ -18,16 +18,12 @@ from bupo.reports.run_settings import (
     DEFAULT_CONFIG,
     DEMO_CONFIG,
     ESTIMATOR_NAMES,
-    IGNORED_OPTIONS,
-    IGNORED_PREFIXES,
     parse_run_settings,
 )
 from bupo.reports.seed_comparison import get_benchmark_names, group_runs
-from bupo.training.checkpoints.resume import _affects_training
 from bupo.training.config import DEFAULT_INTERNAL_STEPS, BuPOConfig
 from bupo.training.demo import DemoOptions
 from bupo.training.objective.advantages import ESTIMATORS as TRAINED_BY
-from bupo.training.train_data import TrainOptions
 from bupo.utils.safe_read import UnreadableFolderError
 from bupo.utils.statistics import compute_paired_difference, compute_seed_statistics
 from tests.helpers.made_runs import BUPO, GRPO, analyze, evaluate, probed, train
@@ -75,14 +71,17 @@ def test_defaults_are_those_of_training():
     assert ESTIMATOR_NAMES.keys() == TRAINED_BY.keys()
 
 
-def test_what_is_free_when_a_run_goes_on_parts_no_runs():
-    """Of the options that `resuming` knows as deciding, none is left out here, but for those that stand elsewhere."""
-    names = {field.name for field in dataclasses.fields(BuPOConfig)} | {
-        f.name for f in dataclasses.fields(TrainOptions)
+def test_runs_that_differ_in_logging_only_have_the_same_settings():
+    free = {
+        "save_steps": 3,
+        "eval_benchmarks": ["math500"],
+        "report_to": "none",
+        "probe_every": 2,
+        "ddp_backend": "gloo",
     }
-    free = {name for name in names if name in IGNORED_OPTIONS or name.startswith(IGNORED_PREFIXES)}
-    assert {"save_steps", "eval_benchmarks", "report_to", "probe_every", "logging_steps", "ddp_backend"} <= free
-    assert {name for name in free if _affects_training(name)} <= {"probe_answers", "overwrite", "log_unique_prompts"}
+    plain = {"model": "m", "internal_layer": 5}
+    assert parse_run_settings(plain | free, "train") == parse_run_settings(plain, "train")
+    assert parse_run_settings(plain | {"probe_answers": 4}, "train") != parse_run_settings(plain, "train")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,11 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ),
         ({"internal_steps": 0, "internal_lens": "final_norm"}, "GRPO", "GRPO"),
         ({"internal_steps": 0, "frozen_up_to_layer": 5}, "GRPO, layers 1 to 5 frozen", "GRPO, layers 1 to 5 frozen"),
-        ({"internal_steps": 0, "slow_above_layer": 5}, "GRPO, 0.1x above layer 5", "GRPO, 0.1x above layer 5"),
+        (
+            {"internal_steps": 0, "layer_lr_multipliers": {6: 0.1}},
+            "GRPO, 0.1x above layer 5",
+            "GRPO, 0.1x above layer 5",
+        ),
         ({"internal_steps": 0, "advantage_estimator": "ppo"}, "PPO", "PPO"),
         (
             {"internal_layer": 5, "internal_objective": "frozen_upper"},
@@ -138,7 +141,7 @@ def test_what_is_free_when_a_run_goes_on_parts_no_runs():
         ),
         ({"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": 0}, "GRPO", "GRPO"),
         (
-            {"internal_steps": 0, "layer_rates": [0.1, "1e-1", 1, 0]},
+            {"internal_steps": 0, "layer_lr_multipliers": [0.1, "1e-1", 1, 0]},
             "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
             "GRPO, rates 0.1 for 1 to 2, 1 for 3, 0 for 4",
         ),
@@ -164,8 +167,8 @@ def test_the_controls_are_compared_with_grpo_of_the_same_options():
         {"internal_layer": 5, "internal_loss_weight": 0.2},
         {"internal_layer": 4, "internal_loss_weight": 0.2},
         {"internal_layer": 5, "internal_fade_batches": 3},
-        {"layer_rates": [0, 1]},
-        {"layer_rates": [0, 0.5]},
+        {"layer_lr_multipliers": [0, 1]},
+        {"layer_lr_multipliers": [0, 0.5]},
     ]
     grpo, settings = (
         parse_run_settings(plain, "train")[0],
@@ -458,7 +461,7 @@ def test_tables_2_3_5_and_11(runs):
     folders += scored(runs, "l3", BUPO | {"internal_layer": 3}, s1=(60, 50))
     folders += scored(runs, "norm", BUPO | {"internal_lens": "final_norm"}, s1=(75, 50))
     folders += scored(runs, "f", GRPO | {"frozen_up_to_layer": 5}, s1=(55, 50))
-    folders += scored(runs, "s", GRPO | {"slow_above_layer": 5}, s1=(58, 50))
+    folders += scored(runs, "s", GRPO | {"layer_lr_multipliers": {6: 0.1}}, s1=(58, 50))
     folders += scored(runs, "rate", GRPO | {"learning_rate": 0.5}, s1=(1, 1))  # alike in nothing
 
     def column(number, head):

@@ -54,7 +54,7 @@ def run(folder, problems=ROWS, overwrite=False, model=None, reward=token_reward,
         problems=problems,
         reward_funcs=[reward],
         callbacks=callbacks,
-        say=said.append,
+        log=said.append,
     )
     return said
 

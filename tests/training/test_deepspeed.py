@@ -48,8 +48,7 @@ RUNS: dict[str, dict] = {
     "stages": {
         "internal_layer": None,
         "internal_schedule": [[1, 1], [3, 1]],
-        "slow_above_layer": 2,
-        "slow_factor": 0.1,
+        "layer_lr_multipliers": {3: 0.1},
     },
     "lora": {"lora": True},
     "auto": {
@@ -322,7 +321,7 @@ def test_what_does_not_run_is_refused_by_name(stage, more, asked, refused):
         (
             {"is_deepspeed_enabled": False},
             {"deepspeed": zero(2)},
-            "DeepSpeed was asked for, but accelerate makes of this run NO",
+            "DeepSpeed is configured, but accelerate runs NO",
         ),
     ],
 )
@@ -335,7 +334,7 @@ def test_what_would_be_left_out_is_refused(trainer, args, refused):
         "optimizer": None,
         "model": None,
     } | trainer
-    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "slow_above_layer": None, "layer_rates": None, **args})
+    args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "layer_lr_multipliers": None, **args})
     made: Any = SimpleNamespace(accelerator=accelerator, **trainer)
     with pytest.raises(UserError, match=refused):
         check_run(made, args)

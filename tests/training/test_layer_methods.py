@@ -189,8 +189,7 @@ def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
             tmp_path,
             internal_steps=0,
             internal_layer=None,
-            slow_above_layer=2,
-            slow_factor=factor,
+            layer_lr_multipliers={3: factor},
             optim="sgd",
             learning_rate=1.0,
             weight_decay=0.0,
@@ -208,7 +207,7 @@ def test_slow_layers_take_a_tenth_of_the_step(tmp_path):
 
 
 def test_learning_rates_of_the_groups(tmp_path):
-    args = config(tmp_path, slow_above_layer=2, internal_steps=0, internal_layer=None)
+    args = config(tmp_path, layer_lr_multipliers={3: 0.1}, internal_steps=0, internal_layer=None)
     trainer = trainer_of(model_of(), args)
     optimizer = trainer.create_optimizer()
     by_name = {id(p): name for name, p in trainer.model.named_parameters()}
@@ -368,8 +367,8 @@ def test_one_stage_is_the_papers(tmp_path):
         ({"internal_layer": "auto", "internal_steps": 0}, "internal_steps is 0: leave one out"),
         ({"frozen_up_to_layer": 2}, "frozen_up_to_layer=2 leaves the first phase on layer 2 no layer to train"),
         ({"gradient_accumulation_steps": 8}, "does not divide the 4 micro-batches of a rollout batch .*mix two phases"),
-        ({"slow_above_layer": 0}, "slow_above_layer must be 1 or more, got 0"),
-        ({"slow_above_layer": 2, "slow_factor": 2}, "slow_factor must lie from 0 to 1, got 2"),
+        ({"layer_lr_multipliers": {0: 1}}, "layer_lr_multipliers must be a mapping from layers, counted from 1, got 0"),
+        ({"layer_lr_multipliers": {2: -1}}, "layer_lr_multipliers must be 0 or more, got -1"),
         ({"lam": 1.5}, "lam must lie from 0 to 1, got 1.5"),
         ({"cliprange_value": 0}, "cliprange_value must be positive, got 0"),
         ({"critic_backbone": "own"}, "critic_backbone must be copy or shared, got 'own'"),

@@ -539,10 +539,11 @@ def test_steps_are_as_long_as_the_factors_say(tmp_path):
     for rates in (None, factors):
         model = model_of()
         before = snapshot(model)
-        trainer_of(model, plain(tmp_path, layer_rates=rates, **sgd)).train()
+        trainer_of(model, plain(tmp_path, layer_lr_multipliers=rates, **sgd)).train()
         steps[bool(rates)] = {name: (p.detach() - before[name]).double() for name, p in model.named_parameters()}
     for name, full in steps[False].items():
         factor = factors[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
+        factor = factors[-1] if name == "model.norm.weight" else factor
         assert full.abs().max() > 0
         scale = before[name].abs().max().item() * 2**-23  # the resolution of a step in fp32 weights
         torch.testing.assert_close(steps[True][name], full * factor, atol=4 * scale, rtol=1e-5, msg=name)
@@ -552,7 +553,7 @@ def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path
     """Equal to the bit with AdamW, weight decay, clipping and two phases, also with an untied embedding."""
     for tied in (True, False):
         ends = []
-        kinds: list[dict] = [{"frozen_up_to_layer": 2}, {"layer_rates": [0, 0, 1, 1]}]
+        kinds: list[dict] = [{"frozen_up_to_layer": 2}, {"layer_lr_multipliers": [0, 0, 1, 1]}]
         for options in kinds:
             model = model_of(tie_word_embeddings=tied)
             trainer_of(model, config(tmp_path, internal_layer=3, max_steps=12, **options)).train()
@@ -566,7 +567,7 @@ def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path
 def test_a_frozen_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
     model = model_of(tie_word_embeddings=False)
     before = snapshot(model)
-    trainer = trainer_of(model, plain(tmp_path, layer_rates=[1.0, 0.0, 0.5, 1.0], max_steps=1, **BIG))
+    trainer = trainer_of(model, plain(tmp_path, layer_lr_multipliers=[1.0, 0.0, 0.5, 1.0], max_steps=1, **BIG))
     (gradients,) = gradients_of(trainer)
     still = {name for name in before if ".layers.1." in name}
     assert {name for name, gradient in gradients.items() if gradient is None} == still
@@ -576,7 +577,7 @@ def test_a_frozen_layer_in_the_middle_has_no_gradient_to_clip(tmp_path):
 
 
 def test_rates_of_the_groups_and_their_schedule(tmp_path):
-    args = config(tmp_path, layer_rates=[1.0, 0.5, 0.5, 3.0], lr_scheduler_type="linear", max_steps=4)
+    args = config(tmp_path, layer_lr_multipliers=[1.0, 0.5, 0.5, 3.0], lr_scheduler_type="linear", max_steps=4)
     trainer = trainer_of(model_of(), args)
     by_name = {id(p): name for name, p in trainer.model.named_parameters()}
     trainer.create_optimizer_and_scheduler(num_training_steps=4)
@@ -585,7 +586,9 @@ def test_rates_of_the_groups_and_their_schedule(tmp_path):
     rates = {by_name[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert set(rates) == set(by_name.values())
     for name, rate in rates.items():
-        factor = args.layer_rates[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
+        multipliers = args.layer_lr_multipliers
+        factor = multipliers[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
+        factor = multipliers[-1] if name == "model.norm.weight" else factor
         assert rate == pytest.approx(0.75 * args.learning_rate * factor), name
     decays = {
         by_name[id(p)]: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]
@@ -594,14 +597,14 @@ def test_rates_of_the_groups_and_their_schedule(tmp_path):
 
 
 def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
-    common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "layer_rates": [1.0, 0.0, 0.3, 2.0]}
+    common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "layer_lr_multipliers": [1.0, 0.0, 0.3, 2.0]}
     whole, resumed = model_of(), model_of()
     trainer_of(whole, config(tmp_path, **common)).train()
     trainer_of(resumed, config(tmp_path, **common)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
-    other = config(tmp_path, **{**common, "layer_rates": [1.0, 0.0, 0.3, 1.0]})
-    with pytest.raises(UserError, match="layer_rates is "):
+    other = config(tmp_path, **{**common, "layer_lr_multipliers": [1.0, 0.0, 0.3, 1.0]})
+    with pytest.raises(UserError, match="layer_lr_multipliers is "):
         trainer_of(model_of(), other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
@@ -609,10 +612,10 @@ def test_a_resumed_run_with_rates_is_the_uninterrupted_one(tmp_path):
 
 
 def test_options_on_the_command_line_and_in_yaml(tmp_path):
-    own = "internal_objective: shuffled_vocab\ninternal_fade_batches: 3\ninternal_loss_weight: 0.1\nlayer_rates: [1, 0.5, 0, 2]\n"
+    own = "internal_objective: shuffled_vocab\ninternal_fade_batches: 3\ninternal_loss_weight: 0.1\nlayer_lr_multipliers: [1, 0.5, 0, 2]\n"
     (tmp_path / "c.yaml").write_text("internal_layer: 2\nreport_to: none\n" + own)
     line = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "o")]
-    names = ("internal_objective", "internal_fade_batches", "internal_loss_weight", "layer_rates")
+    names = ("internal_objective", "internal_fade_batches", "internal_loss_weight", "layer_lr_multipliers")
     (read,) = parse_options((BuPOConfig,), line, "bupo train")
     assert [getattr(read, name) for name in names] == ["shuffled_vocab", 3, 0.1, [1, 0.5, 0, 2]]
     flags = [
@@ -622,9 +625,8 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
         "0",
         "--internal_loss_weight",
         "0.5",
-        "--layer_rates",
-        "0.5",
-        "1",
+        "--layer_lr_multipliers",
+        "[0.5, 1]",
     ]
     (read,) = parse_options((BuPOConfig,), [*line, *flags], "bupo train")
     assert [getattr(read, name) for name in names] == ["layer", 0, 0.5, [0.5, 1.0]]
@@ -643,14 +645,22 @@ def test_options_on_the_command_line_and_in_yaml(tmp_path):
             {"internal_objective": "frozen_upper", "internal_module": "ffn"},
             "internal_objective frozen_upper optimises no internal policy, and internal_module is ffn: leave one out",
         ),
-        ({"layer_rates": [1, 1, 1]}, "layer_rates has 3 factors: .* has 4 layers, give one for each"),
-        ({"layer_rates": []}, "layer_rates has 0 factors: .* has 4 layers"),
-        ({"layer_rates": [1, 1, -1, 1]}, "layer_rates must be 0 or more, got -1"),
-        ({"layer_rates": [1, 1, float("nan"), 1]}, "layer_rates must be a finite number, got nan"),
-        ({"layer_rates": ["fast", 1, 1, 1]}, "layer_rates must be a number, got 'fast'"),
-        ({"layer_rates": [0, 0, 1, 1]}, "layer_rates leaves the first phase on layer 2 no layer to train"),
-        ({"layer_rates": [1, 1, 1, 1], "frozen_up_to_layer": 1}, "both layer_rates and frozen_up_to_layer are set"),
-        ({"layer_rates": [1, 1, 1, 1], "slow_above_layer": 1}, "both layer_rates and slow_above_layer are set"),
+        (
+            {"layer_lr_multipliers": [1, 1, 1]},
+            "layer_lr_multipliers has 3 multipliers: .* has 4 layers, give one for each",
+        ),
+        ({"layer_lr_multipliers": []}, "layer_lr_multipliers has 0 multipliers: .* has 4 layers"),
+        ({"layer_lr_multipliers": [1, 1, -1, 1]}, "layer_lr_multipliers must be 0 or more, got -1"),
+        ({"layer_lr_multipliers": [1, 1, float("nan"), 1]}, "layer_lr_multipliers must be 0 or more, got nan"),
+        ({"layer_lr_multipliers": ["fast", 1, 1, 1]}, "layer_lr_multipliers must be a number, 0 or more, got 'fast'"),
+        (
+            {"layer_lr_multipliers": [0, 0, 1, 1]},
+            "layer_lr_multipliers leaves the first phase on layer 2 no layer to train",
+        ),
+        (
+            {"layer_lr_multipliers": [1, 1, 1, 1], "frozen_up_to_layer": 1},
+            "both layer_lr_multipliers and frozen_up_to_layer are set",
+        ),
         ({"internal_fade_batches": -1}, "internal_fade_batches must be 0 or more, got -1"),
         ({"internal_loss_weight": 1.0}, "internal_loss_weight must lie from 0 to below 1, got 1.0"),
         (

@@ -149,12 +149,12 @@ def test_every_data_set_is_looked_at():
         UserError, match=r"math_reward needs the column answer, and the columns of the problems are prompt, gold, level"
     ):
         check_signatures([math_reward], [ROWS, {"a": ROWS, "b": other}])
-    with pytest.raises(UserError, match="needs the column answer, which remove_unused_columns takes out"):
+    with pytest.raises(UserError, match="needs the column answer, which remove_unused_columns removes"):
         check_signatures([math_reward], [ROWS], remove_unused_columns=True)
     check_signatures([needs_difficulty], [ROWS], more_columns=True)  # those of a rollout_func are not known
     with pytest.raises(UserError, match="does not take environments"):
         check_signatures([all_named], [ROWS], environments=True)
-    with pytest.raises(UserError, match="have a column prompts, and TRL passes prompts of its own to reward functions"):
+    with pytest.raises(UserError, match="have a column prompts, and TRL passes another prompts to reward functions"):
         check_signatures([has_default], [ROWS.add_column("prompts", [1] * 8)])
 
 

@@ -84,12 +84,12 @@ def test_a_loaded_model_and_ones_own_problems_and_reward(tmp_path):
     model, said = load_model("embedded"), []
     problems = bupo.load_problems("arithmetic", size=16)
     tokenizer = load_tokenizer("embedded")
-    done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], say=said.append)
+    done = bupo.train(model, config, tokenizer=tokenizer, problems=problems, reward_funcs=[short], log=said.append)
     assert done.model is model and "rewards/short/mean" in done.updates
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("# model, problems, reward_funcs came from Python")
     assert (
         said[0] == "chat template: the model's own; its wording is not the paper's"
-        and "first rollout batch is being sampled" in said[1]
+        and "sampling the first rollout batch" in said[1]
     )
     with pytest.raises(bupo.UserError, match="tokenizer is not set"):
         bupo.train(model, bupo.BuPOConfig(str(tmp_path / "b"), **OPTIONS), problems=problems, reward_funcs=[short])
@@ -162,7 +162,7 @@ def test_a_random_subset_without_long_prompts_is_noted(tmp_path):
         [],
     )
     # <|user|>1+9<|end|><|assistant|> has 6 tokens, one of 1+1+1+1 has 10
-    bupo.train("embedded", config, options, say=said.append)
+    bupo.train("embedded", config, options, log=said.append)
     kept = [number for number in (6, 4, 2, 1, 7, 5) if number % 3]
     assert "max_prompt_tokens 6: 1 of 6 problems have longer prompts and are left out" in said
     rows = [

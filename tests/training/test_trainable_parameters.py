@@ -105,7 +105,7 @@ def test_the_policy_objective_drops_what_lies_above(tmp_path):
     refused(
         tmp_path / "run",
         freeze(model_of(), "layers.3."),
-        "the whole policy by layers up to 2",
+        "the language model policy by layers up to 2",
         internal_objective="frozen_upper",
     )
 
@@ -147,7 +147,7 @@ def test_what_no_loss_reaches_beside_what_trains_is_named(tmp_path, caplog):
 def test_an_optimizer_of_another_model(tmp_path):
     others = torch.optim.SGD(model_of().parameters(), lr=0.1)
     trainer = trainer_of(model_of(), config(tmp_path), optimizers=(others, None))
-    with pytest.raises(UserError, match="optimizer that was given holds no parameter"):
+    with pytest.raises(UserError, match="the given optimizer has no parameter"):
         trainer.train()
     model = model_of()
     above = torch.optim.SGD(model.model.layers[3].parameters(), lr=0.1)
@@ -158,8 +158,10 @@ def test_an_optimizer_of_another_model(tmp_path):
 
 @pytest.mark.parametrize("first", [{}, {"internal_layer": None, "internal_steps": 0}], ids=["two phases", "one phase"])
 def test_a_rate_of_zero_where_the_adapters_are(tmp_path, first):
-    options = {"internal_layer": 3, "slow_above_layer": 2, "slow_factor": 0.0, **first}
-    refused(tmp_path / "run", model_of(), "slow_factor is 0.*above layer 2", LoraConfig(**ABOVE), **options)
+    options = {"internal_layer": 3, "layer_lr_multipliers": {3: 0.0}, **first}
+    refused(
+        tmp_path / "run", model_of(), "layer_lr_multipliers freezes the layers 3, 4", LoraConfig(**ABOVE), **options
+    )
     trainer = trainer_of(model_of(), config(tmp_path / "a", **options, max_steps=4))
     before = snapshot(trainer.model)
     trainer.train()
@@ -168,28 +170,28 @@ def test_a_rate_of_zero_where_the_adapters_are(tmp_path, first):
 
 def test_layers_that_the_options_freeze_are_named(tmp_path):
     below = LoraConfig(**{**ABOVE, "layers_to_transform": [0, 1]})
-    options = {"internal_layer": 3, "layer_rates": [0, 0, 1, 1]}
-    refused(tmp_path / "run", model_of(), "layer_rates freezes the layers 1, 2", below, **options)
+    options = {"internal_layer": 3, "layer_lr_multipliers": [0, 0, 1, 1]}
+    refused(tmp_path / "run", model_of(), "layer_lr_multipliers freezes the layers 1, 2", below, **options)
 
 
 def test_rates_of_layers_and_an_optimizer_of_the_user(tmp_path):
-    for options in ({"layer_rates": [1, 1, 0.5, 0.5]}, {"slow_above_layer": 2}):
+    for multipliers in ([1, 1, 0.5, 0.5], {3: 0.1}):
         model = model_of()
-        steps = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(UserError, match=f"{next(iter(options))} is set, and an optimizer was given"):
-            trainer_of(model, config(tmp_path, **options), optimizers=(steps, None))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(UserError, match="layer_lr_multipliers is set, and an optimizer was given"):
+            trainer_of(model, config(tmp_path, layer_lr_multipliers=multipliers), optimizers=(optimizer, None))
 
 
 def test_an_optimizer_with_a_rate_of_zero(tmp_path, caplog):
     model = model_of()
     steps = torch.optim.SGD(model.parameters(), lr=0.0)
     trainer_of(model, config(tmp_path, max_steps=1), optimizers=(steps, None)).train()
-    assert caplog.text.count("the optimizer that was given is 0") == 1
+    assert caplog.text.count("learning rate of the given optimizer is 0") == 1
     model = model_of()
     steps = torch.optim.SGD(model.parameters(), lr=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(steps, lambda step: step / 10)
     trainer_of(model, config(tmp_path, max_steps=1), optimizers=(steps, warmup)).train()
-    assert caplog.text.count("the optimizer that was given is 0") == 1
+    assert caplog.text.count("learning rate of the given optimizer is 0") == 1
 
 
 def test_a_learned_prefix_and_layers_that_are_computed_again(tmp_path):
@@ -277,14 +279,14 @@ def test_an_update_without_any_advantage_is_no_sign(tmp_path, caplog):
                         processing_class=TOKENIZER)  # fmt: skip
     before = snapshot(equal.model)
     equal.train()
-    assert not changed(before, equal.model) and equal.moved.seen == []
+    assert not changed(before, equal.model) and equal.weight_change_callback.checked_stages == []
     assert "did not move" not in caplog.text and "was 0 in" not in caplog.text
 
 
 def test_warmup_is_no_sign(tmp_path, caplog):
     trainer = trainer_of(model_of(), config(tmp_path, lr_scheduler_type="linear", warmup_steps=3, max_steps=12))
     trainer.train()
-    assert trainer.moved.seen == [0, -1] and "did not move" not in caplog.text
+    assert trainer.weight_change_callback.checked_stages == [0, -1] and "did not move" not in caplog.text
 
 
 def test_a_gradient_and_nothing_that_steps(tmp_path):
@@ -369,5 +371,5 @@ def test_what_was_seen_goes_into_a_checkpoint(tmp_path):
     trainer = trainer_of(model_of(), config(tmp_path, max_steps=12, save_strategy="steps", save_steps=10))
     trainer.train()
     again = WeightChangeCallback(trainer.accelerator, lambda: (0, ""))
-    again.load(trainer.moved.state(), 1)
-    assert again.seen == [0, -1] and not again.warned
+    again.load(trainer.weight_change_callback.state(), 1)
+    assert again.checked_stages == [0, -1] and not again.has_warned

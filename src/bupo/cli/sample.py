@@ -1,6 +1,6 @@
 """`bupo sample`: text from an internal policy, and what every layer would have said at each position."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -15,8 +15,8 @@ from bupo.data.chat_templates import check_chat_template, check_prompt_character
 from bupo.data.prompt_settings import PromptSettings, read_training_prompt_settings, resolve_defaults
 from bupo.models.internal_policy import InternalPolicies, InternalPolicy, Lens
 from bupo.models.loading import ModelLimits, check_layers_exist, get_model_limits, load_on_device, load_tokenizer
-from bupo.options.groups import ModelOptions, PromptOptions, SamplingOptions, check_command_options
-from bupo.options.ranges import POSITIVE_INTEGER
+from bupo.options.groups import ModelOptions, PromptOptions, RunOptions, SamplingOptions, check_command_options
+from bupo.options.ranges import POSITIVE_INTEGER, option, redefine_option
 from bupo.utils.errors import UserError
 from bupo.utils.sanitize import escape_text
 
@@ -27,29 +27,23 @@ POLICY_KINDS = ("layer", "attn", "ffn")
 
 @dataclass
 class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
-    """Options of `bupo sample`. At most one of layer, attn and ffn; by default the whole model speaks.
+    """Options of `bupo sample`. At most one of layer, attn and ffn; by default the full model is sampled."""
 
-    Parameters:
-        prompt (`str`): what the user says; it goes through the chat template where there is one.
-        layer, attn, ffn (`int`, *optional*): whose policy is sampled, counted from 1.
-    """
-
-    prompt: str | None = field(default=None, metadata={"help": "What the user says."})
-    layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
-    attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
-    ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
-    max_new_tokens: int | None = field(default=24, metadata={"help": "Longest answer."})
-    top: int = field(default=1, metadata={"help": "Most likely tokens to show in each cell."})
-    lens: Lens = field(
-        default="raw",
-        metadata={"help": "raw (the paper's) or final_norm (the logit lens).", "choices": ["raw", "final_norm"]},
+    prompt: str | None = option(None, help="The user message; it goes through the chat template if there is one.")
+    layer: int | None = option(None, help="Sample the policy of this layer's output.", range=POSITIVE_INTEGER)
+    attn: int | None = option(None, help="Sample the policy of this layer's attention.", range=POSITIVE_INTEGER)
+    ffn: int | None = option(None, help="Sample the policy of this layer's FFN.", range=POSITIVE_INTEGER)
+    max_new_tokens: int | None = redefine_option(
+        SamplingOptions, "max_new_tokens", default=24, help="Longest answer, in tokens."
     )
-    raw_prompt: bool = field(default=False, metadata={"help": "Give the prompt without the chat template."})
-    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    top: int = option(1, help="Most likely tokens to show in each cell.", range=POSITIVE_INTEGER)
+    lens: Lens = option("raw", help="raw (the paper's) or final_norm (the logit lens).")
+    raw_prompt: bool = option(False, help="Use the prompt without the chat template.")
+    seed: int = redefine_option(RunOptions, "seed")
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        check_command_options(self, attn=POSITIVE_INTEGER, ffn=POSITIVE_INTEGER, top=POSITIVE_INTEGER)
+        """Raise [`UserError`] for a value that is refused, or for options that contradict each other."""
+        check_command_options(self)
         chosen = [kind for kind in POLICY_KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")

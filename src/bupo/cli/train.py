@@ -28,8 +28,8 @@ def run(arguments: list[str]) -> None:
             options,
             loading=model,
             callbacks=[lines],
-            note=RunMetadataCallback("train", given),
-            say=lambda line: console.print(escape_line(line), highlight=False, markup=False),
+            metadata=RunMetadataCallback("train", given),
+            log=lambda line: console.print(escape_line(line), highlight=False, markup=False),
         )
     files = ", ".join(sorted(path.name for path in done.folder.iterdir() if path.is_file()))
     console.print(escape_line(f"run folder: {done.folder}  ({files})"), highlight=False, markup=False)

@@ -1,7 +1,7 @@
 """The options of an evaluation."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from bupo.evaluation.answers import GRADING_DEADLINE
@@ -12,12 +12,13 @@ from bupo.models.internal_policy import Lens
 from bupo.options.groups import (
     BatchedSamplingOptions,
     ColumnOptions,
+    DatasetOptions,
     ModelOptions,
     PromptOptions,
     RunOptions,
     check_command_options,
 )
-from bupo.options.ranges import POSITIVE_INTEGER
+from bupo.options.ranges import POSITIVE, POSITIVE_INTEGER, option, redefine_option
 from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
 
@@ -31,74 +32,50 @@ FALLBACK_OPTIONS = {
     "top_p": 1.0,
 }
 PAPER_OPTIONS = {**PAPER_SAMPLING, "benchmarks": list(PAPER_K)}
-EngineName = Literal["transformers", "vllm", "server", "kept"]
+EngineName = Literal["transformers", "vllm", "server", "cached"]
 
 
 @dataclass
 class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
-    """Options of `bupo.evaluate` and `bupo eval`; those that other commands have too are told of in `bupo.options.groups`.
+    """Options of `bupo.evaluate` and `bupo eval`."""
 
-    Parameters:
-        model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
-        benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and of lm-eval-harness
-            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`. `aime24:32` gives 32 answers a problem.
-        preset (`str`, *optional*): `paper`: its benchmarks, answers a problem and sampling ([`~bupo.evaluation.paper_preset`]).
-        size (`int`, *optional*): the first so many problems of each benchmark (of each task, in the harness).
-        prompt_column, answer_column (`str`, *optional*): of files and hub ids among the benchmarks.
-        k (`int`, *optional*): answers a problem, where its benchmark says none; by default 16.
-        engine (`str`): `transformers`, `vllm` (in this process), `server` (with `server`, its address), or `kept`: only the
-            answers that `output` holds.
-        layer (`int`, *optional*): evaluate this layer's policy.
-        compare (`str`, *optional*): the folder of another evaluation of the same problems.
-    """
-
-    model: str = field(
-        default="",
-        metadata={"help": "Hub id, folder, .gguf file, or embedded (the default). With server: what it serves."},
+    model: str = option(
+        "",
+        help="Hub id, folder, .gguf file, or embedded (the default). With server: the model that it serves.",
     )
-    benchmarks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic (the "
-            "default), each with :K behind it for K answers a problem (aime24:32,math500:16); by lm-eval-harness "
-            f"{', '.join(HARNESS_TASKS)}, harness:TASK."
-        },
+    benchmarks: list[str] | None = option(
+        None,
+        help=f"Separate arguments, or one with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic "
+        "(the default), each with an optional :K for K answers per problem (aime24:32,math500:16); by lm-eval-harness "
+        f"{', '.join(HARNESS_TASKS)}, harness:TASK.",
     )
-    preset: Preset | None = field(
-        default=None,
-        metadata={
-            "help": "paper: the paper's benchmarks, answers a problem, sampling and answer length, where not given.",
-            "choices": list(get_args(Preset)),
-        },
+    preset: Preset | None = option(
+        None,
+        help="paper: the paper's benchmarks, answers per problem, sampling and answer length, where not given.",
+        choices=get_args(Preset),
     )
-    size: int | None = field(
-        default=None, metadata={"help": "The first so many problems of each benchmark (of each task, in the harness)."}
+    size: int | None = redefine_option(
+        DatasetOptions, "size", help="The first N problems of each benchmark (of each task, in the harness)."
     )
-    k: int | None = field(
-        default=None, metadata={"help": "Answers sampled to each problem where the benchmark says none; by default 16."}
+    k: int | None = option(
+        None,
+        help="Answers per problem for benchmarks without :K; by default 16.",
+        range=POSITIVE_INTEGER,
     )
-    layer: int | None = field(default=None, metadata={"help": "Evaluate the policy of this layer's output."})
-    lens: Lens = field(
-        default="raw",
-        metadata={"help": "Of --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
+    layer: int | None = option(None, help="Evaluate the policy of this layer's output.", range=POSITIVE_INTEGER)
+    lens: Lens = option("raw", help="Lens of --layer: raw (the paper's) or final_norm.")
+    engine: EngineName = option(
+        "transformers",
+        help="Sampler: transformers, vllm in this process, an OpenAI-compatible server, or cached: no sampling, the answers in "
+        "the output folder are graded.",
     )
-    engine: EngineName = field(
-        default="transformers",
-        metadata={
-            "help": "What samples: transformers, vllm in this process, an OpenAI-compatible server; or kept: nothing, the "
-            "answers that the output folder holds are graded.",
-            "choices": list(get_args(EngineName)),
-        },
+    server: str | None = option(None, help="Address of the server, such as http://localhost:8000.")
+    compare: str | None = option(
+        None, help="Folder of another evaluation of the same problems, for paired differences."
     )
-    server: str | None = field(default=None, metadata={"help": "Address of the server, such as http://localhost:8000."})
-    compare: str | None = field(
-        default=None, metadata={"help": "Folder of another evaluation, for paired differences."}
-    )
-    deadline: float = field(default=GRADING_DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
-    run_code: bool = field(
-        default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
-    )
-    output: str = field(default="runs/eval", metadata={"help": "Folder of the run."})
+    deadline: float = option(GRADING_DEADLINE, help="Seconds that grading an answer may take.", range=POSITIVE)
+    run_code: bool = option(False, help="Let humaneval run the code that the model writes, on this machine.")
+    output: str = redefine_option(RunOptions, "output", default="runs/eval")
 
     @property
     def benchmark_names(self) -> list[str]:
@@ -114,7 +91,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
         named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
-        check_command_options(replace(self, benchmarks=named), k=POSITIVE_INTEGER)
+        check_command_options(replace(self, benchmarks=named))
         for name in self.benchmark_names:
             split_k(name)
         self._check_engine()

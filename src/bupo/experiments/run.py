@@ -2,15 +2,15 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bupo.experiments.cost_estimates import estimate_costs, format_cost
 from bupo.experiments.experiment import CommandRun, Experiment, list_experiments, read_experiment, read_scales
 from bupo.experiments.jobs import JobScheduler, RunPaths, get_run_state, remove_stale_run
 from bupo.experiments.result_page import ExperimentResult, make_result
-from bupo.options.groups import check_command_options, get_changed_options
-from bupo.options.ranges import POSITIVE_INTEGER, check_choice
+from bupo.options.groups import RunOptions, check_command_options, get_changed_options
+from bupo.options.ranges import POSITIVE_INTEGER, check_choice, option, redefine_option
 from bupo.run_files.provenance import record_run
 from bupo.utils.errors import UserError
 from bupo.utils.files import check_output_folder
@@ -29,39 +29,31 @@ BATCH
 
 @dataclass
 class ReproduceOptions:
-    """Options of `bupo.reproduce` and `bupo reproduce`.
+    """Options of `bupo.reproduce` and `bupo reproduce`."""
 
-    Parameters:
-        scale (`str`): `embedded`, `small`, `paper`; `tiny`, a rehearsal of `embedded`; or `worlds`: does BuPO win.
-        output (`str`): folder of runs and results, by scale.
-        jobs (`int`): runs side by side.
-        seeds (`int`, *optional*): the first so many seeds only.
-        model (`str`, *optional*): one of the scale's, by its name there, or another.
-        dry_run (`bool`): print the runs and what they cost.
-        print_commands (`str`, *optional*): `lines` or `slurm`: print the commands instead of running them.
-        overwrite (`bool`): delete runs that were made with other options.
-    """
-
-    scale: str = field(
-        default="embedded",
-        metadata={
-            "help": "embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds asks when BuPO wins."
-        },
+    scale: str = option(
+        "embedded",
+        help="embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds compares the methods on several "
+        "base models.",
     )
-    output: str = field(default="runs/reproduce", metadata={"help": "Folder of the runs and results, by scale."})
-    jobs: int = field(default=1, metadata={"help": "Runs side by side."})
-    seeds: int | None = field(default=None, metadata={"help": "The first so many seeds only."})
-    model: str | None = field(default=None, metadata={"help": "A model instead of the scale's: hub id, folder, .gguf."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the runs and what they cost, and run nothing."})
-    print_commands: str | None = field(
-        default=None,
-        metadata={"help": "Print the runs' commands, and run nothing: lines, or slurm for two arrays of a cluster."},
+    output: str = redefine_option(
+        RunOptions, "output", default="runs/reproduce", help="Folder of the runs and results, by scale."
     )
-    overwrite: bool = field(default=False, metadata={"help": "Delete runs that were made with other options."})
+    jobs: int = option(1, help="Runs in parallel.", range=POSITIVE_INTEGER)
+    seeds: int | None = option(None, help="Run the first N seeds only.", range=POSITIVE_INTEGER)
+    model: str | None = option(
+        None, help="One of the scale's models by its name there, or another: hub id, folder, .gguf."
+    )
+    dry_run: bool = option(False, help="Print the runs and their cost without running them.")
+    print_commands: str | None = option(
+        None,
+        help="Print the commands of the runs without running them: lines, or slurm for two arrays of a cluster.",
+    )
+    overwrite: bool = redefine_option(RunOptions, "overwrite", help="Delete runs that were made with other options.")
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none."""
-        check_command_options(self, jobs=POSITIVE_INTEGER, seeds=POSITIVE_INTEGER)
+        """Raise [`UserError`] for a value that is refused."""
+        check_command_options(self)
         if self.print_commands is not None:
             check_choice("print_commands", self.print_commands, ("lines", "slurm"))
 

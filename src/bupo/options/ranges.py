@@ -1,13 +1,13 @@
-"""What an option may be: its type, its words and its numbers, refused in the same line for every command and from Python.
+"""Definition of an option (default, help, range, choices) and the checks of its value, the same for commands and Python.
 
-Ranges are written as intervals: `[0, 1)` holds 0 and not 1, `(0, inf]` also infinity, and `whole` comes before those of whole
-numbers. No whole number lies beyond `LARGEST`, and no range holds NaN. Other numbers are computed with in fp32: those near its
-ends, whose products and quotients torch refuses or takes for 0 or infinite, are in no range.
+Ranges are intervals: `[0, 1)` includes 0 and excludes 1, `(0, inf]` includes infinity, and the prefix `whole` marks integers.
+Integers above `MAX_INTEGER` and NaN are in no range. Other numbers are used in fp32, so numbers near its limits, whose products
+and quotients overflow or underflow, are in no range either.
 """
 
 import reprlib
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
 from enum import Enum
 from functools import cache
 from math import inf, isfinite
@@ -21,16 +21,87 @@ from bupo.utils.errors import UserError
 ANY_NUMBER, ANY_INTEGER = "(-inf, inf)", "whole (-inf, inf)"
 POSITIVE_INTEGER, NON_NEGATIVE_INTEGER = "whole [1, inf)", "whole [0, inf)"
 FRACTION, NON_NEGATIVE, POSITIVE = "[0, 1]", "[0, inf)", "(0, inf)"
-MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-30, 1e30  # sizes of numbers that are not whole; fp32 ends at 1e-38 and 3e38
-MIN_TEMPERATURE = 1e-6  # temperature: logits over less of it leave fp32
-MAX_INTEGER = 2**32 - 1  # seeds reach as far; nobody counts further
+SEED = "whole [0, 4294967295]"  # numpy's seeds
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-30, 1e30  # of non-integers; fp32 ends at 1e-38 and 3e38
+MIN_TEMPERATURE = 1e-6  # logits divided by less overflow fp32
+MAX_INTEGER = 2**32 - 1  # the largest seed, and more than any count
 MAX_VALUE_LENGTH = 200  # characters of a value in a message
 _VALUE_REPR = reprlib.Repr()
 _VALUE_REPR.maxstring = _VALUE_REPR.maxother = _VALUE_REPR.maxlong = 120
 
 
+class OptionMetadata(dict):
+    """Metadata of an option's field, with keys that are not listed.
+
+    transformers' parser passes all listed items to argparse, which accepts `help` and `choices` only. `range` and
+    `affects_training` are found by lookup ([`get_option_detail`]) but do not appear among the items.
+    """
+
+    def __init__(self, items: Mapping[str, Any], details: Mapping[str, Any]):
+        super().__init__(items)
+        self.details = dict(details)
+
+    def __missing__(self, key: str) -> Any:
+        return self.details[key]
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    range: str | None = None,
+    choices: Sequence[Any] | None = None,
+    affects_training: bool = True,
+    default_factory: Callable[[], Any] | Any = MISSING,
+) -> Any:
+    """Return the dataclass field of an option.
+
+    Args:
+        default (`Any`), default_factory (`Callable`): as for [`dataclasses.field`].
+        help (`str`): one or a few sentences for `--help` and the docs, with the unit.
+        range (`str`, *optional*): interval of a number.
+        choices (`list`, *optional*): accepted values, where the type is no `Literal`.
+        affects_training (`bool`, *optional*, defaults to `True`): whether two runs that differ in this option differ in what
+            they train. False for logging, saving, output folders and hardware.
+    """
+    items = {"help": help} | ({} if choices is None else {"choices": list(choices)})
+    metadata = OptionMetadata(items, {"range": range, "affects_training": affects_training})
+    return field(default=default, default_factory=default_factory, metadata=metadata)  # type: ignore[call-overload]
+
+
+def redefine_option(base: type, name: str, **changes: Any) -> Any:
+    """Return the field of a base class' option with another default, help or range.
+
+    Args:
+        base (`type`): dataclass that defines the option.
+        name (`str`): the option.
+        changes (`dict`): arguments of [`option`].
+    """
+    inherited: Field = base.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    values = {"default": inherited.default, "help": inherited.metadata["help"]}
+    values |= {key: inherited.metadata[key] for key in ("range", "affects_training")}
+    values |= {"choices": inherited.metadata["choices"]} if "choices" in inherited.metadata else {}
+    if "default_factory" in changes:
+        del values["default"]
+    return option(**values | changes)
+
+
+def get_option_detail(field: Field, name: str, default: Any = None) -> Any:
+    """Return the `range` or `affects_training` of an option; `default` for a field that [`option`] has not made."""
+    try:
+        return field.metadata[name]
+    except KeyError:
+        return default
+
+
 class Range(NamedTuple):
-    """An interval, of whole numbers or of all."""
+    """An interval of integers or of all numbers.
+
+    Attributes:
+        low, high (`float`): bounds.
+        closed (`tuple[bool, bool]`): whether the lower and the upper bound are included.
+        is_integer (`bool`): whether only integers are included.
+    """
 
     low: float
     high: float
@@ -39,18 +110,18 @@ class Range(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Range":
-        """From `[0, 1)` or `whole [1, inf)`."""
-        whole, interval = text.startswith("whole "), text.removeprefix("whole ")
+        """Return the range of a text such as `[0, 1)` or `whole [1, inf)`."""
+        is_integer, interval = text.startswith("whole "), text.removeprefix("whole ")
         low, high = map(float, interval[1:-1].split(","))
-        return cls(low, high, (interval[0] == "[", interval[-1] == "]"), whole)
+        return cls(low, high, (interval[0] == "[", interval[-1] == "]"), is_integer)
 
     def contains(self, value: Any) -> bool:
-        """Whether a number lies inside."""
+        """Return whether a value is a number of the range."""
         if not isinstance(value, Integral if self.is_integer else Real) or isinstance(value, bool):
             return False
         if isinstance(value, Integral) and abs(int(value)) > MAX_INTEGER:
             return False
-        value = float(value)  # of NaN, every comparison is false
+        value = float(value)  # every comparison with NaN is false
         if not (self.is_integer or is_safe_in_fp32(value)):
             return False
         above = value > self.low or (self.closed[0] and value == self.low)
@@ -58,7 +129,7 @@ class Range(NamedTuple):
         return above and below
 
     def describe_allowed(self, value: Any) -> str:
-        """What is allowed, for a value that is not: `be 1 or more`."""
+        """Return what a refused value must do instead, such as `be 1 or more`."""
         low, high = (f"{bound:.15g}" for bound in (self.low, self.high))
         number = isinstance(value, Real) and not isinstance(value, bool)
         kind = "a number" if not number else ""
@@ -73,7 +144,8 @@ class Range(NamedTuple):
         ):
             return f"be 0, or from {MIN_MAGNITUDE:g} to {MAX_MAGNITUDE:g} in size, which fp32 can compute with"
         if self.low == -inf:
-            return f"be {kind or ('closer to 0' if self.is_integer else 'a finite number' if not self.closed[0] else 'a number')}"
+            default = "closer to 0" if self.is_integer else "a number" if self.closed[0] else "a finite number"
+            return f"be {kind or default}"
         if self.high != inf:
             first = f"from {low} " if self.closed[0] else f"above {low} and "
             last = f"to {high}" if self.closed[1] else f"{'to ' * self.closed[0]}below {high}"
@@ -90,74 +162,81 @@ def is_safe_in_fp32(value: float) -> bool:
 
 
 def abbreviate(value: Any) -> str:
-    """A value for a message, however large it is."""
+    """Return the representation of a value, cut to a length that fits a message."""
     text = _VALUE_REPR.repr(value)
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}…"
 
 
-def check_number(name: str, value: Any, interval: str, what: str | None = None) -> None:
-    """Raises [`UserError`] for a value that is no number of the interval. `what` says it in words of the option's own."""
+def check_number(name: str, value: Any, interval: str, requirement: str | None = None) -> None:
+    """Raise [`UserError`] for a value that is not a number of an interval.
+
+    Args:
+        name (`str`): the option.
+        value (`Any`): its value.
+        interval (`str`): as for [`Range.parse`].
+        requirement (`str`, *optional*): what the value must be, for the message; by default from the interval.
+    """
     allowed = Range.parse(interval)
     if not allowed.contains(value):
-        raise UserError(
-            f"{name} must {f'be {what}' if what else allowed.describe_allowed(value)}, got {abbreviate(value)}"
-        )
+        must = f"be {requirement}" if requirement else allowed.describe_allowed(value)
+        raise UserError(f"{name} must {must}, got {abbreviate(value)}")
 
 
-def check_choice(name: str, value: Any, words: Sequence[Any]) -> None:
-    """Raises [`UserError`] for a value that is none of the words."""
-    if value not in list(words):
-        *most, last = map(str, words)
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise [`UserError`] for a value that is not among the choices."""
+    if value not in list(choices):
+        *most, last = map(str, choices)
         raise UserError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {abbreviate(value)}")
 
 
-def check_options(options: Any, ranges: Mapping[str, str], none_too: Collection[str] = ()) -> None:
-    """Look at every field of a dataclass of options: its type, its choices, its range.
+def check_options(options: Any, ranges: Mapping[str, str] | None = None, nullable: Collection[str] = ()) -> None:
+    """Check the type, choices and range of every field of a dataclass of options.
 
     Args:
         options: an instance.
-        ranges (`dict[str, str]`): of the numbers.
-        none_too (`set[str]`, *optional*): fields that may be None although their type does not say so.
+        ranges (`dict[str, str]`, *optional*): of fields that another library defines.
+        nullable (`set[str]`, *optional*): fields that may be None although their type does not include it.
 
     Raises:
         UserError: for the first value that is refused.
     """
-    hints = get_field_types(type(options))  # type: ignore[arg-type]
-    for option in fields(options):
-        name, hint = option.name, hints[option.name]
-        if not option.init:
+    types = get_field_types(type(options))  # type: ignore[arg-type]
+    for each in fields(options):
+        name, hint = each.name, types[each.name]
+        if not each.init:
             continue
-        value, kinds = getattr(options, name), get_non_none_types(hint)
+        value, non_none = getattr(options, name), get_non_none_types(hint)
+        interval = get_option_detail(each, "range") or (ranges or {}).get(name)
         if value is None:
-            if kinds == [hint] and name not in none_too:
+            if non_none == [hint] and name not in nullable:
                 raise UserError(f"{name} must be set, got None")
-        elif name in ranges:
-            check_number(name, value, ranges[name])
+        elif interval is not None:
+            check_number(name, value, interval)
         else:
-            _check_type(name, value, kinds, option.metadata.get("choices"))
+            _check_type(name, value, non_none, each.metadata.get("choices"))
 
 
-def _check_type(name: str, value: Any, kinds: list[Any], choices: Any) -> None:
-    """Words, texts and lists; what has another type is left to whoever reads it."""
-    words = [word for kind in kinds for word in get_choices(kind)] or list(choices or ())
+def _check_type(name: str, value: Any, types: list[Any], choices: Any) -> None:
+    """Check choices, flags, texts and lists. Other types are left to the code that uses the option."""
+    words = [word for hint in types for word in get_choices(hint)] or list(choices or ())
     if words:
         check_choice(name, value.value if isinstance(value, Enum) else value, words)
-    elif kinds == [bool]:
+    elif types == [bool]:
         if value not in (True, False):
             raise UserError(f"{name} must be true or false, got {abbreviate(value)}")
-    elif kinds == [str]:
+    elif types == [str]:
         _check_text(name, value)
-    elif len(kinds) == 1 and get_origin(kinds[0]) is list:
+    elif len(types) == 1 and get_origin(types[0]) is list:
         if not isinstance(value, list | tuple | str):
             raise UserError(f"{name} must be a list, got {abbreviate(value)}")
-        for item in [value] if isinstance(value, str) else value:  # one word is a list of one
-            _check_item(name, item, get_args(kinds[0])[0])
+        for item in [value] if isinstance(value, str) else value:  # a single word is a list of one
+            _check_item(name, item, get_args(types[0])[0])
 
 
-def _check_item(name: str, item: Any, kind: Any) -> None:
-    if kind is str:
+def _check_item(name: str, item: Any, item_type: Any) -> None:
+    if item_type is str:
         _check_text(name, item)
-    elif kind is float:
+    elif item_type is float:
         check_number(name, item, ANY_NUMBER)
 
 
@@ -166,24 +245,24 @@ def _check_text(name: str, value: Any) -> None:
         raise UserError(f"{name} must be text, got {abbreviate(value)}")
     text = str(value)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{name} must be text, got {abbreviate(value)}, which holds a byte that is none")
+        raise UserError(f"{name} must be text, got {abbreviate(value)}, which contains a byte that is not text")
 
 
-def get_choices(kind: Any) -> tuple:
-    """The values of a Literal or an Enum."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    return tuple(member.value for member in kind) if isinstance(kind, type) and issubclass(kind, Enum) else ()
+def get_choices(hint: Any) -> tuple:
+    """Return the values of a Literal or an Enum, and an empty tuple for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(member.value for member in hint) if isinstance(hint, type) and issubclass(hint, Enum) else ()
 
 
 @cache
 def get_field_types(options: Hashable) -> dict[str, Any]:
-    """The types of a dataclass' fields, which take time to look up."""
+    """Return the types of a dataclass' fields by name. Cached, since looking them up is slow."""
     return get_type_hints(options)
 
 
 def get_non_none_types(hint: Any) -> list[Any]:
-    """The types that a field takes, besides None."""
+    """Return the types that a type hint accepts, without None."""
     if get_origin(hint) in (Union, UnionType):
-        return [kind for kind in get_args(hint) if kind is not type(None)]
+        return [member for member in get_args(hint) if member is not type(None)]
     return [hint]

@@ -106,7 +106,7 @@ def build_meta_model(name: str, read: PretrainedConfig, config: BuPOConfig, load
     with wrap_library_errors("the adapter's options (lora_…) are refused"), torch.device("meta"):
         if adapter := get_peft_config(loading):
             model = get_peft_model(model, adapter)
-    freeze_blocks(unwrap_causal_lm(model), list(get_blocks(model)), get_frozen_layers(config))
+    freeze_blocks(unwrap_causal_lm(model), list(get_blocks(model)), get_frozen_layers(config, len(get_blocks(model))))
     return model.train()
 
 

@@ -1,10 +1,10 @@
-"""What a plan is told besides a run's own options: the devices, the rates that they reach, the lengths of texts."""
+"""Options of a plan in addition to the run's: devices, the rates that they reach, and lengths of texts."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bupo.options.groups import check_command_options
-from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE, POSITIVE_INTEGER, check_choice
+from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE, POSITIVE_INTEGER, option
 from bupo.utils.errors import UserError
 
 SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2")
@@ -17,58 +17,40 @@ H100_BF16_TFLOPS, H100_FP32_TFLOPS, H100_BANDWIDTH_TB, ASSUMED_UTILIZATION = (
     {"tflops": 0.4, "bandwidth": 0.6},
 )
 H100_MEMORY_GB = 80.0
-PLAN_RANGES = {
-    "gpus": NON_NEGATIVE_INTEGER,
-    "gpu_memory": POSITIVE,
-    "tflops": POSITIVE,
-    "bandwidth": POSITIVE,
-    "prompt_tokens": POSITIVE_INTEGER,
-    "answer_tokens": POSITIVE_INTEGER,
-}
 
 
 @dataclass
 class PlanOptions:
-    """The devices of a run and what is assumed of it. `None` is a default that the plan says aloud.
+    """The devices of a run, and assumptions about rates and lengths. The plan prints the defaults it assumes.
 
-    Parameters:
-        gpus (`int`, *optional*, defaults to `1`): processes, one a GPU; 0 is a run on this machine's CPU.
-        gpu_memory (`float`, *optional*): GB of a GPU (10^9 bytes): 80; of a CPU, its machine's.
-        sharding (`str`, *optional*): `one`, `ddp`, `fsdp2`, `zero1` or `zero2`: `fsdp2` on several GPUs.
-        tflops (`float`, *optional*): TFLOP/s that a device really reaches: 40 % of an H100's. None is known of a CPU.
-        bandwidth (`float`, *optional*): TB/s of its memory that it really reaches: 60 % of an H100's.
-        prompt_tokens, answer_tokens (`int`, *optional*): of a prompt and an answer, in the mean.
+    With `gpus` 0 the run is planned for this machine's CPU, whose memory is measured and whose rates are unknown.
     """
 
-    gpus: int = field(default=1, metadata={"help": "GPUs, one process each. 0: this machine's CPU."})
-    gpu_memory: float | None = field(default=None, metadata={"help": "GB of a GPU; by default 80."})
-    sharding: str | None = field(
-        default=None,
-        metadata={
-            "help": "one, ddp, fsdp2, zero1 or zero2; by default fsdp2 on several GPUs.",
-            "choices": SHARDINGS,
-        },
+    gpus: int = option(1, help="GPUs, one process each. 0: this machine's CPU.", range=NON_NEGATIVE_INTEGER)
+    gpu_memory: float | None = option(
+        None, help="Memory of a GPU in GB (10^9 bytes); by default 80, on a CPU the machine's.", range=POSITIVE
     )
-    tflops: float | None = field(
-        default=None,
-        metadata={"help": "TFLOP/s that a device really reaches; by default 40 %% of an H100's."},
+    sharding: str | None = option(
+        None, help="How GPUs share the model; by default fsdp2 on several GPUs.", choices=SHARDINGS
     )
-    bandwidth: float | None = field(
-        default=None,
-        metadata={"help": "TB/s of memory that a device really reaches; by default 60 %% of an H100's."},
+    tflops: float | None = option(
+        None, help="TFLOP/s that a device reaches; by default 40 %% of an H100's peak.", range=POSITIVE
     )
-    prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt; by default those of a local data set, else 256."}
+    bandwidth: float | None = option(
+        None, help="Memory bandwidth that a device reaches, in TB/s; by default 60 %% of an H100's.", range=POSITIVE
     )
-    answer_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of an answer in the mean; by default half of the longest."}
+    prompt_tokens: int | None = option(
+        None,
+        help="Mean tokens of a prompt; by default measured on a local data set, else 256.",
+        range=POSITIVE_INTEGER,
+    )
+    answer_tokens: int | None = option(
+        None, help="Mean tokens of an answer; by default half of the longest.", range=POSITIVE_INTEGER
     )
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none, or devices that cannot be shared so."""
-        if self.sharding is not None:
-            check_choice("sharding", self.sharding, SHARDINGS)
-        check_command_options(self, **PLAN_RANGES)
+        """Raise [`UserError`] for a value that is refused, or for a sharding that does not fit the number of GPUs."""
+        check_command_options(self)
         if self.sharding not in (None, "one") and self.gpus < 2:
             raise UserError(f"sharding {self.sharding} takes several GPUs, and gpus is {self.gpus}: leave it out")
         if self.sharding == "one" and self.gpus > 1:
@@ -108,7 +90,7 @@ class PlanOptions:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Of a device's memory."""
+        """Bytes per second of a device's memory, or None for a CPU without `bandwidth`."""
         if self.bandwidth is not None:
             return self.bandwidth * 1e12
         return None if self.is_cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12

@@ -4,56 +4,32 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
 from bupo.options.groups import TRL_ALIASES
+from bupo.options.training import LayerMultipliers, MethodOptions, affects_training, parse_layer_lr_multipliers
 from bupo.reports.table_files import is_oversized
+from bupo.utils.errors import UserError
 from bupo.utils.sanitize import escape_text
 
-# BuPOConfig's and the demo's, where a config.yaml does not say
-DEFAULT_CONFIG: dict[str, Any] = {
-    "advantage_estimator": "grpo",
-    "internal_layer": None,
-    "internal_steps": None,
-    "internal_schedule": None,
-    "internal_objective": "layer",
-    "internal_fade_batches": 0,
-    "internal_loss_weight": 0.0,
-    "internal_module": "layer",
-    "internal_lens": "raw",
-    "internal_early_stopping": True,
-    "frozen_up_to_layer": None,
-    "slow_above_layer": None,
-    "slow_factor": 0.1,
-    "layer_rates": None,
-    "seed": 42,
+# options with a field in RunSettings, and their defaults in bupo train and bupo demo
+PARSED_OPTIONS = {
+    *("advantage_estimator", "internal_layer", "internal_steps", "internal_schedule", "internal_objective"),
+    *("internal_fade_batches", "internal_loss_weight", "internal_module", "internal_lens", "internal_early_stopping"),
+    *("frozen_up_to_layer", "layer_lr_multipliers"),
 }
+DEFAULT_CONFIG: dict[str, Any] = {
+    each.name: each.default for each in fields(MethodOptions) if each.name in PARSED_OPTIONS
+}
+DEFAULT_CONFIG["seed"] = 42  # transformers'
 ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATOR_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
 OBJECTIVE_NAMES = {"frozen_upper": "upper layers still at first", "shuffled_vocab": "permuted vocabulary"}
 VANILLA = "vanilla"
-# options by which two runs may differ and still be the same: where to, how often is looked, on which machine
-IGNORED_OPTIONS = {
-    "output", "run_name", "project", "report_to", "disable_tqdm", "debug", "env", "overwrite", "resume_from_checkpoint",
-    "num_completions_to_print", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "use_cpu", "accelerator_config", "deepspeed", "load_best_model_at_end", "config",
-}  # fmt: skip
-IGNORED_PREFIXES = (
-    "save_",
-    "log_",
-    "logging_",
-    "eval_",
-    "hub_",
-    "push_to_hub",
-    "trackio_",
-    "dataloader_",
-    "ddp_",
-    "fsdp",
-    "probe_",
-)
+IGNORED_KEYS = ("env", "config")  # keys of a config.yaml that are no options
 MAX_TEXT_LENGTH = 60  # characters of a value that stands in a name
 
 
@@ -146,12 +122,8 @@ def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSett
     """
     given = {TRL_ALIASES.get(name, name): value for name, value in config.items()}
     values = DEFAULT_CONFIG | (DEMO_CONFIG if command == "demo" else {}) | given
-    known = {*DEFAULT_CONFIG, *DEMO_CONFIG, *IGNORED_OPTIONS}
-    rest = {
-        name: _format_value(value)
-        for name, value in given.items()
-        if name not in known and not name.startswith(IGNORED_PREFIXES)
-    }
+    known = {*DEFAULT_CONFIG, *DEMO_CONFIG, *IGNORED_KEYS}
+    rest = {name: _format_value(value) for name, value in given.items() if name not in known and affects_training(name)}
     estimator = _format_value(values["advantage_estimator"])
     setting = RunSettings(
         model=_format_value(values.get("model") or "a model from Python", 200),
@@ -160,11 +132,8 @@ def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSett
         frozen_up_to_layer=_parse_int(values["frozen_up_to_layer"]),
         other_options=tuple(sorted(rest.items())),
     )
-    above = _parse_int(values["slow_above_layer"])
-    if above is not None:
-        setting = replace(setting, upper_lr_multiplier=(above, _parse_float(values["slow_factor"])))
-    if values["layer_rates"] is not None:
-        setting = replace(setting, layer_lr_multipliers=_describe_rates(values["layer_rates"]))
+    if values["layer_lr_multipliers"] is not None:
+        setting = _add_lr_multipliers(setting, values["layer_lr_multipliers"])
     setting = _add_auxiliary_objective(setting, values)
     if setting.stages or setting.auxiliary_layer:
         module, lens = _format_value(values["internal_module"]), _format_value(values["internal_lens"])
@@ -188,14 +157,26 @@ def _add_auxiliary_objective(setting: RunSettings, values: Mapping[str, Any]) ->
     )
 
 
-def _describe_rates(value: Any) -> str:
-    """Factors of the learning rate by layer, equal neighbours as one."""
-    if not isinstance(value, list):
-        return _format_value(value)
+def _add_lr_multipliers(setting: RunSettings, value: Any) -> RunSettings:
+    """Return the settings with the option `layer_lr_multipliers`."""
+    try:
+        multipliers = parse_layer_lr_multipliers(value)
+    except UserError:
+        return replace(setting, layer_lr_multipliers=_format_value(value))
+    if isinstance(multipliers, dict) and len(multipliers) == 1:  # table 11
+        ((first, multiplier),) = multipliers.items()
+        return replace(setting, upper_lr_multiplier=(first - 1, multiplier))
+    return replace(setting, layer_lr_multipliers=_describe_lr_multipliers(multipliers))
+
+
+def _describe_lr_multipliers(multipliers: LayerMultipliers) -> str:
+    """Return the multipliers by layer, such as `0.1 for 1 to 2, 1 for 3`."""
+    if isinstance(multipliers, dict):
+        return _format_value(", ".join(f"{_format_value(rate)} from {layer} up" for layer, rate in multipliers.items()))
     words, last = [], 0
-    for rate, same in groupby(map(_format_value, value)):
+    for multiplier, same in groupby(map(_format_value, multipliers)):
         first, last = last + 1, last + len(list(same))
-        words.append(f"{rate} for {first}" + f" to {last}" * (last > first))
+        words.append(f"{multiplier} for {first}" + f" to {last}" * (last > first))
     return _format_value(", ".join(words))
 
 

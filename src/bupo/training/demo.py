@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from bupo.evaluation.answers import get_correct, grade_completions, sample_compl
 from bupo.evaluation.metrics import paired_difference
 from bupo.generation.seeded_sampling import TransformersEngine
 from bupo.models.loading import EMBEDDED_MODEL, check_layers_exist, load_model, load_tokenizer
-from bupo.options.groups import check_command_options
-from bupo.options.ranges import NON_NEGATIVE_INTEGER, POSITIVE_INTEGER
+from bupo.options.groups import RunOptions, check_command_options
+from bupo.options.ranges import NON_NEGATIVE, NON_NEGATIVE_INTEGER, POSITIVE_INTEGER, option, redefine_option
 from bupo.rewards.math_reward import math_reward
 from bupo.training.config import BuPOConfig
 from bupo.training.run import RunMetadataCallback, train
@@ -34,30 +34,18 @@ MAX_NEW_TOKENS = 32
 
 @dataclass
 class DemoOptions:
-    """Options of the demo.
+    """Options of the demo."""
 
-    Parameters:
-        output (`str`): folder of the run.
-        internal_layer (`int`): layer of phase 1, from 1.
-        internal_steps (`int`): length of phase 1 in rollout batches.
-        steps (`int`): length of the run in rollout batches.
-        problems (`int`): number of held-out problems.
-        learning_rate (`float`): of AdamW, constant.
-        seed (`int`): of sampling and training.
-        overwrite (`bool`): whether to replace the run in the folder.
-        resume_from_checkpoint (`str`, *optional*): `true` resumes a stopped run.
-    """
-
-    output: str = field(default="runs/demo", metadata={"help": "Folder of the run."})
-    internal_layer: int = field(default=5, metadata={"help": "Layer that phase 1 optimises (1 to 8)."})
-    internal_steps: int = field(default=10, metadata={"help": "Rollout batches of phase 1. 0 trains by GRPO."})
-    steps: int = field(default=50, metadata={"help": "Rollout batches of the run."})
-    problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of AdamW, constant."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run in the folder, and start a new one."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: resume the run that a signal has stopped."}
+    output: str = redefine_option(RunOptions, "output", default="runs/demo")
+    internal_layer: int = option(5, help="Layer that phase 1 optimises (1 to 8).", range=POSITIVE_INTEGER)
+    internal_steps: int = option(10, help="Rollout batches of phase 1. 0 is GRPO.", range=NON_NEGATIVE_INTEGER)
+    steps: int = option(50, help="Rollout batches in total.", range=POSITIVE_INTEGER)
+    problems: int = option(512, help="Held-out problems, before and after.", range=POSITIVE_INTEGER)
+    learning_rate: float = option(1e-4, help="Learning rate (AdamW, constant).", range=NON_NEGATIVE)
+    seed: int = redefine_option(RunOptions, "seed", help="Seed of sampling and training.")
+    overwrite: bool = redefine_option(RunOptions, "overwrite", help="Delete the run in the folder, and start again.")
+    resume_from_checkpoint: str | None = option(
+        None, help="true: resume the run that a signal has stopped.", affects_training=False
     )
 
 
@@ -101,13 +89,7 @@ def run_demo(
     Returns:
         `dict`: the summary.
     """
-    check_command_options(
-        options,
-        internal_layer=POSITIVE_INTEGER,
-        internal_steps=NON_NEGATIVE_INTEGER,
-        steps=POSITIVE_INTEGER,
-        problems=POSITIVE_INTEGER,
-    )
+    check_command_options(options)
     check_output_folder("output", options.output)
     with folder_lock(options.output):
         return _run_demo(options, explicit_options, make_progress, callbacks, print_line)
@@ -135,7 +117,7 @@ def _run_demo(
     metadata_callback = RunMetadataCallback("demo", explicit_options)
     inputs = {"tokenizer": tokenizer, "problems": problems, "reward_funcs": [math_reward]}
     train_options = TrainOptions(overwrite=options.overwrite)
-    run = train(model, config, train_options, **inputs, callbacks=callbacks, note=metadata_callback, title=title)
+    run = train(model, config, train_options, **inputs, callbacks=callbacks, metadata=metadata_callback, title=title)
     after = _evaluate_problems(run.model, tokenizer, held_out, make_progress(), "accuracy after")
     summary = _make_summary(options, before, after, run.updates.to_dict("records"), time.perf_counter() - start)
     write_json(Path(options.output) / "summary.json", summary)

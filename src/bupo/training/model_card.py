@@ -175,10 +175,13 @@ def _describe_layer_rates(args: BuPOConfig) -> str:
     parts = []
     if args.frozen_up_to_layer:
         parts.append(f"1 to {args.frozen_up_to_layer} frozen")
-    if args.slow_above_layer:
-        parts.append(f"above {args.slow_above_layer} at {args.slow_factor:g} of the learning rate")
-    if args.layer_rates:
-        parts.append("rates " + ", ".join(f"{rate:g}" for rate in args.layer_rates))
+    multipliers = args.layer_lr_multipliers
+    if isinstance(multipliers, dict):
+        parts += [
+            f"{layer} and above at {multiplier:g} of the learning rate" for layer, multiplier in multipliers.items()
+        ]
+    elif multipliers:
+        parts.append("learning rate times " + ", ".join(f"{multiplier:g}" for multiplier in multipliers))
     return "; ".join(parts)
 
 

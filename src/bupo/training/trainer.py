@@ -127,7 +127,7 @@ class BuPOTrainer(GRPOTrainerHooks):
         self.policy_alignment = InternalPolicyAlignment(self, self.stream, reference, args)
         check_scoring(self)
         self.critic = make_critic(self.stream, self.accelerator, args)
-        freeze_layers(self.stream, get_frozen_layers(args))
+        freeze_layers(self.stream, get_frozen_layers(args, self.stream.num_layers if self.stream else 0))
         decode, max_positions = self.processing_class.decode, get_max_positions(self.model)
         self.phase_controller = PhaseController(self.model, self.stream, self.accelerator, args, decode, max_positions)
 

@@ -3,7 +3,7 @@
 `options.json` in a checkpoint holds the options that decide the numbers of a run. An option that differs when the run
 is resumed belongs to one of three kinds:
 
-- It does not affect training (`NON_TRAINING_OPTIONS`: logging, saving, evaluation, probes, output, hardware). The new
+- It does not affect training (`affects_training` is false: logging, saving, evaluation, probes, output, hardware). The new
   value applies.
 - It may change (`CHANGEABLE_OPTIONS`). New learning rates and a new `max_grad_norm` apply and are printed, and so do
   `max_steps` and `num_train_epochs`. The learning rate follows the same schedule over the new rate and length, at the
@@ -27,6 +27,7 @@ from typing import Any
 
 from bupo.data.problems import compute_problems_sha256
 from bupo.models.loading import compute_weight_fingerprint
+from bupo.options.training import affects_training
 from bupo.run_files.provenance import drop_secrets
 from bupo.run_files.reading import PARSE_ERRORS, read_json
 from bupo.training.callbacks.best_metric import ADAPTIVE_SCHEDULERS
@@ -37,27 +38,15 @@ from bupo.utils.files import write_json
 
 OPTIONS_FILE = "options.json"
 CHANGEABLE_OPTIONS = ("learning_rate", "critic_learning_rate", "max_grad_norm", "max_steps", "num_train_epochs")
-NON_TRAINING_OPTIONS = {
-    "output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval",
-    "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "remove_unused_columns", "label_names",
-    "num_completions_to_print", "restore_callback_states_from_checkpoint", "include_for_metrics", "use_cache",
-    "internal_layer", "internal_steps", "internal_schedule", "per_device_train_batch_size", "steps_per_generation",
-    "gradient_accumulation_steps", "generation_batch_size", "auto_find_batch_size", "probe_every", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "prediction_loss_only", "per_device_eval_batch_size", "cache_implementation",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
-    "use_cpu", "local_rank", "deepspeed", "accelerator_config", "parallelism_config", "tf32", "enable_jit_checkpoint",
-    "ds3_gather_for_generation", "use_liger_kernel", "liger_kernel_config", "average_tokens_across_devices",
-}  # fmt: skip
-NON_TRAINING_PREFIXES = (
-    "save_", "log_", "logging_", "eval_", "hub_", "push_to_hub", "trackio_", "dataloader_", "ddp_", "fsdp", "torch_compile",
-    "num_generations_eval", "batch_eval", "bf16_full_eval", "fp16_full_eval", "use_vllm", "vllm_mode", "vllm_model_impl",
-    "vllm_enable_sleep", "vllm_server", "vllm_group_port", "vllm_gpu", "vllm_tensor", "vllm_max_model", "use_transformers_",
-    "transformers_continuous", "include_num_input_tokens", "full_determinism",
-)  # fmt: skip
+# options that shape rollout batches or the first phase, which `trainer_state.load_state` compares
+SEPARATELY_COMPARED_OPTIONS = (
+    *("internal_layer", "internal_steps", "internal_schedule", "per_device_train_batch_size"),
+    *("steps_per_generation", "gradient_accumulation_steps", "generation_batch_size"),
+)
 
 
 def _affects_training(name: str) -> bool:
-    return name not in NON_TRAINING_OPTIONS and not name.startswith(NON_TRAINING_PREFIXES)
+    return affects_training(name) and name not in SEPARATELY_COMPARED_OPTIONS
 
 
 def get_resume_options(trainer: GRPOTrainerHooks) -> dict[str, Any]:

@@ -31,10 +31,16 @@ def drop_gradients_above(stream: ResidualStream, layer: int) -> None:
         parameter.grad = None
 
 
-def get_frozen_layers(args: BuPOConfig) -> list[int]:
-    """Return the layers that the options freeze: the first ones (paper, table 11), or those whose rate is 0."""
-    rates = enumerate(args.layer_rates or [], 1)
-    return [*range(1, (args.frozen_up_to_layer or 0) + 1), *(layer for layer, rate in rates if rate == 0)]
+def get_frozen_layers(args: BuPOConfig, num_layers: int) -> list[int]:
+    """Return the layers that the options freeze: 1 to `frozen_up_to_layer` (table 11), and layers with a multiplier of 0.
+
+    Args:
+        args ([`~bupo.BuPOConfig`]): the options.
+        num_layers (`int`): layers of the model.
+    """
+    multipliers = enumerate(args.get_layer_lr_multipliers(num_layers) or [], 1)
+    frozen = {layer for layer, multiplier in multipliers if multiplier == 0}
+    return sorted(frozen | set(range(1, (args.frozen_up_to_layer or 0) + 1)))
 
 
 def freeze_layers(stream: ResidualStream | None, layers: Collection[int]) -> None:
@@ -55,14 +61,21 @@ def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: C
 
 
 def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
-    """Return the learning-rate multipliers of parameters, by the options for the upper layers or for each layer."""
-    if args.slow_above_layer is None and args.layer_rates is None:
+    """Return the learning-rate multipliers of the parameters that do not train at 1.
+
+    A layer has its own multiplier in `layer_lr_multipliers`, and the final norm that of the last layer.
+    """
+    if args.layer_lr_multipliers is None:
         return {}
-    assert stream is not None, "validation opens the stream of a run that names layers"
-    if args.slow_above_layer is not None:
-        return dict.fromkeys(get_parameters_above(stream, args.slow_above_layer), args.slow_factor)
-    rates = enumerate(args.layer_rates or [], 1)
-    return {parameter: rate for layer, rate in rates if rate != 1 for parameter in stream.get_block(layer).parameters()}
+    assert stream is not None, "validation opens the stream where an option names layers"
+    multipliers = args.get_layer_lr_multipliers(stream.num_layers) or []
+    modules = [*(stream.get_block(layer) for layer in range(1, stream.num_layers + 1)), stream.final_norm]
+    return {
+        parameter: multiplier
+        for module, multiplier in zip(modules, [*multipliers, multipliers[-1]], strict=True)
+        if multiplier != 1
+        for parameter in module.parameters()
+    }
 
 
 def apply_lr_multipliers(optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float]) -> None:

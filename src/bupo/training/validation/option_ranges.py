@@ -1,12 +1,13 @@
-"""What the numbers of a run may be, and which of its options are mappings: looked at before TRL looks at anything.
+"""Ranges and choices of the options that TRL and transformers define, checked before their own code runs.
 
-What TRL and transformers train with is allowed, and nothing that they refuse late or turn into NaN. Whole numbers of 0 or less
-that they take for "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are allowed too.
+Values that TRL and transformers train with are accepted; values that they refuse late or turn into NaN are not. Integers of 0
+or less that mean "no limit" (`max_steps`, `save_total_limit`, `num_completions_to_print`) are accepted. Options that bupo
+defines carry their ranges with their definition ([`bupo.options.ranges.option`]).
 """
 
 import importlib.util
 import json
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bupo.options.ranges import (
     NON_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
+    SEED,
     abbreviate,
     check_choice,
     check_number,
@@ -28,12 +30,13 @@ from bupo.options.ranges import (
     get_field_types,
     get_non_none_types,
 )
+from bupo.options.training import MethodOptions
 from bupo.utils.errors import UserError
 
 PORT = "whole [0, 65535]"
 
 RANGES = {
-    # how long, and in which pieces
+    # batches and length
     "per_device_train_batch_size": POSITIVE_INTEGER,
     "per_device_eval_batch_size": POSITIVE_INTEGER,
     "gradient_accumulation_steps": POSITIVE_INTEGER,
@@ -42,13 +45,13 @@ RANGES = {
     "generation_batch_size": POSITIVE_INTEGER,
     "steps_per_generation": POSITIVE_INTEGER,
     "num_iterations": POSITIVE_INTEGER,
-    "num_train_epochs": ANY_NUMBER,  # looked at where there are no max_steps
+    "num_train_epochs": ANY_NUMBER,  # checked below where max_steps is not set
     "max_steps": ANY_INTEGER,
     "eval_accumulation_steps": POSITIVE_INTEGER,
     "eval_delay": ANY_NUMBER,
     "save_total_limit": ANY_INTEGER,
     "torch_empty_cache_steps": POSITIVE_INTEGER,
-    "seed": "whole [0, 4294967295]",  # numpy's
+    "seed": SEED,
     "data_seed": ANY_INTEGER,
     # the optimizer
     "learning_rate": NON_NEGATIVE,
@@ -99,36 +102,18 @@ RANGES = {
     "vllm_importance_sampling_clip_max": "(0, inf]",
     "vllm_importance_sampling_clip_min": "[0, inf)",
     "vllm_importance_sampling_cap": "(0, inf]",
-    # machinery
+    # data loading, distribution, logs
     "dataloader_num_workers": NON_NEGATIVE_INTEGER,
     "dataloader_prefetch_factor": POSITIVE_INTEGER,
     "ddp_bucket_cap_mb": POSITIVE_INTEGER,
     "ddp_timeout": POSITIVE_INTEGER,
     "local_rank": ANY_INTEGER,
     "num_completions_to_print": ANY_INTEGER,
-    # the first phase, probes, evaluation while training
-    "internal_steps": NON_NEGATIVE_INTEGER,
-    "internal_fade_batches": NON_NEGATIVE_INTEGER,
-    "internal_loss_weight": "[0, 1)",
-    "frozen_up_to_layer": POSITIVE_INTEGER,
-    "slow_above_layer": POSITIVE_INTEGER,
-    "slow_factor": FRACTION,
-    "probe_every": NON_NEGATIVE_INTEGER,
-    "probe_answers": POSITIVE_INTEGER,
-    "eval_every": POSITIVE_INTEGER,
-    "eval_k": POSITIVE_INTEGER,
-    "eval_problems": POSITIVE_INTEGER,
-    # PPO
-    "critic_learning_rate": POSITIVE,
-    "vf_coef": POSITIVE,
-    "cliprange_value": POSITIVE,
-    "gamma": FRACTION,
-    "lam": FRACTION,
 }
-OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # off, for transformers
-# a share of the run below 1, else a whole number of updates; read with the strategy `steps` only
+OPTIONAL_NUMBERS = ("top_k", "top_p", "max_grad_norm", "logging_steps")  # transformers turns them off with None
+# below 1 a share of the run, else a number of updates; used with the strategy `steps` only
 STEP_STRATEGIES = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
-# words that TRL looks for at the first update, or the first rollout batch
+# values that TRL checks only at the first rollout batch or update
 OPTION_CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -136,8 +121,12 @@ OPTION_CHOICES = {
     "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
-FILE_OR_MAPPING_OPTIONS = ("accelerator_config", "fsdp_config", "deepspeed")  # mappings that a JSON file may hold
-# options that ask for a package which is not always there
+FILE_OR_MAPPING_OPTIONS = (
+    "accelerator_config",
+    "fsdp_config",
+    "deepspeed",
+)  # mappings, or the name of a JSON file with one
+# optional packages that options need
 REQUIRED_PACKAGES = {
     "deepspeed": "deepspeed",
     "use_vllm": "vllm",
@@ -146,22 +135,23 @@ REQUIRED_PACKAGES = {
     "load_in_4bit": "bitsandbytes",
 }
 
-# of TRL's ModelConfig
+# ranges of TRL's ModelConfig
 MODEL_RANGES = {"lora_r": POSITIVE_INTEGER, "lora_alpha": POSITIVE_INTEGER, "lora_dropout": FRACTION}
 
 
 def check_training_options(config: Any) -> None:
-    """Raises [`UserError`] for the first option of a run that has another type, or lies out of its range."""
-    hints = get_field_types(type(config))  # type: ignore[arg-type]
-    check_options(config, RANGES, {name for name in hints if name not in RANGES} | {*OPTIONAL_NUMBERS})
+    """Raise [`UserError`] for the first option of a [`~bupo.BuPOConfig`] with a wrong type or a value out of range."""
+    own_options = {field.name for field in fields(MethodOptions)}
+    types = {name: hint for name, hint in get_field_types(type(config)).items() if name not in own_options}  # type: ignore[arg-type]
+    check_options(config, RANGES, {name for name in types if name not in RANGES} | {*OPTIONAL_NUMBERS})
     if config.num_generations is None:
         raise UserError("num_generations must be 2 or more, got None")
     if 0 < config.temperature < MIN_TEMPERATURE:
         raise UserError(f"temperature must be {MIN_TEMPERATURE:g} or more, got {abbreviate(config.temperature)}")
-    for name, words in OPTION_CHOICES.items():
-        check_choice(name, getattr(config, name), words)
-    for name, hint in hints.items():
-        if {dict, str} <= {getattr(kind, "__origin__", kind) for kind in get_non_none_types(hint)}:
+    for name, choices in OPTION_CHOICES.items():
+        check_choice(name, getattr(config, name), choices)
+    for name, hint in types.items():
+        if {dict, str} <= {getattr(member, "__origin__", member) for member in get_non_none_types(hint)}:
             _check_mapping(name, getattr(config, name))
     for name, strategy in STEP_STRATEGIES.items():
         _check_step_interval(name, getattr(config, name), getattr(config, strategy))
@@ -175,7 +165,7 @@ def check_training_options(config: Any) -> None:
 
 
 def check_packages(options: Any) -> None:
-    """Raises [`UserError`] for an option that needs a package which is not there."""
+    """Raise [`UserError`] for an option that needs a package which is not installed."""
     for option, package in REQUIRED_PACKAGES.items():
         if getattr(options, option, None) and importlib.util.find_spec(package) is None:
             raise UserError(f"{option} needs the package {package}, which is not installed: pip install {package}")
@@ -190,12 +180,12 @@ def _check_step_interval(name: str, value: Any, strategy: Any) -> None:
 
 
 def _check_mapping(name: str, value: Any) -> None:
-    """A mapping, or its JSON text: transformers takes any other text of these for a file's name."""
+    """Check a mapping or its JSON text. transformers takes any other text of these options for a file name."""
     if value is None or isinstance(value, dict) or (name == "accelerator_config" and is_dataclass(value)):
         return
     if isinstance(value, str) and name in FILE_OR_MAPPING_OPTIONS and not value.startswith("{"):
-        if name == "accelerator_config" and not Path(value).is_file():  # the others are read where they are used only
-            raise UserError(f"{name} must be a mapping, or a JSON file that holds one, got {abbreviate(value)}")
+        if name == "accelerator_config" and not Path(value).is_file():  # the others are read only when used
+            raise UserError(f"{name} must be a mapping, or a JSON file that contains one, got {abbreviate(value)}")
         return
     try:
         wrong = not isinstance(json.loads(value), dict) or not value.startswith("{")

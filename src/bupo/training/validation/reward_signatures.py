@@ -1,6 +1,6 @@
-"""Reward functions that TRL could not call are refused before a model is loaded.
+"""Check that TRL can call the reward functions, before a model is loaded.
 
-TRL calls a reward function by keywords: `prompts`, `completions`, `completion_ids`, every other column of the data set,
+TRL calls a reward function by keyword: `prompts`, `completions`, `completion_ids`, every other column of the data set,
 `trainer_state`, `log_extra`, `log_metric`, and `environments` where there are any.
 """
 
@@ -17,7 +17,7 @@ from bupo.rewards.math_reward import math_reward
 from bupo.utils.errors import UserError
 
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-DROPPED_COLUMNS = ("prompt", "completion")  # columns that TRL keeps to itself
+DROPPED_COLUMNS = ("prompt", "completion")  # columns that TRL does not pass
 NAME_SUGGESTIONS = {"prompt": "prompts", "completion": "completions", "completions_ids": "completion_ids"}
 
 
@@ -28,15 +28,15 @@ def check_signatures(
     environments: bool = False,
     more_columns: bool = False,
 ) -> None:
-    """Refuse reward functions whose parameters are not those that TRL would pass.
+    """Check that the parameters of reward functions are those that TRL passes.
 
-    Reward models, names of models and callables without a signature are left to TRL.
+    Reward models, model names and callables without a signature are left to TRL.
 
     Args:
         rewards: a reward or a list of them, as for [`~trl.GRPOTrainer`].
-        datasets: the data sets that are trained and evaluated on; None and nested dicts are allowed. One whose columns are not
-            known, such as some streams, is not looked at.
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): the option, by which TRL passes no column.
+        datasets: datasets to train and evaluate on; None and nested dicts are allowed. Datasets without known columns, such as
+            some streams, are not checked.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`): TRL's option, with which it passes no column.
         environments (`bool`, *optional*, defaults to `False`): whether there is an `environment_factory`.
         more_columns (`bool`, *optional*, defaults to `False`): whether a `rollout_func` may add columns.
 
@@ -51,6 +51,15 @@ def check_signatures(
             _check_parameters(function, passable, columns, environments, more_columns)
 
 
+def check_rewards(rewards: Sequence[Any], args: Any) -> None:
+    """Raise [`UserError`] for an empty list of rewards, or for weights that do not match their number."""
+    if not rewards:
+        raise UserError("reward_funcs is empty: give 'math' or a dotted import path such as my_rewards.f")
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise UserError(f"reward_weights holds {len(weights)} weights for {len(rewards)} reward_funcs: give one each")
+
+
 def check_inputs(
     rewards: Any,
     args: Any,
@@ -61,10 +70,10 @@ def check_inputs(
     environment_factory: Any = None,
     **others: Any,
 ) -> None:
-    """Refuse data sets and rewards that a trainer could not use together, by the arguments of [`~trl.GRPOTrainer`].
+    """Check that a trainer can use its datasets and rewards together. Arguments as for [`~trl.GRPOTrainer`].
 
     Raises:
-        UserError: for prompts that are messages written as text, and for a reward that TRL could not call.
+        UserError: for prompts that are messages written as text, or a reward that TRL cannot call.
     """
     check_signatures(
         rewards,
@@ -87,7 +96,7 @@ def as_list(rewards: Any) -> list:
 
 
 def get_column_names(dataset: Any) -> list[str] | None:
-    """Return the columns of a data set's rows, None where they are not known without reading from it."""
+    """Return the columns of a dataset, or None if they are not known without reading a row."""
     names = getattr(dataset, "column_names", None)
     format_type = (getattr(dataset, "format", None) or {}).get("type") if hasattr(dataset, "format") else None
     return list(names) if isinstance(names, list) and format_type != "custom" else None
@@ -111,7 +120,7 @@ def _check_column_clash(function: Callable, columns: Sequence[str]) -> None:
     clashing = [column for column in columns if column in ("prompts", "completions")]  # TRL overwrites the others
     if clashing:
         raise UserError(
-            f"the problems have a column {clashing[0]}, and TRL passes {clashing[0]} of its own to reward functions such as "
+            f"the problems have a column {clashing[0]}, and TRL passes another {clashing[0]} to reward functions such as "
             f"{_get_function_name(function)}: rename the column"
         )
 
@@ -119,11 +128,11 @@ def _check_column_clash(function: Callable, columns: Sequence[str]) -> None:
 def _check_parameters(
     function: Callable, columns: Sequence[str], all_columns: Sequence[str], environments: bool, more_columns: bool
 ) -> None:
-    """Hold a function's parameters against the arguments of TRL's call."""
+    """Compare a function's parameters with the arguments of TRL's call."""
     try:
-        # of a decorator, the parameters are its own: it may fill in what the function inside needs
+        # a decorator's own parameters count: it may supply arguments of the decorated function
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (ValueError, TypeError):  # of a built-in function
+    except (ValueError, TypeError):  # built-in functions
         return
     passed = [*TRL_ARGUMENTS, *columns, *(["environments"] if environments else [])]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -136,8 +145,8 @@ def _check_parameters(
     refused = [] if open_ended else [name for name in passed if name not in names]
     if by_position:
         raise UserError(
-            f"reward function {_get_function_name(function)} takes {', '.join(by_position)} by position only, and TRL passes all by name: "
-            "leave out the / in its parameters"
+            f"reward function {_get_function_name(function)} takes {', '.join(by_position)} by position only, and TRL passes "
+            "all by name: leave out the / in its parameters"
         )
     if missing and not more_columns:
         raise UserError(
@@ -145,25 +154,27 @@ def _check_parameters(
         )
     if refused:
         raise UserError(
-            f"reward function {_get_function_name(function)} does not take {', '.join(refused)}, which TRL passes by name: add **kwargs to "
-            "its parameters"
+            f"reward function {_get_function_name(function)} does not take {', '.join(refused)}, which TRL passes by name: "
+            "add **kwargs to its parameters"
         )
 
 
 def _describe_mismatch(missing: Sequence[str], columns: Collection[str], all_columns: Sequence[str]) -> str:
-    """Return what is missing, what there is and what to do."""
-    of_trl = [name for name in missing if name in NAME_SUGGESTIONS and name not in columns]
-    if of_trl:
-        meant = ", ".join(f"{NAME_SUGGESTIONS[name]}, not {name}" for name in of_trl)
-        return f"an argument {', '.join(of_trl)}, which TRL does not pass: it passes {meant}; rename the parameter"
-    there = ", ".join(all_columns) or "none"
+    """Return the missing arguments, the available columns and a remedy."""
+    misspelt = [name for name in missing if name in NAME_SUGGESTIONS and name not in columns]
+    if misspelt:
+        corrections = ", ".join(f"{NAME_SUGGESTIONS[name]}, not {name}" for name in misspelt)
+        return (
+            f"an argument {', '.join(misspelt)}, which TRL does not pass: it passes {corrections}; rename the parameter"
+        )
+    available = ", ".join(all_columns) or "none"
     if set(missing) <= set(all_columns):
         return (
-            f"the column {', '.join(missing)}, which remove_unused_columns takes out: leave that option out; "
-            f"columns: {there}"
+            f"the column {', '.join(missing)}, which remove_unused_columns removes: leave that option out; "
+            f"columns: {available}"
         )
     kind = "column" if len(missing) == 1 else "columns"
     return (
-        f"the {kind} {', '.join(missing)}, and the columns of the problems are {there}: rename a column or the parameter, "
+        f"the {kind} {', '.join(missing)}, and the columns of the problems are {available}: rename a column or the parameter, "
         "or give it a default value"
     )

@@ -1,4 +1,4 @@
-"""Whether a run trains anything: counted on its parameters before it samples, seen after the first update of each phase."""
+"""Check that a run trains: by its parameters before sampling, and by the weights after the first update of each phase."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,22 +29,22 @@ from bupo.utils.errors import UserError
 
 logger = get_logger(__name__)
 
-NUM_SAMPLED_VALUES = 4096  # values of a parameter that are looked at, evenly spaced
-MAX_LOST_SHARE = 0.5  # share of updates that rounding may swallow without a warning
-PATIENCE = 4  # updates without any gradient, although advantages differ, until that is a sign
+NUM_SAMPLED_VALUES = 4096  # values of a parameter to compare, evenly spaced
+MAX_LOST_SHARE = 0.5  # share of updates lost to rounding above which a warning is logged
+PATIENCE = 4  # updates without a gradient, although advantages differ, before a warning
 
 
 # -- before sampling -----------------------------------------------------------------------------------------------------
 
 
 def check_trainable(trainer: Any) -> None:
-    """Refuse a run with a phase that trains nothing: no parameter requires a gradient and is reached by the phase's loss.
+    """Check that the loss of every phase reaches a parameter that requires a gradient.
 
     Args:
-        trainer ([`~bupo.BuPOTrainer`]): before it samples. A model that FSDP has sharded was looked at before.
+        trainer ([`~bupo.BuPOTrainer`]): before it samples. A model that FSDP has sharded was checked before sharding.
 
     Raises:
-        UserError: with the phase, its layer, why, and what to do.
+        UserError: with the phase, its layer, the reason and a remedy.
     """
     model, args = trainer.model, trainer.args
     if isinstance(model, FSDPModule):
@@ -52,30 +52,31 @@ def check_trainable(trainer: Any) -> None:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
         raise UserError(
-            f"nothing would train: no parameter of {get_model_name(model)} requires a gradient; {_suggest_unfreezing(model, args)}"
+            f"nothing would train: no parameter of {get_model_name(model)} requires a gradient; "
+            f"{_suggest_unfreezing(model, trainer.stream, args)}"
         )
-    steps = _get_optimizer_parameters(trainer.optimizer)
-    if steps is not None and steps.isdisjoint(named.values()):
+    optimized = _get_optimizer_parameters(trainer.optimizer)
+    if optimized is not None and optimized.isdisjoint(named.values()):
         raise UserError(
-            "nothing would train: the optimizer that was given holds no parameter of the model that requires a gradient: make "
-            "it from this model's parameters, or leave it out"
+            "nothing would train: the given optimizer has no parameter of the model that requires a gradient: make it from "
+            "this model's parameters, or leave it out"
         )
-    if args.learning_rate == 0 and steps is None:
+    if args.learning_rate == 0 and optimized is None:
         logger.warning("learning_rate is 0: the weights stay as they are")
-    if steps and not any(group.get("initial_lr", group["lr"]) > 0 for group in trainer.optimizer.param_groups):
-        logger.warning("the learning rate of the optimizer that was given is 0: the weights stay as they are")
-    still = {parameter for parameter, rate in get_lr_multipliers(trainer.stream, args).items() if rate == 0}
+    if optimized and not any(group.get("initial_lr", group["lr"]) > 0 for group in trainer.optimizer.param_groups):
+        logger.warning("the learning rate of the given optimizer is 0: the weights stay as they are")
+    multipliers = get_lr_multipliers(trainer.stream, args)
     for phase, layer in _iterate_phases(trainer):
-        found = _find_stage_parameters(trainer, layer)
-        if not (found if steps is None else found & steps):
+        reached = _find_stage_parameters(trainer, layer)
+        if not (reached if optimized is None else reached & optimized):
             raise UserError(_describe_untrainable_phase(trainer, phase, layer, named))
-        if found <= still:
+        if all(multipliers.get(parameter) == 0 for parameter in reached):
             raise UserError(
-                f"{phase} would train nothing: slow_factor is 0, and of what requires a gradient its loss reaches only what "
-                f"lies above layer {args.slow_above_layer}; give slow_factor a value above 0, or train layers below too"
+                f"{phase} would train nothing: layer_lr_multipliers is 0 for all parameters that require a gradient and that "
+                "its loss reaches; give a multiplier above 0, or train other layers too"
             )
-        # a few tokens meet few of a mixture's experts
-        idle = [name for name, parameter in named.items() if parameter not in found and "expert" not in name]
+        # a few tokens reach few experts of a mixture
+        idle = [name for name, parameter in named.items() if parameter not in reached and "expert" not in name]
         if layer is None and idle:
             logger.warning(
                 f"{len(idle)} parameters require a gradient, and no loss reaches them "
@@ -84,12 +85,12 @@ def check_trainable(trainer: Any) -> None:
 
 
 def check_auto_layer(trainer: Any, layer: int | None) -> None:
-    """Refuse the layer that `auto` has chosen if its policy reaches nothing that trains.
+    """Check that the policy of the layer that `auto` chose reaches a parameter that requires a gradient.
 
-    The model may be sharded by now: its parameters are looked at, not a graph.
+    The model may be sharded by now, so the check uses its parameters and no graph.
 
     Raises:
-        UserError: with the layer, why, and what to do.
+        UserError: with the layer, the reason and a remedy.
     """
     assert layer is not None, "auto has chosen"
     stream, normed = trainer.stream, trainer.args.internal_lens == "final_norm"
@@ -100,11 +101,11 @@ def check_auto_layer(trainer: Any, layer: int | None) -> None:
 
 
 def _iterate_phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
-    """The phases that the run comes to, in words, and the layer whose policy each optimises. `auto` is known later."""
+    """Yield the phases that the run reaches: a description and the layer. The layer of `auto` is chosen later."""
     args, first = trainer.args, 1
-    whole = args.count_rollout_batches(args.max_steps) if args.max_steps > 0 else None
+    total = args.count_rollout_batches(args.max_steps) if args.max_steps > 0 else None
     for stage in args.phase_schedule.stages:
-        if whole is not None and first > whole:
+        if total is not None and first > total:
             return
         last = "" if stage.batches is None else f" to {first + stage.batches - 1}"
         if stage.layer is not None:
@@ -112,19 +113,19 @@ def _iterate_phases(trainer: Any) -> Iterable[tuple[str, int | None]]:
         elif not any(_find_stage_parameters(trainer, layer) for layer in _iterate_auto_candidates(trainer)):
             yield "the first phase", trainer.stream.num_layers
         first += stage.batches or 1
-    if whole is None or whole >= first:
+    if total is None or total >= first:
         yield ("the second phase" if args.phase_schedule.stages else "the run"), None
 
 
 def _iterate_auto_candidates(trainer: Any) -> Iterable[int]:
-    """Layers that `auto` may choose and that may train, from the last: the most is below it."""
+    """Yield the layers that `auto` may choose and that can train, from the last, which has the most layers below it."""
     normed = trainer.args.internal_lens == "final_norm"
     layers = range(trainer.stream.num_layers, 0, -1)
     return (layer for layer in layers if get_parameters_up_to(trainer.stream, layer, normed, trainer.model))
 
 
 def _find_stage_parameters(trainer: Any, layer: int | None) -> set[nn.Parameter]:
-    """Return what trains by the loss of a layer's stage, or of the second phase."""
+    """Return the parameters that the loss of a stage trains; without a layer, that of the second phase."""
     return find_trained_parameters(
         trainer.model, trainer.stream, get_policy_activation(layer, trainer.args), layer, trainer.args
     )
@@ -133,51 +134,49 @@ def _find_stage_parameters(trainer: Any, layer: int | None) -> set[nn.Parameter]
 def find_trained_parameters(
     model: nn.Module, stream: ResidualStream | None, site: Any, layer: int | None, args: BuPOConfig
 ) -> set[nn.Parameter]:
-    """Return what trains by the loss of a stage on a layer, or of the second phase (None).
+    """Return the parameters that the loss of a stage trains.
 
     Args:
-        model (`nn.Module`): with PEFT around it.
-        stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): the model's.
+        model (`nn.Module`): the model, with PEFT's wrapper.
+        stream ([`~bupo.models.residual_stream.ResidualStream`], *optional*): its residual stream.
         site ([`~bupo.models.residual_stream.Activation`], *optional*): of the internal policy, if the stage optimises one.
-        layer (`int`, *optional*): of the stage.
+        layer (`int`, *optional*): of the stage; without one, the second phase.
         args ([`~bupo.BuPOConfig`]): lens and objective.
     """
     normed = args.internal_lens == "final_norm"
     if stream is not None:
-        found = find_reached_parameters(stream, site, normed, model)
-        # a stage that optimises the whole policy drops the gradients above its layer
-        return (
-            found
-            if layer is None or site is not None
-            else found & set(get_parameters_up_to(stream, layer, False, model))
-        )
+        reached = find_reached_parameters(stream, site, normed, model)
+        if layer is None or site is not None:
+            return reached
+        # the objective frozen_upper drops the gradients above its layer
+        return reached & set(get_parameters_up_to(stream, layer, False, model))
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
 def _get_optimizer_parameters(optimizer: Any) -> set[nn.Parameter] | None:
-    """The parameters that an optimizer steps; None without one."""
+    """Return the parameters of an optimizer, or None without one."""
     if optimizer is None:
         return None
     return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _suggest_unfreezing(model: nn.Module, args: BuPOConfig) -> str:
-    """How to have a model train that is frozen as a whole."""
-    if get_frozen_layers(args):
-        option = "frozen_up_to_layer" if args.frozen_up_to_layer else "layer_rates"
-        return f"{option} freezes the layers {', '.join(map(str, get_frozen_layers(args)))}: let more of them train"
+def _suggest_unfreezing(model: nn.Module, stream: ResidualStream | None, args: BuPOConfig) -> str:
+    """Return a remedy for a model without trainable parameters."""
+    if layers := get_frozen_layers(args, stream.num_layers if stream else 0):
+        option = "frozen_up_to_layer" if args.frozen_up_to_layer else "layer_lr_multipliers"
+        return f"{option} freezes the layers {', '.join(map(str, layers))}: let more of them train"
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()) or getattr(model, "prompt_encoder", None):
         return "its adapter was loaded for inference: load it by PeftModel.from_pretrained(base, folder, is_trainable=True)"
-    return "it was frozen by hand: call requires_grad_(True) on what is to train, or pass a peft_config"
+    return "it was frozen by hand: call requires_grad_(True) on the parameters to train, or pass a peft_config"
 
 
 def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, named: Mapping[str, nn.Parameter]) -> str:
-    """Why a phase trains nothing, and what to do."""
+    """Return the message about a phase that trains nothing, with a remedy."""
     some = f"{len(named)} parameters require a gradient ({next(iter(named))}{', …' if len(named) > 1 else ''})"
     if layer is None:
         return (
-            f"{phase} would train nothing: {some}, and the loss of the whole policy reaches none of them; train others, such "
-            "as the layers' own"
+            f"{phase} would train nothing: {some}, and the loss of the language model policy reaches none of them; train "
+            "others, such as those of the layers"
         )
     where = _find_layers(trainer.stream, set(named.values()))
     args = trainer.args
@@ -185,7 +184,7 @@ def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, nam
     if args.internal_module != "layer":
         policy = f"the {args.internal_module} policy of layer {layer}"
     if args.internal_objective == "frozen_upper":
-        policy = f"the whole policy by layers up to {layer}"
+        policy = f"the language model policy by layers up to {layer}"
     if where and min(where) > layer:
         why = (
             f"they lie in layers {min(where)} to {max(where)}, above it"
@@ -198,34 +197,30 @@ def _describe_untrainable_phase(trainer: Any, phase: str, layer: int | None, nam
     remedy = f"put the adapter on layers up to {layer} too" if adapters else f"let layers up to {layer} train"
     higher = f"a higher internal_layer than {layer}" if layer < trainer.stream.num_layers else "another internal_module"
     return (
-        f"{phase} would train nothing: it optimises {policy}, and of what requires a gradient, {some}, nothing is reached: "
-        f"{why}; {remedy}, choose {higher}, or internal_steps 0 for no first phase"
+        f"{phase} would train nothing: it optimises {policy}, and {some}, of which it reaches none: {why}; "
+        f"{remedy}, choose {higher}, or internal_steps 0 for no first phase"
     )
 
 
 def _find_layers(stream: ResidualStream, parameters: set[nn.Parameter]) -> list[int]:
-    """The layers that hold any of these parameters, ascending."""
+    """Return the layers that contain any of the parameters, ascending."""
     layers = range(1, stream.num_layers + 1)
     return [layer for layer in layers if not parameters.isdisjoint(stream.get_block(layer).parameters())]
 
 
 def check_gradient(trainer: Any) -> None:
-    """Refuse to go on where a backward pass, which has just been made, has left no gradient.
-
-    Raises:
-        UserError: with the rollout batch.
-    """
-    if trainer.is_fsdp_enabled or uses_deepspeed(trainer.accelerator):  # which hold gradients elsewhere
+    """Raise [`UserError`] if the backward pass has left no gradient."""
+    if trainer.is_fsdp_enabled or uses_deepspeed(trainer.accelerator):  # these store gradients elsewhere
         return
     if all(parameter.grad is None for parameter in trainer.model.parameters()):
         raise UserError(describe_missing_gradient(trainer.describe_rollout_batch(trainer.last_rollout_batch)))
 
 
 def describe_missing_gradient(where: str) -> str:
-    """Return the message about a loss without a gradient, of a run that `check_trainable` has let begin."""
+    """Return the message about a loss without a gradient in a run that passed `check_trainable`."""
     return (
         f"nothing trains in {where}: no parameter has a gradient, those that the loss reaches were frozen since the run began; "
-        "leave requires_grad alone while a run trains"
+        "do not change requires_grad during training"
     )
 
 
@@ -233,11 +228,11 @@ def describe_missing_gradient(where: str) -> str:
 
 
 class ParameterSample(NamedTuple):
-    """Some values of a parameter before an update: where their gradient is not zero.
+    """Values of a parameter before an update, at positions with a non-zero gradient.
 
     Attributes:
-        parameter (`nn.Parameter`): whose.
-        places (`torch.Tensor` of shape `(n,)`): indices into what this process holds of it, flat.
+        parameter (`nn.Parameter`): the parameter.
+        indices (`torch.Tensor` of shape `(n,)`): positions in the flattened shard of this process.
         values (`torch.Tensor` of shape `(n,)`): before the update.
     """
 
@@ -248,15 +243,17 @@ class ParameterSample(NamedTuple):
 
 @dataclass
 class WeightChangeCallback(TrainerCallback):
-    """Looks after the first update of each phase that has a gradient whether the weights have moved.
+    """Callback that checks that weights moved, after the first update of each phase that has a gradient.
 
     Args:
         accelerator (`Accelerator`): the trainer's.
-        phase (`Callable`): gives a number for the phase of the update, and its name for messages.
-        differ (`Callable`): tells whether any answer of this process' rollout batch has an advantage.
-        seen (`list`): phases that were looked at.
-        warned (`bool`): whether it was said that rounding swallows updates.
-        without (`int`): updates in a row whose gradient was zero, although answers had advantages.
+        identify_stage (`Callable`): returns a number of the update's stage and a description for messages.
+        has_nonzero_advantage (`Callable`): returns whether any completion of this process has a non-zero advantage.
+
+    Attributes:
+        checked_stages (`list`): stages that were checked.
+        has_warned (`bool`): whether lost updates were logged.
+        updates_without_gradient (`int`): consecutive updates with a gradient of zero although advantages differ.
     """
 
     accelerator: Accelerator
@@ -271,23 +268,23 @@ class WeightChangeCallback(TrainerCallback):
         self.is_stepped = True
 
     def state(self) -> dict:
-        """Plain values, for a checkpoint."""
-        return {"seen": list(self.checked_stages), "warned": self.has_warned}
+        """Return the state as plain values, for a checkpoint."""
+        return {"checked_stages": list(self.checked_stages), "has_warned": self.has_warned}
 
     def load(self, state: dict, rollout_batch: int) -> None:
-        """Take up what `state` gave."""
-        self.checked_stages, self.has_warned = list(state["seen"]), state["warned"]
+        """Restore the state that `state` returned."""
+        self.checked_stages, self.has_warned = list(state["checked_stages"]), state["has_warned"]
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        # DeepSpeed holds the gradients, and weights in fp32 that are not the model's
+        # DeepSpeed stores the gradients and separate fp32 weights
         warming = state.global_step < args.get_warmup_steps(state.max_steps)
         if self.identify_stage()[0] in self.checked_stages or warming or uses_deepspeed(self.accelerator):
             return
         if not any(
             group["lr"] > 0 for group in optimizer.param_groups if group["params"]
         ) and _get_optimizer_parameters(optimizer):
-            return  # the rate is 0 now
+            return  # the learning rate is 0 at this update
         stepped = {p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
         with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
         self.is_stepped = not with_gradient or any(parameter in stepped for parameter in with_gradient)
@@ -300,43 +297,43 @@ class WeightChangeCallback(TrainerCallback):
         samples, self.parameter_samples = self.parameter_samples, None
         if samples is None or getattr(optimizer, "step_was_skipped", False):
             return
-        # values with a gradient, those that stayed, and those of 16 bits; processes whose answers have advantages
+        # values with a gradient, unchanged values, 16-bit values; processes with a non-zero advantage
         counts = torch.tensor([0, 0, 0, self.has_nonzero_advantage()], dtype=torch.float64)
-        for parameter, places, before in samples:
-            stayed = get_local_shard(parameter.detach()).flatten()[places] == before
-            half = parameter.dtype in HALF_DTYPES
-            counts += torch.tensor([len(before), int(stayed.sum()), len(before) * half, 0], dtype=torch.float64)
+        for parameter, indices, values in samples:
+            unchanged = get_local_shard(parameter.detach()).flatten()[indices] == values
+            is_half = parameter.dtype in HALF_DTYPES
+            counts += torch.tensor([len(values), int(unchanged.sum()), len(values) * is_half, 0], dtype=torch.float64)
         counts = self.accelerator.reduce(counts.float().to(self.accelerator.device), "sum")
-        count, stayed, halves, differ = counts.tolist()
-        phase, where = self.identify_stage()
-        if count == 0:  # as where all advantages are zero: nothing is to move
-            self.updates_without_gradient += bool(differ)
+        num_values, num_unchanged, num_half, advantages_differ = counts.tolist()
+        stage, where = self.identify_stage()
+        if num_values == 0:  # no weight should move if all advantages are zero
+            self.updates_without_gradient += bool(advantages_differ)
             if self.updates_without_gradient == PATIENCE:
                 logger.warning(
-                    f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: what "
-                    "trains does not change the answers' probabilities, as an adapter of lora_alpha 0"
+                    f"{where}: the gradient of all weights was 0 in {PATIENCE} updates, although advantages differ: the "
+                    "trained parameters do not change the probabilities of completions, as with lora_alpha 0"
                 )
             return
         self.updates_without_gradient = 0
-        self.checked_stages.append(phase)
+        self.checked_stages.append(stage)
         if not self.is_stepped:
             raise UserError(
                 f"nothing trains in {where}: parameters have a gradient, and the optimizer steps none of them: make the "
-                "optimizer after what trains is chosen, and leave requires_grad alone afterwards"
+                "optimizer after setting requires_grad, and do not change it afterwards"
             )
-        if stayed > MAX_LOST_SHARE * count and not self.has_warned:
+        if num_unchanged > MAX_LOST_SHARE * num_values and not self.has_warned:
             self.has_warned = True
-            kind = "16-bit weights" if halves > count / 2 else "the weights' precision"
-            remedy = "leave fp32_master_weights true, or raise learning_rate" if halves else "raise learning_rate"
+            precision = "16-bit weights" if num_half > num_values / 2 else "the weights' precision"
+            remedy = "leave fp32_master_weights true, or raise learning_rate" if num_half else "raise learning_rate"
             logger.warning(
-                f"{where}: {stayed / count:.1%} of the weights that have a gradient did not move, their updates are lost in "
-                f"the rounding of {kind}; {remedy}"
+                f"{where}: {num_unchanged / num_values:.1%} of the weights that have a gradient did not move, their updates "
+                f"are lost in the rounding of {precision}; {remedy}"
             )
 
 
 def _sample_parameter(parameter: nn.Parameter) -> ParameterSample:
-    assert parameter.grad is not None, "parameters without a gradient are left out"
-    gradient, values = (get_local_shard(x.detach()).flatten() for x in (parameter.grad, parameter))
-    places = torch.arange(0, len(values), max(1, len(values) // NUM_SAMPLED_VALUES), device=values.device)
-    places = places[gradient[places] != 0]
-    return ParameterSample(parameter, places, values[places].clone())
+    assert parameter.grad is not None, "the caller skips parameters without a gradient"
+    gradient, values = (get_local_shard(tensor.detach()).flatten() for tensor in (parameter.grad, parameter))
+    indices = torch.arange(0, len(values), max(1, len(values) // NUM_SAMPLED_VALUES), device=values.device)
+    indices = indices[gradient[indices] != 0]
+    return ParameterSample(parameter, indices, values[indices].clone())
