@@ -223,13 +223,13 @@ GENERATION_WRONG = {
         ("model", "cannot be"),
     ),
     "no JSON": Damage(
-        text("generation_config.json", "{broken"), ("generation_config.json cannot be used: it is no JSON",)
+        text("generation_config.json", "{broken"), ("generation_config.json cannot be used: it is not valid JSON",)
     ),
     "a list": Damage(text("generation_config.json", "[1]"), ("generation_config.json cannot be used: it is a list",)),
     "bytes": Damage(
-        lambda folder: (folder / "generation_config.json").write_bytes(b"\xff\xfe\x00"), ("it is no JSON",)
+        lambda folder: (folder / "generation_config.json").write_bytes(b"\xff\xfe\x00"), ("it is not valid JSON",)
     ),
-    "deep": Damage(text("generation_config.json", "[" * 100_000), ("it is no JSON",)),
+    "deep": Damage(text("generation_config.json", "[" * 100_000), ("it is not valid JSON",)),
 }
 # damaged tokenizers
 TOKENIZER_WRONG = {

@@ -178,5 +178,5 @@ def test_bad_arguments():
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match="below 5 or -100"):
         score_tokens(hidden, weight, torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="temperature must be positive, scores 0"):
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         score_tokens(hidden, weight, torch.tensor([0, 1]), temperature=0.0)

@@ -51,9 +51,8 @@ def resolve_model_path(name: str) -> str:
         return str(files("bupo") / "embedded" / "model")
     if not name:
         raise UserError(f"model is empty: give the folder of a model, a hub id or '{EMBEDDED_MODEL}'")
-    with wrap_library_errors(
-        f"model {name!r:.200} cannot be looked for", OSError, ValueError
-    ):  # a name that is too long
+    # raises for a name that is too long
+    with wrap_library_errors(f"model {name!r:.200} cannot be looked for", OSError, ValueError):
         return _check_model_path(name)
 
 
@@ -349,9 +348,9 @@ def check_generation_config(name: str, revision: str | None = None) -> None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # transformers would ignore the file
-        raise UserError(f"{where}: it is no JSON ({str(error)[:100]}); mend it or remove it") from error
+        raise UserError(f"{where}: it is not valid JSON ({str(error)[:100]}); correct it or remove it") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{where}: it is a {type(settings).__name__}, no mapping; mend it or remove it")
+        raise UserError(f"{where}: it is a {type(settings).__name__}, not a mapping; correct it or remove it")
     _check_generation_settings(where, settings)
     with wrap_library_errors(where):
         GenerationConfig.from_dict(settings)
@@ -361,7 +360,7 @@ def _check_generation_settings(where: str, settings: Mapping[str, Any]) -> None:
     """Raise [`UserError`] for the first generation setting with an invalid value. Settings may also come from config.json."""
     for setting, value in settings.items():
         if expected := _describe_expected_value(setting, value):
-            raise UserError(f"{where}: {setting} must be {expected}, got {value!r:.80}; mend it or remove it")
+            raise UserError(f"{where}: {setting} must be {expected}, got {value!r:.80}; correct it or remove it")
 
 
 def _describe_expected_value(setting: str, value: Any) -> str | None:

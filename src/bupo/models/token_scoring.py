@@ -75,13 +75,11 @@ class _ScoreTokens(torch.autograd.Function):
                 at, column = _find_targets(targets[rows], columns)
                 chosen[rows][at] = x[at, column]
                 new = torch.maximum(top[rows], x.amax(1))
-                finite = new.clamp(
-                    min=torch.finfo(kind).min
-                )  # all logits up to here may be -inf, and -inf - -inf is NaN
+                # all logits up to here may be -inf, and -inf - -inf is NaN
+                finite = new.clamp(min=torch.finfo(kind).min)
                 shift = torch.where(total[rows] > 0, top[rows] - finite, 0.0)  # the first tile has no old maximum
-                shift = shift.clamp(
-                    min=UNDERFLOW_EXPONENT
-                )  # the lowest float after a masked tile: times `s`, it is -inf
+                # the lowest float after a masked tile: times `s`, it is -inf
+                shift = shift.clamp(min=UNDERFLOW_EXPONENT)
                 weights = _clamped_exp(x.sub_(finite[:, None]))
                 moment[rows] = shift.exp() * (moment[rows] + shift * total[rows]) + torch.linalg.vecdot(weights, x)
                 total[rows] = shift.exp() * total[rows] + weights.sum(1)
@@ -109,9 +107,8 @@ class _ScoreTokens(torch.autograd.Function):
         )
         for columns in _get_tile_slices(weight.size(0), VOCABULARY_PER_TILE):
             tile = head.slice_vocab(columns)
-            tile_weight_grad = (
-                None if weight_grad is None else weight_grad[columns].to(kind)
-            )  # a view if the dtype is equal
+            # a view of the gradient if the dtypes are equal
+            tile_weight_grad = None if weight_grad is None else weight_grad[columns].to(kind)
             for rows in _get_tile_slices(len(hidden), ROWS_PER_TILE):
                 states = hidden[rows]
                 x = tile.logits(states.to(ctx.dtype))

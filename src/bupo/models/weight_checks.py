@@ -199,11 +199,7 @@ def _read_integer_tensors(file: Path) -> Iterator[tuple[str, str]]:
                 dtype = stored.get_slice(name).get_dtype()
                 if not dtype.startswith(("F", "BF")):
                     yield name, dtype
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-    ):  # for example torch's old file format, which cannot be memory-mapped
+    except (SafetensorError, OSError, RuntimeError):  # such as torch's old format, which cannot be memory-mapped
         return
 
 

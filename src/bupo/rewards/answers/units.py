@@ -134,9 +134,8 @@ _COUNTED_NOUNS = frozenset(
         """,
     )
 ) - {"zero", "number", "square", "time", "triple"}
-_DIMENSION_WORDS = frozenset(
-    {"old", "high", "long", "wide", "tall", "deep", "away", "apart"}
-)  # after "metres" or "years"
+# after "metres" or "years"
+_DIMENSION_WORDS = frozenset({"old", "high", "long", "wide", "tall", "deep", "away", "apart"})
 _ADJECTIVES = frozenset({"different", "possible", "positive", "negative", "remaining", "total"})  # "different ways"
 _NON_UNIT_CJK = re.compile(r"[不非无無或约約多少余餘半对對双雙打十百千万萬亿億]")
 
