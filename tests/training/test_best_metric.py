@@ -268,5 +268,8 @@ def test_other_callbacks_start_afresh_and_are_named(tmp_path, capsys):
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 14
     said = capsys.readouterr().out
-    assert "callbacks start without their earlier state: they are EarlyStoppingCallback {'early_stopping_patience': 5" in said
+    assert (
+        "callbacks start without their earlier state: they are EarlyStoppingCallback {'early_stopping_patience': 5"
+        in said
+    )
     assert json.loads((tmp_path / "run" / "checkpoint-14" / "trainer_state.json").read_text())["global_step"] == 14

@@ -130,7 +130,10 @@ def run(tmp_path_factory):
         (progress(global_step=0), "trainer_state.json counts 0 updates"),
         (progress(train_batch_size="x"), "trainer_state.json cannot be read .*train_batch_size is 'x'"),
         (state("bupo.pt", lambda s: s.update(metrics={"reward": "xy"})), "bupo.pt is damaged: .* hold 'xy'"),
-        (state("rollouts_0.pt", lambda s: s["counters"].update(since_log="x")), "rollouts_0.pt is damaged: .* hold 'x'"),
+        (
+            state("rollouts_0.pt", lambda s: s["counters"].update(since_log="x")),
+            "rollouts_0.pt is damaged: .* hold 'x'",
+        ),
     ],
     ids=[
         *("missing", "shape", "integers", "renamed", "moments", "text", "betas", "schedule", "random", "python"),
