@@ -252,7 +252,7 @@ ARGUMENTS: dict[str, Row] = {
     "processing_class": trains("a tokenizer; a processor of images is refused"),
     "reward_processing_classes": trains("tokenizers of reward models"),
     "callbacks": trains(),
-    "optimizers": trains("`layer_lr_multipliers` leaves a given optimizer as it is"),
+    "optimizers": trains("refused with `layer_lr_multipliers`"),
     "quantization_config": elsewhere("needs bitsandbytes and a GPU"),
     "peft_config": trains("in phase 1 the adapters up to layer l move"),
     "tools": trains("tool output is masked in both phases"),
