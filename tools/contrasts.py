@@ -17,7 +17,7 @@ from bupo.utils.statistics import SeedStatistics, adjust_holm, compute_paired_p_
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 NOTHING_STORED = "No run of it is stored yet."
 PARTS = ("end", "area", "ahead", "own")  # of a contrast
-TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO meanwhile"
+TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO in the same time"
 DIGITS = {"end": 2}  # that are shown, if not one: ends differ by tenths of a point
 
 

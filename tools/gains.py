@@ -17,8 +17,8 @@ PREDICTORS = {  # measures of a layer, and what they are
     "depth": "l / L",
     "d_entropy_ffn": "dH_FFN of the layer (nats)",
     "entropy_layer": "entropy of the layer's policy (nats)",
-    "kl_language_model": "KL of the layer's policy to pi_theta (nats)",
-    "top1_agreement": "top-1 agreement with pi_theta",
+    "kl_language_model": "KL of the layer's policy to the model's (nats)",
+    "top1_agreement": "top-1 agreement with the model",
     "cosine_ffn": "residual cosine of the FFN's write",
 }
 RESAMPLES, PERMUTATIONS = 2000, 20_000
@@ -130,8 +130,8 @@ def prediction(tables) -> str:
     table = tables_of["avg@k"]
     lines = [
         f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {table['world'].nunique()} worlds: the mean over "
-        "worlds of those within a world [95 %, worlds resampled whole], Holm's p of gains in a random order within their "
-        "worlds, and the correlation over all layers:",
+        "worlds of the correlations within a world [95 %, worlds resampled whole], Holm's p of gains in a random order "
+        "within their worlds, and the correlation over all layers:",
         "",
         "| measured before training | " + " | ".join(f"{label} | p | over all" for label in MEASURES.values()) + " |",
         "| --- |" + " --- |" * 3 * len(MEASURES),

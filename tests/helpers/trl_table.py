@@ -1,6 +1,6 @@
 """Every option of TRL's GRPOConfig and every argument of its GRPOTrainer: what BuPOTrainer makes of it, and values to try it with.
 
-`tests/training/test_trl_parity.py` trains each row in both phases, and fails when TRL has an option that no row names. docs/trl.md shows the same.
+`tests/training/test_trl_parity.py` trains each row in both phases, and fails if TRL has an option without a row. The documentation site shows the same table.
 """
 
 from typing import Any, NamedTuple
