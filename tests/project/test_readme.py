@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from trl import ModelConfig
 
 from bupo import load_problems
@@ -43,11 +42,10 @@ def test_its_commands_are_all_commands_with_known_options():
         check_flags("README.md", name, arguments)
 
 
-def test_the_example_is_the_recipe(tmp_path):
-    (tmp_path / "run.yaml").write_text(re.search(r"```yaml\n(.*?)```", RECIPES, re.S)[1])
+def test_the_example_of_the_docs_is_the_recipe():
     recipe = ROOT / "recipes" / "qwen3-4b" / "bupo.yaml"
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == yaml.safe_load(recipe.read_text())
-    arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "2e-6"]
+    assert f'```yaml\n--8<-- "{recipe.resolve().relative_to(ROOT)}"\n```' in RECIPES
+    arguments = ["--config", str(recipe), "--learning_rate", "2e-6"]
     problems, config, model = parse_options((TrainOptions, BuPOConfig, ModelConfig), arguments, "bupo train")
     assert config.learning_rate == 2e-6 and config.generation_batch_size == 8 * 16 and config.logging_steps == 4
     assert problems.shuffle_seed == 0 and model.model_name_or_path == "Qwen/Qwen3-4B"
