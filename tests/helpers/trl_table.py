@@ -78,7 +78,8 @@ OPTIONS: dict[str, Row] = {
     ),
     **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"), VLLM_GPU),
     "vllm_importance_sampling_correction": trains(
-        f"{VLLM_ONLY}; it compares the full model with the sampler, in both phases", vllm_importance_sampling_correction=False
+        f"{VLLM_ONLY}; it compares the full model with the sampler, in both phases",
+        vllm_importance_sampling_correction=False,
     ),
     "vllm_importance_sampling_mode": trains(VLLM_ONLY, vllm_importance_sampling_mode="token_truncate"),
     "vllm_importance_sampling_clip_max": trains(VLLM_ONLY, vllm_importance_sampling_clip_max=2.0),
