@@ -1,4 +1,4 @@
-"""A method less GRPO in every base model: one difference each, p values over the base models, and the worlds' mean."""
+"""Compare a method with GRPO in every base model, with p values over the base models and the mean over worlds."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from bupo.utils.statistics import SeedStatistics, adjust_holm, compute_paired_p_
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
 NOTHING_STORED = "No run of it is stored yet."
 PARTS = ("end", "area", "ahead", "own")  # of a contrast
-TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO meanwhile"
+TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO in the same time"
 DIGITS = {"end": 2}  # that are shown, if not one: ends differ by tenths of a point
 
 
@@ -29,8 +29,8 @@ class Contrast:
         base (`dict[int, float]`): GRPO's avg@k, in percent.
         end, area (`dict[int, float]`): differences of avg@k and of the area under the curve.
         ahead (`dict[int, float]`): the method's mean reward in its second tenth less GRPO's in its first. Where the first phase
-            is a tenth of the run, both have trained the whole policy as long, and this is what the first phase has taught it.
-        own (`dict[int, float]`): GRPO's second tenth less its first: what a tenth teaches.
+            is a tenth of the run, both have trained the full model for the same time, so this is the effect of the first phase.
+        own (`dict[int, float]`): GRPO's second tenth less its first: the gain of one tenth.
     """
 
     base: dict[int, float]
@@ -41,7 +41,7 @@ class Contrast:
 
 
 def contrasts(tables, name: str, row: str) -> dict[str, Contrast]:
-    """By base model of an experiment, where both have runs."""
+    """Return the contrasts of an experiment by base model, if both rows have runs."""
     found = tables.found(tables.experiment(name))
     return {
         model: _contrast(found[model, BASE], found[model, row])
@@ -64,7 +64,7 @@ def _contrast(base: dict[int, dict[str, float]], mine: dict[int, dict[str, float
 
 
 def contrasts_table(tables, row: str) -> str:
-    """For people."""
+    """Return the contrasts as a Markdown table."""
     worlds, pretrained = contrasts(tables, WORLDS, row), contrasts(tables, PRETRAINED, row)
     every = worlds | pretrained
     if not every:
@@ -92,7 +92,7 @@ def contrasts_table(tables, row: str) -> str:
 
 
 def _differences(each: Contrast, tenths: bool) -> list[str]:
-    """A tenth is the first phase in the worlds alone."""
+    """Return the formatted differences; only in the worlds is a tenth of the run the first phase."""
     said = [
         format_mean_interval(compute_seed_statistics(list(getattr(each, part).values())), DIGITS.get(part, 1), "+")
         for part in PARTS
@@ -101,7 +101,7 @@ def _differences(each: Contrast, tenths: bool) -> list[str]:
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
-    """A line of the table."""
+    """Return the table's row of means over worlds."""
     whole = _whole(worlds)
     said = [format_mean_interval(_over_worlds(whole, part), DIGITS.get(part, 1), "+") for part in PARTS]
     most = len(whole[0].end)
@@ -109,20 +109,22 @@ def _mean(worlds: list[Contrast]) -> list[str]:
 
 
 def _whole(worlds: list[Contrast]) -> list[Contrast]:
-    """Those that have all seeds."""
+    """Return the worlds with all seeds."""
     most = max(len(each.end) for each in worlds)
     return [each for each in worlds if len(each.end) == most]
 
 
 def _over_worlds(worlds: list[Contrast], part: str) -> SeedStatistics:
-    """The mean over worlds, each of the same weight, over seeds."""
+    """Return statistics over seeds of the mean over worlds, with equal weights."""
     apart = [getattr(each, part) for each in worlds]
     return compute_seed_statistics([sum(one[seed] for one in apart) / len(apart) for seed in apart[0]])
 
 
 def over_worlds(tables, words: str) -> str:
-    """`{overall ROW | PART}`: the mean over the worlds that have all seeds, of `end`, `area`, `ahead` or `own`;
-    `highest` is the highest end of an interval of one of theirs, of `end`."""
+    """Return the mean over the worlds with all seeds, for `{overall ROW | PART}`.
+
+    PART is `end`, `area`, `ahead` or `own`; `highest` is the highest upper limit of `end` in one world.
+    """
     row, part = (word.strip() for word in words.split("|"))
     whole = _whole(list(contrasts(tables, WORLDS, row).values()))
     if part == "highest":
@@ -135,7 +137,7 @@ def _p(apart: dict[int, float]) -> float:
 
 
 def _said(p: float | None) -> list[str]:
-    """p, and what it says."""
+    """Return a p value and its significance as cells."""
     if p is None:
         return [EMPTY_CELL, "1 seed"]
     return [format_p_value(p), SIGNIFICANT if p < 0.05 else NOT_SIGNIFICANT]

@@ -1,6 +1,7 @@
-"""Hooks of the documentation site (mkdocs.yml): pages that are made of the code, and links that lead out of the docs."""
+"""Hooks of the documentation site (mkdocs.yml): pages generated from the code, and links out of the docs."""
 
 import re
+import runpy
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -8,16 +9,16 @@ from mkdocs.structure.files import File
 from bupo.cli.help import COMMANDS, Option, get_option_classes, group_options
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")  # from docs/ up: what is in the repository, not on the site
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")  # a link to a file of the repository that is not on the site
 
 
 def on_files(files, config):
-    """Add the pages of the commands, and those that stand elsewhere in the repository."""
+    """Add the pages of the commands, and files from other folders of the repository."""
     made = {f"reference/{name}.md": command_page(name) for name in COMMANDS}
     made |= {
         "changelog.md": text_of("CHANGELOG.md"),
         "contributing.md": text_of("CONTRIBUTING.md"),
-        "claims.md": claims(),
+        "reference/trl_options.md": trl_options(),
     }
     made["notebooks/one-file.md"] = one_file()
     for path, text in made.items():
@@ -26,12 +27,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links out of the docs as plain text: the site stands without the repository."""
+    """Replace links out of the docs by plain text, because the site does not contain the repository."""
     return OUTSIDE.sub(r"\1", markdown) if page.file.src_uri.count("/") == 0 else markdown
 
 
 def command_page(name: str) -> str:
-    """A command: what it is for, examples, every option by group."""
+    """Return a command's page: purpose, examples, every option by group."""
     command = COMMANDS[name]
     lines = [
         f"# bupo {name}",
@@ -41,7 +42,7 @@ def command_page(name: str) -> str:
     ]
     lines += [command.sentence, "", "```"]
     lines += [row for line, what in command.examples.items() for row in (f"# {what}", line)]
-    lines += ["```", "", "Options may stand in the YAML file of `--config` too; a flag overrides the file."]
+    lines += ["```", "", "The YAML file of `--config` takes the same options; a flag overrides the file."]
     for title, options in group_options(get_option_classes(name)).items():
         lines += ["", f"## {title}", "", "| option | takes | default | |", "| --- | --- | --- | --- |"]
         lines += [_row(option) for option in options]
@@ -57,23 +58,38 @@ def _row(option: Option) -> str:
 
 
 def text_of(name: str) -> str:
-    """A file at the root of the repository; its links to docs/ are links within the site."""
+    """Return a file at the root of the repository, with its links to docs/ as links within the site."""
     text = (ROOT / name).read_text()
     text = re.sub(r"\]\(docs/([^)]*)\)", r"](\1)", text)
     return re.sub(r"\[([^\]]+)\]\((?!http|#)(?:src|tests|recipes|examples|\.\.)[^)]*\)", r"\1", text)
 
 
-def claims() -> str:
-    """The README's table of what is claimed, and which command shows it."""
-    section = text_of("README.md").partition("## What it rests on\n")[2].rpartition("\nMIT license")[0]
-    return "# Claims and their tests\n" + section.replace("(CONTRIBUTING.md)", "(contributing.md)")
+def trl_options() -> str:
+    """Return the page of TRL's options and arguments, from the table that tests/training/test_trl_parity.py checks."""
+    table = runpy.run_path(str(ROOT / "tests" / "helpers" / "trl_table.py"))
+    lines = [
+        "# TRL's options in BuPOTrainer",
+        "",
+        "*Not by these tests* needs hardware or packages that the tests do not have.",
+    ]
+    for title, rows in (("Arguments of GRPOTrainer", table["ARGUMENTS"]), ("Options of GRPOConfig", table["OPTIONS"])):
+        by_outcome: dict[tuple[str, str], list[str]] = {}
+        for name, row in rows.items():
+            by_outcome.setdefault((row.outcome, row.why), []).append(f"`{name}`")
+        order = [table["TRAINS"], table["REFUSED"], table["ELSEWHERE"]]
+        lines += ["", f"## {title}", "", "| name | in BuPOTrainer | |", "| --- | --- | --- |"]
+        lines += [
+            f"| {', '.join(names)} | {outcome} | {why} |"
+            for (outcome, why), names in sorted(by_outcome.items(), key=lambda item: order.index(item[0][0]))
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def one_file() -> str:
-    """The script of examples/, to be read."""
+    """Return the page of the script in examples/."""
     text = (ROOT / "examples" / "bottom_up.py").read_text()
     about = (
-        "`examples/bottom_up.py` is the method in plain torch, without TRL. Its losses are `BuPOTrainer`'s, to 1e-5 in both "
-        "phases (`pytest tests/project/test_example.py`)."
+        "`examples/bottom_up.py` is the method in plain torch, without TRL. Its losses equal those of `BuPOTrainer` to 1e-5 "
+        "in both phases (`pytest tests/project/test_example.py`)."
     )
     return f"# The method in one file\n\n{about}\n\n```python\n{text}```\n"

@@ -1,6 +1,6 @@
-"""Run the docs' notebooks anew and keep their outputs: `python tools/notebooks.py [NAME ...]`; with --check they are only run.
+"""Run the notebooks of the docs and store their outputs: `python tools/notebooks.py [NAME ...]`; `--check` only runs them.
 
-They run in a folder that is thrown away, so that what they write is not the repository's.
+They run in a temporary folder, so that their files do not enter the repository.
 """
 
 import argparse
@@ -12,21 +12,21 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
-LONGEST = 180  # seconds that a notebook may take
+LONGEST = 180  # seconds of a notebook
 
 
 def executed(path: Path, longest: float = LONGEST) -> tuple[nbformat.NotebookNode, float]:
-    """A notebook with the outputs of a run from top to bottom, and its seconds.
+    """Run a notebook and return it with its outputs and its seconds.
 
     Raises:
-        CellExecutionError: where a cell fails.
-        CellTimeoutError: where one takes longer than a whole notebook may.
+        CellExecutionError: if a cell fails.
+        CellTimeoutError: if a cell takes longer than `longest`.
     """
     notebook, started = nbformat.read(path, as_version=4), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=longest, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times, which no two runs have in common
+        cell.metadata.pop("execution", None)  # times differ between runs
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook, time.monotonic() - started
 
@@ -34,7 +34,7 @@ def executed(path: Path, longest: float = LONGEST) -> tuple[nbformat.NotebookNod
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb; by default all")
-    parser.add_argument("--check", action="store_true", help="keep no outputs")
+    parser.add_argument("--check", action="store_true", help="do not store outputs")
     args = parser.parse_args()
     for path in [NOTEBOOKS / f"{name}.ipynb" for name in args.names] or sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook, seconds = executed(path)

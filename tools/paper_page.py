@@ -1,10 +1,10 @@
-"""The docs' page of the paper's figures and tables, from the results of `bupo reproduce`.
+"""Write docs/paper.md, the paper's figures and tables, from the results of `bupo reproduce`.
 
-    python tools/paper_page.py runs/reproduce/embedded    # copies what it shows into docs/paper, writes docs/paper.md
-    python tools/paper_page.py --check                    # says what is stale, exit status 1
+    python tools/paper_page.py runs/reproduce/embedded    # copy the results into docs/paper, write docs/paper.md
+    python tools/paper_page.py --check                    # list stale parts, exit status 1
 
-The page is made from docs/paper and from nothing else. It is stale where it is not what this command would write, where a
-figure or table is missing, or where an experiment or one of its recipes has changed since its runs.
+The only input is docs/paper. The page is stale if this command would write another one, if a figure or table is missing, or if
+an experiment or one of its recipes has changed since its runs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ AGAIN = "python tools/paper_page.py runs/reproduce"
 
 
 def copy(results: Path, docs: Path) -> None:
-    """What the page shows, of every figure and table, into docs/paper."""
+    """Copy the results of every figure and table into docs/paper."""
     missing = [name for name in NAMES if not (results / name / RESULT_FILE).is_file()]
     if missing:
         raise UserError(f"{results} has no result of {', '.join(missing)}: make them by bupo reproduce")
@@ -44,19 +44,19 @@ def copy(results: Path, docs: Path) -> None:
 
 
 def small(source: Path, target: Path) -> None:
-    """A picture as a PNG of few colours that is small enough for a repository."""
+    """Save a picture as a PNG with few colours that is small enough for a repository."""
     with Image.open(source) as picture:
-        whole = picture.convert("RGB")
+        original = picture.convert("RGB")
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
-        width = round(min(WIDEST, whole.width) * share)
-        sized = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
+        width = round(min(WIDEST, original.width) * share)
+        sized = original.resize((width, round(original.height * width / original.width)), Image.Resampling.LANCZOS)
         sized.quantize(255, dither=Image.Dither.NONE).save(target, format="PNG", optimize=True)
         if target.stat().st_size <= LARGEST:
             return
 
 
 def page(docs: Path) -> str:
-    """docs/paper.md, from docs/paper."""
+    """Return the text of docs/paper.md."""
     found = {name: json.loads((docs / "paper" / f"{name}.json").read_text()) for name in NAMES}
     scale, about = next((one["scale"], one["about"]) for one in found.values())
     shared = [note for note in found[NAMES[0]]["notes"] if all(note in one["notes"] for one in found.values())]
@@ -67,7 +67,7 @@ def page(docs: Path) -> str:
         "# The paper's figures and tables", "",
         f"The figures and tables of the paper, at the scale `{scale}`: {about}.", *shared, "",
         "```", *commands, "```", "",
-        f"makes all of it, this page too ([reproduce.md](reproduce.md)). By {'; '.join(versions)}.", "",
+        f"makes all results and this page ([reproduce.md](reproduce.md)), with {'; '.join(versions)}.", "",
         *(f"- [{format_experiment_name(name)}](#{_anchor(one)}): {one['title']}" for name, one in found.items()), "",
         *_in_short(found),
     ]  # fmt: skip
@@ -81,26 +81,28 @@ def page(docs: Path) -> str:
 
 
 def _in_short(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Which rows differ from the one they are compared with as they do in the paper."""
-    words = ("as in the paper", "opposite to the paper", "the paper's models differ", "not told apart")
+    """Return a table of the rows whose difference has the same sign as in the paper."""
+    words = ("as in the paper", "opposite to the paper", "the paper's models differ", "not significant")
     lines = []
     for name, one in found.items():
         rows = [
             row for row in one["rows"] if any(value is not None for value in row.get("paper_difference", {}).values())
         ]
-        said = {word: [row["row"] for row in rows if word in (row["direction"], row["verdict"])] for word in words}
+        rows_by_word = {
+            word: [row["row"] for row in rows if word in (row["direction"], row["verdict"])] for word in words
+        }
         if rows:
             cells = [
                 format_experiment_name(name),
                 rows[0]["against"],
-                *(", ".join(dict.fromkeys(said[word])) or "-" for word in words),
+                *(", ".join(dict.fromkeys(rows_by_word[word])) or "-" for word in words),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
     heads = ["", "less", *words]
     return [
-        "Differences whose sign the paper has too, and whether the seeds tell them apart from zero:", "",
+        "Signs of the differences, compared with the paper's, and their significance over seeds:", "",
         f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |", *lines, "",
     ]  # fmt: skip
 
@@ -110,12 +112,12 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def _anchor(result: dict[str, Any]) -> str:
-    """As GitHub makes it of a heading."""
+    """Return GitHub's anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", _heading(result).lower()).replace(" ", "-")
 
 
 def stale(docs: Path) -> list[str]:
-    """What is wrong with the page, a line a fault."""
+    """Return the faults of the page, one line each."""
     faults = []
     for name in NAMES:
         path = docs / "paper" / f"{name}.json"
@@ -133,19 +135,19 @@ def stale(docs: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", nargs="?", type=Path, help="folder of the results, such as runs/reproduce/embedded")
-    parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, and list stale parts")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the docs' folder")
-    given = parser.parse_args()
-    if given.check == (given.results is not None):
+    arguments = parser.parse_args()
+    if arguments.check == (arguments.results is not None):
         parser.error("give the folder of the results, or --check")
-    if given.results is not None:
+    if arguments.results is not None:
         try:
-            copy(given.results, given.docs)
+            copy(arguments.results, arguments.docs)
         except UserError as error:
             parser.error(str(error))
-        (given.docs / "paper.md").write_text(page(given.docs))
-    faults = stale(given.docs)
-    print("\n".join(faults) or f"{given.docs / 'paper.md'} is what docs/paper gives")
+        (arguments.docs / "paper.md").write_text(page(arguments.docs))
+    faults = stale(arguments.docs)
+    print("\n".join(faults) or f"{arguments.docs / 'paper.md'} is what docs/paper gives")
     sys.exit(bool(faults))
 
 

@@ -1,14 +1,15 @@
-"""docs/results.md: does bottom-up training win, when, why, and can one know before? From stored tables of runs.
+"""Write the pages of results (`docs/results*.md`) from stored tables of runs.
 
     bupo reproduce all --scale worlds --jobs 2
-    python tools/results_page.py runs/reproduce/worlds    # adds the runs that have ended to the tables, writes the page
-    python tools/results_page.py                          # writes the page from the tables
-    python tools/results_page.py --check                  # says what is stale, exit status 1
+    python tools/results_page.py runs/reproduce/worlds    # add finished runs to the tables, write the pages
+    python tools/results_page.py                          # write the pages from the tables
+    python tools/results_page.py --check                  # list stale pages, exit status 1
 
-The tables stand in docs/results: `runs.csv`, a row a training, and `layers.csv`, a row a world, measure and layer. A world that
-is made again may be another model: `base` tells the weights that a training began from, and what is compared is of one. The
-page is `page.md` there, in which `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}` and the like stand for what the
-tables say. An experiment is one of the scale `worlds`; `compare@small` is that of another.
+`docs/results` holds the tables: `runs.csv` with one row per training, and `layers.csv` with one row per world, measure and
+layer. A world that is made again may be another model: `base` identifies the initial weights of a training, and a comparison
+uses runs of one base only. The templates are there too (`PAGES`); `{table NAME}`, `{figure NAME}`, `{gain NAME WORLD | ROW}`
+and so on are replaced by tables, figures and numbers. NAME is an experiment of the scale `worlds`; `compare@small` is one of
+another scale.
 """
 
 import argparse
@@ -37,44 +38,49 @@ from bupo.utils.statistics import compute_paired_difference, compute_seed_statis
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, LAYERS = "runs.csv", "layers.csv"
-# By scale, the model that is given to `bupo reproduce`.
+PAGES = {
+    "results.md": "page.md",
+    "results_when.md": "when.md",
+    "results_appendix.md": "appendix.md",
+}  # by page its template
+# the `--model` of `bupo reproduce`, by scale
 MODELS = {"worlds": None, "small": "models/smollm2-135m.gguf"}
 KEYS = ["run", "digest", "base"]
-UNKNOWN = "first"  # weights of a run that does not say them
+UNKNOWN = "first"  # base of a run that does not record its weights
 FOLDED = "pass@K, area under the curve, reward, entropy and length"
 
 
 @cache
 def read(name: str) -> Experiment:
-    """An experiment by its name on the page."""
+    """Return an experiment by its name in a template."""
     name, _, scale = name.partition("@")
     return read_experiment(name, scale or "worlds", MODELS[scale or "worlds"])
 
 
-def ended(experiment: Experiment, places: RunPaths) -> Iterator[Cell]:
-    """The cells whose runs have all ended, of today's options."""
+def ended(experiment: Experiment, run_paths: RunPaths) -> Iterator[Cell]:
+    """Yield the cells whose runs are all finished with the current options."""
     for cell in experiment.cells:
         try:
-            if all(get_run_state(run, places) == "finished" for run in cell.runs.values()):
+            if all(get_run_state(run, run_paths) == "finished" for run in cell.runs.values()):
                 yield cell
-        except UserError:  # made with other options than today's
+        except UserError:  # made with other options
             continue
 
 
 def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None:
-    """Put the runs that have ended into the tables. A row that is there already stays.
+    """Add the finished runs to the tables. Existing rows stay.
 
     Args:
-        root (`Path`): the folder of the runs.
-        docs (`Path`): that of the tables.
-        revision (`str`): of the code that made the runs which do not say it themselves.
-        scale (`str`): of the runs.
+        root (`Path`): folder of the runs.
+        docs (`Path`): folder of the tables.
+        revision (`str`): code revision of runs that do not record one.
+        scale (`str`): scale of the runs.
     """
-    places, rows, layers = RunPaths(root), [], []
+    run_paths, rows, layers = RunPaths(root), [], []
     for name in list_experiments(scale):
         experiment = read(f"{name}@{scale}")
-        finished = FinishedExperiment(experiment, places.get_run_folder, places.read_seconds)
-        for cell in ended(experiment, places):
+        finished = FinishedExperiment(experiment, run_paths.get_run_folder, run_paths.read_seconds)
+        for cell in ended(experiment, run_paths):
             if "analyze" in cell.runs:
                 layers.append(_layers(finished, cell))
             elif "train" in cell.runs:
@@ -94,7 +100,7 @@ def gather(root: Path, docs: Path, revision: str, scale: str = "worlds") -> None
 
 
 def _revision(began: dict[str, Any]) -> str | None:
-    """Of the checkout that a run was started in, if it was one of this project."""
+    """Return the short git revision of a run, or None if it is not one of this repository."""
     if not began.get("git"):
         return None
     words = ["git", "-C", str(ROOT), "cat-file", "-e", began["git"]["revision"]]
@@ -103,13 +109,13 @@ def _revision(began: dict[str, Any]) -> str | None:
 
 
 def _layers(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
-    """What the analysis of a world says of its layers."""
+    """Return the layer measures, boundary layer and pattern of a world's analysis."""
     run = cell.runs["analyze"]
     table = finished.read_dataframe(run, "layers.parquet")[["measure", "layer", "mean", "low", "high"]]
     model = finished.get_value(run, "summary.json", finished.read_summary(run), "models", 0)
-    said = [{"measure": "boundary", "layer": 0, "mean": model["boundary_layer"]}]
-    said += [{"measure": f"pattern {model['pattern']}", "layer": 0, "mean": 1}]
-    return pd.concat([table, pd.DataFrame(said)]).assign(world=cell.model).round(5)
+    stages = [{"measure": "boundary", "layer": 0, "mean": model["boundary_layer"]}]
+    stages += [{"measure": f"pattern {model['pattern']}", "layer": 0, "mean": 1}]
+    return pd.concat([table, pd.DataFrame(stages)]).assign(world=cell.model).round(5)
 
 
 def _merge(path: Path, new: pd.DataFrame, keys: list[str]) -> None:
@@ -120,7 +126,11 @@ def _merge(path: Path, new: pd.DataFrame, keys: list[str]) -> None:
 
 
 class Tables:
-    """The stored tables, as the experiments ask for them."""
+    """The stored tables, by experiment.
+
+    Args:
+        docs (`Path`): folder of the tables.
+    """
 
     def __init__(self, docs: Path):
         self.docs = docs
@@ -129,17 +139,17 @@ class Tables:
         self.known: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in self.runs.to_dict("records"):
             self.known.setdefault((row["run"], row["digest"]), []).append(row)
-        self.outputs: dict[
-            str, ExperimentOutput | None
-        ] = {}  # by experiment: the page says something of one in many places
+        self.outputs: dict[str, ExperimentOutput | None] = {}  # a cache by experiment
 
     def experiment(self, name: str) -> Experiment:
-        """By its name on the page."""
+        """Return an experiment by its name in a template."""
         return read(name)
 
     def found(self, experiment: Experiment) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-        """Measures by world and row, then by seed: of the runs that are stored and are of today's options. Those of one world
-        and seed are of one base model, that which most of the experiment's rows have: no difference is between two."""
+        """Return measures by world and row, then by seed, of stored runs with the current options.
+
+        Runs of one world and seed share one base model, the one of most rows, so that no difference compares two models.
+        """
         rows = [(cell, row) for cell in experiment.cells for row in self._stored(cell)]
         bases = Counter((cell.model, cell.seed, row["base"]) for cell, row in rows).most_common()
         most = {(world, seed): base for (world, seed, base), _ in reversed(bases)}
@@ -151,45 +161,48 @@ class Tables:
         return found
 
     def _stored(self, cell: Cell) -> list[dict[str, Any]]:
-        """A run of each base model."""
+        """Return the stored runs of a cell, one per base model."""
         last = cell.runs.get("eval", cell.runs["train"])
         return self.known.get((last.name, last.compute_digest()), [])
 
     def output(self, name: str) -> ExperimentOutput | None:
-        """None where no run is stored."""
+        """Return the output of an experiment, or None without stored runs."""
         if name not in self.outputs:
             found = self.found(read(name))
             self.outputs[name] = compare_outcomes(read(name), found) if found else None
         return self.outputs[name]
 
     def shown(self, name: str) -> list[str]:
-        """An experiment's tables."""
+        """Return an experiment's tables in Markdown."""
         output = self.output(name)
         return [table.to_markdown().rstrip("\n") for table in output.tables] if output else [NOTHING_STORED]
 
 
-# -- what stands for braces in page.md -----------------------------------------------------------------------------------
+# -- placeholders of the templates -------- -----------------------------------------------------------------------------------
 
 
 def filled(text: str, tables: Tables) -> str:
-    """The page's text, with what the tables say in the place of its braces."""
+    """Return a template with its placeholders replaced."""
     return re.sub(r"\{(\w+) ([^{}]*)\}", lambda found: SAYS[found[1]](tables, found[2].strip()), text)
 
 
 def _table(tables: Tables, name: str) -> str:
-    """`{table NAME}`: the main table of an experiment."""
+    """Return the main table of an experiment, for `{table NAME}`."""
     return tables.shown(name)[0]
 
 
 def _more(tables: Tables, name: str) -> str:
-    """`{more NAME}`: its other tables, folded."""
+    """Return the other tables of an experiment, folded, for `{more NAME}`."""
     others = "\n\n".join(tables.shown(name)[1:])
     return f'<details markdown="1">\n<summary>{FOLDED}</summary>\n\n{others}\n\n</details>' if others else ""
 
 
 def _gain(tables: Tables, words: str) -> str:
-    """`{gain NAME WORLD | ROW}`: a row less the one that it is compared with, points of avg@k, told apart or not as its table
-    says; with `| area` of that, with `| less ROW` less another one, and then the interval speaks for itself."""
+    """Return a paired difference with its interval, for `{gain NAME WORLD | ROW}`.
+
+    The difference is in points of avg@k to the row's baseline, with the significance of its table. `| area` selects another
+    measure and `| less ROW` another baseline, both without a significance.
+    """
     where, row, *more = (part.strip() for part in words.split("|"))
     name, world = where.split()
     experiment = read(name)
@@ -199,16 +212,18 @@ def _gain(tables: Tables, words: str) -> str:
     measured = next((part for part in more if not part.startswith("less ")), "avg@k")
     found = tables.found(experiment)
     mine, other = ({seed: each[measured] for seed, each in found[world, which].items()} for which in (row, *others))
-    apart = compute_paired_difference(other, mine)
+    difference = compute_paired_difference(other, mine)
     output = tables.output(name)
     assert output is not None, "a row is stored"
     rows = [] if more else output.tables[0].rows
-    said = [f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)]
-    return f"{format_mean_interval(apart, 1, '+')} ({''.join(said)}{apart.n} seeds)"
+    significance = [
+        f"{each['from zero']}, " for each in rows if (each.get("model", world), each["method"]) == (world, row)
+    ]
+    return f"{format_mean_interval(difference, 1, '+')} ({''.join(significance)}{difference.n} seeds)"
 
 
 def _mean(tables: Tables, words: str) -> str:
-    """`{mean NAME WORLD | ROW}`: a row's avg@k, in percent."""
+    """Return a row's avg@k in percent, for `{mean NAME WORLD | ROW}`."""
     where, row = (part.strip() for part in words.split("|"))
     name, world = where.split()
     return format_mean_interval(
@@ -217,18 +232,18 @@ def _mean(tables: Tables, words: str) -> str:
 
 
 def _seeds(tables: Tables, name: str) -> str:
-    """`{seeds NAME}`: the seeds of an experiment's stored runs."""
+    """Return the seeds of an experiment's stored runs, for `{seeds NAME}`."""
     seeds = sorted({seed for row in tables.found(read(name)).values() for seed in row})
     return ", ".join(map(str, seeds))
 
 
 def _revisions(tables: Tables, _: str) -> str:
-    """`{revisions of runs}`: of the code that made them."""
+    """Return the code revisions of the stored runs, for `{revisions of runs}`."""
     return ", ".join(f"`{revision}`" for revision in tables.runs["revision"].drop_duplicates())
 
 
 def _figure(tables: Tables, name: str) -> str:
-    """`{figure NAME}`: drawn, and named."""
+    """Draw a figure and return its Markdown, for `{figure NAME}`."""
     output = tables.output("depth" if name in DRAWN else name)
     if output is None or (name in DRAWN and few(tables)):
         return NOTHING_STORED
@@ -245,7 +260,7 @@ def _figure(tables: Tables, name: str) -> str:
 
 DRAWN = {
     "gains": ("Gain of BuPO over GRPO by layer and world", lambda tables: gains_figure(tables, "depth")),
-    "prediction": ("What the analysis says before training, and the gain", prediction_figure),
+    "prediction": ("Measures before training, and the gain", prediction_figure),
 }
 SAYS = {
     "table": _table, "more": _more, "gain": _gain, "mean": _mean, "seeds": _seeds, "revisions": _revisions, "figure": _figure,
@@ -256,30 +271,33 @@ SAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, called as their scale is")
-    parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs, named like their scale")
+    parser.add_argument("--check", action="store_true", help="write nothing, and list stale pages")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the docs' folder")
-    parser.add_argument(
-        "--revision", help="of the code that made the runs, where they do not say it; by default the checkout's"
-    )
-    given = parser.parse_args()
-    stored = given.docs / "results"
-    if given.runs is not None:
+    parser.add_argument("--revision", help="code revision of runs that do not record one; by default the checkout's")
+    arguments = parser.parse_args()
+    stored = arguments.docs / "results"
+    if arguments.runs is not None:
         words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        revision = given.revision or subprocess.check_output(words, text=True).strip()
-        gather(given.runs, stored, revision, given.runs.resolve().name)
-    text, page = (stored / "page.md").read_text(), given.docs / "results.md"
+        revision = arguments.revision or subprocess.check_output(words, text=True).strip()
+        gather(arguments.runs, stored, revision, arguments.runs.resolve().name)
     tables = Tables(stored)
-    if given.check:
-        text = re.sub(r"\{figure (\w+)\}", lambda found: _named(page, found[1]), text)
-        fresh = page.read_text() == filled(text, tables)
-        print(f"{page} is {'' if fresh else 'not '}what {stored} gives")
-        sys.exit(not fresh)
-    page.write_text(filled(text, tables))
+    stale = []
+    for name, template in PAGES.items():
+        page, text = arguments.docs / name, (stored / template).read_text()
+        if not arguments.check:
+            page.write_text(filled(text, tables))
+            continue
+        text = re.sub(r"\{figure (\w+)\}", lambda found, page=page: _named(page, found[1]), text)
+        if page.read_text() != filled(text, tables):
+            stale.append(name)
+    if arguments.check:
+        print(f"stale: {', '.join(stale)}" if stale else f"the pages match {stored}")
+        sys.exit(bool(stale))
 
 
 def _named(page: Path, name: str) -> str:
-    """A figure's line in the page, which is not drawn again."""
+    """Return a figure's line in the page, without drawing it again."""
     line = re.search(rf"!\[[^\]]*\]\(results/{name}\.png\)", page.read_text())
     return line[0] if line and (page.parent / "results" / f"{name}.png").exists() else NOTHING_STORED
 

@@ -1,9 +1,9 @@
-"""The tables of docs/speed.md, from the results of the benchmarks.
+"""Write docs/speed_tables.md from the results of the benchmarks.
 
-    python tools/speed_page.py runs/speed    # copies the results and the figure into docs, fills the page
-    python tools/speed_page.py --check       # says what is stale, exit status 1
+    python tools/speed_page.py runs/speed    # copy the results and the figure into docs, fill the page
+    python tools/speed_page.py --check       # list stale parts, exit status 1
 
-What stands between `<!-- NAME -->` and `<!-- end -->` is made from docs/speed/NAME.json and from nothing else.
+The text between `<!-- NAME -->` and `<!-- end -->` comes from docs/speed/NAME.json only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def copy(results: Path, docs: Path) -> None:
-    """The results that there are, without single measurements, and the figure."""
+    """Copy the existing results, without single measurements, and the figure."""
     (docs / "speed").mkdir(exist_ok=True)
     for name in NAMES:
         if (results / f"{name}.json").is_file():
@@ -35,7 +35,7 @@ def copy(results: Path, docs: Path) -> None:
 
 
 def block(result: dict[str, Any]) -> str:
-    """A result as Markdown: what was measured, its tables, its targets, and the profiles of what is missed."""
+    """Return a result as Markdown: its setting, tables, targets, and the profiles of missed targets."""
     parts = [f"`{result['command']}`: {result['setting']}.\n{result['machine']}.\n"]
     parts += [f"{table['title']}:\n\n{format_markdown_table(table['rows'])}" for table in result["tables"]]
     if result["targets"]:
@@ -46,19 +46,19 @@ def block(result: dict[str, Any]) -> str:
 
 
 def filled(docs: Path) -> str:
-    """The page with its tables."""
+    """Return the page with its tables."""
 
     def replaced(found: re.Match[str]) -> str:
         path = docs / "speed" / f"{found[2]}.json"
         text = block(json.loads(path.read_text())) if path.is_file() else f"Not measured: {path.name} is missing.\n"
         return f"{found[1]}{text}{found[3]}"
 
-    return BLOCK.sub(replaced, (docs / "speed.md").read_text())
+    return BLOCK.sub(replaced, (docs / "speed_tables.md").read_text())
 
 
 def stale(docs: Path) -> list[str]:
-    """What is wrong with the page, a line a fault."""
-    page = docs / "speed.md"
+    """Return the faults of the page, one line each."""
+    page = docs / "speed_tables.md"
     wanted = [docs / "speed" / f"{name}.json" for name in NAMES] + [docs / "images" / "speed.png"]
     missing = [f"{path} is missing" for path in wanted if not path.is_file()]
     return missing if missing or page.read_text() == filled(docs) else [f"{page} is not what {docs / 'speed'} gives"]
@@ -67,15 +67,15 @@ def stale(docs: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", nargs="?", type=Path, help="folder of the results, such as runs/speed")
-    parser.add_argument("--check", action="store_true", help="write nothing, and say what is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, and list stale parts")
     given = parser.parse_args()
     if given.check == (given.results is not None):
         parser.error("give the folder of the results, or --check")
     if given.results is not None:
         copy(given.results, DOCS)
-        (DOCS / "speed.md").write_text(filled(DOCS))
+        (DOCS / "speed_tables.md").write_text(filled(DOCS))
     faults = stale(DOCS)
-    print("\n".join(faults) or f"{DOCS / 'speed.md'} is what {DOCS / 'speed'} gives")
+    print("\n".join(faults) or f"{DOCS / 'speed_tables.md'} is what {DOCS / 'speed'} gives")
     sys.exit(bool(faults))
 
 

@@ -1,6 +1,6 @@
 """Support of BuPOTrainer for each option of GRPOConfig and each argument of GRPOTrainer, with values to test.
 
-`tests/training/test_trl_parity.py` trains each row in both phases, and fails when TRL has an option that no row names. docs/trl.md shows the same.
+`tests/training/test_trl_parity.py` trains each row in both phases, and fails if TRL has an option without a row. The documentation site shows the same table.
 """
 
 from typing import Any, NamedTuple
@@ -41,10 +41,10 @@ SEVERAL = elsewhere("needs several processes: `pytest tests/training/test_distri
 HUB = elsewhere("needs the hub")
 KL: dict[str, Any] = {"beta": 0.1}
 EVALUATION: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
-ENTROPY = "the entropy is that of the policy in force: in phase 1 the layer's"
+ENTROPY = "the entropy is that of the optimised policy: in phase 1 the layer's"
 ADAPTIVE: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_coef": 0.01}
 COMPILED = elsewhere("compiles for minutes")
-LOG_PROBS = "the log-probs are those of the policy in force: in phase 1 the layer's"
+LOG_PROBS = "the log-probs are those of the optimised policy: in phase 1 the layer's"
 
 OPTIONS: dict[str, Row] = {
     # GRPO
@@ -78,7 +78,8 @@ OPTIONS: dict[str, Row] = {
     ),
     **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"), VLLM_GPU),
     "vllm_importance_sampling_correction": trains(
-        f"{VLLM_ONLY}; it compares pi_theta with the sampler, in both phases", vllm_importance_sampling_correction=False
+        f"{VLLM_ONLY}; it compares the full model with the sampler, in both phases",
+        vllm_importance_sampling_correction=False,
     ),
     "vllm_importance_sampling_mode": trains(VLLM_ONLY, vllm_importance_sampling_mode="token_truncate"),
     "vllm_importance_sampling_clip_max": trains(VLLM_ONLY, vllm_importance_sampling_clip_max=2.0),
@@ -133,7 +134,7 @@ OPTIONS: dict[str, Row] = {
     "warmup_steps": trains(warmup_steps=1),
     "optim": trains(optim="adafactor"),
     "optim_args": trains(optim_args="foreach=False", optim="adamw_torch"),
-    "optim_target_modules": elsewhere("of GaLore and APOLLO, packages of their own"),
+    "optim_target_modules": elsewhere("of GaLore and APOLLO, separate packages"),
     "weight_decay": trains("parameters without a gradient keep their values", weight_decay=0.1),
     "adam_beta1": trains(adam_beta1=0.8),
     "adam_beta2": trains(adam_beta2=0.9),
@@ -175,7 +176,7 @@ OPTIONS: dict[str, Row] = {
     "report_to": trains(report_to="none"),
     "run_name": trains(run_name="a name"),
     **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), HUB),
-    "eval_strategy": trains("evaluation speaks for pi_theta in both phases", **EVALUATION),
+    "eval_strategy": trains("evaluation samples the full model in both phases", **EVALUATION),
     "eval_steps": trains(**{**EVALUATION, "eval_steps": 1}),
     "eval_delay": trains(eval_delay=1, **EVALUATION),
     "per_device_eval_batch_size": trains(**{**EVALUATION, "per_device_eval_batch_size": 8}),
@@ -206,7 +207,7 @@ OPTIONS: dict[str, Row] = {
     "ignore_data_skip": refused("a resumed run would train on other problems", ignore_data_skip=True),
     "restore_callback_states_from_checkpoint": trains(restore_callback_states_from_checkpoint=True),
     # the machine, data, distribution
-    "full_determinism": elsewhere("sets the whole process' algorithms"),
+    "full_determinism": elsewhere("sets the algorithms of the process"),
     "seed": trains(seed=7),
     "data_seed": trains(data_seed=7),
     "use_cpu": trains(use_cpu=True),
@@ -216,7 +217,7 @@ OPTIONS: dict[str, Row] = {
     "dataloader_num_workers": trains(dataloader_num_workers=1),
     "dataloader_pin_memory": trains(dataloader_pin_memory=False),
     "dataloader_persistent_workers": trains(
-        "turned off: workers start anew each epoch, so that a resumed run draws the same random numbers",
+        "turned off: workers restart each epoch, so that a resumed run draws the same random numbers",
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
     ),
@@ -252,10 +253,10 @@ ARGUMENTS: dict[str, Row] = {
     "processing_class": trains("a tokenizer; a processor of images is refused"),
     "reward_processing_classes": trains("tokenizers of reward models"),
     "callbacks": trains(),
-    "optimizers": trains("`layer_lr_multipliers` is refused with a given optimizer"),
+    "optimizers": trains("refused with `layer_lr_multipliers`"),
     "quantization_config": elsewhere("needs bitsandbytes and a GPU"),
     "peft_config": trains("in phase 1 the adapters up to layer l move"),
-    "tools": trains("what tools say is masked in both phases"),
+    "tools": trains("tool output is masked in both phases"),
     "rollout_func": trains(LOG_PROBS),
     "environment_factory": trains(),
 }

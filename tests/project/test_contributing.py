@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's walks, walked: each diff is applied to a copy of the source, and its check is run there."""
+"""Apply the walkthroughs of CONTRIBUTING.md to a copy of the source, and run their checks."""
 
 import os
 import re
@@ -12,24 +12,43 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-WALKS = re.findall(r"^## (Add an? .*?)\n(.*?)(?=^## )", TEXT, re.S | re.M)
+WALKTHROUGHS = re.findall(r"^## (Add an? .*?)\n(.*?)(?=^## |\Z)", TEXT, re.S | re.M)
+SLOW = ("Add an estimator", "Add a callback")
 
 
-def blocks(kind, text):
+def find_blocks(kind, text):
     return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.S | re.M)
 
 
-def apply(diff, root):
-    """Replace the lines of each hunk by its own: context must stand in the file once, to the letter."""
-    for part in re.split(r"^--- a/.*\n", diff, flags=re.M)[1:]:
-        name, _, hunk = part.partition("\n@@\n")
-        path = root / name.removeprefix("+++ b/")
-        lines = hunk.splitlines()
-        assert all(line[:1] in " +-" for line in lines), hunk
-        old, new = ("\n".join(line[1:] for line in lines if line[:1] != mark) for mark in "+-")
-        source = path.read_text()
-        assert source.count(f"\n{old}\n") == 1, f"{path.name} does not hold, once:\n{old}"
-        path.write_text(source.replace(f"\n{old}\n", f"\n{new}\n"))
+def find_line(lines, anchor):
+    """Return the index of the only line that is `anchor`, or that starts with it if it ends in `...`."""
+    if anchor.endswith("..."):
+        indices = [i for i, line in enumerate(lines) if line.startswith(anchor.removesuffix("..."))]
+    else:
+        indices = [i for i, line in enumerate(lines) if line == anchor]
+    assert len(indices) == 1, f"{len(indices)} lines are {anchor!r}: change the anchor in CONTRIBUTING.md"
+    return indices[0]
+
+
+def apply_hunk(hunk, lines):
+    """Apply the lines of one hunk, which has one anchor at most: a line that stays or is replaced."""
+    rows = hunk.splitlines()
+    assert all(row[:1] in " +-" for row in rows), hunk
+    anchors = [row for row in rows if row[0] != "+"]
+    assert len(anchors) <= 1, f"one anchor is enough, so that edits of other lines do not matter:\n{hunk}"
+    at = find_line(lines, anchors[0][1:]) if anchors else len(lines)
+    inserted = [lines[at] if row[0] == " " else row[1:] for row in rows if row[0] != "-"]
+    return [*lines[:at], *inserted, *lines[at + len(anchors) :]]
+
+
+def apply_diff(diff, root):
+    for part in re.split(r"^--- a/", diff, flags=re.M)[1:]:
+        name, *hunks = part.split("\n@@\n")
+        path = root / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        for hunk in hunks:
+            lines = apply_hunk(hunk.rstrip("\n"), lines)
+        path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -49,31 +68,38 @@ def run(command, root):
     )
 
 
-def test_there_are_three_walks():
-    assert [name for name, _ in WALKS] == ["Add a model family", "Add an estimator", "Add a benchmark"]
+def test_there_are_four_walkthroughs():
+    names = [name for name, _ in WALKTHROUGHS]
+    assert names == ["Add a model family", "Add an estimator", "Add a callback", "Add a benchmark"]
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [pytest.param(*walk, id=walk[0], marks=[pytest.mark.slow] if "estimator" in walk[0] else []) for walk in WALKS],
+    [pytest.param(*walk, id=walk[0], marks=[pytest.mark.slow] if walk[0] in SLOW else []) for walk in WALKTHROUGHS],
 )
-def test_a_walk(copy, name, text):
-    (diff,), (check,) = blocks("diff", text), blocks("check", text)
+def test_a_walkthrough(copy, name, text):
+    (diff,), (check,) = find_blocks("diff", text), find_blocks("check", text)
     parts = re.split(r"^(?=--- a/)", diff, flags=re.M)[1:]
     for part in (part for part in parts if part.startswith("--- a/tests/")):
-        apply(part, copy)
+        apply_diff(part, copy)
     before = run(check, copy)
-    assert before.returncode in (1, 2), "without the change to the source the check says nothing"
+    assert before.returncode in (1, 2), "the check must fail without the change to the source"
+    shutil.rmtree(copy / "run", ignore_errors=True)
     for part in (part for part in parts if not part.startswith("--- a/tests/")):
-        apply(part, copy)
-    done = run(check, copy)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+        apply_diff(part, copy)
+    after = run(check, copy)
+    assert after.returncode == 0, after.stdout[-1500:] + after.stderr[-1500:]
 
 
-def test_the_floor_plan_names_every_file():
+def test_an_edit_elsewhere_does_not_matter():
+    lines = ["other = 1", "    'grpo': None,  # a comment", "more = 2"]
+    assert apply_hunk("+    'new': 1,\n     'grpo': ...", lines) == [lines[0], "    'new': 1,", *lines[1:]]
+
+
+def test_the_floor_plan_names_every_package():
     plan = TEXT.partition("## The floor plan")[2].partition("## Add")[0]
-    named = set(re.findall(r"`([\w/]+)`", plan))
-    for path in sorted((ROOT / "src" / "bupo").rglob("*.py")):
-        room = path.relative_to(ROOT / "src" / "bupo").with_suffix("")
-        if room.name != "__init__":
-            assert {str(room), room.name} & named, f"{room} stands nowhere in CONTRIBUTING.md's floor plan"
+    named = set(re.findall(r"\w+", plan))
+    folders = [path.parent for path in (ROOT / "src" / "bupo").rglob("__init__.py")]
+    packages = [path for path in folders if path.parent.name in ("bupo", "training") and path.name != "bupo"]
+    assert len(packages) > 12
+    assert {path.name for path in packages} <= named

@@ -1,4 +1,4 @@
-"""The docs' notebooks run from top to bottom in their time, and what they print is kept beside them."""
+"""Run the notebooks of the docs, and check that their stored outputs are complete."""
 
 import importlib.util
 from pathlib import Path
@@ -15,11 +15,11 @@ def test_it_runs(path):
     spec = importlib.util.spec_from_file_location("notebooks", ROOT / "tools" / "notebooks.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    notebook, seconds = tool.executed(path, 5 * tool.LONGEST)  # beside other tests, on whatever machine
+    notebook, seconds = tool.executed(path, 5 * tool.LONGEST)  # other tests run in parallel
     assert seconds < 5 * tool.LONGEST
     kept = tool.nbformat.read(path, as_version=4)
     for cell, before in zip(notebook.cells, kept.cells, strict=True):
-        if cell.cell_type == "code":  # it is readable without being run, and no noise is printed
+        if cell.cell_type == "code":  # outputs are stored, without warnings
             assert [output.output_type for output in cell.outputs] == [output.output_type for output in before.outputs]
             assert not any(output.get("name") == "stderr" for output in cell.outputs), cell.outputs
 

@@ -1,4 +1,4 @@
-"""The documentation's site: built without a warning, whole, and at rest in Chromium. The notebooks are in test_notebooks.py."""
+"""Check the documentation site: it builds without a warning, is complete, and works in Chromium."""
 
 import dataclasses
 import html
@@ -17,20 +17,22 @@ import pytest
 import bupo
 from bupo.cli.help import COMMANDS, get_option_classes
 from bupo.training.model_card import CITATION
+from tests.helpers.trl_table import ARGUMENTS, OPTIONS
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [
     "index.html", "start.html", "concepts.html", "howto/layer.html", "analysis.html", "notebooks/layers.html",
-    "notebooks/training.html", "notebooks/one-file.html", "reference/python.html", "reference/train.html", "results.html",
-    "paper.html", "faults.html", "claims.html", "changelog.html",
+    "notebooks/training.html", "notebooks/one-file.html", "reference/python.html", "reference/train.html",
+    "reference/trl_options.html", "results.html", "results_when.html", "results_appendix.html", "paper.html", "faults.html",
+    "claims.html", "changelog.html",
 ]  # fmt: skip
 LOOKS = {"light": (1280, False), "dark": (1280, True), "narrow": (390, False)}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the site, as `make docs` builds it."""
+    """Return a folder with the site, as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     built = subprocess.run(
@@ -42,7 +44,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(site):
-    """Where the site is served on this machine."""
+    """Serve the site on this machine and yield its address."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -58,7 +60,7 @@ def address(site):
 
 
 class Links(HTMLParser):
-    """A page's links, pictures and anchors."""
+    """The links, pictures and anchors of a page."""
 
     def __init__(self, page):
         super().__init__()
@@ -72,7 +74,7 @@ class Links(HTMLParser):
 
 
 def test_every_link_leads_somewhere(site):
-    """Counted in the built pages: files, and the places in them."""
+    """Check files and anchors in the built pages."""
     pages = {page: Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
     assert len(pages) > 35
     for page, found in pages.items():
@@ -91,9 +93,9 @@ def test_every_public_name_has_an_entry_with_its_text(site):
     for name in set(bupo.__all__) - {"__version__"}:
         start = page.find(f'id="bupo.{name}"')
         assert start > 0, name
-        said = html.unescape(re.sub(r"<[^>]+>|\s", "", page[start : start + 20_000]))
+        text = html.unescape(re.sub(r"<[^>]+>|\s", "", page[start : start + 20_000]))
         first = (getattr(bupo, name).__doc__ or "").strip().split("\n")[0].split("[`")[0][:40]
-        assert first and re.sub(r"[`\s]", "", first) in said, name
+        assert first and re.sub(r"[`\s]", "", first) in text, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -105,13 +107,19 @@ def test_every_option_has_a_row(site, command):
                 assert page.count(f"<code>--{field.name}</code>") >= 1, field.name
 
 
+def test_every_trl_option_has_a_row(site):
+    page = (site / "reference" / "trl_options.html").read_text()
+    for name in (*OPTIONS, *ARGUMENTS):
+        assert f"<code>{name}</code>" in page, name
+
+
 def test_the_citation_is_that_of_a_models_card():
     assert CITATION in (ROOT / "docs" / "cite.md").read_text()
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_pages_are_at_rest(browser, address, shoot, look):
-    """No error, no request to another host, nothing wider than the window."""
+def test_pages_have_no_errors(browser, address, shoot, look):
+    """Check for errors, requests to other hosts, and content wider than the window."""
     width, dark = LOOKS[look]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
     wrong = []

@@ -666,25 +666,3 @@ def test_tools_in_both_phases(tmp_path, monkeypatch, kind):
     assert_first_phase(before, first)
     assert run.state.log_history[0]["tools/call_frequency"] == 0.5
     assert run.state.log_history[0]["tools/failure_frequency"] == 0.0
-
-
-# -- the doc -------------------------------------------------------------------------------------------------------------
-
-
-def doc_rows(rows):
-    """Return the rows of the table in docs/trl.md, which join options of the same outcome and reason."""
-    lines = {}
-    for name, row in rows.items():
-        lines.setdefault((row.outcome, row.why), []).append(f"`{name}`")
-    order = [TRAINS, REFUSED, ELSEWHERE]
-    return [
-        f"| {', '.join(names)} | {outcome} | {why} |"
-        for (outcome, why), names in sorted(lines.items(), key=lambda item: order.index(item[0][0]))
-    ]
-
-
-@pytest.mark.parametrize("rows", [OPTIONS, ARGUMENTS], ids=["options", "arguments"])
-def test_the_doc_shows_the_table(rows):
-    text = (ROOT / "docs" / "trl.md").read_text()
-    missing = [line for line in doc_rows(rows) if line not in text]
-    assert not missing, "\n".join(doc_rows(rows))
