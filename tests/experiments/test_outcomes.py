@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from bupo.experiments.outputs.make_outcomes_output import compare_outcomes, measure_outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -21,6 +20,7 @@ from scipy import stats
 from bupo.experiments.experiment import read_experiment
 from bupo.experiments.jobs import RunPaths
 from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.experiments.outputs.outcomes import compare_outcomes, measure_outcome
 from bupo.utils.statistics import adjust_holm, compute_paired_p_value
 from tests.experiments.test_outputs import cells_of, experiment, made, output, scored, write
 

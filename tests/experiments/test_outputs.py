@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from bupo.experiments.outputs.make_curves_output import MEASURES as CURVES
-from bupo.experiments.outputs.make_layers_output import MEASURES as LAYERS
 from PIL import Image
 
 from bupo.experiments.experiment import (
@@ -21,6 +19,8 @@ from bupo.experiments.experiment import (
     read_experiment,
 )
 from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.experiments.outputs.curves import MEASURES as CURVES
+from bupo.experiments.outputs.layers import MEASURES as LAYERS
 from bupo.experiments.result_page import make_result
 from bupo.utils.errors import UserError
 from tests.helpers.figure_reading import drawn
