@@ -43,7 +43,7 @@ def test_a_full_disk_under_standard_output_is_told_once(printing_to, capfd):
     for _ in range(3):
         print("x" * 100_000, flush=True)
     told = capfd.readouterr().err
-    assert told == "bupo: warning: standard output cannot be written (No space left on device): no more is shown\n"
+    assert told == "bupo: warning: standard output cannot be written (No space left on device): further output is discarded\n"
 
 
 def test_a_terminal_of_ascii_gets_question_marks(printing_to, tmp_path):
@@ -58,7 +58,7 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert main(["sample", "--prompt", "1+1"]) == 2
-    assert capsys.readouterr().err == "bupo: error: the working folder is gone: change to one that exists\n"
+    assert capsys.readouterr().err == "bupo: error: the working folder no longer exists: change to one that exists\n"
     assert main(["--help"]) == 0
 
 
@@ -96,7 +96,7 @@ def test_processes_whose_surroundings_are_wanting(tmp_path):
         assert (tmp_path / name / "report.html").is_file()
     gone = bupo(f"mkdir gone; cd gone; rmdir ../gone; $bupo {run} /tmp/never", tmp_path)
     assert gone.returncode == 2
-    assert gone.stderr.splitlines()[-1] == "bupo: error: the working folder is gone: change to one that exists"
+    assert gone.stderr.splitlines()[-1] == "bupo: error: the working folder no longer exists: change to one that exists"
 
 
 @pytest.mark.parametrize(("terminal", "term"), [(False, "xterm"), (True, "dumb"), (True, "xterm")])

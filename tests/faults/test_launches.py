@@ -223,8 +223,8 @@ FAULTS = {
     ),
     "raise": (1, "bupo: error: process 1 has failed"),
     "memory": (1, "bupo: error: process 1 has failed"),
-    "exit": (0, "bupo: error: process 1 has left by sys.exit(3)"),
-    "kill": (0, "bupo: error: another process of this launch has ended without a word"),
+    "exit": (0, "bupo: error: process 1 called sys.exit(3)"),
+    "kill": (0, "bupo: error: another process of this launch has ended without an error message"),
 }
 
 
