@@ -1,4 +1,4 @@
-"""A method less GRPO in every base model: one difference each, p values over the base models, and the worlds' mean."""
+"""Differences of a method to GRPO in every base model, with p values over the base models, and their mean over worlds."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,23 @@ from bupo.experiments.outputs.comparison_table import (
 from bupo.experiments.outputs.outcomes import CURVE
 from bupo.utils.statistics import SeedStatistics, adjust_holm, compute_paired_p_value, compute_seed_statistics
 
-WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page
+WORLDS, PRETRAINED = "compare", "compare@small"  # names of the experiments on the page
 NOTHING_STORED = "No run of it is stored yet."
 PARTS = ("end", "area", "ahead", "own")  # of a contrast
-TAUGHT, MEANWHILE = "taught by the first phase", "by GRPO meanwhile"
-DIGITS = {"end": 2}  # that are shown, if not one: ends differ by tenths of a point
+TAUGHT, GRPO_TAUGHT = "gain from the first phase", "gain of GRPO in the same time"
+DIGITS = {"end": 2}  # decimals, if not 1: ends differ by tenths of a point
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A method less GRPO in a base model, points by seed.
+    """Differences of a method to GRPO in a base model, in points by seed.
 
     Attributes:
         base (`dict[int, float]`): GRPO's avg@k, in percent.
         end, area (`dict[int, float]`): differences of avg@k and of the area under the curve.
-        ahead (`dict[int, float]`): the method's mean reward in its second tenth less GRPO's in its first. Where the first phase
-            is a tenth of the run, both have trained the whole policy as long, and this is what the first phase has taught it.
-        own (`dict[int, float]`): GRPO's second tenth less its first: what a tenth teaches.
+        ahead (`dict[int, float]`): the method's mean reward in its second tenth less GRPO's in its first. If the first phase is
+            a tenth of the run, both have trained the full model equally long: this is the gain from the first phase.
+        own (`dict[int, float]`): GRPO's mean reward in its second tenth less that in its first.
     """
 
     base: dict[int, float]
@@ -41,7 +41,7 @@ class Contrast:
 
 
 def contrasts(tables, name: str, row: str) -> dict[str, Contrast]:
-    """By base model of an experiment, where both have runs."""
+    """Return the contrast in each base model of an experiment that has runs of both."""
     found = tables.found(tables.experiment(name))
     return {
         model: _contrast(found[model, BASE], found[model, row])
@@ -50,21 +50,25 @@ def contrasts(tables, name: str, row: str) -> dict[str, Contrast]:
     }
 
 
-def _contrast(base: dict[int, dict[str, float]], mine: dict[int, dict[str, float]]) -> Contrast:
-    both = [seed for seed in base if seed in mine]
+def _contrast(base: dict[int, dict[str, float]], method: dict[int, dict[str, float]]) -> Contrast:
+    seeds = [seed for seed in base if seed in method]
 
-    def apart(name: str, of_base: str, first: dict[int, dict[str, float]] = mine) -> dict[int, float]:
-        return {seed: first[seed][name] - base[seed][of_base] for seed in both}
+    def subtract(name: str, base_name: str, minuend: dict[int, dict[str, float]] = method) -> dict[int, float]:
+        return {seed: minuend[seed][name] - base[seed][base_name] for seed in seeds}
 
     first, second = (f"{CURVE} {tenth}" for tenth in (1, 2))
-    ends = {seed: base[seed]["avg@k"] for seed in both}
+    ends = {seed: base[seed]["avg@k"] for seed in seeds}
     return Contrast(
-        ends, apart("avg@k", "avg@k"), apart("area", "area"), apart(second, first), apart(second, first, base)
+        ends,
+        subtract("avg@k", "avg@k"),
+        subtract("area", "area"),
+        subtract(second, first),
+        subtract(second, first, base),
     )
 
 
 def contrasts_table(tables, row: str) -> str:
-    """For people."""
+    """Return the differences to GRPO in every base model as a Markdown table."""
     worlds, pretrained = contrasts(tables, WORLDS, row), contrasts(tables, PRETRAINED, row)
     every = worlds | pretrained
     if not every:
@@ -75,7 +79,7 @@ def contrasts_table(tables, row: str) -> str:
     for model, each in every.items():
         end, *others = _differences(each, model in worlds)
         base = format_mean_interval(compute_seed_statistics(list(each.base.values())))
-        lines.append([model, base, end, *_said(ps.get(model)), *others, str(len(each.end))])
+        lines.append([model, base, end, *_format_significance(ps.get(model)), *others, str(len(each.end))])
     if len(worlds) > 1:
         lines.append(_mean(list(worlds.values())))
     names = [
@@ -85,57 +89,59 @@ def contrasts_table(tables, row: str) -> str:
         "from zero",
         "area less GRPO's",
         TAUGHT,
-        MEANWHILE,
+        GRPO_TAUGHT,
     ]
     head = ["base model", *names, "seeds"]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def _differences(each: Contrast, tenths: bool) -> list[str]:
-    """A tenth is the first phase in the worlds alone."""
-    said = [
+    """Return the cells of a contrast. Only in the worlds is the first phase a tenth of the run."""
+    cells = [
         format_mean_interval(compute_seed_statistics(list(getattr(each, part).values())), DIGITS.get(part, 1), "+")
         for part in PARTS
     ]
-    return said if tenths else [*said[:2], EMPTY_CELL, EMPTY_CELL]
+    return cells if tenths else [*cells[:2], EMPTY_CELL, EMPTY_CELL]
 
 
 def _mean(worlds: list[Contrast]) -> list[str]:
-    """A line of the table."""
-    whole = _whole(worlds)
-    said = [format_mean_interval(_over_worlds(whole, part), DIGITS.get(part, 1), "+") for part in PARTS]
-    most = len(whole[0].end)
-    return [f"mean of the {len(whole)} worlds with {most} seeds", "", said[0], "", "", *said[1:], str(most)]
+    """Return the line of the mean over worlds."""
+    complete = _select_complete(worlds)
+    cells = [format_mean_interval(_over_worlds(complete, part), DIGITS.get(part, 1), "+") for part in PARTS]
+    seeds = len(complete[0].end)
+    return [f"mean of the {len(complete)} worlds with {seeds} seeds", "", cells[0], "", "", *cells[1:], str(seeds)]
 
 
-def _whole(worlds: list[Contrast]) -> list[Contrast]:
-    """Those that have all seeds."""
+def _select_complete(worlds: list[Contrast]) -> list[Contrast]:
+    """Return the worlds that have all seeds."""
     most = max(len(each.end) for each in worlds)
     return [each for each in worlds if len(each.end) == most]
 
 
 def _over_worlds(worlds: list[Contrast], part: str) -> SeedStatistics:
-    """The mean over worlds, each of the same weight, over seeds."""
-    apart = [getattr(each, part) for each in worlds]
-    return compute_seed_statistics([sum(one[seed] for one in apart) / len(apart) for seed in apart[0]])
+    """Return the statistics over seeds of the mean over worlds, with equal weights."""
+    values = [getattr(contrast, part) for contrast in worlds]
+    return compute_seed_statistics([sum(by_seed[seed] for by_seed in values) / len(values) for seed in values[0]])
 
 
 def over_worlds(tables, words: str) -> str:
-    """`{overall ROW | PART}`: the mean over the worlds that have all seeds, of `end`, `area`, `ahead` or `own`;
-    `highest` is the highest end of an interval of one of theirs, of `end`."""
+    """Return the text of `{overall ROW | PART}`: the mean of `end`, `area`, `ahead` or `own` over the worlds with all seeds.
+
+    `highest` is the highest upper bound of the intervals of `end`.
+    """
     row, part = (word.strip() for word in words.split("|"))
-    whole = _whole(list(contrasts(tables, WORLDS, row).values()))
+    complete = _select_complete(list(contrasts(tables, WORLDS, row).values()))
     if part == "highest":
-        return f"{max(compute_seed_statistics(list(each.end.values())).high for each in whole):+.1f}"
-    return format_mean_interval(_over_worlds(whole, part), DIGITS.get(part, 1), "+")
+        return f"{max(compute_seed_statistics(list(each.end.values())).high for each in complete):+.1f}"
+    return format_mean_interval(_over_worlds(complete, part), DIGITS.get(part, 1), "+")
 
 
-def _p(apart: dict[int, float]) -> float:
-    return compute_paired_p_value(dict.fromkeys(apart, 0.0), apart)
+def _p(differences: dict[int, float]) -> float:
+    return compute_paired_p_value(dict.fromkeys(differences, 0.0), differences)
 
 
-def _said(p: float | None) -> list[str]:
-    """p, and what it says."""
+def _format_significance(p: float | None) -> list[str]:
+    """Return the cells of a p value and its significance."""
     if p is None:
         return [EMPTY_CELL, "1 seed"]
     return [format_p_value(p), SIGNIFICANT if p < 0.05 else NOT_SIGNIFICANT]

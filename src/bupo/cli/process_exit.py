@@ -1,7 +1,7 @@
 """Exit of the process: threads and exit handlers get a minute, then the process reports the ones still running and exits.
 
-The interpreter's teardown of modules is always skipped. With torch and transformers loaded it takes seconds, or minutes on a busy
-machine, and destructors of libraries may deadlock there with threads that need the interpreter's lock.
+The interpreter's teardown of modules is always skipped. With torch and transformers loaded it takes seconds, or minutes on a
+busy machine, and destructors of libraries may deadlock there with threads that need the interpreter's lock.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""From finished runs to a figure or table, by kind."""
+"""Outputs of finished experiments: figures and tables by kind."""
 
 from collections.abc import Callable
 
