@@ -369,7 +369,7 @@ def test_cost_of_runs_made_elsewhere_is_what_they_noted(tmp_path):
         write(tmp_path, "summary.json", f"analyze-BuPO-{seed}", {"models": [{"meta": {"seconds": 3.0}}]})
     result = made(tmp_path, experiment("cost", ["BuPO"], (1, 2)))
     assert [row["ours"] for row in result.rows] == pytest.approx([3, 150, 2.25])
-    assert "made elsewhere" in result.notes[0]
+    assert "on another machine" in result.notes[0]
 
 
 def test_the_page_says_what_it_is(tmp_path):
