@@ -12,22 +12,22 @@ from bupo.reports.figures.style import BLUE, GREY, ORANGE, create_panels, hide_s
 from bupo.utils.statistics import adjust_holm, compute_paired_difference
 
 BASE = "GRPO"
-MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # in points: the end of a run, and all of it
-PREDICTORS = {  # measures of a layer, with labels
+MEASURES = {"avg@k": "final avg@16", "area": "area under the curve"}  # of a gain, in points
+PREDICTORS = {  # measures of a layer, with their labels
     "depth": "l / L",
     "d_entropy_ffn": "dH_FFN of the layer (nats)",
     "entropy_layer": "entropy of the layer's policy (nats)",
-    "kl_language_model": "KL of the layer's policy to the final one (nats)",
-    "top1_agreement": "top-1 agreement with the final policy",
+    "kl_language_model": "KL of the layer's policy to the model's (nats)",
+    "top1_agreement": "top-1 agreement with the model",
     "cosine_ffn": "residual cosine of the FFN's write",
 }
 RESAMPLES, PERMUTATIONS = 2000, 20_000
 
 
 def gains(tables, name: str, measure: str) -> pd.DataFrame:
-    """Return the gain over GRPO by world and layer of an experiment, in points of a measure, paired by seed, with intervals.
+    """Return the gain over GRPO by world and layer, in points paired by seed, with its interval.
 
-    Only seeds that all layers of a world have are used, so that the luck of a seed does not distinguish layers.
+    Only seeds that all layers of a world share count, so that the luck of a seed does not separate layers.
     """
     experiment = tables.experiment(name)
     found, rows = tables.found(experiment), []
@@ -36,20 +36,20 @@ def gains(tables, name: str, measure: str) -> pd.DataFrame:
         shared = set.intersection(*(set(each) for (other, _), each in found.items() if other == world))
         if layer is None or (world, BASE) not in found or not shared:
             continue
-        difference = compute_paired_difference(
+        apart = compute_paired_difference(
             *({seed: part[seed][measure] for seed in shared} for part in (found[world, BASE], seeds))
         )
-        rows.append((world, int(layer), difference.mean, difference.low, difference.high, difference.n))
+        rows.append((world, int(layer), apart.mean, apart.low, apart.high, apart.n))
     return pd.DataFrame(rows, columns=["world", "layer", "gain", "low", "high", "seeds"])
 
 
 def _by_layers(table: pd.DataFrame) -> pd.DataFrame:
-    """Select the worlds with runs of three layers or more: fewer give no trend over layers."""
+    """Return the rows of worlds with at least three trained layers."""
     return table[table.groupby("world")["layer"].transform("size") > 2]
 
 
 def gains_figure(tables, name: str) -> Figure:
-    """Draw a panel for each world: the gain by layer, with its interval, for both measures."""
+    """Draw one panel per world: the gain by layer, with its interval, of both measures."""
     found = {measure: _by_layers(gains(tables, name, measure)) for measure in MEASURES}
     worlds = list(dict.fromkeys(found["avg@k"]["world"]))
     columns = min(4, len(worlds))
@@ -73,12 +73,12 @@ def gains_figure(tables, name: str) -> Figure:
 
 
 def few(tables) -> bool:
-    """Return True if fewer than three worlds have runs of three layers."""
+    """Return True if fewer than three worlds have three trained layers."""
     return _by_layers(gains(tables, "depth", "avg@k"))["world"].nunique() < 3
 
 
 def predicted(tables, measure: str) -> pd.DataFrame:
-    """Return the gain and the measures of the analysis before training, by world and layer."""
+    """Return the gain and the measures before training, by world and layer."""
     table = _by_layers(gains(tables, "depth", measure))
     wide = tables.layers.pivot_table(index=["world", "layer"], columns="measure", values="mean").reset_index()
     joined = table.merge(wide, on=["world", "layer"])
@@ -92,12 +92,12 @@ def _by_world(table: pd.DataFrame, name: str) -> dict[str, float]:
 
 
 def _within(table: pd.DataFrame, name: str) -> float:
-    """Return the mean over worlds of the rank correlation with the gain: levels of worlds do not count."""
+    """Return the mean over worlds of the rank correlations with the gain within a world."""
     return float(np.mean(list(_by_world(table, name).values())))
 
 
 def _permuted_p(table: pd.DataFrame, name: str) -> float:
-    """Return the two-sided p value of a rank correlation under random orders of the gains within their worlds."""
+    """Return the permutation p value of `_within`, two-sided, with gains permuted within their worlds."""
     rng, drawn = np.random.default_rng(0), np.zeros(PERMUTATIONS + 1)
     for _, part in table.groupby("world"):
         first, second = (stats.zscore(stats.rankdata(part[column])) for column in (name, "gain"))
@@ -107,15 +107,15 @@ def _permuted_p(table: pd.DataFrame, name: str) -> float:
 
 
 def correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rank correlation of every predictor with the gain, over all layers and within worlds.
+    """Return the rank correlation of every predictor with the gain, over all layers and within worlds, with Holm's p.
 
-    The interval resamples worlds, not layers: layers of one world are not independent. p is Holm's.
+    The interval resamples complete worlds, because layers of one world are not independent.
     """
     rng, worlds = np.random.default_rng(0), list(dict.fromkeys(table["world"]))
     draws, rows = [rng.choice(worlds, len(worlds)) for _ in range(RESAMPLES)], []
     for name in PREDICTORS:
-        by_world = _by_world(table, name)
-        drawn = [np.mean([by_world[world] for world in draw]) for draw in draws]
+        own = _by_world(table, name)
+        drawn = [np.mean([own[world] for world in draw]) for draw in draws]
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         pooled = stats.spearmanr(table[name], table["gain"]).statistic
         rows.append((name, pooled, _within(table, name), low, high))
@@ -132,8 +132,8 @@ def prediction(tables) -> str:
     table = tables_of["avg@k"]
     lines = [
         f"Rank correlation (Spearman's) with the gain, {len(table)} layers of {table['world'].nunique()} worlds: the mean over "
-        "worlds of those within a world [95 %, worlds resampled], Holm's p of gains in a random order within their "
-        "worlds, and the correlation over all layers:",
+        "worlds of the correlations within a world [95 %, worlds resampled whole], Holm's p of gains in a random order "
+        "within their worlds, and the correlation over all layers:",
         "",
         "| measured before training | " + " | ".join(f"{label} | p | over all" for label in MEASURES.values()) + " |",
         "| --- |" + " --- |" * 3 * len(MEASURES),
@@ -148,20 +148,20 @@ def prediction(tables) -> str:
 
 
 def prediction_figure(tables) -> Figure:
-    """Draw the gain over every predictor: a row for each measure of the gain, a point for each layer of a world."""
+    """Draw one column per predictor, one row per measure of the gain, one point per layer of a world."""
     size = (2.3 * len(PREDICTORS), 2.3 * len(MEASURES))
     figure, axes = create_panels(len(MEASURES), len(PREDICTORS), size, sharey="row", sharex="col")
-    for line, (measure, title) in enumerate(MEASURES.items()):
+    for line, (measure, said) in enumerate(MEASURES.items()):
         table = predicted(tables, measure)
         for axis, (name, label) in zip(axes[line], PREDICTORS.items(), strict=True):
-            for index, world in enumerate(dict.fromkeys(table["world"])):
+            for place, world in enumerate(dict.fromkeys(table["world"])):
                 part = table[table["world"] == world]
-                axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{index}", label=world)
+                axis.plot(part[name], part["gain"], "o", ms=4, color=f"C{place}", label=world)
             axis.axhline(0, color=GREY, lw=0.8)
             hide_spines(axis)
             if line == len(MEASURES) - 1:
                 axis.set_xlabel(fill(label, 24), fontsize=8)
-        axes[line, 0].set_ylabel(fill(f"{title}, points over GRPO", 24), fontsize=8)
+        axes[line, 0].set_ylabel(fill(f"{said}, points over GRPO", 24), fontsize=8)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False
     )

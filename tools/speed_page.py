@@ -1,9 +1,9 @@
-"""Write the tables of docs/speed.md from the results of the benchmarks.
+"""Write docs/speed_tables.md from the results of the benchmarks.
 
-    python tools/speed_page.py runs/speed    # copies the results and the figure into docs, fills the page
-    python tools/speed_page.py --check       # lists stale parts, exit status 1
+    python tools/speed_page.py runs/speed    # copy the results and the figure into docs, fill the page
+    python tools/speed_page.py --check       # list stale parts, exit status 1
 
-The text between `<!-- NAME -->` and `<!-- end -->` is generated from docs/speed/NAME.json.
+The text between `<!-- NAME -->` and `<!-- end -->` comes from docs/speed/NAME.json only.
 """
 
 import argparse
@@ -23,19 +23,19 @@ BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def copy(results: Path, docs: Path) -> None:
-    """Copy the available results, without single measurements, and the figure."""
+    """Copy the existing results, without single measurements, and the figure."""
     (docs / "speed").mkdir(exist_ok=True)
     for name in NAMES:
         if (results / f"{name}.json").is_file():
-            result = json.loads((results / f"{name}.json").read_text())
-            result.pop("raw")
-            (docs / "speed" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            found = json.loads((results / f"{name}.json").read_text())
+            found.pop("raw")
+            (docs / "speed" / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     if (results / FIGURE).is_file():
         shutil.copy(results / FIGURE, docs / "images" / "speed.png")
 
 
 def block(result: dict[str, Any]) -> str:
-    """Return a result as Markdown: setting, tables, targets, and the profiles of missed targets."""
+    """Return a result as Markdown: its setting, tables, targets, and the profiles of missed targets."""
     parts = [f"`{result['command']}`: {result['setting']}.\n{result['machine']}.\n"]
     parts += [f"{table['title']}:\n\n{format_markdown_table(table['rows'])}" for table in result["tables"]]
     if result["targets"]:
@@ -48,34 +48,34 @@ def block(result: dict[str, Any]) -> str:
 def filled(docs: Path) -> str:
     """Return the page with its tables."""
 
-    def replace(match: re.Match[str]) -> str:
-        path = docs / "speed" / f"{match[2]}.json"
+    def replaced(found: re.Match[str]) -> str:
+        path = docs / "speed" / f"{found[2]}.json"
         text = block(json.loads(path.read_text())) if path.is_file() else f"Not measured: {path.name} is missing.\n"
-        return f"{match[1]}{text}{match[3]}"
+        return f"{found[1]}{text}{found[3]}"
 
-    return BLOCK.sub(replace, (docs / "speed.md").read_text())
+    return BLOCK.sub(replaced, (docs / "speed_tables.md").read_text())
 
 
 def stale(docs: Path) -> list[str]:
     """Return the faults of the page, one line each."""
-    page = docs / "speed.md"
-    sources = [docs / "speed" / f"{name}.json" for name in NAMES] + [docs / "images" / "speed.png"]
-    missing = [f"{path} is missing" for path in sources if not path.is_file()]
+    page = docs / "speed_tables.md"
+    wanted = [docs / "speed" / f"{name}.json" for name in NAMES] + [docs / "images" / "speed.png"]
+    missing = [f"{path} is missing" for path in wanted if not path.is_file()]
     return missing if missing or page.read_text() == filled(docs) else [f"{page} is not what {docs / 'speed'} gives"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", nargs="?", type=Path, help="folder of the results, such as runs/speed")
-    parser.add_argument("--check", action="store_true", help="write nothing and list stale parts")
+    parser.add_argument("--check", action="store_true", help="write nothing, and list stale parts")
     given = parser.parse_args()
     if given.check == (given.results is not None):
         parser.error("give the folder of the results, or --check")
     if given.results is not None:
         copy(given.results, DOCS)
-        (DOCS / "speed.md").write_text(filled(DOCS))
+        (DOCS / "speed_tables.md").write_text(filled(DOCS))
     faults = stale(DOCS)
-    print("\n".join(faults) or f"{DOCS / 'speed.md'} is what {DOCS / 'speed'} gives")
+    print("\n".join(faults) or f"{DOCS / 'speed_tables.md'} is what {DOCS / 'speed'} gives")
     sys.exit(bool(faults))
 
 

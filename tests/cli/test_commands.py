@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bupo(*arguments, cwd=None):
-    """Run the installed command in a process of its own."""
+    """Run the installed command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "bupo.cli.main", *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What is drawn of finished runs: numbers against those computed by hand, lines against the rows that were written."""
+"""Outputs of finished runs: numbers against values computed by hand, lines against the written rows."""
 
 import json
 import runpy
@@ -61,7 +61,7 @@ def made(folder, what, seconds=None):
 
 
 def drawn_and_made(folder, what):
-    """What is drawn, and the result that it was written as."""
+    """Return the figure and the written result."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         kind = OUTPUT_MAKERS[what.kind]
@@ -385,7 +385,11 @@ def test_the_page_says_what_it_is(tmp_path):
     ):
         assert text in page
     told = json.loads((result.folder / "result.json").read_text())
-    assert told["digest"] == experiment("scores", SHARES).compute_digest() and told["versions"]["bupo"] and "folder" not in told
+    assert (
+        told["digest"] == experiment("scores", SHARES).compute_digest()
+        and told["versions"]["bupo"]
+        and "folder" not in told
+    )
 
 
 def break_(folder, run, name, text):
@@ -427,7 +431,7 @@ def test_a_bad_folder_is_one_line_that_names_the_run(tmp_path, kind, run, name, 
 
 
 def test_every_experiment_can_be_drawn():
-    """What the experiments ask of the outputs is there."""
+    """The outputs support all options of the experiments."""
     assert set(OUTPUT_MAKERS) == set(COMMANDS_BY_KIND)
     for name in NAMES:
         for scale in ("embedded", "paper"):

@@ -585,7 +585,9 @@ EVAL = [
     bare("eval --table finished", "finished/summary.json is damaged"),
     bare("eval --table older", "older was graded by an earlier version"),
     bare("eval --table empty-numbers", "empty-numbers/summary.json is damaged", "problems is missing"),
-    bare("eval --table empty-numbers --seed 3", "table shows finished evaluations and evaluates nothing: leave out seed"),
+    bare(
+        "eval --table empty-numbers --seed 3", "table shows finished evaluations and evaluates nothing: leave out seed"
+    ),
     bad("eval", "--server http://localhost:1", "engine server and its address"),
     bad("eval", "--engine server", "engine server and its address"),
     bad("eval", "--engine server --server zzz --model embedded", "zzz"),
