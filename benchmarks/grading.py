@@ -1,10 +1,10 @@
-"""Precision and recall of the grading on pairs judged by hand, its speed, and the seconds that hostile answers take.
+"""Precision and recall of grading on pairs judged by hand, its speed, and the seconds of hostile answers.
 
     python -m benchmarks.grading [--data FOLDER] [--show] [--only_pairs]
 
-An ordinary answer is some hundred characters of worked text with formulas and a box, which holds the gold answer, the same
-with another digit, or another problem's. Gold answers come from the folder's `.parquet` and `.jsonl` files, or are made
-here; there are eight answers to each.
+An ordinary answer is a few hundred characters of worked text with formulas and a box. The box holds the gold answer, the gold
+answer with another digit, or the answer of another problem. Gold answers come from the folder's `.parquet` and `.jsonl` files,
+or are generated; there are eight answers to each.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FORMS = [
     "{a}e^{{{b}x}}", "\\frac{{x + {a}}}{{x - {b}}}", "y = {a}x + {b}", "{a} + {b}i", "{a}^{{n}} - {b}", "{a}\\%",
     "\\begin{{pmatrix}} {a} & {b} \\\\ {c} & {d} \\end{{pmatrix}}", "{a}^\\circ", "{a} \\text{{ cm}}", "Yes", "\\infty",
 ]  # fmt: skip
-EACH = 8  # answers to a problem
+EACH = 8  # answers per problem
 
 
 def numbers(draw: random.Random) -> dict[str, int]:
@@ -51,18 +51,18 @@ def made_golds(count: int) -> list[str]:
 
 
 def ordinary(golds: list[str], count: int, each: int = 1, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Answers and their gold answers, `each` in a row with the same one. Half of the boxes hold it."""
+    """Return answers and their gold answers, `each` in a row with the same one. Half of the boxes hold it."""
     draw = random.Random(seed)
-    wanted = [gold for _ in range(count // each) for gold in [draw.choice(golds)] * each]
+    gold_answers = [gold for _ in range(count // each) for gold in [draw.choice(golds)] * each]
     answers = []
-    for gold in wanted:
+    for gold in gold_answers:
         boxed = gold if draw.random() < 0.5 else _other(gold, golds, draw)
         answers.append(draw.choice(WORKED).format(**numbers(draw), box=draw.choice(BOXES) % boxed))
-    return answers, wanted
+    return answers, gold_answers
 
 
 def _other(gold: str, golds: list[str], draw: random.Random) -> str:
-    """The gold answer with another digit, or another problem's."""
+    """Return the gold answer with another digit, or another problem's."""
     digits = list(re.finditer(r"[0-9]", gold))
     if not digits or draw.random() < 0.3:
         return draw.choice(golds)
@@ -71,7 +71,7 @@ def _other(gold: str, golds: list[str], draw: random.Random) -> str:
 
 
 def hostile(file: Path) -> dict[str, str]:
-    """Answers that would hang, swell or break a careless grader. Code in them would make the file."""
+    """Return answers that would hang, crash or exhaust the memory of a careless grader. Code in them would create `file`."""
     code = f"__import__('os').system('touch {file}')"
     row = "&".join("1" * 300)
     return {
@@ -121,7 +121,7 @@ def percentiles(seconds: list[float]) -> str:
 
 
 def warm(processes: int, deadline: float = 5.0) -> MathGrader:
-    """A grader whose children are up."""
+    """Return a grader whose processes have started."""
     grader = MathGrader(deadline=deadline, processes=processes)
     grader.grade(["\\boxed{x + 1}"] * processes, ["1 + x"] * processes)
     return grader
@@ -139,24 +139,24 @@ def speed(name: str, answers: list[str], golds: list[str], processes: int) -> No
     started = time.perf_counter()
     verdicts = Counter(grader.grade(answers, golds))
     seconds = time.perf_counter() - started
-    grader.close()  # the usage counts children that have ended
+    grader.close()  # resource usage counts only ended children
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = usage.ru_utime + usage.ru_stime - spent.ru_utime - spent.ru_stime
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     print(
-        f"{name}: {len(answers) / seconds:.0f} answers a second, {1000 * cpu / len(answers):.1f} ms of CPU each ({counts})"
+        f"{name}: {len(answers) / seconds:.0f} answers per second, {1000 * cpu / len(answers):.1f} ms of CPU each ({counts})"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of problem sets")
+    parser.add_argument("--data", type=Path, help="folder of problem sets")
     parser.add_argument("--answers", type=int, default=3000)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--deadline", type=float, default=5.0, help="for the hostile answers")
-    parser.add_argument("--pairs", type=Path, default=pairs.FOLDER, help="a folder of pairs that were judged by hand")
+    parser.add_argument("--deadline", type=float, default=5.0, help="seconds per hostile answer")
+    parser.add_argument("--pairs", type=Path, default=pairs.FOLDER, help="folder of pairs judged by hand")
     parser.add_argument(
-        "--show", action="store_true", help="list the wrong answers that are paid and the right ones that are refused"
+        "--show", action="store_true", help="list wrong answers that are accepted and right answers that are refused"
     )
     parser.add_argument("--only_pairs", action="store_true", help="stop after precision and recall")
     options = parser.parse_args()
@@ -165,15 +165,15 @@ def main() -> None:
     if options.only_pairs:
         return
     golds = golds_in(options.data) if options.data else made_golds(1000)
-    answers, wanted = ordinary(golds, options.answers, each=EACH)
-    algebra = [pair for pair in zip(answers, wanted, strict=True) if _grade_integers(*pair) is None]
+    answers, gold_answers = ordinary(golds, options.answers, each=EACH)
+    algebra = [pair for pair in zip(answers, gold_answers, strict=True) if _grade_integers(*pair) is None]
     print(
         f"{len(answers)} answers of {sum(map(len, answers)) / len(answers):.0f} characters, {options.processes} processes"
     )
     print(f"integers, graded without a process: {1 - len(algebra) / len(answers):.0%}")
-    speed("all", answers, wanted, options.processes)
-    answers, wanted = (list(column) for column in zip(*algebra, strict=True))
-    speed("without the integers", answers, wanted, options.processes)
+    speed("all", answers, gold_answers, options.processes)
+    answers, gold_answers = (list(column) for column in zip(*algebra, strict=True))
+    speed("without the integers", answers, gold_answers, options.processes)
 
     grader = warm(1)
     print("one at a time, without the integers:", percentiles([timed(grader, *pair)[1] for pair in algebra[:1000]]))

@@ -1,16 +1,16 @@
-"""How the cost of an update grows: with answers, layers, prompts, groups and the vocabulary. A figure and a table.
+"""Growth of an update's cost with answers, layers, prompts, groups and the vocabulary: a figure and a table.
 
     python -m benchmarks.growth --model SmolLM2.gguf --json out.json --figure out.png
 
-One thing is changed at a time, and all trainers are given the same answers (random tokens) in turn (`benchmarks.turns`); an
-update is what comes after the rollouts.
+One variable changes at a time. All trainers get the same answers (random tokens) and take turns (`benchmarks.turns`). An update
+is the part of a step after the rollouts.
 
 - `answer`: 8 answers of a prompt of 44 tokens, of 8 to 256 tokens each;
 - `layer`: the same with 64 tokens, and phase 1 at layers from 1 to the last;
-- `prompt`: 8 answers of a prompt, prompt and answer 128 tokens together, by the prompt's share of these;
-- `group`: 16 answers of 16 tokens to prompts of 64, by the answers that share a prompt;
-- `vocabulary`: models of two layers with random weights, which differ in their vocabulary only: time, and the memory that
-  forward and backward passes take beyond weights, optimizer and gradients.
+- `prompt`: 8 answers of a prompt, 128 tokens of prompt and answer, by the share of the prompt;
+- `group`: 16 answers of 16 tokens to prompts of 64, by the number of answers per prompt;
+- `vocabulary`: models of two layers with random weights that differ only in their vocabulary: time, and memory of forward and
+  backward passes above weights, optimizer and gradients.
 """
 
 import statistics
@@ -46,7 +46,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Point:
-    """Medians of a variant at a place of a panel; `passes`: bytes of the forward and backward passes."""
+    """Medians of a variant at a value of a panel's x axis; `passes`: bytes of the forward and backward passes."""
 
     panel: str
     x: float
@@ -57,14 +57,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Rollout batches that differ in one thing.
+    """Rollout batches that differ in one variable.
 
     Attributes:
         panel (`str`): of the figure.
-        xs (`tuple[float, ...]`): where they stand.
-        batches (`tuple[Rollouts, ...]`): one for each.
-        layers (`tuple[int, ...]`): one for each.
-        group (`int`): answers a prompt, to TRL: what answers share is seen from their prompts.
+        xs (`tuple[float, ...]`): values of the variable.
+        batches (`tuple[Rollouts, ...]`): one for each value.
+        layers (`tuple[int, ...]`): layer of phase 1, one for each value.
+        group (`int`): TRL's `num_generations`. BuPO finds shared prompts by comparing them.
         model (`str` or `dict`): of [`benchmarks.turns.Job`].
     """
 
@@ -76,30 +76,30 @@ class Series:
     model: str | dict[str, Any]
 
     def measured(self, running: Trainers, variants: Sequence[str], rounds: int) -> list[Point]:
-        """All of them in each round; the first update warms up and is left out."""
+        """Return the points of all values, each measured once per round. The first update is a warm-up and not counted."""
         batches = (self.batches[0], *self.batches * rounds)
         layers = (self.layers[0], *self.layers * rounds)
         job = Job(self.model, layers, batches, len(batches[0].answers), 1, self.group)
         done = list(running.run(dict.fromkeys(variants, job)))[1:]
-        found = []
-        for place, x in enumerate(self.xs):
+        points = []
+        for index, x in enumerate(self.xs):
             for variant in variants:
-                here = [updates[variant] for updates in done[place :: len(self.xs)]]
-                seconds = statistics.median(update.seconds["update"] for update in here)
-                passes = statistics.median(update.memory["passes"] for update in here)
-                found.append(Point(self.panel, x, variant, seconds, passes))
-        return found
+                updates = [round_updates[variant] for round_updates in done[index :: len(self.xs)]]
+                seconds = statistics.median(update.seconds["update"] for update in updates)
+                passes = statistics.median(update.memory["passes"] for update in updates)
+                points.append(Point(self.panel, x, variant, seconds, passes))
+        return points
 
-    def only(self, places: Sequence[int]) -> "Series":
-        """Some of it."""
-        xs, batches = tuple(self.xs[place] for place in places), tuple(self.batches[place] for place in places)
-        return replace(self, xs=xs, batches=batches, layers=tuple(self.layers[place] for place in places))
+    def only(self, indices: Sequence[int]) -> "Series":
+        """Return the series of some of the values."""
+        xs, batches = tuple(self.xs[i] for i in indices), tuple(self.batches[i] for i in indices)
+        return replace(self, xs=xs, batches=batches, layers=tuple(self.layers[i] for i in indices))
 
 
 def series_of(model, layer: int, layers: Sequence[int], vocabulary: int) -> dict[str, Series]:
-    """The panels of a model; with the sizes of the module's head."""
+    """Return the series of the panels of a model, with the sizes at the top of the module."""
 
-    def of(
+    def make_series(
         panel: str, xs: Sequence[float], batches: Sequence[Rollouts], at: Sequence[int] = (), group: int = 8
     ) -> Series:
         return Series(panel, tuple(xs), tuple(batches), tuple(at) or (layer,) * len(batches), group, model)
@@ -109,29 +109,29 @@ def series_of(model, layer: int, layers: Sequence[int], vocabulary: int) -> dict
     shares = [made_up(prompt, [SUM - prompt] * 8, 8, vocabulary) for prompt in prompts]
     groups = [made_up(64, [16] * 16, group, vocabulary) for group in GROUPS]
     return {
-        "answer": of("answer", ANSWERS, answers),
-        "layer": of("layer", layers, [answers[ANSWERS.index(MIDDLE)]] * len(layers), layers),
-        "prompt": of("prompt", SHARES, shares),
-        "group": of("group", GROUPS, groups, group=16),
+        "answer": make_series("answer", ANSWERS, answers),
+        "layer": make_series("layer", layers, [answers[ANSWERS.index(MIDDLE)]] * len(layers), layers),
+        "prompt": make_series("prompt", SHARES, shares),
+        "group": make_series("group", GROUPS, groups, group=16),
     }
 
 
 def in_vocabulary(
     running: Trainers, vocabularies: Sequence[int], rounds: int, variants: Sequence[str] = ALL
 ) -> list[Point]:
-    """A model each."""
-    found = []
+    """Return the points of models with different vocabularies."""
+    points = []
     for size in vocabularies:
-        batch = made_up(16, [48] * 8, 8, 256)  # ids that the smallest has; they decide no cost
+        batch = made_up(16, [48] * 8, 8, 256)  # ids of the smallest vocabulary: they do not change the cost
         series = Series("vocabulary", (size,), (batch,), (1,), 8, {**TINY, "vocab_size": size})
-        found += series.measured(running, variants, rounds)
-    return found
+        points += series.measured(running, variants, rounds)
+    return points
 
 
 def benchmark(model, layer: int, layers: Sequence[int], vocabulary: int, rounds: int, threads: int) -> Result:
-    """All of it. TRL's is measured at the ends only where nothing but its padding could make a difference."""
+    """Measure all panels. TRL is measured only at the ends of panels where only its padding could differ."""
     named = Path(model).name if isinstance(model, str) else model["model_type"]
-    result = Result(f"python -m benchmarks.growth --model {named}", f"{named}, layer {layer} where not said otherwise")
+    result = Result(f"python -m benchmarks.growth --model {named}", f"{named}, layer {layer} unless stated otherwise")
     series = series_of(model, layer, layers, vocabulary)
     with trainers(ALL, threads) as running:
         points = series["answer"].measured(running, (FIRST, SECOND), rounds)
@@ -147,9 +147,9 @@ def benchmark(model, layer: int, layers: Sequence[int], vocabulary: int, rounds:
 
 
 def table_of(points: Sequence[Point]) -> Table:
-    """How cost grows from one end of a panel to the other."""
+    """Return the growth of cost from one end of each panel to the other."""
     rows = []
-    for panel, value, what in (
+    for panel, value, label in (
         ("answer", "seconds", "time, answers of {:.0f} to {:.0f} tokens"),
         ("layer", "seconds", "time, layer {:.0f} to {:.0f}"),
         ("prompt", "seconds", "time, prompt {:.0%} to {:.0%} of the tokens"),
@@ -157,12 +157,12 @@ def table_of(points: Sequence[Point]) -> Table:
         ("vocabulary", "seconds", "time, vocabulary of {:.0f} to {:.0f}"),
         ("vocabulary", "passes", "memory of the passes, vocabulary of {:.0f} to {:.0f}"),
     ):
-        here = [point for point in points if point.panel == panel]
-        ends = min(point.x for point in here), max(point.x for point in here)
-        row = {"from one end to the other": what.format(*ends)}
+        panel_points = [point for point in points if point.panel == panel]
+        ends = min(point.x for point in panel_points), max(point.x for point in panel_points)
+        row = {"from one end to the other": label.format(*ends)}
         for variant in ALL:
             first, last = (
-                next((getattr(p, value) for p in here if p.variant == variant and p.x == x), None) for x in ends
+                next((getattr(p, value) for p in panel_points if p.variant == variant and p.x == x), None) for x in ends
             )
             row[variant] = "" if first is None or last is None else f"{last / max(first, 1e-9):.2f}x"
         rows.append(row)
@@ -170,7 +170,7 @@ def table_of(points: Sequence[Point]) -> Table:
 
 
 def figure(points: Sequence[Point], path: Path, layer: int) -> None:
-    """Six panels, a line a trainer."""
+    """Draw six panels with a line for each trainer."""
     shape, axes = create_panels(2, 3, (12, 6.6))
     for axis, (panel, value, title, label) in zip(
         axes.flat,
@@ -197,33 +197,35 @@ def figure(points: Sequence[Point], path: Path, layer: int) -> None:
     for axis in axes[1, 1:]:
         axis.set_xticks([1 << 15, 1 << 16, 1 << 17], ["32k", "64k", "128k"])
     add_legend(axes[0, 0], fontsize=9)
-    shape.suptitle(f"Cost of an update; phase 1 at layer {layer} where not said otherwise", fontsize=11)
+    shape.suptitle(f"Cost of an update; phase 1 at layer {layer} unless stated otherwise", fontsize=11)
     save_figure(shape, path)
 
 
 def _panel(axis: Axes, points: Sequence[Point], value: str) -> None:
     for variant in ALL:
-        mine = sorted((p for p in points if p.variant == variant), key=lambda p: p.x)
-        ys = [getattr(p, value) / (1 if value == "seconds" else 1e6) for p in mine]
-        if mine:
-            axis.plot([p.x for p in mine], ys, color=COLOURS[variant], marker="o", ms=3.5, lw=1.6, label=variant)
+        line = sorted((p for p in points if p.variant == variant), key=lambda p: p.x)
+        ys = [getattr(p, value) / (1 if value == "seconds" else 1e6) for p in line]
+        if line:
+            axis.plot([p.x for p in line], ys, color=COLOURS[variant], marker="o", ms=3.5, lw=1.6, label=variant)
 
 
 def _references(axis: Axes, points: Sequence[Point]) -> None:
-    """The others at the answers' length of the panel of layers, as dashed lines with their names."""
+    """Draw TRL and phase 2 at the panel's answer length as dashed lines with their names."""
     for variant in (TRL, SECOND):
-        here = [p.seconds for p in points if (p.panel, p.variant, p.x) == ("answer", variant, MIDDLE)]
-        if here:
-            axis.axhline(here[0], color=COLOURS[variant], lw=1.2, ls="--")
-            place = axis.get_yaxis_transform()
-            axis.text(0.02, here[0], variant, transform=place, va="bottom", color=COLOURS[variant], fontsize=8)
+        seconds = [p.seconds for p in points if (p.panel, p.variant, p.x) == ("answer", variant, MIDDLE)]
+        if seconds:
+            axis.axhline(seconds[0], color=COLOURS[variant], lw=1.2, ls="--")
+            transform = axis.get_yaxis_transform()
+            axis.text(0.02, seconds[0], variant, transform=transform, va="bottom", color=COLOURS[variant], fontsize=8)
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 20, 30], help="of the panel of layers")
-    parser.add_argument("--rounds", type=int, default=2, help="of which medians are taken")
-    parser.add_argument("--figure", type=Path, help="where the figure goes")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 5, 10, 20, 30], help="layers of the panel of layers"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="rounds that medians are taken of")
+    parser.add_argument("--figure", type=Path, help="file of the figure")
     given = parser.parse_args()
     vocabulary = load_config(given.model).get_text_config().vocab_size
     result = benchmark(given.model, given.layer, given.layers, vocabulary, given.rounds, torch.get_num_threads())

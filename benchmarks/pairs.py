@@ -1,7 +1,7 @@
-"""Precision and recall of the two verdicts on pairs of a gold answer and an answer that were judged by hand.
+"""Precision and recall of the two verdicts on pairs of a gold answer and an answer, judged by hand.
 
 A line of a file of pairs is `{"gold": ..., "answer": ..., "correct": true or false, "kind": ..., "note": ...}`. Files with
-`heldout` in their names were not looked at while rules were written; their numbers are printed apart.
+`heldout` in their names were not read while rules were written; their numbers are printed separately.
 """
 
 import json
@@ -23,22 +23,22 @@ class Pair(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Right answers that are paid and refused, and wrong ones that are paid and refused."""
+    """Numbers of right answers that are accepted and refused, and of wrong answers that are accepted and refused."""
 
-    paid: int
+    accepted: int
     refused: int
-    wrong_paid: int
+    wrong_accepted: int
     wrong_refused: int
 
     @property
     def precision(self) -> tuple[int, int]:
-        """Right ones among the paid."""
-        return self.paid, self.paid + self.wrong_paid
+        """Right answers among the accepted ones, as (hits, trials)."""
+        return self.accepted, self.accepted + self.wrong_accepted
 
     @property
     def recall(self) -> tuple[int, int]:
-        """Paid ones among the right."""
-        return self.paid, self.paid + self.refused
+        """Accepted answers among the right ones, as (hits, trials)."""
+        return self.accepted, self.accepted + self.refused
 
 
 def read_pairs(file: Path) -> list[Pair]:
@@ -59,9 +59,9 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def counted(pairs: list[Pair], paid: list[bool]) -> Counts:
-    """Return how many answers are paid and refused."""
-    cells = [(pair.correct, pays) for pair, pays in zip(pairs, paid, strict=True)]
+def counted(pairs: list[Pair], accepted: list[bool]) -> Counts:
+    """Return the numbers of accepted and refused answers."""
+    cells = [(pair.correct, is_accepted) for pair, is_accepted in zip(pairs, accepted, strict=True)]
     return Counts(*(cells.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))))
 
 
@@ -71,28 +71,28 @@ def _share(hits: int, trials: int) -> str:
 
 
 def report(title: str, pairs: list[Pair], grades: list[Grade], show: bool = False) -> list[str]:
-    """Return the lines on one half of the pairs: in all and of each kind, and each fault where `show` is set."""
+    """Return lines about a set of pairs: in total and by kind, and each fault if `show` is set."""
     lines = [f"{title}: {len(pairs)} pairs, {sum(pair.correct for pair in pairs)} right"]
     for name in ("record", "strict"):
-        paid = [(grade.verdict if name == "record" else grade.strict) == "correct" for grade in grades]
-        total = counted(pairs, paid)
+        accepted = [(grade.verdict if name == "record" else grade.strict) == "correct" for grade in grades]
+        total = counted(pairs, accepted)
         lines.append(f"  {name}: precision {_share(*total.precision)}, recall {_share(*total.recall)}")
         rows: dict[str, list[int]] = defaultdict(list)
-        for place, pair in enumerate(pairs):
-            rows[pair.kind].append(place)
-        for kind, places in sorted(rows.items()):
-            part = counted([pairs[place] for place in places], [paid[place] for place in places])
-            lines.append(f"    {kind:22} precision {_share(*part.precision):34} recall {_share(*part.recall)}")
+        for index, pair in enumerate(pairs):
+            rows[pair.kind].append(index)
+        for kind, indices in sorted(rows.items()):
+            counts = counted([pairs[i] for i in indices], [accepted[i] for i in indices])
+            lines.append(f"    {kind:22} precision {_share(*counts.precision):34} recall {_share(*counts.recall)}")
         if show:
-            for pair, grade, pays in zip(pairs, grades, paid, strict=True):
-                if pays != pair.correct:
-                    fault = "paid, but wrong" if pays else f"refused ({grade.reason or 'wrong'}), but right"
+            for pair, grade, is_accepted in zip(pairs, grades, accepted, strict=True):
+                if is_accepted != pair.correct:
+                    fault = "accepted, but wrong" if is_accepted else f"refused ({grade.reason or 'wrong'}), but right"
                     lines.append(f"    {fault}: gold {pair.gold!r}, answer {pair.answer!r} ({pair.kind}: {pair.note})")
     return lines
 
 
 def measure(folder: Path, show: bool = False, processes: int = 2) -> list[str]:
-    """Return the lines on all files of pairs in a folder, development and held-out ones apart."""
+    """Return lines about all files of pairs in a folder, development and held-out files separately."""
     files = sorted(folder.glob("*.jsonl"))
     lines: list[str] = []
     grader = MathGrader(processes=processes)

@@ -1,13 +1,13 @@
-"""`bupo.plan` against runs: memory by part and at its peak, and time, of real updates in both phases, as ratios.
+"""Accuracy of `bupo.plan`: memory by part, peak memory and time of real updates in both phases, relative to the plan.
 
     python -m benchmarks.plan --model SmolLM2.gguf --layer 10 --json out.json
 
-The trainer runs in this process on made-up answers of a given length. Memory is what the CPU's allocator says in torch's
-profiler (each allocation, those inside of operators too), weights apart, which were there before; marks in the same trace say
-when a forward pass begins and ends. Time is taken without the profiler. The rate that the plan is given is that of the
-model's own forward pass over plain rows, its FLOPs counted by torch's `FlopCounterMode`, and the bandwidth that of copying a
-tensor: both before each update, so that the machine's noise is in both. Seconds are the process' own on one thread: what
-others take of the processor is in neither.
+The trainer runs in this process on random answers of a given length. Memory comes from torch's profiler, which records every
+allocation of the CPU's allocator, also inside operators; weights, allocated before, are added. Marks in the same trace show
+the start and end of forward passes. Time is measured without the profiler. The plan gets the rate of the model's forward pass
+over plain rows, with FLOPs counted by torch's `FlopCounterMode`, and the bandwidth of copying a tensor. Both are measured
+before each update, so that plan and run see the same noise. Seconds are CPU time of this process on one thread, without other
+processes.
 """
 
 import json
@@ -40,13 +40,13 @@ from bupo.planning.plan import Plan, resolve_planned_run
 from bupo.training.train_data import TrainOptions
 
 MARK = "plan: "
-WARM = 1  # rollout batches of each phase that are not looked at: the first has no optimizer's state
-APART = 0.2  # that a plan may be from what is measured
+WARM = 1  # rollout batches of each phase that are not measured: the first has no optimizer state
+TOLERANCE = 0.2  # relative difference between plan and measurement
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: rows a micro-batch, micro-batches an update, tokens of a prompt and an answer; one update a rollout batch."""
+    """Sizes of a run: rows per micro-batch, micro-batches per update, tokens of prompts and answers; one update per batch."""
 
     name: str
     layer: int
@@ -62,7 +62,7 @@ class Case:
         return made_up(self.prompt, [self.answer] * (self.rows * self.passes), self.group, vocabulary, seed)
 
     def config(self, folder: str, batches: int) -> BuPOConfig:
-        """A first phase of so many rollout batches, and a second one as long."""
+        """Return the configuration of a first phase of `batches` rollout batches and a second phase of equal length."""
         return BuPOConfig(
             folder,
             internal_schedule=[[self.layer, batches]],
@@ -102,10 +102,10 @@ def large_cases(layer: int) -> list[Case]:
 
 @dataclass
 class Watched(TrainerCallback):
-    """What a run tells: marks in a trace, bytes of gradients and optimizer, seconds; by rollout batch, from 1."""
+    """Callback that records marks in a trace, bytes of gradients and optimizer, and seconds, by rollout batch from 1."""
 
     before_update: Callable[[], None] = lambda: None
-    answer_tokens: list[float] = field(default_factory=list)  # in the mean, of each rollout batch
+    answer_tokens: list[float] = field(default_factory=list)  # mean length, of each rollout batch
     bytes: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     seconds: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     trainer: Any = None
@@ -121,8 +121,8 @@ class Watched(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         mark(f"{self.batch} ends")
-        whole = time.process_time() - self.started
-        self.seconds[self.batch]["update"] = whole - self.seconds[self.batch]["rollout"]
+        total = time.process_time() - self.started
+        self.seconds[self.batch]["update"] = total - self.seconds[self.batch]["rollout"]
         states = self.trainer.optimizer.state.values()
         self.bytes[self.batch]["optimizer"] = sum(
             value.nbytes for each in states for value in each.values() if isinstance(value, torch.Tensor)
@@ -133,24 +133,24 @@ class Watched(TrainerCallback):
             self.answer_tokens.append(logs["completions/mean_length"])
 
     def listen_to(self, trainer: BuPOTrainer) -> None:
-        """Take marks around the loss, and the time of the rollout batch before the update, and of its scoring."""
+        """Mark the start and end of the loss, and time the rollouts and their scoring."""
         self.trainer = trainer
         loss = trainer.compute_micro_batch_loss
 
         def marked(*args, **kwargs):
             mark(f"{self.batch} forward")
-            found = loss(*args, **kwargs)
+            result = loss(*args, **kwargs)
             mark(f"{self.batch} backward")
-            return found
+            return result
 
         def timed(method: Callable, part: str) -> Callable:
-            def found(*args, **kwargs):
+            def wrapper(*args, **kwargs):
                 with clock() as passed:
                     result = method(*args, **kwargs)
                 self.seconds[self.batch][part] = passed()
                 return result
 
-            return found
+            return wrapper
 
         trainer.compute_micro_batch_loss = marked  # type: ignore[method-assign]
         trainer.generate_rollouts = timed(trainer.generate_rollouts, "rollout")  # type: ignore[method-assign]
@@ -171,8 +171,8 @@ def mark(name: str) -> None:
 def trained(
     model, tokenizer, case: Case, folder: str, batches: int, watched: Watched, samples: bool = False
 ) -> BuPOTrainer:
-    """A trainer that has answers given to it, or `samples` them to sums, and has not begun."""
-    model.gradient_checkpointing_disable()  # that a case before this one has asked for
+    """Return a trainer on random answers, or on sampled answers to sums if `samples` is set."""
+    model.gradient_checkpointing_disable()  # a previous case may have enabled it
     vocabulary = model.config.get_text_config().vocab_size
     given = iter([case.rollouts(vocabulary, seed) for seed in range(2 * batches)])
 
@@ -203,7 +203,7 @@ def trained(
 
 @dataclass(frozen=True)
 class Trace:
-    """What the allocator held at which time, and when the marks were."""
+    """Allocated bytes over time, and the times of the marks."""
 
     held: list[tuple[float, int]]
     marks: dict[str, list[float]]
@@ -225,7 +225,7 @@ class Trace:
         return max(held for when, held in self.held if start <= when <= end)
 
     def of(self, batch: int) -> dict[str, int]:
-        """Of a rollout batch: what forward passes have kept, and the most of all."""
+        """Return the activations kept by forward passes of a rollout batch, and its peak memory."""
         passes = zip(self.marks[f"{batch} forward"], self.marks[f"{batch} backward"], strict=True)
         kept = max(self.at(end) - self.at(start) for start, end in passes)
         return {
@@ -235,7 +235,7 @@ class Trace:
 
 
 def measured_memory(model, tokenizer, case: Case) -> dict[int, dict[str, int]]:
-    """By phase: bytes by part."""
+    """Return the measured bytes by phase and part."""
     batches, watched = WARM + 1, Watched()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +255,7 @@ def measured_memory(model, tokenizer, case: Case) -> dict[int, dict[str, int]]:
 
 
 class Rates:
-    """FLOP/s of the model's forward pass over plain rows and its unembedding over the answers, and bytes/s of a copy."""
+    """Measured rates: FLOP/s of the forward pass over plain rows with the unembedding of answers, and bytes/s of a copy."""
 
     def __init__(self, model, case: Case):
         vocabulary = model.config.get_text_config().vocab_size
@@ -285,30 +285,30 @@ class Rates:
 
 
 def measured_time(model, tokenizer, case: Case, batches: int) -> tuple[dict[int, dict[str, list[float]]], Rates]:
-    """By phase: seconds of each rollout batch but the first ones, and the rates taken before each."""
+    """Return the seconds of each measured rollout batch by phase and part, and the rates measured before each."""
     rates = Rates(model, case)
     watched = Watched(before_update=rates.take)
     with tempfile.TemporaryDirectory() as folder:
         trained(model, tokenizer, case, folder, batches, watched).train()
     found: dict[int, dict[str, list[float]]] = {1: defaultdict(list), 2: defaultdict(list)}
     for batch, seconds in watched.seconds.items():
-        place = (batch - 1) % batches
-        if place >= WARM:
+        index = (batch - 1) % batches
+        if index >= WARM:
             for part, value in seconds.items():
                 found[1 if batch <= batches else 2][part].append(value)
     return found, rates
 
 
 def sampling_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]:
-    """Plan and measured of sampling answers to sums: a rollout batch of phase 1 without its scoring (and its bookkeeping)."""
+    """Return planned and measured seconds of sampling answers to sums: a rollout batch of phase 1 without its scoring."""
     rates = Rates(model, case)
     watched = Watched(before_update=rates.take)
     batches = WARM + 2
     with tempfile.TemporaryDirectory() as folder:
         trained(model, tokenizer, case, folder, batches, watched, samples=True).train()
-    looked_at = range(WARM + 1, batches + 1)
-    taken = [watched.seconds[batch]["rollout"] - watched.seconds[batch]["scoring"] for batch in looked_at]
-    tokens = statistics.mean(watched.answer_tokens[batch - 1] for batch in looked_at)
+    measured_batches = range(WARM + 1, batches + 1)
+    taken = [watched.seconds[batch]["rollout"] - watched.seconds[batch]["scoring"] for batch in measured_batches]
+    tokens = statistics.mean(watched.answer_tokens[batch - 1] for batch in measured_batches)
     on = on_cpu(case, rates)
     on.prompt_tokens, on.answer_tokens = None, max(1, round(tokens))
     found = bupo.plan(name, case.config("unused", batches), TrainOptions(dataset=ARITHMETIC), on=on)
@@ -320,7 +320,7 @@ def sampling_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any
 
 
 def on_cpu(case: Case, rates: Rates | None) -> PlanOptions:
-    """This machine, at the rates that were taken."""
+    """Return the plan's options for this machine, with the measured rates."""
     on = PlanOptions(gpus=0, prompt_tokens=case.prompt, answer_tokens=case.answer)
     if rates:
         on.tflops = statistics.median(rates.products) / 1e12
@@ -329,7 +329,7 @@ def on_cpu(case: Case, rates: Rates | None) -> PlanOptions:
 
 
 def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, dict[int, dict[str, float]]]:
-    """The plan of a case, and bytes by part and phase."""
+    """Return the plan of a case, and the planned bytes by phase and part."""
     on = on_cpu(case, rates)
     config = case.config("unused", WARM + 1)
     found = bupo.plan(name, config, on=on)
@@ -352,7 +352,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "peak")
 
 
 def memory_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]:
-    """Plan and measured of each part and phase."""
+    """Return planned and measured bytes of each phase and part."""
     _, parts = planned(name, case)
     taken = measured_memory(model, tokenizer, case)
     return [
@@ -363,7 +363,7 @@ def memory_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any]]
 
 
 def time_rows(name: str, model, tokenizer, case: Case, batches: int) -> list[dict[str, Any]]:
-    """Plan and measured of scoring and update, by phase, in seconds. Phase 2 has nothing to score here."""
+    """Return planned and measured seconds of scoring and update by phase. Phase 2 has no scoring here."""
     taken, rates = measured_time(model, tokenizer, case, batches)
     found, _ = planned(name, case, rates)
     rows = []
@@ -398,7 +398,7 @@ def shown(rows: list[dict[str, Any]], unit: float, digits: int) -> list[dict[str
 
 
 def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Result:
-    """All of it, of one model; `sampled`: sampling, too, of which no target is held."""
+    """Run the benchmark on one model. With `sampled`, sampling is also measured; it has no target."""
     set_verbosity_error()
     disable_progress_bar()
     torch.set_num_threads(1)
@@ -408,7 +408,7 @@ def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Resu
     about = f"{named}, {layers} layers, phase 1 at layer {cases[0].layer}"
     result = Result(f"python -m benchmarks.plan --model {named}", about)
     with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)  # a .gguf file takes its time to be read
+        model.config.save_pretrained(folder)  # reading a .gguf file takes long
         name = name if name == EMBEDDED_MODEL else folder
         tokenizer.save_pretrained(folder)
         memory = [row for case in cases for row in memory_rows(name, model, tokenizer, case)]
@@ -418,18 +418,18 @@ def benchmark(name: str, cases: list[Case], batches: int, sampled: bool) -> Resu
     result.tables += [Table("Seconds of sampling", shown(sampling, 1, 2))] if sampled else []
     for what, rows in (("memory", memory), ("time", seconds)):
         worst = max(rows, key=lambda row: abs(row["plan"] / row["measured"] - 1))
-        apart = abs(worst["plan"] / worst["measured"] - 1)
+        difference = abs(worst["plan"] / worst["measured"] - 1)
         text = f"{what}: the largest difference ({worst['case']}, phase {worst['phase']}, {worst['part']})"
-        result.targets.append(Target(text, apart, APART, "%"))
+        result.targets.append(Target(text, difference, TOLERANCE, "%"))
     result.raw = {"memory": memory, "time": seconds, "sampling": sampling}
     return result
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--batches", type=int, default=2, help="rollout batches of each phase whose time is taken")
-    parser.add_argument("--case", help="one of them, such as 'one pass'")
-    parser.add_argument("--sampling", action="store_true", help="sampling, too")
+    parser.add_argument("--batches", type=int, default=2, help="timed rollout batches of each phase")
+    parser.add_argument("--case", help="run only this case, such as 'one pass'")
+    parser.add_argument("--sampling", action="store_true", help="also measure sampling")
     given = parser.parse_args()
     cases = embedded_cases() if given.model == "embedded" else large_cases(given.layer)
     cases = [case for case in cases if given.case in (None, case.name)]

@@ -1,4 +1,4 @@
-"""What a benchmark of speed says: tables of ratios, and targets that are met or missed; printed, and written as JSON."""
+"""Results of a speed benchmark: tables of ratios, and targets that are met or missed, printed and written as JSON."""
 
 import argparse
 import json
@@ -19,21 +19,21 @@ from bupo.version import VERSION
 
 
 def options(about: str) -> argparse.ArgumentParser:
-    """What every benchmark of speed takes.
+    """Return a parser with the options of every speed benchmark.
 
     Args:
-        about (`str`): its module's docstring.
+        about (`str`): docstring of the benchmark's module.
     """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m.gguf", help="folder, .gguf file or hub id")
-    parser.add_argument("--layer", type=int, default=10, help="that phase 1 optimises")
-    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--layer", type=int, default=10, help="layer that phase 1 optimises")
+    parser.add_argument("--json", type=Path, help="file of the result")
     return parser
 
 
 @dataclass
 class Table:
-    """Rows of one set of columns, as text."""
+    """Rows with the same columns, as text."""
 
     title: str
     rows: list[dict[str, str]]
@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Target:
-    """What a measured number should be at most."""
+    """Upper limit of a measured number."""
 
     what: str
     measured: float
@@ -53,7 +53,7 @@ class Target:
         return self.measured <= self.most
 
     def line(self) -> dict[str, str]:
-        """A row of a table."""
+        """Return the target as a row of a table."""
         numbers = [
             f"{value:.0%}" if self.unit == "%" else f"{value:.2f}{self.unit}" for value in (self.measured, self.most)
         ]
@@ -62,15 +62,15 @@ class Target:
 
 @dataclass
 class Result:
-    """Of one run of a benchmark.
+    """Result of one run of a benchmark.
 
     Attributes:
-        command (`str`): that gives it.
-        setting (`str`): what was measured.
-        tables, targets (`list`): of it.
-        profiles (`dict[str, str]`): what took the time, by variant.
-        raw (`dict`): each single measurement.
-        machine (`str`): where, and with which versions.
+        command (`str`): that reproduces the result.
+        setting (`str`): description of the measurement.
+        tables, targets (`list`): of the result.
+        profiles (`dict[str, str]`): torch's profiles, by variant.
+        raw (`dict`): all single measurements.
+        machine (`str`): processor and versions.
     """
 
     command: str
@@ -82,7 +82,7 @@ class Result:
     machine: str = field(default_factory=lambda: machine())
 
     def show(self) -> None:
-        """Print it."""
+        """Print the result."""
         print(self.setting, self.machine, sep="\n", end="\n\n")
         for table in self.tables:
             print(f"{table.title}\n\n{format_markdown_table(table.rows)}")
@@ -93,15 +93,15 @@ class Result:
         sys.stdout.flush()
 
     def write(self, path: Path | None) -> None:
-        """As JSON, if somewhere."""
+        """Write the result as JSON if a path is given."""
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = asdict(self) | {"targets": [target.line() for target in self.targets]}
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            record = asdict(self) | {"targets": [target.line() for target in self.targets]}
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def machine() -> str:
-    """The processor, its cores and the versions."""
+    """Return the processor, its threads and the versions."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     versions = (
         f"bupo {VERSION}, TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
@@ -115,11 +115,11 @@ def _cpuinfo() -> list[str]:
 
 
 def middle(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
-    """The median and what it lies between."""
+    """Format a median with the minimum and maximum."""
     median = f"{statistics.median(values):.{digits}f}{unit}"
     return median if len(values) < 2 else f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Round by round: what the machine does to a round, it does to both."""
-    return [a / b for a, b in zip(mine, theirs, strict=True)]
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return ratios by round, in which noise of the machine cancels."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]

@@ -1,13 +1,13 @@
-"""A whole rollout batch, sampled, graded and trained on, against TRL's GRPOTrainer; and what a small model's step is made of.
+"""Time of a complete rollout batch relative to TRL's GRPOTrainer, and a breakdown of a small model's step.
 
     python -m benchmarks.step --model SmolLM2.gguf --json out.json
 
-- The three trainers take turns, each in a process of its own (`benchmarks.turns`): 32 answers of at most 64 tokens to sums, 8 a
-  prompt, one update. The reward is a cheap one that differs within a group.
-- The embedded model is trained as its recipe says (`bupo train --config recipes/cpu/embedded-bupo.yaml`), for some rollout
-  batches of each phase, with a clock around the model's forward and backward passes and the optimizer, the sampling and the
-  grading. What is left is the share of Python: collation, advantages, the loss' arithmetic, metrics, logs, probes. A second
-  thread looks every few milliseconds where that time goes.
+- The three trainers take turns, each in a separate process (`benchmarks.turns`): 32 answers of at most 64 tokens to sums, 8 per
+  prompt, one update. The reward is cheap and differs within a group.
+- The embedded model is trained by its recipe (`bupo train --config recipes/cpu/embedded-bupo.yaml`) for some rollout batches
+  of each phase. A clock measures the model's forward and backward passes with the optimizer, the sampling and the grading.
+  The rest is Python: collation, advantages, the arithmetic of the loss, metrics, logs, probes. A second thread samples the
+  stack every few milliseconds to break the rest down by function.
 """
 
 import functools
@@ -47,35 +47,37 @@ LIBRARIES = ("bupo", "trl", "transformers", "accelerate", "peft", "datasets")
 
 
 def table_of(updates: dict[str, list[Update]]) -> Table:
-    """Seconds of each part, by variant, with the ratio to TRL's whole or its sampling."""
+    """Return the seconds of each part by variant, with ratios to TRL's total and to its sampling."""
     rows = []
     for name, done in updates.items():
-        theirs, row = updates[TRL], {"": name}
-        for part in (*PARTS, "whole"):
+        row = {"": name}
+        for part in (*PARTS, "total"):
             row[f"{part}, s"] = middle([u.seconds[part] for u in done], 1)
-        for part in ("sampling", "whole"):
-            row[f"{part} of TRL's"] = middle(ratios(*([u.seconds[part] for u in some] for some in (done, theirs))))
+        for part in ("sampling", "total"):
+            row[f"{part} of TRL's"] = middle(
+                ratios(*([u.seconds[part] for u in variant] for variant in (done, updates[TRL])))
+            )
         row["answer tokens"] = f"{statistics.median([u.tokens for u in done]):.0f}"
         row["largest resident set, GB"] = f"{max(u.memory['whole'] for u in done) / 1e9:.1f}"
         rows.append(row)
-    return Table(f"{ROWS} answers of at most {MAX_NEW_TOKENS} tokens, {GROUP} a prompt, one update", rows)
+    return Table(f"{ROWS} answers of at most {MAX_NEW_TOKENS} tokens, {GROUP} per prompt, one update", rows)
 
 
 def targets_of(updates: dict[str, list[Update]]) -> list[Target]:
-    """What is wanted of a rollout batch."""
+    """Return the targets of a rollout batch."""
 
-    def ratio(mine: str, part: str) -> float:
-        return statistics.median(ratios(*([u.seconds[part] for u in updates[name]] for name in (mine, TRL))))
+    def ratio(variant: str, part: str) -> float:
+        return statistics.median(ratios(*([u.seconds[part] for u in updates[name]] for name in (variant, TRL))))
 
     return [
-        Target("a rollout batch in phase 1, of TRL's time", ratio(FIRST, "whole"), 0.45),
-        Target("a rollout batch in phase 2, of TRL's time", ratio(SECOND, "whole"), 0.60),
+        Target("a rollout batch in phase 1, of TRL's time", ratio(FIRST, "total"), 0.45),
+        Target("a rollout batch in phase 2, of TRL's time", ratio(SECOND, "total"), 0.60),
         Target("sampling, of TRL's time", max(ratio(name, "sampling") for name in (FIRST, SECOND)), 0.50),
     ]
 
 
 class Clock:
-    """Seconds by part. Of parts inside one another, the outer one counts: what the model does to sample is sampling."""
+    """Seconds by part. Nested parts count for the outer one: the model's work in sampling is sampling."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -90,34 +92,34 @@ class Clock:
             self.seconds[part] += time.perf_counter() - started
 
     def timed(self, function: Callable, part: str) -> Callable:
-        """The function, with its time counted."""
+        """Return the function with its time added to a part."""
 
         @functools.wraps(function)
-        def inner(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             self.start(part)
             try:
                 return function(*args, **kwargs)
             finally:
                 self.stop()
 
-        return inner
+        return wrapper
 
-    def apart(self, function: Callable) -> Callable:
-        """The function, with its time taken out of the model's, within which it runs."""
+    def excluded(self, function: Callable) -> Callable:
+        """Return the function with its time subtracted from the model's, in which it runs."""
 
         @functools.wraps(function)
-        def inner(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[MODEL] -= time.perf_counter() - started
 
-        return inner
+        return wrapper
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, whatever samples, grades, differentiates or steps is timed, in every trainer."""
+    def patch_trainers(self) -> Iterator[None]:
+        """Time sampling, grading, backward passes and optimizer steps of all trainers in the block."""
         with ExitStack() as patches:
             for owner, name, part in (
                 (GRPOTrainer, "_generate", SAMPLING),
@@ -128,55 +130,56 @@ class Clock:
                 (AcceleratedOptimizer, "zero_grad", MODEL),
             ):
                 patches.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name), part)))
-            patches.enter_context(mock.patch.object(PackedLayout, "of", self.apart(PackedLayout.from_rows)))
-            patches.enter_context(mock.patch.object(PackedLayout, "_bucket", self.apart(PackedLayout._make_bucket)))
+            patches.enter_context(mock.patch.object(PackedLayout, "from_rows", self.excluded(PackedLayout.from_rows)))
+            patches.enter_context(
+                mock.patch.object(PackedLayout, "_make_bucket", self.excluded(PackedLayout._make_bucket))
+            )
             yield
 
-    def listen_to(self, model: nn.Module) -> None:
-        """Time its forward passes."""
+    def hook_model(self, model: nn.Module) -> None:
+        """Time the forward passes of a model."""
         for module in (model, unwrap_causal_lm(model).base_model):
             module.register_forward_pre_hook(lambda *_: self.start(MODEL))
             module.register_forward_hook(lambda *_: self.stop(), always_call=True)
 
 
 class Steps(TrainerCallback):
-    """Begins and ends the measuring, and keeps the time of each rollout batch but the first."""
+    """Callback that records the seconds of each rollout batch after the first."""
 
-    def __init__(self, clock: Clock, looking: "Looking", updates: int):
-        self.clock, self.looking, self.updates = clock, looking, updates  # a rollout batch
+    def __init__(self, clock: Clock, sampler: "StackSampler", updates: int):
+        self.clock, self.sampler, self.updates = clock, sampler, updates  # updates per rollout batch
         self.batches: list[dict[str, float]] = []
         self.began = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.clock.listen_to(model)
+        self.clock.hook_model(model)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.updates == 0 and state.global_step:
             self._end()
-            self.looking.now = True
+            self.sampler.active = True
             self.began = time.perf_counter()
             self.clock.seconds.clear()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._end()
-        self.looking.now = False
+        self.sampler.active = False
 
     def _end(self) -> None:
         if self.began:
-            self.batches.append({"whole": time.perf_counter() - self.began, **self.clock.seconds})
+            self.batches.append({"total": time.perf_counter() - self.began, **self.clock.seconds})
 
 
-class Looking:
-    """A thread that looks every few milliseconds, while it is asked to, which function of the libraries the main thread is in
-    outside the clock's parts."""
+class StackSampler:
+    """A thread that samples the main thread's current library function every few milliseconds, outside the clock's parts."""
 
     def __init__(self, clock: Clock, seconds: float = 0.002):
-        self.clock, self.seconds, self.seen = clock, seconds, Counter[str]()
-        self.main, self.running, self.now = threading.get_ident(), False, False
+        self.clock, self.interval, self.counts = clock, seconds, Counter[str]()
+        self.main, self.running, self.active = threading.get_ident(), False, False
 
-    def __enter__(self) -> "Looking":
+    def __enter__(self) -> "StackSampler":
         self.running = True
-        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
         return self
 
@@ -184,21 +187,21 @@ class Looking:
         self.running = False
         self.thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while self.running:
-            time.sleep(self.seconds)
+            time.sleep(self.interval)
             frame = sys._current_frames().get(self.main)
-            if frame is not None and self.now and not self.clock.within:
-                self.seen[_place(frame)] += 1
+            if frame is not None and self.active and not self.clock.within:
+                self.counts[_get_library_function(frame)] += 1
 
     def shares(self) -> list[tuple[str, float]]:
-        """Of all looks, the most frequent first."""
-        total = max(1, self.seen.total())
-        return [(place, count / total) for place, count in self.seen.most_common()]
+        """Return functions with their shares of the samples, the most frequent first."""
+        total = max(1, self.counts.total())
+        return [(function, count / total) for function, count in self.counts.most_common()]
 
 
-def _place(frame: FrameType | None) -> str:
-    """The innermost function of one of the libraries."""
+def _get_library_function(frame: FrameType | None) -> str:
+    """Return the innermost function of one of the libraries."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.partition(".")[0] in LIBRARIES:
@@ -208,28 +211,30 @@ def _place(frame: FrameType | None) -> str:
 
 
 def small_steps(batches: int, folder: Path) -> tuple[list[dict[str, float]], list[tuple[str, float]]]:
-    """The embedded model by its recipe, for so many rollout batches of each phase: seconds of each batch by part, and shares of
-    what the rest consists of. The first batch of all is left out."""
+    """Train the embedded model by its recipe for `batches` rollout batches of each phase.
+
+    Returns the seconds of each batch by part, without the first batch, and the shares of functions in the rest.
+    """
     flags = ["--config", str(RECIPE), "--output", str(folder), "--internal_steps", str(batches + 1)]
     options, config, loading = parse_options((bupo.TrainOptions, bupo.BuPOConfig, ModelConfig), flags, "bupo train")
     updates = config.steps_per_generation
     config.max_steps = (2 * batches + 1) * updates
     clock = Clock()
-    with clock.listening(), Looking(clock) as looking:
-        steps = Steps(clock, looking, updates)
+    with clock.patch_trainers(), StackSampler(clock) as sampler:
+        steps = Steps(clock, sampler, updates)
         bupo.train("embedded", config, options, loading=loading, callbacks=[steps])
-    return steps.batches, looking.shares()
+    return steps.batches, sampler.shares()
 
 
 def small_table(batches: Sequence[dict[str, float]], title: str) -> tuple[Table, float]:
-    """Medians by part, with the share of each in the whole; and the share of the rest."""
-    shares = [{part: batch.get(part, 0.0) / batch["whole"] for part in (MODEL, SAMPLING, GRADING)} for batch in batches]
+    """Return a table of medians by part with their shares of the total, and the share of the rest."""
+    shares = [{part: batch.get(part, 0.0) / batch["total"] for part in (MODEL, SAMPLING, GRADING)} for batch in batches]
     for share in shares:
         share[REST] = 1 - sum(share.values())
     rows = [
         {
             "part": part,
-            "seconds": middle([share[part] * batch["whole"] for share, batch in zip(shares, batches, strict=True)], 3),
+            "seconds": middle([share[part] * batch["total"] for share, batch in zip(shares, batches, strict=True)], 3),
             "of the step, %": middle([100 * share[part] for share in shares], 0),
         }
         for part in (MODEL, SAMPLING, GRADING, REST)
@@ -238,14 +243,14 @@ def small_table(batches: Sequence[dict[str, float]], title: str) -> tuple[Table,
 
 
 def benchmark(model, layer: int, rounds: int, small: int, threads: int, profiled: bool = False) -> Result:
-    """All of it. `model` as of [`benchmarks.turns.Job`]; `small`: rollout batches a phase of the embedded model."""
+    """Run the benchmark. `model` as in [`benchmarks.turns.Job`]; `small`: rollout batches per phase of the embedded model."""
     named = Path(model).name if isinstance(model, str) else model["model_type"]
     result = Result(f"python -m benchmarks.step --model {named}", f"{named}, layer {layer}, and the embedded model")
     if rounds:
         job = Job(model, (layer,) * (1 + rounds + profiled), None, ROWS, 1, GROUP, MAX_NEW_TOKENS, profiled)
         with trainers((TRL, FIRST, SECOND), threads) as running:
             done = list(running.run(dict.fromkeys((TRL, FIRST, SECOND), job)))
-        result.profiles, done = profiles_of(done[-1]), done[1 : 1 + rounds]  # the first warms up
+        result.profiles, done = profiles_of(done[-1]), done[1 : 1 + rounds]  # the first is a warm-up
         updates = {name: [update[name] for update in done] for name in (TRL, FIRST, SECOND)}
         result.tables.append(table_of(updates))
         result.targets += targets_of(updates)
@@ -255,32 +260,30 @@ def benchmark(model, layer: int, rounds: int, small: int, threads: int, profiled
         }
     if small:
         with tempfile.TemporaryDirectory() as folder:
-            batches, places = small_steps(small, Path(folder) / "run")
+            batches, functions = small_steps(small, Path(folder) / "run")
         table, rest = small_table(
             batches, f"The embedded model, a rollout batch of {RECIPE.name}: 128 answers, 4 updates"
         )
-        result.tables += [table, _places(places)]
+        result.tables += [table, _make_functions_table(functions)]
         result.targets.append(
             Target("a step of the embedded model outside model, sampling and grading", rest, 0.25, "%")
         )
-        result.raw["embedded"] = {"batches": batches, "rest": dict(places[:30])}
+        result.raw["embedded"] = {"batches": batches, "rest": dict(functions[:30])}
     return result
 
 
-def _places(places: Sequence[tuple[str, float]]) -> Table:
-    rows = [{"function": f"`{place}`", "of the rest, %": f"{100 * share:.0f}"} for place, share in places[:12]]
-    return Table("What the rest consists of", rows)
+def _make_functions_table(functions: Sequence[tuple[str, float]]) -> Table:
+    rows = [{"function": f"`{name}`", "of the rest, %": f"{100 * share:.0f}"} for name, share in functions[:12]]
+    return Table("Functions in the rest", rows)
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="measured, of each trainer; 0 leaves them out")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rollout batches of each trainer; 0 skips them")
     parser.add_argument(
-        "--small", type=int, default=10, help="rollout batches a phase of the embedded model; 0 leaves it out"
+        "--small", type=int, default=10, help="rollout batches per phase of the embedded model; 0 skips it"
     )
-    parser.add_argument(
-        "--profile", action="store_true", help="show where one more rollout batch of each spends its time"
-    )
+    parser.add_argument("--profile", action="store_true", help="profile one more rollout batch of each trainer")
     given = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Runs of `bupo train` with held-out accuracy before and after, two at a time on a CPU.
+"""Runs of `bupo train` with held-out accuracy before and after, two in parallel on a CPU.
 
 python -m benchmarks.training methods         # every recipe of the embedded model, one seed
-python -m benchmarks.training guard           # a first phase of 10 and of 40 rollout batches, with and without the guard
+python -m benchmarks.training guard           # a first phase of 10 and of 40 rollout batches, with and without early stopping
 """
 
 import argparse
@@ -31,7 +31,7 @@ WORKERS = 2
 
 
 def trained(recipe: Path, folder: Path, *flags: str) -> Path:
-    """Run a recipe into a folder, with its output in `log.txt`. A folder that holds a finished run is kept."""
+    """Run a recipe into a folder, with its output in `log.txt`. A finished run is kept."""
     if not (folder / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
         command = [
@@ -52,7 +52,7 @@ def trained(recipe: Path, folder: Path, *flags: str) -> Path:
 
 
 def accuracy(model: str | Path) -> np.ndarray:
-    """`correct_PN` of the sampled answers to the held-out problems."""
+    """Return the correctness of sampled answers to the held-out problems, (problems, answers)."""
     problems, tokenizer = load_problems(ARITHMETIC, "test", size=PROBLEMS), load_tokenizer(str(model))
     engine = TransformersEngine(load_model(str(model)), tokenizer, MAX_NEW_TOKENS, batch_size=128)
     return get_correct(
@@ -61,7 +61,7 @@ def accuracy(model: str | Path) -> np.ndarray:
 
 
 def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, dict]:
-    """Train every run, `WORKERS` at a time, and compare each with the model it started from."""
+    """Train all runs, `WORKERS` in parallel, and compare each with its base model."""
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = {name: pool.submit(trained, recipe, folder / name, *flags) for name, (recipe, flags) in runs.items()}
         for name, job in jobs.items():
@@ -93,7 +93,7 @@ def run_all(runs: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, 
 
 
 def _seconds(row: dict) -> float:
-    """Of a rollout batch with four updates; the first of them holds the rollouts."""
+    """Return the seconds of a rollout batch with four updates. `step_time` of the first update includes the rollouts."""
     return row["step_time"] * 4
 
 
@@ -102,7 +102,7 @@ def methods(folder: Path) -> None:
 
 
 def guard(folder: Path, seeds: int = 3) -> None:
-    """A phase 1 of the right length, and one four times too long, at a learning rate that lets it do harm."""
+    """Compare a phase 1 of the right length with one four times as long, at a learning rate at which it does harm."""
     recipe = RECIPES / "embedded-long-phase-1.yaml"
     lengths = yaml.safe_load(recipe.read_text())["internal_steps"]
     runs = {}

@@ -1,8 +1,8 @@
-"""Training runs of several trainers that take turns, update by update, each in a process of its own.
+"""Training runs of several trainers that alternate update by update, each in a separate process.
 
-A process runs `trainer.train()` as a user would; a callback stops it before each rollout batch until it is its turn. So the
-trainers see the same noise of the machine, and the memory of each is its own. The answers of a rollout batch can be given
-(TRL's `rollout_func`) in the stead of sampled: then all trainers do the same work.
+A process runs `trainer.train()` like a user; a callback blocks it before each rollout batch until its turn. All trainers see
+the same noise of the machine, and their memory is measured separately. Fixed answers (TRL's `rollout_func`) can replace
+sampling, so that all trainers do the same work.
 """
 
 import ctypes
@@ -38,25 +38,25 @@ TRL, FIRST, SECOND, PUBLISHED = "TRL", "BuPO, phase 1", "BuPO, phase 2", "phase 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The answers of a rollout batch: token ids of a prompt and an answer a row, groups of a prompt one after another."""
+    """Token ids of a rollout batch: a prompt and an answer per row, rows of the same prompt in sequence."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers, each prompt as often as it has answers."""
+        """Number of tokens of prompts and answers, with each prompt counted once per answer."""
         return sum(map(len, self.prompts)) + sum(map(len, self.answers))
 
 
 def made_up(prompt: int, answers: Sequence[int], group: int, vocabulary: int, seed: int = 0) -> Rollouts:
-    """Rollouts of random token ids, which cost what words do.
+    """Return rollouts of random token ids, which cost the same as text.
 
     Args:
         prompt (`int`): tokens of a prompt.
         answers (`list[int]`): tokens of each answer.
         group (`int`): answers that share a prompt.
-        vocabulary (`int`): of the model; special tokens, which come first, are not used.
+        vocabulary (`int`): size of the model's vocabulary; the first ids, special tokens, are not used.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(64, vocabulary, (n,), generator=generator).tolist()  # noqa: E731
@@ -66,17 +66,18 @@ def made_up(prompt: int, answers: Sequence[int], group: int, vocabulary: int, se
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, one update a rollout batch.
+    """A training run with one update per rollout batch.
 
     Attributes:
-        model (`str` or `dict`): as of [`~bupo.models.loading.load_model`], or the configuration of one with random weights.
-        layers (`tuple[int, ...]`): of each rollout batch, the layer that phase 1 optimises; the first is the published way's.
-        rollouts (`tuple[Rollouts, ...]`, *optional*): of each rollout batch; without them, answers to sums are sampled.
+        model (`str` or `dict`): as in [`~bupo.models.loading.load_model`], or the configuration of a model with random weights.
+        layers (`tuple[int, ...]`): layer of phase 1, for each rollout batch; the published algorithm uses the first.
+        rollouts (`tuple[Rollouts, ...]`, *optional*): fixed answers of each rollout batch; by default, answers to sums are
+            sampled.
         rows (`int`): sequences of a rollout batch.
-        passes (`int`): forward and backward passes of an update, its gradients being accumulated.
-        group (`int`): answers a prompt.
-        max_new_tokens (`int`): of an answer that is sampled.
-        profiled (`bool`): whether the last update, and the sampling for it, is also profiled, which slows it.
+        passes (`int`): micro-batches of an update.
+        group (`int`): answers per prompt.
+        max_new_tokens (`int`): of a sampled answer.
+        profiled (`bool`): whether to profile the last update and its sampling, which makes them slower.
     """
 
     model: str | dict[str, Any]
@@ -91,17 +92,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Update:
-    """What a rollout batch and its update took.
+    """Time and memory of a rollout batch and its update.
 
     Attributes:
-        seconds (`dict[str, float]`): `whole`, `sampling`, `grading`, `scoring` (the rest of what comes before the update), and
-            `update`: forward and backward passes, the optimizer's step, logs.
-        memory (`dict[str, int]`): bytes of the largest resident set: `whole`; above the loaded model, `scoring` (and all before
-            the update) and `update`; and of the update's `passes` above weights, optimizer and gradients.
-        entropy (`float`): of the language model policy, as logged.
+        seconds (`dict[str, float]`): `total`, `sampling`, `grading`, `scoring` (the rest of the work before the update), and
+            `update` (forward and backward passes, optimizer step, logs).
+        memory (`dict[str, int]`): bytes of the largest resident set: `total`; above the loaded model, `scoring` (all work
+            before the update) and `update`; above weights, optimizer and gradients, `passes`.
+        entropy (`float`): logged entropy of the final layer's policy.
         tokens (`int`): answer tokens.
-        gradients (`dict[str, np.ndarray]`): of the first update only, of the layers 1 and l.
-        profile (`str`): torch's, where it was asked for.
+        gradients (`dict[str, np.ndarray]`): of layers 1 and l, in the first update.
+        profile (`str`): torch's profile, if the job is profiled.
     """
 
     seconds: dict[str, float]
@@ -113,23 +114,25 @@ class Update:
 
 
 def published_scores(model, input_ids, attention_mask, keep: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(B, keep)` each: log-probs of the layer's policy and entropies of the language model policy, the way the paper's code
-    takes: a forward pass that keeps every layer's states, then head, log-softmax and entropy at every position, of the
-    layer's states and of the last ones. TRL's temperature of 1."""
+    """Return the log-probs of the layer's policy and the entropies of the final layer's policy, (B, `keep`) each.
+
+    The algorithm is that of the published code: a forward pass that keeps every layer's states, then head, log-softmax and
+    entropy at every position, of the layer's states and of the last layer's. The temperature is TRL's default of 1.
+    """
     out = model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
     logits = model.get_output_embeddings()(out.hidden_states[layer])
     log_probs = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0]
-    entropies = [_entropy(logits.detach()), _entropy(out.logits.detach())]  # both policies' are logged
+    entropies = [_entropy(logits.detach()), _entropy(out.logits.detach())]  # the published code logs both policies
     return log_probs[:, -keep:], entropies[1][:, -keep - 1 : -1]
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """verl's `entropy_from_logits`."""
+    """Return the entropies of logits; verl's `entropy_from_logits`."""
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 class PublishedTrainer(GRPOTrainer):
-    """TRL's, with phase 1 in the published way."""
+    """TRL's trainer with phase 1 by the published algorithm."""
 
     layer = 1
 
@@ -138,7 +141,7 @@ class PublishedTrainer(GRPOTrainer):
 
 
 class Turns(TrainerCallback):
-    """Waits before each rollout batch until it is this trainer's turn, and then says what the last one took."""
+    """Callback that waits for this trainer's turn before each rollout batch and sends the cost of the last one."""
 
     def __init__(self, pipe, job: Job):
         self.pipe, self.job, self.loaded = pipe, job, 0
@@ -150,8 +153,8 @@ class Turns(TrainerCallback):
         self.gradients: dict[str, np.ndarray] = {}
         self.first = True
 
-    def listen_to(self, trainer: GRPOTrainer) -> None:
-        """Take the time of what a rollout batch consists of."""
+    def patch_trainer(self, trainer: GRPOTrainer) -> None:
+        """Time the parts of a rollout batch."""
         for name, part in (
             ("_generate_and_score_completions", "rollouts"),
             ("_generate", "sampling"),
@@ -174,10 +177,10 @@ class Turns(TrainerCallback):
         return timed
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._tell()
+        self._send_update()
         self.pipe.recv()
         self.spent.clear()
-        give_back()
+        trim_memory()
         self.marks = {"before": resident()}
         self.memory = PeakMemory().__enter__()
         if self.job.profiled and state.global_step == len(self.job.layers) - 1:
@@ -188,67 +191,67 @@ class Turns(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.marks["passes"] = self.memory.top if self.memory else 0
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        self.marks["gradients"] = sum(grad.numel() * grad.element_size() for grad in found.values())
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.marks["gradients"] = sum(grad.numel() * grad.element_size() for grad in gradients.values())
         if self.first:
-            watched = re.compile(rf"\.(?:layers|h)\.(?:0|{self.job.layers[0] - 1})\.")
+            compared = re.compile(rf"\.(?:layers|h)\.(?:0|{self.job.layers[0] - 1})\.")
             self.gradients = {
-                name: grad.numpy(force=True).copy() for name, grad in found.items() if watched.search(name)
+                name: grad.numpy(force=True).copy() for name, grad in gradients.items() if compared.search(name)
             }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logs |= logs or {}
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._tell()
+        self._send_update()
 
-    def _tell(self) -> None:
-        """Of the update that has ended, or that the first may begin."""
+    def _send_update(self) -> None:
+        """Send the cost of the finished update, or that the first update can start."""
         if self.memory is None:
             self.pipe.send("ready")
             return
-        whole = time.perf_counter() - self.started
+        total = time.perf_counter() - self.started
         self.memory.__exit__()
-        shown = ""
+        profile_table = ""
         if self.profile:
             self.profile.stop()
-            shown = self.profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
+            profile_table = self.profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
         part = {name: self.spent.get(name, 0.0) for name in ("rollouts", "sampling", "grading")}
-        seconds = {"whole": whole, "sampling": part["sampling"], "grading": part["grading"]}
+        seconds = {"total": total, "sampling": part["sampling"], "grading": part["grading"]}
         seconds |= {
             "scoring": part["rollouts"] - part["sampling"] - part["grading"],
-            "update": whole - part["rollouts"],
+            "update": total - part["rollouts"],
         }
         marks = self.marks
         memory = {
-            "whole": max(marks["rollouts"], self.memory.top),
+            "total": max(marks["rollouts"], self.memory.top),
             "scoring": marks["rollouts"] - self.loaded,
             "update": self.memory.top - self.loaded,
             "passes": marks["passes"] - marks["before"] - marks["gradients"],
         }
         tokens, entropy = self.logs["completions/mean_length"] * self.job.rows, self.logs["entropy"]
-        self.pipe.send(Update(seconds, memory, entropy, tokens, self.gradients if self.first else {}, shown))
+        self.pipe.send(Update(seconds, memory, entropy, tokens, self.gradients if self.first else {}, profile_table))
         self.first, self.memory = False, None
 
 
 def resident() -> int:
-    """Bytes of this process' resident set."""
+    """Return the bytes of this process' resident set."""
     return psutil.Process().memory_info().rss
 
 
-def give_back() -> None:
-    """Let glibc return what is free, so that the resident set is what is used."""
+def trim_memory() -> None:
+    """Have glibc return free memory to the system, so that the resident set equals the memory in use."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def reward(completion_ids: Sequence[Sequence[int]], **kwargs) -> list[float]:
-    """Cheap, and not the same for the answers of a group."""
+    """Return cheap rewards that differ within a group."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
 def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer:
-    """The trainer of a job. All train with the same options: TRL's defaults, but for those that make runs comparable."""
+    """Return the trainer of a job. All use the same options: TRL's defaults, except to make runs comparable."""
     model, updates = model_of(job.model), len(job.layers)
     turns.loaded = resident()
     options: dict[str, Any] = {
@@ -268,17 +271,19 @@ def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer
         "disable_tqdm": True,
         "seed": 0,
     }
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "train_dataset": _prompts(job, updates),
         "processing_class": load_tokenizer(job.model if isinstance(job.model, str) else EMBEDDED_MODEL),
         "callbacks": [turns],
     }
     if job.rollouts:
         batches = iter(job.rollouts)
-        given["rollout_func"] = lambda prompts, trainer: _columns(next(batches), trainer.processing_class.eos_token_id)
+        arguments["rollout_func"] = lambda prompts, trainer: _columns(
+            next(batches), trainer.processing_class.eos_token_id
+        )
     if variant in (TRL, PUBLISHED):
         kind = GRPOTrainer if variant == TRL else PublishedTrainer
-        trainer = kind(model, reward, GRPOConfig(**options, use_cpu=True, bf16=False), **given)
+        trainer = kind(model, reward, GRPOConfig(**options, use_cpu=True, bf16=False), **arguments)
         trainer.layer = job.layers[0]
     else:
         stages = [[layer, len(list(same))] for layer, same in groupby(job.layers)]
@@ -288,14 +293,14 @@ def trainer_of(variant: str, job: Job, folder: str, turns: Turns) -> GRPOTrainer
             else {"internal_layer": job.layers[0], "internal_steps": 0}
         )
         trainer = BuPOTrainer(
-            model, reward, BuPOConfig(**options, **plan, internal_early_stopping=False, probe_every=0), **given
+            model, reward, BuPOConfig(**options, **plan, internal_early_stopping=False, probe_every=0), **arguments
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def model_of(model: str | dict[str, Any]) -> PreTrainedModel:
-    """In fp32, as TRL trains it."""
+    """Return a model in fp32, which TRL trains in."""
     if isinstance(model, str):
         return load_model(model, dtype=torch.float32)
     torch.manual_seed(0)
@@ -303,7 +308,7 @@ def model_of(model: str | dict[str, Any]) -> PreTrainedModel:
 
 
 def _prompts(job: Job, updates: int) -> Dataset:
-    """A prompt a group; where answers are given, they bring prompts of their own."""
+    """Return a prompt per group. Fixed rollouts replace the prompts."""
     count = updates * job.rows // job.group
     if job.rollouts:
         return Dataset.from_dict({"prompt": ["-"] * count})
@@ -311,7 +316,7 @@ def _prompts(job: Job, updates: int) -> Dataset:
 
 
 def _columns(batch: Rollouts, end: int) -> dict[str, Any]:
-    """As a `rollout_func` gives them: answers that end, and are not cut."""
+    """Return the columns of a `rollout_func`, with an end token at the end of each answer."""
     return {
         "prompt_ids": batch.prompts,
         "completion_ids": [[*ids[:-1], end] for ids in batch.answers],
@@ -320,7 +325,7 @@ def _columns(batch: Rollouts, end: int) -> dict[str, Any]:
 
 
 def work(pipe, variant: str, threads: int) -> None:
-    """The process of a variant: jobs come through the pipe, `None` ends it. What fails is told."""
+    """Run the jobs of a variant from a pipe until `None`. Send the traceback of an error."""
     torch.set_num_threads(threads)
     set_verbosity_error()
     disable_progress_bar()
@@ -329,7 +334,7 @@ def work(pipe, variant: str, threads: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 turns = Turns(pipe, job)
                 trainer = trainer_of(variant, job, folder, turns)
-                turns.listen_to(trainer)
+                turns.patch_trainer(trainer)
                 trainer.train()
                 del trainer
         except BaseException:
@@ -338,11 +343,11 @@ def work(pipe, variant: str, threads: int) -> None:
 
 
 class Trainers:
-    """A process for each variant.
+    """Processes of the variants.
 
     Args:
-        variants (`list[str]`): which.
-        threads (`int`): of torch, in each; one works at a time.
+        variants (`list[str]`): names of the trainers.
+        threads (`int`): torch threads of each process; one process works at a time.
     """
 
     def __init__(self, variants: Sequence[str], threads: int):
@@ -350,32 +355,34 @@ class Trainers:
         self.pipes: dict[str, Any] = {}
         self.processes = []
         for variant in variants:
-            self.pipes[variant], theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, variant, threads), daemon=True)
+            self.pipes[variant], child_pipe = context.Pipe()
+            process = context.Process(target=work, args=(child_pipe, variant, threads), daemon=True)
             process.start()
             self.processes.append(process)
 
     def run(self, jobs: dict[str, Job]) -> Iterator[dict[str, Update]]:
-        """What each update of each variant took, round by round. Jobs have equally many rollout batches, which the variants do
-        in turn: A B C A B C …"""
-        for variant, job in jobs.items():  # one after another: to load costs memory
+        """Yield the updates of all variants, round by round. Jobs have the same number of rollout batches.
+
+        The variants alternate: A B C A B C …
+        """
+        for variant, job in jobs.items():  # sequentially: loading takes memory
             self.pipes[variant].send(job)
-            self._heard(variant)
+            self._receive(variant)
         for _ in min(jobs.values(), key=lambda job: len(job.layers)).layers:
             done = {}
             for variant in jobs:
                 self.pipes[variant].send("go")
-                done[variant] = self._heard(variant)
+                done[variant] = self._receive(variant)
             yield done
 
-    def _heard(self, variant: str) -> Any:
+    def _receive(self, variant: str) -> Any:
         try:
-            found = self.pipes[variant].recv()
+            message = self.pipes[variant].recv()
         except EOFError:
             raise RuntimeError(f"{variant}: its process has ended") from None
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def close(self) -> None:
         """End the processes."""
@@ -387,13 +394,13 @@ class Trainers:
 
 
 def profiles_of(done: dict[str, Update]) -> dict[str, str]:
-    """Where BuPO's phases spend their time, where it was asked for."""
+    """Return the profiles of BuPO's phases, if they were profiled."""
     return {name: done[name].profile for name in (FIRST, SECOND) if name in done and done[name].profile}
 
 
 @contextmanager
 def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
-    """Processes that are ended at the end. Their environment: no hub, and no word of what is deprecated or experimental."""
+    """Start the processes of the variants and end them after the block. They use no hub and print no warnings."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -401,8 +408,8 @@ def trainers(variants: Sequence[str], threads: int) -> Iterator[Trainers]:
         "KINETO_LOG_LEVEL": "5",
         "TQDM_DISABLE": "1",
     }
-    started = Trainers(variants, threads)
+    running = Trainers(variants, threads)
     try:
-        yield started
+        yield running
     finally:
-        started.close()
+        running.close()

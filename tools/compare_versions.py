@@ -1,14 +1,14 @@
-"""Show that numbers are unchanged between two revisions: run the same commands with each, and compare what they leave.
+"""Compare the numbers of two revisions: run the same commands with both and compare the files that they write.
 
     python tools/compare_versions.py BEFORE             # against the working tree
     python tools/compare_versions.py BEFORE AFTER --demo
     python tools/compare_versions.py BEFORE --runs grpo ppo eval --folder runs/compared
 
-Trains the embedded model for four rollout batches by every estimator and option that has a path of its own, whole and
-resumed from checkpoints that lie inside rollout batches of both phases; analyses it; evaluates it. Weights must agree to the
-bit between the versions, and those of a resumed run with the whole run's; rows, tables and summaries in everything that both
-versions write, except times. One line a comparison, exit status 1 if something differs. Ten minutes on two CPU cores, and
-with `--demo` fifteen.
+The embedded model is trained for four rollout batches with every estimator and with every option that changes the code path,
+uninterrupted and resumed from checkpoints inside rollout batches of both phases. It is also analysed and evaluated. Weights
+must be equal to the bit between the versions and between resumed and uninterrupted runs. Rows, tables and summaries must be
+equal in all keys that both versions write, except times. Each comparison prints one line; the exit status is 1 if anything
+differs. It takes ten minutes on two CPU cores, fifteen with `--demo`. Revisions before 0.3 get the former option names.
 """
 
 import argparse
@@ -34,8 +34,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("before", "after")
 TIMES = re.compile(r"time|seconds|per_second|total_flos")
-ALONE = 0.0
-DRAWING = "KeyError: 'reward'"  # 0.1.0 ends so when a log holds no reward, after all else is written
+ONLY_IN_ONE = 0.0  # difference of a key that only one version has
+# Names before 0.3, for revisions whose command line is in `bupo.commands`.
+FORMER_NAMES = {"bupo.cli.main": "bupo.commands.main", "--internal_early_stopping": "--internal_guard"}
 TRAIN = """train --model_name_or_path embedded --dataset_name arithmetic --dataset_size 64 --internal_early_stopping true
     --probe_every 1 --per_device_train_batch_size 8 --num_generations 4 --steps_per_generation 4
     --max_completion_length 24 --max_steps 16 --save_strategy steps --save_steps 5 --learning_rate 1e-4
@@ -43,7 +44,7 @@ TRAIN = """train --model_name_or_path embedded --dataset_name arithmetic --datas
 BUPO = "--internal_layer 5 --internal_steps 2"
 PPO = f"{BUPO} --advantage_estimator ppo --critic_learning_rate 1e-3"
 EVALUATED = "--eval_strategy steps --eval_steps 8 --eval_size 8 --eval_benchmarks arithmetic --eval_problems 8"
-TRAININGS: dict[str, tuple[str, tuple[int, ...]]] = {  # options, and the checkpoints (updates) to resume from
+TRAININGS: dict[str, tuple[str, tuple[int, ...]]] = {  # options, and the updates of the checkpoints to resume from
     "grpo": (BUPO, (5, 10)),
     "rloo": (f"{BUPO} --advantage_estimator rloo", (5, 10)),
     "reinforce++": (f"{BUPO} --advantage_estimator reinforce++", (5, 10)),
@@ -67,8 +68,8 @@ EVAL = "eval --benchmarks arithmetic --size 32 --k 2 --max_new_tokens 24 --outpu
 
 
 @contextmanager
-def tree_of(revision: str | None) -> Iterator[Path]:
-    """The folder of a revision, checked out for as long as it is needed; the working tree's for None."""
+def check_out(revision: str | None) -> Iterator[Path]:
+    """Yield the folder of a temporary checkout of a revision, or of the working tree for None."""
     if revision is None:
         yield ROOT
         return
@@ -83,37 +84,39 @@ def tree_of(revision: str | None) -> Iterator[Path]:
 
 
 class Versions:
-    """Two versions of bupo and what each has written.
+    """Two versions of bupo and the folders that they write to.
 
     Args:
-        trees (`list[Path]`): their sources, the one before and the one after.
-        folder (`Path`): each writes into a folder of its own in it.
+        trees (`list[Path]`): checkouts of the two versions.
+        folder (`Path`): parent of the output folders `before` and `after`.
     """
 
     def __init__(self, trees: list[Path], folder: Path):
         self.trees = trees
         self.folders = [folder / version for version in VERSIONS]
-        for tree, own in zip(trees, self.folders, strict=True):
-            own.mkdir(parents=True, exist_ok=True)
-            loaded = Path(_python(tree, own, "-c", "import bupo; print(bupo.__file__)").stdout.strip())
+        for tree, output_folder in zip(trees, self.folders, strict=True):
+            output_folder.mkdir(parents=True, exist_ok=True)
+            loaded = Path(_python(tree, output_folder, "-c", "import bupo; print(bupo.__file__)").stdout.strip())
             if not loaded.is_relative_to(tree):
                 sys.exit(f"compare_versions: {tree} runs {loaded}")
 
     def run(self, name: str, arguments: list[str]) -> list[str]:
-        """Run a command with both at once, its output noted in `NAME.log`; returns how each ended, "" where well."""
+        """Run a command with both versions in parallel, with output in `NAME.log`. Return the error of each, or ""."""
 
-        def one(version: int) -> str:
-            own = self.folders[version]
-            done = _python(self.trees[version], own, "-m", "bupo.cli.main", *arguments)
-            (own / f"{name}.log").write_text(done.stdout + done.stderr)
+        def run_version(version: int) -> str:
+            words = ["bupo.cli.main", *arguments]
+            if (self.trees[version] / "src/bupo/commands").is_dir():
+                words = [FORMER_NAMES.get(word, word) for word in words]
+            done = _python(self.trees[version], self.folders[version], "-m", *words)
+            (self.folders[version] / f"{name}.log").write_text(done.stdout + done.stderr)
             lines = done.stderr.strip().splitlines()
             return "" if done.returncode == 0 else f"exit status {done.returncode}: {lines[-1] if lines else ''}"
 
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(one, (0, 1)))
+            return list(pool.map(run_version, (0, 1)))
 
     def paths(self, name: str) -> list[Path]:
-        return [own / name for own in self.folders]
+        return [folder / name for folder in self.folders]
 
 
 def _python(tree: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -122,53 +125,55 @@ def _python(tree: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
 
 
 def compare(versions: Versions, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Each comparison's name and its outcome, which starts with "identical" where nothing differs."""
+    """Yield each comparison's name and outcome. The outcome starts with "identical" if nothing differs."""
     for name in [name for name in TRAININGS if name in names]:
-        yield from trained(versions, name, *TRAININGS[name])
+        yield from compare_training(versions, name, *TRAININGS[name])
     for name in [name for name in ANALYSES if name in names]:
         command = f"analyze --answers 16 --max_new_tokens 24 --output {name} {ANALYSES[name]}"
-        yield f"{name}: exit", same_end(versions.run(name, command.split()))
-        yield f"{name}: layers.parquet", of_files(versions.paths(f"{name}/layers.parquet"), table)
+        yield f"{name}: exit", compare_errors(versions.run(name, command.split()))
+        yield f"{name}: layers.parquet", compare_files(versions.paths(f"{name}/layers.parquet"), table)
     if "eval" in names:
-        yield "eval: exit", same_end(versions.run("eval", EVAL.split()))
-        yield "eval: samples.jsonl", of_files(versions.paths("eval/arithmetic/samples.jsonl"), samples)
-        yield "eval: summary.json", of_files(versions.paths("eval/summary.json"), summary)
+        yield "eval: exit", compare_errors(versions.run("eval", EVAL.split()))
+        yield "eval: samples.jsonl", compare_files(versions.paths("eval/arithmetic/samples.jsonl"), samples)
+        yield "eval: summary.json", compare_files(versions.paths("eval/summary.json"), summary)
     if "demo" in names:
-        yield "demo: exit", same_end(versions.run("demo", ["demo", "--output_dir", "demo"]))
-        yield "demo: accuracies", of_files(versions.paths("demo/summary.json"), summary)
-        yield "demo: weights", of_files(versions.paths("demo/model.safetensors"), load_file)
+        yield "demo: exit", compare_errors(versions.run("demo", ["demo", "--output_dir", "demo"]))
+        yield "demo: accuracies", compare_files(versions.paths("demo/summary.json"), summary)
+        yield "demo: weights", compare_files(versions.paths("demo/model.safetensors"), load_file)
 
 
-def trained(versions: Versions, name: str, options: str, checkpoints: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """A whole run, and one from each checkpoint in a copy of its folder."""
+def compare_training(
+    versions: Versions, name: str, options: str, checkpoints: tuple[int, ...]
+) -> Iterator[tuple[str, str]]:
+    """Compare an uninterrupted run, and a run resumed from each checkpoint in a copy of its folder."""
     command = f"{TRAIN} {options}".split()
-    if checkpoints:  # else the first log after a resume is a mean over what is left of a rollout batch
+    if checkpoints:  # without it, the first log after a resume is a mean over the rest of a rollout batch
         command += ["--logging_steps", "1"]
     weights = "adapter_model.safetensors" if "--use_peft" in command else "model.safetensors"
-    yield f"{name}: exit", same_end(versions.run(name, [*command, "--output_dir", name]))
-    yield from outputs(versions, name, weights)
+    yield f"{name}: exit", compare_errors(versions.run(name, [*command, "--output_dir", name]))
+    yield from compare_training_files(versions, name, weights)
     for checkpoint in checkpoints:
         again = f"{name}-from-{checkpoint}"
-        for whole, copy in zip(versions.paths(name), versions.paths(again), strict=True):
-            shutil.copytree(whole, copy)
+        for original, copy in zip(versions.paths(name), versions.paths(again), strict=True):
+            shutil.copytree(original, copy)
             (copy / weights).unlink(missing_ok=True)
         resumed = ["--output_dir", again, "--resume_from_checkpoint", f"{again}/checkpoint-{checkpoint}"]
-        yield f"{again}: exit", same_end(versions.run(again, command + resumed))
-        yield from outputs(versions, again, weights)
-        for version, own in zip(VERSIONS, versions.folders, strict=True):
-            ends = [own / name / weights, own / again / weights]
-            yield f"{again}: {weights} and the whole run's, {version}", of_files(ends, load_file)
+        yield f"{again}: exit", compare_errors(versions.run(again, command + resumed))
+        yield from compare_training_files(versions, again, weights)
+        for version, folder in zip(VERSIONS, versions.folders, strict=True):
+            paths = [folder / name / weights, folder / again / weights]
+            yield f"{again}: {weights} and the uninterrupted run's, {version}", compare_files(paths, load_file)
 
 
-def outputs(versions: Versions, name: str, weights: str) -> Iterator[tuple[str, str]]:
-    """What a training leaves."""
-    yield f"{name}: {weights}", of_files(versions.paths(f"{name}/{weights}"), load_file)
-    yield f"{name}: metrics.jsonl", of_files(versions.paths(f"{name}/metrics.jsonl"), metrics)
+def compare_training_files(versions: Versions, name: str, weights: str) -> Iterator[tuple[str, str]]:
+    """Compare the files of a training."""
+    yield f"{name}: {weights}", compare_files(versions.paths(f"{name}/{weights}"), load_file)
+    yield f"{name}: metrics.jsonl", compare_files(versions.paths(f"{name}/metrics.jsonl"), metrics)
     if any(path.exists() for path in versions.paths(f"{name}/dynamics.parquet")):
-        yield f"{name}: dynamics.parquet", of_files(versions.paths(f"{name}/dynamics.parquet"), table)
+        yield f"{name}: dynamics.parquet", compare_files(versions.paths(f"{name}/dynamics.parquet"), table)
 
 
-# -- what a file holds -------------------------------------------------------------------------------------------------
+# -- content of files --------------------------------------------------------------------------------------------------
 
 
 def lines(path: Path) -> list[dict]:
@@ -176,13 +181,16 @@ def lines(path: Path) -> list[dict]:
 
 
 def metrics(path: Path) -> list[dict]:
-    """The logs. A resumed run's `train_loss` is left out: it was a sum over a part divided by the number of all."""
+    """Return the logged rows, with current names. `train_loss` of a resumed run is skipped: it covers a part of the steps."""
     skipped = {"train_loss"} if "-from-" in path.parent.name else set()
-    return [{key: value for key, value in row.items() if key not in skipped} for row in lines(path)]
+    return [
+        {key.replace("kl_old", "approx_kl"): value for key, value in row.items() if key not in skipped}
+        for row in lines(path)
+    ]
 
 
 def samples(path: Path) -> list[dict]:
-    """Answers in the order of their problems; batches may finish in another."""
+    """Return answers in the order of their problems. Batches may finish in another order."""
     return sorted(lines(path), key=lambda row: (row["problem"], row["sample"]))
 
 
@@ -191,63 +199,61 @@ def table(path: Path) -> dict[str, list]:
 
 
 def summary(path: Path) -> dict:
-    found = json.loads(path.read_text())
-    return {key: found[key] for key in ("benchmarks", "accuracy_before", "accuracy_after") if key in found}
+    content = json.loads(path.read_text())
+    return {key: content[key] for key in ("benchmarks", "accuracy_before", "accuracy_after") if key in content}
 
 
-# -- what differs ------------------------------------------------------------------------------------------------------
+# -- differences -------------------------------------------------------------------------------------------------------
 
 
-def same_end(ends: list[str]) -> str:
-    """How two commands ended. The version before may fail in drawing, which comes last; the one after only where it does."""
-    before, after = ends
-    if after and after != before:
-        return f"differs: {before or 'well'} before, {after} after"
-    if before and DRAWING not in before:
-        return f"differs: both end with {before}"
-    return "identical" + (f" (before: {before})" if before else "")
+def compare_errors(errors: list[str]) -> str:
+    """Compare the errors of two commands."""
+    before, after = errors
+    if before == after:
+        return f"differs: both end with {before}" if before else "identical"
+    return f"differs: {before or 'success'} before, {after or 'success'} after"
 
 
-def of_files(paths: list[Path], read: Callable[[Path], Any]) -> str:
-    """The outcome of comparing two files."""
+def compare_files(paths: list[Path], read: Callable[[Path], Any]) -> str:
+    """Return the outcome of comparing two files."""
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         return f"differs: there is no {' and no '.join(missing)}"
     before, after = (read(path) for path in paths)
-    found = dict(differences(before, after))
-    alone = sorted({place.rpartition("/")[2] for place, size in found.items() if size == ALONE})
-    found = {place: size for place, size in found.items() if size != ALONE}
-    if alone and read is load_file:
-        return f"differs: {', '.join(alone)} in one only"
-    note = f" ({', '.join(alone)} in one only)" if alone else ""
-    if not found:
+    sizes = dict(differences(before, after))
+    only_in_one = sorted({path.rpartition("/")[2] for path, size in sizes.items() if size == ONLY_IN_ONE})
+    sizes = {path: size for path, size in sizes.items() if size != ONLY_IN_ONE}
+    if only_in_one and read is load_file:
+        return f"differs: {', '.join(only_in_one)} in one only"
+    note = f" ({', '.join(only_in_one)} in one only)" if only_in_one else ""
+    if not sizes:
         return f"identical{note}"
-    where = max(found, key=lambda place: found[place])
-    size = "" if math.isinf(found[where]) else f", by {found[where]:.3g}"
-    return f"differs in {len(found)} places, most in {where}{size}{note}"
+    largest = max(sizes, key=lambda path: sizes[path])
+    size = "" if math.isinf(sizes[largest]) else f", by {sizes[largest]:.3g}"
+    return f"differs in {len(sizes)} places, most in {largest}{size}{note}"
 
 
-def differences(before: Any, after: Any, where: str = "") -> Iterator[tuple[str, float]]:
-    """Where two values differ, and by how much: infinitely where that is no number, `ALONE` where one has no such key."""
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the path and size of each difference: infinite without a number, `ONLY_IN_ONE` for a missing key."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(key for key in before.keys() | after.keys() if not TIMES.search(key)):
             if key in before and key in after:
-                yield from differences(before[key], after[key], f"{where}/{key}")
+                yield from differences(before[key], after[key], f"{path}/{key}")
             else:
-                yield f"{where}/{key}", ALONE
+                yield f"{path}/{key}", ONLY_IN_ONE
     elif isinstance(before, list) and isinstance(after, list):
         if len(before) != len(after):
-            yield f"{where} ({len(before)} entries before, {len(after)} after)", math.inf
+            yield f"{path} ({len(before)} entries before, {len(after)} after)", math.inf
         for index, pair in enumerate(zip(before, after, strict=False)):
-            yield from differences(*pair, f"{where}[{index}]")
+            yield from differences(*pair, f"{path}[{index}]")
     elif isinstance(before, torch.Tensor):
         if before.shape != after.shape or before.dtype != after.dtype:
-            yield f"{where} (shape or type)", math.inf
+            yield f"{path} (shape or type)", math.inf
         elif not torch.equal(before, after):
-            yield where, (before.double() - after.double()).abs().max().item()
+            yield path, (before.double() - after.double()).abs().max().item()
     elif before != after and not (before != before and after != after):  # nan is nan
         numbers = isinstance(before, int | float) and isinstance(after, int | float)
-        yield where, abs(before - after) if numbers and math.isfinite(before - after) else math.inf
+        yield path, abs(before - after) if numbers and math.isfinite(before - after) else math.inf
 
 
 def main() -> int:
@@ -255,17 +261,17 @@ def main() -> int:
     names = [*TRAININGS, *ANALYSES, "eval"]
     parser.add_argument("before", help="revision")
     parser.add_argument("after", nargs="?", help="revision; by default the working tree")
-    parser.add_argument("--runs", nargs="+", choices=[*names, "demo"], default=names, help="some of them only")
-    parser.add_argument("--demo", action="store_true", help="also the whole demo")
-    parser.add_argument("--folder", type=Path, help="keep what the runs write in here, an empty folder")
+    parser.add_argument("--runs", nargs="+", choices=[*names, "demo"], default=names, help="run only these")
+    parser.add_argument("--demo", action="store_true", help="also run the demo")
+    parser.add_argument("--folder", type=Path, help="empty folder in which the runs are kept")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the trees are removed then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the checkouts are removed
     differing = count = 0
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if folder.exists() and any(folder.iterdir()):
             parser.error(f"{folder} is not empty")
-        trees = [stack.enter_context(tree_of(options.before)), stack.enter_context(tree_of(options.after))]
+        trees = [stack.enter_context(check_out(options.before)), stack.enter_context(check_out(options.after))]
         for name, outcome in compare(Versions(trees, folder.resolve()), options.runs + ["demo"] * options.demo):
             print(f"{name}: {outcome}", flush=True)
             count, differing = count + 1, differing + (not outcome.startswith("identical"))

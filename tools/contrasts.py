@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from bupo.experiments.outputs.make_outcomes_output import CURVE
 from gains import BASE
 
 from bupo.experiments.outputs.comparison_table import (
@@ -12,6 +11,7 @@ from bupo.experiments.outputs.comparison_table import (
     format_mean_interval,
     format_p_value,
 )
+from bupo.experiments.outputs.outcomes import CURVE
 from bupo.utils.statistics import SeedStatistics, adjust_holm, compute_paired_p_value, compute_seed_statistics
 
 WORLDS, PRETRAINED = "compare", "compare@small"  # experiments, by their names on the page

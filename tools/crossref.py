@@ -1,4 +1,4 @@
-"""Docstrings' references, written as transformers writes them (``[`~bupo.BuPOTrainer`]``), as links of the docs' site."""
+"""Links of the docs' site from references in docstrings, written like transformers' (``[`~bupo.BuPOTrainer`]``)."""
 
 import re
 
@@ -11,24 +11,24 @@ REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?:\(\w+\.py\))?")
 
 
 def linked(text: str) -> str:
-    """A docstring whose references to public names are links to their entries, and others names in code.
+    """Return a docstring with links for references to public names, and code for references to other names.
 
-    Types of parameters are shown as code anyway, and lose their marks.
+    Types of parameters lose their marks, because they are shown as code anyway.
     """
 
-    def one(match: re.Match) -> str:
+    def link(match: re.Match) -> str:
         name = match[1].rpartition(".")[2]
         return f"[`{name}`][bupo.{name}]" if name in bupo.__all__ else f"`{name}`"
 
-    def bare(match: re.Match) -> str:
+    def strip_marks(match: re.Match) -> str:
         kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", match[2])
         return match[1] + kind.replace("`", "").replace("*optional*", "optional") + match[3]
 
-    return REFERENCE.sub(one, PARAMETER.sub(bare, text))
+    return REFERENCE.sub(link, PARAMETER.sub(strip_marks, text))
 
 
 class CrossReferences(Extension):
-    """For griffe, which reads the docstrings."""
+    """Extension of griffe that links references in docstrings."""
 
     def on_object(self, *, obj: Object, **kwargs) -> None:
         if obj.docstring:

@@ -1,8 +1,8 @@
 """Make the embedded model: a 1.2 M parameter Qwen3 that knows two ways to answer `57+23-41`.
 
-Stage 1 trains on worked answers until most are right. Stage 2 goes on with a mixture of worked and direct answers: the
-result is right 20 to 40 % of the time at temperature 1, and has something to choose between. Training draws from the
-`train` split of the task only. On two CPU cores:
+Stage 1 trains on worked answers until most are right. Stage 2 continues with worked and direct answers: the model is then
+right 20 to 40 % of the time at temperature 1, so that RL can choose between two ways. Training uses only the `train` split of
+the task. On two CPU cores:
 
     python tools/make_embedded_model.py --output src/bupo/embedded/model
 """
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, the chat markers and `\\boxed{`: it can write any text, and digits are tokens."""
+    """Return a tokenizer with bytes, chat markers and `\\boxed{` as tokens: it covers any text, and each digit is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -67,7 +67,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 8, width: int =
 
 
 def training_batch(tokenizer, seed, step, size, worked_share, numbers=3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both `(size, time)`; only the answer and its end are learnt."""
+    """Return token ids and labels, both (B, T). Only the answer and its end have labels."""
     ids, labels = [], []
     rng = random.Random(f"style-{seed}-{step}")
     for row in range(size):
@@ -84,16 +84,19 @@ def training_batch(tokenizer, seed, step, size, worked_share, numbers=3) -> tupl
 
 
 def longest_answer(numbers: int) -> int:
-    """Tokens of the longest worked answer to so many numbers, and its end."""
+    """Return the tokens of the longest worked answer to a problem of `numbers` numbers, with its end token."""
     return 32 if numbers == 3 else 13 * (numbers - 1) + 8
 
 
 def supervised(model, states, labels) -> torch.Tensor:
-    """Mean cross-entropy of the policies `softmax(H^l E_u^T)` of layers `states` ([B, T, D] each); later ones weigh more."""
-    kept = labels[:, 1:].reshape(-1) != -100
-    targets = labels[:, 1:].reshape(-1)[kept]
+    """Return the mean cross-entropy of the layers' policies `softmax(H^l E_u^T)`; later layers weigh more.
+
+    `states` holds (B, T, D) for each layer, `labels` is (B, T).
+    """
+    mask = labels[:, 1:].reshape(-1) != -100
+    targets = labels[:, 1:].reshape(-1)[mask]
     losses = [
-        torch.nn.functional.cross_entropy(model.lm_head(state[:, :-1].flatten(0, 1)[kept]), targets) for state in states
+        torch.nn.functional.cross_entropy(model.lm_head(state[:, :-1].flatten(0, 1)[mask]), targets) for state in states
     ]
     weights = torch.arange(1, len(losses) + 1, dtype=torch.float32)
     return (torch.stack(losses) * weights / weights.sum()).sum()
@@ -101,7 +104,7 @@ def supervised(model, states, labels) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(model, tokenizer, problems=512, numbers=3) -> tuple[float, float, float]:
-    """Share of exact answers, of worked answers, and mean answer length at temperature 1 on the test split."""
+    """Return the shares of exact and of worked answers and the mean length, at temperature 1 on the test split."""
     held_out = [make_arithmetic_problem("test", 0, i, numbers) for i in range(problems)]
     prompts = [
         tokenizer.apply_chat_template(
@@ -129,7 +132,7 @@ def train(
         mask = (ids != tokenizer.pad_token_id).long()
         out = model(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=bool(supervision))
         loss = out.loss
-        if supervision:  # of all but the last layer, whose policy the model's own loss is of
+        if supervision:  # without the last layer: its policy is in the model's loss
             loss = loss + supervision * supervised(model, out.hidden_states[1:-1], labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,13 +150,13 @@ def train(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder the model is written to")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--worked", type=Path, help="start stage 2 from this folder instead of training stage 1")
     parser.add_argument("--worked_steps", type=int, default=1800, help="updates of stage 1")
     parser.add_argument("--mixed_steps", type=int, default=200, help="updates of stage 2")
     parser.add_argument("--worked_share", type=float, default=0.35, help="share of worked answers in stage 2")
     parser.add_argument("--mixed_rate", type=float, default=5e-4, help="peak learning rate of stage 2")
-    parser.add_argument("--minutes", type=float, default=60, help="give up a stage after this long")
+    parser.add_argument("--minutes", type=float, default=60, help="limit of a stage")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

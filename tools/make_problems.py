@@ -1,7 +1,7 @@
-"""The sums of SmolLM2's comparison: `python tools/make_problems.py`, into the package's problems.
+"""Write the sums of SmolLM2's comparison into the package's problems: `python tools/make_problems.py`.
 
-Sums and differences of two numbers of one or of two digits, of reasoning_gym's `chain_sum`; none of those that are held out is
-among those that are trained on.
+The problems are sums and differences of two numbers of one or two digits, from reasoning_gym's `chain_sum`. Held-out problems
+are not among those trained on.
 """
 
 import json
@@ -14,7 +14,7 @@ SIZES = {"sums": 192, "sums-held-out": 128}
 
 
 def problems() -> dict[str, list[dict[str, str]]]:
-    """By file, each problem once."""
+    """Return the problems of each file. Each problem occurs once."""
     drawn = reasoning_gym.create_dataset(
         "chain_sum", seed=0, size=1000, min_terms=2, max_terms=2, min_digits=1, max_digits=2
     )
@@ -24,7 +24,7 @@ def problems() -> dict[str, list[dict[str, str]]]:
 
 
 def text(rows: list[dict[str, str]]) -> str:
-    """JSON Lines."""
+    """Return problems as JSON Lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -1,18 +1,18 @@
-"""Make the worlds that `bupo reproduce --scale worlds` trains: base models that differ in what should matter to BuPO.
+"""Make the worlds of `bupo reproduce --scale worlds`: base models that differ in properties that may matter to BuPO.
 
-| world | what it differs in |
+| world | property |
 |---|---|
-| `supervised` | every layer's policy has been trained to answer: its boundary lies late, as in Llama |
-| `weak` | few worked answers: low accuracy, high entropy, which falls layer by layer, as in Qwen3 |
+| `supervised` | every layer's policy was trained to answer: the boundary is late, as in Llama |
+| `weak` | few worked answers: low accuracy and high entropy, which falls layer by layer, as in Qwen3 |
 | `long` | five numbers instead of three: four steps to reason over |
 | `deep16` | 16 layers, 96 wide |
 | `deep32` | 32 layers, 64 wide |
 
-The first three go on from the embedded model, the others start anew. Each has some 1.2 M parameters (5 MB); seeds are fixed,
-and so is the number of threads: another one makes another model, and another kind of processor may. On one CPU core a world
-takes one to forty minutes:
+The first three start from the embedded model, the others from random weights. Each has about 1.2 M parameters (5 MB). Seeds
+and the number of threads are fixed; another number of threads, or another kind of processor, may give other weights. A world
+takes one to forty minutes on one CPU core:
 
-    python tools/make_worlds.py runs/worlds                     # all that are missing
+    python tools/make_worlds.py runs/worlds                     # all missing worlds
     python tools/make_worlds.py runs/worlds --only supervised
 """
 
@@ -31,9 +31,9 @@ EMBEDDED = Path(__file__).parents[1] / "src/bupo/embedded/model"
 
 @dataclass(frozen=True)
 class World:
-    """How a base model is made: its shape, updates on worked answers, then updates on a mixture of worked and direct ones."""
+    """Recipe of a base model: its shape, updates on worked answers, then updates on worked and direct answers."""
 
-    layers: int = 8  # 8 goes on from the embedded model
+    layers: int = 8  # with 8, training starts from the embedded model
     width: int = 128
     worked_steps: int = 0
     mixed_steps: int = 200
@@ -73,9 +73,9 @@ def make(world: World, folder: Path, minutes: float) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a folder a world is made in it")
+    parser.add_argument("folder", type=Path, help="folder of the worlds, each in a subfolder")
     parser.add_argument("--only", nargs="+", choices=WORLDS, default=list(WORLDS))
-    parser.add_argument("--minutes", type=float, default=60, help="give up a stage after this long")
+    parser.add_argument("--minutes", type=float, default=60, help="limit of a stage")
     args = parser.parse_args()
     for name in args.only:
         if not (args.folder / name / "model.safetensors").exists():

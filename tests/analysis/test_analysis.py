@@ -406,7 +406,11 @@ def test_a_full_disk(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and "Traceback" not in errors
         complaint = [line for line in errors.splitlines() if line.startswith("bupo: error: ")]
-        assert len(complaint) == 1 and "No space left on device" in complaint[0] and "goes on from them" in complaint[0]
+        assert (
+            len(complaint) == 1
+            and "No space left on device" in complaint[0]
+            and "run the same command again to resume" in complaint[0]
+        )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bupo(*arguments, cwd=None):
-    """Run the installed command in a process of its own."""
+    """Run the installed command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "bupo.cli.main", *map(str, arguments)],
         capture_output=True,
@@ -264,7 +264,7 @@ def test_bad_options_of_train(tmp_path, fails, changes, message):
 def test_bad_config_files(tmp_path, fails):
     for content, message in (
         ("internal_layer: 2\nlearning_rat: 1\n", "unknown option 'learning_rat': did you mean 'learning_rate'?"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("- 1\n", "must contain a YAML mapping"),
         ("internal_layer: abc\n", "or auto, got 'abc'"),
         ("internal_layer: 2.5\n", "internal_layer must be a layer from 1 up, or auto, got 2.5"),

@@ -41,13 +41,13 @@ NAMES = {
     command: [field.name for each in classes for field in fields(each) if field.init]
     for command, classes in OPTIONS.items()
 }
-# where a command that refuses nothing is stopped: before it samples, trains or writes
+# A command with valid input is stopped here, before it samples, trains or writes.
 LAST = (
-    (bupo.training.run, "_trained"),
-    (bupo.evaluation.run, "note_run"),
-    (bupo.analysis.run, "note_run"),
-    (bupo.cli.sample, "_answer"),
-    (bupo.training.demo, "_measured"),
+    (bupo.training.run, "_train_and_save"),
+    (bupo.evaluation.run, "record_run"),
+    (bupo.analysis.run, "record_run"),
+    (bupo.cli.sample, "_sample_completion"),
+    (bupo.training.demo, "_evaluate_problems"),
     (bupo.cli.report, "report_runs"),
 )
 NUMBERS = ["-1", "0", "1", "2", "3", "4", "8", "9", "16", "0.5", "1.5", "-0.5", "1e-5", "1e400", "-1e400", "nan"]
@@ -155,14 +155,14 @@ def command_lines(draw):
 
 
 def whole(before, here):
-    """Take away what a run that refused nothing has left."""
+    """Remove the files of a run whose input was valid."""
     for path in sorted(seen(here).keys() - before.keys(), reverse=True):
         place = here / path
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
 def explored(case, here, capfd, monkeypatch):
-    """Run one command line, and hold it to what is promised. Returns whether nothing was refused."""
+    """Run one command line and check its promises. Return True if the input was valid."""
     command, words, file = case
     words = [word.replace("\0", "") for word in words]  # no command line can hold it
     config = here / "fuzz.yaml"
@@ -217,7 +217,7 @@ COSTLY = (
 
 
 def trained(words, here, capfd):
-    """Train what was not refused for two updates, into a folder of its own. A refusal is still one line."""
+    """Train with valid options for two updates, into a separate folder. An error is still one line."""
     short = "--max_steps 2 --max_new_tokens 8 --output trained --overwrite true --save_strategy no --report_to none"
     status = main(["train", *words, *short.split()])
     told = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Where a command prints, and where it stands: closed, full, in ASCII, in a folder that is gone, without a home."""
+"""Standard output that is closed, full or ASCII, a working folder that no longer exists, and a missing home."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from bupo.utils.progress import add_progress_task, create_progress
 
 @pytest.fixture
 def printing_to(monkeypatch):
-    """Puts a stream of a file descriptor in standard output's place."""
+    """Replace standard output by a stream of a file descriptor."""
     opened = []
 
     def put(descriptor, encoding="utf-8"):
@@ -43,7 +43,10 @@ def test_a_full_disk_under_standard_output_is_told_once(printing_to, capfd):
     for _ in range(3):
         print("x" * 100_000, flush=True)
     told = capfd.readouterr().err
-    assert told == "bupo: warning: standard output cannot be written (No space left on device): no more is shown\n"
+    assert (
+        told
+        == "bupo: warning: standard output cannot be written (No space left on device): further output is discarded\n"
+    )
 
 
 def test_a_terminal_of_ascii_gets_question_marks(printing_to, tmp_path):
@@ -58,12 +61,12 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert main(["sample", "--prompt", "1+1"]) == 2
-    assert capsys.readouterr().err == "bupo: error: the working folder is gone: change to one that exists\n"
+    assert capsys.readouterr().err == "bupo: error: the working folder no longer exists: change to one that exists\n"
     assert main(["--help"]) == 0
 
 
 def bupo(shell, cwd, **environment):
-    """A line of the shell, in which $bupo is the command."""
+    """Run a shell command in which $bupo is the program."""
     command = {"bupo": f"{sys.executable} -m bupo.cli.main", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", shell],
@@ -79,7 +82,7 @@ def bupo(shell, cwd, **environment):
 
 @pytest.mark.faults
 def test_processes_whose_surroundings_are_wanting(tmp_path):
-    """The same in processes of their own, to their end: Python's own flush at exit, and file number 1 that is free."""
+    """The same in separate processes up to their exit: Python's flush at exit, and a free file descriptor 1."""
     run = "analyze --size 2 --max_new_tokens 4 --output"
     assert bupo("$bupo --help | head -1", tmp_path).stdout.startswith("usage:")
     assert bupo(f"$bupo {run} pipe | true", tmp_path).returncode == 0
@@ -91,12 +94,12 @@ def test_processes_whose_surroundings_are_wanting(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     homeless = {"HOME": "/proc/nobody", "XDG_CACHE_HOME": "/proc/nobody", "HF_HOME": "/proc/nobody"}
     assert bupo(f"$bupo {run} homeless --dataset p.jsonl", tmp_path, **homeless).returncode == 0
-    for name in ("pipe", "closed", "full", "ascii", "homeless"):  # the work is whole
+    for name in ("pipe", "closed", "full", "ascii", "homeless"):  # the work is complete
         assert json.loads((tmp_path / name / "summary.json").read_text())
         assert (tmp_path / name / "report.html").is_file()
     gone = bupo(f"mkdir gone; cd gone; rmdir ../gone; $bupo {run} /tmp/never", tmp_path)
     assert gone.returncode == 2
-    assert gone.stderr.splitlines()[-1] == "bupo: error: the working folder is gone: change to one that exists"
+    assert gone.stderr.splitlines()[-1] == "bupo: error: the working folder no longer exists: change to one that exists"
 
 
 @pytest.mark.parametrize(("terminal", "term"), [(False, "xterm"), (True, "dumb"), (True, "xterm")])
@@ -122,7 +125,7 @@ def test_where_no_bar_is_drawn_lines_tell_the_time_left(monkeypatch, terminal, t
 
 
 def test_no_carriage_return_reaches_a_log_file(tmp_path):
-    """Of bupo's bars, and of the libraries' that load weights and data."""
+    """Neither bupo's bars nor those of libraries that load weights and data write one."""
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"prompt": "1+1", "answer": "2"}) + "\n")
     command = [

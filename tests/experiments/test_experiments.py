@@ -1,4 +1,4 @@
-"""The paper's figures and tables as runs: the files say what the paper does, every command line is one, and runs are kept."""
+"""The paper's figures and tables as runs: definitions follow the paper, command lines are valid, and finished runs are kept."""
 
 import json
 import os
@@ -63,9 +63,8 @@ def test_every_figure_and_table_is_there():
 def test_a_name_is_whole_at_every_scale(name, scale):
     read = read_experiment(name, scale)
     assert read.title and read.cells and read.runs and (read.source or scale == "worlds")
-    afterwards = (
-        {"analyze"} if (name, scale) == ("fig5", "paper") else set()
-    )  # sharded runs have no probes of their own
+    # Sharded runs have no probes: an analysis of their checkpoints follows.
+    afterwards = {"analyze"} if (name, scale) == ("fig5", "paper") else set()
     assert {command for cell in read.cells for command in cell.runs} <= {
         *experiments.COMMANDS_BY_KIND[read.kind]
     } | afterwards
@@ -73,18 +72,18 @@ def test_a_name_is_whole_at_every_scale(name, scale):
     assert len(set(names)) == len(names)
     for place, run in enumerate(read.runs):  # what is needed comes first
         assert run.needs is None or run.needs.name in names[:place]
-    if scale == "paper":  # what the paper prints of it can stand beside ours
+    if scale == "paper":  # every number of the paper has a row of ours
         rows = {(cell.model, cell.row) for cell in read.cells}
         assert {(model, row) for model, known in read.paper_values.items() for row in known} <= rows
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_line_is_one(scale, monkeypatch):
-    """By the commands' own parsers and checks; a launcher's words are left out."""
+    """The parsers and checks of the commands accept it, without the words of a launcher."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     seen = set()
     for run in all_runs(scale):
-        words = run.words(place)
+        words = run.get_arguments(place)
         command = words[words.index("bupo.cli.main") + 1 :]
         assert command[0] == run.command
         kind = (run.command, run.recipe, *sorted(set(run.options) - {"seed"}))
@@ -100,16 +99,16 @@ def test_every_command_line_is_one(scale, monkeypatch):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_name_is_one_run(scale):
-    """Experiments share a run only where it is the same to the last option."""
+    """Experiments share a run only if all its options are the same."""
     digests = {}
     for name in list_experiments(scale):
         for run in read_experiment(name, scale).runs:
             assert digests.setdefault(run.name, run.compute_digest()) == run.compute_digest()
-    assert len(set(digests.values())) == len(digests)  # and none is run twice under two names
+    assert len(set(digests.values())) == len(digests)  # and no run has two names
 
 
-def of(name, scale, command="train"):
-    """Each cell's run, as (model, row): (recipe, the options that the row adds)."""
+def recipes_and_options(name, scale, command="train"):
+    """Return the recipe and the options that the row adds, by (model, row)."""
     return {
         (cell.model, cell.row): (cell.runs[command].recipe, cell.options)
         for cell in read_experiment(name, scale).cells
@@ -118,21 +117,21 @@ def of(name, scale, command="train"):
 
 
 def test_table_2_is_the_papers():
-    assert of("table2", "paper") == {
+    assert recipes_and_options("table2", "paper") == {
         ("Qwen3-4B", "30 of 300 rollout batches"): ("qwen3-4b/bupo", {}),
         ("Qwen3-4B", "50 of 300"): ("qwen3-4b/bupo", {"internal_steps": 50}),
         ("Qwen3-4B", "70 of 300"): ("qwen3-4b/bupo", {"internal_steps": 70}),
     }
     recipe = yaml.safe_load((RECIPES_FOLDER / "qwen3-4b/bupo.yaml").read_text())
     assert (recipe["internal_steps"], recipe["internal_layer"], recipe["max_steps"]) == (30, 6, 4 * 300)
-    here = [options["internal_steps"] for _, options in of("table2", "embedded").values()]
+    here = [options["internal_steps"] for _, options in recipes_and_options("table2", "embedded").values()]
     batches = yaml.safe_load((RECIPES_FOLDER / "cpu/embedded-bupo.yaml").read_text())["max_steps"] // 4
     assert here[:3] == [round(share * batches / 300) for share in (30, 50, 70)]
 
 
 def test_table_3_is_the_papers():
     layers = {model: {} for model in ("Qwen3-4B", "Qwen3-8B", "OctoThinker-3B")}
-    for (model, row), (recipe, options) in of("table3", "paper").items():
+    for (model, row), (recipe, options) in recipes_and_options("table3", "paper").items():
         named = yaml.safe_load((RECIPES_FOLDER / f"{recipe}.yaml").read_text())["internal_layer"]
         layers[model][row] = options.get("internal_layer", named)
     assert [list(rows.values()) for rows in layers.values()] == [[6, 26, 35], [6, 21, 35], [27, 16, 6]]
@@ -147,7 +146,7 @@ def test_table_1_is_every_method_of_every_model():
         "OctoThinker-8B": "octothinker-8b",
     }
     wanted = {(m, method): (f"{stem}/{method.lower()}", {}) for m, stem in models.items() for method in methods}
-    assert of("table1", "paper") == wanted
+    assert recipes_and_options("table1", "paper") == wanted
     vanilla = [cell for cell in read_experiment("table1", "paper").cells if cell.row == "vanilla"]
     assert [cell.runs["eval"].options["model"] for cell in vanilla] == [
         yaml.safe_load((RECIPES_FOLDER / f"{stem}/bupo.yaml").read_text())["model"] for stem in models.values()
@@ -194,7 +193,7 @@ def test_profiles_of_rates_are_what_their_rows_say():
 
 
 def test_held_out_sums_are_not_trained_on():
-    """And both files are what their command writes."""
+    """Both files are what their tool writes."""
     trained, held_out = (
         {
             json.loads(line)["problem"]
@@ -227,7 +226,7 @@ def test_a_digest_is_of_what_decides(tmp_path, monkeypatch):
 
 
 def test_what_is_made_of_a_stale_run_is_stale(tmp_path, monkeypatch):
-    """An evaluation is of weights: where the recipe has changed, training and evaluation are made again, and nothing else."""
+    """After a change of a recipe, its training and the evaluation of its weights are stale, and nothing else."""
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES_FOLDER, recipes)
     monkeypatch.setattr(experiments, "RECIPES_FOLDER", recipes)
@@ -258,7 +257,7 @@ def test_the_problems_of_an_evaluation_decide_it(tmp_path, monkeypatch):
 
 
 def test_figure_5_of_a_sharded_run_is_of_its_checkpoints():
-    """They are there: the recipe saves as often, and the first is where phase 1 ends."""
+    """The recipe saves these checkpoints, and the first one is at the end of phase 1."""
     cell = read_experiment("fig5", "paper").cells[0]
     recipe = yaml.safe_load((RECIPES_FOLDER / f"{cell.runs['train'].recipe}.yaml").read_text())
     _, *numbers, end = cell.runs["analyze"].options["model"]
@@ -289,7 +288,7 @@ def test_runs_are_run_once_and_in_order(tmp_path):
 
 
 def test_two_go_side_by_side(tmp_path):
-    """Each waits until the other is there."""
+    """Each waits until the other has started."""
     wait = "while not (folder.parent / '{}' / 'starts').exists(): time.sleep(0.01)"
     runs = [child("a", wait.format("b")), child("b", wait.format("a"))]
     JobScheduler(RunPaths(tmp_path), 2, lambda line: None, lambda run: None).execute(runs)
@@ -333,9 +332,7 @@ def test_a_note_that_is_none_is_no_note(tmp_path, text):
 def test_a_run_of_other_options_is_refused(tmp_path):
     places = RunPaths(tmp_path)
     JobScheduler(places, 1, lambda line: None, lambda run: None).execute([child("a")])
-    with pytest.raises(
-        UserError, match="was made with other options than today's: choose another output, or --overwrite"
-    ):
+    with pytest.raises(UserError, match="was made with other options: choose another output, or --overwrite"):
         get_run_state(child("a", seed=2), places)
 
 
@@ -344,17 +341,17 @@ import sys
 sys.path.insert(0, {root!r})
 import time
 from pathlib import Path
-from bupo.reproduction.jobs import Jobs, Places
-from tests.children import child
-from bupo.commands.ending import ended
+from bupo.cli.exit_status import run_to_exit_status
+from bupo.experiments.jobs import JobScheduler, RunPaths
+from tests.helpers.script_runs import child
 runs = [child("quick"), child("slow", then="(folder / 'pid').write_text(str(__import__('os').getpid())); time.sleep({seconds})")]
-sys.exit(ended(lambda: Jobs(Places(Path({folder!r})), 1, print, lambda run: None).execute(runs)))
+sys.exit(run_to_exit_status(lambda: JobScheduler(RunPaths(Path({folder!r})), 1, print, lambda run: None).execute(runs)))
 """
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_parent_that_is_killed(tmp_path, number, status):
-    """Its children end with it, and the same again goes on: what was finished is not run again."""
+    """Its children end with it, and the same call resumes: finished runs are not run again."""
     text = PARENT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path), seconds=600)
     parent = subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE)
     pid, deadline = tmp_path / "runs" / "slow" / "pid", time.monotonic() + 60
@@ -388,14 +385,14 @@ def test_a_dry_run_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert main(["reproduce", "table2", "fig3", "--dry_run", "true", "--jobs", "2"]) == 0
     shown = capsys.readouterr().out
     assert "table2" in shown and "train_cpu-embedded-bupo_internal_steps-5_seed-1" in shown
-    assert "25 runs at scale embedded: some" in shown and "with 2 runs side by side" in shown
+    assert "25 runs at scale embedded: about" in shown and "with 2 runs in parallel" in shown
     assert not list(tmp_path.iterdir())
 
 
 def test_costs_are_of_what_is_left(tmp_path):
     todo = plan_reproduction(["table2"], ReproduceOptions(scale="paper", output=str(tmp_path)))
     rows, line = estimate_reproduction(todo, 1)
-    assert line == "6 runs at scale paper: some 324 GPU hours" and rows[0]["cost"] == "324 GPU hours"  # 3 x (106 + 2)
+    assert line == "6 runs at scale paper: about 324 GPU hours" and rows[0]["cost"] == "324 GPU hours"  # 3 x (106 + 2)
     todo = plan_reproduction(["table2"], ReproduceOptions(output=str(tmp_path)))
     run = todo.runs[0]
     todo.paths.get_record_path(run.name).parent.mkdir(parents=True)
@@ -408,7 +405,7 @@ def test_costs_are_of_what_is_left(tmp_path):
     seconds = ((trainings - 1) * 60 + evaluations * 30) / 2  # of the scale, but where one has been measured
     assert (
         rows[0]["finished"] == "1"
-        and line == f"24 runs at scale embedded: some {seconds / 60:.0f} min with 2 runs side by side"
+        and line == f"24 runs at scale embedded: about {seconds / 60:.0f} min with 2 runs in parallel"
     )
 
 
@@ -425,7 +422,7 @@ def test_lines_are_the_commands():
 
 
 def test_slurm_runs_every_command_once(tmp_path):
-    """By a stand-in for sbatch that runs each place of an array."""
+    """A stand-in for sbatch runs each command of an array."""
     fake = tmp_path / "sbatch"
     fake.write_text(
         textwrap.dedent("""\
@@ -463,7 +460,7 @@ def test_slurm_runs_every_command_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fig3", "table2"])
 def test_two_of_them_in_small(tmp_path, name, monkeypatch, capsys):
-    """`--scale tiny`: the whole way from the command line to the page of the result."""
+    """`--scale tiny`: from the command line to the page of the result."""
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", name, "--scale", "tiny", "--jobs", "2"]) == 0
     folder = tmp_path / "runs" / "reproduce" / "tiny" / name

@@ -1,4 +1,4 @@
-"""What trainings came to: measures of runs by hand, p values against definitions, and the docs' page of stored tables."""
+"""Outcomes of trainings: measures of runs by hand, p values against definitions, and the docs' page of stored tables."""
 
 import itertools
 import json
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from bupo.experiments.outputs.make_outcomes_output import compare_outcomes, measure_outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -21,6 +20,7 @@ from scipy import stats
 from bupo.experiments.experiment import read_experiment
 from bupo.experiments.jobs import RunPaths
 from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.experiments.outputs.outcomes import compare_outcomes, measure_outcome
 from bupo.utils.statistics import adjust_holm, compute_paired_p_value
 from tests.experiments.test_outputs import cells_of, experiment, made, output, scored, write
 
@@ -84,11 +84,11 @@ def test_differences_are_told_apart_by_holms_p(tmp_path):
     rows = cells_of(made(tmp_path, experiment("outcomes", SHARES, draw={"against": "GRPO"})))
     p = 2 * stats.t.sf(4 * math.sqrt(3), 2)
     assert [row["p (Holm)"] for row in rows] == ["-", f"{2 * p:.2g}", "1"] and 2 * p < 0.05 < 3 * p
-    assert [row["from zero"] for row in rows] == ["-", "told apart", "not told apart"]
+    assert [row["from zero"] for row in rows] == ["-", "significant", "not significant"]
     assert "paper" not in rows[0] and rows[1]["mean [95 %]"] == "56.0 [48.5, 63.5]"
     write_runs(tmp_path, {"RLOO": (0.5, 0.53, 0.55)})
     rows = cells_of(made(tmp_path, experiment("outcomes", [*SHARES, "RLOO"], draw={"against": "GRPO"})))
-    assert (rows[1]["p (Holm)"], rows[1]["from zero"]) == (f"{3 * p:.2g}", "not told apart")
+    assert (rows[1]["p (Holm)"], rows[1]["from zero"]) == (f"{3 * p:.2g}", "not significant")
 
 
 def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
@@ -100,7 +100,7 @@ def test_a_training_that_is_not_evaluated_is_compared_by_reward(tmp_path):
 
 
 def test_each_row_counts_its_own_seeds():
-    """Of stored runs, where one method may have more than another."""
+    """Stored runs may have more seeds of one method than of another."""
     what = experiment("outcomes", ["GRPO", "BuPO"], draw={"against": "GRPO"})
     found = {
         (what.cells[0].model, row): {
@@ -108,14 +108,14 @@ def test_each_row_counts_its_own_seeds():
         }
         for row, seeds in {"GRPO": 3, "BuPO": 2}.items()
     }
-    shown = compare_outcomes(what, found).shown
-    assert [[row["seeds"] for row in table.rows] for table in shown] == [["3", "2 of 3"], ["3", "2"], ["2"]]
+    tables = compare_outcomes(what, found).tables
+    assert [[row["seeds"] for row in table.rows] for table in tables] == [["3", "2 of 3"], ["3", "2"], ["2"]]
 
 
 def test_a_row_of_which_nothing_is_stored_says_so():
     what = experiment("outcomes", ["GRPO", "BuPO", "PPO"], draw={"against": "GRPO"}, seeds=(1, 2))
     found = {(what.cells[0].model, "GRPO"): {seed: {"avg@k": 50.0 + seed, "curve 1": 40.0} for seed in (1, 2)}}
-    rows = compare_outcomes(what, found).shown[0].rows
+    rows = compare_outcomes(what, found).tables[0].rows
     assert [(row["method"], row["seeds"]) for row in rows] == [("GRPO", "2"), ("BuPO", "not run"), ("PPO", "not run")]
     assert {row["mean [95 %]"] for row in rows[1:]} == {"-"}
 
@@ -191,7 +191,7 @@ def test_the_page_says_what_the_stored_runs_say(docs, tool):
     assert f"{-sum(gains) / 2:.1f} [" in page and re.search(
         r"2 seeds\); 51\.\d \[.*\]; No run of it is stored yet\.$", page
     )
-    assert re.search(r"<details markdown=.1.>\n<summary>.*\n\nWhat else .*\n\n\|(.*\n)+\n</details>", page)
+    assert re.search(r"<details markdown=.1.>\n<summary>.*\n\nOther measures:\n\n\|(.*\n)+\n</details>", page)
     assert "| BuPO |" in page and "| frozen up to l |" in page and "(results/compare.png)" in page
     assert (docs / "compare.png").stat().st_size < 60_000
 
@@ -232,7 +232,7 @@ def test_runs_of_other_options_are_not_shown(docs, tool):
 
 
 def test_a_method_less_grpo_in_every_base_model(tool):
-    """By hand: differences by seed, p values over the base models, and the mean over the worlds that have all seeds."""
+    """Differences by seed, p values over the base models, and the mean over the worlds with all seeds, by hand."""
     module = sys.modules["contrasts"]
 
     def run(level, slope):
@@ -255,10 +255,10 @@ def test_a_method_less_grpo_in_every_base_model(tool):
     p = 2 * stats.t.sf(2 * math.sqrt(3), 2)  # of a: differences 1, 2, 3; b's is 0, e's 0.54
     assert rows["a"][2].startswith("+2.00 [-0.48") and [*rows["a"][3:5], rows["a"][8]] == [
         f"{2 * p:.2g}",
-        "not told apart",
+        "not significant",
         "3",
     ]
-    assert [*rows["b"][3:5], rows["b"][8]] == ["< 0.001", "told apart", "3"] and [*rows["c"][3:5], rows["c"][8]] == [
+    assert [*rows["b"][3:5], rows["b"][8]] == ["< 0.001", "significant", "3"] and [*rows["c"][3:5], rows["c"][8]] == [
         "-",
         "1 seed",
         "1",
@@ -270,7 +270,7 @@ def test_a_method_less_grpo_in_every_base_model(tool):
 
 
 def test_runs_say_which_revision_made_them(docs, tool, tmp_path):
-    """Where they were started in a checkout of this project; else the one that is given."""
+    """The revision is that of the checkout that a run was started in, or else the given one."""
     write_stored(tmp_path, (13, 14))
     here = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
     for seed, revision in ((13, here), (14, "0123456789abcdef0123456789abcdef01234567")):  # the other: somebody's own

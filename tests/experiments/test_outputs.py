@@ -1,4 +1,4 @@
-"""What is drawn of finished runs: numbers against those computed by hand, lines against the rows that were written."""
+"""Outputs of finished runs: numbers against values computed by hand, lines against the written rows."""
 
 import json
 import runpy
@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from bupo.experiments.outputs.make_curves_output import MEASURES as CURVES
-from bupo.experiments.outputs.make_layers_output import MEASURES as LAYERS
 from PIL import Image
 
 from bupo.experiments.experiment import (
@@ -21,6 +19,8 @@ from bupo.experiments.experiment import (
     read_experiment,
 )
 from bupo.experiments.outputs import OUTPUT_MAKERS, FinishedExperiment
+from bupo.experiments.outputs.curves import MEASURES as CURVES
+from bupo.experiments.outputs.layers import MEASURES as LAYERS
 from bupo.experiments.result_page import make_result
 from bupo.utils.errors import UserError
 from tests.helpers.figure_reading import drawn
@@ -61,7 +61,7 @@ def made(folder, what, seconds=None):
 
 
 def drawn_and_made(folder, what):
-    """What is drawn, and the result that it was written as."""
+    """Return the figure and the written result."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         kind = OUTPUT_MAKERS[what.kind]
@@ -116,7 +116,7 @@ def test_scores_by_hand(tmp_path):
     assert cells_of(result)[1] == {
         "method": "BuPO", "options": r"internal_layer 5", "paper, Qwen3-4B": "58.51 (+3.43)", "paper, Qwen3-8B": "-",
         "ours [95 %]": "56.0 [48.5, 63.5]", "sd": "3.0", "seeds": "3", "less GRPO [95 %]": "+4.0 [+1.5, +6.5]",
-        "from zero": "told apart", "direction": "as in the paper", "scale": "embedded",
+        "from zero": "significant", "direction": "as in the paper", "scale": "embedded",
     }  # fmt: skip
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     assert list(table["paper Qwen3-4B"]) == [55.08, 58.51] and list(table["ours"]) == pytest.approx([52, 56])
@@ -127,10 +127,10 @@ def test_scores_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("bupo", "printed", "verdict", "direction"),
     [
-        ((0.53, 0.56, 0.59), {"GRPO": 58.0, "BuPO": 55.0}, "told apart", "opposite to the paper"),
-        ((0.53, 0.52, 0.50), {"GRPO": 55.0, "BuPO": 58.0}, "not told apart", "-"),
-        ((0.53, 0.56, 0.59), {"BuPO": {"gain over GRPO": 1.83}}, "told apart", "as in the paper"),
-        ((0.53, 0.56, 0.59), {}, "told apart", "-"),
+        ((0.53, 0.56, 0.59), {"GRPO": 58.0, "BuPO": 55.0}, "significant", "opposite to the paper"),
+        ((0.53, 0.52, 0.50), {"GRPO": 55.0, "BuPO": 58.0}, "not significant", "-"),
+        ((0.53, 0.56, 0.59), {"BuPO": {"gain over GRPO": 1.83}}, "significant", "as in the paper"),
+        ((0.53, 0.56, 0.59), {}, "significant", "-"),
     ],
 )
 def test_a_difference_in_words(tmp_path, bupo, printed, verdict, direction):
@@ -232,7 +232,7 @@ def test_curves_draw_every_row_with_its_band(tmp_path):
     assert bupo["ours"] == pytest.approx(0.13 + 0.195) and bupo["before"] == pytest.approx(
         0.13 + 0.015
     )  # two of 20 batches
-    assert bupo["difference"] == pytest.approx(0.1) and bupo["verdict"] == "told apart"
+    assert bupo["difference"] == pytest.approx(0.1) and bupo["verdict"] == "significant"
     assert drawn(tmp_path / "out" / "figure.png")[0][0] > 1000 and "Phase 1 of BuPO (embedded) takes 5" in str(
         result.notes
     )
@@ -351,7 +351,7 @@ def test_passes_draw_a_curve_a_row_and_a_panel_a_benchmark(tmp_path):
     assert (
         cells_of(result)[1]["pass@8"].startswith("71.5 [") and cells_of(result, 2)[1]["pass@1"] == "20.0 [20.0, 20.0]"
     )
-    assert cells_of(result, 1)[0]["pass@1"] == "+10.0 [+10.0, +10.0]: told apart"
+    assert cells_of(result, 1)[0]["pass@1"] == "+10.0 [+10.0, +10.0]: significant"
 
 
 def test_cost_by_hand(tmp_path):
@@ -369,7 +369,7 @@ def test_cost_of_runs_made_elsewhere_is_what_they_noted(tmp_path):
         write(tmp_path, "summary.json", f"analyze-BuPO-{seed}", {"models": [{"meta": {"seconds": 3.0}}]})
     result = made(tmp_path, experiment("cost", ["BuPO"], (1, 2)))
     assert [row["ours"] for row in result.rows] == pytest.approx([3, 150, 2.25])
-    assert "made elsewhere" in result.notes[0]
+    assert "on another machine" in result.notes[0]
 
 
 def test_the_page_says_what_it_is(tmp_path):
@@ -385,7 +385,11 @@ def test_the_page_says_what_it_is(tmp_path):
     ):
         assert text in page
     told = json.loads((result.folder / "result.json").read_text())
-    assert told["digest"] == experiment("scores", SHARES).digest() and told["versions"]["bupo"] and "folder" not in told
+    assert (
+        told["digest"] == experiment("scores", SHARES).compute_digest()
+        and told["versions"]["bupo"]
+        and "folder" not in told
+    )
 
 
 def break_(folder, run, name, text):
@@ -427,7 +431,7 @@ def test_a_bad_folder_is_one_line_that_names_the_run(tmp_path, kind, run, name, 
 
 
 def test_every_experiment_can_be_drawn():
-    """What the experiments ask of the outputs is there."""
+    """The outputs support all options of the experiments."""
     assert set(OUTPUT_MAKERS) == set(COMMANDS_BY_KIND)
     for name in NAMES:
         for scale in ("embedded", "paper"):
@@ -470,7 +474,7 @@ def whole(tmp_path_factory, tool):
             "notes": ["shared", f"own {name}"],
             "files": files,
         }
-        row = {"row": "BuPO", "against": "GRPO", "verdict": "told apart", "direction": "opposite to the paper"}
+        row = {"row": "BuPO", "against": "GRPO", "verdict": "significant", "direction": "opposite to the paper"}
         told["rows"] = [row | {"paper_difference": {"Qwen3-4B": 3.43 if name == "table1" else None}}]
         (folder / "result.json").write_text(json.dumps(told))
     tool["copy"](root / "tiny", root / "docs")

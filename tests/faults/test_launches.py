@@ -223,8 +223,8 @@ FAULTS = {
     ),
     "raise": (1, "bupo: error: process 1 has failed"),
     "memory": (1, "bupo: error: process 1 has failed"),
-    "exit": (0, "bupo: error: process 1 has left by sys.exit(3)"),
-    "kill": (0, "bupo: error: another process of this launch has ended without a word"),
+    "exit": (0, "bupo: error: process 1 called sys.exit(3)"),
+    "kill": (0, "bupo: error: another process of this launch has ended without an error message"),
 }
 
 
@@ -402,7 +402,7 @@ def test_sigterm_keeps_finished_answers(server, tmp_path, command):
     until(lambda: any(path.stat().st_size for path in folder.rglob("*.jsonl")))
     run.send(signal.SIGTERM)
     assert run.wait(60) == [128 + signal.SIGTERM]
-    assert run.said().count(f"bupo: interrupted: finished answers are kept in {folder}") == 1
+    assert run.said().count(f"bupo: interrupted: finished answers are saved in {folder}") == 1
     assert "Traceback" not in run.said()
 
 

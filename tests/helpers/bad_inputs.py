@@ -218,7 +218,7 @@ YAML = [
         for name in ("list", "word", "number", "empty")
     ),
     *(
-        bare(f"train --config {name}.yaml", f"{name}.yaml is no valid YAML")
+        bare(f"train --config {name}.yaml", f"{name}.yaml is not valid YAML")
         for name in ("open", "tab", "tag", "binary", "date", "digits", "deep", "keys")
     ),
     bare("train --config laughs.yaml", "seed must be one int, got [["),
@@ -593,7 +593,9 @@ EVAL = [
     bare("eval --table finished", "finished/summary.json is damaged"),
     bare("eval --table older", "older was graded by an earlier version"),
     bare("eval --table empty-numbers", "empty-numbers/summary.json is damaged", "problems is missing"),
-    bare("eval --table empty-numbers --seed 3", "table evaluates nothing: leave out seed"),
+    bare(
+        "eval --table empty-numbers --seed 3", "table shows finished evaluations and evaluates nothing: leave out seed"
+    ),
     bad("eval", "--server http://localhost:1", "engine server and its address"),
     bad("eval", "--engine server", "engine server and its address"),
     bad("eval", "--engine server --server zzz --model embedded", "zzz"),

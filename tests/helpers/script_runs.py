@@ -1,4 +1,4 @@
-"""Runs of `bupo reproduce` that are scripts of a few lines, for tests of how children are kept. It imports nothing that is slow."""
+"""Runs of `bupo reproduce` that are short scripts, for tests of the scheduler. Nothing slow is imported."""
 
 import sys
 
@@ -16,11 +16,13 @@ print("hello from", folder.name)
 """
 
 
-def child(name, then="", needs=None, **options):  # needs: a child
+def child(name, then="", needs=None, **options):
+    """Return a run of a script that executes `then`, after the run `needs`."""
     script = CHILD.format(then=then)
     return CommandRun(name, "train", options, needs=needs, launch=(sys.executable, "-c", script))
 
 
-def starts(places, name):
-    path = places.folder(name) / "starts"
+def starts(paths, name):
+    """Return the number of times that a run was started."""
+    path = paths.get_run_folder(name) / "starts"
     return len(path.read_text().splitlines()) if path.exists() else 0

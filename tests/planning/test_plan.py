@@ -469,7 +469,7 @@ def test_every_process_of_fsdp2_holds_what_is_planned(tmp_path, options):
 
 def apart(rows):
     """Rows of a benchmark that are further apart than they may be."""
-    return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > benchmark.APART]
+    return [row for row in rows if abs(row["plan"] / row["measured"] - 1) > benchmark.TOLERANCE]
 
 
 CONTROLS = [

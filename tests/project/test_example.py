@@ -54,7 +54,7 @@ def padded(parts, name, left):
 
 
 def rollouts_of(example, model, parts, layer):
-    """What the trainer's loss has seen of a rollout batch, as the example's; the old log-probs are by the example."""
+    """Return the rollout batch of the trainer's loss in the example's form, with the example's old log-probs."""
     prompts, answers = (padded(parts, f"{name}_ids", name == "prompt") for name in ("prompt", "completion"))
     masks = [padded(parts, f"{name}_mask", name == "prompt") for name in ("prompt", "completion")]
     ids, mask = torch.cat([prompts, answers], 1), torch.cat(masks, 1)
@@ -91,7 +91,7 @@ def test_losses_and_weights_are_the_trainers(tmp_path, example, internal_steps):
 
 
 def test_advantages_are_the_trainers(tmp_path, example):
-    """Of rewards that differ within groups, and of groups in which they do not."""
+    """Rewards differ within some groups and are equal in others."""
     trainer, seen = trainer_of(tmp_path, 0), []
 
     def rollout(inputs, inner=trainer.generate_rollouts):

@@ -1,4 +1,4 @@
-"""What `import bupo` gives: typed, and nothing heavy before it is asked for."""
+"""Exports of `import bupo`: typed, and without heavy imports before their first use."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def test_every_export_is_there():
 
 
 def test_every_export_is_typed(tmp_path):
-    """None is Any for who uses the package."""
+    """No export is `Any` for users of the package."""
     names = [name for name in bupo.__all__ if not name.startswith("__")]
     (tmp_path / "use.py").write_text("import bupo\n\n" + "".join(f"reveal_type(bupo.{name})\n" for name in names))
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "use.py")]

@@ -1,4 +1,4 @@
-"""Check that imports point from the upper packages to the lower ones only, and form no circle."""
+"""Check that imports point only from upper to lower packages, without cycles."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "bupo"
 FILES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
-# from the top floor down: a room imports from its own floor's rooms below it in this list only, or from lower floors
-FLOORS = [
+# from top to bottom: a package imports only from lower levels, and without cycles from its own level
+LEVELS = [
     ("cli",),
     ("experiments", "planning"),
     ("training",),
@@ -20,15 +20,15 @@ FLOORS = [
     ("options",),
     ("utils", "version"),
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: number for number, packages in enumerate(LEVELS) for package in packages}
 
 
-def room_of(path):
+def package_of(path):
     return path.parts[0].removesuffix(".py")
 
 
 def imports(path):
-    """Rooms that a file imports from, wherever in the file; not for types alone."""
+    """Yield the packages that a file imports from, anywhere in the file, except imports for types."""
     tree = ast.parse((SOURCE / path).read_text())
     types_only = {
         inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
@@ -40,35 +40,37 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bupo."):
             yield node.module.split(".")[1]
         elif isinstance(node, ast.ImportFrom) and node.module == "bupo":
-            yield from (alias.name for alias in node.names if alias.name in FLOOR)
+            yield from (alias.name for alias in node.names if alias.name in LEVEL)
         elif isinstance(node, ast.Import):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bupo."))
             if any(alias.name == "bupo" for alias in node.names):
-                yield FLOORS[0][0]  # the face of the whole house
+                yield LEVELS[0][0]  # the package's exports import everything
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if len(path.parts) > 1 or path.stem in FLOOR], ids=str)
+@pytest.mark.parametrize("path", [path for path in FILES if len(path.parts) > 1 or path.stem in LEVEL], ids=str)
 def test_imports_point_down(path):
-    mine = FLOOR[room_of(path)]
-    up = {room for room in imports(path) if FLOOR[room] < mine}
-    assert not up, f"{path} imports from above: {', '.join(sorted(up))}"
+    level = LEVEL[package_of(path)]
+    up = {package for package in imports(path) if LEVEL[package] < level}
+    assert not up, f"{path} imports from upper packages: {', '.join(sorted(up))}"
 
 
-def test_rooms_form_no_circle():
+def test_packages_form_no_cycle():
     arrows = {}
     for path in FILES:
-        arrows.setdefault(room_of(path), set()).update(room for room in imports(path) if room != room_of(path))
+        arrows.setdefault(package_of(path), set()).update(
+            package for package in imports(path) if package != package_of(path)
+        )
     done = set()
 
-    def visit(room, trail):
-        assert room not in trail, " -> ".join([*trail, room])
-        if room not in done:
-            for other in arrows.get(room, ()):
-                visit(other, [*trail, room])
-            done.add(room)
+    def visit(package, trail):
+        assert package not in trail, " -> ".join([*trail, package])
+        if package not in done:
+            for other in arrows.get(package, ()):
+                visit(other, [*trail, package])
+            done.add(package)
 
-    for room in arrows:
-        visit(room, [])
+    for package in arrows:
+        visit(package, [])
 
 
 def test_prompts_and_answers_are_joined_in_one_place():

@@ -25,7 +25,7 @@ ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def rows(folder):
-    """What both of two launches log, but times."""
+    """Return the metrics that both of two launches log, without times."""
     return [
         {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
         for row in read_metrics(folder / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""The benchmarks of speed run, and say what they have measured."""
+"""The benchmarks of speed run and report their measurements."""
 
 import json
 import re
@@ -22,13 +22,13 @@ TINY = growth.TINY | {"vocab_size": 262}
 
 @pytest.fixture(scope="module")
 def page():
-    """What tools/speed_page.py defines."""
+    """Return the namespace of tools/speed_page.py."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "speed_page.py")))
 
 
 def updates_of(seconds, gradient=1.0, entropy=2.0):
-    parts = {part: value for part in ("update", "scoring", "sampling", "grading", "whole") for value in (seconds,)}
-    memory = {"update": int(seconds * 1e9), "scoring": 1, "whole": 1, "passes": 1}
+    parts = {part: value for part in ("update", "scoring", "sampling", "grading", "total") for value in (seconds,)}
+    memory = {"update": int(seconds * 1e9), "scoring": 1, "total": 1, "passes": 1}
     return Update(parts, memory, entropy, 8.0, {"layers.0.weight": np.array([gradient, -2.0])})
 
 
@@ -95,7 +95,7 @@ def test_a_clock_counts_the_outer_part():
 
 
 def test_the_rest_is_what_no_part_is():
-    table, rest = step.small_table([{"whole": 10.0, step.MODEL: 5.0, step.SAMPLING: 3.0, step.GRADING: 0.5}], "")
+    table, rest = step.small_table([{"total": 10.0, step.MODEL: 5.0, step.SAMPLING: 3.0, step.GRADING: 0.5}], "")
     assert rest == pytest.approx(0.15)
     assert [row["of the step, %"] for row in table.rows] == ["50", "30", "5", "15"]
 
@@ -162,7 +162,7 @@ def test_the_docs_name_commands_that_there_are():
 
 @pytest.mark.slow
 def test_trainers_take_turns_and_do_the_same_work(tmp_path):
-    """Truly, on a model of two layers: four processes, the update's benchmark from end to end."""
+    """The update's benchmark runs from end to end in four processes on a model of two layers."""
     result = update.benchmark(TINY, 1, 262, rounds=1, long_rounds=1, profiled=True, threads=1)
     assert [len(table.rows) for table in result.tables] == [4, 2, 3] and len(result.targets) == 6
     assert max(result.raw[lengths]["largest_difference"] for lengths in ("equal", "unequal")) < update.SAME
@@ -170,7 +170,7 @@ def test_trainers_take_turns_and_do_the_same_work(tmp_path):
     for of in result.raw["equal"][FIRST]:
         seconds = of["seconds"]
         parts = sum(seconds[part] for part in ("sampling", "grading", "scoring", "update"))
-        assert parts == pytest.approx(seconds["whole"]) and of["tokens"] == update.ROWS * update.ANSWER
+        assert parts == pytest.approx(seconds["total"]) and of["tokens"] == update.ROWS * update.ANSWER
     result.write(tmp_path / "update.json")
     assert json.loads((tmp_path / "update.json").read_text())["targets"][0]["at most"] == "0.14x"
 

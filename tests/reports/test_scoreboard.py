@@ -89,7 +89,7 @@ def test_from_the_command_line(tmp_path, capsys):
     capsys.readouterr()
     for words, message in (
         ([str(tmp_path)], "holds no finished evaluation"),
-        ([*folders, "--model", "embedded"], "table evaluates nothing: leave out model"),
+        ([*folders, "--model", "embedded"], "table shows finished evaluations and evaluates nothing: leave out model"),
     ):
         assert main(["eval", "--table", *words]) == 2
         assert message in capsys.readouterr().err

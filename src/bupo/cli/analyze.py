@@ -1,4 +1,4 @@
-"""`bupo analyze`: what every layer and module of a model decides, as tables, figures and a page."""
+"""`bupo analyze`: entropy and predictions of every layer and module of a model, as tables, figures and a page."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _make_table(model: ModelReport) -> Table:
-    """The layers in the terminal, with the numbers of `layers.parquet`: H and dH in nats, KL and top-1 to pi_theta."""
+    """Return the table of a model's layers: H and dH in nats, KL and top-1 agreement with the final layer's policy."""
     meta, rows = model.meta, model.table.set_index(["measure", "layer"])
     title = f"{escape(model.label)}: {meta['answers']} answers, {meta['tokens']:,} tokens, lens {meta['lens']}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -5,17 +5,14 @@ import argparse
 import shtab
 
 from bupo.cli.help import COMMANDS, get_option_classes, group_options
+from bupo.cli.parsing import CONFIG_FLAG, PATH_OPTIONS
 from bupo.experiments.experiment import EXPERIMENT_NAMES
 from bupo.utils.errors import UserError
 
 SHELLS = ("bash", "zsh")
-COMPLETED_PATH_OPTIONS = {
-    "config", "output", "output_dir", "model", "model_name_or_path", "adapter", "dataset", "rollouts", "eval_dataset",
-    "chat_template", "folders", "table", "compare", "resume_from_checkpoint",
-}  # fmt: skip
 USAGE = """usage: bupo completion SHELL
 
-Print a script that completes commands and options by TAB, for bash or zsh. It is static: completing starts no Python.
+Print a script that completes commands and options by TAB, for bash or zsh. The script is static: no Python is started.
 
   eval "$(bupo completion bash)"                                    # in ~/.bashrc
   autoload -U compinit && compinit; eval "$(bupo completion zsh)"   # in ~/.zshrc"""
@@ -32,27 +29,27 @@ def run(arguments: list[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and options as shtab reads them; bupo's own parser stays TRL's."""
-    whole = argparse.ArgumentParser("bupo")
-    commands = whole.add_subparsers()
+    """Return the commands and options as an argparse parser, for shtab. Command lines are parsed by TRL's parser."""
+    parser = argparse.ArgumentParser("bupo")
+    commands = parser.add_subparsers()
     for name, command in COMMANDS.items():
-        each = commands.add_parser(name, help=command.summary)
-        _add_argument(each, "--config", "YAML file of a run", ())
+        subparser = commands.add_parser(name, help=command.summary)
+        _add_argument(subparser, CONFIG_FLAG, "YAML file of a run", ())
         for options in group_options(get_option_classes(name)).values():
             for option in options:
                 choices = option.choices or (("true", "false") if option.placeholder == "true|false" else ())
                 for spelling in filter(None, (option.name, option.alias)):
-                    _add_argument(each, f"--{spelling}", option.help.split(". ")[0], choices)
+                    _add_argument(subparser, f"--{spelling}", option.help.split(". ")[0], choices)
         if name == "report":
-            _add_argument(each, "folders", "run folders", ())
+            _add_argument(subparser, "folders", "run folders", ())
         if name == "reproduce":
-            _add_argument(each, "names", "figures and tables", ("all", *EXPERIMENT_NAMES))
+            _add_argument(subparser, "names", "figures and tables", ("all", *EXPERIMENT_NAMES))
     commands.add_parser("completion", help="print a script that completes").add_argument("shell", choices=SHELLS)
-    return whole
+    return parser
 
 
-def _add_argument(command: argparse.ArgumentParser, flag: str, about: str, choices: tuple[str, ...]) -> None:
-    several = None if flag.startswith("--") else "*"
-    added = command.add_argument(flag, nargs=several, choices=choices or None, help=about.replace("%", "%%"))
-    if flag.removeprefix("--") in COMPLETED_PATH_OPTIONS:
-        added.complete = shtab.FILE  # type: ignore[attr-defined]
+def _add_argument(command: argparse.ArgumentParser, flag: str, summary: str, choices: tuple[str, ...]) -> None:
+    nargs = None if flag.startswith("--") else "*"
+    argument = command.add_argument(flag, nargs=nargs, choices=choices or None, help=summary.replace("%", "%%"))
+    if flag == CONFIG_FLAG or flag.removeprefix("--") in PATH_OPTIONS:
+        argument.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`bupo demo`: the whole method on this machine in minutes, with the embedded model and its arithmetic."""
+"""`bupo demo`: the full method on this machine in minutes, with the embedded model and its arithmetic."""
 
 from functools import partial
 
@@ -16,10 +16,10 @@ OPTIONS = (DemoOptions,)
 
 
 def run(arguments: list[str]) -> None:
-    """Parse, run and show."""
+    """Run the demo and print its results."""
     (options,), given = parse_options_and_values(OPTIONS, arguments, "bupo demo")
     console = Console()
-    disable_progress_bar()  # of loading and saving, which take no time here
+    disable_progress_bar()  # loading and saving take no time here
     lines, say = ConsoleCallback(console), partial(console.print, highlight=False)  # in rich's markup
     with lines.close_on_exit():
         summary = run_demo(options, given, partial(create_progress, console), [lines], say)
@@ -47,8 +47,8 @@ def _make_table(summary: dict) -> Table:
     table.add_row("entropy, nats per token", f"{summary['entropy_first']:.3f}", f"{summary['entropy_last']:.3f}")
     table.add_row("answer length, tokens", f"{summary['length_before']:.1f}", f"{summary['length_after']:.1f}")
     phases = f"1 to {first}, layer {summary['internal_layer']}" if first else "none"
-    table.add_row("phase 1, in batches", "", phases)
-    table.add_row("phase 2, in batches", "", f"{first + 1} to {first + second}, whole policy" if second else "none")
+    table.add_row("phase 1, rollout batches", "", phases)
+    table.add_row("phase 2, rollout batches", "", f"{first + 1} to {first + second}, full model" if second else "none")
     table.add_row("rollouts, updates", "", f"{summary['rollout_seconds']:.0f} s, {summary['update_seconds']:.0f} s")
-    table.add_row("time in all", "", f"{summary['seconds']:.0f} s")
+    table.add_row("total time", "", f"{summary['seconds']:.0f} s")
     return table

@@ -1,4 +1,4 @@
-"""`bupo eval`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
+"""`bupo eval`: avg@k, pass@k and majority@k of a model, or of one of its internal policies, on benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,26 @@ OPTIONS = (EvalOptions, TableOptions)
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate and print the numbers, or print those of finished evaluations."""
+    """Evaluate a model and print its scores, or print the scores of finished evaluations."""
     (options, table), given = parse_options_and_values(OPTIONS, arguments, "bupo eval")
     console = Console()
     if table.table is not None:
         _print_scoreboard(table.table, given, console)
         return
     with reported_interrupts(Path(options.output)), create_progress(console) as bar:
-        found = evaluate(options.model, options, noted=given, bar=bar)
-    console.print(
-        escape_text(f"{found.meta['model']}: template {found.meta['template']}"), highlight=False, markup=False
-    )
-    for table in render_score_tables(found.to_dict()):
-        console.print(table)
-    files = ", ".join(sorted(path.name for path in found.folder.iterdir() if path.is_file()))
-    console.print(escape_line(f"run folder: {found.folder}  ({files})"), highlight=False, markup=False)
+        evaluation = evaluate(options.model, options, noted=given, bar=bar)
+    template_line = escape_text(f"{evaluation.meta['model']}: template {evaluation.meta['template']}")
+    console.print(template_line, highlight=False, markup=False)
+    for scores in render_score_tables(evaluation.to_dict()):
+        console.print(scores)
+    files = ", ".join(sorted(path.name for path in evaluation.folder.iterdir() if path.is_file()))
+    console.print(escape_line(f"run folder: {evaluation.folder}  ({files})"), highlight=False, markup=False)
 
 
 def _print_scoreboard(folders: list[str], given: dict[str, Any], console: Console) -> None:
-    """One table of finished evaluations, into a folder too if one is given."""
-    if other := sorted(given.keys() - {"table", "output"}):
-        raise UserError(f"table evaluates nothing: leave out {', '.join(other)}")
+    """Print one table of finished evaluations, and write it if an output folder is given."""
+    if unused := sorted(given.keys() - {"table", "output"}):
+        raise UserError(f"table shows finished evaluations and evaluates nothing: leave out {', '.join(unused)}")
     board = read_scoreboard(folders)
     if "output" in given:
         check_writable_folder("output", given["output"])

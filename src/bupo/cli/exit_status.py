@@ -1,7 +1,7 @@
-"""How a command ends: the one line that says why, and its exit status.
+"""Exit status of a command and the one line that explains a failure.
 
-In a launch of several processes the first that fails says why. The others fail next, in collectives whose other side has
-gone, and say nothing; those that wait are ended by the launcher.
+In a launch of several processes only the first one that fails prints its error. The others fail next, in collectives whose peer
+has exited, and print nothing; the launcher ends those that still wait.
 """
 
 import errno
@@ -17,7 +17,7 @@ from bupo.utils.sanitize import sanitize_message
 from bupo.utils.signals import raise_on_signal
 
 FAULT_STATUS, USAGE_STATUS, INTERRUPTED_STATUS = 1, 2, 130  # exit statuses; after a signal 128 and its number
-# of the disk and its folders, not of this package
+# errors of the disk and its folders, not of this package
 _DISK_ERRNOS = (
     *DISK_FULL_ERRNOS,
     *WRITE_DENIED_ERRNOS,
@@ -28,18 +28,21 @@ _DISK_ERRNOS = (
     errno.EIO,
     errno.ESTALE,
 )
-PEER_LOST_MESSAGE = "another process of this launch has ended without a word: it was killed, or has left by sys.exit"
+PEER_LOST_MESSAGE = (
+    "another process of this launch has ended without an error message: it was killed, or called sys.exit"
+)
 
 
 def run_to_exit_status(command: Callable[[], None], with_traceback: bool = False) -> int:
-    """Run a command; say why where it fails.
+    """Run a command and print one line if it fails.
 
     Args:
-        command (`Callable`): what is to be done.
-        with_traceback (`bool`): show what lies behind a user's error.
+        command (`Callable`): a function without arguments.
+        with_traceback (`bool`): print the stack of a user's error, too.
 
-    Returns the exit status: 0; 2 after a [`~bupo.utils.errors.UserError`]; after a signal 128 and its number. Other errors go
-    through, where this is the only process.
+    Returns:
+        `int`: 0 on success, 2 after a [`~bupo.utils.errors.UserError`], 128 plus the signal's number after a signal. Other
+        errors are raised if this is the only process.
     """
     try:
         with raise_on_signal():
@@ -57,13 +60,13 @@ def run_to_exit_status(command: Callable[[], None], with_traceback: bool = False
             return _report_failure(
                 error, FAULT_STATUS, f"error: process {distributed_launch.get_rank()} has failed", True
             )
-        what = f"{error.filename} cannot be read or written" if error.filename else "a file cannot be read or written"
-        return _report_failure(error, USAGE_STATUS, f"error: {what}: {error.strerror}", with_traceback)
+        line = f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}"
+        return _report_failure(error, USAGE_STATUS, line, with_traceback)
     except SystemExit as error:
         if not distributed_launch.is_distributed() or not distributed_launch.has_process_group():
             raise
         return _report_failure(
-            error, FAULT_STATUS, f"error: process {distributed_launch.get_rank()} has left by sys.exit({error.code!r})"
+            error, FAULT_STATUS, f"error: process {distributed_launch.get_rank()} called sys.exit({error.code!r})"
         )
     except BaseException as error:
         if not distributed_launch.is_distributed():
@@ -73,20 +76,18 @@ def run_to_exit_status(command: Callable[[], None], with_traceback: bool = False
 
 
 def _report_failure(error: BaseException, status: int, line: str, with_traceback: bool = False) -> int:
-    """Say why, once in a launch. A process that is still in a group ends here.
+    """Print the error once in a launch, and return the status. A process of a process group exits here.
 
-    Else its objects would be destroyed while the others go on, and some wait for an answer of theirs.
+    Otherwise its objects would be destroyed while the other processes still run, and some destructors wait for their peers.
     """
-    several = distributed_launch.is_distributed()
-    lost = several and distributed_launch.is_lost_peer_error(error)
-    if not several or distributed_launch.is_first_to_fail(lost):
-        if with_traceback and not lost:
+    distributed = distributed_launch.is_distributed()
+    lost_peer = distributed and distributed_launch.is_lost_peer_error(error)
+    if not distributed or distributed_launch.is_first_to_fail(lost_peer):
+        if with_traceback and not lost_peer:
             print(sanitize_message("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-        print(
-            "bupo: " + (sanitize_message(" ".join(line.split())) if not lost else f"error: {PEER_LOST_MESSAGE}"),
-            file=sys.stderr,
-        )
-    if several and distributed_launch.has_process_group():
+        message = f"error: {PEER_LOST_MESSAGE}" if lost_peer else sanitize_message(" ".join(line.split()))
+        print(f"bupo: {message}", file=sys.stderr)
+    if distributed and distributed_launch.has_process_group():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,4 +1,4 @@
-"""`bupo COMMAND …`: finds the command and runs it."""
+"""Entry point of `bupo COMMAND …`."""
 
 import importlib
 import os
@@ -15,18 +15,14 @@ from bupo.utils.errors import UserError
 from bupo.utils.sanitize import sanitize_message
 
 TRACEBACK_FLAG = "--traceback"
-SINGLE_PROCESS_COMMANDS = (
-    "analyze",
-    "demo",
-    "report",
-    "reproduce",
-)  # commands that write; `eval` refuses a launch with its own remedy
-# what libraries draw bars by, as carriage returns, which a log file keeps; bupo's own are lines there
+# Commands that write files. `eval` refuses a launch with a remedy for it.
+SINGLE_PROCESS_COMMANDS = ("analyze", "demo", "report", "reproduce")
+# Progress bars of libraries draw carriage returns, which would fill a log file. bupo logs lines instead.
 PROGRESS_BAR_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line and return the exit status. Without `argv`, run this process' own and end the process."""
+    """Run a command line and return the exit status. Without `argv`, run `sys.argv` and end the process."""
     if argv is None:
         exit_process(_get_process_status(sys.argv[1:]))
     return _run_command_line(argv)
@@ -46,14 +42,14 @@ def _get_process_status(argv: list[str]) -> int:
         return 1
 
 
-def _run_command_line(given: list[str]) -> int:
+def _run_command_line(arguments: list[str]) -> int:
     guard_standard_streams()
     if line := distributed_launch.drop_leftover_variables():
         print(f"bupo: warning: {sanitize_message(line)}", file=sys.stderr)
     if not sys.stderr.isatty():
         for bars in PROGRESS_BAR_VARIABLES:
             os.environ.setdefault(bars, "1")
-    argv = [word for word in given if word != TRACEBACK_FLAG]
+    argv = [word for word in arguments if word != TRACEBACK_FLAG]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(format_usage())
         return 0 if argv else 2
@@ -68,29 +64,30 @@ def _run_command_line(given: list[str]) -> int:
         )
         return 2
     if not _has_working_folder():
-        print("bupo: error: the working folder is gone: change to one that exists", file=sys.stderr)
+        print("bupo: error: the working folder no longer exists: change to one that exists", file=sys.stderr)
         return 2
-    # transformers warns its own callers of names it will rename
+    # transformers warns about names that its own code uses and will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return run_to_exit_status(lambda: _run_command(name, options), TRACEBACK_FLAG in given)
+    return run_to_exit_status(lambda: _run_command(name, options), TRACEBACK_FLAG in arguments)
 
 
 def _run_command(name: str, options: list[str]) -> None:
     """Run a command.
 
     Raises:
-        UserError: if several processes were launched for one that would do everything once in each of them.
+        UserError: if several processes were launched for a command that needs one.
     """
     if name in SINGLE_PROCESS_COMMANDS and distributed_launch.is_distributed():
+        process, processes = distributed_launch.get_rank() + 1, distributed_launch.get_process_info().world_size
         raise UserError(
-            f"bupo {name} is one process, and this is {distributed_launch.get_rank() + 1} of {distributed_launch.get_process_info().world_size} by RANK and WORLD_SIZE: "
+            f"bupo {name} is one process, and this is {process} of {processes} by RANK and WORLD_SIZE: "
             "start it without a launcher, or unset them"
         )
     importlib.import_module(f"bupo.cli.{name}").run(options)
 
 
 def _has_working_folder() -> bool:
-    """Whether the working folder exists: torch does not even load without one."""
+    """Return True if the working folder exists. torch cannot be imported without one."""
     try:
         return bool(os.getcwd())
     except OSError:

@@ -1,4 +1,4 @@
-"""`bupo report`: one page over any set of runs."""
+"""`bupo report`: one HTML page about any set of runs."""
 
 from dataclasses import dataclass, field
 
@@ -16,17 +16,17 @@ class ReportOptions:
     """Options of `bupo report`.
 
     Parameters:
-        folders (`list[str]`): training runs, evaluations and analyses, in any mix; they need no flag before them.
-        output (`str`): the page.
+        folders (`list[str]`): training runs, evaluations and analyses, in any mix; the flag is optional.
+        output (`str`): file of the page.
     """
 
     folders: list[str] = field(
-        default_factory=list, metadata={"help": "Run folders; the flag may be left out: runs/*."}
+        default_factory=list, metadata={"help": "Run folders, such as runs/*; the flag is optional."}
     )
-    output: str = field(default="runs/report.html", metadata={"help": "The HTML file of the page."})
+    output: str = field(default="runs/report.html", metadata={"help": "HTML file of the page."})
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none."""
+        """Raise [`UserError`] for an invalid value."""
         check_options(self, {})
         if not self.folders:
             raise UserError("folders is empty: give run folders, such as bupo report runs/*")
@@ -36,24 +36,24 @@ OPTIONS = (ReportOptions,)
 
 
 def run(arguments: list[str]) -> None:
-    """Read, write the page, and say what it holds."""
+    """Write the page and print a summary of its content."""
     (options,) = parse_options(OPTIONS, _add_folders_flag(arguments), "bupo report")
     options.check()
-    found = report_runs(options.folders, options.output)
+    page = report_runs(options.folders, options.output)
     console = Console()
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         console.print(escape_line(line), highlight=False, markup=False)
 
-    if found.skipped:
-        say(f"left out: {describe_skipped(found.skipped)}")
-    numbers = ", ".join(str(table.number) for table in found.tables)
-    held = f"{found}" + (f"; table{'s' * (len(found.tables) > 1)} {numbers}" if numbers else "")
-    say(f"page: {found.path}  ({held}; {found.path.stat().st_size / 1e6:.1f} MB)")
+    if page.skipped:
+        print_line(f"left out: {describe_skipped(page.skipped)}")
+    numbers = ", ".join(str(table.number) for table in page.tables)
+    content = f"{page}" + (f"; table{'s' * (len(page.tables) > 1)} {numbers}" if numbers else "")
+    print_line(f"page: {page.path}  ({content}; {page.path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _add_folders_flag(arguments: list[str]) -> list[str]:
-    """The command line with `--folders` before the folders, wherever they stand."""
+    """Return the command line with the folders moved to its end, after `--folders`."""
     folders, flags, words = [], [], iter(arguments)
     for word in words:
         if not word.startswith("-"):

@@ -1,4 +1,4 @@
-"""`bupo sample`: text from an internal policy, and what every layer would have said at each position."""
+"""`bupo sample`: text sampled from an internal policy, and the most likely tokens of every layer at each position."""
 
 from dataclasses import dataclass
 
@@ -20,37 +20,43 @@ from bupo.options.ranges import POSITIVE_INTEGER, option, redefine_option
 from bupo.utils.errors import UserError
 from bupo.utils.sanitize import escape_text
 
-COLUMNS_PER_TABLE = 12  # positions a table holds
+COLUMNS_PER_TABLE = 12  # positions per table
 DEFAULTS = {"system_prompt": None, "temperature": 1.0, "top_p": 1.0}
 POLICY_KINDS = ("layer", "attn", "ffn")
 
 
 @dataclass
 class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
-    """Options of `bupo sample`. At most one of layer, attn and ffn; by default the full model is sampled."""
+    """Options of `bupo sample`. At most one of layer, attn and ffn may be set; the default is the full model.
 
-    prompt: str | None = option(None, help="The user message; it goes through the chat template if there is one.")
-    layer: int | None = option(None, help="Sample the policy of this layer's output.", range=POSITIVE_INTEGER)
-    attn: int | None = option(None, help="Sample the policy of this layer's attention.", range=POSITIVE_INTEGER)
-    ffn: int | None = option(None, help="Sample the policy of this layer's FFN.", range=POSITIVE_INTEGER)
-    max_new_tokens: int | None = redefine_option(
-        SamplingOptions, "max_new_tokens", default=24, help="Longest answer, in tokens."
+    Parameters:
+        prompt (`str`): the user message, which is put through the chat template if the model has one.
+        layer, attn, ffn (`int`, *optional*): the layer whose policy is sampled (its output, attention or FFN), from 1.
+    """
+
+    prompt: str | None = field(default=None, metadata={"help": "User message."})
+    layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
+    attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
+    ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
+    max_new_tokens: int | None = field(default=24, metadata={"help": "Maximum length of the answer, in tokens."})
+    top: int = field(default=1, metadata={"help": "Number of most likely tokens per cell."})
+    lens: Lens = field(
+        default="raw",
+        metadata={"help": "raw (the paper's) or final_norm (the logit lens).", "choices": ["raw", "final_norm"]},
     )
-    top: int = option(1, help="Most likely tokens to show in each cell.", range=POSITIVE_INTEGER)
-    lens: Lens = option("raw", help="raw (the paper's) or final_norm (the logit lens).")
-    raw_prompt: bool = option(False, help="Use the prompt without the chat template.")
-    seed: int = redefine_option(RunOptions, "seed")
+    raw_prompt: bool = field(default=False, metadata={"help": "Use the prompt without the chat template."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
     def check(self) -> None:
-        """Raise [`UserError`] for a value that is refused, or for options that contradict each other."""
-        check_command_options(self)
+        """Raise [`UserError`] for an invalid value, and for options that contradict each other."""
+        check_command_options(self, attn=POSITIVE_INTEGER, ffn=POSITIVE_INTEGER, top=POSITIVE_INTEGER)
         chosen = [kind for kind in POLICY_KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")
         if not self.prompt:
             raise UserError("prompt is not set: give --prompt 'some text'")
         if self.raw_prompt and (self.system_prompt or self.chat_template):
-            raise UserError("raw_prompt takes the prompt as it is: leave it out, or system_prompt and chat_template")
+            raise UserError("raw_prompt uses neither system_prompt nor chat_template: leave it out, or leave them out")
         check_chat_template(self.chat_template)
 
 
@@ -58,16 +64,17 @@ OPTIONS = (SampleOptions,)
 
 
 def run(arguments: list[str]) -> None:
-    """Sample and show."""
+    """Sample an answer and print it with the tokens of every layer."""
     (options,) = parse_options(OPTIONS, arguments, "bupo sample")
     options.check()
-    options, asking = resolve_defaults(options, read_training_prompt_settings(options.model, options.adapter), DEFAULTS)
+    trained = read_training_prompt_settings(options.model, options.adapter)
+    options, prompt_settings = resolve_defaults(options, trained, DEFAULTS)
     config = check_layers_exist(
         options.model, {kind: getattr(options, kind) for kind in POLICY_KINDS}, **options.get_loading_kwargs()
     )
     tokenizer = load_tokenizer(options.model, **options.get_loading_kwargs())
-    asking.set_template(tokenizer)
-    prompt = _tokenize_prompt(tokenizer, options, asking, get_model_limits(config))
+    prompt_settings.set_template(tokenizer)
+    prompt = _tokenize_prompt(tokenizer, options, prompt_settings, get_model_limits(config))
     model = load_on_device(
         options.model, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs()
     )
@@ -78,8 +85,8 @@ def run(arguments: list[str]) -> None:
             policy = getattr(policies, kind)(getattr(options, kind))
     answer = _sample_completion(policy, tokenizer, prompt, options)
     console = Console()
-    if asking.summary_line and not options.raw_prompt:
-        console.print(escape_text(asking.summary_line), highlight=False, markup=False)
+    if prompt_settings.summary_line and not options.raw_prompt:
+        console.print(escape_text(prompt_settings.summary_line), highlight=False, markup=False)
     console.print(f"[bold]{policy}[/]", highlight=False)
     console.print(Text(escape_text(tokenizer.decode(answer))))
     view = get_top_tokens(policies, tokenizer, prompt, answer, options.top)
@@ -88,16 +95,16 @@ def run(arguments: list[str]) -> None:
 
 
 def _tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase, options: SampleOptions, asking: PromptSettings, limits: ModelLimits
+    tokenizer: PreTrainedTokenizerBase, options: SampleOptions, prompt_settings: PromptSettings, limits: ModelLimits
 ) -> list[int]:
-    """The prompt's token ids, if the model can read so many."""
+    """Return the prompt's token ids. Raise [`UserError`] if they exceed the model's context."""
     check_prompt_characters([str(options.prompt)], limits, "")
     if options.raw_prompt:
         ids = tokenize_prompt(tokenizer, str(options.prompt))
     else:
         system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
         messages: list[dict] = [*system, {"role": "user", "content": options.prompt}]
-        ids = tokenize_prompt(tokenizer, messages, **asking.template_kwargs)
+        ids = tokenize_prompt(tokenizer, messages, **prompt_settings.template_kwargs)
     check_prompt_tokens([ids], limits, "")
     return ids
 
@@ -106,18 +113,20 @@ def _sample_completion(
     policy: InternalPolicy, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: SampleOptions
 ) -> list[int]:
     torch.manual_seed(options.seed)
-    longest, temperature, top_p = options.sampling_settings
+    max_new_tokens, temperature, top_p = options.sampling_settings
     sampling = {"top_p": top_p} if temperature > 0 else {"do_sample": False}
     ids = torch.tensor([prompt], device=policy.stream.model.get_input_embeddings().weight.device)
-    out = policy.generate(
-        ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, max_new_tokens=longest, **sampling
+    sequences = policy.generate(
+        ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, max_new_tokens=max_new_tokens, **sampling
     )
-    return out[0, len(prompt) :].tolist()
+    return sequences[0, len(prompt) :].tolist()
 
 
 def _make_table(view: dict, columns: slice) -> Table:
-    """Layers as rows, the last first; positions as columns. A cell holds the layer's most likely tokens, bold where the first
-    of them is the token that was sampled."""
+    """Return a table with layers as rows, the last layer first, and positions as columns.
+
+    A cell holds the layer's most likely tokens. It is bold if the first of them is the sampled token.
+    """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for token in view["tokens"][columns]:

@@ -1,4 +1,4 @@
-"""Standard output that may be closed, full or of another encoding: what is printed then is lost, the work is not."""
+"""Standard output that survives a closed pipe, a full disk and other encodings: printed text is lost, the work is not."""
 
 import os
 import sys
@@ -6,18 +6,18 @@ from typing import TextIO
 
 
 def guard_standard_streams() -> None:
-    """Let this process print whatever it likes wherever it is started, and go on when nobody reads it any longer.
+    """Let this process print any text to any output, and continue when the reader has closed it.
 
-    `bupo train | head` would else end a run in the middle of an update, and a closed standard output would give its number to
-    the first file that is opened.
+    Otherwise `bupo train | head` would end a run in the middle of an update, and a closed standard output would give its
+    descriptor to the first file that is opened.
     """
-    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+    for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+            setattr(sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
@@ -26,7 +26,7 @@ def guard_standard_streams() -> None:
 
 
 class _GuardedStream:
-    """A stream that goes nowhere once it cannot be written. It says so on standard error, unless its reader has gone."""
+    """A stream that discards its output after the first write error. It warns on standard error, unless the reader has left."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -50,9 +50,9 @@ class _GuardedStream:
     def _discard_output(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):
             print(
-                f"bupo: warning: standard output cannot be written ({error.strerror}): no more is shown",
+                f"bupo: warning: standard output cannot be written ({error.strerror}): further output is discarded",
                 file=sys.stderr,
             )
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)

@@ -1,4 +1,4 @@
-"""`bupo train`: a model, problems and a reward into a trained model, by BuPO or the methods it is compared with."""
+"""`bupo train`: train a model on problems and a reward by BuPO, or by a method that it is compared with."""
 
 from rich.console import Console
 from trl import ModelConfig
@@ -15,7 +15,7 @@ OPTIONS = (TrainOptions, BuPOConfig, ModelConfig)
 
 
 def run(arguments: list[str]) -> None:
-    """Parse, train and show."""
+    """Train and print the progress and the run folder."""
     (options, config, model), given = parse_options_and_values(OPTIONS, arguments, "bupo train")
     if model.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")

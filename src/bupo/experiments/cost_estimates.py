@@ -1,4 +1,4 @@
-"""What runs will cost: from runs of the same kind that have ended here, else by the scale's estimates."""
+"""Cost estimates of runs: measured on finished runs of the same kind, or the scale's estimates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,32 +9,32 @@ from bupo.experiments.jobs import RunPaths
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Of one run.
+    """Estimated cost of one run.
 
     Attributes:
         amount (`float`): in the scale's unit.
-        measured (`bool`): by runs that have ended here.
+        measured (`bool`): whether the estimate is the mean of finished runs.
     """
 
     amount: float
     measured: bool
 
 
-def estimate_costs(runs: Sequence[CommandRun], places: RunPaths, unit: str) -> dict[str, CostEstimate]:
-    """By run: how long it takes. Only seconds are measured; GPU hours are the scale's.
+def estimate_costs(runs: Sequence[CommandRun], paths: RunPaths, unit: str) -> dict[str, CostEstimate]:
+    """Return the estimated cost of each run by name. Seconds are measured; GPU hours are the scale's estimates.
 
-    A run is like another where both are of one command and one stated cost: of a like recipe, of as many answers.
+    Runs are of the same kind if they share the command, the recipe and the stated cost, which grows with the number of answers.
     """
-    taken: dict[tuple, list[float]] = {}
+    seconds_by_kind: dict[tuple, list[float]] = {}
     for run in runs:
-        seconds = places.read_seconds(run.name) if unit == "seconds" else None
+        seconds = paths.read_seconds(run.name) if unit == "seconds" else None
         if seconds is not None:
-            taken.setdefault(_get_kind(run), []).append(seconds)
-    found = {}
+            seconds_by_kind.setdefault(_get_kind(run), []).append(seconds)
+    estimates = {}
     for run in runs:
-        like = taken.get(_get_kind(run))
-        found[run.name] = CostEstimate(sum(like) / len(like) if like else run.cost, bool(like))
-    return found
+        measured = seconds_by_kind.get(_get_kind(run))
+        estimates[run.name] = CostEstimate(sum(measured) / len(measured) if measured else run.cost, bool(measured))
+    return estimates
 
 
 def _get_kind(run: CommandRun) -> tuple:
@@ -42,7 +42,7 @@ def _get_kind(run: CommandRun) -> tuple:
 
 
 def format_cost(amount: float, unit: str) -> str:
-    """An amount for people."""
+    """Format a cost for people."""
     if unit != "seconds":
         return f"{amount:,.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"
     if amount < 90:

@@ -1,4 +1,8 @@
-"""Runs as child processes of their public commands: finished ones are kept, several go side by side, each has a log."""
+"""Scheduler of runs as child processes of the public commands, with logs, resumption and several runs in parallel.
+
+It replaces make and Snakemake because make decides by file times, not by a run's options, and Snakemake deletes the output of
+an interrupted job, from which a training resumes here.
+"""
 
 import ctypes
 import os
@@ -17,15 +21,15 @@ from bupo.run_files.reading import DamagedFileError, read_json, read_text
 from bupo.utils.errors import UserError
 from bupo.utils.files import append_text, make_folder, refuse_links, remove_path, write_json
 
-TERMINATION_TIMEOUT = 60.0  # seconds that a child has to end after SIGTERM: it may write a checkpoint
+TERMINATION_TIMEOUT = 60.0  # seconds from SIGTERM to SIGKILL: a child may write a checkpoint
 POLL_INTERVAL = 0.1
-RECORD_INTERVAL = 30.0  # seconds between two notes of how long a run has taken, which a kill would lose
+RECORD_INTERVAL = 30.0  # seconds between two writes of a run's duration: a kill loses no more
 _PR_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the runs of a scale are kept.
+    """Paths of the runs of a scale.
 
     Attributes:
         root (`Path`): `<output>/<scale>`.
@@ -34,89 +38,91 @@ class RunPaths:
     root: Path
 
     def get_run_folder(self, name: str) -> Path:
-        """Of a run."""
+        """Return the folder of a run."""
         return self.root / "runs" / name
 
     def get_log_path(self, name: str) -> Path:
-        """What a run has printed."""
+        """Return the file of a run's output."""
         return self.root / "runs" / f"{name}.log"
 
     def get_record_path(self, name: str) -> Path:
-        """What is known of a run: its command line, its digest, its seconds, whether it is finished."""
+        """Return the file of a run's record: command line, digest, seconds and completion."""
         return self.root / "runs" / f"{name}.json"
 
     def get_done_path(self, name: str) -> Path:
-        """The digest of a run that has ended elsewhere: printed commands write it last."""
+        """Return the file with the digest of a run that was finished elsewhere. Printed commands write it last."""
         return self.root / "runs" / f"{name}.done"
 
     def read_record(self, name: str) -> dict[str, Any]:
-        """What `note` holds, or else `mark` says; nothing where both are missing or broken."""
+        """Return the record of a run, or one from its done file, or an empty mapping if both are missing or damaged."""
         with suppress(DamagedFileError):
-            noted = read_json(self.get_record_path(name), {"digest": str, "finished": bool, "seconds": float})
-            return {name: noted[name] for name in ("digest", "finished", "seconds")}
+            record = read_json(self.get_record_path(name), {"digest": str, "finished": bool, "seconds": float})
+            return {key: record[key] for key in ("digest", "finished", "seconds")}
         with suppress(DamagedFileError):
             return {"digest": read_text(self.get_done_path(name)).strip(), "finished": True}
         return {}
 
     def read_seconds(self, name: str) -> float | None:
-        """How long a finished run took here."""
-        noted = self.read_record(name)
-        return noted.get("seconds") if noted.get("finished") else None
+        """Return the seconds of a finished run, or None if they are unknown."""
+        record = self.read_record(name)
+        return record.get("seconds") if record.get("finished") else None
 
 
-def get_run_state(run: CommandRun, places: RunPaths) -> str:
-    """`finished`, `begun` or `to do`.
+def get_run_state(run: CommandRun, paths: RunPaths) -> str:
+    """Return `finished`, `begun` or `to do`.
 
     Raises:
-        UserError: if the folder holds a run of this name by other options: a recipe has changed since.
+        UserError: if the folder holds a run with other options, for example because a recipe has changed.
     """
-    noted = places.read_record(run.name)
-    if noted and noted.get("digest") != run.compute_digest():
-        raise UserError(
-            f"{places.get_run_folder(run.name)} was made with other options than today's: choose another output, or --overwrite true"
-        )
-    if noted.get("finished") and places.get_run_folder(run.name).is_dir():
+    record, folder = paths.read_record(run.name), paths.get_run_folder(run.name)
+    if record and record.get("digest") != run.compute_digest():
+        raise UserError(f"{folder} was made with other options: choose another output, or --overwrite true")
+    if record.get("finished") and folder.is_dir():
         return "finished"
-    return "begun" if noted else "to do"
+    return "begun" if record else "to do"
 
 
-def remove_stale_run(run: CommandRun, places: RunPaths) -> None:
+def remove_stale_run(run: CommandRun, paths: RunPaths) -> None:
     """Delete a run that was made with other options."""
-    noted = places.read_record(run.name)
-    if noted and noted.get("digest") != run.compute_digest():
-        for path in (places.get_run_folder, places.get_record_path, places.get_log_path, places.get_done_path):
-            remove_path(path(run.name))
+    record = paths.read_record(run.name)
+    if record and record.get("digest") != run.compute_digest():
+        for get_path in (paths.get_run_folder, paths.get_record_path, paths.get_log_path, paths.get_done_path):
+            remove_path(get_path(run.name))
 
 
 @dataclass
 class _RunningProcess:
     run: CommandRun
     process: subprocess.Popen
-    started: float
-    earlier_seconds: float  # seconds of earlier attempts
-    last_recorded: float = 0.0  # when its seconds were last written
+    started: float  # by the monotonic clock
+    earlier_seconds: float  # of earlier attempts
+    last_recorded: float = 0.0  # time of the last write of its seconds
 
 
 class JobScheduler:
-    """Runs children, several at once.
+    """Scheduler of runs as child processes, several in parallel.
 
     Args:
-        places ([`RunPaths`]): of the runs.
-        jobs (`int`): children at once.
-        say (`Callable`): is told what begins, ends and fails.
-        on_finished (`Callable`): is given each finished run.
+        paths ([`RunPaths`]): of the runs.
+        jobs (`int`): maximum number of child processes.
+        print_line (`Callable`): called with a line when a run starts, ends or fails.
+        on_finished (`Callable`): called with each finished run.
     """
 
     def __init__(
-        self, places: RunPaths, jobs: int, say: Callable[[str], None], on_finished: Callable[[CommandRun], None]
+        self,
+        paths: RunPaths,
+        jobs: int,
+        print_line: Callable[[str], None],
+        on_finished: Callable[[CommandRun], None],
     ):
-        self.paths, self.max_processes, self.print_line, self.on_finished = places, jobs, say, on_finished
+        self.paths, self.max_processes, self.print_line, self.on_finished = paths, jobs, print_line, on_finished
         self.failed: dict[str, str] = {}
         self.result_errors: list[UserError] = []
         self._children: list[_RunningProcess] = []
 
     def execute(self, runs: Sequence[CommandRun]) -> None:
-        """Run all that are not finished; what one needs comes first. A run that fails stops only those that need it.
+        """Run all unfinished runs, each after the run that it needs. A failed run stops only the runs that need it.
 
         Raises:
             UserError: at the end, if a run has failed, or `on_finished` has raised one.
@@ -143,18 +149,18 @@ class JobScheduler:
         finally:
             self._stop()
         if self.failed:
-            name, why = next(iter(self.failed.items()))
-            more = f" ({len(self.failed)} runs in all)" if len(self.failed) > 1 else ""
-            raise UserError(f"run {name} failed{more}: {why}; its log is {self.paths.get_log_path(name)}")
+            name, reason = next(iter(self.failed.items()))
+            count = f" ({len(self.failed)} runs in all)" if len(self.failed) > 1 else ""
+            raise UserError(f"run {name} failed{count}: {reason}; its log is {self.paths.get_log_path(name)}")
         if self.result_errors:
             raise self.result_errors[0]
 
     def _report_finished(self, run: CommandRun) -> None:
-        """Tell of a finished run. What cannot be made of it stops no other run."""
+        """Call `on_finished`. An error in it is raised at the end and stops no other run."""
         try:
             self.on_finished(run)
         except UserError as error:
-            self.print_line(f"not made: {error}")
+            self.print_line(f"result not written: {error}")
             self.result_errors.append(error)
 
     def _wait(self) -> None:
@@ -165,65 +171,71 @@ class JobScheduler:
             time.sleep(POLL_INTERVAL)
 
     def _skip_dependents(self, waiting: list[CommandRun]) -> None:
-        """Leave out what needs a run that has failed."""
+        """Skip the runs that need a failed run."""
         for run in [run for run in waiting if run.needs and run.needs.name in self.failed]:
             waiting.remove(run)
             self.failed[run.name] = "it needs a run that has failed"
 
     def _start(self, run: CommandRun) -> _RunningProcess:
-        before = float(self.paths.read_record(run.name).get("seconds", 0.0))
-        self.print_line(f"{'goes on' if before else 'begins'}: {run.name}")
-        make_folder(self.paths.get_log_path(run.name).parent, self.paths.root)
+        earlier_seconds = float(self.paths.read_record(run.name).get("seconds", 0.0))
+        self.print_line(f"{'resumed' if earlier_seconds else 'started'}: {run.name}")
+        log_path = self.paths.get_log_path(run.name)
+        make_folder(log_path.parent, self.paths.root)
         refuse_links(self.paths.get_run_folder(run.name), self.paths.root)
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.max_processes))}
-        append_text(self.paths.get_log_path(run.name), "")  # refused where it is a link or a pipe
-        with self.paths.get_log_path(run.name).open("a") as log:
+        append_text(log_path, "")  # raises for a link or a pipe
+        with log_path.open("a") as log:
             process = subprocess.Popen(
-                run.get_arguments(self.paths.get_run_folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ,
-                start_new_session=True, preexec_fn=_terminate_with_parent,
-            )  # fmt: skip
-        child = _RunningProcess(run, process, time.monotonic(), before)
+                run.get_arguments(self.paths.get_run_folder),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=threads | os.environ,
+                start_new_session=True,
+                preexec_fn=_terminate_with_parent,
+            )
+        child = _RunningProcess(run, process, time.monotonic(), earlier_seconds)
         self._record(child, finished=False)
         return child
 
     def _handle_exit(self, child: _RunningProcess) -> bool:
-        """Whether it has ended well; else why is kept."""
+        """Record a child's end and return True if it succeeded. Store the reason of a failure."""
         name, status = child.run.name, child.process.returncode
         self._record(child, finished=status == 0)
         if status == 0:
             self.print_line(f"done in {time.monotonic() - child.started:.0f} s: {name}")
             return True
         lines = self.paths.get_log_path(name).read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it has printed nothing")
+        last = next((line for line in reversed(lines) if line.strip()), "its log is empty")
         self.failed[name] = f"exit status {status}, {last.removeprefix('bupo: error: ')}"
         self.print_line(f"failed: {name}: {self.failed[name]}")
         return False
 
     def _record(self, child: _RunningProcess, finished: bool) -> None:
         child.last_recorded = time.monotonic()
-        noted = {
+        record = {
             "digest": child.run.compute_digest(),
             "finished": finished,
             "seconds": child.earlier_seconds + time.monotonic() - child.started,
             "command": child.run.format_command(self.paths.get_run_folder),
         }
-        write_json(self.paths.get_record_path(child.run.name), noted)
+        write_json(self.paths.get_record_path(child.run.name), record)
 
     def _stop(self) -> None:
-        """End the children that are left, each with the time to write a checkpoint."""
+        """Terminate the running children, with time to write a checkpoint."""
         for child in self._children:
             child.process.terminate()
         for child in self._children:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(TERMINATION_TIMEOUT)
             with suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)  # and what it has started: it leads a session of its own
+                os.killpg(child.process.pid, signal.SIGKILL)  # with its own children: it leads a session
             child.process.wait()
             self._record(child, finished=False)
         self._children = []
 
 
 def _terminate_with_parent() -> None:
-    """In a child on Linux: it is told to end when its parent is killed, so that the next attempt finds its folder free."""
+    """Have Linux send SIGTERM to this child when its parent is killed, so that the next attempt finds its folder unlocked."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The result of an experiment: its figure and table, the data behind them, and a page that says what they are."""
+"""Result files of an experiment: figure, table, data and a page that explains them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,16 +28,16 @@ PAPER_MODELS_NOTE = "The models and hyperparameters are the paper's."
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """A figure or table that was made.
+    """A finished figure or table.
 
     Attributes:
-        name, title, source, kind, scale, about (`str`): as of the experiment.
-        digest (`str`): of the experiment; where it is another by now, the result is stale.
-        versions (`dict`): of what computed it.
-        rows (`list[dict]`): of the table, as programs read them.
-        notes (`list[str]`): what the numbers cannot say themselves.
-        files (`list[str]`): in `folder`.
-        folder (`Path`): where it is.
+        name, title, source, kind, scale, about (`str`): of the experiment.
+        digest (`str`): of the experiment. A result with another digest is stale.
+        versions (`dict`): of the libraries that computed it.
+        rows (`list[dict]`): of the table, for programs.
+        notes (`list[str]`): limits of the numbers.
+        files (`list[str]`): names of the files in `folder`.
+        folder (`Path`): of the result.
     """
 
     name: str
@@ -56,28 +56,28 @@ class ExperimentResult:
 
 def make_result(
     experiment: Experiment,
-    place: Callable[[str], Path],
+    get_run_folder: Callable[[str], Path],
     folder: Path,
-    seconds: Callable[[str], float | None],
+    get_seconds: Callable[[str], float | None],
 ) -> ExperimentResult:
-    """Draw a figure or table of runs that have finished, in whole files; `result.json` is the last.
+    """Write the files of a figure or table from finished runs; `result.json` is the last.
 
     Args:
-        experiment (`Experiment`): which.
-        place (`Callable`): the folder of a run, by its name.
-        folder (`Path`): where the result goes.
-        seconds (`Callable`): how long a run took here, by its name; None where that is not known.
+        experiment (`Experiment`): the figure or table.
+        get_run_folder (`Callable`): returns the folder of a run by its name.
+        folder (`Path`): for the result.
+        get_seconds (`Callable`): returns the seconds of a run by its name, or None if they are unknown.
 
     Raises:
-        UserError: if a run's folder lacks something, or holds what is none of its files; nothing is written then.
+        UserError: if a file of a run is missing or damaged; nothing is written then.
     """
     try:
-        output = OUTPUT_MAKERS[experiment.kind](FinishedExperiment(experiment, place, seconds))
+        output = OUTPUT_MAKERS[experiment.kind](FinishedExperiment(experiment, get_run_folder, get_seconds))
     except UserError:
         raise
-    except PARSE_ERRORS as error:  # a value of another type, deep in a file that is whole
+    except PARSE_ERRORS as error:  # a value of another type, deep in a complete file
         raise UserError(
-            f"{experiment.name} cannot be made, for a file of its runs is damaged: {summarize_error(error)}; start the runs again"
+            f"{experiment.name} cannot be made: a file of its runs is damaged: {summarize_error(error)}; start the runs again"
         ) from error
     notes = [*output.notes, *_make_notes(experiment, output)]
     make_folder(folder, folder.parent)
@@ -94,56 +94,56 @@ def make_result(
         **head, digest=experiment.compute_digest(), versions=get_versions(), rows=output.rows, notes=notes, files=files,
         folder=folder,
     )  # fmt: skip
-    told = asdict(result)
-    del told["folder"]
-    write_json(folder / RESULT_FILE, {"schema_version": SCHEMA_VERSION, **told})
+    record = asdict(result)
+    del record["folder"]
+    write_json(folder / RESULT_FILE, {"schema_version": SCHEMA_VERSION, **record})
     return result
 
 
 def format_page(experiment: Experiment, output: ExperimentOutput, notes: list[str]) -> str:
-    """`result.md`."""
+    """Return the text of `result.md`."""
     source = f"In the paper: {experiment.source}. " if experiment.source else ""
     figure = [f"![{experiment.title}]({FIGURE_FILE})", ""] if output.figure is not None else []
     return "\n".join([
         f"# {format_experiment_name(experiment.name)}: {experiment.title}", "",
-        f"{source}Made at the scale `{experiment.scale}`: {experiment.about}.", "",
+        f"{source}Scale `{experiment.scale}`: {experiment.about}.", "",
         *figure,
         *(table.to_markdown() for table in output.tables),
         *(f"- {note}" for note in notes), "",
-        f"Made by `bupo reproduce {experiment.name} --scale {experiment.scale}`. The numbers: [table.csv](table.csv), "
+        f"Command: `bupo reproduce {experiment.name} --scale {experiment.scale}`. Numbers: [table.csv](table.csv), "
         "[data.csv](data.csv), [result.json](result.json).", "",
     ])  # fmt: skip
 
 
 def format_experiment_name(name: str) -> str:
-    """`fig3` in words."""
+    """Return `Figure 3` for `fig3`."""
     return name.replace("fig", "Figure ").replace("table", "Table ")
 
 
 def _make_notes(experiment: Experiment, output: ExperimentOutput) -> list[str]:
-    """What every result has to say of itself."""
-    theirs = experiment.scale == "paper" and not experiment.has_custom_model
-    notes = [PAPER_MODELS_NOTE if theirs else OTHER_MODELS_NOTE]
+    """Return the notes that every result has: models, seeds, intervals and the baseline of differences."""
+    is_paper_setting = experiment.scale == "paper" and not experiment.has_custom_model
+    notes = [PAPER_MODELS_NOTE if is_paper_setting else OTHER_MODELS_NOTE]
     if "seeds" in output.data or any("seeds" in row for row in output.rows):
-        band = "" if output.figure is None else "; so are the bands around the lines"
+        bands = "" if output.figure is None else "; so are the bands around the lines"
         seeds = sorted({cell.seed for cell in experiment.cells})
         notes.append(
             f"One seed, {seeds[0]}: it has no interval, and says nothing about others."
             if len(seeds) == 1
-            else f"Seeds {', '.join(map(str, seeds))}. Intervals are Student's, 95 %, of the mean over seeds{band}."
+            else f"Seeds {', '.join(map(str, seeds))}. Intervals are Student's, 95 %, of the mean over seeds{bands}."
         )
-    against = sorted({str(row["against"]) for row in output.rows if row.get("against")})
-    notes += [f"A difference to {quote_name(name)} is paired by seed." for name in against]
+    baselines = sorted({str(row["against"]) for row in output.rows if row.get("against")})
+    notes += [f"A difference to {quote_name(name)} is paired by seed." for name in baselines]
     return notes
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> str:
-    """Rows as CSV: a mapping becomes columns of its own."""
+    """Write rows as CSV, a mapping as one column per key. Return the file's name."""
     flat = [
         {
             f"{name} {key}" if key is not None else name: escape_csv_cell(value) if isinstance(value, str) else value
-            for name, given in row.items()
-            for key, value in (given.items() if isinstance(given, dict) else [(None, given)])
+            for name, cell in row.items()
+            for key, value in (cell.items() if isinstance(cell, dict) else [(None, cell)])
         }
         for row in rows
     ]

@@ -1,4 +1,4 @@
-"""`bupo.reproduce`: figures and tables of the paper, from the runs that they need."""
+"""`bupo.reproduce`: make figures and tables of the paper, and run the runs that they need."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -31,13 +31,35 @@ BATCH
 class ReproduceOptions:
     """Options of `bupo.reproduce` and `bupo reproduce`."""
 
-    scale: str = option(
-        "embedded",
-        help="embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds compares the methods on several "
-        "base models.",
+    Parameters:
+        scale (`str`): `embedded`, `small` or `paper`; `tiny`, a rehearsal of `embedded`; `worlds`, six small base models.
+        output (`str`): folder of runs and results, with a subfolder for each scale.
+        jobs (`int`): number of runs in parallel.
+        seeds (`int`, *optional*): number of seeds; all by default.
+        model (`str`, *optional*): the name of one of the scale's models, or another model.
+        dry_run (`bool`): print the runs and their estimated cost.
+        print_commands (`str`, *optional*): `lines` or `slurm`: print the commands instead of running them.
+        overwrite (`bool`): delete runs that were made with other options.
+    """
+
+    scale: str = field(
+        default="embedded",
+        metadata={
+            "help": "embedded, small or paper; tiny rehearses embedded in minutes; worlds compares methods on six base models."
+        },
     )
-    output: str = redefine_option(
-        RunOptions, "output", default="runs/reproduce", help="Folder of the runs and results, by scale."
+    output: str = field(
+        default="runs/reproduce", metadata={"help": "Folder of the runs and results, with a subfolder for each scale."}
+    )
+    jobs: int = field(default=1, metadata={"help": "Number of runs in parallel."})
+    seeds: int | None = field(default=None, metadata={"help": "Number of seeds; all by default."})
+    model: str | None = field(
+        default=None, metadata={"help": "Model instead of the scale's: hub id, folder or .gguf file."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the runs and their estimated cost, and run nothing."})
+    print_commands: str | None = field(
+        default=None,
+        metadata={"help": "Print the commands and run nothing: lines, or slurm for two job arrays."},
     )
     jobs: int = option(1, help="Runs in parallel.", range=POSITIVE_INTEGER)
     seeds: int | None = option(None, help="Run the first N seeds only.", range=POSITIVE_INTEGER)
@@ -52,20 +74,20 @@ class ReproduceOptions:
     overwrite: bool = redefine_option(RunOptions, "overwrite", help="Delete runs that were made with other options.")
 
     def check(self) -> None:
-        """Raise [`UserError`] for a value that is refused."""
-        check_command_options(self)
+        """Raise [`UserError`] for an invalid value."""
+        check_command_options(self, jobs=POSITIVE_INTEGER, seeds=POSITIVE_INTEGER)
         if self.print_commands is not None:
             check_choice("print_commands", self.print_commands, ("lines", "slurm"))
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What is to be done.
+    """Experiments to make and the runs that they need.
 
     Attributes:
-        experiments (`list[Experiment]`): in the order of their names.
-        runs (`list[Run]`): of all of them, each once, in an order in which they can be run.
-        places ([`~bupo.experiments.jobs.RunPaths`]): where they are kept.
+        experiments (`list[Experiment]`): in the order given.
+        runs (`list[CommandRun]`): of all experiments, each once, after the run that it needs.
+        paths ([`~bupo.experiments.jobs.RunPaths`]): of the runs.
         unit (`str`): of costs.
     """
 
@@ -76,105 +98,110 @@ class Reproduction:
 
 
 def plan_reproduction(names: Sequence[str], options: ReproduceOptions) -> Reproduction:
-    """The experiments and their runs.
+    """Return the experiments of these names and their runs.
 
     Raises:
         UserError: for an unknown name or scale, or a bad option.
     """
     options.check()
-    there = list_experiments(options.scale)
-    wanted = list(there) if ALL_EXPERIMENTS in names else list(dict.fromkeys(names))
-    if not wanted:
-        raise UserError(f"nothing is named: choose {', '.join(there)}, or all")
-    experiments = [read_experiment(name, options.scale, options.model, options.seeds) for name in wanted]
+    available = list_experiments(options.scale)
+    selected = list(available) if ALL_EXPERIMENTS in names else list(dict.fromkeys(names))
+    if not selected:
+        raise UserError(f"no figure or table is named: choose {', '.join(available)}, or all")
+    experiments = [read_experiment(name, options.scale, options.model, options.seeds) for name in selected]
     runs = {run.name: run for experiment in experiments for run in experiment.runs}
-    places = RunPaths(Path(options.output) / options.scale)
-    return Reproduction(experiments, list(runs.values()), places, read_scales()[options.scale].get("unit", "seconds"))
+    paths = RunPaths(Path(options.output) / options.scale)
+    return Reproduction(experiments, list(runs.values()), paths, read_scales()[options.scale].get("unit", "seconds"))
 
 
 def reproduce(
     names: Sequence[str],
     options: ReproduceOptions | None = None,
     *,
-    noted: dict | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    recorded_options: dict | None = None,
+    print_line: Callable[[str], None] = lambda line: None,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> dict[str, ExperimentResult]:
-    """Run what figures and tables need, and make them.
+    """Run the runs that figures and tables need, and write the figures and tables.
 
     Args:
-        names (`list[str]`): such as `fig3`, `table2`; `all` is all of them.
+        names (`list[str]`): such as `fig3` and `table2`, or `all`.
         options ([`ReproduceOptions`], *optional*): scale, folder, jobs …
-        noted (`dict`, *optional*): what `config.yaml` holds; by default the options that differ from the defaults.
-        say, advance (`Callable`, *optional*): told what begins and ends, and how much of the cost is done.
+        recorded_options (`dict`, *optional*): content of `config.yaml`; by default the options that differ from the defaults.
+        print_line (`Callable`, *optional*): called with a line when a run starts or ends.
+        advance (`Callable`, *optional*): called with the cost of each finished run.
 
     Returns:
-        `dict[str, Result]`: by name, as each is finished.
+        `dict[str, ExperimentResult]`: by name, in the order of completion.
 
     Raises:
-        UserError: for bad options; or after all else, if a run has failed.
+        UserError: for invalid options, or at the end if a run has failed.
     """
     options = options or ReproduceOptions()
-    noted = get_changed_options(options) if noted is None else noted
-    return run_reproduction(plan_reproduction(names, options), options, noted, say, advance)
+    recorded_options = get_changed_options(options) if recorded_options is None else recorded_options
+    return run_reproduction(plan_reproduction(names, options), options, recorded_options, print_line, advance)
 
 
 def run_reproduction(
-    todo: Reproduction,
+    reproduction: Reproduction,
     options: ReproduceOptions,
-    noted: dict,
-    say: Callable[[str], None],
+    recorded_options: dict,
+    print_line: Callable[[str], None],
     advance: Callable[[float], None],
 ) -> dict[str, ExperimentResult]:
-    """As of `reproduce`, of what is planned."""
-    check_output_folder("output", todo.paths.root)
-    making = _ResultMaker(todo, say, advance)
-    with folder_lock(todo.paths.root):
-        for run in todo.runs:
+    """Run a planned reproduction; see [`reproduce`]."""
+    paths = reproduction.paths
+    check_output_folder("output", paths.root)
+    result_maker = _ResultMaker(reproduction, print_line, advance)
+    with folder_lock(paths.root):
+        for run in reproduction.runs:
             if options.overwrite:
-                remove_stale_run(run, todo.paths)
-            get_run_state(run, todo.paths)  # refused before anything is run
-        record_run(todo.paths.root, "reproduce", noted)
-        JobScheduler(todo.paths, options.jobs, say, making.on_finished).execute(todo.runs)
-    return making.results
+                remove_stale_run(run, paths)
+            get_run_state(run, paths)  # raises for a stale run before any run starts
+        record_run(paths.root, "reproduce", recorded_options)
+        JobScheduler(paths, options.jobs, print_line, result_maker.on_finished).execute(reproduction.runs)
+    return result_maker.results
 
 
 class _ResultMaker:
-    """Makes each figure and table as soon as its runs are finished, whatever becomes of the others."""
+    """Writer of each figure and table as soon as its runs are finished."""
 
-    def __init__(self, todo: Reproduction, say: Callable[[str], None], advance: Callable[[float], None]):
-        self.reproduction, self.say, self.advance = todo, say, advance
-        self.cost = estimate_costs(todo.runs, todo.paths, todo.unit)
+    def __init__(self, reproduction: Reproduction, print_line: Callable[[str], None], advance: Callable[[float], None]):
+        self.reproduction, self.print_line, self.advance = reproduction, print_line, advance
+        self.costs = estimate_costs(reproduction.runs, reproduction.paths, reproduction.unit)
         self.results: dict[str, ExperimentResult] = {}
         self.finished: set[str] = set()
 
     def on_finished(self, run: CommandRun) -> None:
-        """Note a finished run, and make what waited for it."""
+        """Register a finished run, and write the results that have all their runs."""
         self.finished.add(run.name)
-        self.advance(self.cost[run.name].amount)
-        places = self.reproduction.paths
+        self.advance(self.costs[run.name].amount)
+        paths = self.reproduction.paths
         for experiment in self.reproduction.experiments:
-            needed = {each.name for each in experiment.runs}
+            needed = {needed_run.name for needed_run in experiment.runs}
             if run.name in needed and needed <= self.finished:
-                folder = places.root / experiment.name
+                folder = paths.root / experiment.name
                 self.results[experiment.name] = make_result(
-                    experiment, places.get_run_folder, folder, places.read_seconds
+                    experiment, paths.get_run_folder, folder, paths.read_seconds
                 )
-                self.say(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
+                self.print_line(f"{experiment.name}: {experiment.title}: {folder / 'result.md'}")
 
 
-def format_commands(todo: Reproduction, kind: str) -> str:
-    """The runs' commands: `lines` in an order in which a shell can run them, or a script that hands them to Slurm.
+def format_commands(reproduction: Reproduction, kind: str) -> str:
+    """Return the commands of the runs: `lines` in a valid order for a shell, or `slurm`, a script that submits them.
 
-    The script is `bash SCRIPT SBATCH_OPTIONS…`: two arrays, of which the second waits for the first. What has ended well leaves
-    a mark, by which `bupo reproduce` knows it.
+    Start the script by `bash SCRIPT SBATCH_OPTIONS…`. It submits two job arrays; the second waits for the first. A successful
+    run writes its digest to a done file, which `bupo reproduce` reads.
     """
 
-    def line(run: CommandRun) -> str:
-        mark = shlex.quote(str(todo.paths.get_done_path(run.name)))
-        return f"{run.format_command(todo.paths.get_run_folder)} && echo {run.compute_digest()} > {mark}"
+    def format_line(run: CommandRun) -> str:
+        done_path = shlex.quote(str(reproduction.paths.get_done_path(run.name)))
+        return f"{run.format_command(reproduction.paths.get_run_folder)} && echo {run.compute_digest()} > {done_path}"
 
-    lines = [[line(run) for run in todo.runs if bool(run.needs) == waits] for waits in (False, True)]
+    lines = [
+        [format_line(run) for run in reproduction.runs if bool(run.needs) == has_dependency]
+        for has_dependency in (False, True)
+    ]
     if kind == "lines":
         return "\n".join([*lines[0], *lines[1]])
     parts = ["#!/usr/bin/env bash", "set -e"]
@@ -190,28 +217,31 @@ def format_commands(todo: Reproduction, kind: str) -> str:
     return "\n".join(parts)
 
 
-def estimate_reproduction(todo: Reproduction, jobs: int) -> tuple[list[dict[str, str]], str]:
-    """What is finished, what is to be done and what it costs: one row an experiment, and a line for all.
+def estimate_reproduction(reproduction: Reproduction, jobs: int) -> tuple[list[dict[str, str]], str]:
+    """Return the progress and remaining cost: a row for each experiment, and a line for the total.
 
     A run that several experiments need is counted with the first.
     """
-    cost, counted, rows, left = estimate_costs(todo.runs, todo.paths, todo.unit), set(), [], 0.0
-    for experiment in todo.experiments:
-        own = [run for run in experiment.runs if run.name not in counted]
-        counted |= {run.name for run in own}
-        states = {run.name: get_run_state(run, todo.paths) for run in experiment.runs}
-        amount = sum(cost[run.name].amount for run in own if states[run.name] != "finished")
-        left += amount
+    unit, paths = reproduction.unit, reproduction.paths
+    costs = estimate_costs(reproduction.runs, paths, unit)
+    counted: set[str] = set()
+    rows, remaining = [], 0.0
+    for experiment in reproduction.experiments:
+        new_runs = [run for run in experiment.runs if run.name not in counted]
+        counted |= {run.name for run in new_runs}
+        states = {run.name: get_run_state(run, paths) for run in experiment.runs}
+        amount = sum(costs[run.name].amount for run in new_runs if states[run.name] != "finished")
+        remaining += amount
         rows.append(
             {
                 "name": experiment.name,
-                "what": experiment.title,
+                "title": experiment.title,
                 "runs": str(len(experiment.runs)),
                 "finished": str(sum(state == "finished" for state in states.values())),
-                "shared": str(len(experiment.runs) - len(own)),
-                "cost": format_cost(amount, todo.unit),
+                "shared": str(len(experiment.runs) - len(new_runs)),
+                "cost": format_cost(amount, unit),
             }
         )
-    whole = format_cost(left / (jobs if todo.unit == "seconds" else 1), todo.unit)
-    side = f" with {jobs} runs side by side" if jobs > 1 and todo.unit == "seconds" else ""
-    return rows, f"{len(todo.runs)} runs at scale {todo.experiments[0].scale}: some {whole}{side}"
+    total = format_cost(remaining / (jobs if unit == "seconds" else 1), unit)
+    parallel = f" with {jobs} runs in parallel" if jobs > 1 and unit == "seconds" else ""
+    return rows, f"{len(reproduction.runs)} runs at scale {reproduction.experiments[0].scale}: about {total}{parallel}"

@@ -1,16 +1,16 @@
-"""From finished runs to a figure or table, by kind."""
+"""Outputs of finished experiments: figures and tables by kind."""
 
 from collections.abc import Callable
 
 from bupo.experiments.outputs.analysis_cost import make_cost_output
 from bupo.experiments.outputs.comparison_table import ExperimentOutput
+from bupo.experiments.outputs.curves import make_curves_output
+from bupo.experiments.outputs.dynamics import make_dynamics_output
 from bupo.experiments.outputs.finished_runs import FinishedExperiment
-from bupo.experiments.outputs.make_curves_output import make_curves_output
-from bupo.experiments.outputs.make_dynamics_output import make_dynamics_output
-from bupo.experiments.outputs.make_layers_output import make_layers_output
-from bupo.experiments.outputs.make_outcomes_output import make_outcomes_output
-from bupo.experiments.outputs.make_scores_output import make_scores_output
+from bupo.experiments.outputs.layers import make_layers_output
+from bupo.experiments.outputs.outcomes import make_outcomes_output
 from bupo.experiments.outputs.pass_at_k import make_pass_at_k_output
+from bupo.experiments.outputs.scores import make_scores_output
 
 OUTPUT_MAKERS: dict[str, Callable[[FinishedExperiment], ExperimentOutput]] = {
     "scores": make_scores_output,

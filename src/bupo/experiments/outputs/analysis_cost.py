@@ -1,4 +1,4 @@
-"""What the analysis costs beside training (table 7)."""
+"""Cost of the analysis relative to training (table 7)."""
 
 from bupo.experiments.experiment import CommandRun
 from bupo.experiments.outputs.comparison_table import (
@@ -12,14 +12,14 @@ from bupo.experiments.outputs.comparison_table import (
 from bupo.experiments.outputs.finished_runs import FinishedExperiment
 
 ANALYSIS_MEASURE, TRAINING_MEASURE, SHARE_MEASURE = "analysis, seconds", "training, seconds", "share, percent"
-WALL_TIME_NOTE = "Seconds are of whole commands here, with everything that they load and write."
+WALL_TIME_NOTE = "Seconds are of complete commands on this machine, with loading and writing."
 RECORDED_TIME_NOTE = (
-    "Of {names} the seconds are what the run noted itself, without what it loads and writes: it was made elsewhere."
+    "Seconds of {names} are those that the run recorded on another machine, without loading and writing."
 )
 
 
 def make_cost_output(finished: FinishedExperiment) -> ExperimentOutput:
-    """Seconds of both, and the share."""
+    """Return the seconds of analysis and training, and their ratio."""
     experiment, lines, elsewhere = finished.experiment, [], set()
     for (model, row), cells in finished.group_cells("train").items():
         values: dict[str, dict[int, float]] = {ANALYSIS_MEASURE: {}, TRAINING_MEASURE: {}, SHARE_MEASURE: {}}
@@ -32,10 +32,10 @@ def make_cost_output(finished: FinishedExperiment) -> ExperimentOutput:
         options = describe_options(next(iter(cells.values())))
         for measure, by_seed in values.items():
             names = get_paper_models(experiment, model)
-            papers = {name: experiment.paper_values[name].get(row, {}).get(measure) for name in names}
+            paper_values = {name: experiment.paper_values[name].get(row, {}).get(measure) for name in names}
             digits = 2 if measure == SHARE_MEASURE else 0
-            lines.append(Comparison(model, row, options, measure, by_seed, paper_values=papers, digits=digits))
-    table = make_table("What the analysis takes beside a training, and its share of it:", experiment, lines)
+            lines.append(Comparison(model, row, options, measure, by_seed, paper_values=paper_values, digits=digits))
+    table = make_table("Seconds of the analysis and of a training, and their ratio:", experiment, lines)
     notes = [RECORDED_TIME_NOTE.format(names=" and ".join(sorted(elsewhere)))] if elsewhere else [WALL_TIME_NOTE]
     return ExperimentOutput(
         [line.to_record(experiment.scale) for line in lines], [table], make_tidy_data(lines), notes=notes
@@ -43,10 +43,10 @@ def make_cost_output(finished: FinishedExperiment) -> ExperimentOutput:
 
 
 def _read_seconds(finished: FinishedExperiment, run: CommandRun) -> float:
-    """Of the whole command, or what the run itself noted."""
-    known = finished.get_seconds(run.name)
-    if known is not None:
-        return known
+    """Return the seconds of the full command, or those that the run recorded."""
+    seconds = finished.get_seconds(run.name)
+    if seconds is not None:
+        return seconds
     if run.command == "analyze":
         return float(
             finished.get_value(run, "summary.json", finished.read_summary(run), "models", 0, "meta", "seconds")

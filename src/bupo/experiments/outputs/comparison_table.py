@@ -1,4 +1,4 @@
-"""Tables with the paper's numbers beside ours: what an output is, and how its numbers are written."""
+"""Tables that compare our numbers with the paper's, and the format of their numbers."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from bupo.utils.statistics import SeedStatistics, compute_paired_difference, com
 
 EMPTY_CELL = "-"
 ONE_SEED_TEXT = "1 seed: no interval"
-LABEL_COLUMNS = ("model", "method", "options", "measure")  # columns whose texts may be a user's
-SIGNIFICANT, NOT_SIGNIFICANT = "told apart", "not told apart"
+LABEL_COLUMNS = ("model", "method", "options", "measure")  # may hold text from the user: escaped
+SIGNIFICANT, NOT_SIGNIFICANT = "significant", "not significant"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MarkdownTable:
     """A table for people.
 
     Attributes:
-        caption (`str`): what its numbers are.
+        caption (`str`): description of its numbers.
         rows (`list[dict[str, str]]`): cells by column.
     """
 
@@ -31,7 +31,7 @@ class MarkdownTable:
     rows: Sequence[Mapping[str, str]]
 
     def to_markdown(self) -> str:
-        """Columns in which no row has anything are left out."""
+        """Return the table in Markdown, without columns that are empty in all rows."""
         names = [name for name in self.rows[0] if any(row[name] for row in self.rows)]
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
         lines += [" | ".join(_format_cell(name, row[name]) for name in names) for row in self.rows]
@@ -44,15 +44,15 @@ def _format_cell(name: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class ExperimentOutput:
-    """What the runs of an experiment come to.
+    """Results of an experiment's runs.
 
     Attributes:
-        rows (`list[dict]`): of the table, as programs read them; None is what there is no number for, and the paper's numbers
-            are a mapping from its models.
-        shown (`list[Shown]`): the same for people.
-        data (`pd.DataFrame`): tidy, all that is drawn.
-        figure (`Figure`, *optional*): if there is one.
-        notes (`list[str]`): what the numbers cannot say themselves.
+        rows (`list[dict]`): of the table, for programs; a missing number is None, and the paper's numbers are a mapping from
+            its models.
+        tables (`list[MarkdownTable]`): the same for people.
+        data (`pd.DataFrame`): the data of the figure, one value per row.
+        figure (`Figure`, *optional*): if the kind has one.
+        notes (`list[str]`): limits of the numbers.
     """
 
     rows: list[dict[str, Any]]
@@ -64,17 +64,17 @@ class ExperimentOutput:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A number of one model and row over seeds, and what the paper has for it.
+    """A measure of one model and row over seeds, compared with a baseline row and with the paper.
 
     Attributes:
-        model, row, options, measure (`str`): of what; `options` are the row's own.
+        model, row, options, measure (`str`): labels; `options` are those that the row sets.
         values (`dict[int, float]`): by seed.
-        papers (`dict[str, float | None]`): printed, by the paper's models that stand beside this one.
-        against (`str`, *optional*): the row it is compared with.
-        others (`dict[int, float]`): that row's values, by seed.
-        papers_apart (`dict[str, float | None]`): the printed differences to that row.
-        before (`dict[int, float]`): where training changes the number, what it was, by seed.
-        digits (`int`): that are shown.
+        paper_values (`dict[str, float | None]`): the paper's numbers, by its models.
+        baseline (`str`, *optional*): the row that this one is compared with.
+        baseline_values (`dict[int, float]`): that row's values, by seed.
+        paper_differences (`dict[str, float | None]`): the paper's differences to that row, by its models.
+        initial_values (`dict[int, float]`): values before training, by seed, if they are known.
+        digits (`int`): decimals in tables.
     """
 
     model: str
@@ -95,7 +95,7 @@ class Comparison:
 
     @property
     def difference(self) -> SeedStatistics | None:
-        """The difference to the other row, paired by seed."""
+        """Difference to the baseline row, paired by seed, or None without common seeds."""
         return (
             compute_paired_difference(self.baseline_values, self.values)
             if self.baseline_values.keys() & self.values.keys()
@@ -103,25 +103,25 @@ class Comparison:
         )
 
     def to_record(self, scale: str) -> dict[str, Any]:
-        """For programs."""
-        ours, apart = self.statistics, self.difference
+        """Return the comparison for programs."""
+        ours, difference = self.statistics, self.difference
         return {
             "scale": scale, "model": self.model, "row": self.row, "options": self.options, "measure": self.measure,
             "paper": dict(self.paper_values), **_to_columns("ours", ours), "seeds": ours.n,
             "before": compute_seed_statistics(list(self.initial_values.values())).mean if self.initial_values else None,
             "by_seed": {str(seed): value for seed, value in self.values.items()},
-            "against": self.baseline, "paper_difference": dict(self.paper_differences), **_to_columns("difference", apart),
-            "verdict": describe_significance(apart) if apart else None,
+            "against": self.baseline, "paper_difference": dict(self.paper_differences), **_to_columns("difference", difference),
+            "verdict": describe_significance(difference) if difference else None,
             "direction": None if self.describe_direction() == EMPTY_CELL else self.describe_direction(),
         }  # fmt: skip
 
     def to_cells(self) -> dict[str, str]:
-        """For people: the paper's number with its difference to the other row, ours, and ours."""
-        apart = self.difference
+        """Return the comparison for people: the paper's number and difference, our number and our difference."""
+        difference = self.difference
         cells = {"model": self.model, "method": self.row, "options": self.options, "measure": self.measure}
-        own = self.paper_values.keys() <= {self.model}
+        same_model = self.paper_values.keys() <= {self.model}
         for name, value in (self.paper_values or {self.model: None}).items():
-            cells["paper" if own else f"paper, {name}"] = self._format_paper_value(
+            cells["paper" if same_model else f"paper, {name}"] = self._format_paper_value(
                 value, self.paper_differences.get(name)
             )
         ours = self.statistics
@@ -135,28 +135,29 @@ class Comparison:
             "seeds": _format_seed_count(ours.n),
         }
         if self.baseline:
-            cells[f"less {quote_name(self.baseline)} [95 %]"] = format_mean_interval(apart, self.digits, "+")
-            cells |= {"from zero": describe_significance(apart), "direction": self.describe_direction()}
+            cells[f"less {quote_name(self.baseline)} [95 %]"] = format_mean_interval(difference, self.digits, "+")
+            cells |= {"from zero": describe_significance(difference), "direction": self.describe_direction()}
         return cells
 
-    def _format_paper_value(self, value: float | None, apart: float | None) -> str:
+    def _format_paper_value(self, value: float | None, difference: float | None) -> str:
         numbers = [] if value is None else [f"{value:.2f}" if isinstance(value, float) else str(value)]
-        return " ".join(numbers + ([] if apart is None else [f"({apart:+.2f})"])) or EMPTY_CELL
+        return " ".join(numbers + ([] if difference is None else [f"({difference:+.2f})"])) or EMPTY_CELL
 
     def describe_direction(self) -> str:
-        """A difference that is told apart from zero, against the paper's differences."""
-        signs, apart = {math.copysign(1, value) for value in self.paper_differences.values() if value}, self.difference
-        if apart is None or not signs or describe_significance(apart) != SIGNIFICANT:
+        """Compare the sign of a significant difference with the signs of the paper's differences."""
+        signs = {math.copysign(1, value) for value in self.paper_differences.values() if value}
+        difference = self.difference
+        if difference is None or not signs or describe_significance(difference) != SIGNIFICANT:
             return EMPTY_CELL
         if len(signs) > 1:
             return "the paper's models differ"
-        return "as in the paper" if math.copysign(1, apart.mean) in signs else "opposite to the paper"
+        return "as in the paper" if math.copysign(1, difference.mean) in signs else "opposite to the paper"
 
 
-def _to_columns(name: str, found: SeedStatistics | None) -> dict[str, float | None]:
-    """Mean, interval and deviation; None is what a seed alone cannot say."""
-    values = {"": None, "_low": None, "_high": None, "_sd": None} if found is None else {
-        "": found.mean, "_low": found.low, "_high": found.high, "_sd": found.sd
+def _to_columns(name: str, statistics: SeedStatistics | None) -> dict[str, float | None]:
+    """Return mean, interval and deviation as columns. Interval and deviation of a single seed are None."""
+    values = {"": None, "_low": None, "_high": None, "_sd": None} if statistics is None else {
+        "": statistics.mean, "_low": statistics.low, "_high": statistics.high, "_sd": statistics.sd
     }  # fmt: skip
     return {
         name + end: None if value is None or not math.isfinite(value) else round(value, 6)
@@ -172,56 +173,55 @@ def _format_seed_count(number: int) -> str:
     return "1: no interval" if number == 1 else str(number)
 
 
-def format_mean_interval(found: SeedStatistics | None, digits: int = 1, sign: str = "") -> str:
-    """Mean and interval for people."""
-    if found is None:
+def format_mean_interval(statistics: SeedStatistics | None, digits: int = 1, sign: str = "") -> str:
+    """Format a mean and its interval for people."""
+    if statistics is None:
         return EMPTY_CELL
-    mean, low, high = (_format_number(value, digits, sign) for value in (found.mean, found.low, found.high))
-    return mean if found.n == 1 else f"{mean} [{low}, {high}]"
+    values = (statistics.mean, statistics.low, statistics.high)
+    mean, low, high = (_format_number(value, digits, sign) for value in values)
+    return mean if statistics.n == 1 else f"{mean} [{low}, {high}]"
 
 
 def quote_name(name: str) -> str:
-    """A row's name in a sentence."""
+    """Return a row's name for a sentence, in quotation marks if it has several words."""
     return f"“{name}”" if " " in name else name
 
 
 def format_p_value(p: float) -> str:
-    """A p value for people."""
+    """Format a p value for people."""
     return f"{p:.2g}" if p >= 0.001 else "< 0.001"
 
 
-def describe_significance(found: SeedStatistics | None) -> str:
-    """Whether a difference's interval leaves out zero."""
-    if found is None:
+def describe_significance(difference: SeedStatistics | None) -> str:
+    """Return "significant" if the interval of a difference excludes zero."""
+    if difference is None:
         return EMPTY_CELL
-    if found.n == 1:
+    if difference.n == 1:
         return ONE_SEED_TEXT
-    return SIGNIFICANT if found.low > 0 or found.high < 0 else NOT_SIGNIFICANT
+    return SIGNIFICANT if difference.low > 0 or difference.high < 0 else NOT_SIGNIFICANT
 
 
 def get_paper_models(experiment: Experiment, model: str) -> list[str]:
-    """The paper's models whose numbers stand beside one of ours: its own, or all of them."""
-    return (
-        [model]
-        if model in experiment.paper_values and not experiment.has_custom_model
-        else list(experiment.paper_values)
-    )
+    """Return the paper's models to compare a model with: the same model, or all of them."""
+    if model in experiment.paper_values and not experiment.has_custom_model:
+        return [model]
+    return list(experiment.paper_values)
 
 
 def describe_options(cell: Cell) -> str:
-    """The row's own options, as its training has them."""
+    """Return the options that the row sets, with the values of its training."""
     run = cell.runs.get("train")
-    given = {name: run.options[name] for name in cell.options if name in run.options} if run else {}
-    return ", ".join(f"{name} {_abbreviate_list(value)}" for name, value in given.items())
+    options = {name: run.options[name] for name in cell.options if name in run.options} if run else {}
+    return ", ".join(f"{name} {_abbreviate_list(value)}" for name, value in options.items())
 
 
 def _abbreviate_list(value: Any) -> Any:
-    """A list of more than three by its ends."""
+    """Return the ends of a list of more than three items."""
     return f"[{value[0]} … {value[-1]}]" if isinstance(value, list) and len(value) > 3 else value
 
 
 def make_table(caption: str, experiment: Experiment, lines: Iterable[Comparison]) -> MarkdownTable:
-    """A row a line."""
+    """Return a table with a row for each comparison."""
     rows = [line.to_cells() | {"scale": experiment.scale} for line in lines]
     names = list(dict.fromkeys(name for row in rows for name in row if name != "scale"))
     return MarkdownTable(
@@ -232,7 +232,7 @@ def make_table(caption: str, experiment: Experiment, lines: Iterable[Comparison]
 def make_pivot_table(
     caption: str, experiment: Experiment, lines: Sequence[Comparison], cell: Callable[[Comparison], str] | None = None
 ) -> MarkdownTable:
-    """A column a measure, with our number, or what `cell` makes of a line."""
+    """Return a table with a column for each measure, with our number or the value of `cell`."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         row = rows.setdefault(
@@ -249,12 +249,12 @@ def make_pivot_table(
 
 
 def describe_phase_1(model: str, row: str, end: float) -> str:
-    """Where phase 1 ends, in words."""
+    """Return a sentence about the length of phase 1."""
     return f"Phase 1 of {row} ({escape_markdown_cell(model)}) takes {end:.0f} rollout batch{'es' if end > 1 else ''}."
 
 
 def make_seed_table(caption: str, lines: Sequence[Comparison]) -> MarkdownTable:
-    """A column a seed."""
+    """Return a table with a column for each seed."""
     seeds = sorted({seed for line in lines for seed in line.values})
     rows = [
         {"model": line.model, "method": line.row, "options": line.options}
@@ -269,13 +269,13 @@ def make_seed_table(caption: str, lines: Sequence[Comparison]) -> MarkdownTable:
 
 
 def _drop_single_model(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Without the model where there is one."""
-    one = len({row["model"] for row in rows}) == 1
-    return [row | {"model": ""} for row in rows] if one else rows
+    """Empty the column of the model if all rows have the same."""
+    is_single = len({row["model"] for row in rows}) == 1
+    return [row | {"model": ""} for row in rows] if is_single else rows
 
 
 def make_tidy_data(lines: Iterable[Comparison]) -> pd.DataFrame:
-    """A row a seed."""
+    """Return the values as a table with a row for each seed."""
     names = ("model", "row", "measure")
     rows = [
         {**{name: getattr(line, name) for name in names}, "seed": seed, "value": value}

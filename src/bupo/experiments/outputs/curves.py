@@ -15,17 +15,17 @@ from bupo.experiments.outputs.comparison_table import (
 from bupo.experiments.outputs.finished_runs import FinishedExperiment, count_phase_1_batches
 from bupo.reports.figures.seeds import draw_seeds_figure
 
-MEASURES = {  # the column of `metrics.jsonl`, the title, and the digits that are shown
+MEASURES = {  # column of `metrics.jsonl`, title and decimals
     "reward": ("reward", "reward", 3),
     "entropy": ("entropy", "entropy of $\\pi_\\theta$ (nats)", 3),
     "response_length": ("completions/mean_length", "response length (tokens)", 1),
 }
-TENTHS = 10  # the table has the means of the first and the last tenth of the rollout batches
+TENTHS = 10  # the table has the means of the first and last tenth of the rollout batches
 COLUMNS = ["model", "row", "seed", "measure", "rollout_batch", "value"]
 
 
 def make_curves_output(finished: FinishedExperiment) -> ExperimentOutput:
-    """Figure, data and table from the trainings' `metrics.jsonl`."""
+    """Return figure, data and table from the trainings' `metrics.jsonl`."""
     experiment, cells = finished.experiment, finished.group_cells("train")
     measures, parts = experiment.output_options["measures"], []
     ends: dict[tuple[str, str], float] = {}
@@ -51,7 +51,7 @@ def make_curves_output(finished: FinishedExperiment) -> ExperimentOutput:
 
 
 def _make_series(finished: FinishedExperiment, cell: Cell, batches: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A measure of one run."""
+    """Return a measure of one run as tidy data."""
     values = finished.get_value(cell.runs["train"], "metrics.jsonl", batches, MEASURES[measure][0])
     return pd.DataFrame({
         "model": cell.model, "row": cell.row, "seed": cell.seed, "measure": measure,
@@ -60,7 +60,7 @@ def _make_series(finished: FinishedExperiment, cell: Cell, batches: pd.DataFrame
 
 
 def _smooth(data: pd.DataFrame, window: int) -> pd.DataFrame:
-    """Every run's running mean over `window` rollout batches: intervals of few seeds are wider than what is to be seen."""
+    """Return every run's running mean over `window` rollout batches, because intervals of few seeds are wide."""
     values = data.groupby(["model", "row", "seed", "measure"], sort=False)["value"]
     return data.assign(value=values.transform(lambda run: run.rolling(window, center=True, min_periods=1).mean()))
 
@@ -78,7 +78,7 @@ def _count_tenth(data: pd.DataFrame) -> int:
 def _make_comparisons(
     data: pd.DataFrame, measure: str, cells: Mapping[tuple[str, str], Mapping[int, Cell]], against: str | None
 ) -> list[Comparison]:
-    """Last rollout batches of every row, beside its first ones."""
+    """Compare the last rollout batches of every row with its first ones and with the baseline row."""
     first, last = ({key: _average_end(data, measure, key, end) for key in cells} for end in ("first", "last"))
     return [
         Comparison(
@@ -91,8 +91,8 @@ def _make_comparisons(
 
 
 def _average_end(data: pd.DataFrame, measure: str, key: tuple[str, str], end: str) -> dict[int, float]:
-    """By seed, the mean of a run's first or last rollout batches."""
-    part = data[(data["model"] == key[0]) & (data["row"] == key[1]) & (data["measure"] == measure)]
+    """Return the mean of a run's first or last rollout batches, by seed."""
+    selected = data[(data["model"] == key[0]) & (data["row"] == key[1]) & (data["measure"] == measure)]
     tenth = _count_tenth(data)
-    ends = {seed: run.head(tenth) if end == "first" else run.tail(tenth) for seed, run in part.groupby("seed")}
+    ends = {seed: run.head(tenth) if end == "first" else run.tail(tenth) for seed, run in selected.groupby("seed")}
     return {int(seed): float(run["value"].mean()) for seed, run in ends.items()}

@@ -1,4 +1,4 @@
-"""What phase 1 does to the layers above (figure 5): the series of a training's probes over seeds."""
+"""Effect of phase 1 on the layers above (figure 5): the probes of a training over seeds."""
 
 import pandas as pd
 
@@ -29,12 +29,12 @@ COLUMNS = ["model", "row", "seed", "measure", "layer", "later_layer", "rollout_b
 
 
 def make_dynamics_output(finished: FinishedExperiment) -> ExperimentOutput:
-    """Figure, data and table from `dynamics.parquet` of the trainings, or of the analyses of their checkpoints."""
+    """Return figure, data and table from `dynamics.parquet` of the trainings, or of the analyses of their checkpoints."""
     experiment, parts, lines = finished.experiment, [], []
     ends: dict[tuple[str, str], float] = {}
     for (model, row), by_seed in finished.group_cells("train").items():
         cell = next(iter(by_seed.values()))
-        series = pd.concat([_read_series(finished, one) for one in by_seed.values()], ignore_index=True)
+        series = pd.concat([_read_series(finished, seed_cell) for seed_cell in by_seed.values()], ignore_index=True)
         end = count_phase_1_batches(finished.read_metrics(cell.runs["train"]))
         if end is not None:
             ends[model, row] = end
@@ -54,8 +54,8 @@ def make_dynamics_output(finished: FinishedExperiment) -> ExperimentOutput:
 
 
 def _read_series(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
-    """The panels' measures of one run, of the last layer that it trains alone."""
-    run = cell.runs.get("analyze", cell.runs["train"])  # of a sharded run's checkpoints, afterwards
+    """Return the measures of the panels of one run, for the last layer that phase 1 trains."""
+    run = cell.runs.get("analyze", cell.runs["train"])  # a sharded run has an analysis of its checkpoints
     table = finished.read_dataframe(run, "dynamics.parquet")
     for name in COLUMNS[3:]:
         finished.get_value(run, "dynamics.parquet", table, name)
@@ -66,14 +66,14 @@ def _read_series(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
 
 
 def _make_comparisons(series: pd.DataFrame, options: str, model: str, row: str) -> list[Comparison]:
-    """Before training and at its end, by measure; of measures against later layers, the next and the last one."""
+    """Compare the last probe with the first, by measure; for measures against later layers, the next and the last layer."""
     lines = []
     for measure, name in MEASURE_LABELS.items():
         part = series[series["measure"] == measure]
         later = sorted(part["later_layer"].dropna().unique())
         for number in dict.fromkeys([later[0], later[-1]]) if later else [None]:
-            one = part if number is None else part[part["later_layer"] == number]
-            runs = {int(seed): run.sort_values("rollout_batch")["value"] for seed, run in one.groupby("seed")}
+            selected = part if number is None else part[part["later_layer"] == number]
+            runs = {int(seed): run.sort_values("rollout_batch")["value"] for seed, run in selected.groupby("seed")}
             lines.append(
                 Comparison(
                     model, row, options, name if number is None else f"{name} layer {number}",

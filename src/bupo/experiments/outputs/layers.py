@@ -1,4 +1,4 @@
-"""Figures over layers (figures 2, 3 and 12): drawn again from analyses, with the stages beside the paper's."""
+"""Figures over layers (figures 2, 3 and 12), drawn from analyses, with our stages and the paper's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ REQUIRED_KEYS = (
 )
 INTERVALS_NOTE = "Intervals are 95 %, of the mean over answers, by a bootstrap: one analysis, and no seeds."
 COLUMNS = ("measure", "layer", "mean", "low", "high")
-MEASURES = {  # that a figure draws, and what they are in a table
+MEASURES = {  # of a figure, with their labels in the table
     "entropy_flow": {
         "entropy_layer_input": "entropy of H^(l-1)",
         "entropy_attn": "of ATTN's write",
@@ -38,23 +38,24 @@ MEASURES = {  # that a figure draws, and what they are in a table
 
 
 def make_layers_output(finished: FinishedExperiment) -> ExperimentOutput:
-    """Figure, data and stages from the analyses' `layers.parquet` and `summary.json`."""
+    """Return figure, data and stages from the analyses' `layers.parquet` and `summary.json`."""
     experiment, figure = finished.experiment, finished.experiment.output_options["figure"]
     cells = [next(iter(by_seed.values())) for by_seed in finished.group_cells("analyze").values()]
-    found = [_read_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
-    table, models = pd.concat([table for table, _ in found], ignore_index=True), [summary for _, summary in found]
-    rows = [row for part, summary in found for row in _make_rows(experiment, summary, part)]
+    analyses = [_read_analysis(finished, cell, list(MEASURES[figure])) for cell in cells]
+    table = pd.concat([layers for layers, _ in analyses], ignore_index=True)
+    models = [summary for _, summary in analyses]
+    rows = [row for layers, summary in analyses for row in _make_rows(experiment, summary, layers)]
     notes = [*(_make_note(summary) for summary in models), INTERVALS_NOTE]
-    shown = MarkdownTable(
+    stages_table = MarkdownTable(
         _make_caption(figure), [_format_row(row, MEASURES[figure], several=len(models) > 1) for row in rows]
     )
-    return ExperimentOutput(rows, [shown], table, draw_analysis_figure(table, models, figure), notes)
+    return ExperimentOutput(rows, [stages_table], table, draw_analysis_figure(table, models, figure), notes)
 
 
 def _read_analysis(
     finished: FinishedExperiment, cell: Cell, measures: list[str]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The drawn part of the layers' table, and the summary, of a model: under the name that it has here."""
+    """Return the rows of a model's layer table that the figure needs, and its summary, under the cell's model name."""
     run, file = cell.runs["analyze"], "summary.json"
     summary = finished.get_value(run, file, finished.read_summary(run), "models", 0)
     for name in REQUIRED_KEYS:
@@ -67,22 +68,24 @@ def _read_analysis(
 
 
 def _make_rows(experiment: Experiment, summary: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Stages, boundary and pattern of a model, and what the paper prints of them."""
+    """Return stages, boundary layer and pattern of a model, ours and the paper's."""
     model, size = summary["meta"]["label"], len(summary["stages"])
-    boundary, theirs = ([layer, layer] if (layer := summary[name]) else None for name in REQUIRED_KEYS[2:4])
-    places = [(stage, stage, summary["ranges"][stage]) for stage in STAGES]
-    places += [
+    boundary, paper_rule_boundary = (
+        [layer, layer] if (layer := summary[name]) else None for name in REQUIRED_KEYS[2:4]
+    )
+    ranges = [(stage, stage, summary["ranges"][stage]) for stage in STAGES]
+    ranges += [
         (BOUNDARY_LABEL, BOUNDARY_LABEL, boundary),
-        (f"{BOUNDARY_LABEL} by the paper's rule", BOUNDARY_LABEL, theirs),
+        (f"{BOUNDARY_LABEL} by the paper's rule", BOUNDARY_LABEL, paper_rule_boundary),
     ]
     rows = [
         {
-            "what": what,
+            "what": label,
             "paper": _get_paper_values(experiment, model, key),
             "ours": _format_layer_range(bounds, size),
             "mean": _compute_means(table, bounds),
         }
-        for what, key, bounds in places
+        for label, key, bounds in ranges
     ]
     rows.append(
         {"what": "pattern", "paper": _get_paper_values(experiment, model, "pattern"), "ours": summary["pattern"]}
@@ -96,14 +99,14 @@ def _get_paper_values(experiment: Experiment, model: str, key: str) -> dict[str,
 
 
 def _format_layer_range(bounds: list[int] | None, size: int) -> str:
-    """As the paper writes ranges of layers, with the number of all layers."""
+    """Format a range of layers like the paper, with the number of all layers."""
     return "none" if not bounds else f"{'-'.join(map(str, dict.fromkeys(bounds)))} of {size}"
 
 
 def _compute_means(table: pd.DataFrame, bounds: list[int] | None) -> dict[str, float]:
-    """Of each measure over a range of layers."""
-    part = table[table["layer"].between(*bounds)] if bounds else table[:0]
-    return part.groupby("measure", sort=False)["mean"].mean().round(6).to_dict()
+    """Return the mean of each measure over a range of layers."""
+    selected = table[table["layer"].between(*bounds)] if bounds else table[:0]
+    return selected.groupby("measure", sort=False)["mean"].mean().round(6).to_dict()
 
 
 def _make_caption(figure: str) -> str:
@@ -113,9 +116,9 @@ def _make_caption(figure: str) -> str:
 
 def _format_row(row: Mapping[str, Any], measures: Mapping[str, str], several: bool) -> dict[str, str]:
     cells = {"model": row["model"] if several else "", "layers": row["what"]}
-    own = row["paper"].keys() <= {row["model"]}
+    same_model = row["paper"].keys() <= {row["model"]}
     for name, value in (row["paper"] or {row["model"]: None}).items():
-        cells["paper" if own else f"paper, {name}"] = value or EMPTY_CELL
+        cells["paper" if same_model else f"paper, {name}"] = value or EMPTY_CELL
     cells["ours"] = row["ours"]
     means = row.get("mean", {})
     for name, label in measures.items():
@@ -125,9 +128,8 @@ def _format_row(row: Mapping[str, Any], measures: Mapping[str, str], several: bo
 
 
 def _make_note(summary: Mapping[str, Any]) -> str:
-    """The verdict in words, and what it rests on."""
-    meta, why = summary["meta"], summary["explanation"]
+    """Return the verdict on a model and its explanation."""
+    meta, explanation = summary["meta"], summary["explanation"]
     answers = meta.get("answers", "some")
-    return (
-        f"{escape_markdown_cell(meta['label'])} is {summary['verdict']}. {why[:1].upper()}{why[1:]}. {answers} answers."
-    )
+    label, reason = escape_markdown_cell(meta["label"]), f"{explanation[:1].upper()}{explanation[1:]}"
+    return f"{label} is {summary['verdict']}. {reason}. {answers} answers."

@@ -17,12 +17,12 @@ from bupo.experiments.outputs.comparison_table import (
 from bupo.experiments.outputs.finished_runs import FinishedExperiment
 from bupo.reports.figures.seeds import draw_seeds_figure, use_power_axis
 
-MAX_TABLE_KS = 5  # Ks in the table: the first, the last and some between
+MAX_TABLE_KS = 5  # columns of the table: the first K, the last and some between
 COLUMNS = ["model", "row", "seed", "benchmark", "k", "value"]
 
 
 def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
-    """Figure, data and table from the evaluations' `summary.json`, in percent."""
+    """Return figure, data and table from the evaluations' `summary.json`, in percent."""
     experiment, cells = finished.experiment, finished.group_cells("eval")
     data = pd.concat(
         [_read_curves(finished, cell) for by_seed in cells.values() for cell in by_seed.values()], ignore_index=True
@@ -37,16 +37,19 @@ def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
     tables = []
     for benchmark in benchmarks:
         label = f"{benchmark}, "
-        own = [
+        comparisons = [
             replace(line, measure=line.measure.removeprefix(label)) for line in lines if line.measure.startswith(label)
         ]
         caption = f"{benchmark}, in percent, with the 95 % interval over seeds; the paper prints no numbers:"
-        tables.append(make_pivot_table(caption, experiment, own))
+        tables.append(make_pivot_table(caption, experiment, comparisons))
         if against:
-            apart = [line for line in own if line.row != against]
+            compared = [line for line in comparisons if line.row != against]
             tables.append(
                 make_pivot_table(
-                    f"{benchmark}, less {quote_name(against)}, paired by seed:", experiment, apart, _format_difference
+                    f"{benchmark}, less {quote_name(against)}, paired by seed:",
+                    experiment,
+                    compared,
+                    _format_difference,
                 )
             )
     titles = {benchmark: f"{benchmark}: pass@K (%)" for benchmark in benchmarks}
@@ -57,7 +60,7 @@ def make_pass_at_k_output(finished: FinishedExperiment) -> ExperimentOutput:
 
 
 def _read_curves(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
-    """pass@K by benchmark and K, of one evaluation."""
+    """Return pass@K of one evaluation by benchmark and K."""
     run, file = cell.runs["eval"], "summary.json"
     benchmarks = finished.get_value(run, file, finished.read_summary(run), "benchmarks")
     rows = [
@@ -69,7 +72,7 @@ def _read_curves(finished: FinishedExperiment, cell: Cell) -> pd.DataFrame:
 
 
 def _select_ks(ks: list[int]) -> list[int]:
-    """The first, the last, and some between."""
+    """Return the first K, the last and some between."""
     step = max(1, -(-(len(ks) - 1) // (MAX_TABLE_KS - 1)))
     return sorted({*ks[::step], ks[-1]})
 
@@ -77,18 +80,24 @@ def _select_ks(ks: list[int]) -> list[int]:
 def _make_comparison(
     data: pd.DataFrame, benchmark: str, k: int, key: tuple[str, str], cell: Cell, against: str | None
 ) -> Comparison:
-    """A row at one K, beside the row that it is compared with."""
+    """Return the comparison of a row with the baseline row at one K."""
     model, row = key
-    at = data[(data["benchmark"] == benchmark) & (data["k"] == k) & (data["model"] == model)]
-    values = {name: dict(zip(part["seed"], part["value"], strict=True)) for name, part in at.groupby("row")}
-    others = {} if row == against else values.get(against, {})
+    rows = data[(data["benchmark"] == benchmark) & (data["k"] == k) & (data["model"] == model)]
+    values = {name: dict(zip(part["seed"], part["value"], strict=True)) for name, part in rows.groupby("row")}
+    baseline_values = {} if row == against else values.get(against, {})
     return Comparison(
-        model, row, describe_options(cell), f"{benchmark}, pass@{k}", values[row], baseline=against, baseline_values=others
-    )  # fmt: skip
+        model,
+        row,
+        describe_options(cell),
+        f"{benchmark}, pass@{k}",
+        values[row],
+        baseline=against,
+        baseline_values=baseline_values,
+    )
 
 
 def _format_difference(line: Comparison) -> str:
-    known = line.difference is not None and line.difference.n > 1
-    return format_mean_interval(line.difference, line.digits, "+") + (
-        f": {describe_significance(line.difference)}" if known else ""
-    )
+    text = format_mean_interval(line.difference, line.digits, "+")
+    if line.difference is None or line.difference.n == 1:
+        return text
+    return f"{text}: {describe_significance(line.difference)}"
