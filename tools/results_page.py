@@ -288,7 +288,11 @@ def main() -> None:
         if not arguments.check:
             page.write_text(filled(text, tables))
             continue
-        text = re.sub(r"\{figure (\w+)\}", lambda found, page=page: _named(page, found[1]), text)
+
+        def name_figure(match: re.Match, page: Path = page) -> str:
+            return _named(page, match[1])
+
+        text = re.sub(r"\{figure (\w+)\}", name_figure, text)
         if page.read_text() != filled(text, tables):
             stale.append(name)
     if arguments.check:

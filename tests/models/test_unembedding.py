@@ -122,7 +122,7 @@ def test_no_other_code_computes_logits():
     [
         "hidden @ head.weight.t()",
         "torch.mm(hidden, weight.t())",
-        "nn.functional.linear(x, stream.head().weight)",
+        "nn.functional.linear(x, stream.get_unembedding().weight)",
         "model.get_output_embeddings()(hidden)",
         "model.lm_head.forward(hidden)",
         "torch.tanh(x / c) * c",

@@ -27,29 +27,23 @@ POLICY_KINDS = ("layer", "attn", "ffn")
 
 @dataclass
 class SampleOptions(ModelOptions, PromptOptions, SamplingOptions):
-    """Options of `bupo sample`. At most one of layer, attn and ffn may be set; the default is the full model.
+    """Options of `bupo sample`. At most one of layer, attn and ffn; by default the full model is sampled."""
 
-    Parameters:
-        prompt (`str`): the user message, which is put through the chat template if the model has one.
-        layer, attn, ffn (`int`, *optional*): the layer whose policy is sampled (its output, attention or FFN), from 1.
-    """
-
-    prompt: str | None = field(default=None, metadata={"help": "User message."})
-    layer: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's output."})
-    attn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's attention."})
-    ffn: int | None = field(default=None, metadata={"help": "Sample the policy of this layer's FFN."})
-    max_new_tokens: int | None = field(default=24, metadata={"help": "Maximum length of the answer, in tokens."})
-    top: int = field(default=1, metadata={"help": "Number of most likely tokens per cell."})
-    lens: Lens = field(
-        default="raw",
-        metadata={"help": "raw (the paper's) or final_norm (the logit lens).", "choices": ["raw", "final_norm"]},
+    prompt: str | None = option(None, help="The user message; it goes through the chat template if there is one.")
+    layer: int | None = option(None, help="Sample the policy of this layer's output.", range=POSITIVE_INTEGER)
+    attn: int | None = option(None, help="Sample the policy of this layer's attention.", range=POSITIVE_INTEGER)
+    ffn: int | None = option(None, help="Sample the policy of this layer's FFN.", range=POSITIVE_INTEGER)
+    max_new_tokens: int | None = redefine_option(
+        SamplingOptions, "max_new_tokens", default=24, help="Longest answer, in tokens."
     )
-    raw_prompt: bool = field(default=False, metadata={"help": "Use the prompt without the chat template."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling."})
+    top: int = option(1, help="Most likely tokens to show in each cell.", range=POSITIVE_INTEGER)
+    lens: Lens = option("raw", help="raw (the paper's) or final_norm (the logit lens).")
+    raw_prompt: bool = option(False, help="Use the prompt without the chat template.")
+    seed: int = redefine_option(RunOptions, "seed")
 
     def check(self) -> None:
-        """Raise [`UserError`] for an invalid value, and for options that contradict each other."""
-        check_command_options(self, attn=POSITIVE_INTEGER, ffn=POSITIVE_INTEGER, top=POSITIVE_INTEGER)
+        """Raise [`UserError`] for a value that is refused, or for options that contradict each other."""
+        check_command_options(self)
         chosen = [kind for kind in POLICY_KINDS if getattr(self, kind) is not None]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given: one policy is sampled at a time")

@@ -31,35 +31,13 @@ BATCH
 class ReproduceOptions:
     """Options of `bupo.reproduce` and `bupo reproduce`."""
 
-    Parameters:
-        scale (`str`): `embedded`, `small` or `paper`; `tiny`, a rehearsal of `embedded`; `worlds`, six small base models.
-        output (`str`): folder of runs and results, with a subfolder for each scale.
-        jobs (`int`): number of runs in parallel.
-        seeds (`int`, *optional*): number of seeds; all by default.
-        model (`str`, *optional*): the name of one of the scale's models, or another model.
-        dry_run (`bool`): print the runs and their estimated cost.
-        print_commands (`str`, *optional*): `lines` or `slurm`: print the commands instead of running them.
-        overwrite (`bool`): delete runs that were made with other options.
-    """
-
-    scale: str = field(
-        default="embedded",
-        metadata={
-            "help": "embedded, small or paper; tiny rehearses embedded in minutes; worlds compares methods on six base models."
-        },
+    scale: str = option(
+        "embedded",
+        help="embedded, small or paper; tiny is a rehearsal of embedded in minutes; worlds compares the methods on several "
+        "base models.",
     )
-    output: str = field(
-        default="runs/reproduce", metadata={"help": "Folder of the runs and results, with a subfolder for each scale."}
-    )
-    jobs: int = field(default=1, metadata={"help": "Number of runs in parallel."})
-    seeds: int | None = field(default=None, metadata={"help": "Number of seeds; all by default."})
-    model: str | None = field(
-        default=None, metadata={"help": "Model instead of the scale's: hub id, folder or .gguf file."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the runs and their estimated cost, and run nothing."})
-    print_commands: str | None = field(
-        default=None,
-        metadata={"help": "Print the commands and run nothing: lines, or slurm for two job arrays."},
+    output: str = redefine_option(
+        RunOptions, "output", default="runs/reproduce", help="Folder of the runs and results, by scale."
     )
     jobs: int = option(1, help="Runs in parallel.", range=POSITIVE_INTEGER)
     seeds: int | None = option(None, help="Run the first N seeds only.", range=POSITIVE_INTEGER)
@@ -74,8 +52,8 @@ class ReproduceOptions:
     overwrite: bool = redefine_option(RunOptions, "overwrite", help="Delete runs that were made with other options.")
 
     def check(self) -> None:
-        """Raise [`UserError`] for an invalid value."""
-        check_command_options(self, jobs=POSITIVE_INTEGER, seeds=POSITIVE_INTEGER)
+        """Raise [`UserError`] for a value that is refused."""
+        check_command_options(self)
         if self.print_commands is not None:
             check_choice("print_commands", self.print_commands, ("lines", "slurm"))
 
