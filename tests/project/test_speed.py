@@ -123,7 +123,7 @@ def test_the_page_is_made_of_the_results(tmp_path, page):
     )
     made.targets = [Target("phase 1", 0.1, 0.14)]
     made.write(tmp_path / "results" / "update.json")
-    docs, written = tmp_path, tmp_path / "speed.md"
+    docs, written = tmp_path, tmp_path / "speed_tables.md"
     written.write_text("# Speed\n\nBefore\n\n<!-- update -->\n<!-- end -->\n\nAfter\n")
     page.copy(tmp_path / "results", docs)
     assert page.stale(docs)
