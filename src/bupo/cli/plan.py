@@ -34,11 +34,11 @@ def run(arguments: list[str]) -> None:
     said = _read_process_count(arguments)
     on, options, config, loading = _parse_plan_options(arguments, said)
     on.check()
-    if on.processes != said:  # a file says it
-        on, options, config, loading = _parse_plan_options(arguments, on.processes)
+    if on.num_processes != said:  # a file says it
+        on, options, config, loading = _parse_plan_options(arguments, on.num_processes)
     if loading.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")
-    print_plan(plan(loading.model_name_or_path, config, options, loading=loading, on=on), Console())
+    print_plan(plan(loading.model_name_or_path, config, options, loading=loading, hardware=on), Console())
 
 
 def _parse_plan_options(arguments: list[str], processes: int) -> tuple:
