@@ -127,21 +127,21 @@ def test_what_moves_is_what_the_trainer_moves(options, still):
     sizes = embedded(**options).sizes
     normed = "internal_lens" in options
     assert sizes.weights == sum(p.numel() for p in model.parameters())
-    assert sizes.moved(5, normed) == sum(p.numel() for p in get_parameters_up_to(stream, 5, normed))
-    assert sizes.moved(None, normed) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes.count_trained_parameters(5, normed) == sum(p.numel() for p in get_parameters_up_to(stream, 5, normed))
+    assert sizes.count_trained_parameters(None, normed) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_an_adapter_trains_alone():
     loading = ModelConfig(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "down_proj"])
     setting = embedded(loading=loading)
     rank, d, wide = 4, 128, 256
-    assert setting.sizes.moved(None, True) == 8 * rank * ((d + 4 * 32) + (wide + d))
+    assert setting.sizes.count_trained_parameters(None, True) == 8 * rank * ((d + 4 * 32) + (wide + d))
     assert setting.sizes.head.trained == 0
     whole = embedded()
     assert (
         count_flops(setting, None).backward < 0.75 * count_flops(whole, None).backward
     )  # no gradient of a frozen weight
-    assert sum(setting.kept.blocks) < sum(whole.kept.blocks)  # nor what it would need
+    assert sum(setting.saved_activations.blocks) < sum(whole.saved_activations.blocks)  # nor what it would need
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_flops_are_those_that_torch_counts(count):
     with FlopCounterMode(display=False) as backward:
         states.sum().backward()
     attention = count_layers_forward(setting, batch, count) - 2 * batch.num_tokens * sum(
-        b.met for b in setting.sizes.blocks[:count]
+        b.active for b in setting.sizes.blocks[:count]
     )
     # eager attention keeps its probabilities and computes nothing again: 2 where flash attention has 2.5
     assert backward.get_total_flops() == count_layers_backward(setting, batch, count) - 0.5 * attention
@@ -171,8 +171,8 @@ def test_flops_are_those_that_torch_counts(count):
 
 def test_phase_1_by_hand():
     """A rollout batch of 32 answers to 4 prompts in one update: matrices, pairs, head; each as often as a run computes it."""
-    found, batches = count_flops(embedded(), 5), embedded().batches
-    tokens = sum(batch.tokens for batch in batches)
+    found, batches = count_flops(embedded(), 5), embedded().micro_batches
+    tokens = sum(batch.num_tokens for batch in batches)
     assert tokens == 4 * 20 + 32 * 12  # a group of 8 stands in one micro-batch of 16
     matrices = 128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 256
     pairs = 4 * 20 * 20 + 32 * 12 * 32
@@ -265,7 +265,7 @@ def test_ppo_adds_a_second_model_and_a_reference_model_a_pass():
 
 
 def _head(setting):
-    return sum(2 * 262 * 128 * batch.answer_tokens for batch in setting.batches)
+    return sum(2 * 262 * 128 * batch.completion_tokens for batch in setting.micro_batches)
 
 
 def test_packing_shares_what_shuffling_leaves():
@@ -319,7 +319,7 @@ def test_bytes_a_parameter(sharding):
 def test_phase_1_has_no_state_above_its_layer():
     setting = embedded()
     first, second = compute_peak_memory(setting, 5).max_by_part, compute_peak_memory(setting, None).max_by_part
-    above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.rest.weights
+    above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.other.weights
     assert second["optimizer"] - first["optimizer"] == 8 * above
     assert second["weights"] == first["weights"]
     assert second["activations"] > 1.5 * first["activations"]
@@ -334,7 +334,7 @@ def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     assert count_flops(setting, 5) == count_flops(setting, None) == count_flops(layerwise, None)
     assert compute_optimizer_traffic(setting, 5) == compute_optimizer_traffic(layerwise, 5)
     lens = embedded(internal_objective="frozen_upper", internal_lens="final_norm")
-    assert lens.moved(5) == setting.moved(5)  # the norm stays with all above the layer
+    assert lens.count_trained_parameters(5) == setting.count_trained_parameters(5)  # the norm stays with all above the layer
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_autocast_copies_weights_and_sharding_does_not():
         - compute_peak_memory(spread, None).max_by_part["activations"]
     )
     assert copies > 2 * sizes.linear
-    assert 2 * spread.kept.stream == alone.kept.stream
+    assert 2 * spread.saved_activations.residual_stream == alone.saved_activations.residual_stream
 
 
 # -- time ------------------------------------------------------------------------------------------------------------
@@ -546,8 +546,8 @@ def test_every_recipe_is_planned(models, recipe):
     )
     assert found.phases[-1].layer is None
     for phase in found.phases:
-        assert phase.memory.bytes <= sum(phase.memory.largest.values())
-        assert phase.memory.largest["activations"] > 0
+        assert phase.memory.bytes <= sum(phase.memory.max_by_part.values())
+        assert phase.memory.max_by_part["activations"] > 0
     for first in found.phases[:-1]:
         assert first.flops.update < found.phases[-1].flops.update
         assert first.memory.bytes < found.phases[-1].memory.bytes
@@ -696,7 +696,7 @@ def test_the_page(models, capsys, monkeypatch):
         "vLLM",
         "GPU hours",
         "40 % of an H100's 989 in bf16 (--tflops)",
-        "3584 tokens an answer in the mean: half of the longest, 7168",
+        "3584 tokens an answer on average: half of the longest, 7168",
         "256 tokens a prompt: assumed",
     ):
         assert line in page, line

@@ -1,4 +1,4 @@
-"""The options of an analysis."""
+"""Options of an analysis."""
 
 from dataclasses import dataclass, field
 from typing import get_args
@@ -17,7 +17,7 @@ from bupo.options.groups import (
 from bupo.options.ranges import POSITIVE, POSITIVE_INTEGER
 from bupo.utils.errors import UserError
 
-# of what is neither given nor a run's own
+# used where neither the caller nor the model's training run sets a value
 FALLBACK_OPTIONS = {
     "system_prompt": None,
     "max_new_tokens": 256,
@@ -26,26 +26,26 @@ FALLBACK_OPTIONS = {
     "size": 32,
     "max_tokens": 20_000,
 }
-PAPER_OPTIONS = {**PAPER_SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # every answer, all of it
+PAPER_OPTIONS = {**PAPER_SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # all answers in full
 
 
 @dataclass
 class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
-    """Options of `bupo.analyze` and `bupo analyze`; those that other commands have too are told of in `bupo.options.groups`.
+    """Options of `bupo.analyze` and `bupo analyze`; shared options are documented in `bupo.options.groups`.
 
     Parameters:
         model (`list[str]`): models or checkpoints: hub ids, folders, `.gguf` files, or `embedded`.
-        dataset (`str`, *optional*): prompts, answered by each model: as for training, or a benchmark as `bupo eval` names it
-            (`math500`, `LABEL=FILE`); by default `arithmetic`.
-        preset (`str`, *optional*): `paper`: all of `math500`, its sampling and answer length, where not given.
-        size (`int`, *optional*): how many prompts; by default 32.
-        rollouts (`str`, *optional*): finished rollouts, used for every model instead: a file, or a benchmark's folder that
-            `bupo eval` has left.
-        max_tokens (`int`, *optional*): start to measure no further answer after so many tokens; by default 20,000.
-        until (`str`, *optional*): `settled`: stop when the sign of dH_FFN is settled in every layer.
-        temperature (`float`): of the sampling and of every policy.
-        layer (`int`, *optional*): whose course over training is drawn, where the models are checkpoints of one run and read the
-            same rollouts; by default that of the layers of its first phase.
+        dataset (`str`, *optional*): prompts that each model answers: a data set as for training, or a benchmark of
+            `bupo eval` (`math500`, `LABEL=FILE`); by default `arithmetic`.
+        preset (`str`, *optional*): `paper`: all of `math500` with the paper's sampling and answer length, unless set.
+        size (`int`, *optional*): number of prompts; by default 32.
+        rollouts (`str`, *optional*): finished rollouts that every model is measured on: a file, or a benchmark's folder written
+            by `bupo eval`.
+        max_tokens (`int`, *optional*): stop after the answer that reaches this number of tokens; by default 20,000.
+        until (`str`, *optional*): `settled`: stop once the sign of dH_FFN is significant in every layer.
+        temperature (`float`): temperature of sampling and of every policy.
+        layer (`int`, *optional*): layer plotted over training, for checkpoints of one run on the same rollouts; by default the
+            layers of its phase 1.
     """
 
     model: list[str] = field(  # type: ignore[assignment]  # several at once
@@ -63,7 +63,7 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
     preset: Preset | None = field(
         default=None,
         metadata={
-            "help": "paper: all problems of math500, the paper's sampling and answer length, where not given.",
+            "help": "paper: all problems of math500, with the paper's sampling and answer length unless set.",
             "choices": list(get_args(Preset)),
         },
     )
@@ -78,18 +78,22 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
         },
     )
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer. By default the run's own, else 256."}
+        default=None, metadata={"help": "Longest answer in tokens. By default the training run's, else 256."}
     )
     batch_size: int = field(default=8, metadata={"help": "Answers sampled at once."})
     temperature: float | None = field(
-        default=None, metadata={"help": "Of the sampling and of every policy. By default the run's own, else 1."}
+        default=None,
+        metadata={"help": "Temperature of sampling and of every policy. By default the training run's, else 1."},
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "Measure no further answer after so many tokens; by default 20,000."}
+        default=None, metadata={"help": "Stop after the answer that reaches this number of tokens; by default 20,000."}
     )
     until: str | None = field(
         default=None,
-        metadata={"help": "`settled`: stop when the sign of dH_FFN is settled in every layer.", "choices": ["settled"]},
+        metadata={
+            "help": "`settled`: stop once the sign of dH_FFN is significant in every layer.",
+            "choices": ["settled"],
+        },
     )
     lens: Lens = field(
         default="raw",
@@ -101,19 +105,14 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
     )
     layer: int | None = field(
         default=None,
-        metadata={
-            "help": "Of checkpoints of one run: the layer whose course is drawn; by default those of its first phase."
-        },
+        metadata={"help": "For checkpoints of one run: the layer to plot over training; by default those of phase 1."},
     )
     per_token: bool = field(default=False, metadata={"help": "Also write every token's values (tokens.parquet)."})
-    output: str = field(default="runs/analysis", metadata={"help": "Folder of the run."})
+    output: str = field(default="runs/analysis", metadata={"help": "Folder of the analysis."})
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        check_command_options(
-            self, max_tokens=POSITIVE_INTEGER, temperature=POSITIVE, layer=POSITIVE_INTEGER
-        )  # every policy's logits are divided by the temperature
+        """Raise [`UserError`] for an invalid value or options that contradict each other."""
+        # temperature 0 is invalid: every policy's logits are divided by it
+        check_command_options(self, max_tokens=POSITIVE_INTEGER, temperature=POSITIVE, layer=POSITIVE_INTEGER)
         if self.dataset and self.rollouts:
-            raise UserError(
-                "both dataset and rollouts are given: prompts are answered, or finished answers are read, not both"
-            )
+            raise UserError("both dataset and rollouts are given: give prompts to answer, or finished answers")

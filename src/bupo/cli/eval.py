@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
         _print_scoreboard(table.table, given, console)
         return
     with reported_interrupts(Path(options.output)), create_progress(console) as bar:
-        found = evaluate(options.model, options, noted=given, bar=bar)
+        found = evaluate(options.model, options, recorded_options=given, progress=bar)
     console.print(
         escape_text(f"{found.meta['model']}: template {found.meta['template']}"), highlight=False, markup=False
     )

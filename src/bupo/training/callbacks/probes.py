@@ -75,7 +75,7 @@ def _measure_policies(stream, states, targets, layers, lens, temperature) -> Ite
     read = [stream.apply_lens(states[layer], lens) for layer in range(last, lowest - 1, -1)] if layers else []
     kind = torch.promote_types(theta.dtype, torch.float32)
     device = head.weight.device
-    fold = StreamedPolicies([x.to(device, kind) for x in (theta, *read)], spoken=1 + len(read), pairs=True)
+    fold = StreamedPolicies([x.to(device, kind) for x in (theta, *read)], num_compared=1 + len(read), pairs=True)
     fold.accumulate(head, targets.to(device))
     yield ("entropy", None, None), fold.entropy[0]
     yield ("perplexity", None, None), fold.log_normalizers[0] - fold.chosen_logit[0]

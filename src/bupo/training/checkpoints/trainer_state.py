@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from bupo.analysis.checkpoint_series import STATE_FILE
+from bupo.run_files.names import STATE_FILE
 from bupo.run_files.reading import PARSE_ERRORS, DamagedFileError, check_keys, read_torch_file
 from bupo.training.checkpoints.integrity import check_visible_to_all, get_global_step, run_on_main_process
 from bupo.training.checkpoints.resume import check_checkpoint_options, check_same_schedule, write_options
