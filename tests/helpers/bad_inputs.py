@@ -590,7 +590,7 @@ EVAL = [
     bad("eval", "--engine server", "engine server and its address"),
     bad("eval", "--engine server --server zzz --model embedded", "zzz"),
     bad("eval", "--engine server --server http://localhost:1 --model embedded", "localhost:1"),
-    bad("eval", "--engine vllm --layer 3", "engine vllm samples whole models"),
+    bad("eval", "--engine vllm --layer 3", "engine vllm samples the full model only"),
     bad("eval", "--engine vllm --model embedded", "vllm"),
     bad("eval", "--engine cached --output kept-none", "kept-none/arithmetic holds no answers"),
     bad("eval", "--engine cached --output kept-cut", "settings.json is damaged"),

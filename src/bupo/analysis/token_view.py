@@ -25,8 +25,9 @@ def get_top_tokens(
 
     Returns:
         `dict`: `ids` and `tokens` (ids of the answer's T tokens, and their texts by
-        [`~bupo.data.token_text.format_token`]), and by layer 1..L and token: `entropy` (nats), `chosen` (probability of the token that was generated), `top` (pairs of text
-        and probability, most likely first) and `top_ids` (the ids of these). Compare tokens by id: several may have one text.
+        [`~bupo.data.token_text.format_token`]), and by layer 1..L and token: `entropy` (nats), `chosen` (probability of the
+        generated token), `top` (pairs of text and probability, most likely first) and `top_ids` (their ids). Compare tokens
+        by id: several may have the same text.
     """
     stream = policies.stream
     layers = range(1, stream.num_layers + 1)

@@ -1,4 +1,4 @@
-"""The options of an evaluation."""
+"""Options of an evaluation."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
 
 DEFAULT_K = 16
-# of what is neither given nor a run's own
+# used where neither the caller nor the model's training run sets a value
 FALLBACK_OPTIONS = {
     "benchmarks": ["arithmetic"],
     "system_prompt": None,
@@ -31,62 +31,68 @@ FALLBACK_OPTIONS = {
     "top_p": 1.0,
 }
 PAPER_OPTIONS = {**PAPER_SAMPLING, "benchmarks": list(PAPER_K)}
-EngineName = Literal["transformers", "vllm", "server", "kept"]
+EngineName = Literal["transformers", "vllm", "server", "cached"]
 
 
 @dataclass
 class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOptions, RunOptions):
-    """Options of `bupo.evaluate` and `bupo eval`; those that other commands have too are told of in `bupo.options.groups`.
+    """Options of `bupo.evaluate` and `bupo eval`; shared options are documented in `bupo.options.groups`.
 
     Parameters:
-        model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, what it serves.
-        benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and of lm-eval-harness
-            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`. `aime24:32` gives 32 answers a problem.
-        preset (`str`, *optional*): `paper`: its benchmarks, answers a problem and sampling ([`~bupo.evaluation.paper_preset`]).
-        size (`int`, *optional*): the first so many problems of each benchmark (of each task, in the harness).
-        prompt_column, answer_column (`str`, *optional*): of files and hub ids among the benchmarks.
-        k (`int`, *optional*): answers a problem, where its benchmark says none; by default 16.
-        engine (`str`): `transformers`, `vllm` (in this process), `server` (with `server`, its address), or `kept`: only the
-            answers that `output` holds.
+        model (`str`, *optional*): hub id, folder, `.gguf` file, or `embedded`, the default; with a server, the model's
+            name there.
+        benchmarks (`list[str]`): `math500`, `LABEL=FILE`, `reasoning_gym:NAME`, `arithmetic`, and from lm-eval-harness
+            `mmlu-pro`, `gpqa-diamond`, `arc-c`, `bbh`, `humaneval` or `harness:TASK`. `aime24:32` samples 32 answers per
+            problem.
+        preset (`str`, *optional*): `paper`: the paper's benchmarks, answers per problem and sampling
+            ([`~bupo.evaluation.paper_preset`]).
+        size (`int`, *optional*): number of problems of each benchmark, from the first (harness: of each task).
+        prompt_column, answer_column (`str`, *optional*): columns of files and hub ids among the benchmarks.
+        k (`int`, *optional*): answers per problem for benchmarks without a suffix; by default 16.
+        engine (`str`): `transformers`, `vllm` (in this process), `server` (at the address `server`), or `cached`: grade the
+            answers in `output` only.
         layer (`int`, *optional*): evaluate this layer's policy.
         compare (`str`, *optional*): the folder of another evaluation of the same problems.
     """
 
     model: str = field(
         default="",
-        metadata={"help": "Hub id, folder, .gguf file, or embedded (the default). With server: what it serves."},
+        metadata={
+            "help": "Hub id, folder, .gguf file, or embedded (the default). With server: the model's name there."
+        },
     )
     benchmarks: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Words, or with commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, arithmetic (the "
-            "default), each with :K behind it for K answers a problem (aime24:32,math500:16); by lm-eval-harness "
+            "help": f"Names, separated by spaces or commas: {', '.join(BENCHMARKS)}, LABEL=FILE, reasoning_gym:NAME, "
+            "arithmetic (the default), each with an optional suffix :K for K answers per problem (aime24:32,math500:16); with lm-eval-harness "
             f"{', '.join(HARNESS_TASKS)}, harness:TASK."
         },
     )
     preset: Preset | None = field(
         default=None,
         metadata={
-            "help": "paper: the paper's benchmarks, answers a problem, sampling and answer length, where not given.",
+            "help": "paper: the paper's benchmarks, answers per problem, sampling and answer length, unless set.",
             "choices": list(get_args(Preset)),
         },
     )
     size: int | None = field(
-        default=None, metadata={"help": "The first so many problems of each benchmark (of each task, in the harness)."}
+        default=None,
+        metadata={"help": "Number of problems of each benchmark, from the first (harness: of each task)."},
     )
     k: int | None = field(
-        default=None, metadata={"help": "Answers sampled to each problem where the benchmark says none; by default 16."}
+        default=None, metadata={"help": "Answers per problem for benchmarks without :K; by default 16."}
     )
     layer: int | None = field(default=None, metadata={"help": "Evaluate the policy of this layer's output."})
     lens: Lens = field(
         default="raw",
-        metadata={"help": "Of --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
+        metadata={"help": "Lens for --layer: raw (the paper's) or final_norm.", "choices": ["raw", "final_norm"]},
     )
     engine: EngineName = field(
         default="transformers",
         metadata={
-            "help": "What samples: transformers, vllm in this process, an OpenAI-compatible server; or kept: nothing, the "
-            "answers that the output folder holds are graded.",
+            "help": "Engine that samples: transformers, vllm in this process, or an OpenAI-compatible server; or cached: grade "
+            "the answers in the output folder.",
             "choices": list(get_args(EngineName)),
         },
     )
@@ -96,34 +102,34 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
     )
     deadline: float = field(default=GRADING_DEADLINE, metadata={"help": "Seconds that grading an answer may take."})
     run_code: bool = field(
-        default=False, metadata={"help": "Let humaneval run what the model writes, on this machine."}
+        default=False, metadata={"help": "Let humaneval run code that the model writes, on this machine."}
     )
-    output: str = field(default="runs/eval", metadata={"help": "Folder of the run."})
+    output: str = field(default="runs/eval", metadata={"help": "Folder of the evaluation."})
 
     @property
     def benchmark_names(self) -> list[str]:
-        """The benchmarks, one by one."""
+        """Names of the benchmarks, split at commas."""
         return split_names(self.benchmarks or [])
 
     def get_k_by_label(self, labels: Iterable[str] = ()) -> dict[str, int]:
-        """Answers a problem by benchmark's label; of those that the options do not name, by `labels`."""
-        usual = PAPER_K if self.preset else {}
-        given = {label: self.k or usual.get(label, DEFAULT_K) for label in labels}
-        return get_k_by_label(self.benchmark_names, self.k, usual, DEFAULT_K) | given
+        """Return the answers per problem by label, for the options' benchmarks and additional `labels`."""
+        preset = PAPER_K if self.preset else {}
+        additional = {label: self.k or preset.get(label, DEFAULT_K) for label in labels}
+        return get_k_by_label(self.benchmark_names, self.k, preset, DEFAULT_K) | additional
 
     def check(self) -> None:
-        """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
-        named = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
-        check_command_options(replace(self, benchmarks=named), k=POSITIVE_INTEGER)
+        """Raise [`UserError`] for an invalid value or options that contradict each other."""
+        benchmarks = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks
+        check_command_options(replace(self, benchmarks=benchmarks), k=POSITIVE_INTEGER)
         for name in self.benchmark_names:
             split_k(name)
         self._check_engine()
 
     def check_k(self, ks: Mapping[str, int]) -> None:
-        """Raises [`UserError`] where answers are all the same, once it is settled how they are sampled."""
+        """Raise [`UserError`] if several answers per problem would be identical. Needs resolved options."""
         for label, k in ks.items():
             if self.temperature == 0 and k > 1:
-                raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
+                raise UserError(f"temperature 0 gives {k} identical answers: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
         if distributed_launch.is_distributed():  # every process would sample everything into the same files
@@ -131,7 +137,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
                 "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
             )
         if self.engine != "transformers" and self.layer is not None:
-            raise UserError(f"engine {self.engine} samples whole models: an internal policy needs transformers")
+            raise UserError(f"engine {self.engine} samples the full model only: an internal policy needs transformers")
         if self.engine != "transformers" and self.adapter:
             raise UserError(f"engine {self.engine} takes no adapter: merge it, or evaluate with transformers")
         if (self.engine == "server") != bool(self.server):

@@ -250,6 +250,9 @@ class BuPOConfig(GRPOConfig):
             self.top_k = 0  # off: -1 is vLLM's word for it
 
     @property
+    def first_phase(self): return self.phase_schedule  # TEMPORARY
+
+    @property
     def phase_schedule(self) -> PhaseSchedule:
         """The stages that the options ask for. A layer and a length that `auto` has still to choose are None."""
         if self.internal_schedule is not None:
