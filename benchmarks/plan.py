@@ -311,7 +311,7 @@ def sampling_rows(name: str, model, tokenizer, case: Case) -> list[dict[str, Any
     tokens = statistics.mean(watched.answer_tokens[batch - 1] for batch in measured_batches)
     on = on_cpu(case, rates)
     on.prompt_tokens, on.answer_tokens = None, max(1, round(tokens))
-    found = bupo.plan(name, case.config("unused", batches), TrainOptions(dataset=ARITHMETIC), on=on)
+    found = bupo.plan(name, case.config("unused", batches), TrainOptions(dataset=ARITHMETIC), hardware=on)
     planned_seconds, seconds = found.phases[0].seconds.sampling, statistics.median(taken)
     return [{"case": case.name, "phase": 1, "part": "sampling", "plan": planned_seconds, "measured": seconds}]
 
@@ -332,8 +332,8 @@ def planned(name: str, case: Case, rates: Rates | None = None) -> tuple[Plan, di
     """Return the plan of a case, and the planned bytes by phase and part."""
     on = on_cpu(case, rates)
     config = case.config("unused", WARM + 1)
-    found = bupo.plan(name, config, on=on)
-    setting = resolve_planned_run(name, config, on=on)
+    found = bupo.plan(name, config, hardware=on)
+    setting = resolve_planned_run(name, config, hardware=on)
     parts = {}
     for phase, planned_phase in enumerate(found.phases, 1):
         layer = planned_phase.layer

@@ -23,7 +23,8 @@ from bupo.evaluation.metrics import avg_at_k, paired_difference
 from bupo.generation.seeded_sampling import TransformersEngine
 from bupo.models.loading import EMBEDDED_MODEL, load_model, load_tokenizer
 from bupo.reports.figures import draw_guard_figure
-from bupo.training.callbacks.metrics_file import METRICS_FILE, read_metrics
+from bupo.run_files.names import METRICS_FILE
+from bupo.training.callbacks.metrics_file import read_metrics
 
 RECIPES = Path(bupo.__file__).parent / "recipes" / "cpu"
 PROBLEMS, SAMPLES, MAX_NEW_TOKENS = 512, 8, 32

@@ -132,7 +132,7 @@ def test_intervals_respect_answers():
     answers = sums_of([0.0], spread=1.0)
     low, high = BootstrapMeans(answers).compute_interval()
     row = MEASURES.index("d_entropy_ffn")
-    means = np.array([a.total[row, 0] / a.tokens for a in answers])
+    means = np.array([a.sums[row, 0] / a.tokens for a in answers])
     assert high[row, 0] - low[row, 0] == pytest.approx(2 * 1.96 * means.std(ddof=1) / math.sqrt(40), rel=0.1)
 
 
@@ -304,7 +304,7 @@ def test_bf16_and_final_norm_run(tmp_path):
         (["--size", "0"], "size must be 1 or more, got 0"),
         (["--temperature", "0"], "temperature must be positive, got 0"),
         (["--dataset", "arithmetic", "--rollouts", "r"], "both dataset and rollouts are given"),
-        (["--rollouts", "absent.jsonl"], "absent.jsonl is no file of rollouts"),
+        (["--rollouts", "absent.jsonl"], "absent.jsonl is neither a file of rollouts"),
         (["--dtype", "int8"], "dtype must be auto, float32"),
         (["--lens", "x"], "invalid choice: 'x'"),
         (["--model", "/no/such/model"], "/no/such/model does not exist"),
@@ -389,8 +389,8 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     process = start_analysis(out)
     assert process.wait(timeout=300) == 0
     assert len(read_sums(answers)) == 400 and (out / "report.html").exists()
-    again = [a.total for a in read_sums(answers)[: len(kept)]]
-    assert all(np.array_equal(a.total, b, equal_nan=True) for a, b in zip(kept, again, strict=True))
+    again = [a.sums for a in read_sums(answers)[: len(kept)]]
+    assert all(np.array_equal(a.sums, b, equal_nan=True) for a, b in zip(kept, again, strict=True))
 
 
 @pytest.mark.slow

@@ -129,7 +129,9 @@ def test_blocks_and_order_change_nothing(monkeypatch):
     stream = ResidualStream(tiny_model("qwen3"))
     together = list(measure_completions(stream, ROLLOUTS, pairs=True))
     backwards = list(measure_completions(stream, ROLLOUTS[::-1], pairs=True))[::-1]
-    monkeypatch.setattr(measure_module._PositionBlock, "free", property(lambda self: min(3, self.capacity) - self.used))
+    monkeypatch.setattr(
+        measure_module._PositionBlock, "num_free", property(lambda self: min(3, self.capacity) - self.num_used)
+    )
     split = list(
         measure_completions(stream, ROLLOUTS, pairs=True)
     )  # answers over several blocks, blocks over several answers

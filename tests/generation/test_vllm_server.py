@@ -115,7 +115,7 @@ def test_a_server_evaluates(server, tmp_path, capsys):
             "model is not set: name the model that",
         ),
         (["--server", "http://127.0.0.1:9"], "engine server and its address go together"),
-        (["--engine", "vllm", "--layer", "3"], "engine vllm samples whole models"),
+        (["--engine", "vllm", "--layer", "3"], "engine vllm samples the full model only"),
         (["--engine", "vllm"], "--engine vllm needs vLLM"),
     ],
 )

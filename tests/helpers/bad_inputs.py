@@ -600,7 +600,7 @@ EVAL = [
     bad("eval", "--engine server", "engine server and its address"),
     bad("eval", "--engine server --server zzz --model embedded", "zzz"),
     bad("eval", "--engine server --server http://localhost:1 --model embedded", "localhost:1"),
-    bad("eval", "--engine vllm --layer 3", "engine vllm samples whole models"),
+    bad("eval", "--engine vllm --layer 3", "engine vllm samples the full model only"),
     bad("eval", "--engine vllm --model embedded", "vllm"),
     bad("eval", "--engine cached --output kept-none", "kept-none/arithmetic holds no answers"),
     bad("eval", "--engine cached --output kept-cut", "settings.json is damaged"),
@@ -643,7 +643,7 @@ ANALYZE = [
     bad("analyze", "--model embedded no-tokenizer", "no-tokenizer"),
     bad("analyze", "--model cut-weights", "'cut-weights' cannot be loaded"),
     bad("analyze", "--dataset good.jsonl --rollouts good.jsonl", "both dataset and rollouts"),
-    bad("analyze", "--rollouts absent.jsonl", "absent.jsonl is no file of rollouts"),
+    bad("analyze", "--rollouts absent.jsonl", "absent.jsonl is neither a file of rollouts"),
     bad("analyze", "--rollouts ''", "rollouts is empty"),
     bad("analyze", "--rollouts empty.jsonl", "empty.jsonl holds no rollouts"),
     *(
@@ -656,7 +656,7 @@ ANALYZE = [
     bad(
         "analyze",
         "--rollouts evaluated",
-        "evaluated is a whole evaluation: give the folder of a benchmark in it, arithmetic",
+        "evaluated is the folder of an evaluation: give the folder of one of its benchmarks, arithmetic",
     ),
     bad("analyze", "--rollouts evaluated/arithmetic", "samples.jsonl, line 1 is no rollout", "without tokens"),
     bad("analyze", "--dataset math500 --split train", "split 'train' is for a dataset, and math500 is a benchmark"),

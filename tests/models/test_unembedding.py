@@ -60,7 +60,7 @@ def test_full_tiled_scored_and_streamed_logits_are_the_naive_ones(problem):
     log_p = expected.log_softmax(-1)
     chosen, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     scores = score_states(hidden, head, targets)
-    fold = StreamedPolicies([states], spoken=1, pairs=False)
+    fold = StreamedPolicies([states], num_compared=1, pairs=False)
     fold.accumulate(head, targets)
     for found in (scores, (fold.chosen_logit[0] - fold.log_normalizers[0], fold.entropy[0])):
         torch.testing.assert_close(found[0].double(), chosen, **near)

@@ -95,7 +95,7 @@ ON_CPU = PlanOptions(gpus=0, tflops=0.1, bandwidth=0.01, prompt_tokens=20, answe
 
 
 def embedded(on=ON_CPU, loading=None, **changes):
-    return resolve_planned_run(EMBEDDED_MODEL, config(**changes), on=on, loading=loading)
+    return resolve_planned_run(EMBEDDED_MODEL, config(**changes), hardware=on, loading=loading)
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def embedded(on=ON_CPU, loading=None, **changes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_number(models, name):
-    found = resolve_planned_run(str(models / name), config(internal_layer=1), on=ON_CPU).sizes
+    found = resolve_planned_run(str(models / name), config(internal_layer=1), hardware=ON_CPU).sizes
     assert found.weights / 1e9 == pytest.approx(MODELS[name][2], abs=0.005)
     assert found.layers == MODELS[name][1]["num_hidden_layers"]
     d, wide = MODELS[name][1]["hidden_size"], MODELS[name][1]["intermediate_size"]
@@ -127,21 +127,21 @@ def test_what_moves_is_what_the_trainer_moves(options, still):
     sizes = embedded(**options).sizes
     normed = "internal_lens" in options
     assert sizes.weights == sum(p.numel() for p in model.parameters())
-    assert sizes.moved(5, normed) == sum(p.numel() for p in get_parameters_up_to(stream, 5, normed))
-    assert sizes.moved(None, normed) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes.count_trained_parameters(5, normed) == sum(p.numel() for p in get_parameters_up_to(stream, 5, normed))
+    assert sizes.count_trained_parameters(None, normed) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_an_adapter_trains_alone():
     loading = ModelConfig(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "down_proj"])
     setting = embedded(loading=loading)
     rank, d, wide = 4, 128, 256
-    assert setting.sizes.moved(None, True) == 8 * rank * ((d + 4 * 32) + (wide + d))
+    assert setting.sizes.count_trained_parameters(None, True) == 8 * rank * ((d + 4 * 32) + (wide + d))
     assert setting.sizes.head.trained == 0
     whole = embedded()
     assert (
         count_flops(setting, None).backward < 0.75 * count_flops(whole, None).backward
     )  # no gradient of a frozen weight
-    assert sum(setting.kept.blocks) < sum(whole.kept.blocks)  # nor what it would need
+    assert sum(setting.saved_activations.blocks) < sum(whole.saved_activations.blocks)  # nor what it would need
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_flops_are_those_that_torch_counts(count):
     with FlopCounterMode(display=False) as backward:
         states.sum().backward()
     attention = count_layers_forward(setting, batch, count) - 2 * batch.num_tokens * sum(
-        b.met for b in setting.sizes.blocks[:count]
+        b.active for b in setting.sizes.blocks[:count]
     )
     # eager attention keeps its probabilities and computes nothing again: 2 where flash attention has 2.5
     assert backward.get_total_flops() == count_layers_backward(setting, batch, count) - 0.5 * attention
@@ -171,8 +171,8 @@ def test_flops_are_those_that_torch_counts(count):
 
 def test_phase_1_by_hand():
     """A rollout batch of 32 answers to 4 prompts in one update: matrices, pairs, head; each as often as a run computes it."""
-    found, batches = count_flops(embedded(), 5), embedded().batches
-    tokens = sum(batch.tokens for batch in batches)
+    found, batches = count_flops(embedded(), 5), embedded().micro_batches
+    tokens = sum(batch.num_tokens for batch in batches)
     assert tokens == 4 * 20 + 32 * 12  # a group of 8 stands in one micro-batch of 16
     matrices = 128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 256
     pairs = 4 * 20 * 20 + 32 * 12 * 32
@@ -237,7 +237,7 @@ def test_flops_of_a_run_are_those_that_torch_counts(tmp_path, options):
     model = load_model(EMBEDDED_MODEL, attn_implementation="eager")
     trainer = benchmark.trained(model, load_tokenizer(EMBEDDED_MODEL), case, str(tmp_path), 1, benchmark.Watched())
     before, passes = counted(trainer)
-    setting = resolve_planned_run(EMBEDDED_MODEL, case.config("unused", 1), on=ON_CPU)
+    setting = resolve_planned_run(EMBEDDED_MODEL, case.config("unused", 1), hardware=ON_CPU)
     mixed = 5 if "internal_loss_weight" in options or "internal_fade_batches" in options else None
     for place, target in enumerate([(5,), (None, mixed)]):
         planned = count_flops(setting, *target)
@@ -265,7 +265,7 @@ def test_ppo_adds_a_second_model_and_a_reference_model_a_pass():
 
 
 def _head(setting):
-    return sum(2 * 262 * 128 * batch.answer_tokens for batch in setting.batches)
+    return sum(2 * 262 * 128 * batch.completion_tokens for batch in setting.micro_batches)
 
 
 def test_packing_shares_what_shuffling_leaves():
@@ -319,7 +319,7 @@ def test_bytes_a_parameter(sharding):
 def test_phase_1_has_no_state_above_its_layer():
     setting = embedded()
     first, second = compute_peak_memory(setting, 5).max_by_part, compute_peak_memory(setting, None).max_by_part
-    above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.rest.weights
+    above = sum(block.weights for block in setting.sizes.blocks[5:]) + setting.sizes.other.weights
     assert second["optimizer"] - first["optimizer"] == 8 * above
     assert second["weights"] == first["weights"]
     assert second["activations"] > 1.5 * first["activations"]
@@ -334,7 +334,9 @@ def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     assert count_flops(setting, 5) == count_flops(setting, None) == count_flops(layerwise, None)
     assert compute_optimizer_traffic(setting, 5) == compute_optimizer_traffic(layerwise, 5)
     lens = embedded(internal_objective="frozen_upper", internal_lens="final_norm")
-    assert lens.moved(5) == setting.moved(5)  # the norm stays with all above the layer
+    assert lens.count_trained_parameters(5) == setting.count_trained_parameters(
+        5
+    )  # the norm stays with all above the layer
 
 
 @pytest.mark.parametrize(
@@ -352,20 +354,20 @@ def test_a_first_phase_of_the_whole_policy_keeps_what_a_second_does():
     ],
 )
 def test_what_the_rollout_batches_optimise(options, parts):
-    found = bupo.plan(EMBEDDED_MODEL, config(**{"max_steps": 10, **options}), on=ON_CPU)
+    found = bupo.plan(EMBEDDED_MODEL, config(**{"max_steps": 10, **options}), hardware=ON_CPU)
     assert {phase.name: phase.batches for phase in found.phases} == parts
 
 
 def test_a_mixed_batch_that_does_not_fit_gets_advice():
     """Of what it takes itself, which is more than the second phase without it."""
     given = config(max_steps=10, internal_loss_weight=0.1)
-    plain = bupo.plan(EMBEDDED_MODEL, config(max_steps=10), on=ON_CPU).bytes
+    plain = bupo.plan(EMBEDDED_MODEL, config(max_steps=10), hardware=ON_CPU).bytes
     tight = PlanOptions(gpus=0, gpu_memory=plain / 1e9, prompt_tokens=20, answer_tokens=12)
-    found = bupo.plan(EMBEDDED_MODEL, given, on=tight)
+    found = bupo.plan(EMBEDDED_MODEL, given, hardware=tight)
     assert not found.fits and found.advice
     checkpointed = next(each for each in found.advice.single_changes if each.options == "gradient_checkpointing true")
     again = bupo.plan(
-        EMBEDDED_MODEL, config(max_steps=10, internal_loss_weight=0.1, gradient_checkpointing=True), on=tight
+        EMBEDDED_MODEL, config(max_steps=10, internal_loss_weight=0.1, gradient_checkpointing=True), hardware=tight
     )
     assert checkpointed.bytes == again.bytes < found.bytes
 
@@ -400,7 +402,7 @@ def test_autocast_copies_weights_and_sharding_does_not():
         - compute_peak_memory(spread, None).max_by_part["activations"]
     )
     assert copies > 2 * sizes.linear
-    assert 2 * spread.kept.stream == alone.kept.stream
+    assert 2 * spread.saved_activations.residual_stream == alone.saved_activations.residual_stream
 
 
 # -- time ------------------------------------------------------------------------------------------------------------
@@ -408,26 +410,26 @@ def test_autocast_copies_weights_and_sharding_does_not():
 
 def test_seconds_follow_from_the_stated_rates():
     given = config(gradient_accumulation_steps=1)
-    found = bupo.plan(EMBEDDED_MODEL, given, on=ON_CPU)
+    found = bupo.plan(EMBEDDED_MODEL, given, hardware=ON_CPU)
     for phase in found.phases:
         assert phase.seconds.scoring == phase.flops.scoring / 1e11
         adam = 2 * 4 + 4 * 5 + 2 * 8  # weights read and written, gradients five times, two moments read and written
         assert phase.seconds.update == pytest.approx(
             phase.flops.update / 1e11 + 2 * adam * phase.trained_parameters / 1e10
         )
-    twice = bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=0.2, bandwidth=0.02))
+    twice = bupo.plan(EMBEDDED_MODEL, given, hardware=replace(ON_CPU, tflops=0.2, bandwidth=0.02))
     assert twice.seconds == pytest.approx(found.seconds / 2)
-    assert bupo.plan(EMBEDDED_MODEL, given, on=replace(ON_CPU, tflops=None, bandwidth=None)).seconds is None
+    assert bupo.plan(EMBEDDED_MODEL, given, hardware=replace(ON_CPU, tflops=None, bandwidth=None)).seconds is None
     assert [phase.batches for phase in found.phases] == [2]  # four updates are two rollout batches, both of phase 1
 
 
 def test_sampling_lasts_as_long_as_its_longest_answer(models):
     given = config(internal_layer=6, use_vllm=True, vllm_mode="colocate", bf16=True, max_completion_length=7168)
     on = PlanOptions(gpus=8, prompt_tokens=300, answer_tokens=1000)
-    setting = resolve_planned_run(str(models / "qwen3-4b"), given, on=on)
+    setting = resolve_planned_run(str(models / "qwen3-4b"), given, hardware=on)
     assert setting.kv_cache_bytes == 2 * 36 * 2 * 8 * 128
     assert count_sampling_steps(setting) == 7168 and describe_vllm_shortage(setting) is None
-    small = resolve_planned_run(str(models / "qwen3-4b"), given, on=replace(on, gpu_memory=24))
+    small = resolve_planned_run(str(models / "qwen3-4b"), given, hardware=replace(on, gpu_memory=24))
     assert "vLLM has no room" in describe_vllm_shortage(small)
 
 
@@ -526,12 +528,12 @@ def in_time(name, model, tokenizer, case):
 
 
 def recipe_plan(recipe, models, on, flags=()):
-    classes = (TrainOptions, make_planned_config(on.processes), ModelConfig)
+    classes = (TrainOptions, make_planned_config(on.num_processes), ModelConfig)
     options, given, loading = parse_options(classes, ["--config", str(ROOT / recipe), *flags], "bupo plan")
     name = loading.model_name_or_path
     if name != EMBEDDED_MODEL:
         name = str(models / ("smollm2" if recipe.parts[0] == "cpu" else recipe.parts[0]))
-    return bupo.plan(name, given, options, loading=loading, on=on)
+    return bupo.plan(name, given, options, loading=loading, hardware=on)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -546,8 +548,8 @@ def test_every_recipe_is_planned(models, recipe):
     )
     assert found.phases[-1].layer is None
     for phase in found.phases:
-        assert phase.memory.bytes <= sum(phase.memory.largest.values())
-        assert phase.memory.largest["activations"] > 0
+        assert phase.memory.bytes <= sum(phase.memory.max_by_part.values())
+        assert phase.memory.max_by_part["activations"] > 0
     for first in found.phases[:-1]:
         assert first.flops.update < found.phases[-1].flops.update
         assert first.memory.bytes < found.phases[-1].memory.bytes
@@ -570,7 +572,7 @@ def test_advice_is_what_a_plan_with_it_says(models):
         "vllm_mode": "colocate",
     }
     on = PlanOptions(gpus=4, gpu_memory=10, prompt_tokens=300, sharding="fsdp2")
-    found = bupo.plan(name, config(**given), on=on)
+    found = bupo.plan(name, config(**given), hardware=on)
     assert not found.fits and found.advice
     told = {change.options.split()[0]: change.bytes for change in found.advice.single_changes}
     options: dict[str, dict[str, Any]] = {
@@ -585,10 +587,10 @@ def test_advice_is_what_a_plan_with_it_says(models):
         },
     }
     for option, changes in options.items():
-        assert told[option] == bupo.plan(name, config(**given | changes), on=on).bytes, option
+        assert told[option] == bupo.plan(name, config(**given | changes), hardware=on).bytes, option
     sizes = [change.bytes for change in found.advice.combined_changes]
     assert sizes[-1] <= 10e9 and all(size > 10e9 for size in sizes[:-1]) and sizes == sorted(sizes, reverse=True)
-    alone = bupo.plan(name, config(**given), on=PlanOptions(gpu_memory=1, prompt_tokens=300))
+    alone = bupo.plan(name, config(**given), hardware=PlanOptions(gpu_memory=1, prompt_tokens=300))
     assert alone.advice.gpus and alone.advice.gpus.bytes <= 1e9
 
 
@@ -611,11 +613,11 @@ def test_what_a_run_would_refuse():
     ]
     for changes, on, message in refused:
         with pytest.raises(UserError, match=message):
-            bupo.plan(EMBEDDED_MODEL, config(**changes), on=PlanOptions(**on))
+            bupo.plan(EMBEDDED_MODEL, config(**changes), hardware=PlanOptions(**on))
     with pytest.raises(UserError, match="quantised"):
         bupo.plan(EMBEDDED_MODEL, config(), loading=ModelConfig(load_in_4bit=True))
     for devices in (ON_CPU, PlanOptions(gpus=2), PlanOptions(gpus=2, sharding="zero2")):
-        found = bupo.plan(EMBEDDED_MODEL, config(internal_layer="auto"), on=devices)
+        found = bupo.plan(EMBEDDED_MODEL, config(internal_layer="auto"), hardware=devices)
         assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
 
 
@@ -649,7 +651,7 @@ def test_a_critic_of_its_own_takes_its_own_time():
     for kind in ("ddp", "zero2", "fsdp2"):
         for estimator in ("grpo", "ppo"):
             on = PlanOptions(gpus=4, sharding=kind)
-            setting = resolve_planned_run(EMBEDDED_MODEL, config(advantage_estimator=estimator, **options), on=on)
+            setting = resolve_planned_run(EMBEDDED_MODEL, config(advantage_estimator=estimator, **options), hardware=on)
             times[kind, estimator] = [compute_optimizer_traffic(setting, layer) for layer in (1, None)]
     critic = {
         kind: [a - b for a, b in zip(times[kind, "ppo"], times[kind, "grpo"], strict=True)]
@@ -665,7 +667,9 @@ def test_a_critic_beside_deepspeeds_engine_is_whole():
     """As under DDP: weights, gradients to be reduced, two moments."""
     ppo = config(advantage_estimator="ppo")
     ddp, zero, fsdp = (
-        bupo.plan(EMBEDDED_MODEL, ppo, on=PlanOptions(gpus=4, sharding=kind)).phases[-1].memory.max_by_part["critic"]
+        bupo.plan(EMBEDDED_MODEL, ppo, hardware=PlanOptions(gpus=4, sharding=kind))
+        .phases[-1]
+        .memory.max_by_part["critic"]
         for kind in ("ddp", "zero2", "fsdp2")
     )
     assert ddp == zero == pytest.approx(20 / (16 / 4) * fsdp)
@@ -700,7 +704,7 @@ def test_the_page(models, capsys, monkeypatch):
         "vLLM",
         "GPU hours",
         "40 % of an H100's 989 in bf16 (--tflops)",
-        "3584 tokens an answer in the mean: half of the longest, 7168",
+        "3584 tokens an answer on average: half of the longest, 7168",
         "256 tokens a prompt: assumed",
     ):
         assert line in page, line

@@ -134,7 +134,7 @@ def test_a_resumed_run_evaluates_once(tmp_path, watched):
         ({"eval_k": 0}, "eval_k must be 1 or more, got 0"),
         ({"eval_benchmarks": ["arithmetic:0"]}, "'arithmetic:0' must be 1 or more, got 0"),
         ({"eval_benchmarks": ["math5000"]}, "unknown benchmark 'math5000'"),
-        ({"eval_benchmarks": ["arithmetic", "arithmetic"]}, "have one label twice"),
+        ({"eval_benchmarks": ["arithmetic", "arithmetic"]}, "have the same label twice"),
     ],
 )
 def test_bad_values_are_refused(tmp_path, options, message):

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from bupo import UserError
-from bupo.analysis.checkpoint_series import STATE_FILE
 from bupo.models.residual_stream import Activation, ResidualStream
+from bupo.run_files.names import STATE_FILE
 from bupo.training.callbacks.metrics_file import read_metrics
 from bupo.training.checkpoints.trainer_state import _check_sharding
 from bupo.training.distributed.deepspeed import (

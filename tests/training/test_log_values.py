@@ -12,9 +12,10 @@ from transformers import TrainerControl, TrainerState
 
 from bupo import TrainOptions, report_runs, train
 from bupo.reports.figures import draw_training_figure
+from bupo.run_files.names import METRICS_FILE
 from bupo.training import model_card
 from bupo.training.callbacks.console import ConsoleCallback
-from bupo.training.callbacks.metrics_file import METRICS_FILE, MetricsFileCallback, read_metrics
+from bupo.training.callbacks.metrics_file import MetricsFileCallback, read_metrics
 from bupo.utils.log_values import format_number, get_number
 from tests.helpers import made_runs
 from tests.training.test_trainer import config, model_of, trainer_of

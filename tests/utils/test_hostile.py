@@ -500,7 +500,7 @@ def test_a_checkpoint_that_is_analysed_is_read_as_numbers_only(tmp_path, touched
 def test_a_run_that_has_done_what_none_does_is_one_line(tmp_path, batches):
     (tmp_path / "finished.json").write_text(f'{{"rollout_batches": {batches}, "schedule": []}}')
     with pytest.raises(
-        UserError, match=r"says that \S+ rollout batches are done, which no run has: its files are damaged"
+        UserError, match=r"has \S+ completed rollout batches, which is impossible: its files are damaged"
     ):
         find_checkpoint_series([str(tmp_path)] * 2, None, tmp_path / "out")
 

@@ -1,1 +1,1 @@
-"""What every layer and module decides: rollouts in, tables out."""
+"""Analysis of internal policies: entropies, divergences and similarities of every layer and module on rollouts."""

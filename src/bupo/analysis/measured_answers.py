@@ -1,4 +1,4 @@
-"""Rollouts measured into a store: nothing is measured twice, and measuring stops when told or when settled."""
+"""Measurement of rollouts with a cache on disk, and early stopping once all signs are significant."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ class MeasuredRollouts:
     """Answers that were measured.
 
     Attributes:
-        answers (`list[AnswerSums]`): by answer.
-        stopped_early (`bool`): whether the sign of `dH_FFN` was settled before the rollouts ended.
-        seconds (`float`): of measuring, this time.
+        completions (`list[CompletionSums]`): sums by answer.
+        stopped_early (`bool`): whether the sign of `dH_FFN` was significant in every layer before the last rollout.
+        seconds (`float`): time of this measurement.
     """
 
     completions: list[CompletionSums]
@@ -46,34 +46,35 @@ def measure_with_cache(
     pairs: bool = False,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> MeasuredRollouts:
-    """Measure rollouts. Answers that the store holds are not measured again, but for `per_token`.
+    """Measure rollouts; read cached answers from the store, except with `per_token`.
 
     Args:
         policies ([`~bupo.InternalPolicies`]): the model, its lens and temperature.
         rollouts (`list[Rollout]`): the answers.
-        store ([`~bupo.run_files.result_cache.ResultCache`]): where measures are kept, by the answer's place.
-        until_settled (`bool`, *optional*): stop as soon as the sign of `dH_FFN` is settled in every layer.
-        max_tokens (`int`, *optional*): start no further answer after so many tokens.
-        per_token (`bool`, *optional*): also write every token's values, `tokens.parquet`, beside the store.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): cache of the measures, by the answer's index.
+        until_settled (`bool`, *optional*): stop once the sign of `dH_FFN` is significant in every layer.
+        max_tokens (`int`, *optional*): stop after the answer that reaches this number of tokens.
+        per_token (`bool`, *optional*): also write every token's values to `tokens.parquet` next to the cache.
         pairs (`bool`, *optional*): also measure the KL of every layer's policy to every other's.
-        on_tokens (`Callable`, *optional*): called with the number of tokens just done.
+        on_tokens (`Callable`, *optional*): called with the number of tokens just measured.
     """
-    started, answers = time.perf_counter(), list[CompletionSums]()
+    start, completions = time.perf_counter(), list[CompletionSums]()
     writer = _TokenTableWriter(store.folder / TOKENS_FILE) if per_token else None
-    early = False
+    significant = False
     try:
-        for found in _iterate_sums(policies, rollouts, store, writer, pairs):
-            answers.append(found)
-            on_tokens(found.tokens)
-            early = until_settled and has_significant_signs(answers)
-            if early or (max_tokens is not None and sum(a.tokens for a in answers) >= max_tokens):
+        for sums in _iterate_sums(policies, rollouts, store, writer, pairs):
+            completions.append(sums)
+            on_tokens(sums.tokens)
+            significant = until_settled and has_significant_signs(completions)
+            if significant or (max_tokens is not None and sum(c.tokens for c in completions) >= max_tokens):
                 break
         if writer:
             writer.commit()
     finally:
         if writer:
             writer.close()
-    return MeasuredRollouts(answers, early and len(answers) < len(rollouts), time.perf_counter() - started)
+    stopped_early = significant and len(completions) < len(rollouts)
+    return MeasuredRollouts(completions, stopped_early, time.perf_counter() - start)
 
 
 def _iterate_sums(
@@ -83,35 +84,35 @@ def _iterate_sums(
     writer: "_TokenTableWriter | None",
     pairs: bool,
 ) -> Iterator[CompletionSums]:
-    """The answers' sums, in order: first those that the store holds, then the others as they are measured."""
-    held = 0
-    while held < len(rollouts) and held in store.rows and writer is None:
-        yield store.rows[held]
-        held += 1
-    rest = ((r.prompt_ids, r.completion_ids) for r in rollouts[held:])
-    for found in measure_completions(policies.stream, rest, policies.lens, policies.temperature, pairs):
-        found.index += held
+    """Yield the sums of all answers in order: cached ones first, then newly measured ones."""
+    num_cached = 0
+    while num_cached < len(rollouts) and num_cached in store.rows and writer is None:
+        yield store.rows[num_cached]
+        num_cached += 1
+    rest = ((r.prompt_ids, r.completion_ids) for r in rollouts[num_cached:])
+    for measures in measure_completions(policies.stream, rest, policies.lens, policies.temperature, pairs):
+        measures.index += num_cached
         if writer:
-            writer.add(found)
-        if found.index not in store.rows:
-            store.add(found.index, CompletionSums.from_measures(found))
-        yield store.rows[found.index]
+            writer.add(measures)
+        if measures.index not in store.rows:
+            store.add(measures.index, CompletionSums.from_measures(measures))
+        yield store.rows[measures.index]
 
 
 class _TokenTableWriter:
-    """Every token's values, answer by answer, so that memory does not grow. Moved into place when whole."""
+    """Writer of every token's values, answer by answer, so that memory does not grow. The complete file is moved into place."""
 
     def __init__(self, path: Path):
         self.path, self.partial_path = path, path.with_name(path.name + ".part")
         self.writer: pq.ParquetWriter | None = None
 
-    def add(self, answer: CompletionMeasures) -> None:
-        layers, tokens = answer.values[MEASURES[0]].shape
+    def add(self, completion: CompletionMeasures) -> None:
+        layers, tokens = completion.values[MEASURES[0]].shape
         columns = {
-            "answer": np.full(layers * tokens, answer.index),
+            "answer": np.full(layers * tokens, completion.index),
             "token": np.tile(np.arange(tokens), layers),
             "layer": np.repeat(np.arange(1, layers + 1), tokens),
-            **{name: answer.values[name].ravel() for name in MEASURES},
+            **{name: completion.values[name].ravel() for name in MEASURES},
         }
         table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
         if self.writer is None:

@@ -1,4 +1,4 @@
-"""The options of an analysis."""
+"""Options of an analysis."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -18,7 +18,7 @@ from bupo.options.groups import (
 from bupo.options.ranges import POSITIVE, POSITIVE_INTEGER, option, redefine_option
 from bupo.utils.errors import UserError
 
-# of what is neither given nor a run's own
+# used where neither the caller nor the model's training run sets a value
 FALLBACK_OPTIONS = {
     "system_prompt": None,
     "max_new_tokens": 256,
@@ -27,7 +27,7 @@ FALLBACK_OPTIONS = {
     "size": 32,
     "max_tokens": 20_000,
 }
-PAPER_OPTIONS = {**PAPER_SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # every answer, all of it
+PAPER_OPTIONS = {**PAPER_SAMPLING, "dataset": "math500", "size": None, "max_tokens": None}  # all answers in full
 
 
 @dataclass
@@ -92,6 +92,4 @@ class AnalyzeOptions(ModelOptions, DatasetOptions, ColumnOptions, PromptOptions,
         """Raise [`UserError`] for a value that is refused, or for options that contradict each other."""
         check_command_options(self)
         if self.dataset and self.rollouts:
-            raise UserError(
-                "both dataset and rollouts are given: prompts are answered, or finished answers are read, not both"
-            )
+            raise UserError("both dataset and rollouts are given: give prompts to answer, or finished answers")

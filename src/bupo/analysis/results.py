@@ -1,4 +1,4 @@
-"""What an analysis found: typed results, and the run's folder of tables, figures and a page."""
+"""Results of an analysis, and its folder of tables, figures and a page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,10 @@ from bupo.analysis.stages import classify_stages
 from bupo.analysis.tables import build_layer_table, compute_kl, compute_perplexity, compute_similarity
 from bupo.reports.analysis_page import write_analysis_page
 from bupo.reports.figures import draw_analysis_figures
+from bupo.run_files.names import DYNAMICS_FILE
 from bupo.run_files.reading import read_parquet
 from bupo.utils.errors import UserError
 from bupo.utils.files import atomic_write, write_json
-
-DYNAMICS_FILE = "dynamics.parquet"
 
 
 @dataclass(frozen=True)
@@ -23,23 +22,24 @@ class ModelReport:
     """One model's analysis.
 
     Attributes:
-        label (`str`): its short name in tables and figures.
-        table (`pd.DataFrame`): a row a measure and layer: mean, std, 95 % interval, tokens, answers.
+        label (`str`): short name in tables and figures.
+        table (`pd.DataFrame`): one row per measure and layer: mean, std, 95 % interval, tokens, answers.
         stages (`list[str]`): by layer: exploration, integration, convergence, or undecided.
-        boundary_layer (`int`, *optional*): the last layer whose dH_FFN is positive beyond doubt, counted from 1.
-        boundary_shares (`dict[int, float]`): share of resamples in which a layer is the boundary; 0 stands for none.
-        paper_boundary_layer (`int`, *optional*): by the paper's rule: the last layer whose mean dH_FFN is positive.
-        tolerance (`float`): nats: an entropy change within it is integration.
+        boundary_layer (`int`, *optional*): the last layer whose dH_FFN is significantly positive, counted from 1.
+        boundary_shares (`dict[int, float]`): share of resamples in which a layer is the boundary; key 0 for no layer.
+        paper_boundary_layer (`int`, *optional*): by the paper's rule, the last layer whose mean dH_FFN is positive.
+        tolerance (`float`): entropy change in nats below which a layer integrates.
         explanation (`str`): the boundary in words.
         ranges (`dict[str, list[int] | None]`): first and last layer of exploration, integration and convergence, as three
-            contiguous ranges; `fit` is the share of layers that agree.
-        pattern (`str`): progressive, abrupt or neither; `verdict` says it in words.
+            contiguous ranges.
+        fit (`float`): share of layers whose stage agrees with `ranges`.
+        pattern, verdict (`str`): progressive, abrupt or neither; the same in words.
         similarity (`list[list[float]]`): `(L, L)`: mean cosine of H^l and H^m.
         kl (`list[list[float]]`, *optional*): `(L, L)`: mean KL of the layers' policies in nats, with `kl_pairs`.
-        perplexity, entropy_language_model (`float`): of the answers under pi_theta, and its mean entropy in nats.
+        perplexity, entropy_language_model (`float`): of the answers under the full model, and its mean entropy in nats.
         meta (`dict`): model, weights, dtype, lens, temperature, versions …
-        views (`list[dict]`): what every layer would have said at each token of a few answers.
-        folder (`Path`): of the answers and measures.
+        token_views (`list[dict]`): most likely tokens of every layer at each token of a few answers.
+        folder (`Path`): folder of the answers and measures.
     """
 
     label: str
@@ -63,7 +63,7 @@ class ModelReport:
     folder: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """What `summary.json` holds of it."""
+        """Return the model's entry in `summary.json`."""
         names = [
             "meta",
             "stages",
@@ -82,8 +82,8 @@ class AnalysisReport:
     """An analysis of one model or several.
 
     Attributes:
-        models (`tuple[ModelReport, ...]`): in the order they were given.
-        folder (`Path`): of the run: `report.html`, `layers.parquet`, `summary.json`, `figures/`, `dynamics.parquet` if any.
+        models (`tuple[ModelReport, ...]`): in the order of the models.
+        folder (`Path`): folder with `report.html`, `layers.parquet`, `summary.json`, `figures/` and perhaps `dynamics.parquet`.
     """
 
     models: tuple[ModelReport, ...]
@@ -91,18 +91,18 @@ class AnalysisReport:
 
     @property
     def table(self) -> pd.DataFrame:
-        """`layers.parquet`: the tables of all models."""
+        """Tables of all models, as in `layers.parquet`."""
         return pd.concat([model.table for model in self.models], ignore_index=True)
 
     @property
     def dynamics(self) -> pd.DataFrame | None:
-        """`dynamics.parquet`: the training dynamics (fig. 5), of several checkpoints of one run on the same rollouts."""
+        """Training dynamics (fig. 5) of several checkpoints of one run, as in `dynamics.parquet`; else None."""
         path = self.folder / DYNAMICS_FILE
         return read_parquet(path) if path.exists() else None
 
     @property
     def single_model(self) -> ModelReport:
-        """The one model's report.
+        """Report of the only model.
 
         Raises:
             UserError: if there are several.
@@ -113,49 +113,49 @@ class AnalysisReport:
 
     @property
     def boundary_layer(self) -> int | None:
-        """Of the one model."""
+        """Boundary layer of the only model."""
         return self.single_model.boundary_layer
 
     @property
     def stages(self) -> list[str]:
-        """Of the one model."""
+        """Stages of the only model."""
         return self.single_model.stages
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Of the one model."""
+        """Metadata of the only model."""
         return self.single_model.meta
 
 
 def build_model_report(
-    label: str, meta: dict[str, Any], found: MeasuredRollouts, views: list[dict], folder: Path
+    label: str, meta: dict[str, Any], measured: MeasuredRollouts, token_views: list[dict], folder: Path
 ) -> ModelReport:
-    """Tables and stages from measured answers."""
-    answers, kl = found.completions, compute_kl(found.completions)
-    tokens = sum(a.tokens for a in answers)
+    """Return the tables and stages of measured answers."""
+    completions, kl = measured.completions, compute_kl(measured.completions)
+    tokens = sum(completion.tokens for completion in completions)
     meta = meta | {
         "label": label,
-        "answers": len(answers),
+        "answers": len(completions),
         "tokens": tokens,
-        "seconds": round(found.seconds, 2),
-        "stopped_when_settled": found.stopped_early,
+        "seconds": round(measured.seconds, 2),
+        "stopped_when_settled": measured.stopped_early,
     }
     return ModelReport(
         label=label,
-        table=build_layer_table(answers, label),
-        **classify_stages(answers),
-        similarity=compute_similarity(answers).round(6).tolist(),
+        table=build_layer_table(completions, label),
+        **classify_stages(completions),
+        similarity=compute_similarity(completions).round(6).tolist(),
         kl=None if kl is None else kl.round(6).tolist(),
-        perplexity=compute_perplexity(answers),
-        entropy_language_model=sum(a.entropy for a in answers) / tokens,
+        perplexity=compute_perplexity(completions),
+        entropy_language_model=sum(completion.entropy for completion in completions) / tokens,
         meta=meta,
-        token_views=views,
+        token_views=token_views,
         folder=folder,
     )
 
 
 def write_report(report: AnalysisReport) -> None:
-    """Tables, figures and the page of all models."""
+    """Write tables, figures and the page of all models."""
     folder, table = report.folder, report.table
     with atomic_write(folder / "layers.parquet") as part:
         table.to_parquet(part)

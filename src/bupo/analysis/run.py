@@ -1,4 +1,4 @@
-"""`bupo.analyze`: what every layer and module of a model decides, as tables, figures and a page."""
+"""`bupo.analyze`: internal policies of every layer and module of a model, as tables, figures and a page."""
 
 import copy
 from collections.abc import Sequence
@@ -65,22 +65,22 @@ def analyze(
     tokenizer: PreTrainedTokenizerBase | None = None,
     problems: Dataset | None = None,
     rollouts: Sequence[Rollout] | None = None,
-    noted: dict[str, Any] | None = None,
-    bar: Progress | None = None,
+    recorded_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> AnalysisReport:
     """Sample a model's answers, measure every internal policy on them, and write the run's folder.
 
     Args:
-        model (`str`, `list[str]` or `PreTrainedModel`): names as of [`load_model`], or a loaded model with its tokenizer.
-        options ([`AnalyzeOptions`], *optional*): everything else. Its `model` gives way to the argument.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
-        problems (`Dataset`, *optional*): with `prompt` (messages), instead of the options' dataset.
+        model (`str`, `list[str]` or `PreTrainedModel`): names as for [`load_model`], or a loaded model with its tokenizer.
+        options ([`AnalyzeOptions`], *optional*): all other options; the argument `model` replaces theirs.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a loaded model.
+        problems (`Dataset`, *optional*): problems with `prompt` (messages), instead of the options' dataset.
         rollouts (`list[Rollout]`, *optional*): finished answers, instead of sampled ones.
-        noted (`dict`, *optional*): what `config.yaml` holds; by default the options that differ from the defaults.
-        bar (`rich.progress.Progress`, *optional*): shows how far it is.
+        recorded_options (`dict`, *optional*): content of `config.yaml`; by default the options that differ from the defaults.
+        progress (`rich.progress.Progress`, *optional*): progress bars.
 
     Raises:
-        UserError: for bad options, a model or problems that cannot be read, or a folder with work of other settings.
+        UserError: for invalid options, a model or problems that cannot be read, or a folder with results of other settings.
     """
     names = (
         [model] if isinstance(model, str) else [get_model_name(model)] if isinstance(model, nn.Module) else list(model)
@@ -90,76 +90,64 @@ def analyze(
     check_output_folder("output", options.output)
     check_chat_template(options.chat_template)
     labels = _build_labels(names, options.output)
-    noted, loaded = (
-        get_changed_options(options) if noted is None else noted,
-        model if isinstance(model, nn.Module) else None,
-    )
-    options, asking = _resolve_options(options, loaded, tokenizer)
-    given = _collect_inputs(loaded, tokenizer, problems, rollouts, options, asking, noted)
-    if bar and asking.summary_line:
-        bar.console.print(escape_text(asking.summary_line), highlight=False, markup=False)
-    _check_inputs(names, given, options)
-    return _analyze_models(names, labels, given, *_find_series(names, given, options), bar)
-
-
-def _analyze_models(
-    names: list[str],
-    labels: list[str],
-    given: "_AnalysisInputs",
-    options: AnalyzeOptions,
-    course: CheckpointSeries | None,
-    bar,
-) -> AnalysisReport:
-    """As of `analyze`, in a folder of its own."""
+    if recorded_options is None:
+        recorded_options = get_changed_options(options)
+    loaded = model if isinstance(model, nn.Module) else None
+    options, prompt_settings = _resolve_options(options, loaded, tokenizer)
+    inputs = _collect_inputs(loaded, tokenizer, problems, rollouts, options, prompt_settings, recorded_options)
+    if progress and prompt_settings.summary_line:
+        progress.console.print(escape_text(prompt_settings.summary_line), highlight=False, markup=False)
+    _check_inputs(names, inputs, options)
+    options, series = _find_series(names, inputs, options)
     reports: list[ModelReport] = []
     with folder_lock(options.output):
         for name, label in zip(names, labels, strict=True):
-            reports.append(_analyze_model(name, label, given, options, bar, first=not reports))
+            reports.append(_analyze_model(name, label, inputs, options, progress, first=not reports))
         report = AnalysisReport(tuple(reports), Path(options.output))
         write_report(report)
-        write_checkpoint_series(report, course)
+        write_checkpoint_series(report, series)
     return report
 
 
 def _resolve_options(options: AnalyzeOptions, model: Any, tokenizer) -> tuple[AnalyzeOptions, PromptSettings]:
-    """Options with all that is not given, and how the models are asked: all in the same way.
+    """Fill in the options that are not set, and return the prompt settings that all models share.
 
     Raises:
-        UserError: if they were trained in different ways and it is not given in which of them they are asked.
+        UserError: if the models were trained with different prompt settings and the options do not choose one.
     """
-    owns = [read_training_prompt_settings(name, options.adapter) for name in options.model] if model is None else []
-    trained = [own for own in owns if own is not None]
-    for own in trained[1:]:
+    by_model = [read_training_prompt_settings(name, options.adapter) for name in options.model] if model is None else []
+    trained = [settings for settings in by_model if settings is not None]
+    for other in trained[1:]:
         for name in ("system_prompt", "max_new_tokens", "temperature", "top_p", "chat_template_kwargs"):
             option = "chat_template" if name == "chat_template_kwargs" else name
-            values = getattr(trained[0], name), getattr(own, name)
+            values = getattr(trained[0], name), getattr(other, name)
             if getattr(options, option) is None and values[0] != values[1]:
                 raise UserError(
-                    f"{trained[0].folder} was trained with {name} {abbreviate(values[0])}, {own.folder} with "
+                    f"{trained[0].folder} was trained with {name} {abbreviate(values[0])}, {other.folder} with "
                     f"{abbreviate(values[1])}: give {option}, or analyse them one by one"
                 )
-    first = {name: value for name, value in PAPER_OPTIONS.items() if name != "dataset" or not options.rollouts}
+    paper_options = {name: value for name, value in PAPER_OPTIONS.items() if name != "dataset" or not options.rollouts}
     models = options.model if model is None else [model]
-    return resolve_preset(options, trained[0] if trained else None, models, tokenizer, FALLBACK_OPTIONS, first)
+    return resolve_preset(options, trained[0] if trained else None, models, tokenizer, FALLBACK_OPTIONS, paper_options)
 
 
-def _check_inputs(names: list[str], given: "_AnalysisInputs", options: AnalyzeOptions) -> None:
-    """What is missing or refused is found before the first model is loaded and measured."""
-    for name in names if given.model is None else ():
+def _check_inputs(names: list[str], inputs: "_AnalysisInputs", options: AnalyzeOptions) -> None:
+    """Check tokenizers, configs and rollouts of all models before the first one is loaded."""
+    for name in names if inputs.model is None else ():
         tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
-        given.prompt_settings.set_template(tokenizer)
+        inputs.prompt_settings.set_template(tokenizer)
         config = load_config(name, **options.get_loading_kwargs())
         if options.rollouts and name == names[0]:
-            _read_rollouts(options, tokenizer, config, given.prompt_settings)
+            _read_rollouts(options, tokenizer, config, inputs.prompt_settings)
 
 
 def _find_series(
-    names: list[str], given: "_AnalysisInputs", options: AnalyzeOptions
+    names: list[str], inputs: "_AnalysisInputs", options: AnalyzeOptions
 ) -> tuple[AnalyzeOptions, CheckpointSeries | None]:
-    """The run whose checkpoints are analysed on the same answers, if they are of one; then with the KL of all pairs."""
-    if given.model is None and given.problems is None:
-        course = find_checkpoint_series(names, options.layer, options.output, **options.get_loading_kwargs())
-        return replace(options, kl_pairs=options.kl_pairs or course is not None), course
+    """Return the series if the models are checkpoints of one run, and options that then measure the KL of all pairs."""
+    if inputs.model is None and inputs.problems is None:
+        series = find_checkpoint_series(names, options.layer, options.output, **options.get_loading_kwargs())
+        return replace(options, kl_pairs=options.kl_pairs or series is not None), series
     if options.layer:
         raise UserError(
             f"layer {options.layer} is for checkpoints of one run, measured on the same rollouts: give --rollouts"
@@ -169,13 +157,13 @@ def _find_series(
 
 @dataclass(frozen=True)
 class _AnalysisInputs:
-    """What is analysed besides names: as of `analyze`, with the problems loaded where they are answered.
+    """Arguments of `analyze`, with the problems loaded.
 
     Attributes:
-        source (`str`): where problems or rollouts are from.
-        asking ([`~bupo.data.prompt_settings.PromptSettings`]): how the models are asked.
-        objects (`list[str]`): names of what came from Python.
-        noted (`dict`): what `config.yaml` holds.
+        source (`str`): source of the problems or rollouts.
+        prompt_settings ([`~bupo.data.prompt_settings.PromptSettings`]): system message and chat template of all models.
+        python_arguments (`list[str]`): names of the arguments that are Python objects.
+        recorded_options (`dict`): content of `config.yaml`.
     """
 
     model: nn.Module | None
@@ -189,15 +177,21 @@ class _AnalysisInputs:
 
 
 def _collect_inputs(
-    model, tokenizer, problems, rollouts, options: AnalyzeOptions, asking: PromptSettings, noted: dict[str, Any]
+    model,
+    tokenizer,
+    problems,
+    rollouts,
+    options: AnalyzeOptions,
+    prompt_settings: PromptSettings,
+    recorded_options: dict[str, Any],
 ) -> _AnalysisInputs:
-    """Refuses what contradicts itself, and bad problems, before a model is loaded."""
+    """Check the arguments and load the problems before a model is loaded."""
     values = {"model": model, "problems": problems, "rollouts": rollouts}
-    objects = [name for name, value in values.items() if value is not None]
+    python_arguments = [name for name, value in values.items() if value is not None]
     if sum(value is not None for value in (problems, rollouts, options.rollouts)) > 1:
         raise UserError("problems and rollouts are both given: give prompts to answer, or finished answers")
     if model is not None and tokenizer is None:
-        raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
+        raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
     if model is not None and options.adapter:
         raise UserError("adapter is for a model that is given by its name: put it on the loaded model yourself")
     source = "problems" if problems is not None else "rollouts" if rollouts is not None else options.rollouts
@@ -207,12 +201,14 @@ def _collect_inputs(
         raise UserError("rollouts is empty: give some, or leave it out")
     if problems is not None:
         check_problems(problems, "problems", ("prompt",))
-    return _AnalysisInputs(model, tokenizer, problems, rollouts, source, asking, objects, noted)
+    return _AnalysisInputs(
+        model, tokenizer, problems, rollouts, source, prompt_settings, python_arguments, recorded_options
+    )
 
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """A model that is analysed, opened up, and its folder."""
+    """A loaded model with its internal policies, metadata and folder."""
 
     label: str
     policies: InternalPolicies
@@ -221,15 +217,15 @@ class _LoadedModel:
     folder: Path
 
 
-def _load_model(name: str, label: str, given: _AnalysisInputs, options: AnalyzeOptions) -> _LoadedModel:
-    if given.tokenizer is not None:
-        tokenizer = copy.deepcopy(given.tokenizer)  # it is given a template
+def _load_model(name: str, label: str, inputs: _AnalysisInputs, options: AnalyzeOptions) -> _LoadedModel:
+    if inputs.tokenizer is not None:
+        tokenizer = copy.deepcopy(inputs.tokenizer)  # its template is set below
     else:
         tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
-    model = given.model
+    model = inputs.model
     if model is None:
         model = load_on_device(name, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs())
-    template, temperature = given.prompt_settings.set_template(tokenizer), options.sampling_settings[1]
+    template, temperature = inputs.prompt_settings.set_template(tokenizer), options.sampling_settings[1]
     policies = InternalPolicies(model, lens=options.lens, temperature=temperature)
     meta = get_model_metadata(name, policies.stream, options.lens, temperature, options.revision) | {
         "adapter": options.adapter,
@@ -237,43 +233,49 @@ def _load_model(name: str, label: str, given: _AnalysisInputs, options: AnalyzeO
         "template": template,
         "weights": compute_weight_fingerprint(policies.stream.model),
         "kl_pairs": options.kl_pairs,
-        **given.prompt_settings.metadata,
+        **inputs.prompt_settings.metadata,
     }
     meta |= {"preset": options.preset} if options.preset else {}
     return _LoadedModel(label, policies, tokenizer, meta, get_label_folder(options.output, label))
 
 
 def _analyze_model(
-    name: str, label: str, given: _AnalysisInputs, options: AnalyzeOptions, bar: Progress | None, first: bool
+    name: str, label: str, inputs: _AnalysisInputs, options: AnalyzeOptions, progress: Progress | None, first: bool
 ) -> ModelReport:
-    """One model: rollouts, measures, and what the tables and the page need. Other work in the folder is refused first."""
-    subject = _load_model(name, label, given, options)
-    answers, prompts, rollouts = None, PromptIds(), []
-    if given.problems is None:
+    """Sample and measure the rollouts of one model. Caches of other settings are refused before any sampling."""
+    subject = _load_model(name, label, inputs, options)
+    rollout_cache, prompts, rollouts = None, PromptIds(), []
+    if inputs.problems is None:
         rollouts = (
-            list(given.rollouts)
-            if given.rollouts is not None
-            else _read_rollouts(options, subject.tokenizer, subject.policies.stream.config, given.prompt_settings)
+            list(inputs.rollouts)
+            if inputs.rollouts is not None
+            else _read_rollouts(options, subject.tokenizer, subject.policies.stream.config, inputs.prompt_settings)
         )
     else:
-        asked, limits = given.prompt_settings.template_kwargs, get_model_limits(subject.policies.stream.config)
-        check_prompt_characters(given.problems["prompt"], limits, given.source)
-        prompts = [tuple(tokenize_prompt(subject.tokenizer, problem["prompt"], **asked)) for problem in given.problems]
-        check_prompt_tokens(prompts, limits, given.source)
-        answers = _open_rollout_cache(subject, options, given.problems, prompts)
-    _open_measure_cache(subject, options, rollouts, sampled=answers is not None)
+        template_kwargs, limits = (
+            inputs.prompt_settings.template_kwargs,
+            get_model_limits(subject.policies.stream.config),
+        )
+        check_prompt_characters(inputs.problems["prompt"], limits, inputs.source)
+        prompts = [
+            tuple(tokenize_prompt(subject.tokenizer, problem["prompt"], **template_kwargs))
+            for problem in inputs.problems
+        ]
+        check_prompt_tokens(prompts, limits, inputs.source)
+        rollout_cache = _open_rollout_cache(subject, options, inputs.problems, prompts)
+    _open_measure_cache(subject, options, rollouts, sampled=rollout_cache is not None)
     if first:
-        record_run(options.output, "analyze", given.recorded_options, given.python_arguments)
+        record_run(options.output, "analyze", inputs.recorded_options, inputs.python_arguments)
     with eval_mode(subject.policies.stream.model):
-        if answers is not None:
-            rollouts = _sample_rollouts(subject, options, answers, prompts, bar)
-        found = _measure_rollouts(subject, options, rollouts, answers is not None, bar)
-        views = build_token_views(subject.policies, subject.tokenizer, rollouts[: len(found.completions)])
-    return build_model_report(label, subject.meta | {"dataset": given.source}, found, views, subject.folder)
+        if rollout_cache is not None:
+            rollouts = _sample_rollouts(subject, options, rollout_cache, prompts, progress)
+        measured = _measure_rollouts(subject, options, rollouts, rollout_cache is not None, progress)
+        token_views = build_token_views(subject.policies, subject.tokenizer, rollouts[: len(measured.completions)])
+    return build_model_report(label, subject.meta | {"dataset": inputs.source}, measured, token_views, subject.folder)
 
 
 def _measure_rollouts(
-    subject: _LoadedModel, options: AnalyzeOptions, rollouts: list[Rollout], sampled: bool, bar: Progress | None
+    subject: _LoadedModel, options: AnalyzeOptions, rollouts: list[Rollout], sampled: bool, progress: Progress | None
 ) -> MeasuredRollouts:
     store = _open_measure_cache(subject, options, rollouts, sampled)
     store.begin()
@@ -286,25 +288,25 @@ def _measure_rollouts(
         max_tokens=options.max_tokens,
         per_token=options.per_token,
         pairs=options.kl_pairs,
-        on_tokens=add_progress_task(bar, f"{subject.label}: tokens", min(options.max_tokens or total, total)),
+        on_tokens=add_progress_task(progress, f"{subject.label}: tokens", min(options.max_tokens or total, total)),
     )
 
 
 def _read_rollouts(
-    options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asking: PromptSettings
+    options: AnalyzeOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, settings: PromptSettings
 ) -> list[Rollout]:
     config = config.get_text_config()
-    most = get_context_length(config), getattr(config, "vocab_size", None)
-    return read_rollouts(str(options.rollouts), tokenizer, *most, **asking.template_kwargs)
+    context, vocabulary = get_context_length(config), getattr(config, "vocab_size", None)
+    return read_rollouts(str(options.rollouts), tokenizer, context, vocabulary, **settings.template_kwargs)
 
 
 def _open_rollout_cache(
     subject: _LoadedModel, options: AnalyzeOptions, problems: Dataset, prompts: PromptIds
 ) -> ResultCache[int, Rollout]:
-    """Where the sampled answers are kept. They do not depend on the lens, nor on what is measured."""
-    sampling = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
+    """Open the cache of sampled answers, which depend neither on the lens nor on the measures."""
+    sampling_options = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: subject.meta[name] for name in ("dtype", "weights", "template")}
-    settings |= {name: getattr(options, name) for name in sampling}
+    settings |= {name: getattr(options, name) for name in sampling_options}
     settings |= {"engine": "transformers", "prompt": subject.tokenizer.decode(prompts[0])}
     return ResultCache(
         subject.folder,
@@ -315,13 +317,13 @@ def _open_rollout_cache(
         settings,
         compute_prompt_digests(problems),
         metadata={name: subject.meta[name] for name in ("model", "revision", "adapter")},
-        extra_patterns=[ANSWERS_FILE, TOKENS_FILE],  # measures of an earlier version
+        extra_patterns=[ANSWERS_FILE, TOKENS_FILE],
         overwrite=options.overwrite,
     )
 
 
 def _sample_rollouts(
-    subject: _LoadedModel, options: AnalyzeOptions, store: ResultCache, prompts: PromptIds, bar
+    subject: _LoadedModel, options: AnalyzeOptions, store: ResultCache, prompts: PromptIds, progress
 ) -> list[Rollout]:
     store.begin()
     engine = TransformersEngine(
@@ -330,14 +332,14 @@ def _sample_rollouts(
         *options.sampling_settings,
         batch_size=options.batch_size,
     )
-    done = add_progress_task(bar, f"{subject.label}: answers", len(prompts))
-    return sample_rollouts(engine, prompts, store, options.seed, done)
+    on_done = add_progress_task(progress, f"{subject.label}: answers", len(prompts))
+    return sample_rollouts(engine, prompts, store, options.seed, on_done)
 
 
 def _open_measure_cache(
     subject: _LoadedModel, options: AnalyzeOptions, rollouts: Sequence[Rollout], sampled: bool
 ) -> ResultCache[int, CompletionSums]:
-    """Where the measures are kept: a folder for each lens, with or without the KL of all pairs, of sampled or given answers."""
+    """Open the cache of measures, one folder per lens, with or without KL of all pairs, for sampled or given answers."""
     names = ("dtype", "weights", "lens", "temperature", "kl_pairs")
     folder = subject.folder / (options.lens + "-kl_pairs" * options.kl_pairs + "-rollouts" * (not sampled))
     refuse_links(folder, Path(options.output))
@@ -365,9 +367,7 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
     name = options.dataset or ARITHMETIC
     if is_benchmark(name):
         if split_k(name)[1]:
-            raise UserError(
-                f"dataset {name}: an analysis takes one answer a problem, so leave out the number behind it"
-            )
+            raise UserError(f"dataset {name}: an analysis takes one answer a problem: leave out the number after it")
         for option in ("split", "dataset_config"):
             if getattr(options, option) not in (None, "test"):
                 raise UserError(
@@ -395,7 +395,7 @@ def _load_problems(options: AnalyzeOptions) -> Dataset:
 
 
 def _build_labels(names: list[str], output: str) -> list[str]:
-    """Short names of the models, each its own."""
+    """Return a unique short name for each model."""
     if not names:
         raise UserError("model is empty: give the folder of a model, a hub id or 'embedded'")
     labels = [Path(name).stem if name.endswith(".gguf") else Path(name).name for name in names]

@@ -1,4 +1,4 @@
-"""How a model reasons, read from the entropy change of its FFNs: the stage of each layer, the boundary layer, the pattern."""
+"""Reasoning stages of a model, from the entropy change of its FFNs: stage of each layer, boundary layer, pattern."""
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -8,23 +8,24 @@ import numpy as np
 from bupo.analysis.measures import MEASURES
 from bupo.analysis.tables import BootstrapMeans, CompletionSums
 
-ENTROPY_TOLERANCE = 0.05  # nats: an entropy change within it is integration
+ENTROPY_TOLERANCE = 0.05  # nats; a smaller entropy change counts as integration
 REASONING_STAGES = ("exploration", "integration", "convergence")
-MIN_STAGE_FIT = 2 / 3  # share of layers that must be in their range's stage, for a pattern
-ABRUPT_DIVISOR = 8  # a convergence that takes no more than an eighth of the layers is abrupt
+MIN_STAGE_FIT = 2 / 3  # smallest share of layers in the stage of their range, for a pattern
+ABRUPT_DIVISOR = 8  # convergence in at most an eighth of the layers is abrupt
 
 
 def classify_stages(answers: Sequence[CompletionSums], tolerance: float = ENTROPY_TOLERANCE) -> dict:
-    """Stages, boundary and pattern from `dH_FFN`.
+    """Return stages, boundary and pattern from `dH_FFN`.
 
-    A layer explores where the whole 95 % interval of its mean `dH_FFN` lies above the tolerance, converges where it lies
-    below minus the tolerance, and integrates otherwise. The boundary layer is the last that explores: the last whose
-    `dH_FFN` is positive beyond doubt. The paper's own rule takes the last whose mean is positive, and stands beside it.
+    A layer explores if the 95 % interval of its mean `dH_FFN` lies above the tolerance, converges if it lies below minus the
+    tolerance, and integrates otherwise. The boundary layer is the last that explores: the last whose `dH_FFN` is significantly
+    positive. The paper's rule, the last layer with a positive mean, is reported as well.
 
     Returns:
         `dict`: `stages` (by layer), `boundary_layer` (`int` or `None`), `boundary_shares` (by layer, the share of resamples in
-        which it is the last above the tolerance; 0 stands for none), `paper_boundary_layer` (by the paper's rule),
-        `tolerance` (nats), `explanation`; `ranges` and `fit` of `ranges_of`, `pattern` and `verdict` of `pattern_of`.
+        which it is the last above the tolerance; key 0 for no layer), `paper_boundary_layer` (by the paper's rule),
+        `tolerance` (nats), `explanation`; `ranges` and `fit` of `find_stage_ranges`, `pattern` and `verdict` of
+        `classify_pattern`.
     """
     resampled, row = BootstrapMeans(answers), MEASURES.index("d_entropy_ffn")
     mean, (low, high) = resampled.mean[row], (bound[row] for bound in resampled.compute_interval())
@@ -58,14 +59,14 @@ def classify_stages(answers: Sequence[CompletionSums], tolerance: float = ENTROP
     }
 
 
-def _find_last_layer(holds: np.ndarray) -> int | None:
-    """The last layer for which `(L,)` something holds, from 1."""
-    places = np.flatnonzero(holds)
-    return int(places[-1]) + 1 if len(places) else None
+def _find_last_layer(mask: np.ndarray) -> int | None:
+    """Return the last true layer of a mask `(L,)`, counted from 1, or None."""
+    indices = np.flatnonzero(mask)
+    return int(indices[-1]) + 1 if len(indices) else None
 
 
 def _describe_boundary(boundary: int | None, shares: dict[int, float], mean, low, high, tolerance: float) -> str:
-    """The boundary in words, from dH_FFN by layer: means and the bounds of their intervals."""
+    """Describe the boundary, given mean and interval of dH_FFN by layer."""
     layer = boundary or int(mean.argmax()) + 1
     number = f"{mean[layer - 1]:+.3f} nats [{low[layer - 1]:+.3f}, {high[layer - 1]:+.3f}]"
     if boundary:
@@ -85,41 +86,41 @@ def _describe_paper_boundary(boundary: int | None, paper: int | None) -> str:
 
 
 def find_stage_ranges(names: Sequence[str], mean: np.ndarray) -> tuple[dict[str, list[int] | None], float]:
-    """Three contiguous ranges of layers that explore, integrate and converge, as the paper gives them (Qwen3-4B: 1 to 6, 7 to
+    """Return three contiguous ranges of layers that explore, integrate and converge, as in the paper (Qwen3-4B: 1 to 6, 7 to
     26, 27 to 36).
 
-    Of all ways to cut the layers in three, the one where most layers are in their range's stage; of several, the one whose
-    integrating layers change entropy least.
+    The split maximises the number of layers in the stage of their range. Ties go to the split whose integrating layers change
+    the entropy least.
 
     Args:
-        names (`list[str]`): the stage of each layer.
+        names (`list[str]`): stage of each layer.
         mean (`np.ndarray` of shape `(L,)`): mean `dH_FFN`.
 
     Returns:
-        first and last layer by stage (None where the range is empty), and the share of layers that agree.
+        first and last layer by stage (None for an empty range), and the share of layers that agree.
     """
     size = len(names)
 
-    def merit(cuts: tuple[int, int]) -> tuple[int, float]:
-        wanted = (
+    def score(cuts: tuple[int, int]) -> tuple[int, float]:
+        expected = (
             [REASONING_STAGES[0]] * cuts[0]
             + [REASONING_STAGES[1]] * (cuts[1] - cuts[0])
             + [REASONING_STAGES[2]] * (size - cuts[1])
         )
-        agree = sum(own == other for own, other in zip(names, wanted, strict=True))
-        return agree, -float(np.abs(mean[cuts[0] : cuts[1]]).sum())
+        num_agreeing = sum(name == stage for name, stage in zip(names, expected, strict=True))
+        return num_agreeing, -float(np.abs(mean[cuts[0] : cuts[1]]).sum())
 
-    first, second = max(combinations_with_replacement(range(size + 1), 2), key=merit)
+    first, second = max(combinations_with_replacement(range(size + 1), 2), key=score)
     ends = zip(REASONING_STAGES, (0, first, second), (first, second, size), strict=True)
     ranges = {stage: [start + 1, stop] if stop > start else None for stage, start, stop in ends}
-    return ranges, merit((first, second))[0] / size
+    return ranges, score((first, second))[0] / size
 
 
 def classify_pattern(ranges: dict[str, list[int] | None], fit: float, layers: int) -> tuple[str, str]:
-    """The pattern by name, and in words with the numbers that it rests on.
+    """Return the pattern's name, and a description with the numbers behind it.
 
-    `progressive`: exploration, integration and convergence one after another, as Qwen's. `abrupt`: convergence in the last
-    eighth of the layers or less, as Llama's. `neither` is all else, and what fits no three ranges.
+    `progressive`: exploration, integration and convergence one after another, as in Qwen. `abrupt`: convergence in the last
+    eighth of the layers or less, as in Llama. `neither`: everything else.
     """
     parts = [f"{stage} {bounds[0]} to {bounds[1]}" for stage, bounds in ranges.items() if bounds]
     numbers = f"{', '.join(parts)}; {100 * fit:.0f} % of the layers agree"

@@ -1,7 +1,7 @@
-"""From measured answers to tidy tables: means, deviations and intervals that know that an answer's tokens are correlated.
+"""Tidy tables from measured answers: means, standard deviations and bootstrap intervals.
 
-Answers are the unit of resampling: a bootstrap draws whole answers, and each resample's mean is the mean over the tokens of
-the answers drawn.
+An answer's tokens are correlated, so the bootstrap resamples answers; the mean of a resample is over the tokens of the drawn
+answers.
 """
 
 import json
@@ -16,21 +16,21 @@ from bupo.analysis.measures import MEASURES, CompletionMeasures
 from bupo.run_files.reading import check_keys
 
 NUM_RESAMPLES = 2000
-ARRAY_FIELDS = ("total", "squares", "similarity", "kl")  # of an answer's sums
-STOPPING_LEVEL = 0.99  # level of the intervals that `--until settled` looks at
-MIN_STOPPING_COMPLETIONS = 8  # fewer answers settle nothing
+ARRAY_FIELDS = ("sums", "squared_sums", "similarity", "kl")  # of `CompletionSums`
+STOPPING_LEVEL = 0.99  # level of the intervals for `--until settled`
+MIN_STOPPING_COMPLETIONS = 8  # smallest number of answers for `--until settled`
 
 
 @dataclass
 class CompletionSums:
-    """What of an answer goes into the tables: sums over its T tokens.
+    """Sums of an answer's measures over its T tokens.
 
     Attributes:
-        index, tokens (`int`): which answer, and T.
-        total, squares (`np.ndarray` of shape `(len(MEASURES), L)`): sums of the values and of their squares.
+        index, tokens (`int`): index of the answer, and T.
+        sums, squared_sums (`np.ndarray` of shape `(len(MEASURES), L)`): sums of the values and of their squares.
         similarity (`np.ndarray` of shape `(L, L)`): sum of cos(H^l, H^m).
         kl (`np.ndarray` of shape `(L, L)`, *optional*): sum of KL(pi_Layer^l || pi_Layer^m).
-        log_prob, entropy (`float`): sums under pi_theta.
+        log_prob, entropy (`float`): sums under the full model.
     """
 
     index: int
@@ -58,18 +58,18 @@ class CompletionSums:
 
     @classmethod
     def merge(cls, answers: Sequence["CompletionSums"]) -> "CompletionSums":
-        """The sums of several answers, such as those to one prompt, which resampling must not part."""
+        """Add the sums of several answers that are resampled together, such as those to one prompt."""
         names = [field.name for field in fields(cls) if field.name != "index"]
         sums = {name: sum(getattr(a, name) for a in answers) for name in names if getattr(answers[0], name) is not None}
         return cls(answers[0].index, **{"kl": None, **sums})
 
     def to_json(self) -> str:
-        """One JSON line, at nine digits."""
+        """Return one JSON line with nine digits."""
 
-        def rounded(array: np.ndarray) -> list:
+        def round_array(array: np.ndarray) -> list:
             return [[float(f"{x:.9g}") for x in row] for row in array]
 
-        arrays = {name: rounded(getattr(self, name)) for name in ARRAY_FIELDS if getattr(self, name) is not None}
+        arrays = {name: round_array(getattr(self, name)) for name in ARRAY_FIELDS if getattr(self, name) is not None}
         rest = {"log_prob": self.log_prob, "entropy": self.entropy}
         return json.dumps({"index": self.index, "tokens": self.tokens, **rest, **arrays})
 
@@ -77,14 +77,14 @@ class CompletionSums:
     def from_json(cls, line: str) -> "CompletionSums":
         kinds = {"index": int, "tokens": int, "log_prob": float, "entropy": float}
         row: dict[str, Any] = check_keys(
-            json.loads(line), kinds | dict.fromkeys(("total", "squares", "similarity"), list)
+            json.loads(line), kinds | dict.fromkeys(("sums", "squared_sums", "similarity"), list)
         )
         arrays = {name: np.array(row[name], dtype=float) for name in ARRAY_FIELDS if name in row}
         layers = arrays["similarity"].shape[-1]
-        shapes = {"total": (len(MEASURES), layers), "squares": (len(MEASURES), layers)}
+        shapes = dict.fromkeys(("sums", "squared_sums"), (len(MEASURES), layers))
         for name, array in arrays.items():
             if array.shape != shapes.get(name, (layers, layers)) or row["tokens"] < 1:
-                raise ValueError(f"{name} is none of {layers} layers")
+                raise ValueError(f"{name} does not have the shape for {layers} layers")
         return cls(**{"kl": None, **row, **arrays})
 
 
@@ -92,8 +92,8 @@ class BootstrapMeans:
     """Bootstrap means of every measure and layer.
 
     Attributes:
-        mean, deviation (`np.ndarray` of shape `(len(MEASURES), L)`): over all tokens.
-        draws (`np.ndarray` of shape `(RESAMPLES, len(MEASURES), L)`): means of the resamples; empty for one answer.
+        mean, std (`np.ndarray` of shape `(len(MEASURES), L)`): over all tokens.
+        draws (`np.ndarray` of shape `(NUM_RESAMPLES, len(MEASURES), L)`): means of the resamples; empty for one answer.
     """
 
     def __init__(self, answers: Sequence[CompletionSums], seed: int = 0):
@@ -108,7 +108,7 @@ class BootstrapMeans:
         self.draws = (drawn @ total.reshape(n, -1)).reshape(len(drawn), *self.mean.shape) / counts[:, None, None]
 
     def compute_interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile interval of each mean; NaN where one answer leaves nothing to resample."""
+        """Return the percentile interval of each mean; NaN for a single answer, which cannot be resampled."""
         if not len(self.draws):
             return np.full_like(self.mean, np.nan), np.full_like(self.mean, np.nan)
         low, high = np.percentile(self.draws, [50 * (1 - level), 50 * (1 + level)], axis=0)
@@ -116,7 +116,7 @@ class BootstrapMeans:
 
 
 def build_layer_table(answers: Sequence[CompletionSums], model: str) -> pd.DataFrame:
-    """Tidy: one row a measure and layer, with mean, standard deviation over tokens, count and 95 % interval."""
+    """Return one row per measure and layer, with mean, standard deviation over tokens, 95 % interval and counts."""
     resampled = BootstrapMeans(answers)
     low, high = resampled.compute_interval()
     rows = [
@@ -138,7 +138,7 @@ def build_layer_table(answers: Sequence[CompletionSums], model: str) -> pd.DataF
 
 
 def has_significant_signs(answers: Sequence[CompletionSums]) -> bool:
-    """Whether the sign of `dH_FFN` is settled in every layer: at least 8 answers, no 99 % interval that holds zero."""
+    """Return whether the sign of `dH_FFN` is significant in every layer: at least 8 answers, no 99 % interval with zero."""
     if len(answers) < MIN_STOPPING_COMPLETIONS:
         return False
     low, high = (
@@ -148,16 +148,16 @@ def has_significant_signs(answers: Sequence[CompletionSums]) -> bool:
 
 
 def compute_similarity(answers: Sequence[CompletionSums]) -> np.ndarray:
-    """`(L, L)`: mean cosine of H^l and H^m."""
+    """Return the mean cosine of H^l and H^m, `(L, L)`."""
     return np.stack([a.similarity for a in answers]).sum(0) / sum(a.tokens for a in answers)
 
 
 def compute_kl(answers: Sequence[CompletionSums]) -> np.ndarray | None:
-    """`(L, L)`: mean KL(pi_Layer^l || pi_Layer^m) in nats, if it was measured."""
+    """Return the mean KL(pi_Layer^l || pi_Layer^m) in nats, `(L, L)`, or None if it was not measured."""
     sums = [a.kl for a in answers if a.kl is not None]
     return np.stack(sums).sum(0) / sum(a.tokens for a in answers) if len(sums) == len(answers) else None
 
 
 def compute_perplexity(answers: Sequence[CompletionSums]) -> float:
-    """Of the answers under pi_theta: exp of the mean negative log-probability of a token."""
+    """Return the perplexity of the answers under the full model."""
     return float(np.exp(-sum(a.log_prob for a in answers) / sum(a.tokens for a in answers)))

@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     (options,), given = parse_options_and_values(OPTIONS, arguments, "bupo analyze")
     console = Console()
     with reported_interrupts(Path(options.output)), create_progress(console) as bar:
-        report = analyze(options.model, options, noted=given, bar=bar)
+        report = analyze(options.model, options, recorded_options=given, progress=bar)
     for model in report.models:
         console.print(_make_table(model))
         for line in (f"template {model.meta['template']}", model.explanation, model.verdict):

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
         _print_scoreboard(table.table, given, console)
         return
     with reported_interrupts(Path(options.output)), create_progress(console) as bar:
-        evaluation = evaluate(options.model, options, noted=given, bar=bar)
+        evaluation = evaluate(options.model, options, recorded_options=given, progress=bar)
     template_line = escape_text(f"{evaluation.meta['model']}: template {evaluation.meta['template']}")
     console.print(template_line, highlight=False, markup=False)
     for scores in render_score_tables(evaluation.to_dict()):

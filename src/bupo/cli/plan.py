@@ -34,11 +34,13 @@ def run(arguments: list[str]) -> None:
     processes = _read_process_count(arguments)
     hardware, options, config, model_config = _parse_plan_options(arguments, processes)
     hardware.check()
-    if hardware.processes != processes:  # set in a file: the configuration depends on it
-        hardware, options, config, model_config = _parse_plan_options(arguments, hardware.processes)
+    if hardware.num_processes != processes:  # set in a file: the configuration depends on it
+        hardware, options, config, model_config = _parse_plan_options(arguments, hardware.num_processes)
     if model_config.model_name_or_path is None:
         raise UserError("model is not set: give the folder of a model, a hub id or 'embedded'")
-    print_plan(plan(model_config.model_name_or_path, config, options, loading=model_config, on=hardware), Console())
+    print_plan(
+        plan(model_config.model_name_or_path, config, options, loading=model_config, hardware=hardware), Console()
+    )
 
 
 def _parse_plan_options(arguments: list[str], processes: int) -> tuple:

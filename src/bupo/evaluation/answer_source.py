@@ -1,4 +1,4 @@
-"""Where an evaluation's answers come from: a model and its engine, or the answers that a folder holds."""
+"""Sources of an evaluation's answers: a model with its engine, or the cached answers in a folder."""
 
 import copy
 from contextlib import suppress
@@ -28,36 +28,36 @@ from bupo.run_files.result_cache import SETTINGS_FILE, read_settings
 from bupo.utils.errors import UserError
 from bupo.version import VERSION
 
-METADATA_KEYS = ("model", "revision", "adapter")  # for people, where the weights tell models apart
+METADATA_KEYS = ("model", "revision", "adapter")  # recorded only; the weights' fingerprint identifies the model
 SAMPLING_KEYS = ("system_prompt", "temperature", "top_p", "max_new_tokens", "seed")
-# of the settings in a benchmark's folder, what stands in the summary of answers that are graded again
+# settings of cached answers that are copied into the summary when they are graded again
 SUMMARY_KEYS = ("weights", "served", "engine", "dtype", "layer", "lens", "template", *SAMPLING_KEYS, *METADATA_KEYS)
 
 
 class EvaluatedModel:
-    """The model: what samples, what its answers depend on, and what must stand beside the numbers.
+    """Model under evaluation, with its sampling engine, cache settings and metadata.
 
     Args:
         model (`str` or `PreTrainedModel`): a name, or a loaded model.
-        options ([`EvalOptions`]): how it is loaded and sampled, all of it settled.
-        asking ([`~bupo.data.prompt_settings.PromptSettings`]): its template, and which options are the run's own.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+        options ([`EvalOptions`]): options of loading and sampling, with all defaults resolved.
+        prompt_settings ([`~bupo.data.prompt_settings.PromptSettings`]): chat template and its arguments.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a loaded model.
 
     Attributes:
-        tokenizer (`PreTrainedTokenizerBase`): with the template that was chosen.
-        template_options (`dict`): arguments of the template besides the usual ones.
-        engine (`Engine`): samples.
-        settings, noted (`dict`): what an answer depends on, and what is noted beside it.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer with the chosen template.
+        template_kwargs (`dict`): additional arguments of the template.
+        engine (`Engine`): engine that samples.
+        cache_settings, metadata (`dict`): settings that an answer depends on, and further facts recorded with them.
         meta (`dict`): model, template, sampling, versions.
-        context (`int`): the longest sequence that the model was made for; 0 where it is not known here.
-        limits ([`~bupo.models.loading.ModelLimits`]): the texts that it can read, where that is known.
+        max_length (`int`): the model's context length; 0 if it is not known.
+        limits ([`~bupo.models.loading.ModelLimits`]): limits of the model's input, as far as known.
     """
 
     def __init__(
         self,
         model: str | nn.Module,
         options: EvalOptions,
-        asking: PromptSettings,
+        prompt_settings: PromptSettings,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         name = model if isinstance(model, str) else get_model_name(model)
@@ -66,38 +66,38 @@ class EvaluatedModel:
         if isinstance(model, str) and options.engine == "transformers":
             check_layers_exist(name, {"layer": options.layer}, **options.get_loading_kwargs())
         if tokenizer is not None:
-            tokenizer = copy.deepcopy(tokenizer)  # it is given a template
+            tokenizer = copy.deepcopy(tokenizer)  # its template is set below
         elif isinstance(model, str):
             tokenizer = load_tokenizer(name, **options.get_loading_kwargs())
         else:
-            raise UserError("tokenizer is not set: a loaded model needs its tokenizer beside it")
-        self.tokenizer, self.template_kwargs = tokenizer, asking.template_kwargs
-        chosen = {"engine": options.engine, "template": asking.set_template(tokenizer)}
-        chosen |= {name: getattr(options, name) for name in SAMPLING_KEYS}
+            raise UserError("tokenizer is not set: a loaded model needs its tokenizer")
+        self.tokenizer, self.template_kwargs = tokenizer, prompt_settings.template_kwargs
+        sampling = {"engine": options.engine, "template": prompt_settings.set_template(tokenizer)}
+        sampling |= {name: getattr(options, name) for name in SAMPLING_KEYS}
         self.engine: Engine
         self.max_length, self.limits = 0, ModelLimits()
         if options.engine == "transformers":
-            known = self._load_transformers(name, model, options)
+            model_settings = self._load_transformers(name, model, options)
         else:
             if not isinstance(model, str):
                 raise UserError(f"engine {options.engine} takes a model by its name, not a loaded one")
-            known = self._connect_vllm(name, options)
+            model_settings = self._connect_vllm(name, options)
         layer = {"layer": options.layer} | ({"lens": options.lens} if options.layer is not None else {})
-        self.cache_settings: dict[str, Any] = known | chosen | layer
-        self.metadata = {name: self.meta.get(name) for name in METADATA_KEYS if name not in known}
-        self.meta |= chosen | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
-        self.meta |= asking.metadata
+        self.cache_settings: dict[str, Any] = model_settings | sampling | layer
+        self.metadata = {name: self.meta.get(name) for name in METADATA_KEYS if name not in model_settings}
+        self.meta |= sampling | {"layer": options.layer} | ({"preset": options.preset} if options.preset else {})
+        self.meta |= prompt_settings.metadata
 
     def _load_transformers(self, name: str, model: str | nn.Module, options: EvalOptions) -> dict[str, Any]:
-        """By transformers: the weights are seen. Returns what answers depend on."""
-        opened = (
+        """Load the model with transformers; return the settings that identify it."""
+        loaded = (
             model
             if isinstance(model, nn.Module)
             else load_on_device(
                 model, options.dtype, options.device_map, options.adapter, **options.get_loading_kwargs()
             )
         )
-        policies = InternalPolicies(opened, lens=options.lens, temperature=options.temperature or 1.0)
+        policies = InternalPolicies(loaded, lens=options.lens, temperature=options.temperature or 1.0)
         stream = policies.stream
         self.engine = TransformersEngine(
             stream.model,
@@ -113,25 +113,29 @@ class EvaluatedModel:
         return {name: self.meta[name] for name in ("dtype", "weights")}
 
     def _connect_vllm(self, name: str, options: EvalOptions) -> dict[str, Any]:
-        """By vLLM or a server, where only names are seen. Returns what answers depend on."""
+        """Connect to vLLM or a server; return the settings that identify the model, which is known by name only."""
         sampling = options.sampling_settings
-        ends = read_eos_token_ids(name, self.tokenizer, **options.get_loading_kwargs())
+        eos_token_ids = read_eos_token_ids(name, self.tokenizer, **options.get_loading_kwargs())
         known: dict[str, Any] = {"model": name, "revision": options.revision}
         if options.engine == "server":
-            server = ServerEngine(str(options.server), *sampling, ends, max_concurrent_requests=options.batch_size)
+            server = ServerEngine(
+                str(options.server), *sampling, eos_token_ids, max_concurrent_requests=options.batch_size
+            )
             self.engine, known["served"] = server, server.model
         else:
-            self.engine = VllmEngine(name, *sampling, ends, dtype=options.dtype, **options.get_loading_kwargs())
+            self.engine = VllmEngine(
+                name, *sampling, eos_token_ids, dtype=options.dtype, **options.get_loading_kwargs()
+            )
             known["dtype"] = options.dtype
         self.meta = known | {"adapter": None, "versions": {"bupo": VERSION}}
         return known
 
 
 def read_cached_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a benchmark's answers, which will only be graded.
+    """Read the settings of a benchmark's cached answers.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no answers, or their settings cannot be read.
     """
     if not (folder / SETTINGS_FILE).is_file():
         raise UserError(f"{folder} holds no answers to grade: {SETTINGS_FILE} is missing")
@@ -139,34 +143,33 @@ def read_cached_settings(folder: Path) -> dict[str, Any]:
     for name in ("problems", "prompt"):
         if name not in settings:
             raise UserError(
-                f"{folder / SETTINGS_FILE} does not say which {name} the answers are of: choose another output"
+                f"{folder / SETTINGS_FILE} has no {name}, which the answers belong to: choose another output"
             )
     if not isinstance(settings["prompt"], str) or not settings["problems"]:
-        raise DamagedFileError(folder / SETTINGS_FILE, "prompt is no text, or problems is empty")
+        raise DamagedFileError(folder / SETTINGS_FILE, "prompt is not a string, or problems is empty")
     return settings
 
 
 def read_cached_system_prompt(folder: Path) -> str | None:
-    """The system message of the answers that an evaluation's folder holds, where it is noted."""
+    """Return the system message of the cached answers in an evaluation's folder, if it is recorded."""
     for path in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
-        with suppress(UserError):  # told of when its benchmark is graded
-            found = read_settings(path.parent, "answers").get("system_prompt")
-            return found if isinstance(found, str) else None
+        with suppress(UserError):  # raised again when the benchmark is graded
+            system_prompt = read_settings(path.parent, "answers").get("system_prompt")
+            return system_prompt if isinstance(system_prompt, str) else None
     return None
 
 
 def read_cached_metadata(folder: Path, labels: list[str]) -> dict[str, Any]:
-    """What the answers that a folder holds were made with.
+    """Return the model and sampling settings of the cached answers in a folder.
 
     Raises:
-        UserError: if it is not noted, or differs between the benchmarks.
+        UserError: if they are not recorded, or differ between the benchmarks.
     """
-    found = []
+    by_benchmark = []
     for label in labels:
         settings = read_cached_settings(folder / label)
-        found.append({name: settings[name] for name in SUMMARY_KEYS if name in settings})
-    if any(settings != found[0] for settings in found):
+        by_benchmark.append({name: settings[name] for name in SUMMARY_KEYS if name in settings})
+    if any(settings != by_benchmark[0] for settings in by_benchmark):
         raise UserError(f"the benchmarks in {folder} were answered with different settings: grade one at a time")
-    return (
-        {"model": "not noted", "template": "not noted"} | (found[0] if found else {}) | {"versions": {"bupo": VERSION}}
-    )
+    defaults = {"model": "not recorded", "template": "not recorded"}
+    return defaults | (by_benchmark[0] if by_benchmark else {}) | {"versions": {"bupo": VERSION}}

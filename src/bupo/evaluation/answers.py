@@ -1,4 +1,4 @@
-"""One benchmark's answers: sample what is missing, keep each as it finishes, grade, and sum up."""
+"""Answers to one benchmark: sampling with a cache, grading, and summary."""
 
 import json
 import os
@@ -26,11 +26,19 @@ from bupo.utils.errors import UserError
 
 SAMPLES_FILE, GRADED_FILE = "samples.jsonl", "graded.parquet"
 REGRADE_HINT = "run its bupo eval once more with --engine cached, which grades the answers that it holds"
-GRADING_DEADLINE = 5.0  # seconds, of grading an answer
+GRADING_DEADLINE = 5.0  # seconds per answer
 GRADING_BATCH_SIZE = 256
 
 SAMPLE_FIELDS: KeyTypes = {"problem": int, "sample": int, "text": str, "tokens": int, "truncated": bool}
-GRADED_COLUMNS = {"problem": "number", "sample": "number", "question": "text", "verdict": "text"}
+GRADED_COLUMNS = {
+    "problem": "number",
+    "sample": "number",
+    "question": "text",
+    "verdict": "text",
+    "strict": "text",
+    "reason": "any",
+    "answer_class": "any",
+}
 
 SampleKey = tuple[int, int]  # problem, sample
 
@@ -42,16 +50,17 @@ def open_sample_cache(
     prompts: Sequence[tuple[int, ...]] = (),
     **options,
 ) -> ResultCache[SampleKey, SampledCompletion]:
-    """The store of a benchmark's answers, by problem and sample.
+    """Open the cache of a benchmark's answers, by problem and sample.
 
-    A row also holds the tokens of prompt and answer, by which it is a rollout that an analysis reads; they stay on the disk.
+    A line also holds the token ids of prompt and answer, so that an analysis can read it as a rollout. They are not kept in
+    memory.
 
     Args:
-        folder (`Path`): of the benchmark.
-        settings (`dict`): what every answer depends on.
-        problems (`Dataset`): with `prompt` (messages).
-        prompts (`list[tuple[int, ...]]`, *optional*): token ids by problem, where answers will be sampled.
-        options: of [`~bupo.run_files.result_cache.ResultCache`].
+        folder (`Path`): folder of the benchmark.
+        settings (`dict`): settings that every answer depends on.
+        problems (`Dataset`): problems with `prompt` (messages).
+        prompts (`list[tuple[int, ...]]`, *optional*): token ids by problem; needed for sampling.
+        options: further arguments of [`~bupo.run_files.result_cache.ResultCache`].
     """
 
     def write(key: SampleKey, answer: SampledCompletion) -> str:
@@ -68,9 +77,10 @@ def open_sample_cache(
 
 def _parse_sample(line: str) -> tuple[SampleKey, SampledCompletion]:
     row = check_keys(json.loads(line), SAMPLE_FIELDS)
-    for tokens in ("prompt_ids", "completion_ids"):
-        row.pop(tokens, None)
-    return (row.pop("problem"), row.pop("sample")), SampledCompletion(**row)
+    for name in ("prompt_ids", "completion_ids"):  # read by an analysis only
+        row.pop(name, None)
+    key = row.pop("problem"), row.pop("sample")
+    return key, SampledCompletion(length=row.pop("tokens"), **row)
 
 
 def _get_text_fields(answer: SampledCompletion) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def _get_text_fields(answer: SampledCompletion) -> dict[str, Any]:
 
 
 def tokenize_prompts(problems: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> list[tuple[int, ...]]:
-    """Token ids of each problem's prompt. Options are the chat template's."""
+    """Return the token ids of each problem's prompt; options are arguments of the chat template."""
     return [tuple(tokenize_prompt(tokenizer, messages, **options)) for messages in problems["prompt"]]
 
 
@@ -87,33 +97,34 @@ def sample_completions(
     prompts: Sequence[tuple[int, ...]],
     k: int,
     seed: int = 0,
-    kept: ResultCache[SampleKey, SampledCompletion] | None = None,
+    cache: ResultCache[SampleKey, SampledCompletion] | None = None,
     on_answer: Callable[[int], None] = lambda done: None,
 ) -> list[list[SampledCompletion]]:
-    """k answers to each prompt.
+    """Sample k answers to each prompt.
 
     Args:
-        engine (`Engine`): samples.
+        engine (`Engine`): engine that samples.
         prompts (`list[tuple[int, ...]]`): token ids by problem.
-        k (`int`): answers a problem.
-        seed (`int`, *optional*, defaults to `0`): of the run.
-        kept ([`~bupo.run_files.result_cache.ResultCache`], *optional*): finished answers, not sampled again; new ones are added as they come.
+        k (`int`): answers per problem.
+        seed (`int`, *optional*, defaults to `0`): seed of the sampling.
+        cache ([`~bupo.run_files.result_cache.ResultCache`], *optional*): finished answers, which are not sampled again;
+            new ones are added.
         on_answer (`Callable`, *optional*): called with the number of answers just finished.
 
     Returns:
-        `list[list[Answer]]`: by problem and sample.
+        `list[list[SampledCompletion]]`: by problem and sample.
     """
-    found = {} if kept is None else kept.rows
-    wanted = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
-    missing = [CompletionRequest(p, n, prompts[p], derive_seed(seed, p, n)) for p, n in wanted if (p, n) not in found]
-    on_answer(len(wanted) - len(missing))
+    answers = {} if cache is None else cache.rows
+    keys = [(problem, number) for problem in range(len(prompts)) for number in range(k)]
+    missing = [CompletionRequest(p, n, prompts[p], derive_seed(seed, p, n)) for p, n in keys if (p, n) not in answers]
+    on_answer(len(keys) - len(missing))
     for request, answer in engine(missing):
         key = request.problem, request.sample
-        if kept is not None:
-            kept.add(key, answer)
-        found[key] = replace(answer, token_ids=())  # tens of millions of them would fill the memory
+        if cache is not None:
+            cache.add(key, answer)
+        answers[key] = replace(answer, token_ids=())  # token ids of all answers would fill the memory
         on_answer(1)
-    return [[found[problem, number] for number in range(k)] for problem in range(len(prompts))]
+    return [[answers[problem, number] for number in range(k)] for problem in range(len(prompts))]
 
 
 def grade_completions(
@@ -122,14 +133,14 @@ def grade_completions(
     deadline: float = GRADING_DEADLINE,
     on_graded: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """Return one row an answer: problem, sample, question, gold, text, tokens, truncated, and its grade.
+    """Return one row per answer: problem, sample, question, gold, text, tokens, truncated, and its grade.
 
     The grade is `verdict`, `value`, `strict`, `reason` (why there is no answer) and `answer_class`, which numbers the classes
     of equal answers to a problem, for majority votes.
 
     Args:
-        problems (`Dataset`): with `prompt`, `answer` and, where their task scores answers, `scored_by`.
-        answers (`list[list[Answer]]`): by problem and sample.
+        problems (`Dataset`): problems with `prompt`, `answer` and, if their task scores answers, `scored_by`.
+        answers (`list[list[SampledCompletion]]`): by problem and sample.
         deadline (`float`, *optional*, defaults to `5.0`): seconds that grading an answer may take.
         on_graded (`Callable`, *optional*): called with the number of answers just graded.
     """
@@ -145,7 +156,7 @@ def grade_completions(
         for n, a in enumerate(samples)
     ]
     table = pd.DataFrame(rows)
-    for column in ("question", "gold", "text"):  # half a character, which a server may send, is none for a file
+    for column in ("question", "gold", "text"):  # a server may send unpaired surrogates, which cannot be encoded
         table[column] = [text.encode(errors="replace").decode() for text in table[column]]
     scored_by = problems[SCORED_BY_COLUMN] if SCORED_BY_COLUMN in problems.column_names else [None] * len(problems)
     grader, grades = MathGrader(deadline=deadline), []
@@ -167,16 +178,16 @@ def grade_completions(
 
 
 def _get_no_answer_reason(grade: Grade, truncated: bool) -> str | None:
-    """Return why an answer holds no final answer, or none that can be read; None where it does."""
+    """Return why no final answer was found or parsed; None if there is one."""
     if Verdict.UNPARSABLE not in (grade.verdict, grade.strict):
         return None
     return "cut at the limit" if truncated else grade.reason or "not readable"
 
 
 def summarize(table: pd.DataFrame) -> dict:
-    """avg@k with its interval, pass@K, majority@k, length, and how many answers came to each verdict.
+    """Return avg@k with its interval, pass@K, majority@k, mean length, and the number of answers by verdict.
 
-    All by math-verify's own verdict; `strict_avg@k`, its interval and `strict_verdicts` by the strict one.
+    `strict_avg@k`, its interval and `strict_verdicts` use the strict verdict, everything else math-verify's.
     """
     correct = get_correct(table)
     problems, k = correct.shape
@@ -206,20 +217,20 @@ def _count_verdicts(verdicts: pd.Series) -> dict[str, int]:
 
 
 def get_correct(table: pd.DataFrame, by: str = "verdict") -> np.ndarray:
-    """`correct_PN` of a graded table, by `verdict` or by `strict`."""
+    """Return `correct_PN` of a graded table, by `verdict` or by `strict`."""
     correct = (table[by] == Verdict.CORRECT).to_numpy()
     return correct.reshape(table["problem"].nunique(), -1)
 
 
 def read_graded_table(folder: Path, base: Path | None = None) -> pd.DataFrame:
-    """The graded table of a finished benchmark's folder.
+    """Read the graded table of a finished benchmark.
 
     Args:
-        folder (`Path`): of the benchmark.
-        base (`Path`, *optional*): of the evaluation, which the table must not lead out of.
+        folder (`Path`): folder of the benchmark.
+        base (`Path`, *optional*): folder of the evaluation, which the path must not leave.
 
     Raises:
-        UserError: if there is none, it is damaged, or an earlier version graded it, whose verdicts were of another kind.
+        UserError: if there is no table, or it is damaged.
     """
     path = folder / GRADED_FILE
     if not os.path.lexists(path):
@@ -229,6 +240,4 @@ def read_graded_table(folder: Path, base: Path | None = None) -> pd.DataFrame:
     counts = table["problem"].value_counts()
     if table.empty or counts.nunique() != 1:
         raise DamagedFileError(path, "its problems have no or unequal numbers of answers", remedy)
-    if not {"strict", "reason", "answer_class"} <= set(table):
-        raise UserError(f"{folder} was graded by an earlier version: {REGRADE_HINT}")
     return table

@@ -1,5 +1,7 @@
-"""Benchmarks by name: where their problems are on the hub. A local file of the same columns, any `reasoning_gym` task and the
-embedded task are benchmarks too. Behind a name, `:16` is how many answers each of its problems is given.
+"""Benchmarks by name, with their datasets on the hub.
+
+Local files with the same columns, `reasoning_gym` tasks and the embedded task are benchmarks, too. A suffix `:16` sets the
+number of answers per problem.
 """
 
 import re
@@ -20,14 +22,14 @@ from bupo.utils.errors import UserError, wrap_library_errors
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark on the hub, at one revision, so that its numbers mean the same next year."""
+    """A benchmark on the hub, at a fixed revision, so that numbers stay comparable."""
 
     hub: str
     revision: str | None
     prompt_column: str | None = None
     answer_column: str | None = None
     config: str | None = None
-    answer_delimiter: str | None = None  # what the gold answer stands behind, in a worked solution
+    answer_delimiter: str | None = None  # text between a worked solution and its gold answer
 
 
 BENCHMARKS = {
@@ -59,99 +61,102 @@ def load_benchmark(
     prompt_column: str | None = None,
     answer_column: str | None = None,
 ) -> tuple[str, Dataset]:
-    """A benchmark's label and problems.
+    """Return a benchmark's label and problems.
 
     Args:
-        name (`str`): of `BENCHMARKS`, such as `math500`; `LABEL=FILE` or a `.parquet` or `.jsonl` file of the same columns;
-            `reasoning_gym:NAME`; `arithmetic`; or a hub id, if need be with `@REVISION`. A `:16` behind it says nothing here.
-        size (`int`, *optional*): the first so many problems.
-        system_prompt (`str`, *optional*): put before problems that have no system message.
-        seed (`int`, *optional*, defaults to `0`): of procedural tasks.
-        prompt_column, answer_column (`str`, *optional*): of a file or a hub id that is given, not of a name.
+        name (`str`): a name in `BENCHMARKS`, such as `math500`; `LABEL=FILE` or a `.parquet` or `.jsonl` file with the same
+            columns; `reasoning_gym:NAME`; `arithmetic`; or a hub id, optionally with `@REVISION`. A suffix `:16` is ignored.
+        size (`int`, *optional*): number of problems, from the first.
+        system_prompt (`str`, *optional*): added to problems without a system message.
+        seed (`int`, *optional*, defaults to `0`): seed of procedural tasks.
+        prompt_column, answer_column (`str`, *optional*): columns of a file or hub id; ignored for named benchmarks.
 
     Raises:
-        UserError: if there is no such benchmark, or it cannot be loaded.
+        UserError: if the benchmark does not exist or cannot be loaded.
     """
-    label, known = _resolve_benchmark(split_k(name)[0], prompt_column, answer_column)
+    label, benchmark = _resolve_benchmark(split_k(name)[0], prompt_column, answer_column)
     problems = load_problems(
-        known.hub,
+        benchmark.hub,
         "test",
-        config=known.config,
-        prompt_column=known.prompt_column,
-        answer_column=known.answer_column,
+        config=benchmark.config,
+        prompt_column=benchmark.prompt_column,
+        answer_column=benchmark.answer_column,
         system_prompt=system_prompt,
         size=size,
-        revision=known.revision,
+        revision=benchmark.revision,
         seed=seed,
     )
-    if known.answer_delimiter:
-        answers = [answer.rpartition(known.answer_delimiter)[2].strip() for answer in problems["answer"]]
+    if benchmark.answer_delimiter:
+        answers = [answer.rpartition(benchmark.answer_delimiter)[2].strip() for answer in problems["answer"]]
         problems = replace_columns(problems, {"answer": answers})
     return label, problems
 
 
 def _resolve_benchmark(name: str, prompt_column: str | None, answer_column: str | None) -> tuple[str, Benchmark]:
-    """A benchmark's label, and where its problems are."""
-    label, _, where = name.partition("=")
+    """Return a benchmark's label and its dataset."""
+    label, _, file = name.partition("=")
     known = BENCHMARKS.get(label)
-    source, _, revision = (where or label).partition("@")
-    made = is_procedural(source)
-    if not (known or made or "/" in source or source.endswith(tuple(FILE_FORMATS))):
+    source, _, revision = (file or label).partition("@")
+    procedural = is_procedural(source)
+    if not (known or procedural or "/" in source or source.endswith(tuple(FILE_FORMATS))):
         raise UserError(
             f"unknown benchmark {label!r}: choose {', '.join(BENCHMARKS)}, {ARITHMETIC}, {REASONING_GYM}NAME, a hub id, or a "
             "local file"
         )
-    if known and not where:
+    if known and not file:
         return label, known
-    columns = (None, None) if made else (prompt_column, answer_column)
-    own = Benchmark(source, revision or None, *columns, answer_delimiter=known.answer_delimiter if known else None)
-    return (label if where else _shorten_source(source)), own
+    columns = (None, None) if procedural else (prompt_column, answer_column)
+    benchmark = Benchmark(
+        source, revision or None, *columns, answer_delimiter=known.answer_delimiter if known else None
+    )
+    return (label if file else _shorten_source(source)), benchmark
 
 
 def split_names(names: str | Sequence[str]) -> list[str]:
-    """Benchmarks' names, given as several words or with commas between them."""
+    """Split names of benchmarks at commas."""
     words = [names] if isinstance(names, str) else names
     return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 def is_benchmark(name: str) -> bool:
-    """Whether a dataset's name is a benchmark's: one of `BENCHMARKS`, or `LABEL=FILE` and no file itself."""
-    with wrap_library_errors(
-        f"dataset {name!r:.200} cannot be looked for", OSError, ValueError
-    ):  # too long a name, or none
+    """Return whether a name is in `BENCHMARKS`, or is `LABEL=FILE` and not itself a file."""
+    # a name may be too long, or hold a null byte
+    with wrap_library_errors(f"dataset {name!r:.200} cannot be looked for", OSError, ValueError):
         return name in BENCHMARKS or ("=" in name and "/" not in name.partition("=")[0] and not Path(name).exists())
 
 
 def split_k(name: str) -> tuple[str, int | None]:
-    """A benchmark's name and the number of answers behind it, if there is one: `aime24:32` is `aime24` and 32.
+    """Split a benchmark's name from its number of answers: `aime24:32` is `aime24` and 32.
 
-    The number stands behind the last colon, alone: in `reasoning_gym:chain_sum`, `harness:TASK` and `C:/problems.parquet` there
-    is none.
+    The number is the digits after the last colon; `reasoning_gym:chain_sum`, `harness:TASK` and `C:/problems.parquet` have
+    none.
 
     Raises:
-        UserError: if it is none that can be given, or the benchmark is one of lm-eval-harness, which answers once.
+        UserError: if the number is invalid, or the benchmark is one of lm-eval-harness, which answers once.
     """
-    found = re.fullmatch(r"(.+):([0-9]{1,12})", name, re.DOTALL)
-    if found is None or f"{found[1]}:" in (REASONING_GYM, HARNESS_PREFIX):
+    match = re.fullmatch(r"(.+):([0-9]{1,12})", name, re.DOTALL)
+    if match is None or f"{match[1]}:" in (REASONING_GYM, HARNESS_PREFIX):
         return name, None
-    check_number(f"the number of answers in benchmark {name!r}", int(found[2]), POSITIVE_INTEGER)
-    if is_harness_task(found[1]):
-        raise UserError(f"benchmark {name!r} is lm-eval-harness', which answers once: leave out :{found[2]}")
-    return found[1], int(found[2])
+    check_number(f"the number of answers in benchmark {name!r}", int(match[2]), POSITIVE_INTEGER)
+    if is_harness_task(match[1]):
+        raise UserError(f"benchmark {name!r} is lm-eval-harness', which answers once: leave out :{match[2]}")
+    return match[1], int(match[2])
 
 
 def get_k_by_label(
-    names: str | Sequence[str], k: int | None, usual: Mapping[str, int] | None = None, otherwise: int = 16
+    names: str | Sequence[str], k: int | None, preset: Mapping[str, int] | None = None, default: int = 16
 ) -> dict[str, int]:
-    """How many answers each problem of a benchmark is given, by label: the number behind its name, else `k`, else what is usual
-    for its label, else `otherwise`. Benchmarks of lm-eval-harness have none."""
-    found = {}
+    """Return the number of answers per problem by label: the name's suffix, else `k`, else the preset's, else the default.
+
+    Benchmarks of lm-eval-harness are left out.
+    """
+    ks = {}
     for name in split_names(names):
         if not is_harness_task(name):
-            bare, own = split_k(name)
-            label = _resolve_benchmark(bare, None, None)[0]
-            found[label] = own or k or (usual or {}).get(label, otherwise)
-    return found
+            base_name, suffix_k = split_k(name)
+            label = _resolve_benchmark(base_name, None, None)[0]
+            ks[label] = suffix_k or k or (preset or {}).get(label, default)
+    return ks
 
 
 def load_benchmarks(
@@ -161,19 +166,19 @@ def load_benchmarks(
     seed: int = 0,
     **columns: str | None,
 ) -> dict[str, Dataset]:
-    """Problems by label. Gold answers that cannot be graded against are refused before anything is sampled.
+    """Return problems by label, with gold answers checked before any sampling.
 
     Args:
-        names, size, system_prompt, seed, columns: of `load_benchmark`; a name may be several, with commas between them.
+        names, size, system_prompt, seed, columns: as for `load_benchmark`; a name may hold several, separated by commas.
 
     Raises:
-        UserError: if a benchmark cannot be loaded, or two have one label.
+        UserError: if a benchmark cannot be loaded, or two have the same label.
     """
     names = split_names(names)
     loaded = [load_benchmark(name, size=size, system_prompt=system_prompt, seed=seed, **columns) for name in names]
     benchmarks = dict(loaded)
     if len(benchmarks) < len(names):
-        raise UserError(f"benchmarks {', '.join(names)} have one label twice: write LABEL=FILE for one of them")
+        raise UserError(f"benchmarks {', '.join(names)} have the same label twice: write LABEL=FILE for one of them")
     for label, problems in benchmarks.items():
         get_label_folder("the run", label)
         check_gold_answers(problems["answer"], label)
@@ -181,7 +186,7 @@ def load_benchmarks(
 
 
 def _shorten_source(source: str) -> str:
-    """A label of a file or hub id."""
+    """Return a label for a file or hub id."""
     return (
         source.removeprefix(REASONING_GYM)
         .rstrip("/")

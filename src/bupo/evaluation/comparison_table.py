@@ -1,4 +1,4 @@
-"""`bupo eval --table`: finished evaluations of several runs, read back for one table of methods and benchmarks."""
+"""`bupo eval --table`: one table of methods and benchmarks from several finished evaluations."""
 
 import os
 from collections.abc import Sequence
@@ -14,40 +14,40 @@ from bupo.utils.errors import UserError, summarize_error
 
 @dataclass
 class TableOptions:
-    """The option of `bupo eval` that evaluates nothing.
+    """Option of `bupo eval` that prints a table instead of evaluating.
 
     Parameters:
-        table (`list[str]`, *optional*): folders of finished evaluations, or `METHOD=FOLDER`. Those of one method are its seeds.
+        table (`list[str]`, *optional*): folders of finished evaluations, or `METHOD=FOLDER`; folders of one method are seeds.
     """
 
     table: list[str] | None = field(
         default=None,
         metadata={
             "help": "Folders of finished evaluations, or METHOD=FOLDER: print one table of them, and with --output write it. "
-            "Those of one method, or that differ by a -seedN at their end, are its seeds."
+            "Folders of one method, or that differ by a suffix -seedN, are its seeds."
         },
     )
 
 
 def read_scoreboard(folders: Sequence[str]) -> pd.DataFrame:
-    """The scoreboard of finished evaluations.
+    """Return the scoreboard of finished evaluations.
 
     Args:
-        folders (`list[str]`): their folders, or `METHOD=FOLDER`; without a method it is the folder's name less its seed.
+        folders (`list[str]`): folders, or `METHOD=FOLDER`; the default method is the folder's name without its seed.
 
     Raises:
-        UserError: if one holds none, or they cannot stand in one table.
+        UserError: if a folder holds no evaluation, or the evaluations do not fit into one table.
     """
-    found = []
+    summaries = []
     for word in folders:
         method, equals, folder = word.partition("=")
         if not equals or os.path.isdir(word):
             method, folder = strip_seed_suffix(Path(word).name), word
         summary = read_summary(folder)
         check_scores(folder, summary, summary["benchmarks"])
-        found.append((method, summary))
+        summaries.append((method, summary))
     try:
-        return build_scoreboard(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of a summary that lacks numbers
-        what = str(error) if isinstance(error, ValueError) else f"a summary lacks numbers ({summarize_error(error)})"
-        raise UserError(f"table {', '.join(folders)}: {what}") from error
+        return build_scoreboard(summaries)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three if a summary lacks numbers
+        reason = str(error) if isinstance(error, ValueError) else f"a summary lacks numbers ({summarize_error(error)})"
+        raise UserError(f"table {', '.join(folders)}: {reason}") from error

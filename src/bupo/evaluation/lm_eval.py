@@ -1,7 +1,6 @@
-"""The general benchmarks of table 9 by lm-eval-harness, on the same model, policy and chat template as the sampled ones.
+"""General benchmarks of table 9 with lm-eval-harness, on the same model, policy and chat template as the sampled ones.
 
-The harness asks once a question, with its own prompts and shots, and takes the most likely tokens; what it measures stands
-beside each number.
+The harness decodes greedily, once per question, with its prompts and shots. Each number is reported with its metric.
 """
 
 import functools
@@ -27,38 +26,35 @@ from bupo.utils.errors import UserError, wrap_library_errors
 from bupo.utils.files import refuse_links
 
 RESULTS_FILE, RESPONSES_FILE = "harness.jsonl", "responses"
-# what its responses depend on, of what sampled answers do
+# settings of sampled answers that the harness's responses depend on, too
 RESPONSE_SETTINGS = ("weights", "dtype", "layer", "lens", "template", "max_new_tokens")
 SECRET_VARIABLE = re.compile(r"(?i)token|key|secret|password|credential")  # in an environment variable's name
 Z95 = 1.959964
 
 
 def check_task(name: str, chat: bool, run_code: bool) -> None:
-    """Load a task and its data, so that what cannot run is refused before anything is sampled.
+    """Load a task and its data, so that a task that cannot run is refused before any sampling.
 
     Args:
-        name (`str`): of `HARNESS`, `harness:TASK` for any task of the harness, or `harness:FILE.yaml` for one's own.
+        name (`str`): a name in `HARNESS_TASKS`, `harness:TASK` for any task of the harness, or `harness:FILE.yaml`.
         chat (`bool`): whether the model has a chat template.
-        run_code (`bool`): whether a task may run what the model writes.
+        run_code (`bool`): whether a task may run code that the model writes.
 
     Raises:
-        UserError: if lm-eval-harness is not installed, it has no such task or cannot load its data, or it would run code
-            without leave.
+        UserError: if lm-eval-harness is not installed, the task does not exist or cannot be loaded, or it needs `run_code`.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"{name} needs lm-eval-harness: pip install 'bupo[harness]'")
     if name == "humaneval" and not run_code:
         raise _make_unsafe_code_error(name)
     if run_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for leave once more
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric needs this permission, too
     task = get_task(name)
-    wanted = task.get_name(chat and task.uses_chat_template)
-    with wrap_library_errors(
-        f"lm-eval-harness cannot load {wanted!r}"
-    ):  # of a hundred tasks, their data and their code
-        loaded = _get_task_manager(task).load([wanted])
-    if wanted not in loaded["tasks"] and wanted not in loaded["groups"]:
-        raise UserError(f"{name} stands for several tasks, {', '.join(loaded['tasks'])}: name one of them, or a group")
+    task_name = task.get_name(chat and task.uses_chat_template)
+    with wrap_library_errors(f"lm-eval-harness cannot load {task_name!r}"):
+        loaded = _get_task_manager(task).load([task_name])
+    if task_name not in loaded["tasks"] and task_name not in loaded["groups"]:
+        raise UserError(f"{name} names several tasks, {', '.join(loaded['tasks'])}: name one of them, or a group")
     if not run_code and any(part.get_config("unsafe_code") for part in loaded["tasks"].values()):
         raise _make_unsafe_code_error(name)
 
@@ -68,15 +64,15 @@ def _make_unsafe_code_error(name: str) -> UserError:
 
 
 def _get_task_manager(task: HarnessTask) -> Any:
-    """The harness' list of tasks, with those beside one's own file."""
+    """Return the harness's list of tasks, including those next to a task's YAML file."""
     folder = task.yaml_path.parent if task.yaml_path else None
     files = sorted(folder.glob("*.yaml")) if folder else []
     return _load_task_manager(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
 
 
-@functools.cache  # to list its 12,000 takes ten seconds
+@functools.cache  # listing 12,000 tasks takes ten seconds
 def _load_task_manager(folder: Path | None, files: tuple[tuple[Path, int], ...]) -> Any:
-    """The list as of these files and the times that they were written."""
+    """Return the list of tasks; files and their modification times are the key of the cache."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)
@@ -84,12 +80,13 @@ def _load_task_manager(folder: Path | None, files: tuple[tuple[Path, int], ...])
 
 @dataclass(frozen=True)
 class HarnessRun:
-    """A benchmark of the harness in a folder.
+    """A harness benchmark with its cache.
 
     Attributes:
-        task ([`HarnessTask`]), wanted (`str`): the task, and its name for the model.
-        chat (`bool`): whether questions go through the chat template.
-        store ([`~bupo.run_files.result_cache.ResultCache`]): its numbers, by the task's name, beside the responses of a broken-off run.
+        task ([`HarnessTask`]), task_name (`str`): the task, and its name for this model.
+        uses_chat_template (`bool`): whether questions are formatted with the chat template.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): results by the task's name; responses of an interrupted run
+            are in the same folder.
     """
 
     task: HarnessTask
@@ -99,45 +96,45 @@ class HarnessRun:
 
 
 def prepare_harness_run(
-    name: str, folder: Path, settings: Mapping[str, Any], options: EvalOptions, chat: bool, noted: Mapping[str, Any]
+    name: str, folder: Path, settings: Mapping[str, Any], options: EvalOptions, chat: bool, metadata: Mapping[str, Any]
 ) -> HarnessRun:
-    """A benchmark that `run_task` will run. Responses that its folder holds of other settings are refused here.
+    """Prepare a benchmark for `run_task`, and refuse cached responses of other settings.
 
     Args:
         name (`str`): as for `check_task`.
-        folder (`Path`): of the evaluation.
-        settings (`dict`): of the evaluation, of which the responses depend on some.
+        folder (`Path`): folder of the evaluation.
+        settings (`dict`): settings of the evaluation's answers.
         options ([`EvalOptions`]): size, system prompt, and whether to overwrite.
         chat (`bool`): whether the model has a chat template.
-        noted (`dict`): of [`~bupo.run_files.result_cache.ResultCache`].
+        metadata (`dict`): further facts recorded with the settings.
 
     Raises:
         UserError: if the folder holds responses of other settings.
     """
     task = get_task(name)
     chat = chat and task.uses_chat_template
-    wanted = task.get_name(chat)
-    depends = {key: settings[key] for key in RESPONSE_SETTINGS if key in settings} | {
+    task_name = task.get_name(chat)
+    cache_settings = {key: settings[key] for key in RESPONSE_SETTINGS if key in settings} | {
         "size": options.size,
-        "task": wanted,
+        "task": task_name,
     }
-    depends["system_prompt"] = options.system_prompt
+    cache_settings["system_prompt"] = options.system_prompt
     if task.yaml_path:
-        depends["task_sha256"] = hashlib.sha256(task.yaml_path.read_bytes()).hexdigest()
+        cache_settings["task_sha256"] = hashlib.sha256(task.yaml_path.read_bytes()).hexdigest()
     store: ResultCache[str, dict[str, Any]] = ResultCache(
         get_label_folder(folder, "harness") / get_label_folder(folder / "harness", get_task_label(name)).name,
         RESULTS_FILE,
         "responses",
         _parse_result,
         lambda key, row: json.dumps(row),
-        depends,
-        metadata=noted,
-        extra_patterns=[f"{RESPONSES_FILE}*", "harness.json"],  # the latter of an earlier version
+        cache_settings,
+        metadata=metadata,
+        extra_patterns=[f"{RESPONSES_FILE}*"],
         overwrite=options.overwrite,
     )
     for path in store.folder.glob(f"{RESPONSES_FILE}*"):  # SQLite would follow a link
         refuse_links(path, folder)
-    return HarnessRun(task, wanted, chat, store)
+    return HarnessRun(task, task_name, chat, store)
 
 
 def _parse_result(line: str) -> tuple[str, dict[str, Any]]:
@@ -148,13 +145,13 @@ def _parse_result(line: str) -> tuple[str, dict[str, Any]]:
 def run_task(
     run: HarnessRun, engine: TransformersEngine, options: EvalOptions, template: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A benchmark's numbers. Those that the folder holds are given back, a broken-off run goes on.
+    """Return a benchmark's results from the cache, or run it and resume an interrupted run.
 
     Args:
-        run ([`HarnessRun`]): of `harness_run`.
-        engine ([`~bupo.generation.seeded_sampling.TransformersEngine`]): its model, tokenizer, policy and longest answer.
-        options ([`EvalOptions`]): size, system prompt, and whether a task may run what the model writes.
-        template (`dict`, *optional*): arguments of the chat template besides the usual ones.
+        run ([`HarnessRun`]): from `prepare_harness_run`.
+        engine ([`~bupo.generation.seeded_sampling.TransformersEngine`]): model, tokenizer, policy and longest answer.
+        options ([`EvalOptions`]): size, system prompt, and whether a task may run code that the model writes.
+        template (`dict`, *optional*): additional arguments of the chat template.
 
     Raises:
         UserError: if the harness cannot run it.
@@ -180,9 +177,9 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        max_gen_toks = engine.max_new_tokens  # of tasks that set no limit; the harness' own is 256
+        max_gen_toks = engine.max_new_tokens  # for tasks without a limit; the harness's default is 256
 
-    # it warns of a model that it has not loaded itself
+    # hide the warning about a model that is already loaded
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.getMessage())
     with (
         engine.policy_generation(),
@@ -208,34 +205,32 @@ def _simple_evaluate(engine: TransformersEngine, run: HarnessRun, template: Mapp
 
 @contextmanager
 def _storing_responses_as_json(folder: Path) -> Iterator[None]:
-    """Inside, the harness keeps responses as JSON: unpickled, those of a folder that was copied could run anything."""
+    """Let the harness store responses as JSON, because unpickling a copied folder could run any code."""
     import sqlitedict
 
-    def read(kept: bytes | str) -> Any:
+    def decode(text: bytes | str) -> Any:
         try:
-            found = json.loads(kept)
+            response = json.loads(text)
         except ValueError as error:
-            raise UserError(
-                f"{folder} holds responses that an earlier version pickled: {OTHER_SETTINGS_REMEDY}"
-            ) from error
-        return tuple(found) if isinstance(found, list) else found  # a log-likelihood, and whether it is the greatest
+            raise UserError(f"{folder} holds responses that are not JSON: {OTHER_SETTINGS_REMEDY}") from error
+        return tuple(response) if isinstance(response, list) else response  # log-likelihood and whether it is greedy
 
-    pickling: Any = sqlitedict.SqliteDict
+    original: Any = sqlitedict.SqliteDict
 
-    class Readable(pickling):
+    class JsonDict(original):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, encode=json.dumps, decode=read, **kwargs)
+            super().__init__(*args, encode=json.dumps, decode=decode, **kwargs)
 
-    sqlitedict.SqliteDict = Readable
+    sqlitedict.SqliteDict = JsonDict
     try:
         yield
     finally:
-        sqlitedict.SqliteDict = pickling
+        sqlitedict.SqliteDict = original
 
 
 @contextmanager
 def _hiding_secret_variables(run_code: bool) -> Iterator[None]:
-    """Inside, where a task runs what the model writes, the environment that it inherits holds no token, key or password."""
+    """Remove tokens, keys and passwords from the environment while a task runs code that the model writes."""
     hidden = {name: value for name, value in os.environ.items() if run_code and SECRET_VARIABLE.search(name)}
     for name in hidden:
         del os.environ[name]
@@ -246,23 +241,23 @@ def _hiding_secret_variables(run_code: bool) -> Iterator[None]:
 
 
 def _extract_scores(results: dict, task: str, metric: str | None) -> dict[str, Any]:
-    """The benchmark's number with its 95 % interval (normal, by the harness' standard error), and all others."""
-    found = results["results"][task]
-    metrics = [key for key, value in found.items() if "," in key and "_stderr" not in key and isinstance(value, float)]
+    """Return the benchmark's score with its 95 % interval (normal, from the harness's standard error), and all metrics."""
+    values = results["results"][task]
+    metrics = [key for key, value in values.items() if "," in key and "_stderr" not in key and isinstance(value, float)]
     if not metrics or (metric or metrics[0]) not in metrics:
-        raise UserError(f"lm-eval-harness gives no {metric or 'number'} for {task!r} as a whole: name one of its tasks")
+        raise UserError(f"lm-eval-harness gives no {metric or 'score'} for all of {task!r}: name one of its tasks")
     metric = metric or metrics[0]
-    name, _, how = metric.partition(",")
-    score, error = float(found[metric]), found.get(f"{name}_stderr,{how}")
+    name, _, filter_name = metric.partition(",")
+    score, error = float(values[metric]), values.get(f"{name}_stderr,{filter_name}")
     half = Z95 * error if isinstance(error, float) else None
     counts = results["n-samples"]
     return {
         "task": task,
-        "problems": found.get("sample_len") or sum(count["effective"] for count in counts.values()),
+        "problems": values.get("sample_len") or sum(count["effective"] for count in counts.values()),
         "metric": metric,
         "score": score,
         "interval": None if half is None else (score - half, score + half),
         "version": results["versions"].get(task),
         "shots": results["n-shot"],
-        "all": {key: value for key, value in found.items() if isinstance(value, int | float)},
+        "all": {key: value for key, value in values.items() if isinstance(value, int | float)},
     }

@@ -1,6 +1,6 @@
-"""What sampled and graded answers say: avg@k, pass@k, majority@k, with intervals over problems, and two runs compared.
+"""Metrics of graded answers: avg@k, pass@k and majority@k with intervals over problems, and paired differences of two runs.
 
-Arrays are `correct_PN`: whether answer n to problem p is correct; every problem has the same number of answers.
+Arrays `correct_PN` hold whether answer n to problem p is correct; every problem has the same number of answers.
 """
 
 import math
@@ -12,17 +12,17 @@ from scipy import stats
 
 from bupo.utils.statistics import CONFIDENCE_LEVEL, compute_student_interval
 
-_GOLD_CLASS = -1  # the class of the answers that equal the gold answer
+_GOLD_CLASS = -1  # class of the answers equal to the gold answer
 
 
 def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Mean over problems of the share of correct answers, with a 95 % interval over problems.
+    """Return the mean over problems of the share of correct answers, with a 95 % interval over problems.
 
-    The interval is Student's over the problems' shares; where these do not vary (all right or all wrong) or there is one
-    answer a problem, it is Wilson's score interval of as many trials as problems.
+    The interval is Student's over the problems' shares. If the shares do not vary or there is one answer per problem, it is
+    Wilson's score interval with one trial per problem.
 
     Raises:
-        ValueError: if there is no answer.
+        ValueError: if there are no answers.
     """
     correct_PN = np.asarray(correct_PN, dtype=float)
     if not correct_PN.size:
@@ -36,7 +36,7 @@ def avg_at_k(correct_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a share of n independent trials."""
+    """Return the 95 % score interval of a share of n independent trials."""
     z = float(stats.norm.ppf(0.5 + CONFIDENCE_LEVEL / 2))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n * n))
@@ -44,9 +44,9 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate that one of k answers is correct, from n answers of which some are (arXiv 2107.03374, eq. 1).
+    """Return the unbiased estimate of pass@k from n answers with `correct` correct ones (arXiv 2107.03374, eq. 1).
 
-    `1 - C(n - c, k) / C(n, k)` as a product of n - c + 1 .. n, which neither overflows nor cancels.
+    `1 - C(n - c, k) / C(n, k)` is computed as a product over n - c + 1 .. n, which neither overflows nor cancels.
 
     Raises:
         ValueError: if k exceeds n.
@@ -59,7 +59,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def pass_at_k_curve(correct_PN: np.ndarray) -> dict[int, float]:
-    """pass@K for K = 1, 2, 4 … and n, means over problems."""
+    """Return pass@K for K = 1, 2, 4 … and n, averaged over problems."""
     correct_PN = np.asarray(correct_PN, dtype=bool)
     n = correct_PN.shape[1]
     ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
@@ -67,16 +67,18 @@ def pass_at_k_curve(correct_PN: np.ndarray) -> dict[int, float]:
 
 
 def majority_at_k(classes: Sequence[Sequence[int | None]], correct_PN: np.ndarray) -> float:
-    """Return the share of problems whose most frequent answer is correct. Of several leaders, each counts its share.
+    """Return the share of problems whose most frequent answer is correct; ties count as fractions.
 
     Args:
-        classes (`list[list[int | None]]`): by problem and answer, the class of equal answers that it belongs to; None where
-            there is no answer. Such an answer has no vote, and a problem without a vote is wrong.
-        correct_PN (`np.ndarray`): by problem and answer. Correct answers are one class, whatever `classes` holds.
+        classes (`list[list[int | None]]`): class of equal answers, by problem and answer; None for no answer, which has no
+            vote. A problem without a vote is wrong.
+        correct_PN (`np.ndarray`): by problem and answer. Correct answers form one class, independent of `classes`.
     """
     shares = []
     for numbers, correct in zip(classes, np.asarray(correct_PN, dtype=bool), strict=True):
-        votes = Counter(_GOLD_CLASS if right else number for number, right in zip(numbers, correct, strict=True))
+        votes = Counter(
+            _GOLD_CLASS if is_correct else number for number, is_correct in zip(numbers, correct, strict=True)
+        )
         votes.pop(None, None)
         most = max(votes.values(), default=0)
         leaders = [number for number, count in votes.items() if count == most]
@@ -85,10 +87,10 @@ def majority_at_k(classes: Sequence[Sequence[int | None]], correct_PN: np.ndarra
 
 
 def paired_difference(first_PN: np.ndarray, second_PN: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """avg@k of the second run less that of the first, on the same problems, with a 95 % interval (Student's, by problem).
+    """Return avg@k of the second run minus the first, on the same problems, with Student's 95 % interval over problems.
 
     Raises:
-        ValueError: if the problems differ in number.
+        ValueError: if the numbers of problems differ.
     """
     first, second = (np.asarray(x, dtype=float).mean(1) for x in (first_PN, second_PN))
     if len(first) != len(second):

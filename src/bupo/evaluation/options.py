@@ -1,4 +1,4 @@
-"""The options of an evaluation."""
+"""Options of an evaluation."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from bupo.utils import distributed_launch
 from bupo.utils.errors import UserError
 
 DEFAULT_K = 16
-# of what is neither given nor a run's own
+# used where neither the caller nor the model's training run sets a value
 FALLBACK_OPTIONS = {
     "benchmarks": ["arithmetic"],
     "system_prompt": None,
@@ -79,14 +79,14 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
 
     @property
     def benchmark_names(self) -> list[str]:
-        """The benchmarks, one by one."""
+        """Names of the benchmarks, split at commas."""
         return split_names(self.benchmarks or [])
 
     def get_k_by_label(self, labels: Iterable[str] = ()) -> dict[str, int]:
-        """Answers a problem by benchmark's label; of those that the options do not name, by `labels`."""
-        usual = PAPER_K if self.preset else {}
-        given = {label: self.k or usual.get(label, DEFAULT_K) for label in labels}
-        return get_k_by_label(self.benchmark_names, self.k, usual, DEFAULT_K) | given
+        """Return the answers per problem by label, for the options' benchmarks and additional `labels`."""
+        preset = PAPER_K if self.preset else {}
+        additional = {label: self.k or preset.get(label, DEFAULT_K) for label in labels}
+        return get_k_by_label(self.benchmark_names, self.k, preset, DEFAULT_K) | additional
 
     def check(self) -> None:
         """Raises [`UserError`] for a value that is none, and for options that contradict each other."""
@@ -97,10 +97,10 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
         self._check_engine()
 
     def check_k(self, ks: Mapping[str, int]) -> None:
-        """Raises [`UserError`] where answers are all the same, once it is settled how they are sampled."""
+        """Raise [`UserError`] if several answers per problem would be identical. Needs resolved options."""
         for label, k in ks.items():
             if self.temperature == 0 and k > 1:
-                raise UserError(f"temperature 0 gives {k} answers that are the same: set k to 1 for {label}")
+                raise UserError(f"temperature 0 gives {k} identical answers: set k to 1 for {label}")
 
     def _check_engine(self) -> None:
         if distributed_launch.is_distributed():  # every process would sample everything into the same files
@@ -108,7 +108,7 @@ class EvalOptions(ModelOptions, ColumnOptions, PromptOptions, BatchedSamplingOpt
                 "bupo eval is one process: for several GPUs give device_map auto, or serve the model with vLLM"
             )
         if self.engine != "transformers" and self.layer is not None:
-            raise UserError(f"engine {self.engine} samples whole models: an internal policy needs transformers")
+            raise UserError(f"engine {self.engine} samples the full model only: an internal policy needs transformers")
         if self.engine != "transformers" and self.adapter:
             raise UserError(f"engine {self.engine} takes no adapter: merge it, or evaluate with transformers")
         if (self.engine == "server") != bool(self.server):

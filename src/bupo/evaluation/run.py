@@ -1,4 +1,4 @@
-"""`bupo.evaluate`: avg@k, pass@k and majority@k of a model, or of a policy inside it, on benchmarks."""
+"""`bupo.evaluate`: avg@k, pass@k and majority@k of a model, or of an internal policy, on benchmarks."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ from bupo.utils.lock import folder_lock
 from bupo.utils.progress import add_progress_task
 from bupo.utils.sanitize import escape_text
 
-SUMMARY_FILE, SCHEMA_VERSION = "summary.json", 4  # majority votes of equal answers since 4
+SUMMARY_FILE, SCHEMA_VERSION = "summary.json", 4
 CACHED_REMEDY = "give the benchmark, seed and system_prompt that they were sampled with"
 
 logger = logging.getLogger(__name__)
@@ -63,16 +63,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
-        benchmarks (`dict[str, dict]`): numbers by benchmark: `avg@k` and its interval, `pass@k`, `majority@k` …
-        harness (`dict[str, dict]`): numbers of lm-eval-harness' benchmarks.
-        tables (`dict[str, pd.DataFrame]`): graded answers by benchmark: question, gold, text, verdict, strict …
-        prompts (`dict[str, str]`): by benchmark, the first prompt as the model reads it.
         meta (`dict`): model, weights, template, sampling, versions.
-        folder (`Path`): of the run.
-        compared_with (`str`, *optional*): the folder of the other evaluation.
+        folder (`Path`): folder of the evaluation.
+        compared_with (`str`, *optional*): folder of the evaluation that is compared.
+        benchmarks (`dict[str, dict]`): scores by benchmark: `avg@k` and its interval, `pass@k`, `majority@k` …
+        harness (`dict[str, dict]`): scores of lm-eval-harness's benchmarks.
+        tables (`dict[str, pd.DataFrame]`): graded answers by benchmark: question, gold, text, verdict, strict …
+        prompts (`dict[str, str]`): first formatted prompt by benchmark.
     """
 
     meta: dict[str, Any]
@@ -84,17 +84,17 @@ class Evaluation:
     prompts: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
-        found = {
+        """Return the content of `summary.json`."""
+        summary = {
             "schema_version": SCHEMA_VERSION,
             "meta": self.meta,
             "benchmarks": self.benchmarks,
             "harness": self.harness,
         }
-        return found | ({"compared_with": self.compared_with} if self.compared_with else {})
+        return summary | ({"compared_with": self.compared_with} if self.compared_with else {})
 
     def write(self) -> None:
-        """What is known so far, into the folder."""
+        """Write the results so far to the folder."""
         summary = self.to_dict()
         write_json(self.folder / SUMMARY_FILE, summary)
         write_scores(summary, self.folder)
@@ -108,78 +108,85 @@ def evaluate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     benchmarks: Mapping[str, Dataset] | None = None,
-    noted: dict[str, Any] | None = None,
-    bar: Progress | None = None,
+    recorded_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Sample, grade and sum up, benchmark by benchmark, and write the run's folder.
+    """Sample, grade and summarise answers, benchmark by benchmark, and write the folder.
 
     Args:
-        model (`str` or `PreTrainedModel`): a name as of [`load_model`], or a loaded model with its tokenizer.
-        options ([`EvalOptions`], *optional*): everything else. Its `model` gives way to the argument.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a loaded model.
+        model (`str` or `PreTrainedModel`): a name as for [`load_model`], or a loaded model with its tokenizer.
+        options ([`EvalOptions`], *optional*): all other options; the argument `model` replaces compared.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a loaded model.
         benchmarks (`dict[str, Dataset]`, *optional*): problems by label, with `prompt` (messages) and `answer`, instead of
-            those that the options name.
-        noted (`dict`, *optional*): what `config.yaml` holds; by default the options that differ from the defaults.
-        bar (`rich.progress.Progress`, *optional*): shows how far it is.
+            the options' benchmarks.
+        recorded_options (`dict`, *optional*): content of `config.yaml`; by default the options that differ from the defaults.
+        progress (`rich.progress.Progress`, *optional*): progress bars.
 
     Raises:
-        UserError: for bad options, a model or problems that cannot be read, or a folder with work of other settings.
+        UserError: for invalid options, a model or problems that cannot be read, or a folder with results of other settings.
     """
     options = replace(options or EvalOptions(), model=model if isinstance(model, str) else "")
     options.check()
     check_output_folder("output", options.output)
     check_chat_template(options.chat_template)
-    noted = get_changed_options(options) if noted is None else noted
-    options, asking = _resolve_options(options, model, tokenizer)
-    if bar and asking.summary_line:
-        bar.console.print(escape_text(asking.summary_line), highlight=False, markup=False)
+    if recorded_options is None:
+        recorded_options = get_changed_options(options)
+    options, prompt_settings = _resolve_options(options, model, tokenizer)
+    if progress and prompt_settings.summary_line:
+        progress.console.print(escape_text(prompt_settings.summary_line), highlight=False, markup=False)
     with folder_lock(options.output):
-        return _evaluate(model, options, asking, tokenizer, benchmarks, noted, bar)
+        return _evaluate(model, options, prompt_settings, tokenizer, benchmarks, recorded_options, progress)
 
 
 def _resolve_options(options: EvalOptions, model: str | nn.Module, tokenizer) -> tuple[EvalOptions, PromptSettings]:
-    """Options with all that is not given, and how the model is asked."""
-    own = read_training_prompt_settings(options.model, options.adapter)
-    if options.engine == "cached":  # as the answers were asked for, if no model tells
-        kept = {"system_prompt": read_cached_system_prompt(Path(options.output))}
-        return resolve_defaults(options, own, {**FALLBACK_OPTIONS, **kept}, PAPER_OPTIONS if options.preset else {})
-    return resolve_preset(options, own, [model or EMBEDDED_MODEL], tokenizer, FALLBACK_OPTIONS, PAPER_OPTIONS)
+    """Fill in the options that are not set, and return the prompt settings."""
+    trained = read_training_prompt_settings(options.model, options.adapter)
+    if options.engine == "cached":  # the system message of the cached answers, if no model is given
+        defaults = {**FALLBACK_OPTIONS, "system_prompt": read_cached_system_prompt(Path(options.output))}
+        return resolve_defaults(options, trained, defaults, PAPER_OPTIONS if options.preset else {})
+    return resolve_preset(options, trained, [model or EMBEDDED_MODEL], tokenizer, FALLBACK_OPTIONS, PAPER_OPTIONS)
 
 
 def _evaluate(
-    model, options: EvalOptions, asking: PromptSettings, tokenizer, benchmarks, noted: dict, bar
+    model,
+    options: EvalOptions,
+    prompt_settings: PromptSettings,
+    tokenizer,
+    benchmarks,
+    recorded_options: dict,
+    progress,
 ) -> Evaluation:
-    """As of `evaluate`, in a folder of its own."""
+    """Evaluate with resolved options while the folder is locked."""
     ks = options.get_k_by_label(benchmarks or ())
     options.check_k(ks)
     problems, tasks = _load_benchmark_problems(options, benchmarks)
-    theirs = _read_compared_summary(options.compare, problems)
+    compared = _read_compared_summary(options.compare, problems)
     source = (
         None
         if options.engine == "cached"
-        else EvaluatedModel(EMBEDDED_MODEL if model == "" else model, options, asking, tokenizer)
+        else EvaluatedModel(EMBEDDED_MODEL if model == "" else model, options, prompt_settings, tokenizer)
     )
-    works = [_prepare_benchmark(label, rows, ks[label], source, options) for label, rows in problems.items()]
-    runs = {label: _prepare_harness(name, source, options) for label, name in tasks.items()}
+    benchmark_runs = [_prepare_benchmark(label, rows, ks[label], source, options) for label, rows in problems.items()]
+    harness_runs = {label: _prepare_harness(name, source, options) for label, name in tasks.items()}
     meta = source.meta if source else read_cached_metadata(Path(options.output), list(problems))
-    objects = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
-    record_run(options.output, "eval", noted, objects)
-    found = Evaluation(meta, Path(options.output), options.compare)
-    for work in works:
-        _evaluate_benchmark(work, found, source, theirs, options, bar)
-    _run_harness(runs, found, source, options)
-    return found
+    python_arguments = ["model"] * isinstance(model, nn.Module) + ["benchmarks"] * (benchmarks is not None)
+    record_run(options.output, "eval", recorded_options, python_arguments)
+    evaluation = Evaluation(meta, Path(options.output), options.compare)
+    for run in benchmark_runs:
+        _evaluate_benchmark(run, evaluation, source, compared, options, progress)
+    _run_harness(harness_runs, evaluation, source, options)
+    return evaluation
 
 
 @dataclass(frozen=True)
 class _BenchmarkRun:
-    """A benchmark that will be answered.
+    """A benchmark that is ready to be sampled or graded.
 
     Attributes:
-        label (`str`), problems (`Dataset`), k (`int`): the benchmark, and answers a problem.
-        prompts (`list[tuple[int, ...]]`): token ids; none where answers are only graded.
-        prompt (`str`): the first, as the model reads it.
-        store ([`~bupo.run_files.result_cache.ResultCache`]): of the answers.
+        label (`str`), problems (`Dataset`), k (`int`): the benchmark, and answers per problem.
+        prompts (`list[tuple[int, ...]]`): token ids; empty if cached answers are graded.
+        prompt (`str`): the first formatted prompt.
+        store ([`~bupo.run_files.result_cache.ResultCache`]): cache of the answers.
     """
 
     label: str
@@ -191,16 +198,16 @@ class _BenchmarkRun:
 
 
 def _load_benchmark_problems(
-    options: EvalOptions, given: Mapping[str, Dataset] | None
+    options: EvalOptions, benchmarks: Mapping[str, Dataset] | None
 ) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """Problems by label, and the harness' benchmarks by label. What cannot be loaded or graded is refused here."""
-    if given is not None:
-        if not given:
+    """Load and check the problems; return them by label, and the names of the harness's benchmarks by label."""
+    if benchmarks is not None:
+        if not benchmarks:
             raise UserError("benchmarks is empty: give problems by label, or leave it out")
-        for label, problems in given.items():
+        for label, problems in benchmarks.items():
             check_problems(problems, label, ("prompt", "answer"))
             check_gold_answers(problems["answer"], label)
-        return dict(given), {}
+        return dict(benchmarks), {}
     tasks = {get_task_label(name): name for name in options.benchmark_names if is_harness_task(name)}
     problems = load_benchmarks(
         [name for name in options.benchmark_names if not is_harness_task(name)],
@@ -215,8 +222,8 @@ def _load_benchmark_problems(
         or len(tasks) + len(problems) < len(options.benchmark_names)
         or tasks.keys() & problems.keys()
     ):
-        named = ",".join(options.benchmark_names)
-        raise UserError(f"benchmarks {named!r} names none, or two of one label: write LABEL=FILE for one")
+        names = ",".join(options.benchmark_names)
+        raise UserError(f"benchmarks {names!r} is empty, or two have the same label: write LABEL=FILE for one")
     for label in (*problems, *tasks):
         get_label_folder(options.output, label)
     return problems, tasks
@@ -225,16 +232,16 @@ def _load_benchmark_problems(
 def _prepare_benchmark(
     label: str, problems: Dataset, k: int, source: EvaluatedModel | None, options: EvalOptions
 ) -> _BenchmarkRun:
-    """A benchmark and its store, which refuses answers of other settings."""
-    here = get_label_folder(options.output, label)
+    """Prepare a benchmark and its cache, which refuses answers of other settings."""
+    folder = get_label_folder(options.output, label)
     if source is None:
-        settings = read_cached_settings(here)
-        known = min(len(problems), len(settings["problems"]))  # of those beyond it there is no answer
-        store = open_sample_cache(here, settings, problems.select(range(known)), remedy=CACHED_REMEDY)
-        work = _BenchmarkRun(label, problems, k, [], settings["prompt"], store)
-        work.store.begin()
-        _get_cached_completions(work)
-        return work
+        settings = read_cached_settings(folder)
+        num_cached = min(len(problems), len(settings["problems"]))
+        store = open_sample_cache(folder, settings, problems.select(range(num_cached)), remedy=CACHED_REMEDY)
+        run = _BenchmarkRun(label, problems, k, [], settings["prompt"], store)
+        run.store.begin()
+        _get_cached_completions(run)
+        return run
     check_prompt_characters(problems["prompt"], source.limits, label)
     prompts = tokenize_prompts(problems, source.tokenizer, **source.template_kwargs)
     prompt = source.tokenizer.decode(prompts[0])
@@ -248,12 +255,14 @@ def _prepare_benchmark(
             source.max_length,
         )
     settings = source.cache_settings | {"prompt": prompt}
-    store = open_sample_cache(here, settings, problems, prompts, metadata=source.metadata, overwrite=options.overwrite)
+    store = open_sample_cache(
+        folder, settings, problems, prompts, metadata=source.metadata, overwrite=options.overwrite
+    )
     return _BenchmarkRun(label, problems, k, prompts, prompt, store)
 
 
 def _prepare_harness(name: str, source: EvaluatedModel | None, options: EvalOptions) -> HarnessRun:
-    """A benchmark of the harness and its store, once its data is there."""
+    """Load a harness benchmark's data and prepare its cache."""
     assert source is not None  # the options refuse other engines
     chat = source.tokenizer.chat_template is not None
     check_task(name, chat, options.run_code)
@@ -261,69 +270,71 @@ def _prepare_harness(name: str, source: EvaluatedModel | None, options: EvalOpti
 
 
 def _evaluate_benchmark(
-    work: _BenchmarkRun,
-    found: Evaluation,
+    run: _BenchmarkRun,
+    evaluation: Evaluation,
     source: EvaluatedModel | None,
-    theirs: dict[str, dict],
+    compared: dict[str, dict],
     options: EvalOptions,
-    bar: Progress | None,
+    progress: Progress | None,
 ) -> None:
-    """One benchmark, into what was found and into the folder."""
-    table = _sample_and_grade(work, source, options, bar)
-    numbers = summarize(table)
-    if work.label in theirs:
-        numbers |= _compare(work.label, table, theirs, options)
-    found.tables[work.label], found.prompts[work.label], found.benchmarks[work.label] = table, work.prompt, numbers
-    found.write()
+    """Evaluate one benchmark; add its results to the evaluation and write the folder."""
+    table = _sample_and_grade(run, source, options, progress)
+    scores = summarize(table)
+    if run.label in compared:
+        scores |= _compare(run.label, table, compared, options)
+    evaluation.tables[run.label] = table
+    evaluation.prompts[run.label] = run.prompt
+    evaluation.benchmarks[run.label] = scores
+    evaluation.write()
 
 
 def _run_harness(
-    runs: dict[str, HarnessRun], found: Evaluation, source: EvaluatedModel | None, options: EvalOptions
+    runs: dict[str, HarnessRun], evaluation: Evaluation, source: EvaluatedModel | None, options: EvalOptions
 ) -> None:
-    """The harness' benchmarks, into what was found and into the folder."""
-    for label, run in runs.items():
+    """Run the harness's benchmarks; add their results to the evaluation and write the folder."""
+    for label, harness_run in runs.items():
         assert source is not None and isinstance(source.engine, TransformersEngine)  # the options refuse others
-        found.harness[label] = run_task(run, source.engine, options, source.template_kwargs)
-        found.write()
+        evaluation.harness[label] = run_task(harness_run, source.engine, options, source.template_kwargs)
+        evaluation.write()
 
 
 def _sample_and_grade(
-    work: _BenchmarkRun, source: EvaluatedModel | None, options: EvalOptions, bar: Progress | None
+    run: _BenchmarkRun, source: EvaluatedModel | None, options: EvalOptions, progress: Progress | None
 ) -> pd.DataFrame:
-    """The benchmark's graded table, written into its folder."""
-    total = len(work.problems) * work.k
+    """Return the benchmark's graded table, and write it to its folder."""
+    total = len(run.problems) * run.k
     if source is None:
-        answers = _get_cached_completions(work)
+        answers = _get_cached_completions(run)
     else:
-        work.store.begin()
-        done = add_progress_task(bar, f"{work.label}: answers", total)
-        answers = sample_completions(source.engine, work.prompts, work.k, options.seed, work.store, done)
+        run.store.begin()
+        done = add_progress_task(progress, f"{run.label}: answers", total)
+        answers = sample_completions(source.engine, run.prompts, run.k, options.seed, run.store, done)
     table = grade_completions(
-        work.problems, answers, options.deadline, add_progress_task(bar, f"{work.label}: grades", total)
+        run.problems, answers, options.deadline, add_progress_task(progress, f"{run.label}: grades", total)
     )
-    with atomic_write(work.store.folder / GRADED_FILE) as part:
+    with atomic_write(run.store.folder / GRADED_FILE) as part:
         table.to_parquet(part)
     return table
 
 
-def _get_cached_completions(work: _BenchmarkRun) -> list[list[SampledCompletion]]:
-    """The answers that a folder holds."""
-    rows, problems, k = work.store.rows, range(len(work.problems)), work.k
+def _get_cached_completions(run: _BenchmarkRun) -> list[list[SampledCompletion]]:
+    """Return the cached answers; raise [`UserError`] if some are missing."""
+    rows, problems, k = run.store.rows, range(len(run.problems)), run.k
     for problem in problems:
-        held = sum((problem, n) in rows for n in range(k))
-        if held < k:
+        num_cached = sum((problem, n) in rows for n in range(k))
+        if num_cached < k:
             raise UserError(
-                f"{work.store.folder} holds {held} answers to problem {problem}, and k is {k}: lower k or size, or sample "
+                f"{run.store.folder} holds {num_cached} answers to problem {problem}, and k is {k}: lower k or size, or sample "
                 "the rest with another engine"
             )
     return [[rows[p, n] for n in range(k)] for p in problems]
 
 
 def read_summary(folder: str) -> dict[str, Any]:
-    """What a finished evaluation's `summary.json` holds.
+    """Read the `summary.json` of a finished evaluation.
 
     Raises:
-        UserError: if there is none, it cannot be read, or an earlier version graded it.
+        UserError: if it is missing, damaged, or of another format.
     """
     path = Path(folder) / SUMMARY_FILE
     if not os.path.lexists(path):
@@ -337,48 +348,48 @@ def read_summary(folder: str) -> dict[str, Any]:
 
 
 def check_scores(folder: str, summary: dict[str, Any], labels: Iterable[str]) -> None:
-    """Look at the numbers of some benchmarks of an evaluation.
+    """Check the scores of some benchmarks of an evaluation.
 
     Raises:
-        Damaged: if one is missing or of another type.
+        DamagedFileError: if a score is missing or of another type.
     """
     for label in labels:
-        numbers = summary["benchmarks"][label]
+        scores = summary["benchmarks"][label]
         try:
-            check_keys(numbers, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
-            check_keys(numbers["pass@k"], dict.fromkeys(numbers["pass@k"], float))
+            check_keys(scores, {"problems": int, "k": int, "avg@k": float, "pass@k": dict})
+            check_keys(scores["pass@k"], dict.fromkeys(scores["pass@k"], float))
         except ValueError as error:
             path = Path(folder) / SUMMARY_FILE
             raise DamagedFileError(path, f"{label}: {error}", f"delete it and evaluate {folder} again") from error
 
 
 def _read_compared_summary(folder: str | None, benchmarks: Mapping[str, Dataset]) -> dict[str, dict]:
-    """The numbers of the run that is compared with, by label.
+    """Return the scores of the evaluation that is compared, by label.
 
     Raises:
-        UserError: if there is none, or it has no benchmark in common with this one.
+        UserError: if it does not exist, or has no benchmark in common with this one.
     """
     if folder is None:
         return {}
     summary = read_summary(folder)
-    theirs = summary["benchmarks"]
-    if not theirs.keys() & benchmarks.keys():
-        raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(theirs)}")
-    check_scores(folder, summary, theirs.keys() & benchmarks.keys())
-    for label in theirs.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
+    compared = summary["benchmarks"]
+    if not compared.keys() & benchmarks.keys():
+        raise UserError(f"{folder} holds none of {', '.join(benchmarks)}: its benchmarks are {', '.join(compared)}")
+    check_scores(folder, summary, compared.keys() & benchmarks.keys())
+    for label in compared.keys() & benchmarks.keys():  # a damaged table is refused before anything is sampled
         read_graded_table(Path(folder) / label, Path(folder))
-    return theirs
+    return compared
 
 
-def _compare(label: str, table: pd.DataFrame, theirs: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
-    """The paired difference to another run, of a benchmark that both hold."""
+def _compare(label: str, table: pd.DataFrame, compared: dict[str, dict], options: EvalOptions) -> dict[str, Any]:
+    """Return the paired difference to the other evaluation on one benchmark."""
     other = Path(options.compare or "") / label
-    before = read_graded_table(other, Path(options.compare or ""))
-    if _get_questions(before) != _get_questions(table):
+    other_table = read_graded_table(other, Path(options.compare or ""))
+    if _get_questions(other_table) != _get_questions(table):
         raise UserError(f"{other} holds other problems than {label}: a paired difference needs the same ones")
-    difference, interval = paired_difference(get_correct(before), get_correct(table))
+    difference, interval = paired_difference(get_correct(other_table), get_correct(table))
     return {
-        "compared_pass@k": theirs[label]["pass@k"],
+        "compared_pass@k": compared[label]["pass@k"],
         "difference": difference,
         "difference_interval": interval,
     }

@@ -1,9 +1,8 @@
-"""FLOPs of a rollout batch on one device, a multiplication and an addition being two.
+"""FLOPs of a rollout batch on one device; a multiply-add counts as two.
 
-A layer costs a token two FLOPs for each entry of its matrices, and attention `2 heads (d_key + d_value)` for each pair of
-tokens that it multiplies. The backward pass is that for the gradient of what a layer reads and once more for the gradient of
-its weights; of attention, whose products are computed again, it is two and a half times the forward pass (Dao, arXiv
-2307.08691).
+Forward pass: two FLOPs per token and matrix entry, and `2 heads (d_key + d_value)` per pair of tokens in attention. Backward
+pass: the same again for the gradient of a layer's input, and once more for the gradient of its weights. Attention recomputes
+its products, so its backward pass costs 2.5 times the forward pass (Dao, arXiv 2307.08691).
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ ATTENTION_BACKWARD_FACTOR = 2.5
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one device and rollout batch; `scoring` comes before the updates, `recomputed` is gradient checkpointing's."""
+    """FLOPs of one device and rollout batch; `scoring` precedes the updates, `recomputed` is gradient checkpointing."""
 
     sampling: float
     scoring: float
@@ -34,136 +33,143 @@ class Flops:
         return sum(asdict(self).values())
 
 
-def count_flops(setting: PlannedRun, layer: int | None, besides: int | None = None) -> Flops:
-    """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
-    layer = setting.get_last_layer(layer)
-    count, policies = layer or setting.sizes.layers, 1 if besides is None else 2
-    often = setting.config.num_iterations
+def count_flops(run: PlannedRun, layer: int | None, auxiliary_layer: int | None = None) -> Flops:
+    """Count the FLOPs of a rollout batch.
+
+    Args:
+        run ([`PlannedRun`]): the run.
+        layer (`int`, *optional*): the layer whose policy is optimised; `None` for the full model.
+        auxiliary_layer (`int`, *optional*): a layer whose auxiliary objective is added in phase 2.
+    """
+    layer = run.get_last_layer(layer)
+    num_layers, policies = layer or run.sizes.layers, 1 if auxiliary_layer is None else 2
+    iterations = run.config.num_iterations
     forward = sum(
-        count_layers_forward(setting, batch, count) + policies * count_head_forward(setting, batch)
-        for batch in setting.micro_batches
+        count_layers_forward(run, batch, num_layers) + policies * count_head_forward(run, batch)
+        for batch in run.micro_batches
     )
     backward = sum(
-        count_layers_backward(setting, batch, count) + policies * count_head_backward(setting, batch)
-        for batch in setting.micro_batches
+        count_layers_backward(run, batch, num_layers) + policies * count_head_backward(run, batch)
+        for batch in run.micro_batches
     )
-    recomputed = sum(_count_recomputed(setting, batch, count, layer or besides) for batch in setting.micro_batches)
+    recomputed = sum(_count_recomputed(run, batch, num_layers, layer or auxiliary_layer) for batch in run.micro_batches)
     return Flops(
-        count_sampling(setting),
-        count_scoring(setting, layer, besides),
-        often * forward,
-        often * backward,
-        often * recomputed,
-        often * count_critic_updates(setting),
+        count_sampling(run),
+        count_scoring(run, layer, auxiliary_layer),
+        iterations * forward,
+        iterations * backward,
+        iterations * recomputed,
+        iterations * count_critic_updates(run),
     )
 
 
-def _count_recomputed(setting: PlannedRun, batch: MicroBatch, count: int, seen: int | None) -> float:
-    """By gradient checkpointing, of the first so many layers: one whose states are read keeps its activations."""
-    if not setting.config.gradient_checkpointing:
+def _count_recomputed(run: PlannedRun, batch: MicroBatch, num_layers: int, scored_layer: int | None) -> float:
+    """Count the FLOPs that gradient checkpointing repeats. A layer whose states are scored keeps its activations."""
+    if not run.config.gradient_checkpointing:
         return 0.0
-    kept = (
+    not_repeated = (
         0.0
-        if seen is None
-        else count_layers_forward(setting, batch, seen) - count_layers_forward(setting, batch, seen - 1)
+        if scored_layer is None
+        else count_layers_forward(run, batch, scored_layer) - count_layers_forward(run, batch, scored_layer - 1)
     )
-    return count_layers_forward(setting, batch, count) - kept
+    return count_layers_forward(run, batch, num_layers) - not_repeated
 
 
-def count_layers_forward(setting: PlannedRun, batch: MicroBatch, count: int) -> float:
-    """A forward pass of the first so many layers."""
-    return sum(_count_matmuls(setting, batch, i) + _count_attention(setting, batch, i) for i in range(count))
+def count_layers_forward(run: PlannedRun, batch: MicroBatch, num_layers: int) -> float:
+    """Count a forward pass of the first `num_layers` layers."""
+    return sum(_count_matmuls(run, batch, i) + _count_attention(run, batch, i) for i in range(num_layers))
 
 
-def _count_matmuls(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
-    return 2.0 * setting.sizes.blocks[index].active * batch.num_tokens
+def _count_matmuls(run: PlannedRun, batch: MicroBatch, index: int) -> float:
+    return 2.0 * run.sizes.blocks[index].active * batch.num_tokens
 
 
-def _count_attention(setting: PlannedRun, batch: MicroBatch, index: int) -> float:
-    if index >= len(setting.attention_shapes):  # a layer without attention
+def _count_attention(run: PlannedRun, batch: MicroBatch, index: int) -> float:
+    if index >= len(run.attention_shapes):  # a layer without attention
         return 0.0
-    each = setting.attention_shapes[index]
-    return 2.0 * each.heads * (each.key + each.value) * batch.count_attention_pairs(each.window)
+    shape = run.attention_shapes[index]
+    return 2.0 * shape.heads * (shape.key + shape.value) * batch.count_attention_pairs(shape.window)
 
 
-def count_layers_backward(setting: PlannedRun, batch: MicroBatch, count: int) -> float:
-    """Down to the lowest layer that trains; weights that do not train need no gradient of theirs."""
-    sizes = setting.sizes
+def count_layers_backward(run: PlannedRun, batch: MicroBatch, num_layers: int) -> float:
+    """Count a backward pass down to the lowest trained layer; frozen weights need no gradient."""
+    sizes = run.sizes
     trains = sizes.embedding.trained > 0
-    found = 0.0
-    for index, block in enumerate(sizes.blocks[:count]):
+    flops = 0.0
+    for index, block in enumerate(sizes.blocks[:num_layers]):
         trains = trains or block.trained > 0
         if trains:
-            found += _count_matmuls(setting, batch, index) + 2.0 * block.active_trained * batch.num_tokens
-            found += ATTENTION_BACKWARD_FACTOR * _count_attention(setting, batch, index)
-    return found
+            flops += _count_matmuls(run, batch, index) + 2.0 * block.active_trained * batch.num_tokens
+            flops += ATTENTION_BACKWARD_FACTOR * _count_attention(run, batch, index)
+    return flops
 
 
-def count_head_forward(setting: PlannedRun, batch: MicroBatch) -> float:
-    """The unembedding on the answers' positions."""
-    return 2.0 * setting.sizes.width * setting.sizes.vocabulary * batch.completion_tokens
+def count_head_forward(run: PlannedRun, batch: MicroBatch) -> float:
+    """Count the unembedding on the answers' positions."""
+    return 2.0 * run.sizes.width * run.sizes.vocabulary * batch.completion_tokens
 
 
-def count_head_backward(setting: PlannedRun, batch: MicroBatch) -> float:
-    """Logits are computed again, and give the states' gradient and that of the weights, if they train."""
-    return (3 if setting.sizes.head.trained else 2) * count_head_forward(setting, batch)
+def count_head_backward(run: PlannedRun, batch: MicroBatch) -> float:
+    """Count the recomputed logits, the gradient of the states and, if they train, of the weights."""
+    return (3 if run.sizes.head.trained else 2) * count_head_forward(run, batch)
 
 
-def count_scoring(setting: PlannedRun, layer: int | None, besides: int | None = None) -> float:
-    """Forward passes over the whole rollout batch: old log-probs, entropies, the reference's, PPO's values.
+def count_scoring(run: PlannedRun, layer: int | None, auxiliary_layer: int | None = None) -> float:
+    """Count the forward passes over a rollout batch: old log-probs, entropies, reference log-probs and PPO's values.
 
-    Of a layer's policy, the whole one, or of both in one pass.
+    They score a layer's policy, the full model, or both in one pass.
     """
-    config, sizes = setting.config, setting.sizes
-    batches = setting.scoring_batches
-    whole = sum(count_layers_forward(setting, batch, sizes.layers) for batch in batches)
-    heads = sum(count_head_forward(setting, batch) for batch in batches)
-    mine = sum(count_layers_forward(setting, batch, layer or sizes.layers) for batch in batches) + heads
-    found = 0.0
+    config, sizes = run.config, run.sizes
+    batches = run.scoring_batches
+    full = sum(count_layers_forward(run, batch, sizes.layers) for batch in batches)
+    heads = sum(count_head_forward(run, batch) for batch in batches)
+    optimised = sum(count_layers_forward(run, batch, layer or sizes.layers) for batch in batches) + heads
+    flops = 0.0
     if layer is not None:
-        found += whole + 2 * heads  # pi_theta's entropies and the layer's log-probs, from one pass
-    elif besides is not None:
-        scored = should_score_old_policy(setting) or config.use_vllm  # a sampler's log-probs are moved by the old ones
-        found += (whole + 2 * heads) * (scored + (config.beta != 0))
-    elif should_score_old_policy(setting):
-        found += whole + heads
-    if config.beta != 0 and besides is None:
-        found += mine
-    if setting.has_copied_critic:
-        found += whole
+        flops += full + 2 * heads  # one pass gives the full model's entropies and the layer's log-probs
+    elif auxiliary_layer is not None:
+        # with vLLM, the importance weights need the old log-probs
+        scores_old = should_score_old_policy(run) or config.use_vllm
+        flops += (full + 2 * heads) * (scores_old + (config.beta != 0))
+    elif should_score_old_policy(run):
+        flops += full + heads
+    if config.beta != 0 and auxiliary_layer is None:
+        flops += optimised
+    if run.has_copied_critic:
+        flops += full
     elif config.advantage_estimator == "ppo":
-        found += mine
-    return found
+        flops += optimised
+    return flops
 
 
-def should_score_old_policy(setting: PlannedRun) -> bool:
-    """Whether TRL scores the answers before it updates: one update a rollout batch is its own old policy."""
-    config = setting.config
+def should_score_old_policy(run: PlannedRun) -> bool:
+    """Return whether TRL scores the answers before the updates. A single update is its own old policy and skips it."""
+    config = run.config
     aligned = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
     return not aligned or bool(config.use_vllm and config.vllm_importance_sampling_correction)
 
 
-def count_critic_updates(setting: PlannedRun) -> float:
-    """Forward and backward passes of PPO's second model; a head on the policy's states costs next to nothing."""
-    if not setting.has_copied_critic:
+def count_critic_updates(run: PlannedRun) -> float:
+    """Count the passes of PPO's separate critic; a value head on the policy's states is negligible."""
+    if not run.has_copied_critic:
         return 0.0
-    count, often = setting.sizes.layers, 2 if setting.config.gradient_checkpointing else 1
+    num_layers, num_forward = run.sizes.layers, 2 if run.config.gradient_checkpointing else 1
     return sum(
-        often * count_layers_forward(setting, batch, count) + count_layers_backward(setting, batch, count)
-        for batch in setting.micro_batches
+        num_forward * count_layers_forward(run, batch, num_layers) + count_layers_backward(run, batch, num_layers)
+        for batch in run.micro_batches
     )
 
 
-def count_sampling(setting: PlannedRun) -> float:
-    """Prompts, each once but for `generate` on a GPU, and each answer's tokens one by one."""
-    lengths, sizes = setting.mean_lengths, setting.sizes
-    shared = setting.config.use_vllm or setting.hardware.is_cpu
-    prompts = setting.num_prompts if shared else float(setting.num_completions)
-    met = sum(block.active for block in sizes.blocks)
-    tokens = prompts * lengths.prompt + setting.num_completions * lengths.completion
-    products = 2.0 * met * tokens + 2.0 * sizes.width * sizes.vocabulary * setting.num_completions * lengths.completion
-    a_pair = sum(2.0 * each.heads * (each.key + each.value) for each in setting.attention_shapes)
-    pairs = prompts * lengths.prompt**2 / 2 + setting.num_completions * lengths.completion * (
+def count_sampling(run: PlannedRun) -> float:
+    """Count sampling: a prefill per prompt (`generate` on a GPU: per answer) and a decoding step per answer token."""
+    lengths, sizes = run.mean_lengths, run.sizes
+    shared = run.config.use_vllm or run.hardware.is_cpu
+    prompts = run.num_prompts if shared else float(run.num_completions)
+    active = sum(block.active for block in sizes.blocks)
+    tokens = prompts * lengths.prompt + run.num_completions * lengths.completion
+    products = 2.0 * active * tokens + 2.0 * sizes.width * sizes.vocabulary * run.num_completions * lengths.completion
+    flops_per_pair = sum(2.0 * shape.heads * (shape.key + shape.value) for shape in run.attention_shapes)
+    pairs = prompts * lengths.prompt**2 / 2 + run.num_completions * lengths.completion * (
         lengths.prompt + lengths.completion / 2
     )
-    return products + a_pair * pairs
+    return products + flops_per_pair * pairs

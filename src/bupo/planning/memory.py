@@ -1,9 +1,9 @@
-"""Bytes of a device by part, at the moment of a rollout batch and its updates at which they are most.
+"""Peak memory of a device by part, over the moments of a rollout batch and its updates.
 
-Weights, gradients and optimizer follow from the parameters and the sharding; activations are counted on the meta device
-(`kept`). A sum of all parts would be too much: gradients are there when activations no longer are. So a plan looks at each
-moment: the rollout batch being sampled and scored, the start of a backward pass, the block that is differentiated first, and
-its end.
+Weights, gradients and optimizer states follow from the parameters and the sharding; activations are counted on the meta device
+(`saved_activations`). The sum of all maxima would be too high, because gradients are complete when activations are already
+freed. A plan therefore computes each moment: sampling and scoring the rollout batch, and the start, the first block and the end
+of a backward pass.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,9 @@ from bupo.planning.planned_run import PlannedRun
 MemoryParts = dict[str, float]  # bytes by part
 
 FP32_BYTES, HALF_BYTES = 4, 2
-LIVE_LOGIT_TILES = 2  # of logits that are there at once
-LIVE_LARGEST_TENSORS = (
-    3  # gradients of a block's largest states: of gate, up and their product, when that is differentiated
-)
-GATHERED_BLOCKS = 2  # blocks that are whole at once: that which computes, and the next
+LIVE_LOGIT_TILES = 2  # logit tiles in memory at the same time
+LIVE_LARGEST_TENSORS = 3  # gradients of a block's largest states at the same time: gate, up and their product
+GATHERED_BLOCKS = 2  # unsharded blocks in memory at the same time: the current one and the next
 DEEPSPEED_BUCKET_SIZE = 5e8  # elements that DeepSpeed reduces at once
 OPTIMIZER_STATES = {
     "adamw": 2,
@@ -28,16 +26,17 @@ OPTIMIZER_STATES = {
     "sgd": 0,
     "lion": 1,
     "rmsprop": 1,
-}  # fp32 numbers a parameter
+}  # states per parameter
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Of a rollout batch that optimises one policy.
+    """Memory of a device for one rollout batch and its updates.
 
     Attributes:
-        moment (`str`), at_once (`dict[str, float]`): when a device is fullest, and its parts then.
-        largest (`dict[str, float]`): each part when that is at its largest.
+        peak_moment (`str`): the moment with the most memory in use.
+        peak_parts (`dict[str, float]`): bytes by part at that moment.
+        max_by_part (`dict[str, float]`): the maximum of each part over all moments.
     """
 
     peak_moment: str
@@ -46,322 +45,333 @@ class MemoryEstimate:
 
     @property
     def bytes(self) -> float:
-        """That a device must hold."""
+        """Bytes that a device must have."""
         return sum(self.peak_parts.values())
 
 
-def compute_peak_memory(setting: PlannedRun, layer: int | None, besides: int | None = None) -> MemoryEstimate:
-    """Of a rollout batch that optimises a stage's layer, or the whole policy, and a layer's besides."""
-    found = list(iterate_moments(setting, layer, besides))
-    moment, at_once = max(found, key=lambda each: sum(each[1].values()))
-    parts = dict.fromkeys(part for _, parts in found for part in parts)
-    return MemoryEstimate(moment, at_once, {part: max(each.get(part, 0.0) for _, each in found) for part in parts})
+def compute_peak_memory(run: PlannedRun, layer: int | None, auxiliary_layer: int | None = None) -> MemoryEstimate:
+    """Return the peak memory of a rollout batch.
 
-
-def iterate_moments(
-    setting: PlannedRun, layer: int | None, besides: int | None = None
-) -> Iterator[tuple[str, MemoryParts]]:
-    """Each with its parts, those of 0 bytes left out."""
-    always = compute_persistent_memory(setting, layer)
-    for name, parts in (
-        *_iterate_rollout_moments(setting),
-        *_iterate_critic_moments(setting, layer),
-        *_iterate_update_moments(setting, layer, besides),
-    ):
-        found = dict(always)
-        for part, size in parts.items():
-            found[part] = found.get(part, 0.0) + size
-        yield name, {part: size for part, size in found.items() if size > 0}
-
-
-# -- what lasts ------------------------------------------------------------------------------------------------------
-
-
-def compute_persistent_memory(setting: PlannedRun, layer: int | None) -> MemoryParts:
-    """What is there all the time. In phase 1 nothing above the layer has an optimizer's state yet."""
-    sizes, config = setting.sizes, setting.config
-    found = {
-        "weights": _compute_weight_bytes(setting, sizes.weights, sizes.count_trained_parameters(None, True)),
-        "optimizer": _compute_optimizer_bytes(setting, setting.count_trained_parameters(layer)),
-        "buckets": _compute_bucket_bytes(setting, sizes.count_trained_parameters(None, True)),
-    }
-    if setting.has_reference_model:
-        found["reference model"] = _compute_weight_bytes(setting, sizes.weights, 0)
-    if setting.has_copied_critic:
-        found["critic"] = _compute_critic_bytes(setting)
-    if config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_enable_sleep_mode:
-        found["vLLM"] = compute_vllm_bytes(setting)
-    return found
-
-
-def _compute_critic_bytes(setting: PlannedRun) -> float:
-    """Weights, moments of an AdamW of its own, whatever the policy's is, and what reduces gradients. DeepSpeed's engine is the
-    policy's: beside it the critic is whole on each process."""
-    count = count_critic_weights(setting)
-    if setting.hardware.resolved_sharding.startswith("zero"):
-        return (2 * setting.trained_bytes + get_optimizer_state_bytes("adamw", setting.trained_bytes)) * count
-    return (
-        _compute_weight_bytes(setting, count, count)
-        + _compute_bucket_bytes(setting, count)
-        + _compute_optimizer_bytes(setting, count, "adamw")
+    Args:
+        run ([`PlannedRun`]): the run.
+        layer (`int`, *optional*): the layer whose policy is optimised; `None` for the full model.
+        auxiliary_layer (`int`, *optional*): a layer whose auxiliary objective is added in phase 2.
+    """
+    moments = list(iterate_moments(run, layer, auxiliary_layer))
+    peak_moment, peak_parts = max(moments, key=lambda moment: sum(moment[1].values()))
+    names = dict.fromkeys(name for _, parts in moments for name in parts)
+    return MemoryEstimate(
+        peak_moment, peak_parts, {name: max(parts.get(name, 0.0) for _, parts in moments) for name in names}
     )
 
 
-def _compute_weight_bytes(setting: PlannedRun, count: float, trained: float) -> float:
-    """Weights, and DeepSpeed's fp32 ones beside those that it computes with."""
-    size, shared, processes = setting.weight_bytes, setting.hardware.resolved_sharding, setting.hardware.num_processes
-    if shared == "fsdp2":
+def iterate_moments(
+    run: PlannedRun, layer: int | None, auxiliary_layer: int | None = None
+) -> Iterator[tuple[str, MemoryParts]]:
+    """Yield each moment with its bytes by part, without the parts of 0 bytes."""
+    persistent = compute_persistent_memory(run, layer)
+    for name, parts in (
+        *_iterate_rollout_moments(run),
+        *_iterate_critic_moments(run, layer),
+        *_iterate_update_moments(run, layer, auxiliary_layer),
+    ):
+        total = dict(persistent)
+        for part, size in parts.items():
+            total[part] = total.get(part, 0.0) + size
+        yield name, {part: size for part, size in total.items() if size > 0}
+
+
+# -- persistent memory -------------------------------------------------------------------------------------------------
+
+
+def compute_persistent_memory(run: PlannedRun, layer: int | None) -> MemoryParts:
+    """Return the bytes that are in use at every moment. In phase 1, parameters above the layer have no optimizer state yet."""
+    sizes, config = run.sizes, run.config
+    parts = {
+        "weights": _compute_weight_bytes(run, sizes.weights, sizes.count_trained_parameters(None, True)),
+        "optimizer": _compute_optimizer_bytes(run, run.count_trained_parameters(layer)),
+        "buckets": _compute_bucket_bytes(run, sizes.count_trained_parameters(None, True)),
+    }
+    if run.has_reference_model:
+        parts["reference model"] = _compute_weight_bytes(run, sizes.weights, 0)
+    if run.has_copied_critic:
+        parts["critic"] = _compute_critic_bytes(run)
+    if config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_enable_sleep_mode:
+        parts["vLLM"] = compute_vllm_bytes(run)
+    return parts
+
+
+def _compute_critic_bytes(run: PlannedRun) -> float:
+    """Return the bytes of the separate critic: weights, AdamW moments and gradient buckets.
+
+    The critic always uses AdamW. DeepSpeed's engine covers the policy only, so each process holds an unsharded critic.
+    """
+    count = count_critic_weights(run)
+    if run.hardware.resolved_sharding.startswith("zero"):
+        return (2 * run.trained_bytes + get_optimizer_state_bytes("adamw", run.trained_bytes)) * count
+    return (
+        _compute_weight_bytes(run, count, count)
+        + _compute_bucket_bytes(run, count)
+        + _compute_optimizer_bytes(run, count, "adamw")
+    )
+
+
+def _compute_weight_bytes(run: PlannedRun, count: float, trained: float) -> float:
+    """Return the bytes of the weights, and of DeepSpeed's additional fp32 copy of trained weights."""
+    size, sharding, processes = run.weight_bytes, run.hardware.resolved_sharding, run.hardware.num_processes
+    if sharding == "fsdp2":
         return (FP32_BYTES * trained + size * (count - trained)) / processes
-    if shared.startswith("zero"):
-        own = (HALF_BYTES if setting.is_half_precision else FP32_BYTES) * count
-        return own + FP32_BYTES * trained / processes
-    return setting.trained_bytes * trained + size * (count - trained)
+    if sharding.startswith("zero"):
+        compute_copy = (HALF_BYTES if run.is_half_precision else FP32_BYTES) * count
+        return compute_copy + FP32_BYTES * trained / processes
+    return run.trained_bytes * trained + size * (count - trained)
 
 
-def _compute_optimizer_bytes(setting: PlannedRun, count: float, name: str | None = None) -> float:
-    """Moments of the parameters that have been moved."""
-    whole = setting.hardware.resolved_sharding in ("one", "ddp")
-    size = setting.trained_bytes if whole else FP32_BYTES
-    state = get_optimizer_state_bytes(name or setting.config.optim.value, size)
-    return state * count / (1 if whole else setting.hardware.num_processes)
+def _compute_optimizer_bytes(run: PlannedRun, count: float, name: str | None = None) -> float:
+    """Return the bytes of the optimizer states of `count` parameters."""
+    unsharded = run.hardware.resolved_sharding in ("one", "ddp")
+    size = run.trained_bytes if unsharded else FP32_BYTES
+    state = get_optimizer_state_bytes(name or run.config.optim.value, size)
+    return state * count / (1 if unsharded else run.hardware.num_processes)
 
 
 def get_optimizer_state_bytes(name: str, size: int) -> float:
-    """Of the state of a parameter of `size` bytes. An optimizer that is not known counts as AdamW."""
+    """Return the bytes of the state of a parameter of `size` bytes. An unknown optimizer counts as AdamW."""
     if "8bit" in name:
         return 2.0  # two moments of a byte each
     return size * OPTIMIZER_STATES.get(name.split("_")[0], 2)
 
 
-def _compute_bucket_bytes(setting: PlannedRun, trained: float) -> float:
-    """DDP keeps gradients a second time, to reduce them; DeepSpeed a bucket."""
-    if setting.hardware.resolved_sharding == "ddp":
-        return setting.trained_bytes * trained
+def _compute_bucket_bytes(run: PlannedRun, trained: float) -> float:
+    """Return the bytes of the buckets that reduce gradients: a second copy for DDP, one bucket for DeepSpeed."""
+    if run.hardware.resolved_sharding == "ddp":
+        return run.trained_bytes * trained
     return (
-        HALF_BYTES * min(DEEPSPEED_BUCKET_SIZE, trained)
-        if setting.hardware.resolved_sharding.startswith("zero")
-        else 0.0
+        HALF_BYTES * min(DEEPSPEED_BUCKET_SIZE, trained) if run.hardware.resolved_sharding.startswith("zero") else 0.0
     )
 
 
-def count_critic_weights(setting: PlannedRun) -> float:
-    """A copy of the decoder and a value for each of its dimensions."""
-    sizes = setting.sizes
+def count_critic_weights(run: PlannedRun) -> float:
+    """Return the parameters of the critic: a copy of the decoder and a linear value head."""
+    sizes = run.sizes
     return sizes.weights - sizes.unembedding.weights + sizes.width + 1
 
 
-def compute_vllm_bytes(setting: PlannedRun) -> float:
-    """What vLLM takes for itself, whatever the model."""
-    return setting.config.vllm_gpu_memory_utilization * setting.hardware.device_bytes
+def compute_vllm_bytes(run: PlannedRun) -> float:
+    """Return the bytes that vLLM reserves, independent of the model."""
+    return run.config.vllm_gpu_memory_utilization * run.hardware.device_bytes
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _compute_gradient_bytes(setting: PlannedRun, count: float) -> float:
-    """Between two micro-batches and when the optimizer steps."""
-    shared, processes = setting.hardware.resolved_sharding, setting.hardware.num_processes
-    if shared == "fsdp2":
+def _compute_gradient_bytes(run: PlannedRun, count: float) -> float:
+    """Return the bytes of reduced gradients when the optimizer steps."""
+    sharding, processes = run.hardware.resolved_sharding, run.hardware.num_processes
+    if sharding == "fsdp2":
         return FP32_BYTES * count / processes
-    if shared.startswith("zero"):
-        size = HALF_BYTES if setting.is_half_precision else FP32_BYTES
-        return size * count / (1 if shared == "zero1" else processes)
-    return setting.trained_bytes * count
+    if sharding.startswith("zero"):
+        size = HALF_BYTES if run.is_half_precision else FP32_BYTES
+        return size * count / (1 if sharding == "zero1" else processes)
+    return run.trained_bytes * count
 
 
-def _compute_unreduced_gradient_bytes(setting: PlannedRun, count: float) -> float:
-    """Between two micro-batches of an update. transformers lets FSDP2 reduce gradients at the last one only: until then each
-    device holds them whole, in the type that layers compute in."""
-    if setting.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(setting):
-        return (HALF_BYTES if setting.is_half_precision else FP32_BYTES) * count
-    return _compute_gradient_bytes(setting, count)
+def _compute_unreduced_gradient_bytes(run: PlannedRun, count: float) -> float:
+    """Return the bytes of gradients between two micro-batches of an update.
+
+    transformers lets FSDP2 reduce gradients at the last micro-batch only. Until then each device holds them unsharded, in the
+    dtype of the computation.
+    """
+    if run.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(run):
+        return (HALF_BYTES if run.is_half_precision else FP32_BYTES) * count
+    return _compute_gradient_bytes(run, count)
 
 
-def _compute_accumulated_gradient_bytes(setting: PlannedRun, layer: int | None) -> float:
-    """Gradients that a micro-batch of an update finds of those before it. What FSDP2 has not reduced cannot be dropped."""
-    if not setting.is_accumulating:
+def _compute_accumulated_gradient_bytes(run: PlannedRun, layer: int | None) -> float:
+    """Return the bytes of gradients from earlier micro-batches. Unreduced FSDP2 gradients cannot be freed."""
+    if not run.is_accumulating:
         return 0.0
-    whole = setting.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(setting)
+    unreduced = run.hardware.resolved_sharding == "fsdp2" and not has_sync_each_batch(run)
     return _compute_unreduced_gradient_bytes(
-        setting, setting.count_trained_parameters(setting.get_last_layer(layer) if whole else layer)
+        run, run.count_trained_parameters(run.get_last_layer(layer) if unreduced else layer)
     )
 
 
-def has_sync_each_batch(setting: PlannedRun) -> bool:
-    """Whether gradients are reduced after each micro-batch (accelerate's `sync_each_batch`)."""
-    given = getattr(setting.config.accelerator_config, "gradient_accumulation_kwargs", None) or {}
-    return bool(given.get("sync_each_batch"))
+def has_sync_each_batch(run: PlannedRun) -> bool:
+    """Return whether gradients are reduced after each micro-batch (accelerate's `sync_each_batch`)."""
+    kwargs = getattr(run.config.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    return bool(kwargs.get("sync_each_batch"))
 
 
 # -- an update -------------------------------------------------------------------------------------------------------
 
 
 def _iterate_update_moments(
-    setting: PlannedRun, layer: int | None, besides: int | None
+    run: PlannedRun, layer: int | None, auxiliary_layer: int | None
 ) -> Iterator[tuple[str, MemoryParts]]:
-    """The policy's passes over its fullest micro-batch, and what its backward pass leaves."""
-    sizes, config, moved, read = (
-        setting.sizes,
-        setting.config,
-        setting.count_trained_parameters(layer),
-        setting.get_last_layer(layer),
-    )
-    kept = compute_activation_bytes(setting, layer, besides)
-    if besides is not None:
-        kept += (
-            setting.saved_activations.residual_stream
-        )  # the gradient of the layer's states, which waits for that from above
-    head = _compute_logit_tile_bytes(setting) + FP32_BYTES * setting.largest_micro_batch.completion_tokens * sizes.width
-    head_grad = (
-        float(_get_compute_weight_bytes(setting) * sizes.width * sizes.vocabulary) if sizes.head.trained else 0.0
-    )
-    late = {"critic": _compute_critic_gradient_bytes(setting) if setting.is_accumulating else 0.0}
+    """Yield the moments of an update: the backward pass over the largest micro-batch and the optimizer step."""
+    sizes, config = run.sizes, run.config
+    num_trained, last_layer = run.count_trained_parameters(layer), run.get_last_layer(layer)
+    activations = compute_activation_bytes(run, layer, auxiliary_layer)
+    if auxiliary_layer is not None:
+        # the gradient of the layer's states is kept until the gradient from above arrives
+        activations += run.saved_activations.residual_stream
+    head = _compute_logit_tile_bytes(run) + FP32_BYTES * run.largest_micro_batch.completion_tokens * sizes.width
+    head_grad = float(_get_compute_weight_bytes(run) * sizes.width * sizes.vocabulary) if sizes.head.trained else 0.0
+    critic = {"critic": _compute_critic_gradient_bytes(run) if run.is_accumulating else 0.0}
     start = {
-        "gradients": _compute_accumulated_gradient_bytes(setting, layer),
-        "activations": kept,
-        **_compute_gathered_part(setting),
-        **late,
+        "gradients": _compute_accumulated_gradient_bytes(run, layer),
+        "activations": activations,
+        **_compute_gathered_part(run),
+        **critic,
     }
-    twice = 1 if besides is None else 2  # the other policy's gradient of the weights waits for this one's
-    yield "the unembedding is differentiated", {**start, "unembedding": head + twice * head_grad}
-    # of a weight that is also the embedding's, the gradient waits for the rest of it
-    waits = head_grad if sizes.tied or not setting.is_accumulating else 0.0
+    policies = 1 if auxiliary_layer is None else 2  # both gradients of the weights exist before they are added
+    yield "the unembedding is differentiated", {**start, "unembedding": head + policies * head_grad}
+    # the gradient of tied weights is kept until the embedding's part is added
+    pending = head_grad if sizes.tied or not run.is_accumulating else 0.0
     yield (
         "the last layer is differentiated",
-        {**start, "activations": kept + compute_backward_workspace(setting), "unembedding": waits},
+        {**start, "activations": activations + compute_backward_workspace(run), "unembedding": pending},
     )
-    if config.gradient_checkpointing and read != 1:
-        below = (
-            kept
-            - (setting.saved_activations.blocks[read - 1] if read is not None else 0)
-            + max(setting.saved_activations.blocks)
+    if config.gradient_checkpointing and last_layer != 1:
+        recomputed = (
+            activations
+            - (run.saved_activations.blocks[last_layer - 1] if last_layer is not None else 0)
+            + max(run.saved_activations.blocks)
         )
         yield (
             "a layer is computed again",
-            {**start, "activations": below + compute_backward_workspace(setting), "unembedding": waits},
+            {**start, "activations": recomputed + compute_backward_workspace(run), "unembedding": pending},
         )
-    own = sizes.embedding.trained * _get_compute_weight_bytes(setting)
-    again = own * (sizes.tied + setting.is_accumulating)
-    left = _compute_unreduced_gradient_bytes(
-        setting, setting.count_trained_parameters(read)
-    )  # with those that are dropped now
-    yield "a backward pass ends", {"gradients": left + again, **_compute_gathered_part(setting), **late}
+    embedding_grad = sizes.embedding.trained * _get_compute_weight_bytes(run)
+    extra = embedding_grad * (sizes.tied + run.is_accumulating)
+    # includes the gradients above the layer, which are dropped at this moment
+    gradients = _compute_unreduced_gradient_bytes(run, run.count_trained_parameters(last_layer))
+    yield "a backward pass ends", {"gradients": gradients + extra, **_compute_gathered_part(run), **critic}
     step = (
-        FP32_BYTES * moved / setting.hardware.num_processes
-        if setting.hardware.resolved_sharding.startswith("zero")
+        FP32_BYTES * num_trained / run.hardware.num_processes
+        if run.hardware.resolved_sharding.startswith("zero")
         else 0.0
     )
-    yield "the optimizer steps", {"gradients": _compute_gradient_bytes(setting, moved) + step}
+    yield "the optimizer steps", {"gradients": _compute_gradient_bytes(run, num_trained) + step}
 
 
-def compute_activation_bytes(setting: PlannedRun, layer: int | None, besides: int | None = None) -> float:
-    """What the forward pass keeps; under checkpointing of each block what it reads, but for the one whose states are read."""
-    kept, config, layer = setting.saved_activations, setting.config, setting.get_last_layer(layer)
-    count, seen = layer or setting.sizes.layers, layer or besides
-    blocks = list(kept.blocks[:count])
+def compute_activation_bytes(run: PlannedRun, layer: int | None, auxiliary_layer: int | None = None) -> float:
+    """Return the bytes that the forward pass saves.
+
+    With gradient checkpointing, each block saves its input only, except the one whose states are scored.
+    """
+    saved, config, layer = run.saved_activations, run.config, run.get_last_layer(layer)
+    num_layers, scored_layer = layer or run.sizes.layers, layer or auxiliary_layer
+    blocks = list(saved.blocks[:num_layers])
     if config.gradient_checkpointing:
-        blocks = [size if number == seen else kept.residual_stream for number, size in enumerate(blocks, 1)]
-    internal = seen is not None and config.internal_lens == "final_norm"
-    normed = kept.after_blocks * ((layer is None) + internal)
+        blocks = [size if number == scored_layer else saved.residual_stream for number, size in enumerate(blocks, 1)]
+    internal = scored_layer is not None and config.internal_lens == "final_norm"
+    norms = saved.after_blocks * ((layer is None) + internal)
     states = (
-        setting.largest_micro_batch.completion_tokens
-        * setting.sizes.width
-        * setting.state_bytes
-        * (1 if besides is None else 2)
+        run.largest_micro_batch.completion_tokens
+        * run.sizes.width
+        * run.state_bytes
+        * (1 if auxiliary_layer is None else 2)
     )
-    copies = HALF_BYTES * setting.sizes.linear if setting.precision == "autocast" else 0
+    copies = HALF_BYTES * run.sizes.linear if run.precision == "autocast" else 0
     if copies and layer is not None:
-        copies = HALF_BYTES * sum(block.linear for block in setting.sizes.blocks[:count])
-    return float(kept.before_blocks + sum(blocks) + normed + states + copies)
+        copies = HALF_BYTES * sum(block.linear for block in run.sizes.blocks[:num_layers])
+    return float(saved.before_blocks + sum(blocks) + norms + states + copies)
 
 
-def _compute_logit_tile_bytes(setting: PlannedRun) -> float:
-    """Of logits, some rows and words at a time; their factors are fp32 in the backward pass."""
-    rows, words = (
-        min(ROWS_PER_TILE, setting.largest_micro_batch.completion_tokens),
-        min(VOCABULARY_PER_TILE, setting.sizes.vocabulary),
+def _compute_logit_tile_bytes(run: PlannedRun) -> float:
+    """Return the bytes of the logits of one tile of rows and vocabulary; its factors are fp32 in the backward pass."""
+    rows, tokens = (
+        min(ROWS_PER_TILE, run.largest_micro_batch.completion_tokens),
+        min(VOCABULARY_PER_TILE, run.sizes.vocabulary),
     )
-    converted = setting.sizes.width * (rows + 2 * words) if setting.state_bytes == HALF_BYTES else 0
-    return float(FP32_BYTES * (LIVE_LOGIT_TILES * rows * words + converted))
+    converted = run.sizes.width * (rows + 2 * tokens) if run.state_bytes == HALF_BYTES else 0
+    return float(FP32_BYTES * (LIVE_LOGIT_TILES * rows * tokens + converted))
 
 
-def compute_backward_workspace(setting: PlannedRun) -> float:
-    """What the backward pass of a block makes."""
+def compute_backward_workspace(run: PlannedRun) -> float:
+    """Return the bytes of the temporary tensors in the backward pass of a block."""
     return float(
-        LIVE_LARGEST_TENSORS * setting.saved_activations.largest_tensor + 2 * setting.saved_activations.residual_stream
+        LIVE_LARGEST_TENSORS * run.saved_activations.largest_tensor + 2 * run.saved_activations.residual_stream
     )
 
 
-def _compute_gathered_part(setting: PlannedRun) -> MemoryParts:
-    """What sharded weights are whole for a while: embedding, norm and unembedding, blocks, and the gradients of a block."""
-    if setting.hardware.resolved_sharding != "fsdp2":
+def _compute_gathered_part(run: PlannedRun) -> MemoryParts:
+    """Return the bytes of gathered FSDP2 weights: embedding, norm, unembedding, two blocks, and the gradients of a block."""
+    if run.hardware.resolved_sharding != "fsdp2":
         return {}
-    size, sizes = _get_compute_weight_bytes(setting), setting.sizes
+    size, sizes = _get_compute_weight_bytes(run), run.sizes
     root = sizes.embedding.weights + sizes.other.weights + sizes.unembedding.weights
     block = max(part.weights for part in sizes.blocks)
     trained = max(part.trained for part in sizes.blocks)
     return {"gathered": size * (root + GATHERED_BLOCKS * block + trained)}
 
 
-def _get_compute_weight_bytes(setting: PlannedRun) -> int:
-    """Of a weight where layers compute with it, and of its gradient there."""
-    return HALF_BYTES if setting.precision == "bfloat16" else FP32_BYTES
+def _get_compute_weight_bytes(run: PlannedRun) -> int:
+    """Return the bytes of a weight in the computation, and of its gradient there."""
+    return HALF_BYTES if run.precision == "bfloat16" else FP32_BYTES
 
 
-# -- PPO's second model ----------------------------------------------------------------------------------------------
+# -- PPO's separate critic---------------------------------------------------------------------------------------------
 
 
-def _iterate_critic_moments(setting: PlannedRun, layer: int | None) -> Iterator[tuple[str, MemoryParts]]:
-    """Its passes, which come before the policy's of the same micro-batch."""
-    if not setting.has_copied_critic:
+def _iterate_critic_moments(run: PlannedRun, layer: int | None) -> Iterator[tuple[str, MemoryParts]]:
+    """Yield the moments of the critic's update, which comes before the policy's for each micro-batch."""
+    if not run.has_copied_critic:
         return
-    policy = _compute_accumulated_gradient_bytes(setting, layer)
-    again = max(setting.saved_activations.blocks) if setting.config.gradient_checkpointing else 0
-    kept = compute_activation_bytes(setting, None) + again + compute_backward_workspace(setting)
-    before = _compute_critic_gradient_bytes(setting) if setting.is_accumulating else 0.0
+    policy_gradients = _compute_accumulated_gradient_bytes(run, layer)
+    recomputed = max(run.saved_activations.blocks) if run.config.gradient_checkpointing else 0
+    activations = compute_activation_bytes(run, None) + recomputed + compute_backward_workspace(run)
+    accumulated = _compute_critic_gradient_bytes(run) if run.is_accumulating else 0.0
     yield (
         "the critic is differentiated",
-        {"gradients": policy, "critic": before, "activations": kept, **_compute_gathered_part(setting)},
+        {
+            "gradients": policy_gradients,
+            "critic": accumulated,
+            "activations": activations,
+            **_compute_gathered_part(run),
+        },
     )
-    yield "the critic steps", {"gradients": policy, "critic": _compute_critic_gradient_bytes(setting)}
+    yield "the critic steps", {"gradients": policy_gradients, "critic": _compute_critic_gradient_bytes(run)}
 
 
-def _compute_critic_gradient_bytes(setting: PlannedRun) -> float:
-    """Reduced at once where it is sharded."""
-    if not setting.has_copied_critic:
+def _compute_critic_gradient_bytes(run: PlannedRun) -> float:
+    """Return the bytes of the critic's gradients. A sharded critic reduces them immediately."""
+    if not run.has_copied_critic:
         return 0.0
-    count = count_critic_weights(setting)
+    count = count_critic_weights(run)
     return (
-        setting.trained_bytes * count
-        if setting.hardware.resolved_sharding.startswith("zero")
-        else _compute_gradient_bytes(setting, count)
+        run.trained_bytes * count
+        if run.hardware.resolved_sharding.startswith("zero")
+        else _compute_gradient_bytes(run, count)
     )
 
 
 # -- a rollout batch -------------------------------------------------------------------------------------------------
 
 
-def _iterate_rollout_moments(setting: PlannedRun) -> Iterator[tuple[str, MemoryParts]]:
-    """Answers are sampled, then scored without a gradient."""
-    config, sizes = setting.config, setting.sizes
-    asleep = config.use_vllm and config.vllm_mode == "colocate" and config.vllm_enable_sleep_mode
-    if asleep:
-        yield "answers are sampled", {"vLLM": compute_vllm_bytes(setting)}
+def _iterate_rollout_moments(run: PlannedRun) -> Iterator[tuple[str, MemoryParts]]:
+    """Yield the moments of a rollout batch: sampling, then scoring without gradients."""
+    config, sizes = run.config, run.sizes
+    sleeps = config.use_vllm and config.vllm_mode == "colocate" and config.vllm_enable_sleep_mode
+    if sleeps:
+        yield "answers are sampled", {"vLLM": compute_vllm_bytes(run)}
     elif not config.use_vllm:
-        cache = setting.num_completions * setting.max_lengths.total * setting.kv_cache_bytes
-        logits = LIVE_LARGEST_TENSORS * FP32_BYTES * setting.num_completions * sizes.vocabulary
-        yield "answers are sampled", {"keys and values": float(cache + logits), **_compute_gathered_part(setting)}
-    states = setting.largest_micro_batch.completion_tokens * sizes.width * setting.state_bytes
-    passing = (
-        LIVE_LARGEST_TENSORS * setting.saved_activations.largest_tensor
-        + 3 * setting.saved_activations.residual_stream
+        cache = run.num_completions * run.max_lengths.total * run.kv_cache_bytes
+        logits = LIVE_LARGEST_TENSORS * FP32_BYTES * run.num_completions * sizes.vocabulary
+        yield "answers are sampled", {"keys and values": float(cache + logits), **_compute_gathered_part(run)}
+    states = run.largest_micro_batch.completion_tokens * sizes.width * run.state_bytes
+    activations = (
+        LIVE_LARGEST_TENSORS * run.saved_activations.largest_tensor
+        + 3 * run.saved_activations.residual_stream
         + 2 * states
     )
     yield (
         "answers are scored",
         {
-            "activations": float(passing),
-            "unembedding": _compute_logit_tile_bytes(setting),
-            **_compute_gathered_part(setting),
+            "activations": float(activations),
+            "unembedding": _compute_logit_tile_bytes(run),
+            **_compute_gathered_part(run),
         },
     )

@@ -1,6 +1,4 @@
-"""The micro-batches of a rollout batch as a run would cut and pack them: how many prompts stand in each, and which pairs of
-tokens meet in attention.
-"""
+"""Micro-batches of a rollout batch, split and packed like a run's: prompts in each, and pairs of tokens in attention."""
 
 from dataclasses import dataclass
 
@@ -31,8 +29,8 @@ class MicroBatch:
     Attributes:
         rows, prompts (`int`): answers, and the distinct prompts among them.
         lengths ([`SequenceLengths`]): of each prompt and answer.
-        packed, blocks (`bool`): whether rows stand in one row; whether attention leaves out what no token sees
-            (FlexAttention's block mask) or computes whole rectangles (segments).
+        is_packed (`bool`): whether all rows are packed into one.
+        uses_block_mask (`bool`): whether attention skips masked blocks (FlexAttention) or computes full rectangles (segments).
     """
 
     rows: int
@@ -43,86 +41,95 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """That the layers compute."""
+        """Tokens that pass through the layers."""
         if not self.is_packed:
             return self.rows * self.lengths.total
         return self.prompts * self.lengths.prompt + self.rows * self.lengths.completion
 
     @property
     def completion_tokens(self) -> int:
-        """That meet the unembedding."""
+        """Tokens that pass through the unembedding."""
         return self.rows * self.lengths.completion
 
     def count_attention_pairs(self, window: int | None = None) -> float:
-        """Of a query and a key that attention multiplies; `window`: how far back a token sees."""
+        """Return the pairs of query and key that attention multiplies; `window` is the length of a sliding window."""
         prompt, answer = self.lengths.prompt, self.lengths.completion
         if not self.is_packed:
             return float(self.rows * self.lengths.total**2)
         if not self.uses_block_mask:
             return float(self.prompts * prompt**2 + self.rows * answer * (prompt + answer))
-        whole = _count_causal_pairs(prompt, window)
-        return self.prompts * whole + self.rows * (_count_causal_pairs(prompt + answer, window) - whole)
+        prompt_pairs = _count_causal_pairs(prompt, window)
+        return self.prompts * prompt_pairs + self.rows * (_count_causal_pairs(prompt + answer, window) - prompt_pairs)
 
     def build_layout(self) -> PackedLayout | tuple[int, int]:
-        """On the meta device: the segments of a packed row on a CPU, one row under a block mask, or rows."""
+        """Return the segments of a packed row (CPU) on the meta device, or the shape of the rows."""
         if not self.is_packed:
             return self.rows, self.lengths.total
         if self.uses_block_mask:
             return 1, self.num_tokens
         ids = torch.ones(self.rows, self.lengths.total, dtype=torch.long)
-        for row in range(self.rows):  # answers of one prompt one after another, some more of the first ones
+        for row in range(self.rows):  # spread the answers over the prompts, the remainder over the first ones
             ids[row, 0] = 2 + row % self.prompts
-        real = PackedLayout.from_rows(ids, torch.ones_like(ids), self.lengths.prompt)
-        assert real is not None, "these rows have prompts"
+        layout = PackedLayout.from_rows(ids, torch.ones_like(ids), self.lengths.prompt)
+        assert layout is not None, "these rows have prompts"
         return PackedLayout(
-            real.ids.to("meta"), real.positions.to("meta"), real.token_indices.to("meta"), real.segments
+            layout.ids.to("meta"), layout.positions.to("meta"), layout.token_indices.to("meta"), layout.segments
         )
 
 
 def _count_causal_pairs(length: int, window: int | None) -> float:
-    """Pairs in a causal row."""
+    """Return the pairs of query and key in a causal row."""
     if window is None or window >= length:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
 
 
 def can_pack_rows(config: BuPOConfig, attention: str | None) -> bool:
-    """Whether a run packs rows, as far as its options tell."""
+    """Return whether a run with these options packs rows."""
     return not (config.torch_compile or config.neftune_noise_alpha) and attention in (None, "sdpa", "eager")
 
 
 def build_micro_batches(
-    config: BuPOConfig, lengths: SequenceLengths, on: PlanOptions, packed: bool, seed: int = 0
+    config: BuPOConfig, lengths: SequenceLengths, hardware: PlanOptions, packed: bool, seed: int = 0
 ) -> list[MicroBatch]:
-    """Those of one device and rollout batch, shuffled, cut and arranged as a run does it."""
-    group, size, count = config.num_generations, config.per_device_train_batch_size, config.steps_per_generation
-    prompts = torch.arange(size * count) // group
-    prompts = prompts[torch.randperm(size * count, generator=torch.Generator().manual_seed(seed))]
-    pieces = [
+    """Return the micro-batches of one device and rollout batch, shuffled, split and arranged like in a run."""
+    group_size, size, num_batches = (
+        config.num_generations,
+        config.per_device_train_batch_size,
+        config.steps_per_generation,
+    )
+    prompts = torch.arange(size * num_batches) // group_size
+    prompts = prompts[torch.randperm(size * num_batches, generator=torch.Generator().manual_seed(seed))]
+    micro_batches = [
         {
             "prompt_ids": part[:, None],
             "prompt_mask": torch.ones_like(part)[:, None],
-            "completion_mask": torch.full_like(part, lengths.completion)[:, None],  # its sum is what is looked at
+            "completion_mask": torch.full_like(part, lengths.completion)[:, None],  # only its sum is used
         }
         for part in prompts.split(size)
     ]
     if packed and can_reorder_rows(config, balances_experts=False):
-        pieces = arrange_micro_batches(pieces, config.gradient_accumulation_steps)
-    distinct = [len(piece["prompt_ids"].unique()) for piece in pieces]
-    return [MicroBatch(size, found, lengths, packed, not on.is_cpu) for found in distinct]
+        micro_batches = arrange_micro_batches(micro_batches, config.gradient_accumulation_steps)
+    num_prompts = [len(batch["prompt_ids"].unique()) for batch in micro_batches]
+    return [MicroBatch(size, count, lengths, packed, not hardware.is_cpu) for count in num_prompts]
 
 
-def find_largest_micro_batch(config: BuPOConfig, longest: SequenceLengths, on: PlanOptions, packed: bool) -> MicroBatch:
-    """The micro-batch that takes the most memory: of the longest answers, to as many prompts as there may be."""
-    found = build_micro_batches(config, longest, on, packed)
-    return max(found, key=lambda batch: batch.prompts)
+def find_largest_micro_batch(
+    config: BuPOConfig, longest: SequenceLengths, hardware: PlanOptions, packed: bool
+) -> MicroBatch:
+    """Return the micro-batch that needs the most memory: the longest answers, to the largest number of prompts."""
+    return max(build_micro_batches(config, longest, hardware, packed), key=lambda batch: batch.prompts)
 
 
 def build_scoring_batches(
-    config: BuPOConfig, lengths: SequenceLengths, on: PlanOptions, packed: bool
+    config: BuPOConfig, lengths: SequenceLengths, hardware: PlanOptions, packed: bool
 ) -> list[MicroBatch]:
-    """The passes that score a rollout batch before its updates: rows as they were sampled, answers of a prompt together."""
-    size, count, group = config.per_device_train_batch_size, config.steps_per_generation, config.num_generations
-    starts = range(0, size * count, size)
-    prompts = [-(-(start + size) // group) - start // group for start in starts]
-    return [MicroBatch(size, found, lengths, packed, not on.is_cpu) for found in prompts]
+    """Return the passes that score a rollout batch before its updates: rows in sampling order, grouped by prompt."""
+    size, num_batches, group_size = (
+        config.per_device_train_batch_size,
+        config.steps_per_generation,
+        config.num_generations,
+    )
+    starts = range(0, size * num_batches, size)
+    num_prompts = [-(-(start + size) // group_size) - start // group_size for start in starts]
+    return [MicroBatch(size, count, lengths, packed, not hardware.is_cpu) for count in num_prompts]

@@ -9,13 +9,9 @@ from bupo.utils.errors import UserError
 
 SHARDINGS = ("one", "ddp", "fsdp2", "zero1", "zero2")
 GB = 1e9
-# an H100's dense peaks by its data sheet, and what share of them a training run is assumed to reach
-H100_BF16_TFLOPS, H100_FP32_TFLOPS, H100_BANDWIDTH_TB, ASSUMED_UTILIZATION = (
-    989.0,
-    67.0,
-    3.35,
-    {"tflops": 0.4, "bandwidth": 0.6},
-)
+# dense peaks from the H100's data sheet, and the share of them that a training run is assumed to reach
+H100_BF16_TFLOPS, H100_FP32_TFLOPS, H100_BANDWIDTH_TB = 989.0, 67.0, 3.35
+ASSUMED_UTILIZATION = {"tflops": 0.4, "bandwidth": 0.6}
 H100_MEMORY_GB = 80.0
 
 
@@ -52,7 +48,7 @@ class PlanOptions:
         """Raise [`UserError`] for a value that is refused, or for a sharding that does not fit the number of GPUs."""
         check_command_options(self)
         if self.sharding not in (None, "one") and self.gpus < 2:
-            raise UserError(f"sharding {self.sharding} takes several GPUs, and gpus is {self.gpus}: leave it out")
+            raise UserError(f"sharding {self.sharding} needs several GPUs, and gpus is {self.gpus}: leave it out")
         if self.sharding == "one" and self.gpus > 1:
             raise UserError(f"sharding one takes one GPU, and gpus is {self.gpus}: choose ddp or fsdp2")
 
@@ -66,12 +62,12 @@ class PlanOptions:
 
     @property
     def resolved_sharding(self) -> str:
-        """How the devices share the model."""
+        """Sharding, with its default."""
         return self.sharding or ("fsdp2" if self.gpus > 1 else "one")
 
     @property
     def device_bytes(self) -> float:
-        """Bytes of a device."""
+        """Memory of a device in bytes."""
         if self.gpu_memory is not None:
             return self.gpu_memory * GB
         if self.is_cpu and hasattr(os, "sysconf"):
@@ -79,7 +75,7 @@ class PlanOptions:
         return H100_MEMORY_GB * GB
 
     def get_flops_per_second(self, half: bool) -> float | None:
-        """FLOP/s of a device; `half`: whether its products are of 16-bit numbers."""
+        """Return the FLOP/s of a device; `half` selects products of 16-bit numbers."""
         if self.tflops is not None:
             return self.tflops * 1e12
         return (
@@ -96,22 +92,22 @@ class PlanOptions:
         return None if self.is_cpu else ASSUMED_UTILIZATION["bandwidth"] * H100_BANDWIDTH_TB * 1e12
 
     def describe_rates(self, half: bool) -> list[str]:
-        """Each rate with where it comes from."""
-        peak, kind = (H100_BF16_TFLOPS, "bf16") if half else (H100_FP32_TFLOPS, "fp32")
-        unknown = "no {} is known of this CPU: --{} gives {}"
-        rate, speed = self.get_flops_per_second(half), self.bytes_per_second
-        if rate is None:
-            found = [unknown.format("rate", "tflops", "times")]
+        """Return a line for each rate with its source."""
+        peak, dtype = (H100_BF16_TFLOPS, "bf16") if half else (H100_FP32_TFLOPS, "fp32")
+        unknown = "the {} of this CPU is not known: --{} gives {}"
+        flop_rate, bandwidth = self.get_flops_per_second(half), self.bytes_per_second
+        if flop_rate is None:
+            lines = [unknown.format("FLOP rate", "tflops", "times")]
         elif self.tflops is None:
-            found = [f"{rate / 1e12:.0f} TFLOP/s a GPU: 40 % of an H100's {peak:.0f} in {kind} (--tflops)"]
+            lines = [f"{flop_rate / 1e12:.0f} TFLOP/s a GPU: 40 % of an H100's {peak:.0f} in {dtype} (--tflops)"]
         else:
-            found = [f"{self.tflops:g} TFLOP/s a device, as given"]
-        if speed is None:
-            found.append(unknown.format("bandwidth", "bandwidth", "the time of sampling and of the optimizer"))
+            lines = [f"{self.tflops:g} TFLOP/s a device, as given"]
+        if bandwidth is None:
+            lines.append(unknown.format("bandwidth", "bandwidth", "the time of sampling and of the optimizer"))
         elif self.bandwidth is None:
-            found.append(
-                f"{speed / 1e12:.1f} TB/s of memory a GPU: 60 % of an H100's {H100_BANDWIDTH_TB} (--bandwidth)"
+            lines.append(
+                f"{bandwidth / 1e12:.1f} TB/s of memory a GPU: 60 % of an H100's {H100_BANDWIDTH_TB} (--bandwidth)"
             )
         else:
-            found.append(f"{self.bandwidth:g} TB/s of memory a device, as given")
-        return found
+            lines.append(f"{self.bandwidth:g} TB/s of memory a device, as given")
+        return lines

@@ -1,4 +1,4 @@
-"""`bupo.plan`: what a run will need and take, before any weights are loaded."""
+"""`bupo.plan`: memory, FLOPs and time of a run, before any weights are loaded."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,23 +25,23 @@ from bupo.training.validation.arguments import check_deepspeed, check_named_laye
 from bupo.training.validation.option_ranges import MODEL_RANGES
 from bupo.utils.errors import UserError
 
-DEFAULT_PROMPT_TOKENS = 256  # where no data set is at hand
-MAX_MEASURED_PROMPTS = 256  # prompts of a data set
-MEAN_LENGTH_SHARE = 0.5  # an answer's tokens in the mean
+DEFAULT_PROMPT_TOKENS = 256  # if no local data set is given
+MAX_MEASURED_PROMPTS = 256  # prompts of a data set that are tokenised
+MEAN_LENGTH_SHARE = 0.5  # mean tokens of an answer, as a share of the longest
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Some rollout batches that optimise the same.
+    """Successive rollout batches that optimise the same policy.
 
     Attributes:
-        layer (`int`, *optional*): of the first phase's stage; None is the second phase.
-        batches (`int`, *optional*): rollout batches; None where the run's length is not known.
-        trained (`int`): parameters that move.
-        flops ([`Flops`]): of a device and rollout batch.
+        layer (`int`, *optional*): layer of phase 1; `None` in phase 2.
+        batches (`int`, *optional*): rollout batches; `None` if the run's length is not known.
+        trained_parameters (`int`): parameters that an update changes.
+        flops ([`Flops`]): FLOPs of a device and rollout batch.
         memory ([`MemoryEstimate`]): bytes of a device by part.
-        seconds ([`RolloutBatchSeconds`]): of a rollout batch.
-        besides (`int`, *optional*): a layer whose objective is mixed into the second phase's.
+        seconds ([`RolloutBatchSeconds`]): time of a rollout batch.
+        auxiliary_layer (`int`, *optional*): layer whose auxiliary objective is added in phase 2.
     """
 
     layer: int | None
@@ -61,16 +61,18 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need and take.
+    """Memory, FLOPs and time of a run.
 
     Attributes:
-        model (`str`), sizes ([`ModelSizes`]): what is trained.
-        on ([`PlanOptions`]): the devices.
-        answers, group (`int`), updates (`float`): of a rollout batch of all devices, answers, those to one prompt, and updates.
+        model (`str`), sizes ([`ModelSizes`]): the trained model and its parameter counts.
+        hardware ([`PlanOptions`]): the devices.
+        num_completions (`int`): answers of a rollout batch on all devices.
+        group_size (`int`): answers to one prompt.
+        updates (`float`): optimizer updates of a rollout batch.
         phases (`list[PhasePlan]`): in their order.
-        sampler (`str`, *optional*): what is said where vLLM has no room for one answer.
-        advice ([`MemoryAdvice`], *optional*): what to change, where a device is too small.
-        assumptions (`list[str]`): all that was not given.
+        vllm_shortage (`str`, *optional*): message if vLLM has no room for one answer.
+        advice ([`MemoryAdvice`], *optional*): changes to make if a device is too small.
+        assumptions (`list[str]`): every assumed value, one line each.
     """
 
     model: str
@@ -86,7 +88,7 @@ class Plan:
 
     @property
     def bytes(self) -> float:
-        """That a device must hold."""
+        """Memory in bytes that a device must have."""
         return max(phase.memory.bytes for phase in self.phases)
 
     @property
@@ -95,7 +97,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all rollout batches."""
+        """Time of all rollout batches, or None if it is not known."""
         totals = [(phase.batches, phase.seconds.total) for phase in self.phases]
         known = [batches * total for batches, total in totals if batches is not None and total is not None]
         return sum(known) if len(known) == len(totals) else None
@@ -107,35 +109,47 @@ def plan(
     options: TrainOptions | None = None,
     *,
     loading: ModelConfig | None = None,
-    on: PlanOptions | None = None,
+    hardware: PlanOptions | None = None,
 ) -> Plan:
     """Count parameters, FLOPs, memory and time of a run of [`bupo.train`] from its options and the model's configuration.
 
     Args:
-        model (`str`): as of [`load_model`]; its weights are not looked for.
-        config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*), loading (`ModelConfig`, *optional*): of the run.
-        on ([`PlanOptions`], *optional*): devices, rates and lengths. Of a `generation_batch_size` that `config` was given, each
-            of them has as many answers as the configuration's own process would.
+        model (`str`): a name as for [`load_model`]; its weights are not needed.
+        config ([`BuPOConfig`]), options ([`TrainOptions`], *optional*): the run's options.
+        loading (`ModelConfig`, *optional*): how the model is loaded.
+        hardware ([`PlanOptions`], *optional*): devices, rates and lengths. If `config` sets `generation_batch_size`, each
+            device samples as many answers as this process would.
 
     Raises:
-        UserError: for what the run would refuse of a model, a layer or a sharding.
+        UserError: for a model, a layer or a sharding that the run would refuse.
     """
-    options, on = options or TrainOptions(), on or PlanOptions()
-    setting, said = _resolve_planned_run(model, config, options, loading, on)
-    batches, said_length = _count_rollout_batches(config, options, on)
-    parts, said_stages = _plan_targets(setting, batches)
-    phases = [_plan_phase(setting, target, length) for target, length in parts]
-    assumed = [
-        *on.describe_rates(setting.is_half_precision),
-        *said,
-        *said_length,
-        *said_stages,
-        *_describe_assumptions(setting),
+    options, hardware = options or TrainOptions(), hardware or PlanOptions()
+    run, length_notes = _resolve_planned_run(model, config, options, loading, hardware)
+    batches, batch_notes = _count_rollout_batches(config, options, hardware)
+    parts, phase_notes = _plan_targets(run, batches)
+    phases = [_plan_phase(run, target, length) for target, length in parts]
+    assumptions = [
+        *hardware.describe_rates(run.is_half_precision),
+        *length_notes,
+        *batch_notes,
+        *phase_notes,
+        *_describe_assumptions(run),
     ]
-    size = (setting.num_completions * on.num_processes, config.num_generations, setting.num_updates)
-    found = Plan(model, setting.sizes, on, *size, phases, describe_vllm_shortage(setting), None, assumed)
-    targets = [target for target, _ in parts]
-    return replace(found, advice=suggest_changes(setting, targets)) if found.bytes > on.device_bytes else found
+    result = Plan(
+        model=model,
+        sizes=run.sizes,
+        hardware=hardware,
+        num_completions=run.num_completions * hardware.num_processes,
+        group_size=config.num_generations,
+        updates=run.num_updates,
+        phases=phases,
+        vllm_shortage=describe_vllm_shortage(run),
+        advice=None,
+        assumptions=assumptions,
+    )
+    if result.bytes <= hardware.device_bytes:
+        return result
+    return replace(result, advice=suggest_changes(run, [target for target, _ in parts]))
 
 
 def resolve_planned_run(
@@ -143,82 +157,81 @@ def resolve_planned_run(
     config: BuPOConfig,
     options: TrainOptions | None = None,
     loading: ModelConfig | None = None,
-    on: PlanOptions | None = None,
+    hardware: PlanOptions | None = None,
 ) -> PlannedRun:
-    """What a plan counts from. Arguments as of [`plan`]."""
-    return _resolve_planned_run(model, config, options or TrainOptions(), loading, on or PlanOptions())[0]
+    """Return the run that a plan counts. Arguments as for [`plan`]."""
+    return _resolve_planned_run(model, config, options or TrainOptions(), loading, hardware or PlanOptions())[0]
 
 
 def _resolve_planned_run(
-    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig | None, on: PlanOptions
+    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig | None, hardware: PlanOptions
 ) -> tuple[PlannedRun, list[str]]:
-    """And what was assumed of lengths."""
+    """Check the options; return the planned run and notes on the assumed lengths."""
     loading = loading or ModelConfig()
-    on.check()
+    hardware.check()
     options.check()
     _check_loading(loading)
-    read = check_named_layers(model, config, loading)
-    if on.resolved_sharding.startswith("zero"):
+    pretrained_config = check_named_layers(model, config, loading)
+    if hardware.resolved_sharding.startswith("zero"):
         check_deepspeed(config)
-    made = build_meta_model(model, read, config, loading)
-    mean, longest, said = _estimate_lengths(model, config, options, loading, on)
-    return PlannedRun(config, on, loading, made, count_parameters(made), mean, longest), said
+    meta_model = build_meta_model(model, pretrained_config, config, loading)
+    mean, longest, notes = _estimate_lengths(model, config, options, loading, hardware)
+    return PlannedRun(config, hardware, loading, meta_model, count_parameters(meta_model), mean, longest), notes
 
 
-def _plan_phase(setting: PlannedRun, target: PhaseTarget, batches: int | None) -> PhasePlan:
-    layer, counted = target.layer, count_flops(setting, *target)
-    times = estimate_seconds(setting, layer, counted)
+def _plan_phase(run: PlannedRun, target: PhaseTarget, batches: int | None) -> PhasePlan:
+    flops = count_flops(run, *target)
     return PhasePlan(
-        layer,
-        batches,
-        setting.count_trained_parameters(layer),
-        counted,
-        compute_peak_memory(setting, *target),
-        times,
-        target.auxiliary_layer,
+        layer=target.layer,
+        batches=batches,
+        trained_parameters=run.count_trained_parameters(target.layer),
+        flops=flops,
+        memory=compute_peak_memory(run, *target),
+        seconds=estimate_seconds(run, target.layer, flops),
+        auxiliary_layer=target.auxiliary_layer,
     )
 
 
 def _check_loading(loading: ModelConfig) -> None:
-    """What a run refuses of how a model is loaded, before it looks for one."""
+    """Raise [`UserError`] for invalid loading options before the model is looked up."""
     check_options(loading, MODEL_RANGES)
     if loading.dtype is not None:
         check_choice("dtype", loading.dtype, DTYPES)
     if loading.load_in_4bit or loading.load_in_8bit:
-        raise UserError(
-            "load_in_4bit and load_in_8bit: a plan counts no quantised weights; leave it out to plan without"
-        )
+        raise UserError("load_in_4bit and load_in_8bit: a plan does not count quantised weights: leave the option out")
 
 
 def _estimate_lengths(
-    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, on: PlanOptions
+    model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig, hardware: PlanOptions
 ) -> tuple[SequenceLengths, SequenceLengths, list[str]]:
-    """Of texts in the mean and at their longest, and what was assumed of them."""
-    most = config.max_completion_length
-    found = _measure_prompts(model, config, options, loading) if on.prompt_tokens is None else None
-    said = []
-    if on.prompt_tokens is not None:
-        prompt = longest = on.prompt_tokens
-    elif found:
-        prompt, longest = round(sum(found) / len(found)), max(found)
-        said.append(f"{prompt} tokens a prompt, the longest {longest}: the first {len(found)} of {options.dataset}")
+    """Return the mean and the longest lengths of texts, and notes on what was assumed."""
+    longest_answer = config.max_completion_length
+    prompt_lengths = _measure_prompts(model, config, options, loading) if hardware.prompt_tokens is None else None
+    notes = []
+    if hardware.prompt_tokens is not None:
+        prompt = longest = hardware.prompt_tokens
+    elif prompt_lengths:
+        prompt, longest = round(sum(prompt_lengths) / len(prompt_lengths)), max(prompt_lengths)
+        notes.append(
+            f"{prompt} tokens a prompt, the longest {longest}: the first {len(prompt_lengths)} of {options.dataset}"
+        )
     else:
         prompt = longest = DEFAULT_PROMPT_TOKENS
-        said.append(f"{prompt} tokens a prompt: assumed, the data set is not looked at (--prompt_tokens)")
+        notes.append(f"{prompt} tokens a prompt: assumed, the data set is not read (--prompt_tokens)")
     limit = options.max_prompt_tokens
     if limit is not None:
-        prompt, longest = min(prompt, limit), (min(longest, limit) if found else limit)
-    answer = on.answer_tokens or max(1, round(MEAN_LENGTH_SHARE * most))
-    if on.answer_tokens is None:
-        said.append(f"{answer} tokens an answer in the mean: half of the longest, {most} (--answer_tokens)")
-    elif answer > most:
-        raise UserError(f"answer_tokens is {answer}, and max_new_tokens allows {most}: give as many or fewer")
-    said.append(f"memory is for prompts of {longest} and answers of {most} tokens, all in one micro-batch")
-    return SequenceLengths(prompt, answer), SequenceLengths(longest, most), said
+        prompt, longest = min(prompt, limit), (min(longest, limit) if prompt_lengths else limit)
+    answer = hardware.answer_tokens or max(1, round(MEAN_LENGTH_SHARE * longest_answer))
+    if hardware.answer_tokens is None:
+        notes.append(f"{answer} tokens an answer on average: half of the longest, {longest_answer} (--answer_tokens)")
+    elif answer > longest_answer:
+        raise UserError(f"answer_tokens is {answer}, and max_new_tokens allows {longest_answer}: give as many or fewer")
+    notes.append(f"memory is for prompts of {longest} and answers of {longest_answer} tokens, all in one micro-batch")
+    return SequenceLengths(prompt, answer), SequenceLengths(longest, longest_answer), notes
 
 
 def _measure_prompts(model: str, config: BuPOConfig, options: TrainOptions, loading: ModelConfig) -> list[int] | None:
-    """Tokens of the first prompts of a data set that is made, or a file. One of the hub is not asked for."""
+    """Return the tokens of each of the first prompts of a procedural or local data set; None for one of the hub."""
     name = options.dataset
     if name is None or not (is_procedural(name) or Path(name).suffix in FILE_FORMATS):
         return None
@@ -231,34 +244,36 @@ def _measure_prompts(model: str, config: BuPOConfig, options: TrainOptions, load
         system_prompt=options.system_prompt,
         size=min(options.size or MAX_MEASURED_PROMPTS, MAX_MEASURED_PROMPTS),
         seed=config.seed,
-        needs_answers=False,  # only the prompts are looked at
+        needs_answers=False,
     )
     tokenizer = load_tokenizer(model, **get_pretrained_kwargs(config, loading))
     kwargs = config.chat_template_kwargs or {}
     return [len(tokenize_prompt(tokenizer, prompt, **kwargs)) for prompt in problems["prompt"]]
 
 
-def _count_rollout_batches(config: BuPOConfig, options: TrainOptions, on: PlanOptions) -> tuple[int | None, list[str]]:
-    """Rollout batches of a run, if its options tell."""
+def _count_rollout_batches(
+    config: BuPOConfig, options: TrainOptions, hardware: PlanOptions
+) -> tuple[int | None, list[str]]:
+    """Return the rollout batches of a run, or None if the options do not determine them, and notes."""
     if config.max_steps > 0:
         return config.count_rollout_batches(config.max_steps), []
     if options.size is None:
         return None, ["the run's length is not known: it has no max_steps, and the data set no size"]
-    answers = config.per_device_train_batch_size * config.steps_per_generation * on.num_processes
+    answers = config.per_device_train_batch_size * config.steps_per_generation * hardware.num_processes
     prompts = answers // config.num_generations
     return max(1, int(config.num_train_epochs * (options.size // max(1, prompts)))), []
 
 
-def _plan_targets(setting: PlannedRun, batches: int | None) -> tuple[list[tuple[PhaseTarget, int | None]], list[str]]:
-    """What the run optimises and for how many rollout batches, as far as it comes; what `auto` chooses is assumed."""
-    config, said = setting.config, []
+def _plan_targets(run: PlannedRun, batches: int | None) -> tuple[list[tuple[PhaseTarget, int | None]], list[str]]:
+    """Return the policies that the run optimises, each with its rollout batches, and notes. The layer of `auto` is assumed."""
+    config, notes = run.config, []
     planned: list[tuple[PhaseTarget, int | None]] = []
     layer = config.internal_layer if isinstance(config.internal_layer, int) else None
     for stage in config.phase_schedule.stages:
         layer, length = stage.layer, stage.batches
         if layer is None:
-            layer = max(1, setting.sizes.layers // 2)
-            said.append(f"internal_layer auto: the middle layer, {layer}; the run will measure its own")
+            layer = max(1, run.sizes.layers // 2)
+            notes.append(f"internal_layer auto: the middle layer, {layer}, is assumed; the run measures it")
         if length is None:
             length = recommend_first_phase_batches(batches) if batches else None
         planned.append((PhaseTarget(layer), length))
@@ -268,35 +283,35 @@ def _plan_targets(setting: PlannedRun, batches: int | None) -> tuple[list[tuple[
         )
     if not config.internal_loss_weight:
         planned.append((PhaseTarget(None), None))
-    return _limit_to_run_length(planned, batches), said
+    return _limit_to_run_length(planned, batches), notes
 
 
 def _limit_to_run_length(
-    planned: list[tuple[PhaseTarget, int | None]], left: int | None
+    planned: list[tuple[PhaseTarget, int | None]], remaining: int | None
 ) -> list[tuple[PhaseTarget, int | None]]:
-    """Those of a run of so many rollout batches; one without a length lasts to the end."""
-    found = []
+    """Cut the phases to the run's length; a phase without a length lasts to the end."""
+    phases = []
     for target, length in planned:
-        if left is not None:
-            length = left if length is None else min(length, left)
-            left -= length
+        if remaining is not None:
+            length = remaining if length is None else min(length, remaining)
+            remaining -= length
         if length != 0:
-            found.append((target, length))
-    return found
+            phases.append((target, length))
+    return phases
 
 
-def _describe_assumptions(setting: PlannedRun) -> list[str]:
-    """What the numbers leave out, and what no option tells."""
-    config, found = setting.config, []
-    found.append(
+def _describe_assumptions(run: PlannedRun) -> list[str]:
+    """Return notes on packing, sampling and everything that is not counted."""
+    config = run.config
+    notes = [
         "rows are packed: a prompt is computed once for the answers that share a micro-batch"
-        if setting.is_packed
+        if run.is_packed
         else "rows are not packed: each is computed with its prompt, and padded to the longest"
-    )
+    ]
     if config.use_vllm and config.vllm_mode == "server":
-        found.append("sampling takes no time here: vLLM's server has GPUs of its own")
-    found.append(
-        "not counted: grading, probes (3 % of the arithmetic at most), evaluation, checkpoints, and of memory CUDA's own "
-        "(some 1 GB a GPU) and what its allocator cannot use; communication lies in the stated rate"
+        notes.append("sampling takes no time here: vLLM's server has separate GPUs")
+    notes.append(
+        "not counted: grading, probes (at most 3 % of the FLOPs), evaluation, checkpoints, CUDA's own memory (about 1 GB a "
+        "GPU) and memory that its allocator cannot use; communication is part of the assumed rate"
     )
-    return found
+    return notes

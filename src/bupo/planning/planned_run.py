@@ -1,4 +1,4 @@
-"""A run as its parts count it: options, devices, the model's sizes, lengths, and what a micro-batch keeps."""
+"""The run that a plan counts: options, devices, model sizes, lengths, and the activations of a micro-batch."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,11 +23,11 @@ from bupo.training.objective.advantages import CRITIC_ESTIMATORS
 
 
 class PhaseTarget(NamedTuple):
-    """What rollout batches optimise.
+    """Policy that a rollout batch optimises.
 
     Attributes:
-        layer (`int`, *optional*): of the first phase's stage; None in the second phase.
-        besides (`int`, *optional*): a layer whose objective stands in the loss besides the whole policy's.
+        layer (`int`, *optional*): layer of phase 1; `None` in phase 2.
+        auxiliary_layer (`int`, *optional*): layer whose auxiliary objective is added to the loss in phase 2.
     """
 
     layer: int | None
@@ -36,13 +36,13 @@ class PhaseTarget(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What everything is counted from.
+    """All inputs of a plan.
 
     Attributes:
-        config ([`~bupo.BuPOConfig`]), on ([`PlanOptions`]), loading (`ModelConfig`): of the run.
-        model (`nn.Module`), sizes ([`ModelSizes`]): on the meta device.
-        mean, longest ([`SequenceLengths`]): texts as they are in the mean, for time, and at their longest, for memory.
-        passes (`dict`): what forward passes keep that were counted already, also for what this one was changed from.
+        config ([`~bupo.BuPOConfig`]), hardware ([`PlanOptions`]), model_config (`ModelConfig`): options of the run.
+        model (`nn.Module`), sizes ([`ModelSizes`]): the model on the meta device and its parameter counts.
+        mean_lengths, max_lengths ([`SequenceLengths`]): mean lengths, for time, and the longest, for memory.
+        saved_by_pass (`dict`): cache of counted activations, shared by all variants of a run.
     """
 
     config: BuPOConfig
@@ -54,16 +54,16 @@ class PlannedRun:
     max_lengths: SequenceLengths
     saved_by_pass: dict[tuple[MicroBatch, str], SavedActivations] = field(default_factory=dict)
 
-    def with_options(self, on: dict[str, Any] | None = None, **options: Any) -> "PlannedRun":
-        """With other options of the run, or other devices."""
+    def with_options(self, hardware: dict[str, Any] | None = None, **options: Any) -> "PlannedRun":
+        """Return a copy with other options of the run, or other devices."""
         config = self.config.__copy__()
         for name, value in options.items():
             setattr(config, name, value)
-        return replace(self, config=config, hardware=replace(self.hardware, **on or {}))
+        return replace(self, config=config, hardware=replace(self.hardware, **hardware or {}))
 
     @property
     def is_half_precision(self) -> bool:
-        """Whether products are of 16-bit numbers."""
+        """Return whether matrix products are in 16 bits."""
         return bool(self.config.bf16 or self.config.fp16) or self._loaded_half
 
     @property
@@ -72,25 +72,25 @@ class PlannedRun:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight. One in 16 bits stays so below an adapter, or where weights in fp32 are not wanted for training."""
+        """Bytes of a weight. A 16-bit weight stays so under an adapter or without fp32 master weights."""
         return 2 if self._loaded_half and (self.model_config.use_peft or not self.config.fp32_master_weights) else 4
 
     @property
     def trained_bytes(self) -> int:
-        """Of a weight that trains, of its gradient and of each moment of its optimizer."""
+        """Bytes of a trained weight, its gradient and each of its optimizer moments."""
         return 2 if self._loaded_half and not self.config.fp32_master_weights else 4
 
     @property
     def precision(self) -> str:
-        """That states are computed in. Sharding gathers weights in 16 bits; without it autocast copies them."""
+        """Precision of the computation. Sharding gathers 16-bit weights; without it, autocast copies fp32 weights."""
         if not self.is_half_precision:
             return "float32"
-        whole = self.weight_bytes == 4 and self.hardware.resolved_sharding in ("one", "ddp")
-        return "autocast" if whole else "bfloat16"
+        autocasts = self.weight_bytes == 4 and self.hardware.resolved_sharding in ("one", "ddp")
+        return "autocast" if autocasts else "bfloat16"
 
     @property
     def state_bytes(self) -> int:
-        """Of a number of the residual stream."""
+        """Bytes of an element of the residual stream."""
         return 2 if self.precision == "bfloat16" else 4
 
     @property
@@ -99,7 +99,7 @@ class PlannedRun:
 
     @property
     def is_accumulating(self) -> bool:
-        """Whether an update is of several micro-batches."""
+        """Return whether an update accumulates several micro-batches."""
         return self.config.gradient_accumulation_steps > 1
 
     @property
@@ -107,18 +107,18 @@ class PlannedRun:
         return self.config.advantage_estimator in CRITIC_ESTIMATORS and self.config.critic_backbone == "copy"
 
     def get_last_layer(self, layer: int | None) -> int | None:
-        """The layer whose policy a stage optimises, and so the last that runs in an update; None: all do."""
+        """Return the last layer that runs in an update of this layer's policy; None if all layers run."""
         return None if self.config.internal_objective == "frozen_upper" else layer
 
     def count_trained_parameters(self, layer: int | None) -> int:
-        """Parameters that an update moves in a stage of this layer, or in the second phase."""
+        """Return the parameters that an update trains in phase 1 of this layer, or in phase 2 (`None`)."""
         return self.sizes.count_trained_parameters(
             layer, self.get_last_layer(layer) is not None and self.config.internal_lens == "final_norm"
         )
 
     @property
     def has_reference_model(self) -> bool:
-        """Whether a second model is kept for a KL penalty; an adapter's is the model itself."""
+        """Return whether a KL penalty needs a second model; with an adapter, the base model is the reference."""
         return self.config.beta != 0 and not self.model_config.use_peft
 
     @cached_property
@@ -127,17 +127,17 @@ class PlannedRun:
 
     @cached_property
     def micro_batches(self) -> list[MicroBatch]:
-        """Micro-batches of a device and rollout batch, in the mean."""
+        """Micro-batches of a device and rollout batch at mean lengths."""
         return build_micro_batches(self.config, self.mean_lengths, self.hardware, self.is_packed)
 
     @cached_property
     def scoring_batches(self) -> list[MicroBatch]:
-        """Passes that score a rollout batch of a device."""
+        """Forward passes that score a rollout batch of a device."""
         return build_scoring_batches(self.config, self.mean_lengths, self.hardware, self.is_packed)
 
     @cached_property
     def saved_activations(self) -> SavedActivations:
-        """By the fullest micro-batch's forward pass."""
+        """Activations that the largest micro-batch's forward pass saves."""
         key = (self.largest_micro_batch, self.precision)
         if key not in self.saved_by_pass:
             self.saved_by_pass[key] = count_saved_activations(
@@ -147,18 +147,18 @@ class PlannedRun:
 
     @cached_property
     def attention_shapes(self) -> list[AttentionShape]:
-        """Of each layer's attention."""
-        called = self.saved_activations.attention_shapes
-        return called[:: max(1, len(called) // self.sizes.layers)]
+        """Attention shape of each layer."""
+        shapes = self.saved_activations.attention_shapes
+        return shapes[:: max(1, len(shapes) // self.sizes.layers)]
 
     @property
     def num_completions(self) -> int:
-        """That a device samples for a rollout batch."""
+        """Answers that a device samples for a rollout batch."""
         return self.config.per_device_train_batch_size * self.config.steps_per_generation
 
     @property
     def num_prompts(self) -> float:
-        """Of a device's rollout batch."""
+        """Prompts of a device's rollout batch."""
         return self.num_completions / self.config.num_generations
 
     @property
@@ -169,6 +169,6 @@ class PlannedRun:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Of the keys and values of a token."""
+        """Bytes of the keys and values of a token."""
         size = 2 if self.config.use_vllm or self.precision == "bfloat16" else 4
-        return size * sum(head.kv_heads * (head.key + head.value) for head in self.attention_shapes)
+        return size * sum(shape.kv_heads * (shape.key + shape.value) for shape in self.attention_shapes)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an analysis. It reads tables only, and opens without a network."""
+"""Self-contained HTML page of an analysis, written from its tables only."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ MEASURE_NAMES = {
     "entropy_layer_input": "entropy of the policy before the layer (nats)",
     "entropy_attn": "entropy of the ATTN policy (nats)",
     "entropy_ffn": "entropy of the FFN policy (nats)",
-    "entropy_attn_input": "entropy of what ATTN reads (nats)",
-    "entropy_ffn_input": "entropy of what FFN reads (nats)",
+    "entropy_attn_input": "entropy of the input of ATTN (nats)",
+    "entropy_ffn_input": "entropy of the input of the FFN (nats)",
     "d_entropy_layer": "entropy change of the layer, dH_Layer (nats)",
     "d_entropy_attn": "entropy change of ATTN, dH_ATTN (nats)",
     "d_entropy_ffn": "entropy change of the FFN, dH_FFN (nats)",
@@ -38,7 +38,7 @@ def write_analysis_page(
         table (`pd.DataFrame`): `layers.parquet`.
         summary (`list[dict]`): the models of `summary.json`.
         views (`dict[str, list[dict]]`): token x layer views by model's label.
-        path (`str`): the HTML file.
+        path (`str`): HTML file to write.
     """
     layers: dict[str, dict] = {}
     for (model, measure), rows in table.groupby(["model", "measure"], sort=False):

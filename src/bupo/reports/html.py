@@ -1,4 +1,4 @@
-"""What the HTML pages share: templates, styles and scripts, and data that may stand inside a page."""
+"""Shared parts of the HTML pages: templates, styles, scripts, and escaped data."""
 
 import json
 import math
@@ -14,7 +14,7 @@ STATIC_DIR = Path(__file__).parent / "static"
 
 
 def escape_inline(text: str) -> Markup:
-    """A script or style as it may stand in its element: in a string, `</script>` would end it and `<!--` hide its end."""
+    """Escape a script or style for its element, where `</script>` or `<!--` in a string would break the page."""
     text = re.sub("<(?=/(script|style))", r"<\\", text, flags=re.IGNORECASE)
     return Markup(text.replace("<!--", r"\x3c!--"))
 
@@ -25,7 +25,7 @@ def _read_static(name: str) -> Markup:
 
 _TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("bupo", "reports"), autoescape=True)
 _TEMPLATES.globals["static"] = _read_static
-# the page's own scripts and styles, which are inside it, and pictures made by them: nothing is loaded or sent
+# allow inline scripts and styles and the images that they make; load and send nothing
 _TEMPLATES.globals["policy"] = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
     "base-uri 'none'"
@@ -36,16 +36,16 @@ def write_html(path: str | Path, template: str, **names) -> None:
     """Render a template of this folder into one file.
 
     Args:
-        path (`str`): the HTML file.
-        template (`str`): file name of the template. What it is given is escaped unless it says `safe`.
-        names: what the template reads.
+        path (`str`): HTML file to write.
+        template (`str`): file name of the template, which escapes every value not marked `safe`.
+        names: variables of the template.
     """
     with atomic_write(Path(path)) as part:
         part.write_text(_TEMPLATES.get_template(template).render(**names), encoding="utf-8", errors="replace")
 
 
 def dump_script_json(data: dict) -> str:
-    """JSON that may stand inside a script element: a model may well have written `</script>`. NaN becomes null."""
+    """Return JSON escaped for a script element, because texts may contain `</script>`. NaN becomes null."""
 
     def clean(value):
         if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Run folders as small typed records. What a run is, its own files say; what cannot be read is left out by name."""
+"""Typed records of run folders: training runs, evaluations and analyses, read from their files."""
 
 import os
 from collections import defaultdict
@@ -17,11 +17,12 @@ from bupo.reports.table_files import (
     read_table_rows,
     sanitize_name,
 )
+from bupo.run_files.names import DYNAMICS_FILE, FINISHED_FILE, METRICS_FILE
 from bupo.run_files.provenance import CONFIG_FILE, RUN_FILE
 from bupo.utils.log_values import get_number
 from bupo.utils.safe_read import UnreadableFolderError, has_regular_file
 
-# of metrics.jsonl, besides avg@k and pass@k of evaluations while training
+# metrics read from metrics.jsonl, in addition to avg@k and pass@k of evaluations during training
 SERIES_METRICS = (
     "reward", "reward_std", "entropy", "internal/entropy", "completions/mean_length", "completions/clipped_ratio",
     "completions/repetition", "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", "approx_kl",
@@ -32,12 +33,12 @@ LAYER_MEASURES = ("d_entropy_ffn", "d_entropy_attn", "d_entropy_layer", "entropy
 
 Points = dict[float, float]  # value by rollout batch
 Dynamics = dict[tuple[str, int, int], Points]  # by measure, layer and later layer
-LayerCurve = list[tuple[float, float, float] | None]  # mean and interval by layer, from the first
+LayerCurve = list[tuple[float, float, float] | None]  # mean and interval by layer, from layer 1
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of correct answers, and its interval over problems."""
+    """Share of correct answers with its interval over problems."""
 
     value: float
     low: float
@@ -49,13 +50,14 @@ class TrainingRecord:
     """A training run.
 
     Attributes:
-        folder (`Path`): as it was given.
-        setting ([`RunSettings`]), seed (`int`): what was asked for.
-        series (`dict[str, dict]`): logged values by measure and rollout batch.
-        first_phase (`int`): rollout batches of the first phase, as it was; the guard may have ended it early.
-        chosen (`str`): the layer that `auto` took, if it did.
-        batches (`int`): rollout batches done. finished (`bool`): whether the run is.
-        dynamics (`dict`): of `dynamics.parquet`.
+        folder (`Path`): folder of the run.
+        setting ([`RunSettings`]), seed (`int`): options of the run.
+        series (`dict[str, dict]`): logged values by metric and rollout batch.
+        first_phase (`int`): actual length of phase 1 in rollout batches, after early stopping.
+        auto_layer (`str`): layer chosen by `auto`, else empty.
+        batches (`int`): completed rollout batches.
+        is_finished (`bool`): whether the run is finished.
+        dynamics (`dict`): content of `dynamics.parquet`.
     """
 
     folder: Path
@@ -74,12 +76,12 @@ class EvaluationRecord:
     """An evaluation.
 
     Attributes:
-        folder (`Path`): as it was given.
-        model (`str`), place (`Path`): what was evaluated, and where it lies if it is a folder, as seen from here.
-        policy (`str`): `policy of layer 6`, unless it was the whole model.
-        asked (`dict[str, str]`): sampling: two evaluations that differ here are not to be compared.
+        folder (`Path`): folder of the evaluation.
+        model (`str`), model_path (`Path`): evaluated model, and its path if it is a folder.
+        policy (`str`): `policy of layer 6`; empty for the full model.
+        sampling (`dict[str, str]`): sampling settings; only evaluations with equal settings are compared.
         scores (`dict[tuple, Score]`): by benchmark, metric (`avg@16`) and number of problems.
-        passes (`dict[tuple, dict]`): pass@K by K, by benchmark, `64 answers each` and number of problems.
+        pass_curves (`dict[tuple, dict]`): pass@K by K, by benchmark, `64 answers each` and number of problems.
     """
 
     folder: Path
@@ -96,8 +98,8 @@ class ModelLayers:
     """The layers of one model of an analysis.
 
     Attributes:
-        model (`str`), place (`Path`): as of [`EvaluationRecord`].
-        curves (`dict[str, list]`): by measure, mean and interval of each layer.
+        model (`str`), model_path (`Path`): as in [`EvaluationRecord`].
+        curves (`dict[str, list]`): mean and interval of each layer, by measure.
     """
 
     model: str
@@ -107,7 +109,7 @@ class ModelLayers:
 
 @dataclass(frozen=True)
 class AnalysisRecord:
-    """An analysis of one model or several; of a run's checkpoints it may hold the training dynamics."""
+    """An analysis of one or more models, with training dynamics if they are checkpoints of a run."""
 
     folder: Path
     models: list[ModelLayers]
@@ -118,26 +120,26 @@ RunRecord = TrainingRecord | EvaluationRecord | AnalysisRecord
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[RunRecord], list[tuple[str, str]]]:
-    """The runs that folders hold, and the folders that are left out, each with the reason."""
+    """Read run folders; return the runs, and the skipped folders with the reason."""
     runs: list[RunRecord] = []
-    left_out, seen = [], set()
+    skipped, real_paths = [], set()
     for folder in map(Path, folders):
-        real = os.path.realpath(folder)
-        if real in seen:
+        real_path = os.path.realpath(folder)
+        if real_path in real_paths:
             continue
-        seen.add(real)
+        real_paths.add(real_path)
         try:
             runs.append(read_run(folder))
         except UnreadableFolderError as error:
-            left_out.append((str(folder), str(error)))
-    return runs, left_out
+            skipped.append((str(folder), str(error)))
+    return runs, skipped
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The run that a folder holds.
+    """Read the run in a folder.
 
     Raises:
-        Unreadable: if it holds none, or none that can be read.
+        UnreadableFolderError: if there is no run, or it cannot be read.
     """
     try:
         os.listdir(folder)
@@ -147,7 +149,7 @@ def read_run(folder: Path) -> RunRecord:
         raise UnreadableFolderError(
             "a file" if os.path.isfile(folder) else f"cannot be read: {getattr(error, 'strerror', error)}"
         ) from error
-    if has_regular_file(folder, "metrics.jsonl"):
+    if has_regular_file(folder, METRICS_FILE):
         return _read_training(folder)
     summary = read_json_mapping(folder, "summary.json")
     if isinstance(summary.get("models"), list):
@@ -156,15 +158,15 @@ def read_run(folder: Path) -> RunRecord:
         return _read_evaluation(folder, summary)
     if any(has_regular_file(each, RUN_FILE) for each in sorted(folder.iterdir())[:MAX_ITEMS] if os.path.isdir(each)):
         raise UnreadableFolderError(f"holds run folders: give {folder.name}/*")
-    raise UnreadableFolderError("no run that has come to something" if has_regular_file(folder, RUN_FILE) else "no run")
+    raise UnreadableFolderError("no results yet" if has_regular_file(folder, RUN_FILE) else "no run")
 
 
 def _read_training(folder: Path) -> TrainingRecord:
-    note, rows = read_json_mapping(folder, RUN_FILE), list(read_json_lines(folder, "metrics.jsonl"))
+    provenance, rows = read_json_mapping(folder, RUN_FILE), list(read_json_lines(folder, METRICS_FILE))
     config = read_config(folder)
     if config is None:
         raise UnreadableFolderError(f"{CONFIG_FILE} is missing")
-    setting, seed = parse_run_settings(config, str(note.get("command")))
+    setting, seed = parse_run_settings(config, str(provenance.get("command")))
     series, phase, layers = _collect_series(rows)
     batches = [batch for points in series.values() for batch in points]
     if not batches:
@@ -177,42 +179,44 @@ def _read_training(folder: Path) -> TrainingRecord:
         first_phase=sum(value < 1.5 for value in phase.values()),
         auto_layer=f"{layers[0]:g}" if layers and setting.layer_label == "auto" else "",
         batches=int(max(batches)),
-        is_finished=bool(read_json_mapping(folder, "finished.json")),
+        is_finished=bool(read_json_mapping(folder, FINISHED_FILE)),
         dynamics=_read_dynamics(folder),
     )
 
 
 def _collect_series(rows: Iterable[dict]) -> tuple[dict[str, Points], Points, list[float]]:
-    """Values by measure and rollout batch (means where there are several logs), the phases, and the first phase's layers."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return values by metric and rollout batch (means of repeated logs), the phases, and the layers of phase 1."""
+    values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        done = "eval/rollout_batches" in row
-        batch = get_number(row.get("eval/rollout_batches" if done else "rollout_batch"))
+        is_evaluation = "eval/rollout_batches" in row
+        batch = get_number(row.get("eval/rollout_batches" if is_evaluation else "rollout_batch"))
         if batch is None or not 0 <= batch < 1e7:
             continue
         names = (
-            [n for n in row if n.startswith("eval/") and ("/avg@" in n or "/pass@" in n)] if done else SERIES_METRICS
+            [n for n in row if n.startswith("eval/") and ("/avg@" in n or "/pass@" in n)]
+            if is_evaluation
+            else SERIES_METRICS
         )
-        for name in (*names, *([] if done else ["phase", "internal/layer"])):
+        for name in (*names, *([] if is_evaluation else ["phase", "internal/layer"])):
             value = get_number(row.get(name))
-            if value is not None and (name in found or len(found) < MAX_ITEMS):
-                found[name][batch].append(value)
-    series = {name: {b: sum(v) / len(v) for b, v in sorted(of.items())} for name, of in found.items()}
+            if value is not None and (name in values or len(values) < MAX_ITEMS):
+                values[name][batch].append(value)
+    series = {name: {b: sum(v) / len(v) for b, v in sorted(by_batch.items())} for name, by_batch in values.items()}
     return series, series.pop("phase", {}), list(series.pop("internal/layer", {}).values())
 
 
 def _read_dynamics(folder: Path) -> Dynamics:
-    """Of each layer of the first phase against later ones; 0 stands for no layer."""
+    """Read the dynamics by measure, layer of phase 1 and later layer; layer 0 means that none applies."""
     names = ["rollout_batch", "measure", "layer", "later_layer", "value"]
-    if not has_regular_file(folder, "dynamics.parquet"):
+    if not has_regular_file(folder, DYNAMICS_FILE):
         return {}
-    found: dict[tuple[str, int, int], Points] = defaultdict(dict)
-    for row in read_table_rows(folder, "dynamics.parquet", names):
+    dynamics: dict[tuple[str, int, int], Points] = defaultdict(dict)
+    for row in read_table_rows(folder, DYNAMICS_FILE, names):
         batch, value = get_number(row["rollout_batch"]), get_number(row["value"])
         layer, later = (get_number(row[name]) or 0 for name in ("layer", "later_layer"))
         if batch is not None and value is not None and max(layer, later) <= MAX_ITEMS:
-            found[str(row["measure"])[:MAX_NAME_LENGTH], int(layer), int(later)][batch] = value
-    return dict(found)
+            dynamics[str(row["measure"])[:MAX_NAME_LENGTH], int(layer), int(later)][batch] = value
+    return dict(dynamics)
 
 
 def _read_evaluation(folder: Path, summary: dict) -> EvaluationRecord:
@@ -241,10 +245,16 @@ def _read_evaluation(folder: Path, summary: dict) -> EvaluationRecord:
     if not scores:
         raise UnreadableFolderError("no benchmark is evaluated")
     layer = meta.get("layer")
-    asked = {name: sanitize_name(meta[name]) for name in ("temperature", "top_p", "max_new_tokens") if name in meta}
+    sampling = {name: sanitize_name(meta[name]) for name in ("temperature", "top_p", "max_new_tokens") if name in meta}
     policy = "" if layer is None else f"policy of layer {sanitize_name(layer)}"
     return EvaluationRecord(
-        folder, sanitize_name(model), _locate_model(folder, config, sanitize_name(model)), policy, asked, scores, passes
+        folder,
+        sanitize_name(model),
+        _locate_model(folder, config, sanitize_name(model)),
+        policy,
+        sampling,
+        scores,
+        passes,
     )
 
 
@@ -266,10 +276,10 @@ def _read_analysis(folder: Path, summary: dict) -> AnalysisRecord:
     models = []
     metas = [model.get("meta") for model in summary["models"][:MAX_ITEMS] if isinstance(model, dict)]
     for meta in [meta for meta in metas if isinstance(meta, dict)]:
-        of = curves.get(str(meta.get("label")), {})
-        if of:
+        model_curves = curves.get(str(meta.get("label")), {})
+        if model_curves:
             model = sanitize_name(meta.get("adapter") or meta.get("model"))
-            lines = {name: [line.get(n) for n in range(1, max(line) + 1)] for name, line in of.items()}
+            lines = {name: [curve.get(n) for n in range(1, max(curve) + 1)] for name, curve in model_curves.items()}
             models.append(ModelLayers(model, _locate_model(folder, config, model), lines))
     if not models:
         raise UnreadableFolderError("no model is analysed")
@@ -277,23 +287,26 @@ def _read_analysis(folder: Path, summary: dict) -> AnalysisRecord:
 
 
 def _locate_model(folder: Path, config: Mapping, model: str) -> Path:
-    """Where a model that a run names lies, if it is a folder: the run may have been started elsewhere, and moved since.
+    """Return the path of a run's model if it is a folder, even if the run was moved.
 
-    A name is relative to the folder that the run was started in (`run.json`). Where the run's folder is another than the one
-    that it was written to, the parts of the path that differ are taken to have moved together.
+    A name is relative to the folder in which the run was started (`run.json`). If the run's folder differs from its configured
+    output, the differing part of the path is assumed to have moved with its content.
     """
-    here, note = Path(os.path.abspath(folder)), read_json_mapping(folder, RUN_FILE)
-    started = Path(sanitize_name(note.get("folder") or os.getcwd(), 4096))
+    here, provenance = Path(os.path.abspath(folder)), read_json_mapping(folder, RUN_FILE)
+    started = Path(sanitize_name(provenance.get("folder") or os.getcwd(), 4096))
     written = Path(
         os.path.normpath(started / sanitize_name(config.get("output") or config.get("output_dir") or here, 4096))
     )
     model_path = Path(os.path.normpath(started / os.path.expanduser(model)))
-    same = 0
-    while same < min(len(here.parts), len(written.parts)) and here.parts[-1 - same] == written.parts[-1 - same]:
-        same += 1
-    before, now = written.parts[: len(written.parts) - same], here.parts[: len(here.parts) - same]
-    if before and same and model_path.parts[: len(before)] == before:
-        return Path(*now, *model_path.parts[len(before) :])
+    num_equal = 0
+    while (
+        num_equal < min(len(here.parts), len(written.parts))
+        and here.parts[-1 - num_equal] == written.parts[-1 - num_equal]
+    ):
+        num_equal += 1
+    old_root, new_root = written.parts[: len(written.parts) - num_equal], here.parts[: len(here.parts) - num_equal]
+    if old_root and num_equal and model_path.parts[: len(old_root)] == old_root:
+        return Path(*new_root, *model_path.parts[len(old_root) :])
     return model_path
 
 

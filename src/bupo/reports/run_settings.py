@@ -1,4 +1,4 @@
-"""What a run was asked for, from its `config.yaml`: the words by which runs are told apart, joined and named."""
+"""Settings of a run, parsed from its `config.yaml`, by which runs are grouped, compared and named."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ DEFAULT_CONFIG["seed"] = 42  # transformers'
 ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
 DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATOR_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
-OBJECTIVE_NAMES = {"frozen_upper": "upper layers still at first", "shuffled_vocab": "permuted vocabulary"}
+OBJECTIVE_NAMES = {"frozen_upper": "upper layers frozen in phase 1", "shuffled_vocab": "shuffled vocabulary"}
 VANILLA = "vanilla"
 IGNORED_KEYS = ("env", "config")  # keys of a config.yaml that are no options
 MAX_TEXT_LENGTH = 60  # characters of a value that stands in a name
@@ -35,21 +35,22 @@ MAX_TEXT_LENGTH = 60  # characters of a value that stands in a name
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run was asked for but for its seed; or a model that no run of the set has trained.
+    """Settings of a run without its seed; or of a model that was not trained by these runs.
 
     Attributes:
-        model (`str`): that training began with.
-        estimator (`str`): GRPO, RLOO, REINFORCE++, PPO; of a model that is not trained, what to call it.
-        stages (`tuple`): layer (a number or `auto`) and rollout batches of each stage of the first phase, as planned; 0 where
-            `auto` chooses the length too.
-        module, lens, guard: of the first phase; as by default where there is none.
-        objective (`str`): that the first phase has: `layer`, or what stands for it in a comparison.
-        besides (`str`), handover (`int`), mix (`float`): the layer whose objective is mixed into the second phase where there
-            is no first, over how many rollout batches it fades out, and the weight that it keeps.
-        frozen (`int`), slow (`tuple`, *optional*): layers 1 to this frozen; layer above which is trained slowly, and factor.
-        rates (`str`): factors of the learning rate by layer, such as `0.1 for 1 to 4, 1 for 5 to 8`.
-        rest (`tuple`): all other options that decide a run, with their values as text, by name.
-        at (`str`): what of the run is looked at, if not its end: `update 16`, `policy of layer 6`.
+        model (`str`): initial model.
+        estimator (`str`): GRPO, RLOO, REINFORCE++ or PPO; a label for a model that is not trained.
+        stages (`tuple`): layer (a number or `auto`) and planned rollout batches of each stage of phase 1; 0 if `auto` chooses
+            the length.
+        module, lens, has_early_stopping: settings of phase 1; defaults if there is none.
+        objective (`str`): objective of phase 1.
+        auxiliary_layer (`str`), fade_batches (`int`), auxiliary_weight (`float`): layer of the auxiliary objective in phase 2
+            if there is no phase 1, rollout batches over which it fades out, and its constant weight.
+        frozen_up_to_layer (`int`, *optional*): layers 1 to this one are frozen.
+        upper_lr_multiplier (`tuple`, *optional*): layer, and factor of the learning rate above it.
+        layer_lr_multipliers (`str`): factors of the learning rate by layer, such as `0.1 for 1 to 4, 1 for 5 to 8`.
+        other_options (`tuple`): all other options that affect training, as names and texts.
+        snapshot (`str`): evaluated state, if not the final model: `update 16`, `policy of layer 6`.
     """
 
     model: str
@@ -70,13 +71,13 @@ class RunSettings:
 
     @property
     def method(self) -> str:
-        """Such as `BuPO`, `GRPO, layers 1 to 5 frozen`: without layer and length of the first phase."""
+        """Name such as `BuPO` or `GRPO, layers 1 to 5 frozen`, without layer and length of phase 1."""
         words = [self.estimator]
         if self.stages and self.objective != "frozen_upper":
             words = ["BuPO" if self.estimator == "GRPO" else f"BuPO with {self.estimator}"]
         words += [OBJECTIVE_NAMES.get(self.objective, self.objective)] * (self.objective != "layer")
-        words += [f"hand-over of {self.fade_batches} batch{'es' * (self.fade_batches > 1)}"] * bool(self.fade_batches)
-        words += [f"{self.auxiliary_weight:g} of the layer's objective mixed in"] * bool(self.auxiliary_weight)
+        words += [f"fade over {self.fade_batches} batch{'es' * (self.fade_batches > 1)}"] * bool(self.fade_batches)
+        words += [f"layer objective with weight {self.auxiliary_weight:g}"] * bool(self.auxiliary_weight)
         words += ["final norm"] * (self.lens == "final_norm")
         words += [f"{self.module.upper()} policy"] * (self.module != "layer")
         words += [f"layers 1 to {self.frozen_up_to_layer} frozen"] * (self.frozen_up_to_layer is not None)
@@ -87,17 +88,17 @@ class RunSettings:
 
     @property
     def layer_label(self) -> str:
-        """The layers of the first phase, or that of what is mixed in; empty where there is none."""
+        """Layers of phase 1, or the auxiliary objective's layer; empty if there is none."""
         return ", ".join(dict.fromkeys(layer for layer, _ in self.stages)) or self.auxiliary_layer
 
     @property
     def first_phase_batches(self) -> int:
-        """Planned length of the first phase, in rollout batches."""
+        """Planned length of phase 1 in rollout batches."""
         return sum(batches for _, batches in self.stages)
 
     @property
     def description(self) -> str:
-        """Method, first phase and what is looked at."""
+        """Method, stages of phase 1 and snapshot."""
         stages = [f"layer {layer}" + f" for {batches}" * bool(batches) for layer, batches in self.stages]
         stages += [f"layer {self.auxiliary_layer}"] * bool(self.auxiliary_layer)
         return (
@@ -108,29 +109,31 @@ class RunSettings:
 
     @property
     def baseline(self) -> "RunSettings":
-        """GRPO of the same options: what table 11's methods and a first phase are compared with."""
+        """GRPO with the same options, the baseline of phase 1 and of the methods in table 11."""
         plain = RunSettings(self.model, "GRPO", other_options=self.other_options, snapshot=self.snapshot)
         return self if self.estimator == VANILLA else plain
 
 
 def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSettings, int]:
-    """What a `config.yaml` of `bupo train` or `bupo demo` asks for, and the seed.
+    """Parse the `config.yaml` of `bupo train` or `bupo demo` into settings and seed.
 
     Args:
-        config (`dict`): its content.
-        command (`str`): `demo` for the demo's, whose defaults are others.
+        config (`dict`): content of the file.
+        command (`str`): `demo` selects the demo's defaults.
     """
-    given = {TRL_ALIASES.get(name, name): value for name, value in config.items()}
-    values = DEFAULT_CONFIG | (DEMO_CONFIG if command == "demo" else {}) | given
+    options = {TRL_ALIASES.get(name, name): value for name, value in config.items()}
+    values = DEFAULT_CONFIG | (DEMO_CONFIG if command == "demo" else {}) | options
     known = {*DEFAULT_CONFIG, *DEMO_CONFIG, *IGNORED_KEYS}
-    rest = {name: _format_value(value) for name, value in given.items() if name not in known and affects_training(name)}
+    other_options = {
+        name: _format_value(value) for name, value in options.items() if name not in known and affects_training(name)
+    }
     estimator = _format_value(values["advantage_estimator"])
     setting = RunSettings(
         model=_format_value(values.get("model") or "a model from Python", 200),
         estimator=ESTIMATOR_NAMES.get(estimator, estimator),
         stages=_parse_stages(values),
         frozen_up_to_layer=_parse_int(values["frozen_up_to_layer"]),
-        other_options=tuple(sorted(rest.items())),
+        other_options=tuple(sorted(other_options.items())),
     )
     if values["layer_lr_multipliers"] is not None:
         setting = _add_lr_multipliers(setting, values["layer_lr_multipliers"])
@@ -146,14 +149,17 @@ def parse_run_settings(config: Mapping[str, Any], command: str) -> tuple[RunSett
 
 
 def _add_auxiliary_objective(setting: RunSettings, values: Mapping[str, Any]) -> RunSettings:
-    """With what of a layer's objective stands in the second phase's loss."""
-    handover, mix = _parse_int(values["internal_fade_batches"]) or 0, _parse_float(values["internal_loss_weight"])
-    mix = mix if math.isfinite(mix) else 0.0
+    """Add the settings of an auxiliary objective in phase 2."""
+    fade_batches, weight = (
+        _parse_int(values["internal_fade_batches"]) or 0,
+        _parse_float(values["internal_loss_weight"]),
+    )
+    weight = weight if math.isfinite(weight) else 0.0
     layer = "" if values["internal_layer"] is None else _format_value(values["internal_layer"])
-    if not (handover or mix) or not (setting.stages or layer):
+    if not (fade_batches or weight) or not (setting.stages or layer):
         return setting
     return replace(
-        setting, auxiliary_layer="" if setting.stages else layer, fade_batches=handover, auxiliary_weight=mix
+        setting, auxiliary_layer="" if setting.stages else layer, fade_batches=fade_batches, auxiliary_weight=weight
     )
 
 
@@ -181,7 +187,7 @@ def _describe_lr_multipliers(multipliers: LayerMultipliers) -> str:
 
 
 def _parse_stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """The first phase. What cannot be read is none."""
+    """Parse the stages of phase 1; empty if they cannot be read."""
     schedule = values["internal_schedule"]
     if schedule is not None:
         try:
@@ -199,7 +205,7 @@ def _parse_stages(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def _parse_int(value: Any) -> int | None:
-    """A whole number, of text too; None for anything else."""
+    """Parse an integer or its text; return None for anything else."""
     try:
         number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
     except ValueError:
@@ -215,20 +221,20 @@ def _parse_float(value: Any) -> float:
 
 
 def _format_value(value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
-    """A value as it stands in a name. `1e-6`, which YAML reads as text, is the same as 0.000001; whole numbers stay whole.
+    """Format a value for a name. Equal numbers give equal texts, also `1e-6`, which YAML reads as text.
 
-    Long ones are cut, and told apart by a digest.
+    Long texts are cut and end with a digest.
     """
-    whole_number = _parse_int(value)
-    if whole_number is not None:
-        return str(whole_number)
+    integer = _parse_int(value)
+    if integer is not None:
+        return str(integer)
     if not isinstance(value, bool):
         try:
-            return f"{float(value):.15g}"  # all digits that a float keeps as they were written
+            return f"{float(value):.15g}"  # all digits that a float preserves
         except (ValueError, TypeError, OverflowError):
             pass
-    whole = "…" if is_oversized(value) else str(value)
-    text = escape_text(" ".join(whole[: 4 * longest].split()))
-    if len(text) <= longest and len(whole) <= 4 * longest:
+    full_text = "…" if is_oversized(value) else str(value)
+    text = escape_text(" ".join(full_text[: 4 * longest].split()))
+    if len(text) <= longest and len(full_text) <= 4 * longest:
         return text
-    return f"{text[: longest - 9]}…{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:8]}"
+    return f"{text[: longest - 9]}…{hashlib.sha256(full_text.encode(errors='replace')).hexdigest()[:8]}"

@@ -1,6 +1,7 @@
-"""One self-contained HTML page over any runs: curves over seeds, the paper's tables, pass@K, layers before and after training.
+"""Self-contained HTML page over any runs: curves over seeds, the paper's tables, pass@K, layers before and after training.
 
-The page joins seeds itself, for its reader may leave some out: it is given every run's curves, and the numbers of each seed.
+The page's script averages over seeds, because readers may filter them. Its data are therefore the curves of every run and the
+numbers of every seed.
 """
 
 import math
@@ -33,9 +34,9 @@ from bupo.utils.errors import UserError
 from bupo.utils.files import check_writable_folder
 from bupo.utils.statistics import compute_seed_statistics
 
-GENERATOR = "bupo report"  # by which a page is known that may be replaced
-MAX_NUMBERS = 1 << 20  # of all curves together: some 7 MB
-MIN_POINTS, MAX_POINTS = 40, 400  # of one curve
+GENERATOR = "bupo report"  # marks pages that may be replaced
+MAX_NUMBERS = 1 << 20  # points of all curves, about 7 MB
+MIN_POINTS, MAX_POINTS = 40, 400  # points of one curve
 SERIES_NAMES = {
     "reward": "reward",
     "entropy": "entropy of the language model policy (nats)",
@@ -64,14 +65,14 @@ SERIES_NAMES = {
 
 @dataclass(frozen=True)
 class RunsReport:
-    """What a set of runs says together.
+    """Results of a set of runs.
 
     Attributes:
-        groups (`list[Group]`): runs that are the same but for the seed.
-        tables (`list[Table]`): the paper's tables that they allow; each has `frame()` and `markdown()`.
-        left_out (`list[tuple[str, str]]`): folders that are no run, with the reason.
-        runs (`list[Run]`): all that was read.
-        path (`Path`): the page.
+        groups (`list[SeedGroup]`): runs that differ in the seed only.
+        tables (`list[PaperTable]`): the paper's tables, with `to_dataframe()` and `to_markdown()`.
+        skipped (`list[tuple[str, str]]`): folders without a run, with the reason.
+        runs (`list[RunRecord]`): all runs.
+        path (`Path`): the HTML page.
     """
 
     groups: list[SeedGroup]
@@ -91,21 +92,21 @@ def report_runs(folders: Iterable[str | Path], output: str | Path = "runs/report
     """Write one page over run folders: training runs, evaluations and analyses, in any mix.
 
     Args:
-        folders (`list[str]`): of the runs.
-        output (`str`): the HTML file. A page of this kind is replaced, any other file is not.
+        folders (`list[str]`): folders of the runs.
+        output (`str`): HTML file to write. A page of `bupo report` is replaced, any other file is not.
 
     Raises:
-        UserError: if no folder holds a run, or the page cannot be written there.
+        UserError: if no folder holds a run, or the page cannot be written.
     """
     path = Path(output)
     check_page_path(path)
-    given = [folder for folder in map(Path, folders) if os.path.realpath(folder) != os.path.realpath(path)]
-    runs, left_out = read_runs(given)
+    run_dirs = [folder for folder in map(Path, folders) if os.path.realpath(folder) != os.path.realpath(path)]
+    runs, skipped = read_runs(run_dirs)
     if not runs:
-        raise UserError(f"no folder holds a run: {describe_skipped(left_out) or 'give run folders, such as runs/*'}")
+        raise UserError(f"no folder holds a run: {describe_skipped(skipped) or 'give run folders, such as runs/*'}")
     groups = group_runs(runs)
-    found = RunsReport(groups, build_paper_tables(groups), left_out, runs, path)
-    data = build_runs_data(found)
+    report = RunsReport(groups, build_paper_tables(groups), skipped, runs, path)
+    data = build_runs_data(report)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +116,11 @@ def report_runs(folders: Iterable[str | Path], output: str | Path = "runs/report
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"output {path} cannot be written: {error.strerror}; choose another output") from error
-    return found
+    return report
 
 
 def check_page_path(path: Path) -> None:
-    """Raises [`UserError`] where the page would take the place of something else, or cannot be written."""
+    """Raise [`UserError`] if the page would replace another file, or cannot be written."""
     if not path.name:
         raise UserError("output is empty: name the file of the page, such as runs/report.html")
     check_writable_folder("output", path.parent)
@@ -128,54 +129,54 @@ def check_page_path(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_file() or path.is_symlink():
-        raise UserError(f"output {path} is no file that can be replaced: choose another output")
+        raise UserError(f"output {path} is not a regular file: choose another output")
     with path.open("rb") as file:
         if f'content="{GENERATOR}"'.encode() not in file.read(1024):
-            raise UserError(f"output {path} is another file than a page of bupo report: choose another output")
+            raise UserError(f"output {path} is not a page of bupo report: choose another output")
 
 
-def describe_skipped(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
-    """Folders that are left out, in one line."""
-    words = [f"{sanitize_name(folder)} ({reason})" for folder, reason in left_out[:most]]
-    return ", ".join(words) + (f" and {len(left_out) - most} more" if len(left_out) > most else "")
+def describe_skipped(skipped: Sequence[tuple[str, str]], limit: int = 8) -> str:
+    """Describe skipped folders in one line."""
+    words = [f"{sanitize_name(folder)} ({reason})" for folder, reason in skipped[:limit]]
+    return ", ".join(words) + (f" and {len(skipped) - limit} more" if len(skipped) > limit else "")
 
 
-def build_runs_data(found: RunsReport) -> dict[str, Any]:
-    """What the page's script reads."""
-    trained = [run for group in found.groups for run in group.runs]
+def build_runs_data(report: RunsReport) -> dict[str, Any]:
+    """Return the data of the page's script."""
+    trained = [run for group in report.groups for run in group.runs]
     width = _get_block_width(trained)
     evaluated = [name for run in trained for name in run.series if name.startswith("eval/")]
     names = dict.fromkeys([*SERIES_NAMES, *evaluated])
     present = [name for name in names if any(name in run.series for run in trained)]
-    most_seeds = max((len(group.seeds) for group in found.groups), default=0)
+    most_seeds = max((len(group.seeds) for group in report.groups), default=0)
     return {
-        "summary": str(found),
-        "left_out": [f"{sanitize_name(folder)} ({reason})" for folder, reason in found.skipped],
-        "groups": [_build_group_data(group, found.groups) for group in found.groups],
+        "summary": str(report),
+        "left_out": [f"{sanitize_name(folder)} ({reason})" for folder, reason in report.skipped],
+        "groups": [_build_group_data(group, report.groups) for group in report.groups],
         "runs": [
-            _build_run_data(run, number, width) for number, group in enumerate(found.groups) for run in group.runs
+            _build_run_data(run, number, width) for number, group in enumerate(report.groups) for run in group.runs
         ],
         "series": {name: SERIES_NAMES.get(name) or _describe_evaluation(name) for name in present},
         "width": width,
-        "tables": [_build_table_data(table, found.groups) for table in found.tables],
-        "passes": _build_pass_data(found.groups),
-        "layers": [_build_layer_data(n, seed, group) for n, group in enumerate(found.groups) for seed in group.layers],
+        "tables": [_build_table_data(table, report.groups) for table in report.tables],
+        "passes": _build_pass_data(report.groups),
+        "layers": [_build_layer_data(n, seed, group) for n, group in enumerate(report.groups) for seed in group.layers],
         "layer_names": {name: MEASURE_NAMES[name] for name in LAYER_MEASURES},
-        "dynamics": [each for n, group in enumerate(found.groups) if (each := _build_dynamics_data(n, group))],
+        "dynamics": [lines for n, group in enumerate(report.groups) if (lines := _build_dynamics_data(n, group))],
         "student": [None, None, *(_get_student_factor(n) for n in range(2, most_seeds + 1))],
     }
 
 
 def _get_student_factor(n: int) -> float:
-    """Half the width of `over_seeds`' interval in units of `sd / sqrt(n)`, so that the page's intervals are the same."""
-    over = compute_seed_statistics([0.0] * (n - 1) + [1.0])
-    return (over.high - over.mean) / over.sd * math.sqrt(n)
+    """Return the half width of Student's interval in units of `sd / sqrt(n)`, for the page's script."""
+    statistics = compute_seed_statistics([0.0] * (n - 1) + [1.0])
+    return (statistics.high - statistics.mean) / statistics.sd * math.sqrt(n)
 
 
 def _build_group_data(group: SeedGroup, groups: Sequence[SeedGroup]) -> dict[str, Any]:
     setting, first = group.setting, [run.first_phase for run in group.runs if run.is_finished or not group.is_finished]
-    of = [n for n, other in enumerate(groups) if other.setting == replace(setting, snapshot="")]
-    before = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
+    final = [n for n, other in enumerate(groups) if other.setting == replace(setting, snapshot="")]
+    untrained = [n for n, g in enumerate(groups) if g.setting.estimator == VANILLA and g.setting.model == setting.model]
     return {
         "name": group.name,
         "model": shorten_model_name(setting.model),
@@ -185,14 +186,14 @@ def _build_group_data(group: SeedGroup, groups: Sequence[SeedGroup]) -> dict[str
         "planned": setting.first_phase_batches,
         "at": setting.snapshot,
         "update": int(setting.snapshot[7:]) if re.fullmatch(r"update [0-9]{1,9}", setting.snapshot) else None,
-        "of": of[0] if of else None,
+        "of": final[0] if final else None,
         "vanilla": setting.estimator == VANILLA,
-        "before": before[0] if before and setting.estimator != VANILLA else None,
+        "before": untrained[0] if untrained and setting.estimator != VANILLA else None,
     }
 
 
 def _build_run_data(run: TrainingRecord, group: int, width: int) -> dict[str, Any]:
-    kept = {name: points for name, points in run.series.items() if points}
+    series = {name: points for name, points in run.series.items() if points}
     return {
         "folder": sanitize_name(run.folder),
         "group": group,
@@ -202,20 +203,20 @@ def _build_run_data(run: TrainingRecord, group: int, width: int) -> dict[str, An
         "chosen": run.auto_layer,
         "finished": run.is_finished,
         "y": {
-            name: _thin_points(points, width, 100 if name.startswith("eval/") else 1) for name, points in kept.items()
+            name: _thin_points(points, width, 100 if name.startswith("eval/") else 1) for name, points in series.items()
         },
     }
 
 
 def _get_block_width(runs: Sequence[TrainingRecord]) -> int:
-    """Rollout batches that one point of a curve stands for: as few as the page's size allows."""
+    """Return the rollout batches per point of a curve, the smallest number that the page's size allows."""
     curves = max(1, sum(len(run.series) for run in runs))
     points = min(MAX_POINTS, max(MIN_POINTS, MAX_NUMBERS // curves))
     return max(1, math.ceil(max((run.batches for run in runs), default=1) / points))
 
 
 def _thin_points(points: Points, width: int, scale: float = 1) -> dict[str, Any]:
-    """Means of blocks of rollout batches, the same for all runs. Evaluations are few, and stay where they are."""
+    """Average blocks of rollout batches, which are the same for all runs. Evaluations (`scale` not 1) are not averaged."""
     if width > 1 and scale == 1:
         blocks = defaultdict(list)
         for batch, value in points.items():
@@ -223,8 +224,8 @@ def _thin_points(points: Points, width: int, scale: float = 1) -> dict[str, Any]
         points = {block * width + (width + 1) / 2: sum(v) / len(v) for block, v in blocks.items()}
     y = [float(f"{scale * value:.5g}") for value in points.values()]
     x = [int(batch) if batch == int(batch) else batch for batch in points]
-    whole = x == list(range(int(x[0]), int(x[0]) + len(x)))
-    return {"y": y, "from": int(x[0])} if whole else {"y": y, "x": x}
+    is_contiguous = x == list(range(int(x[0]), int(x[0]) + len(x)))
+    return {"y": y, "from": int(x[0])} if is_contiguous else {"y": y, "x": x}
 
 
 def _describe_evaluation(name: str) -> str:
@@ -244,13 +245,13 @@ def _build_table_data(table: PaperTable, groups: Sequence[SeedGroup]) -> dict[st
 
 
 def _build_pass_data(groups: Sequence[SeedGroup]) -> dict[str, Any]:
-    """pass@K in percent, by benchmark, its problems and answers."""
-    found: dict[str, list] = defaultdict(list)
-    for benchmark, name in get_benchmark_names(groups, "passes").items():
+    """Return pass@K in percent by benchmark, number of problems and answers."""
+    curves_by_name: dict[str, list] = defaultdict(list)
+    for benchmark, name in get_benchmark_names(groups, "pass_curves").items():
         for number, group in enumerate(groups):
             for seed, curve in group.pass_curves.get(benchmark, {}).items():
                 points = sorted((k, 100 * share) for k, share in curve.items())
-                found[name].append(
+                curves_by_name[name].append(
                     {
                         "group": number,
                         "seed": seed,
@@ -258,32 +259,32 @@ def _build_pass_data(groups: Sequence[SeedGroup]) -> dict[str, Any]:
                         "y": [float(f"{y:.5g}") for _, y in points],
                     }
                 )
-    return {name: curves for name, curves in found.items() if max(len(curve["k"]) for curve in curves) > 1}
+    return {name: curves for name, curves in curves_by_name.items() if max(len(curve["k"]) for curve in curves) > 1}
 
 
-def _build_layer_data(group: int, seed: int | None, found: SeedGroup) -> dict[str, Any]:
-    """An analysis' curves: by measure, means and both ends of the intervals; None where a layer has none."""
+def _build_layer_data(number: int, seed: int | None, group: SeedGroup) -> dict[str, Any]:
+    """Return an analysis's curves: means and both ends of the intervals by measure; None for a missing layer."""
 
     def column(curve, end: int) -> list[float | None]:
         return [None if point is None else float(f"{point[end]:.5g}") for point in curve]
 
-    curves = {name: [column(curve, end) for end in range(3)] for name, curve in found.layers[seed].items()}
-    return {"group": group, "seed": seed, "curves": curves}
+    curves = {name: [column(curve, end) for end in range(3)] for name, curve in group.layers[seed].items()}
+    return {"group": number, "seed": seed, "curves": curves}
 
 
 def _build_dynamics_data(number: int, group: SeedGroup) -> dict[str, Any] | None:
-    """Fig. 5's cosine and KL of a layer with later ones, of one group: means over the seeds, where all were probed, thinned."""
-    found: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return cosine and KL of a layer with later ones (fig. 5): thinned means over seeds, where all were probed."""
+    by_line: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for dynamics in group.dynamics.values():
         for key, points in dynamics.items():
             for batch, value in points.items():
-                found[key][batch].append(value)
+                by_line[key][batch].append(value)
     lines: list[dict[str, Any]] = []
-    for (measure, layer, later), values in sorted(found.items()):
+    for (measure, layer, later), values in sorted(by_line.items()):
         if measure in ("cosine", "kl") and layer and later:
-            most = max(map(len, values.values()))
-            batches = sorted(batch for batch in values if len(values[batch]) == most)
+            num_seeds = max(map(len, values.values()))
+            batches = sorted(batch for batch in values if len(values[batch]) == num_seeds)
             batches = batches[:: math.ceil(len(batches) / MIN_POINTS)]
-            y = [float(f"{sum(values[batch]) / most:.4g}") for batch in batches]
+            y = [float(f"{sum(values[batch]) / num_seeds:.4g}") for batch in batches]
             lines.append({"measure": measure, "layer": layer, "later": later, "x": batches, "y": y})
     return {"group": number, "lines": lines} if lines else None

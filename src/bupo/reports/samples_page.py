@@ -1,7 +1,7 @@
-"""One self-contained HTML page to browse sampled answers. It reads tables only, and opens without a network.
+"""Self-contained HTML page to browse sampled answers, written from their tables.
 
-All answers of a large evaluation make hundreds of megabytes, which no browser opens with pleasure. So long texts keep their
-head and their tail, where a model says how it sets out and what it comes to.
+The answers of a large evaluation take hundreds of megabytes, too many for a browser. Long texts are therefore cut to their
+beginning and end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from bupo.reports.evaluation_scores import VERDICT_COLUMNS, build_harness_rows, 
 from bupo.reports.html import dump_script_json, write_html
 
 MAX_PAGE_BYTES = 16 << 20  # bytes of the page's data
-MIN_TEXT_LENGTH = 80  # characters that a text keeps, however many texts there are
-MAX_VALUE_LENGTH = 200  # characters of what an answer comes to
+MIN_TEXT_LENGTH = 80  # characters of a text that are always kept
+MAX_VALUE_LENGTH = 200  # characters of a final answer
 
 VERDICT_NAMES = {
     "correct": "correct",
@@ -35,9 +35,9 @@ def write_samples_page(
     Args:
         tables (`dict[str, pd.DataFrame]`): `graded.parquet` by benchmark's label: problem, sample, question, gold, text,
             verdict, value, strict, reason, answer_class, tokens, truncated.
-        summary (`dict`): the content of `summary.json`.
-        prompts (`dict[str, str]`): by label, the first problem's prompt as the model reads it.
-        path (`str`): the HTML file.
+        summary (`dict`): content of `summary.json`.
+        prompts (`dict[str, str]`): first formatted prompt by label.
+        path (`str`): HTML file to write.
     """
     limit, data = _fit_page_data(tables, summary, prompts)
     rows = [{name: row[name] for name in row if name not in VERDICT_COLUMNS} for row in build_score_rows(summary)]
@@ -57,7 +57,7 @@ def write_samples_page(
 
 
 def shorten_text(text: str, limit: int) -> str | dict[str, Any]:
-    """The text, or, where it is longer than the limit, its head and tail and how many characters are left out."""
+    """Return the text, or head, tail and number of omitted characters of a text longer than the limit."""
     if len(text) <= limit:
         return text
     tail = limit // 2
@@ -65,7 +65,7 @@ def shorten_text(text: str, limit: int) -> str | dict[str, Any]:
 
 
 def _fit_page_data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str]) -> tuple[int, str]:
-    """The page's data as JSON with as much of every text as fits, and the most characters a text may have."""
+    """Return the largest length of texts that fits into the page, and the page's data as JSON."""
     lengths = [len(text) for text in _iterate_texts(tables, prompts)]
     limit = max(MIN_TEXT_LENGTH, _find_length_limit(lengths, MAX_PAGE_BYTES))
     while True:
@@ -73,9 +73,8 @@ def _fit_page_data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict
         size = len(data.encode())
         if size <= MAX_PAGE_BYTES or limit == MIN_TEXT_LENGTH:
             return limit, data
-        limit = max(
-            MIN_TEXT_LENGTH, int(limit * min(0.95, MAX_PAGE_BYTES / size))
-        )  # a character may take several bytes
+        # a character may take several bytes
+        limit = max(MIN_TEXT_LENGTH, int(limit * min(0.95, MAX_PAGE_BYTES / size)))
 
 
 def _iterate_texts(tables: dict[str, pd.DataFrame], prompts: dict[str, str]) -> Iterator[str]:
@@ -88,26 +87,26 @@ def _iterate_texts(tables: dict[str, pd.DataFrame], prompts: dict[str, str]) -> 
 
 
 def _find_length_limit(lengths: Sequence[int], budget: int) -> int:
-    """The length at which texts cut to it make up the budget; that of the longest where all fit."""
-    left = len(lengths)
+    """Return the length to which texts must be cut to fit the budget; the longest length if all fit."""
+    remaining = len(lengths)
     for length in sorted(lengths):
-        if length * left > budget:
-            return budget // left
-        budget, left = budget - length, left - 1
+        if length * remaining > budget:
+            return budget // remaining
+        budget, remaining = budget - length, remaining - 1
     return max(lengths, default=0)
 
 
 def _build_samples_data(tables: dict[str, pd.DataFrame], summary: dict, prompts: dict[str, str], limit: int) -> dict:
     return {
         "names": VERDICT_NAMES,
-        "passed": {label: found["pass@k"] for label, found in summary["benchmarks"].items()},
+        "passed": {label: scores["pass@k"] for label, scores in summary["benchmarks"].items()},
         "prompts": {label: shorten_text(prompt, limit) for label, prompt in prompts.items()},
         "problems": [problem for label, table in tables.items() for problem in _iterate_problems(label, table, limit)],
     }
 
 
 def _iterate_problems(label: str, table: pd.DataFrame, limit: int) -> Iterator[dict]:
-    """Question and gold once a problem; an answer is a list, for the names of its parts would take a tenth of the page."""
+    """Yield question, gold and answers by problem. Answers are lists, because keys would take a tenth of the page."""
     for problem, rows in table.groupby("problem", sort=False):
         first = rows.iloc[0]
         yield {

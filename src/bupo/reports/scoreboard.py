@@ -1,6 +1,4 @@
-"""One table of several evaluations: a row a method, a column a benchmark, and their average. Seeds of one method share a
-row.
-"""
+"""Table of several evaluations: one row per method (mean over seeds), one column per benchmark, and their average."""
 
 import math
 import re
@@ -22,55 +20,55 @@ SEED_SUFFIX = re.compile(r"[-_.]s(?:eed)?[-_]?[0-9]+$")  # at the end of a run's
 
 
 def strip_seed_suffix(name: str) -> str:
-    """A run's name without its seed: `bupo-seed3` and `bupo-s3` are `bupo`."""
+    """Return a run's name without its seed: `bupo` for `bupo-seed3` and `bupo-s3`."""
     return SEED_SUFFIX.sub("", name)
 
 
 def build_scoreboard(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """avg@k by method and benchmark, in percent.
+    """Return avg@k by method and benchmark, in percent.
 
-    A method's evaluations are its seeds: of each benchmark and of the average, the mean over seeds stands beside the deviation
-    and Student's 95 % interval, NaN for one seed. The average is that of all benchmarks of the table, each with the same weight
-    as in the paper's table 1; a method that lacks one has none.
+    Evaluations of one method are its seeds. Each number is the mean over seeds with standard deviation and Student's 95 %
+    interval, NaN for one seed. The average has equal weights for all benchmarks as in the paper's table 1; a method without all
+    benchmarks has none.
 
     Args:
-        evaluations (`list[tuple[str, dict]]`): method, and what `summary.json` holds.
+        evaluations (`list[tuple[str, dict]]`): method, and content of `summary.json`.
 
     Returns:
-        `pd.DataFrame`: tidy: method, benchmark, k, problems, mean, sd, low, high, seeds; in the order given.
+        `pd.DataFrame`: tidy table: method, benchmark, k, problems, mean, sd, low, high, seeds.
 
     Raises:
-        ValueError: if there is none, or two evaluations of a benchmark are of other problems or answers a problem.
+        ValueError: if there are no benchmarks, or evaluations of one differ in problems or answers per problem.
     """
     benchmarks = _get_benchmarks(evaluations)
     rows: list[dict[str, Any]] = []
     for method in dict.fromkeys(label for label, _ in evaluations):
         scores = [_get_scores(summary) for label, summary in evaluations if label == method]
         for name, (k, problems) in benchmarks.items():
-            found = [100 * each[name] for each in scores if name in each]
-            if found:
-                rows.append(_build_row(method, name, found, k, problems))
-        if len(benchmarks) > 1 and all(benchmarks.keys() <= each.keys() for each in scores):
-            means = [100 * sum(each[name] for name in benchmarks) / len(benchmarks) for each in scores]
+            values = [100 * seed_scores[name] for seed_scores in scores if name in seed_scores]
+            if values:
+                rows.append(_build_row(method, name, values, k, problems))
+        if len(benchmarks) > 1 and all(benchmarks.keys() <= seed_scores.keys() for seed_scores in scores):
+            means = [100 * sum(seed_scores[name] for name in benchmarks) / len(benchmarks) for seed_scores in scores]
             rows.append(_build_row(method, AVERAGE, means))
     return pd.DataFrame(rows)
 
 
 def _get_scores(summary: dict[str, Any]) -> dict[str, float]:
-    return {name: float(found["avg@k"]) for name, found in summary["benchmarks"].items()}
+    return {name: float(scores["avg@k"]) for name, scores in summary["benchmarks"].items()}
 
 
 def _get_benchmarks(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, tuple[int, int]]:
-    """Answers a problem and problems of each benchmark."""
+    """Return answers per problem and number of problems of each benchmark."""
     benchmarks: dict[str, tuple[int, int]] = {}
     for label, summary in evaluations:
-        for name, found in summary["benchmarks"].items():
-            sizes = int(found["k"]), int(found["problems"])
+        for name, scores in summary["benchmarks"].items():
+            sizes = int(scores["k"]), int(scores["problems"])
             first = benchmarks.setdefault(name, sizes)
             if first != sizes:
                 raise ValueError(
                     f"{name} has {sizes[1]} problems of {sizes[0]} answers in {label}, and {first[1]} of {first[0]} before: a "
-                    "table compares the same"
+                    "table needs equal problems and answers"
                 )
     if not benchmarks:
         raise ValueError("there is no benchmark of sampled answers")
@@ -78,13 +76,13 @@ def _get_benchmarks(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> dict[s
 
 
 def _build_row(method: str, name: str, values: list[float], k: int | None = None, problems: int | None = None) -> dict:
-    found: SeedStatistics = compute_seed_statistics(values)
-    spread = {"mean": found.mean, "sd": found.sd, "low": found.low, "high": found.high, "seeds": found.n}
-    return {"method": method, "benchmark": name, "k": k, "problems": problems, **spread}
+    seeds: SeedStatistics = compute_seed_statistics(values)
+    statistics = {"mean": seeds.mean, "sd": seeds.sd, "low": seeds.low, "high": seeds.high, "seeds": seeds.n}
+    return {"method": method, "benchmark": name, "k": k, "problems": problems, **statistics}
 
 
 def pivot_scoreboard(board: pd.DataFrame) -> list[dict[str, str]]:
-    """One row a method for people: means, with the deviation over seeds where there are several."""
+    """Return one formatted row per method: means, with the standard deviation over several seeds."""
     rows = []
     names = [name for name in dict.fromkeys(board["benchmark"]) if name != AVERAGE]
     names += [AVERAGE] * (AVERAGE in set(board["benchmark"]))
@@ -102,14 +100,14 @@ def pivot_scoreboard(board: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
-def _format_cell(found: pd.Series) -> str:
-    return f"{found['mean']:.2f}" + ("" if math.isnan(found["sd"]) else f" ± {found['sd']:.2f}")
+def _format_cell(row: pd.Series) -> str:
+    return f"{row['mean']:.2f}" + ("" if math.isnan(row["sd"]) else f" ± {row['sd']:.2f}")
 
 
 def render_scoreboard(board: pd.DataFrame) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     rows = pivot_scoreboard(board)
-    table = Table(title="avg@k in percent, by math-verify's own verdict", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="avg@k in percent, by math-verify's verdict", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in rows[0]:
         table.add_column(Text(escape_text(name)), justify="left" if name == "method" else "right")
     for row in rows:
@@ -118,7 +116,7 @@ def render_scoreboard(board: pd.DataFrame) -> Table:
 
 
 def write_scoreboard(board: pd.DataFrame, folder: Path) -> None:
-    """`scoreboard.md`, the table for people, and `scoreboard.csv`, its tidy numbers."""
+    """Write `scoreboard.md`, the formatted table, and `scoreboard.csv`, the tidy numbers."""
     rows = [
         {escape_markdown_cell(name): escape_markdown_cell(cell) for name, cell in row.items()}
         for row in pivot_scoreboard(board)

@@ -1,6 +1,6 @@
-"""Files that a run's folder holds, as somebody else may have made them.
+"""Safe reading of a run folder that may come from somebody else.
 
-Only regular files inside the folder are read, none that is huge; of them finite numbers of usual size and short texts.
+Only regular files of limited size inside the folder are read, and texts and collections are cut to a limit.
 """
 
 import json
@@ -28,18 +28,18 @@ MAX_ITEMS = 1000  # benchmarks, measures, layers, options or models of one folde
 
 
 def read_json_mapping(folder: Path, name: str) -> dict[str, Any]:
-    """A mapping; of no file, an empty one."""
+    """Read a JSON mapping; return an empty one if the file is missing."""
     if not has_regular_file(folder, name):
         return {}
     try:
         return reading.read_json(folder / name, max_bytes=MAX_FILE_BYTES)
     except reading.DamagedFileError as error:
-        mapping = error.reason.startswith("it is no mapping")
-        raise UnreadableFolderError(f"{name} is no mapping" if mapping else f"{name} cannot be read") from error
+        not_mapping = error.reason.startswith("it is no mapping")
+        raise UnreadableFolderError(f"{name} is no mapping" if not_mapping else f"{name} cannot be read") from error
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """`config.yaml` without secrets; None where there is none."""
+    """Read `config.yaml` without secrets; return None if it is missing."""
     if not has_regular_file(folder, CONFIG_FILE):
         return None
     try:
@@ -48,16 +48,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise UnreadableFolderError(f"{CONFIG_FILE} cannot be read") from error
     if not isinstance(value, dict):
         raise UnreadableFolderError(f"{CONFIG_FILE} is no mapping")
-    plain = {
+    limited = {
         name: "…" if is_oversized(item) else item
         for name, item in list(value.items())[:MAX_ITEMS]
         if not is_oversized(name)
     }
-    return drop_secrets({str(name): item for name, item in plain.items()})
+    return drop_secrets({str(name): item for name, item in limited.items()})
 
 
 def read_json_lines(folder: Path, name: str) -> Iterator[dict]:
-    """Rows of JSON. Lines that cannot be read are left out."""
+    """Yield the mappings of a JSON-lines file; skip lines that cannot be parsed."""
     for line in read_file_bytes(folder, name).decode(errors="replace").split("\n"):
         try:
             row = json.loads(line)
@@ -68,7 +68,7 @@ def read_json_lines(folder: Path, name: str) -> Iterator[dict]:
 
 
 def read_table_rows(folder: Path, name: str, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of a table, of these columns."""
+    """Read these columns of a Parquet table as rows."""
     try:
         with pa.BufferReader(read_file_bytes(folder, name)) as file:
             return pq.read_table(file, columns=columns).select(columns).to_pylist()
@@ -77,21 +77,23 @@ def read_table_rows(folder: Path, name: str, columns: list[str]) -> list[dict[st
 
 
 def sanitize_name(value: Any, longest: int = MAX_NAME_LENGTH) -> str:
-    """A short text in one line that steers no terminal."""
+    """Return a short text in one line without control characters."""
     return escape_text(" ".join(str(value)[: 4 * longest].split()))[:longest]
 
 
 def is_oversized(value: Any, budget: int = 1000) -> bool:
-    """Whether a value holds more than so many others, or a number that Python writes to nobody: YAML's anchors make few bytes
-    into many, and its hexadecimal numbers know no end."""
-    waiting = [value]
-    while waiting:
+    """Return whether a value holds more than `budget` others or a huge integer.
+
+    YAML's anchors expand a few bytes to many values, and its hexadecimal numbers have no size limit.
+    """
+    pending = [value]
+    while pending:
         budget -= 1
-        item = waiting.pop()
+        item = pending.pop()
         if budget < 0 or (isinstance(item, int) and item.bit_length() > MAX_NAME_LENGTH):
             return True
         if isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
+            pending += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple):
-            waiting += item
+            pending += item
     return False

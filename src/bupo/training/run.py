@@ -23,12 +23,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from bupo.data.chat_templates import describe_chat_template, get_template_kwargs
 from bupo.models.loading import compute_weight_fingerprint, load_config, load_model, load_tokenizer
 from bupo.options.groups import get_changed_options
+from bupo.run_files.names import DYNAMICS_FILE, METRICS_FILE
 from bupo.run_files.provenance import record_run
 from bupo.run_files.reading import read_parquet
 from bupo.training import failure_messages
 from bupo.training.callbacks.best_metric import check_best_metric
-from bupo.training.callbacks.metrics_file import METRICS_FILE, MetricsFileCallback, read_metrics
-from bupo.training.callbacks.probe_series import DYNAMICS_FILE
+from bupo.training.callbacks.metrics_file import MetricsFileCallback, read_metrics
 from bupo.training.callbacks.stop_on_signal import graceful_shutdown
 from bupo.training.callbacks.tensorboard_resume import resume_tensorboard
 from bupo.training.checkpoints.integrity import get_global_step

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bupo.analysis.checkpoint_series import DYNAMICS_COLUMNS, FINISHED_FILE
+from bupo.analysis.checkpoint_series import DYNAMICS_COLUMNS
 from bupo.reports.figures import draw_dynamics_figure, draw_training_figure
+from bupo.run_files.names import BOUNDARY_FILE, DYNAMICS_FILE, FINISHED_FILE, METRICS_FILE, PROBES_FILE
 from bupo.run_files.reading import PARSE_ERRORS, DamagedFileError, KeyTypes, read_json, read_parquet
-from bupo.training.callbacks.metrics_file import METRICS_FILE
-from bupo.training.callbacks.phase_controller import BOUNDARY_FILE
-from bupo.training.callbacks.probe_series import DYNAMICS_FILE, PROBES_FILE
 from bupo.training.checkpoints.integrity import find_damage, list_checkpoints
 from bupo.training.checkpoints.selection import check_visible_to_all, resolve_checkpoint, run_on_main_process
 from bupo.training.checkpoints.writer import STAGING_DIR

@@ -1,4 +1,4 @@
-"""Figures. They read a run's tables only, never a model."""
+"""Figures, drawn from a run's tables."""
 
 from bupo.reports.figures.analysis import draw_analysis_figure, draw_analysis_figures
 from bupo.reports.figures.dynamics import draw_dynamics_figure

@@ -1,4 +1,4 @@
-"""The paper's figures of an analysis, one row of panels a model. What a model lacks is left out."""
+"""The paper's figures of an analysis, with one row of panels per model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,16 +27,16 @@ STAGE_COLOURS = {"exploration": GREEN, "integration": GREY, "convergence": RED, 
 
 
 def draw_analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: str | Path) -> dict[str, Figure]:
-    """Draw them all, as PNG and PDF.
+    """Draw all figures of an analysis as PNG and PDF.
 
     Args:
         table (`pd.DataFrame`): `layers.parquet`.
         summary (`list[dict]`): the models of `summary.json`.
-        folder (`str`): where `entropy_flow` (fig. 2), `entropy_change` (fig. 3), `residual_cosine` (fig. 12) and
-            `kl_similarity` go.
+        folder (`str`): folder for `entropy_flow` (fig. 2), `entropy_change` (fig. 3), `residual_cosine` (fig. 12) and
+            `kl_similarity`.
 
     Returns:
-        `dict[str, Figure]`: by the files' name.
+        `dict[str, Figure]`: by name.
     """
     folder = Path(folder)
     make_folder(folder, folder.parent)
@@ -48,12 +48,12 @@ def draw_analysis_figures(table: pd.DataFrame, summary: Sequence[dict], folder: 
 
 
 def draw_analysis_figure(table: pd.DataFrame, summary: Sequence[dict], name: str) -> Figure:
-    """One of them, unsaved."""
+    """Draw one figure of an analysis without saving it."""
     return _draw_figure(table, summary, *_FIGURE_KINDS[name])
 
 
 def _draw_figure(table: pd.DataFrame, summary: Sequence[dict], columns: int, draw: Callable) -> Figure:
-    """A figure of one kind: `draw(axes (columns,), rows, model)` for each model."""
+    """Draw a figure by calling `draw(axes (columns,), rows, model)` for each model."""
     figure, axes = create_panels(len(summary), columns, (5.5 * columns + 1, 3.3 * len(summary)))
     for row, model in zip(axes, summary, strict=True):
         label = model["meta"]["label"]
@@ -71,14 +71,14 @@ def _select_measure(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def _draw_measure(axis: Axes, rows: pd.DataFrame, measure: str, colour: str, label: str, **style: Any) -> None:
-    """A measure over layers with its interval."""
+    """Draw a measure over layers with its interval."""
     part = _select_measure(rows, measure)
     axis.plot(part["layer"], part["mean"], color=colour, label=label, marker=".", ms=4, lw=1.2, **style)
     axis.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.18, lw=0)
 
 
 def _draw_entropy_flow(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -> None:
-    """One line through the model: H^0, then ATTN's write, the FFN's and the output of each layer."""
+    """Draw one line through the model: H^0, then ATTN's write, the FFN's write and the output of each layer."""
     steps = [_select_measure(rows, "entropy_layer_input").iloc[:1].assign(layer=0)]
     for measure, ahead in (("entropy_attn", 2 / 3), ("entropy_ffn", 1 / 3), ("entropy_layer", 0)):
         part = _select_measure(rows, measure)
@@ -115,7 +115,7 @@ def _draw_entropy_change(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) 
 
 
 def _draw_bars(axis: Axes, rows: pd.DataFrame, kind: str, colours: str | list[str]) -> None:
-    """The entropy change of a module in every layer, with its interval."""
+    """Draw the entropy change of a module in every layer, with its interval."""
     part = rows[rows["measure"] == f"d_entropy_{kind}"]
     axis.bar(part["layer"], part["mean"], color=colours, width=0.8)
     below, above = (end.clip(lower=0) for end in (part["mean"] - part["low"], part["high"] - part["mean"]))
@@ -145,18 +145,18 @@ def _draw_kl_similarity(axes: Sequence[Axes], rows: pd.DataFrame, model: dict) -
     axes[2].set_ylabel("from layer")
 
 
-def _draw_matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **look: Any) -> None:
-    """Every pair of layers, from the lower left."""
+def _draw_matrix(axis: Axes, matrix: list[list[float]] | None, title: str, **style: Any) -> None:
+    """Draw a matrix over pairs of layers, with layer 1 at the lower left."""
     if not matrix:
         axis.remove()
         return
     size = len(matrix)
-    image = axis.imshow(matrix, origin="lower", extent=(0.5, size + 0.5, 0.5, size + 0.5), **look)
+    image = axis.imshow(matrix, origin="lower", extent=(0.5, size + 0.5, 0.5, size + 0.5), **style)
     axis.set_title(title, fontsize=9)
     axis.figure.colorbar(image, ax=axis, shrink=0.85)
 
 
-_FIGURE_KINDS = {  # columns, and what draws them
+_FIGURE_KINDS = {  # number of columns and drawing function
     "entropy_flow": (1, _draw_entropy_flow),
     "entropy_change": (2, _draw_entropy_change),
     "residual_cosine": (1, _draw_residual_cosine),

@@ -1,4 +1,4 @@
-"""What training does inside the model, from a run's `dynamics.parquet`."""
+"""Figure of the training dynamics, from a run's `dynamics.parquet`."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ PANEL_TITLES = {
 
 
 def draw_dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path, title: str) -> Figure:
-    """A run's `dynamics.parquet` as the paper's figs. 4, 5 and 7: one line a later layer where a panel compares layers.
+    """Draw a run's dynamics like the paper's figs. 4, 5 and 7, with one line per later layer in panels that compare layers.
 
     Args:
         table (`pd.DataFrame`): `dynamics.parquet`.
-        first_phase (`int`): its length in rollout batches.
-        path (`str`): the PNG or PDF to write.
-        title (`str`): above the panels.
+        first_phase (`int`): length of phase 1 in rollout batches.
+        path (`str`): PNG or PDF to write.
+        title (`str`): title of the figure.
     """
     series = table.astype({"layer": "Int64", "later_layer": "Int64"})
     layers = sorted(series["layer"].dropna().unique())
@@ -47,7 +47,7 @@ def draw_dynamics_figure(table: pd.DataFrame, first_phase: int, path: str | Path
 
 
 def _draw_measure(axis: Axes, part: pd.DataFrame) -> None:
-    """A measure over rollout batches, with one line a later layer where it compares layers."""
+    """Draw a measure over rollout batches, with one line per later layer if it compares layers."""
     later = sorted(part["later_layer"].dropna().unique())
     for number in later:
         line = part[part["later_layer"] == number]
@@ -58,5 +58,5 @@ def _draw_measure(axis: Axes, part: pd.DataFrame) -> None:
         axis.plot(part["rollout_batch"], part["value"], color=BLUE, lw=1.3)
     add_legend(axis, fontsize=7)
     axis.margins(x=0.01)
-    axis.set_xlabel("rollout batches done", fontsize=8)
+    axis.set_xlabel("completed rollout batches", fontsize=8)
     hide_spines(axis)

@@ -1,4 +1,4 @@
-"""An evaluation's numbers, from its `summary.json`."""
+"""Figure of pass@K, from an evaluation's `summary.json`."""
 
 import itertools
 from pathlib import Path
@@ -12,12 +12,12 @@ from bupo.utils.sanitize import escape_figure_label
 def draw_pass_figure(
     curves: dict[str, dict[str, float]], path: str | Path, others: dict[str, dict[str, float]] | None = None
 ) -> Figure:
-    """pass@K over K by benchmark (fig. 6 and 15).
+    """Draw pass@K over K by benchmark (figs. 6 and 15).
 
     Args:
-        curves (`dict[str, dict[str, float]]`): by label, pass@K by K.
-        path (`str`): the PNG or PDF to write.
-        others (`dict[str, dict[str, float]]`, *optional*): the same of another run, drawn as dashed lines.
+        curves (`dict[str, dict[str, float]]`): pass@K by label and K.
+        path (`str`): PNG or PDF to write.
+        others (`dict[str, dict[str, float]]`, *optional*): curves of another evaluation, drawn as dashed lines.
     """
     others = others or {}
     figure, axes = create_panels(1, 1, (5.5, 3.6))
@@ -41,5 +41,5 @@ def draw_pass_figure(
 
 
 def _get_points(curve: dict[str, float]) -> tuple[list[int], list[float]]:
-    """K and pass@K in percent."""
+    """Return K and pass@K in percent."""
     return [int(k) for k in curve], [100 * share for share in curve.values()]

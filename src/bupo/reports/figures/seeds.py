@@ -1,4 +1,4 @@
-"""Lines over seeds: their mean, and a band that is its 95 % interval."""
+"""Figures over seeds: lines of means with bands of 95 % intervals."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -25,9 +25,9 @@ from bupo.reports.figures.style import (
 from bupo.utils.sanitize import escape_figure_label
 from bupo.utils.statistics import compute_seed_statistics
 
-METHOD_COLOURS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # the same in every figure
-LINE_COLOURS = (RED, "#7c3aed", "#0891b2", "#92400e", "#65a30d", BLUE, GREEN, GREY)  # no orange: phase 1 is shaded so
-MAX_BANDS = 4  # more lines than these have none: they would hide each other
+METHOD_COLOURS = {"vanilla": GREY, "GRPO": BLUE, "BuPO": GREEN}  # used in every figure
+LINE_COLOURS = (RED, "#7c3aed", "#0891b2", "#92400e", "#65a30d", BLUE, GREEN, GREY)  # no orange, which marks phase 1
+MAX_BANDS = 4  # with more lines, bands would cover each other
 
 
 def draw_seeds_figure(
@@ -37,21 +37,21 @@ def draw_seeds_figure(
     first_phases: Mapping[tuple[str, str], float] | None = None,
     finish: Callable[[Axes], None] | None = None,
 ) -> Figure:
-    """A row of panels a model, a panel a measure, a line a row of the table.
+    """Draw one row of panels per model, one panel per measure, and one line per row of the table.
 
     Args:
         table (`pd.DataFrame`): `model`, `row`, `seed`, `measure`, `x` and `value`.
-        titles (`dict[str, str]`): of the panels, by measure.
-        xlabel (`str`): what `x` is.
-        first_phases (`dict`, *optional*): where phase 1 ends, by model and row.
-        finish (`Callable`, *optional*): what makes the x axis of every panel; by default one of whole numbers.
+        titles (`dict[str, str]`): titles of the panels by measure.
+        xlabel (`str`): label of `x`.
+        first_phases (`dict`, *optional*): end of phase 1 by model and row.
+        finish (`Callable`, *optional*): formats the x axis of every panel; by default integer ticks.
     """
     models, rows = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["row"]))
     others = itertools.cycle(LINE_COLOURS if METHOD_COLOURS.keys() & set(rows) else (BLUE, GREEN, *LINE_COLOURS))
     colours = {row: METHOD_COLOURS.get(row) or next(others) for row in rows}
     figure, axes = create_panels(len(models), len(titles), (max(5.5, 4 * len(titles)), 3.4 * len(models)))
     for model, line in zip(models, axes, strict=True):
-        ends = {row: end for (whose, row), end in (first_phases or {}).items() if whose == model}
+        ends = {row: end for (end_model, row), end in (first_phases or {}).items() if end_model == model}
         for axis, (measure, title) in zip(line, titles.items(), strict=True):
             part = table[(table["model"] == model) & (table["measure"] == measure)]
             for row in rows:
@@ -70,14 +70,14 @@ def draw_seeds_figure(
 def draw_layers_figure(
     table: pd.DataFrame, titles: Mapping[str, str], xlabel: str, first_phases: Mapping[str, float]
 ) -> Figure:
-    """A layer against the layers above it, over training: a row of panels a model, a panel a measure, a line a later layer.
+    """Draw a layer compared with later layers over training: two rows of panels per model, one line per later layer.
 
     Args:
-        table (`pd.DataFrame`): `model`, `seed`, `measure`, `layer`, `later_layer` (empty where a measure compares none), `x`
+        table (`pd.DataFrame`): `model`, `seed`, `measure`, `layer`, `later_layer` (empty if a measure compares none), `x`
             and `value`.
-        titles (`dict[str, str]`): of the panels, by measure, with `{layer}` in it.
-        xlabel (`str`): what `x` is.
-        first_phases (`dict[str, float]`): where phase 1 ends, by model.
+        titles (`dict[str, str]`): titles of the panels by measure, with `{layer}`.
+        xlabel (`str`): label of `x`.
+        first_phases (`dict[str, float]`): end of phase 1 by model.
     """
     models = list(dict.fromkeys(table["model"]))
     figure, axes = create_panels(2 * len(models), len(titles) // 2, (9, 5.6 * len(models)))
@@ -98,19 +98,19 @@ def draw_layers_figure(
 
 
 def _draw_later_layers(axis: Axes, part: pd.DataFrame) -> None:
-    """Dark to light from the next layer to the last; many lines have no bands, and two of them a name."""
+    """Draw later layers from dark to light; with many lines, draw no bands and label the first and the last only."""
     later = sorted(part["later_layer"].dropna().unique())
     for number in later:
-        few = len(later) <= MAX_BANDS
+        has_bands = len(later) <= MAX_BANDS
         colour = to_hex(colormaps["viridis"](0.85 * (number - later[0]) / max(1, later[-1] - later[0])))
-        label = f"layer {number}" if few or number in (later[0], later[-1]) else None
-        draw_band(axis, part[part["later_layer"] == number], colour, label, shaded=few)
+        label = f"layer {number}" if has_bands or number in (later[0], later[-1]) else None
+        draw_band(axis, part[part["later_layer"] == number], colour, label, shaded=has_bands)
     if not later:
         draw_band(axis, part, BLUE, None)
 
 
 def _label_line_ends(axis: Axes) -> None:
-    """The lines' names beside their ends: a legend would lie on the lines."""
+    """Label lines at their ends, because a legend would cover them."""
     for line in axis.get_lines():
         if not str(line.get_label()).startswith("_"):
             x, y = np.asarray(line.get_xydata())[-1]
@@ -119,26 +119,26 @@ def _label_line_ends(axis: Axes) -> None:
 
 
 def draw_band(axis: Axes, part: pd.DataFrame, colour: str, label: str | None, shaded: bool = True) -> None:
-    """One line: the mean over the seeds that have a value at `x`, with its interval where there are several seeds."""
+    """Draw the mean over the seeds with a value at `x`, with its interval for several seeds."""
     if part.empty:
         return
-    found = [(x, compute_seed_statistics(list(values))) for x, values in part.groupby("x")["value"]]
-    xs = [x for x, _ in found]
+    statistics = [(x, compute_seed_statistics(list(values))) for x, values in part.groupby("x")["value"]]
+    xs = [x for x, _ in statistics]
     axis.plot(
         xs,
-        [one.mean for _, one in found],
+        [at_x.mean for _, at_x in statistics],
         color=colour,
         label=label and escape_figure_label(label),
         lw=1.4 if len(xs) < 100 else 0.9,
         marker="." if len(xs) < 12 else None,
     )
-    if shaded and any(one.n > 1 for _, one in found):
-        low, high = [one.low for _, one in found], [one.high for _, one in found]
+    if shaded and any(at_x.n > 1 for _, at_x in statistics):
+        low, high = [at_x.low for _, at_x in statistics], [at_x.high for _, at_x in statistics]
         axis.fill_between(xs, low, high, color=colour, alpha=0.16, lw=0)
 
 
 def fit_y_limits(axis: Axes, values: pd.Series) -> None:
-    """Show what the seeds have, not how far an interval of two or three of them may reach."""
+    """Fit the y axis to the values; the interval of two or three seeds may exceed it."""
     low, high = float(values.min()), float(values.max())
     margin = 0.08 * (high - low) or 0.08 * abs(high) or 0.5
     axis.set_ylim(0 if 0 <= low < 0.5 * high else low - margin, high + margin)
@@ -146,7 +146,7 @@ def fit_y_limits(axis: Axes, values: pd.Series) -> None:
 
 
 def mark_phase_ends(axis: Axes, ends: Mapping[str, float], colours: Mapping[str, str], start: float) -> None:
-    """The end of phase 1: shaded where it is one, dotted in the line's colour where rows have their own."""
+    """Mark the end of phase 1: shade a common phase, draw dotted lines in the rows' colours otherwise."""
     if len(set(ends.values())) == 1:
         end = next(iter(ends.values()))
         mark_first_phase(axis, start, end)
@@ -158,12 +158,12 @@ def mark_phase_ends(axis: Axes, ends: Mapping[str, float], colours: Mapping[str,
 
 
 def use_integer_axis(axis: Axes) -> None:
-    """An axis of whole numbers."""
+    """Use integer ticks on the x axis."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def use_power_axis(axis: Axes) -> None:
-    """An axis of powers of two, for pass@K."""
+    """Use powers of two on the x axis, for pass@K."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.minorticks_off()

@@ -1,4 +1,4 @@
-"""What the figures share. Drawn with matplotlib's objects: pyplot, and with it the choice of a backend, is the user's."""
+"""Shared style of the figures. They use matplotlib's objects, not pyplot, so that the user chooses the backend."""
 
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,31 @@ BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#059669", "#dc2626", "#6
 COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
 
 
-def create_panels(rows: int, columns: int, size: tuple[float, float], **more: Any) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes `(rows, columns)`; the size in inches."""
+def create_panels(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its axes `(rows, columns)`; the size is in inches."""
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def hide_spines(axis: Axes) -> None:
-    """No frame above and to the right."""
+    """Hide the upper and right frame."""
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def add_legend(axis: Axes, **more: Any) -> None:
-    """Where there is something to name."""
+def add_legend(axis: Axes, **kwargs: Any) -> None:
+    """Add a legend if there are labelled lines."""
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, **more)
+        axis.legend(frameon=False, **kwargs)
 
 
 def mark_first_phase(axis: Axes, start: float, end: float) -> None:
-    """Phase 1 shaded, and a dashed line at its end."""
+    """Shade phase 1 and draw a dashed line at its end."""
     axis.axvspan(start, end, color=ORANGE, alpha=0.10, lw=0)
     axis.axvline(end, color=GREY, lw=0.8, ls="--")
 
 
 def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write a PNG or PDF, by the path's end."""
+    """Write a PNG or PDF, by the path's suffix."""
     path = Path(path)
     with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format=path.suffix.removeprefix("."))

@@ -1,4 +1,4 @@
-"""Training over rollout batches, from a run's `metrics.jsonl`. A row may lack a metric: a line is of the rows that have it."""
+"""Figures of training over rollout batches, from a run's `metrics.jsonl`. Rows without a metric are skipped."""
 
 import itertools
 import math
@@ -27,17 +27,17 @@ from bupo.utils.sanitize import escape_figure_label
 GUARD_TITLES = {
     "right": "phase 1 of the right length",
     "long": "four times too long",
-    "guarded": "four times too long, with the guard",
+    "guarded": "four times too long, with early stopping",
 }
 
 
 def draw_training_figure(rows: Sequence[dict], path: str | Path, title: str) -> Figure:
-    """Reward, entropy, response length and, where there are any, evaluations over rollout batches, with the phases marked.
+    """Draw reward, entropy, response length and evaluations, if any, over rollout batches, with the phases marked.
 
     Args:
-        rows (`list[dict]`): of a run's `metrics.jsonl`.
-        path (`str`): the PNG or PDF to write.
-        title (`str`): above the panels.
+        rows (`list[dict]`): rows of a run's `metrics.jsonl`.
+        path (`str`): PNG or PDF to write.
+        title (`str`): title of the figure.
     """
     rows = [get_numbers(row) for row in rows]
     evaluations = [row for row in rows if "eval/rollout_batches" in row]
@@ -87,16 +87,21 @@ def _draw_entropy(axis: Axes, rows: Sequence[dict]) -> None:
 
 
 def _draw_evaluations(axis: Axes, rows: Sequence[dict]) -> None:
-    """avg@k of each benchmark with its interval, over the rollout batches that were done."""
-    shares = list(
-        dict.fromkeys(name for row in rows for name in row if "/avg@" in name)
-    )  # a resume may have changed them
+    """Draw avg@k of each benchmark with its interval over completed rollout batches."""
+    # a resumed run may have other benchmarks
+    shares = list(dict.fromkeys(name for row in rows for name in row if "/avg@" in name))
     for name, colour in zip(shares, itertools.cycle(COLOURS), strict=False):
-        label, here = name.split("/")[1], [row for row in rows if name in row]
-        done = [row["eval/rollout_batches"] for row in here]
-        axis.plot(done, [100 * row[name] for row in here], color=colour, marker=".", label=escape_figure_label(label))
-        low, high = ([100 * row.get(f"eval/{label}/{end}", math.nan) for row in here] for end in ("low", "high"))
-        axis.fill_between(done, low, high, color=colour, alpha=0.15, lw=0)
+        label, evaluations = name.split("/")[1], [row for row in rows if name in row]
+        batches = [row["eval/rollout_batches"] for row in evaluations]
+        axis.plot(
+            batches,
+            [100 * row[name] for row in evaluations],
+            color=colour,
+            marker=".",
+            label=escape_figure_label(label),
+        )
+        low, high = ([100 * row.get(f"eval/{label}/{end}", math.nan) for row in evaluations] for end in ("low", "high"))
+        axis.fill_between(batches, low, high, color=colour, alpha=0.15, lw=0)
     add_legend(axis, fontsize=8)
     axis.set_ylim(0, 102)
     kinds = {name.split("/")[-1] for name in shares}
@@ -104,7 +109,7 @@ def _draw_evaluations(axis: Axes, rows: Sequence[dict]) -> None:
 
 
 def _mark_phases(axes: Sequence[Axes], rows: Sequence[dict]) -> None:
-    """Phase 1 shaded in every panel; both phases named in the first."""
+    """Shade phase 1 in every panel, and label both phases in the first."""
     batches = [row["rollout_batch"] for row in rows]
     first_phase = [row["rollout_batch"] for row in rows if _is_first_phase(row)]
     if not first_phase:
@@ -118,11 +123,11 @@ def _mark_phases(axes: Sequence[Axes], rows: Sequence[dict]) -> None:
 
 
 def draw_guard_figure(runs: Mapping[str, Sequence[dict]], path: str | Path) -> Figure:
-    """Reward over rollout batches of runs named `KIND-SEED`: one panel a kind, one line a seed, the end of phase 1 dotted.
+    """Draw the reward of runs named `KIND-SEED`: one panel per kind, one line per seed, dotted lines at the end of phase 1.
 
     Args:
         runs (`dict[str, list[dict]]`): rows of each run's `metrics.jsonl`.
-        path (`str`): the PNG or PDF to write.
+        path (`str`): PNG or PDF to write.
     """
     figure, axes = create_panels(1, len(GUARD_TITLES), (12, 3.4), sharey=True)
     for axis, (kind, title) in zip(axes.flat, GUARD_TITLES.items(), strict=True):

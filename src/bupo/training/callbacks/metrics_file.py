@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from bupo.run_files.names import METRICS_FILE
 from bupo.run_files.reading import PARSE_ERRORS, read_bytes
 from bupo.utils.files import append_text, atomic_write, make_folder
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 _BENCHMARK_PREFIX = re.compile(r"^eval_(?=rollout_batches$|[^/]+/)")  # metrics of benchmarks, not of TRL's eval_dataset
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bupo.models.metadata import get_model_metadata
 from bupo.models.residual_stream import ResidualStream, eval_mode
+from bupo.run_files.names import BOUNDARY_FILE
 from bupo.training.callbacks.early_stopping import EarlyStoppingMonitor, restore_weights, snapshot_weights
 from bupo.training.callbacks.failure_detection import FailureDetector
 from bupo.training.callbacks.probe_series import DynamicsWriter
@@ -38,7 +39,6 @@ from bupo.utils.files import make_folder, write_json
 
 logger = get_logger(__name__)
 
-BOUNDARY_FILE = "boundary.json"
 # metrics of a rollout batch and of an update that failures are detected by
 ROLLOUT_METRICS = (
     "reward",

@@ -7,11 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from bupo.analysis.checkpoint_series import write_dynamics
-from bupo.analysis.results import DYNAMICS_FILE
+from bupo.run_files.names import DYNAMICS_FILE, PROBES_FILE
 from bupo.training.callbacks.probes import PromptCompletionIds
 from bupo.utils.files import atomic_write, make_folder
-
-PROBES_FILE = "probes.jsonl"
 
 
 class DynamicsWriter:

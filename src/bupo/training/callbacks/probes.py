@@ -84,7 +84,7 @@ def _measure_policies(stream, states, targets, layers, lens, temperature) -> Ite
     dtype = torch.promote_types(model_states.dtype, torch.float32)
     device = head.weight.device
     inputs = [values.to(device, dtype) for values in (model_states, *layer_states)]
-    policies = StreamedPolicies(inputs, spoken=len(inputs), pairs=True)
+    policies = StreamedPolicies(inputs, num_compared=len(inputs), pairs=True)
     policies.accumulate(head, targets.to(device))
     yield ("entropy", None, None), policies.entropy[0]
     yield ("perplexity", None, None), policies.log_normalizers[0] - policies.chosen_logit[0]

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bupo.analysis.checkpoint_series import STATE_FILE
+from bupo.run_files.names import STATE_FILE
 from bupo.run_files.reading import (
     NONE_TYPE,
     PARSE_ERRORS,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from bupo.analysis.checkpoint_series import STATE_FILE
+from bupo.run_files.names import STATE_FILE
 from bupo.run_files.reading import PARSE_ERRORS, DamagedFileError, check_keys, read_torch_file
 from bupo.training.checkpoints.integrity import get_global_step
 from bupo.training.checkpoints.resume import check_checkpoint_options, check_same_schedule, write_options
