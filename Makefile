@@ -46,13 +46,13 @@ test-faults: $(INSTALLED)  # runs that are killed, hung and fed rubbish; BUPO_FA
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(FLAGS)
 
 test-models: $(MODELS)  # the slow checks on real pretrained models
-	$(BIN)/python -m pytest -m real_model
+	$(BIN)/python -m pytest -m external tests/models/test_real_models.py tests/planning/test_plan.py
 
 test-vllm: $(MODELS) $(VLLM)  # a real vLLM on this CPU, against transformers: answers for evaluation and for training
-	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m vllm
+	BUPO_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m external tests/generation/test_vllm.py tests/training/test_vllm_training.py
 
 test-deepspeed: $(DEEPSPEED)  # ZeRO over two processes on this CPU, against one process and DDP
-	OMP_NUM_THREADS=1 $(DEEPSPEED_VENV)/bin/python -m pytest -m deepspeed $(FLAGS)
+	OMP_NUM_THREADS=1 $(DEEPSPEED_VENV)/bin/python -m pytest -m external tests/training/test_deepspeed.py $(FLAGS)
 
 test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the newest that the package index has
 	$(NEWEST_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade trl transformers "$(TORCH)"
@@ -60,10 +60,10 @@ test-newest: $(NEWEST)  # what is relied on of TRL and transformers, with the ne
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest tests/training/test_trl_contract.py
 
 test-browser: $(INSTALLED)  # the report in a headless Chromium, which must be at /usr/bin/chromium
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m external tests/reports tests/utils/test_hostile.py
 
 test-docs: $(DOCS)  # every name and option has its entry, every link its place; pages in Chromium; the notebooks run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m external tests/project
 
 docs: $(DOCS)  # the site, in build/site: a link or a name that leads nowhere fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,6 +1,7 @@
 """Shared fixtures: no network, and a headless Chromium that fails on any error or request of a page."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,37 @@ def shoot():
             page.screenshot(path=str(Path(SCREENSHOTS) / f"{name}.png"), full_page=True)
 
     return save
+
+
+# -- tests that were not selected
+
+TIERS = {
+    "slow": "make test-slow",
+    "faults": "make test-faults",
+    "external": "make test-models, test-browser, test-docs, test-vllm, test-deepspeed",
+}
+_deselected: Counter[str] = Counter()
+
+
+def pytest_deselected(items):
+    for item in items:
+        _deselected.update(next(([tier] for tier in TIERS if item.get_closest_marker(tier)), ["other"]))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(
+        session.config, "workeroutput"
+    ):  # a process of pytest-xdist, whose deselected tests the main one does not see
+        session.config.workeroutput["deselected"] = dict(_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _deselected.clear()  # each process has deselected the same tests
+    _deselected.update(getattr(node, "workeroutput", {}).get("deselected", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for tier, command in TIERS.items():
+        if _deselected[tier]:
+            terminalreporter.write_line(f"not selected: {_deselected[tier]} {tier} tests ({command})")

@@ -13,7 +13,7 @@ from bupo.models.loading import load_model, load_tokenizer
 from tests.helpers.real_models import real_model
 from tests.helpers.vllm_serving import PYTHON, environment, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.external
 PROBLEMS, K, TOKENS = 64, 8, 48
 OFFLINE = """
 import json, sys

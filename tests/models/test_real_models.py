@@ -17,7 +17,7 @@ from tests.evaluation.test_evaluation import FILES, SHARED, killed_in
 from tests.helpers.real_models import MODELS, real_model
 from tests.models.test_internal_policy import hooked_states
 
-pytestmark = pytest.mark.real_model
+pytestmark = pytest.mark.external
 
 
 @torch.no_grad()

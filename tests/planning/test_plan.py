@@ -498,7 +498,7 @@ def test_time_of_the_embedded_model_is_as_planned(case):
     assert len(rows) == 3
 
 
-@pytest.mark.real_model
+@pytest.mark.external
 def test_smollm2_is_as_planned(tmp_path):
     """Memory of an update in one pass, and its time."""
     model, tokenizer = real_model("smollm2-135m")

@@ -19,7 +19,7 @@ from bupo.cli.help import COMMANDS, get_option_classes
 from bupo.training.model_card import CITATION
 from tests.helpers.trl_table import ARGUMENTS, OPTIONS
 
-pytestmark = pytest.mark.docs
+pytestmark = pytest.mark.external
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [
     "index.html", "start.html", "concepts.html", "howto/layer.html", "analysis.html", "notebooks/layers.html",

@@ -9,7 +9,7 @@ import pytest
 from bupo.cli.main import main
 from tests.helpers.pages import in_every_look, wait_until
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.external
 
 
 @pytest.fixture(scope="module")

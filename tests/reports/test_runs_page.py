@@ -191,7 +191,7 @@ def cells_of(page, number):
     return {row[0]: row[1:] for row in texts}
 
 
-@pytest.mark.browser
+@pytest.mark.external
 @in_every_look
 def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
@@ -201,7 +201,7 @@ def test_opens_without_errors(opened, shoot, name, width, dark):
     shoot(page, f"runs-{name}")
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_tables_are_those_of_python(opened, report):
     page = opened()
     for table in report.tables:
@@ -209,7 +209,7 @@ def test_tables_are_those_of_python(opened, report):
         assert cells_of(page, table.number) == wanted
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_bands_are_over_seeds(opened):
     """Seeds of reward 0.1 batch + 0.03 seed^2: the drawn line and band of GRPO, at every rollout batch."""
     page = opened()
@@ -239,7 +239,7 @@ def test_bands_are_over_seeds(opened):
     assert thin == 18
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_filters(opened, report):
     page = opened()
 
@@ -270,7 +270,7 @@ def test_filters(opened, report):
     assert page.locator("#tables table").count() == 0
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_the_address_keeps_what_is_chosen(opened, open_file, report):
     page = opened()
     page.locator("input[name=method][value='BuPO, final norm']").check()
@@ -287,7 +287,7 @@ def test_the_address_keeps_what_is_chosen(opened, open_file, report):
     assert "6 of 18" in page.locator("#count").inner_text()
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_keyboard(opened):
     page = opened()
     page.locator("#theme").focus()
@@ -309,7 +309,7 @@ def test_keyboard(opened):
         assert named, control.evaluate("e => e.outerHTML")
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_passes_layers_and_dynamics(opened):
     page = opened()
     page.select_option("#benchmark", "aime, 10 problems, 10 answers each")
@@ -330,7 +330,7 @@ def test_passes_layers_and_dynamics(opened):
     assert page.locator("#layer-group option").all_inner_texts() == ["vanilla"]
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_exports(opened, report, tmp_path):
     page = opened()
     for button, name in (("#csv", "tables.csv"), ("#markdown", "tables.md")):
@@ -352,7 +352,7 @@ def test_exports(opened, report, tmp_path):
     assert all(table.markdown() in text for table in report.tables)
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_hostile_runs_are_drawn_as_text(open_file, tmp_path):
     """Names with HTML, Plotly's own markup and templates, in every place where one stands. Nothing is asked for, nothing runs."""
     label = "<a href='https://evil.invalid'>x</a> %{x} <b>b</b> </script><script>alert(1)</script>"
@@ -373,7 +373,7 @@ def test_hostile_runs_are_drawn_as_text(open_file, tmp_path):
     assert "alert(1)</script>" not in re.sub(r"<script>.*?</script>", "", text[-200_000:], flags=re.S)
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_runs_that_training_has_left(open_file, tmp_path, monkeypatch):
     """Real folders of the commands: a run with probes and an evaluation while it goes, its evaluation and its layers."""
     monkeypatch.chdir(tmp_path)

@@ -213,7 +213,7 @@ def expected(rows):
     return (rows.groupby(["benchmark", "problem"]).ngroups, len(rows))
 
 
-@pytest.mark.browser
+@pytest.mark.external
 @in_every_look
 def test_opens_without_errors(opened, shoot, name, width, dark):
     page = opened(width, dark=dark)
@@ -230,7 +230,7 @@ def test_opens_without_errors(opened, shoot, name, width, dark):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_theme(opened):
     page = opened()
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -239,7 +239,7 @@ def test_theme(opened):
     assert page.locator("#theme").get_attribute("aria-pressed") == "true"
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_filters(opened, tables):
     page, rows = opened(), everything(tables)
     solved = rows.assign(correct=rows["verdict"] == "correct").groupby(["benchmark", "problem"])["correct"]
@@ -269,7 +269,7 @@ def test_filters(opened, tables):
     assert counted(page) == expected(rows[together & (share > 0) & (share < 1)]) == walked(page)
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_filtered_problem_can_show_its_other_answers(opened):
     page = opened()
     page.select_option("#solved", "sometimes")
@@ -281,7 +281,7 @@ def test_filtered_problem_can_show_its_other_answers(opened):
     assert page.locator(".answer").count() == 4
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_search(opened, tables):
     page, rows = opened(), everything(tables)
 
@@ -301,7 +301,7 @@ def test_search(opened, tables):
     assert page.locator("mark").inner_text() == "the rare needle"  # what is found is not folded
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_long_answers_are_folded(opened, tables):
     page = opened()
     page.select_option("#benchmark", "a <b>label</b>")
@@ -318,7 +318,7 @@ def test_long_answers_are_folded(opened, tables):
     assert answer.locator("pre").inner_text() == seen
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_what_is_left_out_is_said(open_file, tmp_path, monkeypatch):
     monkeypatch.setattr("bupo.reports.samples_page.MAX_PAGE_BYTES", 20_000)
     path = write(tmp_path / "report.html", {"one": answers(3, 2, lambda problem, sample: "x" * 9_000)})
@@ -331,7 +331,7 @@ def test_what_is_left_out_is_said(open_file, tmp_path, monkeypatch):
     assert f"{9_000 - total:,} characters left out here" in answer.inner_text()
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_what_the_model_wrote_is_text(opened):
     page = opened()
     page.click("summary")
@@ -345,7 +345,7 @@ def test_what_the_model_wrote_is_text(opened):
     assert page.locator("script").count() == 2
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_keyboard(opened):
     page = opened()
     title = page.locator("#title")
@@ -382,7 +382,7 @@ def test_keyboard(opened):
     assert title.inner_text().startswith("short #1:")
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_controls_have_names(opened):
     page = opened()
     page.locator(".row").nth(2).click()
@@ -393,7 +393,7 @@ def test_controls_have_names(opened):
         assert named, control.evaluate("e => e.outerHTML")
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_numbers_of_the_open_problem(opened, tables):
     page = opened()
     table = tables["short"].query("problem == 2")
@@ -410,7 +410,7 @@ def test_numbers_of_the_open_problem(opened, tables):
     assert "4 × 2" in page.locator(".chips").inner_text()
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_thousands_of_problems_do_not_freeze_it(open_file, tmp_path):
     path = write(tmp_path / "report.html", {"one": answers(5000, 8)})
     page = open_file(path, ".answer")

@@ -147,7 +147,7 @@ def assert_alike(found, wanted, atol=1e-5):
 # -- what moves ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", [*(name for name in RUNS if "broken" not in RUNS[name]), "following"])
 def test_zero_equals_one_process(runs, stage, name):
@@ -161,12 +161,12 @@ def test_zero_equals_one_process(runs, stage, name):
     assert found["moments"] == pytest.approx(wanted["moments"] / 2, rel=0.02)  # each process steps its half
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 def test_zero_equals_ddp(runs, tmp_path):
     assert_alike(runs(2, "ppo"), launched(tmp_path, "ddp", {"ppo": RUNS["ppo"]})["ppo"])
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_first_phase_leaves_layers_above_unchanged(runs, stage):
     """Weights above l are equal to the bit before the second phase, although weight decay is on."""
@@ -216,7 +216,7 @@ def test_a_group_steps_only_where_the_policy_reaches_it():
 # -- checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_resumed_run_is_equal_to_the_bit(runs, place, tmp_path, stage):
     """Runs resume inside a rollout batch of each phase, with a reference model that has moved, and a lower learning rate."""
@@ -239,7 +239,7 @@ def test_a_resumed_run_is_equal_to_the_bit(runs, place, tmp_path, stage):
     assert rates == [3e-4] * 3 + [1e-4] * 5
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 def test_the_saved_model_is_what_was_trained(runs, place):
     found = runs(2, "grpo")
     saved = load_file(place / "2" / "grpo" / "saved" / "model.safetensors")
@@ -251,7 +251,7 @@ def test_the_saved_model_is_what_was_trained(runs, place):
 # -- between rollout batches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 @pytest.mark.parametrize("stage", [1, 2])
 def test_early_stopping_restores_weights_and_each_process_shard(runs, stage):
     """The weights that sample next equal the best ones to the bit; a test above compares the run with one process."""
@@ -262,7 +262,7 @@ def test_early_stopping_restores_weights_and_each_process_shard(runs, stage):
     assert any(not torch.equal(value, last[name]) for name, value in best.items())
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 @pytest.mark.parametrize("stage", [1, 2])
 def test_auto_probes_and_evaluations_use_the_full_model(runs, place, stage):
     found, wanted = runs(stage, "auto"), runs("one", "auto")
@@ -280,7 +280,7 @@ def test_auto_probes_and_evaluations_use_the_full_model(runs, place, stage):
     ]
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run(runs):
     """Warnings are those of one process, which measures the norm of the gradient in another way."""
     found, wanted = runs(2, "skipped"), runs("one", "skipped")
@@ -394,7 +394,7 @@ def train(folder, **options):
     ]
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 def test_a_refused_launch_prints_one_reason_and_leaves_no_files(tmp_path):
     done = run([*TORCHRUN, *train(tmp_path / "out", deepspeed=json.dumps(zero(3)))])
     said = [line for line in (done.stdout + done.stderr).splitlines() if "bupo: error" in line]
@@ -405,7 +405,7 @@ def test_a_refused_launch_prints_one_reason_and_leaves_no_files(tmp_path):
 # -- launch configurations -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deepspeed
+@pytest.mark.external
 def test_the_launch_configurations_make_one_run(tmp_path):
     """Clipping and accumulation follow the run's options: DDP and ZeRO are equal, and a bf16 launch trains in bf16."""
 

@@ -18,7 +18,7 @@ from trl.scripts.vllm_serve import ScriptArguments, build_command
 from bupo.models.loading import load_model
 from tests.helpers.vllm_serving import PYTHON, ROOT, environment, free_port, serving
 
-pytestmark = pytest.mark.vllm
+pytestmark = pytest.mark.external
 LAYER = 5
 RUNS: dict[str, dict] = {
     "colocate": {"vllm_importance_sampling_mode": "sequence_mask"},

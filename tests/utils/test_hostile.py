@@ -219,7 +219,7 @@ def test_a_hostile_label_stays_text_in_an_analysis(tmp_path):
     assert next(iter(csv.DictReader(data["csv"].splitlines())))["model"].startswith("'=1+1")
 
 
-@pytest.mark.browser
+@pytest.mark.external
 def test_a_hostile_label_is_drawn_as_text(tmp_path, open_file):
     """Plotly would turn `<a href>` in a name into a link. No request is sent, and no script runs."""
     label = "<a href='https://evil.invalid'>click</a> %{x} <b>b</b>"
