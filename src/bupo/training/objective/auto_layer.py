@@ -58,7 +58,7 @@ def find_boundary_layer(
     means = ", ".join(f"{number}: {mean:+.2f}" for number, (mean, _, _) in enumerate(result["layers"], 1))
     raise UserError(
         f"internal_layer auto: {reason} ({len(prompts)} prompts of the first rollout batch); dH_FFN in nats by layer: "
-        f"{means}; set internal_layer (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
+        f"{means}; choose internal_layer yourself (1 to {stream.num_layers}), or internal_steps 0 for no first phase"
     )
 
 
