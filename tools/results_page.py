@@ -288,7 +288,8 @@ def main() -> None:
         if not arguments.check:
             page.write_text(filled(text, tables))
             continue
-        text = re.sub(r"\{figure (\w+)\}", lambda found, page=page: _named(page, found[1]), text)
+        for figure in re.findall(r"\{figure (\w+)\}", text):
+            text = text.replace(f"{{figure {figure}}}", _named(page, figure))
         if page.read_text() != filled(text, tables):
             stale.append(name)
     if arguments.check:
