@@ -288,11 +288,8 @@ def main() -> None:
         if not arguments.check:
             page.write_text(filled(text, tables))
             continue
-
-        def name_figure(match: re.Match, page: Path = page) -> str:
-            return _named(page, match[1])
-
-        text = re.sub(r"\{figure (\w+)\}", name_figure, text)
+        for figure in re.findall(r"\{figure (\w+)\}", text):
+            text = text.replace(f"{{figure {figure}}}", _named(page, figure))
         if page.read_text() != filled(text, tables):
             stale.append(name)
     if arguments.check:
