@@ -118,7 +118,7 @@ def test_guard_draws_one_panel_a_kind_and_one_line_a_seed(tmp_path):
     runs = {f"{kind}-{seed}": metrics(first_phase=3) for kind in ("right", "long", "guarded") for seed in range(2)}
     del runs["long-1"][4]["reward"]
     figure = draw_guard_figure(runs, tmp_path / "guard.png")
-    assert titles(figure)[1:] == ["four times too long", "four times too long, with the guard"]
+    assert titles(figure)[1:] == ["four times too long", "four times too long, with early stopping"]
     for axis in figure.axes:
         assert len(lines(axis)) == 2
         ends = [line.get_xdata() for line in axis.get_lines() if line.get_linestyle() == ":"]

@@ -55,7 +55,7 @@ def table(number, *folders):
 
 def texts(found):
     """By the row's name and the column's head."""
-    return {cells[0]: dict(zip(found.heads[1:], map(str, cells[1:]), strict=True)) for _, cells in found.rows}
+    return {cells[0]: dict(zip(found.columns[1:], map(str, cells[1:]), strict=True)) for _, cells in found.rows}
 
 
 # -- what a run was asked for
@@ -115,29 +115,29 @@ def test_runs_that_differ_in_logging_only_have_the_same_settings():
         ({"internal_steps": 0, "advantage_estimator": "ppo"}, "PPO", "PPO"),
         (
             {"internal_layer": 5, "internal_objective": "frozen_upper"},
-            "GRPO, upper layers still at first",
-            "GRPO, upper layers still at first, layer 5 for 20 batches",
+            "GRPO, upper layers frozen in phase 1",
+            "GRPO, upper layers frozen in phase 1, layer 5 for 20 batches",
         ),
         (
             {"internal_layer": 5, "internal_objective": "shuffled_vocab", "advantage_estimator": "rloo"},
-            "BuPO with RLOO, permuted vocabulary",
-            "BuPO with RLOO, permuted vocabulary, layer 5 for 20 batches",
+            "BuPO with RLOO, shuffled vocabulary",
+            "BuPO with RLOO, shuffled vocabulary, layer 5 for 20 batches",
         ),
         ({"internal_steps": 0, "internal_objective": "frozen_upper"}, "GRPO", "GRPO"),
         (
             {"internal_layer": 5, "internal_fade_batches": "20", "internal_loss_weight": 0.1},
-            "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in",
-            "BuPO, hand-over of 20 batches, 0.1 of the layer's objective mixed in, layer 5 for 20 batches",
+            "BuPO, fade over 20 batches, layer objective with weight 0.1",
+            "BuPO, fade over 20 batches, layer objective with weight 0.1, layer 5 for 20 batches",
         ),
         (
             {"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": "1e-1", "internal_lens": "final_norm"},
-            "GRPO, 0.1 of the layer's objective mixed in, final norm",
-            "GRPO, 0.1 of the layer's objective mixed in, final norm, layer 5",
+            "GRPO, layer objective with weight 0.1, final norm",
+            "GRPO, layer objective with weight 0.1, final norm, layer 5",
         ),
         (
             {"internal_layer": 5, "internal_steps": 0, "internal_fade_batches": 4},
-            "GRPO, hand-over of 4 batches",
-            "GRPO, hand-over of 4 batches, layer 5",
+            "GRPO, fade over 4 batches",
+            "GRPO, fade over 4 batches, layer 5",
         ),
         ({"internal_layer": 5, "internal_steps": 0, "internal_loss_weight": 0}, "GRPO", "GRPO"),
         (
@@ -195,7 +195,7 @@ def test_numbers_that_differ_in_a_late_digit_are_two_settings():
     def of(**options):
         return parse_run_settings({"model": "m"} | options, "train")[0]
 
-    assert dict(of(shuffle_seed=20250101).rest) == {"shuffle_seed": "20250101"}
+    assert dict(of(shuffle_seed=20250101).other_options) == {"shuffle_seed": "20250101"}
     assert of(shuffle_seed=20250101) == of(shuffle_seed="20250101") == of(shuffle_seed=20250101.0)
     assert of(shuffle_seed=20250101) != of(shuffle_seed=20250102)
     assert of(learning_rate=0.1234567) != of(learning_rate=0.1234568)
@@ -207,7 +207,7 @@ def test_numbers_that_differ_in_a_late_digit_are_two_settings():
 
 def test_a_training_run(runs):
     run = read(TrainingRecord, probed(train(runs / "a", 3, BUPO)))
-    assert (run.seed, run.first_phase, run.batches, run.finished, run.setting.layer) == (3, 3, 6, True, "5")
+    assert (run.seed, run.first_phase, run.batches, run.is_finished, run.setting.layer_label) == (3, 3, 6, True, "5")
     assert run.series["reward"] == {batch: pytest.approx(0.1 * batch) for batch in range(1, 7)}
     assert run.series["internal/entropy"] == {1: 0.5, 2: 0.5, 3: 0.5}
     assert run.dynamics["cosine", 5, 7] == {0: 7.0, 2: 7.2, 4: 7.4} and run.dynamics["perplexity", 0, 0][4] == 2.0
@@ -233,8 +233,8 @@ def test_several_logs_of_a_batch_are_averaged_and_broken_lines_left_out(runs):
 
 def test_an_evaluation_finds_the_run_that_it_is_of(runs):
     run = read(EvaluationRecord, evaluate(runs / "eval", "runs/a", math=80))
-    assert run.place == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
-    assert run.passes == {("math", "10 answers each", 10): {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
+    assert run.model_path == runs / "a" and run.scores["math", "avg@10", 10].value == pytest.approx(0.8)
+    assert run.pass_curves == {("math", "10 answers each", 10): {1: pytest.approx(0.8), 10: pytest.approx(0.8)}}
 
 
 def test_runs_that_have_moved_find_each_other(runs, tmp_path):
@@ -244,8 +244,8 @@ def test_runs_that_have_moved_find_each_other(runs, tmp_path):
     elsewhere = tmp_path / "another" / "place"
     shutil.move(runs, elsewhere / "runs")
     for name in ("eval", "absolute"):
-        assert read(EvaluationRecord, elsewhere / "runs" / name).place == elsewhere / "runs" / "a"
-    assert read(EvaluationRecord, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).place.parts[-2:] == (
+        assert read(EvaluationRecord, elsewhere / "runs" / name).model_path == elsewhere / "runs" / "a"
+    assert read(EvaluationRecord, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).model_path.parts[-2:] == (
         "Qwen",
         "Qwen3-4B",
     )
@@ -254,7 +254,7 @@ def test_runs_that_have_moved_find_each_other(runs, tmp_path):
 def test_an_analysis(runs):
     run = read(AnalysisRecord, analyze(runs / "layers", "embedded", "runs/a/checkpoint-8"))
     before, after = run.models
-    assert (before.model, after.place) == ("embedded", runs / "a" / "checkpoint-8")
+    assert (before.model, after.model_path) == ("embedded", runs / "a" / "checkpoint-8")
     assert before.curves["d_entropy_ffn"][:2] == [(1.0, 0.9, 1.1), (0.75, 0.65, 0.85)]
     assert len(after.curves["d_entropy_attn"]) == 8 and "kl_next" not in after.curves
 
@@ -330,7 +330,7 @@ def test_a_number_without_end_is_read_past(runs):
     folder = train(runs / "a", 1)
     with (folder / "config.yaml").open("a") as file:
         file.write(f"shuffle_seed: 0x{'f' * 6000}\n? 0x{'f' * 6000}\n: 1\n")
-    assert dict(read(TrainingRecord, folder).setting.rest)["shuffle_seed"] == "…"
+    assert dict(read(TrainingRecord, folder).setting.other_options)["shuffle_seed"] == "…"
 
 
 # -- over seeds
@@ -349,7 +349,7 @@ def test_runs_are_joined_over_seeds_and_evaluations_with_them(runs):
     found = {group.name: group for group in groups_of(*folders)}
     assert list(found) == ["vanilla", "GRPO", "BuPO, layer 5 for 3 batches", "BuPO, layer 5 for 3 batches (update 8)"]
     bupo = found["BuPO, layer 5 for 3 batches"]
-    assert bupo.utils.statistics == [1, 2] and list(bupo.layers) == [1] and list(found["vanilla"].layers) == [None]
+    assert bupo.seeds == [1, 2] and list(bupo.layers) == [1] and list(found["vanilla"].layers) == [None]
     (scores,) = bupo.scores.values()
     assert sorted(scores) == [1, 2]
 
@@ -401,8 +401,8 @@ def test_curves_of_other_problems_or_answers_are_their_own_and_repeated_ones_are
         summary["benchmarks"]["math"] |= {"problems": problems, "k": k, "pass@k": {"1": first, str(k): last}}
         (folder / "summary.json").write_text(json.dumps(summary))
     (group,) = groups_of(*folders)
-    names = get_benchmark_names([group], "passes")
-    assert {name: group.passes[benchmark][None] for benchmark, name in names.items()} == {
+    names = get_benchmark_names([group], "pass_curves")
+    assert {name: group.pass_curves[benchmark][None] for benchmark, name in names.items()} == {
         "math, 128 problems, 64 answers each": {1: pytest.approx(0.2), 64: pytest.approx(0.65)},
         "math, 512 problems, 8 answers each": {1: 0.2, 8: 0.6},
         "math, 128 problems, 8 answers each": {1: 0.4, 8: 0.4},
@@ -436,11 +436,11 @@ def test_table_1_and_10(runs):
     assert ten["GRPO"] | {"seeds": "1, 2, 3"} == ten["GRPO"] and "vanilla" not in ten
     assert bupo["seeds"] == "1, 2, 3, 4" and bupo["math avg@10"] == "77.2 ± 11.9 n=4"  # 77.25, even digit
     # paired over seeds 1 to 3: 10, 8, 15: mean 11, sd 3.606, half 8.957
-    assert bupo["math avg@10, less GRPO"] == "+11.0 [2.0, 20.0] n=3"
+    assert bupo["math avg@10, minus GRPO"] == "+11.0 [2.0, 20.0] n=3"
     grpo, own = {1: 70.0, 2: 74.0, 3: 72.0}, {1: 80.0, 2: 82.0, 3: 87.0, 4: 60.0}
     found = table(10, *folders)
     (cells,) = [cells for group, cells in found.rows if group.setting.stages]
-    difference = cells[found.heads.index("math avg@10, less GRPO")].over
+    difference = cells[found.columns.index("math avg@10, minus GRPO")].statistics
     assert dataclasses.astuple(difference) == pytest.approx(dataclasses.astuple(compute_paired_difference(grpo, own)))
 
 
@@ -448,8 +448,8 @@ def test_equal_scores_differ_by_nothing(runs):
     """Which is a number: only GRPO's own row has none."""
     folders = scored(runs, "g", GRPO, s1=(0, 10), s2=(0, 10)) + scored(runs, "b", BUPO, s1=(0, 10), s2=(0, 20))
     ten = texts(table(10, *folders))
-    assert ten["BuPO, layer 5 for 3 batches"]["math avg@10, less GRPO"] == "+0.0 [0.0, 0.0] n=2"
-    assert ten["GRPO"]["math avg@10, less GRPO"] == "None"
+    assert ten["BuPO, layer 5 for 3 batches"]["math avg@10, minus GRPO"] == "+0.0 [0.0, 0.0] n=2"
+    assert ten["GRPO"]["math avg@10, minus GRPO"] == "None"
 
 
 def test_tables_2_3_5_and_11(runs):
@@ -466,8 +466,8 @@ def test_tables_2_3_5_and_11(runs):
 
     def column(number, head):
         found = table(number, *folders)
-        names = [cells[found.heads.index(head)] if head else cells[0] for _, cells in found.rows]
-        return names, [round(cells[found.heads.index("math avg@10")].over.mean) for _, cells in found.rows]
+        names = [cells[found.columns.index(head)] if head else cells[0] for _, cells in found.rows]
+        return names, [round(cells[found.columns.index("math avg@10")].statistics.mean) for _, cells in found.rows]
 
     assert column(2, "batches") == (["0", "3", "6", "9"], [70, 80, 40, 10])
     assert column(3, "layer") == (["none", "3", "5"], [70, 60, 80])
@@ -496,11 +496,11 @@ def test_evaluations_while_training_stand_in(runs):
 def test_a_table_as_a_file(runs):
     folders = [*scored(runs, "g", GRPO, s1=(70, 50), s2=(74, 54)), evaluate(runs / "eval-h", "@SUM(1)|<b>", math=3)]
     found = table(1, *folders)
-    frame = found.frame()
+    frame = found.to_dataframe()
     rows = list(csv.DictReader(io.StringIO(frame.to_csv(index=False))))
     assert len(rows) == 4 and rows[0]["column"] == "math avg@10" and float(rows[0]["mean"]) == 72
     assert math.isclose(frame["low"][0], compute_seed_statistics([70.0, 74.0]).low)
-    lines = found.markdown().splitlines()
+    lines = found.to_markdown().splitlines()
     assert len(lines) == 4 and "| 72.0 [46.6, 97.4] n=2 |" in lines[2]
     assert r"@SUM(1)\|\<b\>" in lines[3] and rows[3]["method"].startswith("'@SUM")
 

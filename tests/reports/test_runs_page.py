@@ -72,10 +72,10 @@ def report(tmp_path_factory):
 
 def test_what_is_there_is_said(report):
     assert str(report) == "18 training runs, 19 evaluations, 3 analyses"
-    assert [Path(folder).name for folder, _ in report.left_out] == ["notes"]
+    assert [Path(folder).name for folder, _ in report.skipped] == ["notes"]
     assert [table.number for table in report.tables] == [1, 2, 3, 5, 10, 11]
     page = report.path.read_text(encoding="utf-8")
-    assert "Left out: " in page and "notes (no run)" in page and report.path.stat().st_size < 6 << 20
+    assert "Skipped: " in page and "notes (no run)" in page and report.path.stat().st_size < 6 << 20
     assert bupo.report_runs is report_runs
 
 
@@ -143,7 +143,7 @@ def test_folders_stand_wherever_they_like():
 def test_only_a_page_of_its_own_is_replaced(tmp_path):
     folder = train(tmp_path / "runs" / "a", 1)
     for output, says in [
-        (tmp_path / "notes.html", "is another file than a page of bupo report"),
+        (tmp_path / "notes.html", "is not a page of bupo report"),
         (tmp_path / "runs", "is a folder: name the file of the page"),
         (tmp_path / "notes.html" / "x.html", "notes.html is a file"),
     ]:
@@ -152,7 +152,7 @@ def test_only_a_page_of_its_own_is_replaced(tmp_path):
             report_runs([folder], output)
     assert (tmp_path / "notes.html").read_text() == "mine"
     os.mkfifo(tmp_path / "pipe.html")
-    with pytest.raises(UserError, match="no file that can be replaced"):
+    with pytest.raises(UserError, match="is not a regular file"):
         report_runs([folder], tmp_path / "pipe.html")
     with pytest.raises(UserError, match=r"no folder holds a run: .*runs \(holds run folders: give runs/\*\)"):
         report_runs([tmp_path / "runs"], tmp_path / "new" / "page.html")
@@ -338,7 +338,7 @@ def test_exports(opened, report, tmp_path):
             page.click(button)
         download.value.save_as(tmp_path / name)
     rows = list(csv.DictReader((tmp_path / "tables.csv").open(newline="")))
-    wanted = [row for table in report.tables for row in table.frame().to_dict("records")]
+    wanted = [row for table in report.tables for row in table.to_dataframe().to_dict("records")]
     assert len(rows) == len(wanted)
     for row, other in zip(rows, wanted, strict=True):
         assert (int(row["table"]), row["method"], row["column"], row["kind"]) == tuple(
@@ -349,7 +349,7 @@ def test_exports(opened, report, tmp_path):
                 pytest.approx(other[name]) if other[name] == other[name] else None
             )
     text = (tmp_path / "tables.md").read_text()
-    assert all(table.markdown() in text for table in report.tables)
+    assert all(table.to_markdown() in text for table in report.tables)
 
 
 @pytest.mark.external

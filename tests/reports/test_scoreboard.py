@@ -43,7 +43,7 @@ def test_a_method_that_lacks_a_benchmark_has_no_average():
 
 def test_what_cannot_be_compared():
     for other in (summary(k=4, a=0.5), summary(problems=3, a=0.5)):
-        with pytest.raises(ValueError, match=r"a has .* and 2 of 16 before: a table compares the same"):
+        with pytest.raises(ValueError, match=r"a has .* and 2 of 16 before: a table needs equal problems and answers"):
             build_scoreboard([("one", summary(a=0.5)), ("two", other)])
     with pytest.raises(ValueError, match="there is no benchmark"):
         build_scoreboard([("one", summary())])
