@@ -305,7 +305,7 @@ def test_bf16_and_final_norm_run(tmp_path):
         (["--temperature", "0"], "temperature must be positive, got 0"),
         (["--dataset", "arithmetic", "--rollouts", "r"], "both dataset and rollouts are given"),
         (["--rollouts", "absent.jsonl"], "absent.jsonl is neither a file of rollouts"),
-        (["--dtype", "int8"], "dtype must be auto, float32"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--lens", "x"], "invalid choice: 'x'"),
         (["--model", "/no/such/model"], "/no/such/model does not exist"),
         (["--adapter", "/no/adapter", "--size", "2"], "adapter '/no/adapter' cannot be put on the model"),
@@ -426,7 +426,7 @@ def test_sample(capsys, fails):  # noqa: F811
     assert main(["sample", "--prompt", "1+1", "--max_new_tokens", "2", *more]) == 0
     capsys.readouterr()
     assert "chat_template must be" in fails("sample", "--prompt", "a", "--chat_template", "nope")
-    assert "raw_prompt takes the prompt as it is" in fails("sample", "--prompt", "a", "--raw_prompt", *more)
+    assert "raw_prompt uses neither system_prompt nor chat_template" in fails("sample", "--prompt", "a", "--raw_prompt", *more)
     assert "adapter '/no/adapter' cannot be put" in fails("sample", "--prompt", "a", "--adapter", "/no/adapter")
     assert "layer and ffn are both given" in fails("sample", "--prompt", "a", "--layer", "1", "--ffn", "2")
     assert "layer 9 does not exist" in fails("sample", "--prompt", "a", "--layer", "9")

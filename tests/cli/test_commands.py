@@ -155,7 +155,7 @@ def test_demo(tmp_path):
     assert summary["problems"] == 64 and 0.1 < summary["accuracy_before"] < 0.5
     size, colours = drawn(tmp_path / "run" / "training.png")
     assert size == (1800, 510) and colours[BLUE] > 100 and colours[ORANGE] > 50
-    assert "phase 1, in batches" in done.stdout
+    assert "phase 1, rollout batches" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 8
     # the run's own config starts it again
@@ -205,7 +205,7 @@ def test_completion_completes(capsys, tmp_path):
     (tmp_path / "bupo.sh").write_text(capsys.readouterr().out)
     for typed, words in {
         "bupo ana": {"analyze"},
-        "bupo train --internal_ha": {"--internal_fade_batches"},
+        "bupo train --internal_fa": {"--internal_fade_batches"},
         "bupo analyze --lens ": {"raw", "final_norm"},
         "bupo analyze --preset ": {"paper"},
         "bupo train --outp": {"--output", "--output_dir"},

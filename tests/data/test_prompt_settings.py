@@ -408,7 +408,7 @@ def test_the_answers_of_an_evaluation_are_rollouts(tmp_path, without_figures, fa
         pd.testing.assert_frame_equal(other.table, own.table)
         assert (other.boundary_layer, other.stages) == (own.boundary_layer, own.stages)
     arguments = ("analyze", "--output", str(tmp_path / "d"), "--rollouts")
-    assert "give the folder of a benchmark in it, arithmetic" in fails(*arguments, str(tmp_path / "eval"))
+    assert "give the folder of one of its benchmarks, arithmetic" in fails(*arguments, str(tmp_path / "eval"))
     row = json.loads(samples.read_text().splitlines()[0])
     del row["prompt_ids"], row["completion_ids"]  # the answers of a server have no token ids
     samples.write_text(json.dumps(row) + "\n")

@@ -544,7 +544,7 @@ def test_the_template_is_chosen_by_the_model():
         (["--layer", "99"], "layer 99 does not exist: .* has layers 1 to 8"),
         (["--model", "nowhere"], "nowhere"),
         (["--chat_template", "nope"], "chat_template must be"),
-        (["--dtype", "int4"], "dtype must be auto"),
+        (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
         (["--deadline", "0"], "deadline must be positive, got 0"),
         (["--deadline", "inf"], "deadline must be positive and finite, got inf"),
         (

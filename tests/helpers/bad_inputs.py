@@ -553,11 +553,11 @@ EVAL = [
     *each("eval", "engine", "zzz", "invalid choice"),
     *each("eval", "lens", "zzz", "invalid choice"),
     bad("eval", "--benchmarks zzz", "unknown benchmark 'zzz'", "math500"),
-    *each("eval", "benchmarks", "''", "names none"),
+    *each("eval", "benchmarks", "''", "is empty, or two have the same label"),
     bad("eval", "--benchmarks a/b=good.jsonl", "a/b"),
     bad("eval", "--benchmarks ..=good.jsonl", "label '..'"),
     bad("eval", f"--benchmarks {LONG}=good.jsonl", "label"),
-    bad("eval", "--benchmarks x=good.jsonl,x=few.jsonl", "one label twice"),
+    bad("eval", "--benchmarks x=good.jsonl,x=few.jsonl", "have the same label twice"),
     bad("eval", "--benchmarks x=absent.jsonl", "absent.jsonl"),
     bad("eval", "--benchmarks x=columns.jsonl", "no prompt column"),
     bad(
@@ -570,7 +570,7 @@ EVAL = [
     bad(
         "eval",
         "--temperature 0 --benchmarks arithmetic:3",
-        "temperature 0 gives 3 answers",
+        "temperature 0 gives 3 identical answers",
         "set k to 1 for arithmetic",
     ),
     bad("eval", "--benchmarks arithmetic:0", "answers in benchmark 'arithmetic:0' must be 1 or more, got 0"),
@@ -698,7 +698,7 @@ PLAN = [
     *each("plan", "answer_tokens", "0 -7", "must be 1 or more"),
     bad("plan", "--answer_tokens 9 --max_new_tokens 8", "answer_tokens is 9, and max_new_tokens allows 8"),
     *each("plan", "sharding", "zzz", "invalid choice", "zero2"),
-    bad("plan", "--sharding ddp", "sharding ddp takes several GPUs, and gpus is 1"),
+    bad("plan", "--sharding ddp", "sharding ddp needs several GPUs, and gpus is 1"),
     bad("plan", "--gpus 2 --sharding one", "sharding one takes one GPU, and gpus is 2"),
     bad("plan", "--gpus 2 --sharding zero3", "invalid choice", "zero3"),
     bad("plan", "--gpus 3 --num_generations 7", "num_generations", "7"),
@@ -729,7 +729,7 @@ DEMO = [
 ]
 
 REPRODUCE = [
-    bare("reproduce", "nothing is named", "fig2, fig3", "or all"),
+    bare("reproduce", "no figure or table is named", "fig2, fig3", "or all"),
     bare("reproduce fig1", "unknown figure or table 'fig1'", "table11"),
     bare("reproduce ../scales", "unknown figure or table '../scales'"),
     bare("reproduce fig3 --scale large", "scale must be embedded, small, paper, tiny, worlds, got 'large'"),
@@ -750,7 +750,7 @@ REPORT = [
     ),
     bare("report other-run", "other-run (config.yaml is missing)"),
     bare("report . --output deep/er/x.html", "no folder holds a run"),
-    bare("report other-run --output file", "output file is another file than a page of bupo report"),
+    bare("report other-run --output file", "output file is not a page of bupo report"),
     bare("report other-run --output finished", "output 'finished' is a folder: name the file"),
     bare("report other-run --output file/x.html", "output file is a file"),
     bare("report other-run --output=", "output is empty"),

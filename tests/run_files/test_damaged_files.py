@@ -219,13 +219,13 @@ def test_the_state_of_a_checkpoint_of_other_contents(checkpoint, state):
 
 @pytest.mark.parametrize(
     "change",
-    [{"index": "0"}, {"tokens": 0}, {"entropy": None}, {"total": [[1.0]]}, {"similarity": [1.0, 2.0]}, {"kl": [[1.0]]}],
+    [{"index": "0"}, {"tokens": 0}, {"entropy": None}, {"sums": [[1.0]]}, {"similarity": [1.0, 2.0]}, {"kl": [[1.0]]}],
 )
 def test_measures_of_other_shapes(change):
     from bupo.analysis.measures import MEASURES
 
     row = {"index": 0, "tokens": 2, "log_prob": -1.0, "entropy": 0.5, "similarity": [[1.0, 0.5], [0.5, 1.0]]}
-    row |= {name: [[1.0, 2.0]] * len(MEASURES) for name in ("total", "squares")}
+    row |= {name: [[1.0, 2.0]] * len(MEASURES) for name in ("sums", "squared_sums")}
     assert CompletionSums.from_json(json.dumps(row)).tokens == 2
     with pytest.raises((ValueError, TypeError)):
         CompletionSums.from_json(json.dumps(row | change))

@@ -571,7 +571,7 @@ def test_kept_responses_of_the_harness_are_no_pickles(tmp_path, touched):
     with (
         _storing_responses_as_json(tmp_path),
         sqlitedict.SqliteDict(str(kept)) as cache,
-        pytest.raises(UserError, match="pickled: choose another"),
+        pytest.raises(UserError, match="holds responses that are not JSON: choose another"),
     ):
         cache["a"]
     with sqlitedict.SqliteDict(
