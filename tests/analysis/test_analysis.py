@@ -426,7 +426,9 @@ def test_sample(capsys, fails):  # noqa: F811
     assert main(["sample", "--prompt", "1+1", "--max_new_tokens", "2", *more]) == 0
     capsys.readouterr()
     assert "chat_template must be" in fails("sample", "--prompt", "a", "--chat_template", "nope")
-    assert "raw_prompt uses neither system_prompt nor chat_template" in fails("sample", "--prompt", "a", "--raw_prompt", *more)
+    assert "raw_prompt uses neither system_prompt nor chat_template" in fails(
+        "sample", "--prompt", "a", "--raw_prompt", *more
+    )
     assert "adapter '/no/adapter' cannot be put" in fails("sample", "--prompt", "a", "--adapter", "/no/adapter")
     assert "layer and ffn are both given" in fails("sample", "--prompt", "a", "--layer", "1", "--ffn", "2")
     assert "layer 9 does not exist" in fails("sample", "--prompt", "a", "--layer", "9")

@@ -245,7 +245,9 @@ def test_runs_that_have_moved_find_each_other(runs, tmp_path):
     shutil.move(runs, elsewhere / "runs")
     for name in ("eval", "absolute"):
         assert read(EvaluationRecord, elsewhere / "runs" / name).model_path == elsewhere / "runs" / "a"
-    assert read(EvaluationRecord, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).model_path.parts[-2:] == (
+    assert read(EvaluationRecord, evaluate(elsewhere / "runs" / "hub", "Qwen/Qwen3-4B", math=1)).model_path.parts[
+        -2:
+    ] == (
         "Qwen",
         "Qwen3-4B",
     )

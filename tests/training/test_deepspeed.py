@@ -301,7 +301,7 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run
         (2, {"optimizer": {"type": "AdamW"}}, {}, "holds an optimizer, .*: set the optimizer with optim"),
         (2, {"fp16": {"enabled": True}}, {}, "fp16 skips updates .*: use bf16, or fp32"),
         (2, {}, {"fp16": True}, "fp16 skips updates"),
-        (2, {"bf16": {"enabled": True}}, {}, "compute in bf16 .*, and bf16 is false"),
+        (2, {"bf16": {"enabled": True}}, {}, "computes in bf16 .*, and bf16 is false"),
     ],
 )
 def test_what_does_not_run_is_refused_by_name(stage, more, asked, refused):
@@ -347,16 +347,16 @@ def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
         "layout": {"processes": 2, "micro_steps": 2, "gradient_accumulation_steps": 1},
         "planned": [],
         "metrics": {},
-        "numbers": {},
+        "counters": {},
         "parts": {},
     }
-    torch.save({**state, "completions": None}, tmp_path / STATE_FILE)
+    torch.save({**state, "completions": None, "reference": None}, tmp_path / STATE_FILE)
     trainer: Any = SimpleNamespace(
         is_fsdp_enabled=False,
         is_deepspeed_enabled=True,
         accelerator=SimpleNamespace(num_processes=1),
     )
-    with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
+    with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed resumes on the same number"):
         _check_sharding(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
     _check_sharding(trainer, tmp_path)  # without options that could differ

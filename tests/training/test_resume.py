@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from datasets import IterableDataset
-from trl import ModelConfig
 
-from bupo import BuPOConfig, BuPOTrainer, UserError
+from bupo import BuPOConfig, BuPOTrainer, TrainOptions, UserError
+from bupo import train as bupo_train
 from bupo.training.checkpoints.stream_position import StreamPosition
-from bupo.training.validation.dry_run import dry_run_components
 from tests.helpers.resumed_runs import OPTIONS, ROWS, CutAfter, differences, streams, train
 from tests.training.test_trainer import TOKENIZER, model_of
 
@@ -210,7 +209,7 @@ def test_an_option_that_keeps_a_run_from_resuming_is_refused_at_the_start(tmp_pa
     with pytest.raises(UserError, match=f"{name} is .*leave the option out"):
         BuPOTrainer(model_of(), len, args, train_dataset=ROWS, processing_class=TOKENIZER)
     with pytest.raises(UserError, match=f"{name} is "):
-        dry_run_components(args, ModelConfig())
+        bupo_train("no such model", args, TrainOptions(dataset="arithmetic"))
     assert not (tmp_path / "run").exists()
 
 
