@@ -301,7 +301,7 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_stop_the_run
         (2, {"optimizer": {"type": "AdamW"}}, {}, "holds an optimizer, .*: set the optimizer with optim"),
         (2, {"fp16": {"enabled": True}}, {}, "fp16 skips updates .*: use bf16, or fp32"),
         (2, {}, {"fp16": True}, "fp16 skips updates"),
-        (2, {"bf16": {"enabled": True}}, {}, "compute in bf16 .*, and bf16 is false"),
+        (2, {"bf16": {"enabled": True}}, {}, "computes in bf16 .*, and bf16 is false"),
     ],
 )
 def test_what_does_not_run_is_refused_by_name(stage, more, asked, refused):
