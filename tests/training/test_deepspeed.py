@@ -347,7 +347,8 @@ def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
         "layout": {"processes": 2, "micro_steps": 2, "gradient_accumulation_steps": 1},
         "planned": [],
         "metrics": {},
-        "numbers": {},
+        "counters": {},
+        "reference": None,
         "parts": {},
     }
     torch.save({**state, "completions": None}, tmp_path / STATE_FILE)
@@ -356,7 +357,7 @@ def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
         is_deepspeed_enabled=True,
         accelerator=SimpleNamespace(num_processes=1),
     )
-    with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed goes on on as many"):
+    with pytest.raises(UserError, match="is of 2 processes, and this run has 1: DeepSpeed resumes on the same number"):
         _check_sharding(trainer, tmp_path)
     trainer.accelerator.num_processes = 2
     _check_sharding(trainer, tmp_path)  # without options that could differ
