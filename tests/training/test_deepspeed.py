@@ -348,6 +348,7 @@ def test_a_checkpoint_resumes_on_the_same_number_of_processes_only(tmp_path):
         "planned": [],
         "metrics": {},
         "counters": {},
+        "reference": None,
         "parts": {},
     }
     torch.save({**state, "completions": None, "reference": None}, tmp_path / STATE_FILE)

@@ -12,7 +12,7 @@ import torch
 
 from tests.training.test_trainer import assert_only_below
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,8 @@ def test_a_phase_that_trains_nothing_is_refused(tmp_path, kind):
 def trainer_under(version, kind="FULL_STATE_DICT"):
     """Return a stand-in for a trainer under a version of FSDP."""
     plugin = SimpleNamespace(state_dict_type=kind, fsdp_version=version)
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    accelerator = SimpleNamespace(state=state, distributed_type=DistributedType.FSDP)
+    distributed_type = SimpleNamespace(value="FSDP")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=distributed_type)
     return SimpleNamespace(
         is_vlm=False,
         is_fsdp_enabled=True,

@@ -332,7 +332,7 @@ def test_two_processes_leave_out_the_same(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, "-m", "tests.helpers.ungraded_run", str(tmp_path), json.dumps(values), json.dumps(methods)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
