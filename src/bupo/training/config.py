@@ -94,10 +94,6 @@ class BuPOConfig(MethodOptions, GRPOConfig):
             self.top_k = 0  # -1 means off for vLLM only
 
     @property
-    def first_phase(self):
-        return self.phase_schedule  # TEMPORARY
-
-    @property
     def phase_schedule(self) -> PhaseSchedule:
         """The planned stages of the first phase. A layer or length that `auto` chooses later is None."""
         if self.internal_schedule is not None:
