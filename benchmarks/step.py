@@ -58,7 +58,7 @@ def table_of(updates: dict[str, list[Update]]) -> Table:
                 ratios(*([u.seconds[part] for u in variant] for variant in (done, updates[TRL])))
             )
         row["answer tokens"] = f"{statistics.median([u.tokens for u in done]):.0f}"
-        row["largest resident set, GB"] = f"{max(u.memory['whole'] for u in done) / 1e9:.1f}"
+        row["largest resident set, GB"] = f"{max(u.memory['total'] for u in done) / 1e9:.1f}"
         rows.append(row)
     return Table(f"{ROWS} answers of at most {MAX_NEW_TOKENS} tokens, {GROUP} per prompt, one update", rows)
 
