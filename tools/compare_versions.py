@@ -35,8 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("before", "after")
 TIMES = re.compile(r"time|seconds|per_second|total_flos")
 ONLY_IN_ONE = 0.0  # difference of a key that only one version has
-# Names before 0.3, for revisions whose command line is in `bupo.commands`.
-FORMER_NAMES = {"bupo.cli.main": "bupo.commands.main", "--internal_early_stopping": "--internal_guard"}
+# Names before 0.3, for revisions whose command line is in `bupo.commands`. The default of `--slow_factor` was 0.1.
+FORMER_NAMES = {
+    "bupo.cli.main": "bupo.commands.main",
+    "--internal_early_stopping": "--internal_guard",
+    "--layer_lr_multipliers": "--slow_above_layer",
+    '{"6":0.1}': "5",
+}
+FORMER_METRICS = {"kl_old": "approx_kl", "internal/ended_by_guard": "internal/stopped_early"}
 TRAIN = """train --model_name_or_path embedded --dataset_name arithmetic --dataset_size 64 --internal_early_stopping true
     --probe_every 1 --per_device_train_batch_size 8 --num_generations 4 --steps_per_generation 4
     --max_completion_length 24 --max_steps 16 --save_strategy steps --save_steps 5 --learning_rate 1e-4
@@ -184,8 +190,7 @@ def metrics(path: Path) -> list[dict]:
     """Return the logged rows, with current names. `train_loss` of a resumed run is skipped: it covers a part of the steps."""
     skipped = {"train_loss"} if "-from-" in path.parent.name else set()
     return [
-        {key.replace("kl_old", "approx_kl"): value for key, value in row.items() if key not in skipped}
-        for row in lines(path)
+        {FORMER_METRICS.get(key, key): value for key, value in row.items() if key not in skipped} for row in lines(path)
     ]
 
 
