@@ -208,6 +208,7 @@ def test_a_file_that_is_no_text(tmp_path):
         read_rollouts(tmp_path / "r.jsonl", TOKENIZER)
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_where_it_stopped(tmp_path):
     options = AnalyzeOptions(size=12, batch_size=4, max_new_tokens=20, output=str(tmp_path / "a"))
     bupo.analyze("embedded", options)
@@ -219,6 +220,7 @@ def test_sampling_goes_on_where_it_stopped(tmp_path):
         assert rollout.completion_ids.count(TOKENIZER.eos_token_id) <= 1 and 0 not in rollout.completion_ids
 
 
+@pytest.mark.slow
 def test_measuring_goes_on_where_it_stopped(tmp_path):
     options = AnalyzeOptions(size=6, max_new_tokens=20, output=str(tmp_path / "a"))
     whole = bupo.analyze("embedded", options)
@@ -268,6 +270,7 @@ def test_analyze_end_to_end(tmp_path, capsys):
     assert len(page) < 8 << 20 and 'id="data"' in page
 
 
+@pytest.mark.slow
 def test_analyze_stops_when_settled(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("bupo.analysis.measured_answers.has_significant_signs", lambda answers: len(answers) >= 9)
     out = tmp_path / "out"
@@ -276,6 +279,7 @@ def test_analyze_stops_when_settled(tmp_path, capsys, monkeypatch):
     assert meta["answers"] == 9 and meta["stopped_when_settled"] and meta["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_analyze_an_adapter_and_two_models(tmp_path):
     model = get_peft_model(load_model("embedded"), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")

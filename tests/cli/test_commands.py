@@ -74,6 +74,7 @@ def fails(capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_train_from_a_file_with_flags_over_it(tmp_path):
     problems = write(
         tmp_path / "p.jsonl", [{"problem": f"{i}+{i + 11}-12", "answer": str(2 * i - 1)} for i in range(20, 60)]
@@ -120,6 +121,7 @@ def test_train_on_reasoning_gym_with_lora(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_train_a_base_model_with_a_reward_of_ones_own(tmp_path, monkeypatch):
     """No chat template: prompts are plain text. The reward comes from a module in the working directory."""
     model = tiny_model("llama", vocab_size=262, bos_token_id=None, eos_token_id=1)
@@ -298,6 +300,7 @@ def test_what_is_no_model(tmp_path, fails):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_or_miscounts(tmp_path, fails, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "bad_rewards.py").write_text(

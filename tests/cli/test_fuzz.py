@@ -226,6 +226,7 @@ def trained(words, here, capfd):
     shutil.rmtree(here / "trained", ignore_errors=True)
 
 
+@pytest.mark.slow
 @given(command_lines())
 @fuzz(60)
 def test_random_options(inside, capfd, monkeypatch, case):  # noqa: F811

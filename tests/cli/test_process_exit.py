@@ -71,6 +71,7 @@ def mutex():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 2])
 @pytest.mark.parametrize("kind", WAITS)
 def test_what_never_ends_is_named_and_left(kind, status):
@@ -85,6 +86,7 @@ def test_what_never_ends_is_named_and_left(kind, status):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_where_no_python_runs_any_more_the_stacks_are_shown():
     """A C library waits while it holds the interpreter's lock: only a C thread can end the process."""
     done, seconds = run_to_end(BLOCKED.format(kind="PyDLL") + "atexit.register(mutex)")
@@ -122,6 +124,7 @@ def test_a_tracker_is_waited_for():
     assert done.returncode == 2 and done.stderr == "uploaded 2\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_slow_is_waited_for():
     """The last output is written before the clock starts, for example into a pager."""
     code = f"{HEAD}\nsys.stdout.write('x' * 1_000_000)\nprocess_exit.exit_process(0)"

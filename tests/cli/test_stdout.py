@@ -124,6 +124,7 @@ def test_where_no_bar_is_drawn_lines_tell_the_time_left(monkeypatch, terminal, t
     assert len(lines) == 7 and "\r" not in said and lines[-1].startswith("answers [of] x: 150 of 200, 0:03:30")
 
 
+@pytest.mark.slow
 def test_no_carriage_return_reaches_a_log_file(tmp_path):
     """Neither bupo's bars nor those of libraries that load weights and data write one."""
     problems = tmp_path / "problems.jsonl"

@@ -111,6 +111,7 @@ def killed_in(command, samples, answers):
     return samples.read_bytes()
 
 
+@pytest.mark.slow
 def test_twice_the_same_and_once_killed(tmp_path):
     assert main(evaluation(tmp_path / "a")) == 0
     assert main(evaluation(tmp_path / "b")) == 0
@@ -167,6 +168,7 @@ def test_problem_files_twice_the_same_and_once_killed(tmp_path):
 # -- grades and numbers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grades_are_those_of_math_verify_called_directly(tmp_path):
     assert main(evaluation(tmp_path)) == 0
     table = pd.read_parquet(tmp_path / "arithmetic" / "graded.parquet")
@@ -252,6 +254,7 @@ def test_a_summary_of_another_format_is_refused_and_can_be_graded_again(tmp_path
     assert pd.read_parquet(graded_file).equals(table) and '"schema_version": 4' in summary.read_text()
 
 
+@pytest.mark.slow
 def test_answers_that_are_kept_are_graded_without_a_model(tmp_path, capsys):
     run = evaluation(tmp_path)
     assert main(run) == 0
@@ -288,6 +291,7 @@ def test_a_model_that_was_trained_under_the_same_name_is_another(tmp_path, capsy
     assert "made with another weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter(tmp_path, capsys):
     """That of a model which LoRA has changed; its answers are those of the merged model."""
     torch.manual_seed(0)
@@ -340,6 +344,7 @@ def own_tasks(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, pytest.param("8", marks=pytest.mark.slow)])
 def test_the_harness_measures_the_same_policy(own_tasks, tmp_path, capsys, layer):
     """A task of the harness on the same problems, against our own greedy answers and grades."""
@@ -561,6 +566,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, options, message):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_launcher_is_refused(tmp_path, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -77,6 +77,7 @@ def test_a_name_is_whole_at_every_scale(name, scale):
         assert {(model, row) for model, known in read.paper_values.items() for row in known} <= rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_line_is_one(scale, monkeypatch):
     """The parsers and checks of the commands accept it, without the words of a launcher."""
@@ -97,6 +98,7 @@ def test_every_command_line_is_one(scale, monkeypatch):
             assert parsed[1].internal_steps == run.options["internal_steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_name_is_one_run(scale):
     """Experiments share a run only if all its options are the same."""

@@ -181,6 +181,7 @@ def docs(tmp_path, tool):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_stored_runs_say(docs, tool):
     tables = tool["Tables"](docs)
     text = "{gain compare embedded | BuPO}; {seeds compare}; {revisions of runs}\n\n{table compare}\n\n{figure compare}"
@@ -319,6 +320,7 @@ def test_a_p_of_orders_within_worlds(tool):
     assert gains["_permuted_p"](table, "depth") == pytest.approx(exact, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_docs_page_is_fresh(tool, monkeypatch, capsys):
     """docs/results.md is what its command would write of the tables in docs/results."""
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--check"])

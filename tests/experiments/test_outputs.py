@@ -487,6 +487,7 @@ def docs(whole, tmp_path):
     return shutil.copytree(whole, tmp_path, dirs_exist_ok=True) / "docs"
 
 
+@pytest.mark.slow
 def test_the_paper_page_holds_every_name(docs, tool):
     assert tool["stale"](docs) == []
     page = (docs / "paper.md").read_text()
@@ -498,6 +499,7 @@ def test_the_paper_page_holds_every_name(docs, tool):
     assert max(path.stat().st_size for path in docs.rglob("*.png")) <= 60_000
 
 
+@pytest.mark.slow
 def test_a_stale_paper_page_is_told(docs, tool):
     page, result = docs / "paper.md", docs / "paper" / "fig3.json"
     page.write_text(page.read_text().replace("| 1 |", "| 2 |", 1))

@@ -98,6 +98,7 @@ def test_a_generate_on_the_class_gets_its_own_arguments(kind, monkeypatch):
     assert len(calls) == 2 and "generate" not in vars(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["function", "partial", "object", "staticmethod", "classmethod", "short"])
 @pytest.mark.parametrize("steps", [0, 1], ids=["phase2", "phase1"])
 def test_a_run_samples_with_it(kind, steps, monkeypatch, tmp_path):

@@ -143,6 +143,7 @@ def naive(model, entries, prompt, answer, lens):
     return found, pairs, -(theta.exp() * theta).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lens", ["raw", "final_norm"])
 @pytest.mark.parametrize("tile", [1, 13, 512])
 @pytest.mark.parametrize("places", ["the first tile", "many", "all before and all behind"])
@@ -223,6 +224,7 @@ def test_an_answer_with_a_masked_token_is_refused():
         list(measure_completions(ResidualStream(model), [ROLLOUTS[0], ([5], [6, masked, 7])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("writing", ["infinite", "lowest"])
 def test_training_leaves_masked_entries_alone(writing, phase, tmp_path):

@@ -333,6 +333,7 @@ RUNS: dict[str, dict] = {
 FAST = ("dapo", "grpo, with a reference", "checkpointing", "bnpo", "a critic on the policy's states")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [pytest.param(run, marks=() if run in FAST else pytest.mark.slow) for run in RUNS])
 def test_a_run_is_that_of_unpacked_rows(tmp_path, run, monkeypatch):
     """Both phases: log-probs of old, reference and new policies, every loss, exchanged rows."""

@@ -50,6 +50,7 @@ def problems(draw):
     return hidden, weight, targets, options, upstream
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(problems(), st.integers(1, 16), st.integers(1, 32))
 def test_values_and_gradients_are_the_naive_ones(problem, rows, columns):

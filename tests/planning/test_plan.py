@@ -216,6 +216,7 @@ def counted(trainer):
     return before, passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -536,6 +537,7 @@ def recipe_plan(recipe, models, on, flags=()):
     return bupo.plan(name, given, options, loading=loading, hardware=on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_is_planned(models, recipe):
     large = recipe.parts[0] != "cpu"
@@ -621,6 +623,7 @@ def test_what_a_run_would_refuse():
         assert found.phases[0].layer == 4 and any("middle layer, 4" in line for line in found.assumptions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parts[0].endswith("8b")], ids=str)
 def test_what_a_recipe_says_of_80_gb(models, recipe):
     """That it fits, or with which options."""

@@ -73,6 +73,7 @@ def test_there_are_four_walkthroughs():
     assert names == ["Add a model family", "Add an estimator", "Add a callback", "Add a benchmark"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text"),
     [pytest.param(*walk, id=walk[0], marks=[pytest.mark.slow] if walk[0] in SLOW else []) for walk in WALKTHROUGHS],

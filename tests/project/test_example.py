@@ -64,6 +64,7 @@ def rollouts_of(example, model, parts, layer):
     return example.Rollouts(ids, mask, answered, torch.cat([part["advantages"] for part in parts]), old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("internal_steps", [0, 1, 2])
 def test_losses_and_weights_are_the_trainers(tmp_path, example, internal_steps):
     trainer = trainer_of(tmp_path, internal_steps)
@@ -116,6 +117,7 @@ def test_its_reward_is_of_the_boxed_number(example, text, reward):
     assert example.compute_reward(text, "39") == reward
 
 
+@pytest.mark.slow
 def test_it_runs_and_refuses_a_layer_it_cannot_read(example, monkeypatch, capsys):
     """Two rollout batches; and the last layer, whose state transformers gives behind the final norm."""
     monkeypatch.setattr(sys, "argv", [str(FILE), "--batches", "2", "--internal_batches", "1"])

@@ -43,6 +43,7 @@ def test_importing_is_light():
     assert not {"matplotlib", "torch", "trl", "transformers"} & loaded_by("import bupo")
 
 
+@pytest.mark.slow
 def test_no_room_for_training_is_imported_to_measure():
     loaded = loaded_by("import bupo.cli.analyze, bupo.cli.eval, bupo.cli.sample")
     assert not [name for name in loaded if name.startswith(("bupo.training", "trl.trainer"))]

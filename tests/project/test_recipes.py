@@ -41,6 +41,7 @@ def test_a_recipe_is_read(recipe):
     assert config.phase_schedule.batches < config.max_steps  # the whole policy has its turn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -89,6 +89,7 @@ def test_training_draws_what_a_resumed_run_has(tmp_path, lacking):
     assert len(lines(entropy)[1]) == (1 if lacking == "internal/entropy" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

@@ -108,6 +108,7 @@ def test_shortened_keeps_as_much_as_it_may(text, limit):
         assert kept["left_out"] == len(text) - limit > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letter", ["a", "数", "<", "\n"])  # of 1, 3, 6 and 2 bytes in the page
 def test_many_long_answers_fit(tmp_path, letter):
     lengths = {}

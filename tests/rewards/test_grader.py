@@ -97,6 +97,7 @@ def case_grades(grader):
     return grader.get_grades(answers, golds)
 
 
+@pytest.mark.slow
 def test_verdicts_are_a_mathematicians(case_grades):
     """The table of hand-written answers lists all differences."""
     assert len(grading_cases.CASES) >= 150
@@ -119,6 +120,7 @@ def test_the_same_as_math_verify_called_directly(grader):
     assert grader.grade(answers, golds) == direct  # in the same order
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
 def test_every_gold_answer_of_the_papers_sets_equals_itself(grader):
     golds = sorted(set(golds_in(SHARED)))
@@ -127,6 +129,7 @@ def test_every_gold_answer_of_the_papers_sets_equals_itself(grader):
     assert [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict != "correct"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the problem sets are not here")
 def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
     """In this process, with its own alarms. The worker rewrites some spellings, which changes none of these verdicts."""
@@ -141,6 +144,7 @@ def test_varied_answers_get_the_verdicts_of_math_verify_called_directly(grader):
 FEW = ["1 MB in a box", "100,000 parentheses", "tower", "code", "code without a box", "a line of the protocol"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
 def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypatch, kinds):
     """Each gets a verdict in time and no reward, and the ordinary answers between them keep their verdicts."""
@@ -166,6 +170,7 @@ def test_hostile_answers_cost_their_deadline_and_nothing_else(tmp_path, monkeypa
     grader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", " so it is" * 100_000], ids=["short", "more than the pipe holds"])
 def test_a_stopped_child_is_killed_and_replaced(text):
     """A worker that hangs (here: stopped by a signal) is a timeout, and the next answer is graded."""

@@ -331,6 +331,7 @@ def test_answers_of_other_settings_are_neither_mixed_nor_lost(evaluated, changes
     assert listing(evaluated.folder) == before  # the other benchmark is not started
 
 
+@pytest.mark.slow
 def test_what_answers_do_not_depend_on(evaluated, monkeypatch):
     before = listing(evaluated.folder)
     monkeypatch.setattr(
@@ -350,6 +351,7 @@ def test_more_answers_and_more_problems(evaluated, tmp_path):
     assert (tmp_path / "arithmetic" / "samples.jsonl").read_bytes().startswith(before)
 
 
+@pytest.mark.slow
 def test_the_lens_of_an_internal_policy(tmp_path):
     bupo.evaluate("embedded", evaluation(tmp_path, layer=6))
     with pytest.raises(UserError, match=r"another lens \('raw', now 'final_norm'\)"):

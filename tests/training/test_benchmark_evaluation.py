@@ -62,6 +62,7 @@ def watched(tmp_path_factory):
     return folder, trained(config(folder, **SAVING), logged), logged
 
 
+@pytest.mark.slow
 def test_on_schedule_and_unseen_by_training(tmp_path, watched):
     folder, run, logged = watched
     alone = trained(config(tmp_path, eval_benchmarks=None))
@@ -110,6 +111,7 @@ def test_checkpoints_know_how_they_are_evaluated(watched):
     assert listed["evaluation.json"]["bytes"] == (folder / "checkpoint-4" / "evaluation.json").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_once(tmp_path, watched):
     folder, *_ = watched
     before, again = read_metrics(folder / "metrics.jsonl"), tmp_path / "run"
@@ -143,6 +145,7 @@ def test_bad_values_are_refused(tmp_path, options, message):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, capsys):
     command = ["train", "--model_name_or_path", "embedded", "--dataset_name", "arithmetic", "--internal_layer", "5"]
     command += [

@@ -234,6 +234,7 @@ def counted(trainer):
     return [each.seen for each in trainer.callback_handler.callbacks if isinstance(each, Counting)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [6, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("restore", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_early_stopping_keeps_its_patience_over_a_resume(tmp_path, kill, restore):

@@ -52,6 +52,7 @@ def trained(folder, family="llama", resume=None, phase=1, seed=0, **changes):
     return trainer, {name: values.detach().clone() for name, values in trainer.model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_weights_that_are_saved_under_other_names_are_resumed(family, phase, tmp_path):
@@ -113,6 +114,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "says"),
     [

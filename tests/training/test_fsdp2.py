@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from filelock import FileLock
 
 from bupo import UserError

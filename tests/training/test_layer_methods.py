@@ -34,6 +34,7 @@ def logged(trainer, key):
 # -- estimators ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, backbone):
@@ -53,6 +54,7 @@ def test_every_estimator_composes_with_the_first_phase(tmp_path, estimator, back
     assert logged(trainer, "phase") == [1] * 8 + [2] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [pytest.param("copy", marks=pytest.mark.slow), "shared"])
 def test_the_critic_learns_the_reward(tmp_path, backbone):
     """With a reward that depends on the prompt only, the critic's error falls and the explained variance approaches 1."""
@@ -126,6 +128,7 @@ def test_a_shared_critics_loss_moves_the_policy(tmp_path, checkpointing):
     assert trainer.critic.value_heads["layer 2"].weight.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["copy", "shared"])
 def test_a_resumed_run_with_a_critic_is_the_uninterrupted_one(tmp_path, backbone):
     common = {
@@ -221,6 +224,7 @@ def test_learning_rates_of_the_groups(tmp_path):
 # -- modular policies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lens", ["raw", "final_norm"])
 @pytest.mark.parametrize("module", ["attn", "ffn"])
 @pytest.mark.parametrize("checkpointing", [OFF, REENTRANT, False])

@@ -73,6 +73,7 @@ def test_the_console_takes_any_log(history):
     assert "nan" not in written.getvalue() and "inf" not in written.getvalue()
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(HISTORY)
 def test_files_figures_and_the_report_take_any_log(tmp_path_factory, history):
@@ -90,6 +91,7 @@ def test_files_figures_and_the_report_take_any_log(tmp_path_factory, history):
 UNGRADED = {"first": (1,), "last": (4,), "in the middle": (2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", UNGRADED.values(), ids=UNGRADED)
 @pytest.mark.parametrize("steps", [0, 2], ids=["phase2", "phase1"])
 def test_a_run_with_ungraded_batches_is_saved_shown_and_reported(tmp_path, batches, steps):

@@ -81,6 +81,7 @@ def token_mean(log_probs, inputs):
 # -- the language model policy's objective, by the lower layers only --------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_frozen_upper_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, accumulated):
@@ -229,6 +230,7 @@ def test_shuffled_vocab_permutes_the_reference_too(tmp_path):
     assert abs(kls[0]) < 1e-6 < kls[1] and len(kls) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["frozen_upper", "shuffled_vocab"])
 def test_a_resumed_control_is_the_uninterrupted_one(tmp_path, objective):
     common = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "internal_objective": objective}
@@ -256,6 +258,7 @@ def test_weights_by_rollout_batch():
     assert [ended.get_layer_weight(batch, 1, 0.0) for batch in range(2, 6)] == [1, 0.5, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("handover", "mix"), [(1, 0.0), (0, 0.3)])
 @pytest.mark.parametrize("objective", ["layer", "shuffled_vocab"])
 def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
@@ -307,6 +310,7 @@ def test_the_gradient_is_the_weighted_sum(tmp_path, handover, mix, objective):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_ratios_of_both_start_at_one_and_what_is_logged(tmp_path, accumulated, checkpointing):
@@ -417,6 +421,7 @@ def test_sampler_log_probs_are_shifted_for_the_layer_only(tmp_path):
     torch.testing.assert_close(change, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [4, 6, 9])  # at the start of the fade, and inside its batches
 def test_a_run_resumed_inside_a_fade_is_the_uninterrupted_one(tmp_path, stop):
     common = {
@@ -454,6 +459,7 @@ def test_a_run_with_an_auxiliary_objective_resumes_with_its_layer_and_weights(tm
             trainer_of(model_of(), config(tmp_path, **{**common, **changes})).train(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.slow
 def test_a_fade_does_not_change_the_first_phase(tmp_path):
     """Equal to the bit until the fade ends, and different afterwards."""
     ends: dict = {8: [], 12: []}
@@ -549,6 +555,7 @@ def test_steps_are_as_long_as_the_factors_say(tmp_path):
         torch.testing.assert_close(steps[True][name], full * factor, atol=4 * scale, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_leading_zeros_are_frozen_layers_and_a_slow_rest_is_a_slow_rest(tmp_path):
     """Equal to the bit with AdamW, weight decay, clipping and two phases, also with an untied embedding."""
     for tied in (True, False):

@@ -35,6 +35,7 @@ def half_model(dtype=torch.bfloat16, **changes):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("phase", [1, 2])
 def test_a_small_rate_moves_a_16_bit_model_as_one_in_fp32(tmp_path, dtype, phase):
@@ -88,6 +89,7 @@ def test_the_folder_loads_as_before_and_loses_nothing(tmp_path):
         assert all(torch.equal(weights[name], p) for name, p in trainer.model.named_parameters() if name in weights)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "internal_steps": 1}
     whole = run(tmp_path / "a", half_model(), **options).model
@@ -190,6 +192,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("name", OWN)
 def test_an_adapter_that_trains_the_models_own_parameters(tmp_path, name, loaded):

@@ -98,6 +98,7 @@ def probed_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_analysis_of_a_runs_checkpoints_is_its_series(tmp_path, probed_run, capsys, monkeypatch):
     """Figure 5 from checkpoints: the same table as the run's probes, from the initial model to the finished run."""
     monkeypatch.setattr(analysis_report, "draw_analysis_figures", lambda *args: (tmp_path / "out" / "figures").mkdir())
@@ -179,6 +180,7 @@ def test_a_resumed_run_continues_its_series(tmp_path):
     pd.testing.assert_frame_equal(whole, resumed, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_at_a_batchs_end_has_no_row_twice(tmp_path):
     common = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-3, "probe_every": 1}
     trainer_of(model_of(), config(tmp_path, **common)).train()
@@ -339,6 +341,7 @@ def test_without_early_stopping_phase_one_continues(tmp_path):
 
 
 # inside a rollout batch, before early stopping
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [30, pytest.param(34, marks=pytest.mark.slow)])
 def test_a_resumed_run_keeps_the_state_of_early_stopping(tmp_path, stop):
     whole, resumed = model_of(), model_of(seed=5)
@@ -470,6 +473,7 @@ def test_a_resumed_auto_run_keeps_its_layer(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_on_the_embedded_model(tmp_path, capsys):
     arguments = flags(
         tmp_path / "run",

@@ -10,8 +10,7 @@ from typing import Any, cast
 import pytest
 from datasets import IterableDataset
 
-from bupo import BuPOConfig, BuPOTrainer, TrainOptions, UserError
-from bupo import train as bupo_train
+from bupo import BuPOConfig, BuPOTrainer, UserError
 from bupo.training.checkpoints.stream_position import StreamPosition
 from bupo.training.run import check_run_options
 from tests.helpers.resumed_runs import OPTIONS, ROWS, CutAfter, differences, streams, train
@@ -152,6 +151,7 @@ def drawn():
     return IterableDataset.from_generator(lambda: ({"prompt": f"{random.randrange(10**9)}+1="} for _ in range(6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [lambda: numbers(8).skip(1), pytest.param(lambda: numbers(4), marks=pytest.mark.slow), drawn],

@@ -350,6 +350,7 @@ def test_a_forked_child_that_leaves_the_reward_ends_there(then, status):
 SLOW = "import json, sys, time\nprint('{}', flush=True)\nfor line in sys.stdin:\n    time.sleep(1)\n    number = json.loads(line)['number']\n    print(json.dumps({'number': number, 'verdict': 'correct', 'value': None, 'strict': 'correct'}), flush=True)"
 
 
+@pytest.mark.slow
 def test_time_in_which_the_process_was_stopped_is_no_grading_time(tmp_path):
     """Both are stopped for longer than the deadline, as in a container that is frozen; the process goes on first."""
     import subprocess
@@ -395,6 +396,7 @@ def test_a_forked_process_grades_with_children_of_its_own():
     grader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jumps", [0, 1])
 def test_a_clock_that_jumps_takes_a_second_from_a_deadline(monkeypatch, jumps):
     """As it does for a process that was stopped; without a jump the deadline is what it says."""

@@ -133,6 +133,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_asked(commanded, tmp_path, 
     assert "overwrite" not in yaml.safe_load((run / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_the_callers_objects_stay_as_they_are(tmp_path):
     config = bupo.BuPOConfig(
         str(tmp_path / "run"),

@@ -65,6 +65,7 @@ def test_adapters_above_the_layer_of_a_later_stage(tmp_path):
     trainer_of(model_of(), args, peft_config=LoraConfig(**ABOVE)).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_an_adapter_loaded_for_inference(tmp_path, beta, steps):
@@ -319,6 +320,7 @@ class Freezes(TrainerCallback):
             freeze(model, *self.trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     ("update", "trained", "where"),

@@ -78,6 +78,7 @@ def assert_only_below(names, all_names, layer):
         assert (name in names) != (above or final_norm), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [None, REENTRANT, False])
 def test_phase_one_moves_the_layers_up_to_l_and_nothing_else(tmp_path, tied, checkpointing):
@@ -231,6 +232,7 @@ def test_evaluation_is_of_the_language_model_policy(tmp_path):
     assert seen and all(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss_type",
     ["dapo", "dr_grpo", "cispo", "luspo"]
@@ -297,6 +299,7 @@ def test_final_norm_lens_moves_the_norm_too(tmp_path):
     assert "model.norm.weight" in names and not any(f".layers.{n}." in name for name in names for n in (2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [4, 6, 10])  # at a rollout batch's end, inside phase 1, inside phase 2
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
     common = {"max_steps": 14, "save_strategy": "steps", "save_steps": stop, "learning_rate": 1e-3}
@@ -492,6 +495,7 @@ def test_a_checkpoint_of_another_first_phase_is_refused(tmp_path):
             trainer_of(model_of(), config(tmp_path, **common, **changes)).train(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
     """A rollout batch of twice as many micro-batches: a run resumes at the end of a batch, and is refused within one."""
     common = {"max_steps": 16, "save_strategy": "steps"}
@@ -508,6 +512,7 @@ def test_a_run_resumed_in_other_pieces_keeps_its_phases(tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce++", "ppo"])
 def test_answers_that_are_all_cut_and_masked_are_passed_over(tmp_path, estimator):
     """Without a token to train on, no weight moves and nothing is probed."""

@@ -429,6 +429,7 @@ def test_an_unknown_family_equals_trl_to_the_bit_over_epochs(tmp_path):
     assert_same(mine, theirs, exact=True)
 
 
+@pytest.mark.slow
 def test_the_last_row_of_the_history_holds_what_trls_would(tmp_path):
     """TRL's defaults log a short run in the last row only; bupo logs each rollout batch, and completes the last row."""
     theirs = grpo(small(), tmp_path / "b").state.log_history[-1]
@@ -478,6 +479,7 @@ def test_every_option_and_argument_of_trl_is_in_the_table():
         assert row.outcome == TRAINS or row.why, f"{name}: why?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST_OPTIONS else pytest.param(name, marks=pytest.mark.slow) for name in TRIED]
 )
@@ -567,6 +569,7 @@ def cases():
 FAST_CASES = ("async reward",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST_CASES else pytest.param(name, marks=pytest.mark.slow) for name in cases()]
 )

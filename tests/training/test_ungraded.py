@@ -241,6 +241,7 @@ def test_the_loss_and_its_gradient_are_as_without_them(tmp_path, loss, steps):
             assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 @pytest.mark.parametrize("steps", [0, 4], ids=["phase2", "phase1"])
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_a_launch_of_mpi_is_not_removed(environment):
     assert distributed_launch.drop_leftover_variables() is None and os.environ["LOCAL_RANK"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [{}, {"RANK": "1"}, {"RANK": "5", "WORLD_SIZE": "9", **WHERE}])
 def test_a_process_group_has_priority(tmp_path, left):
     """The group may be created without the environment's variables."""

@@ -104,6 +104,7 @@ class Losing(TrainerCallback):
             self.lose(Path(args.output_dir))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["no", "steps"])
 @pytest.mark.parametrize(
     "lose", [shutil.rmtree, lambda path: path.rename(path.with_name("other"))], ids=["deleted", "renamed"]

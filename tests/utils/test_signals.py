@@ -107,6 +107,7 @@ def test_another_thread_than_the_main_one_sets_no_handlers():
 WAITS = ["time.sleep(60)", "[ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in (1, 2)]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main_thread", WAITS)
 def test_the_second_ctrl_c_needs_no_main_thread(main_thread):
     code = (
