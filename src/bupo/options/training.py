@@ -123,7 +123,7 @@ class MethodOptions:
         None,
         help="Multipliers of the learning rate: a list with one per layer, such as [0.1, 0.1, 1, 1], or a mapping from a layer "
         "to the multiplier of that layer and all above, such as {7: 0.1} (table 11). 0 freezes a layer, for the first layer "
-        "also the embedding unless tied. The final norm follows the last layer.",
+        "also the embedding unless tied. In a mapping the final norm follows the last layer.",
     )
     fp32_master_weights: bool = option(
         True,

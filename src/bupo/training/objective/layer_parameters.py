@@ -63,16 +63,17 @@ def freeze_blocks(model: PreTrainedModel, blocks: Sequence[nn.Module], layers: C
 def get_lr_multipliers(stream: ResidualStream | None, args: BuPOConfig) -> dict[nn.Parameter, float]:
     """Return the learning-rate multipliers of the parameters that do not train at 1.
 
-    A layer has its own multiplier in `layer_lr_multipliers`, and the final norm that of the last layer.
+    A list names layers only, so the final norm keeps 1; a mapping holds from a layer up, the final norm included.
     """
     if args.layer_lr_multipliers is None:
         return {}
     assert stream is not None, "validation opens the stream where an option names layers"
     multipliers = args.get_layer_lr_multipliers(stream.num_layers) or []
+    final_norm = multipliers[-1] if isinstance(args.layer_lr_multipliers, dict) else 1.0
     modules = [*(stream.get_block(layer) for layer in range(1, stream.num_layers + 1)), stream.final_norm]
     return {
         parameter: multiplier
-        for module, multiplier in zip(modules, [*multipliers, multipliers[-1]], strict=True)
+        for module, multiplier in zip(modules, [*multipliers, final_norm], strict=True)
         if multiplier != 1
         for parameter in module.parameters()
     }
