@@ -163,6 +163,9 @@ def compare_training(
         for original, copy in zip(versions.paths(name), versions.paths(again), strict=True):
             shutil.copytree(original, copy)
             (copy / weights).unlink(missing_ok=True)
+            for later in copy.glob("checkpoint-*"):  # a folder with later checkpoints is refused
+                if int(later.name.rpartition("-")[2]) > checkpoint:
+                    shutil.rmtree(later)
         resumed = ["--output_dir", again, "--resume_from_checkpoint", f"{again}/checkpoint-{checkpoint}"]
         yield f"{again}: exit", compare_errors(versions.run(again, command + resumed))
         yield from compare_training_files(versions, again, weights)
