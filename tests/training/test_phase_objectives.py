@@ -594,7 +594,6 @@ def test_rates_of_the_groups_and_their_schedule(tmp_path):
     for name, rate in rates.items():
         multipliers = args.layer_lr_multipliers
         factor = multipliers[int(name.split(".layers.")[1].split(".")[0])] if ".layers." in name else 1.0
-        factor = multipliers[-1] if name == "model.norm.weight" else factor
         assert rate == pytest.approx(0.75 * args.learning_rate * factor), name
     decays = {
         by_name[id(p)]: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]
