@@ -439,7 +439,9 @@ def test_auto_stops_before_training_where_there_is_no_boundary(tmp_path):
     model = built([40.0] * 4)
     before = snapshot(model)
     trainer = trainer_of(model, config(tmp_path, internal_layer="auto"))
-    with pytest.raises(UserError, match=r"the FFNs only converge.*dH_FFN in nats by layer: 1: -.*choose internal_layer"):
+    with pytest.raises(
+        UserError, match=r"the FFNs only converge.*dH_FFN in nats by layer: 1: -.*choose internal_layer"
+    ):
         trainer.train()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert trainer.state.global_step == 0
