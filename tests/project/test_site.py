@@ -144,7 +144,7 @@ def test_search_finds_an_option_and_a_concept(browser, address):
     for word, target in {"internal_fade_batches": "reference/train.html", "boundary layer": "analysis.html"}.items():
         page.goto(f"{address}/index.html")
         page.fill("input.md-search__input", word)
-        page.wait_for_selector(".md-search-result__link")
+        page.wait_for_selector(".md-search-result__link", timeout=120_000)  # the index is large, a busy machine slow
         page.wait_for_timeout(500)
         found = [
             urljoin(page.url, link.get_attribute("href")) for link in page.query_selector_all(".md-search-result__link")
