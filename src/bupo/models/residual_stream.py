@@ -6,7 +6,7 @@ Layers count from 1 as in the paper; layer 0 is the embedding. [`ResidualStream.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from bupo.models.verification import (
     get_model_label,
     make_probe_tokens,
 )
+from bupo.options.training import InternalLens
 from bupo.utils.errors import UserError
 
-Lens = Literal["raw", "final_norm"]
+Lens = InternalLens
 
 
 def check_lens(lens: str) -> Lens:

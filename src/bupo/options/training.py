@@ -25,6 +25,7 @@ InternalObjective = Literal["layer", "frozen_upper", "shuffled_vocab"]
 InternalLens = Literal["raw", "final_norm"]
 CriticBackbone = Literal["copy", "shared"]
 LayerMultipliers = list[float] | dict[int, float]
+DEFAULT_INTERNAL_STEPS = 20  # rollout batches of a first phase on a fixed layer; `auto` chooses its length
 
 
 @dataclass

@@ -9,7 +9,13 @@ from itertools import groupby
 from typing import Any
 
 from bupo.options.groups import TRL_ALIASES
-from bupo.options.training import LayerMultipliers, MethodOptions, affects_training, parse_layer_lr_multipliers
+from bupo.options.training import (
+    DEFAULT_INTERNAL_STEPS,
+    LayerMultipliers,
+    MethodOptions,
+    affects_training,
+    parse_layer_lr_multipliers,
+)
 from bupo.reports.table_files import is_oversized
 from bupo.utils.errors import UserError
 from bupo.utils.sanitize import escape_text
@@ -24,13 +30,13 @@ DEFAULT_CONFIG: dict[str, Any] = {
     each.name: each.default for each in fields(MethodOptions) if each.name in PARSED_OPTIONS
 }
 DEFAULT_CONFIG["seed"] = 42  # transformers'
-ASSUMED_STEPS = 20  # of a layer that is named; `auto` takes a length of its own
+ASSUMED_STEPS = DEFAULT_INTERNAL_STEPS  # where config.yaml sets none
 DEMO_CONFIG: dict[str, Any] = {"model": "embedded", "internal_layer": 5, "internal_steps": 10, "seed": 0}
 ESTIMATOR_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "ppo": "PPO"}
 OBJECTIVE_NAMES = {"frozen_upper": "upper layers frozen in phase 1", "shuffled_vocab": "shuffled vocabulary"}
 VANILLA = "vanilla"
 IGNORED_KEYS = ("env", "config")  # keys of a config.yaml that are no options
-MAX_TEXT_LENGTH = 60  # characters of a value that stands in a name
+MAX_TEXT_LENGTH = 60  # characters of a value in a name
 
 
 @dataclass(frozen=True)

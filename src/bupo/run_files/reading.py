@@ -6,7 +6,6 @@ outside the folder, and do not block on a pipe.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,18 +138,6 @@ def _describe_value(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return "an integer of more than 200 bits"
     return f"{value!r:.40}" if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
-
-
-def is_all_finite(values: Any) -> bool:
-    """Return whether nested lists hold finite numbers only."""
-    stack = [values]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, list | tuple):
-            stack += item
-        elif isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
-            return False
-    return True
 
 
 def read_rows(path: Path, keys: KeyTypes | None = None, remedy: str = DELETE_REMEDY) -> list[dict[str, Any]]:

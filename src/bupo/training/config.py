@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from bupo.options.ranges import POSITIVE_INTEGER, check_choice, check_number, option, redefine_option
 from bupo.options.training import (
+    DEFAULT_INTERNAL_STEPS,
     MethodOptions,
     expand_layer_lr_multipliers,
     parse_layer_lr_multipliers,
@@ -20,7 +21,7 @@ from bupo.training.trl_contract import ACCEPTED_VALUES
 from bupo.training.validation.option_ranges import check_training_options
 from bupo.utils.errors import UserError, summarize_error, wrap_library_errors
 
-AUTO, DEFAULT_INTERNAL_STEPS = "auto", 20
+AUTO = "auto"
 
 
 @dataclass
